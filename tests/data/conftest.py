@@ -1,0 +1,134 @@
+"""Tokenizers trained on a few sentences, folders of invented rows, and a module that only looks at its batches."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+SENTENCES = [
+    "the harbour was quiet and the soup was great",
+    "a terrible night, but the morning was great",
+    "No one said yes; everybody said no. Yes or No?\nYes\nNo",
+    "it was terrible because the rain ran through the roof",
+    "Maybe the roof holds, so we stay.",
+]
+
+
+def train_tokenizer(bos: bool = False, eos: bool = False, across_words: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; `across_words` lets it merge over word boundaries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    template = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", name_or_path="tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(bos=True)
+
+
+@pytest.fixture(scope="session")
+def eos_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(eos=True)
+
+
+@pytest.fixture(scope="session")
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(across_words=True)
+
+
+def opinion(index: int) -> dict[str, Any]:
+    """An invented row of the sst2 task; lengths differ a lot."""
+    return {
+        "sentence": f"dish {index} was warm " + "and the soup was great " * (index * 7 % 11),
+        "label": index % 2,
+        "idx": index,
+    }
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``<split>.jsonl`` files from lists of rows or numbers of rows, and returns their folder."""
+
+    def write(**splits: list[Any] | int) -> Path:
+        for name, rows in splits.items():
+            rows = [opinion(index) for index in range(rows)] if isinstance(rows, int) else rows
+            lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+class Spectator(L.LightningModule):
+    """Notes the ids of the batches it is given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, context_length: int | None = 128) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.train_ids: list[list[int]] = []
+        self.eval_ids: list[list[int]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.train_ids.append(batch["id"].tolist())
+        return self.weight.square()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.eval_ids.append(batch["id"].tolist())
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.eval_ids.append(batch["id"].tolist())
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[int]:
+        return batch["id"].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def spectator(tokenizer: PreTrainedTokenizerFast) -> Spectator:
+    return Spectator(tokenizer)
+
+
+@pytest.fixture
+def make_spectator(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Spectator]:
+    return lambda **kwargs: Spectator(**{"tokenizer": tokenizer, **kwargs})
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    def make(**kwargs: Any) -> L.Trainer:
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(**{**quiet, **kwargs})
+
+    return make

@@ -1,0 +1,130 @@
+"""Reading rows, and what is said about rows that cannot be read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from zolightning.data.source import read_folder, read_hub
+from zolightning.data.task import HubDataset, Task
+
+ROW = {"sentence": "soup", "label": 1}
+
+
+@pytest.fixture
+def task() -> Task:
+    return Task.load("sst2")
+
+
+def test_rows_keep_their_place_in_the_file(write_rows: Callable[..., Path]) -> None:
+    rows = [{**ROW, "label": label} for label in (0, -1, 1)]
+    folder = write_rows(train=[json.dumps(rows[0]), "", json.dumps(rows[1]), json.dumps(rows[2])])
+    task = Task(name="t", prompt="{{ sentence }}", answers=("a", "b"), labels=(0, 1), skip_labels=(-1,))
+    split = read_folder(folder, "train", task)
+    assert list(split.ids) == [0, 3]
+    assert list(split.candidates) == [0, 1]
+    assert split.row(1) == rows[2]
+    assert split.where(1) == f"{folder / 'train.jsonl'}, line 4"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'sentence': 1}", "not JSON"),
+        ("[1, 2]", r'must be an object like \{"label": ...\}, got \[1, 2\]'),
+        ('{"label": 1}', "field `sentence` is missing or null; there are label"),
+        ('{"sentence": null, "label": 1}', "field `sentence` is missing or null"),
+        ('{"sentence": "soup"}', "field `label` is missing or null; there are sentence"),
+        ('{"sentence": "soup", "label": 2}', r"label 2 in field `label` must be one of \[0, 1\]"),
+        ('{"sentence": "soup", "label": "1"}', r"label '1' in field `label` must be one of \[0, 1\]"),
+        ('{"sentence": "soup", "label": [1]}', r"label \[1\] in field `label` must be one of"),
+    ],
+)
+def test_a_wrong_line_is_named(write_rows: Callable[..., Path], task: Task, line: str, message: str) -> None:
+    folder = write_rows(train=[ROW, ROW, line])
+    with pytest.raises(ValueError, match=rf"train.jsonl, line 3: .*{message}"):
+        read_folder(folder, "train", task)
+
+
+def test_a_line_that_is_not_utf8(tmp_path: Path, task: Task) -> None:
+    (tmp_path / "train.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1: not JSON \('utf-8'"):
+        read_folder(tmp_path, "train", task)
+
+
+def test_a_missing_file(tmp_path: Path, task: Task) -> None:
+    with pytest.raises(ValueError, match=r"test.jsonl does not exist: `data.path` must be a folder with train.jsonl"):
+        read_folder(tmp_path, "test", task)
+
+
+def test_an_empty_file(write_rows: Callable[..., Path], task: Task) -> None:
+    with pytest.raises(ValueError, match=r"test.jsonl has no rows"):
+        read_folder(write_rows(test=0), "test", task)
+
+
+HUB = HubDataset("some/set", "small")
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets `datasets.load_dataset` return the columns, or raise the exception, without asking for the network."""
+
+    def fake(outcome: dict[str, list] | Exception) -> None:
+        def load_dataset(path: str, name: str, split: str, revision: str | None) -> datasets.Dataset:
+            assert (path, name, split, revision) == ("some/set", "small", "train", None)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return datasets.Dataset.from_dict(outcome)
+
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    return fake
+
+
+def test_hub_rows(fake_hub: Callable[..., None]) -> None:
+    fake_hub({"sentence": ["a", "b", "c"], "label": [1, -1, 0]})
+    task = Task(name="t", prompt="{{ sentence }}", answers=("x", "y"), labels=(0, 1), skip_labels=(-1,))
+    split = read_hub(HUB, "train", task)
+    assert list(split.ids) == [0, 2]
+    assert list(split.candidates) == [1, 0]
+    assert split.row(1) == {"sentence": "c", "label": 0}
+    assert split.where(1) == "some/set/small, split train, row 2"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "message"),
+    [
+        ({"text": ["a"], "label": [1]}, ValueError, "split train: field `sentence` is missing; there are text, label"),
+        (
+            {"sentence": ["a"], "label": [7]},
+            ValueError,
+            r"split train: label 7 in field `label` must be one of \[0, 1\]",
+        ),
+        ({"sentence": [], "label": []}, ValueError, "some/set/small, split train has no rows"),
+        (ConnectionError("no"), ConnectionError, "sst2 .*some/set.* cannot be reached.*`--data.path` takes a folder"),
+        (datasets.exceptions.DatasetNotFoundError("gone"), ConnectionError, "gone .*`--data.path` takes a folder"),
+    ],
+)
+def test_hub_errors(
+    fake_hub: Callable[..., None], task: Task, outcome: object, error: type[Exception], message: str
+) -> None:
+    fake_hub(outcome)
+    with pytest.raises(error, match=message) as caught:
+        read_hub(HUB, "train", task)
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+def test_an_unreachable_hub_is_asked_once(
+    fake_hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, task: Task
+) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    fake_hub({"sentence": ["from the cache"], "label": [1]})
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", no_network)
+    assert len(read_hub(HUB, "train", task)) == 1
+    assert datasets.config.HF_HUB_OFFLINE

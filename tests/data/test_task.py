@@ -1,0 +1,100 @@
+"""The declaration of a task: its file, its templates, its labels."""
+
+from pathlib import Path
+
+import pytest
+
+from zolightning.data.task import Task
+
+GOOD = """
+name: weather
+prompt: "{{ report }} Will it rain?"
+answers: [" No", " Yes"]
+labels: [dry, wet]
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_users_own_file(tmp_path: Path) -> None:
+    task = Task.load(write(tmp_path, GOOD + "label: outcome\nskip_labels: [unclear]\nfolder: rows\n"))
+    assert task.name == "weather"
+    assert task.fields == {"report", "outcome"}
+    assert task.folder == tmp_path / "rows"
+    assert task.render({"report": "Fog.", "outcome": "dry"}) == ("Fog. Will it rain?", [" No", " Yes"])
+    assert [task.candidate(label) for label in ("dry", "wet", "unclear")] == [0, 1, None]
+
+
+def test_a_label_outside_the_task(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"label 'snow' in field `label` must be one of \['dry', 'wet'\]"):
+        Task.load(write(tmp_path, GOOD)).candidate("snow")
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(
+        ValueError, match=r"`data.task` must be one of agnews, .*wsc, or the path of a YAML file, got 'x'"
+    ):
+        Task.load("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- name", "a task must be a mapping"),
+        ("name: [", "while parsing"),
+        (GOOD + "lables: [0, 1]\n", "a task has no key `lables`; its keys are name, prompt, answers, labels"),
+        (GOOD.replace("answers", "answrs"), "a task has no key `answrs`"),
+        ("name: weather\nprompt: x\nlabels: [0, 1]\n", "a task needs the key `answers`"),
+        (GOOD.replace("[dry, wet]", "[dry]"), r"`labels` must name one label for each of the 2 `answers`, got 1"),
+        (GOOD.replace("[dry, wet]", "[dry, dry]"), "`labels` must all differ"),
+        (GOOD.replace("[dry, wet]", "dry"), "`labels` must be a list, got 'dry'"),
+        (GOOD.replace("[dry, wet]", "[0.5, 1]"), r"`labels` must be numbers or strings, got \[0.5, 1\]"),
+        (GOOD.replace('[" No", " Yes"]', "[No, Yes]"), r"`answers` must be two strings.*got \[False, True\].*Quote"),
+        (GOOD.replace('[" No", " Yes"]', '[" No"]'), "`answers` must be two strings"),
+        (GOOD.replace("report }}", "report }"), "`prompt` is not a Jinja2 template: unexpected '}'"),
+        (GOOD.replace("report }}", "report | shout }}"), "`prompt` is not a Jinja2 template: No filter named 'shout'"),
+        (GOOD.replace('" No"', '"{{ no"'), "`answers` is not a Jinja2 template"),
+        (GOOD + "objective: regression\n", "`objective` must be one of .*'classification'.* got 'regression'"),
+        (GOOD + "num_validation: 0\n", "`num_validation` must be at least 1, got 0"),
+        (GOOD + "label: 3\n", "`label` must be a string, got 3"),
+        (GOOD + "hub: nyu-mll/glue\n", "`hub` must be a mapping"),
+        (GOOD + "hub: {name: sst2}\n", "`hub` needs the key `path`"),
+        (GOOD + "hub: {path: a/b, split: test}\n", "`hub` has no key `split`; its keys are path, name, train"),
+        (GOOD + "hub: {path: 3}\n", "`hub.path` must be a string, got 3"),
+        (GOOD + "hub: {path: a/b}\nfolder: rows\n", "`hub` and `folder` exclude each other"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as error:
+        Task.load(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_the_prompt_loses_its_outer_spaces_to_the_answers() -> None:
+    task = Task(name="t", prompt="  {{ text }}\nMood: ", answers=("good", "bad "), labels=(1, 0))
+    assert task.render({"text": "Hi.", "label": 0}) == ("Hi.\nMood:", [" good", " bad"])
+
+
+def test_newlines_around_the_prompt_stay() -> None:
+    task = Task(name="t", prompt="\n{{ text }}\n", answers=("good", "bad"), labels=(1, 0))
+    assert task.render({"text": "Hi.", "label": 0}) == ("\nHi.\n", ["good", "bad"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "row", "message"),
+    [
+        ("{{ text }}", {"label": 0}, "field `text` is missing or null; there are label"),
+        ("{{ text }}", {"text": None, "label": 0}, "field `text` is missing or null"),
+        ("{{ text.body }}", {"text": {"head": "a"}, "label": 0}, "do not fit this row: .*no attribute 'body'"),
+        ("{{ text + 1 }}", {"text": "a", "label": 0}, "do not fit this row: can only concatenate str"),
+        ("{{ text.__class__.__mro__ }}", {"text": "a", "label": 0}, "do not fit this row: .*unsafe"),
+    ],
+)
+def test_a_row_that_does_not_fit(prompt: str, row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1)).render(row)

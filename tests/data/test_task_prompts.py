@@ -1,0 +1,123 @@
+"""The prompts of the package's tasks, letter by letter, on invented rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zolightning.data.task
+from zolightning.data.task import Task
+
+YES_NO = ["Yes", "No"]
+NO_YES = ["No", "Yes"]
+
+CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "sst2": (
+        {"sentence": " slow but warm-hearted ", "label": 1},
+        "slow but warm-hearted It was",
+        [" terrible", " great"],
+    ),
+    "rte": (
+        {"premise": "The ferry left at noon.", "hypothesis": "A boat left.", "label": 0},
+        'The ferry left at noon.\nDoes this mean that "A boat left." is true? Yes or No?\n',
+        YES_NO,
+    ),
+    "cb": (
+        {"premise": "B: I doubt it rained.", "hypothesis": "it rained", "label": 1},
+        'Suppose B: I doubt it rained. Can we infer that "it rained"? Yes, No, or Maybe?\n',
+        ["Yes", "No", "Maybe"],
+    ),
+    "boolq": (
+        {"passage": "Otters -- Otters swim.", "question": "do otters swim", "label": 1},
+        "Otters -- Otters swim. Do otters swim?\n",
+        NO_YES,
+    ),
+    "wsc": (
+        {"text": "Ann told Eve that She won.", "span1_text": "Ann", "span2_text": "She", "label": 1},
+        'Ann told Eve that She won.\nIn the previous sentence, does the pronoun "she" refer to Ann? Yes or No?\n',
+        NO_YES,
+    ),
+    "wic": (
+        {"word": "bank", "sentence1": "The bank closed.", "sentence2": "They sat on the bank.", "label": 0},
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "The bank closed.\nThey sat on the bank.\n",
+        NO_YES,
+    ),
+    "multirc": (
+        {"paragraph": "Ivo baked bread.", "question": "Who baked?", "answer": "Ivo", "label": 1},
+        'Ivo baked bread.\nQuestion: Who baked?\nI found this answer "Ivo". Is that correct? Yes or No?\n',
+        NO_YES,
+    ),
+    "copa": (
+        {
+            "premise": "The pond froze. ",
+            "choice1": "TV crews came to film.",
+            "choice2": "I went skating.",
+            "question": "effect",
+            "label": 1,
+        },
+        "The pond froze so",
+        [" tv crews came to film.", " I went skating."],
+    ),
+    "snli": (
+        {"premise": "Two dogs run.", "hypothesis": "Animals move.", "label": 0},
+        'Two dogs run.\nDoes this mean that "Animals move." is true? Yes, No, or Maybe?\n',
+        ["Yes", "Maybe", "No"],
+    ),
+    "mnli": (
+        {"premise": "Two dogs run.", "hypothesis": "Animals move.", "label": 0},
+        'Two dogs run.\nDoes this mean that "Animals move." is true? Yes, No, or Maybe?\n',
+        ["Yes", "Maybe", "No"],
+    ),
+    "trec": (
+        {"text": "Who built the mill ?", "coarse_label": 3},
+        "Question: Who built the mill ?\nType:",
+        [" Expression", " Entity", " Description", " Human", " Location", " Number"],
+    ),
+    "agnews": (
+        {"text": "Mill reopens after storm. ", "label": 2},
+        "Mill reopens after storm.\nTopic:",
+        [" World", " Sports", " Business", " Technology"],
+    ),
+    "sentiment": ({"sentence": "The soup was cold.", "label": 0}, "The soup was cold. It was", [" terrible", " great"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompt_and_answers(name: str) -> None:
+    row, prompt, answers = CASES[name]
+    task = Task.load(name)
+    assert task.name == name
+    assert task.fields <= set(row)
+    assert task.render(row) == (prompt, answers)
+    assert [task.candidate(label) for label in task.labels] == list(range(len(answers)))
+
+
+def test_every_file_of_the_package_has_a_case() -> None:
+    folder = Path(zolightning.data.task.__file__).parent / "tasks"
+    assert {file.stem for file in folder.iterdir()} == set(CASES)
+
+
+def test_boolq_keeps_a_question_mark() -> None:
+    prompt, _ = Task.load("boolq").render({"passage": "P.", "question": "Is it?", "label": 0})
+    assert prompt == "P. Is it?\n"
+
+
+def test_copa_asks_for_a_cause() -> None:
+    row = {"premise": "I slept.", "choice1": "A", "choice2": "It was Late.", "question": "cause", "label": 0}
+    assert Task.load("copa").render(row) == ("I slept because", [" a", " it was Late."])
+
+
+def test_only_copa_trains_on_the_right_answer_alone() -> None:
+    tasks = {name: Task.load(name) for name in CASES}
+    assert [name for name, task in tasks.items() if task.objective == "language_modeling"] == ["copa"]
+
+
+def test_validation_sizes_that_differ() -> None:
+    sizes = {name: Task.load(name).num_validation for name in CASES}
+    assert {name for name, size in sizes.items() if size != 500} == {"cb", "copa", "wsc", "sentiment"}
+    assert {sizes[name] for name in ("cb", "copa", "wsc")} == {100}
+
+
+def test_snli_leaves_out_rows_without_a_majority() -> None:
+    assert Task.load("snli").candidate(-1) is None

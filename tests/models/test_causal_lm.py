@@ -1,0 +1,232 @@
+"""CausalLM under a real Trainer, by backpropagation."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_f1_score
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zolightning.models import CausalLM, answer_log_probs, candidate_scores, classification_loss
+
+EXAMPLES = [([5, 9, 3], [[6], [11]]), ([2, 4], [[6], [11]]), ([7, 7, 8, 2], [[6], [11]]), ([12], [[6], [11]])]
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Batches(L.LightningDataModule):
+    """The same batches for every stage."""
+
+    def __init__(self, batches: list[dict], num_classes: int = 2) -> None:
+        super().__init__()
+        self.batches = batches
+        self.num_classes = num_classes
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Recorder(L.Callback):
+    """Keeps what training looked like from outside."""
+
+    def __init__(self) -> None:
+        self.outputs, self.logged, self.lrs, self.training = [], [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.outputs.append(outputs)
+        self.logged.append({name: value.item() for name, value in trainer.logged_metrics.items()})
+        self.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.training.append(all(module.training for module in pl_module.modules()))
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**options) -> L.Trainer:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet |= {"enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
+        return L.Trainer(**quiet, default_root_dir=tmp_path, **options)
+
+    return make
+
+
+@pytest.fixture
+def batches(make_batch):
+    return [
+        make_batch(EXAMPLES[:3], [1, 0, 1], prompt_only=True),
+        make_batch(EXAMPLES[3:], [1], prompt_only=True),
+    ]
+
+
+@pytest.fixture
+def answers_batch(make_batch):
+    """Long answers, of which only the right ones are trained."""
+    examples = [([5, 9, 3], [[6, 2, 8]]), ([2, 4], [[6]])]
+    return make_batch(examples, [0, 0], objective="language_modeling")
+
+
+def scores_of(module: CausalLM, batch: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return candidate_scores(*answer_log_probs(module.model, batch))
+
+
+def test_two_steps_of_backpropagation_lower_the_loss(tiny_folder, batches, make_trainer):
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    before = classification_loss(scores_of(module, batches[0]), batches[0]["label"])
+    recorder = Recorder()
+    make_trainer(max_steps=2, callbacks=recorder, limit_val_batches=0).fit(module, datamodule=Batches(batches[:1] * 2))
+
+    first, second = recorder.outputs
+    torch.testing.assert_close(first["loss"], before)
+    assert first["weight"].item() == 3.0
+    assert second["loss"] < first["loss"]
+    assert recorder.training == [True, True]
+    assert recorder.logged[0]["train/loss"] == pytest.approx(before.item())
+    assert recorder.logged[0]["train/accuracy"] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
+
+
+def test_train_mode_outlives_a_validation(tiny_folder, batches, make_trainer):
+    recorder = Recorder()
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    make_trainer(max_epochs=2, callbacks=recorder).fit(module, datamodule=Batches(batches))
+    assert recorder.training == [True] * 4
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # as intended
+def test_without_backpropagation_the_network_stays_in_eval_mode(tiny_folder, batches, make_trainer):
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    module.automatic_optimization = False
+    recorder = Recorder()
+    trainer = make_trainer(max_epochs=1, limit_train_batches=1, callbacks=recorder, limit_val_batches=0)
+    trainer.fit(module, datamodule=Batches(batches))
+    assert recorder.training == [False]
+    assert not any(child.training for child in module.model.modules())
+    # who calls the training step several times logs the loss of the step
+    assert set(recorder.logged[0]) == {"train/accuracy"}
+
+
+def test_answers_are_trained_by_their_tokens(tiny_folder, answers_batch, make_trainer):
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    with torch.no_grad():
+        log_probs, _ = answer_log_probs(module.model, answers_batch)
+    recorder = Recorder()
+    data = Batches([answers_batch], num_classes=2)
+    make_trainer(max_steps=1, callbacks=recorder, limit_val_batches=0).fit(module, datamodule=data)
+    assert recorder.outputs[0]["weight"].item() == 4.0
+    torch.testing.assert_close(recorder.outputs[0]["loss"], -log_probs.sum() / 4)
+    assert set(recorder.logged[0]) == {"train/loss"}
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_evaluation_logs_loss_accuracy_and_f1_over_all_examples(tiny_folder, batches, make_trainer, stage):
+    module = CausalLM(str(tiny_folder))
+    trainer = make_trainer()
+    run = trainer.validate if stage == "val" else trainer.test
+    (metrics,) = run(module, datamodule=Batches(batches), verbose=False)
+
+    scores = torch.cat([scores_of(module, batch) for batch in batches])
+    label = torch.tensor([1, 0, 1, 1])
+    prediction = scores.argmax(dim=-1)
+    expected = {
+        f"{stage}/loss": classification_loss(scores, label).item(),
+        f"{stage}/accuracy": (prediction == label).float().mean().item(),
+        f"{stage}/f1": multiclass_f1_score(prediction, label, num_classes=2, average="macro").item(),
+    }
+    assert metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_loss_of_answers_is_the_mean_over_all_tokens(tiny_folder, make_batch, make_trainer):
+    batches = [
+        make_batch([([5, 9], [[6, 2, 8], [4]])], [0], objective="language_modeling"),
+        make_batch([([2, 4], [[6, 3], [9]])], [1], objective="language_modeling"),
+    ]
+    module = CausalLM(str(tiny_folder))
+    (metrics,) = make_trainer().validate(module, datamodule=Batches(batches), verbose=False)
+    with torch.no_grad():
+        total = sum(answer_log_probs(module.model, batch)[0][0, i].sum() for i, batch in enumerate(batches))
+    assert metrics["val/loss"] == pytest.approx(-total.item() / 4)
+    assert set(metrics) == {"val/loss", "val/accuracy", "val/f1"}
+
+
+def test_a_single_candidate_has_a_loss_but_no_accuracy(tiny_folder, batches, answers_batch, make_trainer):
+    module = CausalLM(str(tiny_folder))
+    (two,) = make_trainer().validate(module, datamodule=Batches(batches), verbose=False)
+    (one,) = make_trainer().validate(module, datamodule=Batches([answers_batch], num_classes=1), verbose=False)
+    assert set(two) == {"val/loss", "val/accuracy", "val/f1"}
+    assert set(one) == {"val/loss"}
+
+
+def test_one_module_is_fitted_and_tested_and_its_state_is_the_models(tiny_folder, batches, make_trainer):
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    names = set(module.state_dict())
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=Batches(batches))
+    trainer.test(module, datamodule=Batches(batches), verbose=False)
+    assert set(module.state_dict()) == names == {f"model.{name}" for name in module.model.state_dict()}
+
+
+def test_predictions_tell_example_scores_and_choice(tiny_folder, batches, make_trainer):
+    module = CausalLM(str(tiny_folder))
+    first, _ = make_trainer().predict(module, datamodule=Batches(batches))
+    assert first["id"].tolist() == [100, 101, 102]
+    torch.testing.assert_close(first["scores"], scores_of(module, batches[0]))
+    assert torch.equal(first["prediction"], first["scores"].argmax(dim=-1))
+
+
+def test_the_scheduler_is_stepped_after_every_batch(tiny_folder, batches, make_trainer):
+    module = CausalLM(
+        str(tiny_folder),
+        optimizer=SGD,
+        lr_scheduler=partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=4),
+    )
+    recorder = Recorder()
+    trainer = make_trainer(max_epochs=1, callbacks=recorder, limit_val_batches=0)
+    trainer.fit(module, datamodule=Batches(batches * 2))
+    assert recorder.lrs == pytest.approx([0.075, 0.05, 0.025, 0.0])
+
+
+def test_the_precision_of_the_trainer_converts_the_weights(tiny_folder, batches, make_trainer):
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    recorder = Recorder()
+    trainer = make_trainer(max_steps=1, precision="bf16-true", callbacks=recorder, limit_val_batches=0)
+    trainer.fit(module, datamodule=Batches(batches))
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert recorder.outputs[0]["loss"].dtype == torch.float32
+
+
+def test_an_exported_model_scores_the_same_elsewhere(tiny_folder, batches, make_trainer, tmp_path):
+    module = CausalLM(str(tiny_folder), optimizer=SGD)
+    make_trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=Batches(batches))
+    module.export(tmp_path / "export")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        scores = candidate_scores(*answer_log_probs(model, batches[0]))
+    assert torch.equal(scores, scores_of(module, batches[0]))
+    text = "a plain story"
+    assert AutoTokenizer.from_pretrained(tmp_path / "export")(text) == module.tokenizer(text)
+    assert list((tmp_path / "export").glob("*.safetensors"))
+
+
+def test_context_length_is_the_shorter_of_model_and_tokenizer(tiny_folder):
+    module = CausalLM(str(tiny_folder))
+    assert module.context_length == 64
+    module.tokenizer.model_max_length = 32
+    assert module.context_length == 32
+
+
+def test_a_frozen_model_is_refused(tiny_folder, batches, make_trainer):
+    module = CausalLM(str(tiny_folder))
+    module.model.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="Nothing to train"):
+        make_trainer(max_steps=1).fit(module, datamodule=Batches(batches))
+
+
+def test_dataloaders_without_a_datamodule_are_refused(tiny_folder, batches, make_trainer):
+    with pytest.raises(MisconfigurationException, match=r"datamodule with `num_classes`.*NoneType"):
+        make_trainer().validate(CausalLM(str(tiny_folder)), DataLoader(batches, batch_size=None))

@@ -1,0 +1,107 @@
+"""Loading models from folders and from the hub, and what a wrong name or setting says."""
+
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from zolightning.models import load_pretrained
+
+
+@pytest.fixture
+def offline_hub(monkeypatch, tmp_path):
+    """No hub, and an empty cache; returns the cache's folder."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+    for part in parts:
+        assert part in text
+
+
+def test_a_folder_loads_in_eval_mode_with_a_tokenizer_that_pads_on_the_left(tiny_folder, make_model):
+    model, tokenizer = load_pretrained(str(tiny_folder))
+    assert not model.training
+    for name, weight in make_model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert tokenizer(["good", "a plain story"], padding=True)["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_loaded_in_the_dtype_asked_for(tiny_folder, dtype):
+    model, _ = load_pretrained(str(tiny_folder), dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_weights_stored_in_bfloat16_load_as_float32_by_default(tiny_folder, make_model):
+    make_model().bfloat16().save_pretrained(tiny_folder)
+    model, _ = load_pretrained(str(tiny_folder))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_attention_is_passed_on(tiny_folder):
+    assert load_pretrained(str(tiny_folder))[0].config._attn_implementation == "sdpa"
+    model, _ = load_pretrained(str(tiny_folder), attention="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_architecture_without_sdpa_loads_by_default(tiny_folder, make_model):
+    make_model("gemma2").save_pretrained(tiny_folder)
+    assert load_pretrained(str(tiny_folder))[0].config._attn_implementation == "eager"
+    with pytest.raises(ValueError) as error:
+        load_pretrained(str(tiny_folder), attention="sdpa")
+    assert_one_line(error, "`attention` 'sdpa'", "does not support")
+
+
+def test_a_model_in_the_hubs_cache_loads_without_the_hub(offline_hub, tiny_folder):
+    repository = offline_hub / "models--some-lab--tiny-llama"
+    shutil.copytree(tiny_folder, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    model, tokenizer = load_pretrained("some-lab/tiny-llama")
+    assert model.config.hidden_size == 32
+    assert tokenizer("good")["input_ids"] == [8]
+
+
+def test_a_hub_out_of_reach_is_said_at_once(offline_hub):
+    with pytest.raises(ValueError) as error:
+        load_pretrained("some-lab/tiny-llama")
+    assert_one_line(error, "'some-lab/tiny-llama'", "the hub does not answer", "pypi://", "GGUF")
+
+
+def test_a_name_of_no_form_is_refused(offline_hub):
+    with pytest.raises(ValueError) as error:
+        load_pretrained("some lab/tiny/llama")
+    assert_one_line(error, "'some lab/tiny/llama'", "not of the form of a hub id", "pypi://")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere/at/all", "nowhere.gguf"])
+def test_a_path_to_nothing_is_refused(name):
+    with pytest.raises(FileNotFoundError) as error:
+        load_pretrained(name)
+    assert_one_line(error, repr(name), "nothing is there")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_pretrained(str(tmp_path))
+    assert_one_line(error, repr(str(tmp_path)), "config.json")
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError) as error:
+        load_pretrained("some-lab/tiny-llama", dtype="bf16")
+    assert_one_line(error, "`dtype`", "'bf16'", "bfloat16")
+
+
+def test_an_unknown_attention_is_refused(tiny_folder):
+    with pytest.raises(ValueError) as error:
+        load_pretrained(str(tiny_folder), attention="quadratic")
+    assert_one_line(error, "`attention` 'quadratic'", "eager")

@@ -1,0 +1,5 @@
+"""Callbacks: what is trained, when, and what is recorded."""
+
+from zolightning.callbacks.zeroth_order import ZerothOrder
+
+__all__ = ["ZerothOrder"]

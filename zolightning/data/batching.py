@@ -1,0 +1,185 @@
+"""Which examples make up which batch, on one rank or many, and where a resumed run goes on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from zolightning.data.encoding import Batch, Example
+
+
+class LengthBuckets:
+    """Training batches of examples of similar length: a pure function of the seed and the batch's number.
+
+    Each epoch is shuffled anew, sorted by length within windows of `bucket_batches` batches, cut into
+    batches, and the batches are shuffled. Batch ``i`` of a run belongs to epoch ``i // len(self)``. No
+    generator is kept or touched.
+
+    A rank gets every `num_replicas`-th example of a global batch, so n ranks with a batch size of b/n see
+    together what one rank with b sees. Examples that do not fill a last batch sit out an epoch (other ones
+    each time), unless there is no full batch at all.
+
+    Args:
+        lengths: Length of each example.
+        batch_size: Examples a batch on each rank.
+        seed: Seed of the order.
+        num_replicas: Number of ranks that share a global batch.
+        rank: This one.
+        bucket_batches: Batches in a window. More of them means less padding; 1 is a plain shuffle.
+
+    Raises:
+        ValueError: There are fewer examples than ranks.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        bucket_batches: int = 8,
+    ) -> None:
+        _check_enough_examples(len(lengths), num_replicas)
+        self.lengths = lengths
+        self.global_batch_size = min(batch_size * num_replicas, len(lengths))
+        self.seed = seed
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.bucket_batches = bucket_batches
+        self._latest: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.lengths) // self.global_batch_size
+
+    def __getitem__(self, index: int) -> list[int]:
+        epoch, position = divmod(index, len(self))
+        if self._latest[0] != epoch:
+            self._latest = (epoch, self.epoch(epoch))
+        return self._latest[1][position][self.rank :: self.num_replicas]
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """Returns the global batches of an epoch."""
+        random = np.random.RandomState([self.seed, epoch])
+        size = self.global_batch_size
+        shuffled = random.permutation(len(self.lengths))[: len(self) * size].tolist()
+        window = size * self.bucket_batches
+        bucketed = [
+            index
+            for start in range(0, len(shuffled), window)
+            for index in sorted(shuffled[start : start + window], key=self.lengths.__getitem__)
+        ]
+        return [bucketed[batch * size : (batch + 1) * size] for batch in random.permutation(len(self))]
+
+    def settings(self) -> dict[str, int]:
+        """What the order depends on."""
+        return {
+            "seed": self.seed,
+            "global batch size": self.global_batch_size,
+            "examples": len(self.lengths),
+            "tokens": sum(self.lengths),
+        }
+
+
+def even_batches(lengths: Sequence[int], batch_size: int, num_replicas: int = 1, rank: int = 0) -> list[list[int]]:
+    """Cuts a split into evaluation batches: each example once, equally many batches on each rank.
+
+    The longest examples come first, so what does not fit in memory fails at once. Equal numbers matter
+    wherever ranks talk in every forward, as with sharded weights: a rank with a batch less would leave the
+    others waiting. So the examples are spread over all batches, whose sizes differ by one at most.
+
+    Args:
+        lengths: Length of each example.
+        batch_size: Examples a batch on each rank. Only if this is 1, and the examples do not divide by the
+            number of ranks, does a batch have one example more.
+        num_replicas: Number of ranks that share a global batch.
+        rank: This one.
+
+    Returns:
+        The examples of each batch of this rank.
+
+    Raises:
+        ValueError: There are fewer examples than ranks.
+    """
+    _check_enough_examples(len(lengths), num_replicas)
+    num_batches = min(-(-len(lengths) // (batch_size * num_replicas)), len(lengths) // num_replicas)
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    parts = np.array_split(longest_first, num_batches)
+    return [part.tolist()[rank::num_replicas] for part in parts]
+
+
+class Batches(Dataset[Batch]):
+    """The batches of a run by their number."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        order: LengthBuckets | list[list[int]],
+        collate: Callable[[list[Example]], Batch],
+    ) -> None:
+        self.examples = examples
+        self.order = order
+        self.collate = collate
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.collate([self.examples[example] for example in self.order[index]])
+
+
+class BatchNumbers(DistributedSampler):
+    """The numbers of an epoch's batches, from `start()` on, which is asked at each ``iter()``.
+
+    It is a DistributedSampler because that is how Lightning knows that a loader has shared its examples among
+    the ranks already. Anything else it replaces or, if it cannot, refuses.
+
+    Args:
+        batches: The batches of this rank.
+        start: Returns the number of the first batch. With the Trainer's count of finished batches a run goes
+            on with the batch after the last one it trained on, whenever its checkpoint was written, and a
+            callback that looks at a few batches changes nothing.
+    """
+
+    def __init__(self, batches: Batches, start: Callable[[], int] = lambda: 0) -> None:
+        super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
+        self.batches = batches
+        self.start = start
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.start()
+        return iter(range(start, start + len(self)))
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A loader whose place in the data the Trainer's progress tells.
+
+    A checkpoint holds the settings of the order, to warn if a resumed run has others. That there are a
+    `state_dict` and a `load_state_dict` tells Lightning that resuming within an epoch is safe.
+    """
+
+    dataset: Batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.dataset.order.settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        before, now = state["order"], self.dataset.order.settings()
+        changed = [f"{key} {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
+        if changed:
+            rank_zero_warn(
+                f"The checkpoint comes from a run with other training batches ({'; '.join(changed)}). This run "
+                "goes on from the same batch number, but with other examples than that one would have."
+            )
+
+
+def _check_enough_examples(num_examples: int, num_replicas: int) -> None:
+    if num_examples < num_replicas:
+        raise ValueError(f"{num_examples} examples are too few for {num_replicas} ranks: use more rows or fewer ranks.")

@@ -1,0 +1,231 @@
+"""Prompts and answers for a Trainer."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
+from zolightning.data.encoding import Batch, Example, collate, encode
+from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
+from zolightning.data.source import Split, read_folder, read_hub
+from zolightning.data.task import Task
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Batches of prompts with candidate answers, tokenized for the model that the Trainer runs.
+
+    Rows come from the Hugging Face hub or from a folder of JSON lines, and are sampled as in MeZO: training
+    and validation rows from the official training split, test rows from the official validation split. A
+    folder may have a ``validation.jsonl`` of its own.
+
+    The LightningModule must have a `tokenizer` and a `context_length`.
+
+    Args:
+        task: Name of a task of the package, or the path of a YAML file like those under
+            ``zolightning/data/tasks``.
+        path: Folder with ``train.jsonl``, ``test.jsonl`` and optionally ``validation.jsonl``, instead of the
+            hub.
+        batch_size: Training examples a batch, on each rank.
+        eval_batch_size: Examples a batch otherwise; `batch_size` if not given.
+        num_train: Training rows to sample.
+        num_validation: Validation rows to sample; the task's number, mostly 500, if not given.
+        num_test: Test rows to sample.
+        examples_per_class: Sample this many rows of each class for training, and again for validation,
+            instead of `num_train` and `num_validation` rows.
+        seed: Decides which rows are sampled and the order of the training batches.
+        max_length: Tokens of a prompt with its answer, at most; longer prompts lose their beginning. The
+            model's context length is a limit in any case.
+        num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
+        prompt: Jinja2 template instead of the task's.
+        answers: Jinja2 templates of the candidates instead of the task's, in the same order.
+
+    Example:
+        >>> data = PromptDataModule("sst2", num_train=512)
+        >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
+
+    Raises:
+        ValueError: An argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        task: str = "sst2",
+        path: str | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        num_train: int = 1000,
+        num_validation: int | None = None,
+        num_test: int = 1000,
+        examples_per_class: int | None = None,
+        seed: int = 0,
+        max_length: int = 2048,
+        num_workers: int = 0,
+        prompt: str | None = None,
+        answers: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task = _with_own_prompt(Task.load(task), prompt, answers)
+        self.folder = Path(path) if path is not None else self.task.folder
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_train = num_train
+        self.num_validation = self.task.num_validation if num_validation is None else num_validation
+        self.num_test = num_test
+        self.examples_per_class = examples_per_class
+        self.seed = seed
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self._examples: dict[str, list[Example]] = {}
+
+        for name in ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length"):
+            _check_at_least(1, name, getattr(self, name))
+        if examples_per_class is not None:
+            _check_at_least(1, "examples_per_class", examples_per_class)
+        _check_at_least(0, "num_workers", num_workers)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"`data.seed` must be at least 0 and below 2**32, got {seed}.")
+        if self.folder is None and self.task.hub is None:
+            raise ValueError(f"`data.path` must be a folder of rows, because task {self.task.name} names no source.")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"`data.path` must be a folder of JSON lines, got {str(self.folder)!r}, which is none.")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.task.answers)
+
+    def prepare_data(self) -> None:
+        if self.folder is None:
+            read_hub(self.task.hub, self.task.hub.train, self.task)
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage in ("fit", "validate", None):
+            for name, (split, chosen) in self._sample_train_and_validation().items():
+                if name == "validation" or stage != "validate":
+                    self._examples[name] = self._encode(name, split, chosen)
+        if stage in ("test", "predict", None):
+            split = self._read("test")
+            self._examples["test"] = self._encode("test", split, sample(split, self.num_test, self.seed))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        examples = self._examples["train"]
+        lengths = [example.length for example in examples]
+        order = LengthBuckets(lengths, self.batch_size, self.seed, **self._replicas())
+        only_gold = self.task.objective == "language_modeling"
+        batches = Batches(examples, order, self._collate(only_gold))
+        sampler = BatchNumbers(batches, start=self._batches_trained)
+        return TrainLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._eval_dataloader("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self._eval_dataloader("test")
+
+    def sample_text(self) -> str:
+        """Returns an example to look at: the prompt, then the right answer in double brackets."""
+        examples = next(iter(self._examples.values()), None)
+        if examples is None:
+            raise RuntimeError("There is no example before `setup`.")
+        return examples[0].text
+
+    def _sample_train_and_validation(self) -> dict[str, tuple[Split, list[int]]]:
+        train = self._read("train")
+        if self.folder is not None and (self.folder / "validation.jsonl").exists():
+            validation = self._read("validation")
+            if self.examples_per_class is None:
+                chosen = [
+                    sample(train, self.num_train, self.seed),
+                    sample(validation, self.num_validation, self.seed),
+                ]
+            else:
+                chosen = [
+                    sample_per_class(split, self.examples_per_class, self.task.labels, 1, self.seed)[0]
+                    for split in (train, validation)
+                ]
+        else:
+            validation = train
+            if self.examples_per_class is None:
+                chosen = sample_train_and_validation(train, self.num_train, self.num_validation, self.seed)
+            else:
+                chosen = sample_per_class(train, self.examples_per_class, self.task.labels, 2, self.seed)
+        return {"train": (train, chosen[0]), "validation": (validation, chosen[1])}
+
+    def _read(self, name: str) -> Split:
+        if self.folder is not None:
+            return read_folder(self.folder, name, self.task)
+        hub = self.task.hub
+        return read_hub(hub, hub.test if name == "test" else hub.train, self.task)
+
+    def _encode(self, name: str, split: Split, chosen: list[int]) -> list[Example]:
+        if self.trainer is None:
+            raise RuntimeError("PromptDataModule tokenizes for a model: give both to `Trainer.fit` or the like.")
+        module = self.trainer.lightning_module
+        for attribute in ("tokenizer", "context_length"):
+            if not hasattr(module, attribute):
+                raise TypeError(
+                    f"PromptDataModule tokenizes for the model: {type(module).__name__} must have a `tokenizer` "
+                    f"and a `context_length` (the most tokens it can read, or None); `{attribute}` is missing."
+                )
+        max_length = min(self.max_length, module.context_length or self.max_length)
+        examples = []
+        for index in chosen:
+            try:
+                prompt, answers = self.task.render(split.row(index))
+                label, id = split.candidates[index], split.ids[index]
+                example = encode(module.tokenizer, prompt, answers, label=label, id=id, max_length=max_length)
+            except ValueError as error:
+                raise ValueError(f"Task {self.task.name}, {split.where(index)}: {error}.") from None
+            examples.append(example)
+        if num_cut := sum(example.truncated for example in examples):
+            limit = "`data.max_length`" if max_length == self.max_length else "the model's context length"
+            rank_zero_warn(
+                f"{num_cut} of {len(examples)} prompts of the {name} split were cut to {max_length} tokens ({limit})."
+            )
+        return examples
+
+    def _eval_dataloader(self, name: str) -> DataLoader[Batch]:
+        examples = self._examples[name]
+        lengths = [example.length for example in examples]
+        order = even_batches(lengths, self.eval_batch_size, **self._replicas())
+        batches = Batches(examples, order, self._collate(gold_only=False))
+        sampler = BatchNumbers(batches)
+        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+
+    def _collate(self, gold_only: bool) -> partial[Batch]:
+        tokenizer = self.trainer.lightning_module.tokenizer
+        pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pad_id = next(id for id in pad_ids if id is not None)
+        return partial(collate, pad_id=pad_id, objective=self.task.objective, gold_only=gold_only)
+
+    def _replicas(self) -> dict[str, int]:
+        """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""
+        return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+    def _batches_trained(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def _with_own_prompt(task: Task, prompt: str | None, answers: list[str] | None) -> Task:
+    if prompt is not None:
+        try:
+            task = replace(task, prompt=prompt)
+        except ValueError as error:
+            raise ValueError(f"`data.prompt`: {error}") from None
+    if answers is not None:
+        try:
+            task = replace(task, answers=tuple(answers))
+        except ValueError as error:
+            raise ValueError(f"`data.answers`: {error}") from None
+    return task
+
+
+def _check_at_least(minimum: int, name: str, value: int) -> None:
+    if value < minimum:
+        raise ValueError(f"`data.{name}` must be at least {minimum}, got {value}.")

@@ -1,0 +1,152 @@
+"""From text to tensors: one row to token ids, several rows to a batch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor
+
+from zolightning.data.task import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in tokens.
+
+    Args:
+        id: Where the row stands in its source, counted from 0.
+        prompt_ids: The prompt, with the tokens that the tokenizer starts a text with.
+        answer_ids: The candidates.
+        label: Index of the right candidate.
+        text: The prompt, and the right answer in double brackets.
+        truncated: Whether the prompt lost its beginning.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    answer_ids: list[list[int]]
+    label: int
+    text: str
+    truncated: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with its longest candidate."""
+        return len(self.prompt_ids) + max(map(len, self.answer_ids))
+
+
+class Batch(TypedDict):
+    """B examples with at most C candidates of at most A tokens. A slice of every tensor is a smaller batch.
+
+    If A is 1, a row of `input_ids` is a prompt, R is 1, and the logits at its end score all candidates.
+    Otherwise R is C and row c is the prompt followed by candidate c, so the row's last tokens are the answer.
+    Where an example has fewer than C candidates, the others have no answer tokens and their rows hold the
+    prompt alone.
+    """
+
+    objective: Objective
+    input_ids: Tensor  # (B, R, T), padded on the left
+    attention_mask: Tensor  # (B, R, T), 0 on padding
+    answer_ids: Tensor  # (B, C, A), padded on the left with -1
+    label: Tensor  # (B,), index of the right candidate
+    id: Tensor  # (B,), where the example stands in its source
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    answers: Sequence[str],
+    *,
+    label: int,
+    id: int,
+    max_length: int,
+) -> Example:
+    """Turns a prompt and its candidate answers into tokens, at most `max_length` together.
+
+    An answer's tokens are those by which the text of prompt and answer is longer than the prompt. Where the
+    tokenizer merges across the boundary that is not defined, and the answer is tokenized by itself. A prompt
+    that is too long loses its beginning, but not the token that the tokenizer starts a text with. Nothing is
+    appended.
+
+    Raises:
+        ValueError: A part has no tokens, two candidates are the same, or the answers leave no room for the
+            prompt.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    texts = [answers[0], prompt, *(prompt + answer for answer in answers)]
+    first_ids, prompt_ids, *full_ids = tokenizer(texts, verbose=False)["input_ids"]
+    alone_ids = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"]
+    num_leading = len(first_ids) - len(alone_ids[0])
+    if first_ids[num_leading:] != alone_ids[0]:
+        raise ValueError(f"the tokenizer {name} ends a text with a special token, so no answer can follow a prompt")
+    if not prompt_ids:
+        raise ValueError("the prompt is empty")
+
+    start = len(prompt_ids)
+    answer_ids = [
+        full[start:] if full[:start] == prompt_ids else alone for full, alone in zip(full_ids, alone_ids, strict=True)
+    ]
+    if not all(answer_ids):
+        raise ValueError(f"the tokenizer {name} makes no token of one of the answers {list(answers)!r}")
+    if len(set(map(tuple, answer_ids))) < len(answer_ids):
+        raise ValueError(f"the tokenizer {name} gives two of the answers {list(answers)!r} the same tokens")
+
+    longest = max(map(len, answer_ids))
+    room = max_length - longest - num_leading
+    if room < 1:
+        raise ValueError(
+            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a token of the "
+            f"prompt and the answers {list(answers)!r}: at least {longest + num_leading + 1} are needed"
+        )
+    return Example(
+        id=id,
+        prompt_ids=prompt_ids[:num_leading] + prompt_ids[num_leading:][-room:],
+        answer_ids=answer_ids,
+        label=label,
+        text=f"{prompt}[[{answers[label]}]]",
+        truncated=len(prompt_ids) - num_leading > room,
+    )
+
+
+def collate(examples: Sequence[Example], pad_id: int, objective: Objective, gold_only: bool = False) -> Batch:
+    """Stacks examples into a batch.
+
+    Args:
+        examples: At least one.
+        pad_id: Token on the left of short rows. It is masked out; any valid token will do.
+        objective: Passed on.
+        gold_only: Whether to leave out the wrong candidates.
+    """
+    labels = [0 if gold_only else example.label for example in examples]
+    candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
+    num_candidates = max(map(len, candidates))
+    # an absent candidate has no tokens
+    padded = [answers + [[]] * (num_candidates - len(answers)) for answers in candidates]
+    if all(len(answer) == 1 for answers in candidates for answer in answers):
+        rows = [[example.prompt_ids] for example in examples]
+    else:
+        rows = [
+            [example.prompt_ids + answer for answer in answers]
+            for example, answers in zip(examples, padded, strict=True)
+        ]
+    masks = [[[1] * len(row) for row in group] for group in rows]
+    return Batch(
+        # first, because Lightning infers the batch size from the entries that follow a string
+        objective=objective,
+        input_ids=_stack(rows, pad_id),
+        attention_mask=_stack(masks, 0),
+        answer_ids=_stack(padded, -1),
+        label=torch.tensor(labels),
+        id=torch.tensor([example.id for example in examples]),
+    )
+
+
+def _stack(groups: Iterable[Sequence[list[int]]], fill: int) -> Tensor:
+    """Stacks lists of equally many lists into a tensor of three dimensions, filled up on the left."""
+    groups = list(groups)
+    width = max(len(row) for group in groups for row in group)
+    return torch.tensor([[[fill] * (width - len(row)) + row for row in group] for group in groups])

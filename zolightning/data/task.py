@@ -1,0 +1,199 @@
+"""A task: how a row of a data set becomes a prompt and its candidate answers."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import SandboxedEnvironment
+
+Objective = Literal["classification", "language_modeling"]
+Label = int | str
+
+_BUILT_IN = Path(__file__).parent / "tasks"
+# the final newline of a template belongs to the prompt
+_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set on the Hugging Face hub and its splits to train and test on.
+
+    Args:
+        path: Repository, such as ``nyu-mll/glue``.
+        name: Configuration within the repository, such as ``sst2``.
+        train: Split that training and validation rows are sampled from.
+        test: Split that test rows are sampled from; its labels must be public.
+        revision: Branch, tag or commit.
+    """
+
+    path: str
+    name: str | None = None
+    train: str = "train"
+    test: str = "validation"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and not (value is None and field.default is None):
+                raise ValueError(f"`hub.{field.name}` must be a string, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt, its candidate answers and where the rows come from, as declared in a YAML file.
+
+    The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
+    space it ends with goes to the front of each answer, so the text of prompt and answer together is what was
+    written.
+
+    Args:
+        name: Name of the task.
+        prompt: Jinja2 template over the fields of a row.
+        answers: Jinja2 templates of the candidates; a word without braces is the same for every row.
+        labels: The values of the label field, in the order of `answers`.
+        label: The field that holds the label.
+        objective: What is trained: `classification` compares the candidates, `language_modeling` raises the
+            likelihood of the right one. Evaluation compares the candidates in both.
+        skip_labels: Labels of rows that are left out.
+        num_validation: How many validation rows to take unless the user says otherwise.
+        hub: Where to download the rows.
+        folder: Folder of JSON lines with the rows, relative to the YAML file.
+    """
+
+    name: str
+    prompt: str
+    answers: tuple[str, ...]
+    labels: tuple[Label, ...]
+    label: str = "label"
+    objective: Objective = "classification"
+    skip_labels: tuple[Label, ...] = ()
+    num_validation: int = 500
+    hub: HubDataset | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("name", "prompt", "label"):
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"`{key}` must be a string, got {getattr(self, key)!r}.")
+        if len(self.answers) < 2 or not all(isinstance(answer, str) for answer in self.answers):
+            raise ValueError(
+                f"`answers` must be two strings or more, got {list(self.answers)!r}."
+                ' (Quote them: YAML reads a bare Yes or No as a truth value. Write "Yes".)'
+            )
+        for key in ("labels", "skip_labels"):
+            if not all(isinstance(label, Label) for label in getattr(self, key)):
+                raise ValueError(f"`{key}` must be numbers or strings, got {list(getattr(self, key))!r}.")
+        if len(self.labels) != len(self.answers):
+            raise ValueError(
+                f"`labels` must name one label for each of the {len(self.answers)} `answers`, "
+                f"got {len(self.labels)}: {list(self.labels)!r}."
+            )
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"`labels` must all differ, got {list(self.labels)!r}.")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"`objective` must be one of {get_args(Objective)}, got {self.objective!r}.")
+        if not isinstance(self.num_validation, int) or self.num_validation < 1:
+            raise ValueError(f"`num_validation` must be at least 1, got {self.num_validation!r}.")
+        if self.hub and self.folder:
+            raise ValueError("`hub` and `folder` exclude each other: rows come from one of them.")
+        for key, sources in (("prompt", [self.prompt]), ("answers", self.answers)):
+            for source in sources:
+                try:
+                    _compile(source)
+                except TemplateSyntaxError as error:
+                    raise ValueError(f"`{key}` is not a Jinja2 template: {error.message}, in {source!r}.") from None
+
+    @classmethod
+    def load(cls, name: str) -> "Task":
+        """Reads a task of the package by its name, or any task by the path of its YAML file.
+
+        Raises:
+            ValueError: There is no such task, or its file is not right; says which file and key.
+        """
+        path = _BUILT_IN / f"{name}.yaml"
+        if not path.is_file():
+            path = Path(name)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            names = ", ".join(sorted(file.stem for file in _BUILT_IN.glob("*.yaml")))
+            raise ValueError(f"`data.task` must be one of {names}, or the path of a YAML file, got {name!r}.")
+        try:
+            return cls._from_yaml(path)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_yaml(cls, path: Path) -> "Task":
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_keys(cls, values, "a task")
+        for key in ("answers", "labels", "skip_labels"):
+            if key in values:
+                if not isinstance(values[key], list):
+                    raise ValueError(f"`{key}` must be a list, got {values[key]!r}.")
+                values[key] = tuple(values[key])
+        if "hub" in values:
+            _check_keys(HubDataset, values["hub"], "`hub`")
+            values["hub"] = HubDataset(**values["hub"])
+        if "folder" in values:
+            values["folder"] = (path.parent / str(values["folder"])).resolve()
+        return cls(**values)
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """The fields that a row must have: those of the templates, and the label."""
+        sources = (self.prompt, *self.answers)
+        names = (meta.find_undeclared_variables(_TEMPLATES.parse(source)) for source in sources)
+        return frozenset({self.label}.union(*names) - _TEMPLATES.globals.keys())
+
+    def candidate(self, label: Label) -> int | None:
+        """Returns the index of the answer that `label` stands for, or None if its rows are left out.
+
+        Raises:
+            ValueError: The task does not know this label.
+        """
+        if label in self.skip_labels:
+            return None
+        if label not in self.labels:
+            raise ValueError(f"label {label!r} in field `{self.label}` must be one of {list(self.labels)!r}")
+        return self.labels.index(label)
+
+    def check_fields(self, row: Mapping[str, Any]) -> None:
+        """Raises ValueError if a field that the task uses is missing or null."""
+        for field in sorted(self.fields):
+            if row.get(field) is None:
+                raise ValueError(f"field `{field}` is missing or null; there are {', '.join(row) or 'none'}")
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """Returns the prompt and the candidate answers of a row.
+
+        Raises:
+            ValueError: A field is missing, or a template does not fit this row.
+        """
+        self.check_fields(row)
+        try:
+            prompt = _compile(self.prompt).render(row)
+            answers = [_compile(answer).render(row) for answer in self.answers]
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"the templates do not fit this row: {error}") from None
+        space = prompt[len(prompt.rstrip(" ")) :]
+        return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]
+
+
+@lru_cache
+def _compile(source: str) -> Template:
+    return _TEMPLATES.from_string(source)
+
+
+def _check_keys(cls: type, values: object, what: str) -> None:
+    """Raises ValueError unless `values` is a mapping that has what the dataclass needs and nothing else."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} must be a mapping of keys to values, got {values!r}.")
+    known = {field.name: field.default is MISSING for field in fields(cls)}
+    if unknown := [str(key) for key in values if key not in known]:
+        raise ValueError(f"{what} has no key `{'`, `'.join(unknown)}`; its keys are {', '.join(known)}.")
+    if missing := [key for key, required in known.items() if required and key not in values]:
+        raise ValueError(f"{what} needs the key `{'`, `'.join(missing)}`.")

@@ -1,0 +1,77 @@
+"""Which losses a step asks for, and the projected gradients they give.
+
+With directions z_1..z_N of unit variance and F the loss of one batch, every estimator turns losses into numbers
+g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient:
+
+=============  ===========  ====================================================  ==============================
+estimator      forwards     g_i                                                   bias for a quadratic
+=============  ===========  ====================================================  ==============================
+``TwoSided``   2 N          (F(W + eps z_i) - F(W - eps z_i)) / (2 eps)           none
+``OneSided``   N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
+``Population`` N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
+=============  ===========  ====================================================  ==============================
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Probe(NamedTuple):
+    """One evaluation of the loss, at ``W + sign * eps * z_query``."""
+
+    query: int
+    sign: int  # +1, -1, or 0 for the unperturbed weights
+
+
+class Estimator(ABC):
+    """A finite-difference formula. Stateless."""
+
+    min_queries: int = 1
+
+    @abstractmethod
+    def probes(self, num_queries: int) -> list[Probe]:
+        """The evaluations a step needs, in order."""
+
+    @abstractmethod
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        """The projected gradients (num_queries,) from the losses of :meth:`probes`, both float64."""
+
+
+class TwoSided(Estimator):
+    """Central differences, one pair of forwards a query (SPSA; MeZO, arXiv 2305.17333, definition 1)."""
+
+    def probes(self, num_queries: int) -> list[Probe]:
+        return [Probe(query, sign) for query in range(num_queries) for sign in (1, -1)]
+
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        plus, minus = losses.view(-1, 2).unbind(1)
+        return (plus - minus) / (2 * eps)
+
+
+class OneSided(Estimator):
+    """Forward differences with one shared baseline, the loss at the unperturbed weights."""
+
+    def probes(self, num_queries: int) -> list[Probe]:
+        return [Probe(0, 0), *(Probe(query, 1) for query in range(num_queries))]
+
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        return (losses[1:] - losses[0]) / eps
+
+
+class Population(Estimator):
+    """Each query against the mean of the others: no baseline forward, and curvature common to all cancels.
+
+    The leave-one-out form of population methods (AIM-ZO, FZOO), with the division by `eps` that some released
+    codes leave out: there `lr` silently means ``lr * eps``.
+    """
+
+    min_queries = 2
+
+    def probes(self, num_queries: int) -> list[Probe]:
+        return [Probe(query, 1) for query in range(num_queries)]
+
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        others = (losses.sum() - losses) / (len(losses) - 1)
+        return (losses - others) / eps

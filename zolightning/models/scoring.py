@@ -1,0 +1,69 @@
+"""Log-probabilities, scores and losses of the candidate answers of a batch.
+
+The losses are those of MeZO (Malladi et al. 2023, arXiv:2305.17333, appendix E). All numbers are float32 whatever
+the dtype of the model, because a zeroth-order step subtracts two losses that differ in the third digit.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zolightning.data import Batch
+
+
+def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the log-probability of each answer token, (B, C, A), and the mask of those that exist.
+
+    Where an answer is shorter than others, the log-probability is 0. Absent candidates are not run.
+    """
+    answer_ids = batch["answer_ids"]
+    mask = answer_ids >= 0
+    answer_length = answer_ids.shape[2]
+
+    if batch["input_ids"].shape[1] == 1 and answer_length == 1:
+        logits = _last_logits(model, batch["input_ids"][:, 0], batch["attention_mask"][:, 0], count=1)
+        log_probs = torch.log_softmax(logits[:, 0], dim=-1, dtype=torch.float32)  # (B, vocabulary)
+        log_probs = log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1)
+        return log_probs.masked_fill(~mask, 0.0), mask
+
+    present = mask.any(dim=-1)  # (B, C)
+    # an answer token is predicted one position before it stands
+    logits = _last_logits(
+        model, batch["input_ids"][present], batch["attention_mask"][present], count=answer_length + 1
+    )[:, :-1]
+    log_probs = torch.log_softmax(logits[mask[present]], dim=-1, dtype=torch.float32)  # (tokens, vocabulary)
+    log_probs = log_probs.gather(-1, answer_ids[mask].unsqueeze(-1)).squeeze(-1)
+    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, log_probs), mask
+
+
+def candidate_scores(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean log-likelihood of each candidate's tokens, (B, C); -inf for absent candidates."""
+    length = mask.sum(dim=-1)
+    return (log_probs.sum(dim=-1) / length.clamp(min=1)).masked_fill(length == 0, float("-inf"))
+
+
+def classification_loss(scores: Tensor, label: Tensor) -> Tensor:
+    """Returns the cross-entropy of the gold candidates, the scores serving as logits; mean over examples."""
+    return F.cross_entropy(scores, label)
+
+
+def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Tensor:
+    """Returns the negative log-likelihood of the gold answers; mean over all their tokens in the batch."""
+    rows = torch.arange(len(label), device=label.device)
+    return -log_probs[rows, label].sum() / mask[rows, label].sum()
+
+
+def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+    """Returns the logits of the last `count` positions of left-padded rows, (rows, count, vocabulary)."""
+    optional = {
+        # some architectures would count the padding as positions
+        "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
+        # logits that nobody reads cost up to a fifth of the forward pass and most of its memory
+        "logits_to_keep": count,
+        "use_cache": False,
+    }
+    accepted = inspect.signature(type(model).forward).parameters
+    arguments = {name: value for name, value in optional.items() if name in accepted}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **arguments).logits[:, -count:]

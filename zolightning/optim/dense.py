@@ -1,0 +1,69 @@
+"""Methods whose directions are dense: one unit-variance number for every element of every trainable parameter."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from zolightning.direction import Direction, directions
+from zolightning.estimators import Estimator
+from zolightning.noise import NOISE_KINDS, NoiseKind
+from zolightning.optim.base import StepRecord, ZerothOrderOptimizer
+from zolightning.precision import State, UpdatePrecision, packed
+
+
+class DenseOptimizer(ZerothOrderOptimizer):
+    """Abstract: draws dense directions and hands each parameter its estimated gradient as a direction.
+
+    Args:
+        noise: "gaussian" (17-valued, see :mod:`zolightning.noise`) or "rademacher".
+
+    The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        num_queries: int,
+        estimator: Estimator | None,
+        noise: NoiseKind,
+        seed: int | None,
+        update_precision: UpdatePrecision,
+    ) -> None:
+        if noise not in NOISE_KINDS:
+            raise ValueError(f"`noise` must be one of {NOISE_KINDS}, got {noise!r}.")
+        super().__init__(params, defaults, num_queries, estimator, seed, update_precision)
+        self.noise: NoiseKind = noise
+
+    @abstractmethod
+    def update_parameter(
+        self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float
+    ) -> None:
+        """Moves one contiguous weight, given its gradient estimate times :meth:`gradient_scale`."""
+
+    def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
+        """What the gradient is multiplied by before it is handed on; saves a pass over the parameter."""
+        return 1.0
+
+    def controlled(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
+        """The projected gradients as this method uses them."""
+        return projected_grads
+
+    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Direction]:
+        group = self.param_groups[0]
+        named = {name: parameter for _, name, parameter in self.trainable()}
+        made = directions(named, group["seed"], group["step"], {query: sign * group["eps"]}, self.noise)
+        return {parameter: made[name] for name, parameter in named.items()}
+
+    def update(self, record: StepRecord) -> None:
+        for group, lr in zip(self.param_groups, record.lr, strict=True):
+            named = {name: parameter for g, name, parameter in self.trainable() if g is group}
+            projected_grads = self.controlled(group, record.projected_grads)
+            scale = self.gradient_scale(group, lr) / len(projected_grads)
+            coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
+            gradients = directions(named, record.seed, record.step, coefficients, self.noise)
+            for name, parameter in named.items():
+                with packed(parameter) as weight:
+                    self.update_parameter(weight, self.state[parameter], gradients[name], group, lr)

@@ -1,0 +1,67 @@
+"""MeZO-Adam: Adam on the zeroth-order gradient estimate."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from zolightning.direction import Direction
+from zolightning.estimators import Estimator
+from zolightning.kernels import chunks
+from zolightning.noise import NoiseKind
+from zolightning.optim.base import require_fraction, require_positive
+from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.moments import CHUNK, adam_
+from zolightning.precision import State, UpdatePrecision, add_tensor
+
+
+class MeZOAdam(DenseOptimizer):
+    """MeZO-Adam (arXiv 2305.17333, appendix B): Adam with ``g z`` in the place of the gradient.
+
+    Memory: 8 bytes a parameter for the two moments, whatever the dtype of the weights, beside what
+    :class:`~zolightning.optim.MeZO` needs. In high dimension the second moment of ``g z`` is the same for all
+    coordinates, so ``MeZO(normalize=True)`` does the same with one number (arXiv 2605.03869); this class is here
+    to compare with.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size, weight units a step as in Adam.
+        betas: decay of the first and second moment.
+        denominator_eps: added to the root of the second moment (Adam's epsilon; `eps` is the perturbation scale).
+        eps, num_queries, estimator, noise, weight_decay, seed, update_precision: as in
+            :class:`~zolightning.optim.MeZO`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-5,
+        eps: float = 1e-3,
+        num_queries: int = 1,
+        estimator: Estimator | None = None,
+        noise: NoiseKind = "gaussian",
+        betas: tuple[float, float] = (0.9, 0.999),
+        denominator_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int | None = None,
+        update_precision: UpdatePrecision = "exact",
+    ) -> None:
+        require_fraction("betas[0]", betas[0])
+        require_fraction("betas[1]", betas[1])
+        require_positive("denominator_eps", denominator_eps)
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "betas": tuple(betas),
+            "denominator_eps": denominator_eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults, num_queries, estimator, noise, seed, update_precision)
+
+    def update_parameter(
+        self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float
+    ) -> None:
+        decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
+        step = adam_(state, weight, gradient, group["betas"], group["denominator_eps"])
+        for part in chunks(weight.numel(), CHUNK):
+            add_tensor(weight, state, -lr * step[part], self.update_precision, decay, part.start)

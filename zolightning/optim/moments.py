@@ -1,0 +1,47 @@
+"""Running moments of an estimated gradient, kept in fp32 (4 bytes an element each).
+
+The gradient comes as a :class:`~zolightning.direction.Direction`, which adds itself to a tensor: it is generated
+where it is needed, at most :data:`CHUNK` elements at once.
+"""
+
+import torch
+from torch import Tensor
+
+from zolightning.direction import Direction, arithmetic
+from zolightning.kernels import chunks
+from zolightning.precision import State
+
+CHUNK = 2**20
+
+
+def momentum_(state: State, weight: Tensor, gradient: Direction, momentum: float) -> Tensor:
+    """Folds a gradient, already times ``1 - momentum``, into ``state["momentum_buffer"]``; returns it, flat."""
+    buffer = _moment(state, "momentum_buffer", weight)
+    gradient.accumulate(buffer, decay=momentum)
+    return buffer
+
+
+def adam_(
+    state: State, weight: Tensor, gradient: Direction, betas: tuple[float, float], denominator_eps: float
+) -> Tensor:
+    """One step of Adam's moments (Kingma and Ba, arXiv 1412.6980, algorithm 1); returns the step per `lr`, flat.
+
+    Writes ``exp_avg`` and ``exp_avg_sq``. The returned tensor is of the size of the weight.
+    """
+    mean, square = _moment(state, "exp_avg", weight), _moment(state, "exp_avg_sq", weight)
+    state["step"] = state.get("step", 0) + 1
+    mean_correction, square_correction = (1 - beta ** state["step"] for beta in betas)
+    step = torch.zeros_like(mean)
+    gradient.accumulate(step)
+    for part in chunks(weight.numel(), CHUNK):
+        mean[part].lerp_(step[part], 1 - betas[0])
+        square[part].mul_(betas[1]).addcmul_(step[part], step[part], value=1 - betas[1])
+        denominator = (square[part] / square_correction).sqrt_().add_(denominator_eps)
+        torch.div(mean[part] / mean_correction, denominator, out=step[part])
+    return step
+
+
+def _moment(state: State, name: str, weight: Tensor) -> Tensor:
+    if name not in state:
+        state[name] = torch.zeros(weight.numel(), dtype=arithmetic(weight.dtype), device=weight.device)
+    return state[name]

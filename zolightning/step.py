@@ -1,0 +1,113 @@
+"""One zeroth-order training step of any LightningModule."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from zolightning.optim.base import StepRecord, ZerothOrderOptimizer
+
+Loss = Tensor | Mapping[str, Any]
+
+
+def zeroth_order_step(
+    module: L.LightningModule, loss_fn: Callable[[], Loss], skip_nonfinite: bool = False
+) -> StepRecord:
+    """Estimates, updates, schedules and logs: all that ``training_step`` has to do under manual optimization.
+
+    ``configure_optimizers`` must return one method of :mod:`zolightning.optim`. The loss is evaluated without
+    gradients, in evaluation mode (no dropout; batch norms use their stored statistics) and on the same batch each
+    time; the module's mode is as before afterwards. Under several ranks one sum of a few numbers is exchanged.
+
+    Logs ``train/loss`` (mean of the evaluated losses), ``zo/projected_grad`` (RMS over queries), ``zo/lr``,
+    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs itself is kept for the first evaluation only.
+
+    Args:
+        module: with ``automatic_optimization = False``.
+        loss_fn: computes the loss of the current batch anew at each call: a scalar tensor, or a mapping with it as
+            ``"loss"`` and the number of terms it averages as ``"weight"`` (Lightning's dictionary form).
+        skip_nonfinite: leave the weights alone when a loss is NaN or infinite, instead of raising.
+
+    Raises:
+        NonFiniteLossError: if a loss is NaN or infinite; the weights are those of the last step.
+    """
+    wrapper = module.optimizers()
+    optimizer = getattr(wrapper, "optimizer", wrapper)
+    if not isinstance(optimizer, ZerothOrderOptimizer):
+        raise MisconfigurationException(
+            "`configure_optimizers` must return one zeroth-order method for `zeroth_order_step` "
+            f"(zolightning.optim.MeZO, for example), got {type(optimizer).__name__}."
+        )
+    if not optimizer.attached:
+        optimizer.attach(module)
+
+    with evaluation_mode(module), muted_after_first(module, loss_fn) as evaluate:
+        record = optimizer.estimate(lambda: _loss_and_terms(evaluate()), _sum_over_ranks(module), skip_nonfinite)
+    wrapper.step()
+    schedulers = module.lr_schedulers()
+    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+        if scheduler is not None:
+            scheduler.step()
+    _log(module, optimizer, record)
+    return record
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts every submodule into evaluation mode, and back into the mode each was in."""
+    training = [m for m in module.modules() if m.training]
+    for submodule in training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+@contextmanager
+def muted_after_first(module: L.LightningModule, loss_fn: Callable[[], Loss]) -> Iterator[Callable[[], Loss]]:
+    """`loss_fn` with ``module.log`` doing nothing from its second call on: a step logs once, not once a forward."""
+    calls = 0
+
+    def evaluate() -> Loss:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            module.log = _discard  # type: ignore[method-assign]
+        return loss_fn()
+
+    try:
+        yield evaluate
+    finally:
+        module.__dict__.pop("log", None)
+
+
+def _discard(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _loss_and_terms(output: Loss) -> tuple[Tensor, Any]:
+    if isinstance(output, Mapping):
+        return output["loss"], output.get("weight", 1.0)
+    return output, 1.0
+
+
+def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor]:
+    strategy = module.trainer.strategy
+    return lambda tensor: strategy.reduce(tensor, reduce_op="sum")
+
+
+def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord) -> None:
+    squares = [g * g for g in record.projected_grads]
+    module.log("train/loss", record.loss, prog_bar=True)
+    module.log("zo/lr", record.lr[0])
+    module.log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
+    if squares:
+        module.log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
+    else:
+        module.log("zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
