@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from zolightning import bfloat16
+from zolightning import native
 from zolightning.kernels import chunks, kernel
 from zolightning.noise import Key, NoiseKind, coefficient, counter, key, noise_sum, start_of
 
@@ -22,7 +23,7 @@ def _perturb_rows(
     columns = table.shape[1]
     index = rows.to(torch.int32)[:, None] * columns + torch.arange(columns, dtype=torch.int32, device=rows.device)
     noise = noise_sum(index, keys, coefficients, kind)
-    out.copy_((table[rows].to(noise.dtype) + noise).to(out.dtype))
+    out.copy_((F.embedding(rows, table).to(noise.dtype) + noise).to(out.dtype))
 
 
 def _accumulate(
@@ -49,8 +50,8 @@ class Direction:
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         """Writes ``weight + direction`` to `out`; both contiguous, their first element has index `start`."""
         flat_out, flat_weight = out.view(-1), weight.view(-1)
-        if flat_weight.dtype == torch.bfloat16 and flat_weight.numel() % 2 == 0 and start % 2 == 0:
-            bfloat16.perturb(flat_out, flat_weight, self.keys, self.coefficients, start, self.kind)
+        if native.available(flat_weight, start):
+            native.perturb(flat_out, flat_weight, self.keys, self.coefficients, self.kind, start)
             return
         run, size = kernel(_perturb, flat_weight)
         for part in chunks(flat_weight.numel(), size):
@@ -65,6 +66,9 @@ class Direction:
             rows: integers, shape (k,).
             out: (k, n).
         """
+        if native.available(out, start=table.shape[1]):
+            native.perturb_rows(out, F.embedding(rows, table), rows, self.keys, self.coefficients, self.kind)
+            return
         run, size = kernel(_perturb_rows, out)
         for part in chunks(rows.numel(), max(1, size // table.shape[1])):
             run(out[part], table, rows[part], self.keys, self.coefficients, self.kind)
@@ -72,6 +76,9 @@ class Direction:
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
         flat = total.view(-1)
+        if native.available(flat, start):
+            native.add(flat, self.keys, self.coefficients, self.kind, decay, start=start)
+            return
         factor = torch.tensor(decay, dtype=flat.dtype, device=flat.device)
         run, size = kernel(_accumulate, flat)
         for part in chunks(flat.numel(), size):
@@ -120,7 +127,8 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 def standard(shape: Sequence[int], key: Key, kind: NoiseKind = "gaussian", device: str = "cpu") -> Tensor:
     """One materialised direction of unit variance, fp32: for inspection, tests and small factors."""
-    total = torch.zeros(tuple(shape), device=device)
+    total = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
     keys = torch.tensor([key], dtype=torch.int32, device=device)
-    Direction(keys, torch.tensor([coefficient(1.0, kind)], device=device), kind).accumulate(total)
+    coefficients = torch.tensor([coefficient(1.0, kind)], dtype=torch.float32, device=device)
+    Direction(keys, coefficients, kind).accumulate(total)
     return total

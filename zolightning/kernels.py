@@ -1,9 +1,8 @@
-"""One source for compiled and eager loops over parameters.
+"""Loops over parameters in torch: compiled for large tensors, eager in chunks for small ones.
 
-A kernel is a plain function of tensors that writes its outputs in place, element by element. For large tensors
-it is compiled once a process (one fused loop instead of thirty passes over memory); small tensors, and machines
-without a compiler, run it eagerly in chunks that stay in cache. Both give the same bits, so the choice is only
-about time.
+A kernel is a plain function of tensors that writes its outputs in place, element by element. ``torch.compile``
+turns it into one loop instead of thirty passes over memory; where it cannot, chunks that stay in cache make the best
+of it. Both give the same bits. CPUs with a C compiler use :mod:`zolightning.native` instead.
 """
 
 import functools

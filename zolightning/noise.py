@@ -13,8 +13,9 @@ its *code*:
 Coefficients are rounded to 20 significant bits. A code needs at most 4, so ``coefficient * code`` is exact in
 fp32, and a compiler that contracts ``a * b + c`` into one fused operation gets the same bits as one that does not.
 
-Everything here is element-wise integer arithmetic in torch, so that a loop that uses it compiles to C++ or Triton
-and also runs eagerly, with the same bits (:mod:`zolightning.kernels`).
+Everything here is element-wise integer arithmetic in torch, so that a loop that uses it can be compiled for a GPU and
+also runs eagerly (:mod:`zolightning.kernels`); CPUs have the same loops in C (:mod:`zolightning.native`). All give
+the same bits.
 """
 
 import functools
@@ -68,32 +69,18 @@ def hash_bits(index: Tensor, key: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 16)
 
 
-def half_codes(pair: Tensor, key: Tensor, kind: NoiseKind) -> tuple[Tensor, Tensor]:
-    """The codes, int32, of elements ``2 * pair`` and ``2 * pair + 1``."""
-    bits = _half_words(pair, key, kind)
-    return _code(bits & 0xFFFF, kind), _code(_shift_right(bits, 16), kind)
-
-
 def codes(index: Tensor, key: Tensor, kind: NoiseKind) -> Tensor:
     """The integer codes of a direction, int32, of the shape of `index`."""
-    bits = _half_words(_shift_right(index, 1), key, kind)
-    return _code((bits >> ((index & 1) << 4)) & 0xFFFF, kind)
-
-
-def _half_words(pair: Tensor, key: Tensor, kind: NoiseKind) -> Tensor:
-    """For each pair, one number in each half of an int32: how many of its 16 bits are set, or the bits themselves."""
-    bits = hash_bits(pair, key)
+    bits = hash_bits(_shift_right(index, 1), key)
+    shift = (index & 1) << 4  # an odd element has the upper half of its pair's bits
     if kind == "rademacher":
-        return bits
+        return 1 - 2 * ((bits >> (shift + 15)) & 1)
     # Bits counted in twos, fours, eights, sixteens; the masks make arithmetic shifts safe.
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    return (bits + (bits >> 8)) & 0x001F001F
-
-
-def _code(half: Tensor, kind: NoiseKind) -> Tensor:
-    return half - 8 if kind == "gaussian" else 1 - 2 * (half >> 15)
+    bits = (bits + (bits >> 8)) & 0x001F001F
+    return ((bits >> shift) & 0xFFFF) - 8
 
 
 def counter(like: Tensor, start: Tensor) -> Tensor:
@@ -107,16 +94,6 @@ def noise_sum(index: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind
     for query in range(1, keys.shape[0]):
         total = total + coefficients[query] * codes(index, keys[query], kind).to(coefficients.dtype)
     return total
-
-
-def noise_sum_pairs(pair: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> tuple[Tensor, Tensor]:
-    """:func:`noise_sum` of elements ``2 * pair`` and of elements ``2 * pair + 1``, at one hash for both."""
-    even, odd = (coefficients[0] * code.to(coefficients.dtype) for code in half_codes(pair, keys[0], kind))
-    for query in range(1, keys.shape[0]):
-        code_even, code_odd = half_codes(pair, keys[query], kind)
-        even = even + coefficients[query] * code_even.to(coefficients.dtype)
-        odd = odd + coefficients[query] * code_odd.to(coefficients.dtype)
-    return even, odd
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ perturbation. :func:`audit` finds such parameters before the first step; they ar
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -78,35 +79,34 @@ class Perturbed(TorchFunctionMode):
         self._in_place = {p: perturbations[p] for p in in_place if p in perturbations}
         self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self._in_place}
         self._scratch = scratch or Scratch()
-        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._restore = ExitStack()
         self.seen: set[int] = set()  # ids of the parameters that some function has read
 
     def __enter__(self) -> "Perturbed":
-        for parameter, perturbation in self._in_place.items():
-            original = parameter.detach().clone(memory_format=torch.contiguous_format)
-            self._originals.append((parameter, original))
-            perturbed = torch.empty_like(original)
-            perturbation.add_to(original, perturbed)
-            parameter.detach().copy_(perturbed)
-        self._forget_casts()
-        return super().__enter__()
+        with ExitStack() as restore:  # an interrupt or a lack of memory on the way restores what was done so far
+            # Autocast keeps its half-precision copies of parameters: stale here, or as large as the model.
+            restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
+            for parameter, perturbation in self._in_place.items():
+                original = parameter.detach().clone(memory_format=torch.contiguous_format)
+                perturbed = torch.empty_like(original)
+                perturbation.add_to(original, perturbed)
+                restore.callback(parameter.detach().copy_, original)
+                parameter.detach().copy_(perturbed)
+            super().__enter__()
+            self._restore = restore.pop_all()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for parameter, original in self._originals:
-            parameter.detach().copy_(original)
-        self._originals.clear()
-        self._forget_casts()
-
-    def _forget_casts(self) -> None:
-        """Autocast keeps the half-precision copies of parameters it has made: stale once they change in place."""
-        if self._in_place:
-            torch.clear_autocast_cache()
+        with self._restore:
+            super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled graph would keep the noise of the step it was traced in
+            return func(*args, **kwargs)
         if (not self._reads(args) and not (kwargs and self._reads(kwargs.values()))) or _describes(func):
             return func(*args, **kwargs)
         if func is F.embedding and self._is_plain_lookup(args, kwargs):
@@ -119,9 +119,10 @@ class Perturbed(TorchFunctionMode):
         except BaseException:
             taken.clear()
             raise
-        for tensor in reversed(taken):
-            if not _shares_memory(output, tensor):  # a view keeps its buffer; the next call gets a new one
-                self._scratch.give_back(tensor)
+        if not torch.is_grad_enabled():  # autograd may have saved the buffers
+            for tensor in reversed(taken):
+                if not _may_share_memory(output, tensor):  # a view keeps its buffer; the next call gets a new one
+                    self._scratch.give_back(tensor)
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
@@ -142,7 +143,8 @@ class Perturbed(TorchFunctionMode):
         scratch = self._scratch.take(weight)
         taken.append(scratch)
         perturbation.add_to(weight, scratch)
-        return scratch
+        # torch takes other paths for weights that require gradients (matmul folds its batch): keep to the same ones.
+        return nn.Parameter(scratch, value.requires_grad)
 
     def _is_plain_lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an embedding call only gathers rows: no renormalisation in place (`max_norm`)."""
@@ -164,10 +166,15 @@ def _describes(func: Callable[..., Any]) -> bool:
     return name in _DESCRIPTIONS
 
 
-def _shares_memory(output: Any, tensor: Tensor) -> bool:
-    if isinstance(output, Tensor):
+def _may_share_memory(output: Any, tensor: Tensor) -> bool:
+    if isinstance(output, list | tuple):
+        return any(_may_share_memory(value, tensor) for value in output)
+    if output is None or isinstance(output, bool | int | float):
+        return False
+    try:
         return output.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    return isinstance(output, list | tuple) and any(_shares_memory(value, tensor) for value in output)
+    except (AttributeError, NotImplementedError):  # not a tensor, or one without memory of its own (vmap, sparse)
+        return True
 
 
 class FlippedBit:
@@ -193,18 +200,24 @@ class FlippedBit:
 
 
 @torch.no_grad()
-def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter]:
-    """The parameters that :class:`Perturbed` must perturb in place, found with two or three evaluations.
+def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter] | None:
+    """The parameters that :class:`Perturbed` must perturb in place, found with three or four evaluations.
 
-    The loss is evaluated once with all parameters exchanged and once with all of them changed in place, by the
-    same amount. Parameters that no function has read are returned; when the two losses still differ, some
+    The loss is evaluated as it is, once with all parameters exchanged and once with all of them changed in place,
+    by the same amount. Parameters that no function has read are returned; when the two losses still differ, some
     function has read one of the others unseen, and all are returned.
 
     Args:
         parameters: those to be perturbed.
         evaluate: the loss of one batch, a scalar; must be deterministic.
+
+    Returns:
+        The parameters, or None where the loss is not finite, so that nothing can be compared.
     """
     parameters = list(parameters)
+    loss = evaluate()
+    if not torch.isfinite(loss):
+        return None
     flip = FlippedBit()
     with Perturbed(dict.fromkeys(parameters, flip)) as exchanged:
         loss_exchanged = evaluate()
@@ -222,14 +235,6 @@ def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) ->
         for parameter in flipped:
             flip.flip_(parameter.detach())
         torch.clear_autocast_cache()
-    if _agree(loss_exchanged, loss_in_place, evaluate):
-        return unseen
-    return set(parameters)
-
-
-def _agree(exchanged: Tensor, in_place: Tensor, evaluate: Callable[[], Tensor]) -> bool:
-    if torch.equal(exchanged, in_place):
-        return True
     # Kernels that add in varying order differ in the last bits: small against what the change itself did.
-    effect = (in_place - evaluate()).abs()
-    return bool((exchanged - in_place).abs() <= 1e-2 * effect)
+    agree = (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
+    return unseen if agree else set(parameters)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zolightning import bfloat16
+from zolightning import bfloat16, native
 from zolightning.direction import Direction
 from zolightning.kernels import chunks, kernel
 from zolightning.noise import NoiseKind, counter, noise_sum, start_of
@@ -59,17 +59,19 @@ def add_direction(
     """
     flat = weight.view(-1)
     keys, coefficients, kind = direction.keys, direction.coefficients, direction.kind
-    factor = torch.tensor(decay, dtype=coefficients.dtype, device=flat.device)
     rest = _rest(flat, state, precision)
-    if rest is None:
-        run, size = kernel(_add_noise, flat)
-        for part in chunks(flat.numel(), size):
-            run(flat[part], keys, coefficients, start_of(part.start, flat.device), factor, kind)
-    elif rest.dtype == torch.int16:
-        bfloat16.add_noise(flat, rest, keys, coefficients, factor, kind)
-    else:
+    if rest is not None and rest.dtype == torch.float32:
         direction.accumulate(rest, decay)
         flat.copy_(rest)
+        return
+    if native.available(flat):
+        native.add(flat, keys, coefficients, kind, decay, low=rest)
+        return
+    factor = torch.tensor(decay, dtype=coefficients.dtype, device=flat.device)
+    run, size = kernel(_add_noise if rest is None else _add_noise_split, flat)
+    for part in chunks(flat.numel(), size):
+        weights = (flat[part],) if rest is None else (flat[part], rest[part])
+        run(*weights, keys, coefficients, start_of(part.start, flat.device), factor, kind)
 
 
 def add_tensor(
@@ -99,6 +101,13 @@ def _add_noise(
 ) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)
     weight.copy_((decay * weight.to(noise.dtype) + noise).to(weight.dtype))
+
+
+def _add_noise_split(
+    weight: Tensor, low: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind
+) -> None:
+    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
+    bfloat16.write_split(weight, low, decay * bfloat16.read_split(weight, low) + noise)
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from zolightning.optim.base import StepRecord, ZerothOrderOptimizer
 
@@ -23,8 +24,12 @@ def zeroth_order_step(
     gradients, in evaluation mode (no dropout; batch norms use their stored statistics) and on the same batch each
     time; the module's mode is as before afterwards. Under several ranks one sum of a few numbers is exchanged.
 
+    Learning rate schedulers take a step each, whatever their interval; one that waits for a metric
+    (``ReduceLROnPlateau``) is left to its owner.
+
     Logs ``train/loss`` (mean of the evaluated losses), ``zo/projected_grad`` (RMS over queries), ``zo/lr``,
-    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs itself is kept for the first evaluation only.
+    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs itself, under other names, is kept for the first
+    evaluation only.
 
     Args:
         module: with ``automatic_optimization = False``.
@@ -50,7 +55,7 @@ def zeroth_order_step(
     wrapper.step()
     schedulers = module.lr_schedulers()
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-        if scheduler is not None:
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
     _log(module, optimizer, record)
     return record
@@ -73,33 +78,39 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def muted_after_first(module: L.LightningModule, loss_fn: Callable[[], Loss]) -> Iterator[Callable[[], Loss]]:
     """`loss_fn` with ``module.log`` doing nothing from its second call on: a step logs once, not once a forward."""
     calls = 0
+    own_log, module_log = vars(module).get("log"), module.log
+
+    def log(name: str, *args: Any, **kwargs: Any) -> None:
+        # Lightning refuses a name that is logged twice, and `train/loss` is the step's.
+        if calls == 1 and name != "train/loss":
+            module_log(name, *args, **kwargs)
 
     def evaluate() -> Loss:
         nonlocal calls
         calls += 1
-        if calls == 2:
-            module.log = _discard  # type: ignore[method-assign]
         return loss_fn()
 
+    module.log = log  # type: ignore[method-assign]
     try:
         yield evaluate
     finally:
-        module.__dict__.pop("log", None)
+        del module.log
+        if own_log is not None:
+            module.log = own_log
 
 
-def _discard(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def _loss_and_terms(output: Loss) -> tuple[Tensor, Any]:
+def _loss_and_terms(output: Loss) -> tuple[Any, Any]:
     if isinstance(output, Mapping):
-        return output["loss"], output.get("weight", 1.0)
+        return output.get("loss"), output.get("weight", 1.0)
     return output, 1.0
 
 
-def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor]:
+def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | None:
     strategy = module.trainer.strategy
-    return lambda tensor: strategy.reduce(tensor, reduce_op="sum")
+    if module.trainer.world_size == 1:
+        return None
+    # Losses may come from the CPU, where NCCL cannot add them.
+    return lambda tensor: strategy.reduce(tensor.to(module.device), reduce_op="sum")
 
 
 def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord) -> None:

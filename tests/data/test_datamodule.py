@@ -5,7 +5,9 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import lightning as L
+import numpy as np
 import pytest
 
 from zolightning.data import PromptDataModule
@@ -53,6 +55,29 @@ def test_validation_rows_come_from_the_training_file_unless_they_have_their_own(
     make_trainer(max_epochs=1).fit(spectator, datamodule=data)
     assert sorted(flat(spectator.train_ids)) == list(range(20))
     assert len(flat(spectator.eval_ids)) == 5
+
+
+def test_hub_rows_are_sampled_as_in_mezo(
+    monkeypatch: pytest.MonkeyPatch, make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+) -> None:
+    def load_dataset(path: str, name: str, split: str, revision: str | None) -> datasets.Dataset:
+        assert (path, name, revision) == ("nyu-mll/glue", "sst2", None)
+        size = {"train": 50, "validation": 12}[split]
+        return datasets.Dataset.from_list([{"sentence": f"dish {index}", "label": index % 2} for index in range(size)])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = PromptDataModule("sst2", num_train=20, num_validation=10, num_test=8, seed=3, batch_size=5)
+    make_trainer(max_epochs=1).fit(spectator, datamodule=data)
+    np.random.seed(3)
+    chosen = np.random.permutation(50)[:30].tolist()
+    assert sorted(flat(spectator.train_ids)) == sorted(chosen[:20])
+    assert sorted(flat(spectator.eval_ids)) == sorted(chosen[20:])
+
+    spectator.eval_ids.clear()
+    make_trainer().test(spectator, data, verbose=False)
+    np.random.seed(3)
+    assert sorted(flat(spectator.eval_ids)) == sorted(np.random.permutation(12)[:8].tolist())
 
 
 def test_predictions_are_of_the_test_rows(

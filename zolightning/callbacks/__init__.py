@@ -1,5 +1,6 @@
 """Callbacks: what is trained, when, and what is recorded."""
 
+from zolightning.callbacks.run_monitor import RunMonitor
 from zolightning.callbacks.zeroth_order import ZerothOrder
 
-__all__ = ["ZerothOrder"]
+__all__ = ["RunMonitor", "ZerothOrder"]

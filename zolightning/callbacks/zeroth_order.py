@@ -11,9 +11,11 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPreci
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zolightning.optim.base import NonFiniteLossError, ZerothOrderOptimizer
+from zolightning.optim.base import NonFiniteLossError, ZerothOrderOptimizer, loss_and_terms
 from zolightning.step import Loss, zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
@@ -84,13 +86,19 @@ class ZerothOrder(Callback):
         pl_module.configure_optimizers = lambda: self._configure(pl_module)  # type: ignore[method-assign]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            # `trainer.global_step` reads the automatic counter of an automatic module, also after the fit.
-            loop = trainer.fit_loop.epoch_loop
-            loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
-            pl_module.automatic_optimization = self._automatic_optimization
-            pl_module.__dict__.pop("training_step", None)
-            pl_module.__dict__.pop("configure_optimizers", None)
+        self._give_back(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._give_back(trainer, pl_module)  # Lightning calls no teardown after an exception or an interrupt
+
+    def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if vars(pl_module).pop("configure_optimizers", None) is None:
+            return
+        del pl_module.training_step
+        # `trainer.global_step` reads the automatic counter of an automatic module, also after the fit.
+        loop = trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
+        pl_module.automatic_optimization = self._automatic_optimization
 
     def _configure(self, pl_module: L.LightningModule) -> Any:
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
@@ -107,23 +115,39 @@ class ZerothOrder(Callback):
         optimizer.attach(pl_module)
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer)}}
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise MisconfigurationException(
+                "`lr_scheduler` is ReduceLROnPlateau, which waits for a metric, and schedulers are stepped after every "
+                "training step. Use one that goes by the step, such as LinearLR or CosineAnnealingLR."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
     def _losses(self, training_step: Callable[..., Any], batch: Any, batch_idx: int) -> Loss:
         if self.micro_batch_size is None:
             return _weighted(training_step(batch, batch_idx), batch)
-        parts = [
-            _weighted(training_step(part, batch_idx), part) for part in micro_batches(batch, self.micro_batch_size)
-        ]
-        weights = torch.stack([torch.as_tensor(part["weight"], dtype=torch.float64) for part in parts])
-        losses = torch.stack([part["loss"].detach().double().cpu() for part in parts])
+        parts = []
+        for part in micro_batches(batch, self.micro_batch_size):
+            output = _weighted(training_step(part, batch_idx), part)
+            parts.append(loss_and_terms((output["loss"], output["weight"])))
+        losses, weights = (torch.stack(values) for values in zip(*parts, strict=True))
         return {"loss": (losses * weights).sum() / weights.sum(), "weight": weights.sum()}
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of at most `size` examples; what is not a tensor goes into every part."""
-    for start in range(0, _batch_size(batch) or 0, size):
-        yield _map_tensors(batch, lambda tensor, at=start: tensor[at : at + size])
+    """The batch in parts of at most `size` examples; what is not a tensor of its length goes into every part."""
+    total = _batch_size(batch)
+    if total is None:
+        raise ValueError(
+            f"`micro_batch_size` is {size}, and a batch of type {type(batch).__name__} has no tensor to cut."
+        )
+
+    for start in range(0, total, size):
+
+        def cut(tensor: Tensor, start: int = start) -> Tensor:
+            return tensor[start : start + size] if tensor.ndim and len(tensor) == total else tensor
+
+        yield apply_to_collection(batch, Tensor, cut)
 
 
 def refuse_unsupported(trainer: L.Trainer) -> None:
@@ -159,18 +183,8 @@ def refuse_unsupported(trainer: L.Trainer) -> None:
 def _weighted(output: Any, batch: Any) -> dict[str, Any]:
     """What ``training_step`` returned, with the number of examples as its weight unless it names one itself."""
     if isinstance(output, Mapping):
-        return {"loss": output["loss"], "weight": output.get("weight", _batch_size(batch) or 1)}
+        return {"loss": output.get("loss"), "weight": output.get("weight", _batch_size(batch) or 1)}
     return {"loss": output, "weight": _batch_size(batch) or 1}
-
-
-def _map_tensors(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(data, Tensor):
-        return function(data) if data.ndim else data
-    if isinstance(data, Mapping):
-        return {name: _map_tensors(value, function) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return type(data)(_map_tensors(value, function) for value in data)
-    return data
 
 
 def _batch_size(batch: Any) -> int | None:

@@ -84,7 +84,7 @@ class CausalLM(L.LightningModule):
 
     def on_fit_start(self) -> None:
         # Lightning leaves the network as it is, and `from_pretrained` leaves it in eval mode
-        self.model.train(self.automatic_optimization)
+        self.model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns the mean loss and, as `weight`, how many terms it is the mean of."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -77,30 +78,26 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        self.estimator = estimator or TwoSided()
-        if num_queries < self.estimator.min_queries:
-            name = type(self.estimator).__name__
-            raise ValueError(
-                f"`num_queries` must be at least {self.estimator.min_queries} with {name}, got {num_queries}."
-            )
+        self.estimator = TwoSided() if estimator is None else estimator
+        if not isinstance(self.estimator, Estimator):
+            raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
+        if not isinstance(num_queries, Integral) or num_queries < self.estimator.min_queries:
+            name, least = type(self.estimator).__name__, self.estimator.min_queries
+            raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {num_queries!r}.")
         if update_precision not in UPDATE_PRECISIONS:
             raise ValueError(f"`update_precision` must be one of {UPDATE_PRECISIONS}, got {update_precision!r}.")
-        require_positive("lr", defaults["lr"])
-        require_positive("eps", defaults["eps"])
-        if defaults.get("weight_decay", 0.0) < 0:
-            raise ValueError(f"`weight_decay` must not be negative, got {defaults['weight_decay']}.")
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        super().__init__(params, defaults | {"step": 0, "seed": seed, "forward_passes": 0})
+        if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
+        self._names: dict[nn.Parameter, str] = {}
+        super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
         self.num_queries = num_queries
         self.update_precision: UpdatePrecision = update_precision
         self.record: StepRecord | None = None
         self._pending = False
-        self._names = self._group_names()
         self.attached = False
-        self._in_place: set[nn.Parameter] | None = None
+        self._in_place: dict[nn.Parameter, bool] = {}  # the audit's verdict on each parameter it has seen
         self._scratch = Scratch()
-        if len({group["eps"] for group in self.param_groups}) > 1:
-            raise ValueError("`eps` must be the same in all parameter groups: they share the losses of a step.")
 
     # What a method defines
 
@@ -111,6 +108,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def update(self, record: StepRecord) -> None:
         """Moves the trainable parameters by a step with these projected gradients."""
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
+        require_positive("lr", group["lr"])
+        require_positive("eps", group["eps"])
+        if group["eps"] != self.param_groups[0]["eps"]:
+            raise ValueError("`eps` must be the same in all parameter groups: they share the losses of a step.")
+        if not group.get("weight_decay", 0.0) >= 0:
+            raise ValueError(f"`weight_decay` must not be negative, got {group['weight_decay']!r}.")
 
     # What a step calls
 
@@ -128,30 +134,27 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
         """
-        if self._in_place is None:
-            self._find_unseen(evaluate)
+        self._find_unseen(evaluate)
         probes = self.estimator.probes(self.num_queries)
         sums = []
         for probe in probes:
             with self.perturbed(*probe):
-                loss, terms = _loss_and_terms(evaluate())
+                loss, terms = loss_and_terms(evaluate())
             sums.append(torch.stack([loss * terms, terms]))
         totals = torch.stack(sums)
         totals = totals if reduce is None else reduce(totals)
         losses = (totals[:, 0] / totals[:, 1]).cpu()
         group = self.param_groups[0]
-        if not torch.isfinite(losses).all():
-            if not skip_nonfinite:
-                values = ", ".join(f"{loss:g}" for loss in losses.tolist())
-                raise NonFiniteLossError(f"The loss is not finite at step {group['step']}: {values}.")
-            projected_grads: tuple[float, ...] = ()
-        else:
-            projected_grads = tuple(self.estimator.projected_grads(losses, group["eps"]).tolist())
+        finite = bool(torch.isfinite(losses).all())
+        if not finite and not skip_nonfinite:
+            values = ", ".join(f"{loss:g}" for loss in losses.tolist())
+            raise NonFiniteLossError(f"The loss is not finite at step {group['step']}: {values}.")
+        projected_grads = self.estimator.projected_grads(losses, group["eps"]).tolist() if finite else ()
         self.record = StepRecord(
             step=group["step"],
             seed=group["seed"],
             lr=tuple(float(group["lr"]) for group in self.param_groups),
-            projected_grads=projected_grads,
+            projected_grads=tuple(projected_grads),
             loss=losses.mean().item(),
             forward_passes=len(probes),
         )
@@ -161,7 +164,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
     def perturbed(self, query: int, sign: int) -> AbstractContextManager[Any]:
         """A context in which the trainable parameters read as ``W + sign * eps * direction``."""
         perturbations = self.perturbations(query, sign) if sign else {}
-        return Perturbed(perturbations, in_place=self._in_place or (), scratch=self._scratch)
+        in_place = [parameter for parameter in perturbations if self._in_place.get(parameter, True)]
+        return Perturbed(perturbations, in_place, self._scratch)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -181,6 +185,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         """Applies a record, this run's or a replayed one: same weights before, same bits after."""
         if record.projected_grads:
             self.update(record)
+            torch.clear_autocast_cache()  # casts of the weights as they were
         for group in self.param_groups:
             group["step"] = record.step + 1
             group["forward_passes"] += record.forward_passes
@@ -201,9 +206,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
             ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes.
         """
         self.attached = True
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        self._names |= {parameter: names[parameter] for parameter in self._names if parameter in names}
-        count = 0
+        self._names |= {parameter: name for name, parameter in module.named_parameters()}
+        count, half = 0, []
         for _, name, parameter in self.trainable():
             count += 1
             if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
@@ -215,8 +219,30 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
                 raise ValueError(
                     f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train."
                 )
+            if parameter.dtype in (torch.bfloat16, torch.float16) and self.update_precision == "native":
+                half.append(name)
         if not count:
             raise ValueError("No parameter is trainable: all of the optimizer's have `requires_grad=False`.")
+        if half:
+            rank_zero_warn(
+                f"`update_precision` is 'native', which loses most of a small update in {_some(half)}. 'exact' loses "
+                "none, for 2 bytes a bfloat16 parameter, 4 a float16 one."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, named by the module the optimizer is attached to, if it is."""
+        super().add_param_group(param_group)
+        group, number = self.param_groups[-1], len(self.param_groups) - 1
+        self.check(group)
+        given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+        for parameter, name in zip(group["params"], given, strict=True):
+            self._names.setdefault(parameter, name)
+        names = [self._names[parameter] for group in self.param_groups for parameter in group["params"]]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
+                "of one module's `named_parameters()`, or pass parameters without names."
+            )
 
     def state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state now."""
@@ -230,26 +256,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         for index, parameter in zip(saved, parameters, strict=True):
-            if index in state_dict["state"]:
-                entries = state_dict["state"][index].items()
-                self.state[parameter] = {
-                    name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in entries
-                }
-
-    def _group_names(self) -> dict[nn.Parameter, str]:
-        names = {}
-        for number, group in enumerate(self.param_groups):
-            given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-            names |= dict(zip(group["params"], given, strict=True))
-        return names
+            for name, value in state_dict["state"].get(index, {}).items():
+                is_tensor = isinstance(value, Tensor)
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value
 
     def _find_unseen(self, evaluate: Evaluate) -> None:
-        parameters = {name: parameter for _, name, parameter in self.trainable()}
-        self._in_place = audit(parameters.values(), lambda: _loss_and_terms(evaluate())[0])
-        if self._in_place:
-            names = [name for name, parameter in parameters.items() if parameter in self._in_place]
-            _warn_in_place(names)
+        """Audits parameters that take part for the first time; all are perturbed in place until that succeeds."""
+        new = {parameter: name for _, name, parameter in self.trainable() if parameter not in self._in_place}
+        unseen = audit(new, lambda: loss_and_terms(evaluate())[0]) if new else None
+        if unseen is None:
+            return
+        self._in_place |= {parameter: parameter in unseen for parameter in new}
+        if unseen:
+            names = _some([name for parameter, name in new.items() if parameter in unseen])
+            rank_zero_warn(
+                f"{len(unseen)} parameters are unused or read where torch's Python functions do not see it, and are "
+                f"perturbed in place from a copy, which costs their size in memory: {names}."
+            )
 
 
 def require_positive(name: str, value: float) -> None:
@@ -264,15 +287,14 @@ def require_fraction(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be at least 0 and below 1, got {value!r}.")
 
 
-def _loss_and_terms(output: Any) -> tuple[Tensor, Tensor]:
+def loss_and_terms(output: Any) -> tuple[Tensor, Tensor]:
+    """A loss and the number of terms it averages, both as wide scalars, from what `evaluate` returned."""
     loss, terms = output if isinstance(output, tuple) else (output, 1.0)
-    loss = loss.detach().to(torch.float32 if loss.device.type == "mps" else torch.float64)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', loss)}.")
+    loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
     return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device)
 
 
-def _warn_in_place(names: list[str]) -> None:
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    rank_zero_warn(
-        f"{len(names)} parameters are unused or read where torch's Python functions do not see it, and are "
-        f"perturbed in place from a copy, which costs their size in memory: {shown}."
-    )
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

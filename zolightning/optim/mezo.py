@@ -61,10 +61,6 @@ class MeZO(DenseOptimizer):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        require_fraction("momentum", momentum)
-        require_fraction("rms_decay", rms_decay)
-        if clip is not None:
-            require_positive("clip", clip)
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -77,6 +73,13 @@ class MeZO(DenseOptimizer):
             "mean_square_weight": 0.0,
         }
         super().__init__(params, defaults, num_queries, estimator, noise, seed, update_precision)
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        require_fraction("momentum", group["momentum"])
+        require_fraction("rms_decay", group["rms_decay"])
+        if group["clip"] is not None:
+            require_positive("clip", group["clip"])
 
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
         return 1 - group["momentum"] if group["momentum"] else -lr

@@ -46,9 +46,6 @@ class MeZOAdam(DenseOptimizer):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        require_fraction("betas[0]", betas[0])
-        require_fraction("betas[1]", betas[1])
-        require_positive("denominator_eps", denominator_eps)
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -57,6 +54,12 @@ class MeZOAdam(DenseOptimizer):
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults, num_queries, estimator, noise, seed, update_precision)
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        require_fraction("betas[0]", group["betas"][0])
+        require_fraction("betas[1]", group["betas"][1])
+        require_positive("denominator_eps", group["denominator_eps"])
 
     def update_parameter(
         self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float

@@ -1,0 +1,123 @@
+"""The table of methods, and the small networks, modules and Trainers that several test files use."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from zolightning.estimators import OneSided, Population
+from zolightning.kernels import _Compiler
+from zolightning.optim import MeZO, MeZOAdam, ZerothOrderOptimizer
+
+Method = Callable[..., ZerothOrderOptimizer]
+
+# A row here puts a method through all tests of tests/optim/test_all_methods.py and through those of resuming. The
+# learning rates are made for `Problem` below, which has 30 parameters and a curvature of 1.
+METHODS: dict[str, Method] = {
+    "mezo": partial(MeZO, lr=0.02),
+    "mezo-rademacher": partial(MeZO, lr=0.02, noise="rademacher"),
+    "mezo-one-sided": partial(MeZO, lr=0.04, num_queries=3, estimator=OneSided()),
+    "mezo-population": partial(MeZO, lr=0.04, num_queries=4, estimator=Population()),
+    "mezo-momentum": partial(MeZO, lr=0.02, momentum=0.9),
+    "mezo-weight-decay": partial(MeZO, lr=0.02, weight_decay=0.1),
+    "mezo-normalize": partial(MeZO, lr=0.02, normalize=True),
+    "mezo-clip": partial(MeZO, lr=0.02, clip=1.5, num_queries=2),
+    "mezo-all": partial(
+        MeZO, lr=0.01, momentum=0.5, weight_decay=0.1, normalize=True, clip=2.0, rms_decay=0.9, num_queries=2
+    ),
+    "mezo-native": partial(MeZO, lr=0.02, update_precision="native"),
+    "mezo-adam": partial(MeZOAdam, lr=0.02),
+    "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.02, weight_decay=0.1, num_queries=2),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    """Makes an optimizer from parameters; keyword arguments replace those of the table."""
+    return METHODS[request.param]
+
+
+class Problem(nn.Module):
+    """A quadratic over a matrix, images in channels-last layout and a vector of odd length."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(11))
+        self.matrix = nn.Parameter(draw(4, 3).to(dtype))
+        self.images = nn.Parameter(draw(1, 3, 2, 2).to(dtype).to(memory_format=torch.channels_last))
+        self.vector = nn.Parameter(draw(5).to(dtype))
+
+    def forward(self) -> Tensor:
+        """The loss; its gradient is the parameter plus 0.5."""
+        return sum((parameter.double() + 0.5).square().sum() / 2 for parameter in self.parameters())
+
+
+@pytest.fixture
+def make_problem() -> Callable[..., Problem]:
+    return Problem
+
+
+@pytest.fixture(autouse=True)
+def cold_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that compiles leaves the later ones to run their small tensors eagerly."""
+    monkeypatch.setattr(_Compiler, "warm", False)
+    monkeypatch.setattr(_Compiler, "enabled", True)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Any) -> Callable[..., L.Trainer]:
+    def make(**kwargs: Any) -> L.Trainer:
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(**quiet | kwargs)
+
+    return make
+
+
+class Regression(L.LightningModule):
+    """A plain module that knows nothing of zeroth-order training."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(0.5), nn.Linear(width, 1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        # One product after another: the order of the sums must not depend on the batch's size
+        return F.mse_loss(self.net(inputs).float(), targets.float())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def make_regression() -> Callable[..., Regression]:
+    return Regression
+
+
+@pytest.fixture
+def regression_data() -> Callable[..., DataLoader]:
+    """Batches of a linear regression with a little noise, in a fixed order."""
+
+    def make(num_batches: int = 7, batch_size: int = 4) -> DataLoader:
+        generator = torch.Generator().manual_seed(3)
+        inputs = torch.randn(num_batches * batch_size, 4, generator=generator)
+        targets = inputs @ torch.tensor([[0.5], [-1.0], [0.25], [0.1]])
+        return DataLoader(TensorDataset(inputs, targets), batch_size=batch_size)
+
+    return make

@@ -1,0 +1,116 @@
+/* The loops over parameters for CPUs: the arithmetic of noise.py, direction.py and precision.py, which explain it, with
+ * the same bits. Compiled on first use by native.py; a * b + c must not be contracted. */
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 2048 /* elements whose noise is made at once: 8 KiB of stack, inside the first-level cache */
+
+static inline uint32_t hash_bits(uint32_t bits, uint32_t key0, uint32_t key1) {
+    bits ^= key0;
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352Du;
+    bits = (bits ^ (bits >> 15)) + key1;
+    bits *= 0x846CA68Bu;
+    return bits ^ (bits >> 16);
+}
+
+/* Writes, or adds to what is there, coefficient * code for elements 2 * pair, 2 * pair + 1, ... Always inlined with
+ * constants for the last two arguments, so that each loop vectorises. */
+static inline __attribute__((always_inline)) void noise_of_query(float *restrict noise, uint32_t pair, int64_t pairs,
+                                                                 const int32_t *restrict key, float coefficient,
+                                                                 int rademacher, int add) {
+    const uint32_t key0 = (uint32_t)key[0], key1 = (uint32_t)key[1];
+    for (int64_t i = 0; i < pairs; i++) {
+        uint32_t bits = hash_bits(pair + (uint32_t)i, key0, key1);
+        int32_t even, odd;
+        if (rademacher) {
+            even = 1 - (int32_t)((bits >> 14) & 2);
+            odd = 1 - (int32_t)((bits >> 30) & 2);
+        } else {
+            bits -= (bits >> 1) & 0x55555555u;
+            bits = (bits & 0x33333333u) + ((bits >> 2) & 0x33333333u);
+            bits = (bits + (bits >> 4)) & 0x0F0F0F0Fu;
+            bits = (bits + (bits >> 8)) & 0x001F001Fu;
+            even = (int32_t)(bits & 0xFFFF) - 8;
+            odd = (int32_t)(bits >> 16) - 8;
+        }
+        noise[2 * i] = (add ? noise[2 * i] : 0.0f) + coefficient * (float)even;
+        noise[2 * i + 1] = (add ? noise[2 * i + 1] : 0.0f) + coefficient * (float)odd;
+    }
+}
+
+/* noise[j] = sum over queries of coefficient * code of element 2 * pair + j; writes a multiple of two elements. */
+static void noise_sum(float *restrict noise, uint32_t pair, int64_t elements, const int32_t *restrict keys,
+                      const float *restrict coefficients, int64_t queries, int rademacher) {
+    const int64_t pairs = (elements + 1) / 2;
+    for (int64_t q = 0; q < queries; q++) {
+        if (rademacher) {
+            if (q) noise_of_query(noise, pair, pairs, keys + 2 * q, coefficients[q], 1, 1);
+            else noise_of_query(noise, pair, pairs, keys, coefficients[0], 1, 0);
+        } else {
+            if (q) noise_of_query(noise, pair, pairs, keys + 2 * q, coefficients[q], 0, 1);
+            else noise_of_query(noise, pair, pairs, keys, coefficients[0], 0, 0);
+        }
+    }
+}
+
+static inline float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline uint16_t to_bf16(float value) { /* to nearest, ties to even */
+    const uint32_t bits = as_bits(value);
+    return value == value ? (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16) : 0x7FC0;
+}
+
+/* Runs BODY for the elements of each block, with `j` counting them in the tensor and `noise[j - base]` their noise.
+ * The tensor has `segments` segments of `elements`; the first element of segment s has index rows[s] * elements, or
+ * `start` where there are no rows. First indices must be even. */
+#define FOR_EACH_BLOCK(BODY)                                                                            \
+    _Pragma("omp parallel for schedule(static) collapse(2)") for (int64_t s = 0; s < segments; s++)     \
+        for (int64_t at = 0; at < elements; at += BLOCK) {                                              \
+            float noise[BLOCK];                                                                         \
+            const int64_t size = elements - at < BLOCK ? elements - at : BLOCK;                         \
+            const int64_t base = s * elements + at, first = rows ? rows[s] * elements : start;          \
+            noise_sum(noise, (uint32_t)((first + at) / 2), size, keys, coefficients, queries, rademacher); \
+            for (int64_t j = base; j < base + size; j++) BODY                                           \
+        }
+
+#define NOISE_ARGS                                                                                           \
+    int64_t segments, int64_t elements, int64_t start, const int64_t *restrict rows, const int32_t *restrict keys, \
+        const float *restrict coefficients, int64_t queries, int rademacher
+
+void perturb_float32(float *restrict out, const float *restrict weight, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ out[j] = weight[j] + noise[j - base]; })
+}
+
+void perturb_bfloat16(uint16_t *restrict out, const uint16_t *restrict weight, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ out[j] = to_bf16(as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
+}
+
+/* weight = decay * weight + noise */
+void add_float32(float *restrict weight, float decay, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ weight[j] = decay * weight[j] + noise[j - base]; })
+}
+
+void add_bfloat16(uint16_t *restrict weight, float decay, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ weight[j] = to_bf16(decay * as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
+}
+
+/* The same in fp32, where `low` holds what bf16 rounds away. */
+void add_bfloat16_exact(uint16_t *restrict weight, int16_t *restrict low, float decay, NOISE_ARGS) {
+    FOR_EACH_BLOCK({
+        const uint32_t whole = ((uint32_t)weight[j] << 16) + (uint32_t)(int32_t)low[j];
+        const uint32_t bits = as_bits(decay * as_float(whole) + noise[j - base]);
+        const uint32_t high = (bits + 0x8000u) >> 16;
+        low[j] = (int16_t)(bits - (high << 16));
+        weight[j] = (uint16_t)high;
+    })
+}
