@@ -2,18 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from zolightning.estimators import OneSided, Population
 from zolightning.kernels import _Compiler
 from zolightning.optim import MeZO, MeZOAdam, ZerothOrderOptimizer
+
+# The same examples every time, however slow the machine
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 Method = Callable[..., ZerothOrderOptimizer]
 
@@ -26,14 +34,14 @@ METHODS: dict[str, Method] = {
     "mezo-population": partial(MeZO, lr=0.04, num_queries=4, estimator=Population()),
     "mezo-momentum": partial(MeZO, lr=0.02, momentum=0.9),
     "mezo-weight-decay": partial(MeZO, lr=0.02, weight_decay=0.1),
-    "mezo-normalize": partial(MeZO, lr=0.02, normalize=True),
+    "mezo-normalize": partial(MeZO, lr=0.05, normalize=True),
     "mezo-clip": partial(MeZO, lr=0.02, clip=1.5, num_queries=2),
     "mezo-all": partial(
-        MeZO, lr=0.01, momentum=0.5, weight_decay=0.1, normalize=True, clip=2.0, rms_decay=0.9, num_queries=2
+        MeZO, lr=0.05, momentum=0.5, weight_decay=0.1, normalize=True, clip=2.0, rms_decay=0.9, num_queries=2
     ),
     "mezo-native": partial(MeZO, lr=0.02, update_precision="native"),
-    "mezo-adam": partial(MeZOAdam, lr=0.02),
-    "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.02, weight_decay=0.1, num_queries=2),
+    "mezo-adam": partial(MeZOAdam, lr=0.05),
+    "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.05, weight_decay=0.1, num_queries=2),
 }
 
 
@@ -98,7 +106,6 @@ class Regression(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
-        # One product after another: the order of the sums must not depend on the batch's size
         return F.mse_loss(self.net(inputs).float(), targets.float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -121,3 +128,34 @@ def regression_data() -> Callable[..., DataLoader]:
         return DataLoader(TensorDataset(inputs, targets), batch_size=batch_size)
 
     return make
+
+
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+_LLAMA_SIZES = _SIZES | {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+_TINY: dict[str, dict[str, Any]] = {
+    "opt": _SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "gpt2": _SIZES,
+    "llama": _LLAMA_SIZES,
+    "qwen3": _LLAMA_SIZES,
+    "gemma3_text": _LLAMA_SIZES,
+    "mistral": _LLAMA_SIZES,
+}
+
+
+@pytest.fixture(scope="session")
+def write_tiny_model() -> Callable[..., Path]:
+    """Saves a random model of an architecture, with a tokenizer of bytes, in Hugging Face's format."""
+
+    def write(folder: Path, architecture: str = "llama") -> Path:
+        alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+        special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        config = AutoConfig.for_model(architecture, vocab_size=len(alphabet), **special, **_TINY[architecture])
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return write

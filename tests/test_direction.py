@@ -1,12 +1,14 @@
 """A direction is the same wherever, however and in whatever company it is generated."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning import kernels
+from zolightning import kernels, native
 from zolightning.direction import Direction, arithmetic, directions, standard
 from zolightning.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, coefficient, key
 
@@ -15,6 +17,15 @@ SCALE = 2.0**-3  # times a code of 4 bits: exact in every dtype
 
 shapes = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(tuple)
 kinds = st.sampled_from(NOISE_KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["c", "torch"])
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs with the C loops, where they can be made, and with those of torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(native, "available", lambda *_, **__: False)
+        yield
 
 
 def direction(
@@ -77,7 +88,7 @@ class TestAddTo:
         assert not out[:out_offset].any() and not out[out_offset + numel :].any()
 
     @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=2, max_size=2), coefficient=st.floats(-1e4, 1e4, width=32))
-    def test_bf16_pairs_round_as_a_cast_does(self, bits: list[int], coefficient: float) -> None:
+    def test_bf16_sums_are_rounded_as_a_cast_does(self, bits: list[int], coefficient: float) -> None:
         weight = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         words = torch.tensor([key(1, 2, 0, "w")], dtype=torch.int32)
         d = Direction(words, torch.tensor([coefficient]), "gaussian")

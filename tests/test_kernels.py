@@ -1,4 +1,4 @@
-"""Compiled and eager loops give the same bits, and a missing compiler costs only time."""
+"""Compiled and eager torch loops give the same bits, and a failing torch.compile costs only time."""
 
 import runpy
 from collections.abc import Callable
@@ -9,11 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning import kernels
+from zolightning import kernels, native
 from zolightning.direction import Direction
 from zolightning.kernels import CHUNK, COMPILE_FROM, _Compiler, chunks, kernel
 from zolightning.noise import NoiseKind, coefficient, key
 from zolightning.precision import add_direction
+
+
+@pytest.fixture(autouse=True)
+def without_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda *_, **__: False)
 
 
 def direction(num_queries: int = 1, kind: NoiseKind = "gaussian") -> Direction:
@@ -39,6 +44,7 @@ def update(dtype: torch.dtype, numel: int) -> Tensor:
     return torch.cat([weight.double(), *(rest.double() for rest in state.values())])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 class TestCompiled:
     @pytest.mark.parametrize(
         ("loop", "dtype"),

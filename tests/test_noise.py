@@ -15,11 +15,8 @@ from zolightning.noise import (
     NoiseKind,
     codes,
     coefficient,
-    half_codes,
     hash_bits,
     key,
-    noise_sum,
-    noise_sum_pairs,
     start_of,
 )
 
@@ -89,24 +86,6 @@ class TestDefinition:
         assert codes(counted, words, "gaussian").tolist() == [
             reference_code(start + i, key(0, 0, 0, "wide"), "gaussian") for i in range(16)
         ]
-
-    @given(pair=st.integers(0, 2**31 - 1), key=st.tuples(words, words), kind=kinds)
-    def test_halves_of_a_pair_are_its_two_elements(self, pair: int, key: tuple[int, int], kind: NoiseKind) -> None:
-        words = torch.tensor(key, dtype=torch.int32)
-        even, odd = half_codes(torch.tensor([pair], dtype=torch.int32), words, kind)
-        assert [even.item(), odd.item()] == codes(indices(2 * pair, 2), words, kind).tolist()
-
-    @given(
-        coefficients=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=4),
-        start=st.integers(0, 2**31 - 9).map(lambda i: 2 * i),
-        kind=kinds,
-    )
-    def test_sums_of_pairs_equal_sums_of_elements(self, coefficients: list, start: int, kind: NoiseKind) -> None:
-        keys = torch.tensor([key(0, 0, query, "w") for query in range(len(coefficients))], dtype=torch.int32)
-        factors = torch.tensor([coefficient(value, kind) for value in coefficients])
-        pairs = indices(start // 2, 8)
-        even, odd = noise_sum_pairs(pairs, keys, factors, kind)
-        assert torch.equal(torch.stack([even, odd], 1).flatten(), noise_sum(indices(start, 16), keys, factors, kind))
 
     @given(value=st.floats(-1e30, 1e30), kind=kinds)
     def test_a_coefficient_times_a_code_is_exact_in_fp32(self, value: float, kind: NoiseKind) -> None:
@@ -200,9 +179,7 @@ class TestStatistics:
         assert_standard_normal(torch.stack(scores))
 
     def test_the_two_halves_of_a_hash_are_uncorrelated(self, kind: NoiseKind) -> None:
-        scores = [
-            (z[0::2] * z[1::2]).mean() * math.sqrt(ELEMENTS // 2) for z in (sample(i, kind) for i in range(KEYS))
-        ]
+        scores = [(z[0::2] * z[1::2]).mean() * math.sqrt(ELEMENTS // 2) for z in (sample(i, kind) for i in range(KEYS))]
         assert_standard_normal(torch.stack(scores))
 
     @pytest.mark.parametrize(

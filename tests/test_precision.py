@@ -6,12 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zolightning import native
 from zolightning.bfloat16 import read_split, write_split
 from zolightning.direction import Direction, arithmetic
 from zolightning.noise import NoiseKind, coefficient, key
 from zolightning.precision import add_direction, add_tensor, packed, state_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=["c", "torch"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C loops, where they can be made, and with those of torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda *_, **__: False)
 
 
 def direction(
@@ -53,6 +61,7 @@ class TestSplit:
         assert torch.equal(read_split(weight, torch.zeros(100, dtype=torch.int16)), weight.float())
 
 
+@pytest.mark.usefixtures("loops")
 class TestExact:
     """The fp32 trajectory, in every dtype."""
 
@@ -102,6 +111,7 @@ class TestExact:
         assert torch.equal(exact, native) and not state
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_rounds_the_sum_as_a_cast_does(dtype: torch.dtype) -> None:
     weight, noise, dense, state = start(33, dtype), torch.zeros(33, dtype=arithmetic(dtype)), start(33, dtype), {}

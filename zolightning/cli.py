@@ -1,13 +1,19 @@
 """The command ``zolightning``: LightningCLI with this project's defaults."""
 
+import logging
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning_utilities.core.rank_zero as rank_zero
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import RunMonitor
+from zolightning.callbacks import RunMonitor, ZerothOrder
+from zolightning.callbacks.zeroth_order import refuse_unsupported
 from zolightning.trainer import Trainer
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
@@ -20,9 +26,34 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 
+_SUBCOMMANDS = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+_PARSER_KWARGS: dict[str, Any] = {
+    "description": "Fine-tunes language models by forward passes only.",
+    # argparse would list a hundred options, here and before every error.
+    **{
+        name: {"usage": f"zolightning {name} --config FILE [--config FILE ...] [--OPTION VALUE ...]"}
+        for name in _SUBCOMMANDS
+    },
+}
+
 
 class ZerothOrderCLI(LightningCLI):
     """Adds a checkpoint of the best validation, a run monitor, and validation before and tests after training."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=_PARSER_KWARGS,
+            args=args,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -47,19 +78,27 @@ class ZerothOrderCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return _SUBCOMMANDS
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self.subcommand != "fit":
+            # True, and of no interest where nothing is saved.
+            warnings.filterwarnings("ignore", "The dirpath has changed.*")
         _name_run(config)
-        _refuse_scaled_gradients(config)
+        _refuse_missing_checkpoint(config)
+        _refuse_gradients(config)
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
-        self._before: dict[str, float] = {}
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ZerothOrder):
+                # What `fit` would refuse, before the validation has taken its time.
+                refuse_unsupported(self.trainer)
+                callback.method(list(self.model.parameters()))
         if config.validate_first and config.ckpt_path is None and not config.trainer.fast_dev_run:
-            (self._before,) = self.trainer.validate(self.model, self.datamodule, verbose=False)
-            self._say("before training", self._before)
+            (results,) = self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self._say("before training", results)
 
     def after_fit(self) -> None:
         config = self.config[self.subcommand]
@@ -85,28 +124,80 @@ def _name_run(config: Any) -> None:
         init_args["name"] = "-".join(stems) or "run"
 
 
-def _refuse_scaled_gradients(config: Any) -> None:
-    """Refuses 16-mixed by name: on a CPU Lightning would quietly train in bf16-mixed instead."""
+def _refuse_missing_checkpoint(config: Any) -> None:
+    """Refuses a checkpoint that is not there before the model is loaded, not after."""
+    path = config.get("ckpt_path")
+    if path is not None and str(path).endswith(".ckpt") and "://" not in str(path) and not Path(path).is_file():
+        raise MisconfigurationException(f"`ckpt_path` is {path}, which is not a file.")
+
+
+def _refuse_gradients(config: Any) -> None:
+    """Refuses by name, and as early as possible, what the ZerothOrder callback refuses in its ``setup``.
+
+    Lightning speaks first otherwise, and of other things: of a GPU that sharding needs, of a package that is not
+    installed; and on a CPU it quietly trains in bf16-mixed when it is told 16-mixed.
+    """
     callbacks = config.trainer.callbacks or []
-    zeroth_order = any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks)
-    if zeroth_order and str(config.trainer.precision) in ("16", "16-mixed"):
-        raise SystemExit(
-            "error: `trainer.precision` is '16-mixed', which scales gradients, and zeroth-order training has none. "
+    if not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):
+        return
+    strategy, precision = config.trainer.strategy, config.trainer.precision
+    if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
+        raise MisconfigurationException(
+            f"`trainer.strategy` is {strategy!r}, which shards gradients and optimizer states, and zeroth-order "
+            "training has none. Use 'auto' or 'ddp'."
+        )
+    if str(precision) in ("16", "16-mixed"):
+        raise MisconfigurationException(
+            f"`trainer.precision` is '{precision}', which scales gradients, and zeroth-order training has none. "
             "Use 'bf16-mixed', 'bf16-true', '16-true' or '32-true'."
         )
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs the command line; `args` stands in for ``sys.argv[1:]``."""
-    ZerothOrderCLI(
-        LightningModule,
-        LightningDataModule,
-        trainer_class=Trainer,
-        trainer_defaults=_TRAINER_DEFAULTS,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-    )
+    """Runs the command line; `args` stands in for ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: with one line, for input that cannot work.
+    """
+    _hush()
+    try:
+        ZerothOrderCLI(args)
+    except Exception as error:
+        if (advice := _advice(error)) is None:
+            raise
+        raise SystemExit(f"error: {advice}") from error
+
+
+def _advice(error: BaseException) -> str | None:
+    """What to tell the user instead of a traceback, or None for anything that may be a bug.
+
+    That is the message of a `raise` statement in this package, and of Lightning's exception for wrong settings.
+    jsonargparse wraps what a constructor raises into its own account of the types it tried.
+    """
+    package = Path(__file__).parent
+    cause: BaseException | None = error
+    while cause is not None:
+        raised = traceback.extract_tb(cause.__traceback__)[-1]
+        by_us = Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise ")
+        if by_us or isinstance(cause, MisconfigurationException):
+            return str(cause)
+        cause = cause.__cause__
+    return None
+
+
+def _hush() -> None:
+    """Turns off messages of Lightning's that a user of this command can do nothing about."""
+    for message in (
+        ".*does not have many workers.*",  # batches are tokenized already; a worker would only copy them
+        ".*LeafSpec.* is deprecated.*",  # Lightning 2.6 on a newer torch
+        ".*not supported by the model summary.*",  # about a number of megabytes
+        # Weights after the update are what a checkpoint should hold.
+        "Using ModelCheckpoint with manual optimization.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    # Loggers do not inherit filters: this is the one that rank_zero_info of Lightning writes to.
+    rank_zero.log.addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "try installing [lit" not in record.getMessage()

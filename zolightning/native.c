@@ -4,6 +4,7 @@
 #include <string.h>
 
 #define BLOCK 2048 /* elements whose noise is made at once: 8 KiB of stack, inside the first-level cache */
+#define PARALLEL_FROM 32768 /* elements; below, waking threads takes longer than the work */
 
 static inline uint32_t hash_bits(uint32_t bits, uint32_t key0, uint32_t key1) {
     bits ^= key0;
@@ -33,8 +34,9 @@ static inline __attribute__((always_inline)) void noise_of_query(float *restrict
             even = (int32_t)(bits & 0xFFFF) - 8;
             odd = (int32_t)(bits >> 16) - 8;
         }
-        noise[2 * i] = (add ? noise[2 * i] : 0.0f) + coefficient * (float)even;
-        noise[2 * i + 1] = (add ? noise[2 * i + 1] : 0.0f) + coefficient * (float)odd;
+        /* Not 0 + x where nothing is there yet: a product of -0 keeps its sign. */
+        noise[2 * i] = add ? noise[2 * i] + coefficient * (float)even : coefficient * (float)even;
+        noise[2 * i + 1] = add ? noise[2 * i + 1] + coefficient * (float)odd : coefficient * (float)odd;
     }
 }
 
@@ -74,7 +76,8 @@ static inline uint16_t to_bf16(float value) { /* to nearest, ties to even */
  * The tensor has `segments` segments of `elements`; the first element of segment s has index rows[s] * elements, or
  * `start` where there are no rows. First indices must be even. */
 #define FOR_EACH_BLOCK(BODY)                                                                            \
-    _Pragma("omp parallel for schedule(static) collapse(2)") for (int64_t s = 0; s < segments; s++)     \
+    _Pragma("omp parallel for schedule(static) collapse(2) if (segments * elements > PARALLEL_FROM)")   \
+    for (int64_t s = 0; s < segments; s++)                                                              \
         for (int64_t at = 0; at < elements; at += BLOCK) {                                              \
             float noise[BLOCK];                                                                         \
             const int64_t size = elements - at < BLOCK ? elements - at : BLOCK;                         \

@@ -7,7 +7,7 @@ import torch
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with :meth:`export`."""
+    """Lightning's Trainer, which can also export what it trained."""
 
     def export(
         self,
@@ -15,6 +15,7 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         folder: str = "exported",
+        weights_only: bool | None = None,
     ) -> None:
         """Writes a fine-tuned model as a Hugging Face folder.
 
@@ -23,6 +24,7 @@ class Trainer(L.Trainer):
             datamodule: not used; there because every subcommand reads the same configuration.
             ckpt_path: checkpoint of the run; without it the pretrained weights are written.
             folder: where to write config, weights and tokenizer; must not exist, or be empty.
+            weights_only: False to unpickle a checkpoint that holds more than tensors; only if you trust its source.
 
         Raises:
             ValueError: naming `ckpt_path` or `folder`.
@@ -35,7 +37,7 @@ class Trainer(L.Trainer):
         if ckpt_path is not None:
             if not Path(ckpt_path).is_file():
                 raise ValueError(f"`ckpt_path` is {ckpt_path}, which is not a file.")
-            weights = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+            weights = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)["state_dict"]
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(weights[name].dtype)
             model.load_state_dict(weights)

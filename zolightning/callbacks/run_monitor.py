@@ -47,7 +47,8 @@ class RunMonitor(Callback):
         self._steps += 1
         if trainer.global_step == 1:
             self._say_state(trainer)
-        if self._steps >= trainer.log_every_n_steps:
+        # The steps whose values reach the loggers are not multiples of this callback's own count after resuming.
+        if trainer._logger_connector.should_update_logs:
             pl_module.log("run/steps_per_second", self._steps / self._seconds)
             pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
             self._steps, self._seconds = 0, 0.0

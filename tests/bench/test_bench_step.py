@@ -1,0 +1,239 @@
+"""The benchmark of a training step: the recipe it compares with, and that it runs from end to end."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from zolightning.bench import step
+from zolightning.bench.__main__ import main
+from zolightning.bench.measure import peak_bytes, reset_peak
+from zolightning.bench.prompts import check_same_loss, our_loss
+from zolightning.bench.published import PublishedMeZO, published_batch, published_loss
+from zolightning.bench.rows import FORWARD, OURS, PUBLISHED, ROWS, state_bytes
+from zolightning.data.encoding import Example, collate
+
+RANDOM_TOKEN_COLUMNS = [
+    "seconds",
+    "min_seconds",
+    "over_two_forwards",
+    "published_over_row",
+    "loading_peak_mib",
+    "loaded_mib",
+    "peak_mib",
+    "peak_over_forward",
+    "state_mib",
+    "stateless_peak_over_forward",
+]
+WORDS = ["<unk>", "</s>", "It", "was", "terrible", "great", "a", "the", "and", "of", "is", "it"]
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    # weights far larger than usual, so that a wrong position or mask shows in the loss
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: PreTrainedModel) -> Path:
+    words = Tokenizer(models.WordLevel({word: id for id, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.save_pretrained(tmp_path / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        tmp_path / "tiny"
+    )
+    return tmp_path / "tiny"
+
+
+def examples(*rows: tuple[list[int], list[list[int]], int]) -> list[Example]:
+    return [Example(id, prompt, answers, label, text="") for id, (prompt, answers, label) in enumerate(rows)]
+
+
+ONE_TOKEN = examples(([6, 7, 8], [[4], [5]], 0), ([9, 10, 11, 6, 7, 8, 2, 3], [[4], [5]], 1), ([2], [[4], [5]], 1))
+RAGGED = examples(([6, 7, 8], [[4, 3], [5]], 1), ([9, 10, 11, 6, 7, 8, 2, 3, 3], [[4, 6], [5]], 0))
+
+
+def test_published_step_is_the_one_of_the_paper() -> None:
+    lr, eps = 0.05, 1e-3
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    inputs = torch.randn(5, 3)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+    torch.manual_seed(int(np.random.RandomState(8).randint(1_000_000_000)))
+    noise = {name: torch.normal(0.0, 1.0, size=weight.shape) for name, weight in before.items()}
+
+    def loss_at(offset: float) -> Tensor:
+        weights = {name: before[name] + offset * noise[name] for name in before}
+        return functional_call(net, weights, inputs).square().mean()
+
+    projected_grad = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
+
+    loss = PublishedMeZO(net.parameters(), lr, eps, seed=8).step(lambda: net(inputs).square().mean())
+
+    torch.testing.assert_close(loss, loss_at(eps))
+    assert abs(projected_grad) > 0.1
+    for name, parameter in net.named_parameters():
+        # the difference of two fp32 losses over 2 eps has three or four digits
+        expected = -lr * projected_grad * noise[name]
+        torch.testing.assert_close(parameter.detach() - before[name], expected, rtol=2e-2, atol=1e-5)
+
+
+def test_published_steps_draw_new_noise() -> None:
+    weight = nn.Parameter(torch.zeros(50))
+    published = PublishedMeZO([weight], lr=1.0, eps=1e-3)
+    moves = []
+    for _ in range(2):
+        before = weight.detach().clone()
+        published.step(lambda: weight.sum())
+        moves.append(weight.detach() - before)
+    assert torch.cosine_similarity(*moves, dim=0).abs() < 0.6
+
+
+def test_published_batch_pads_candidates_to_a_multiple_of_eight() -> None:
+    batch = published_batch(RAGGED, pad_id=1)
+    assert batch["input_ids"].shape == (4, 16)
+    assert batch["input_ids"][0].tolist() == [1] * 11 + [6, 7, 8, 4, 3]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 4, 11, 10]
+    assert batch["is_answer"].sum(dim=1).tolist() == [2, 1, 2, 1]
+    assert batch["label"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("batch", [ONE_TOKEN, RAGGED], ids=["one token", "ragged"])
+def test_ours_and_published_have_the_same_loss(model: PreTrainedModel, batch: Sequence[Example]) -> None:
+    with torch.no_grad():
+        ours = our_loss(model, collate(batch, 1, "classification"))
+        published = published_loss(model, published_batch(batch, pad_id=1))
+    torch.testing.assert_close(ours, published)
+
+
+def test_different_losses_are_not_compared(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zolightning.bench.prompts.published_loss", lambda *_: torch.tensor(7.0))
+    with pytest.raises(RuntimeError, match=r"published 7\.0.* cannot be compared"):
+        check_same_loss(model, ONE_TOKEN, pad_id=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    model = model.to(dtype)
+    tokens = torch.tensor([[6, 7, 8, 9]])
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for row in ROWS:
+        calls = 0
+
+        def loss() -> Tensor:
+            nonlocal calls
+            calls += 1
+            return step.random_token_loss(model, tokens)
+
+        made = row.make(model)
+        made(loss)
+        calls = 0
+        made(loss)
+        assert calls == (1 if row is FORWARD else 2), row.name
+        is_exact = row in OURS and row.name != "MeZO native"
+        assert state_bytes(made) == (2 * count if is_exact and dtype == torch.bfloat16 else 0), row.name
+
+
+@pytest.mark.skipif(not reset_peak(), reason="this system cannot reset a peak")
+def test_peak_begins_anew() -> None:
+    torch.ones(2**25)
+    before = peak_bytes()
+    assert reset_peak()
+    after = peak_bytes()
+    assert before - after > 2**26
+    torch.ones(2**25)
+    assert peak_bytes() - after > 2**26
+
+
+def test_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A process a row takes seconds to import torch: only one is started here.
+    fresh = step._in_fresh_process
+    monkeypatch.setattr(
+        step,
+        "_in_fresh_process",
+        lambda settings, row: (fresh if row is OURS[0] else lambda s, r: step.measure_memory(s, r.name))(settings, row),
+    )
+    output = tmp_path / "bench" / "step.csv"
+    threads = torch.get_num_threads()
+    main(
+        f"step --model {folder} --batch-size 3 --seq-len 5 --prompt-batches 2 --noise-elements 4096 --repeats 2 "
+        f"--threads {threads} --output {output}".split()
+    )
+
+    printed = capsys.readouterr().out
+    assert "3 x 5 random tokens" in printed
+    assert "difference" in printed
+    assert "noise for 4,096 elements" in printed
+    with output.open() as file:
+        lines = list(csv.DictReader(file))
+    named = {
+        table: [line for line in lines if line["table"] == table] for table in ("random tokens", "prompts", "noise")
+    }
+    assert sum(map(len, named.values())) == len(lines)
+    assert [line["row"] for line in named["random tokens"]] == [row.name for row in ROWS]
+    assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, *OURS)]
+    assert [line["row"] for line in named["noise"]] == [
+        f"{name} {dtype}"
+        for dtype in ("float32", "bfloat16")
+        for name in ("torch.normal", "ours gaussian", "ours rademacher")
+    ]
+    for line in lines:
+        assert line["row"] in printed
+        assert (line["precision"], line["torch"], line["threads"]) == ("bf16-true", torch.__version__, str(threads))
+        assert line["cpu"]
+    for line in named["random tokens"]:
+        figures = {column: float(line[column]) for column in RANDOM_TOKEN_COLUMNS}
+        assert all(math.isfinite(figure) and figure >= 0 for figure in figures.values())
+        assert 0 < figures["min_seconds"] <= figures["seconds"]
+        assert figures["peak_mib"] >= figures["loaded_mib"] > 0
+        assert (figures["state_mib"] > 0) == (line["row"] in ("MeZO", "MeZO rademacher"))
+        assert figures["stateless_peak_over_forward"] <= figures["peak_over_forward"]
+    forward, published, *_ = named["random tokens"]
+    assert float(forward["over_two_forwards"]) == 0.5
+    assert float(forward["peak_over_forward"]) == 1
+    assert float(published["published_over_row"]) == 1
+    for line in named["prompts"]:
+        assert float(line["mean_seconds"]) > 0 and float(line["published_over_row"]) > 0
+    tokens = [float(line["tokens_per_forward"]) for line in named["prompts"]]
+    assert tokens[1] == tokens[2] < tokens[0] / 2
+    for line in named["noise"]:
+        assert float(line["elements_per_second"]) > 0 and float(line["row_over_torch_normal"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batch-size 0", "--batch-size: must be at least 1, got 0"),
+        ("--seq-len 1", "--seq-len: must be at least 2, got 1"),
+        ("--precision bf16-mixed", "--precision: invalid choice: 'bf16-mixed'"),
+    ],
+)
+def test_arguments_are_checked(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["step", "--model", "nowhere", *arguments.split()])
+    assert message in capsys.readouterr().err

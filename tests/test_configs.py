@@ -1,0 +1,241 @@
+"""Every file under ``configs/``: its command parses, it composes in any order, and it trains."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zolightning.cli import ZerothOrderCLI, main
+from zolightning.data.task import Task
+
+# Lightning 2.6 calls what jsonargparse 4.49 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+def names(folder: str) -> list[str]:
+    return [Path(file).stem for file in FILES if Path(file).parent.name == folder]
+
+
+# The architecture of each file in configs/models.
+ARCHITECTURES = {
+    "gemma3_270m": "gemma3_text",
+    "gpt2": "gpt2",
+    "llama3_8b": "llama",
+    "mistral_7b": "mistral",
+    "opt_1.3b": "opt",
+    "opt_125m": "opt",
+    "qwen3_0.6b": "qwen3",
+    "smollm2_135m": "llama",
+}
+
+# An invented row of each task, with the fields that its data set has on the hub; the label goes through its values.
+ROWS: dict[str, dict[str, Any]] = {
+    "agnews": {"text": "The harbour reopened on Monday after the storm."},
+    "boolq": {"question": "is the soup warm", "passage": "The soup came straight from the stove."},
+    "cb": {"premise": "The cook thought that the soup was ready.", "hypothesis": "the soup was ready", "idx": 0},
+    "copa": {
+        "premise": "The soup boiled over.",
+        "choice1": "The cook had left the room.",
+        "choice2": "The table was set.",
+        "question": "cause",
+        "idx": 0,
+    },
+    "mnli": {"premise": "The boat is red.", "hypothesis": "The boat has a colour.", "idx": 0},
+    "multirc": {
+        "paragraph": "Ada sold the boat to Ben.",
+        "question": "Who has the boat now?",
+        "answer": "Ben",
+        "idx": {"paragraph": 0, "question": 0, "answer": 0},
+    },
+    "rte": {"premise": "The boat is red.", "hypothesis": "The boat has a colour.", "idx": 0},
+    "sentiment": {"sentence": "a warm and clever little soup", "idx": 0},
+    "snli": {"premise": "The boat is red.", "hypothesis": "The boat has a colour."},
+    "sst2": {"sentence": "a warm and clever little soup ", "idx": 0},
+    "trec": {"text": "How many boats are red ?", "fine_label": 0},
+    "wic": {"word": "bank", "sentence1": "The bank lends.", "sentence2": "They sat on the bank.", "idx": 0},
+    "wsc": {
+        "text": "The cook told the guest that he was early.",
+        "span1_index": 1,
+        "span2_index": 6,
+        "span1_text": "The cook",
+        "span2_text": "he",
+        "idx": 0,
+    },
+}
+
+RUNS = [
+    (task, names("methods")[i % len(names("methods"))], names("models")[i % len(names("models"))])
+    for i, task in enumerate(names("tasks"))
+]
+
+
+class ParseOnly(ZerothOrderCLI):
+    """The real parser, without what comes after it."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def compose(*files: str) -> list[str]:
+    return ["fit", *(part for file in files for part in ("--config", f"configs/{file}.yaml"))]
+
+
+@pytest.fixture(autouse=True)
+def at_project_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["zolightning"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+@pytest.fixture(scope="module")
+def parse() -> Iterator[Callable[[list[str]], Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["zolightning"])
+        parser = ParseOnly(compose("tasks/sentiment", "models/smollm2_135m")).parser
+        yield lambda arguments: parser.parse_args(arguments).fit
+
+
+def header(file: str) -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_header_has_a_command_that_parses_and_ends(file: str, parse: Callable[[list[str]], Any]) -> None:
+    commands = [line.removeprefix("#   ") for line in header(file) if line.startswith("#   zolightning fit")]
+    assert commands, f"{file} does not begin with a comment with its command"
+    program, *arguments = shlex.split(commands[0])
+    assert program == "zolightning"
+    assert file in arguments
+
+    config = parse(arguments)
+
+    assert config.model.init_args.model_name
+    trainer = config.trainer
+    assert 0 < trainer.max_steps <= 20_000
+    assert trainer.max_steps % trainer.val_check_interval == 0, "the last weights are not validated"
+    assert trainer.check_val_every_n_epoch is None
+
+
+def test_every_task_of_the_package_has_a_file() -> None:
+    package = {path.stem for path in (ROOT / "zolightning/data/tasks").glob("*.yaml")}
+    assert set(names("tasks")) == package
+
+
+@pytest.mark.parametrize("method", ["mezo", "adamw"])
+def test_order_of_files_does_not_matter(method: str, parse: Callable[[list[str]], Any]) -> None:
+    files = ("tasks/cb", f"methods/{method}", "models/llama3_8b", "strategies/ddp_cpu")
+    configs = [parse(compose(*order)) for order in permutations(files)]
+    for config in configs:
+        del config["config"]
+    assert all(config == configs[0] for config in configs)
+    assert configs[0].data.init_args.task == "cb"
+    assert configs[0].model.init_args.dtype == "bfloat16"
+    assert configs[0].trainer.strategy == "ddp"
+    assert configs[0].trainer.max_steps == (500 if method == "adamw" else 2000)
+
+
+def test_callbacks_are_appended(parse: Callable[[list[str]], Any], tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks.Timer\n")
+    for order in permutations([str(other), "configs/methods/mezo.yaml"]):
+        arguments = [part for file in order for part in ("--config", file)]
+        config = parse([*compose("tasks/sst2", "models/gpt2"), *arguments])
+        found = {callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks}
+        assert found == {"Timer", "ZerothOrder"}
+
+
+def test_later_files_and_flags_override(parse: Callable[[list[str]], Any]) -> None:
+    files = compose("tasks/sst2", "methods/mezo", "models/gpt2", "tasks/rte", "models/opt_125m")
+    config = parse([*files, "--trainer.max_steps", "3", "--data.batch_size", "5"])
+    assert (config.data.init_args.task, config.data.init_args.batch_size) == ("rte", 5)
+    assert config.model.init_args.model_name == "facebook/opt-125m"
+    assert config.trainer.max_steps == 3
+
+
+def test_runs_below_cover_all_files() -> None:
+    tasks, methods, models = (set(used) for used in zip(*RUNS, strict=True))
+    assert (tasks, methods, models) == (set(names("tasks")), set(names("methods")), set(names("models")))
+    assert models == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("task", "method", "model"), RUNS)
+def test_two_steps(
+    task: str, method: str, model: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    checkpoint, folder = train(
+        compose(f"tasks/{task}", f"methods/{method}", f"models/{model}"),
+        write_tiny_model(write_rows(task) / "model", ARCHITECTURES[model]),
+        "--model.init_args.optimizer.init_args.lr" if method == "adamw" else LR,
+    )
+    assert changed(checkpoint, folder / "model")
+
+
+def test_quickstart_two_steps(write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]) -> None:
+    folder = write_rows("sentiment")
+    checkpoint, _ = train(compose("quickstart"), write_tiny_model(folder / "model"), LR)
+    assert changed(checkpoint, folder / "model")
+
+
+LR = "--trainer.callbacks.init_args.method.init_args.lr"
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[[str], Path]:
+    def write(task: str) -> Path:
+        definition = Task.load(task)
+        labels = [*definition.skip_labels, *definition.labels * 4]
+        lines = [json.dumps(ROWS[task] | {definition.label: label}) + "\n" for label in labels]
+        for split in ("train", "validation", "test"):
+            (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def train(arguments: list[str], model: Path, lr: str) -> tuple[dict[str, Any], Path]:
+    """Two steps on the rows beside the model, large enough to be seen in bfloat16; the last checkpoint."""
+    folder = model.parent
+    overrides = {
+        "--model.init_args.model_name": model,
+        "--model.init_args.dtype": "float32",
+        "--data.init_args.path": folder,
+        "--data.init_args.batch_size": 2,
+        "--data.init_args.num_train": 4,
+        "--data.init_args.num_validation": 2,
+        "--data.init_args.num_test": 2,
+        "--trainer.max_steps": 2,
+        "--trainer.val_check_interval": 2,
+        "--trainer.accelerator": "cpu",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.enable_model_summary": "false",
+        "--trainer.logger": "false",
+        "--trainer.default_root_dir": folder / "logs",
+        "--checkpoint.dirpath": folder / "checkpoints",
+        lr: 0.1,
+        "--validate_first": "false",
+    }
+    main([*arguments, *(str(part) for option in overrides.items() for part in option)])
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True), folder
+
+
+def changed(checkpoint: dict[str, Any], model: Path) -> bool:
+    """Whether the checkpoint has other weights than the model had, after two steps."""
+    assert checkpoint["global_step"] == 2
+    before = load_file(model / "model.safetensors")
+    trained = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
+    return all(not torch.equal(trained[name].float(), weight.float()) for name, weight in before.items())

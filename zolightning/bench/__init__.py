@@ -1,0 +1,1 @@
+"""Benchmarks, ``python -m zolightning.bench``: each prints its tables and writes ``logs/bench/NAME.csv``."""

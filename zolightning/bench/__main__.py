@@ -1,0 +1,19 @@
+"""The command ``python -m zolightning.bench``: one subcommand a benchmark."""
+
+import argparse
+from collections.abc import Sequence
+
+from zolightning.bench import step
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; `args` stands in for ``sys.argv[1:]``."""
+    parser = argparse.ArgumentParser(prog="python -m zolightning.bench", description=__doc__)
+    commands = parser.add_subparsers(title="benchmarks", required=True)
+    step.add_command(commands)
+    arguments = parser.parse_args(args)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What the benchmarks compare: the rows of their tables, each a way to make a training step."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.bench.published import PublishedMeZO
+from zolightning.optim import MeZO
+from zolightning.optim.base import ZerothOrderOptimizer
+
+Evaluate = Callable[[], Tensor]
+Step = Callable[[Evaluate], object]
+
+# Small, so that hundreds of steps on random tokens leave the losses finite.
+LR, EPS = 1e-7, 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        name: as printed.
+        make: takes a model and returns its training step, which takes the loss of a batch.
+    """
+
+    name: str
+    make: Callable[[nn.Module], Step]
+
+
+class OptimizerStep:
+    """A step of one of our methods, without Lightning around it.
+
+    Args:
+        method: makes the optimizer from parameters, such as ``partial(MeZO, lr=1e-6)``.
+        model: to be trained.
+    """
+
+    def __init__(self, method: Callable[..., ZerothOrderOptimizer], model: nn.Module) -> None:
+        self.optimizer = method(model.parameters())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
+            self.optimizer.attach(model)
+
+    def __call__(self, evaluate: Evaluate) -> None:
+        self.optimizer.estimate(evaluate)
+        self.optimizer.step()
+
+
+def state_bytes(step: Step) -> int:
+    """Bytes that a step keeps beside the weights."""
+    return step.optimizer.state_bytes() if isinstance(step, OptimizerStep) else 0
+
+
+@torch.no_grad()
+def _forward(evaluate: Evaluate) -> Tensor:
+    return evaluate()
+
+
+def _ours(name: str, method: Callable[..., ZerothOrderOptimizer]) -> Row:
+    return Row(name, partial(OptimizerStep, method))
+
+
+FORWARD = Row("forward", lambda model: _forward)
+PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR, EPS).step)
+OURS = [
+    _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
+    _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),
+    _ours("MeZO rademacher", partial(MeZO, lr=LR, eps=EPS, seed=0, noise="rademacher")),
+]
+ROWS = [FORWARD, PUBLISHED, *OURS]
