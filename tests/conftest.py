@@ -19,6 +19,8 @@ from zolightning.estimators import OneSided, Population
 from zolightning.kernels import _Compiler
 from zolightning.optim import MeZO, MeZOAdam, ZerothOrderOptimizer
 
+torch.set_num_threads(1)  # on tensors as small as these, threads only wait for each other
+
 # The same examples every time, however slow the machine
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import RunMonitor, ZerothOrder
+from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
 from zolightning.callbacks.zeroth_order import refuse_unsupported
 from zolightning.trainer import Trainer
 
@@ -38,7 +38,7 @@ _PARSER_KWARGS: dict[str, Any] = {
 
 
 class ZerothOrderCLI(LightningCLI):
-    """Adds a checkpoint of the best validation, a run monitor, and validation before and tests after training."""
+    """Adds checkpoints (best, last), a run monitor, a validation before training and a test after it."""
 
     def __init__(self, args: ArgsType = None) -> None:
         super().__init__(
@@ -62,10 +62,10 @@ class ZerothOrderCLI(LightningCLI):
                 "checkpoint.monitor": "val/accuracy",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best-{step}",
-                "checkpoint.save_last": True,
             }
         )
         parser.add_lightning_class_args(RunMonitor, "monitor")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
             "--validate_first",
             type=bool,
@@ -89,6 +89,14 @@ class ZerothOrderCLI(LightningCLI):
         _refuse_missing_checkpoint(config)
         _refuse_gradients(config)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        best = trainer.checkpoint_callback
+        # Lightning's `save_last` writes when the best one changes. A run should go on from where it was.
+        if best is not None and not best.save_last:
+            trainer.callbacks.append(ModelCheckpoint(best.dirpath, "last", enable_version_counter=False))
+        return trainer
+
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
         for callback in self.trainer.callbacks:
@@ -106,7 +114,8 @@ class ZerothOrderCLI(LightningCLI):
         if best is not None and best.best_model_score is not None:
             self._say("best checkpoint", {best.monitor: float(best.best_model_score)}, best.best_model_path)
         if config.test_last and not config.trainer.fast_dev_run:
-            (results,) = self.trainer.test(self.model, self.datamodule, ckpt_path="best", verbose=False)
+            path = best.best_model_path if best is not None else None
+            (results,) = self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, verbose=False)
             self._say("best checkpoint", results)
 
     def _say(self, when: str, metrics: dict[str, float], where: str = "") -> None:
@@ -177,10 +186,11 @@ def _advice(error: BaseException) -> str | None:
     package = Path(__file__).parent
     cause: BaseException | None = error
     while cause is not None:
-        raised = traceback.extract_tb(cause.__traceback__)[-1]
-        by_us = Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise ")
-        if by_us or isinstance(cause, MisconfigurationException):
+        if isinstance(cause, MisconfigurationException):
             return str(cause)
+        for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
+            if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
+                return str(cause)
         cause = cause.__cause__
     return None
 

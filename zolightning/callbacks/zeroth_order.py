@@ -189,10 +189,9 @@ def _weighted(output: Any, batch: Any) -> dict[str, Any]:
 
 def _batch_size(batch: Any) -> int | None:
     """Length of the first tensor found that has a first dimension."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((size for value in values if (size := _batch_size(value)) is not None), None)
+    lengths: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
+    return lengths[0] if lengths else None
 
 
 def _describe(batch: Any, batch_idx: int) -> str:

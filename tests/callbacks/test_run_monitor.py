@@ -1,0 +1,144 @@
+"""RunMonitor: what it logs, when, and that it asks for nothing a module or data module may lack."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from zolightning.callbacks import RunMonitor, ZerothOrder
+from zolightning.callbacks.run_monitor import peak_memory
+from zolightning.optim import MeZO, MeZOAdam
+
+
+class Recorder(DummyLogger):
+    """Keeps what it is given, by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.setdefault(step or 0, {}).update(metrics)
+
+    def logged(self, name: str) -> dict[int, float]:
+        return {step: metrics[name] for step, metrics in self.steps.items() if name in metrics}
+
+
+@pytest.fixture
+def fit(
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+) -> Callable[..., Recorder]:
+    def fit(ckpt_path: Path | None = None, save_to: Path | None = None, **kwargs: Any) -> Recorder:
+        recorder = Recorder()
+        callbacks = [ZerothOrder(partial(MeZO, lr=0.01)), RunMonitor()]
+        trainer = make_trainer(logger=recorder, callbacks=callbacks, **kwargs)
+        trainer.fit(make_regression(), regression_data(), ckpt_path=ckpt_path)
+        if save_to is not None:
+            trainer.save_checkpoint(save_to)
+        return recorder
+
+    return fit
+
+
+def test_logs_at_the_trainers_steps(fit: Callable[..., Recorder]) -> None:
+    recorder = fit(max_steps=9, log_every_n_steps=3)
+    speed, memory = recorder.logged("run/steps_per_second"), recorder.logged("run/peak_memory_gib")
+    assert list(speed) == list(memory) == [2, 5, 8]
+    assert all(value > 0 for value in speed.values())
+    assert memory[8] == pytest.approx(peak_memory(torch.device("cpu")) / 2**30, rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")
+def test_logs_after_resuming_between_two_log_steps(fit: Callable[..., Recorder], tmp_path: Path) -> None:
+    fit(max_steps=5, log_every_n_steps=3, save_to=tmp_path / "five.ckpt")
+    recorder = fit(tmp_path / "five.ckpt", max_steps=12, log_every_n_steps=3)
+    assert list(recorder.logged("run/steps_per_second")) == [5, 8, 11]
+
+
+def test_speed_leaves_out_validation(
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+) -> None:
+    class Slow(type(make_regression())):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            time.sleep(0.01)  # twice a step
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            time.sleep(0.5)
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        logger=recorder,
+        callbacks=[ZerothOrder(partial(MeZO, lr=0.01)), RunMonitor()],
+        max_steps=4,
+        log_every_n_steps=4,
+        val_check_interval=2,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Slow(), regression_data(), regression_data(num_batches=1))
+    assert 10 < recorder.logged("run/steps_per_second")[3] < 50
+
+
+@pytest.mark.parametrize(("method", "state"), [(partial(MeZO, lr=0.01), "0.0"), (partial(MeZOAdam, lr=0.01), "8.0")])
+def test_says_the_memory_of_the_state_once(
+    method: Any,
+    state: str,
+    make_trainer: Callable[..., L.Trainer],
+    regression_data: Callable[..., DataLoader],
+    make_regression: Callable[..., L.LightningModule],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.rank_zero_info", said.append)
+    module = make_regression()
+    module.net[2] = torch.nn.Identity()
+    module.net[0], module.net[3] = torch.nn.Linear(4, 2**18 - 1), torch.nn.Linear(2**18 - 1, 1)
+    module.net[0].requires_grad_(False)  # its weights are not counted
+    trainer = make_trainer(callbacks=[ZerothOrder(method), RunMonitor()], max_steps=2)
+    trainer.fit(module, regression_data())
+    name = method.func.__name__
+    expected = {"0.0": "0.0", "8.0": "2.0"}[state]
+    assert said == [f"{name} keeps {expected} MiB of state for 1.0 MiB of trainable weights."]
+
+
+class Sampled(L.LightningDataModule):
+    """Has a text to show."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader
+
+    def sample_text(self) -> str:
+        return "The soup is warm.\nIt was [[ great]]"
+
+
+def test_shows_a_sample_of_the_data(
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+    tmp_path: Path,
+) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(logger=logger, callbacks=[RunMonitor()], max_steps=2, log_every_n_steps=1)
+    trainer.fit(make_regression(), datamodule=Sampled(regression_data()))
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir).Reload()
+    (text,) = events.Tensors("prompt/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "    The soup is warm.\n    It was [[ great]]"
+    assert len(events.Scalars("run/steps_per_second")) == 2  # also by backpropagation

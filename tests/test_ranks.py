@@ -1,0 +1,149 @@
+"""Two ranks hold the same weights, and do what one does with the same batches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Run as a program by both ranks, and by one; writes what is left of each run. Rank r of 2 takes every second example.
+SCRIPT = """
+import sys
+from functools import partial
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from zolightning.callbacks import ZerothOrder
+from zolightning.estimators import OneSided
+from zolightning.optim import MeZO, MeZOAdam
+
+folder, ranks = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+inputs = torch.randn(80, 4, generator=torch.Generator().manual_seed(1))
+targets = inputs.sum(1, keepdim=True)
+bad_target = targets[8 * 3 + 1].item()  # in batch 3, on rank 1 of 2
+
+
+class Recorder(L.Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps.append(vars(trainer.optimizers[0].record))
+
+
+class Module(L.LightningModule):
+    def __init__(self, options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1))
+        self.options = options
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        errors = (self.net(inputs) - targets).float().square()[:, 0]
+        if self.options.get("bad_step") == batch_idx:
+            errors = torch.where(targets[:, 0] == bad_target, float("nan"), errors)
+        if not self.options.get("weighted"):
+            return errors.mean()
+        counts = (inputs[:, 0].abs() * 5).long() + 1
+        return {"loss": (errors * counts).sum() / counts.sum(), "weight": counts.sum()}
+
+    def configure_optimizers(self):
+        raise AssertionError("not under ZerothOrder")
+
+
+runs = {
+    "plain": (partial(MeZO, lr=1e-2), {}),
+    "weighted": (partial(MeZO, lr=1e-2, momentum=0.5, normalize=True), {"weighted": True}),
+    "micro_batches": (partial(MeZO, lr=1e-2), {"weighted": True, "micro_batch_size": 3}),
+    "adam": (partial(MeZOAdam, lr=1e-2, estimator=OneSided(), num_queries=2), {}),
+    "bf16": (partial(MeZO, lr=1e-2, weight_decay=0.1), {"precision": "bf16-true"}),
+    "skipped": (partial(MeZO, lr=1e-2), {"bad_step": 3}),
+}
+for name, (method, options) in runs.items():
+    module, recorder = Module(options), Recorder()
+    size, skip = options.get("micro_batch_size"), "bad_step" in options
+    callback = ZerothOrder(method, micro_batch_size=size, skip_nonfinite=skip)
+    trainer = L.Trainer(
+        max_steps=10,
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        precision=options.get("precision", "32-true"),
+        callbacks=[callback, recorder],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    share = range(trainer.global_rank, 80, ranks)
+    trainer.fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=8 // ranks, sampler=share))
+    left = {"weights": module.state_dict(), "steps": recorder.steps, "global_step": trainer.global_step}
+    torch.save(left, f"{folder}/{name}-{trainer.global_rank}-of-{ranks}.pt")
+"""
+
+RUNS = ["plain", "weighted", "micro_batches", "adam", "bf16", "skipped"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """What each run left on rank r of n, by (run, r, n)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
+    environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    for ranks in (2, 1):
+        command = [sys.executable, str(folder / "script.py"), str(folder), str(ranks)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+    found = {}
+    for path in folder.glob("*.pt"):
+        name, rank, _, ranks = path.stem.rsplit("-", 3)
+        found[name, int(rank), int(ranks)] = torch.load(path, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+class TestTwoRanks:
+    def test_hold_the_same_bits(self, results: dict, name: str) -> None:
+        first, second = results[name, 0, 2], results[name, 1, 2]
+        assert repr(first["steps"]) == repr(second["steps"]) and len(first["steps"]) == 10  # repr: nan is not nan
+        for key, tensor in first["weights"].items():
+            assert torch.equal(tensor, second["weights"][key]), key
+        assert first["global_step"] == second["global_step"] == 10
+
+    def test_do_what_one_does(self, results: dict, name: str) -> None:
+        """Up to the order of sums.
+
+        A loss of order 1 is a mean of fp32 numbers, good to 1e-6; over 2 eps = 2e-3 (or eps) that is up to 1e-3 in a
+        projected gradient of order 1, and after ten steps of lr = 1e-2 up to 1e-4 in a weight. In bf16, a
+        different last bit of one activation weighs as much as 2^-8 of it, so that only losses are compared.
+        """
+        both, one = results[name, 0, 2], results[name, 0, 1]
+        for step, expected in zip(both["steps"], one["steps"], strict=True):
+            assert {key: step[key] for key in ("step", "seed", "lr", "forward_passes")} == {
+                key: expected[key] for key in ("step", "seed", "lr", "forward_passes")
+            }
+            rough = name == "bf16"
+            assert step["loss"] == pytest.approx(expected["loss"], rel=0.02 if rough else 1e-4, nan_ok=True)
+            assert len(step["projected_grads"]) == len(expected["projected_grads"])
+            if not rough:
+                assert step["projected_grads"] == pytest.approx(expected["projected_grads"], abs=5e-3)
+        if name != "bf16":
+            for key, tensor in both["weights"].items():
+                torch.testing.assert_close(tensor, one["weights"][key], rtol=0, atol=5e-4, msg=key)
+
+
+def test_a_step_that_is_bad_on_one_rank_is_skipped_by_both(results: dict) -> None:
+    for rank, ranks in ((0, 2), (1, 2), (0, 1)):
+        steps = results["skipped", rank, ranks]["steps"]
+        assert [i for i, step in enumerate(steps) if not step["projected_grads"]] == [3]

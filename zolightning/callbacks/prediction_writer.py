@@ -1,0 +1,40 @@
+"""Predictions as a file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class PredictionWriter(Callback):
+    """During ``predict``, writes one JSON line an example.
+
+    Each line holds what ``predict_step`` returns for the example: its id, the scores of its candidates and the index
+    of the best one, for CausalLM. The file is written anew by each run; with several ranks, rank r > 0 writes to
+    ``<path>.r``.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: str = "predictions.jsonl") -> None:
+        self.path = path
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._file = Path(f"{self.path}.{trainer.global_rank}" if trainer.global_rank else self.path)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text("")
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any, **__: Any
+    ) -> None:
+        if not isinstance(outputs, Mapping):
+            return
+        columns = {name: value.tolist() for name, value in outputs.items() if isinstance(value, Tensor)}
+        with self._file.open("a") as file:
+            for row in zip(*columns.values(), strict=True):
+                file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
