@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import zolightning
+
 # Run as a program by both ranks, and by one; writes what is left of each run. Rank r of 2 takes every second example.
 SCRIPT = """
 import sys
@@ -100,7 +102,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, in
     (folder / "script.py").write_text(SCRIPT)
     started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
     environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(zolightning.__file__).parents[1])}
     for ranks in (2, 1):
         command = [sys.executable, str(folder / "script.py"), str(folder), str(ranks)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -162,7 +162,7 @@ class Perturbed(TorchFunctionMode):
 def _describes(func: Callable[..., Any]) -> bool:
     name = func.__name__
     if name == "__get__":
-        return func.__self__.__name__ not in _VALUE_GETTERS  # type: ignore[attr-defined]
+        return getattr(func.__self__, "__name__", None) not in _VALUE_GETTERS  # type: ignore[attr-defined]
     return name in _DESCRIPTIONS
 
 
