@@ -161,3 +161,9 @@ def write_tiny_model() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets what an earlier test's ``seed_everything`` left: methods take their default seed from it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)

@@ -119,6 +119,7 @@ def test_a_users_own_task_and_prompt(
     assert data.sample_text().endswith("\nGood?\n[[Yes]]")
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts of the .* split were cut")  # the spectator's context is short
 def test_the_packaged_task_needs_nothing(make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule) -> None:
     make_trainer(max_steps=2, limit_val_batches=1).fit(spectator, datamodule=PromptDataModule("sentiment"))
     assert [len(ids) for ids in spectator.train_ids] == [16, 16]
