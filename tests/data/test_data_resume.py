@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zolightning.data import PromptDataModule
 
-# A resumed run saves beside the checkpoints it came from.
+# A resumed run saves beside the checkpoints it came from, or not at all.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory .* exists and is not empty", "error:.*your dataloader is not resumable"
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:Be aware that when using `ckpt_path`",
+    "error:.*your dataloader is not resumable",
 )
 
 # 20 training rows: 4 batches of 5 an epoch
