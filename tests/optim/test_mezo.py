@@ -326,7 +326,7 @@ class TestWeightsThatAreReadUnseen:
         plain, scripted, records, bits = self.Net(), self.Net(script=True), [], []
         for net, names in ((plain, "1 parameters .*: unused"), (scripted, "3 parameters .*: unused, second.weight, ")):
             optimizer = MeZO(net.named_parameters(), lr=1e-2)
-            with pytest.warns(UserWarning, match=f"{names}.*perturbed in place|{names}"):
+            with pytest.warns(UserWarning, match=names):
                 records.append(train(net, optimizer, steps=1))
             records[-1] += train(net, optimizer, steps=3)  # a second warning would be an error
             bits.append([parameter.detach().clone() for parameter in net.parameters()])
