@@ -212,7 +212,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "views": (Views, applied(values(3, 4))),
     "returns_its_parameter": (Prompted, applied(values(3, 4))),
     "padding_idx": (partial(nn.Embedding, 11, 5, padding_idx=1), applied(IDS)),
-    "max_norm": (partial(nn.Embedding, 11, 5, max_norm=1e3), applied(IDS)),
     "embedding_bag": (partial(nn.EmbeddingBag, 11, 5), applied(IDS)),
     "addmm": (AddMM, applied(values(3, 4))),
     "assorted": (Assorted, applied(values(3, 4))),
@@ -448,6 +447,15 @@ class TestAudit:
             with Perturbed(perturbations(net, eps), in_place=net.parameters()):
                 expected = loss(net)
             torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=0)
+        assert_unchanged(net, before)
+
+    def test_a_forward_pass_that_changes_its_weights_is_refused(self) -> None:
+        net = nn.Embedding(11, 5, max_norm=1.0)
+        loss = applied(IDS)
+        loss(net)  # from here on the norms are what they should be
+        before = snapshot(net)
+        with pytest.raises(ValueError, match=r"A parameter of shape \(11, 5\) is changed by the forward pass itself"):
+            audit(net.parameters(), lambda: loss(net))
         assert_unchanged(net, before)
 
     def test_a_loss_that_is_not_finite_gives_no_verdict(self) -> None:

@@ -77,6 +77,18 @@ class TestModes:
         assert seen and not any(any(modes) for modes in seen)
         assert before["net"] and not before["frozen_norm"]
 
+    def test_modes_are_set_without_calling_train(self) -> None:
+        """Which some modules override to do more, to merge adapters into their weights for example."""
+
+        class Merging(nn.Linear):
+            def train(self, mode: bool = True) -> "Merging":
+                raise AssertionError("asked to change its weights")
+
+        module = nn.Sequential(Merging(2, 2), nn.Dropout())
+        with evaluation_mode(module):
+            assert not any(m.training for m in module.modules())
+        assert all(m.training for m in module.modules())
+
     def test_statistics_of_batch_norms_stay(self, fit: Callable[..., L.Trainer]) -> None:
         module = OwnLoop()
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -213,9 +213,19 @@ def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) ->
 
     Returns:
         The parameters, or None where the loss is not finite, so that nothing can be compared.
+
+    Raises:
+        ValueError: if the evaluation writes to a parameter.
     """
     parameters = list(parameters)
+    versions = [parameter._version for parameter in parameters]
     loss = evaluate()
+    for parameter, version in zip(parameters, versions, strict=True):
+        if parameter._version != version:
+            raise ValueError(
+                f"A parameter of shape {tuple(parameter.shape)} is changed by the forward pass itself, as that of "
+                "nn.Embedding is with `max_norm`, so that its losses cannot be compared. Freeze it, or leave that out."
+            )
     if not torch.isfinite(loss):
         return None
     flip = FlippedBit()

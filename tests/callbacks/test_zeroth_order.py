@@ -1,11 +1,8 @@
 """ZerothOrder under modules that know nothing of it, with real Trainers."""
 
-from collections import UserDict, namedtuple
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,22 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
+from zolightning import zeroth_order_step
 from zolightning.callbacks import ZerothOrder
-from zolightning.callbacks.zeroth_order import micro_batches, refuse_unsupported
 from zolightning.estimators import OneSided
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError, StepRecord, ZerothOrderOptimizer
 
@@ -181,8 +169,6 @@ class TestUnchangedModules:
     def test_it_is_the_step_of_a_module_that_calls_it_itself(
         self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer
     ) -> None:
-        from zolightning import zeroth_order_step
-
         class Own(type(make_regression())):
             def __init__(self) -> None:
                 super().__init__()
@@ -230,104 +216,6 @@ def test_precisions(
     assert {value.dtype for value in state if isinstance(value, Tensor)} <= wide
 
 
-class TestMicroBatches:
-    Pair = namedtuple("Pair", ["x", "y"])
-
-    @dataclass
-    class Example:
-        x: Tensor
-        name: str = "a"
-
-    X, Y = torch.arange(7), torch.arange(14).view(7, 2)
-
-    @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-    @pytest.mark.parametrize(
-        "batch",
-        [
-            X,
-            (X, Y),
-            [X, Y],
-            {"x": X, "nested": {"y": Y, "list": [X]}},
-            Pair(X, Y),
-            Example(X),
-            UserDict({"x": X, "y": Y}),
-        ],
-        ids=lambda batch: type(batch).__name__,
-    )
-    def test_parts_make_up_the_batch(self, batch: Any, size: int) -> None:
-        parts = list(micro_batches(batch, size))
-        assert all(type(part) is type(batch) for part in parts)
-
-        def tensors(data: Any) -> Iterator[Tensor]:
-            if isinstance(data, Tensor):
-                yield data
-            elif isinstance(data, self.Example):
-                yield data.x
-            else:
-                for value in data.values() if hasattr(data, "values") else data:
-                    yield from tensors(value)
-
-        split = [list(tensors(part)) for part in parts]
-        assert [len(part[0]) for part in split] == [min(size, 7 - at) for at in range(0, 7, size)]
-        for whole, pieces in zip(tensors(batch), zip(*split, strict=True), strict=True):
-            assert torch.equal(torch.cat(pieces), whole)
-
-    def test_the_rest_goes_into_every_part(self) -> None:
-        batch = {"x": self.X, "names": ["a", "b"], "temperature": torch.tensor(2.0), "bias": torch.ones(1, 5), "n": 3}
-        for part in micro_batches(batch, 4):
-            assert {name: part[name] for name in ("names", "temperature", "n")} == {
-                "names": ["a", "b"],
-                "temperature": torch.tensor(2.0),
-                "n": 3,
-            }
-            assert torch.equal(part["bias"], torch.ones(1, 5))
-
-    @pytest.mark.parametrize("batch", [["a", "b"], {"n": 3}, None])
-    def test_there_must_be_something_to_cut(self, batch: Any) -> None:
-        with pytest.raises(ValueError, match=r"`micro_batch_size` is 4, and a batch of type .* has no tensor to cut"):
-            list(micro_batches(batch, 4))
-
-    @pytest.mark.parametrize("size", [1, 3, 4, 10, 11])
-    @pytest.mark.parametrize("token_weighted", [False, True])
-    def test_the_loss_is_that_of_the_whole_batch(
-        self,
-        make_regression: MakeModule,
-        regression_data: MakeData,
-        make_trainer: MakeTrainer,
-        size: int,
-        token_weighted: bool,
-    ) -> None:
-        """Means over examples, or over as many terms as the module says, the last part being a smaller one."""
-
-        def fit(micro_batch_size: int | None) -> list[StepRecord]:
-            module, recorder = make_regression(), Records()
-
-            def training_step(batch: Any, batch_idx: int) -> Any:
-                inputs, targets = batch
-                assert len(inputs) == 10 if micro_batch_size is None else len(inputs) <= micro_batch_size
-                errors = (module.net(inputs) - targets).double().square()[:, 0]
-                if not token_weighted:
-                    return errors.mean()
-                counts = (inputs[:, 0].abs() * 5).long() + 1  # "tokens" of each example
-                return {"loss": (errors * counts).sum() / counts.sum(), "weight": counts.sum()}
-
-            module.training_step = training_step
-            callback = ZerothOrder(partial(MeZO, lr=1e-2), micro_batch_size=micro_batch_size)
-            make_trainer(max_steps=4, callbacks=[callback, recorder]).fit(module, regression_data(4, 10))
-            return recorder.records
-
-        for part, whole in zip(fit(size), fit(None), strict=True):
-            # Float32 layers over fewer rows at once may add in another order: 1e-6 of a loss of order 1
-            assert part.loss == pytest.approx(whole.loss, rel=1e-5)
-            # ... and 1e-6 / (2 eps) of a projected gradient
-            assert part.projected_grads == pytest.approx(whole.projected_grads, abs=2e-3)
-            assert (part.step, part.forward_passes) == (whole.step, whole.forward_passes)
-
-    def test_bad_sizes(self) -> None:
-        with pytest.raises(ValueError, match="`micro_batch_size` must be at least 1, got 0"):
-            ZerothOrder(MeZO, micro_batch_size=0)
-
-
 class TestNonFinite:
     @pytest.fixture
     def broken(self, make_regression: MakeModule) -> L.LightningModule:
@@ -370,89 +258,6 @@ class TestNonFinite:
         assert trainer.callback_metrics["zo/skipped"] == 1  # in the last epoch
         assert [i for i, record in enumerate(recorder.records) if not record.projected_grads] == [2, 9]
         assert all(parameter.isfinite().all() for parameter in broken.parameters())
-
-
-class TestRefusals:
-    @staticmethod
-    def surroundings(**changed: Any) -> Any:
-        plain = {
-            "strategy": SingleDeviceStrategy(),
-            "precision_plugin": Precision(),
-            "accumulate_grad_batches": 1,
-            "gradient_clip_val": None,
-        }
-        return SimpleNamespace(**plain | changed)
-
-    @pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy()])
-    def test_what_is_supported(self, strategy: Any) -> None:
-        refuse_unsupported(self.surroundings(strategy=strategy))
-
-    @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-    def test_strategies_that_shard(self, strategy: type) -> None:
-        made = object.__new__(strategy)  # whose packages and devices are not here
-        with pytest.raises(
-            MisconfigurationException, match=f"`trainer.strategy` is {strategy.__name__}.*'auto' or 'ddp'"
-        ):
-            refuse_unsupported(self.surroundings(strategy=made))
-
-    def test_scaled_gradients(self) -> None:
-        # By hand: on a CPU, the Trainer silently takes bf16-mixed for it
-        plugin = MixedPrecision("16-mixed", "cpu")
-        with pytest.raises(MisconfigurationException, match=r"`trainer.precision` is '16-mixed'.*'bf16-mixed'"):
-            refuse_unsupported(self.surroundings(precision_plugin=plugin))
-
-    def test_other_precisions(self) -> None:
-        plugin = object.__new__(BitsandbytesPrecision)
-        plugin.precision = "nf4"
-        with pytest.raises(MisconfigurationException, match=r"`trainer.precision` is 'nf4', which is not supported"):
-            refuse_unsupported(self.surroundings(precision_plugin=plugin))
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"accumulate_grad_batches": 4}, "`trainer.accumulate_grad_batches` is 4.*`micro_batch_size`"),
-            ({"gradient_clip_val": 0.5}, "`trainer.gradient_clip_val` is 0.5.*`clip`"),
-        ],
-    )
-    def test_options_of_the_trainer(
-        self,
-        make_regression: MakeModule,
-        regression_data: MakeData,
-        make_trainer: MakeTrainer,
-        options: dict[str, Any],
-        message: str,
-    ) -> None:
-        trainer = make_trainer(max_steps=1, callbacks=[ZerothOrder(MeZO)], **options)
-        with pytest.raises(MisconfigurationException, match=message):
-            trainer.fit(make_regression(), regression_data())
-
-    @pytest.mark.parametrize(
-        ("callback", "message"),
-        [
-            (ZerothOrder(partial(torch.optim.SGD, lr=0.1)), "`method` must make a zeroth-order optimizer.*got SGD"),
-            (
-                ZerothOrder(MeZO, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau),
-                "`lr_scheduler` is ReduceLROnPlateau, which waits for a metric",
-            ),
-        ],
-    )
-    def test_methods_and_schedulers(
-        self,
-        make_regression: MakeModule,
-        regression_data: MakeData,
-        make_trainer: MakeTrainer,
-        callback: ZerothOrder,
-        message: str,
-    ) -> None:
-        with pytest.raises(MisconfigurationException, match=message):
-            make_trainer(max_steps=1, callbacks=[callback]).fit(make_regression(), regression_data())
-
-    def test_nothing_to_train(
-        self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer
-    ) -> None:
-        module = make_regression().requires_grad_(False)
-        with pytest.raises(MisconfigurationException, match="No parameter is trainable"):
-            make_trainer(max_steps=1, callbacks=[ZerothOrder(MeZO)]).fit(module, regression_data())
 
 
 class TestGivingBack:
