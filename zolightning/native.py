@@ -99,7 +99,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
         rank_zero_warn(
             f"The C loops could not be compiled ({reason[0] if reason else type(error).__name__}); noise is made by "
