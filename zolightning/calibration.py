@@ -1,0 +1,104 @@
+"""Forward passes of an untrained module over a few training prompts, to look before anything moves."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from zolightning.data.batching import Batches
+from zolightning.step import Loss, evaluation_mode
+
+
+@torch.no_grad()
+def calibration_forward(module: L.LightningModule, batch: Any) -> Loss:
+    """Runs the module's own ``training_step`` on a batch as :func:`own_loss` does, without gradients."""
+    return own_loss(module, batch)
+
+
+def own_loss(module: L.LightningModule, batch: Any) -> Loss:
+    """What the module's own ``training_step`` returns for a batch: in evaluation mode, logging nothing.
+
+    Raises:
+        MisconfigurationException: if that step would do more than compute a loss.
+    """
+    # The ZerothOrder callback stands in for a step of its own, on the instance.
+    if not module.automatic_optimization and "training_step" not in vars(module):
+        raise MisconfigurationException(
+            f"{type(module).__name__} has `automatic_optimization=False`: its `training_step` trains, and is not "
+            "run just to look at activations. Use the ZerothOrder callback on a module whose `training_step` returns a "
+            "loss, or name the layers yourself (DominantLayer: `layer` or `profile`)."
+        )
+    step = type(module).training_step
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=3)
+    with evaluation_mode(module), _muted(module):
+        return step(module, batch, 0) if takes_index else step(module, batch)
+
+
+def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
+    """The first examples of the training data as they are stored, in batches on the module's device.
+
+    Neither the order of the run's batches nor torch's generators take notice. Every rank gets the same examples.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    loader = trainer.fit_loop._data_source.dataloader()
+    with isolate_rng():
+        batches = list(_first_batches(loader, num_prompts))
+    if not batches:
+        raise ValueError(
+            f"`num_prompts` is {num_prompts}, but the training data ({type(loader).__name__}) hold no example to "
+            "calibrate on: at least one is needed."
+        )
+    handler = module._apply_batch_transfer_handler
+    return [handler(module._on_before_batch_transfer(batch), module.device) for batch in batches]
+
+
+def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Batches):
+        examples = dataset.examples[:num_prompts]
+        size = len(dataset.order[0])
+        yield from (dataset.collate(examples[start : start + size]) for start in range(0, len(examples), size))
+        return
+    if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset):
+        if loader.batch_size is not None or loader.batch_sampler is not None:
+            size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+            dataset = Subset(dataset, range(min(num_prompts, len(dataset))))
+            yield from DataLoader(dataset, size, collate_fn=loader.collate_fn) if len(dataset) else ()
+            return
+        loader = DataLoader(dataset, batch_size=None, collate_fn=loader.collate_fn)
+    if not isinstance(loader, Iterable) or isinstance(loader, dict | list | tuple):
+        raise ValueError(f"Calibration reads one training dataloader, got {type(loader).__name__}.")
+    seen = 0
+    for batch in loader:
+        yield batch
+        seen += _num_examples(batch)
+        if seen >= num_prompts:
+            return
+
+
+def _num_examples(batch: Any) -> int:
+    lengths: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
+    return lengths[0] if lengths else 1
+
+
+@contextmanager
+def _muted(module: L.LightningModule) -> Iterator[None]:
+    own = vars(module).get("log")
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.log
+        if own is not None:
+            module.log = own

@@ -1,0 +1,72 @@
+"""Which positions of a forward pass hold tokens, and which only padding."""
+
+import inspect
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.layers import LayerStack
+
+
+class TokenMask(AbstractContextManager["TokenMask"]):
+    """Watches, while active, for the two-dimensional ``attention_mask`` that the network around the layers is given.
+
+    Such a mask has 1 at tokens and 0 at padding, on either side. It holds for as long as the call lasts that it was
+    handed to. Where a network takes none, every position counts as a token.
+
+    Args:
+        module: the network, or a module around it.
+        stack: its layers; the masks handed to these are not two-dimensional, and not looked at.
+    """
+
+    def __init__(self, module: nn.Module, stack: LayerStack) -> None:
+        self._module = module
+        self._stack = stack
+        self._masks: list[Tensor | None] = []  # one for each call that is under way and takes a mask
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "TokenMask":
+        for path, submodule in self._module.named_modules():
+            if f"{path}.".startswith(tuple(f"{name}." for name in self._stack.names)):
+                continue
+            parameters = list(inspect.signature(submodule.forward).parameters)
+            if "attention_mask" in parameters:
+                position = parameters.index("attention_mask")
+
+                def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = position) -> None:
+                    self._enter(kwargs.get("attention_mask", args[at] if at < len(args) else None))
+
+                self._hooks.callback(submodule.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                self._hooks.callback(submodule.register_forward_hook(self._leave, always_call=True).remove)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.close()
+        self._masks.clear()
+
+    def of(self, activations: Tensor) -> Tensor:
+        """True where `activations` belong to a token: as many entries as they have without their last dimension.
+
+        Raises:
+            ValueError: if the network's mask does not fit.
+        """
+        shape = activations.shape[:-1]
+        mask = self._masks[-1] if self._masks else None
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=activations.device)
+        tokens = shape.numel() // len(mask)  # a mask may begin with what is cached
+        if tokens * len(mask) != shape.numel() or tokens > mask.shape[1]:
+            raise ValueError(
+                f"An attention mask of shape {tuple(mask.shape)} does not fit activations of shape "
+                f"{tuple(activations.shape)}."
+            )
+        return mask[:, mask.shape[1] - tokens :].reshape(shape).to(activations.device, torch.bool)
+
+    def _enter(self, mask: Any) -> None:
+        outer = self._masks[-1] if self._masks else None
+        self._masks.append(mask if isinstance(mask, Tensor) and mask.ndim == 2 else outer)
+
+    def _leave(self, *_: Any) -> None:
+        self._masks.pop()
