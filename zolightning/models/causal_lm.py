@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.data import Batch
+from zolightning.models.adapters import adapter_settings, restore_adapter
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
     answer_log_probs,
@@ -116,8 +117,18 @@ class CausalLM(L.LightningModule):
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["adapter"] = adapter_settings(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # so that its weights find the parameters they belong to, whatever callbacks this run has
+        restore_adapter(self.model, checkpoint.get("adapter"))
+
     def export(self, folder: str | Path) -> None:
-        """Writes model and tokenizer in Hugging Face's format, for `AutoModelForCausalLM.from_pretrained`."""
+        """Writes model and tokenizer in Hugging Face's format, for `AutoModelForCausalLM.from_pretrained`.
+
+        A model with a LoRA adapter is written in PEFT's format: the adapter only, and where its base model is.
+        """
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,127 @@
+"""The calibration batches: which examples, and that the run does not notice."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+
+from zolightning import CausalLM
+from zolightning.calibration import calibration_batches
+from zolightning.data import PromptDataModule
+
+
+class Look(Callback):
+    """Asks for calibration batches before training, and records what training sees."""
+
+    def __init__(self, num_prompts: int | None) -> None:
+        self.num_prompts = num_prompts
+        self.calibration: list[Any] = []
+        self.seen: list[Any] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.num_prompts is not None:
+            self.calibration = calibration_batches(trainer, pl_module, self.num_prompts)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self.seen.append(batch)
+
+
+@pytest.fixture
+def look(make_trainer: Callable[..., L.Trainer], make_module: Callable[..., L.LightningModule]) -> Callable[..., Look]:
+    def run(loader: Any, num_prompts: int | None, **options: Any) -> Look:
+        callback = Look(num_prompts)
+        torch.manual_seed(3)
+        trainer = make_trainer(max_epochs=1, callbacks=callback, limit_train_batches=3)
+        trainer.fit(make_module(), loader, **options)
+        return callback
+
+    return run
+
+
+def rows(batches: list[dict[str, Tensor]]) -> list[list[int]]:
+    """The prompts without their padding."""
+    return [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3, 4, 99])
+def test_the_first_examples_as_they_are_stored(
+    num_prompts: int, look: Callable[..., Look], make_loader: Callable[..., DataLoader]
+) -> None:
+    stored = rows(list(make_loader()))
+    run = look(make_loader(shuffle=True), num_prompts)
+    assert rows(run.calibration) == stored[:num_prompts]
+    assert max(len(batch["label"]) for batch in run.calibration) <= 3
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sampled", "own generator", "batch sampler"])
+def test_training_does_not_notice(kind: str, look: Callable[..., Look], make_loader: Callable[..., DataLoader]) -> None:
+    def loader() -> DataLoader:
+        if kind == "shuffled":
+            return make_loader(shuffle=True)
+        if kind == "sampled":
+            return make_loader(sampler=RandomSampler(range(12)))
+        if kind == "own generator":
+            return make_loader(shuffle=True, generator=torch.Generator().manual_seed(1))
+        plain = make_loader()
+        sampler = BatchSampler(RandomSampler(range(12)), 3, drop_last=False)
+        return DataLoader(plain.dataset, batch_sampler=sampler, collate_fn=plain.collate_fn)
+
+    before = rows(look(loader(), None).seen)
+    after = look(loader(), 5)
+    assert rows(after.seen) == before
+    assert len(rows(after.calibration)) == 5
+
+
+def test_batches_that_are_ready(look: Callable[..., Look], make_batches: Callable[..., Any]) -> None:
+    batches = make_batches(size=2)
+    assert rows(look(DataLoader(batches, batch_size=None), 3).calibration) == rows(batches[:2])
+
+
+def test_a_stream(look: Callable[..., Look], make_loader: Callable[..., DataLoader]) -> None:
+    plain = make_loader()
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(plain.dataset)
+
+    run = look(DataLoader(Stream(), batch_size=3, collate_fn=plain.collate_fn), 4)
+    assert rows(run.calibration) == rows(list(plain))[:6]
+
+
+def test_no_examples(look: Callable[..., Look]) -> None:
+    with pytest.raises(ValueError, match=r"`num_prompts` is 4, but the training data \(DataLoader\) hold no example"):
+        look(DataLoader([]), 4)
+
+
+def test_several_loaders(look: Callable[..., Look], make_loader: Callable[..., DataLoader]) -> None:
+    for loaders in ({"a": make_loader()}, [make_loader(), make_loader()]):
+        with pytest.raises(ValueError, match=rf"one training dataloader, got {type(loaders).__name__}"):
+            look(loaders, 4)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_prompts_of_the_data_module(
+    batch_size: int, tmp_path: Path, write_tiny_model: Callable[..., Path], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    for split in ("train", "test"):
+        lines = [f'{{"sentence": "soup number {i}", "label": {i % 2}}}' for i in range(20)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    data = PromptDataModule(
+        "sst2", path=str(tmp_path), num_train=9, num_validation=4, num_test=4, batch_size=batch_size
+    )
+    run = Look(7)
+    model = CausalLM(str(write_tiny_model(tmp_path / "model")))
+    make_trainer(max_steps=1, callbacks=run, limit_val_batches=0).fit(model, datamodule=data)
+    examples = data.train_dataloader().dataset.examples
+    assert [id for batch in run.calibration for id in batch["id"].tolist()] == [example.id for example in examples[:7]]
+    assert [len(batch["id"]) for batch in run.calibration] == ([2, 2, 2, 1] if batch_size == 2 else [5, 2])

@@ -1,0 +1,251 @@
+"""LoRA: adapters in the chosen layers, trained, saved, restored and exported."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from zolightning import CausalLM
+from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
+from zolightning.data import PromptDataModule
+from zolightning.layers import find_layers
+from zolightning.models import answer_log_probs
+from zolightning.models.adapters import adapter_settings
+from zolightning.optim import MeZO
+from zolightning.scopes import LoRA
+
+HIDDEN, KEY_VALUE, RANK = 16, 8, 4
+# Input and output features of the linear maps that PEFT adapts in each architecture.
+ADAPTED = {"gpt2": [(HIDDEN, 3 * HIDDEN)], "opt": [(HIDDEN, HIDDEN)] * 2, "bert": [(HIDDEN, HIDDEN)] * 2}
+GATED = [(HIDDEN, HIDDEN), (HIDDEN, KEY_VALUE)]
+
+
+def zeroth_order() -> ZerothOrder:
+    return ZerothOrder(partial(MeZO, lr=1e-2))
+
+
+def weights(module: L.LightningModule) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("layers", [[3], "all"])
+def test_adapters_train_and_nothing_else(
+    architecture: str, layers: Any, make_module: Any, make_loader: Any, make_trainer: Any
+) -> None:
+    module = make_module(architecture)
+    before = weights(module)
+    trainer = make_trainer(max_steps=2, callbacks=[TrainLayers(layers, LoRA(RANK)), zeroth_order()])
+    trainer.fit(module, make_loader())
+
+    after = weights(module)
+    adapters = {name: weight for name, weight in after.items() if ".lora_" in name}
+    shapes = ADAPTED.get(architecture, GATED)
+    times = 1 if layers == [3] else 6
+    assert sum(weight.numel() for weight in adapters.values()) == times * RANK * sum(map(sum, shapes))
+    assert trainer.optimizers[0].num_trainable() == sum(weight.numel() for weight in adapters.values())
+    assert all(".3." in name for name in adapters) or layers == "all"
+    assert all(weight.any() for weight in adapters.values())  # B has left zero
+    base = {name.replace(".base_layer", ""): weight for name, weight in after.items() if name not in adapters}
+    assert base.keys() == before.keys()
+    assert all(torch.equal(base[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_backpropagation_trains_adapters(make_module: Any, make_loader: Any, make_trainer: Any) -> None:
+    module = make_module()
+    make_trainer(max_steps=2, callbacks=[TrainLayers([1], LoRA(RANK))]).fit(module, make_loader())
+    assert any(weight.any() for name, weight in weights(module).items() if "lora_B" in name)
+
+
+def test_an_adapter_changes_nothing_at_first_and_depends_on_the_seed_only(
+    make_module: Any, make_loader: Any, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapters(seed: str, before: int) -> list[Tensor]:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        module = make_module()
+        LoRA(RANK).select(module, stack := find_layers(module), range(len(stack)), lambda: None)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(module.training_step(batch, 0), make_module().training_step(batch, 0))
+        return [weight for name, weight in weights(module).items() if ".lora_A" in name]
+
+    batch = next(iter(make_loader()))
+    monkeypatch.setattr("lightning.LightningModule.log", lambda *_: None)
+    one, two, three = adapters("1", 0), adapters("1", 99), adapters("2", 0)
+    assert all(map(torch.equal, one, two))
+    assert not any(map(torch.equal, one, three))
+
+
+def test_named_targets(make_module: Any, make_loader: Any, make_trainer: Any) -> None:
+    module = make_module()
+    part = LoRA(RANK, target_modules=["gate_proj", "mlp.down_proj"])
+    make_trainer(max_steps=1, callbacks=[TrainLayers([2], part), zeroth_order()]).fit(module, make_loader())
+    adapted = {name.split(".lora_")[0] for name in weights(module) if ".lora_" in name}
+    assert adapted == {f"network.model.layers.2.mlp.{name}_proj" for name in ("gate", "down")}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRA(0), "`rank` must be an integer, at least 1, got 0"),
+        (lambda: LoRA(alpha=0), "`alpha` must be above 0, got 0"),
+        (lambda: LoRA(target_modules=[]), "`target_modules` is empty"),
+        (
+            lambda: LoRA(target_modules=["q_proj", "query"]),
+            r"`target_modules` matches nothing for query in layer 1 of .* linear maps are self_attn.q_proj, ",
+        ),
+    ],
+)
+def test_what_is_refused(
+    make: Callable[[], LoRA], message: str, make_module: Any, make_loader: Any, make_trainer: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(max_steps=1, callbacks=[TrainLayers([1], make()), zeroth_order()]).fit(
+            make_module(), make_loader()
+        )
+
+
+def test_models_without_adapters(
+    make_module: Any, make_loader: Any, make_trainer: Any, make_regression: Any, regression_data: Any
+) -> None:
+    callbacks = [TrainLayers([0], LoRA(), layers_name="net"), zeroth_order()]
+    with pytest.raises(ValueError, match="`part` is LoRA, which needs a PreTrainedModel of transformers around `net`"):
+        make_trainer(max_steps=1, callbacks=callbacks).fit(make_regression(), regression_data())
+    module = make_module()
+    module.network.config.model_type = "unheard-of"
+    with pytest.raises(ValueError, match="`target_modules` has no default for unheard-of in layer 1"):
+        make_trainer(max_steps=1, callbacks=[TrainLayers([1], LoRA()), zeroth_order()]).fit(module, make_loader())
+
+
+def test_a_second_fit_goes_on_with_the_same_adapter_and_refuses_another(
+    make_module: Any, make_loader: Any, make_trainer: Any
+) -> None:
+    module = make_module()
+    fit = partial(make_trainer, max_steps=2)
+    fit(callbacks=[TrainLayers("all", LoRA(RANK)), zeroth_order()]).fit(module, make_loader())
+    first = weights(module)
+    fit(callbacks=[TrainLayers("all", LoRA(RANK)), zeroth_order()]).fit(module, make_loader())
+    second = weights(module)
+    assert first.keys() == second.keys()
+    assert {name for name in first if not torch.equal(first[name], second[name])} == {n for n in first if ".lora_" in n}
+    with pytest.raises(ValueError, match=r"`part` is LoRA\(rank=5.*has another adapter already: .*'rank': 4"):
+        fit(callbacks=[TrainLayers("all", LoRA(5)), zeroth_order()]).fit(module, make_loader())
+
+
+class SaveTwo(L.Callback):
+    """Saves after the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Path:
+    for split in ("train", "test"):
+        lines = [f'{{"sentence": "soup number {i}", "label": {i % 2}}}' for i in range(20)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    write_tiny_model(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.fixture
+def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[..., tuple[CausalLM, L.Trainer, Any]]:
+    def run(*callbacks: Any, ckpt_path: Path | None = None, precision: str = "32-true") -> Any:
+        model = CausalLM(str(folder / "model"), optimizer=partial(torch.optim.SGD, lr=0.1))
+        data = PromptDataModule("sst2", path=str(folder), num_train=12, num_validation=4, num_test=8, batch_size=4)
+        trainer = make_trainer(
+            max_steps=4,
+            max_epochs=-1,
+            precision=precision,
+            limit_val_batches=0,
+            callbacks=[*callbacks, zeroth_order(), SaveTwo(folder / "two.ckpt")],
+        )
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        return model, trainer, data
+
+    return run
+
+
+def lora(layer: int = 1, rank: int = RANK) -> TrainLayers:
+    return TrainLayers([layer], LoRA(rank))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_resuming_equals_not_stopping(train: Callable[..., Any], folder: Path, precision: str) -> None:
+    whole, *_ = train(lora(), precision=precision)
+    for scope in (lora(), lora(layer=0), lora(rank=2), TrainLayers("all")):
+        resumed, *_ = train(scope, ckpt_path=folder / "two.ckpt", precision=precision)
+        assert adapter_settings(resumed.model) == adapter_settings(whole.model)
+        expected, got = weights(whole), weights(resumed)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_checkpoint_is_tested_without_the_scope(
+    train: Callable[..., Any], folder: Path, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    model, trainer, data = train(lora())
+    trainer.save_checkpoint(folder / "end.ckpt")
+    (expected,) = trainer.test(model, data, verbose=False)
+    (again,) = trainer.test(model, data, ckpt_path=folder / "end.ckpt", verbose=False)
+    fresh = CausalLM(str(folder / "model"))
+    (without,) = make_trainer().test(fresh, data, verbose=False)
+    (restored,) = make_trainer().test(fresh, data, ckpt_path=folder / "end.ckpt", verbose=False)
+    assert expected == again == restored != without
+
+    model, trainer, _ = train(TrainLayers([1]))
+    trainer.save_checkpoint(folder / "plain.ckpt")
+    make_trainer().test(fresh, data, ckpt_path=folder / "plain.ckpt", verbose=False)
+    assert adapter_settings(fresh.model) is None
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+
+
+def test_checkpoint_holds_plain_values(train: Callable[..., Any], folder: Path) -> None:
+    train(lora())
+    checkpoint = torch.load(folder / "two.ckpt", weights_only=True)
+    assert checkpoint["adapter"] == {
+        "rank": RANK,
+        "alpha": 16.0,
+        "target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"],
+    }
+    assert checkpoint["scope"]["layers"] == [1]
+    assert all(".lora_" in name and part is None for name, part in checkpoint["scope"]["parameters"].items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
+@pytest.mark.parametrize("scope", [lora(), TrainLayers("all", LoRA(RANK, alpha=32.0))])
+def test_an_export_loads_with_peft_and_scores_the_same(
+    scope: TrainLayers, train: Callable[..., Any], folder: Path
+) -> None:
+    model, _, data = train(scope)
+    model.export(folder / "export")
+    assert (folder / "export/adapter_model.safetensors").stat().st_size < 50_000
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    loaded = PeftModel.from_pretrained(base, folder / "export").eval()
+    straight = AutoModelForCausalLM.from_pretrained(folder / "export")  # finds the base model by itself
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        expected = answer_log_probs(model.model.eval(), batch)[0]
+        assert torch.equal(answer_log_probs(straight, batch)[0], expected)
+        assert torch.equal(answer_log_probs(loaded.base_model.model, batch)[0], expected)
+        model.model.disable_adapters()
+        assert not torch.equal(answer_log_probs(model.model, batch)[0], expected)
+
+
+def test_dominant_layer_with_adapters(make_module: Any, make_loader: Any, make_trainer: Any) -> None:
+    module = make_module("llama", outlier=2)
+    make_trainer(max_steps=1, callbacks=[DominantLayer(LoRA(RANK)), zeroth_order()]).fit(module, make_loader())
+    adapted = {name.split(".")[3] for name in weights(module) if ".lora_" in name}
+    assert adapted == {"2"}

@@ -1,0 +1,94 @@
+"""LoRA adapters inside a model of transformers, by PEFT."""
+
+import os
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "default"  # what PEFT calls an adapter that is given no name
+
+
+class AdapterSettings(TypedDict):
+    """What makes an adapter again: plain values, for checkpoints."""
+
+    rank: int
+    alpha: float
+    target_modules: list[str]  # dotted names in the model, sorted
+
+
+def adapter_settings(model: "PreTrainedModel") -> AdapterSettings | None:
+    """The settings of the model's adapter, or None if it has none."""
+    config = getattr(model, "peft_config", {}).get(_NAME)
+    if config is None:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # PEFT shortens long lists of targets in its own configuration.
+    targets = sorted(name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return AdapterSettings(rank=config.r, alpha=config.lora_alpha, target_modules=targets)
+
+
+def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
+    """Adds an adapter, which changes nothing at first, to a model without one.
+
+    Which of the other parameters are trainable is as before. The adapter's values depend on the seed of
+    ``seed_everything`` (or 0), and torch's generators take no notice.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    targets = settings["target_modules"]
+    config = LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        target_modules=targets,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        task_type="CAUSAL_LM" if model.can_generate() and not model.config.is_encoder_decoder else None,
+    )
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        model.add_adapter(config)
+    for parameter, requires_grad in trainable.items():
+        parameter.requires_grad_(requires_grad)
+
+
+def remove_adapter(model: "PreTrainedModel") -> None:
+    """Takes the adapter, and all that it has learnt, out of the model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def restore_adapter(model: "PreTrainedModel", settings: AdapterSettings | None) -> None:
+    """Makes the model one that weights saved with these settings fit: with that adapter, or without any."""
+    present = adapter_settings(model)
+    if present == settings:
+        return
+    if present is not None:
+        remove_adapter(model)
+    if settings is not None:
+        add_adapter(model, settings)
+
+
+def default_targets(model_type: str) -> list[str]:
+    """The last parts of the names of the linear maps that PEFT adapts in this architecture; empty if unknown."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, []))
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether a module is a linear map that can have an adapter, or has one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)
