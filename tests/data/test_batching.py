@@ -61,6 +61,13 @@ def test_epochs_and_seeds_differ() -> None:
     assert order.epoch(0) != LengthBuckets(lengths, 8, seed=1).epoch(0)
 
 
+def test_fixed_batches_come_again_in_another_order() -> None:
+    order = LengthBuckets(range(1, 100), 8, fixed=True)
+    first, second = order.epoch(0), order.epoch(1)
+    assert first != second and sorted(first) == sorted(second)
+    assert sorted(first) == sorted(LengthBuckets(range(1, 100), 8).epoch(0))
+
+
 @given(lengths_and_batch_size, st.integers(1, 4))
 def test_ranks_share_the_batch_of_one_rank(case: tuple[list[int], int], num_replicas: int) -> None:
     lengths, batch_size = case

@@ -29,6 +29,7 @@ class LengthBuckets:
         num_replicas: Number of ranks that share a global batch.
         rank: This one.
         bucket_batches: Batches in a window. More of them means less padding; 1 is a plain shuffle.
+        fixed: Whether the same examples stay together.
 
     Raises:
         ValueError: There are fewer examples than ranks.
@@ -42,6 +43,7 @@ class LengthBuckets:
         num_replicas: int = 1,
         rank: int = 0,
         bucket_batches: int = 8,
+        fixed: bool = False,
     ) -> None:
         _check_enough_examples(len(lengths), num_replicas)
         self.lengths = lengths
@@ -50,6 +52,7 @@ class LengthBuckets:
         self.num_replicas = num_replicas
         self.rank = rank
         self.bucket_batches = bucket_batches
+        self.fixed = fixed
         self._latest: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class LengthBuckets:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Returns the global batches of an epoch."""
-        random = np.random.RandomState([self.seed, epoch])
+        random = np.random.RandomState([self.seed, 0 if self.fixed else epoch])
         size = self.global_batch_size
         shuffled = random.permutation(len(self.lengths))[: len(self) * size].tolist()
         window = size * self.bucket_batches
@@ -73,6 +76,8 @@ class LengthBuckets:
             for start in range(0, len(shuffled), window)
             for index in sorted(shuffled[start : start + window], key=self.lengths.__getitem__)
         ]
+        if self.fixed:
+            random = np.random.RandomState([self.seed, epoch])
         return [bucketed[batch * size : (batch + 1) * size] for batch in random.permutation(len(self))]
 
     def settings(self) -> dict[str, int]:
@@ -82,6 +87,7 @@ class LengthBuckets:
             "global batch size": self.global_batch_size,
             "examples": len(self.lengths),
             "tokens": sum(self.lengths),
+            "fixed batches": self.fixed,
         }
 
 

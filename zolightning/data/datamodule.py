@@ -39,6 +39,8 @@ class PromptDataModule(L.LightningDataModule):
         seed: Decides which rows are sampled and the order of the training batches.
         max_length: Tokens of a prompt with its answer, at most; longer prompts lose their beginning. The
             model's context length is a limit in any case.
+        fixed_batches: Whether every epoch has the same training batches, in an order of its own, for
+            `keep_prefix_gib` of the ZerothOrder callback.
         num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
         prompt: Jinja2 template instead of the task's.
         answers: Jinja2 templates of the candidates instead of the task's, in the same order.
@@ -63,6 +65,7 @@ class PromptDataModule(L.LightningDataModule):
         examples_per_class: int | None = None,
         seed: int = 0,
         max_length: int = 2048,
+        fixed_batches: bool = False,
         num_workers: int = 0,
         prompt: str | None = None,
         answers: list[str] | None = None,
@@ -78,6 +81,7 @@ class PromptDataModule(L.LightningDataModule):
         self.examples_per_class = examples_per_class
         self.seed = seed
         self.max_length = max_length
+        self.fixed_batches = fixed_batches
         self.num_workers = num_workers
         self._examples: dict[str, list[Example]] = {}
 
@@ -113,7 +117,7 @@ class PromptDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         examples = self._examples["train"]
         lengths = [example.length for example in examples]
-        order = LengthBuckets(lengths, self.batch_size, self.seed, **self._replicas())
+        order = LengthBuckets(lengths, self.batch_size, self.seed, fixed=self.fixed_batches, **self._replicas())
         only_gold = self.task.objective == "language_modeling"
         batches = Batches(examples, order, self._collate(only_gold))
         sampler = BatchNumbers(batches, start=self._batches_trained)
