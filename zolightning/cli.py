@@ -1,5 +1,6 @@
 """The command ``zolightning``: LightningCLI with this project's defaults."""
 
+import json
 import logging
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
+from zolightning.callbacks.scope import refuse_two_scopes
 from zolightning.callbacks.zeroth_order import refuse_unsupported
 from zolightning.trainer import Trainer
 
@@ -26,7 +28,10 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 
-_SUBCOMMANDS = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+_SUBCOMMANDS = {
+    **LightningCLI.subcommands(),
+    **{name: {"model", "datamodule"} for name in ("profile", "sweep-layers", "export")},
+}
 _PARSER_KWARGS: dict[str, Any] = {
     "description": "Fine-tunes language models by forward passes only.",
     # argparse would list a hundred options, here and before every error.
@@ -91,6 +96,8 @@ class ZerothOrderCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
+        trainer.run_config = json.loads(config)[self.subcommand]
         best = trainer.checkpoint_callback
         # Lightning's `save_last` writes when the best one changes. A run should go on from where it was.
         if best is not None and not best.save_last:
@@ -99,6 +106,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
+        refuse_two_scopes(self.trainer)
         for callback in self.trainer.callbacks:
             if isinstance(callback, ZerothOrder):
                 # What `fit` would refuse, before the validation has taken its time.

@@ -1,13 +1,95 @@
 """The Trainer of the command line: Lightning's, with the subcommands it lacks."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
 
+from zolightning.commands.output import output_folder
+from zolightning.commands.profile import LayerProfile
+from zolightning.commands.sweep_layers import LayerSweep
+
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also export what it trained."""
+    """Lightning's Trainer, which can also profile and compare the layers of a model, and export what it trained.
+
+    Attributes:
+        run_config: the configuration of the command line as plain values; empty without a command line.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._settings = settings
+        self.run_config: Mapping[str, Any] = {}
+
+    def with_settings(self, **changes: Any) -> L.Trainer:
+        """A fresh Trainer with the same arguments, but for `changes`."""
+        return L.Trainer(**self._settings | changes)
+
+    def profile(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        num_prompts: int = 32,
+        sensitivity_queries: int = 0,
+        time_model: bool = False,
+        layers_name: str | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Shows how large the outputs of each layer are, and which layer stands out.
+
+        Prints a table, and which layer each rule selects; draws PNG files and the same figures for TensorBoard; and
+        writes ``profile.json``, which the DominantLayer callback takes as its `profile`.
+
+        Args:
+            model: a module with recognisable layers, such as CausalLM.
+            datamodule: whose first training prompts are read.
+            num_prompts: training prompts to run.
+            sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show which layer
+                the loss feels most, in --trainer.precision 32-true; 0 probes nothing.
+            time_model: also time steps that move more and more parameters, and fit what a parameter costs.
+            layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
+            output: folder for the files; ``profile`` beside the versions of the run if not given.
+
+        Raises:
+            ValueError: naming the argument, its value and what is accepted.
+        """
+        profile = LayerProfile(num_prompts, sensitivity_queries, time_model, layers_name)
+        profile.run(self, model, datamodule, output_folder(self, output, "profile"))
+
+    def sweep_layers(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        steps: int = 200,
+        layers: list[int] | Literal["all"] = "all",
+        first_order: bool = False,
+        evaluate: Literal["validation", "test"] = "validation",
+        layers_name: str | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Trains each layer alone from the same weights on the same batches, and compares what they learn.
+
+        The method and all else but the number of steps come from the configuration. Each finished layer is a line of
+        ``results.csv``; the same command again goes on where it was interrupted.
+
+        Args:
+            model: a module with recognisable layers, such as CausalLM.
+            datamodule: to train and to evaluate on.
+            steps: training steps of each layer.
+            layers: indices of the layers to train, such as ``[0,1,5]``, or ``all``.
+            first_order: train by backpropagation and the module's own optimizer instead of the zeroth-order method.
+            evaluate: the split whose metrics are reported.
+            layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
+            output: folder for results and plots; ``sweep-layers`` beside the versions of the run if not given.
+
+        Raises:
+            ValueError: naming the argument, its value and what is accepted.
+        """
+        folder = output_folder(self, output, "sweep-layers-first-order" if first_order else "sweep-layers")
+        LayerSweep(self, model, datamodule, layers, steps, first_order, evaluate, layers_name, folder).run()
 
     def export(
         self,
@@ -37,8 +119,14 @@ class Trainer(L.Trainer):
         if ckpt_path is not None:
             if not Path(ckpt_path).is_file():
                 raise ValueError(f"`ckpt_path` is {ckpt_path}, which is not a file.")
-            weights = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)["state_dict"]
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)
+            model.on_load_checkpoint(checkpoint)
+            weights = checkpoint["state_dict"]
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(weights[name].dtype)
             model.load_state_dict(weights)
         model.export(target)
+
+
+# LightningCLI calls the method that has the name of the subcommand, and command lines join words by hyphens.
+setattr(Trainer, "sweep-layers", Trainer.sweep_layers)

@@ -1,0 +1,140 @@
+"""``zolightning profile``: what it prints and leaves behind, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from zolightning.activation_profile import ActivationProfile
+from zolightning.trainer import Trainer
+
+# Lightning 2.6 calls what jsonargparse 4.49 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+NAME = "sentiment-smollm2_135m-mezo"
+
+
+@pytest.fixture
+def planted(command_line: Any) -> Any:
+    """A model whose layer 1 has one weight that makes its outputs explode."""
+    file = command_line.folder / "model/model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = 1e7
+    save_file(weights, file, metadata={"format": "pt"})
+    return command_line
+
+
+def images(folder: Path) -> set[str]:
+    tags: set[str] = set()
+    for file in folder.glob("events.*"):
+        tags |= set(EventAccumulator(str(file)).Reload().Tags()["images"])
+    return tags
+
+
+def assert_plot(path: Path) -> None:
+    with Image.open(path) as image:
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(2**24)) > 20  # not blank
+
+
+def test_profile_finds_the_planted_layer_and_a_callback_reads_it(planted: Any) -> None:
+    output = planted("profile", "--num_prompts", 6)
+    folder = planted.folder / "logs" / NAME / "profile"
+    assert "DominantLayer selects layer 1" in output
+    assert "Both(" in output and "): layer 1" in output
+    assert str(folder) in output
+    assert "2 forwards of" in output  # batches of 4
+
+    profile = ActivationProfile.load(folder / "profile.json")
+    assert profile.num_prompts == 12 and len(profile.layers) == 2  # two candidates a prompt, of several bytes
+    assert profile.layers[1].channels[0] == 3
+    assert profile.table() in output
+    assert_plot(folder / "profile.png")
+    assert images(folder) == {"profile"}
+    assert not list((planted.folder / "logs" / NAME).glob("version_*"))
+
+    options = ["--trainer.callbacks+", "zolightning.callbacks.DominantLayer"]
+    options += ["--trainer.callbacks.profile", folder / "profile.json", "--trainer.max_steps", 1]
+    planted(
+        "fit",
+        *options,
+        "--trainer.log_every_n_steps",
+        1,
+        "--trainer.val_check_interval",
+        1,
+        "--validate_first",
+        "false",
+    )
+    (last,) = (planted.folder / "logs" / NAME).glob("version_0/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["scope"]["layers"] == [1]
+
+
+def test_no_layer_stands_out(command_line: Any) -> None:
+    output = command_line("profile", "--num_prompts", 3)
+    assert output.count("no layer") == 2
+    assert "No layer stands out" in output
+
+
+def test_sensitivity_and_step_times(command_line: Any) -> None:
+    folder = command_line.folder / "mine"
+    options = ("--sensitivity_queries", 2, "--time_model", "true", "--output", folder)
+    output = command_line("profile", "--num_prompts", 4, *options)
+
+    sensitivity = json.loads((folder / "sensitivity.json").read_text())
+    assert (sensitivity["num_queries"], sensitivity["eps"], sensitivity["relative_error"]) == (2, 1e-3, 0.5)
+    assert len(sensitivity["layers"]) == 2 and all(layer["rms"] > 0 for layer in sensitivity["layers"])
+    assert "standard error of 50%" in output and "rounding" not in output
+
+    times = json.loads((folder / "step_time.json").read_text())
+    assert [step["scope"] for step in times["steps"]] == ["MLP of layer 0", "layer 0", "all layers", "whole model"]
+    assert times["forward"] > 0 and times["model"]["forward"] > 0
+    assert "gamma" in output and "R²" in output and "predicted_seconds" in output
+
+    for name in ("profile", "sensitivity", "step_time"):
+        assert_plot(folder / f"{name}.png")
+    assert images(folder) == {"profile", "sensitivity", "step_time"}
+
+    again = command_line("profile", "--num_prompts", 4, *options)
+    assert json.loads((folder / "sensitivity.json").read_text()) == sensitivity
+    assert "written to" in again
+
+    half = command_line("profile", *options[:2], "--trainer.precision", "bf16-true")
+    assert "The layers are in bfloat16, where rounding" in half
+
+
+def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer: Any, tmp_path: Path) -> None:
+    """A module that is no language model, frozen in part, in a Trainer without a logger."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    module: LightningModule = make_regression()
+    module.net[0].weight.requires_grad_(False)
+    module.train_dataloader = lambda: DataLoader(TensorDataset(torch.randn(8, 4), torch.randn(8, 1)), batch_size=4)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in module.named_parameters()}
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.profile(module, layers_name=r"net\.\d", num_prompts=8)
+    assert ActivationProfile.load(tmp_path / "profile/profile.json").num_prompts == 8
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
+    assert module.training and not module._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num_prompts", 0), "`num_prompts` must be at least 1, got 0"),
+        (("--sensitivity_queries", -1), "`sensitivity_queries` must be 0 for no scan, or more, got -1"),
+        (("--layers_name", "no.such.layers"), "`layers_name` is 'no.such.layers', which matches nothing"),
+        (("--output", "{folder}/model/config.json/x"), "`output` is {folder}/model/config.json/x, where no file can"),
+        (("--data.init_args.path", "{folder}"), "{folder}/train.jsonl does not exist"),
+    ],
+)
+def test_wrong_input_takes_one_line(command_line: Any, options: tuple[str, Any], message: str) -> None:
+    folder = str(command_line.folder)
+    error = command_line.refused("profile", *(str(option).format(folder=folder) for option in options))
+    assert error.startswith("error: " + message.format(folder=folder))

@@ -1,0 +1,71 @@
+"""The file of a sweep: it grows by whole lines, survives a kill, and belongs to one set of settings."""
+
+from pathlib import Path
+
+import pytest
+
+from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
+
+SETTINGS = {"steps": 5, "data": {"task": "sst2", "sizes": [1, 2]}, "model": None}
+
+
+def row(layer: str, accuracy: float | None = 0.5) -> SweepRow:
+    return SweepRow(layer, 10, 5, 1.25, {"val/accuracy": accuracy, "val/loss": 0.7 if accuracy else None})
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    results = SweepResults(tmp_path, SETTINGS)
+    rows = [row(ZERO_SHOT), row("10"), row("2", None), row("3", 0.1 + 0.2)]
+    for each in rows:
+        results.append(each)
+    again = SweepResults(tmp_path, SETTINGS)
+    assert list(again.rows.values()) == rows
+    assert again.metric_names == ["val/accuracy", "val/loss"]
+    assert [each.layer for each in again.layers()] == ["2", "3", "10"]
+    assert (tmp_path / "results.csv").read_text().splitlines()[:2] == [
+        "layer,parameters,steps,seconds,val/accuracy,val/loss",
+        "zero-shot,10,5,1.250,0.5,0.7",
+    ]
+
+
+@pytest.mark.parametrize("torn", ["3,10,5", "3,10,5,1.2,0.5,0.", "l"])
+def test_a_torn_line_is_dropped_and_written_again(tmp_path: Path, torn: str) -> None:
+    results = SweepResults(tmp_path, SETTINGS)
+    results.append(row(ZERO_SHOT))
+    results.append(row("0"))
+    whole = results.path.read_text()
+    results.path.write_text(whole + torn)
+    again = SweepResults(tmp_path, SETTINGS)
+    assert list(again.rows) == [ZERO_SHOT, "0"]
+    again.append(row("3"))
+    assert results.path.read_text() == whole + "3,10,5,1.250,0.5,0.7\n"
+
+
+def test_a_file_torn_in_its_header_begins_anew(tmp_path: Path) -> None:
+    SweepResults(tmp_path, SETTINGS).path.write_text("layer,par")
+    results = SweepResults(tmp_path, SETTINGS)
+    assert not results.rows
+    results.append(row(ZERO_SHOT))
+    assert list(SweepResults(tmp_path, SETTINGS).rows) == [ZERO_SHOT]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 6}, "`steps` 5 there, 6 now"),
+        ({"data": {"task": "sst2", "sizes": [1, 3]}}, "`data.sizes.1` 2 there, 3 now"),
+        ({"model": {"name": "x"}}, "`model.name` None there, 'x' now"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    SweepResults(tmp_path, SETTINGS)
+    SweepResults(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="holds results of other settings") as error:
+        SweepResults(tmp_path, SETTINGS | changes)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_results_of_unknown_origin_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("layer\n")
+    with pytest.raises(ValueError, match="no settings"):
+        SweepResults(tmp_path, SETTINGS)

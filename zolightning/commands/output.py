@@ -1,0 +1,46 @@
+"""Where a command leaves its files, and what it keeps to itself."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import lightning as L
+import lightning_utilities.core.rank_zero as rank_zero
+
+
+def output_folder(trainer: L.Trainer, output: str | None, name: str) -> Path:
+    """Makes the folder `output` or, if it is not given, `name` beside the versions of the run.
+
+    Raises:
+        ValueError: if nothing can be written there.
+    """
+    folder = _run_folder(trainer) / name if output is None else Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`output` is {folder}, where no file can be written: {error.strerror}. Name a folder of your own."
+        ) from None
+    return folder
+
+
+def _run_folder(trainer: L.Trainer) -> Path:
+    logger = trainer.logger
+    if logger is None or logger.save_dir is None:
+        return Path(trainer.default_root_dir)
+    return Path(logger.save_dir) / (logger.name or "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning's Trainers have to say about devices and their end; warnings are heard."""
+    level = rank_zero.log.level
+    rank_zero.log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        rank_zero.log.setLevel(level)

@@ -1,0 +1,209 @@
+"""``zolightning profile``: what the layers of a pretrained model look like before any training."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from tqdm import tqdm
+
+from zolightning.activation_profile import ActivationProfile, profile_activations
+from zolightning.bench.measure import round_robin
+from zolightning.bench.report import print_table
+from zolightning.calibration import calibration_batches, calibration_forward
+from zolightning.commands.output import quiet
+from zolightning.commands.plots import activation_figure, save_figure, sensitivity_figure, step_time_figure
+from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
+from zolightning.commands.time_model import StepTimes, measure_step_times, scopes
+from zolightning.layers import find_layers
+from zolightning.selection_rules import DEFAULT_RULES
+
+if TYPE_CHECKING:
+    from zolightning.trainer import Trainer
+
+_TIMED_STEPS = 3  # of each scope, after one that is not timed
+_AUDIT = 3  # forwards by which a method first makes sure that it sees every parameter
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Profiles the layers of a model on the first training prompts, and writes tables, plots and JSON.
+
+    Args:
+        num_prompts: training prompts to run.
+        sensitivity_queries: directions a layer along which the loss of one batch is probed; 0 for no probing.
+        time_model: whether to time steps of scopes of different sizes, on one batch.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`.
+
+    Raises:
+        ValueError: naming an argument, its value and what is accepted.
+    """
+
+    num_prompts: int = 32
+    sensitivity_queries: int = 0
+    time_model: bool = False
+    layers_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1:
+            raise ValueError(f"`num_prompts` must be at least 1, got {self.num_prompts}.")
+        if self.sensitivity_queries < 0:
+            raise ValueError(f"`sensitivity_queries` must be 0 for no scan, or more, got {self.sensitivity_queries}.")
+
+    def run(
+        self,
+        trainer: "Trainer",
+        module: L.LightningModule,
+        datamodule: L.LightningDataModule | None,
+        folder: Path,
+    ) -> None:
+        """Profiles `module` on one device, in the precision of `trainer`; files go to `folder`."""
+        find_layers(module, self.layers_name)
+
+        def look(runner: L.Trainer) -> None:
+            with runner.precision_plugin.forward_context():
+                self._look(runner, module, folder, show_progress=trainer.progress_bar_callback is not None)
+
+        # A fit that ends before its first step: it prepares data, device and precision as any other does.
+        with quiet():
+            runner = trainer.with_settings(
+                callbacks=[_OnceReady(look)],
+                max_epochs=-1,
+                limit_train_batches=0,
+                fast_dev_run=False,
+                devices=1,
+                num_nodes=1,
+                strategy="auto",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            runner.fit(module, datamodule)
+        print(f"\nwritten to {folder}")
+
+    def _look(self, runner: L.Trainer, module: L.LightningModule, folder: Path, show_progress: bool) -> None:
+        stack = find_layers(module, self.layers_name)
+        batches = [
+            runner.precision_plugin.convert_input(batch)
+            for batch in calibration_batches(runner, module, self.num_prompts)
+        ]
+
+        def evaluate() -> Tensor:
+            output = calibration_forward(module, batches[0])
+            return output["loss"] if isinstance(output, Mapping) else output
+
+        def progress(what: str, total: int) -> "tqdm[Any]":
+            return tqdm(desc=what, total=total, disable=not show_progress, leave=False)
+
+        chosen = scopes(module, stack) if self.time_model else {}
+        self._announce(evaluate, len(batches), len(stack), len(chosen))
+        with progress("activations", len(batches)) as bar:
+            profile = profile_activations(module, _counted(batches, bar), stack)
+        selected = _report_activations(profile, folder)
+        if self.sensitivity_queries:
+            with progress("sensitivity", 1 + 2 * self.sensitivity_queries * len(stack)) as bar:
+                probe = _counting(evaluate, bar)
+                sensitivity = scan_sensitivity(module, stack, probe, self.sensitivity_queries)
+            _report_sensitivity(sensitivity, selected, folder)
+        if self.time_model:
+            with progress("step times", (_TIMED_STEPS + 1) * (1 + len(chosen))) as bar:
+                times = measure_step_times(module, chosen, evaluate, _TIMED_STEPS, on_step=bar.update)
+            _report_step_times(times, folder)
+
+    def _announce(self, evaluate: Callable[[], Tensor], batches: int, layers: int, scopes: int) -> None:
+        """Says how long the rest will take, from one forward."""
+        seconds = min(round_robin({"": evaluate}, 2)[""])
+        forwards = batches
+        if self.sensitivity_queries:
+            forwards += 1 + 2 * self.sensitivity_queries * layers
+        if scopes:
+            forwards += (_TIMED_STEPS + 1) * (1 + 2 * scopes) + _AUDIT * scopes
+        print(f"{forwards} forwards of {seconds:.2g} s to go: about {_duration(forwards * seconds)}", flush=True)
+
+
+class _OnceReady(Callback):
+    """Does something when data, device and precision are those of a fit, before any step."""
+
+    def __init__(self, do: Callable[[L.Trainer], None]) -> None:
+        self._do = do
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._do(trainer)
+
+
+def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:
+    """Returns the layer that DominantLayer would choose."""
+    profile.save(folder / "profile.json")
+    fingerprint = profile.fingerprint
+    title = f"Outputs of {fingerprint.num_layers} x {fingerprint.layer_class} over {profile.num_prompts} sequences"
+    print(f"\n{title}\n{profile.table()}\n")
+    choices = {rule: rule(profile) for rule in DEFAULT_RULES}
+    for rule, layer in choices.items():
+        print(f"{rule}: {'no layer' if layer is None else f'layer {layer}'}")
+    selected = next((layer for layer in choices.values() if layer is not None), None)
+    if selected is None:
+        print("No layer stands out: DominantLayer would ask for its `layer`, and a sweep shows which layers learn.")
+    else:
+        print(f"DominantLayer selects layer {selected}, the choice of the first rule that makes one.")
+    save_figure(activation_figure(profile, selected, title), folder, "profile")
+    return selected
+
+
+def _report_sensitivity(sensitivity: Sensitivity, selected: int | None, folder: Path) -> None:
+    sensitivity.save(folder / "sensitivity.json")
+    title = "Loss of one batch when one layer is perturbed"
+    print_table(title, [asdict(layer) for layer in sensitivity.layers])
+    print(
+        f"rms estimates the norm of the layer's gradient with a standard error of {sensitivity.relative_error:.0%}; "
+        f"unperturbed loss {sensitivity.loss:.4f}"
+    )
+    if sensitivity.dtype in ("bfloat16", "float16"):
+        print(
+            f"The layers are in {sensitivity.dtype}, where rounding can move the loss more than the gradient does and "
+            "all layers then look alike: repeat with --trainer.precision 32-true."
+        )
+    save_figure(sensitivity_figure(sensitivity, selected, title), folder, "sensitivity")
+
+
+def _report_step_times(times: StepTimes, folder: Path) -> None:
+    times.save(folder / "step_time.json")
+    title = "Time of a two-sided step of one query"
+    rows = [
+        {
+            "scope": step.scope,
+            "parameters": f"{step.parameters:,}",
+            "measured_seconds": step.seconds,
+            "predicted_seconds": times.model.seconds(step.parameters),
+            "times_faster_than_all": times.steps[-1].seconds / step.seconds,
+        }
+        for step in times.steps
+    ]
+    print_table(title, rows)
+    print(
+        f"T = 2 F + gamma |S|: F {times.model.forward:.3g} s ({times.forward:.3g} s timed alone), gamma "
+        f"{times.model.per_parameter * 1e12:.3g} ps a parameter, R² {times.model.r_squared:.4f}"
+    )
+    save_figure(step_time_figure(times, title), folder, "step_time")
+
+
+def _counted(batches: Sequence[Any], bar: "tqdm[Any]") -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        bar.update()
+
+
+def _counting(evaluate: Callable[[], Tensor], bar: "tqdm[Any]") -> Callable[[], Tensor]:
+    def counted() -> Tensor:
+        loss = evaluate()
+        bar.update()
+        return loss
+
+    return counted
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

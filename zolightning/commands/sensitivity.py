@@ -1,0 +1,119 @@
+"""How much the loss feels a perturbation of each layer, before any training."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.layers import LayerStack
+from zolightning.optim import MeZO
+
+Evaluate = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What directions restricted to one layer did to the loss.
+
+    Attributes:
+        layer: index of the layer.
+        rms: root mean square of the two-sided projected gradients, an estimate of the norm of the layer's gradient.
+        mean_change: mean of ``|L(W + eps z) - L(W)|``.
+    """
+
+    layer: int
+    rms: float
+    mean_change: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The scan of all layers.
+
+    Attributes:
+        loss: of the batch, unperturbed.
+        eps: standard deviation of the perturbation of each weight.
+        num_queries: directions a layer.
+        dtype: of the layers.
+        layers: one entry a layer, in order.
+    """
+
+    loss: float
+    eps: float
+    num_queries: int
+    dtype: str
+    layers: tuple[LayerSensitivity, ...]
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error of each `rms` over `rms`: projections of a gradient on Gaussian directions are Gaussian."""
+        return 1 / math.sqrt(2 * self.num_queries)
+
+    def save(self, path: Path) -> None:
+        """Writes JSON."""
+        path.write_text(json.dumps(asdict(self) | {"relative_error": self.relative_error}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def scan_sensitivity(
+    module: nn.Module,
+    stack: LayerStack,
+    evaluate: Evaluate,
+    num_queries: int,
+    eps: float = 1e-3,
+    seed: int | None = None,
+) -> Sensitivity:
+    """Perturbs one layer after the other along `num_queries` directions; ``1 + 2 * num_queries * layers`` forwards.
+
+    With directions z of one layer, the root mean square of ``(L(W + eps z) - L(W - eps z)) / (2 eps)`` estimates the
+    norm of that layer's gradient, with relative standard error ``1 / sqrt(2 * num_queries)`` (Malladi et al.,
+    arXiv 2305.17333, section 4). In half precision a perturbation also changes how the forward pass rounds, which can
+    move the loss more than its gradient does: scan in float32.
+
+    Args:
+        module: owns the layers; its weights are never changed for longer than an evaluation.
+        stack: its layers.
+        evaluate: the loss of one batch, always the same.
+        num_queries: directions a layer.
+        eps: standard deviation of the perturbation of each weight.
+        seed: of the directions; None takes that of ``seed_everything``.
+    """
+    loss = _number(evaluate())
+    layers = []
+    for index in range(len(stack)):
+        with _trainable(stack.parameters(index).values()) as parameters:
+            optimizer = MeZO(parameters, eps=eps, seed=seed)
+            optimizer.attach(module)
+            pairs = []
+            for query in range(num_queries):
+                for sign in (1, -1):
+                    with optimizer.perturbed(query, sign):
+                        pairs.append(_number(evaluate()))
+        plus, minus = pairs[::2], pairs[1::2]
+        projected = [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)]
+        rms = math.sqrt(sum(g * g for g in projected) / num_queries)
+        layers.append(LayerSensitivity(index, rms, sum(abs(p - loss) for p in plus) / num_queries))
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    return Sensitivity(loss, eps, num_queries, dtype, tuple(layers))
+
+
+@contextmanager
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters, which a method passes over if they are frozen, unfrozen for now."""
+    flags = {parameter: parameter.requires_grad for parameter in parameters}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(True)
+        yield list(flags)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _number(loss: Tensor) -> float:
+    return float(loss.detach().double())

@@ -1,0 +1,240 @@
+"""``zolightning sweep-layers``: which layer, trained alone, learns the task."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from zolightning.bench.report import print_table
+from zolightning.callbacks import PredictionWriter, RunMonitor, TrainLayers, ZerothOrder
+from zolightning.callbacks.scope import Scope
+from zolightning.callbacks.zeroth_order import refuse_unsupported
+from zolightning.commands.output import quiet
+from zolightning.commands.plots import save_figure, sweep_figure
+from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
+from zolightning.layers import LayerStack, check_index, find_layers
+from zolightning.optim import NonFiniteLossError
+
+if TYPE_CHECKING:
+    from zolightning.trainer import Trainer
+
+_OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, SaveConfigCallback)
+
+
+class LayerSweep:
+    """Trains each layer alone from the same weights, on the same batches, and evaluates it.
+
+    Args:
+        trainer: whose settings each run has, but for steps, logging and checkpoints.
+        module: to be trained; its weights are as before afterwards.
+        datamodule: to be trained and evaluated on.
+        layers: indices of the layers to train, or "all".
+        steps: of each layer.
+        first_order: train by the module's own optimizer and backpropagation, without the ZerothOrder callback.
+        evaluate: the split to evaluate on.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`.
+        folder: for ``results.csv``, ``settings.json`` and plots. Layers that are in ``results.csv`` are not trained
+            again.
+
+    Raises:
+        ValueError: naming an argument, its value and what is accepted.
+        MisconfigurationException: naming a setting of the Trainer under which a sweep makes no sense.
+    """
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        module: L.LightningModule,
+        datamodule: L.LightningDataModule | None,
+        layers: list[int] | Literal["all"],
+        steps: int,
+        first_order: bool,
+        evaluate: Literal["validation", "test"],
+        layers_name: str | None,
+        folder: Path,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        self.trainer, self.module, self.datamodule = trainer, module, datamodule
+        self.steps, self.first_order, self.evaluate, self.layers_name = steps, first_order, evaluate, layers_name
+        self.folder = folder
+        self.stack = find_layers(module, layers_name)
+        self.layers = _chosen(self.stack, layers)
+        self.callbacks = _callbacks(trainer, module, first_order)
+        # What every layer's run sets itself, and results therefore do not depend on.
+        self.replaced = {
+            "max_steps": steps,
+            "max_epochs": -1,
+            "fast_dev_run": False,
+            "val_check_interval": steps + 1,
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": steps,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+        }
+        self.results = SweepResults(folder, self._settings())
+
+    def run(self) -> None:
+        """Trains the layers that have no result yet; then prints and draws all results."""
+        weights = _copy_of(self.module)
+        pending = [index for index in self.layers if str(index) not in self.results.rows]
+        total = len(pending) * self.steps
+        with quiet(), tqdm(total=total, unit="step", disable=not self._has_progress_bar()) as bar:
+            try:
+                if ZERO_SHOT not in self.results.rows:
+                    with isolate_rng():
+                        self._keep(SweepRow(ZERO_SHOT, 0, 0, 0.0, self._evaluated()))
+                for index in pending:
+                    _restore(self.module, weights)
+                    with isolate_rng():  # the same batches and the same dropout for each layer
+                        self._keep(self._trained(index, bar))
+            finally:
+                _restore(self.module, weights)
+        if self.trainer.is_global_zero:
+            self._report()
+
+    def _trained(self, index: int, bar: "tqdm[Any]") -> SweepRow:
+        bar.set_description(f"layer {index}")
+        callbacks = [*self.callbacks, TrainLayers([index], layers_name=self.layers_name), _Progress(bar)]
+        runner = self.trainer.with_settings(**self.replaced, callbacks=callbacks)
+        parameters = sum(parameter.numel() for parameter in self.stack.parameters(index).values())
+        started = time.perf_counter()
+        try:
+            runner.fit(self.module, self.datamodule)
+        except NonFiniteLossError:
+            metrics: dict[str, float | None] = dict.fromkeys(self.results.metric_names)
+        else:
+            metrics = {}
+        seconds = time.perf_counter() - started
+        return SweepRow(str(index), parameters, runner.global_step, seconds, metrics or self._evaluated())
+
+    def _evaluated(self) -> dict[str, float | None]:
+        runner = self.trainer.with_settings(**self.replaced, callbacks=[])
+        run = runner.validate if self.evaluate == "validation" else runner.test
+        metrics: dict[str, float | None] = {}
+        for of_a_loader in run(self.module, self.datamodule, verbose=False):
+            metrics |= of_a_loader
+        if not metrics:
+            raise MisconfigurationException(
+                f"`evaluate` is {self.evaluate!r}, and {type(self.module).__name__} logs no metric there: a sweep "
+                "compares layers by what is logged."
+            )
+        return metrics
+
+    def _keep(self, row: SweepRow) -> None:
+        if self.trainer.is_global_zero:
+            self.results.append(row)
+            name = row.layer if row.layer == ZERO_SHOT else f"layer {row.layer}"
+            values = ", ".join(
+                f"{metric} {'diverged' if value is None else f'{value:.4f}'}" for metric, value in row.metrics.items()
+            )
+            tqdm.write(f"{name}: {values} ({row.seconds:.0f} s)", file=sys.stdout)
+        else:
+            self.results.rows[row.layer] = row
+
+    def _report(self) -> None:
+        zero_shot, rows = self.results.rows[ZERO_SHOT], self.results.layers()
+        table = [{"layer": row.layer, "parameters": row.parameters, "steps": row.steps} | row.metrics for row in rows]
+        title = f"each layer alone, {self.steps} steps, {self._method()}, {self.evaluate}"
+        print_table(title, [{"layer": ZERO_SHOT, "parameters": 0, "steps": 0} | zero_shot.metrics, *table])
+        curves = {
+            name: {int(row.layer): value for row in rows if (value := row.metrics[name]) is not None}
+            for name in self.results.metric_names
+        }
+        save_figure(sweep_figure(curves, zero_shot.metrics, len(self.stack), title), self.folder, "sweep")
+        print(f"\nwritten to {self.folder}: results.csv, settings.json, sweep.png")
+
+    def _method(self) -> str:
+        return "backpropagation" if self.first_order else "zeroth order"
+
+    def _has_progress_bar(self) -> bool:
+        return self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+
+    def _settings(self) -> dict[str, Any]:
+        """All that results depend on."""
+        config = self.trainer.run_config
+        trainer_config = {k: v for k, v in config.get("trainer", {}).items() if k not in self.replaced}
+        return {
+            "steps": self.steps,
+            "first_order": self.first_order,
+            "evaluate": self.evaluate,
+            "layers": f"{len(self.stack)} x {self.stack.name}",
+            "module": type(self.module).__qualname__,
+            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "model": config.get("model"),
+            "data": config.get("data"),
+            "trainer": trainer_config,
+        }
+
+
+def _chosen(stack: LayerStack, layers: list[int] | Literal["all"]) -> list[int]:
+    if layers == "all":
+        return list(range(len(stack)))
+    if not layers:
+        raise ValueError(f"`layers` is empty. Accepted are 'all' and indices from 0 to {len(stack) - 1}.")
+    for index in layers:
+        check_index(stack, index, "layers")
+    return sorted(set(layers))
+
+
+class _Progress(Callback):
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self._bar = bar
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._bar.update()
+
+
+def _callbacks(trainer: "Trainer", module: L.LightningModule, first_order: bool) -> list[Callback]:
+    """The callbacks that take part in training, checked as far as that is possible before it."""
+    kept = [callback for callback in trainer.callbacks if not isinstance(callback, _OF_A_RUN)]
+    for callback in kept:
+        if isinstance(callback, Scope):
+            raise MisconfigurationException(
+                f"`trainer.callbacks` holds {type(callback).__name__}, which chooses what is trained, and so does the "
+                "sweep. Leave out its config file."
+            )
+    methods = [callback for callback in kept if isinstance(callback, ZerothOrder)]
+    if first_order:
+        return [callback for callback in kept if callback not in methods]
+    if not methods:
+        raise MisconfigurationException(
+            "`trainer.callbacks` holds no ZerothOrder, whose method is to train each layer. Add one of "
+            "configs/methods, or set `first_order` to true to train by the module's own optimizer."
+        )
+    refuse_unsupported(trainer)
+    for callback in methods:
+        callback.method(list(module.parameters()))
+    return kept
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _copy_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(module)}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    # The Trainer's precision may have changed the dtype since: a cast rounds as the first one did.
+    for name, tensor in _tensors(module):
+        if name in weights:
+            tensor.copy_(weights[name])

@@ -1,0 +1,151 @@
+"""What a training step costs, as a function of how many parameters it moves."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.bench.measure import round_robin
+from zolightning.layers import LayerStack, mlp_of
+from zolightning.optim import MeZO
+
+Evaluate = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class StepTimeModel:
+    """``T = 2 q F + q gamma |S|``: seconds of a two-sided step of q queries that moves \\|S\\| parameters.
+
+    The cost model of Dominant-Layer ZO (arXiv 2606.05516, equations 3 to 11).
+
+    Attributes:
+        forward: F, seconds of one evaluation of the loss.
+        per_parameter: gamma, seconds that a query spends on each parameter: perturbing it twice and updating it.
+        r_squared: share of the variance of the measured times that the model explains.
+    """
+
+    forward: float
+    per_parameter: float
+    r_squared: float
+
+    @classmethod
+    def fit(cls, parameters: Sequence[int], seconds: Sequence[float], num_queries: int = 1) -> "StepTimeModel":
+        """The least squares fit to measured steps.
+
+        Raises:
+            ValueError: with fewer than two different numbers of parameters.
+        """
+        if len(set(parameters)) < 2:
+            raise ValueError(f"A line needs two different numbers of parameters, got {list(parameters)}.")
+        slope, intercept = statistics.linear_regression(parameters, seconds)
+        r_squared = statistics.correlation(parameters, seconds) ** 2
+        return cls(intercept / (2 * num_queries), slope / num_queries, r_squared)
+
+    def seconds(self, parameters: int, num_queries: int = 1) -> float:
+        """The predicted time of a step."""
+        return num_queries * (2 * self.forward + self.per_parameter * parameters)
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """The median time of a step that moves only one scope."""
+
+    scope: str
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Measured steps and the model fitted to them.
+
+    Attributes:
+        forward: seconds of one evaluation of the loss, timed by itself.
+        steps: from the smallest scope to the largest.
+        model: fitted to `steps`.
+    """
+
+    forward: float
+    steps: tuple[MeasuredStep, ...]
+    model: StepTimeModel
+
+    def save(self, path: Path) -> None:
+        """Writes JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def scopes(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]]:
+    """Scopes of different sizes, smallest first, that all begin at the first layer, so that their forwards cost alike.
+
+    A step may compute what lies below the first layer that moves once instead of once an evaluation.
+    """
+    chosen: dict[str, list[nn.Parameter]] = {}
+    with suppress(ValueError):  # a layer need not have one MLP
+        chosen["MLP of layer 0"] = mlp_of(stack.layers[0]).parameters()
+    chosen["layer 0"] = list(stack.parameters(0).values())
+    for count in sorted({len(stack) // 4, len(stack) // 2, len(stack)} - {0, 1}):
+        name = "all layers" if count == len(stack) else f"layers 0 to {count - 1}"
+        chosen[name] = [p for index in range(count) for p in stack.parameters(index).values()]
+    return chosen | {"whole model": list(module.parameters())}
+
+
+def measure_step_times(
+    module: nn.Module,
+    scopes: dict[str, list[nn.Parameter]],
+    evaluate: Evaluate,
+    repeats: int = 3,
+    on_step: Callable[[], object] = lambda: None,
+) -> StepTimes:
+    """Times MeZO steps of each scope in turns, and fits the model to their medians.
+
+    The steps are whole but for one thing: their projected gradients are set to zero, so that the weights stay.
+
+    Args:
+        module: owns the parameters of all scopes.
+        scopes: parameters by name of the scope.
+        evaluate: the loss of one batch.
+        repeats: timed steps of each scope; one more comes before them.
+        on_step: called after each.
+    """
+    optimizer = MeZO(module.parameters())
+    optimizer.attach(module)
+
+    def step(parameters: list[nn.Parameter]) -> None:
+        with _only_trainable(module, parameters):
+            record = optimizer.estimate(evaluate)
+            optimizer.apply(replace(record, projected_grads=tuple(0.0 for _ in record.projected_grads)))
+        on_step()
+
+    @torch.no_grad()
+    def forward() -> None:
+        evaluate()
+        on_step()
+
+    work = {name: partial(step, parameters) for name, parameters in scopes.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in round_robin({"": forward} | work, repeats).items()}
+    steps = tuple(
+        MeasuredStep(name, sum(p.numel() for p in set(parameters)), medians[name])
+        for name, parameters in scopes.items()
+    )
+    model = StepTimeModel.fit([step.parameters for step in steps], [step.seconds for step in steps])
+    return StepTimes(medians[""], steps, model)
+
+
+@contextmanager
+def _only_trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Freezes all parameters of `module` but these, as a scope does, and gives the flags back."""
+    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    chosen = set(parameters)
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
