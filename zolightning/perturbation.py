@@ -7,11 +7,12 @@ the exchange happens where a weight is read, not where a module owns it, tied we
 that read another's parameter (``nn.MultiheadAttention``) need no special care.
 
 Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
-perturbation. :func:`audit` finds such parameters before the first step; they are perturbed in place, from a copy.
+perturbation. :func:`zolightning.audit.audit` finds such parameters before the first step; they are perturbed in
+place, from a copy.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+# Products with a weight, and which of their arguments are the weight, the input and the bias.
+PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
 # Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
 _VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _DESCRIPTIONS = frozenset(
@@ -35,6 +38,8 @@ class Perturbation(Protocol):
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes the perturbed ``table[rows]`` to `out`."""
+
+    # A perturbation may have a third method, `product`: see `zolightning.low_rank.LowRank`.
 
 
 class Scratch:
@@ -64,30 +69,45 @@ class Perturbed(TorchFunctionMode):
     """A context in which torch functions see perturbed parameters.
 
     Args:
-        perturbations: what to do to each parameter; the others are left alone.
+        perturbations: what to do to each parameter, None to note only that it is read; others are left alone.
         in_place: parameters to be perturbed where they lie, restored from a copy on exit.
         scratch: buffers to reuse from one context to the next.
     """
 
     def __init__(
         self,
-        perturbations: Mapping[nn.Parameter, Perturbation],
+        perturbations: Mapping[nn.Parameter, Perturbation | None],
         in_place: Iterable[nn.Parameter] = (),
         scratch: Scratch | None = None,
     ) -> None:
         super().__init__()
-        self._in_place = {p: perturbations[p] for p in in_place if p in perturbations}
-        self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self._in_place}
-        self._scratch = scratch or Scratch()
+        self.perturbations = perturbations
+        self.in_place = {p: change for p in in_place if (change := perturbations.get(p)) is not None}
+        self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self.in_place}
+        self.scratch = scratch or Scratch()
         self._restore = ExitStack()
+        self._is_paused = False
         self.seen: set[int] = set()  # ids of the parameters that some function has read
+
+    def has_touched_any(self) -> bool:
+        """Whether any of the parameters may have been read so far."""
+        return bool(self.seen or self.in_place)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context functions are handed the stored parameters."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __enter__(self) -> "Perturbed":
         with ExitStack() as restore:  # an interrupt or a lack of memory on the way restores what was done so far
             # Autocast keeps its half-precision copies of parameters: stale here, or as large as the model.
             restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
-            for parameter, perturbation in self._in_place.items():
+            for parameter, perturbation in self.in_place.items():
                 original = parameter.detach().clone(memory_format=torch.contiguous_format)
                 perturbed = torch.empty_like(original)
                 perturbation.add_to(original, perturbed)
@@ -105,16 +125,23 @@ class Perturbed(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a compiled graph would keep the noise of the step it was traced in
+        # A compiled graph would keep the noise of the step it was traced in.
+        if self._is_paused or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if (not self._reads(args) and not (kwargs and self._reads(kwargs.values()))) or _describes(func):
             return func(*args, **kwargs)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a function that reads a parameter with perturbed ones."""
         if func is F.embedding and self._is_plain_lookup(args, kwargs):
             return self._lookup(*args[:2])
+        if func in PRODUCTS and (output := self._product(func, args, kwargs)) is not None:
+            return output
         taken: list[Tensor] = []
         try:
-            args = tuple(self._exchange(arg, taken) for arg in args)
-            kwargs = {name: self._exchange(arg, taken) for name, arg in kwargs.items()}
+            args = tuple(self.exchange(arg, taken) for arg in args)
+            kwargs = {name: self.exchange(arg, taken) for name, arg in kwargs.items()}
             output = func(*args, **kwargs)
         except BaseException:
             taken.clear()
@@ -122,7 +149,7 @@ class Perturbed(TorchFunctionMode):
         if not torch.is_grad_enabled():  # autograd may have saved the buffers
             for tensor in reversed(taken):
                 if not _may_share_memory(output, tensor):  # a view keeps its buffer; the next call gets a new one
-                    self._scratch.give_back(tensor)
+                    self.scratch.give_back(tensor)
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
@@ -132,15 +159,18 @@ class Perturbed(TorchFunctionMode):
                 return True
         return False
 
-    def _exchange(self, value: Any, taken: list[Tensor]) -> Any:
+    def exchange(self, value: Any, taken: list[Tensor]) -> Any:
+        """Perturbed copies in the place of parameters; scratch that holds them is added to `taken`."""
         if isinstance(value, list | tuple):
-            return type(value)(self._exchange(v, taken) for v in value) if self._reads(value) else value
-        perturbation = self._perturbations.get(id(value))
-        if perturbation is None:
+            return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
+        if id(value) not in self._perturbations:
             return value
         self.seen.add(id(value))
+        perturbation = self._perturbations[id(value)]
+        if perturbation is None:
+            return value
         weight = value.detach().contiguous()
-        scratch = self._scratch.take(weight)
+        scratch = self.scratch.take(weight)
         taken.append(scratch)
         perturbation.add_to(weight, scratch)
         # torch takes other paths for weights that require gradients (matmul folds its batch): keep to the same ones.
@@ -149,7 +179,7 @@ class Perturbed(TorchFunctionMode):
     def _is_plain_lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an embedding call only gathers rows: no renormalisation in place (`max_norm`)."""
         max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-        return len(args) >= 2 and id(args[1]) in self._perturbations and max_norm is None
+        return len(args) >= 2 and self._perturbations.get(id(args[1])) is not None and max_norm is None
 
     def _lookup(self, ids: Tensor, table: nn.Parameter) -> Tensor:
         self.seen.add(id(table))
@@ -157,6 +187,20 @@ class Perturbed(TorchFunctionMode):
         out = torch.empty(rows.numel(), table.shape[1], dtype=table.dtype, device=table.device)
         self._perturbations[id(table)].add_to_rows(table.detach().contiguous(), rows, out)
         return out.view(*ids.shape, table.shape[1])
+
+    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The output of a perturbation that can do without the perturbed weight; None for all other calls."""
+        weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
+        perturbation = self._perturbations.get(id(weight))
+        if kwargs or not hasattr(perturbation, "product") or id(inputs) in self._perturbations:
+            return None
+        taken: list[Tensor] = []
+        output = perturbation.product(func, inputs, weight.detach(), self.exchange(bias, taken))
+        if output is not None:
+            self.seen.add(id(weight))
+        for scratch in taken:
+            self.scratch.give_back(scratch)
+        return output
 
 
 def _describes(func: Callable[..., Any]) -> bool:
@@ -175,76 +219,3 @@ def _may_share_memory(output: Any, tensor: Tensor) -> bool:
         return output.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     except (AttributeError, NotImplementedError):  # not a tensor, or one without memory of its own (vmap, sparse)
         return True
-
-
-class FlippedBit:
-    """Changes every element by about 3 % by flipping one bit of its mantissa: exact to undo, and free of memory."""
-
-    _MANTISSA = {torch.float64: (52, torch.int64), torch.float32: (23, torch.int32)} | {
-        torch.bfloat16: (7, torch.int16),
-        torch.float16: (10, torch.int16),
-    }
-
-    def flip_(self, weight: Tensor) -> None:
-        """Flips the bit in place; a second call restores the weight."""
-        bits, integer = self._MANTISSA[weight.dtype]
-        weight.view(integer).bitwise_xor_(1 << (bits - 5))
-
-    def add_to(self, weight: Tensor, out: Tensor) -> None:
-        out.copy_(weight)
-        self.flip_(out)
-
-    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
-        out.copy_(table[rows])
-        self.flip_(out)
-
-
-@torch.no_grad()
-def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter] | None:
-    """The parameters that :class:`Perturbed` must perturb in place, found with three or four evaluations.
-
-    The loss is evaluated as it is, once with all parameters exchanged and once with all of them changed in place,
-    by the same amount. Parameters that no function has read are returned; when the two losses still differ, some
-    function has read one of the others unseen, and all are returned.
-
-    Args:
-        parameters: those to be perturbed.
-        evaluate: the loss of one batch, a scalar; must be deterministic.
-
-    Returns:
-        The parameters, or None where the loss is not finite, so that nothing can be compared.
-
-    Raises:
-        ValueError: if the evaluation writes to a parameter.
-    """
-    parameters = list(parameters)
-    versions = [parameter._version for parameter in parameters]
-    loss = evaluate()
-    for parameter, version in zip(parameters, versions, strict=True):
-        if parameter._version != version:
-            raise ValueError(
-                f"A parameter of shape {tuple(parameter.shape)} is changed by the forward pass itself, as that of "
-                "nn.Embedding is with `max_norm`, so that its losses cannot be compared. Freeze it, or leave that out."
-            )
-    if not torch.isfinite(loss):
-        return None
-    flip = FlippedBit()
-    with Perturbed(dict.fromkeys(parameters, flip)) as exchanged:
-        loss_exchanged = evaluate()
-    unseen = {p for p in parameters if id(p) not in exchanged.seen}
-    with Perturbed(dict.fromkeys(parameters, flip), in_place=unseen):
-        loss_exchanged = evaluate() if unseen else loss_exchanged
-    flipped: list[nn.Parameter] = []
-    try:
-        for parameter in parameters:
-            flip.flip_(parameter.detach())
-            flipped.append(parameter)
-        torch.clear_autocast_cache()
-        loss_in_place = evaluate()
-    finally:
-        for parameter in flipped:
-            flip.flip_(parameter.detach())
-        torch.clear_autocast_cache()
-    # Kernels that add in varying order differ in the last bits: small against what the change itself did.
-    agree = (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
-    return unseen if agree else set(parameters)

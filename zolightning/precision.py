@@ -22,6 +22,7 @@ from zolightning import bfloat16, native
 from zolightning.direction import Direction
 from zolightning.kernels import chunks, kernel
 from zolightning.noise import NoiseKind, counter, noise_sum, start_of
+from zolightning.slices import Slice
 
 UpdatePrecision = Literal["exact", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "native")
@@ -36,9 +37,14 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
 
 
 @contextmanager
-def packed(parameter: Tensor) -> Iterator[Tensor]:
-    """The data of a parameter as a contiguous tensor to write to, copied back where the parameter is not."""
+def packed(parameter: Tensor, part: Slice | None = None) -> Iterator[Tensor]:
+    """A parameter's data, or a slice of it, as a contiguous tensor to write to, copied back where it is a copy."""
     data = parameter.detach()
+    if part is not None:
+        compact = part.take(data)
+        yield compact
+        part.put(data, compact)
+        return
     weight = data.contiguous()
     yield weight
     if weight is not data:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zolightning.optim.base import StepRecord, ZerothOrderOptimizer
+from zolightning.optim import StepRecord, ZerothOrderOptimizer
 
 Loss = Tensor | Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """What the benchmarks compare: the rows of their tables, each a way to make a training step."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.bench.published import PublishedMeZO
+from zolightning.layers import find_layers
 from zolightning.optim import MeZO
 from zolightning.optim.base import ZerothOrderOptimizer
 
@@ -38,10 +39,16 @@ class OptimizerStep:
     Args:
         method: makes the optimizer from parameters, such as ``partial(MeZO, lr=1e-6)``.
         model: to be trained.
+        parameters: of the model, those that move; all of them if not given.
     """
 
-    def __init__(self, method: Callable[..., ZerothOrderOptimizer], model: nn.Module) -> None:
-        self.optimizer = method(model.parameters())
+    def __init__(
+        self,
+        method: Callable[..., ZerothOrderOptimizer],
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        self.optimizer = method(model.parameters() if parameters is None else parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
             self.optimizer.attach(model)
@@ -65,11 +72,23 @@ def _ours(name: str, method: Callable[..., ZerothOrderOptimizer]) -> Row:
     return Row(name, partial(OptimizerStep, method))
 
 
+def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
+    """A step of the layer at a third of the depth, with or without what lies below computed once."""
+    stack = find_layers(model)
+    parameters = stack.parameters(len(stack) // 3).values()
+    step = OptimizerStep(partial(MeZO, lr=LR, eps=EPS, seed=0), model, parameters)
+    if not shared:
+        step.optimizer.prefix.layers = ()
+    return step
+
+
 FORWARD = Row("forward", lambda model: _forward)
 PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR, EPS).step)
 OURS = [
     _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
     _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),
     _ours("MeZO rademacher", partial(MeZO, lr=LR, eps=EPS, seed=0, noise="rademacher")),
+    Row("MeZO, layer L/3", partial(_one_layer, False)),
+    Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
 ]
 ROWS = [FORWARD, PUBLISHED, *OURS]

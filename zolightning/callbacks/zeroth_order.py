@@ -1,6 +1,7 @@
 """Zeroth-order training of a LightningModule that knows nothing of it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -9,13 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zolightning.optim.base import NonFiniteLossError, ZerothOrderOptimizer, loss_and_terms
+from zolightning.optim import NonFiniteLossError, ZerothOrderOptimizer
+from zolightning.optim.checks import loss_and_terms
 from zolightning.step import Loss, zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
@@ -38,6 +41,13 @@ class ZerothOrder(Callback):
             tensors, under the same directions. The parts' losses are averaged as one batch's would be: by number
             of examples, or by ``"weight"`` where ``training_step`` returns it beside ``"loss"``.
         skip_nonfinite: skip a step whose loss is NaN or infinite, instead of stopping.
+        evaluations_per_forward: how many evaluations of a step share one run of the network, on the batch repeated
+            that often: faster where batches are small, for as many times the activations' memory. It needs one
+            submodule with all trainable parameters, whose outputs have one row an example (:mod:`zolightning.stacked`);
+            where evaluations turn out to be inseparable, a warning says why and each runs by itself. Leave it at 1
+            where only late layers train: what lies below them is computed once a step then.
+        keep_prefix_gib: memory, in GiB, for what lies below the first trained layer to be computed once a run instead
+            of once a step; for training sets whose batches come again (``data.fixed_batches``).
 
     Raises:
         MisconfigurationException: in ``setup``, for strategies, precisions and Trainer options under which
@@ -55,14 +65,23 @@ class ZerothOrder(Callback):
         lr_scheduler: LRSchedulerCallable | None = None,
         micro_batch_size: int | None = None,
         skip_nonfinite: bool = False,
+        evaluations_per_forward: int = 1,
+        keep_prefix_gib: float = 0.0,
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"`micro_batch_size` must be at least 1, got {micro_batch_size}.")
+        if evaluations_per_forward < 1:
+            raise ValueError(f"`evaluations_per_forward` must be at least 1, got {evaluations_per_forward}.")
+        if not keep_prefix_gib >= 0:
+            raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
         self.method = method
         self.lr_scheduler = lr_scheduler
         self.micro_batch_size = micro_batch_size
         self.skip_nonfinite = skip_nonfinite
+        self.evaluations_per_forward = evaluations_per_forward
+        self.keep_prefix_gib = keep_prefix_gib
         self._automatic_optimization = True
+        self._validation = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -91,9 +110,20 @@ class ZerothOrder(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._give_back(trainer, pl_module)  # Lightning calls no teardown after an exception or an interrupt
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            for optimizer in trainer.optimizers:
+                self._validation.enter_context(optimizer.effective())
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation.close()
+
     def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation.close()
         if vars(pl_module).pop("configure_optimizers", None) is None:
             return
+        for optimizer in trainer.optimizers:
+            optimizer.detach()
         del pl_module.training_step
         # `trainer.global_step` reads the automatic counter of an automatic module, also after the fit.
         loop = trainer.fit_loop.epoch_loop
@@ -112,7 +142,15 @@ class ZerothOrder(Callback):
                 "`method` must make a zeroth-order optimizer (zolightning.optim.MeZO, for example), "
                 f"got {type(optimizer).__name__}."
             )
-        optimizer.attach(pl_module)
+        present = {base.__name__ for callback in pl_module.trainer.callbacks for base in type(callback).__mro__}
+        for partner in optimizer.partners:
+            if partner not in present:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} needs the callback {partner} beside ZerothOrder, "
+                    f"`zolightning.callbacks.{partner}` in `trainer.callbacks`."
+                )
+        optimizer.attach(pl_module, self.evaluations_per_forward)
+        optimizer.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

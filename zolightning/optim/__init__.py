@@ -1,7 +1,26 @@
 """Zeroth-order methods, each a ``torch.optim.Optimizer`` in a file of its own."""
 
-from zolightning.optim.base import NonFiniteLossError, StepRecord, ZerothOrderOptimizer
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.lozo import LOZO
 from zolightning.optim.mezo import MeZO
 from zolightning.optim.mezo_adam import MeZOAdam
+from zolightning.optim.record import NonFiniteLossError, StepRecord
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.optim.subspace_mezo import SubspaceMeZO
+from zolightning.optim.subzero import SubZero
+from zolightning.optim.zo_mopi import ZOMOPI
+from zolightning.optim.zo_muon import ZOMuon
 
-__all__ = ["MeZO", "MeZOAdam", "NonFiniteLossError", "StepRecord", "ZerothOrderOptimizer"]
+__all__ = [
+    "LOZO",
+    "ZOMOPI",
+    "MeZO",
+    "MeZOAdam",
+    "NonFiniteLossError",
+    "StepRecord",
+    "SubZero",
+    "SubspaceMeZO",
+    "SubspaceOptimizer",
+    "ZOMuon",
+    "ZerothOrderOptimizer",
+]

@@ -1,53 +1,38 @@
 """What all zeroth-order methods share: probing, the record of a step, and adding an update to the weights."""
 
-import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from zolightning.estimators import Estimator, TwoSided
-from zolightning.noise import MAX_ELEMENTS
-from zolightning.perturbation import Perturbation, Perturbed, Scratch, audit
+from zolightning.audit import audit
+from zolightning.estimators import Estimator, Probe, TwoSided
+from zolightning.optim.checks import (
+    loss_and_terms,
+    require_choice,
+    require_positive,
+    require_queries,
+    require_seed,
+    require_trainable,
+    some,
+)
+from zolightning.optim.named_parameters import NamedParameters
+from zolightning.optim.record import NonFiniteLossError, StepRecord
+from zolightning.perturbation import Perturbation, Perturbed, Scratch
 from zolightning.precision import UPDATE_PRECISIONS, UpdatePrecision
+from zolightning.shared_prefix import SharedPrefix, layers_of
+from zolightning.slices import SlicedPerturbation
+from zolightning.stacked import CannotStack, StackedNetwork, network_of
 
 Evaluate = Callable[[], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss was NaN or infinite; the weights are those of the last completed step."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """All that a step depends on beside the weights: applying a run's records to its first weights replays it.
-
-    Attributes:
-        step: number of the step, from 0; with `seed` it names the directions.
-        seed: the run's seed.
-        lr: learning rate of each parameter group.
-        projected_grads: one a query; empty for a step that was skipped.
-        loss: mean of the losses that were evaluated.
-        forward_passes: evaluations of the loss.
-    """
-
-    step: int
-    seed: int
-    lr: tuple[float, ...]
-    projected_grads: tuple[float, ...]
-    loss: float
-    forward_passes: int
-
-
-class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
+class ZerothOrderOptimizer(NamedParameters, ABC):
     """Abstract base of the methods: an optimizer that reads losses instead of gradients.
 
     A step is two calls: :meth:`estimate` evaluates the loss at perturbed weights and leaves a
@@ -79,17 +64,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         update_precision: UpdatePrecision = "exact",
     ) -> None:
         self.estimator = TwoSided() if estimator is None else estimator
-        if not isinstance(self.estimator, Estimator):
-            raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
-        if not isinstance(num_queries, Integral) or num_queries < self.estimator.min_queries:
-            name, least = type(self.estimator).__name__, self.estimator.min_queries
-            raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {num_queries!r}.")
-        if update_precision not in UPDATE_PRECISIONS:
-            raise ValueError(f"`update_precision` must be one of {UPDATE_PRECISIONS}, got {update_precision!r}.")
+        require_queries(num_queries, self.estimator)
+        require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
-        self._names: dict[nn.Parameter, str] = {}
+        require_seed(seed)
         super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
         self.num_queries = num_queries
         self.update_precision: UpdatePrecision = update_precision
@@ -98,12 +76,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         self.attached = False
         self._in_place: dict[nn.Parameter, bool] = {}  # the audit's verdict on each parameter it has seen
         self._scratch = Scratch()
+        self.prefix = SharedPrefix(())
+        self._stack: StackedNetwork | None = None
+
+    partners: tuple[str, ...] = ()  # names of callbacks that a run with this method cannot do without
 
     # What a method defines
 
     @abstractmethod
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        """``sign * eps`` times the direction of `query`, for every trainable parameter."""
+        """``sign * eps`` times the direction of `query`, for every trainable parameter or its slice.
+
+        For a `sign` of 0, what a method adds to stored weights at all times, mostly nothing.
+        """
 
     @abstractmethod
     def update(self, record: StepRecord) -> None:
@@ -136,12 +121,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
         """
         self._find_unseen(evaluate)
         probes = self.estimator.probes(self.num_queries)
-        sums = []
-        for probe in probes:
-            with self.perturbed(*probe):
-                loss, terms = loss_and_terms(evaluate())
-            sums.append(torch.stack([loss * terms, terms]))
-        totals = torch.stack(sums)
+        results = self._results(probes, lambda: loss_and_terms(evaluate()))
+        totals = torch.stack([torch.stack([loss * terms, terms]) for loss, terms in results])
         totals = totals if reduce is None else reduce(totals)
         losses = (totals[:, 0] / totals[:, 1]).cpu()
         group = self.param_groups[0]
@@ -157,15 +138,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
             projected_grads=tuple(projected_grads),
             loss=losses.mean().item(),
             forward_passes=len(probes),
+            refresh=group.get("refresh", 0),
         )
         self._pending = True
         return self.record
 
-    def perturbed(self, query: int, sign: int) -> AbstractContextManager[Any]:
+    def perturbed(self, query: int, sign: int, scratch: Scratch | None = None) -> Perturbed:
         """A context in which the trainable parameters read as ``W + sign * eps * direction``."""
-        perturbations = self.perturbations(query, sign) if sign else {}
+        perturbations = self.perturbations(query, sign)
+        for parameter, part in self.slices.items():
+            if parameter in perturbations:
+                perturbations[parameter] = SlicedPerturbation(perturbations[parameter], part)
         in_place = [parameter for parameter in perturbations if self._in_place.get(parameter, True)]
-        return Perturbed(perturbations, in_place, self._scratch)
+        watched = {parameter: perturbations.get(parameter) for _, _, parameter in self.trainable()}
+        return Perturbed(watched, in_place, scratch or self._scratch)
+
+    def effective(self) -> Perturbed:
+        """A context for validation during training, in which weights read as this method means them."""
+        return self.perturbed(0, 0, Scratch())  # inference mode would spoil the buffers that training uses
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -190,75 +180,62 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
             group["step"] = record.step + 1
             group["forward_passes"] += record.forward_passes
 
-    # Parameters
-
-    def trainable(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
-        """Group, name and parameter of everything that may move: frozen parameters are passed over."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    yield group, self._names[parameter], parameter
-
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
         """Takes parameter names from `module`: directions depend on them, not on the parameters' order.
 
+        Args:
+            module: what owns the parameters.
+            evaluations_per_forward: how many evaluations of a step share a run of the network, see
+                :mod:`zolightning.stacked`; those that do not share what lies below the first trained layer.
+
         Raises:
-            ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes.
+            ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes; if
+                evaluations are to share runs and no submodule holds all parameters.
         """
         self.attached = True
+        self.prefix = SharedPrefix(layers_of(module))
         self._names |= {parameter: name for name, parameter in module.named_parameters()}
         count, half = 0, []
         for _, name, parameter in self.trainable():
             count += 1
-            if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
-                raise ValueError(
-                    f"Parameter `{name}` has dtype {parameter.dtype}; trainable are float64, float32, bfloat16 and "
-                    "float16. Freeze it (`requires_grad=False`)."
-                )
-            if parameter.numel() > MAX_ELEMENTS:
-                raise ValueError(
-                    f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train."
-                )
+            require_trainable(name, parameter)
             if parameter.dtype in (torch.bfloat16, torch.float16) and self.update_precision == "native":
                 half.append(name)
         if not count:
             raise ValueError("No parameter is trainable: all of the optimizer's have `requires_grad=False`.")
+        if evaluations_per_forward > 1:
+            network = network_of(module, (parameter for _, _, parameter in self.trainable()))
+            self._stack = StackedNetwork(network, evaluations_per_forward)
         if half:
             rank_zero_warn(
-                f"`update_precision` is 'native', which loses most of a small update in {_some(half)}. 'exact' loses "
+                f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses "
                 "none, for 2 bytes a bfloat16 parameter, 4 a float16 one."
             )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, named by the module the optimizer is attached to, if it is."""
-        super().add_param_group(param_group)
-        group, number = self.param_groups[-1], len(self.param_groups) - 1
-        self.check(group)
-        given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-        for parameter, name in zip(group["params"], given, strict=True):
-            self._names.setdefault(parameter, name)
-        names = [self._names[parameter] for group in self.param_groups for parameter in group["params"]]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
-                "of one module's `named_parameters()`, or pass parameters without names."
-            )
+    def detach(self) -> None:
+        """Leaves the module for good, its stored weights being what was trained."""
+        self.attached = False
 
-    def state_bytes(self) -> int:
-        """Bytes of tensors in the optimizer's state now."""
-        tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores hyperparameters, counters and tensors, these in their own dtype."""
-        # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.
-        super().load_state_dict({**state_dict, "state": {}})
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        for index, parameter in zip(saved, parameters, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                is_tensor = isinstance(value, Tensor)
-                self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value
+    def _results(
+        self, probes: Sequence[Probe], evaluate: Callable[[], tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Losses and the numbers of terms they average, of all probes."""
+        contexts = [self.perturbed(*probe) for probe in probes]
+        if self._stack is not None and not any(context.in_place for context in contexts):
+            try:
+                return self._stack.evaluate(evaluate, contexts)
+            except CannotStack as error:
+                self._stack = None
+                rank_zero_warn(
+                    f"`evaluations_per_forward` is 1 from here on: {error}. Set it to 1, or freeze a parameter that "
+                    "is in the way, or give it a `vector_lr` of 0."
+                )
+        results = []
+        with self.prefix.one_step():
+            for context in contexts:
+                with context:
+                    results.append(self.prefix.evaluate(evaluate, context))
+        return results
 
     def _find_unseen(self, evaluate: Evaluate) -> None:
         """Audits parameters that take part for the first time; all are perturbed in place until that succeeds."""
@@ -268,33 +245,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer, ABC):
             return
         self._in_place |= {parameter: parameter in unseen for parameter in new}
         if unseen:
-            names = _some([name for parameter, name in new.items() if parameter in unseen])
+            names = some([name for parameter, name in new.items() if parameter in unseen])
             rank_zero_warn(
                 f"{len(unseen)} parameters are unused or read where torch's Python functions do not see it, and are "
                 f"perturbed in place from a copy, which costs their size in memory: {names}."
             )
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raises a ValueError that names the argument unless `value` is a finite number above zero."""
-    if not (isinstance(value, int | float | Tensor) and math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
-
-
-def require_fraction(name: str, value: float) -> None:
-    """Raises a ValueError that names the argument unless `value` lies in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be at least 0 and below 1, got {value!r}.")
-
-
-def loss_and_terms(output: Any) -> tuple[Tensor, Tensor]:
-    """A loss and the number of terms it averages, both as wide scalars, from what `evaluate` returned."""
-    loss, terms = output if isinstance(output, tuple) else (output, 1.0)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', loss)}.")
-    loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
-    return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            if self._stack is not None:
+                self._stack = None
+                rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from zolightning.direction import Direction, directions
 from zolightning.estimators import Estimator
 from zolightning.noise import NOISE_KINDS, NoiseKind
-from zolightning.optim.base import StepRecord, ZerothOrderOptimizer
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.record import StepRecord
 from zolightning.precision import State, UpdatePrecision, packed
 
 
@@ -65,5 +66,5 @@ class DenseOptimizer(ZerothOrderOptimizer):
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
             gradients = directions(named, record.seed, record.step, coefficients, self.noise)
             for name, parameter in named.items():
-                with packed(parameter) as weight:
+                with packed(parameter, self.slices.get(parameter)) as weight:
                     self.update_parameter(weight, self.state[parameter], gradients[name], group, lr)

@@ -10,7 +10,7 @@ from zolightning.direction import Direction
 from zolightning.estimators import Estimator
 from zolightning.kernels import chunks
 from zolightning.noise import NoiseKind
-from zolightning.optim.base import require_fraction, require_positive
+from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.moments import CHUNK, momentum_
 from zolightning.precision import State, UpdatePrecision, add_direction, add_tensor

@@ -1,0 +1,164 @@
+"""Singular values of estimated gradients, momentum and true gradients, as training goes on."""
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from zolightning.calibration import own_loss
+from zolightning.callbacks.subspace_resampling import subspace_optimizer
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.optim.subspace_weights import Matrix, momentum_of
+
+Source = Literal["estimate", "momentum", "gradient"]
+SOURCES: tuple[str, ...] = ("estimate", "momentum", "gradient")
+_TINY = 1e-30
+
+
+class Spectra(Callback):
+    """Shows how many directions of a matrix matter: the spectra of figure 1 of ZO-MOPI (arXiv 2605.09034).
+
+    Of each chosen matrix, TensorBoard gets a plot ``spectra/<name>`` of the singular values over their index, each
+    source relative to its largest; all loggers get the stable rank, ``||M||_F^2 / ||M||_2^2``, as
+    ``spectra/<source>/<name>``. Training goes on with the same bits as without this callback.
+
+    Args:
+        patterns: regular expressions; a matrix is looked at if one of them matches somewhere in its dotted name. It
+            must train in a subspace.
+        every_n_steps: steps between two looks; the first step is looked at too.
+        sources: "estimate", the step's estimated gradient, lifted; "momentum", if the method keeps one, lifted; and
+            "gradient", that of backpropagation on the step's batch. The last costs the memory of backpropagation, and
+            a copy of the weights that train.
+
+    Raises:
+        MisconfigurationException: when training starts, if nothing matches, or there is no momentum to look at.
+    """
+
+    def __init__(
+        self, patterns: Sequence[str], every_n_steps: int = 100, sources: Sequence[Source] = ("estimate",)
+    ) -> None:
+        if isinstance(patterns, str) or not patterns:
+            raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        if isinstance(sources, str) or not sources or not set(sources) <= set(SOURCES):
+            raise ValueError(f"`sources` must be a list of some of {SOURCES}, got {sources!r}.")
+        self.patterns = tuple(patterns)
+        self.every_n_steps = every_n_steps
+        self.sources = tuple(sources)
+        self._gradients: dict[str, Tensor] = {}  # singular values, from the beginning of a step to its end
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        for pattern in self.patterns:
+            if not any(re.search(pattern, name) for name in _matrices(optimizer)):
+                raise MisconfigurationException(
+                    f"`patterns` has {pattern!r}, which matches no matrix that trains in a subspace. Some of these "
+                    f"are {', '.join(list(_matrices(optimizer))[:8]) or 'not to be found'}."
+                )
+        if "momentum" in self.sources and not any(g["momentum"] or g["betas"] for g in optimizer.param_groups):
+            raise MisconfigurationException(
+                "`sources` has 'momentum', and the method keeps none. Set its `momentum` above 0, or leave it out."
+            )
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        if "gradient" in self.sources and optimizer.param_groups[0]["step"] % self.every_n_steps == 0:
+            chosen = {name: parameter for name, (parameter, _) in self._chosen(optimizer).items()}
+            self._gradients = first_order_spectra(trainer, pl_module, optimizer, chosen, batch)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        record = optimizer.record
+        if record.step % self.every_n_steps or not record.projected_grads:
+            return
+        for name, (parameter, matrix) in self._chosen(optimizer).items():
+            basis = optimizer.basis(parameter)
+            spectra: dict[str, Tensor] = {}
+            if "estimate" in self.sources:
+                spectra["estimate"] = basis.singular_values(optimizer.core_gradient(parameter, record))
+            if "momentum" in self.sources:
+                momentum = momentum_of(optimizer.state[parameter])
+                spectra["momentum"] = basis.singular_values(momentum.view(basis.core_shape(matrix[:2])))
+            if name in self._gradients:
+                spectra["gradient"] = self._gradients[name]
+            for source, values in spectra.items():
+                pl_module.log(f"spectra/{source}/{name}", stable_rank(values))
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    figure = spectra_figure(spectra, f"{name}, step {record.step}")
+                    logger.experiment.add_figure(f"spectra/{name}", figure, record.step)
+        self._gradients = {}
+
+    def _chosen(self, optimizer: SubspaceOptimizer) -> dict[str, tuple[nn.Parameter, Matrix]]:
+        matrices = _matrices(optimizer)
+        return {name: m for name, m in matrices.items() if any(re.search(pattern, name) for pattern in self.patterns)}
+
+
+def first_order_spectra(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    optimizer: SubspaceOptimizer,
+    chosen: dict[str, nn.Parameter],
+    batch: Any,
+) -> dict[str, Tensor]:
+    """Singular values of the gradients of a batch's loss, at the weights that the network computes with."""
+    folded = pl_module.state_dict()
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        for name, parameter in pl_module.named_parameters():
+            if folded[name].data_ptr() != parameter.data_ptr():
+                stack.callback(parameter.detach().copy_, parameter.detach().clone())
+                parameter.detach().copy_(folded[name])
+        stack.enter_context(trainer.precision_plugin.train_step_context())
+        stack.enter_context(torch.enable_grad())
+        output = own_loss(pl_module, batch)
+        loss = output["loss"] if isinstance(output, dict) else output
+        gradients = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+    spectra = {}
+    for (name, parameter), gradient in zip(chosen.items(), gradients, strict=True):
+        if gradient is not None:
+            part = optimizer.slices.get(parameter)
+            compact = gradient if part is None else part.take(gradient)
+            spectra[name] = torch.linalg.svdvals(compact.reshape(compact.shape[0], -1).float())
+    return spectra
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """``||M||_F^2 / ||M||_2^2``: how many equal singular values would have that much energy; 0 for a zero matrix."""
+    largest = singular_values.max().clamp_min(_TINY)
+    return (singular_values / largest).square().sum().item()
+
+
+def spectra_figure(spectra: dict[str, Tensor], title: str) -> Figure:
+    """Singular values over their index, relative to the largest of each source, on a logarithmic scale."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for source, values in spectra.items():
+        shown = values[values > 0].cpu() / values.max().clamp_min(_TINY).cpu()
+        axes.plot(range(1, len(shown) + 1), shown.tolist(), label=source, marker=".", markersize=3, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value / largest")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _matrices(optimizer: SubspaceOptimizer) -> dict[str, tuple[nn.Parameter, Matrix]]:
+    return {name: matrix for group in optimizer.param_groups for name, matrix in optimizer.split(group)[0].items()}

@@ -1,0 +1,76 @@
+"""When a subspace method draws new subspaces."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.optim.subspace import SubspaceOptimizer
+
+
+class SubspaceResampling(Callback):
+    """Draws new bases for a subspace method, before the first forward of a step.
+
+    At that moment what has gathered in the cores is added to the weights; what becomes of the momentum is for
+    :class:`~zolightning.callbacks.MomentumTransport` to say. Override :meth:`is_due` for a rule of your own.
+
+    Logs ``zo/refresh``, the number of bases drawn after the first.
+
+    Args:
+        interval: steps between two draws.
+        anchor: how many dominant directions of the momentum stay in the new basis; the rest is drawn. 0 draws all
+            of it, independently of the old one: of a momentum of rank r in m rows about r / m of the energy is then
+            left. Anchored bases are saved in checkpoints, others are drawn again.
+
+    Raises:
+        MisconfigurationException: when training starts, if the optimizer is no subspace method, or `anchor` is set
+            for one that keeps no momentum.
+    """
+
+    def __init__(self, interval: int = 100, anchor: int = 0) -> None:
+        if interval < 1:
+            raise ValueError(f"`interval` must be at least 1, got {interval}.")
+        if anchor < 0:
+            raise ValueError(f"`anchor` must not be negative, got {anchor}.")
+        self.interval = interval
+        self.anchor = anchor
+
+    def is_due(self, trainer: L.Trainer, optimizer: SubspaceOptimizer) -> bool:
+        """Whether new bases are drawn before the step that comes next; not asked before the first one."""
+        return optimizer.param_groups[0]["step"] % self.interval == 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for group in subspace_optimizer(trainer, type(self).__name__).param_groups:
+            if self.anchor and not (group["momentum"] or group["betas"]):
+                raise MisconfigurationException(
+                    f"`anchor` is {self.anchor}, and the method keeps no momentum whose directions could stay. "
+                    "Set its `momentum` above 0, or `anchor` to 0."
+                )
+            if self.anchor > group["rank"]:
+                raise MisconfigurationException(
+                    f"`anchor` must be at most the method's `rank`, {group['rank']}, got {self.anchor}."
+                )
+            group["anchor"] = self.anchor
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        if optimizer.param_groups[0]["step"] and self.is_due(trainer, optimizer):
+            optimizer.resample()
+            pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))
+
+
+def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:
+    """The subspace method that a Trainer runs.
+
+    Raises:
+        MisconfigurationException: if it runs none; the message names the `callback` that needs one.
+    """
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, SubspaceOptimizer):
+            return optimizer
+    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+    raise MisconfigurationException(
+        f"{callback} needs a subspace method (LOZO, SubZero, SubspaceMeZO, ZOMuon, ZOMOPI), got {found}. "
+        f"Choose one of them, or leave {callback} out."
+    )

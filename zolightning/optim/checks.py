@@ -1,0 +1,70 @@
+"""Checks of what a method is given: hyperparameters, parameters, losses."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.estimators import Estimator
+from zolightning.noise import MAX_ELEMENTS
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raises a ValueError that names the argument unless `value` is a finite number above zero."""
+    if not (isinstance(value, int | float | Tensor) and math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Raises a ValueError that names the argument unless `value` lies in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be at least 0 and below 1, got {value!r}.")
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ValueError that names the argument unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+
+
+def require_queries(num_queries: int, estimator: Estimator) -> None:
+    """Raises a ValueError unless the estimator is one, and `num_queries` are enough for it."""
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
+    if not isinstance(num_queries, Integral) or num_queries < estimator.min_queries:
+        name, least = type(estimator).__name__, estimator.min_queries
+        raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {num_queries!r}.")
+
+
+def require_seed(seed: int) -> None:
+    """Raises a ValueError unless `seed` is an integer of at most 64 bits."""
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
+
+
+def require_trainable(name: str, parameter: nn.Parameter) -> None:
+    """Raises a ValueError that names a parameter that forward passes cannot train."""
+    if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+        raise ValueError(
+            f"Parameter `{name}` has dtype {parameter.dtype}; trainable are float64, float32, bfloat16 and "
+            "float16. Freeze it (`requires_grad=False`)."
+        )
+    if parameter.numel() > MAX_ELEMENTS:
+        raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
+
+
+def loss_and_terms(output: Any) -> tuple[Tensor, Tensor]:
+    """A loss and the number of terms it averages, both as wide scalars, from what `evaluate` returned."""
+    loss, terms = output if isinstance(output, tuple) else (output, 1.0)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', loss)}.")
+    loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
+    return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device)
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names, for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,59 @@
+"""LOZO: low-rank directions whose row space stays for an interval."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from zolightning.estimators import Estimator
+from zolightning.noise import NoiseKind
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.precision import State, UpdatePrecision
+
+
+class LOZO(SubspaceOptimizer):
+    """LOZO and, with `momentum`, LOZO-M (arXiv 2410.07698).
+
+    Directions are ``U V'`` with V (n, r) Gaussian, drawn anew at each resampling, and U (m, r) new at each step; the
+    weight moves by ``-lr * g * U V' / r``, which makes the step unbiased whatever the rank. Entries of a direction have
+    variance r, so the perturbation of a weight has standard deviation ``eps * sqrt(r)``.
+
+    State: V, (n, r) in the weight's dtype; the core, (m, r) in fp32; momentum, the same again.
+
+    Differs from the released code: it leaves the division by r to the learning rate (multiply its rates by r), and
+    updates along another U than it perturbed along on each resampling step. Its momentum starts from ``g U`` and is
+    projected by ``V_old' V_new / n``; here it starts from zero and is projected by least squares.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size; the core moves by ``lr * projected_grad / rank`` along a unit-variance direction.
+        eps: perturbation scale of the core.
+        rank: r.
+        momentum: decay of the mean of core gradients, 0.9 in the paper's LOZO-M; 0 keeps none.
+        vector_lr: learning rate of biases and norms; None takes `lr`.
+        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+    """
+
+    sides = "right"
+    unit = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        rank: int = 2,
+        momentum: float = 0.0,
+        vector_lr: float | None = None,
+        num_queries: int = 1,
+        estimator: Estimator | None = None,
+        noise: NoiseKind = "gaussian",
+        seed: int | None = None,
+        update_precision: UpdatePrecision = "exact",
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum}
+        vector_lr = lr if vector_lr is None else vector_lr
+        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+
+    def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
+        return gradients / gradients.shape[-1]

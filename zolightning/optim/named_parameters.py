@@ -1,0 +1,82 @@
+"""The parameters of a method: their names, which of them and which parts of them train, and their state."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.slices import Slice
+
+
+class NamedParameters(torch.optim.Optimizer):
+    """An optimizer that knows its parameters by name, and may train only slices of them."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._names: dict[nn.Parameter, str] = {}
+        self.slices: dict[nn.Parameter, Slice] = {}
+        super().__init__(params, defaults)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
+
+    def trainable(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
+        """Group, name and parameter of everything that may move: frozen parameters are passed over."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    yield group, self._names[parameter], parameter
+
+    def restrict(self, slices: Mapping[nn.Parameter, Slice]) -> None:
+        """Trains only these slices of these parameters: a method sees each as a compact tensor of its own.
+
+        Raises:
+            ValueError: if a slice does not fit its parameter, or comes after a step of that parameter.
+        """
+        for parameter, part in slices.items():
+            name = self._names[parameter]
+            part.check(name, parameter)
+            if self.state.get(parameter):
+                raise ValueError(f"`{name}` has been trained as a whole already: restrict it before the first step.")
+        self.slices |= slices
+
+    def trainable_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Shape of a parameter, or of the slice of it that trains."""
+        part = self.slices.get(parameter)
+        return tuple(parameter.shape) if part is None else part.shape(parameter)
+
+    def num_trainable(self) -> int:
+        """Elements that may move."""
+        return sum(math.prod(self.trainable_shape(parameter)) for _, _, parameter in self.trainable())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, named by the module the optimizer is attached to, if it is."""
+        super().add_param_group(param_group)
+        group, number = self.param_groups[-1], len(self.param_groups) - 1
+        self.check(group)
+        given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+        for parameter, name in zip(group["params"], given, strict=True):
+            self._names.setdefault(parameter, name)
+        names = [self._names[parameter] for group in self.param_groups for parameter in group["params"]]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
+                "of one module's `named_parameters()`, or pass parameters without names."
+            )
+
+    def state_bytes(self) -> int:
+        """Bytes of tensors in the optimizer's state now."""
+        tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores hyperparameters, counters and tensors, these in their own dtype."""
+        # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for index, parameter in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                is_tensor = isinstance(value, Tensor)
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value

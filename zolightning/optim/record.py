@@ -1,0 +1,30 @@
+"""What a step leaves behind, and the error of one that could not be taken."""
+
+from dataclasses import dataclass
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss was NaN or infinite; the weights are those of the last completed step."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """All that a step depends on beside the weights: applying a run's records to its first weights replays it.
+
+    Attributes:
+        step: number of the step, from 0; with `seed` it names the directions.
+        seed: the run's seed.
+        lr: learning rate of each parameter group.
+        projected_grads: one a query; empty for a step that was skipped.
+        loss: mean of the losses that were evaluated.
+        forward_passes: evaluations of the loss.
+        refresh: index of the subspace's basis, for methods that have one.
+    """
+
+    step: int
+    seed: int
+    lr: tuple[float, ...]
+    projected_grads: tuple[float, ...]
+    loss: float
+    forward_passes: int
+    refresh: int = 0

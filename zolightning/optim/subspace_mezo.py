@@ -1,0 +1,51 @@
+"""Subspace-MeZO: zeroth-order SGD in a random subspace of the rows."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from zolightning.estimators import Estimator
+from zolightning.noise import NoiseKind
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.precision import UpdatePrecision
+
+
+class SubspaceMeZO(SubspaceOptimizer):
+    """Subspace-MeZO, the baseline of ZO-Muon (arXiv 2602.17155): its directions without its orthogonalization.
+
+    Directions are ``P Psi``, P (m, r) Haar-orthonormal, drawn anew at each resampling, Psi (r, n) new at each step; the
+    weight moves by ``-lr * g * P Psi``, whose mean is ``-lr * P P' gradient``. Entries of a direction have variance
+    r / m.
+
+    State: P, (m, r) in the weight's dtype; the core, (r, n) in fp32; moments, the same again.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size; the core moves by ``lr * projected_grad`` along a unit-variance direction.
+        eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
+        rank: r.
+        momentum: decay of the mean of core gradients; 0 keeps none.
+        betas: Adam's decays on the core, instead of `momentum`.
+        vector_lr: learning rate of biases and norms; None takes `lr`.
+        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+    """
+
+    sides = "left"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        eps: float = 1e-3,
+        rank: int = 64,
+        momentum: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        vector_lr: float | None = None,
+        num_queries: int = 1,
+        estimator: Estimator | None = None,
+        noise: NoiseKind = "gaussian",
+        seed: int | None = None,
+        update_precision: UpdatePrecision = "exact",
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
+        vector_lr = lr if vector_lr is None else vector_lr
+        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)

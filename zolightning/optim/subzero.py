@@ -1,0 +1,82 @@
+"""SubZero: directions in a subspace of both rows and columns."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from zolightning.estimators import Estimator
+from zolightning.noise import NoiseKind
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.optim.subspace_weights import Matrix
+from zolightning.precision import UpdatePrecision
+
+Scaling = Literal["code", "paper"]
+SCALINGS: tuple[str, ...] = ("code", "paper")
+
+
+class SubZero(SubspaceOptimizer):
+    """SubZero (arXiv 2410.08989); with `betas` and many one-sided queries, SubZero+.
+
+    Directions are ``s U Z V'``, U (m, r) and V (n, r) Haar-orthonormal, drawn anew at each resampling, Z (r, r) new
+    at each step; the weight moves by ``-lr * g`` times that. With ``scaling="code"``, s is ``sqrt(m n) / r``, which
+    makes a direction as long as MeZO's, and published learning rates belong to it; with "paper", s is 1. No change of
+    `lr` turns one into the other: the perturbation changes by s, the step by s squared.
+
+    A matrix with a side below `rank`, such as a LoRA factor, is searched in its most nearly square shape, and along
+    dense directions where it has none (a prime number of elements).
+
+    State: U and V, (m + n) r in the weight's dtype; the core, (r, r) in fp32; moments, the same again.
+
+    Differs from the released code: columns of the bases have the signs that make them Haar-distributed, and resuming
+    restores them.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size; the weight moves by ``lr * projected_grad`` along a direction.
+        eps: perturbation scale, a multiple of the direction.
+        rank: r.
+        scaling: "code" or "paper".
+        momentum: decay of the mean of core gradients; 0 keeps none.
+        betas: Adam's decays on the core, instead of `momentum`; SubZero+ has (0.9, 0.95).
+        vector_lr: learning rate of biases and norms; None takes `lr`.
+        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+    """
+
+    sides = "both"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        rank: int = 16,
+        scaling: Scaling = "code",
+        momentum: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        vector_lr: float | None = None,
+        num_queries: int = 1,
+        estimator: Estimator | None = None,
+        noise: NoiseKind = "gaussian",
+        seed: int | None = None,
+        update_precision: UpdatePrecision = "exact",
+    ) -> None:
+        if scaling not in SCALINGS:
+            raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
+        self.scaling = scaling
+        betas = None if betas is None else tuple(betas)
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
+        vector_lr = lr if vector_lr is None else vector_lr
+        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+
+    def direction_scale(self, matrix: Matrix) -> float:
+        return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if self.scaling == "code" else 1.0
+
+    def matrix(self, parameter: nn.Parameter, rank: int) -> Matrix | None:
+        found = super().matrix(parameter, rank)
+        if found is None or found.rank == rank:
+            return found
+        size = found.rows * found.columns
+        rows = next(divisor for divisor in range(math.isqrt(size), 0, -1) if size % divisor == 0)
+        return Matrix(rows, size // rows, min(rank, rows)) if rows > 1 else None

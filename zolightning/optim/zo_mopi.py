@@ -1,0 +1,76 @@
+"""ZO-MOPI: momentum in a subspace, partially orthogonalized by streaming power iteration."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolightning.estimators import Estimator
+from zolightning.noise import NoiseKind
+from zolightning.optim.checks import require_positive
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.orthogonalization import power_iteration
+from zolightning.precision import State, UpdatePrecision
+
+
+class ZOMOPI(SubspaceOptimizer):
+    """ZO-MOPI (arXiv 2605.09034): the k dominant directions of the momentum get equal steps, the others none.
+
+    Directions are ``A B``, A (m, r) orthonormal, drawn anew at each resampling, B_i (r, n) new at each step. The core
+    gradient, the mean of ``g_i B_i``, enters a momentum M, one power iteration from the V of the step before gives an
+    ``U V'`` of rank k and Frobenius norm sqrt(k), and the weight moves by ``-lr * A U V'``.
+
+    State: A, (m, r) in the weight's dtype; the core and M, (r, n), and V, (n, k), in fp32.
+
+    Differs from the released code, by keeping to the paper: M starts from zero, is moved into the new subspace at
+    each resampling (equation 11) and keeps its V; the weights and the first query of a resampling step are not
+    corrupted. The estimator is the paper's two-sided one by default; ``OneSided()`` gives the code's.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: length of the step: each of the k singular values of a core's step, in weight units.
+        eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
+        rank: r.
+        power_rank: k, at most `rank`; less where a matrix has fewer columns.
+        momentum: decay of the mean of core gradients, above 0 in the paper.
+        vector_lr: learning rate of biases and norms, which move along dense directions.
+        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+    """
+
+    sides = "left"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-3,
+        rank: int = 64,
+        power_rank: int = 32,
+        momentum: float = 0.9,
+        vector_lr: float = 1e-7,
+        num_queries: int = 4,
+        estimator: Estimator | None = None,
+        noise: NoiseKind = "gaussian",
+        seed: int | None = None,
+        update_precision: UpdatePrecision = "exact",
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "power_rank": power_rank}
+        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        require_positive("power_rank", group["power_rank"])
+        if group["power_rank"] > group["rank"]:
+            raise ValueError(f"`power_rank` must be at most `rank`, {group['rank']}, got {group['power_rank']}.")
+
+    def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
+        columns = min(group["power_rank"], *gradients.shape[1:])
+        for state, gradient in zip(states, gradients, strict=True):
+            if "right_basis" not in state:
+                # The leading right singular vectors that the first momentum itself gives: no draw, no warm-up.
+                state["right_basis"] = torch.linalg.svd(gradient, full_matrices=False).Vh[:columns].T.contiguous()
+        steps, right = power_iteration(gradients, torch.stack([state["right_basis"] for state in states]))
+        for state, basis in zip(states, right, strict=True):
+            state["right_basis"] = basis.clone()
+        return steps

@@ -1,0 +1,66 @@
+"""ZO-Muon: orthogonalized zeroth-order gradients in a random subspace."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from zolightning.estimators import Estimator
+from zolightning.noise import NoiseKind
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.orthogonalization import msign, newton_schulz
+from zolightning.precision import State, UpdatePrecision
+
+Orthogonalization = Literal["newton_schulz", "svd"]
+ORTHOGONALIZATIONS: tuple[str, ...] = ("newton_schulz", "svd")
+
+
+class ZOMuon(SubspaceOptimizer):
+    """ZO-Muon (arXiv 2602.17155): the core gradient's singular values are all made 1.
+
+    Directions are ``P Psi``, P (m, r) Haar-orthonormal, drawn anew at each resampling, Psi_i (r, n) new at each step;
+    the core gradient is the mean of ``g_i Psi_i`` over queries, and the weight moves by ``-lr * P msign`` of it.
+    The scale of the loss does not matter, only the ratios of the projected gradients of a step: use several queries.
+
+    State: P, (m, r) in the weight's dtype; the core, (r, n) in fp32; momentum, the same again.
+
+    Differs from the released code: a basis is drawn once a step, not once an evaluation (there all but one query of
+    a resampling step are updated along other directions than they were evaluated at), Newton-Schulz runs in fp32
+    instead of the weight's dtype, and the learning rate of vectors is an argument and scheduled.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: length of the step: each of the r singular values of a core's step, in weight units.
+        eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
+        rank: r.
+        orthogonalization: "newton_schulz" (five steps; singular values land in [0.68, 1.20]) or "svd" (exact).
+        momentum: decay of the mean of core gradients, taken before orthogonalization; the paper has none.
+        vector_lr: learning rate of biases and norms, which move along dense directions.
+        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+    """
+
+    sides = "left"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-3,
+        rank: int = 64,
+        orthogonalization: Orthogonalization = "newton_schulz",
+        momentum: float = 0.0,
+        vector_lr: float = 1e-7,
+        num_queries: int = 4,
+        estimator: Estimator | None = None,
+        noise: NoiseKind = "gaussian",
+        seed: int | None = None,
+        update_precision: UpdatePrecision = "exact",
+    ) -> None:
+        if orthogonalization not in ORTHOGONALIZATIONS:
+            raise ValueError(f"`orthogonalization` must be one of {ORTHOGONALIZATIONS}, got {orthogonalization!r}.")
+        self.orthogonalization = orthogonalization
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum}
+        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+
+    def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
+        return msign(gradients) if self.orthogonalization == "svd" else newton_schulz(gradients)
