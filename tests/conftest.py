@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from zolightning.estimators import OneSided, Population
 from zolightning.kernels import _Compiler
-from zolightning.optim import MeZO, MeZOAdam, ZerothOrderOptimizer
+from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, SubspaceMeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
 torch.set_num_threads(1)  # on tensors as small as these, threads only wait for each other
 
@@ -28,7 +28,8 @@ settings.load_profile("repeatable")
 Method = Callable[..., ZerothOrderOptimizer]
 
 # A row here puts a method through all tests of tests/optim/test_all_methods.py and through those of resuming. The
-# learning rates are made for `Problem` below, which has 30 parameters and a curvature of 1.
+# learning rates are made for `Problem` below, which has 29 parameters and a curvature of 1; of these the 12 of a 4 x 3
+# matrix are searched in a subspace, by the methods that do so.
 METHODS: dict[str, Method] = {
     "mezo": partial(MeZO, lr=0.02),
     "mezo-rademacher": partial(MeZO, lr=0.02, noise="rademacher"),
@@ -44,6 +45,23 @@ METHODS: dict[str, Method] = {
     "mezo-native": partial(MeZO, lr=0.02, update_precision="native"),
     "mezo-adam": partial(MeZOAdam, lr=0.05),
     "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.05, weight_decay=0.1, num_queries=2),
+    "lozo": partial(LOZO, lr=0.03, rank=3),
+    "lozo-momentum": partial(LOZO, lr=0.03, rank=2, momentum=0.9, num_queries=2),
+    "subzero": partial(SubZero, lr=0.02, rank=3),
+    "subzero-paper": partial(SubZero, lr=0.02, rank=3, scaling="paper", noise="rademacher"),
+    "subzero-momentum": partial(SubZero, lr=0.02, rank=3, momentum=0.8),
+    "subzero-adam": partial(SubZero, lr=0.05, rank=4, betas=(0.9, 0.95), vector_lr=0.02, num_queries=2),
+    "subspace-mezo": partial(SubspaceMeZO, lr=0.02, rank=4),
+    "subspace-mezo-momentum": partial(SubspaceMeZO, lr=0.02, rank=3, momentum=0.9),
+    "subspace-mezo-adam": partial(SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.999), vector_lr=0.02),
+    "zo-muon": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.04, estimator=OneSided()),
+    "zo-muon-svd": partial(ZOMuon, lr=0.05, rank=3, vector_lr=0.02, orthogonalization="svd", num_queries=2),
+    "zo-muon-momentum": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.02, momentum=0.9, num_queries=1),
+    "zo-mopi": partial(ZOMOPI, lr=0.05, rank=4, power_rank=2, vector_lr=0.04),
+    "zo-mopi-population": partial(ZOMOPI, lr=0.05, rank=3, power_rank=3, vector_lr=0.04, estimator=Population()),
+    "zo-mopi-native": partial(
+        ZOMOPI, lr=0.05, rank=4, power_rank=1, vector_lr=0.02, num_queries=2, momentum=0.5, update_precision="native"
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Every file under ``configs/``: its command parses, it composes in any order, and it trains."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from zolightning.cli import ZerothOrderCLI, main
 from zolightning.data.task import Task
+from zolightning.layers import find_layers, mlp_of
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -73,10 +76,8 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }
 
-RUNS = [
-    (task, names("methods")[i % len(names("methods"))], names("models")[i % len(names("models"))])
-    for i, task in enumerate(names("tasks"))
-]
+FOLDERS = [names(folder) for folder in ("tasks", "methods", "models")]
+RUNS = [tuple(files[i % len(files)] for files in FOLDERS) for i in range(max(map(len, FOLDERS)))]
 
 
 class ParseOnly(ZerothOrderCLI):
@@ -152,11 +153,11 @@ def test_order_of_files_does_not_matter(method: str, parse: Callable[[list[str]]
 def test_callbacks_are_appended(parse: Callable[[list[str]], Any], tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks.Timer\n")
-    for order in permutations([str(other), "configs/methods/mezo.yaml"]):
+    for order in permutations([str(other), "configs/methods/mezo.yaml", "configs/scopes/dominant_layer.yaml"]):
         arguments = [part for file in order for part in ("--config", file)]
         config = parse([*compose("tasks/sst2", "models/gpt2"), *arguments])
         found = {callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks}
-        assert found == {"Timer", "ZerothOrder"}
+        assert found == {"Timer", "ZerothOrder", "DominantLayer"}
 
 
 def test_later_files_and_flags_override(parse: Callable[[list[str]], Any]) -> None:
@@ -191,7 +192,89 @@ def test_quickstart_two_steps(write_tiny_model: Callable[..., Path], write_rows:
     assert changed(checkpoint, folder / "model")
 
 
+# What each file in configs/scopes trains in a model of two layers whose second one has an outlier, by the names that
+# Llama gives: a parameter trains if the expression matches somewhere. Each runs with another method and model; slices
+# of parameters have no gradients for AdamW.
+LAYERS, SECOND, CHANNELS = r"\.(layers|h)\.", r"\.(layers|h)\.1\.", r"\.1\.(mlp\.c_\w+|mlp\.\w+_proj|fc[12])\."
+SCOPES: dict[str, tuple[str, str, str]] = {
+    "dominant_layer": (SECOND, "mezo", "smollm2_135m"),
+    "dominant_layer_and_others": (SECOND, "mezo_adam", "qwen3_0.6b"),
+    "dominant_layer_lora": (SECOND + r".*\.lora_", "mezo_momentum", "gpt2"),
+    "dominant_layer_mlp": (CHANNELS, "adamw", "opt_125m"),
+    "dominant_layer_mlp_without_outlier_channels": (CHANNELS, "mezo_population", "mistral_7b"),
+    "dominant_layer_outlier_channels": (CHANNELS + "(?!bias)", "mezo_normalized", "smollm2_135m"),
+    "dominant_layer_without_outlier_channels": (SECOND, "mezo_rademacher", "opt_1.3b"),
+    "layers": (LAYERS, "mezo_one_sided", "llama3_8b"),
+    "lora": (r"\.lora_", "adamw", "mistral_7b"),
+    "parameters": ("attn", "mezo", "gpt2"),
+    "random_layer": (r"\.(layers|h)\.0\.", "mezo", "opt_125m"),
+}
 LR = "--trainer.callbacks.init_args.method.init_args.lr"
+# Of the last callback of a file, which is ZerothOrder, the method's rate for what has no subspace
+VECTOR_LR = "--trainer.callbacks.init_args.method.init_args.vector_lr"
+SUBSPACE_METHODS = [name for name in names("methods") if name.startswith(("lozo", "sub", "zo_mu", "zo_mo"))]
+
+
+def test_scopes_below_are_all_files() -> None:
+    assert set(SCOPES) == set(names("scopes"))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_two_steps_of_a_scope(
+    scope: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    pattern, method, model = SCOPES[scope]
+    folder = write_tiny_model(write_rows("sst2") / "model", ARCHITECTURES[model])
+    plant_outlier(folder, layer=1)
+
+    files = compose("tasks/sst2", f"scopes/{scope}", f"methods/{method}", f"models/{model}")
+    checkpoint, _ = train(
+        [*files, "--trainer.precision", "32-true"],  # in bfloat16 the outlier would drown all else
+        folder,
+        "--model.init_args.optimizer.init_args.lr" if method == "adamw" else LR,
+    )
+
+    assert_only_moved(checkpoint, folder, pattern)
+    assert {".lora_" in name for name in checkpoint["state_dict"]} == {False} | {"lora" in scope}
+
+
+def assert_only_moved(checkpoint: dict[str, Any], folder: Path, pattern: str) -> None:
+    assert checkpoint["global_step"] == 2
+    before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, after in checkpoint["state_dict"].items():
+        initial = before.get(name.removeprefix("model.").replace(".base_layer", ""))
+        if initial is not None:  # adapters have no values of their own before
+            same = torch.equal(after.float(), initial.to(after.dtype).float())
+            assert same == (re.search(pattern, name) is None), name
+
+
+# All pairs are for `-m slow`; of the others each scope has one method, and each method a scope.
+PAIRS = [
+    pytest.param(scope, method, marks=() if (i - j) % len(SUBSPACE_METHODS) == 0 else pytest.mark.slow)
+    for i, scope in enumerate(SCOPES)
+    for j, method in enumerate(SUBSPACE_METHODS)
+]
+
+
+@pytest.mark.parametrize(("scope", "method"), PAIRS)
+def test_subspace_methods_in_scopes(
+    scope: str, method: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    """Layers, adapters and slices of matrices in subspaces: what the scope names moves, and nothing else does."""
+    pattern, _, _ = SCOPES[scope]
+    folder = write_tiny_model(write_rows("sst2") / "model", "llama")
+    plant_outlier(folder, layer=1)
+    files = compose("tasks/sst2", f"scopes/{scope}", f"methods/{method}", "models/smollm2_135m")
+    checkpoint, _ = train([*files, "--trainer.precision", "32-true"], folder, LR)
+    assert_only_moved(checkpoint, folder, pattern)
+
+
+def plant_outlier(folder: Path, layer: int) -> None:
+    """Makes the MLP of a layer put out one enormous number."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        mlp_of(find_layers(model).layers[layer]).down.weight[0, 0] = 1e3
+    model.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -229,13 +312,19 @@ def train(arguments: list[str], model: Path, lr: str) -> tuple[dict[str, Any], P
         lr: 0.1,
         "--validate_first": "false",
     }
+    if any(f"configs/methods/{method}.yaml" in arguments for method in SUBSPACE_METHODS):
+        overrides[VECTOR_LR] = 0.1
     main([*arguments, *(str(part) for option in overrides.items() for part in option)])
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True), folder
 
 
 def changed(checkpoint: dict[str, Any], model: Path) -> bool:
-    """Whether the checkpoint has other weights than the model had, after two steps."""
+    """Whether the checkpoint has other matrices than the model had, after two steps.
+
+    Not so its norms: near 1 bfloat16 shows no move below 0.004.
+    """
     assert checkpoint["global_step"] == 2
     before = load_file(model / "model.safetensors")
     trained = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
-    return all(not torch.equal(trained[name].float(), weight.float()) for name, weight in before.items())
+    matrices = {name: weight for name, weight in before.items() if weight.ndim == 2}
+    return all(not torch.equal(trained[name].float(), weight.float()) for name, weight in matrices.items())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zolightning.audit import FlippedBit, audit
 from zolightning.direction import directions
-from zolightning.perturbation import FlippedBit, Perturbation, Perturbed, Scratch, audit
+from zolightning.perturbation import Perturbation, Perturbed, Scratch
 
 Loss = Callable[[nn.Module], Tensor]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from zolightning.callbacks import ZerothOrder
-from zolightning.optim import MeZO, StepRecord, ZerothOrderOptimizer
+from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
+from zolightning.optim.subspace import SubspaceOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
 pytestmark = [
@@ -78,7 +79,9 @@ def run(
         L.seed_everything(5 if ckpt_path is None else 6, verbose=False)
         schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
         recorder = Recorder(stop, tmp_path / "saved.ckpt")
-        callbacks = [ZerothOrder(method, lr_scheduler=schedule), recorder, *kwargs.pop("callbacks", [])]
+        resampling = [SubspaceResampling(interval=4)] if issubclass(method.func, SubspaceOptimizer) else []
+        own = kwargs.pop("callbacks", resampling)
+        callbacks = [ZerothOrder(method, lr_scheduler=schedule), recorder, *own]
         module, trainer = make_regression(), make_trainer(max_steps=max_steps, callbacks=callbacks, **kwargs)
         if ckpt_path is not None:
             for parameter in module.parameters():  # all of it has to come from the checkpoint
@@ -107,6 +110,37 @@ def test_any_step(run: Callable[..., Run], tmp_path: Path, stop: int) -> None:
     method = partial(MeZO, lr=1e-2, normalize=True, clip=2.0)
     whole = run(method, stop=stop)
     resumed = run(method, ckpt_path=tmp_path / "saved.ckpt")
+    assert resumed.records == whole.records[stop:]
+    resumed.assert_ends_as(whole)
+
+
+ZO_MOPI = partial(ZOMOPI, lr=0.05, rank=3, power_rank=2, vector_lr=0.01)
+
+
+@pytest.mark.parametrize("stop", [4, 5, 7])
+@pytest.mark.parametrize(
+    ("method", "transport", "anchor"),
+    [
+        (ZO_MOPI, "project", 0),
+        (ZO_MOPI, "project", 1),
+        (ZO_MOPI, "keep", 2),
+        (ZO_MOPI, "reset", 1),
+        (partial(LOZO, lr=0.05, rank=2, momentum=0.8), "project", 1),
+        (partial(SubZero, lr=0.02, rank=3, betas=(0.9, 0.95)), "project", 1),
+        (partial(SubZero, lr=0.02, rank=3, betas=(0.9, 0.95)), "reset", 0),
+    ],
+)
+def test_any_step_of_an_interval_with_any_transport(
+    run: Callable[..., Run], tmp_path: Path, method: Method, transport: str, anchor: int, stop: int
+) -> None:
+    """Right before and right after new bases are drawn, and in between."""
+
+    def callbacks() -> list[Callback]:
+        return [SubspaceResampling(interval=4, anchor=anchor), MomentumTransport(transport)]
+
+    whole = run(method, stop=stop, callbacks=callbacks(), precision="bf16-true")
+    resumed = run(method, ckpt_path=tmp_path / "saved.ckpt", callbacks=callbacks(), precision="bf16-true")
+    assert [record.refresh for record in whole.records] == [step // 4 for step in range(20)]
     assert resumed.records == whole.records[stop:]
     resumed.assert_ends_as(whole)
 
@@ -171,11 +205,22 @@ def test_from_a_checkpoint_that_an_error_left(
     assert optimizer.param_groups[0]["step"] == 7
 
 
-def test_a_run_can_be_replayed_from_its_records(run: Callable[..., Run], make_regression: Callable[..., Any]) -> None:
-    whole = run(partial(MeZO, lr=1e-2, momentum=0.9, normalize=True), max_steps=15)
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(MeZO, lr=1e-2, momentum=0.9, normalize=True),
+        ZO_MOPI,
+    ],
+    ids=["mezo", "zo-mopi"],
+)
+def test_a_run_can_be_replayed_from_its_records(
+    run: Callable[..., Run], make_regression: Callable[..., Any], method: Method
+) -> None:
+    whole = run(method, max_steps=15)
     replayed = make_regression()
-    optimizer = MeZO(replayed.named_parameters(), momentum=0.9, normalize=True)
+    optimizer = method(replayed.named_parameters(), seed=1234)
     for record in whole.records:
         optimizer.apply(record)
+    optimizer.detach()
     for one, other in zip(whole.module.parameters(), replayed.parameters(), strict=True):
         assert torch.equal(one, other)

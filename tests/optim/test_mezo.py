@@ -136,6 +136,7 @@ class TestMeZO:
             *[("momentum", value) for value in (-0.1, 1.0, float("nan"))],
             *[("rms_decay", value) for value in (-0.1, 1.0, float("nan"))],
             *[("clip", value) for value in (0.0, -1.0, float("nan"))],
+            *[("weight_decay", value) for value in (-0.1, float("nan"))],
         ],
     )
     @pytest.mark.parametrize("in_group", [False, True])

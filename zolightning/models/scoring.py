@@ -61,7 +61,7 @@ def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, co
         # some architectures would count the padding as positions
         "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
         # Logits that nobody reads cost up to a fifth of the forward pass and most of its memory. Positions by number
-        # give a copy: of a slice, torch makes a product a row, and copies a frozen head for each, ten times the forward.
+        # give a copy: of a slice, torch makes a product a row and copies a frozen head for each (10 x the forward).
         "logits_to_keep": torch.arange(input_ids.shape[1] - count, input_ids.shape[1], device=input_ids.device),
         "use_cache": False,
     }

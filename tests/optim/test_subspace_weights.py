@@ -1,0 +1,290 @@
+"""Pending updates: folding, saving, resampling and what half precision makes of them."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zolightning import bfloat16
+from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero
+from zolightning.slices import Slice
+
+METHODS = [
+    partial(LOZO, lr=0.05, rank=2),
+    partial(SubZero, lr=0.05, rank=3),
+    partial(SubspaceMeZO, lr=0.05, rank=3),
+    partial(ZOMOPI, lr=0.05, rank=3, power_rank=2, vector_lr=0.05),
+]
+
+
+class Net(nn.Module):
+    """Tied input and output embeddings, a layer with a bias."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.layer, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embedding.weight
+            self.ids = torch.randint(20, (6,))
+        self.to(dtype)
+
+    def forward(self) -> Tensor:
+        return F.cross_entropy(self.head(self.layer(self.embedding(self.ids)).tanh()).float(), self.ids.flip(0))
+
+
+@pytest.fixture(params=METHODS, ids=lambda method: method.func.__name__)
+def method(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def train(net: Net, optimizer: SubspaceOptimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.estimate(net)
+        optimizer.step()
+
+
+def attached(method: Any, net: Net, **kwargs: Any) -> SubspaceOptimizer:
+    optimizer = method(net.parameters(), **kwargs)
+    optimizer.attach(net)
+    return optimizer
+
+
+@torch.no_grad()
+def effective_loss(net: Net, optimizer: SubspaceOptimizer) -> float:
+    with optimizer.effective():
+        return net().item()
+
+
+class TestPending:
+    def test_folding_changes_no_loss(self, method: Any) -> None:
+        net = Net()
+        optimizer = attached(method, net)
+        stored = net().item()
+        train(net, optimizer, 5)
+        pending = effective_loss(net, optimizer)
+        assert abs(pending - stored) > 1e-2
+        optimizer.fold()
+        assert net().item() == pytest.approx(pending, rel=1e-5) == pytest.approx(effective_loss(net, optimizer))
+        optimizer.fold()
+        assert net().item() == pytest.approx(pending, rel=1e-5)
+
+    def test_saved_weights_are_folded_and_fit_a_fresh_model(self, method: Any) -> None:
+        net, fresh = Net(), Net()
+        optimizer = attached(method, net)
+        train(net, optimizer, 5)
+        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        fresh.load_state_dict(net.state_dict())
+        assert fresh().item() == pytest.approx(effective_loss(net, optimizer), rel=1e-5)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+        assert torch.equal(net.state_dict()["head.weight"], net.state_dict()["embedding.weight"])
+        assert not torch.equal(net.state_dict()["head.weight"], net.head.weight)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_weights_saved_during_validation_are_the_same(self, method: Any, dtype: torch.dtype) -> None:
+        net = Net(dtype)
+        optimizer = attached(method, net)
+        train(net, optimizer, 5)
+        expected, expected_state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+        with optimizer.effective():
+            found, state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert torch.equal(state["state"][0]["base"], expected_state["state"][0]["base"])
+
+    def test_after_detaching_the_module_is_plain(self, method: Any) -> None:
+        net = Net()
+        optimizer = attached(method, net)
+        train(net, optimizer, 5)
+        saved = net.state_dict()
+        optimizer.detach()
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(value, saved[name], msg=name)
+            assert value.data_ptr() == dict(net.named_parameters(remove_duplicate=False))[name].data_ptr()
+        assert not any(module._state_dict_hooks for module in net.modules())
+
+    def test_the_module_can_be_copied_in_mid_interval(self, method: Any) -> None:
+        net = Net()
+        optimizer = attached(method, net)
+        train(net, optimizer, 2)
+        assert net().item() == copy.deepcopy(net)().item()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_slices(self, method: Any, dtype: torch.dtype) -> None:
+        net, fresh = Net(dtype), Net(dtype)
+        optimizer = attached(method, net)
+        rows = torch.tensor([1, 3, 4, 6])
+        optimizer.restrict({net.layer.weight: Slice(1, rows)})
+        train(net, optimizer, 3)
+        fresh.load_state_dict(net.state_dict())
+        moved = (fresh.layer.weight != Net(dtype).layer.weight).any(dim=0)
+        assert moved.nonzero().flatten().tolist() == rows.tolist()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        assert fresh().item() == pytest.approx(effective_loss(net, optimizer), rel=tolerance)
+        optimizer.detach()
+        assert torch.equal(net.layer.weight, fresh.layer.weight)
+
+
+class TestResampling:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_network_computes_the_same_before_and_after(self, method: Any, dtype: torch.dtype) -> None:
+        net = Net(dtype)
+        optimizer = attached(method, net)
+        train(net, optimizer, 5)
+        before, basis = effective_loss(net, optimizer), optimizer.basis(net.layer.weight)
+        optimizer.resample()
+        assert effective_loss(net, optimizer) == pytest.approx(before, rel=1e-5 if dtype == torch.float32 else 0.03)
+        after = optimizer.basis(net.layer.weight)
+        assert all(
+            old is None or not torch.equal(old, new)
+            for old, new in ((basis.left, after.left), (basis.right, after.right))
+        )
+        assert optimizer.param_groups[0]["refresh"] == 1
+
+    def test_the_direction_of_the_update_is_that_of_the_evaluation(self, method: Any) -> None:
+        """On the steps right before and right after new bases alike, for methods that move along what they evaluate."""
+        if method.func is ZOMOPI:
+            method = partial(method, power_rank=3, momentum=0.0, num_queries=1)
+        net = Net(torch.float64)
+        optimizer = attached(method, net, eps=1e-3)
+        for step in range(6):
+            if step in (2, 4):
+                optimizer.resample()
+            record = optimizer.estimate(net)
+            moves = {}
+            for parameter, change in optimizer.perturbations(0, 1).items():
+                pending = optimizer.perturbations(0, 0).get(parameter)
+                moves[parameter] = [torch.zeros_like(parameter) for _ in range(2)]
+                change.add_to(torch.zeros_like(parameter), moves[parameter][0])
+                if pending is not None:
+                    pending.add_to(torch.zeros_like(parameter), moves[parameter][1])
+            before = copy.deepcopy(net.state_dict())
+            optimizer.step()
+            after, sign = net.state_dict(), -torch.tensor(record.projected_grads[0]).sign()
+            for name, parameter in net.named_parameters():
+                evaluated = (moves[parameter][0] - moves[parameter][1]).flatten()
+                moved = (after[name] - before[name]).flatten()
+                cosine = sign * torch.cosine_similarity(evaluated, moved, dim=0)
+                # One step of power iteration sets the singular values of the noise to 1, and so turns it.
+                assert cosine > (0.7 if method.func is ZOMOPI and parameter.ndim == 2 else 0.99999), (step, name)
+
+    def test_bases_depend_on_seed_refresh_and_name_only(self, method: Any) -> None:
+        net = Net()
+        optimizer = attached(method, net)
+        train(net, optimizer, 3)
+        optimizer.resample()
+        fresh = attached(method, Net())
+        fresh.param_groups[0]["refresh"] = 1
+        found, expected = optimizer.basis(net.layer.weight), fresh.basis(fresh.param_groups[0]["params"][1])
+        for side in ("left", "right"):
+            one, other = getattr(found, side), getattr(expected, side)
+            assert (one is None and other is None) or torch.equal(one, other)
+
+    def test_nothing_is_left_over_without_a_core(self, method: Any) -> None:
+        net = Net()
+        optimizer = attached(method, net)
+        optimizer.resample()
+        optimizer.fold()
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), Net().parameters(), strict=True))
+        assert optimizer.momentum_kept is None
+
+
+class TestMomentum:
+    @staticmethod
+    def kept(transport: str, anchor: int, rows: int = 256, columns: int = 64, rank: int = 16) -> float:
+        w = nn.Parameter(torch.zeros(rows, columns))
+        target = torch.randn(rows, 3, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+            3, columns, generator=torch.Generator().manual_seed(2)
+        )
+        optimizer = SubspaceMeZO([w], lr=1e-3, rank=rank, momentum=0.9, num_queries=4)
+        optimizer.param_groups[0].update(transport=transport, anchor=anchor)
+        for _ in range(20):
+            optimizer.estimate(lambda: (w - target).square().mean())
+            optimizer.step()
+        optimizer.resample()
+        return optimizer.momentum_kept
+
+    def test_share_that_a_resampling_leaves(self) -> None:
+        """r / m = 1/16 of it without an anchor; all of it with as many anchors as there are directions."""
+        assert self.kept("project", 0) == pytest.approx(1 / 16, rel=0.15)
+        assert self.kept("project", 16) == pytest.approx(1, rel=1e-4)
+        assert 0.3 < self.kept("project", 4) < self.kept("project", 8) < 1
+        assert self.kept("reset", 0) == 0
+        assert self.kept("keep", 0) == pytest.approx(1, rel=1e-4)
+
+    def test_it_is_taken_along_when_frozen_or_just_restored(self) -> None:
+        def momentum(restore: bool) -> Tensor:
+            net = Net()
+            optimizer = attached(partial(SubspaceMeZO, rank=3, momentum=0.9), net)
+            train(net, optimizer, 3)
+            optimizer.resample()
+            if restore:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = attached(partial(SubspaceMeZO, rank=3, momentum=0.9), net)
+                optimizer.load_state_dict(state)
+            optimizer.resample()
+            return optimizer.state[net.layer.weight]["momentum_buffer"]
+
+        assert torch.equal(momentum(restore=True), momentum(restore=False))
+
+
+class TestHalfPrecision:
+    @staticmethod
+    def realised(update_precision: str, steps: int, rms: float, dtype: torch.dtype = torch.bfloat16) -> list[float]:
+        """The shares of the intended move that a weight of RMS 0.02 makes: as it is read, and with what completes it.
+
+        Steps of RMS `rms` go in random directions, new bases come every 100 of them.
+        """
+        w = nn.Parameter(torch.randn(64, 48, generator=torch.Generator().manual_seed(1)).mul(0.02).to(dtype))
+        start = w.detach().double()
+        optimizer = SubspaceMeZO([("w", w)], lr=rms * (64 / 8) ** 0.5, rank=8, update_precision=update_precision)
+        intended = torch.zeros_like(start)
+        for step in range(steps):
+            optimizer.apply(StepRecord(step, 0, (optimizer.param_groups[0]["lr"],), (1.0,), 0.0, 2, step // 100))
+            if step % 100 == 99:
+                intended += optimizer.basis(w).lift(optimizer.state[w]["core"].double())
+        optimizer.detach()
+        state = optimizer.state[w]
+        whole = w.detach().double()
+        if "low_word" in state:
+            whole = bfloat16.read_split(w.detach().flatten(), state["low_word"]).view(w.shape).double()
+        elif "master" in state:
+            whole = state["master"].view(w.shape).double()
+        moves = (w.detach().double() - start, whole - start)
+        return [((move * intended).sum() / intended.square().sum()).item() for move in moves]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("rms", [1e-7, 1e-5])
+    def test_exact_updates_are_all_there(self, dtype: torch.dtype, rms: float) -> None:
+        """Down to what rounds in fp32: 2^-25 of a weight a fold, against 10 rms."""
+        assert self.realised("exact", 1000, rms, dtype)[1] == pytest.approx(1, abs=0.01)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("update_precision", "rms", "read", "whole"),
+        [
+            ("exact", 1e-6, (0.95, 1.05), (0.99, 1.01)),
+            ("exact", 1e-5, (0.95, 1.05), (0.99, 1.01)),
+            ("native", 1e-6, (0.1, 0.5), (0.1, 0.5)),
+            ("native", 1e-5, (0.95, 1.05), (0.95, 1.05)),
+        ],
+    )
+    def test_5000_steps(
+        self, update_precision: str, rms: float, read: tuple[float, float], whole: tuple[float, float]
+    ) -> None:
+        """Rounded once an interval an update of RMS 1e-6 weighs 1e-5, which bf16 mostly loses; ten times that, not."""
+        shares = self.realised(update_precision, 5000, rms)
+        for share, (low, high) in zip(shares, (read, whole), strict=True):
+            assert low < share < high, shares
+
+
+def test_thin_matrices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("zolightning.optim.subspace_weights.rank_zero_info", said.append)
+    net = Net()
+    SubspaceMeZO(net.parameters(), rank=12).attach(net)
+    SubspaceMeZO(net.parameters(), rank=8).attach(net)
+    assert said == ["`rank` is 12, and less in 1 thin matrices: layer.weight 8."]
