@@ -288,3 +288,11 @@ def test_thin_matrices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     SubspaceMeZO(net.parameters(), rank=12).attach(net)
     SubspaceMeZO(net.parameters(), rank=8).attach(net)
     assert said == ["`rank` is 12, and less in 1 thin matrices: layer.weight 8."]
+
+
+def test_a_group_may_have_a_learning_rate_of_its_own_for_vectors() -> None:
+    weight, bias = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(4))
+    groups = [{"params": [weight]}, {"params": [bias], "lr": 0.5, "vector_lr": 0.1}]
+    optimizer = LOZO(groups, lr=1.0, vector_lr=0.25)
+    assert [group["vector_lr_ratio"] for group in optimizer.param_groups] == [0.25, 0.2]
+    assert all("vector_lr" not in group for group in optimizer.param_groups)

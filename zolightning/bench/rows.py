@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.bench.published import PublishedMeZO
 from zolightning.layers import find_layers
-from zolightning.optim import MeZO
+from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
 
 Evaluate = Callable[[], Tensor]
@@ -27,10 +27,12 @@ class Row:
     Attributes:
         name: as printed.
         make: takes a model and returns its training step, which takes the loss of a batch.
+        forwards: evaluations of the loss that a step asks for.
     """
 
     name: str
     make: Callable[[nn.Module], Step]
+    forwards: int = 2
 
 
 class OptimizerStep:
@@ -40,6 +42,7 @@ class OptimizerStep:
         method: makes the optimizer from parameters, such as ``partial(MeZO, lr=1e-6)``.
         model: to be trained.
         parameters: of the model, those that move; all of them if not given.
+        evaluations_per_forward: how many evaluations share a run of the model.
     """
 
     def __init__(
@@ -47,11 +50,12 @@ class OptimizerStep:
         method: Callable[..., ZerothOrderOptimizer],
         model: nn.Module,
         parameters: Iterable[nn.Parameter] | None = None,
+        evaluations_per_forward: int = 1,
     ) -> None:
         self.optimizer = method(model.parameters() if parameters is None else parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
-            self.optimizer.attach(model)
+            self.optimizer.attach(nn.ModuleList([model]), evaluations_per_forward)
 
     def __call__(self, evaluate: Evaluate) -> None:
         self.optimizer.estimate(evaluate)
@@ -68,8 +72,10 @@ def _forward(evaluate: Evaluate) -> Tensor:
     return evaluate()
 
 
-def _ours(name: str, method: Callable[..., ZerothOrderOptimizer]) -> Row:
-    return Row(name, partial(OptimizerStep, method))
+def _ours(
+    name: str, method: Callable[..., ZerothOrderOptimizer], forwards: int = 2, evaluations_per_forward: int = 1
+) -> Row:
+    return Row(name, partial(OptimizerStep, method, evaluations_per_forward=evaluations_per_forward), forwards)
 
 
 def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
@@ -82,13 +88,22 @@ def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
     return step
 
 
-FORWARD = Row("forward", lambda model: _forward)
+_MOPI = partial(ZOMOPI, lr=LR, eps=EPS, rank=64, power_rank=16, seed=0)
+FORWARD = Row("forward", lambda model: _forward, forwards=1)
 PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR, EPS).step)
-OURS = [
+DENSE = [
     _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
     _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),
     _ours("MeZO rademacher", partial(MeZO, lr=LR, eps=EPS, seed=0, noise="rademacher")),
     Row("MeZO, layer L/3", partial(_one_layer, False)),
     Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
 ]
-ROWS = [FORWARD, PUBLISHED, *OURS]
+SUBSPACE = [
+    _ours("LOZO rank 4", partial(LOZO, lr=LR, eps=EPS, rank=4, seed=0)),
+    _ours("SubZero rank 64", partial(SubZero, lr=LR, eps=EPS, rank=64, seed=0)),
+    _ours("ZO-Muon rank 64", partial(ZOMuon, lr=LR, eps=EPS, num_queries=1, seed=0)),
+    _ours("ZO-MOPI rank 64, power rank 16", partial(_MOPI, num_queries=1)),
+    _ours("the same, 4 queries", partial(_MOPI, num_queries=4), 8),
+    *(_ours(f"the same, {k} evaluations a forward", partial(_MOPI, num_queries=4), 8, k) for k in (2, 4, 8)),
+]
+ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]

@@ -73,6 +73,14 @@ class SubspaceOptimizer(SubspaceWeights):
         self.noise: NoiseKind = noise
         super().__init__(params, common | defaults, num_queries, estimator, seed, update_precision)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As any optimizer's; a group may have its own ``vector_lr``."""
+        if "vector_lr" in param_group:
+            lr = param_group.get("lr", self.defaults["lr"])
+            param_group = param_group | {"vector_lr_ratio": param_group["vector_lr"] / lr}
+            del param_group["vector_lr"]
+        super().add_param_group(param_group)
+
     # What a method defines
 
     def direction_scale(self, matrix: Matrix) -> float:
