@@ -55,7 +55,7 @@ class OptimizerStep:
         self.optimizer = method(model.parameters() if parameters is None else parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
-            self.optimizer.attach(nn.ModuleList([model]), evaluations_per_forward)
+            self.optimizer.attach(nn.ModuleDict({"model": model}), evaluations_per_forward)
 
     def __call__(self, evaluate: Evaluate) -> None:
         self.optimizer.estimate(evaluate)
