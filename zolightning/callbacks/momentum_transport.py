@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from zolightning.callbacks.subspace_resampling import subspace_optimizer
+from zolightning.optim.checks import require_choice
 from zolightning.optim.subspace_weights import TRANSPORTS, Transport
 
 
@@ -24,8 +25,7 @@ class MomentumTransport(Callback):
     """
 
     def __init__(self, how: Transport = "project") -> None:
-        if how not in TRANSPORTS:
-            raise ValueError(f"`how` must be one of {TRANSPORTS}, got {how!r}.")
+        require_choice("how", how, TRANSPORTS)
         self.how = how
         self._logged = 0
 

@@ -1,5 +1,6 @@
 """What a run costs, next to what it achieves."""
 
+import math
 import resource
 import sys
 import time
@@ -57,7 +58,9 @@ class RunMonitor(Callback):
     def _say_state(trainer: L.Trainer) -> None:
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, ZerothOrderOptimizer):
-                weights = sum(p.numel() * p.element_size() for _, _, p in optimizer.trainable())
+                weights = sum(
+                    math.prod(optimizer.trainable_shape(p)) * p.element_size() for _, _, p in optimizer.trainable()
+                )
                 rank_zero_info(
                     f"{type(optimizer).__name__} keeps {optimizer.state_bytes() / 2**20:.1f} MiB of state for "
                     f"{weights / 2**20:.1f} MiB of trainable weights."

@@ -10,6 +10,7 @@ from zolightning.direction import Direction, directions
 from zolightning.estimators import Estimator
 from zolightning.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.checks import require_choice
 from zolightning.optim.record import StepRecord
 from zolightning.precision import State, UpdatePrecision, packed
 
@@ -33,8 +34,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
         seed: int | None,
         update_precision: UpdatePrecision,
     ) -> None:
-        if noise not in NOISE_KINDS:
-            raise ValueError(f"`noise` must be one of {NOISE_KINDS}, got {noise!r}.")
+        require_choice("noise", noise, NOISE_KINDS)
         super().__init__(params, defaults, num_queries, estimator, seed, update_precision)
         self.noise: NoiseKind = noise
 

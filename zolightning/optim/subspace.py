@@ -11,7 +11,7 @@ from zolightning.estimators import Estimator
 from zolightning.kernels import chunks
 from zolightning.low_rank import LowRank
 from zolightning.noise import NOISE_KINDS, NoiseKind
-from zolightning.optim.checks import require_fraction, require_positive
+from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import CHUNK, adam_, momentum_
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import TRANSPORTS, Matrix, SubspaceWeights
@@ -54,8 +54,7 @@ class SubspaceOptimizer(SubspaceWeights):
         seed: int | None,
         update_precision: UpdatePrecision,
     ) -> None:
-        if noise not in NOISE_KINDS:
-            raise ValueError(f"`noise` must be one of {NOISE_KINDS}, got {noise!r}.")
+        require_choice("noise", noise, NOISE_KINDS)
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"`rank` must be an integer, at least 1, got {rank!r}.")
         require_positive("lr", defaults["lr"])
@@ -96,8 +95,7 @@ class SubspaceOptimizer(SubspaceWeights):
         require_fraction("momentum", group["momentum"])
         for place, beta in enumerate(group["betas"] or ()):
             require_fraction(f"betas[{place}]", beta)
-        if group["transport"] not in TRANSPORTS:
-            raise ValueError(f"`transport` must be one of {TRANSPORTS}, got {group['transport']!r}.")
+        require_choice("transport", group["transport"], TRANSPORTS)
 
     # A step
 

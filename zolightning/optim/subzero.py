@@ -8,6 +8,7 @@ from torch import nn
 
 from zolightning.estimators import Estimator
 from zolightning.noise import NoiseKind
+from zolightning.optim.checks import require_choice
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrix
 from zolightning.precision import UpdatePrecision
@@ -62,8 +63,7 @@ class SubZero(SubspaceOptimizer):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        if scaling not in SCALINGS:
-            raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
+        require_choice("scaling", scaling, SCALINGS)
         self.scaling = scaling
         betas = None if betas is None else tuple(betas)
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}

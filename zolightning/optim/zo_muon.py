@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zolightning.estimators import Estimator
 from zolightning.noise import NoiseKind
+from zolightning.optim.checks import require_choice
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.orthogonalization import msign, newton_schulz
 from zolightning.precision import State, UpdatePrecision
@@ -56,8 +57,7 @@ class ZOMuon(SubspaceOptimizer):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        if orthogonalization not in ORTHOGONALIZATIONS:
-            raise ValueError(f"`orthogonalization` must be one of {ORTHOGONALIZATIONS}, got {orthogonalization!r}.")
+        require_choice("orthogonalization", orthogonalization, ORTHOGONALIZATIONS)
         self.orthogonalization = orthogonalization
         defaults = {"lr": lr, "eps": eps, "momentum": momentum}
         super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
