@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from zolightning.callbacks import RunMonitor, ZerothOrder
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.optim import MeZO, MeZOAdam
+from zolightning.slices import Slice
 
 
 class Recorder(DummyLogger):
@@ -142,3 +144,23 @@ def test_shows_a_sample_of_the_data(
     (text,) = events.Tensors("prompt/text_summary")
     assert text.tensor_proto.string_val[0].decode() == "    The soup is warm.\n    It was [[ great]]"
     assert len(events.Scalars("run/steps_per_second")) == 2  # also by backpropagation
+
+
+def test_counts_what_trains_of_a_slice(
+    make_trainer: Callable[..., L.Trainer],
+    regression_data: Callable[..., DataLoader],
+    make_regression: Callable[..., L.LightningModule],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Half(Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.optimizers[0].restrict({pl_module.net[3].weight: Slice(1, torch.arange(2**17))})
+
+    said: list[str] = []
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.rank_zero_info", said.append)
+    module = make_regression()
+    module.net[0], module.net[3] = torch.nn.Linear(4, 2**18), torch.nn.Linear(2**18, 1)
+    module.net[0].requires_grad_(False)
+    trainer = make_trainer(callbacks=[ZerothOrder(partial(MeZOAdam, lr=0.01)), Half(), RunMonitor()], max_steps=1)
+    trainer.fit(module, regression_data())
+    assert said == ["MeZOAdam keeps 1.0 MiB of state for 0.5 MiB of trainable weights."]
