@@ -60,14 +60,27 @@ def assert_same_bits(one: Tensor, other: Tensor) -> None:
 
 
 class TestSameBits:
-    @given(sizes, dtypes, seeds, coefficients, kinds, st.sampled_from([0, 2, 2**31 - 2, 2**32 - 2**16]))
+    @given(
+        sizes,
+        st.sampled_from([*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.bfloat16)]),
+        seeds,
+        coefficients,
+        kinds,
+        st.sampled_from([0, 2, 2**31 - 2, 2**32 - 2**16]),
+    )
     def test_perturb(
-        self, numel: int, dtype: torch.dtype, seed: int, values: list[float], kind: NoiseKind, start: int
+        self,
+        numel: int,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        seed: int,
+        values: list[float],
+        kind: NoiseKind,
+        start: int,
     ) -> None:
-        weight, d = any_numbers(numel, dtype, seed), direction(values, kind)
+        weight, d = any_numbers(numel, dtypes[0], seed), direction(values, kind)
 
         def loop() -> Tensor:
-            out = torch.empty_like(weight)
+            out = torch.empty_like(weight, dtype=dtypes[1])
             d.add_to(weight, out, start)
             return out
 

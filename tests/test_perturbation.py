@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning.audit import FlippedBit, audit
+from zolightning.audit import FlippedBit, audit, find_readers
 from zolightning.direction import directions
 from zolightning.perturbation import Perturbation, Perturbed, Scratch
 
@@ -282,6 +282,18 @@ class TestPerturbed:
         before = snapshot(module)
         assert audit(module.parameters(), lambda: loss(module)) == set()
         assert_unchanged(module, before)
+
+    def test_watching_the_readers_only_is_the_same(self, network: tuple[nn.Module, Loss]) -> None:
+        module, loss = network
+        readers = find_readers(module, set(module.parameters()), lambda: loss(module))
+        before, forwards = snapshot(module), [m.forward for m in module.modules()]
+        with Perturbed(perturbations(module)):
+            everywhere = loss(module)
+        with Perturbed(perturbations(module), readers=readers):
+            exchanged = loss(module)
+        assert torch.equal(exchanged, everywhere)
+        assert_unchanged(module, before)
+        assert [m.forward for m in module.modules()] == forwards
 
     def test_scratch_is_shared_between_contexts(self, network: tuple[nn.Module, Loss]) -> None:
         module, loss = network

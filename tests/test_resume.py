@@ -173,7 +173,7 @@ def test_from_a_checkpoint_that_an_error_left(
 
     def training_step(batch: Any, batch_idx: int) -> Tensor:
         calls.append(batch_idx)
-        if len(calls) == 3 + 2 * 7 + 1:  # audit, seven steps, and one evaluation of the eighth
+        if len(calls) == 5 + 2 * 7 + 1:  # audit, seven steps, and one evaluation of the eighth
             raise KeyboardInterrupt
         return own_step(batch, batch_idx)
 

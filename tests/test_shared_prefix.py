@@ -216,8 +216,8 @@ def test_the_callback_says_how_much_is_kept(make_trainer: Callable[..., L.Traine
     trainer = make_trainer(max_epochs=3, callbacks=[callback], logger=False)
     trainer.fit(module, DataLoader(range(4), batch_size=None))
     assert len(trainer.optimizers[0].prefix.kept) == 4
-    # Three evaluations audit the parameters, the first step finds the depth, and each batch is then new once.
-    assert module.net.runs[0] == 3 + 1 + 4
+    # Five evaluations audit the parameters, the first step finds the depth, and each batch is then new once.
+    assert module.net.runs[0] == 5 + 1 + 4
 
     with pytest.raises(ValueError, match="`keep_prefix_gib` must not be negative, got -1"):
         ZerothOrder(partial(MeZO, lr=0.1), keep_prefix_gib=-1)

@@ -82,6 +82,17 @@ class Regressor(Counting):
         return (self.net(self.inputs) - 0.5).square().mean()
 
 
+class Scaled(nn.Sequential):
+    """A network that owns a parameter itself, beside those of its layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.scale = nn.Parameter(torch.linspace(1, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
 
@@ -153,8 +164,9 @@ class TestSameLosses:
                 nn.Conv1d(2, 12, 1), nn.BatchNorm1d(12), nn.PReLU(12), nn.Flatten(), nn.Linear(24, 2)
             ),
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False), nn.RMSNorm(3)),
+            lambda: Scaled(nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 3)),
         ],
-        ids=["convolution", "norm"],
+        ids=["convolution", "norm", "scaled"],
     )
     def test_of_other_functions(self, make_net: Callable[[], nn.Module]) -> None:
         """With 6 rows and 2 groups the 12 channels of a batch norm's statistics must not be taken for rows."""

@@ -129,7 +129,7 @@ class TestEvaluations:
     def test_as_many_as_the_estimator_says(self, fit: Callable[..., L.Trainer], num_queries: int) -> None:
         module = OwnLoop(lambda p: MeZO(p, num_queries=num_queries))
         fit(module, max_steps=3)
-        audit = 3  # once in a run
+        audit = 5  # once in a run
         assert len(module.losses) == audit + 3 * 2 * num_queries
         assert [record.step for record in module.records] == [0, 1, 2]
         assert module.records[-1].loss == pytest.approx(sum(module.losses[-2 * num_queries :]) / (2 * num_queries))

@@ -1,6 +1,6 @@
-"""Finds parameters that a loss reads where torch functions do not see it, before the first step."""
+"""Finds out where a loss reads parameters, before the first step: unseen by torch functions, or in which modules."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +79,29 @@ def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) ->
     # Kernels that add in varying order differ in the last bits: small against what the change itself did.
     agree = (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
     return unseen if agree else set(parameters)
+
+
+@torch.no_grad()
+def find_readers(
+    module: nn.Module, parameters: Collection[nn.Parameter], evaluate: Callable[[], Tensor]
+) -> tuple[nn.Module, ...] | None:
+    """The submodules that own some of `parameters`, if these are read nowhere else; None if they are.
+
+    Found by two evaluations at changed weights, one with all functions watched: their losses must agree in all bits.
+
+    Args:
+        module: what owns all of the parameters.
+        parameters: none that :func:`audit` returns.
+        evaluate: the loss of one batch, a scalar; must be deterministic.
+    """
+    owners = tuple(
+        submodule
+        for submodule in module.modules()
+        if not isinstance(submodule, torch.jit.ScriptModule)
+        and any(parameter in parameters for parameter in submodule._parameters.values())
+    )
+    losses = []
+    for readers in (None, owners):
+        with Perturbed(dict.fromkeys(parameters, FlippedBit()), readers=readers):
+            losses.append(evaluate())
+    return owners if torch.equal(*losses) else None

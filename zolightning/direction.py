@@ -48,9 +48,12 @@ class Direction:
         self.kind = kind
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
-        """Writes ``weight + direction`` to `out`; both contiguous, their first element has index `start`."""
+        """Writes ``weight + direction`` to `out`; both contiguous, their first element has index `start`.
+
+        The dtype of `out` may be narrower than that of `weight`.
+        """
         flat_out, flat_weight = out.view(-1), weight.view(-1)
-        if native.available(flat_weight, start):
+        if native.available(flat_weight, start) and native.available(flat_out):
             native.perturb(flat_out, flat_weight, self.keys, self.coefficients, self.kind, start)
             return
         run, size = kernel(_perturb, flat_weight)

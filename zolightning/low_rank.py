@@ -37,23 +37,19 @@ class LowRank:
         self.pending = pending
         self.direction = direction
 
-    def stored(self, like: Tensor) -> Tensor:
-        """The core at hand, of the dtype and device of `like`."""
-        if self.pending is None:
-            return torch.zeros(self.basis.core_shape(self.shape), dtype=like.dtype, device=like.device)
-        return self.pending.to(like.dtype)
-
-    def core(self, stored: Tensor) -> Tensor:
-        """The core, from what :meth:`stored` gives."""
+    def core(self, like: Tensor) -> Tensor:
+        """The core, of the dtype and device of `like`, rounded once."""
+        shape = self.basis.core_shape(self.shape)
+        pending = torch.zeros(shape, dtype=like.dtype, device=like.device) if self.pending is None else self.pending
         if self.direction is None:
-            return stored
-        core = torch.empty_like(stored)
-        self.direction.add_to(stored, core)
+            return pending.to(like.dtype)
+        core = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.direction.add_to(pending, core)
         return core
 
     def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A (m, r) and B (n, r), of the dtype and device of `like`: the perturbation is ``A @ B.T``."""
-        return self.basis.factors(self.core(self.stored(like)))
+        return self.basis.factors(self.core(like))
 
     def add_to(self, weight: Tensor, out: Tensor) -> None:
         left, right = self.factors(weight)
@@ -112,8 +108,7 @@ def stacked_product(
     dtype = output.dtype  # under autocast narrower than the weight
     count = len(groups)
     thin = rows.to(dtype) if first is None else rows.to(dtype) @ first.to(dtype)
-    stored = groups[0].stored(weight)
-    cores = [group.core(stored).to(dtype) for group in groups]
+    cores = [group.core(weight).to(dtype) for group in groups]
     pairs = zip(thin.chunk(count), (core.T if is_linear else core for core in cores), strict=True)
     if second is None:
         for part, (thin_part, core) in zip(output.chunk(count), pairs, strict=True):

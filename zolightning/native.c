@@ -94,6 +94,10 @@ void perturb_float32(float *restrict out, const float *restrict weight, NOISE_AR
     FOR_EACH_BLOCK({ out[j] = weight[j] + noise[j - base]; })
 }
 
+void perturb_float32_to_bfloat16(uint16_t *restrict out, const float *restrict weight, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ out[j] = to_bf16(weight[j] + noise[j - base]); })
+}
+
 void perturb_bfloat16(uint16_t *restrict out, const uint16_t *restrict weight, NOISE_ARGS) {
     FOR_EACH_BLOCK({ out[j] = to_bf16(as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
 }

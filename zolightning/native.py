@@ -36,7 +36,8 @@ def available(tensor: Tensor, start: int = 0) -> bool:
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
     """``out = weight + noise``; see :meth:`zolightning.direction.Direction.add_to`."""
-    function = getattr(_library(), f"perturb_{_DTYPES[weight.dtype]}")
+    narrowed = "" if out.dtype == weight.dtype else f"_to_{_DTYPES[out.dtype]}"
+    function = getattr(_library(), f"perturb_{_DTYPES[weight.dtype]}{narrowed}")
     function(_at(out), _at(weight), *_noise(1, weight.numel(), start, None, keys, coefficients, kind))
 
 

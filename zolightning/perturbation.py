@@ -13,6 +13,7 @@ place, from a copy.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +73,9 @@ class Perturbed(TorchFunctionMode):
         perturbations: what to do to each parameter, None to note only that it is read; others are left alone.
         in_place: parameters to be perturbed where they lie, restored from a copy on exit.
         scratch: buffers to reuse from one context to the next.
+        readers: modules in whose ``forward`` alone the other parameters are read, see
+            :func:`zolightning.audit.find_readers`; elsewhere functions are then left alone, at no cost. None watches
+            all functions.
     """
 
     def __init__(
@@ -79,14 +83,17 @@ class Perturbed(TorchFunctionMode):
         perturbations: Mapping[nn.Parameter, Perturbation | None],
         in_place: Iterable[nn.Parameter] = (),
         scratch: Scratch | None = None,
+        readers: Iterable[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.perturbations = perturbations
         self.in_place = {p: change for p in in_place if (change := perturbations.get(p)) is not None}
         self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self.in_place}
         self.scratch = scratch or Scratch()
+        self.readers = readers
         self._restore = ExitStack()
         self._is_paused = False
+        self._is_watching = False
         self.seen: set[int] = set()  # ids of the parameters that some function has read
 
     def has_touched_any(self) -> bool:
@@ -113,13 +120,32 @@ class Perturbed(TorchFunctionMode):
                 perturbation.add_to(original, perturbed)
                 restore.callback(parameter.detach().copy_, original)
                 parameter.detach().copy_(perturbed)
-            super().__enter__()
+            if self.readers is None:
+                super().__enter__()
+                restore.push(super().__exit__)
+            else:
+                for module in self.readers:
+                    attributes = vars(module)  # past nn.Module's own attribute access, which takes longer
+                    own = attributes.get("forward")
+                    restore.callback(_restore_attribute, attributes, "forward", own)
+                    attributes["forward"] = partial(self._watch, module.forward)
             self._restore = restore.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        with self._restore:
-            super().__exit__(*exception)
+        self._restore.__exit__(*exception)
+
+    def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a module that reads parameters."""
+        if self._is_watching or self._is_paused:
+            return forward(*args, **kwargs)
+        self._is_watching = True
+        super().__enter__()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+            self._is_watching = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,6 +227,13 @@ class Perturbed(TorchFunctionMode):
         for scratch in taken:
             self.scratch.give_back(scratch)
         return output
+
+
+def _restore_attribute(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        del attributes[name]
+    else:
+        attributes[name] = value
 
 
 def _describes(func: Callable[..., Any]) -> bool:

@@ -131,6 +131,7 @@ class _Run:
         self.calls: list[tuple[list[Tensor], Any, int]] = []  # inputs, stacked output and its rows
         self.cuts: list[Any] = []  # decisions taken on the way
         self._contexts = contexts
+        self._network = network
         self._network_forward = network.forward
         self._held = {id(buffer): name for name, buffer in network.named_buffers()}
         self._held |= {id(parameter): name for name, parameter in network.named_parameters()}
@@ -165,6 +166,8 @@ class _Run:
 
         args, kwargs = apply_to_collection((args, kwargs), Tensor, repeat)
         stacked = Stacked(self._contexts, count * rows, self._held)
+        if stacked.readers is not None and self._network in stacked.readers:
+            stacked.readers = None  # its own forward runs, past the one that would watch
         try:
             with self._contexts[0].paused(), stacked:
                 output = self._network_forward(*args, **kwargs)
@@ -186,7 +189,7 @@ class Stacked(Perturbed):
     """
 
     def __init__(self, groups: Sequence[Perturbed], rows: int, held: Mapping[int, str]) -> None:
-        super().__init__(_perturbed_by(groups), scratch=groups[0].scratch)
+        super().__init__(_perturbed_by(groups), scratch=groups[0].scratch, readers=groups[0].readers)
         self.groups = groups
         self.rows = rows
         self.held = held

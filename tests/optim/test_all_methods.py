@@ -203,9 +203,9 @@ class TestEstimate:
             optimizer.step()
             return len(calls) - record.forward_passes
 
-        assert evaluations() == 3 and evaluations() == 0
+        assert evaluations() == 5 and evaluations() == 0
         problem.vector.requires_grad_(True)
-        assert evaluations() == 3 and evaluations() == 0
+        assert evaluations() == 5 and evaluations() == 0
 
 
 class TestStep:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from zolightning.audit import audit
+from zolightning.audit import audit, find_readers
 from zolightning.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.checks import (
     loss_and_terms,
@@ -75,6 +75,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self._pending = False
         self.attached = False
         self._in_place: dict[nn.Parameter, bool] = {}  # the audit's verdict on each parameter it has seen
+        self._module: nn.Module | None = None
+        self._readers: dict[frozenset[nn.Parameter], tuple[nn.Module, ...] | None] = {}  # of parameters that move
         self._scratch = Scratch()
         self.prefix = SharedPrefix(())
         self._stack: StackedNetwork | None = None
@@ -150,7 +152,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             if parameter in perturbations:
                 perturbations[parameter] = SlicedPerturbation(perturbations[parameter], part)
         in_place = [parameter for parameter in perturbations if self._in_place.get(parameter, True)]
-        watched = {parameter: perturbations.get(parameter) for _, _, parameter in self.trainable()}
+        watched = dict.fromkeys((parameter for _, _, parameter in self.trainable()), None) | perturbations
         return Perturbed(watched, in_place, scratch or self._scratch)
 
     def effective(self) -> Perturbed:
@@ -193,6 +195,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
                 evaluations are to share runs and no submodule holds all parameters.
         """
         self.attached = True
+        self._module = module
+        self._readers.clear()
         self.prefix = SharedPrefix(layers_of(module))
         self._names |= {parameter: name for name, parameter in module.named_parameters()}
         count, half = 0, []
@@ -221,6 +225,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses and the numbers of terms they average, of all probes."""
         contexts = [self.perturbed(*probe) for probe in probes]
+        readers = self._find_readers(contexts[0], evaluate)
+        for context in contexts:
+            context.readers = readers
         if self._stack is not None and not any(context.in_place for context in contexts):
             try:
                 return self._stack.evaluate(evaluate, contexts)
@@ -253,3 +260,12 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             if self._stack is not None:
                 self._stack = None
                 rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")
+
+    def _find_readers(
+        self, context: Perturbed, evaluate: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[nn.Module, ...] | None:
+        """The modules that read the parameters of a context, found once for each set of them."""
+        parameters = frozenset(context.perturbations).difference(context.in_place)
+        if parameters not in self._readers and self._module is not None:
+            self._readers[parameters] = find_readers(self._module, parameters, lambda: evaluate()[0])
+        return self._readers.get(parameters)
