@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zolightning.callbacks import ZerothOrder
+from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.estimators import OneSided
-from zolightning.optim import MeZO, MeZOAdam
+from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
 
 folder, ranks = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -68,18 +68,22 @@ runs = {
     "adam": (partial(MeZOAdam, lr=1e-2, estimator=OneSided(), num_queries=2), {}),
     "bf16": (partial(MeZO, lr=1e-2, weight_decay=0.1), {"precision": "bf16-true"}),
     "skipped": (partial(MeZO, lr=1e-2), {"bad_step": 3}),
+    "subspace": (partial(ZOMOPI, lr=1e-2, rank=2, power_rank=1, vector_lr=1e-3), {}),
+    "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"evaluations_per_forward": 4}),
 }
 for name, (method, options) in runs.items():
     module, recorder = Module(options), Recorder()
     size, skip = options.get("micro_batch_size"), "bad_step" in options
-    callback = ZerothOrder(method, micro_batch_size=size, skip_nonfinite=skip)
+    stack = options.get("evaluations_per_forward", 1)
+    callback = ZerothOrder(method, micro_batch_size=size, skip_nonfinite=skip, evaluations_per_forward=stack)
+    others = [SubspaceResampling(interval=4, anchor=1), MomentumTransport("project")]
     trainer = L.Trainer(
         max_steps=10,
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         precision=options.get("precision", "32-true"),
-        callbacks=[callback, recorder],
+        callbacks=[callback, *(others if name in ("subspace", "stacked") else []), recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -92,7 +96,7 @@ for name, (method, options) in runs.items():
     torch.save(left, f"{folder}/{name}-{trainer.global_rank}-of-{ranks}.pt")
 """
 
-RUNS = ["plain", "weighted", "micro_batches", "adam", "bf16", "skipped"]
+RUNS = ["plain", "weighted", "micro_batches", "adam", "bf16", "skipped", "subspace", "stacked"]
 
 
 @pytest.fixture(scope="module")

@@ -197,9 +197,8 @@ def test_command(
     assert "noise for 4,096 elements" in printed
     with output.open() as file:
         lines = list(csv.DictReader(file))
-    named = {
-        table: [line for line in lines if line["table"] == table] for table in ("random tokens", "prompts", "noise")
-    }
+    tables = ("random tokens", "prompts", "noise", "orthogonalization")
+    named = {table: [line for line in lines if line["table"] == table] for table in tables}
     assert sum(map(len, named.values())) == len(lines)
     assert [line["row"] for line in named["random tokens"]] == [row.name for row in ROWS]
     assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, *DENSE)]
@@ -229,6 +228,13 @@ def test_command(
     assert tokens[1] == tokens[2] < tokens[0] / 2
     for line in named["noise"]:
         assert float(line["elements_per_second"]) > 0 and float(line["row_over_torch_normal"]) > 0
+    assert [line["row"].split(",")[0] for line in named["orthogonalization"]] == [
+        "Newton-Schulz",
+        "SVD",
+        "power iteration",
+    ]
+    for line in named["orthogonalization"]:
+        assert float(line["seconds"]) > 0 and float(line["over_newton_schulz"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from zolightning.bench.published import PublishedMeZO
 from zolightning.layers import find_layers
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.subspace_weights import SubspaceWeights
 
 Evaluate = Callable[[], Tensor]
 Step = Callable[[Evaluate], object]
 
 # Small, so that hundreds of steps on random tokens leave the losses finite.
 LR, EPS = 1e-7, 1e-3
+RANK, POWER_RANK = 64, 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class OptimizerStep:
         self.optimizer.step()
 
 
+class ResamplingStep(OptimizerStep):
+    """A step of a subspace method that folds its core and draws the next subspaces, as the last of an interval does."""
+
+    def __call__(self, evaluate: Evaluate) -> None:
+        super().__call__(evaluate)
+        if isinstance(self.optimizer, SubspaceWeights):
+            self.optimizer.resample()
+
+
 def state_bytes(step: Step) -> int:
     """Bytes that a step keeps beside the weights."""
     return step.optimizer.state_bytes() if isinstance(step, OptimizerStep) else 0
@@ -88,7 +99,7 @@ def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
     return step
 
 
-_MOPI = partial(ZOMOPI, lr=LR, eps=EPS, rank=64, power_rank=16, seed=0)
+_MOPI = partial(ZOMOPI, lr=LR, eps=EPS, rank=RANK, power_rank=POWER_RANK, seed=0)
 FORWARD = Row("forward", lambda model: _forward, forwards=1)
 PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR, EPS).step)
 DENSE = [
@@ -100,9 +111,10 @@ DENSE = [
 ]
 SUBSPACE = [
     _ours("LOZO rank 4", partial(LOZO, lr=LR, eps=EPS, rank=4, seed=0)),
-    _ours("SubZero rank 64", partial(SubZero, lr=LR, eps=EPS, rank=64, seed=0)),
-    _ours("ZO-Muon rank 64", partial(ZOMuon, lr=LR, eps=EPS, num_queries=1, seed=0)),
+    _ours("SubZero rank 64", partial(SubZero, lr=LR, eps=EPS, rank=RANK, seed=0)),
+    _ours("ZO-Muon rank 64", partial(ZOMuon, lr=LR, eps=EPS, rank=RANK, num_queries=1, seed=0)),
     _ours("ZO-MOPI rank 64, power rank 16", partial(_MOPI, num_queries=1)),
+    Row("the same, resampling at every step", partial(ResamplingStep, partial(_MOPI, num_queries=1))),
     _ours("the same, 4 queries", partial(_MOPI, num_queries=4), 8),
     *(_ours(f"the same, {k} evaluations a forward", partial(_MOPI, num_queries=4), 8, k) for k in (2, 4, 8)),
 ]

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from zolightning.bench.measure import peak_bytes, reset_peak, resident_bytes, round_robin
 from zolightning.bench.noise import measure_noise
+from zolightning.bench.orthogonalization import measure_orthogonalization
 from zolightning.bench.prompts import measure_prompts
 from zolightning.bench.report import Record, machine, print_table, write_csv
-from zolightning.bench.rows import FORWARD, PUBLISHED, ROWS, Row, state_bytes
+from zolightning.bench.rows import FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, Row, state_bytes
 from zolightning.models import CausalLM
 
 DTYPES = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}
@@ -97,7 +98,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run(settings: Settings) -> None:
-    """Measures, prints three tables and writes them to one file."""
+    """Measures, prints four tables and writes them to one file."""
     # First, because where a process cannot reset its peak, a child begins with its parent's.
     memory = {row.name: _in_fresh_process(settings, row) for row in ROWS}
     module = _load(settings)
@@ -112,6 +113,8 @@ def run(settings: Settings) -> None:
     print_table(f"batches of {settings.batch_size} prompts from {source}", tables["prompts"])
     tables["noise"] = measure_noise(settings.noise_elements, settings.repeats)
     print_table(f"noise for {settings.noise_elements:,} elements", tables["noise"])
+    tables["orthogonalization"] = measure_orthogonalization(module.model, RANK, POWER_RANK, settings.repeats)
+    print_table(f"orthogonalization of a core of rank {RANK} for each matrix", tables["orthogonalization"])
     write_csv(settings.output, tables, context)
     print(f"\nwritten to {settings.output}")
 
