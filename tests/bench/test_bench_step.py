@@ -18,7 +18,7 @@ from zolightning.bench.__main__ import main
 from zolightning.bench.measure import peak_bytes, reset_peak
 from zolightning.bench.prompts import check_same_loss, our_loss
 from zolightning.bench.published import PublishedMeZO, published_batch, published_loss
-from zolightning.bench.rows import DENSE, PUBLISHED, ROWS, state_bytes
+from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED, ROWS, state_bytes
 from zolightning.data.encoding import Example, collate
 
 RANDOM_TOKEN_COLUMNS = [
@@ -201,7 +201,7 @@ def test_command(
     named = {table: [line for line in lines if line["table"] == table] for table in tables}
     assert sum(map(len, named.values())) == len(lines)
     assert [line["row"] for line in named["random tokens"]] == [row.name for row in ROWS]
-    assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, *DENSE)]
+    assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, FORWARD, *DENSE)]
     assert [line["row"] for line in named["noise"]] == [
         f"{name} {dtype}"
         for dtype in ("float32", "bfloat16")
@@ -224,6 +224,7 @@ def test_command(
     assert float(published["published_over_row"]) == 1
     for line in named["prompts"]:
         assert float(line["mean_seconds"]) > 0 and float(line["published_over_row"]) > 0
+        assert line["over_its_forwards"] == "" if line["row"] == "published" else float(line["over_its_forwards"]) > 0
     tokens = [float(line["tokens_per_forward"]) for line in named["prompts"]]
     assert tokens[1] == tokens[2] < tokens[0] / 2
     for line in named["noise"]:

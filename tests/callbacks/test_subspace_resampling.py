@@ -143,6 +143,10 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match="ZOMOPI needs the callback SubspaceResampling"):
             fit(ZO_MOPI)
 
+    def test_two_of_them(self, fit: Callable[..., Any]) -> None:
+        with pytest.raises(MisconfigurationException, match=r"2 SubspaceResampling, with `interval` \[100, 20\]"):
+            fit(ZO_MOPI, SubspaceResampling(100), SubspaceResampling(20))
+
     def test_anchors_without_momentum_or_beyond_the_rank(self, fit: Callable[..., Any]) -> None:
         with pytest.raises(MisconfigurationException, match="`anchor` is 1, and the method keeps no momentum"):
             fit(partial(LOZO, lr=0.01), SubspaceResampling(anchor=1))

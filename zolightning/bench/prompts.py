@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zolightning.bench.published import published_batch, published_loss
 from zolightning.bench.report import Record
-from zolightning.bench.rows import DENSE, PUBLISHED
+from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED
 from zolightning.data import Batch, Task
 from zolightning.data.batching import LengthBuckets
 from zolightning.data.encoding import Example, collate, encode
@@ -50,7 +50,8 @@ def measure_prompts(module: CausalLM, folder: Path | None, batch_size: int, num_
 
     our_losses = [partial(our_loss, module.model, batch) for batch in ours]
     published_losses = [partial(published_loss, module.model, batch) for batch in published]
-    work = [(PUBLISHED, published_losses, published), *((row, our_losses, ours) for row in DENSE)]
+    rows = [FORWARD, *DENSE]
+    work = [(PUBLISHED, published_losses, published), *((row, our_losses, ours) for row in rows)]
     steps = [row.make(module.model) for row, _, _ in work]
     for step, (_, losses, _) in zip(steps, work, strict=True):
         step(losses[0])  # what happens only once is not timed
@@ -63,6 +64,8 @@ def measure_prompts(module: CausalLM, folder: Path | None, batch_size: int, num_
         {
             "row": row.name,
             "mean_seconds": mean,
+            # The recipe's own forwards are others: of all candidates and all logits.
+            "over_its_forwards": None if row is PUBLISHED else mean / (row.forwards * means[1]),
             "published_over_row": means[0] / mean,
             "tokens_per_forward": statistics.fmean(batch["input_ids"].numel() for batch in batches),
         }

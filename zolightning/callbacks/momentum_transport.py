@@ -18,6 +18,8 @@ class MomentumTransport(Callback):
     * ``reset``: to zero.
     * ``keep``: its coordinates stay and mean other directions (the released code of ZO-MOPI).
 
+    Adam's second moments are magnitudes of coordinates, not directions: they stay, except under ``reset``.
+
     Logs ``zo/momentum_kept``, the share of the momentum's squared norm that a resampling left.
 
     Args:

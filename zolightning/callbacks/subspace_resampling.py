@@ -24,8 +24,8 @@ class SubspaceResampling(Callback):
             left. Anchored bases are saved in checkpoints, others are drawn again.
 
     Raises:
-        MisconfigurationException: when training starts, if the optimizer is no subspace method, or `anchor` is set
-            for one that keeps no momentum.
+        MisconfigurationException: when training starts, if the optimizer is no subspace method, `anchor` is set for
+            one that keeps no momentum, or another callback draws bases too.
     """
 
     def __init__(self, interval: int = 100, anchor: int = 0) -> None:
@@ -41,6 +41,12 @@ class SubspaceResampling(Callback):
         return optimizer.param_groups[0]["step"] % self.interval == 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        intervals = [callback.interval for callback in trainer.callbacks if isinstance(callback, SubspaceResampling)]
+        if len(intervals) > 1:
+            raise MisconfigurationException(
+                f"`trainer.callbacks` has {len(intervals)} SubspaceResampling, with `interval` {intervals}: each would "
+                "draw bases. Keep one."
+            )
         for group in subspace_optimizer(trainer, type(self).__name__).param_groups:
             if self.anchor and not (group["momentum"] or group["betas"]):
                 raise MisconfigurationException(
