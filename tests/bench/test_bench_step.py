@@ -161,6 +161,12 @@ def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dt
             assert state_bytes(made) == (expected[row.name] if dtype == torch.bfloat16 else 0), row.name
 
 
+def test_rows_are_chosen_by_name() -> None:
+    rows = step.Settings("nowhere", rows="LOZO|native").chosen(ROWS)
+    assert [row.name for row in rows] == ["forward", "published", "MeZO native", "LOZO rank 4"]
+    assert step.Settings("nowhere").chosen(ROWS) == ROWS
+
+
 @pytest.mark.skipif(not reset_peak(), reason="this system cannot reset a peak")
 def test_peak_begins_anew() -> None:
     torch.ones(2**25)
@@ -242,6 +248,7 @@ def test_command(
     ("arguments", "message"),
     [
         ("--batch-size 0", "--batch-size: must be at least 1, got 0"),
+        ("--rows (", "--rows: must be a regular expression, got '('"),
         ("--seq-len 1", "--seq-len: must be at least 2, got 1"),
         ("--precision bf16-mixed", "--precision: invalid choice: 'bf16-mixed'"),
     ],

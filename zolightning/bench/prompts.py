@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zolightning.bench.published import published_batch, published_loss
 from zolightning.bench.report import Record
-from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED
+from zolightning.bench.rows import FORWARD, PUBLISHED, Row
 from zolightning.data import Batch, Task
 from zolightning.data.batching import LengthBuckets
 from zolightning.data.encoding import Example, collate, encode
@@ -24,14 +24,17 @@ from zolightning.models import CausalLM, answer_log_probs, candidate_scores, cla
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-def measure_prompts(module: CausalLM, folder: Path | None, batch_size: int, num_batches: int) -> list[Record]:
-    """Mean seconds of a step over one pass through the same examples for every row.
+def measure_prompts(
+    module: CausalLM, rows: list[Row], folder: Path | None, batch_size: int, num_batches: int
+) -> list[Record]:
+    """Mean seconds of a step over one pass through the same examples for every row, a forward and the recipe first.
 
     Ours: batches of similar length, all candidates of one token scored by one forward, only the logits that are read.
     As published: batches in shuffled order, one row a candidate, all logits.
 
     Args:
         module: model and tokenizer.
+        rows: ways to make a step, with our loss.
         folder: rows of SST-2; the sentiment set of the package if not given.
         batch_size: examples a batch.
         num_batches: batches a pass; fewer if there are too few rows.
@@ -50,8 +53,7 @@ def measure_prompts(module: CausalLM, folder: Path | None, batch_size: int, num_
 
     our_losses = [partial(our_loss, module.model, batch) for batch in ours]
     published_losses = [partial(published_loss, module.model, batch) for batch in published]
-    rows = [FORWARD, *DENSE]
-    work = [(PUBLISHED, published_losses, published), *((row, our_losses, ours) for row in rows)]
+    work = [(PUBLISHED, published_losses, published), *((row, our_losses, ours) for row in (FORWARD, *rows))]
     steps = [row.make(module.model) for row, _, _ in work]
     for step, (_, losses, _) in zip(steps, work, strict=True):
         step(losses[0])  # what happens only once is not timed

@@ -4,6 +4,7 @@ Times come from one process, in which the rows take turns; peaks of memory from 
 """
 
 import argparse
+import re
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +22,7 @@ from zolightning.bench.noise import measure_noise
 from zolightning.bench.orthogonalization import measure_orthogonalization
 from zolightning.bench.prompts import measure_prompts
 from zolightning.bench.report import Record, machine, print_table, write_csv
-from zolightning.bench.rows import FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, Row, state_bytes
+from zolightning.bench.rows import DENSE, FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, Row, state_bytes
 from zolightning.models import CausalLM
 
 DTYPES = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}
@@ -41,6 +42,7 @@ class Settings:
         data_path: folder of SST-2 as JSON lines; the package's sentiment set if not given.
         prompt_batches: batches of real prompts that a mean is taken over.
         noise_elements: elements of the tensor that noise is made for.
+        rows: a regular expression; only rows whose names it matches are measured, and those they are compared with.
         repeats: timed rounds that a median is taken over.
         threads: of torch; all that it takes by itself if not given.
         output: the file to write.
@@ -53,9 +55,14 @@ class Settings:
     data_path: Path | None = None
     prompt_batches: int = 8
     noise_elements: int = 10_000_000
+    rows: str = ""
     repeats: int = 7
     threads: int | None = None
     output: Path = Path("logs/bench/step.csv")
+
+    def chosen(self, rows: list[Row]) -> list[Row]:
+        """Those of some rows that are to be measured."""
+        return [row for row in rows if row in (FORWARD, PUBLISHED) or re.search(self.rows, row.name)]
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--noise-elements", type=_at_least(1), default=Settings.noise_elements, help="elements to make noise for"
     )
+    parser.add_argument("--rows", type=_pattern, default=Settings.rows, help="regular expression: the rows to measure")
     parser.add_argument("--repeats", type=_at_least(1), default=Settings.repeats, help="rounds a median is taken of")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; its own choice if not given")
     parser.add_argument("--output", type=Path, default=Settings.output, help="file to write")
@@ -100,7 +108,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run(settings: Settings) -> None:
     """Measures, prints four tables and writes them to one file."""
     # First, because where a process cannot reset its peak, a child begins with its parent's.
-    memory = {row.name: _in_fresh_process(settings, row) for row in ROWS}
+    memory = {row.name: _in_fresh_process(settings, row) for row in settings.chosen(ROWS)}
     module = _load(settings)
     context = machine() | {name: getattr(settings, name) for name in ("model", "precision", "batch_size", "seq_len")}
     print(", ".join(f"{name} {value}" for name, value in context.items()))
@@ -108,7 +116,8 @@ def run(settings: Settings) -> None:
     tables: dict[str, list[Record]] = {}
     tables["random tokens"] = measure_random_tokens(settings, module, memory)
     print_table(f"{settings.batch_size} x {settings.seq_len} random tokens, all logits", tables["random tokens"])
-    tables["prompts"] = measure_prompts(module, settings.data_path, settings.batch_size, settings.prompt_batches)
+    rows = settings.chosen(DENSE)
+    tables["prompts"] = measure_prompts(module, rows, settings.data_path, settings.batch_size, settings.prompt_batches)
     source = settings.data_path or "the packaged sentiment set"
     print_table(f"batches of {settings.batch_size} prompts from {source}", tables["prompts"])
     tables["noise"] = measure_noise(settings.noise_elements, settings.repeats)
@@ -122,9 +131,10 @@ def run(settings: Settings) -> None:
 def measure_random_tokens(settings: Settings, module: CausalLM, memory: dict[str, Memory]) -> list[Record]:
     """Median seconds of a step of each row on one batch, next to the memory measured before."""
     loss = partial(random_token_loss, module.model, _random_tokens(settings, module.model))
-    times = round_robin({row.name: partial(row.make(module.model), loss) for row in ROWS}, settings.repeats)
+    rows = settings.chosen(ROWS)
+    times = round_robin({row.name: partial(row.make(module.model), loss) for row in rows}, settings.repeats)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    forwards = {row.name: row.forwards for row in ROWS}
+    forwards = {row.name: row.forwards for row in rows}
     forward_peak = memory[FORWARD.name].peak
     return [
         {
@@ -193,3 +203,11 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+    return text
