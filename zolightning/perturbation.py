@@ -4,7 +4,8 @@ While a :class:`Perturbed` context is active, every torch function that is hande
 scratch copy of ``W + direction`` instead, filled just before the call and reused by the next one. So there is no
 restore pass and no drift, memory is one layer above inference, and an exception inside a loss loses nothing. Since
 the exchange happens where a weight is read, not where a module owns it, tied weights, functional use and modules
-that read another's parameter (``nn.MultiheadAttention``) need no special care.
+that read another's parameter (``nn.MultiheadAttention``) need no special care. Where a trial shows that only the
+owners read, which is the rule, functions are watched inside of these modules alone.
 
 Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
 perturbation. :func:`zolightning.audit.audit` finds such parameters before the first step; they are perturbed in

@@ -266,6 +266,6 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     ) -> tuple[nn.Module, ...] | None:
         """The modules that read the parameters of a context, found once for each set of them."""
         parameters = frozenset(context.perturbations).difference(context.in_place)
-        if parameters not in self._readers and self._module is not None:
+        if parameters and self._module is not None and parameters not in self._readers:
             self._readers[parameters] = find_readers(self._module, parameters, lambda: evaluate()[0])
         return self._readers.get(parameters)
