@@ -192,6 +192,16 @@ def test_quickstart_two_steps(write_tiny_model: Callable[..., Path], write_rows:
     assert changed(checkpoint, folder / "model")
 
 
+def test_a_scope_and_a_method_in_one_file(
+    write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    folder = write_tiny_model(write_rows("sentiment") / "model", "llama")
+    plant_outlier(folder, layer=1)
+    arguments = [*compose("dominant_layer_zo_mopi"), "--trainer.precision", "32-true", VECTOR_LR, "0.1"]
+    checkpoint, _ = train(arguments, folder, LR)
+    assert_only_moved(checkpoint, folder, SECOND)
+
+
 # What each file in configs/scopes trains in a model of two layers whose second one has an outlier, by the names that
 # Llama gives: a parameter trains if the expression matches somewhere. Each runs with another method and model; slices
 # of parameters have no gradients for AdamW.
