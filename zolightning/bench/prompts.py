@@ -25,9 +25,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 def measure_prompts(
-    module: CausalLM, rows: list[Row], folder: Path | None, batch_size: int, num_batches: int
+    module: CausalLM, rows: list[Row], folder: Path | None, batch_size: int, num_batches: int, repeats: int
 ) -> list[Record]:
-    """Mean seconds of a step over one pass through the same examples for every row, a forward and the recipe first.
+    """Seconds of a step: the mean over the same batches for every row of medians over passes.
 
     Ours: batches of similar length, all candidates of one token scored by one forward, only the logits that are read.
     As published: batches in shuffled order, one row a candidate, all logits.
@@ -38,6 +38,7 @@ def measure_prompts(
         folder: rows of SST-2; the sentiment set of the package if not given.
         batch_size: examples a batch.
         num_batches: batches a pass; fewer if there are too few rows.
+        repeats: passes.
 
     Raises:
         RuntimeError: the two compute different losses, so that their times cannot be compared.
@@ -58,10 +59,14 @@ def measure_prompts(
     for step, (_, losses, _) in zip(steps, work, strict=True):
         step(losses[0])  # what happens only once is not timed
     seconds = [
-        [_seconds(partial(step, losses[number])) for step, (_, losses, _) in zip(steps, work, strict=True)]
+        [
+            [_seconds(partial(step, losses[number])) for step, (_, losses, _) in zip(steps, work, strict=True)]
+            for _ in range(repeats)
+        ]
         for number in range(len(bucketed))
     ]
-    means = [statistics.fmean(column) for column in zip(*seconds, strict=True)]
+    medians = [[statistics.median(row) for row in zip(*passes, strict=True)] for passes in seconds]
+    means = [statistics.fmean(column) for column in zip(*medians, strict=True)]
     return [
         {
             "row": row.name,

@@ -43,7 +43,7 @@ class Settings:
         prompt_batches: batches of real prompts that a mean is taken over.
         noise_elements: elements of the tensor that noise is made for.
         rows: a regular expression; only rows whose names it matches are measured, and those they are compared with.
-        repeats: timed rounds that a median is taken over.
+        repeats: timed rounds, and passes over the prompts, that a median is taken over.
         threads: of torch; all that it takes by itself if not given.
         output: the file to write.
     """
@@ -117,7 +117,9 @@ def run(settings: Settings) -> None:
     tables["random tokens"] = measure_random_tokens(settings, module, memory)
     print_table(f"{settings.batch_size} x {settings.seq_len} random tokens, all logits", tables["random tokens"])
     rows = settings.chosen(DENSE)
-    tables["prompts"] = measure_prompts(module, rows, settings.data_path, settings.batch_size, settings.prompt_batches)
+    tables["prompts"] = measure_prompts(
+        module, rows, settings.data_path, settings.batch_size, settings.prompt_batches, settings.repeats
+    )
     source = settings.data_path or "the packaged sentiment set"
     print_table(f"batches of {settings.batch_size} prompts from {source}", tables["prompts"])
     tables["noise"] = measure_noise(settings.noise_elements, settings.repeats)
