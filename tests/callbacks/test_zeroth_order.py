@@ -156,7 +156,7 @@ class TestUnchangedModules:
         recorder = Records()
         make_trainer(max_steps=3, callbacks=[ZerothOrder(MeZO), recorder]).fit(module, regression_data())
         assert [record.forward_passes for record in recorder.records] == [2, 2, 2]
-        assert indices == ([0] * 5 + [1] * 2 + [2] * 2 if takes_index else [])
+        assert indices == ([0] * 7 + [1] * 2 + [2] * 2 if takes_index else [])
 
     def test_dictionaries_without_a_loss(
         self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer
