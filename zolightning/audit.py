@@ -1,6 +1,6 @@
 """Finds out where a loss reads parameters, before the first step: unseen by torch functions, or in which modules."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Set
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +83,12 @@ def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) ->
 
 @torch.no_grad()
 def find_readers(
-    module: nn.Module, parameters: Collection[nn.Parameter], evaluate: Callable[[], Tensor]
+    module: nn.Module, parameters: Set[nn.Parameter], evaluate: Callable[[], Tensor]
 ) -> tuple[nn.Module, ...] | None:
     """The submodules that own some of `parameters`, if these are read nowhere else; None if they are.
 
     Found by two evaluations at changed weights, one with all functions watched: their losses must agree in all bits.
+    A read elsewhere escapes only if it does not move the loss, as where a few equal changes cancel in a sum.
 
     Args:
         module: what owns all of the parameters.
