@@ -62,6 +62,7 @@ class TestFindReaders:
         [
             lambda net, x: F.linear(x, net.second.weight),
             lambda net, x: x + net.second.bias[0],
+            lambda net, x: x + net.second.bias.mean(),
             lambda net, x: x @ net.second.weight.T,
         ],
     )
@@ -69,6 +70,11 @@ class TestFindReaders:
         net = Net(also)
         assert readers_of(net, net.second) is None
         assert readers_of(net, net.first) == (net.first,)
+
+    def test_none_where_others_read_zeros(self) -> None:
+        net = Net(lambda net, x: x + net.second.bias.mean())
+        nn.init.zeros_(net.second.bias)
+        assert readers_of(net, net.second) is None
 
     def test_none_where_a_hook_reads(self) -> None:
         net = Net()

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Set
 import torch
 from torch import Tensor, nn
 
+from zolightning.direction import directions
 from zolightning.perturbation import Perturbed
+
+_TRIAL_EPS = 1e-2  # above the spacing of bf16 numbers near 1, where the gains of norms lie
 
 
 class FlippedBit:
@@ -87,8 +90,8 @@ def find_readers(
 ) -> tuple[nn.Module, ...] | None:
     """The submodules that own some of `parameters`, if these are read nowhere else; None if they are.
 
-    Found by two evaluations at changed weights, one with all functions watched: their losses must agree in all bits.
-    A read elsewhere escapes only if it does not move the loss, as where a few equal changes cancel in a sum.
+    Found by two evaluations along one random direction, one with all functions watched: their losses must agree in
+    all bits. A read elsewhere escapes only if it does not move the loss.
 
     Args:
         module: what owns all of the parameters.
@@ -101,8 +104,11 @@ def find_readers(
         if not isinstance(submodule, torch.jit.ScriptModule)
         and any(parameter in parameters for parameter in submodule._parameters.values())
     )
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter in parameters}
+    # Not flipped bits: these do not move zeros, and equal changes of a few elements cancel in a sum.
+    changes = directions(named, seed=0, step=0, coefficients={0: _TRIAL_EPS}, kind="gaussian")
     losses = []
     for readers in (None, owners):
-        with Perturbed(dict.fromkeys(parameters, FlippedBit()), readers=readers):
+        with Perturbed({named[name]: change for name, change in changes.items()}, readers=readers):
             losses.append(evaluate())
     return owners if torch.equal(*losses) else None

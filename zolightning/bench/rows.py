@@ -67,10 +67,11 @@ class OptimizerStep:
 class ResamplingStep(OptimizerStep):
     """A step of a subspace method that folds its core and draws the next subspaces, as the last of an interval does."""
 
+    optimizer: SubspaceWeights
+
     def __call__(self, evaluate: Evaluate) -> None:
         super().__call__(evaluate)
-        if isinstance(self.optimizer, SubspaceWeights):
-            self.optimizer.resample()
+        self.optimizer.resample()
 
 
 def state_bytes(step: Step) -> int:
