@@ -1,6 +1,6 @@
 """The table of methods, and the small networks, modules and Trainers that several test files use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from zolightning.estimators import OneSided, Population
 from zolightning.kernels import _Compiler
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, SubspaceMeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 
+# Asserts of the helpers say as much as those of the tests
+pytest.register_assert_rewrite("cli_runs", "networks", "optimizer_steps", "stacked_runs", "training")
+
 torch.set_num_threads(1)  # on tensors as small as these, threads only wait for each other
 
 # The same examples every time, however slow the machine
@@ -27,9 +30,9 @@ settings.load_profile("repeatable")
 
 Method = Callable[..., ZerothOrderOptimizer]
 
-# A row here puts a method through all tests of tests/optim/test_all_methods.py and through those of resuming. The
-# learning rates are made for `Problem` below, which has 29 parameters and a curvature of 1; of these the 12 of a 4 x 3
-# matrix are searched in a subspace, by the methods that do so.
+# A row here puts a method through all tests of tests/optim/test_all_methods*.py and through those of resuming.
+# The learning rates are made for `Problem` below, which has 29 parameters and a curvature of 1; of these the 12 of a
+# 4 x 3 matrix are searched in a subspace, by the methods that do so.
 METHODS: dict[str, Method] = {
     "mezo": partial(MeZO, lr=0.02),
     "mezo-rademacher": partial(MeZO, lr=0.02, noise="rademacher"),
@@ -185,3 +188,9 @@ def write_tiny_model() -> Callable[..., Path]:
 def no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forgets what an earlier test's ``seed_everything`` left: methods take their default seed from it."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield

@@ -1,8 +1,6 @@
-"""Evaluations that share a run of the network give the losses of separate runs, or say why they cannot."""
+"""Evaluations that share a run of the network give the losses of separate runs."""
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,76 +8,13 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from stacked_runs import METHODS, WARN_ONLY_WHERE_EXPECTED, LanguageModel, Method, Regressor, assert_close, mlp, run
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
-from zolightning.estimators import OneSided
-from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
+from zolightning.optim import ZOMOPI, MeZO, StepRecord
 
-Method = Callable[..., ZerothOrderOptimizer]
-
-IDS = torch.tensor([[3, 9, 4, 7, 5], [8, 8, 2, 1, 6], [5, 0, 9, 9, 3]])
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
-LLAMA_SIZES = SIZES | {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
-ARCHITECTURES = {
-    "opt": SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 16},
-    "gpt2": SIZES,
-    "llama": LLAMA_SIZES,
-    "qwen3": LLAMA_SIZES,
-    "gemma3_text": LLAMA_SIZES,
-}
-METHODS = {
-    "lozo": partial(LOZO, rank=2, lr=1e-2, vector_lr=1e-3),
-    "subzero": partial(SubZero, rank=4, lr=1e-2, vector_lr=1e-3, num_queries=2),
-    "mopi": partial(ZOMOPI, rank=4, power_rank=2, lr=1e-2, vector_lr=1e-3, num_queries=2),
-    "mopi-one-sided": partial(ZOMOPI, rank=4, power_rank=2, lr=1e-2, num_queries=3, estimator=OneSided()),
-    "mezo": partial(MeZO, lr=1e-3, num_queries=2),
-}
-
-
-class Counting(nn.Module):
-    """Holds a network, and keeps how many rows each of its runs has."""
-
-    def __init__(self, net: nn.Module, batch_size: int) -> None:
-        super().__init__()
-        self.net = net
-        self.batch_size = batch_size
-        self.rows: list[int] = []
-        first = next(module for module in net.modules() if not list(module.children()))
-        first.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0])))
-
-    def loss(self) -> Tensor:
-        raise NotImplementedError
-
-
-class LanguageModel(Counting):
-    """A causal language model of random weights, and the loss of predicting three sequences."""
-
-    def __init__(self, architecture: str, dtype: torch.dtype, **changes: Any) -> None:
-        special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
-        config = AutoConfig.for_model(architecture, vocab_size=13, **special, **ARCHITECTURES[architecture] | changes)
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            super().__init__(AutoModelForCausalLM.from_config(config).to(dtype).eval(), len(IDS))
-
-    def loss(self) -> Tensor:
-        logits = self.net(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten())
-
-
-class Regressor(Counting):
-    """A network of random weights, made by `make_net`, and its squared error on random inputs."""
-
-    def __init__(self, make_net: Callable[[], nn.Module], *shape: int) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            super().__init__(make_net().double().eval(), shape[0])
-            self.inputs = torch.randn(shape).double()
-
-    def loss(self) -> Tensor:
-        return (self.net(self.inputs) - 0.5).square().mean()
+pytestmark = WARN_ONLY_WHERE_EXPECTED
 
 
 class Scaled(nn.Sequential):
@@ -91,42 +26,6 @@ class Scaled(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.scale
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def run(make: Callable[[], Counting], method: Method, size: int, steps: int = 3) -> list[StepRecord]:
-    """Records of some steps, the last of which has stacked all it can."""
-    module = make()
-    optimizer = method(module.parameters(), seed=4)
-    optimizer.attach(module, size)
-    records = []
-    for _ in range(steps):
-        module.rows.clear()
-        records.append(optimizer.estimate(module.loss))
-        optimizer.step()
-    count = records[-1].forward_passes
-    if steps > 1:  # the first one audits and checks
-        assert module.rows == [module.batch_size * min(size, count - at) for at in range(0, count, size)]
-    return records
-
-
-def assert_close(found: list[StepRecord], expected: list[StepRecord], loss: float, grad: float) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=loss)
-        assert one.projected_grads == pytest.approx(other.projected_grads, rel=grad, abs=grad)
-        assert (one.step, one.forward_passes, one.refresh) == (other.step, other.forward_passes, other.refresh)
-
-
-@pytest.fixture(autouse=True)
-def warn_only_where_expected() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*evaluations_per_forward")
-        warnings.filterwarnings("ignore", message="`update_precision`")
-        warnings.filterwarnings("ignore", message=".*perturbed in place")
-        yield
 
 
 class TestSameLosses:
@@ -247,127 +146,3 @@ class TestUnderZerothOrder:
     def test_bad_values(self) -> None:
         with pytest.raises(ValueError, match="`evaluations_per_forward` must be at least 1, got 0"):
             ZerothOrder(MeZO, evaluations_per_forward=0)
-
-
-class Reader(nn.Module):
-    """Reads its weight in ways that do not stack."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way = way
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        match self.way:
-            case "weight alone":
-                return x @ (1.0 + self.linear.weight) + self.linear.bias
-            case "features first":
-                return self.linear(x.T.reshape(-1, 4))
-            case "batch statistics":
-                hidden = self.linear(x)
-                return hidden / hidden.abs().mean(dim=0)
-            case "some rows":
-                return self.linear(x[: len(x) * 5 // 8])
-            case "scalar":
-                return (self.linear(x) - 0.5).square().mean()
-            case "unseen":
-                with torch._C.DisableTorchFunction():
-                    return self.linear(x)
-            case _:
-                return self.linear(x)
-
-
-class Oddity(Counting):
-    def __init__(self, way: str) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            super().__init__(Reader(way).double(), 6)
-            self.inputs = torch.randn(6, 4).double()
-        self.way = way
-        self.calls = 0
-
-    def loss(self) -> Tensor:
-        self.calls += 1
-        if self.way == "not called":
-            return (self.net.linear(self.inputs) - 0.5).square().mean()
-        if self.way == "parameter in the input":
-            return (self.net(self.inputs * self.net.linear.bias) - 0.5).square().mean()
-        output = self.net(self.inputs)
-        return output if self.way == "scalar" else (output - 0.5).square().mean()
-
-
-class TestFallsBack:
-    @pytest.mark.parametrize(
-        ("way", "reason"),
-        [
-            ("weight alone", "reads `linear.weight` without the rows of a batch"),
-            ("some rows", "reads `linear.weight`, `linear.bias` without the rows of a batch"),
-            ("features first", "losses of Reader for repeated rows, .* are not those of separate runs"),
-            ("batch statistics", "losses of Reader for repeated rows, .* are not those of separate runs"),
-            ("scalar", r"returns a tensor of shape \(\) for .* a loss must be computed outside"),
-            ("unseen", "such parameters cannot be stacked"),
-            ("not called", "does not call the Reader"),
-            ("parameter in the input", "other inputs in each evaluation"),
-        ],
-    )
-    def test_with_a_reason_and_the_right_losses(self, way: str, reason: str) -> None:
-        found = []
-        for size in (1, 2):
-            module = Oddity(way)
-            optimizer = MeZO(module.parameters(), lr=1e-2, seed=0, num_queries=2)
-            optimizer.attach(module, size)
-            expected = nullcontext() if size == 1 else pytest.warns(UserWarning, match=reason)
-            with expected, warnings.catch_warnings():
-                warnings.filterwarnings("default" if size == 2 else "ignore", message=".*evaluations_per_forward")
-                records = [optimizer.estimate(module.loss)]
-            optimizer.step()
-            records.append(optimizer.estimate(module.loss))  # and without another warning
-            assert "forward" not in vars(module.net)
-            found.append(records)
-        assert_close(found[1], found[0], loss=1e-9, grad=1e-6)
-
-    def test_for_gemma_unless_its_norms_stay_as_they_are(self) -> None:
-        """Gemma adds 1 to the weights of its norms before it multiplies by them."""
-        make = partial(LanguageModel, "gemma3_text", torch.float64)
-        frozen = partial(ZOMOPI, rank=4, power_rank=2, lr=1e-2, num_queries=2, vector_lr=0.0)
-        assert_close(run(make, frozen, 4), run(make, frozen, 1), loss=1e-9, grad=1e-6)
-        with pytest.warns(
-            UserWarning, match=r"1 from here on: the network reads `.*norm.weight` without .*`vector_lr` of 0"
-        ):
-            module = make()
-            optimizer = METHODS["mopi"](module.parameters(), seed=4)
-            optimizer.attach(module, 4)
-            record = optimizer.estimate(module.loss)
-        assert [record] == run(make, METHODS["mopi"], 1, steps=1)
-
-    def test_for_attention_with_the_sequence_first(self) -> None:
-        """Which ``nn.MultiheadAttention`` is inside, whatever its arguments are."""
-        module = Regressor(lambda: nn.TransformerEncoderLayer(2, 1, 4, batch_first=True), 6, 2, 2)
-        optimizer = MeZO(module.parameters(), seed=4)
-        optimizer.attach(module, 2)
-        with pytest.warns(UserWarning, match="reads `self_attn.in_proj_weight`"):
-            optimizer.estimate(module.loss)
-
-    @pytest.mark.parametrize("failing", range(1, 5))
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-    def test_an_error_restores_the_network(self, failing: int, error: type[BaseException]) -> None:
-        module = Regressor(mlp, 6, 4)
-        optimizer = MeZO(module.parameters(), lr=1e-2, seed=0, num_queries=2)
-        optimizer.attach(module, 4)
-        optimizer.estimate(module.loss)
-        before, calls = [parameter.detach().clone() for parameter in module.parameters()], []
-
-        def loss() -> Tensor:
-            value = module.loss()
-            calls.append(1)
-            if len(calls) == failing:
-                raise error
-            return value
-
-        with pytest.raises(error):
-            optimizer.estimate(loss)
-        assert "forward" not in vars(module.net)
-        assert all(map(torch.equal, module.parameters(), before))
-        module.rows.clear()
-        assert optimizer.estimate(module.loss).step == 0
-        assert module.rows == [24]

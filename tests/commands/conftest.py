@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cli_runs import CONFIGS, Runs
 from zolightning.cli import main
 
 
@@ -40,9 +41,6 @@ class Layers(nn.Module):
 @pytest.fixture
 def make_layers() -> Callable[..., Layers]:
     return Layers
-
-
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 @dataclass
@@ -96,3 +94,19 @@ def command_line(tmp_path: Path, write_tiny_model: Callable[..., Path], monkeypa
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     write_tiny_model(tmp_path / "model")
     return CommandLine(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fresh_process() -> Iterator[None]:
+    """``sys.argv`` without pytest's arguments, and the seed of ``seed_everything`` kept to this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["zolightning"])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        yield
+
+
+@pytest.fixture
+def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Runs:
+    write_tiny_model(tmp_path / "model")
+    return Runs(tmp_path)

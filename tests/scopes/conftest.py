@@ -1,6 +1,7 @@
 """Tiny random networks of seven architectures with an outlier planted in one layer, and prompts to run them on."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -129,3 +130,13 @@ def make_loader() -> Callable[..., DataLoader]:
         return DataLoader(examples, batch_size=batch_size, collate_fn=collate, **options)
 
     return make
+
+
+@pytest.fixture
+def fit(make_trainer: Callable[..., L.Trainer], make_loader: Callable[..., DataLoader]) -> Callable[..., L.Trainer]:
+    def run(module: L.LightningModule, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> L.Trainer:
+        trainer = make_trainer(**{"max_steps": 3, "callbacks": list(callbacks)} | options)
+        trainer.fit(module, make_loader(), ckpt_path=ckpt_path)
+        return trainer
+
+    return run

@@ -1,4 +1,4 @@
-"""Scopes under a real Trainer: what trains, what is said and saved, what comes back, and what is refused."""
+"""Scopes under a real Trainer: what trains and nothing else, what is said, and what is as before afterwards."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,51 +11,16 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from zolightning.activation_profile import profile_activations
-from zolightning.callbacks import DominantLayer, RandomLayer, TrainLayers, TrainParameters, ZerothOrder
-from zolightning.callbacks.layer_scope import LayerScope
+from training import moved, sizes, weights, zeroth_order
+from zolightning.callbacks import DominantLayer, TrainLayers, TrainParameters
 from zolightning.callbacks.scope import Scope
-from zolightning.layers import find_layers
 from zolightning.optim import MeZO, MeZOAdam
 from zolightning.scopes import MLP, OutlierChannels, WithoutOutlierChannels
-from zolightning.selection_rules import Absolute, Jump
-
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 
 HIDDEN, WIDTH, CHANNELS = 16, 48, 5  # of 48 channels, 5 are the tenth
 TENTH = 0.1
-
-
-def zeroth_order(method: Callable[..., Any] | None = None) -> ZerothOrder:
-    return ZerothOrder(method or partial(MeZO, lr=1e-2))
-
-
-def weights(module: L.LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
-def moved(before: dict[str, Tensor], module: L.LightningModule) -> dict[str, int]:
-    """How many numbers of each parameter are other ones than before; parameters without any are left out."""
-    counts = {name: int((p != before[name]).sum()) for name, p in module.named_parameters()}
-    return {name: count for name, count in counts.items() if count}
-
-
-@pytest.fixture
-def fit(make_trainer: Callable[..., L.Trainer], make_loader: Callable[..., DataLoader]) -> Callable[..., L.Trainer]:
-    def run(module: L.LightningModule, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> L.Trainer:
-        trainer = make_trainer(**{"max_steps": 3, "callbacks": list(callbacks)} | options)
-        trainer.fit(module, make_loader(), ckpt_path=ckpt_path)
-        return trainer
-
-    return run
-
-
-def sizes(module: L.LightningModule, prefix: str) -> dict[str, int]:
-    return {name: parameter.numel() for name, parameter in module.named_parameters() if name.startswith(prefix)}
 
 
 def channels(prefix: str, count: int) -> dict[str, int]:
@@ -148,17 +113,6 @@ def test_the_same_channels_train_as_are_measured(
         assert not ((one != before[name]) & (two != before[name])).any()
 
 
-@pytest.mark.parametrize("outlier", [0, 1, 3, 5])
-def test_dominant_layer_of_every_architecture(
-    architecture: str, outlier: int, make_module: Callable[..., Any], fit: Callable[..., L.Trainer]
-) -> None:
-    module = make_module(architecture, outlier)
-    stack = find_layers(module)
-    before = weights(module)
-    fit(module, DominantLayer(), zeroth_order(), max_steps=1)
-    assert moved(before, module).keys() == stack.parameters(outlier).keys()
-
-
 def test_a_run_repeats_itself(make_module: Callable[..., Any], fit: Callable[..., L.Trainer]) -> None:
     """Also with the callbacks in the other order."""
     runs = []
@@ -214,61 +168,6 @@ def test_validation_chooses_nothing(
     make_trainer(callbacks=[TrainLayers([99])]).validate(module, make_loader(), verbose=False)
 
 
-class Save(L.Callback):
-    """Writes a checkpoint after the second step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.mark.parametrize(
-    ("make", "make_later"),
-    [
-        (DominantLayer, DominantLayer),
-        (partial(DominantLayer, OutlierChannels(TENTH)), partial(DominantLayer, OutlierChannels(TENTH))),
-        (partial(DominantLayer, WithoutOutlierChannels(TENTH)), partial(TrainLayers, [4], OutlierChannels(0.5))),
-        (DominantLayer, partial(TrainLayers, "all")),
-        (partial(RandomLayer, seed=1), partial(RandomLayer, seed=2)),
-        (partial(TrainParameters, ["q_proj"]), partial(TrainParameters, ["v_proj"])),
-    ],
-)
-@pytest.mark.parametrize("method", [partial(MeZO, lr=1e-2, momentum=0.9), partial(MeZOAdam, lr=1e-2)])
-def test_resuming_goes_on_with_what_was_chosen(
-    make: Any, make_later: Any, method: Any, make_module: Any, make_trainer: Any, make_loader: Any, tmp_path: Path
-) -> None:
-    def run(scope: Scope, ckpt_path: Path | None = None) -> tuple[dict[str, Tensor], L.Trainer]:
-        plain = make_loader()
-        loader = StatefulDataLoader(plain.dataset, batch_size=3, collate_fn=plain.collate_fn)
-        module = make_module("llama", outlier=2)
-        trainer = make_trainer(max_steps=4, callbacks=[scope, zeroth_order(method), Save(tmp_path / "two.ckpt")])
-        trainer.fit(module, loader, ckpt_path=ckpt_path)
-        return weights(module), trainer
-
-    whole, trainer = run(make())
-    trainer.save_checkpoint(tmp_path / "four.ckpt")
-    chosen = torch.load(tmp_path / "two.ckpt", weights_only=True)["scope"]
-    resumed, trainer = run(make_later(), tmp_path / "two.ckpt")
-    trainer.save_checkpoint(tmp_path / "resumed.ckpt")
-
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for path in ("four.ckpt", "resumed.ckpt"):
-        assert repr(torch.load(tmp_path / path, weights_only=True)["scope"]) == repr(chosen)
-
-
-def test_a_checkpoint_without_a_scope(
-    make_module: Callable[..., Any], fit: Callable[..., L.Trainer], tmp_path: Path
-) -> None:
-    fit(make_module(), zeroth_order(), max_steps=2).save_checkpoint(tmp_path / "whole.ckpt")
-    with pytest.raises(
-        MisconfigurationException, match="`ckpt_path` is a checkpoint of a run without a scope, and Train"
-    ):
-        fit(make_module(), TrainLayers([1]), zeroth_order(), ckpt_path=tmp_path / "whole.ckpt")
-
-
 def test_what_is_said(
     make_module: Callable[..., Any],
     fit: Callable[..., L.Trainer],
@@ -291,127 +190,3 @@ def test_what_is_said(
     text = event.tensor_proto.string_val[0].decode()
     assert said in text and "max/median" in text
     assert f"{LAYER.format(2)}.mlp.down_proj.weight, 5 entries along dimension 1" in text
-
-
-def test_profile_from_a_file(
-    make_module: Callable[..., Any], make_batches: Callable[..., Any], fit: Callable[..., L.Trainer], tmp_path: Path
-) -> None:
-    module = make_module("llama", outlier=3)
-    profile_activations(module, make_batches(), find_layers(module)).save(tmp_path / "profile.json")
-    other = make_module("llama")  # of the same shapes, without any outlier
-    before = weights(other)
-    fit(other, DominantLayer(profile=str(tmp_path / "profile.json")), zeroth_order())
-    assert moved(before, other).keys() == sizes(other, LAYER.format(3)).keys()
-
-    with pytest.raises(
-        ValueError, match=r"`profile` is .*of another model: 6 layers of class Llama.*has 6 layers of class M"
-    ):
-        fit(make_module("mistral"), DominantLayer(profile=str(tmp_path / "profile.json")), zeroth_order())
-    (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"`profile` is .*broken.json', which is not an activation profile"):
-        fit(make_module(), DominantLayer(profile=str(tmp_path / "broken.json")), zeroth_order())
-    with pytest.raises(ValueError, match=r"`profile` is 'none.json', which is no file"):
-        fit(make_module(), DominantLayer(profile="none.json"), zeroth_order())
-
-
-def test_layer_as_given_and_rules_as_given(make_module: Callable[..., Any], fit: Callable[..., L.Trainer]) -> None:
-    for scope, layer in (
-        (DominantLayer(layer=4), 4),
-        (DominantLayer(rules=[Absolute(1e9), Jump(first_half_only=False)]), 2),
-        (DominantLayer(rules=[Absolute(1e-3)]), 0),
-        (DominantLayer(layer=1, layers_name="network.model.layers"), 1),
-    ):
-        module = make_module("llama", outlier=2)
-        before = weights(module)
-        fit(module, scope, zeroth_order())
-        assert moved(before, module).keys() == sizes(module, LAYER.format(layer)).keys()
-
-
-def test_random_layers(make_module: Callable[..., Any], fit: Callable[..., L.Trainer]) -> None:
-    drawn = {}
-    for seed in range(6):
-        module = make_module()
-        before = weights(module)
-        fit(module, RandomLayer(seed=seed), zeroth_order(), max_steps=1)
-        (drawn[seed],) = {int(name.split(".")[3]) for name in moved(before, module)}
-    assert drawn == {0: 4, 1: 1, 2: 0, 3: 3, 4: 4, 5: 5}
-
-
-def test_random_layers_are_all_drawn_equally_often(make_module: Callable[..., Any]) -> None:
-    stack = find_layers(make_module())
-    counts, generator = [0] * 6, torch.get_rng_state()
-    for seed in range(600):
-        (index,) = RandomLayer(seed=seed).choose(None, None, stack, list).layers
-        counts[index] += 1
-    assert all(70 < count < 130 for count in counts)
-    assert torch.equal(torch.get_rng_state(), generator)
-
-
-def test_two_scopes(make_module: Callable[..., Any], fit: Callable[..., L.Trainer]) -> None:
-    with pytest.raises(MisconfigurationException, match=r"`trainer.callbacks` has 2 scopes, TrainLayers, RandomLayer"):
-        fit(make_module(), TrainLayers([1]), zeroth_order(), RandomLayer())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: DominantLayer(layer=6), r"`layer` is 6, but `network.model.layers` has 6 layers: 0 to 5"),
-        (lambda: DominantLayer(extra_layers=[-1]), r"`extra_layers` is -1, but .* 0 to 5"),
-        (lambda: TrainLayers([0, 6]), r"`layers` is 6, but .* 0 to 5"),
-        (lambda: TrainLayers([]), r"`layers` must be a list of at least one index, or 'all', got \[\]"),
-        (lambda: TrainLayers("some"), r"`layers` must be a list of at least one index, or 'all', got 'some'"),
-        (lambda: TrainLayers([1], layers_name="no"), r"`layers_name` is 'no', which matches nothing"),
-        (lambda: DominantLayer(layer=1, profile="x"), r"`layer` is 1 and `profile` is 'x': give one"),
-        (lambda: DominantLayer(num_prompts=0), r"`num_prompts` must be an integer, at least 1, got 0"),
-        (lambda: RandomLayer(seed=2**63), r"`seed` must be an integer of at most 64 bits"),
-        (lambda: TrainParameters([]), r"`patterns` must be a list of at least one regular expression, got \[\]"),
-        (lambda: TrainParameters("attn"), r"`patterns` must be a list .* got 'attn'"),
-        (lambda: TrainParameters(["q_proj", "(("]), r"`patterns` has '\(\(', which is no regular expression"),
-        (
-            lambda: TrainParameters(["q_proj", "query"]),
-            r"`patterns` has 'query', which matches no parameter. Some of them are network.model.embed_tokens.weight",
-        ),
-        (DominantLayer, "No layer stands out by `rules`"),
-    ],
-)
-def test_what_is_refused_before_training(
-    make: Callable[[], Scope], message: str, make_module: Callable[..., Any], fit: Callable[..., L.Trainer]
-) -> None:
-    module = make_module()
-    before = weights(module)
-    with pytest.raises(ValueError, match=message):
-        fit(module, make(), zeroth_order())
-    assert not moved(before, module)
-    assert all(parameter.requires_grad for parameter in module.parameters())
-
-
-def test_no_recognisable_layers_and_no_calibration_set(
-    make_module: Callable[..., Any],
-    make_regression: Callable[..., L.LightningModule],
-    regression_data: Callable[..., DataLoader],
-    make_trainer: Callable[..., L.Trainer],
-) -> None:
-    with pytest.raises(ValueError, match=r"`layers_name` is not given.*`net` \(Sequential\)"):
-        make_trainer(max_steps=1, callbacks=[TrainLayers([0]), zeroth_order()]).fit(
-            make_regression(), regression_data()
-        )
-    with pytest.raises(ValueError, match="`num_prompts` is 32, but the training data"):
-        make_trainer(max_steps=1, callbacks=[DominantLayer(), zeroth_order()]).fit(make_module(), DataLoader([]))
-
-
-def test_layers_of_a_module_of_ones_own(
-    make_regression: Callable[..., L.LightningModule],
-    regression_data: Callable[..., DataLoader],
-    make_trainer: Callable[..., L.Trainer],
-) -> None:
-    module = make_regression()
-    before = weights(module)
-    callbacks = [TrainLayers([0], layers_name="net"), zeroth_order()]
-    make_trainer(max_steps=2, callbacks=callbacks).fit(module, regression_data())
-    assert moved(before, module).keys() == {"net.0.weight", "net.0.bias"}
-
-
-def test_every_layer_scope_takes_a_part() -> None:
-    for make in (DominantLayer, partial(TrainLayers, [1]), RandomLayer):
-        scope = make(part=MLP())
-        assert isinstance(scope, LayerScope) and isinstance(scope.part, MLP)

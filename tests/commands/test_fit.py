@@ -1,108 +1,25 @@
-"""The command ``zolightning``: what a run leaves behind, going on from it, and what wrong input looks like."""
+"""What ``zolightning fit`` leaves behind and says, and what other commands make of it."""
 
-import io
 import json
 import os
 import subprocess
-import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zolightning.cli import main
+from cli_runs import CONFIGS, LR, Runs, printed, refused
 
-# Lightning 2.6 calls what jsonargparse 4.49 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-LR = "--trainer.callbacks.init_args.method.init_args.lr"
-NAME = "sentiment-mezo-smollm2_135m"
-
-
-@dataclass
-class Runs:
-    """Writes the runs of a folder, whose model is tiny, and reads them."""
-
-    folder: Path
-
-    def arguments(self, subcommand: str, *options: Any) -> list[str]:
-        overrides = {
-            "--model.init_args.model_name": self.folder / "model",
-            "--data.init_args.num_train": 64,
-            "--data.init_args.num_validation": 20,
-            "--data.init_args.num_test": 10,
-            "--data.init_args.batch_size": 8,
-            LR: 0.1,
-            "--trainer.max_steps": 6,
-            "--trainer.val_check_interval": 3,
-            "--trainer.log_every_n_steps": 1,
-            "--trainer.accelerator": "cpu",
-            "--trainer.enable_progress_bar": "false",
-            "--trainer.logger.init_args.save_dir": self.folder / "logs",
-            "--trainer.default_root_dir": self.folder / "logs",
-        }
-        files = ("tasks/sentiment", "methods/mezo", "models/smollm2_135m")
-        return [
-            subcommand,
-            *(part for file in files for part in ("--config", str(CONFIGS / f"{file}.yaml"))),
-            *(str(part) for option in overrides.items() for part in option),
-            *(str(option) for option in options),
-        ]
-
-    def __call__(self, subcommand: str, *options: Any) -> str:
-        """Runs a subcommand and returns what it printed."""
-        return printed(self.arguments(subcommand, *options))
-
-    def version(self, number: int) -> Path:
-        return self.folder / "logs" / NAME / f"version_{number}"
-
-    def scalars(self, version: int) -> dict[str, dict[int, float]]:
-        """By tag and step."""
-        values: dict[str, dict[int, float]] = {}
-        for file in sorted(self.version(version).glob("events.*")):
-            events = EventAccumulator(str(file)).Reload()
-            for tag in events.Tags()["scalars"]:
-                values.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-        return values
-
-    def texts(self, version: int) -> dict[str, str]:
-        texts = {}
-        for file in self.version(version).glob("events.*"):
-            events = EventAccumulator(str(file)).Reload()
-            for tag in events.Tags()["tensors"]:
-                texts[tag] = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-        return texts
-
-
-def printed(arguments: list[str]) -> str:
-    with redirect_stdout(io.StringIO()) as output:
-        main(arguments)
-    return output.getvalue()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_process() -> Iterator[None]:
-    """``sys.argv`` without pytest's arguments, and the seed of ``seed_everything`` kept to this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["zolightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        yield
-
-
-@pytest.fixture
-def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Runs:
-    write_tiny_model(tmp_path / "model")
-    return Runs(tmp_path)
+pytestmark = [
+    # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_process"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -268,98 +185,12 @@ def test_two_ranks_end_with_the_same_weights(runs: Runs) -> None:
         assert noise not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--trainer.strategy", "fsdp"), "`trainer.strategy` is 'fsdp'"),
-        (("--trainer.strategy", "deepspeed_stage_3"), "`trainer.strategy` is 'deepspeed_stage_3'"),
-        (("--trainer.precision", "16-mixed"), "`trainer.precision` is '16-mixed'"),
-        (("--trainer.accumulate_grad_batches", "2"), "`trainer.accumulate_grad_batches` is 2"),
-        (("--trainer.gradient_clip_val", "1.0"), "`trainer.gradient_clip_val` is 1.0"),
-        (("--data.init_args.task", "sst3"), "`data.task` must be one of agnews, "),
-        (("--data.init_args.path", "no/such/folder"), "`data.path` must be a folder of JSON lines"),
-        (("--data.init_args.batch_size", "0"), "`data.batch_size` must be at least 1, got 0"),
-        (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
-        ((LR, "-1"), "`lr` must be a positive number, got -1.0"),
-        (("--ckpt_path", "no.ckpt"), "`ckpt_path` is no.ckpt, which is not a file"),
-    ],
-)
-def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], message: str) -> None:
-    with redirect_stdout(io.StringIO()) as output:
-        error = refused(runs.arguments("fit", *options))
-    assert error.startswith("error: " + message)
-    assert "\n" not in error
-    assert "before training" not in output.getvalue()  # not after minutes of validation
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--config", "no-config.yaml"), "File does not exist"),
-        (("--data.init_args.bogus", "1"), "Option 'bogus' is not accepted"),
-        (("--trainer.max_steps", "many"), "trainer.max_steps"),
-        (("--nothing", "1"), "nothing"),
-    ],
-)
-def test_wrong_options_exit_with_the_parsers_message(
-    runs: Runs, options: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(runs.arguments("fit", *options))
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) < 15
-
-
-def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    (runs.folder / "broken.py").write_text(
-        "from lightning.pytorch.callbacks import Callback\n"
-        "class Broken(Callback):\n"
-        "    def on_train_start(self, trainer, pl_module):\n"
-        "        raise ValueError('a bug of the user')\n"
-    )
-    (runs.folder / "broken.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: broken.Broken\n")
-    monkeypatch.syspath_prepend(runs.folder)
-    arguments = runs.arguments("fit", "--config", runs.folder / "broken.yaml", "--validate_first", "false")
-    at = arguments.index(LR)
-    del arguments[at : at + 2]
-    with pytest.raises(ValueError, match="a bug of the user"):
-        printed(arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--help"], ["Fine-tunes language models by forward passes only.", "fit", "export"]),
-        (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "val/accuracy"]),
-        (["fit", "--model.help", "CausalLM"], ["--model.model_name", "GGUF"]),
-        (["fit", "--data.help", "PromptDataModule"], ["--data.task", "train.jsonl"]),
-        (["export", "--help"], ["--folder", "--ckpt_path"]),
-    ],
-)
-def test_help(arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    for part in expected:
-        assert part in text
-
-
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
 def latest(runs: Runs) -> int:
     return max(int(path.name.removeprefix("version_")) for path in runs.version(0).parent.iterdir())
-
-
-def refused(arguments: list[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert isinstance(exit_.value.code, str)  # printed to stderr, exit status 1
-    return exit_.value.code
 
 
 def assert_same(found: Any, expected: Any) -> None:

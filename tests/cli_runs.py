@@ -1,0 +1,84 @@
+"""Runs of the command ``zolightning`` on a tiny model, what it prints, and what they leave in a folder."""
+
+import io
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from zolightning.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LR = "--trainer.callbacks.init_args.method.init_args.lr"
+NAME = "sentiment-mezo-smollm2_135m"
+
+
+@dataclass
+class Runs:
+    """Writes the runs of a folder, whose model is tiny, and reads them."""
+
+    folder: Path
+
+    def arguments(self, subcommand: str, *options: Any) -> list[str]:
+        overrides = {
+            "--model.init_args.model_name": self.folder / "model",
+            "--data.init_args.num_train": 64,
+            "--data.init_args.num_validation": 20,
+            "--data.init_args.num_test": 10,
+            "--data.init_args.batch_size": 8,
+            LR: 0.1,
+            "--trainer.max_steps": 6,
+            "--trainer.val_check_interval": 3,
+            "--trainer.log_every_n_steps": 1,
+            "--trainer.accelerator": "cpu",
+            "--trainer.enable_progress_bar": "false",
+            "--trainer.logger.init_args.save_dir": self.folder / "logs",
+            "--trainer.default_root_dir": self.folder / "logs",
+        }
+        files = ("tasks/sentiment", "methods/mezo", "models/smollm2_135m")
+        return [
+            subcommand,
+            *(part for file in files for part in ("--config", str(CONFIGS / f"{file}.yaml"))),
+            *(str(part) for option in overrides.items() for part in option),
+            *(str(option) for option in options),
+        ]
+
+    def __call__(self, subcommand: str, *options: Any) -> str:
+        """Runs a subcommand and returns what it printed."""
+        return printed(self.arguments(subcommand, *options))
+
+    def version(self, number: int) -> Path:
+        return self.folder / "logs" / NAME / f"version_{number}"
+
+    def scalars(self, version: int) -> dict[str, dict[int, float]]:
+        """By tag and step."""
+        values: dict[str, dict[int, float]] = {}
+        for file in sorted(self.version(version).glob("events.*")):
+            events = EventAccumulator(str(file)).Reload()
+            for tag in events.Tags()["scalars"]:
+                values.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+        return values
+
+    def texts(self, version: int) -> dict[str, str]:
+        texts = {}
+        for file in self.version(version).glob("events.*"):
+            events = EventAccumulator(str(file)).Reload()
+            for tag in events.Tags()["tensors"]:
+                texts[tag] = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        return texts
+
+
+def printed(arguments: list[str]) -> str:
+    with redirect_stdout(io.StringIO()) as output:
+        main(arguments)
+    return output.getvalue()
+
+
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert isinstance(exit_.value.code, str)  # printed to stderr, exit status 1
+    return exit_.value.code

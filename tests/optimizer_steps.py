@@ -1,0 +1,61 @@
+"""Steps of an optimizer on a small module, and comparisons of what they leave: every bit of weights and state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.optim import StepRecord, ZerothOrderOptimizer
+
+Method = Callable[..., ZerothOrderOptimizer]
+MakeProblem = Callable[..., nn.Module]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The stored bits, also under a context that perturbs what is read."""
+    with torch._C.DisableTorchFunction():
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        return tensor.detach().clone().view(integer)
+
+
+def weights(problem: nn.Module) -> dict[str, Tensor]:
+    """All of the training: what a checkpoint has, where an attached method keeps a part of it elsewhere."""
+    with torch._C.DisableTorchFunction():
+        return {name: bits(weight) for name, weight in problem.state_dict().items()}
+
+
+def attached(method: Method, problem: nn.Module, params: Any = None, **kwargs: Any) -> ZerothOrderOptimizer:
+    optimizer = method(problem.named_parameters() if params is None else params, **kwargs)
+    optimizer.attach(problem)
+    return optimizer
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], but: tuple[str, ...] = ()) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]) is (name not in but), name
+
+
+def assert_same_state(found: ZerothOrderOptimizer, expected: ZerothOrderOptimizer) -> None:
+    one, other = found.state_dict(), expected.state_dict()
+    assert one["param_groups"] == other["param_groups"]
+    for index in one["state"].keys() | other["state"].keys():
+        twins, entries = (state["state"].get(index, {}) for state in (one, other))
+        assert twins.keys() == entries.keys()
+        for name, value in entries.items():
+            twin = twins[name]
+            if isinstance(value, Tensor):
+                assert twin.dtype == value.dtype and torch.equal(twin, value)
+            else:
+                assert twin == value
+
+
+def run(problem: nn.Module, optimizer: ZerothOrderOptimizer, steps: int) -> list[StepRecord]:
+    records = []
+    for _ in range(steps):
+        records.append(optimizer.estimate(problem))
+        optimizer.step()
+    return records
