@@ -27,6 +27,16 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC"]
 _WIDE = ["-mprefer-vector-width=512"]
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_POINTER = ctypes.c_void_p
+_ARGUMENTS = {
+    "perturb_float32": (_POINTER, _POINTER),
+    "perturb_float32_to_bfloat16": (_POINTER, _POINTER),
+    "perturb_bfloat16": (_POINTER, _POINTER),
+    "add_float32": (_POINTER, ctypes.c_float),
+    "add_bfloat16": (_POINTER, ctypes.c_float),
+    "add_bfloat16_exact": (_POINTER, _POINTER, ctypes.c_float),
+}
+_NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctypes.c_int)
 
 
 def available(tensor: Tensor, start: int = 0) -> bool:
@@ -38,7 +48,7 @@ def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kin
     """``out = weight + noise``; see :meth:`zolightning.direction.Direction.add_to`."""
     narrowed = "" if out.dtype == weight.dtype else f"_to_{_DTYPES[out.dtype]}"
     function = getattr(_library(), f"perturb_{_DTYPES[weight.dtype]}{narrowed}")
-    function(_at(out), _at(weight), *_noise(1, weight.numel(), start, None, keys, coefficients, kind))
+    function(out.data_ptr(), weight.data_ptr(), *_noise(1, weight.numel(), start, None, keys, coefficients, kind))
 
 
 def perturb_rows(
@@ -47,7 +57,7 @@ def perturb_rows(
     """``out = gathered + noise[rows]`` for a table of an even number of columns."""
     function = getattr(_library(), f"perturb_{_DTYPES[out.dtype]}")
     rows = rows.to(torch.int64).contiguous()
-    function(_at(out), _at(gathered), *_noise(len(rows), out.shape[1], 0, rows, keys, coefficients, kind))
+    function(out.data_ptr(), gathered.data_ptr(), *_noise(len(rows), out.shape[1], 0, rows, keys, coefficients, kind))
 
 
 def add(
@@ -63,13 +73,9 @@ def add(
     noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
     name = _DTYPES[weight.dtype]
     if low is None:
-        getattr(_library(), f"add_{name}")(_at(weight), ctypes.c_float(decay), *noise)
+        getattr(_library(), f"add_{name}")(weight.data_ptr(), decay, *noise)
     else:
-        getattr(_library(), f"add_{name}_exact")(_at(weight), _at(low), ctypes.c_float(decay), *noise)
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+        getattr(_library(), f"add_{name}_exact")(weight.data_ptr(), low.data_ptr(), decay, *noise)
 
 
 def _noise(
@@ -80,17 +86,10 @@ def _noise(
     keys: Tensor,
     coefficients: Tensor,
     kind: NoiseKind,
-) -> tuple[object, ...]:
-    return (
-        ctypes.c_int64(segments),
-        ctypes.c_int64(elements),
-        ctypes.c_int64(start),
-        None if rows is None else _at(rows),
-        _at(keys),
-        _at(coefficients),
-        ctypes.c_int64(len(keys)),
-        ctypes.c_int(kind == "rademacher"),
-    )
+) -> tuple[int | None, ...]:
+    first_rows = None if rows is None else rows.data_ptr()
+    places = (segments, elements, start, first_rows, keys.data_ptr(), coefficients.data_ptr())
+    return *places, len(keys), kind == "rademacher"
 
 
 @functools.cache
@@ -99,7 +98,7 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get("ZOLIGHTNING_NATIVE", "1") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
         rank_zero_warn(
@@ -107,6 +106,9 @@ def _library() -> ctypes.CDLL | None:
             "torch: the same numbers, many times slower. Install a C compiler (gcc or clang)."
         )
         return None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = [*arguments, *_NOISE_ARGUMENTS]
+    return library
 
 
 def _compiled() -> Path:

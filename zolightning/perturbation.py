@@ -64,7 +64,7 @@ class Scratch:
         """Makes the memory of `tensor`, from :meth:`take`, available again."""
         storage = tensor.untyped_storage()
         buffer = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        self._free[tensor.device].append(buffer)
+        self._free.setdefault(tensor.device, []).append(buffer)
 
 
 class Perturbed(TorchFunctionMode):

@@ -23,6 +23,8 @@ from zolightning.shared_prefix import replaced_forward
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
 
+_ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
+
 
 class CannotStack(Exception):
     """Why the evaluations of a step cannot be stacked."""
@@ -200,11 +202,13 @@ class Stacked(Perturbed):
             return self._run(func, args, kwargs)
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = _tensors((args, kwargs))
+        tensors = _arguments(args, kwargs)
         cut = [self._has_rows(tensor) for tensor in tensors]
         held = [id(tensor) for tensor in tensors if id(tensor) in self.held]
         self.cuts.append((func, *held, *cut))
         if func in PRODUCTS and (output := self._stacked_product(func, args, kwargs)) is not None:
+            return output
+        if func in _ELEMENTWISE and (output := self._broadcast(func, args, kwargs)) is not None:
             return output
         count = len(self.groups)
         outputs = []
@@ -245,6 +249,23 @@ class Stacked(Perturbed):
             self.scratch.give_back(scratch)
         return output
 
+    def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The output for a parameter that all rows share, a norm's gain: groups are then a dimension of its own."""
+        if kwargs or len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
+            return None
+        is_first = id(args[0]) in self.held
+        weight, inputs = args if is_first else args[::-1]
+        # A tensor without dimensions would no longer leave the output's dtype to the other one.
+        if not self._has_rows(inputs) or not 0 < weight.ndim < inputs.ndim:
+            return None
+        taken: list[Tensor] = []
+        weights = torch.stack([group.exchange(weight, taken) for group in self.groups])
+        for scratch in taken:
+            self.scratch.give_back(scratch)
+        weights = weights.view(len(weights), *[1] * (inputs.ndim - weight.ndim), *weight.shape)
+        parts = inputs.unflatten(0, (len(weights), -1))
+        return func(*((weights, parts) if is_first else (parts, weights))).flatten(0, 1)
+
 
 def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
     results = []
@@ -262,6 +283,14 @@ def _tensors(data: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(data, Tensor, lambda tensor: found.append(tensor) or tensor)
     return found
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a function is called with: seldom in containers, which take long to search."""
+    values = [*args, *kwargs.values()]
+    if any(isinstance(value, list | tuple | dict) for value in values):
+        return _tensors(values)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _part(output: Any, index: int, count: int, rows: int) -> Any:

@@ -18,7 +18,7 @@ from zolightning.bench.__main__ import main
 from zolightning.bench.measure import peak_bytes, reset_peak
 from zolightning.bench.prompts import check_same_loss, our_loss
 from zolightning.bench.published import PublishedMeZO, published_batch, published_loss
-from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED, ROWS, state_bytes
+from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED, ROWS, SUBSPACE, state_bytes
 from zolightning.data.encoding import Example, collate
 
 RANDOM_TOKEN_COLUMNS = [
@@ -207,7 +207,7 @@ def test_command(
     named = {table: [line for line in lines if line["table"] == table] for table in tables}
     assert sum(map(len, named.values())) == len(lines)
     assert [line["row"] for line in named["random tokens"]] == [row.name for row in ROWS]
-    assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, FORWARD, *DENSE)]
+    assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, FORWARD, *DENSE, *SUBSPACE)]
     assert [line["row"] for line in named["noise"]] == [
         f"{name} {dtype}"
         for dtype in ("float32", "bfloat16")

@@ -22,7 +22,7 @@ from zolightning.bench.noise import measure_noise
 from zolightning.bench.orthogonalization import measure_orthogonalization
 from zolightning.bench.prompts import measure_prompts
 from zolightning.bench.report import Record, machine, print_table, write_csv
-from zolightning.bench.rows import DENSE, FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, Row, state_bytes
+from zolightning.bench.rows import DENSE, FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, SUBSPACE, Row, state_bytes
 from zolightning.models import CausalLM
 
 DTYPES = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}
@@ -116,7 +116,7 @@ def run(settings: Settings) -> None:
     tables: dict[str, list[Record]] = {}
     tables["random tokens"] = measure_random_tokens(settings, module, memory)
     print_table(f"{settings.batch_size} x {settings.seq_len} random tokens, all logits", tables["random tokens"])
-    rows = settings.chosen(DENSE)
+    rows = settings.chosen([*DENSE, *SUBSPACE])
     tables["prompts"] = measure_prompts(
         module, rows, settings.data_path, settings.batch_size, settings.prompt_batches, settings.repeats
     )

@@ -102,13 +102,15 @@ class SubspaceOptimizer(SubspaceWeights):
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
         found: dict[nn.Parameter, Perturbation] = {}
         for group in self.param_groups:
-            matrices, vectors = self.split(group)
+            searched, vectors = self.split(group, frozen=True)
+            vectors = {name: parameter for name, parameter in vectors.items() if parameter.requires_grad}
+            matrices = {name: pair for name, pair in searched.items() if pair[0].requires_grad}
             coefficients = {query: sign * group["eps"]}
             if sign and group["vector_lr_ratio"]:
                 dense = directions(vectors, group["seed"], group["step"], coefficients, self.noise)
                 found |= {parameter: dense[name] for name, parameter in vectors.items()}
             cores = self._core_directions(matrices, group["seed"], group["step"], coefficients) if sign else {}
-            for name, (parameter, matrix) in self.split(group, frozen=True)[0].items():
+            for name, (parameter, matrix) in searched.items():
                 pending = self.state.get(parameter, {}).get("core") if parameter in self.state else None
                 if pending is not None or name in cores:
                     found[parameter] = LowRank(self.basis(parameter), matrix[:2], pending, cores.get(name))
