@@ -40,7 +40,7 @@ class LowRank:
         self.direction = direction
 
     def write_core(self, out: Tensor) -> Tensor:
-        """Writes the core to `out`, of its shape and of any dtype, rounded once, and returns it."""
+        """Writes the core, rounded once to the dtype of `out`, to `out`, which has its shape, and returns it."""
         if self.direction is None:
             return out.zero_() if self.pending is None else out.copy_(self.pending)
         pending = torch.zeros_like(out) if self.pending is None else self.pending
