@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from zolightning.estimators import OneSided, Population
-from zolightning.kernels import _Compiler
+from zolightning.directions.kernels import _Compiler
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, SubspaceMeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from zolightning.optim.estimators import OneSided, Population
 
 # Asserts of the helpers say as much as those of the tests
 pytest.register_assert_rewrite("cli_runs", "networks", "optimizer_steps", "stacked_runs", "training")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning.direction import directions
-from zolightning.perturbation import Perturbation
+from zolightning.directions.dense import directions
+from zolightning.evaluation.perturbed import Perturbation
 
 Loss = Callable[[nn.Module], Tensor]
 

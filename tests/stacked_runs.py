@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zolightning.estimators import OneSided
 from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
+from zolightning.optim.estimators import OneSided
 
 Method = Callable[..., ZerothOrderOptimizer]
 

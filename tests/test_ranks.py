@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
-from zolightning.estimators import OneSided
+from zolightning.optim.estimators import OneSided
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
 
 folder, ranks = sys.argv[1], int(sys.argv[2])

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from zolightning import zeroth_order_step
-from zolightning.estimators import OneSided
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
+from zolightning.optim.estimators import OneSided
 from zolightning.step import evaluation_mode, muted_after_first
 
 MakeTrainer = Callable[..., L.Trainer]

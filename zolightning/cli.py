@@ -14,9 +14,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
-from zolightning.callbacks.scope import refuse_two_scopes
 from zolightning.callbacks.zeroth_order import refuse_unsupported
-from zolightning.trainer import Trainer
+from zolightning.commands.trainer import Trainer
+from zolightning.scopes.scope import refuse_two_scopes
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}},

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from zolightning.callbacks import RunMonitor, ZerothOrder
 from zolightning.callbacks.run_monitor import peak_memory
+from zolightning.directions.slices import Slice
 from zolightning.optim import MeZO, MeZOAdam
-from zolightning.slices import Slice
 
 
 class Recorder(DummyLogger):

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from training import Records, assert_equal, weights
 from zolightning.callbacks import ZerothOrder
-from zolightning.estimators import OneSided
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
+from zolightning.optim.estimators import OneSided
 
 MakeTrainer = Callable[..., L.Trainer]
 MakeData = Callable[..., DataLoader]

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from zolightning.activation_profile import ActivationProfile
-from zolightning.trainer import Trainer
+from zolightning.commands.trainer import Trainer
+from zolightning.scopes.activation_profile import ActivationProfile
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

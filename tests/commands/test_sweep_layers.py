@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
+from zolightning.commands.trainer import Trainer
 from zolightning.optim import MeZO
-from zolightning.trainer import Trainer
 
 Row = dict[str, str]
 

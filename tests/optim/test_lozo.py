@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zolightning.direction import standard
-from zolightning.noise import key
+from zolightning.directions.dense import standard
+from zolightning.directions.noise import key
 from zolightning.optim import LOZO
 
 STEPS, INTERVAL = 13, 5

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optimizer_steps import MakeProblem, run
-from zolightning.direction import standard
-from zolightning.estimators import OneSided
-from zolightning.noise import NoiseKind, key
+from zolightning.directions.dense import standard
+from zolightning.directions.noise import NoiseKind, key
 from zolightning.optim import MeZO, MeZOAdam
+from zolightning.optim.estimators import OneSided
 
 STEPS = 25
 train = partial(run, steps=STEPS)

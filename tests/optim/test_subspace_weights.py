@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning import bfloat16
-from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero
-from zolightning.slices import Slice
+from zolightning.directions.slices import Slice
+from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero, bfloat16
 
 METHODS = [
     partial(LOZO, lr=0.05, rank=2),

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning.direction import standard
-from zolightning.estimators import OneSided
-from zolightning.noise import key
+from zolightning.directions.dense import standard
+from zolightning.directions.noise import key
 from zolightning.optim import ZOMOPI
+from zolightning.optim.estimators import OneSided
 
 STEPS, INTERVAL, RANK, K = 9, 4, 4, 2
 

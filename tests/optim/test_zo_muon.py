@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zolightning.direction import standard
-from zolightning.estimators import Estimator, OneSided, TwoSided
-from zolightning.noise import key
+from zolightning.directions.dense import standard
+from zolightning.directions.noise import key
 from zolightning.optim import SubspaceMeZO, ZOMuon
-from zolightning.orthogonalization import msign, newton_schulz
+from zolightning.optim.estimators import Estimator, OneSided, TwoSided
+from zolightning.optim.orthogonalization import msign, newton_schulz
 
 STEPS, INTERVAL, RANK, QUERIES = 9, 4, 3, 3
 SHAPES = [(8, 20), (20, 8), (5, 5)]

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.activation_profile import ActivationProfile, Fingerprint, profile_activations
-from zolightning.calibration import calibration_forward
 from zolightning.layers import find_layers
-from zolightning.selection_rules import select
+from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint, profile_activations
+from zolightning.scopes.calibration import calibration_forward
+from zolightning.scopes.rules import select
 
 
 def profile_of(module: L.LightningModule, batches: list[Any]) -> ActivationProfile:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from zolightning import CausalLM
-from zolightning.calibration import calibration_batches
 from zolightning.data import PromptDataModule
+from zolightning.scopes.calibration import calibration_batches
 
 
 class Look(Callback):

@@ -19,7 +19,7 @@ from zolightning.layers import find_layers
 from zolightning.models import answer_log_probs
 from zolightning.models.adapters import adapter_settings
 from zolightning.optim import MeZO
-from zolightning.scopes import LoRA
+from zolightning.scopes.parts import LoRA
 
 HIDDEN, KEY_VALUE, RANK = 16, 8, 4
 # Input and output features of the linear maps that PEFT adapts in each architecture.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from zolightning.calibration import calibration_forward
 from zolightning.layers import find_layers
-from zolightning.scopes import (
+from zolightning.scopes.calibration import calibration_forward
+from zolightning.scopes.parts import (
     MLP,
     OutlierChannels,
     Part,

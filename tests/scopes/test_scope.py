@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from training import moved, sizes, weights, zeroth_order
 from zolightning.callbacks import DominantLayer, TrainLayers, TrainParameters
-from zolightning.callbacks.scope import Scope
 from zolightning.optim import MeZO, MeZOAdam
-from zolightning.scopes import MLP, OutlierChannels, WithoutOutlierChannels
+from zolightning.scopes.parts import MLP, OutlierChannels, WithoutOutlierChannels
+from zolightning.scopes.scope import Scope
 
 HIDDEN, WIDTH, CHANNELS = 16, 48, 5  # of 48 channels, 5 are the tenth
 TENTH = 0.1

@@ -12,13 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from training import moved, sizes, weights, zeroth_order
-from zolightning.activation_profile import profile_activations
 from zolightning.callbacks import DominantLayer, RandomLayer, TrainLayers, TrainParameters
-from zolightning.callbacks.layer_scope import LayerScope
-from zolightning.callbacks.scope import Scope
 from zolightning.layers import find_layers
-from zolightning.scopes import MLP
-from zolightning.selection_rules import Absolute, Jump
+from zolightning.scopes.activation_profile import profile_activations
+from zolightning.scopes.layer_scope import LayerScope
+from zolightning.scopes.parts import MLP
+from zolightning.scopes.rules import Absolute, Jump
+from zolightning.scopes.scope import Scope
 
 
 @pytest.mark.parametrize("outlier", [0, 1, 3, 5])

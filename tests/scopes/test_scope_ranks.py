@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zolightning.callbacks import DominantLayer, ZerothOrder
 from zolightning.optim import MeZO
-from zolightning.scopes import LoRA, OutlierChannels
+from zolightning.scopes.parts import LoRA, OutlierChannels
 
 folder, ranks = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)

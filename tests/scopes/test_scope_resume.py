@@ -14,9 +14,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training import weights, zeroth_order
 from zolightning.callbacks import DominantLayer, RandomLayer, TrainLayers, TrainParameters
-from zolightning.callbacks.scope import Scope
 from zolightning.optim import MeZO, MeZOAdam
-from zolightning.scopes import OutlierChannels, WithoutOutlierChannels
+from zolightning.scopes.parts import OutlierChannels, WithoutOutlierChannels
+from zolightning.scopes.scope import Scope
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 

@@ -1,28 +1,11 @@
-"""Seconds and bytes."""
+"""Bytes that a process holds."""
 
 import gc
 import resource
 import sys
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def round_robin(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repetition of each piece of work.
-
-    They take turns, so that whatever else the machine is doing slows them alike. A first round is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(repeats + 1):
-        for name, call in work.items():
-            start = time.perf_counter()
-            call()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def peak_bytes() -> int:

@@ -6,10 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from zolightning.bench.measure import round_robin
-from zolightning.bench.report import Record
-from zolightning.direction import directions
-from zolightning.noise import NOISE_KINDS
+from zolightning.commands.report import Record, round_robin
+from zolightning.directions.dense import directions
+from zolightning.directions.noise import NOISE_KINDS
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -9,9 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zolightning.bench.measure import round_robin
-from zolightning.bench.report import Record
-from zolightning.orthogonalization import msign, newton_schulz, power_iteration
+from zolightning.commands.report import Record, round_robin
+from zolightning.optim.orthogonalization import msign, newton_schulz, power_iteration
 
 
 def measure_orthogonalization(model: nn.Module, rank: int, power_rank: int, repeats: int) -> list[Record]:

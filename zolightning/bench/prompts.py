@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.bench.published import published_batch, published_loss
-from zolightning.bench.report import Record
 from zolightning.bench.rows import FORWARD, PUBLISHED, Row
+from zolightning.commands.report import Record
 from zolightning.data import Batch, Task
 from zolightning.data.batching import LengthBuckets
 from zolightning.data.encoding import Example, collate, encode

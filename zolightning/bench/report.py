@@ -1,4 +1,4 @@
-"""Tables on the screen and in a file."""
+"""Files of a measurement."""
 
 import csv
 import platform
@@ -7,17 +7,7 @@ from pathlib import Path
 
 import torch
 
-Record = Mapping[str, str | int | float | None]
-
-
-def print_table(title: str, records: Sequence[Record]) -> None:
-    """Prints records that have the same keys, which head the columns."""
-    lines = [list(records[0]), *([_text(value) for value in record.values()] for record in records)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\n{title}")
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
+from zolightning.commands.report import Record
 
 
 def write_csv(path: Path, tables: Mapping[str, Sequence[Record]], context: Record) -> None:
@@ -43,11 +33,3 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _text(value: str | int | float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)

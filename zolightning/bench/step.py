@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning.bench.measure import peak_bytes, reset_peak, resident_bytes, round_robin
+from zolightning.bench.measure import peak_bytes, reset_peak, resident_bytes
 from zolightning.bench.noise import measure_noise
 from zolightning.bench.orthogonalization import measure_orthogonalization
 from zolightning.bench.prompts import measure_prompts
-from zolightning.bench.report import Record, machine, print_table, write_csv
+from zolightning.bench.report import machine, write_csv
 from zolightning.bench.rows import DENSE, FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, SUBSPACE, Row, state_bytes
+from zolightning.commands.report import Record, print_table, round_robin
 from zolightning.models import CausalLM
 
 DTYPES = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}

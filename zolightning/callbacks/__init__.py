@@ -1,15 +1,15 @@
 """Callbacks: what is trained, when, and what is recorded."""
 
-from zolightning.callbacks.dominant_layer import DominantLayer
 from zolightning.callbacks.momentum_transport import MomentumTransport
 from zolightning.callbacks.prediction_writer import PredictionWriter
-from zolightning.callbacks.random_layer import RandomLayer
 from zolightning.callbacks.run_monitor import RunMonitor
 from zolightning.callbacks.spectra import Spectra
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
-from zolightning.callbacks.train_layers import TrainLayers
-from zolightning.callbacks.train_parameters import TrainParameters
 from zolightning.callbacks.zeroth_order import ZerothOrder
+from zolightning.scopes.dominant_layer import DominantLayer
+from zolightning.scopes.random_layer import RandomLayer
+from zolightning.scopes.train_layers import TrainLayers
+from zolightning.scopes.train_parameters import TrainParameters
 
 __all__ = [
     "DominantLayer",

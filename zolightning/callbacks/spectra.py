@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from zolightning.calibration import own_loss
 from zolightning.callbacks.subspace_resampling import subspace_optimizer
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrix, momentum_of
+from zolightning.scopes.calibration import own_loss
 
 Source = Literal["estimate", "momentum", "gradient"]
 SOURCES: tuple[str, ...] = ("estimate", "momentum", "gradient")

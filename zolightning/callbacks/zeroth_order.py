@@ -43,9 +43,10 @@ class ZerothOrder(Callback):
         skip_nonfinite: skip a step whose loss is NaN or infinite, instead of stopping.
         evaluations_per_forward: how many evaluations of a step share one run of the network, on the batch repeated
             that often: faster where batches are small, for as many times the activations' memory. It needs one
-            submodule with all trainable parameters, whose outputs have one row an example (:mod:`zolightning.stacked`);
-            where evaluations turn out to be inseparable, a warning says why and each runs by itself. Leave it at 1
-            where only late layers train: what lies below them is computed once a step then.
+            submodule with all trainable parameters, whose outputs have one row an example
+            (:mod:`zolightning.evaluation.stacked`); where evaluations turn out to be inseparable, a warning says why
+            and each runs by itself. Leave it at 1 where only late layers train: what lies below them is computed once
+            a step then.
         keep_prefix_gib: memory, in GiB, for what lies below the first trained layer to be computed once a run instead
             of once a step; for training sets whose batches come again (``data.fixed_batches``).
 

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from zolightning.activation_profile import ActivationProfile
 from zolightning.commands.sensitivity import Sensitivity
 from zolightning.commands.time_model import StepTimes
+from zolightning.scopes.activation_profile import ActivationProfile
 
 # Two series at most share axes: blue and orange differ for the colour-blind too.
 _FIRST, _SECOND, _ACCENT, _QUIET = "#1f6fb4", "#e07b00", "#b3261e", "#6b6b6b"

@@ -10,19 +10,18 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from zolightning.activation_profile import ActivationProfile, profile_activations
-from zolightning.bench.measure import round_robin
-from zolightning.bench.report import print_table
-from zolightning.calibration import calibration_batches, calibration_forward
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import activation_figure, save_figure, sensitivity_figure, step_time_figure
+from zolightning.commands.report import print_table, round_robin
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.time_model import StepTimes, measure_step_times, scopes
 from zolightning.layers import find_layers
-from zolightning.selection_rules import DEFAULT_RULES
+from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.rules import DEFAULT_RULES
 
 if TYPE_CHECKING:
-    from zolightning.trainer import Trainer
+    from zolightning.commands.trainer import Trainer
 
 _TIMED_STEPS = 3  # of each scope, after one that is not timed
 _AUDIT = 3  # forwards by which a method first makes sure that it sees every parameter

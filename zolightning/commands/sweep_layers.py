@@ -16,18 +16,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zolightning.bench.report import print_table
 from zolightning.callbacks import PredictionWriter, RunMonitor, TrainLayers, ZerothOrder
-from zolightning.callbacks.scope import Scope
 from zolightning.callbacks.zeroth_order import refuse_unsupported
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import save_figure, sweep_figure
+from zolightning.commands.report import print_table
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
 from zolightning.layers import LayerStack, check_index, find_layers
 from zolightning.optim import NonFiniteLossError
+from zolightning.scopes.scope import Scope
 
 if TYPE_CHECKING:
-    from zolightning.trainer import Trainer
+    from zolightning.commands.trainer import Trainer
 
 _OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, SaveConfigCallback)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zolightning.bench.measure import round_robin
+from zolightning.commands.report import round_robin
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.optim import MeZO
 

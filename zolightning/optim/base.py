@@ -9,8 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from zolightning.audit import audit, find_readers
-from zolightning.estimators import Estimator, Probe, TwoSided
+from zolightning.directions.slices import SlicedPerturbation
+from zolightning.evaluation.audit import audit, find_readers
+from zolightning.evaluation.perturbed import Perturbation, Perturbed, Scratch
+from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
+from zolightning.evaluation.stacked import CannotStack, StackedNetwork, network_of
 from zolightning.optim.checks import (
     loss_and_terms,
     require_choice,
@@ -20,13 +23,10 @@ from zolightning.optim.checks import (
     require_trainable,
     some,
 )
+from zolightning.optim.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
+from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
 from zolightning.optim.record import NonFiniteLossError, StepRecord
-from zolightning.perturbation import Perturbation, Perturbed, Scratch
-from zolightning.precision import UPDATE_PRECISIONS, UpdatePrecision
-from zolightning.shared_prefix import SharedPrefix, layers_of
-from zolightning.slices import SlicedPerturbation
-from zolightning.stacked import CannotStack, StackedNetwork, network_of
 
 Evaluate = Callable[[], Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -48,7 +48,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         num_queries: directions a step.
         estimator: which losses to ask for.
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
-        update_precision: how updates are added to half-precision weights, see :mod:`zolightning.precision`.
+        update_precision: how updates are added to half-precision weights, see :mod:`zolightning.optim.precision`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -188,7 +188,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         Args:
             module: what owns the parameters.
             evaluations_per_forward: how many evaluations of a step share a run of the network, see
-                :mod:`zolightning.stacked`; those that do not share what lies below the first trained layer.
+                :mod:`zolightning.evaluation.stacked`; those that do not share what lies below the first trained layer.
 
         Raises:
             ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes; if

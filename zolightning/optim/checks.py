@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.estimators import Estimator
-from zolightning.noise import MAX_ELEMENTS
+from zolightning.directions.noise import MAX_ELEMENTS
+from zolightning.optim.estimators import Estimator
 
 
 def require_positive(name: str, value: float) -> None:

@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zolightning.direction import Direction, directions
-from zolightning.estimators import Estimator
-from zolightning.noise import NOISE_KINDS, NoiseKind
+from zolightning.directions.dense import Direction, directions
+from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.precision import State, UpdatePrecision, packed
 from zolightning.optim.record import StepRecord
-from zolightning.precision import State, UpdatePrecision, packed
 
 
 class DenseOptimizer(ZerothOrderOptimizer):
     """Abstract: draws dense directions and hands each parameter its estimated gradient as a direction.
 
     Args:
-        noise: "gaussian" (17-valued, see :mod:`zolightning.noise`) or "rademacher".
+        noise: "gaussian" (17-valued, see :mod:`zolightning.directions.noise`) or "rademacher".
 
     The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from zolightning.estimators import Estimator
-from zolightning.noise import NoiseKind
+from zolightning.directions.noise import NoiseKind
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.precision import State, UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.precision import State, UpdatePrecision
 
 
 class LOZO(SubspaceOptimizer):

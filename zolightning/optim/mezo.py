@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from zolightning.direction import Direction
-from zolightning.estimators import Estimator
-from zolightning.kernels import chunks
-from zolightning.noise import NoiseKind
+from zolightning.directions.dense import Direction
+from zolightning.directions.kernels import chunks
+from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, momentum_
-from zolightning.precision import State, UpdatePrecision, add_direction, add_tensor
+from zolightning.optim.precision import State, UpdatePrecision, add_direction, add_tensor
 
 
 class MeZO(DenseOptimizer):
@@ -32,8 +32,8 @@ class MeZO(DenseOptimizer):
         lr: step size; the weights move by ``lr * projected_grad`` along a unit-variance direction.
         eps: perturbation scale: standard deviation of the perturbation of each weight.
         num_queries: directions a step, whose estimates are averaged.
-        estimator: ``TwoSided()``, ``OneSided()`` or ``Population()`` (:mod:`zolightning.estimators`).
-        noise: "gaussian" (17-valued, see :mod:`zolightning.noise`) or "rademacher".
+        estimator: ``TwoSided()``, ``OneSided()`` or ``Population()`` (:mod:`zolightning.optim.estimators`).
+        noise: "gaussian" (17-valued, see :mod:`zolightning.directions.noise`) or "rademacher".
         momentum: decay of an exponential mean of the estimated gradients, ``m = momentum * m + (1 - momentum) * g``;
             0 keeps no state.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
@@ -42,7 +42,7 @@ class MeZO(DenseOptimizer):
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
         rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
         seed: of the directions; None takes that of ``seed_everything``.
-        update_precision: "exact" or "native", see :mod:`zolightning.precision`.
+        update_precision: "exact" or "native", see :mod:`zolightning.optim.precision`.
     """
 
     def __init__(

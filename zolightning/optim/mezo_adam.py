@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from zolightning.direction import Direction
-from zolightning.estimators import Estimator
-from zolightning.kernels import chunks
-from zolightning.noise import NoiseKind
+from zolightning.directions.dense import Direction
+from zolightning.directions.kernels import chunks
+from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, adam_
-from zolightning.precision import State, UpdatePrecision, add_tensor
+from zolightning.optim.precision import State, UpdatePrecision, add_tensor
 
 
 class MeZOAdam(DenseOptimizer):

@@ -1,15 +1,15 @@
 """Running moments of an estimated gradient, kept in fp32 (4 bytes an element each).
 
-The gradient comes as a :class:`~zolightning.direction.Direction`, which adds itself to a tensor: it is generated
+The gradient comes as a :class:`~zolightning.directions.dense.Direction`, which adds itself to a tensor: it is generated
 where it is needed, at most :data:`CHUNK` elements at once.
 """
 
 import torch
 from torch import Tensor
 
-from zolightning.direction import Direction, arithmetic
-from zolightning.kernels import chunks
-from zolightning.precision import State
+from zolightning.directions.dense import Direction, arithmetic
+from zolightning.directions.kernels import chunks
+from zolightning.optim.precision import State
 
 CHUNK = 2**20
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.slices import Slice
+from zolightning.directions.slices import Slice
 
 
 class NamedParameters(torch.optim.Optimizer):

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.direction import Direction, directions
-from zolightning.estimators import Estimator
-from zolightning.kernels import chunks
-from zolightning.low_rank import LowRank
-from zolightning.noise import NOISE_KINDS, NoiseKind
+from zolightning.directions.dense import Direction, directions
+from zolightning.directions.kernels import chunks
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.noise import NOISE_KINDS, NoiseKind
+from zolightning.evaluation.perturbed import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
+from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, adam_, momentum_
+from zolightning.optim.precision import State, UpdatePrecision, add_direction, add_tensor, packed
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import TRANSPORTS, Matrix, SubspaceWeights
-from zolightning.perturbation import Perturbation
-from zolightning.precision import State, UpdatePrecision, add_direction, add_tensor, packed
 
 _DENOMINATOR_EPS = 1e-8
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from zolightning.estimators import Estimator
-from zolightning.noise import NoiseKind
+from zolightning.directions.noise import NoiseKind
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.precision import UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.precision import UpdatePrecision
 
 
 class SubspaceMeZO(SubspaceOptimizer):

@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from zolightning.basis import Basis, Sides, gaussian, orthonormal
-from zolightning.direction import arithmetic
-from zolightning.kernels import chunks
+from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
+from zolightning.directions.dense import arithmetic
+from zolightning.directions.kernels import chunks
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import some
 from zolightning.optim.moments import CHUNK
+from zolightning.optim.precision import State, add_tensor, packed
 from zolightning.optim.record import StepRecord
-from zolightning.precision import State, add_tensor, packed
 
 Transport = Literal["project", "reset", "keep"]
 TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")

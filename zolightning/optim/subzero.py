@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zolightning.estimators import Estimator
-from zolightning.noise import NoiseKind
+from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_choice
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.precision import UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrix
-from zolightning.precision import UpdatePrecision
 
 Scaling = Literal["code", "paper"]
 SCALINGS: tuple[str, ...] = ("code", "paper")

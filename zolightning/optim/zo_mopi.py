@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolightning.estimators import Estimator
-from zolightning.noise import NoiseKind
+from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_positive
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.orthogonalization import power_iteration
+from zolightning.optim.precision import State, UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.orthogonalization import power_iteration
-from zolightning.precision import State, UpdatePrecision
 
 
 class ZOMOPI(SubspaceOptimizer):

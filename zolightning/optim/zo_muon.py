@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from zolightning.estimators import Estimator
-from zolightning.noise import NoiseKind
+from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_choice
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.orthogonalization import msign, newton_schulz
+from zolightning.optim.precision import State, UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.orthogonalization import msign, newton_schulz
-from zolightning.precision import State, UpdatePrecision
 
 Orthogonalization = Literal["newton_schulz", "svd"]
 ORTHOGONALIZATIONS: tuple[str, ...] = ("newton_schulz", "svd")

@@ -1,0 +1,165 @@
+"""Functions are watched in the modules that read perturbed parameters, and only where these are all that do."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from zolightning.evaluation.audit import FlippedBit, find_readers
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.optim import MeZO, SubZero
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+class Net(nn.Module):
+    """Two layers, and what an experimenter may do with the second one's weight."""
+
+    def __init__(self, also: Callable[["Net", Tensor], Tensor] = lambda net, x: x) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.also = also
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.also(self, self.second(torch.tanh(self.first(x))))
+
+    def loss(self) -> Tensor:
+        return self(X).square().mean()
+
+
+def readers_of(net: Net, layer: nn.Module) -> tuple[nn.Module, ...] | None:
+    return find_readers(net, set(layer.parameters()), net.loss)
+
+
+class TestFindReaders:
+    def test_owners_that_are_called(self) -> None:
+        net = Net()
+        assert readers_of(net, net) == (net.first, net.second)
+        assert readers_of(net, net.second) == (net.second,)
+
+    def test_all_owners_of_a_tied_parameter(self) -> None:
+        net = Net()
+        net.second.weight = net.first.weight
+        assert readers_of(net, net.second) == (net.first, net.second)
+
+    def test_a_parent_that_owns_one_too(self) -> None:
+        net = Net(lambda net, x: x * net.scale)
+        net.scale = nn.Parameter(torch.tensor(1.5))
+        assert readers_of(net, net) == (net, net.first, net.second)
+
+    @pytest.mark.parametrize(
+        "also",
+        [
+            lambda net, x: F.linear(x, net.second.weight),
+            lambda net, x: x + net.second.bias[0],
+            lambda net, x: x + net.second.bias.mean(),
+            lambda net, x: x @ net.second.weight.T,
+        ],
+    )
+    def test_none_where_others_read_too(self, also: Callable[[Net, Tensor], Tensor]) -> None:
+        net = Net(also)
+        assert readers_of(net, net.second) is None
+        assert readers_of(net, net.first) == (net.first,)
+
+    def test_none_where_others_read_zeros(self) -> None:
+        net = Net(lambda net, x: x + net.second.bias.mean())
+        nn.init.zeros_(net.second.bias)
+        assert readers_of(net, net.second) is None
+
+    def test_none_where_a_hook_reads(self) -> None:
+        net = Net()
+        net.second.register_forward_hook(lambda module, _, output: output * module.weight.mean())
+        assert readers_of(net, net.second) is None
+
+    def test_none_where_the_owner_is_never_called(self) -> None:
+        net = nn.MultiheadAttention(4, 2)
+        weight = net.out_proj.weight
+        assert find_readers(net, {weight}, lambda: net(X, X, X)[0].square().mean()) is None
+        everything = set(net.parameters())
+        assert net in (find_readers(net, everything, lambda: net(X, X, X)[0].square().mean()) or ())
+
+    def test_losses_that_cannot_be_compared(self) -> None:
+        net = Net(lambda _, x: x * float("nan"))
+        assert readers_of(net, net.second) is None
+
+
+class TestPerturbed:
+    def test_functions_elsewhere_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        net, watched = Net(), []
+        own = Perturbed.__torch_function__
+
+        def spy(mode: TorchFunctionMode, func: Callable[..., Tensor], *args: object, **kwargs: object) -> object:
+            watched.append(func)
+            return own(mode, func, *args, **kwargs)
+
+        monkeypatch.setattr(Perturbed, "__torch_function__", spy)
+        with torch.no_grad(), Perturbed(dict.fromkeys(net.second.parameters(), FlippedBit()), readers=(net.second,)):
+            net.loss()
+        assert F.linear in watched and watched.count(F.linear) == 1 and torch.tanh not in watched
+
+    def test_a_reader_inside_of_a_reader(self) -> None:
+        net = Net(lambda net, x: x * net.scale)
+        net.scale = nn.Parameter(torch.tensor(1.5))
+        changes = dict.fromkeys(net.parameters(), FlippedBit())
+        with torch.no_grad():
+            with Perturbed(changes):
+                expected = net.loss()
+            with Perturbed(changes, readers=(net, net.first, net.second)):
+                assert torch.equal(net.loss(), expected)
+
+    @pytest.mark.parametrize("own", [False, True])
+    def test_forwards_are_given_back_after_an_error(self, own: bool) -> None:
+        net = Net()
+        mine = net.second.forward
+        if own:
+            net.second.forward = mine
+        with pytest.raises(KeyboardInterrupt), Perturbed({}, readers=(net.second,)):
+            assert net.second.forward is not mine
+            raise KeyboardInterrupt
+        assert vars(net.second).get("forward") is (mine if own else None)
+
+
+class TestMethods:
+    def losses(self, net: Net, watch_everything: bool) -> list[float]:
+        optimizer = MeZO(net.parameters(), lr=1e-2, seed=0)
+        optimizer.attach(net)
+        if watch_everything:
+            optimizer._find_readers = lambda *_: None
+        losses = []
+        for step in range(8):
+            net.first.requires_grad_(step < 4)  # another set of parameters, other readers
+            losses.append(optimizer.estimate(net.loss).loss)
+            optimizer.step()
+        return losses
+
+    def test_the_same_bits(self) -> None:
+        net, other = Net(), Net()
+        other.load_state_dict(net.state_dict())
+        assert self.losses(net, False) == self.losses(other, True)
+
+    def test_what_a_frozen_matrix_has_pending_is_read(self) -> None:
+        net = Net()
+        optimizer = SubZero(net.parameters(), lr=0.1, rank=2, vector_lr=0.0, seed=0)
+        optimizer.attach(net)
+        for _ in range(3):
+            optimizer.estimate(net.loss)
+            optimizer.step()
+        net.first.requires_grad_(False)
+        folded, other = Net(), []
+        folded.load_state_dict(net.state_dict())
+        with torch.no_grad(), optimizer.effective():
+            other.append(net.loss())
+        torch.testing.assert_close(other[0], folded.loss().detach())
+        optimizer.estimate(net.loss)  # watches what is pending, and does not share what lies below it
+        optimizer.step()
+        assert optimizer.record.loss == pytest.approx(folded.loss().item(), rel=1e-2)

@@ -1,0 +1,223 @@
+"""Layers below the first trained one run once a step, and no loss changes by a bit."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from zolightning.callbacks import ZerothOrder
+from zolightning.optim import MeZO, StepRecord
+from zolightning.optim.estimators import Estimator, OneSided, Population, TwoSided
+
+
+class Layers(nn.Module):
+    """Four layers that count how often they run, an embedding before and a head after them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, skip: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.embedding = nn.Embedding(20, 8)
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+            self.head = nn.Linear(8, 3)
+        self.to(dtype)
+        self.skip = skip
+        self.shift = 0  # of the token ids: another batch
+        self.runs = [0] * 4
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(self._run, index, layer.forward)
+
+    def _run(self, index: int, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        self.runs[index] += 1
+        return hidden + forward(hidden)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = first = self.embedding(ids)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden)
+            first = hidden if index == 0 else first
+        return self.head(hidden + first if self.skip else hidden).mean(1)
+
+    def loss(self, parts: int = 1) -> Tensor:
+        ids, labels = (torch.arange(48).view(8, 6) + self.shift) % 20, torch.arange(8) % 3
+        pairs = zip(ids.chunk(parts), labels.chunk(parts), strict=True)
+        return sum(F.cross_entropy(self(i).float(), y) for i, y in pairs) / parts
+
+    def train_only(self, *names: str) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(names))
+
+
+class Module(L.LightningModule):
+    """Trains layer 2 on batches that are told apart by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Layers()
+        self.net.train_only("layers.2")
+
+    def training_step(self, batch: int, batch_idx: int) -> Tensor:
+        self.net.shift = int(batch)
+        return self.net.loss()
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def step(
+    net: Layers, share: bool = True, parts: int = 1, estimator: Estimator | None = None, queries: int = 1
+) -> tuple[list[StepRecord], list[int]]:
+    """Two steps' records, and how often each layer ran in the second one."""
+    optimizer = MeZO(net.parameters(), lr=0.1, eps=0.1, num_queries=queries, estimator=estimator, seed=0)
+    optimizer.attach(net)
+    if not share:
+        optimizer.prefix.layers = ()
+    records = [optimizer.estimate(partial(net.loss, parts))]
+    optimizer.step()
+    net.runs[:] = [0] * 4
+    records.append(optimizer.estimate(partial(net.loss, parts)))
+    optimizer.step()
+    return records, net.runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("estimator", "queries"), [(TwoSided(), 2), (OneSided(), 3), (Population(), 4)])
+def test_losses_keep_all_their_bits(dtype: torch.dtype, parts: int, estimator: Estimator, queries: int) -> None:
+    shared, plain = Layers(dtype), Layers(dtype)
+    for net in (shared, plain):
+        net.train_only("layers.2", "head")
+    evaluations = len(estimator.probes(queries))
+    records, runs = step(shared, parts=parts, estimator=estimator, queries=queries)
+    assert runs == [parts, parts, evaluations * parts, evaluations * parts]
+    expected, runs = step(plain, share=False, parts=parts, estimator=estimator, queries=queries)
+    assert runs == [evaluations * parts] * 4
+    assert records == expected
+    for one, other in zip(shared.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("trained", "runs"),
+    [
+        (("layers.0",), [2, 2, 2, 2]),
+        (("layers.3",), [1, 1, 1, 2]),
+        (("head",), [1, 1, 1, 1]),
+        (("embedding",), [2, 2, 2, 2]),
+        (("layers.1", "layers.3"), [1, 2, 2, 2]),
+        (("",), [2, 2, 2, 2]),
+    ],
+)
+def test_all_up_to_the_first_trained_parameter_is_shared(trained: tuple[str, ...], runs: list[int]) -> None:
+    net = Layers()
+    net.train_only(*trained)
+    assert step(net)[1] == runs
+
+
+def test_a_layer_that_is_read_elsewhere_is_not_shared() -> None:
+    net, plain = Layers(skip=True), Layers(skip=True)
+    for one in (net, plain):
+        one.train_only("layers.2")
+    with pytest.warns(UserWarning, match="cannot be shared"):
+        records, runs = step(net)
+    assert runs == [2] * 4
+    assert records == step(plain, share=False)[0]
+
+
+def test_hooks_of_others_see_every_run() -> None:
+    net, seen = Layers(), []
+    net.train_only("layers.3")
+    net.layers[1][0].register_forward_hook(lambda *_: seen.append(1))
+    _, runs = step(net)
+    assert runs == [1, 2, 2, 2] and len(seen) >= 4
+
+
+def test_an_error_leaves_the_layers_as_they_were() -> None:
+    net, calls = Layers(), []
+    net.train_only("layers.2")
+    forwards = [layer.forward for layer in net.layers]
+    optimizer = MeZO(net.parameters(), lr=0.1, seed=0)
+    optimizer.attach(net)
+
+    def loss(failing: int) -> Tensor:
+        calls.append(1)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        return net.loss()
+
+    for failing in range(1, 8):
+        calls.clear()
+        with suppress(KeyboardInterrupt):
+            optimizer.estimate(partial(loss, failing))
+        assert [layer.forward for layer in net.layers] == forwards
+        assert not any(layer._forward_hooks for layer in net.layers)
+    # Nothing that an interrupted step kept is used by the next one.
+    fresh = Layers()
+    fresh.train_only("layers.2")
+    other = MeZO(fresh.parameters(), lr=0.1, seed=0)
+    other.attach(fresh)
+    assert optimizer.estimate(net.loss).projected_grads == other.estimate(fresh.loss).projected_grads
+
+
+def batches(net: Layers, optimizer: MeZO, numbers: list[int]) -> list[StepRecord]:
+    records = []
+    for number in numbers:
+        net.shift = number
+        records.append(optimizer.estimate(net.loss))
+        optimizer.step()
+    return records
+
+
+def test_what_is_kept_from_step_to_step_changes_no_bit() -> None:
+    order = [0, 1, 2, 0, 2, 1, 1, 3]
+    net, plain = Layers(), Layers()
+    optimizers = []
+    for one in (net, plain):
+        one.train_only("layers.2")
+        optimizers.append(MeZO(one.parameters(), lr=0.1, eps=0.1, seed=0))
+        optimizers[-1].attach(one)
+    kept, reference = optimizers
+    kept.prefix.keep_bytes = 10**6
+    first = batches(net, kept, order[:1])
+    net.runs[:] = [0] * 4
+    assert first + batches(net, kept, order[1:]) == batches(plain, reference, order)
+    # The first step only finds out how deep the shared part is: batches 1, 2, 0 and 3 are new after it.
+    assert net.runs == [4, 4, 14, 14]
+    assert len(kept.prefix.kept) == 4
+
+
+def test_no_more_is_kept_than_allowed_and_nothing_for_other_parameters() -> None:
+    net = Layers()
+    net.train_only("layers.2")
+    optimizer = MeZO(net.parameters(), lr=0.1, eps=0.1, seed=0)
+    optimizer.attach(net)
+    size = 8 * 6 * 8 * 4  # the output of a layer for one batch
+    optimizer.prefix.keep_bytes = 2 * size
+    batches(net, optimizer, [0, 1, 2, 3])
+    assert len(optimizer.prefix.kept) == 2
+    # Layer 1 is below what was kept, and moves: nothing of before may come back afterwards.
+    net.train_only("layers.1")
+    batches(net, optimizer, [1])
+    net.train_only("layers.2")
+    net.runs[:] = [0] * 4
+    batches(net, optimizer, [1])
+    assert net.runs == [1, 1, 2, 2]
+
+
+def test_the_callback_says_how_much_is_kept(make_trainer: Callable[..., L.Trainer]) -> None:
+    module = Module()
+    callback = ZerothOrder(partial(MeZO, lr=0.1, seed=0), keep_prefix_gib=0.5)
+    trainer = make_trainer(max_epochs=3, callbacks=[callback], logger=False)
+    trainer.fit(module, DataLoader(range(4), batch_size=None))
+    assert len(trainer.optimizers[0].prefix.kept) == 4
+    # Five evaluations audit the parameters, the first step finds the depth, and each batch is then new once.
+    assert module.net.runs[0] == 5 + 1 + 4
+
+    with pytest.raises(ValueError, match="`keep_prefix_gib` must not be negative, got -1"):
+        ZerothOrder(partial(MeZO, lr=0.1), keep_prefix_gib=-1)

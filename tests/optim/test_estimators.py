@@ -1,0 +1,116 @@
+"""Estimators against closed forms on a quadratic, where finite differences can be worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from zolightning.directions.dense import standard
+from zolightning.directions.noise import NoiseKind, key
+from zolightning.optim.estimators import Estimator, OneSided, Population, Probe, TwoSided
+
+DIM = 24
+EPS = 1e-2
+
+generator = torch.Generator().manual_seed(0)
+_half = torch.randn(DIM, DIM, generator=generator, dtype=torch.float64)
+HESSIAN = _half @ _half.T / DIM
+POINT = torch.randn(DIM, generator=generator, dtype=torch.float64)
+LINEAR = torch.randn(DIM, generator=generator, dtype=torch.float64)
+GRADIENT = HESSIAN @ POINT + LINEAR
+
+
+def loss(point: Tensor) -> Tensor:
+    return 0.5 * point @ HESSIAN @ point + LINEAR @ point
+
+
+def z(query: int, step: int = 0, kind: NoiseKind = "gaussian") -> Tensor:
+    return standard((DIM,), key(0, step, query, "x"), kind).double()
+
+
+def projected_grads(estimator: Estimator, num_queries: int, eps: float = EPS) -> Tensor:
+    losses = [loss(POINT + probe.sign * eps * z(probe.query)) for probe in estimator.probes(num_queries)]
+    return estimator.projected_grads(torch.stack(losses), eps)
+
+
+class TestProbes:
+    @pytest.mark.parametrize("num_queries", [1, 3])
+    def test_two_sided(self, num_queries: int) -> None:
+        assert TwoSided().probes(num_queries) == [Probe(i, sign) for i in range(num_queries) for sign in (1, -1)]
+
+    @pytest.mark.parametrize("num_queries", [1, 3])
+    def test_one_sided_evaluates_the_weights_themselves_once(self, num_queries: int) -> None:
+        assert OneSided().probes(num_queries) == [Probe(0, 0)] + [Probe(i, 1) for i in range(num_queries)]
+
+    def test_population_needs_no_baseline(self) -> None:
+        assert Population().probes(3) == [Probe(0, 1), Probe(1, 1), Probe(2, 1)]
+        assert Population().min_queries == 2
+
+
+class TestClosedForms:
+    def test_two_sided_is_exact_for_a_quadratic(self) -> None:
+        expected = torch.stack([GRADIENT @ z(query) for query in range(5)])
+        # In float64 the difference of two losses of order 10 is good to 1e-15 * 10 / eps
+        torch.testing.assert_close(projected_grads(TwoSided(), 5), expected, rtol=0, atol=1e-11)
+
+    def test_one_sided_is_biased_by_half_the_curvature(self) -> None:
+        expected = torch.stack([GRADIENT @ z(i) + EPS / 2 * z(i) @ HESSIAN @ z(i) for i in range(5)])
+        torch.testing.assert_close(projected_grads(OneSided(), 5), expected, rtol=0, atol=1e-11)
+
+    def test_population_compares_each_with_the_mean_of_the_others(self) -> None:
+        plain = torch.stack([GRADIENT @ z(i) + EPS / 2 * z(i) @ HESSIAN @ z(i) for i in range(5)])
+        others = torch.stack([torch.cat([plain[:i], plain[i + 1 :]]).mean() for i in range(5)])
+        torch.testing.assert_close(projected_grads(Population(), 5), plain - others, rtol=0, atol=1e-11)
+
+    @given(losses=st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+    def test_population_is_the_unbiased_form_of_subtracting_the_mean(self, losses: list[float]) -> None:
+        values = torch.tensor(losses, dtype=torch.float64)
+        found = Population().projected_grads(values, EPS)
+        n = len(losses)
+        torch.testing.assert_close(found, n / (n - 1) * (values - values.mean()) / EPS, rtol=1e-9, atol=1e-9)
+        assert abs(found.sum().item()) < 1e-8 * n
+
+    @given(losses=st.lists(st.floats(-100, 100), min_size=4, max_size=4), shift=st.floats(-100, 100))
+    def test_a_constant_added_to_the_loss_does_not_matter(self, losses: list[float], shift: float) -> None:
+        values = torch.tensor(losses, dtype=torch.float64)
+        for estimator in (TwoSided(), OneSided(), Population()):
+            found, shifted = (estimator.projected_grads(v, EPS) for v in (values, values + shift))
+            torch.testing.assert_close(found, shifted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+class TestMonteCarlo:
+    """Moments of ``g z`` with the exact directional derivative g: what theory says of the noise in use.
+
+    With E z_i^4 = k, the components of ``g z`` for a single direction satisfy E |g z|^2 = (d - 1 + k) |grad|^2: of
+    the d terms z_j^2 (sum_i grad_i z_i)^2, the square itself contributes |grad|^2 each, and the one with i = j
+    contributes k instead of 1. A normal has k = 3, which gives the known d + 2; the 17-valued noise has k = 3 - 1/8,
+    and +-1 has k = 1, which gives d. The mean of q independent estimates keeps |grad|^2 of mean and 1/q of the rest:
+    (d - 2 + k + q) / q.
+    """
+
+    SAMPLES = 6_000
+
+    def estimates(self, kind: NoiseKind) -> Tensor:
+        rows = torch.stack([z(0, step, kind) for step in range(self.SAMPLES)])
+        return (rows @ GRADIENT)[:, None] * rows
+
+    def test_the_mean_is_the_gradient(self, kind: NoiseKind) -> None:
+        kurtosis = 3 - 1 / 8 if kind == "gaussian" else 1
+        error = (self.estimates(kind).mean(0) - GRADIENT).norm() / GRADIENT.norm()
+        # E |mean - grad|^2 = (d - 2 + k) / N; the square of the norm of d nearly independent components of equal
+        # size has a relative deviation of sqrt(2 / d) = 0.29, and the norm itself half of it: 4 of them.
+        expected = math.sqrt((DIM - 2 + kurtosis) / self.SAMPLES)
+        assert abs(error.item() / expected - 1) < 4 * 0.29 / 2
+
+    @pytest.mark.parametrize("num_queries", [1, 4])
+    def test_the_second_moment(self, kind: NoiseKind, num_queries: int) -> None:
+        kurtosis = 3 - 1 / 8 if kind == "gaussian" else 1
+        means = self.estimates(kind).view(-1, num_queries, DIM).mean(1)
+        ratios = means.square().sum(1) / GRADIENT.square().sum()
+        expected = (DIM - 2 + kurtosis + num_queries) / num_queries
+        # Five standard errors of the mean of independent ratios
+        assert abs(ratios.mean() - expected) < 5 * ratios.std() / math.sqrt(len(ratios))

@@ -1,0 +1,65 @@
+"""Loops over parameters in torch: compiled for large tensors, eager in chunks for small ones.
+
+A kernel is a plain function of tensors that writes its outputs in place, element by element. ``torch.compile``
+turns it into one loop instead of thirty passes over memory; where it cannot, chunks that stay in cache make the best
+of it. Both give the same bits. CPUs with a C compiler use :mod:`zolightning.directions.native` instead.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**16  # elements of an eager chunk: temporaries of 256 KiB stay in the second-level cache
+COMPILE_FROM = 2**20  # elements: below it a process may end before compilation has paid for itself
+
+Kernel = Callable[..., None]
+
+
+class _Compiler:
+    """Whether kernels are compiled: from the first large tensor on, unless compilation fails or is switched off."""
+
+    enabled: bool = os.environ.get("ZOLIGHTNING_COMPILE", "1") != "0"
+    warm: bool = False
+
+
+def kernel(function: Kernel, like: Tensor) -> tuple[Kernel, int]:
+    """`function` as it should be run on tensors like `like`, and how many elements to give it at once."""
+    if _Compiler.enabled and (_Compiler.warm or like.numel() >= COMPILE_FROM):
+        return _guarded(function), 2**30
+    return function, CHUNK
+
+
+@functools.cache
+def _compiled(function: Kernel) -> Kernel:
+    return torch.compile(function, dynamic=True)
+
+
+def _guarded(function: Kernel) -> Kernel:
+    def run(*args: Any) -> None:
+        try:
+            _compiled(function)(*args)
+            _Compiler.warm = True
+        except Exception as error:
+            if _Compiler.warm:
+                raise
+            # Nothing has been written: the first compilation failed, before its first run.
+            _Compiler.enabled = False
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(
+                f"torch.compile is not usable here ({reason}); noise is generated eagerly: "
+                "the same numbers, several times slower.",
+                stacklevel=2,
+            )
+            function(*args)
+
+    return run
+
+
+def chunks(numel: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` elements."""
+    return (slice(start, min(start + size, numel)) for start in range(0, numel, size))

@@ -1,0 +1,126 @@
+"""Low-rank perturbations in activation space: ``x W' + (x B) A'`` instead of ``x (W + A B')'``.
+
+Nothing of the weight's size is written or generated. Where a layer has so many rows of input that the two thin
+products cost more than building ``W + A B'`` once, and where a weight is used in another way than by a product (a
+convolution, say), the perturbed weight is built in scratch memory as for dense directions.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zolightning.directions.basis import Basis
+from zolightning.directions.dense import Direction
+
+# Rows of input for each mn / (m + n) from which building a weight beats the thin products, as measured on a CPU. For
+# groups building costs more: they lose the product that they share.
+_BUILD_FROM, _BUILD_FROM_IN_GROUPS = 2, 4
+
+
+class LowRank:
+    """Adds the lift of a core to a weight that is used as an (m, n) matrix.
+
+    The core is made at each use and dropped after it: ``pending + direction``.
+
+    Args:
+        basis: factors in the weight's dtype.
+        shape: (m, n), the shape in which the weight is a matrix.
+        pending: a core at hand, float32 or wider.
+        direction: of the core's shape, added to it.
+    """
+
+    def __init__(
+        self, basis: Basis, shape: tuple[int, int], pending: Tensor | None, direction: Direction | None
+    ) -> None:
+        self.basis = basis
+        self.shape = shape
+        self.pending = pending
+        self.direction = direction
+
+    def write_core(self, out: Tensor) -> Tensor:
+        """Writes the core, rounded once to the dtype of `out`, to `out`, which has its shape, and returns it."""
+        if self.direction is None:
+            return out.zero_() if self.pending is None else out.copy_(self.pending)
+        pending = torch.zeros_like(out) if self.pending is None else self.pending
+        self.direction.add_to(pending, out)
+        return out
+
+    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A (m, r) and B (n, r), of the dtype and device of `like`: the perturbation is ``A @ B.T``."""
+        shape = self.basis.core_shape(self.shape)
+        return self.basis.factors(self.write_core(torch.empty(shape, dtype=like.dtype, device=like.device)))
+
+    def add_to(self, weight: Tensor, out: Tensor) -> None:
+        left, right = self.factors(weight)
+        torch.addmm(weight.view(self.shape), left, right.T, out=out.view(self.shape))
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        if table.shape != self.shape:
+            perturbed = torch.empty_like(table)
+            self.add_to(table, perturbed)
+            torch.index_select(perturbed, 0, rows, out=out)
+            return
+        left, right = self.factors(table)
+        torch.addmm(F.embedding(rows, table), F.embedding(rows, left), right.T, out=out)
+
+    def product(
+        self, func: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Output of a product with the perturbed weight; see :func:`stacked_product`."""
+        return stacked_product([self], func, inputs, weight, [bias])
+
+
+def stacked_product(
+    groups: Sequence[LowRank],
+    func: Callable[..., Tensor],
+    inputs: Tensor,
+    weight: Tensor,
+    biases: Sequence[Tensor | None],
+) -> Tensor | None:
+    """Output of a product whose rows come in groups of one size, each with a perturbation of its own.
+
+    The weight is multiplied once, and so are the factors, which all groups share; only cores differ.
+
+    Args:
+        groups: perturbations of one weight, in one basis and with one pending core.
+        func: ``F.linear``, or ``torch.addmm`` (as GPT-2's layers call it), whose weight is transposed.
+        inputs: (..., n), or (k, m) for ``torch.addmm``.
+        weight: (m, n), unperturbed.
+        biases: of each group, added if any.
+
+    Returns:
+        The output; None where building perturbed weights costs less.
+    """
+    basis, shape = groups[0].basis, groups[0].shape
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    build_from = _BUILD_FROM if len(groups) == 1 else _BUILD_FROM_IN_GROUPS
+    if weight.shape != shape or len(rows) / len(groups) * sum(shape) >= build_from * weight.numel():
+        return None
+    is_linear = func is F.linear
+    first, second = (basis.right, basis.left) if is_linear else (basis.left, basis.right)
+    is_same_bias = all(bias is biases[0] for bias in biases)
+    bias = biases[0] if is_same_bias else None
+    # Rows, because for a strided batch torch would copy the weight once an example.
+    if is_linear:
+        output = F.linear(rows, weight, bias)
+    else:
+        output = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    dtype = output.dtype  # under autocast narrower than the weight
+    count = len(groups)
+    cores = torch.empty(count, *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
+    for group, core in zip(groups, cores, strict=True):
+        group.write_core(core)
+    cores = (cores.mT if is_linear else cores).to(dtype)
+    thin = rows.to(dtype) if first is None else rows.to(dtype) @ first.to(dtype)
+    # One product of a batch, which takes a fraction of the time of a product for each group.
+    parts = thin.view(count, -1, thin.shape[-1])
+    if second is None:
+        output.view(count, -1, output.shape[-1]).baddbmm_(parts, cores)
+    else:
+        output.addmm_(torch.bmm(parts, cores).flatten(0, 1), second.T.to(dtype))
+    if not is_same_bias:
+        for part, bias in zip(output.chunk(count), biases, strict=True):
+            part.add_(bias)
+    return output.view(*inputs.shape[:-1], -1)

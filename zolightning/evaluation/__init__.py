@@ -1,0 +1,1 @@
+"""Evaluation: how a loss sees moved weights."""

@@ -1,0 +1,114 @@
+"""Finds out where a loss reads parameters, before the first step: unseen by torch functions, or in which modules."""
+
+from collections.abc import Callable, Iterable, Set
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.directions.dense import directions
+from zolightning.evaluation.perturbed import Perturbed
+
+_TRIAL_EPS = 1e-2  # above the spacing of bf16 numbers near 1, where the gains of norms lie
+
+
+class FlippedBit:
+    """Changes every element by about 3 % by flipping one bit of its mantissa: exact to undo, and free of memory."""
+
+    _MANTISSA = {torch.float64: (52, torch.int64), torch.float32: (23, torch.int32)} | {
+        torch.bfloat16: (7, torch.int16),
+        torch.float16: (10, torch.int16),
+    }
+
+    def flip_(self, weight: Tensor) -> None:
+        """Flips the bit in place; a second call restores the weight."""
+        bits, integer = self._MANTISSA[weight.dtype]
+        weight.view(integer).bitwise_xor_(1 << (bits - 5))
+
+    def add_to(self, weight: Tensor, out: Tensor) -> None:
+        out.copy_(weight)
+        self.flip_(out)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        out.copy_(table[rows])
+        self.flip_(out)
+
+
+@torch.no_grad()
+def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter] | None:
+    """The parameters that :class:`Perturbed` must perturb in place, found with three or four evaluations.
+
+    The loss is evaluated as it is, once with all parameters exchanged and once with all of them changed in place,
+    by the same amount. Parameters that no function has read are returned; when the two losses still differ, some
+    function has read one of the others unseen, and all are returned.
+
+    Args:
+        parameters: those to be perturbed.
+        evaluate: the loss of one batch, a scalar; must be deterministic.
+
+    Returns:
+        The parameters, or None where the loss is not finite, so that nothing can be compared.
+
+    Raises:
+        ValueError: if the evaluation writes to a parameter.
+    """
+    parameters = list(parameters)
+    versions = [parameter._version for parameter in parameters]
+    loss = evaluate()
+    for parameter, version in zip(parameters, versions, strict=True):
+        if parameter._version != version:
+            raise ValueError(
+                f"A parameter of shape {tuple(parameter.shape)} is changed by the forward pass itself, as that of "
+                "nn.Embedding is with `max_norm`, so that its losses cannot be compared. Freeze it, or leave that out."
+            )
+    if not torch.isfinite(loss):
+        return None
+    flip = FlippedBit()
+    with Perturbed(dict.fromkeys(parameters, flip)) as exchanged:
+        loss_exchanged = evaluate()
+    unseen = {p for p in parameters if id(p) not in exchanged.seen}
+    with Perturbed(dict.fromkeys(parameters, flip), in_place=unseen):
+        loss_exchanged = evaluate() if unseen else loss_exchanged
+    flipped: list[nn.Parameter] = []
+    try:
+        for parameter in parameters:
+            flip.flip_(parameter.detach())
+            flipped.append(parameter)
+        torch.clear_autocast_cache()
+        loss_in_place = evaluate()
+    finally:
+        for parameter in flipped:
+            flip.flip_(parameter.detach())
+        torch.clear_autocast_cache()
+    # Kernels that add in varying order differ in the last bits: small against what the change itself did.
+    agree = (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
+    return unseen if agree else set(parameters)
+
+
+@torch.no_grad()
+def find_readers(
+    module: nn.Module, parameters: Set[nn.Parameter], evaluate: Callable[[], Tensor]
+) -> tuple[nn.Module, ...] | None:
+    """The submodules that own some of `parameters`, if these are read nowhere else; None if they are.
+
+    Found by two evaluations along one random direction, one with all functions watched: their losses must agree in
+    all bits. A read elsewhere escapes only if it does not move the loss.
+
+    Args:
+        module: what owns all of the parameters.
+        parameters: none that :func:`audit` returns.
+        evaluate: the loss of one batch, a scalar; must be deterministic.
+    """
+    owners = tuple(
+        submodule
+        for submodule in module.modules()
+        if not isinstance(submodule, torch.jit.ScriptModule)
+        and any(parameter in parameters for parameter in submodule._parameters.values())
+    )
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter in parameters}
+    # Not flipped bits: these do not move zeros, and equal changes of a few elements cancel in a sum.
+    changes = directions(named, seed=0, step=0, coefficients={0: _TRIAL_EPS}, kind="gaussian")
+    losses = []
+    for readers in (None, owners):
+        with Perturbed({named[name]: change for name, change in changes.items()}, readers=readers):
+            losses.append(evaluate())
+    return owners if torch.equal(*losses) else None

@@ -1,0 +1,255 @@
+"""Perturbed weights that are never stored: a loss sees ``W + direction`` while ``W`` stays as it is.
+
+While a :class:`Perturbed` context is active, every torch function that is handed a perturbed parameter gets a
+scratch copy of ``W + direction`` instead, filled just before the call and reused by the next one. So there is no
+restore pass and no drift, memory is one layer above inference, and an exception inside a loss loses nothing. Since
+the exchange happens where a weight is read, not where a module owns it, tied weights, functional use and modules
+that read another's parameter (``nn.MultiheadAttention``) need no special care. Where a trial shows that only the
+owners read, which is the rule, functions are watched inside of these modules alone.
+
+Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
+perturbation. :func:`zolightning.evaluation.audit.audit` finds such parameters before the first step; they are
+perturbed in place, from a copy.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+# Products with a weight, and which of their arguments are the weight, the input and the bias.
+PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
+# Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
+_VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+_DESCRIPTIONS = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "__len__"}
+    | {"is_floating_point", "is_complex", "__hash__", "get_device", "storage_offset"}
+)
+
+
+class Perturbation(Protocol):
+    """Anything that can write a perturbed weight: a :class:`~zolightning.directions.dense.Direction`, for one."""
+
+    def add_to(self, weight: Tensor, out: Tensor) -> None:
+        """Writes the perturbed `weight` to `out`; both contiguous, of the same shape and dtype."""
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Writes the perturbed ``table[rows]`` to `out`."""
+
+    # A perturbation may have a third method, `product`: see `zolightning.directions.low_rank.LowRank`.
+
+
+class Scratch:
+    """Buffers that successive layers share; the largest layer decides their size."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, list[Tensor]] = {}
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised contiguous tensor of the shape, dtype and device of `like`."""
+        free = self._free.setdefault(like.device, [])
+        size = like.numel() * like.element_size()
+        buffer = free.pop() if free else None
+        if buffer is None or buffer.numel() < size:
+            del buffer
+            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return buffer[:size].view(like.dtype).view(like.shape)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Makes the memory of `tensor`, from :meth:`take`, available again."""
+        storage = tensor.untyped_storage()
+        buffer = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        self._free.setdefault(tensor.device, []).append(buffer)
+
+
+class Perturbed(TorchFunctionMode):
+    """A context in which torch functions see perturbed parameters.
+
+    Args:
+        perturbations: what to do to each parameter, None to note only that it is read; others are left alone.
+        in_place: parameters to be perturbed where they lie, restored from a copy on exit.
+        scratch: buffers to reuse from one context to the next.
+        readers: modules in whose ``forward`` alone the other parameters are read, see
+            :func:`zolightning.evaluation.audit.find_readers`; elsewhere functions are then left alone, at no cost.
+            None watches all functions.
+    """
+
+    def __init__(
+        self,
+        perturbations: Mapping[nn.Parameter, Perturbation | None],
+        in_place: Iterable[nn.Parameter] = (),
+        scratch: Scratch | None = None,
+        readers: Iterable[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.perturbations = perturbations
+        self.in_place = {p: change for p in in_place if (change := perturbations.get(p)) is not None}
+        self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self.in_place}
+        self.scratch = scratch or Scratch()
+        self.readers = readers
+        self._restore = ExitStack()
+        self._is_paused = False
+        self._is_watching = False
+        self.seen: set[int] = set()  # ids of the parameters that some function has read
+
+    def has_touched_any(self) -> bool:
+        """Whether any of the parameters may have been read so far."""
+        return bool(self.seen or self.in_place)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context functions are handed the stored parameters."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def __enter__(self) -> "Perturbed":
+        with ExitStack() as restore:  # an interrupt or a lack of memory on the way restores what was done so far
+            # Autocast keeps its half-precision copies of parameters: stale here, or as large as the model.
+            restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
+            for parameter, perturbation in self.in_place.items():
+                original = parameter.detach().clone(memory_format=torch.contiguous_format)
+                perturbed = torch.empty_like(original)
+                perturbation.add_to(original, perturbed)
+                restore.callback(parameter.detach().copy_, original)
+                parameter.detach().copy_(perturbed)
+            if self.readers is None:
+                super().__enter__()
+                restore.push(super().__exit__)
+            else:
+                for module in self.readers:
+                    attributes = vars(module)  # past nn.Module's own attribute access, which takes longer
+                    own = attributes.get("forward")
+                    restore.callback(_restore_attribute, attributes, "forward", own)
+                    attributes["forward"] = partial(self._watch, module.forward)
+            self._restore = restore.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._restore.__exit__(*exception)
+
+    def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a module that reads parameters."""
+        if self._is_watching or self._is_paused:
+            return forward(*args, **kwargs)
+        self._is_watching = True
+        super().__enter__()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+            self._is_watching = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # A compiled graph would keep the noise of the step it was traced in.
+        if self._is_paused or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if (not self._reads(args) and not (kwargs and self._reads(kwargs.values()))) or _describes(func):
+            return func(*args, **kwargs)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a function that reads a parameter with perturbed ones."""
+        if func is F.embedding and self._is_plain_lookup(args, kwargs):
+            return self._lookup(*args[:2])
+        if func in PRODUCTS and (output := self._product(func, args, kwargs)) is not None:
+            return output
+        taken: list[Tensor] = []
+        try:
+            args = tuple(self.exchange(arg, taken) for arg in args)
+            kwargs = {name: self.exchange(arg, taken) for name, arg in kwargs.items()}
+            output = func(*args, **kwargs)
+        except BaseException:
+            taken.clear()
+            raise
+        if not torch.is_grad_enabled():  # autograd may have saved the buffers
+            for tensor in reversed(taken):
+                if not _may_share_memory(output, tensor):  # a view keeps its buffer; the next call gets a new one
+                    self.scratch.give_back(tensor)
+        return output
+
+    def _reads(self, values: Iterable[Any]) -> bool:
+        perturbations = self._perturbations
+        for value in values:
+            if id(value) in perturbations or (isinstance(value, list | tuple) and self._reads(value)):
+                return True
+        return False
+
+    def exchange(self, value: Any, taken: list[Tensor]) -> Any:
+        """Perturbed copies in the place of parameters; scratch that holds them is added to `taken`."""
+        if isinstance(value, list | tuple):
+            return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
+        if id(value) not in self._perturbations:
+            return value
+        self.seen.add(id(value))
+        perturbation = self._perturbations[id(value)]
+        if perturbation is None:
+            return value
+        weight = value.detach().contiguous()
+        scratch = self.scratch.take(weight)
+        taken.append(scratch)
+        perturbation.add_to(weight, scratch)
+        # torch takes other paths for weights that require gradients (matmul folds its batch): keep to the same ones.
+        return nn.Parameter(scratch, value.requires_grad)
+
+    def _is_plain_lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an embedding call only gathers rows: no renormalisation in place (`max_norm`)."""
+        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+        return len(args) >= 2 and self._perturbations.get(id(args[1])) is not None and max_norm is None
+
+    def _lookup(self, ids: Tensor, table: nn.Parameter) -> Tensor:
+        self.seen.add(id(table))
+        rows = ids.reshape(-1)
+        out = torch.empty(rows.numel(), table.shape[1], dtype=table.dtype, device=table.device)
+        self._perturbations[id(table)].add_to_rows(table.detach().contiguous(), rows, out)
+        return out.view(*ids.shape, table.shape[1])
+
+    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The output of a perturbation that can do without the perturbed weight; None for all other calls."""
+        weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
+        perturbation = self._perturbations.get(id(weight))
+        if kwargs or not hasattr(perturbation, "product") or id(inputs) in self._perturbations:
+            return None
+        taken: list[Tensor] = []
+        output = perturbation.product(func, inputs, weight.detach(), self.exchange(bias, taken))
+        if output is not None:
+            self.seen.add(id(weight))
+        for scratch in taken:
+            self.scratch.give_back(scratch)
+        return output
+
+
+def _restore_attribute(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        del attributes[name]
+    else:
+        attributes[name] = value
+
+
+def _describes(func: Callable[..., Any]) -> bool:
+    name = func.__name__
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", None) not in _VALUE_GETTERS  # type: ignore[attr-defined]
+    return name in _DESCRIPTIONS
+
+
+def _may_share_memory(output: Any, tensor: Tensor) -> bool:
+    if isinstance(output, list | tuple):
+        return any(_may_share_memory(value, tensor) for value in output)
+    if output is None or isinstance(output, bool | int | float):
+        return False
+    try:
+        return output.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    except (AttributeError, NotImplementedError):  # not a tensor, or one without memory of its own (vmap, sparse)
+        return True

@@ -1,0 +1,195 @@
+"""What lies below the first perturbed parameter is the same for all evaluations of a step: it is computed once.
+
+The first evaluation finds out how deep that reaches, by watching which parameters have been read when each layer
+returns, and keeps the output of the last layer that none of the perturbed ones has touched. The others get that
+output where the layers would run. Every loss keeps all its bits. Training layer `l` of `L` alone by two evaluations
+costs ``1 - l / (2 L)`` of two forwards; memory is one layer output for the batch.
+
+Where the same batches come again and again (``data.fixed_batches``), these outputs may be kept for the whole run: from
+the second epoch on, nothing below the first trained layer is computed at all.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.layers import find_layers
+
+Evaluate = Callable[[], tuple[Tensor, Tensor]]
+
+
+def layers_of(module: nn.Module) -> Sequence[nn.Module]:
+    """The layers of a module that :class:`SharedPrefix` may pass over; none where it has no list of layers."""
+    try:
+        return find_layers(module).layers
+    except ValueError:
+        return ()
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives a module another ``forward`` for a while."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+class SharedPrefix:
+    """The layer outputs that the evaluations of one step have in common.
+
+    Args:
+        layers: modules that run one after the other, each on the output of the one before.
+        keep_bytes: how much to keep from step to step, for as long as the same parameters train. Nobody else may
+            change the others meanwhile.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], keep_bytes: int = 0) -> None:
+        self.layers = layers
+        self.keep_bytes = keep_bytes
+        self.kept: dict[bytes, Any] = {}  # by a digest of what the first layer was called with
+        self._kept_bytes = 0
+        self._kept_depth = 0  # of which layers that is
+        self._kept_for: frozenset[int] = frozenset()  # ids of the parameters that moved meanwhile
+        self.depth: int | None = None  # layers that later evaluations pass over; None before the first one
+        self._outputs: list[Any] = []  # of the last of these, for each time the network runs in an evaluation
+        self._proven = 0  # the greatest depth so far that gave the loss of computing everything
+
+    def evaluate(self, evaluate: Evaluate, perturbed: Perturbed) -> tuple[Tensor, Tensor]:
+        """A loss and its weight, under a perturbation that differs from the step's other ones.
+
+        The first call of a step computes everything. Where it finds more to share than any step before, it repeats
+        the evaluation with that, and shares nothing from then on unless the loss is the same, bit for bit: a
+        network may do more with its layers than run one after the other.
+        """
+        if self.depth is not None:
+            with self._replay():
+                return evaluate()
+        moving = frozenset(map(id, perturbed.perturbations))
+        if moving != self._kept_for:
+            self.kept, self._kept_bytes, self._kept_depth, self._kept_for = {}, 0, 0, moving
+        if self.keep_bytes and self._kept_depth:
+            with self._recall(self._kept_depth):
+                return evaluate()
+        with self._record(perturbed):
+            result = evaluate()
+        if self.depth and self.depth > self._proven and torch.isfinite(result[0]):
+            with self._replay():
+                again = evaluate()
+            if torch.equal(again[0], result[0]):
+                self._proven = self.depth
+            else:
+                self.layers, self.depth = (), 0
+                rank_zero_warn("The layers below the first trained one cannot be shared by the forwards of a step.")
+        self._kept_depth = min(self.depth or 0, self._proven)
+        return result
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Within this context all evaluations are of one batch, at weights that differ by perturbations only."""
+        try:
+            yield
+        finally:
+            self.depth, self._outputs = None, []
+
+    @contextmanager
+    def _record(self, perturbed: Perturbed) -> Iterator[None]:
+        depth, runs = 0, 0
+        # Hooks of others on a layer must see it run.
+        free = next((i for i, layer in enumerate(self.layers) if _is_hooked(layer)), len(self.layers))
+
+        def keep(index: int, output: Any) -> None:
+            nonlocal depth, runs
+            runs += index == 0
+            if runs == 1 and index < free and not perturbed.has_touched_any():
+                depth, self._outputs = index + 1, [output]
+            elif runs > 1 and index + 1 == depth:  # another part of the batch, after all parameters have been read
+                self._outputs.append(output)
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                hook = layer.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
+                stack.callback(hook.remove)
+            yield
+        self.depth = depth
+
+    @contextmanager
+    def _recall(self, depth: int) -> Iterator[None]:
+        """A step's first evaluation, in which the shared layers run on inputs only that no step has had before."""
+        digest, is_kept = b"", False
+
+        def forward(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal digest, is_kept
+            if index == 0:
+                digest = _digest((args, kwargs))
+                is_kept = digest in self.kept
+                if is_kept:
+                    self._outputs.append(self.kept[digest])
+            if is_kept:
+                return self._outputs[-1]
+            output = own(*args, **kwargs)
+            if index + 1 == depth:
+                self._outputs.append(output)
+                size = _size(output)
+                if self._kept_bytes + size <= self.keep_bytes:
+                    self.kept[digest] = output
+                    self._kept_bytes += size
+            return output
+
+        with self._forwards(lambda index, own: partial(forward, index, own), depth):
+            yield
+        self.depth = depth
+
+    @contextmanager
+    def _replay(self) -> Iterator[None]:
+        run = -1
+
+        def kept(index: int) -> Any:
+            nonlocal run
+            run += index == 0
+            return self._outputs[run]
+
+        with self._forwards(lambda index, _: lambda *_, **__: kept(index), self.depth or 0):
+            yield
+
+    @contextmanager
+    def _forwards(self, make: Callable[[int, Callable[..., Any]], Callable[..., Any]], depth: int) -> Iterator[None]:
+        """Gives the first layers another ``forward`` for a while, made from index and own ``forward`` of each."""
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers[:depth]):
+                stack.enter_context(replaced_forward(layer, make(index, layer.forward)))
+            yield
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+
+
+def _digest(value: Any) -> bytes:
+    """A hash of all tensors in a structure, bit for bit, and of what else is in it."""
+    leaves, structure = tree_flatten(value)
+    digest = hashlib.blake2b(str(structure).encode(), digest_size=16)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.digest()
+
+
+def _size(value: Any) -> int:
+    tensors = (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

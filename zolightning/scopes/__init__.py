@@ -1,0 +1,22 @@
+"""Scopes: which parameters train. Callbacks choose layers or parameters, parts say what of a layer."""
+
+from zolightning.scopes.dominant_layer import DominantLayer
+from zolightning.scopes.parts import MLP, LoRA, OutlierChannels, Part, WholeLayer, WithoutOutlierChannels
+from zolightning.scopes.random_layer import RandomLayer
+from zolightning.scopes.scope import Scope
+from zolightning.scopes.train_layers import TrainLayers
+from zolightning.scopes.train_parameters import TrainParameters
+
+__all__ = [
+    "MLP",
+    "DominantLayer",
+    "LoRA",
+    "OutlierChannels",
+    "Part",
+    "RandomLayer",
+    "Scope",
+    "TrainLayers",
+    "TrainParameters",
+    "WholeLayer",
+    "WithoutOutlierChannels",
+]

@@ -1,0 +1,91 @@
+"""Training the layer that the activations single out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from zolightning.layers import LayerStack, check_index
+from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint, profile_activations
+from zolightning.scopes.layer_scope import Choice, LayerScope
+from zolightning.scopes.parts import Part
+from zolightning.scopes.rules import DEFAULT_RULES, Rule, select
+
+
+class DominantLayer(LayerScope):
+    """Trains one layer only: the first whose output activations are abnormally large (arXiv 2606.05516).
+
+    When training starts, the still untrained network runs over a few training prompts, and the first of `rules` that
+    singles out a layer decides. Which layer that is belongs to a model more than to a task.
+
+    Args:
+        part: what of the layer trains; all of it by default.
+        extra_layers: layers that train beside it.
+        rules: how to choose, in order of preference. Default: the first layer with massive activations (above 100 and
+            1000 times the median), or else the largest jump of the maximum in the first half, if it is fivefold.
+        num_prompts: training examples to look at.
+        layers_name: where the layers are; found by structure if not given.
+        profile: file written by ``zolightning profile``, instead of looking.
+        layer: index of the layer, from 0, instead of looking.
+
+    Raises:
+        ValueError: naming the argument, before anything trains; if no layer stands out, with the whole profile.
+
+    Example::
+
+        callbacks = [DominantLayer(), ZerothOrder(partial(MeZO, lr=1e-6))]
+    """
+
+    def __init__(
+        self,
+        part: Part | None = None,
+        extra_layers: Sequence[int] = (),
+        rules: Sequence[Rule] | None = None,
+        num_prompts: int = 32,
+        layers_name: str | None = None,
+        profile: str | None = None,
+        layer: int | None = None,
+    ) -> None:
+        super().__init__(part, layers_name, num_prompts)
+        if layer is not None and profile is not None:
+            raise ValueError(f"`layer` is {layer} and `profile` is {profile!r}: give one of them.")
+        self.extra_layers = extra_layers
+        self.rules = DEFAULT_RULES if rules is None else rules
+        self.profile = profile
+        self.layer = layer
+
+    def choose(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        stack: LayerStack,
+        batches: Callable[[], Sequence[Any]],
+    ) -> Choice:
+        for index in self.extra_layers:
+            check_index(stack, index, "extra_layers")
+        if self.layer is not None:
+            check_index(stack, self.layer)
+            return Choice((self.layer, *self.extra_layers), "as given")
+        if self.profile is None:
+            profile = profile_activations(pl_module, batches(), stack)
+        else:
+            profile = _load(self.profile, Fingerprint.of(stack))
+        layer, rule = select(profile, self.rules)
+        also = f", with extra layers {', '.join(map(str, self.extra_layers))}" if self.extra_layers else ""
+        return Choice((layer, *self.extra_layers), f"layer {layer} chosen by {rule}{also}", profile.table())
+
+
+def _load(path: str, fingerprint: Fingerprint) -> ActivationProfile:
+    if not Path(path).is_file():
+        raise ValueError(f"`profile` is {path!r}, which is no file. Write one with `zolightning profile`.")
+    try:
+        profile = ActivationProfile.load(path)
+    except ValueError as error:
+        raise ValueError(f"`profile` is {path!r}, which is {error}.") from None
+    if profile.fingerprint != fingerprint:
+        raise ValueError(
+            f"`profile` is {path!r}, of another model: {profile.fingerprint}. This one has {fingerprint}. Write a "
+            "profile of this model with `zolightning profile`, or leave `profile` out."
+        )
+    return profile

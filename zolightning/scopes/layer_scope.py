@@ -1,0 +1,77 @@
+"""Training a few layers: what the callbacks that choose layers have in common."""
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+
+from zolightning.layers import LayerStack, find_layers
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.parts import Part, WholeLayer
+from zolightning.scopes.scope import Scope, Selection
+
+
+class Choice(NamedTuple):
+    """Indices of layers, why they were chosen in a few words, and the figures behind it as a table."""
+
+    layers: Sequence[int]
+    reason: str
+    details: str = ""
+
+
+class LayerScope(Scope):
+    """Abstract base of the scopes that choose layers, and of each layer the same part.
+
+    Args:
+        part: what of the layers trains; all of it by default.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+        num_prompts: training examples to look at, where the choice depends on activations.
+    """
+
+    def __init__(self, part: Part | None = None, layers_name: str | None = None, num_prompts: int = 32) -> None:
+        super().__init__()
+        if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
+            raise ValueError(f"`num_prompts` must be an integer, at least 1, got {num_prompts!r}.")
+        self.part = WholeLayer() if part is None else part
+        self.layers_name = layers_name
+        self.num_prompts = num_prompts
+
+    @abstractmethod
+    def choose(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        stack: LayerStack,
+        batches: Callable[[], Sequence[Any]],
+    ) -> Choice:
+        """Chooses layers; `batches` returns the calibration batches, and puts the module on their device."""
+
+    def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        @functools.cache
+        def batches() -> Sequence[Any]:
+            pl_module.to(trainer.strategy.root_device)
+            return calibration_batches(trainer, pl_module, self.num_prompts)
+
+        def calibrate() -> None:
+            for batch in batches():
+                calibration_forward(pl_module, batch)
+
+        stack = find_layers(pl_module, self.layers_name)
+        choice = trainer.strategy.broadcast(self.choose(trainer, pl_module, stack, batches))
+        layers = sorted(set(choice.layers))
+        parts = self.part.select(pl_module, stack, layers, calibrate)
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        return Selection(
+            parameters={names[parameter]: part for parameter, part in parts.items()},
+            reason=f"{self.part!r} of {_name(layers, len(stack))} (`{stack.name}`), {choice.reason}",
+            layers=tuple(layers),
+            details=choice.details,
+        )
+
+
+def _name(layers: Sequence[int], total: int) -> str:
+    if len(layers) == total:
+        return f"all {total} layers"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} of {total}"

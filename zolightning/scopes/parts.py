@@ -1,0 +1,219 @@
+"""Which part of the chosen layers trains."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.directions.slices import Slice
+from zolightning.layers import LayerStack, mlp_of
+from zolightning.models.adapters import AdapterSettings, adaptable, adapter_settings, add_adapter, default_targets
+from zolightning.scopes.token_mask import TokenMask
+
+Selected = dict[nn.Parameter, Slice | None]
+
+
+class Part(ABC):
+    """Chooses parameters, or slices of them, in layers."""
+
+    @abstractmethod
+    def select(
+        self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
+    ) -> Selected:
+        """Each chosen parameter with its slice, or with None if it trains as a whole.
+
+        Args:
+            module: owns the layers; on its device.
+            stack: all layers.
+            indices: the chosen ones.
+            calibrate: runs the network over the calibration prompts; costs nothing unless it is called.
+        """
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
+
+class WholeLayer(Part):
+    """All parameters of a layer: attention, MLP and norms."""
+
+    def select(
+        self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
+    ) -> Selected:
+        return {parameter: None for index in indices for parameter in stack.parameters(index).values()}
+
+
+class MLP(Part):
+    """The linear maps of a layer outside attention: up (and gate) and down, with their biases."""
+
+    def select(
+        self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
+    ) -> Selected:
+        return {parameter: None for index in indices for parameter in mlp_of(stack.layers[index]).parameters()}
+
+
+class OutlierChannels(Part):
+    """The channels of a layer's MLP that reach the largest values on the calibration prompts.
+
+    Of I channels the ``ceil(fraction * I)`` are taken whose largest absolute value, over all tokens, at the input of
+    the down projection is largest. A channel of a gated MLP is a row of gate and of up and a column of down: with k
+    channels, 3Hk numbers train (Dominant-Layer ZO, arXiv 2606.05516). Where the maps up have biases, so does a channel.
+
+    Args:
+        fraction: of the channels, above 0 and at most 1.
+    """
+
+    def __init__(self, fraction: float = 0.01) -> None:
+        _check_fraction(fraction)
+        self.fraction = fraction
+
+    def select(
+        self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
+    ) -> Selected:
+        channels = outlier_channels(module, stack, indices, self.fraction, calibrate)
+        return {
+            parameter: Slice(dim, channels[index])
+            for index in indices
+            for parameter, dim in mlp_of(stack.layers[index]).channel_dims().items()
+        }
+
+
+class WithoutOutlierChannels(Part):
+    """A layer, or its MLP, without the numbers that :class:`OutlierChannels` would train.
+
+    Args:
+        fraction: of the channels to leave out, above 0 and at most 1.
+        within: `WholeLayer()`, which is the default, or `MLP()`.
+    """
+
+    def __init__(self, fraction: float = 0.01, within: Part | None = None) -> None:
+        _check_fraction(fraction)
+        self.fraction = fraction
+        self.within = WholeLayer() if within is None else within
+        if not isinstance(self.within, WholeLayer | MLP):
+            raise ValueError(f"`within` must be WholeLayer() or MLP(), got {within!r}.")
+
+    def select(
+        self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
+    ) -> Selected:
+        channels = outlier_channels(module, stack, indices, self.fraction, calibrate)
+        selected = self.within.select(module, stack, indices, calibrate)
+        for index in indices:
+            mlp = mlp_of(stack.layers[index])
+            others = torch.ones(mlp.width, dtype=torch.bool).index_fill(0, channels[index], False).nonzero().flatten()
+            for parameter, dim in mlp.channel_dims().items():
+                if len(others):
+                    selected[parameter] = Slice(dim, others)
+                else:
+                    del selected[parameter]
+        return selected
+
+
+class LoRA(Part):
+    """Low-rank adapters beside linear maps of the layers; nothing else trains (Hu et al. 2021, arXiv 2106.09685).
+
+    PEFT makes them. For models of transformers only.
+
+    Args:
+        rank: of an adapter.
+        alpha: an adapter's output is multiplied by ``alpha / rank``.
+        target_modules: which linear maps: the last part of their names, such as ``[q_proj, v_proj]``. Default: those
+            that PEFT adapts in this architecture, mostly query and value.
+    """
+
+    def __init__(self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"`rank` must be an integer, at least 1, got {rank!r}.")
+        if not alpha > 0:
+            raise ValueError(f"`alpha` must be above 0, got {alpha!r}.")
+        if target_modules is not None and not target_modules:
+            raise ValueError("`target_modules` is empty: name at least one linear map, or leave it out.")
+        self.rank = rank
+        self.alpha = alpha
+        self.target_modules = target_modules
+
+    def select(
+        self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
+    ) -> Selected:
+        path, model = _model_around(module, stack)
+        targets = self.target_modules or default_targets(model.config.model_type)
+        names = [name for index in indices for name in _find_targets(stack, index, targets, model.config.model_type)]
+        wanted = AdapterSettings(
+            rank=self.rank, alpha=self.alpha, target_modules=sorted(name.removeprefix(path) for name in names)
+        )
+        present = adapter_settings(model)
+        if present is None:
+            add_adapter(model, wanted)
+        elif present != wanted:
+            raise ValueError(
+                f"`part` is {self!r}, but the model has another adapter already: {present}. Wanted is {wanted}. Load "
+                "the model anew, or train the adapter that it has."
+            )
+        return {parameter: None for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def outlier_channels(
+    module: nn.Module, stack: LayerStack, indices: Sequence[int], fraction: float, calibrate: Callable[[], None]
+) -> dict[int, Tensor]:
+    """The outlier channels of the MLP of each layer: increasing indices, int64, on the CPU.
+
+    Raises:
+        ValueError: if an MLP does not run, or its values are not finite.
+    """
+    largest: dict[int, Tensor] = {}
+    with TokenMask(module, stack) as mask, ExitStack() as hooks:
+        for index in indices:
+
+            def record(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+                values = args[0].detach()
+                values = values[mask.of(values)].abs().float()  # (tokens, channels)
+                if len(values):
+                    maxima = values.amax(dim=0)
+                    largest[index] = torch.maximum(largest[index], maxima) if index in largest else maxima
+
+            hooks.callback(mlp_of(stack.layers[index]).down.register_forward_pre_hook(record).remove)
+        calibrate()
+    channels: dict[int, Tensor] = {}
+    for index in indices:
+        if index not in largest or not torch.isfinite(largest[index]).all():
+            problem = "are not finite: use bfloat16 or float32" if index in largest else "never ran"
+            raise ValueError(f"The channels of the MLP of layer {index} of `{stack.name}` {problem}.")
+        count = max(1, math.ceil(fraction * len(largest[index]) - 1e-9))  # 0.07 * 100 is above 7
+        channels[index] = largest[index].cpu().sort(descending=True, stable=True).indices[:count].sort().values
+    return channels
+
+
+def _model_around(module: nn.Module, stack: LayerStack) -> tuple[str, Any]:
+    """The outermost model of transformers that holds the layers, and the prefix of its names in `module`."""
+    from transformers import PreTrainedModel
+
+    for path, submodule in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(submodule, PreTrainedModel) and all(name.startswith(prefix) for name in stack.names):
+            return prefix, submodule
+    raise ValueError(
+        f"`part` is LoRA, which needs a PreTrainedModel of transformers around `{stack.name}`, and "
+        f"{type(module).__name__} has none."
+    )
+
+
+def _find_targets(stack: LayerStack, index: int, targets: Sequence[str], model_type: str) -> list[str]:
+    linears = [name for name, submodule in stack.layers[index].named_modules() if adaptable(submodule)]
+    found = [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in found)]
+    if not found or missing:
+        problem = f"matches nothing for {', '.join(missing)}" if missing else f"has no default for {model_type}"
+        raise ValueError(
+            f"`target_modules` {problem} in layer {index} of `{stack.name}`. Its linear maps are "
+            f"{', '.join(linears) or '(none)'}."
+        )
+    return [f"{stack.names[index]}.{name}" for name in found]
+
+
+def _check_fraction(fraction: float) -> None:
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction!r}.")

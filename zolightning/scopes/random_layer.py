@@ -1,0 +1,41 @@
+"""Training a layer drawn by lot: the control of the dominant layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+
+from zolightning.directions.noise import key
+from zolightning.layers import LayerStack
+from zolightning.scopes.layer_scope import Choice, LayerScope
+from zolightning.scopes.parts import Part
+
+
+class RandomLayer(LayerScope):
+    """Trains one layer only, drawn by lot: what the choice of a dominant layer has to be better than.
+
+    The draw depends on the seed and the number of layers, and on no generator of torch's.
+
+    Args:
+        part: what of the layer trains; all of it by default.
+        seed: of the draw.
+        layers_name: where the layers are; found by structure if not given.
+        num_prompts: training examples to look at, where the part depends on activations.
+    """
+
+    def __init__(
+        self, part: Part | None = None, seed: int = 0, layers_name: str | None = None, num_prompts: int = 32
+    ) -> None:
+        super().__init__(part, layers_name, num_prompts)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
+        self.seed = seed
+
+    def choose(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        stack: LayerStack,
+        batches: Callable[[], Sequence[Any]],
+    ) -> Choice:
+        return Choice((key(self.seed, 0, 0, "layer")[0] % len(stack),), f"drawn with seed {self.seed}")

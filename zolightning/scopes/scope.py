@@ -1,0 +1,149 @@
+"""Which parameters train: what all callbacks that choose them have in common."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from zolightning.directions.slices import Slice
+from zolightning.optim.base import ZerothOrderOptimizer
+
+_KEY = "scope"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen.
+
+    Attributes:
+        parameters: names of the parameters that train, with their slices; None for a whole parameter.
+        reason: what was chosen and why, in a few words.
+        layers: indices of the layers it comes from.
+        details: the figures behind it, as a table.
+    """
+
+    parameters: dict[str, Slice | None]
+    reason: str
+    layers: tuple[int, ...] = ()
+    details: str = ""
+
+
+class Scope(Callback, ABC):
+    """Abstract base of the callbacks that choose which parameters train; everything else is frozen during ``fit``.
+
+    The choice is made once, before the optimizer exists, and kept in the checkpoints: a resumed run trains what the
+    checkpoint says, whatever would be chosen now. Parameters that are frozen already stay so, and after the fit all
+    are as trainable as before it. Works under any optimizer that respects ``requires_grad``; slices of parameters
+    need a zeroth-order method. There can be one scope in a Trainer.
+    """
+
+    def __init__(self) -> None:
+        self._selection: Selection | None = None
+        self._trainable: dict[nn.Parameter, bool] = {}  # as it was before
+
+    @abstractmethod
+    def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        """Chooses; may add parameters to the module."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != TrainerFn.FITTING:
+            return
+        refuse_two_scopes(trainer)
+        self._trainable = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
+        # A choice from the same prompts is the same everywhere, but for the last bits of different processors.
+        self._apply(pl_module, trainer.strategy.broadcast(self.select(trainer, pl_module)))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if _KEY not in checkpoint:
+            raise MisconfigurationException(
+                f"`ckpt_path` is a checkpoint of a run without a scope, and {type(self).__name__} would train other "
+                "parameters than it did. Resume it with the callbacks that it had."
+            )
+        saved = checkpoint[_KEY]
+        parameters = {name: part if part is None else Slice(**part) for name, part in saved["parameters"].items()}
+        reason = f"{saved['reason']}, as the checkpoint says"
+        self._apply(pl_module, Selection(parameters, reason, tuple(saved["layers"])))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._selection is not None:
+            checkpoint[_KEY] = {
+                "layers": list(self._selection.layers),
+                "reason": self._selection.reason.removesuffix(", as the checkpoint says"),
+                "parameters": {
+                    name: part if part is None else {"dim": part.dim, "index": part.index}
+                    for name, part in self._selection.parameters.items()
+                },
+            }
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parameters = dict(pl_module.named_parameters())
+        chosen = {name: part for name, part in self._selection.parameters.items() if parameters[name].requires_grad}
+        slices = {parameters[name]: part for name, part in chosen.items() if part is not None}
+        for optimizer in trainer.optimizers if slices else ():
+            if not isinstance(optimizer, ZerothOrderOptimizer):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} chose slices of parameters ({self._selection.reason}), and "
+                    f"{type(optimizer).__name__} trains whole ones. Use a zeroth-order method (the ZerothOrder "
+                    "callback), or a `part` without channels."
+                )
+            optimizer.restrict(slices)
+        count = sum(_size(parameters[name], part) for name, part in chosen.items())
+        total = sum(parameter.numel() for parameter in parameters.values())
+        summary = (
+            f"{type(self).__name__}: {self._selection.reason}; {count:,} of {total:,} parameters train "
+            f"({100 * count / total:.3g} %)."
+        )
+        rank_zero_info(summary)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                # An indented block is shown by TensorBoard as it is, line breaks included.
+                lines = [summary, *self._selection.details.splitlines(), *map(_describe, chosen, chosen.values())]
+                logger.experiment.add_text("scope", "\n".join(f"    {line}" for line in lines), trainer.global_step)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._give_back()  # Lightning calls no teardown after an exception or an interrupt
+
+    def _apply(self, pl_module: L.LightningModule, selection: Selection) -> None:
+        for name, parameter in pl_module.named_parameters():
+            parameter.requires_grad_(name in selection.parameters and self._trainable.get(parameter, True))
+        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+            raise MisconfigurationException(
+                f"{type(self).__name__} chose {selection.reason}, and there all parameters are frozen "
+                "(`requires_grad=False`). Unfreeze at least one."
+            )
+        self._selection = selection
+
+    def _give_back(self) -> None:
+        for parameter, trainable in self._trainable.items():
+            parameter.requires_grad_(trainable)
+        self._trainable = {}
+
+
+def refuse_two_scopes(trainer: L.Trainer) -> None:
+    """Raises a MisconfigurationException where callbacks of a Trainer would freeze what others train."""
+    scopes = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, Scope)]
+    if len(scopes) > 1:
+        raise MisconfigurationException(
+            f"`trainer.callbacks` has {len(scopes)} scopes, {', '.join(scopes)}: each would freeze what the others "
+            "train. Keep one; DominantLayer takes `extra_layers`, TrainParameters several `patterns`."
+        )
+
+
+def _size(parameter: nn.Parameter, part: Slice | None) -> int:
+    return parameter.numel() if part is None else parameter.numel() // parameter.shape[part.dim] * len(part.index)
+
+
+def _describe(name: str, part: Slice | None) -> str:
+    return name if part is None else f"{name}, {len(part.index)} entries along dimension {part.dim}"

@@ -1,0 +1,50 @@
+"""Training layers by their number."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning as L
+
+from zolightning.layers import LayerStack, check_index
+from zolightning.scopes.layer_scope import Choice, LayerScope
+from zolightning.scopes.parts import Part
+
+
+class TrainLayers(LayerScope):
+    """Trains the named layers only, or a part of each.
+
+    Args:
+        layers: indices from 0, or "all".
+        part: what of the layers trains; all of it by default.
+        layers_name: where the layers are; found by structure if not given.
+        num_prompts: training examples to look at, where the part depends on activations.
+
+    Example::
+
+        callbacks = [TrainLayers("all", part=LoRA(rank=8)), ZerothOrder(partial(MeZO, lr=1e-5))]
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] | Literal["all"],
+        part: Part | None = None,
+        layers_name: str | None = None,
+        num_prompts: int = 32,
+    ) -> None:
+        super().__init__(part, layers_name, num_prompts)
+        if not layers or (isinstance(layers, str) and layers != "all"):
+            raise ValueError(f"`layers` must be a list of at least one index, or 'all', got {layers!r}.")
+        self.layers = layers
+
+    def choose(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        stack: LayerStack,
+        batches: Callable[[], Sequence[Any]],
+    ) -> Choice:
+        if self.layers == "all":
+            return Choice(range(len(stack)), "as given")
+        for index in self.layers:
+            check_index(stack, index, "layers")
+        return Choice(tuple(self.layers), "as given")
