@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +17,7 @@ from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.layers import find_layers
 from zolightning.models import answer_log_probs
-from zolightning.models.adapters import adapter_settings
+from zolightning.models.adapters import adapter_settings, remove_adapter
 from zolightning.optim import MeZO
 from zolightning.scopes.parts import LoRA
 
@@ -234,13 +234,13 @@ def test_an_export_loads_with_peft_and_scores_the_same(
     assert (folder / "export/adapter_model.safetensors").stat().st_size < 50_000
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     loaded = PeftModel.from_pretrained(base, folder / "export").eval()
-    straight = AutoModelForCausalLM.from_pretrained(folder / "export")  # finds the base model by itself
+    straight = AutoPeftModelForCausalLM.from_pretrained(folder / "export").eval()  # finds the base model by itself
     batch = next(iter(data.train_dataloader()))
     with torch.no_grad():
         expected = answer_log_probs(model.model.eval(), batch)[0]
-        assert torch.equal(answer_log_probs(straight, batch)[0], expected)
+        assert torch.equal(answer_log_probs(straight.base_model.model, batch)[0], expected)
         assert torch.equal(answer_log_probs(loaded.base_model.model, batch)[0], expected)
-        model.model.disable_adapters()
+        remove_adapter(model.model)
         assert not torch.equal(answer_log_probs(model.model, batch)[0], expected)
 
 

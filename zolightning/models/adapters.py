@@ -1,7 +1,12 @@
-"""LoRA adapters inside a model of transformers, by PEFT."""
+"""LoRA adapters inside a model of transformers, by PEFT.
+
+PEFT alone makes, saves and removes them. The methods of the same names that transformers gives its models ask for a
+version of PEFT that may not be out yet.
+"""
 
 import os
-from typing import TYPE_CHECKING, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -22,7 +27,7 @@ class AdapterSettings(TypedDict):
 
 def adapter_settings(model: "PreTrainedModel") -> AdapterSettings | None:
     """The settings of the model's adapter, or None if it has none."""
-    config = getattr(model, "peft_config", {}).get(_NAME)
+    config = _config(model)
     if config is None:
         return None
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,21 +43,22 @@ def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
     Which of the other parameters are trainable is as before. The adapter's values depend on the seed of
     ``seed_everything`` (or 0), and torch's generators take no notice.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
     targets = settings["target_modules"]
     config = LoraConfig(
         r=settings["rank"],
-        lora_alpha=settings["alpha"],
+        lora_alpha=settings["alpha"],  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=targets,
+        base_model_name_or_path=model.name_or_path,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         task_type="CAUSAL_LM" if model.can_generate() and not model.config.is_encoder_decoder else None,
     )
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
-        model.add_adapter(config)
+        inject_adapter_in_model(config, model, _NAME)
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
 
@@ -65,7 +71,22 @@ def remove_adapter(model: "PreTrainedModel") -> None:
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
     del model.peft_config
-    model._hf_peft_config_loaded = False
+
+
+def save_adapter(model: "PreTrainedModel", folder: str | Path) -> None:
+    """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    # Without the embeddings: no adapter changes them, and to see that they are the base model's PEFT would ask the hub.
+    weights = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    folder = Path(folder)
+    _config(model).save_pretrained(str(folder))
+    save_file(
+        {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def restore_adapter(model: "PreTrainedModel", settings: AdapterSettings | None) -> None:
@@ -84,6 +105,11 @@ def default_targets(model_type: str) -> list[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, []))
+
+
+def _config(model: "PreTrainedModel") -> Any:
+    """The ``LoraConfig`` of the model's adapter, or None if it has none."""
+    return getattr(model, "peft_config", {}).get(_NAME)
 
 
 def adaptable(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.data import Batch
-from zolightning.models.adapters import adapter_settings, restore_adapter
+from zolightning.models.adapters import adapter_settings, restore_adapter, save_adapter
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
     answer_log_probs,
@@ -125,11 +125,15 @@ class CausalLM(L.LightningModule):
         restore_adapter(self.model, checkpoint.get("adapter"))
 
     def export(self, folder: str | Path) -> None:
-        """Writes model and tokenizer in Hugging Face's format, for `AutoModelForCausalLM.from_pretrained`.
+        """Writes model and tokenizer in Hugging Face's format, for ``AutoModelForCausalLM.from_pretrained``.
 
-        A model with a LoRA adapter is written in PEFT's format: the adapter only, and where its base model is.
+        A model with a LoRA adapter is written in PEFT's format, for ``AutoPeftModelForCausalLM.from_pretrained``: the
+        adapter only, and where its base model is.
         """
-        self.model.save_pretrained(folder)
+        if adapter_settings(self.model) is None:
+            self.model.save_pretrained(folder)
+        else:
+            save_adapter(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
