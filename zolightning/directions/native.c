@@ -6,8 +6,8 @@
 #define BLOCK 2048 /* elements whose noise is made at once: 8 KiB of stack, inside the first-level cache */
 #define PARALLEL_FROM 32768 /* elements; below, waking threads takes longer than the work */
 
-static inline uint32_t hash_bits(uint32_t bits, uint32_t key0, uint32_t key1) {
-    bits ^= key0;
+static inline uint32_t hash_bits(uint32_t index, uint32_t key0, uint32_t key1) {
+    uint32_t bits = (index * 0x9E3779B1u) ^ key0;
     bits = (bits ^ (bits >> 16)) * 0x7FEB352Du;
     bits = (bits ^ (bits >> 15)) + key1;
     bits *= 0x846CA68Bu;
