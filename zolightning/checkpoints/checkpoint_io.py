@@ -1,0 +1,148 @@
+"""Checkpoint files that are whole or not there, and are checked before they are believed."""
+
+import fcntl
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+_UNFINISHED = ".unfinished"
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint file is not what was written; the message names the file and what is wrong with it."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Reads and writes checkpoints with ``torch.save`` and ``torch.load``, safely and in little memory.
+
+    A file is written beside its target, straight from the tensors (Lightning's own collects it in memory, twice),
+    and takes the target's place when it is on the disk as a whole: a kill or a full disk leaves the previous file as
+    it was. It is read by memory mapping, after the checksums that are in it (the zip format's CRC32) were compared.
+
+    Paths that are not local files, such as ``s3://...``, are left to Lightning.
+
+    Raises:
+        OSError: if a checkpoint cannot be written, with the path and the reason.
+        DamagedCheckpointError: if a checkpoint to be loaded is empty, cut off or changed.
+
+    Example::
+
+        trainer = L.Trainer(plugins=[AtomicCheckpointIO()], callbacks=[ZerothOrder(...), SaveLast()])
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        if storage_options is not None or not _is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        if not _is_local(path) or Path(path).is_dir():
+            return super().load_checkpoint(path, map_location, weights_only)
+        require_whole(Path(path))
+        if not zipfile.is_zipfile(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        try:
+            return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+        except RuntimeError as error:
+            if "PytorchStreamReader" not in str(error):
+                raise
+            raise DamagedCheckpointError(_damaged(Path(path), str(error).partition("\n")[0])) from error
+
+
+def require_whole(path: Path) -> None:
+    """Reads a checkpoint through and compares its checksums.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedCheckpointError: if the file is empty, cut off or changed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise DamagedCheckpointError(_damaged(path, "it is empty"))
+    if start.startswith(b"\x80"):  # a bare pickle, torch's format before 1.6, has no checksums
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # whatever comes of reading lengths and offsets that were changed
+        raise DamagedCheckpointError(_damaged(path, f"it is cut off or changed ({error})")) from error
+    if broken is not None:
+        raise DamagedCheckpointError(_damaged(path, f"the checksum of its entry `{broken}` is wrong"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` when all of it is on the disk, and else leaves no trace.
+
+    It lies beside `path` and is locked while it is written, so that what a killed process left can be told from what
+    another one is writing: :func:`remove_unfinished` deletes the first and not the second.
+
+    Raises:
+        OSError: if it cannot be written, with `path` and the reason; `path` is as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        # torch.save hides the reason behind an error of its zip writer.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(error, Exception) and isinstance(reason, OSError):
+            raise OSError(
+                reason.errno,
+                f"The checkpoint {path} could not be written ({reason.strerror}); the last one is as it was",
+            ) from error
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Deletes what killed processes were writing in `folder`; what a living one is writing stays."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk: without it a power cut could bring the previous file back."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_local(path: str | Path) -> bool:
+    return isinstance(get_filesystem(path), LocalFileSystem)
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"The checkpoint {path} is damaged: {what}. Take another one of the run, such as its best or its last."
