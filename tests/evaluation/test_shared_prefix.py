@@ -77,7 +77,7 @@ def step(
     optimizer = MeZO(net.parameters(), lr=0.1, eps=0.1, num_queries=queries, estimator=estimator, seed=0)
     optimizer.attach(net)
     if not share:
-        optimizer.prefix.layers = ()
+        optimizer.evaluator.prefix.layers = ()
     records = [optimizer.estimate(partial(net.loss, parts))]
     optimizer.step()
     net.runs[:] = [0] * 4
@@ -183,13 +183,13 @@ def test_what_is_kept_from_step_to_step_changes_no_bit() -> None:
         optimizers.append(MeZO(one.parameters(), lr=0.1, eps=0.1, seed=0))
         optimizers[-1].attach(one)
     kept, reference = optimizers
-    kept.prefix.keep_bytes = 10**6
+    kept.evaluator.prefix.keep_bytes = 10**6
     first = batches(net, kept, order[:1])
     net.runs[:] = [0] * 4
     assert first + batches(net, kept, order[1:]) == batches(plain, reference, order)
     # The first step only finds out how deep the shared part is: batches 1, 2, 0 and 3 are new after it.
     assert net.runs == [4, 4, 14, 14]
-    assert len(kept.prefix.kept) == 4
+    assert len(kept.evaluator.prefix.kept) == 4
 
 
 def test_no_more_is_kept_than_allowed_and_nothing_for_other_parameters() -> None:
@@ -198,9 +198,9 @@ def test_no_more_is_kept_than_allowed_and_nothing_for_other_parameters() -> None
     optimizer = MeZO(net.parameters(), lr=0.1, eps=0.1, seed=0)
     optimizer.attach(net)
     size = 8 * 6 * 8 * 4  # the output of a layer for one batch
-    optimizer.prefix.keep_bytes = 2 * size
+    optimizer.evaluator.prefix.keep_bytes = 2 * size
     batches(net, optimizer, [0, 1, 2, 3])
-    assert len(optimizer.prefix.kept) == 2
+    assert len(optimizer.evaluator.prefix.kept) == 2
     # Layer 1 is below what was kept, and moves: nothing of before may come back afterwards.
     net.train_only("layers.1")
     batches(net, optimizer, [1])
@@ -215,7 +215,7 @@ def test_the_callback_says_how_much_is_kept(make_trainer: Callable[..., L.Traine
     callback = ZerothOrder(partial(MeZO, lr=0.1, seed=0), keep_prefix_gib=0.5)
     trainer = make_trainer(max_epochs=3, callbacks=[callback], logger=False)
     trainer.fit(module, DataLoader(range(4), batch_size=None))
-    assert len(trainer.optimizers[0].prefix.kept) == 4
+    assert len(trainer.optimizers[0].evaluator.prefix.kept) == 4
     # Five evaluations audit the parameters, the first step finds the depth, and each batch is then new once.
     assert module.net.runs[0] == 5 + 1 + 4
 

@@ -119,7 +119,7 @@ class TestEstimate:
                     perturbations[parameter].add_to(torch.zeros_like(out), out)
                     z.append(out.flatten() / 1e-3)
                 total += projected_grad * torch.cat(z)
-            optimizer.apply(StepRecord(step, 0, record.lr, (), record.loss, 0))
+            optimizer.apply(StepRecord(step, 0, record.lr, (), record.losses, 0))
         assert torch.cosine_similarity(total, gradient, dim=0) > 0.95
 
     def test_new_parameters_are_audited_when_they_first_take_part(

@@ -242,7 +242,7 @@ class TestHalfPrecision:
         optimizer = SubspaceMeZO([("w", w)], lr=rms * (64 / 8) ** 0.5, rank=8, update_precision=update_precision)
         intended = torch.zeros_like(start)
         for step in range(steps):
-            optimizer.apply(StepRecord(step, 0, (optimizer.param_groups[0]["lr"],), (1.0,), 0.0, 2, step // 100))
+            optimizer.apply(StepRecord(step, 0, (optimizer.param_groups[0]["lr"],), (1.0,), (0.0, 0.0), 2, step // 100))
             if step % 100 == 99:
                 intended += optimizer.basis(w).lift(optimizer.state[w]["core"].double())
         optimizer.detach()

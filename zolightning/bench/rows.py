@@ -96,7 +96,7 @@ def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
     parameters = stack.parameters(len(stack) // 3).values()
     step = OptimizerStep(partial(MeZO, lr=LR, eps=EPS, seed=0), model, parameters)
     if not shared:
-        step.optimizer.prefix.layers = ()
+        step.optimizer.evaluator.prefix.layers = ()
     return step
 
 

@@ -151,7 +151,7 @@ class ZerothOrder(Callback):
                     f"`zolightning.callbacks.{partner}` in `trainer.callbacks`."
                 )
         optimizer.attach(pl_module, self.evaluations_per_forward)
-        optimizer.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
+        optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

@@ -105,22 +105,40 @@ def directions(
         coefficients: the multiple of unit-variance noise of each query that takes part.
         kind: distribution of the noise.
     """
-    keys = [[key(seed, step, query, name) for query in coefficients] for name in parameters]
-    table = torch.tensor(keys, dtype=torch.int32)
+    names, queries = tuple(parameters), tuple(coefficients)
     rounded = [coefficient(value, kind) for value in coefficients.values()]
 
     @functools.cache
     def keys_on(device: torch.device) -> tuple[Tensor, ...]:
-        return table.to(device).unbind()
+        return _keys(names, seed, step, queries, device)
 
     @functools.cache
     def coefficients_on(device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.tensor(rounded, dtype=dtype, device=device)
 
     return {
-        name: Direction(keys_on(tensor.device)[i], coefficients_on(tensor.device, arithmetic(tensor.dtype)), kind)
+        name: Direction(
+            keys_on(tensor.device)[i],
+            coefficients_on(tensor.device, arithmetic(tensor.dtype)),
+            kind,
+        )
         for i, (name, tensor) in enumerate(parameters.items())
     }
+
+
+# What one step asks for again and again: both signs of a query, and the update. Old steps drop out.
+@functools.lru_cache(maxsize=64)
+def _keys(
+    names: tuple[str, ...], seed: int, step: int, queries: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, ...]:
+    """The keys of each name, int32, shape (queries, 2)."""
+    return torch.stack([_keys_of_query(names, seed, step, query) for query in queries], dim=1).to(device).unbind()
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys_of_query(names: tuple[str, ...], seed: int, step: int, query: int) -> Tensor:
+    """The keys of all names, int32, shape (names, 2)."""
+    return torch.tensor([key(seed, step, query, name) for name in names], dtype=torch.int32)
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

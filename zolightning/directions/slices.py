@@ -1,13 +1,11 @@
 """A part of a parameter that trains alone: some of its rows, or some of its columns."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from zolightning.evaluation.perturbed import Perturbation
+from zolightning.directions.perturbation import Perturbation
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,7 @@ class Slice:
 class SlicedPerturbation:
     """Applies a perturbation of the compact tensor to a slice of the weight."""
 
-    def __init__(self, perturbation: "Perturbation", part: Slice) -> None:
+    def __init__(self, perturbation: Perturbation, part: Slice) -> None:
         self.perturbation = perturbation
         self.part = part
 

@@ -15,12 +15,15 @@ perturbed in place, from a copy.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.perturbation import Perturbation
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
@@ -30,18 +33,6 @@ _DESCRIPTIONS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "__len__"}
     | {"is_floating_point", "is_complex", "__hash__", "get_device", "storage_offset"}
 )
-
-
-class Perturbation(Protocol):
-    """Anything that can write a perturbed weight: a :class:`~zolightning.directions.dense.Direction`, for one."""
-
-    def add_to(self, weight: Tensor, out: Tensor) -> None:
-        """Writes the perturbed `weight` to `out`; both contiguous, of the same shape and dtype."""
-
-    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Writes the perturbed ``table[rows]`` to `out`."""
-
-    # A perturbation may have a third method, `product`: see `zolightning.directions.low_rank.LowRank`.
 
 
 class Scratch:
@@ -72,7 +63,8 @@ class Perturbed(TorchFunctionMode):
 
     Args:
         perturbations: what to do to each parameter, None to note only that it is read; others are left alone.
-        in_place: parameters to be perturbed where they lie, restored from a copy on exit.
+        in_place: parameters to be perturbed where they lie, restored from a copy on exit; that they are read is not
+            seen.
         scratch: buffers to reuse from one context to the next.
         readers: modules in whose ``forward`` alone the other parameters are read, see
             :func:`zolightning.evaluation.audit.find_readers`; elsewhere functions are then left alone, at no cost.
@@ -88,7 +80,7 @@ class Perturbed(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.perturbations = perturbations
-        self.in_place = {p: change for p in in_place if (change := perturbations.get(p)) is not None}
+        self.in_place = {parameter: perturbations[parameter] for parameter in in_place}
         self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self.in_place}
         self.scratch = scratch or Scratch()
         self.readers = readers
@@ -116,6 +108,8 @@ class Perturbed(TorchFunctionMode):
             restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
             for parameter, perturbation in self.in_place.items():
+                if perturbation is None:
+                    continue
                 original = parameter.detach().clone(memory_format=torch.contiguous_format)
                 perturbed = torch.empty_like(original)
                 perturbation.add_to(original, perturbed)
@@ -219,7 +213,7 @@ class Perturbed(TorchFunctionMode):
         """The output of a perturbation that can do without the perturbed weight; None for all other calls."""
         weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
         perturbation = self._perturbations.get(id(weight))
-        if kwargs or not hasattr(perturbation, "product") or id(inputs) in self._perturbations:
+        if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._perturbations:
             return None
         taken: list[Tensor] = []
         output = perturbation.product(func, inputs, weight.detach(), self.exchange(bias, taken))

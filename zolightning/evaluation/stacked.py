@@ -17,8 +17,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from zolightning.directions.low_rank import LowRank, stacked_product
+from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.audit import FlippedBit
-from zolightning.evaluation.perturbed import PRODUCTS, Perturbation, Perturbed
+from zolightning.evaluation.perturbed import PRODUCTS, Perturbed
 from zolightning.evaluation.shared_prefix import replaced_forward
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]

@@ -2,18 +2,18 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
-from zolightning.evaluation.audit import audit, find_readers
-from zolightning.evaluation.perturbed import Perturbation, Perturbed, Scratch
-from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
-from zolightning.evaluation.stacked import CannotStack, StackedNetwork, network_of
+from zolightning.evaluation.evaluator import Evaluator
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.messages import some
 from zolightning.optim.checks import (
     loss_and_terms,
     require_choice,
@@ -21,7 +21,6 @@ from zolightning.optim.checks import (
     require_queries,
     require_seed,
     require_trainable,
-    some,
 )
 from zolightning.optim.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
@@ -73,24 +72,27 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self.update_precision: UpdatePrecision = update_precision
         self.record: StepRecord | None = None
         self._pending = False
-        self.attached = False
-        self._in_place: dict[nn.Parameter, bool] = {}  # the audit's verdict on each parameter it has seen
-        self._module: nn.Module | None = None
-        self._readers: dict[frozenset[nn.Parameter], tuple[nn.Module, ...] | None] = {}  # of parameters that move
-        self._scratch = Scratch()
-        self.prefix = SharedPrefix(())
-        self._stack: StackedNetwork | None = None
+        self.evaluator = Evaluator()
 
     partners: tuple[str, ...] = ()  # names of callbacks that a run with this method cannot do without
+
+    @property
+    def attached(self) -> bool:
+        """Whether a module has given the parameters their names, and is evaluated."""
+        return self.evaluator.module is not None
 
     # What a method defines
 
     @abstractmethod
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        """``sign * eps`` times the direction of `query`, for every trainable parameter or its slice.
+        """:meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
 
-        For a `sign` of 0, what a method adds to stored weights at all times, mostly nothing.
+        For every trainable parameter, as a tensor of :meth:`trainable_shape`.
         """
+
+    def offsets(self) -> dict[nn.Parameter, Perturbation]:
+        """What the network computes with beside the stored weights, also where nothing is perturbed."""
+        return {}
 
     @abstractmethod
     def update(self, record: StepRecord) -> None:
@@ -121,9 +123,10 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
         """
-        self._find_unseen(evaluate)
         probes = self.estimator.probes(self.num_queries)
-        results = self._results(probes, lambda: loss_and_terms(evaluate()))
+        trainable = {parameter: name for _, name, parameter in self.trainable()}
+        perturbations = [self._perturbations_of(probe) for probe in probes]
+        results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations)
         totals = torch.stack([torch.stack([loss * terms, terms]) for loss, terms in results])
         totals = totals if reduce is None else reduce(totals)
         losses = (totals[:, 0] / totals[:, 1]).cpu()
@@ -138,29 +141,19 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             seed=group["seed"],
             lr=tuple(float(group["lr"]) for group in self.param_groups),
             projected_grads=tuple(projected_grads),
-            loss=losses.mean().item(),
+            losses=tuple(losses.tolist()),
             forward_passes=len(probes),
             refresh=group.get("refresh", 0),
         )
         self._pending = True
         return self.record
 
-    def perturbed(self, query: int, sign: int, scratch: Scratch | None = None) -> Perturbed:
-        """A context in which the trainable parameters read as ``W + sign * eps * direction``."""
-        perturbations = self.perturbations(query, sign)
-        for parameter, part in self.slices.items():
-            if parameter in perturbations:
-                perturbations[parameter] = SlicedPerturbation(perturbations[parameter], part)
-        in_place = [parameter for parameter in perturbations if self._in_place.get(parameter, True)]
-        watched = dict.fromkeys((parameter for _, _, parameter in self.trainable()), None) | perturbations
-        return Perturbed(watched, in_place, scratch or self._scratch)
-
     def effective(self) -> Perturbed:
-        """A context for validation during training, in which weights read as this method means them."""
-        return self.perturbed(0, 0, Scratch())  # inference mode would spoil the buffers that training uses
+        """A context for validation during training, in which parameters read as stored plus :meth:`offsets`."""
+        return self.evaluator.reading(self._sliced(self.offsets()))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies the pending estimate; changes nothing where there is none.
 
         Args:
@@ -194,10 +187,6 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes; if
                 evaluations are to share runs and no submodule holds all parameters.
         """
-        self.attached = True
-        self._module = module
-        self._readers.clear()
-        self.prefix = SharedPrefix(layers_of(module))
         self._names |= {parameter: name for name, parameter in module.named_parameters()}
         count, half = 0, []
         for _, name, parameter in self.trainable():
@@ -207,9 +196,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
                 half.append(name)
         if not count:
             raise ValueError("No parameter is trainable: all of the optimizer's have `requires_grad=False`.")
-        if evaluations_per_forward > 1:
-            network = network_of(module, (parameter for _, _, parameter in self.trainable()))
-            self._stack = StackedNetwork(network, evaluations_per_forward)
+        self.evaluator.attach(module, [parameter for _, _, parameter in self.trainable()], evaluations_per_forward)
         if half:
             rank_zero_warn(
                 f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses "
@@ -218,54 +205,12 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""
-        self.attached = False
+        self.evaluator.detach()
 
-    def _results(
-        self, probes: Sequence[Probe], evaluate: Callable[[], tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Losses and the numbers of terms they average, of all probes."""
-        contexts = [self.perturbed(*probe) for probe in probes]
-        readers = self._find_readers(contexts[0], evaluate)
-        for context in contexts:
-            context.readers = readers
-        if self._stack is not None and not any(context.in_place for context in contexts):
-            try:
-                return self._stack.evaluate(evaluate, contexts)
-            except CannotStack as error:
-                self._stack = None
-                rank_zero_warn(
-                    f"`evaluations_per_forward` is 1 from here on: {error}. Set it to 1, or freeze a parameter that "
-                    "is in the way, or give it a `vector_lr` of 0."
-                )
-        results = []
-        with self.prefix.one_step():
-            for context in contexts:
-                with context:
-                    results.append(self.prefix.evaluate(evaluate, context))
-        return results
+    def _perturbations_of(self, probe: Probe) -> dict[nn.Parameter, Perturbation]:
+        return self._sliced(self.perturbations(*probe) if probe.sign else self.offsets())
 
-    def _find_unseen(self, evaluate: Evaluate) -> None:
-        """Audits parameters that take part for the first time; all are perturbed in place until that succeeds."""
-        new = {parameter: name for _, name, parameter in self.trainable() if parameter not in self._in_place}
-        unseen = audit(new, lambda: loss_and_terms(evaluate())[0]) if new else None
-        if unseen is None:
-            return
-        self._in_place |= {parameter: parameter in unseen for parameter in new}
-        if unseen:
-            names = some([name for parameter, name in new.items() if parameter in unseen])
-            rank_zero_warn(
-                f"{len(unseen)} parameters are unused or read where torch's Python functions do not see it, and are "
-                f"perturbed in place from a copy, which costs their size in memory: {names}."
-            )
-            if self._stack is not None:
-                self._stack = None
-                rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")
-
-    def _find_readers(
-        self, context: Perturbed, evaluate: Callable[[], tuple[Tensor, Tensor]]
-    ) -> tuple[nn.Module, ...] | None:
-        """The modules that read the parameters of a context, found once for each set of them."""
-        parameters = frozenset(context.perturbations).difference(context.in_place)
-        if parameters and self._module is not None and parameters not in self._readers:
-            self._readers[parameters] = find_readers(self._module, parameters, lambda: evaluate()[0])
-        return self._readers.get(parameters)
+    def _sliced(self, perturbations: dict[nn.Parameter, Perturbation]) -> dict[nn.Parameter, Perturbation]:
+        """Perturbations of whole parameters, from those of the slices that train."""
+        parts = {parameter: part for parameter, part in self.slices.items() if parameter in perturbations}
+        return perturbations | {p: SlicedPerturbation(perturbations[p], part) for p, part in parts.items()}

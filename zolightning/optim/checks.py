@@ -63,8 +63,3 @@ def loss_and_terms(output: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', loss)}.")
     loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
     return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device)
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

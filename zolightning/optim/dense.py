@@ -1,13 +1,14 @@
 """Methods whose directions are dense: one unit-variance number for every element of every trainable parameter."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from zolightning.directions.dense import Direction, directions
 from zolightning.directions.noise import NOISE_KINDS, NoiseKind
+from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
 from zolightning.optim.estimators import Estimator
@@ -16,7 +17,7 @@ from zolightning.optim.record import StepRecord
 
 
 class DenseOptimizer(ZerothOrderOptimizer):
-    """Abstract: draws dense directions and hands each parameter its estimated gradient as a direction.
+    """Abstract: draws dense directions; a method says what becomes of them in :meth:`update`.
 
     Args:
         noise: "gaussian" (17-valued, see :mod:`zolightning.directions.noise`) or "rademacher".
@@ -38,6 +39,33 @@ class DenseOptimizer(ZerothOrderOptimizer):
         super().__init__(params, defaults, num_queries, estimator, seed, update_precision)
         self.noise: NoiseKind = noise
 
+    def directions(
+        self, group: dict[str, Any], seed: int, step: int, coefficients: Mapping[int, float]
+    ) -> dict[nn.Parameter, Direction]:
+        """The sum over queries of ``coefficient * z_query`` for each trainable parameter of a group.
+
+        ``{query: 1.0}`` is the direction of one query, for methods that do more than add them up.
+
+        Args:
+            group: one of ``param_groups``.
+            seed: of the run, as the step's record has it.
+            step: number of the step.
+            coefficients: by query; those that are left out take no part.
+        """
+        named = {name: parameter for g, name, parameter in self.trainable() if g is group}
+        found = directions(named, seed, step, coefficients, self.noise)
+        return {parameter: found[name] for name, parameter in named.items()}
+
+    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
+        found: dict[nn.Parameter, Perturbation] = {}
+        for group in self.param_groups:
+            found |= self.directions(group, group["seed"], group["step"], {query: sign * group["eps"]})
+        return found
+
+
+class DenseDescent(DenseOptimizer):
+    """Abstract: hands each parameter its estimated gradient, all queries in one direction."""
+
     @abstractmethod
     def update_parameter(
         self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float
@@ -52,19 +80,11 @@ class DenseOptimizer(ZerothOrderOptimizer):
         """The projected gradients as this method uses them."""
         return projected_grads
 
-    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Direction]:
-        group = self.param_groups[0]
-        named = {name: parameter for _, name, parameter in self.trainable()}
-        made = directions(named, group["seed"], group["step"], {query: sign * group["eps"]}, self.noise)
-        return {parameter: made[name] for name, parameter in named.items()}
-
     def update(self, record: StepRecord) -> None:
         for group, lr in zip(self.param_groups, record.lr, strict=True):
-            named = {name: parameter for g, name, parameter in self.trainable() if g is group}
             projected_grads = self.controlled(group, record.projected_grads)
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
-            gradients = directions(named, record.seed, record.step, coefficients, self.noise)
-            for name, parameter in named.items():
+            for parameter, gradient in self.directions(group, record.seed, record.step, coefficients).items():
                 with packed(parameter, self.slices.get(parameter)) as weight:
-                    self.update_parameter(weight, self.state[parameter], gradients[name], group, lr)
+                    self.update_parameter(weight, self.state[parameter], gradient, group, lr)

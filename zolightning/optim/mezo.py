@@ -10,13 +10,13 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.kernels import chunks
 from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_fraction, require_positive
-from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.dense import DenseDescent
 from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, momentum_
 from zolightning.optim.precision import State, UpdatePrecision, add_direction, add_tensor
 
 
-class MeZO(DenseOptimizer):
+class MeZO(DenseDescent):
     """MeZO (Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333, algorithm 1).
 
     Each step evaluates one batch at ``W + eps z`` and ``W - eps z`` and moves the weights by ``-lr * g * z``, where

@@ -9,13 +9,13 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.kernels import chunks
 from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_fraction, require_positive
-from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.dense import DenseDescent
 from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, adam_
 from zolightning.optim.precision import State, UpdatePrecision, add_tensor
 
 
-class MeZOAdam(DenseOptimizer):
+class MeZOAdam(DenseDescent):
     """MeZO-Adam (arXiv 2305.17333, appendix B): Adam with ``g z`` in the place of the gradient.
 
     Memory: 8 bytes a parameter for the two moments, whatever the dtype of the weights, beside what

@@ -16,7 +16,7 @@ class StepRecord:
         seed: the run's seed.
         lr: learning rate of each parameter group.
         projected_grads: one a query; empty for a step that was skipped.
-        loss: mean of the losses that were evaluated.
+        losses: of the step's evaluations, in the order of the estimator's probes.
         forward_passes: evaluations of the loss.
         refresh: index of the subspace's basis, for methods that have one.
     """
@@ -25,6 +25,11 @@ class StepRecord:
     seed: int
     lr: tuple[float, ...]
     projected_grads: tuple[float, ...]
-    loss: float
+    losses: tuple[float, ...]
     forward_passes: int
     refresh: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses that were evaluated."""
+        return sum(self.losses) / len(self.losses)

@@ -10,7 +10,7 @@ from zolightning.directions.dense import Direction, directions
 from zolightning.directions.kernels import chunks
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.noise import NOISE_KINDS, NoiseKind
-from zolightning.evaluation.perturbed import Perturbation
+from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, adam_, momentum_
@@ -99,21 +99,27 @@ class SubspaceOptimizer(SubspaceWeights):
 
     # A step
 
+    def offsets(self) -> dict[nn.Parameter, Perturbation]:
+        """The lifts of pending cores, those of frozen parameters too."""
+        return {
+            parameter: LowRank(self.basis(parameter), matrix[:2], self.state[parameter]["core"], None)
+            for group in self.param_groups
+            for parameter, matrix in self.split(group, frozen=True)[0].values()
+            if "core" in self.state.get(parameter, {})
+        }
+
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        found: dict[nn.Parameter, Perturbation] = {}
+        found = self.offsets()
         for group in self.param_groups:
-            searched, vectors = self.split(group, frozen=True)
-            vectors = {name: parameter for name, parameter in vectors.items() if parameter.requires_grad}
-            matrices = {name: pair for name, pair in searched.items() if pair[0].requires_grad}
+            matrices, vectors = self.split(group)
             coefficients = {query: sign * group["eps"]}
-            if sign and group["vector_lr_ratio"]:
+            if group["vector_lr_ratio"]:
                 dense = directions(vectors, group["seed"], group["step"], coefficients, self.noise)
                 found |= {parameter: dense[name] for name, parameter in vectors.items()}
-            cores = self._core_directions(matrices, group["seed"], group["step"], coefficients) if sign else {}
-            for name, (parameter, matrix) in searched.items():
-                pending = self.state.get(parameter, {}).get("core") if parameter in self.state else None
-                if pending is not None or name in cores:
-                    found[parameter] = LowRank(self.basis(parameter), matrix[:2], pending, cores.get(name))
+            cores = self._core_directions(matrices, group["seed"], group["step"], coefficients)
+            for name, (parameter, matrix) in matrices.items():
+                pending = self.state.get(parameter, {}).get("core")
+                found[parameter] = LowRank(self.basis(parameter), matrix[:2], pending, cores[name])
         return found
 
     def update(self, record: StepRecord) -> None:

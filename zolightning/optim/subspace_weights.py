@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
 from zolightning.directions.dense import arithmetic
 from zolightning.directions.kernels import chunks
+from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.checks import some
 from zolightning.optim.moments import CHUNK
 from zolightning.optim.precision import State, add_tensor, packed
 from zolightning.optim.record import StepRecord

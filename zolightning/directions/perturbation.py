@@ -1,0 +1,15 @@
+"""What any change of a weight must be able to do."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Perturbation(Protocol):
+    """Anything that can write a perturbed weight: a :class:`~zolightning.directions.dense.Direction`, for one."""
+
+    def add_to(self, weight: Tensor, out: Tensor) -> None:
+        """Writes the perturbed `weight` to `out`; both contiguous, of the same shape and dtype."""
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Writes the perturbed ``table[rows]``, shape (k, n), to `out`; `table` is (m, n), `rows` integers (k,)."""

@@ -1,0 +1,8 @@
+"""Words that several messages have in common."""
+
+from collections.abc import Sequence
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five of many names, for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
