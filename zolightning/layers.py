@@ -152,14 +152,19 @@ def mlp_of(layer: nn.Module) -> FeedForward:
 
 
 def _linears_outside_attention(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
-
     for name, child in module.named_children():
         if "Attention" in type(child).__name__:
             continue
-        if isinstance(child, nn.Linear | Conv1D):
+        if isinstance(child, nn.Linear) or is_conv1d(child):
             yield path + name, child
         yield from _linears_outside_attention(child, f"{path}{name}.")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is a ``Conv1D`` of transformers, told by its name: transformers need not be installed."""
+    return any(
+        f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__
+    )
 
 
 def _output_dim(linear: nn.Module) -> int:

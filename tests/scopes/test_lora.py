@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from zolightning import CausalLM
+from zolightning.adapters import adapter_settings, remove_adapter
 from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.layers import find_layers
 from zolightning.models import answer_log_probs
-from zolightning.models.adapters import adapter_settings, remove_adapter
 from zolightning.optim import MeZO
 from zolightning.scopes.parts import LoRA
 

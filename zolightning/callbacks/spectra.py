@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -11,13 +11,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from zolightning.callbacks.subspace_resampling import subspace_optimizer
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrix, momentum_of
 from zolightning.scopes.calibration import own_loss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Source = Literal["estimate", "momentum", "gradient"]
 SOURCES: tuple[str, ...] = ("estimate", "momentum", "gradient")
@@ -145,8 +147,10 @@ def stable_rank(singular_values: Tensor) -> float:
     return (singular_values / largest).square().sum().item()
 
 
-def spectra_figure(spectra: dict[str, Tensor], title: str) -> Figure:
+def spectra_figure(spectra: dict[str, Tensor], title: str) -> "Figure":
     """Singular values over their index, relative to the largest of each source, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for source, values in spectra.items():

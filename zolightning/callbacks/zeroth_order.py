@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zolightning.optim import NonFiniteLossError, ZerothOrderOptimizer
 from zolightning.optim.checks import loss_and_terms
@@ -63,7 +63,7 @@ class ZerothOrder(Callback):
     def __init__(
         self,
         method: Method,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         micro_batch_size: int | None = None,
         skip_nonfinite: bool = False,
         evaluations_per_forward: int = 1,

@@ -1,7 +1,7 @@
 """Which examples make up which batch, on one rank or many, and where a resumed run goes on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -118,14 +118,17 @@ def even_batches(lengths: Sequence[int], batch_size: int, num_replicas: int = 1,
     return [part.tolist()[rank::num_replicas] for part in parts]
 
 
-class Batches(Dataset[Batch]):
+Order = TypeVar("Order", LengthBuckets, list[list[int]])
+
+
+class Batches(Dataset[Batch], Generic[Order]):
     """The batches of a run by their number."""
 
     def __init__(
         self,
         examples: Sequence[Example],
-        order: LengthBuckets | list[list[int]],
-        collate: Callable[[list[Example]], Batch],
+        order: Order,
+        collate: Callable[[Sequence[Example]], Batch],
     ) -> None:
         self.examples = examples
         self.order = order
@@ -151,7 +154,7 @@ class BatchNumbers(DistributedSampler):
             callback that looks at a few batches changes nothing.
     """
 
-    def __init__(self, batches: Batches, start: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, batches: Batches[Any], start: Callable[[], int] = lambda: 0) -> None:
         super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
         self.batches = batches
         self.start = start
@@ -171,7 +174,13 @@ class TrainLoader(DataLoader[Batch]):
     `state_dict` and a `load_state_dict` tells Lightning that resuming within an epoch is safe.
     """
 
-    dataset: Batches
+    dataset: Batches[LengthBuckets]
+
+    def first_batches(self, num_examples: int) -> Iterator[Batch]:
+        """The first examples as they are stored, whatever the order of training, in batches of the usual size."""
+        examples, size = self.dataset.examples[:num_examples], len(self.dataset.order[0])
+        for start in range(0, len(examples), size):
+            yield self.dataset.collate(examples[start : start + size])
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.dataset.order.settings()}

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zolightning.directions.noise import NoiseKind
+from zolightning.rank_zero import rank_zero_warn
 
 _SOURCE = Path(__file__).with_name("native.c")
 # Contraction would change bits; the widest vectors halve the time and are known to x86 compilers only.

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.layers import find_layers
+from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
 

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
 from zolightning.data import Batch
-from zolightning.models.adapters import adapter_settings, restore_adapter, save_adapter
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
     answer_log_probs,

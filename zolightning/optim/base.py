@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
@@ -26,6 +25,7 @@ from zolightning.optim.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
 from zolightning.optim.record import NonFiniteLossError, StepRecord
+from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], Tensor]
 Reduce = Callable[[Tensor], Tensor]

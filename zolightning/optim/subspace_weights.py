@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
@@ -16,6 +15,7 @@ from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.moments import CHUNK
 from zolightning.optim.precision import State, add_tensor, packed
 from zolightning.optim.record import StepRecord
+from zolightning.rank_zero import rank_zero_info
 
 Transport = Literal["project", "reset", "keep"]
 TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")

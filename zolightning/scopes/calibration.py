@@ -1,8 +1,8 @@
 """Forward passes of an untrained module over a few training prompts, to look before anything moves."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -13,7 +13,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from zolightning.data.batching import Batches
 from zolightning.step import Loss, evaluation_mode
 
 
@@ -37,7 +36,7 @@ def own_loss(module: L.LightningModule, batch: Any) -> Loss:
             "loss, or name the layers yourself (DominantLayer: `layer` or `profile`)."
         )
     step = type(module).training_step
-    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=3)
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # beside `self`, as Lightning counts
     with evaluation_mode(module), _muted(module):
         return step(module, batch, 0) if takes_index else step(module, batch)
 
@@ -45,6 +44,7 @@ def own_loss(module: L.LightningModule, batch: Any) -> Loss:
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
     """The first examples of the training data as they are stored, in batches on the module's device.
 
+    A loader that has a method ``first_batches(num_examples)`` is asked for them; of others the data set is read.
     Neither the order of the run's batches nor torch's generators take notice. Every rank gets the same examples.
 
     Raises:
@@ -63,19 +63,16 @@ def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_promp
 
 
 def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, Batches):
-        examples = dataset.examples[:num_prompts]
-        size = len(dataset.order[0])
-        yield from (dataset.collate(examples[start : start + size]) for start in range(0, len(examples), size))
+    if hasattr(loader, "first_batches"):
+        yield from loader.first_batches(num_prompts)
         return
-    if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset):
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         if loader.batch_size is not None or loader.batch_sampler is not None:
-            size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
-            dataset = Subset(dataset, range(min(num_prompts, len(dataset))))
-            yield from DataLoader(dataset, size, collate_fn=loader.collate_fn) if len(dataset) else ()
+            size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+            first = Subset(loader.dataset, range(min(num_prompts, len(cast(Sized, loader.dataset)))))
+            yield from DataLoader(first, size, collate_fn=loader.collate_fn) if len(first) else ()
             return
-        loader = DataLoader(dataset, batch_size=None, collate_fn=loader.collate_fn)
+        loader = DataLoader(loader.dataset, batch_size=None, collate_fn=loader.collate_fn)
     if not isinstance(loader, Iterable) or isinstance(loader, dict | list | tuple):
         raise ValueError(f"Calibration reads one training dataloader, got {type(loader).__name__}.")
     seen = 0

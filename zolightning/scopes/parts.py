@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.adapters import AdapterSettings, adaptable, adapter_settings, add_adapter, default_targets
 from zolightning.directions.slices import Slice
 from zolightning.layers import LayerStack, mlp_of
-from zolightning.models.adapters import AdapterSettings, adaptable, adapter_settings, add_adapter, default_targets
 from zolightning.scopes.token_mask import TokenMask
 
 Selected = dict[nn.Parameter, Slice | None]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import nn
 
+from zolightning.layers import is_conv1d
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -44,7 +46,6 @@ def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
     ``seed_everything`` (or 0), and torch's generators take no notice.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers.pytorch_utils import Conv1D
 
     targets = settings["target_modules"]
     config = LoraConfig(
@@ -52,7 +53,7 @@ def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
         lora_alpha=settings["alpha"],  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=targets,
         base_model_name_or_path=model.name_or_path,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=is_conv1d(model.get_submodule(targets[0])),
         task_type="CAUSAL_LM" if model.can_generate() and not model.config.is_encoder_decoder else None,
     )
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -115,6 +116,5 @@ def _config(model: "PreTrainedModel") -> Any:
 def adaptable(module: nn.Module) -> bool:
     """Whether a module is a linear map that can have an adapter, or has one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)
+    return isinstance(module, nn.Linear | BaseTunerLayer) or is_conv1d(module)

@@ -1,0 +1,124 @@
+"""What importing the package loads, and that the methods work without the packages of the command line."""
+
+import subprocess
+import sys
+
+import zolightning
+from zolightning.models import CausalLM
+from zolightning.step import zeroth_order_step
+
+# Those of pyproject.toml that Lightning and PyTorch do without.
+OPTIONAL = [
+    *("accelerate", "datasets", "gguf", "huggingface_hub", "jsonargparse", "matplotlib", "peft", "rich"),
+    *("safetensors", "tensorboard", "transformers"),
+]
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(imports: str, *, after: str) -> set[str]:
+    """The packages that `imports` load beside those that are there `after` other imports."""
+    names = run(f"import sys, {after}; before = set(sys.modules); import {imports}; print(*set(sys.modules) - before)")
+    return {name.partition(".")[0] for name in names.split()}
+
+
+def test_methods_load_pytorch_only() -> None:
+    loaded = loaded_by("zolightning.optim, zolightning.directions, zolightning.evaluation", after="torch")
+    assert "zolightning" in loaded
+    assert not loaded & {*OPTIONAL, "jinja2", "yaml", "lightning", "pytorch_lightning", "torchmetrics"}
+
+
+def test_callbacks_load_nothing_beside_lightning() -> None:
+    # Lightning itself loads torchmetrics, and that loads transformers and matplotlib where it finds them.
+    loaded = loaded_by("zolightning.step, zolightning.callbacks, zolightning.scopes", after="lightning.pytorch")
+    assert loaded <= {"zolightning", "lightning", "resource"}
+
+
+WITHOUT = f"""
+import importlib.metadata, sys
+absent = set({OPTIONAL!r})
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+from_name = importlib.metadata.Distribution.from_name
+def only_present(name):
+    if name.replace("-", "_") in absent:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+
+sys.meta_path.insert(0, Absent())
+importlib.metadata.Distribution.from_name = only_present
+"""
+
+
+def test_a_module_trains_without_the_packages_of_the_command_line() -> None:
+    run(
+        WITHOUT
+        + """
+from functools import partial
+import lightning as L, torch
+from torch.utils.data import DataLoader
+from zolightning.callbacks import DominantLayer, SubspaceResampling, ZerothOrder
+from zolightning.optim import SubZero
+from zolightning.scopes import MLP
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+    def training_step(self, batch, batch_idx):
+        for layer in self.layers:
+            batch = layer(batch)
+        return batch.square().mean()
+    def configure_optimizers(self):
+        pass
+
+net = Net()
+before = [parameter.clone() for parameter in net.layers[1].up.parameters()]
+callbacks = [DominantLayer(MLP(), layer=1), ZerothOrder(partial(SubZero, lr=0.1, rank=2)), SubspaceResampling()]
+trainer = L.Trainer(accelerator="cpu", max_steps=2, callbacks=callbacks, logger=False, enable_checkpointing=False,
+                    enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(net, DataLoader(torch.randn(8, 4), batch_size=4))
+assert trainer.global_step == 2
+assert not any(map(torch.equal, before, net.layers[1].up.parameters()))
+"""
+    )
+
+
+def test_a_method_trains_in_a_plain_loop_without_lightning() -> None:
+    run(
+        WITHOUT.replace("set([", "set(['lightning', 'pytorch_lightning', 'torchmetrics', ")
+        + """
+import torch
+from zolightning.optim import MeZO
+net = torch.nn.Linear(4, 1)
+before = net.weight.clone()
+optimizer = MeZO(net.parameters(), lr=0.1)
+inputs = torch.randn(8, 4)
+for _ in range(3):
+    optimizer.estimate(lambda: net(inputs).square().mean())
+    optimizer.step()
+assert not torch.equal(before, net.weight)
+assert "lightning" not in sys.modules
+"""
+    )
+
+
+def test_the_package_names_two_things() -> None:
+    assert zolightning.CausalLM is CausalLM
+    assert zolightning.zeroth_order_step is zeroth_order_step
+    assert not hasattr(zolightning, "nothing")

@@ -1,0 +1,25 @@
+"""What one rank says for all, where importing Lightning for it would take seconds and load transformers as well."""
+
+import logging
+import warnings
+
+import torch.distributed as dist
+
+# Lightning's: it shows what is at least INFO, and without Lightning Python's logging decides.
+_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+
+def rank_zero_warn(message: str) -> None:
+    """Warns, on the first rank only."""
+    if _is_first_rank():
+        warnings.warn(message, stacklevel=3)
+
+
+def rank_zero_info(message: str) -> None:
+    """Logs, on the first rank only."""
+    if _is_first_rank():
+        _log.info(message)
+
+
+def _is_first_rank() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
