@@ -44,10 +44,12 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         params: parameters, named parameters or parameter groups, as in ``torch.optim``.
         defaults: hyperparameters of a group; ``lr`` (weight units per unit of estimated gradient) and ``eps``
             (weight units per unit-variance direction) among them.
-        num_queries: directions a step.
-        estimator: which losses to ask for.
+        num_queries: directions a step, whose estimates are averaged.
+        estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()`` or ``Population()``
+            (:mod:`zolightning.optim.estimators`).
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
-        update_precision: how updates are added to half-precision weights, see :mod:`zolightning.optim.precision`.
+        update_precision: how updates are added to half-precision weights: "exact", as if they were fp32, for 2 bytes a
+            bfloat16 parameter or 4 a float16 one; or "native", see :mod:`zolightning.optim.precision`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -57,6 +59,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
+        *,
         num_queries: int = 1,
         estimator: Estimator | None = None,
         seed: int | None = None,

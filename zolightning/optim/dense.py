@@ -11,8 +11,7 @@ from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
-from zolightning.optim.estimators import Estimator
-from zolightning.optim.precision import State, UpdatePrecision, packed
+from zolightning.optim.precision import State, packed
 from zolightning.optim.record import StepRecord
 
 
@@ -21,22 +20,20 @@ class DenseOptimizer(ZerothOrderOptimizer):
 
     Args:
         noise: "gaussian" (17-valued, see :mod:`zolightning.directions.noise`) or "rademacher".
-
-    The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`: num_queries, estimator, seed,
+            update_precision.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
-        num_queries: int,
-        estimator: Estimator | None,
-        noise: NoiseKind,
-        seed: int | None,
-        update_precision: UpdatePrecision,
+        *,
+        noise: NoiseKind = "gaussian",
+        **common: Any,
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
-        super().__init__(params, defaults, num_queries, estimator, seed, update_precision)
+        super().__init__(params, defaults, **common)
         self.noise: NoiseKind = noise
 
     def directions(

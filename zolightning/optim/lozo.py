@@ -5,9 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zolightning.directions.noise import NoiseKind
-from zolightning.optim.estimators import Estimator
-from zolightning.optim.precision import State, UpdatePrecision
+from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
 
 
@@ -31,7 +29,8 @@ class LOZO(SubspaceOptimizer):
         rank: r.
         momentum: decay of the mean of core gradients, 0.9 in the paper's LOZO-M; 0 keeps none.
         vector_lr: learning rate of biases and norms; None takes `lr`.
-        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+        **common: num_queries, estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     sides = "right"
@@ -45,15 +44,11 @@ class LOZO(SubspaceOptimizer):
         rank: int = 2,
         momentum: float = 0.0,
         vector_lr: float | None = None,
-        num_queries: int = 1,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum}
         vector_lr = lr if vector_lr is None else vector_lr
-        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
         return gradients / gradients.shape[-1]

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from zolightning.directions.dense import Direction
 from zolightning.directions.kernels import chunks
-from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
-from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, momentum_
-from zolightning.optim.precision import State, UpdatePrecision, add_direction, add_tensor
+from zolightning.optim.precision import State, add_direction, add_tensor
 
 
 class MeZO(DenseDescent):
@@ -31,9 +29,6 @@ class MeZO(DenseDescent):
         params: parameters or parameter groups.
         lr: step size; the weights move by ``lr * projected_grad`` along a unit-variance direction.
         eps: perturbation scale: standard deviation of the perturbation of each weight.
-        num_queries: directions a step, whose estimates are averaged.
-        estimator: ``TwoSided()``, ``OneSided()`` or ``Population()`` (:mod:`zolightning.optim.estimators`).
-        noise: "gaussian" (17-valued, see :mod:`zolightning.directions.noise`) or "rademacher".
         momentum: decay of an exponential mean of the estimated gradients, ``m = momentum * m + (1 - momentum) * g``;
             0 keeps no state.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
@@ -41,8 +36,8 @@ class MeZO(DenseDescent):
             (MEAZO, arXiv 2605.03869: one scalar where Adam keeps a tensor).
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
         rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
-        seed: of the directions; None takes that of ``seed_everything``.
-        update_precision: "exact" or "native", see :mod:`zolightning.optim.precision`.
+        **common: num_queries, estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -50,16 +45,12 @@ class MeZO(DenseDescent):
         params: Iterable[Any],
         lr: float = 1e-6,
         eps: float = 1e-3,
-        num_queries: int = 1,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         normalize: bool = False,
         clip: float | None = None,
         rms_decay: float = 0.99,
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -72,7 +63,7 @@ class MeZO(DenseDescent):
             "mean_square": 0.0,
             "mean_square_weight": 0.0,
         }
-        super().__init__(params, defaults, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

@@ -7,12 +7,10 @@ from torch import Tensor
 
 from zolightning.directions.dense import Direction
 from zolightning.directions.kernels import chunks
-from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
-from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, adam_
-from zolightning.optim.precision import State, UpdatePrecision, add_tensor
+from zolightning.optim.precision import State, add_tensor
 
 
 class MeZOAdam(DenseDescent):
@@ -28,8 +26,10 @@ class MeZOAdam(DenseDescent):
         lr: step size, weight units a step as in Adam.
         betas: decay of the first and second moment.
         denominator_eps: added to the root of the second moment (Adam's epsilon; `eps` is the perturbation scale).
-        eps, num_queries, estimator, noise, weight_decay, seed, update_precision: as in
-            :class:`~zolightning.optim.MeZO`.
+        eps: perturbation scale, weight units.
+        weight_decay: as in :class:`~zolightning.optim.MeZO`.
+        **common: num_queries, estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -37,14 +37,10 @@ class MeZOAdam(DenseDescent):
         params: Iterable[Any],
         lr: float = 1e-5,
         eps: float = 1e-3,
-        num_queries: int = 1,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
         betas: tuple[float, float] = (0.9, 0.999),
         denominator_eps: float = 1e-8,
         weight_decay: float = 0.0,
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -53,7 +49,7 @@ class MeZOAdam(DenseDescent):
             "denominator_eps": denominator_eps,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, defaults, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

@@ -12,9 +12,8 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
-from zolightning.optim.estimators import Estimator
 from zolightning.optim.moments import CHUNK, adam_, momentum_
-from zolightning.optim.precision import State, UpdatePrecision, add_direction, add_tensor, packed
+from zolightning.optim.precision import State, add_direction, add_tensor, packed
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import TRANSPORTS, Matrix, SubspaceWeights
 
@@ -46,13 +45,11 @@ class SubspaceOptimizer(SubspaceWeights):
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
+        *,
         rank: int,
         vector_lr: float,
-        num_queries: int,
-        estimator: Estimator | None,
-        noise: NoiseKind,
-        seed: int | None,
-        update_precision: UpdatePrecision,
+        noise: NoiseKind = "gaussian",
+        **common: Any,
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
         if not isinstance(rank, int) or rank < 1:
@@ -60,7 +57,7 @@ class SubspaceOptimizer(SubspaceWeights):
         require_positive("lr", defaults["lr"])
         if not vector_lr >= 0:
             raise ValueError(f"`vector_lr` must not be negative, got {vector_lr!r}.")
-        common = {
+        shared = {
             "rank": rank,
             "vector_lr_ratio": vector_lr / defaults["lr"],
             "momentum": 0.0,
@@ -70,7 +67,7 @@ class SubspaceOptimizer(SubspaceWeights):
             "refresh": 0,
         }
         self.noise: NoiseKind = noise
-        super().__init__(params, common | defaults, num_queries, estimator, seed, update_precision)
+        super().__init__(params, shared | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; a group may have its own ``vector_lr``."""

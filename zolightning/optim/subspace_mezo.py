@@ -3,9 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-from zolightning.directions.noise import NoiseKind
-from zolightning.optim.estimators import Estimator
-from zolightning.optim.precision import UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
 
 
@@ -26,7 +23,8 @@ class SubspaceMeZO(SubspaceOptimizer):
         momentum: decay of the mean of core gradients; 0 keeps none.
         betas: Adam's decays on the core, instead of `momentum`.
         vector_lr: learning rate of biases and norms; None takes `lr`.
-        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+        **common: num_queries, estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     sides = "left"
@@ -40,12 +38,8 @@ class SubspaceMeZO(SubspaceOptimizer):
         momentum: float = 0.0,
         betas: tuple[float, float] | None = None,
         vector_lr: float | None = None,
-        num_queries: int = 1,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
         vector_lr = lr if vector_lr is None else vector_lr
-        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)

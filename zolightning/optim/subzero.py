@@ -6,10 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_choice
-from zolightning.optim.estimators import Estimator
-from zolightning.optim.precision import UpdatePrecision
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrix
 
@@ -42,7 +39,8 @@ class SubZero(SubspaceOptimizer):
         momentum: decay of the mean of core gradients; 0 keeps none.
         betas: Adam's decays on the core, instead of `momentum`; SubZero+ has (0.9, 0.95).
         vector_lr: learning rate of biases and norms; None takes `lr`.
-        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+        **common: num_queries, estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     sides = "both"
@@ -57,18 +55,14 @@ class SubZero(SubspaceOptimizer):
         momentum: float = 0.0,
         betas: tuple[float, float] | None = None,
         vector_lr: float | None = None,
-        num_queries: int = 1,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         require_choice("scaling", scaling, SCALINGS)
         self.scaling = scaling
         betas = None if betas is None else tuple(betas)
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
         vector_lr = lr if vector_lr is None else vector_lr
-        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def direction_scale(self, matrix: Matrix) -> float:
         return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if self.scaling == "code" else 1.0

@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_positive
-from zolightning.optim.estimators import Estimator
 from zolightning.optim.orthogonalization import power_iteration
-from zolightning.optim.precision import State, UpdatePrecision
+from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
 
 
@@ -35,7 +33,9 @@ class ZOMOPI(SubspaceOptimizer):
         power_rank: k, at most `rank`; less where a matrix has fewer columns.
         momentum: decay of the mean of core gradients, above 0 in the paper.
         vector_lr: learning rate of biases and norms, which move along dense directions.
-        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+        num_queries: directions a step.
+        **common: estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     sides = "left"
@@ -50,13 +50,10 @@ class ZOMOPI(SubspaceOptimizer):
         momentum: float = 0.9,
         vector_lr: float = 1e-7,
         num_queries: int = 4,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "power_rank": power_rank}
-        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, num_queries=num_queries, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

@@ -5,11 +5,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from zolightning.directions.noise import NoiseKind
 from zolightning.optim.checks import require_choice
-from zolightning.optim.estimators import Estimator
 from zolightning.optim.orthogonalization import msign, newton_schulz
-from zolightning.optim.precision import State, UpdatePrecision
+from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Orthogonalization = Literal["newton_schulz", "svd"]
@@ -37,7 +35,9 @@ class ZOMuon(SubspaceOptimizer):
         orthogonalization: "newton_schulz" (five steps; singular values land in [0.68, 1.20]) or "svd" (exact).
         momentum: decay of the mean of core gradients, taken before orthogonalization; the paper has none.
         vector_lr: learning rate of biases and norms, which move along dense directions.
-        num_queries, estimator, noise, seed, update_precision: as in :class:`~zolightning.optim.MeZO`.
+        num_queries: directions a step.
+        **common: estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     sides = "left"
@@ -52,15 +52,12 @@ class ZOMuon(SubspaceOptimizer):
         momentum: float = 0.0,
         vector_lr: float = 1e-7,
         num_queries: int = 4,
-        estimator: Estimator | None = None,
-        noise: NoiseKind = "gaussian",
-        seed: int | None = None,
-        update_precision: UpdatePrecision = "exact",
+        **common: Any,
     ) -> None:
         require_choice("orthogonalization", orthogonalization, ORTHOGONALIZATIONS)
         self.orthogonalization = orthogonalization
         defaults = {"lr": lr, "eps": eps, "momentum": momentum}
-        super().__init__(params, defaults, rank, vector_lr, num_queries, estimator, noise, seed, update_precision)
+        super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, num_queries=num_queries, **common)
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
         return msign(gradients) if self.orthogonalization == "svd" else newton_schulz(gradients)
