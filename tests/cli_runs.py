@@ -12,24 +12,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from zolightning.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-LR = "--trainer.callbacks.init_args.method.init_args.lr"
 NAME = "sentiment-mezo-smollm2_135m"
 
 
 @dataclass
 class Runs:
-    """Writes the runs of a folder, whose model is tiny, and reads them."""
+    """Runs ``zolightning`` on the tiny model of a folder and the packaged sentiment data, and reads what it leaves."""
 
     folder: Path
 
-    def arguments(self, subcommand: str, *options: Any) -> list[str]:
+    def arguments(self, subcommand: str, *options: Any, method: str | None = "mezo") -> list[str]:
         overrides = {
             "--model.init_args.model_name": self.folder / "model",
             "--data.init_args.num_train": 64,
             "--data.init_args.num_validation": 20,
             "--data.init_args.num_test": 10,
             "--data.init_args.batch_size": 8,
-            LR: 0.1,
             "--trainer.max_steps": 6,
             "--trainer.val_check_interval": 3,
             "--trainer.log_every_n_steps": 1,
@@ -38,7 +36,9 @@ class Runs:
             "--trainer.logger.init_args.save_dir": self.folder / "logs",
             "--trainer.default_root_dir": self.folder / "logs",
         }
-        files = ("tasks/sentiment", "methods/mezo", "models/smollm2_135m")
+        if method == "mezo":
+            overrides["--method.lr"] = 0.1
+        files = ["tasks/sentiment", *([f"methods/{method}"] if method else []), "models/smollm2_135m"]
         return [
             subcommand,
             *(part for file in files for part in ("--config", str(CONFIGS / f"{file}.yaml"))),
@@ -46,9 +46,13 @@ class Runs:
             *(str(option) for option in options),
         ]
 
-    def __call__(self, subcommand: str, *options: Any) -> str:
+    def __call__(self, subcommand: str, *options: Any, method: str | None = "mezo") -> str:
         """Runs a subcommand and returns what it printed."""
-        return printed(self.arguments(subcommand, *options))
+        return printed(self.arguments(subcommand, *options, method=method))
+
+    def refused(self, subcommand: str, *options: Any, method: str | None = "mezo") -> str:
+        """Returns the one line with which the command ends."""
+        return refused(self.arguments(subcommand, *options, method=method))
 
     def version(self, number: int) -> Path:
         return self.folder / "logs" / NAME / f"version_{number}"

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
@@ -97,7 +96,6 @@ def compose(*files: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def at_project_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["zolightning"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
@@ -105,7 +103,6 @@ def at_project_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def parse() -> Iterator[Callable[[list[str]], Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["zolightning"])
         parser = ParseOnly(compose("tasks/sentiment", "models/smollm2_135m")).parser
         yield lambda arguments: parser.parse_args(arguments).fit
 
@@ -219,9 +216,9 @@ SCOPES: dict[str, tuple[str, str, str]] = {
     "parameters": ("attn", "mezo", "gpt2"),
     "random_layer": (r"\.(layers|h)\.0\.", "mezo", "opt_125m"),
 }
-LR = "--trainer.callbacks.init_args.method.init_args.lr"
-# Of the last callback of a file, which is ZerothOrder, the method's rate for what has no subspace
-VECTOR_LR = "--trainer.callbacks.init_args.method.init_args.vector_lr"
+LR = "--method.lr"
+# The method's rate for what has no subspace
+VECTOR_LR = "--method.vector_lr"
 SUBSPACE_METHODS = [name for name in names("methods") if name.startswith(("lozo", "sub", "zo_mu", "zo_mo"))]
 
 

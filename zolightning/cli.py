@@ -2,12 +2,14 @@
 
 import json
 import logging
+import sys
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning_utilities.core.rank_zero as rank_zero
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -15,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
 from zolightning.callbacks.zeroth_order import refuse_unsupported
+from zolightning.commands.slots import add_slots, replacing, slot_callbacks
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
 
@@ -61,6 +64,7 @@ class ZerothOrderCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_slots(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -85,6 +89,12 @@ class ZerothOrderCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return _SUBCOMMANDS
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None or isinstance(args, list):
+            self.config = parser.parse_args(replacing(sys.argv[1:] if args is None else args))
+        else:
+            self.config = parser.parse_object(args)
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
@@ -94,7 +104,19 @@ class ZerothOrderCLI(LightningCLI):
         _refuse_missing_checkpoint(config)
         _refuse_gradients(config)
 
+    def instantiate_classes(self) -> None:
+        """Makes the model last: whatever is wrong elsewhere is said before it is loaded."""
+        name, config = self.subcommand, self.config.clone()
+        model = config[name].pop("model")
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.trainer = self.instantiate_trainer()
+        only_model = Namespace({name: Namespace(model=model), "subcommand": name})
+        self.model = self.parser.instantiate_classes(only_model)[name].model
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        made = self.config_init[self.subcommand]
+        made.trainer.callbacks = [*slot_callbacks(self.config[self.subcommand], made), *(made.trainer.callbacks or [])]
         trainer = super().instantiate_trainer(**kwargs)
         config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
         trainer.run_config = json.loads(config)[self.subcommand]
@@ -102,16 +124,13 @@ class ZerothOrderCLI(LightningCLI):
         # Lightning's `save_last` writes when the best one changes. A run should go on from where it was.
         if best is not None and not best.save_last:
             trainer.callbacks.append(ModelCheckpoint(best.dirpath, "last", enable_version_counter=False))
+        refuse_two_scopes(trainer)
+        if self.subcommand == "fit" and any(isinstance(callback, ZerothOrder) for callback in trainer.callbacks):
+            refuse_unsupported(trainer)
         return trainer
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
-        refuse_two_scopes(self.trainer)
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, ZerothOrder):
-                # What `fit` would refuse, before the validation has taken its time.
-                refuse_unsupported(self.trainer)
-                callback.method(list(self.model.parameters()))
         if config.validate_first and config.ckpt_path is None and not config.trainer.fast_dev_run:
             (results,) = self.trainer.validate(self.model, self.datamodule, verbose=False)
             self._say("before training", results)

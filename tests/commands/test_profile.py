@@ -11,23 +11,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cli_runs import NAME, Runs
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.activation_profile import ActivationProfile
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-NAME = "sentiment-smollm2_135m-mezo"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_process"),
+]
 
 
 @pytest.fixture
-def planted(command_line: Any) -> Any:
+def planted(runs: Runs) -> Runs:
     """A model whose layer 1 has one weight that makes its outputs explode."""
-    file = command_line.folder / "model/model.safetensors"
+    file = runs.folder / "model/model.safetensors"
     weights = load_file(file)
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = 1e7
     save_file(weights, file, metadata={"format": "pt"})
-    return command_line
+    return runs
 
 
 def images(folder: Path) -> set[str]:
@@ -43,7 +45,7 @@ def assert_plot(path: Path) -> None:
         assert len(image.convert("RGB").getcolors(2**24)) > 20  # not blank
 
 
-def test_profile_finds_the_planted_layer_and_a_callback_reads_it(planted: Any) -> None:
+def test_profile_finds_the_planted_layer_and_a_callback_reads_it(planted: Runs) -> None:
     output = planted("profile", "--num_prompts", 6)
     folder = planted.folder / "logs" / NAME / "profile"
     assert "DominantLayer selects layer 1" in output
@@ -59,32 +61,22 @@ def test_profile_finds_the_planted_layer_and_a_callback_reads_it(planted: Any) -
     assert images(folder) == {"profile"}
     assert not list((planted.folder / "logs" / NAME).glob("version_*"))
 
-    options = ["--trainer.callbacks+", "zolightning.callbacks.DominantLayer"]
-    options += ["--trainer.callbacks.profile", folder / "profile.json", "--trainer.max_steps", 1]
-    planted(
-        "fit",
-        *options,
-        "--trainer.log_every_n_steps",
-        1,
-        "--trainer.val_check_interval",
-        1,
-        "--validate_first",
-        "false",
-    )
+    scope = ("--scope", "DominantLayer", "--scope.profile", folder / "profile.json")
+    planted("fit", *scope, "--trainer.max_steps", 1, "--trainer.val_check_interval", 1, "--validate_first", "false")
     (last,) = (planted.folder / "logs" / NAME).glob("version_0/checkpoints/last.ckpt")
     assert torch.load(last, weights_only=True)["scope"]["layers"] == [1]
 
 
-def test_no_layer_stands_out(command_line: Any) -> None:
-    output = command_line("profile", "--num_prompts", 3)
+def test_no_layer_stands_out(runs: Runs) -> None:
+    output = runs("profile", "--num_prompts", 3)
     assert output.count("no layer") == 2
     assert "No layer stands out" in output
 
 
-def test_sensitivity_and_step_times(command_line: Any) -> None:
-    folder = command_line.folder / "mine"
+def test_sensitivity_and_step_times(runs: Runs) -> None:
+    folder = runs.folder / "mine"
     options = ("--sensitivity_queries", 2, "--time_model", "true", "--output", folder)
-    output = command_line("profile", "--num_prompts", 4, *options)
+    output = runs("profile", "--num_prompts", 4, *options)
 
     sensitivity = json.loads((folder / "sensitivity.json").read_text())
     assert (sensitivity["num_queries"], sensitivity["eps"], sensitivity["relative_error"]) == (2, 1e-3, 0.5)
@@ -100,11 +92,11 @@ def test_sensitivity_and_step_times(command_line: Any) -> None:
         assert_plot(folder / f"{name}.png")
     assert images(folder) == {"profile", "sensitivity", "step_time"}
 
-    again = command_line("profile", "--num_prompts", 4, *options)
+    again = runs("profile", "--num_prompts", 4, *options)
     assert json.loads((folder / "sensitivity.json").read_text()) == sensitivity
     assert "written to" in again
 
-    half = command_line("profile", *options[:2], "--trainer.precision", "bf16-true")
+    half = runs("profile", *options[:2], "--trainer.precision", "bf16-true")
     assert "The layers are in bfloat16, where rounding" in half
 
 
@@ -134,7 +126,7 @@ def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer:
         (("--data.init_args.path", "{folder}"), "{folder}/train.jsonl does not exist"),
     ],
 )
-def test_wrong_input_takes_one_line(command_line: Any, options: tuple[str, Any], message: str) -> None:
-    folder = str(command_line.folder)
-    error = command_line.refused("profile", *(str(option).format(folder=folder) for option in options))
+def test_wrong_input_takes_one_line(runs: Runs, options: tuple[str, Any], message: str) -> None:
+    folder = str(runs.folder)
+    error = runs.refused("profile", *(str(option).format(folder=folder) for option in options))
     assert error.startswith("error: " + message.format(folder=folder))

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from cli_runs import NAME, Runs
 from zolightning.cli import main
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-NAME = "sentiment-smollm2_135m-mezo"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_process"),
+]
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:
@@ -19,33 +21,32 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["layer"]: row for row in csv.DictReader(file)}
 
 
-def test_command_line(command_line: Any) -> None:
-    output = command_line("sweep-layers", "--steps", 3)
-    folder = command_line.folder / "logs" / NAME / "sweep-layers"
+def test_runs(runs: Runs) -> None:
+    output = runs("sweep-layers", "--steps", 3)
+    folder = runs.folder / "logs" / NAME / "sweep-layers"
     found = rows(folder)
     assert list(found) == ["zero-shot", "0", "1"]
     assert set(found["0"]) == {"layer", "parameters", "steps", "seconds", "val/accuracy", "val/f1", "val/loss"}
     assert (folder / "sweep.png").stat().st_size > 10_000
     assert f"written to {folder}" in output
-    assert not list(folder.rglob("*.ckpt")) and not list((command_line.folder / "logs" / NAME).glob("version_*"))
+    assert not list(folder.rglob("*.ckpt")) and not list((runs.folder / "logs" / NAME).glob("version_*"))
 
-    again = command_line("sweep-layers", "--steps", 3)
+    again = runs("sweep-layers", "--steps", 3)
     assert again.rpartition("each layer alone")[2] == output.rpartition("each layer alone")[2]
     assert "layer 0: " in output and "layer 0: " not in again
 
-    error = command_line.refused("sweep-layers", "--steps", 4, "--data.init_args.batch_size", 8)
-    assert "`steps` 3 there, 4 now" in error and "`data.init_args.batch_size` 4 there, 8 now" in error
-    rate = "--trainer.callbacks.init_args.method.init_args.lr"
-    error = command_line.refused("sweep-layers", "--steps", 3, rate, 0.02)
-    assert "init_args.lr` 0.01 there, 0.02 now" in error
-    error = command_line.refused("sweep-layers", "--steps", 3, "--seed_everything", 1)
+    error = runs.refused("sweep-layers", "--steps", 4, "--data.init_args.batch_size", 4)
+    assert "`steps` 3 there, 4 now" in error and "`data.init_args.batch_size` 8 there, 4 now" in error
+    error = runs.refused("sweep-layers", "--steps", 3, "--method.lr", 0.02)
+    assert "`method.init_args.lr` 0.1 there, 0.02 now" in error
+    error = runs.refused("sweep-layers", "--steps", 3, "--seed_everything", 1)
     assert "`seed` '0' there, '1' now" in error
 
 
-def test_command_line_first_order(command_line: Any) -> None:
+def test_runs_first_order(runs: Runs) -> None:
     options = ("--steps", 2, "--layers", "[1]", "--first_order", "true", "--evaluate", "test")
-    output = command_line("sweep-layers", *options, method="adamw")
-    folder = command_line.folder / "logs/sentiment-smollm2_135m-adamw/sweep-layers-first-order"
+    output = runs("sweep-layers", *options, method="adamw")
+    folder = runs.folder / "logs/sentiment-adamw-smollm2_135m/sweep-layers-first-order"
     assert list(rows(folder)) == ["zero-shot", "1"]
     assert "backpropagation, test" in output
 
@@ -59,13 +60,13 @@ def test_command_line_first_order(command_line: Any) -> None:
         (("--trainer.accumulate_grad_batches", 2), "`trainer.accumulate_grad_batches` is 2"),
     ],
 )
-def test_wrong_options_take_one_line(command_line: Any, options: tuple[Any, ...], message: str) -> None:
-    folder = str(command_line.folder)
-    error = command_line.refused("sweep-layers", *(str(option).format(folder=folder) for option in options))
+def test_wrong_options_take_one_line(runs: Runs, options: tuple[Any, ...], message: str) -> None:
+    folder = str(runs.folder)
+    error = runs.refused("sweep-layers", *(str(option).format(folder=folder) for option in options))
     assert error.startswith("error: " + message.format(folder=folder))
 
 
-def test_help(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, option in (
         (["sweep-layers"], "--first_order"),
         (["profile"], "--sensitivity_queries"),

@@ -21,6 +21,7 @@ from zolightning.callbacks.zeroth_order import refuse_unsupported
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import save_figure, sweep_figure
 from zolightning.commands.report import print_table
+from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
 from zolightning.layers import LayerStack, check_index, find_layers
 from zolightning.optim import NonFiniteLossError
@@ -179,6 +180,7 @@ class LayerSweep:
             "model": config.get("model"),
             "data": config.get("data"),
             "trainer": trainer_config,
+            **{slot: config.get(slot) for slot in SLOTS},
         }
 
 
@@ -206,16 +208,16 @@ def _callbacks(trainer: "Trainer", module: L.LightningModule, first_order: bool)
     for callback in kept:
         if isinstance(callback, Scope):
             raise MisconfigurationException(
-                f"`trainer.callbacks` holds {type(callback).__name__}, which chooses what is trained, and so does the "
-                "sweep. Leave out its config file."
+                f"`scope` is {type(callback).__name__}, which chooses what is trained, and so does the sweep. Leave "
+                "`scope` out."
             )
     methods = [callback for callback in kept if isinstance(callback, ZerothOrder)]
     if first_order:
         return [callback for callback in kept if callback not in methods]
     if not methods:
         raise MisconfigurationException(
-            "`trainer.callbacks` holds no ZerothOrder, whose method is to train each layer. Add one of "
-            "configs/methods, or set `first_order` to true to train by the module's own optimizer."
+            "No `method` is given that could train each layer. Name one, such as MeZO, or set `first_order` to true "
+            "to train by the module's own optimizer."
         )
     refuse_unsupported(trainer)
     for callback in methods:

@@ -1,0 +1,173 @@
+"""The fields of the command line's config that choose a method and what belongs to it, and the callbacks they become.
+
+``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback, ``scope``, ``resampling`` and
+``transport`` the callbacks of those names. A field holds one thing, so a later file or flag replaces it.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.callbacks.zeroth_order import Method
+from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
+from zolightning.scopes import Scope
+
+_OF_A_METHOD = ("lr_scheduler", "resampling", "transport")
+_CLASSES = ("method", "scope", *_OF_A_METHOD)
+SLOTS = (*_CLASSES, "evaluation")
+_EVALUATION = {name: parameter.default for name, parameter in inspect.signature(ZerothOrder).parameters.items()}
+
+
+def add_slots(parser: LightningArgumentParser) -> None:
+    """Adds the fields to a parser."""
+    parser.add_argument(
+        "--method",
+        type=Method | None,
+        help="zeroth-order method: MeZO, LOZO, SubZero, ...; without one `model.optimizer` trains by backpropagation",
+    )
+    parser.add_argument(
+        "--lr_scheduler", type=LRSchedulerCallable | None, help="scheduler of the method, stepped after every step"
+    )
+    parser.add_argument(
+        "--scope",
+        type=Scope | None,
+        help="which parameters train: DominantLayer, TrainLayers, ...; all of them if none",
+    )
+    parser.add_argument(
+        "--resampling", type=SubspaceResampling | None, help="when a subspace method draws new subspaces"
+    )
+    parser.add_argument(
+        "--transport", type=MomentumTransport | None, help="what becomes of its momentum then: project, reset or keep"
+    )
+    parser.add_class_arguments(ZerothOrder, "evaluation", skip={"method", "lr_scheduler"}, instantiate=False)
+
+
+def replacing(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments in which whoever names a class inherits no setting of an earlier one.
+
+    jsonargparse keeps what a new class accepts too: of a file with ``momentum: 0.9`` something would be left under the
+    next file's method. So ``--method null`` goes before each file and flag that names a method, and likewise for the
+    other fields. With a method go the scheduler, resampling and transport that earlier files gave for it.
+    """
+    replaced: list[str] = []
+    end_of_files = 0
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            named = _classes_named(value or "".join(arguments[place + 1 : place + 2]))
+            replaced += _nulls(
+                slot for slot in _CLASSES if slot in named or ("method" in named and slot in _OF_A_METHOD)
+            )
+            end_of_files = len(replaced) + (1 if value else 2)
+        elif option.removeprefix("--") in _CLASSES:
+            if option == "--method" and end_of_files:
+                replaced[end_of_files:end_of_files] = _nulls(_OF_A_METHOD)
+            replaced += _nulls([option.removeprefix("--")])
+        replaced.append(argument)
+    return replaced
+
+
+def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
+    """The callbacks that the fields stand for, checked against each other and those of ``trainer.callbacks``.
+
+    Args:
+        config: the fields of a subcommand, as parsed.
+        made: the same, instantiated; its ``trainer.callbacks`` go with what is returned.
+
+    Raises:
+        MisconfigurationException: naming a field that has nothing to act on, or that something else fills too.
+        ValueError: by a method or scheduler, naming the argument, its value and what is accepted.
+    """
+    listed: list[Callback] = made.trainer.callbacks or []
+    methods = [callback for callback in listed if isinstance(callback, ZerothOrder)]
+    if len(methods) + (made.method is not None) > 1:
+        names = [type(trial(callback.method)).__name__ for callback in methods]
+        where = f"`method` is {class_name(config.method)}, and " if made.method is not None else ""
+        raise MisconfigurationException(
+            f"{where}`trainer.callbacks` holds ZerothOrder of {' and of '.join(names)}: one method can train. Keep one."
+        )
+    callbacks: list[Callback] = [] if made.scope is None else [made.scope]
+    if made.method is None:
+        given = [slot for slot in _OF_A_METHOD if config[slot] is not None]
+        given += [f"evaluation.{key}" for key, value in config.evaluation.items() if value != _EVALUATION[key]]
+        if given and not methods:
+            raise MisconfigurationException(
+                f"`{given[0]}` is given and `method` is not, and without a method nothing reads it. Name a method, or "
+                f"leave `{given[0]}` out."
+            )
+        if given:
+            raise MisconfigurationException(
+                f"`{given[0]}` is given for `method`, which is in `trainer.callbacks`: give both in one of the places."
+            )
+        return callbacks
+    optimizer = trial(made.method)
+    if made.lr_scheduler is not None:
+        made.lr_scheduler(optimizer)
+    callbacks += _of_a_subspace(config, made, optimizer, listed)
+    return [*callbacks, ZerothOrder(made.method, made.lr_scheduler, **made.evaluation.as_dict())]
+
+
+def _of_a_subspace(
+    config: Namespace, made: Namespace, optimizer: ZerothOrderOptimizer, listed: Sequence[Callback]
+) -> list[Callback]:
+    """Resampling and transport: as given, by default where the method has a use for them, or refused."""
+    name = type(optimizer).__name__
+    is_subspace = isinstance(optimizer, SubspaceOptimizer)
+    has_momentum = is_subspace and bool(optimizer.param_groups[0]["momentum"] or optimizer.param_groups[0]["betas"])
+    found: list[Callback] = []
+    for slot, callback, wanted, lack in (
+        ("resampling", SubspaceResampling, is_subspace, "searches no subspaces"),
+        ("transport", MomentumTransport, has_momentum, "keeps no momentum in subspaces"),
+    ):
+        in_list = any(isinstance(other, callback) for other in listed)
+        if config[slot] is not None and in_list:
+            raise MisconfigurationException(
+                f"`{slot}` is given, and `trainer.callbacks` holds {callback.__name__} too. Keep one of them."
+            )
+        if config[slot] is not None and not wanted:
+            raise MisconfigurationException(f"`{slot}` is given, and {name} {lack}. Leave `{slot}` out.")
+        if wanted and not in_list:
+            found.append(callback() if made[slot] is None else made[slot])
+    return found
+
+
+def trial(method: Method) -> ZerothOrderOptimizer:
+    """The method over one number: its arguments are checked, and what it needs can be read off."""
+    optimizer = method([torch.nn.Parameter(torch.zeros(1, 1))])
+    if not isinstance(optimizer, ZerothOrderOptimizer):
+        raise MisconfigurationException(
+            f"`method` must make a zeroth-order optimizer (MeZO, for example), got {type(optimizer).__name__}."
+        )
+    return optimizer
+
+
+def class_name(spec: Namespace | None) -> str:
+    """``MeZO`` of a parsed ``class_path: zolightning.optim.MeZO``."""
+    return "null" if spec is None else str(spec["class_path"]).rpartition(".")[2]
+
+
+def _nulls(slots: Iterable[str]) -> list[str]:
+    return [word for slot in slots for word in (f"--{slot}", "null")]
+
+
+def _classes_named(config: str) -> set[str]:
+    """The fields for which a config file names a class or none; the parser will say what is wrong with a file."""
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    if not isinstance(values, dict):
+        return set()
+    return {
+        slot
+        for slot in values.keys() & set(_CLASSES)
+        if not isinstance(values[slot], dict) or "class_path" in values[slot]
+    }
