@@ -147,16 +147,6 @@ def test_order_of_files_does_not_matter(method: str, parse: Callable[[list[str]]
     assert configs[0].trainer.max_steps == (500 if method == "adamw" else 2000)
 
 
-def test_callbacks_are_appended(parse: Callable[[list[str]], Any], tmp_path: Path) -> None:
-    other = tmp_path / "other.yaml"
-    other.write_text("trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks.Timer\n")
-    for order in permutations([str(other), "configs/methods/mezo.yaml", "configs/scopes/dominant_layer.yaml"]):
-        arguments = [part for file in order for part in ("--config", file)]
-        config = parse([*compose("tasks/sst2", "models/gpt2"), *arguments])
-        found = {callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks}
-        assert found == {"Timer", "ZerothOrder", "DominantLayer"}
-
-
 def test_later_files_and_flags_override(parse: Callable[[list[str]], Any]) -> None:
     files = compose("tasks/sst2", "methods/mezo", "models/gpt2", "tasks/rte", "models/opt_125m")
     config = parse([*files, "--trainer.max_steps", "3", "--data.batch_size", "5"])

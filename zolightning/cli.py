@@ -174,7 +174,7 @@ def _refuse_gradients(config: Any) -> None:
     installed; and on a CPU it quietly trains in bf16-mixed when it is told 16-mixed.
     """
     callbacks = config.trainer.callbacks or []
-    if not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):
+    if config.method is None and not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):
         return
     strategy, precision = config.trainer.strategy, config.trainer.precision
     if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):

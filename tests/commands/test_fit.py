@@ -166,7 +166,8 @@ def test_two_ranks_end_with_the_same_weights(runs: Runs) -> None:
         "fit", "--config", CONFIGS / "strategies/ddp_cpu.yaml", "--config", runs.folder / "fingerprint.yaml"
     )
     command = Path(sysconfig.get_path("scripts")) / "zolightning"
-    environment = dict(os.environ) | {"PYTHONPATH": str(runs.folder), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(runs.folder), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
 

@@ -46,7 +46,7 @@ def assert_plot(path: Path) -> None:
 
 
 def test_profile_finds_the_planted_layer_and_a_callback_reads_it(planted: Runs) -> None:
-    output = planted("profile", "--num_prompts", 6)
+    output = planted("profile", "--num_prompts", 6, "--data.batch_size", 4)
     folder = planted.folder / "logs" / NAME / "profile"
     assert "DominantLayer selects layer 1" in output
     assert "Both(" in output and "): layer 1" in output
@@ -75,7 +75,7 @@ def test_no_layer_stands_out(runs: Runs) -> None:
 
 def test_sensitivity_and_step_times(runs: Runs) -> None:
     folder = runs.folder / "mine"
-    options = ("--sensitivity_queries", 2, "--time_model", "true", "--output", folder)
+    options = ("--sensitivity_queries", 2, "--time_model", "true", "--output", folder, "--trainer.precision", "32-true")
     output = runs("profile", "--num_prompts", 4, *options)
 
     sensitivity = json.loads((folder / "sensitivity.json").read_text())

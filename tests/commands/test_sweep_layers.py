@@ -227,7 +227,7 @@ def test_a_layer_that_diverges_does_not_end_the_sweep(sweep: Callable[..., Stack
         ([], {"layers": [0, 3]}, "`layers` is 3, but `layers` has 3 layers: 0 to 2 are accepted"),
         ([], {"layers": []}, "`layers` is empty"),
         ([], {"lr": -1.0}, "`lr` must be a positive number"),
-        ([DominantLayer()], {}, "holds DominantLayer, which chooses what is trained"),
+        ([DominantLayer()], {}, "`scope` is DominantLayer, which chooses what is trained"),
         ([], {"module": L.LightningModule()}, "`layers_name` is not given"),
     ],
 )
@@ -242,5 +242,5 @@ def test_wrong_input_is_refused_before_training(
 
 def test_a_method_is_needed(make_trainer: Any, tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
-    with pytest.raises(Exception, match="holds no ZerothOrder"):
+    with pytest.raises(Exception, match="No `method` is given"):
         trainer.sweep_layers(Stack(), Numbers())
