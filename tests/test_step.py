@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from zolightning import zeroth_order_step
+from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
 from zolightning.optim.estimators import OneSided
-from zolightning.step import evaluation_mode, muted_after_first
+from zolightning.step import muted_after_first
 
 MakeTrainer = Callable[..., L.Trainer]
 MakeData = Callable[..., DataLoader]

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
@@ -50,7 +50,7 @@ def zeroth_order_step(
     if not optimizer.attached:
         optimizer.attach(module)
 
-    with evaluation_mode(module), muted_after_first(module, loss_fn) as evaluate:
+    with muted_after_first(module, loss_fn) as evaluate:
         record = optimizer.estimate(lambda: _loss_and_terms(evaluate()), _sum_over_ranks(module), skip_nonfinite)
     wrapper.step()
     schedulers = module.lr_schedulers()
@@ -59,19 +59,6 @@ def zeroth_order_step(
             scheduler.step()
     _log(module, optimizer, record)
     return record
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Puts every submodule into evaluation mode, and back into the mode each was in."""
-    training = [m for m in module.modules() if m.training]
-    for submodule in training:
-        submodule.training = False
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True
 
 
 @contextmanager

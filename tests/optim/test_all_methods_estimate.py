@@ -69,7 +69,8 @@ class TestEstimate:
 
             with pytest.raises(error):
                 optimizer.estimate(loss)
-            optimizer.step()
+            with pytest.raises(RuntimeError, match="no estimate"):
+                optimizer.step()
             assert_same(weights(problem), weights(untouched))
             assert_same_state(optimizer, reference)
         assert run(problem, optimizer, 1) == run(untouched, reference, 1)
@@ -156,7 +157,8 @@ class TestNonFinite:
             run(problem, optimizer, 2), run(untouched, reference, 2)
         with pytest.raises(NonFiniteLossError, match=f"at step {0 if first else 2}"):
             optimizer.estimate(lambda: problem() * value)
-        optimizer.step()
+        with pytest.raises(RuntimeError, match="no estimate"):
+            optimizer.step()
         assert_same(weights(problem), weights(untouched))
         assert_same_state(optimizer, reference)
         assert run(problem, optimizer, 2) == run(untouched, reference, 2)

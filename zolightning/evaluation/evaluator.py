@@ -1,12 +1,14 @@
 """Evaluates a loss at perturbed weights: the optimizer says where, this says how."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.audit import audit, find_readers
+from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed, Scratch
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.stacked import CannotStack, StackedNetwork, network_of
@@ -64,6 +66,12 @@ class Evaluator:
             trainable: the parameters that train, and their names.
             perturbations: what each evaluation changes; parameters that are left out read as they are stored.
         """
+        with evaluation_mode(self.module) if self.module is not None else nullcontext():
+            return self._evaluate(evaluate, trainable, perturbations)
+
+    def _evaluate(
+        self, evaluate: Evaluate, trainable: Mapping[nn.Parameter, str], perturbations: Sequence[Perturbations]
+    ) -> list[tuple[Tensor, Tensor]]:
         self._find_unseen(trainable, evaluate)
         contexts = [self._perturbed(trainable, changes) for changes in perturbations]
         readers = self._find_readers(contexts[0], evaluate)

@@ -24,7 +24,7 @@ from zolightning.optim.checks import (
 from zolightning.optim.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
-from zolightning.optim.record import NonFiniteLossError, StepRecord
+from zolightning.optim.record import Estimate, NonFiniteLossError, StepRecord
 from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], Tensor]
@@ -73,8 +73,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
         self.num_queries = num_queries
         self.update_precision: UpdatePrecision = update_precision
-        self.record: StepRecord | None = None
-        self._pending = False
+        self._estimate = Estimate()
         self.evaluator = Evaluator()
 
     partners: tuple[str, ...] = ()  # names of callbacks that a run with this method cannot do without
@@ -83,6 +82,11 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     def attached(self) -> bool:
         """Whether a module has given the parameters their names, and is evaluated."""
         return self.evaluator.module is not None
+
+    @property
+    def record(self) -> StepRecord | None:
+        """The record of the last estimate; None before the first one."""
+        return self._estimate.record
 
     # What a method defines
 
@@ -116,6 +120,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     def estimate(self, evaluate: Evaluate, reduce: Reduce | None = None, skip_nonfinite: bool = False) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 
+        The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
+        stored statistics).
+
         Args:
             evaluate: the loss of one batch, computed anew at each call, always on the same batch and padding: a
                 scalar tensor (float32 or wider, so that differences survive), or a pair of it and the number of
@@ -126,6 +133,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
         """
+        self._estimate.is_pending = False
         probes = self.estimator.probes(self.num_queries)
         trainable = {parameter: name for _, name, parameter in self.trainable()}
         perturbations = [self._perturbations_of(probe) for probe in probes]
@@ -139,7 +147,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             values = ", ".join(f"{loss:g}" for loss in losses.tolist())
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}: {values}.")
         projected_grads = self.estimator.projected_grads(losses, group["eps"]).tolist() if finite else ()
-        self.record = StepRecord(
+        record = StepRecord(
             step=group["step"],
             seed=group["seed"],
             lr=tuple(float(group["lr"]) for group in self.param_groups),
@@ -148,8 +156,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             forward_passes=len(probes),
             refresh=group.get("refresh", 0),
         )
-        self._pending = True
-        return self.record
+        self._estimate.record, self._estimate.is_pending = record, True
+        return record
 
     def effective(self) -> Perturbed:
         """A context for validation during training, in which parameters read as stored plus :meth:`offsets`."""
@@ -157,15 +165,23 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Applies the pending estimate; changes nothing where there is none.
+        """Applies the last estimate.
 
         Args:
             closure: called once, first, as Lightning expects. It does not evaluate the loss: :meth:`estimate` does.
+
+        Raises:
+            RuntimeError: if there has been no estimate since the last step.
         """
         result = None if closure is None else closure()
-        if self._pending and self.record is not None:
-            self.apply(self.record)
-            self._pending = False
+        record = self._estimate.record
+        if record is None or not self._estimate.is_pending:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() has no estimate to apply, and reads no gradients: use the callback "
+                "ZerothOrder, or call `zeroth_order_step(module, loss_fn)` or `optimizer.estimate(loss_fn)` first."
+            )
+        self.apply(record)
+        self._estimate.is_pending = False
         return result
 
     @torch.no_grad()

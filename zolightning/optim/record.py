@@ -33,3 +33,16 @@ class StepRecord:
     def loss(self) -> float:
         """Mean of the losses that were evaluated."""
         return sum(self.losses) / len(self.losses)
+
+
+@dataclass
+class Estimate:
+    """The last estimate of an optimizer: one object, since wrappers copy an optimizer's attributes (Fabric does).
+
+    Attributes:
+        record: what it found; None before the first one.
+        is_pending: whether it has yet to be applied.
+    """
+
+    record: StepRecord | None = None
+    is_pending: bool = False

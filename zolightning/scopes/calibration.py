@@ -13,7 +13,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from zolightning.step import Loss, evaluation_mode
+from zolightning.evaluation.mode import evaluation_mode
+from zolightning.step import Loss
 
 
 @torch.no_grad()
