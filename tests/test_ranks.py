@@ -55,10 +55,10 @@ class Module(L.LightningModule):
         if not self.options.get("weighted"):
             return errors.mean()
         counts = (inputs[:, 0].abs() * 5).long() + 1
-        return {"loss": (errors * counts).sum() / counts.sum(), "weight": counts.sum()}
+        return {"loss": (errors * counts).sum() / counts.sum(), "num_terms": counts.sum()}
 
     def configure_optimizers(self):
-        raise AssertionError("not under ZerothOrder")
+        return None  # of its own: all parameters train
 
 
 runs = {

@@ -162,7 +162,7 @@ class TestEvaluations:
         plain, weighted = OwnLoop(), OwnLoop()
         weighted.load_state_dict(plain.state_dict())
         inner = weighted.loss
-        weighted.loss = lambda batch: {"loss": inner(batch), "weight": 7}
+        weighted.loss = lambda batch: {"loss": inner(batch), "num_terms": 7}
         fit(plain), fit(weighted)
         for one, other in zip(plain.records, weighted.records, strict=True):
             assert other.loss == pytest.approx(one.loss, rel=1e-12)  # a mean, on one rank, whatever the weight

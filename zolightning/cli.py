@@ -16,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
-from zolightning.callbacks.zeroth_order import refuse_unsupported
+from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.commands.slots import add_slots, replacing, slot_callbacks
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
@@ -176,17 +176,10 @@ def _refuse_gradients(config: Any) -> None:
     callbacks = config.trainer.callbacks or []
     if config.method is None and not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):
         return
-    strategy, precision = config.trainer.strategy, config.trainer.precision
-    if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
-        raise MisconfigurationException(
-            f"`trainer.strategy` is {strategy!r}, which shards gradients and optimizer states, and zeroth-order "
-            "training has none. Use 'auto' or 'ddp'."
-        )
-    if str(precision) in ("16", "16-mixed"):
-        raise MisconfigurationException(
-            f"`trainer.precision` is '{precision}', which scales gradients, and zeroth-order training has none. "
-            "Use 'bf16-mixed', 'bf16-true', '16-true' or '32-true'."
-        )
+    if isinstance(config.trainer.strategy, str):
+        refuse_strategy(config.trainer.strategy)
+    if config.trainer.precision is not None:
+        refuse_precision(config.trainer.precision)
 
 
 def main(args: ArgsType = None) -> None:

@@ -1,6 +1,6 @@
 """One zeroth-order training step of any LightningModule."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
-
-Loss = Tensor | Mapping[str, Any]
+from zolightning.optim.checks import Loss
 
 
 def zeroth_order_step(
@@ -34,7 +33,7 @@ def zeroth_order_step(
     Args:
         module: with ``automatic_optimization = False``.
         loss_fn: computes the loss of the current batch anew at each call: a scalar tensor, or a mapping with it as
-            ``"loss"`` and the number of terms it averages as ``"weight"`` (Lightning's dictionary form).
+            ``"loss"`` and the number of terms it averages as ``"num_terms"``.
         skip_nonfinite: leave the weights alone when a loss is NaN or infinite, instead of raising.
 
     Raises:
@@ -51,7 +50,7 @@ def zeroth_order_step(
         optimizer.attach(module)
 
     with muted_after_first(module, loss_fn) as evaluate:
-        record = optimizer.estimate(lambda: _loss_and_terms(evaluate()), _sum_over_ranks(module), skip_nonfinite)
+        record = optimizer.estimate(evaluate, _sum_over_ranks(module), skip_nonfinite)
     wrapper.step()
     schedulers = module.lr_schedulers()
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
@@ -84,12 +83,6 @@ def muted_after_first(module: L.LightningModule, loss_fn: Callable[[], Loss]) ->
         del module.log
         if own_log is not None:
             module.log = own_log
-
-
-def _loss_and_terms(output: Loss) -> tuple[Any, Any]:
-    if isinstance(output, Mapping):
-        return output.get("loss"), output.get("weight", 1.0)
-    return output, 1.0
 
 
 def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | None:

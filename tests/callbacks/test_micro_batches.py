@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import ZerothOrder
-from zolightning.callbacks.zeroth_order import micro_batches
+from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.optim import MeZO, StepRecord
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -111,7 +111,7 @@ class TestMicroBatches:
                 if not token_weighted:
                     return errors.mean()
                 counts = (inputs[:, 0].abs() * 5).long() + 1  # "tokens" of each example
-                return {"loss": (errors * counts).sum() / counts.sum(), "weight": counts.sum()}
+                return {"loss": (errors * counts).sum() / counts.sum(), "num_terms": counts.sum()}
 
             module.training_step = training_step
             callback = ZerothOrder(partial(MeZO, lr=1e-2), micro_batch_size=micro_batch_size)

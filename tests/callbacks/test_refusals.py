@@ -8,19 +8,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision, Precision
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    ParallelStrategy,
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import ZerothOrder
-from zolightning.callbacks.zeroth_order import refuse_unsupported
+from zolightning.callbacks.refusals import refuse_strategy, refuse_unsupported
 from zolightning.optim import MeZO
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -36,14 +38,37 @@ class TestRefusals:
             "precision_plugin": Precision(),
             "accumulate_grad_batches": 1,
             "gradient_clip_val": None,
+            "callbacks": [],
         }
         return SimpleNamespace(**plain | changed)
 
-    @pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy()])
+    @pytest.mark.parametrize(
+        "strategy",
+        [
+            SingleDeviceStrategy(),
+            DDPStrategy(),
+            type("Mine", (SingleDeviceStrategy,), {})(),
+            type("MineToo", (DDPStrategy,), {})(),
+        ],
+        ids=lambda strategy: type(strategy).__name__,
+    )
     def test_what_is_supported(self, strategy: Any) -> None:
         refuse_unsupported(self.surroundings(strategy=strategy))
 
-    @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+    @pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", "model_parallel", "xla"])
+    def test_names_of_strategies(self, name: str) -> None:
+        with pytest.raises(MisconfigurationException, match=f"`trainer.strategy` is {name}, which .*'auto' or 'ddp'"):
+            refuse_strategy(name)
+        refuse_strategy("ddp_spawn"), refuse_strategy("auto")
+
+    def test_a_strategy_of_ones_own_from_scratch(self) -> None:
+        made = object.__new__(type("Odd", (ParallelStrategy,), {}))
+        with pytest.raises(MisconfigurationException, match=r"is Odd, and .* derived from SingleDeviceStrategy or DDP"):
+            refuse_unsupported(self.surroundings(strategy=made))
+
+    @pytest.mark.parametrize(
+        "strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, type("MyFSDP", (FSDPStrategy,), {})]
+    )
     def test_strategies_that_shard(self, strategy: type) -> None:
         made = object.__new__(strategy)  # whose packages and devices are not here
         with pytest.raises(
@@ -63,11 +88,24 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match=r"`trainer.precision` is 'nf4', which is not supported"):
             refuse_unsupported(self.surroundings(precision_plugin=plugin))
 
+    @pytest.mark.parametrize("plugin", [HalfPrecision("bf16-true"), type("Mine", (Precision,), {})()])
+    def test_precisions_that_work(self, plugin: Precision) -> None:
+        refuse_unsupported(self.surroundings(precision_plugin=plugin))
+
+    def test_two_methods(self) -> None:
+        made = [ZerothOrder(MeZO), type("Mine", (ZerothOrder,), {})(MeZO)]
+        with pytest.raises(MisconfigurationException, match="has 2 ZerothOrder, and a run has one method"):
+            refuse_unsupported(self.surroundings(callbacks=made))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"accumulate_grad_batches": 4}, "`trainer.accumulate_grad_batches` is 4.*`micro_batch_size`"),
             ({"gradient_clip_val": 0.5}, "`trainer.gradient_clip_val` is 0.5.*`clip`"),
+            (
+                {"callbacks": [ZerothOrder(MeZO), GradientAccumulationScheduler({3: 2})]},
+                "GradientAccumulationScheduler, .*`micro_batch_size`",
+            ),
         ],
     )
     def test_options_of_the_trainer(
@@ -78,7 +116,7 @@ class TestRefusals:
         options: dict[str, Any],
         message: str,
     ) -> None:
-        trainer = make_trainer(max_steps=1, callbacks=[ZerothOrder(MeZO)], **options)
+        trainer = make_trainer(**{"max_steps": 1, "callbacks": [ZerothOrder(MeZO)]} | options)
         with pytest.raises(MisconfigurationException, match=message):
             trainer.fit(make_regression(), regression_data())
 

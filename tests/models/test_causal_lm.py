@@ -82,7 +82,7 @@ def test_two_steps_of_backpropagation_lower_the_loss(tiny_folder, batches, make_
 
     first, second = recorder.outputs
     torch.testing.assert_close(first["loss"], before)
-    assert first["weight"].item() == 3.0
+    assert first["num_terms"].item() == 3.0
     assert second["loss"] < first["loss"]
     assert recorder.training == [True, True]
     assert recorder.logged[0]["train/loss"] == pytest.approx(before.item())
@@ -112,7 +112,7 @@ def test_answers_are_trained_by_their_tokens(tiny_folder, answers_batch, make_tr
     recorder = Recorder()
     data = Batches([answers_batch], num_classes=2)
     make_trainer(max_steps=1, callbacks=recorder, limit_val_batches=0).fit(module, datamodule=data)
-    assert recorder.outputs[0]["weight"].item() == 4.0
+    assert recorder.outputs[0]["num_terms"].item() == 4.0
     torch.testing.assert_close(recorder.outputs[0]["loss"], -log_probs.sum() / 4)
     assert set(recorder.logged[0]) == {"train/loss"}
 

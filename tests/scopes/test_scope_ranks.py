@@ -44,7 +44,7 @@ class Module(L.LightningModule):
         return self.net(batch, labels=batch).loss
 
     def configure_optimizers(self):
-        raise AssertionError("not under ZerothOrder")
+        return None  # of its own: all parameters train
 
 
 for name, part in (("channels", OutlierChannels(0.1)), ("lora", LoRA(4))):

@@ -1,15 +1,14 @@
 """Zeroth-order training of a LightningModule that knows nothing of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,11 +16,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from zolightning.callbacks.micro_batches import evaluate_in_parts, with_num_terms
+from zolightning.callbacks.own_optimizer import OwnOptimizer
+from zolightning.callbacks.refusals import bases, refuse_module, refuse_unsupported
 from zolightning.optim import NonFiniteLossError, ZerothOrderOptimizer
-from zolightning.optim.checks import loss_and_terms
-from zolightning.step import Loss, zeroth_order_step
+from zolightning.optim.checks import Loss
+from zolightning.step import zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
+
+_COUNTERS = ("step", "refresh")  # of a method: they name its directions and bases
+_NOTE = (
+    "(Raised in `training_step` while ZerothOrder evaluated it: in evaluation mode, without gradients, several times a "
+    "batch. A network that returns losses in train mode only needs its `.train()` called in `training_step`.)"
+)
 
 
 class ZerothOrder(Callback):
@@ -29,9 +37,17 @@ class ZerothOrder(Callback):
 
     During ``fit`` the module's optimizers are replaced by `method` over all parameters that require gradients, and
     each batch becomes one :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own
-    ``training_step``. That one runs several times a batch, in evaluation mode; only its first run logs. Without
-    this callback the same module trains by backpropagation. The module must define ``configure_optimizers`` (it is
-    not called), because Lightning asks for it before any callback can act.
+    ``training_step``. That one runs several times a batch, in evaluation mode and without gradients; what it logs and
+    returns in the first run is what other callbacks see. Without this callback the same module trains by
+    backpropagation.
+
+    What ``training_step`` returns: a scalar tensor; or a dictionary with it as ``"loss"`` and, where the loss is a mean
+    over something else than the batch's examples (tokens), their number as ``"num_terms"``; or None, to skip the batch.
+
+    ``configure_optimizers`` of the module says which parameters train and which of them have no weight decay. Its
+    optimizer and schedulers do not run, and hooks around them (``optimizer_step``, ``lr_scheduler_step``,
+    ``on_before_zero_grad``) are not called; a line at the start says so. A second fit with the same callback goes on
+    with new directions.
 
     Args:
         method: makes the optimizer from the parameters: ``functools.partial(MeZO, lr=1e-6)`` in Python,
@@ -39,7 +55,7 @@ class ZerothOrder(Callback):
         lr_scheduler: makes a scheduler from the optimizer; stepped after every optimizer step.
         micro_batch_size: evaluate a batch in parts of this many examples, along the first dimension of each of its
             tensors, under the same directions. The parts' losses are averaged as one batch's would be: by number
-            of examples, or by ``"weight"`` where ``training_step`` returns it beside ``"loss"``.
+            of examples, or by ``"num_terms"`` where ``training_step`` returns it beside ``"loss"``.
         skip_nonfinite: skip a step whose loss is NaN or infinite, instead of stopping.
         evaluations_per_forward: how many evaluations of a step share one run of the network, on the batch repeated
             that often: faster where batches are small, for as many times the activations' memory. It needs one
@@ -81,29 +97,37 @@ class ZerothOrder(Callback):
         self.skip_nonfinite = skip_nonfinite
         self.evaluations_per_forward = evaluations_per_forward
         self.keep_prefix_gib = keep_prefix_gib
-        self._automatic_optimization = True
+        self._replaced: dict[str, Any] = {}  # what the instance of the module had itself; None: its class's
+        self._differentiates = False
+        self._counters: dict[str, int] = {}  # where the last fit with this callback ended
         self._validation = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         refuse_unsupported(trainer)
-        own_step = pl_module.training_step
+        refuse_module(pl_module)
+        if self.keep_prefix_gib and not getattr(trainer.datamodule, "fixed_batches", True):
+            raise MisconfigurationException(
+                f"`keep_prefix_gib` is {self.keep_prefix_gib}, and `fixed_batches` of the data is False: what is kept "
+                "would never be used. Set `data.fixed_batches` to True, or `keep_prefix_gib` to 0."
+            )
+        own_step, own_optimizers = pl_module.training_step, pl_module.configure_optimizers
         takes_index = is_param_in_hook_signature(own_step, "batch_idx", min_args=2)
 
-        def training_step(batch: Any, batch_idx: int) -> Any:
-            return own_step(batch, batch_idx) if takes_index else own_step(batch)
+        def zeroth_order_training_step(batch: Any, batch_idx: int = 0) -> Any:
+            index = (batch_idx,) if takes_index else ()
+            return self._step(pl_module, lambda part: own_step(part, *index), batch, batch_idx)
 
-        def zeroth_order_training_step(batch: Any, batch_idx: int = 0) -> None:
-            try:
-                zeroth_order_step(pl_module, lambda: self._losses(training_step, batch, batch_idx), self.skip_nonfinite)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error} {_describe(batch, batch_idx)}") from None
-
-        self._automatic_optimization = pl_module.automatic_optimization
+        replacements = {
+            "training_step": zeroth_order_training_step,
+            "configure_optimizers": lambda: self._configure(pl_module, own_optimizers()),
+        }
+        # An instance may have a step of its own, as modules under torch.compile do.
+        self._replaced = {name: vars(pl_module).get(name) for name in replacements}
+        vars(pl_module).update(replacements)
         pl_module.automatic_optimization = False
-        pl_module.training_step = zeroth_order_training_step  # type: ignore[method-assign]
-        pl_module.configure_optimizers = lambda: self._configure(pl_module)  # type: ignore[method-assign]
+        self._differentiates = False
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._give_back(trainer, pl_module)
@@ -113,7 +137,7 @@ class ZerothOrder(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            for optimizer in trainer.optimizers:
+            for optimizer in _methods(trainer):
                 self._validation.enter_context(optimizer.effective())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -121,29 +145,43 @@ class ZerothOrder(Callback):
 
     def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation.close()
-        if vars(pl_module).pop("configure_optimizers", None) is None:
+        if not self._replaced:
             return
-        for optimizer in trainer.optimizers:
+        for optimizer in _methods(trainer):
             optimizer.detach()
-        del pl_module.training_step
+            self._counters = {name: optimizer.param_groups[0].get(name, 0) for name in _COUNTERS}
+        for name, own in self._replaced.items():
+            del vars(pl_module)[name]
+            if own is not None:
+                vars(pl_module)[name] = own
+        self._replaced = {}
         # `trainer.global_step` reads the automatic counter of an automatic module, also after the fit.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
-        pl_module.automatic_optimization = self._automatic_optimization
+        pl_module.automatic_optimization = True
 
-    def _configure(self, pl_module: L.LightningModule) -> Any:
-        parameters = [p for p in pl_module.parameters() if p.requires_grad]
-        if not parameters:
+    def _configure(self, pl_module: L.LightningModule, configured: Any) -> Any:
+        """What Lightning is told instead of what the module's own ``configure_optimizers`` returned."""
+        own = OwnOptimizer(configured)
+        trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        if not trainable:
             raise MisconfigurationException(
                 "No parameter is trainable: all of the module's have `requires_grad=False`. Unfreeze at least one."
             )
-        optimizer = self.method(parameters)
+        groups = own.groups(trainable)
+        if not any(group["params"] for group in groups):
+            raise MisconfigurationException(
+                f"No parameter is trainable: the {type(own.optimizer).__name__} that `configure_optimizers` returns "
+                "holds only parameters with `requires_grad=False` or of other modules. Unfreeze or add some."
+            )
+        optimizer = self.method(groups if len(groups) > 1 else groups[0]["params"])
         if not isinstance(optimizer, ZerothOrderOptimizer):
             raise MisconfigurationException(
                 "`method` must make a zeroth-order optimizer (zolightning.optim.MeZO, for example), "
                 f"got {type(optimizer).__name__}."
             )
-        present = {base.__name__ for callback in pl_module.trainer.callbacks for base in type(callback).__mro__}
+        trainer: Any = pl_module.trainer
+        present = {name for callback in trainer.callbacks for name in bases(callback)}
         for partner in optimizer.partners:
             if partner not in present:
                 raise MisconfigurationException(
@@ -152,6 +190,13 @@ class ZerothOrder(Callback):
                 )
         optimizer.attach(pl_module, self.evaluations_per_forward)
         optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
+        for group in optimizer.param_groups:
+            group.update({name: value for name, value in self._counters.items() if name in group})
+        count = sum(len(group["params"]) for group in groups)
+        rank_zero_info(
+            f"{type(optimizer).__name__} trains {count} of {len(list(pl_module.parameters()))} parameter tensors of "
+            f"{type(pl_module).__name__}{own.replaced(pl_module)}."
+        )
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -162,75 +207,46 @@ class ZerothOrder(Callback):
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
-    def _losses(self, training_step: Callable[..., Any], batch: Any, batch_idx: int) -> Loss:
-        if self.micro_batch_size is None:
-            return _weighted(training_step(batch, batch_idx), batch)
-        parts = []
-        for part in micro_batches(batch, self.micro_batch_size):
-            output = _weighted(training_step(part, batch_idx), part)
-            parts.append(loss_and_terms((output["loss"], output["weight"])))
-        losses, weights = (torch.stack(values) for values in zip(*parts, strict=True))
-        return {"loss": (losses * weights).sum() / weights.sum(), "weight": weights.sum()}
+    def _step(
+        self, pl_module: L.LightningModule, training_step: Callable[[Any], Any], batch: Any, batch_idx: int
+    ) -> Any:
+        """Trains on a batch, and returns what `training_step` returned when it was first evaluated."""
+        outputs: list[Any] = []
+
+        def loss() -> Loss:
+            try:
+                with torch.set_grad_enabled(self._differentiates):
+                    if self.micro_batch_size is None:
+                        output = training_step(batch)
+                    else:
+                        output = evaluate_in_parts(training_step, batch, self.micro_batch_size)
+            except Exception as error:
+                error.add_note(_NOTE)
+                raise
+            if not outputs:
+                outputs.append(apply_to_collection(output, Tensor, Tensor.detach))
+            return with_num_terms(output, batch)
+
+        try:
+            zeroth_order_step(pl_module, loss, self.skip_nonfinite)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{error} {_describe(batch, batch_idx)}") from None
+        except RuntimeError as error:
+            if self._differentiates or "does not require grad" not in str(error):
+                raise
+            self._differentiates = True
+            rank_zero_info(
+                f"`training_step` of {type(pl_module).__name__} differentiates (torch.autograd), so it is evaluated "
+                "with gradients enabled, which keeps activations in memory as in backpropagation."
+            )
+            return self._step(pl_module, training_step, batch, batch_idx)
+        (first,) = outputs
+        return first
 
 
-def micro_batches(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of at most `size` examples; what is not a tensor of its length goes into every part."""
-    total = _batch_size(batch)
-    if total is None:
-        raise ValueError(
-            f"`micro_batch_size` is {size}, and a batch of type {type(batch).__name__} has no tensor to cut."
-        )
-
-    for start in range(0, total, size):
-
-        def cut(tensor: Tensor, start: int = start) -> Tensor:
-            return tensor[start : start + size] if tensor.ndim and len(tensor) == total else tensor
-
-        yield apply_to_collection(batch, Tensor, cut)
-
-
-def refuse_unsupported(trainer: L.Trainer) -> None:
-    """Raises a MisconfigurationException for surroundings in which forward-only training would be silently wrong."""
-    strategy, precision = trainer.strategy, trainer.precision_plugin
-    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-        raise MisconfigurationException(
-            f"`trainer.strategy` is {type(strategy).__name__}, which shards parameters or runs the optimizer itself; "
-            "zeroth-order training has no gradients or optimizer states to shard. Use 'auto' or 'ddp'."
-        )
-    if isinstance(precision, MixedPrecision) and precision.precision == "16-mixed":
-        raise MisconfigurationException(
-            "`trainer.precision` is '16-mixed', which scales gradients, and zeroth-order training has none. "
-            "Use 'bf16-mixed', 'bf16-true', '16-true' or '32-true'."
-        )
-    if type(precision) not in (Precision, HalfPrecision, DoublePrecision, MixedPrecision):
-        raise MisconfigurationException(
-            f"`trainer.precision` is {precision.precision!r}, which is not supported by zeroth-order training. "
-            "Use '32-true', '64-true', 'bf16-true', '16-true' or 'bf16-mixed'."
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise MisconfigurationException(
-            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, and zeroth-order training has no "
-            "gradients to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
-        )
-    if trainer.gradient_clip_val is not None:
-        raise MisconfigurationException(
-            f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "
-            "to clip. Use `clip` of the method, which bounds the projected gradient."
-        )
-
-
-def _weighted(output: Any, batch: Any) -> dict[str, Any]:
-    """What ``training_step`` returned, with the number of examples as its weight unless it names one itself."""
-    if isinstance(output, Mapping):
-        return {"loss": output.get("loss"), "weight": output.get("weight", _batch_size(batch) or 1)}
-    return {"loss": output, "weight": _batch_size(batch) or 1}
-
-
-def _batch_size(batch: Any) -> int | None:
-    """Length of the first tensor found that has a first dimension."""
-    lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
-    return lengths[0] if lengths else None
+def _methods(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:
+    """Those of a Trainer's optimizers that are zeroth-order methods."""
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]
 
 
 def _describe(batch: Any, batch_idx: int) -> str:

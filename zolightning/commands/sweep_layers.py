@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, TrainLayers, ZerothOrder
-from zolightning.callbacks.zeroth_order import refuse_unsupported
+from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import save_figure, sweep_figure
 from zolightning.commands.report import print_table

@@ -88,14 +88,14 @@ class CausalLM(L.LightningModule):
         self.model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Returns the mean loss and, as `weight`, how many terms it is the mean of."""
-        loss, weight, scores = self._evaluate(batch)
+        """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
+        loss, num_terms, scores = self._evaluate(batch)
         if self.automatic_optimization:
             self.log("train/loss", loss, prog_bar=True)
         if batch["objective"] == "classification":
             accuracy = (scores.argmax(dim=-1) == batch["label"]).float().mean()
             self.log("train/accuracy", accuracy, on_step=True, prog_bar=True)
-        return {"loss": loss, "weight": weight}
+        return {"loss": loss, "num_terms": num_terms}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val")

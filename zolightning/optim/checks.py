@@ -1,7 +1,7 @@
 """Checks of what a method is given: hyperparameters, parameters, losses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from zolightning.directions.noise import MAX_ELEMENTS
 from zolightning.optim.estimators import Estimator
+
+Loss = Tensor | tuple[Any, Any] | Mapping[str, Any]  # see `loss_and_terms`
 
 
 def require_positive(name: str, value: float) -> None:
@@ -56,10 +58,32 @@ def require_trainable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
 
 
-def loss_and_terms(output: Any) -> tuple[Tensor, Tensor]:
-    """A loss and the number of terms it averages, both as wide scalars, from what `evaluate` returned."""
-    loss, terms = output if isinstance(output, tuple) else (output, 1.0)
+def loss_and_terms(output: Loss) -> tuple[Tensor, Tensor]:
+    """A loss and the number of terms it averages, both as wide scalars, from what was returned for it.
+
+    Losses of micro-batches and of ranks are averaged by their numbers of terms, which is the loss of the whole batch
+    where each is a mean over its own terms. A user's dictionary may hold whatever else it likes, ``"weight"`` included.
+
+    Args:
+        output: a tensor with one element, a pair of it and the number, or a mapping with it as ``"loss"`` and the
+            number as ``"num_terms"``. The number is at least 0, and 1 where it is left out.
+
+    Raises:
+        TypeError: if the loss is no such tensor.
+        ValueError: if the number of terms is not a single number.
+    """
+    loss: Any = output
+    terms: Any = 1.0
+    if isinstance(output, tuple):
+        loss, terms = output
+    elif isinstance(output, Mapping):
+        loss, terms = output.get("loss"), output.get("num_terms", 1.0)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', loss)}.")
+    if not (isinstance(terms, int | float) or (isinstance(terms, Tensor) and terms.numel() == 1)):
+        raise ValueError(
+            "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
+            f"{getattr(terms, 'shape', repr(terms))}. Return the dictionary's own entry under another name."
+        )
     loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
-    return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device)
+    return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device).view(())

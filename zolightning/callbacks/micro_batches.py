@@ -1,0 +1,61 @@
+"""Batches in parts: how many examples a batch holds, how it is cut, and the loss of the parts together."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from zolightning.optim.checks import loss_and_terms
+
+
+def batch_size(batch: Any) -> int | None:
+    """Length of the first tensor found that has a first dimension."""
+    lengths: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
+    return lengths[0] if lengths else None
+
+
+def micro_batches(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in parts of at most `size` examples; what is not a tensor of its length goes into every part.
+
+    Raises:
+        ValueError: if nothing in the batch can be cut.
+    """
+    total = batch_size(batch)
+    if total is None:
+        raise ValueError(
+            f"`micro_batch_size` is {size}, and a batch of type {type(batch).__name__} has no tensor to cut."
+        )
+
+    for start in range(0, total, size):
+
+        def cut(tensor: Tensor, start: int = start) -> Tensor:
+            return tensor[start : start + size] if tensor.ndim and len(tensor) == total else tensor
+
+        yield apply_to_collection(batch, Tensor, cut)
+
+
+def with_num_terms(output: Any, batch: Any) -> dict[str, Any]:
+    """What ``training_step`` returned for a batch, as a dictionary with ``"loss"`` and ``"num_terms"``.
+
+    The latter is the number of examples in the batch unless ``training_step`` returns one itself, and 0 where it
+    returns None to skip the batch.
+    """
+    if output is None:
+        return {"loss": torch.tensor(torch.nan), "num_terms": 0}
+    return {"num_terms": batch_size(batch) or 1, **(output if isinstance(output, Mapping) else {"loss": output})}
+
+
+def evaluate_in_parts(training_step: Callable[[Any], Any], batch: Any, size: int) -> dict[str, Any] | None:
+    """The loss of a batch, averaged over its micro-batches by their ``"num_terms"``; None if all are skipped."""
+    parts = []
+    for part in micro_batches(batch, size):
+        output = training_step(part)
+        if output is not None:
+            parts.append(loss_and_terms(with_num_terms(output, part)))
+    if not parts:
+        return None
+    losses, terms = (torch.stack(values) for values in zip(*parts, strict=True))
+    return {"loss": (losses * terms).sum() / terms.sum(), "num_terms": terms.sum()}

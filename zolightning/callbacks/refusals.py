@@ -1,0 +1,122 @@
+"""Surroundings and modules in which forward-only training would be wrong: refused by name, before the first step.
+
+Classes are recognised by the names of their bases, because ``lightning`` and ``pytorch_lightning`` are one code base
+under two names, whose classes are not each other's.
+"""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.parameter import is_lazy
+
+_WHOLE_PARAMETERS = ("SingleDeviceStrategy", "DDPStrategy")  # strategies under which each rank holds all of them
+_UNFIT_STRATEGIES = {  # part of a name, lower-case and without underscores: why not
+    "fsdp": "shards parameters, and zeroth-order training needs them whole on every rank",
+    "modelparallel": "shards parameters, and zeroth-order training needs them whole on every rank",
+    "deepspeed": "shards optimizer states and runs the optimizer itself, and zeroth-order training has its own",
+    "xla": "compiles what a step does, which has not been tried with weights that change between evaluations",
+}
+_UNFIT_PRECISIONS = ("bitsandbytes", "transformerengine", "deepspeed", "fsdp", "xla")
+_PRECISIONS = "'32-true', '64-true', 'bf16-true', '16-true' or 'bf16-mixed'"
+
+
+def refuse_unsupported(trainer: Any) -> None:
+    """Refuses what a Trainer is made of.
+
+    Raises:
+        MisconfigurationException: naming the option, the value found and what is accepted.
+    """
+    refuse_strategy(trainer.strategy)
+    refuse_precision(trainer.precision_plugin)
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, and zeroth-order training has no "
+            "gradients to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
+        )
+    for callback in trainer.callbacks:
+        if "GradientAccumulationScheduler" in bases(callback):
+            raise MisconfigurationException(
+                "`trainer.callbacks` has a GradientAccumulationScheduler, and zeroth-order training has no gradients "
+                "to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
+            )
+    if trainer.gradient_clip_val is not None:
+        raise MisconfigurationException(
+            f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "
+            "to clip. Use `clip` of the method, which bounds the projected gradient."
+        )
+    methods = [callback for callback in trainer.callbacks if "ZerothOrder" in bases(callback)]
+    if len(methods) > 1:
+        raise MisconfigurationException(
+            f"`trainer.callbacks` has {len(methods)} ZerothOrder, and a run has one method. Keep one of them."
+        )
+
+
+def refuse_strategy(strategy: Any) -> None:
+    """Refuses a strategy, given as an object or by the name that the Trainer knows it by.
+
+    Raises:
+        MisconfigurationException: if it shards parameters or runs the optimizer itself.
+    """
+    names = [strategy] if isinstance(strategy, str) else bases(strategy)
+    found = names[0]
+    for name in names:
+        for part, reason in _UNFIT_STRATEGIES.items():
+            if part in name.lower().replace("_", ""):
+                raise MisconfigurationException(f"`trainer.strategy` is {found}, which {reason}. Use 'auto' or 'ddp'.")
+    if not isinstance(strategy, str) and not any(name in _WHOLE_PARAMETERS for name in names):
+        raise MisconfigurationException(
+            f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp' and strategies derived "
+            "from SingleDeviceStrategy or DDPStrategy."
+        )
+
+
+def refuse_precision(precision: Any) -> None:
+    """Refuses a precision, given as a plugin or by the name that the Trainer knows it by.
+
+    Raises:
+        MisconfigurationException: if it scales gradients, or replaces the layers that hold the weights.
+    """
+    names = [] if isinstance(precision, str | int) else bases(precision)
+    value = str(precision) if isinstance(precision, str | int) else precision.precision
+    if value in ("16", "16-mixed"):
+        raise MisconfigurationException(
+            f"`trainer.precision` is '{value}', which scales gradients, and zeroth-order training has none. "
+            "Use 'bf16-mixed', 'bf16-true', '16-true' or '32-true'."
+        )
+    if any(part in name.lower() for name in names for part in _UNFIT_PRECISIONS):
+        raise MisconfigurationException(
+            f"`trainer.precision` is {value!r}, which is not supported by zeroth-order training. Use {_PRECISIONS}."
+        )
+
+
+def refuse_module(module: L.LightningModule) -> None:
+    """Refuses modules whose ``training_step`` cannot be evaluated several times on one batch.
+
+    Raises:
+        MisconfigurationException: naming what the module has and what it needs.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} has `automatic_optimization=False`, so its `training_step` trains by itself, and ZerothOrder "
+            "needs one that only returns a loss. Remove one of the two; in a `training_step` of your own, call "
+            "`zolightning.zeroth_order_step`."
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"`training_step` of {name} takes `dataloader_iter` and fetches its own batches, and a zeroth-order step "
+            "evaluates one batch several times. Let it take `batch` instead."
+        )
+    for parameter_name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise MisconfigurationException(
+                f"`{parameter_name}` of {name} has no shape yet, as in nn.LazyLinear. Run one forward pass, "
+                "`module(example)`, before `trainer.fit`."
+            )
+
+
+def bases(thing: object) -> list[str]:
+    """Names of the classes that an object is an instance of, its own first."""
+    return [base.__name__ for base in type(thing).__mro__]
