@@ -62,7 +62,10 @@ class TestRefusals:
         refuse_strategy("ddp_spawn"), refuse_strategy("auto")
 
     def test_a_strategy_of_ones_own_from_scratch(self) -> None:
-        made = object.__new__(type("Odd", (ParallelStrategy,), {}))
+        class Odd(ParallelStrategy): ...
+
+        Odd.__abstractmethods__ = frozenset()
+        made = object.__new__(Odd)
         with pytest.raises(MisconfigurationException, match=r"is Odd, and .* derived from SingleDeviceStrategy or DDP"):
             refuse_unsupported(self.surroundings(strategy=made))
 
