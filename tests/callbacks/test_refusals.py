@@ -57,7 +57,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", "model_parallel", "xla"])
     def test_names_of_strategies(self, name: str) -> None:
-        with pytest.raises(MisconfigurationException, match=f"`trainer.strategy` is {name}, which .*'auto' or 'ddp'"):
+        with pytest.raises(MisconfigurationException, match=f"`trainer.strategy` is '{name}', which .*'auto' or 'ddp'"):
             refuse_strategy(name)
         refuse_strategy("ddp_spawn"), refuse_strategy("auto")
 

@@ -60,7 +60,7 @@ def refuse_strategy(strategy: Any) -> None:
         MisconfigurationException: if it shards parameters or runs the optimizer itself.
     """
     names = [strategy] if isinstance(strategy, str) else bases(strategy)
-    found = names[0]
+    found = repr(strategy) if isinstance(strategy, str) else names[0]
     for name in names:
         for part, reason in _UNFIT_STRATEGIES.items():
             if part in name.lower().replace("_", ""):
