@@ -56,7 +56,7 @@ def test_attention_is_passed_on(tiny_folder):
 
 
 def test_an_architecture_without_sdpa_loads_by_default(tiny_folder):
-    AutoModelForCausalLM.from_config(BloomConfig(VOCABULARY, 32, n_layer=1, n_head=4)).save_pretrained(tiny_folder)
+    AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(tiny_folder)
     assert load_pretrained(str(tiny_folder))[0].config._attn_implementation == "eager"
     with pytest.raises(ValueError) as error:
         load_pretrained(str(tiny_folder), attention="sdpa")
