@@ -99,6 +99,13 @@ def test_a_file_loads_as_a_model_that_can_be_trained_and_saved(gguf_file, embedd
     model.save_pretrained(tmp_path / "saved")
 
 
+def test_a_file_without_one_of_its_tensors_is_refused(gguf_file):
+    content = gguf_file.read_bytes()
+    gguf_file.write_bytes(content.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 weights of LlamaForCausalLM.*mlp\.up_proj\.weight"):
+        load_pretrained(str(gguf_file))
+
+
 def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_text("not a model")

@@ -1,11 +1,13 @@
 """Loading models from folders and from the hub, and what a wrong name or setting says."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, BloomConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, BloomConfig
 
 from zolightning.models import load_pretrained
 
@@ -56,7 +58,9 @@ def test_attention_is_passed_on(tiny_folder):
 
 
 def test_an_architecture_without_sdpa_loads_by_default(tiny_folder):
-    AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(tiny_folder)
+    AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
+    ).save_pretrained(tiny_folder)
     assert load_pretrained(str(tiny_folder))[0].config._attn_implementation == "eager"
     with pytest.raises(ValueError) as error:
         load_pretrained(str(tiny_folder), attention="sdpa")
@@ -108,3 +112,85 @@ def test_an_unknown_attention_is_refused(tiny_folder):
     with pytest.raises(ValueError) as error:
         load_pretrained(str(tiny_folder), attention="quadratic")
     assert_one_line(error, "`attention` 'quadratic'", "eager")
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def assert_refused(folder, *parts):
+    with pytest.raises(ValueError) as error:
+        load_pretrained(str(folder))
+    assert_one_line(error, repr(str(folder)), *parts)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_names_with_the_prefix_of_a_compiled_model_are_refused(tiny_folder, capfd):
+    change_weights(tiny_folder, lambda weights: {f"_orig_mod.{name}": weight for name, weight in weights.items()})
+    assert_refused(tiny_folder, "lacks 21 weights of LlamaForCausalLM", "'_orig_mod.'")
+    assert len(capfd.readouterr().err.splitlines()) < 5
+
+
+def test_a_missing_weight_is_refused(tiny_folder):
+    change_weights(tiny_folder, lambda weights: {name: weight for name, weight in weights.items() if name != UP})
+    assert_refused(tiny_folder, f"lacks 1 weights of LlamaForCausalLM ({UP})", "config.json")
+
+
+def test_a_config_with_more_layers_than_the_file_is_refused(tiny_folder):
+    change_config(tiny_folder, num_hidden_layers=3)
+    assert_refused(tiny_folder, "lacks 9 weights", "model.layers.2.")
+
+
+def test_a_weight_of_another_shape_is_refused(tiny_folder, capfd):
+    change_weights(tiny_folder, lambda weights: weights | {UP: torch.zeros(3, 5)})
+    assert_refused(tiny_folder, UP, "(3, 5)", "(48, 32)")
+    assert len(capfd.readouterr().err.splitlines()) < 5
+
+
+def test_a_model_without_a_language_modelling_head_is_refused(tiny_folder, make_model):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tiny_folder)
+    assert_refused(tiny_folder, "BertLMHeadModel", "cls.predictions", "head")
+    AutoModel.from_config(make_model("qwen3").config).save_pretrained(tiny_folder)
+    assert_refused(tiny_folder, "Qwen3ForCausalLM (lm_head.weight)", "head")
+
+
+def test_a_base_model_with_tied_embeddings_is_complete(tiny_folder, make_model):
+    make_model().model.save_pretrained(tiny_folder)
+    model, _ = load_pretrained(str(tiny_folder))
+    assert all(map(torch.equal, model.state_dict().values(), make_model().state_dict().values()))
+
+
+def test_weights_without_a_place_are_named(tiny_folder):
+    change_weights(tiny_folder, lambda weights: weights | {"score.weight": torch.zeros(2, 32)})
+    with pytest.warns(UserWarning, match=r"1 weights that LlamaForCausalLM does not use: score\.weight"):
+        load_pretrained(str(tiny_folder))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_damaged_file_is_refused(tiny_folder, keep):
+    path = tiny_folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    assert_refused(tiny_folder, "safetensors file is damaged")
+
+
+def test_an_adapter_is_refused_with_what_to_do_instead(tiny_folder):
+    (tiny_folder / "adapter_config.json").write_text("{}")
+    assert_refused(tiny_folder, "LoRA adapter", "merge_and_unload")
+
+
+def test_no_code_of_a_folder_is_run_and_nobody_is_asked(tiny_folder, monkeypatch):
+    (tiny_folder / "code.py").write_text("raise SystemExit('ran')")
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    change_config(tiny_folder, model_type="my-own", auto_map=auto_map)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert_refused(tiny_folder, "code of its own", "`auto_map`")

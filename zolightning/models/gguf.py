@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zolightning.models.loading import load_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,9 +15,9 @@ def load_gguf(
     path: Path, dtype: torch.dtype, attention: str | None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads a GGUF file as an ordinary model, its quantized weights unpacked so that they can be trained."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_model(
         path.parent,
         gguf_file=path.name,
         dtype=dtype,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zolightning.models.gguf import load_gguf
+from zolightning.models.loading import ADAPTER, load_model
 from zolightning.models.pypi import cached_pypi_model
 
 if TYPE_CHECKING:
@@ -44,13 +45,19 @@ def load_pretrained(
 
     source = path if path.exists() else _hub_source(name)
 
+    from safetensors import SafetensorError
+
     try:
         if path.is_file():
             model, tokenizer = load_gguf(path, torch_dtype, attention)
         else:
             model, tokenizer = _load_hugging_face(source, torch_dtype, attention)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, SafetensorError):
+            reason = f"a safetensors file is damaged ({reason}). Fetch or copy the model again."
+        elif "trust_remote_code" in str(error):
+            reason = "it brings code of its own (`auto_map` in config.json), and no code of a model is run."
         raise ValueError(f"Cannot load `model_name` {name!r} with `attention` {attention!r}: {reason}") from None
 
     tokenizer.padding_side = "left"
@@ -62,10 +69,12 @@ def load_pretrained(
 def _load_hugging_face(
     source: Path | str, dtype: torch.dtype, attention: str | None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
-    return model, AutoTokenizer.from_pretrained(source)
+    if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+        raise ValueError(ADAPTER)
+    model = load_model(source, dtype=dtype, attn_implementation=attention)
+    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _hub_source(name: str) -> str:

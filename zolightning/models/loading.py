@@ -1,0 +1,73 @@
+"""Loading weights so that none of them is random without a word."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zolightning.messages import some
+from zolightning.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+ADAPTER = (
+    "it is a LoRA adapter, not a model. Merge it into its base model first "
+    "(peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER))."
+)
+
+
+def load_model(source: Path | str, **options: Any) -> "PreTrainedModel":
+    """``AutoModelForCausalLM.from_pretrained(source, **options)``, complete or not at all.
+
+    No code of the folder or repository is run.
+
+    Raises:
+        ValueError: A weight is missing from the file, or has another shape there, or `source` is an adapter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _without_reports():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(ADAPTER)
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise ValueError(
+            f"the file lacks {len(missing)} weights of {type(model).__name__} ({some(missing)}): "
+            f"{_explain(missing, unused)}."
+        )
+    if info["mismatched_keys"]:
+        name, found, wanted = next(iter(info["mismatched_keys"]))
+        raise ValueError(
+            f"{name} has the shape {tuple(found)} in the file and {tuple(wanted)} by config.json: they do not belong "
+            "together."
+        )
+    if unused:
+        rank_zero_warn(f"{source} has {len(unused)} weights that {type(model).__name__} does not use: {some(unused)}.")
+    return model
+
+
+def _explain(missing: list[str], unused: list[str]) -> str:
+    wanted = set(missing)
+    for name in unused:
+        prefix, _, rest = name.partition(".")
+        if rest in wanted:
+            return f"its names begin with '{prefix}.', which has to go"
+    return "it does not fit config.json, or has no language modelling head"
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Silences transformers, which lists what is missing line by line before `load_model` says it in one."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
