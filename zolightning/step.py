@@ -34,7 +34,8 @@ def zeroth_order_step(
         module: with ``automatic_optimization = False``.
         loss_fn: computes the loss of the current batch anew at each call: a scalar tensor, or a mapping with it as
             ``"loss"`` and the number of terms it averages as ``"num_terms"``.
-        skip_nonfinite: leave the weights alone when a loss is NaN or infinite, instead of raising.
+        skip_nonfinite: leave the weights alone when a loss is NaN or infinite, instead of raising, up to 20 times in a
+            row.
 
     Raises:
         NonFiniteLossError: if a loss is NaN or infinite; the weights are those of the last step.
@@ -95,10 +96,10 @@ def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | N
 
 def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord) -> None:
     squares = [g * g for g in record.projected_grads]
-    module.log("train/loss", record.loss, prog_bar=True)
     module.log("zo/lr", record.lr[0])
     module.log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
     if squares:
+        module.log("train/loss", record.loss, prog_bar=True)
         module.log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
     else:
         module.log("zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)

@@ -52,15 +52,61 @@ class TestWhatTrainingStepReturns:
             fit(module, zeroth_order=ZerothOrder(METHOD, micro_batch_size=micro_batch_size))
         assert_equal(weights(plain), weights(weighted))
 
-    @pytest.mark.parametrize(("terms", "found"), [(torch.ones(4), r"torch.Size\(\[4\]\)"), ("many", "'many'")])
+    @pytest.mark.parametrize(
+        ("terms", "found"), [(torch.ones(4), r"torch.Size\(\[4\]\)"), ("many", "'many'"), (-1, "-1")]
+    )
     def test_the_number_of_terms_is_one_number(
         self, make_regression: MakeModule, fit: Fit, terms: Any, found: str
     ) -> None:
         module = make_regression()
         own_step = module.training_step
         module.training_step = lambda batch, batch_idx: {"loss": own_step(batch, batch_idx), "num_terms": terms}
-        with pytest.raises(ValueError, match=f"`num_terms`.* must be a number .* got {found}"):
+        with pytest.raises(ValueError, match=f"`num_terms`.* must (be a number|not be negative).* got {found}"):
             fit(module)
+
+    @pytest.mark.parametrize("micro_batch_size", [None, 3])
+    @pytest.mark.parametrize("skipped", [0, 2])
+    def test_none_skips_the_batch(
+        self, make_regression: MakeModule, fit: Fit, micro_batch_size: int | None, skipped: int
+    ) -> None:
+        """As in backpropagation, with a line of Lightning's kind; the step is counted."""
+        module, records, seen = make_regression(), Records(), []
+        own_step = module.training_step
+        module.training_step = lambda batch, batch_idx: None if batch_idx == skipped else own_step(batch, batch_idx)
+
+        class Weights(Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+                seen.append((weights(module)["net.0.weight"], outputs))
+
+        callback = ZerothOrder(METHOD, micro_batch_size=micro_batch_size)
+        with pytest.warns(UserWarning, match="`training_step` returned None, which skips the batch"):
+            trainer = fit(module, records, Weights(), zeroth_order=callback)
+        assert trainer.global_step == 4 and [record.step for record in records.records] == [0, 1, 2, 3]
+        assert [not record.projected_grads for record in records.records] == [step == skipped for step in range(4)]
+        unmoved = [step for step in range(1, 4) if torch.equal(seen[step][0], seen[step - 1][0])]
+        assert unmoved == ([skipped] if skipped else []) and seen[skipped][1] == {}
+        assert trainer.callback_metrics["train/loss"].isfinite()
+
+    def test_some_parts_of_a_batch_may_be_skipped(self, make_regression: MakeModule, fit: Fit) -> None:
+        """Their examples do not count: the loss is that of a batch without them."""
+        module, records = make_regression(), [Records(), Records()]
+        own_step = module.training_step
+        module.training_step = lambda batch, batch_idx: None if len(batch[0]) == 1 else own_step(batch, batch_idx)
+        fit(module, records[0], zeroth_order=ZerothOrder(METHOD, micro_batch_size=3), max_steps=1)
+        other = make_regression()
+        own_step = other.training_step
+        other.training_step = lambda batch, batch_idx: own_step([part[:3] for part in batch], batch_idx)
+        fit(other, records[1], max_steps=1)
+        for one, two in zip(records[0].records, records[1].records, strict=True):
+            assert one.losses == pytest.approx(two.losses, rel=1e-6)
+
+    @pytest.mark.parametrize("terms", [0, 0.0, torch.tensor([0])])
+    def test_no_terms_skip_the_batch_too(self, make_regression: MakeModule, fit: Fit, terms: Any) -> None:
+        module, before = make_regression(), weights(make_regression())
+        own_step = module.training_step
+        module.training_step = lambda batch, batch_idx: {"loss": own_step(batch, batch_idx) / 0, "num_terms": terms}
+        fit(module)
+        assert_equal(weights(module), before)
 
     def test_other_callbacks_get_what_it_returned_first(self, make_regression: MakeModule, fit: Fit) -> None:
         module, seen = make_regression(), []

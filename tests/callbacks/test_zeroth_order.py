@@ -56,6 +56,18 @@ class TestNonFinite:
         assert_equal(weights(broken), snapshots[2])
         assert not torch.equal(snapshots[1]["net.0.weight"], snapshots[2]["net.0.weight"])
 
+    def test_a_loss_that_is_never_finite_stops_the_run(
+        self, make_regression: MakeModule, make_trainer: MakeTrainer, regression_data: MakeData
+    ) -> None:
+        module, recorder = make_regression(), Records()
+        module.training_step = lambda batch, batch_idx: torch.tensor(float("inf"))
+        callback = ZerothOrder(partial(MeZO, lr=1e-2), skip_nonfinite=True)
+        with pytest.raises(
+            NonFiniteLossError, match=r"step 20, nor in the 20 steps before, which were sk.*Batch 6"
+        ) as e:
+            make_trainer(max_steps=100, callbacks=[callback, recorder]).fit(module, regression_data())
+        assert "skip_nonfinite" not in str(e.value) and len(recorder.records) == 20
+
     def test_skipped_batches_are_counted(
         self, broken: L.LightningModule, make_trainer: MakeTrainer, regression_data: MakeData
     ) -> None:

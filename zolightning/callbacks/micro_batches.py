@@ -37,14 +37,14 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
         yield apply_to_collection(batch, Tensor, cut)
 
 
-def with_num_terms(output: Any, batch: Any) -> dict[str, Any]:
+def with_num_terms(output: Any, batch: Any, device: torch.device | None = None) -> dict[str, Any]:
     """What ``training_step`` returned for a batch, as a dictionary with ``"loss"`` and ``"num_terms"``.
 
     The latter is the number of examples in the batch unless ``training_step`` returns one itself, and 0 where it
-    returns None to skip the batch.
+    returns None to skip the batch, on a `device` where other evaluations may return a loss.
     """
     if output is None:
-        return {"loss": torch.tensor(torch.nan), "num_terms": 0}
+        return {"loss": torch.tensor(torch.nan, device=device), "num_terms": 0}
     return {"num_terms": batch_size(batch) or 1, **(output if isinstance(output, Mapping) else {"loss": output})}
 
 

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -56,7 +56,8 @@ class ZerothOrder(Callback):
         micro_batch_size: evaluate a batch in parts of this many examples, along the first dimension of each of its
             tensors, under the same directions. The parts' losses are averaged as one batch's would be: by number
             of examples, or by ``"num_terms"`` where ``training_step`` returns it beside ``"loss"``.
-        skip_nonfinite: skip a step whose loss is NaN or infinite, instead of stopping.
+        skip_nonfinite: skip a step whose loss is NaN or infinite, instead of stopping; more than 20 such steps in a
+            row stop the run nevertheless.
         evaluations_per_forward: how many evaluations of a step share one run of the network, on the batch repeated
             that often: faster where batches are small, for as many times the activations' memory. It needs one
             submodule with all trainable parameters, whose outputs have one row an example
@@ -225,12 +226,12 @@ class ZerothOrder(Callback):
                 raise
             if not outputs:
                 outputs.append(apply_to_collection(output, Tensor, Tensor.detach))
-            return with_num_terms(output, batch)
+            return with_num_terms(output, batch, pl_module.device)
 
         try:
             zeroth_order_step(pl_module, loss, self.skip_nonfinite)
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"{error} {_describe(batch, batch_idx)}") from None
+            raise NonFiniteLossError(f"{error} {self._advice(batch, batch_idx)}") from None
         except RuntimeError as error:
             if self._differentiates or "does not require grad" not in str(error):
                 raise
@@ -241,18 +242,20 @@ class ZerothOrder(Callback):
             )
             return self._step(pl_module, training_step, batch, batch_idx)
         (first,) = outputs
+        if first is None:
+            rank_zero_warn("`training_step` returned None, which skips the batch. If that was on purpose, ignore this.")
         return first
+
+    def _advice(self, batch: Any, batch_idx: int) -> str:
+        ids = batch.get("id") if isinstance(batch, Mapping) else None
+        which = "" if ids is None else f", ids {ids.tolist() if isinstance(ids, Tensor) else ids}"
+        otherwise = "" if self.skip_nonfinite else ", or `skip_nonfinite=True` to pass over such batches"
+        return (
+            f"Batch {batch_idx}{which}. The weights are those of the last step; a smaller `lr` or `eps` may help"
+            f"{otherwise}."
+        )
 
 
 def _methods(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:
     """Those of a Trainer's optimizers that are zeroth-order methods."""
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]
-
-
-def _describe(batch: Any, batch_idx: int) -> str:
-    ids = batch.get("id") if isinstance(batch, Mapping) else None
-    which = "" if ids is None else f", ids {ids.tolist() if isinstance(ids, Tensor) else ids}"
-    return (
-        f"Batch {batch_idx}{which}. The weights are those of the last step; a smaller `lr` or `eps` may help, "
-        "or `skip_nonfinite=True` to pass over such batches."
-    )

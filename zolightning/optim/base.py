@@ -14,6 +14,7 @@ from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.messages import some
 from zolightning.optim.checks import (
+    Loss,
     loss_and_terms,
     require_choice,
     require_positive,
@@ -24,10 +25,10 @@ from zolightning.optim.checks import (
 from zolightning.optim.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
-from zolightning.optim.record import Estimate, NonFiniteLossError, StepRecord
+from zolightning.optim.record import MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
 from zolightning.rank_zero import rank_zero_warn
 
-Evaluate = Callable[[], Tensor]
+Evaluate = Callable[[], Loss]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -75,6 +76,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self.update_precision: UpdatePrecision = update_precision
         self._estimate = Estimate()
         self.evaluator = Evaluator()
+        self._nonfinite_in_a_row = 0
 
     partners: tuple[str, ...] = ()  # names of callbacks that a run with this method cannot do without
 
@@ -126,26 +128,37 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         Args:
             evaluate: the loss of one batch, computed anew at each call, always on the same batch and padding: a
                 scalar tensor (float32 or wider, so that differences survive), or a pair of it and the number of
-                terms it averages, for a mean over ranks that does not depend on how the batch was split.
+                terms it averages, for a mean over ranks that does not depend on how the batch was split; see
+                :func:`~zolightning.optim.checks.loss_and_terms`. Where there are no terms on any rank, the step is
+                recorded without projected gradients.
             reduce: sums a tensor over ranks; None on one rank.
-            skip_nonfinite: record a step without projected gradients instead of raising.
+            skip_nonfinite: record a step without projected gradients instead of raising, up to
+                ``MAX_NONFINITE_IN_A_ROW`` times in a row.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
+            ValueError: if a number of terms is negative.
         """
         self._estimate.is_pending = False
         probes = self.estimator.probes(self.num_queries)
         trainable = {parameter: name for _, name, parameter in self.trainable()}
         perturbations = [self._perturbations_of(probe) for probe in probes]
         results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations)
-        totals = torch.stack([torch.stack([loss * terms, terms]) for loss, terms in results])
-        totals = totals if reduce is None else reduce(totals)
-        losses = (totals[:, 0] / totals[:, 1]).cpu()
+        # A loss over no terms says nothing: it is NaN where it is a mean.
+        totals = torch.stack(
+            [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
+        )
+        totals = (totals if reduce is None else reduce(totals)).cpu()
+        losses = totals[:, 0] / totals[:, 1]
         group = self.param_groups[0]
-        finite = bool(torch.isfinite(losses).all())
-        if not finite and not skip_nonfinite:
+        finite, empty = bool(torch.isfinite(losses).all()), bool((totals[:, 1] == 0).any())
+        if (totals[:, 1] < 0).any():
+            raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {totals[0, 1]:g}.")
+        self._nonfinite_in_a_row = 0 if finite else self._nonfinite_in_a_row + (not empty)
+        if self._nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not empty:
             values = ", ".join(f"{loss:g}" for loss in losses.tolist())
-            raise NonFiniteLossError(f"The loss is not finite at step {group['step']}: {values}.")
+            many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
+            raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
         projected_grads = self.estimator.projected_grads(losses, group["eps"]).tolist() if finite else ()
         record = StepRecord(
             step=group["step"],

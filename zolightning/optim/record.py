@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped; a loss that is never finite trains nothing
+
 
 class NonFiniteLossError(RuntimeError):
     """A loss was NaN or infinite; the weights are those of the last completed step."""
