@@ -4,38 +4,40 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from zolightning.callbacks.refusals import bases
 from zolightning.optim.base import ZerothOrderOptimizer
 
 
 class RunMonitor(Callback):
     """Logs speed, memory and one sample of the data.
 
-    Scalars, every ``log_every_n_steps`` of the Trainer: ``run/steps_per_second`` (training steps only, validation
-    not counted) and ``run/peak_memory_gib`` (of the process; of the device's allocator on CUDA). Once, when
+    Scalars: ``run/steps_per_second`` (mean of the last ``log_every_n_steps`` training steps; validation is not
+    counted) and ``run/peak_memory_gib`` (of the process; of the device's allocator on CUDA). Once, when
     training starts: the text of one training example under ``prompt`` in TensorBoard, if the data module has
     ``sample_text()``; and after the first step a line that says how much memory the method's state takes.
     """
 
     def __init__(self) -> None:
         self._started = 0.0
-        self._steps = 0
-        self._seconds = 0.0
+        self._seconds: deque[float] = deque()  # of the latest steps, one each
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._steps, self._seconds = 0, 0.0
-        sample_text = getattr(trainer.datamodule, "sample_text", None)
+        # Lightning sets what a Trainer has in other places than its class.
+        self._seconds = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
+        sample_text = getattr(getattr(trainer, "datamodule", None), "sample_text", None)
         if sample_text is None:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        loggers: list[Any] = list(trainer.loggers)
+        for logger in loggers:
+            if "TensorBoardLogger" in bases(logger) and trainer.is_global_zero:
                 # An indented block is shown by TensorBoard as it is, line breaks included.
                 text = "\n".join("    " + line for line in sample_text().split("\n"))
                 logger.experiment.add_text("prompt", text, trainer.global_step)
@@ -44,15 +46,11 @@ class RunMonitor(Callback):
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._seconds += time.perf_counter() - self._started
-        self._steps += 1
+        self._seconds.append(time.perf_counter() - self._started)
         if trainer.global_step == 1:
             self._say_state(trainer)
-        # The steps whose values reach the loggers are not multiples of this callback's own count after resuming.
-        if trainer._logger_connector.should_update_logs:
-            pl_module.log("run/steps_per_second", self._steps / self._seconds)
-            pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
-            self._steps, self._seconds = 0, 0.0
+        pl_module.log("run/steps_per_second", len(self._seconds) / sum(self._seconds))
+        pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
 
     @staticmethod
     def _say_state(trainer: L.Trainer) -> None:

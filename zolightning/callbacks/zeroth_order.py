@@ -108,7 +108,7 @@ class ZerothOrder(Callback):
             return
         refuse_unsupported(trainer)
         refuse_module(pl_module)
-        if self.keep_prefix_gib and not getattr(trainer.datamodule, "fixed_batches", True):
+        if self.keep_prefix_gib and not getattr(getattr(trainer, "datamodule", None), "fixed_batches", True):
             raise MisconfigurationException(
                 f"`keep_prefix_gib` is {self.keep_prefix_gib}, and `fixed_batches` of the data is False: what is kept "
                 "would never be used. Set `data.fixed_batches` to True, or `keep_prefix_gib` to 0."
