@@ -66,16 +66,6 @@ def test_in_place_parameters_are_left_alone_by_a_baseline(net: nn.Module, writes
     assert versions[0] == before and versions[1] > before
 
 
-def test_validation_during_training_reads_the_stored_weights(net: nn.Module, writes: list[Direction]) -> None:
-    optimizer = MeZO(net.named_parameters(), seed=0)
-    optimizer.attach(net)
-    optimizer.estimate(partial(loss_of, net))
-    writes.clear()
-    with torch.inference_mode(), optimizer.effective():
-        loss_of(net)
-    assert not writes
-
-
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_keys_are_hashed_once_a_step(net: nn.Module, monkeypatch: pytest.MonkeyPatch, num_queries: int) -> None:
     hashed: list[tuple[int, int, int, str]] = []

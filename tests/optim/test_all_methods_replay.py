@@ -42,6 +42,7 @@ class TestRecords:
         fresh.param_groups[0]["lr"] = 123.0
         for line in lines:
             fresh.apply(StepRecord(**json.loads(line)))
+        fresh.fold()  # as the last step did
         assert_same(weights(replayed), weights(problem))
         for group in (*fresh.param_groups, *optimizer.param_groups):
             for name in ("lr", "seed", "initial_lr"):

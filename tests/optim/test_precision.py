@@ -112,6 +112,36 @@ class TestExact:
 
 
 @pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("how", ["direction", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_somebody_else_writes_is_where_the_next_update_starts(dtype: torch.dtype, how: str) -> None:
+    """A clamp, zeros and an average between two updates; low words of both signs are at hand."""
+    d, zeros = direction(1, 1e-3), torch.zeros(64)
+    weight, state = start(64, dtype), {}
+    add_direction(weight, state, direction(0, 1e-3), "exact")
+    kept = state["master"].clone() if dtype == torch.float16 else None
+    weight[:8], weight[8:16] = 0.0, -0.0
+    weight[16:32].clamp_(-0.01, 0.01)
+    weight[32:48].lerp_(torch.full((16,), 0.5, dtype=dtype), 0.1)
+    written = weight.float()
+    change = zeros.clone()
+    d.accumulate(change)
+    if how == "direction":
+        add_direction(weight, state, d, "exact")
+    else:
+        for part in (slice(0, 20), slice(20, 64)):
+            add_tensor(weight, state, change[part], "exact", start=part.start)
+    if kept is not None:
+        kept[:48] = torch.where(written[:48] != kept[:48].half(), written[:48], kept[:48])
+        assert torch.equal(state["master"], kept + change)
+        assert torch.equal(weight, (kept + change).half())
+        return
+    found, expected = read_split(weight, state["low_word"]), written + change
+    half_a_unit = 2.0**-8 * written.abs()  # at the largest, of numbers with 8 significant bits
+    assert (found - expected).abs().le(half_a_unit + 1e-9).all()
+
+
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_rounds_the_sum_as_a_cast_does(dtype: torch.dtype) -> None:
     weight, noise, dense, state = start(33, dtype), torch.zeros(33, dtype=arithmetic(dtype)), start(33, dtype), {}

@@ -129,6 +129,7 @@ def test_momentum_and_transport_make_a_difference() -> None:
 def test_a_flat_loss_moves_nothing_and_leaves_no_nan() -> None:
     net = Net()
     optimizer = ZOMOPI(net.named_parameters(), rank=RANK, power_rank=K)
+    optimizer.fold_every_step = False
     for _ in range(3):
         optimizer.estimate(lambda: torch.tensor(2.0))
         optimizer.step()
@@ -138,9 +139,10 @@ def test_a_flat_loss_moves_nothing_and_leaves_no_nan() -> None:
 
 
 def test_memory() -> None:
-    """A, (m, r) in the weight's dtype; core and M, (r, n), and V, (n, k), in fp32."""
+    """A, (m, r) in the weight's dtype; pending core and M, (r, n), and V, (n, k), in fp32."""
     net = nn.Linear(512, 256, bias=False).bfloat16()
     optimizer = ZOMOPI(net.named_parameters(), rank=16, power_rank=4, update_precision="native")
+    optimizer.fold_every_step = False
     optimizer.estimate(lambda: net(torch.ones(2, 512, dtype=torch.bfloat16)).float().square().mean())
     optimizer.step()
     assert optimizer.state_bytes() == 256 * 16 * 2 + 2 * 16 * 512 * 4 + 512 * 4 * 4

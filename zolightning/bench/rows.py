@@ -58,6 +58,8 @@ class OptimizerStep:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
             self.optimizer.attach(nn.ModuleDict({"model": model}), evaluations_per_forward)
+        if isinstance(self.optimizer, SubspaceWeights):
+            self.optimizer.fold_every_step = False  # as under a Trainer without callbacks of others
 
     def __call__(self, evaluate: Evaluate) -> None:
         self.optimizer.estimate(evaluate)

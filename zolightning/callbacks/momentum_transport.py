@@ -4,8 +4,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks.subspace_resampling import subspace_optimizer
+from zolightning.callbacks.subspace_resampling import callbacks_of, subspace_optimizer
 from zolightning.optim.checks import require_choice
 from zolightning.optim.subspace_weights import TRANSPORTS, Transport
 
@@ -24,6 +25,10 @@ class MomentumTransport(Callback):
 
     Args:
         how: one of the three.
+
+    Raises:
+        MisconfigurationException: when training starts, if the optimizer is no subspace method or keeps no momentum,
+            or there is another MomentumTransport.
     """
 
     def __init__(self, how: Transport = "project") -> None:
@@ -33,7 +38,18 @@ class MomentumTransport(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
+        found = [callback.how for callback in callbacks_of(trainer) if isinstance(callback, MomentumTransport)]
+        if len(found) > 1:
+            raise MisconfigurationException(
+                f"`trainer.callbacks` has {len(found)} MomentumTransport, with `how` {found}, and the momentum is "
+                "taken along once. Keep one."
+            )
         for group in optimizer.param_groups:
+            if not (group["momentum"] or group["betas"]):
+                raise MisconfigurationException(
+                    f"MomentumTransport has nothing to transport: {type(optimizer).__name__} keeps no momentum here. "
+                    "Set its `momentum` above 0, or leave MomentumTransport out."
+                )
             group["transport"] = self.how
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

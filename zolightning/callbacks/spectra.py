@@ -87,15 +87,15 @@ class Spectra(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
         record = optimizer.record
-        if record.step % self.every_n_steps or not record.projected_grads:
+        if record is None or record.step % self.every_n_steps or not record.projected_grads:
             return
         for name, (parameter, matrix) in self._chosen(optimizer).items():
             basis = optimizer.basis(parameter)
             spectra: dict[str, Tensor] = {}
             if "estimate" in self.sources:
                 spectra["estimate"] = basis.singular_values(optimizer.core_gradient(parameter, record))
-            if "momentum" in self.sources:
-                momentum = momentum_of(optimizer.state[parameter])
+            momentum = momentum_of(optimizer.state[parameter])
+            if "momentum" in self.sources and momentum is not None:
                 spectra["momentum"] = basis.singular_values(momentum.view(basis.core_shape(matrix[:2])))
             if name in self._gradients:
                 spectra["gradient"] = self._gradients[name]
@@ -129,7 +129,7 @@ def first_order_spectra(
                 parameter.detach().copy_(folded[name])
         stack.enter_context(trainer.precision_plugin.train_step_context())
         stack.enter_context(torch.enable_grad())
-        output = own_loss(pl_module, batch)
+        output: Any = own_loss(pl_module, batch)
         loss = output["loss"] if isinstance(output, dict) else output
         gradients = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
     spectra = {}

@@ -1,5 +1,6 @@
 """When a subspace method draws new subspaces."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -41,7 +42,8 @@ class SubspaceResampling(Callback):
         return optimizer.param_groups[0]["step"] % self.interval == 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        intervals = [callback.interval for callback in trainer.callbacks if isinstance(callback, SubspaceResampling)]
+        callbacks = callbacks_of(trainer)
+        intervals = [callback.interval for callback in callbacks if isinstance(callback, SubspaceResampling)]
         if len(intervals) > 1:
             raise MisconfigurationException(
                 f"`trainer.callbacks` has {len(intervals)} SubspaceResampling, with `interval` {intervals}: each would "
@@ -64,6 +66,20 @@ class SubspaceResampling(Callback):
         if optimizer.param_groups[0]["step"] and self.is_due(trainer, optimizer):
             optimizer.resample()
             pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))
+
+
+def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback]) -> None:
+    """Raises a MisconfigurationException unless a callback draws new subspaces: without, all of a run is in one."""
+    if not any(isinstance(callback, SubspaceResampling) for callback in callbacks):
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} needs the callback SubspaceResampling beside ZerothOrder, "
+            "`zolightning.callbacks.SubspaceResampling` in `trainer.callbacks`: it says when new subspaces are drawn."
+        )
+
+
+def callbacks_of(trainer: L.Trainer) -> list[Callback]:
+    """The callbacks of a Trainer, all of them."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
 
 
 def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:

@@ -1,7 +1,6 @@
 """Zeroth-order training of a LightningModule that knows nothing of it."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -16,16 +15,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from zolightning.callbacks.folding import choose_folding, is_validation_next
 from zolightning.callbacks.micro_batches import evaluate_in_parts, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
-from zolightning.callbacks.refusals import bases, refuse_module, refuse_unsupported
-from zolightning.optim import NonFiniteLossError, ZerothOrderOptimizer
+from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
+from zolightning.callbacks.subspace_resampling import callbacks_of, require_resampling
+from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
 from zolightning.step import zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
 
-_COUNTERS = ("step", "refresh")  # of a method: they name its directions and bases
+_COUNTERS = ("step", "refresh", "folds")  # of a method: they name its directions and bases
 _NOTE = (
     "(Raised in `training_step` while ZerothOrder evaluated it: in evaluation mode, without gradients, several times a "
     "batch. A network that returns losses in train mode only needs its `.train()` called in `training_step`.)"
@@ -101,7 +102,6 @@ class ZerothOrder(Callback):
         self._replaced: dict[str, Any] = {}  # what the instance of the module had itself; None: its class's
         self._differentiates = False
         self._counters: dict[str, int] = {}  # where the last fit with this callback ended
-        self._validation = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -136,16 +136,19 @@ class ZerothOrder(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._give_back(trainer, pl_module)  # Lightning calls no teardown after an exception or an interrupt
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # Not only when it starts: a run that goes on from a checkpoint of this batch skips the validation.
+        if is_validation_next(trainer):
+            _fold(trainer)
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            for optimizer in _methods(trainer):
-                self._validation.enter_context(optimizer.effective())
+            _fold(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validation.close()
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _fold(trainer)
 
     def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validation.close()
         if not self._replaced:
             return
         for optimizer in _methods(trainer):
@@ -181,14 +184,10 @@ class ZerothOrder(Callback):
                 "`method` must make a zeroth-order optimizer (zolightning.optim.MeZO, for example), "
                 f"got {type(optimizer).__name__}."
             )
-        trainer: Any = pl_module.trainer
-        present = {name for callback in trainer.callbacks for name in bases(callback)}
-        for partner in optimizer.partners:
-            if partner not in present:
-                raise MisconfigurationException(
-                    f"{type(optimizer).__name__} needs the callback {partner} beside ZerothOrder, "
-                    f"`zolightning.callbacks.{partner}` in `trainer.callbacks`."
-                )
+        if isinstance(optimizer, SubspaceOptimizer):
+            callbacks = callbacks_of(pl_module.trainer)
+            require_resampling(optimizer, callbacks)
+            choose_folding(optimizer, callbacks, pl_module)
         optimizer.attach(pl_module, self.evaluations_per_forward)
         optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
         for group in optimizer.param_groups:
@@ -254,6 +253,11 @@ class ZerothOrder(Callback):
             f"Batch {batch_idx}{which}. The weights are those of the last step; a smaller `lr` or `eps` may help"
             f"{otherwise}."
         )
+
+
+def _fold(trainer: L.Trainer) -> None:
+    for optimizer in _methods(trainer):
+        optimizer.fold()
 
 
 def _methods(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:

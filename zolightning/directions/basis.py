@@ -28,7 +28,7 @@ _SUMMANDS = 4  # of binomials with 17 values: the sum's excess kurtosis is -1/32
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """One subspace of (m, n) matrices.
+    """One subspace of (m, n) matrices; at least one side has a factor.
 
     Args:
         left: (m, r), or None for all of the rows.
@@ -48,9 +48,11 @@ class Basis:
         """Thin A (m, r) and B (n, r) with ``A @ B.T == lift(core)``, in the dtype of the core."""
         left = None if self.left is None else self.left.to(core.dtype)
         right = None if self.right is None else self.right.to(core.dtype)
-        if left is None:
-            return core, right
-        return left, core.T if right is None else right @ core.T
+        if left is not None:
+            return left, core.T if right is None else right @ core.T
+        if right is None:
+            raise ValueError("A basis must have a factor on at least one side.")
+        return core, right
 
     def lift(self, core: Tensor) -> Tensor:
         """The (m, n) matrix that a core stands for."""

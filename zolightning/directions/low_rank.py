@@ -121,6 +121,7 @@ def stacked_product(
     else:
         output.addmm_(torch.bmm(parts, cores).flatten(0, 1), second.T.to(dtype))
     if not is_same_bias:
-        for part, bias in zip(output.chunk(count), biases, strict=True):
-            part.add_(bias)
+        for part, own in zip(output.chunk(count), biases, strict=True):
+            if own is not None:
+                part.add_(own)
     return output.view(*inputs.shape[:-1], -1)

@@ -114,7 +114,9 @@ void add_bfloat16(uint16_t *restrict weight, float decay, NOISE_ARGS) {
 /* The same in fp32, where `low` holds what bf16 rounds away. */
 void add_bfloat16_exact(uint16_t *restrict weight, int16_t *restrict low, float decay, NOISE_ARGS) {
     FOR_EACH_BLOCK({
-        const uint32_t whole = ((uint32_t)weight[j] << 16) + (uint32_t)(int32_t)low[j];
+        /* A zero that somebody has written since the last update has no low word below it, which would be a NaN. */
+        const int32_t rest = low[j] < 0 && !(weight[j] & 0x7FFF) ? 0 : low[j];
+        const uint32_t whole = ((uint32_t)weight[j] << 16) + (uint32_t)rest;
         const uint32_t bits = as_bits(decay * as_float(whole) + noise[j - base]);
         const uint32_t high = (bits + 0x8000u) >> 16;
         low[j] = (int16_t)(bits - (high << 16));

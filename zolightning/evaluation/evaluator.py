@@ -93,12 +93,6 @@ class Evaluator:
                     results.append(self.prefix.evaluate(evaluate, context))
         return results
 
-    def reading(self, perturbations: Perturbations) -> Perturbed:
-        """A context of its own in which parameters read as perturbed; at no cost where there is nothing to change."""
-        # Inference mode, as in validation, would spoil the buffers that training uses.
-        in_place = [parameter for parameter in perturbations if self._in_place.get(parameter, True)]
-        return Perturbed(perturbations, in_place, Scratch(), readers=None if perturbations else ())
-
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
         watched = dict.fromkeys(trainable, None) | dict(perturbations)
         in_place = [parameter for parameter in watched if self._in_place.get(parameter, True)]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.evaluator import Evaluator
-from zolightning.evaluation.perturbed import Perturbed
 from zolightning.messages import some
 from zolightning.optim.checks import (
     Loss,
@@ -77,8 +76,6 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self._estimate = Estimate()
         self.evaluator = Evaluator()
         self._nonfinite_in_a_row = 0
-
-    partners: tuple[str, ...] = ()  # names of callbacks that a run with this method cannot do without
 
     @property
     def attached(self) -> bool:
@@ -168,13 +165,10 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             losses=tuple(losses.tolist()),
             forward_passes=len(probes),
             refresh=group.get("refresh", 0),
+            folds=group.get("folds", 0),
         )
         self._estimate.record, self._estimate.is_pending = record, True
         return record
-
-    def effective(self) -> Perturbed:
-        """A context for validation during training, in which parameters read as stored plus :meth:`offsets`."""
-        return self.evaluator.reading(self._sliced(self.offsets()))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -234,6 +228,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
                 f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses "
                 "none, for 2 bytes a bfloat16 parameter, 4 a float16 one."
             )
+
+    def fold(self) -> None:
+        """Adds to the stored weights what :meth:`offsets` has beside them: nothing, in most methods."""
 
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""

@@ -9,8 +9,14 @@ from torch import Tensor
 
 
 def read_split(weight: Tensor, low: Tensor) -> Tensor:
-    """The fp32 numbers whose rounded upper half is `weight` (bf16) and whose rest is `low` (int16)."""
-    return ((weight.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+    """The fp32 numbers whose rounded upper half is `weight` (bf16) and whose rest is `low` (int16), of one shape.
+
+    A zero that somebody else has written over a weight stays next to zero: its old low word, if below 0, does not
+    count, where it would make the bits of a NaN.
+    """
+    high, rest = weight.view(torch.int16).to(torch.int32), low.to(torch.int32)
+    rest = torch.where((high & 0x7FFF) == 0, rest.clamp_min(0), rest)
+    return ((high << 16) + rest).view(torch.float32)
 
 
 def write_split(weight: Tensor, low: Tensor, value: Tensor) -> None:

@@ -16,19 +16,23 @@ class LOZO(SubspaceOptimizer):
     weight moves by ``-lr * g * U V' / r``, which makes the step unbiased whatever the rank. Entries of a direction have
     variance r, so the perturbation of a weight has standard deviation ``eps * sqrt(r)``.
 
-    State: V, (n, r) in the weight's dtype; the core, (m, r) in fp32; momentum, the same again.
+    State: V, (n, r) in the weight's dtype; while updates are pending the core, (m, r) in fp32; momentum, the same
+    again.
 
-    Differs from the released code: it leaves the division by r to the learning rate (multiply its rates by r), and
-    updates along another U than it perturbed along on each resampling step. Its momentum starts from ``g U`` and is
-    projected by ``V_old' V_new / n``; here it starts from zero and is projected by least squares.
+    Differs from the authors' code (optsuite/LOZO, commit 66bd55f): both of its trainers leave the division by r to the
+    learning rate, and update along another U than they perturbed along on each resampling step. A learning rate that
+    was published for them is to be multiplied by r for `lr`, and belongs to `vector_lr` as it is; one published for
+    code that divides by r, as the paper's formula does, is both. Their momentum starts from ``g U`` and is projected
+    by ``V_old' V_new / n``; here it starts from zero and is projected by least squares.
 
     Args:
         params: parameters or parameter groups.
-        lr: step size; the core moves by ``lr * projected_grad / rank`` along a unit-variance direction.
+        lr: step size, that of SGD: the core moves by ``lr * projected_grad / rank`` along a unit-variance direction.
         eps: perturbation scale of the core.
         rank: r.
         momentum: decay of the mean of core gradients, 0.9 in the paper's LOZO-M; 0 keeps none.
-        vector_lr: learning rate of biases and norms; None takes `lr`.
+        vector_lr: learning rate of biases and norms, in the units of MeZO's and without a division by r; None takes
+            `lr`, which makes both SGD with one rate.
         **common: num_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """

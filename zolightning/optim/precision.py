@@ -3,12 +3,17 @@
 A ZO update is often far below the spacing of half-precision numbers: rounded to nearest, a bf16 weight realises
 3 % of updates of RMS 1e-6. Two ways to add an update to a weight:
 
-* ``exact`` (the default): weights of every dtype follow the fp32 trajectory, bit for bit. A bf16 weight is the
-  upper half of an fp32 number, so its *low word* (16 bits a parameter in the optimizer's state) makes it whole
-  again: 2 bytes a parameter buy what an fp32 master copy buys for 4. fp16 has another exponent and keeps a master.
+* ``exact`` (the default): weights of every dtype take the same updates as fp32 weights would, bit for bit. A bf16
+  weight is the upper half of an fp32 number, so its *low word* (16 bits a parameter in the optimizer's state) makes it
+  whole again: 2 bytes a parameter buy what an fp32 master copy buys for 4. fp16 has another exponent and keeps a
+  master.
 * ``native``: the weight is rounded to its dtype after each update; no memory, and most of a small update is lost.
 
 For fp32 and fp64 weights the two are the same.
+
+Whoever writes to a weight between updates (a clamp, an average) is heard. The next update starts from the written
+value: in fp16 from exactly that, where it is not the rounded master; in bf16 from that plus the low word, which cannot
+know of the write and is at most half a unit in the last place of the written value.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from zolightning.directions import native
 from zolightning.directions.dense import Direction
-from zolightning.directions.kernels import chunks, kernel
+from zolightning.directions.kernels import CHUNK, chunks, kernel
 from zolightning.directions.noise import NoiseKind, counter, noise_sum, start_of
 from zolightning.directions.slices import Slice
 from zolightning.optim import bfloat16
@@ -68,6 +73,7 @@ def add_direction(
     keys, coefficients, kind = direction.keys, direction.coefficients, direction.kind
     rest = _rest(flat, state, precision)
     if rest is not None and rest.dtype == torch.float32:
+        _take_over(flat, rest)
         direction.accumulate(rest, decay)
         flat.copy_(rest)
         return
@@ -89,7 +95,16 @@ def add_tensor(
     decay: float = 1.0,
     start: int = 0,
 ) -> None:
-    """``weight = decay * weight + delta`` from element `start` on, for a flat `delta` at hand."""
+    """``weight = decay * weight + delta`` from element `start` on, for a flat `delta` at hand.
+
+    Args:
+        weight: the parameter's data, any shape, contiguous.
+        state: the parameter's entry in the optimizer's state, as for :func:`add_direction`.
+        delta: (k,), float32, or float64 for double-precision weights.
+        precision: how the sum is rounded.
+        decay: multiplies these elements first.
+        start: index of the first of them.
+    """
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + delta.numel())
@@ -99,6 +114,7 @@ def add_tensor(
         value = decay * bfloat16.read_split(flat[part], rest[part]) + delta
         bfloat16.write_split(flat[part], rest[part], value)
     else:
+        _take_over(flat[part], rest[part])
         rest[part].mul_(decay).add_(delta)
         flat[part].copy_(rest[part])
 
@@ -118,7 +134,7 @@ def _add_noise_split(
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
-    """What completes a half-precision weight to fp32, made at its first update; None where nothing does."""
+    """What completes a half-precision weight to fp32, (n,), made at its first update; None where nothing does."""
     if precision == "native" or flat.dtype not in (torch.bfloat16, torch.float16):
         return None
     if flat.dtype == torch.bfloat16:
@@ -128,3 +144,10 @@ def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | No
     if "master" not in state:
         state["master"] = flat.float()
     return state["master"]
+
+
+def _take_over(weight: Tensor, master: Tensor) -> None:
+    """Brings an fp32 master, (n,), up to date with what others have written to its fp16 weight, (n,)."""
+    for part in chunks(weight.numel(), CHUNK):
+        is_written = weight[part] != master[part].half()
+        master[part] = torch.where(is_written, weight[part].float(), master[part])

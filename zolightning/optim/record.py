@@ -21,6 +21,7 @@ class StepRecord:
         losses: of the step's evaluations, in the order of the estimator's probes.
         forward_passes: evaluations of the loss.
         refresh: index of the subspace's basis, for methods that have one.
+        folds: how often updates that such methods keep beside the weights were added to them before the step.
     """
 
     step: int
@@ -30,6 +31,7 @@ class StepRecord:
     losses: tuple[float, ...]
     forward_passes: int
     refresh: int = 0
+    folds: int = 0
 
     @property
     def loss(self) -> float:

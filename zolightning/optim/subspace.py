@@ -1,12 +1,12 @@
 """Methods that search in a subspace of each weight matrix: probing, and what becomes of the projected gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.dense import Direction, directions
+from zolightning.directions.dense import Direction, arithmetic, directions
 from zolightning.directions.kernels import chunks
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.noise import NOISE_KINDS, NoiseKind
@@ -26,20 +26,34 @@ class SubspaceOptimizer(SubspaceWeights):
     Parameters of less than two dimensions, and matrices too thin for a subspace, move along dense directions with
     ``vector_lr``; where that is 0 they stay as they are.
 
+    A plain training loop calls :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample` where it wants
+    new subspaces; without such calls all of training stays in the first one::
+
+        optimizer = SubZero(model.named_parameters(), rank=16)
+        optimizer.attach(model)
+        for step, batch in enumerate(batches):
+            if step and step % 100 == 0:
+                optimizer.resample()
+            optimizer.estimate(lambda: loss_of(model, batch))
+            optimizer.step()
+        optimizer.detach()
+
     Args:
-        rank: columns of a factor; no more than the matrix allows, which a line says.
+        rank: columns of a factor; where a matrix allows fewer, :meth:`attach` logs which.
         vector_lr: learning rate of what moves along dense directions; schedulers scale it with `lr`.
         noise: distribution of the cores and of dense directions.
 
     The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`. In `defaults` may be
-    ``momentum``, the decay of an exponential mean of core gradients (``m = momentum * m + (1 - momentum) * g``), or
-    ``betas``, Adam's decays on the core. A group also has ``transport`` ("project", "reset" or "keep": what resampling
-    does to the momentum), ``anchor`` (how many dominant directions of the momentum stay in the new basis) and
-    ``refresh``, the index of the basis; the callbacks :class:`~zolightning.callbacks.SubspaceResampling` and
-    :class:`~zolightning.callbacks.MomentumTransport` set them.
-    """
+    ``momentum``, the decay of an exponential mean of gradients (``m = momentum * m + (1 - momentum) * g``), or
+    ``betas``, Adam's decays; cores and what moves along dense directions alike have one of these. A group also has
 
-    partners = ("SubspaceResampling",)
+    * ``transport``: "project", "reset" or "keep", what :meth:`resample` does to the momentum;
+    * ``anchor``: how many dominant directions of the momentum stay in the new basis;
+    * ``refresh``, the index of the basis, and ``folds``, how often cores were added to the weights.
+
+    Under a Trainer :class:`~zolightning.callbacks.SubspaceResampling` and
+    :class:`~zolightning.callbacks.MomentumTransport` set the first two.
+    """
 
     def __init__(
         self,
@@ -65,6 +79,7 @@ class SubspaceOptimizer(SubspaceWeights):
             "transport": "project",
             "anchor": 0,
             "refresh": 0,
+            "folds": 0,
         }
         self.noise: NoiseKind = noise
         super().__init__(params, shared | defaults, **common)
@@ -84,7 +99,17 @@ class SubspaceOptimizer(SubspaceWeights):
         return 1.0
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
-        """The step per `lr` from smoothed core gradients of matrices of one shape, both (batch, rows, columns)."""
+        """The step per `lr` of the cores of several matrices.
+
+        Args:
+            gradients: (matrices, *core shape): smoothed core gradients of all matrices whose cores have one shape.
+            states: of each matrix its entry in the optimizer's state: ``core``, of the core's shape, and what the
+                method keeps there itself.
+            group: their hyperparameters.
+
+        Returns:
+            A tensor of the shape of `gradients`.
+        """
         return gradients
 
     def check(self, group: dict[str, Any]) -> None:
@@ -95,6 +120,14 @@ class SubspaceOptimizer(SubspaceWeights):
         require_choice("transport", group["transport"], TRANSPORTS)
 
     # A step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As any method's; then folds, at every step or where a core has become too large to be perturbed finely."""
+        result = super().step(closure)
+        if self.fold_every_step or self._is_core_large():
+            self.fold()
+        return result
 
     def offsets(self) -> dict[nn.Parameter, Perturbation]:
         """The lifts of pending cores, those of frozen parameters too."""
@@ -127,10 +160,10 @@ class SubspaceOptimizer(SubspaceWeights):
             if group["vector_lr_ratio"]:
                 self._update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
             cores = self._core_directions(matrices, record.seed, record.step, coefficients)
-            batches: dict[tuple[int, int], list[tuple[State, Tensor]]] = {}
+            batches: dict[torch.Size, list[tuple[State, Tensor]]] = {}
             for name, (parameter, matrix) in matrices.items():
                 state, core = self.state[parameter], self.core(parameter, matrix)
-                batches.setdefault(tuple(core.shape), []).append((state, self._smooth(state, core, cores[name], group)))
+                batches.setdefault(core.shape, []).append((state, self._smooth(state, core, cores[name], group)))
             for pairs in batches.values():
                 states = [state for state, _ in pairs]
                 steps = self.core_step(torch.stack([gradient for _, gradient in pairs]), states, group)
@@ -138,21 +171,41 @@ class SubspaceOptimizer(SubspaceWeights):
                     state["core"].sub_(step, alpha=lr)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
-        """What a record says of the gradient of a matrix, in the coordinates of the basis now."""
-        matrix = self.matrix(parameter, self._group_of(parameter)["rank"])
+        """What a record says of the gradient of a matrix, in the coordinates of the basis now: of the core's shape."""
+        matrices = self.split(self._group_of(parameter), frozen=True)[0]
+        named = {name: pair for name, pair in matrices.items() if pair[0] is parameter}
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
-        named = {(name := self._names[parameter]): (parameter, matrix)}
-        gradient = torch.zeros_like(self.core(parameter, matrix))
-        self._core_directions(named, record.seed, record.step, coefficients)[name].accumulate(gradient)
+        (direction,) = self._core_directions(named, record.seed, record.step, coefficients).values()
+        ((_, matrix),) = named.values()
+        shape = self.basis(parameter).core_shape(matrix[:2])
+        gradient = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
+        direction.accumulate(gradient)
         return gradient
 
-    def _smooth(self, state: State, core: Tensor, gradient: Direction, group: dict[str, Any]) -> Tensor:
-        """The core gradient after momentum or Adam, of the core's shape."""
+    def _is_core_large(self) -> bool:
+        """Whether ``core + eps * z``, rounded to the dtype that the network computes with, would lose much of z.
+
+        That is where the spacing of numbers as large as the core reaches the size of ``eps * z``. The largest element
+        decides, because its size does not depend on the order in which a device or rank goes through them.
+        """
+        ratios = []
+        for group in self.param_groups:
+            for parameter, matrix in self.split(group, frozen=True)[0].values():
+                core = self.state.get(parameter, {}).get("core")
+                device = parameter.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+                if core is not None and dtype.itemsize == 2:
+                    limit = group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps
+                    ratios.append(torch.linalg.vector_norm(core, torch.inf) / limit)
+        return bool(ratios) and torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).max().item() > 1
+
+    def _smooth(self, state: State, moved: Tensor, gradient: Direction, group: dict[str, Any]) -> Tensor:
+        """The gradient of a core or a weight, `moved`, after momentum or Adam: of its shape, fp32 or wider."""
         if group["betas"]:
-            return adam_(state, core, gradient, group["betas"], _DENOMINATOR_EPS).view(core.shape)
+            return adam_(state, moved, gradient, group["betas"], _DENOMINATOR_EPS).view(moved.shape)
         if group["momentum"]:
-            return momentum_(state, core, gradient, group["momentum"]).view(core.shape)
-        plain = torch.zeros_like(core)
+            return momentum_(state, moved, gradient, group["momentum"]).view(moved.shape)
+        plain = torch.zeros_like(moved)
         gradient.accumulate(plain)
         return plain
 
@@ -164,18 +217,19 @@ class SubspaceOptimizer(SubspaceWeights):
         coefficients: dict[int, float],
         lr: float,
     ) -> None:
-        factor = 1.0 if group["momentum"] and not group["betas"] else -lr
-        scaled = {query: factor * value for query, value in coefficients.items()}
+        """Moves what has no subspace by the rule of the cores: momentum or Adam of its own, or a plain step."""
+        is_smoothed = group["momentum"] or group["betas"]
+        scaled = {query: (1.0 if is_smoothed else -lr) * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         for name, parameter in vectors.items():
             state = self.state[parameter]
             with packed(parameter, self.slices.get(parameter)) as weight:
-                if factor == 1.0:
-                    momentum = momentum_(state, weight, gradients[name], group["momentum"])
-                    for part in chunks(weight.numel(), CHUNK):
-                        add_tensor(weight, state, -lr * momentum[part], "exact", start=part.start)
-                else:
+                if not is_smoothed:
                     add_direction(weight, state, gradients[name], "exact")
+                    continue
+                step = self._smooth(state, weight, gradients[name], group).view(-1)
+                for part in chunks(weight.numel(), CHUNK):
+                    add_tensor(weight, state, -lr * step[part], "exact", start=part.start)
 
     def _core_directions(
         self,

@@ -25,7 +25,11 @@ class SubZero(SubspaceOptimizer):
     A matrix with a side below `rank`, such as a LoRA factor, is searched in its most nearly square shape, and along
     dense directions where it has none (a prime number of elements).
 
-    State: U and V, (m + n) r in the weight's dtype; the core, (r, r) in fp32; moments, the same again.
+    State: U, (m, r), and V, (n, r), in the weight's dtype; while updates are pending the core, (r, r) in fp32; each
+    moment, the same again.
+
+    A basis is rounded to the weight's dtype, so a bf16 run does not follow an fp32 run bit for bit even with the same
+    losses: it ends 0.2 to 1.5 % of the distance moved beside it.
 
     Differs from the released code: columns of the bases have the signs that make them Haar-distributed, and resuming
     restores them.
@@ -37,7 +41,7 @@ class SubZero(SubspaceOptimizer):
         rank: r.
         scaling: "code" or "paper".
         momentum: decay of the mean of core gradients; 0 keeps none.
-        betas: Adam's decays on the core, instead of `momentum`; SubZero+ has (0.9, 0.95).
+        betas: Adam's decays, instead of `momentum`; SubZero+ has (0.9, 0.95). Biases and norms get Adam's steps too.
         vector_lr: learning rate of biases and norms; None takes `lr`.
         **common: num_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
@@ -59,8 +63,7 @@ class SubZero(SubspaceOptimizer):
     ) -> None:
         require_choice("scaling", scaling, SCALINGS)
         self.scaling = scaling
-        betas = None if betas is None else tuple(betas)
-        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
         vector_lr = lr if vector_lr is None else vector_lr
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 

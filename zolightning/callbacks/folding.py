@@ -1,0 +1,75 @@
+"""When the updates of a subspace method are added to the weights under a Trainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from zolightning.optim.subspace import SubspaceOptimizer
+
+# Hooks that run between the first step and the end of the fit, where stored weights need not be the trained ones.
+_HOOKS = (
+    *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
+    *("on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step", "on_save_checkpoint"),
+)
+# Those of callbacks may also come before that of ZerothOrder, which folds.
+_CALLBACK_HOOKS = (*_HOOKS, "on_validation_start", "on_fit_end", "on_exception", "state_dict")
+_MODULE_HOOKS = (
+    *_HOOKS,
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
+    *("on_validation_model_zero_grad", "on_validation_model_eval"),
+)
+# Classes of Lightning whose hooks leave weights alone. Others, of later versions too, are not trusted.
+_HARMLESS = frozenset(
+    {"Callback", "LightningModule", "ModelHooks", "DataHooks", "CheckpointHooks"}
+    | {"ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer", "ModelSummary", "RichModelSummary"}
+    | {"ProgressBar", "TQDMProgressBar", "RichProgressBar"}
+    | {"LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor"}
+)
+
+
+def hook_between_steps(callbacks: Sequence[Callback], module: L.LightningModule) -> str | None:
+    """The first hook found that may read or write weights between steps, such as ``MyCallback.on_train_batch_end``.
+
+    None where all hooks that run then are this package's, or known to leave weights alone. Hooks of a module around
+    and within validation do not count: weights are folded before.
+    """
+    hooks: list[tuple[Any, str]] = [(owner, name) for owner in callbacks for name in _CALLBACK_HOOKS]
+    hooks += [(module, name) for name in _MODULE_HOOKS]
+    for owner, name in hooks:
+        if not _is_harmless(getattr(owner, name, None)):
+            return f"{type(owner).__name__}.{name}"
+    return None
+
+
+def is_validation_next(trainer: L.Trainer) -> bool:
+    """Whether a Trainer, at the end of a training batch, is about to validate."""
+    loop = trainer.fit_loop
+    # Lightning has no public name for this, and many options to go by.
+    fetcher = loop._data_fetcher
+    return trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def choose_folding(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback], module: L.LightningModule) -> None:
+    """Has updates folded at every step if somebody may look at weights between steps, which a message says.
+
+    Otherwise they wait for a resampling, a validation or the end of the fit.
+    """
+    hook = hook_between_steps(callbacks, module)
+    optimizer.fold_every_step = hook is not None
+    if hook is not None:
+        rank_zero_info(
+            f"{type(optimizer).__name__} adds its updates to the weights at every step, because {hook} may read or "
+            "write weights between steps. Without it they wait in the subspace, which saves a pass over the weights "
+            "a step."
+        )
+
+
+def _is_harmless(hook: Any) -> bool:
+    if hook is None:
+        return True
+    package = getattr(hook, "__module__", "").partition(".")[0]
+    owner = getattr(hook, "__qualname__", "").partition(".")[0]
+    return package == "zolightning" or (package in ("lightning", "pytorch_lightning") and owner in _HARMLESS)
