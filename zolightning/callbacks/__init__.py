@@ -6,6 +6,7 @@ from zolightning.callbacks.run_monitor import RunMonitor
 from zolightning.callbacks.spectra import Spectra
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
+from zolightning.checkpoints.save_last import SaveLast
 from zolightning.scopes.dominant_layer import DominantLayer
 from zolightning.scopes.random_layer import RandomLayer
 from zolightning.scopes.train_layers import TrainLayers
@@ -17,6 +18,7 @@ __all__ = [
     "PredictionWriter",
     "RandomLayer",
     "RunMonitor",
+    "SaveLast",
     "Spectra",
     "SubspaceResampling",
     "TrainLayers",

@@ -1,0 +1,310 @@
+"""The last step of a run is never lost: saved while it trains, at its end, and when it is told to stop."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.checkpoints.checkpoint_io import remove_unfinished
+
+_KEY = "zolightning.SaveLast"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class SaveLast(ModelCheckpoint):
+    """Keeps the last step of a run in ``last.ckpt``, so that resuming from it equals not having stopped.
+
+    It is saved when training ends, after every validation, every so many steps or minutes, and
+
+    * on SIGTERM and Ctrl-C: after the step that is being taken. The process then ends with status 143 or 130, and a
+      line says how to go on. All ranks stop after the same step, whichever of them was told. A second Ctrl-C ends the
+      process at once, without saving.
+    * on an exception, if the weights are those of the last complete step and there is one rank.
+
+    A validation that was due when the run stopped comes first when it goes on. ``Trainer.fit(ckpt_path="last")`` finds
+    the file where `dirpath` is the same in both runs. Use it beside the ModelCheckpoint of the best weights, and with
+    :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, which makes a kill harmless at any moment.
+
+    Args:
+        dirpath: folder of ``last.ckpt``; None takes that of the run's other ModelCheckpoint, or else its default.
+        every_n_train_steps: save after every so many steps; None does not.
+        every_n_minutes: save when this many minutes of training have passed since the last time; None does not.
+        how_to_go_on: what to tell a user whose run was stopped; ``{path}`` becomes the path of the checkpoint, and
+            ``{folder}`` that of the folder which holds the run's logs.
+
+    Raises:
+        ValueError: if an interval is not positive.
+        MisconfigurationException: in ``setup``, if `dirpath` cannot be written to; before training, if a run is resumed
+            with another optimizer or precision than its checkpoint's.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_minutes: float | None = 10.0,
+        how_to_go_on: str = 'trainer.fit(..., ckpt_path="{path}")',
+    ) -> None:
+        for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_minutes", every_n_minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, or None for never, got {value}.")
+        super().__init__(dirpath, filename=self.CHECKPOINT_NAME_LAST, save_top_k=0, enable_version_counter=False)
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_minutes = every_n_minutes
+        self.how_to_go_on = how_to_go_on
+        self._signal = 0  # the number of the signal that this process received
+        self._stopping = 0  # the one for which all ranks stop
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._saved_at = 0.0
+        self._step_before_batch = 0
+        self._validation_due = False
+        self._resumed: dict[str, Any] = {}
+        self._first = _OnException(self)
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # After the other ModelCheckpoints, whose state is to be in the file. On an error, before anybody cleans up.
+        # (Lightning goes on through the old list.)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer's
+        others = [callback for callback in callbacks if callback is not self and callback is not self._first]
+        trainer.callbacks = [self._first, *others, self]  # type: ignore[attr-defined]
+        if len(trainer.checkpoint_callbacks) == 2:  # of which one has a best
+            warnings.filterwarnings("ignore", ".* is called with Trainer configured with multiple `ModelCheckpoint`")
+        if self.dirpath is None:
+            self.dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
+        super().setup(trainer, pl_module, stage)
+        self._resumed = {}
+        if stage == "fit" and self._writes(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
+            folder = Path(str(self.dirpath))
+            require_writable(folder)
+            remove_unfinished(folder)
+
+    # When it saves
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = time.monotonic()
+        self._signal = self._stopping = 0
+        self._listen()
+        if self._resumed.get("validation_due"):
+            self._validate(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._stop_here(trainer)
+        self._step_before_batch = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        steps, minutes = self.every_n_train_steps, self.every_n_minutes
+        is_over = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        self._stopping, is_time = _largest_of_ranks(trainer, self._signal, is_over)
+        is_step = steps is not None and trainer.global_step % steps == 0
+        # At the end of training it is too late: an epoch that was not over is counted as one that was.
+        is_last_step = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self._stopping or is_time or is_step or is_last_step:
+            loop = trainer.fit_loop
+            self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+            if self._stopping or not self._validation_due:
+                self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: a run goes on as well from the last step of an epoch."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step != trainer.max_steps:  # a run that has no step left would not come back to validate
+            self._stop_here(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # Ranks may have different numbers of batches, so several of them can agree at the next step only.
+        if self._signal and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
+            self._stopping, self._validation_due = self._signal, True
+            self._save(trainer)
+            self._stop_here(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validation_due = False
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._give_back_signals()
+        if self._last_global_step_saved != trainer.global_step:
+            self._validation_due = False
+            self._save(trainer)
+        self._stop_here(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Nothing: `_OnException` calls :meth:`save_after_error` before the other callbacks have theirs."""
+
+    def save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
+        is_training = bool(self._handlers)
+        self._give_back_signals()
+        if not is_training or not isinstance(exception, Exception) or trainer.world_size > 1:
+            return
+        if self._last_global_step_saved != trainer.global_step and self._is_between_steps(trainer):
+            self._validation_due = trainer.validating
+            self._save(trainer)
+            rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._give_back_signals()
+
+    # What it saves
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if self._writes(trainer):
+            self.last_model_path = self.format_checkpoint_name({})
+            self._save_checkpoint(trainer, self.last_model_path)
+        if self._stopping:
+            name = signal.Signals(self._stopping).name
+            rank_zero_info(f"Stopped by {name}. {self._where(trainer)} {self._advice(trainer)}")
+        self._validation_due = False
+        self._saved_at = time.monotonic()
+
+    def _where(self, trainer: L.Trainer) -> str:
+        return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
+
+    def _advice(self, trainer: L.Trainer) -> str:
+        folder = trainer.log_dir or trainer.default_root_dir
+        return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=folder)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: where the checkpoints of another run lie is of no interest to this one."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_KEY] = {
+            "validation_due": self._validation_due,
+            "precision": str(trainer.precision),
+            "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._resumed = checkpoint.get(_KEY, {})
+        precision = self._resumed.get("precision", str(trainer.precision))
+        if precision != str(trainer.precision):
+            raise MisconfigurationException(
+                f"`trainer.precision` is '{trainer.precision}', and the checkpoint's run has '{precision}'. "
+                "Resume with the same one."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        saved = self._resumed.get("optimizers", optimizers)
+        if saved != optimizers:
+            raise MisconfigurationException(
+                f"The checkpoint was written by {' and '.join(saved)}, and this run trains with "
+                f"{' and '.join(optimizers)}. Resume with the same method, or start a new run."
+            )
+
+    # Stopping
+
+    def _listen(self) -> None:
+        """Takes note of signals until training ends; only the main thread of a process can."""
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if number == signal.SIGINT:
+            os.write(2, b"\nThe run stops after this step and is saved. Ctrl-C again stops it at once.\n")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _give_back_signals(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _stop_here(self, trainer: L.Trainer) -> None:
+        if self._stopping:
+            raise SystemExit(_exit_status(trainer, self._stopping))
+
+    @staticmethod
+    def _validate(trainer: L.Trainer) -> None:
+        """The validation that was due when the run stopped, as the training loop would have run it."""
+        connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
+        first_loop_iter = connector._first_loop_iter
+        loop.restarting = False
+        loop.reset_restart_stage()
+        trainer.validating = True
+        loop.run()
+        loop._has_run = False  # the training loop takes its first turn for the validation and passes over it
+        trainer.training = True
+        connector._first_loop_iter = first_loop_iter
+
+    def _is_between_steps(self, trainer: L.Trainer) -> bool:
+        """Whether the weights are those after ``trainer.global_step`` steps, and so is all else that is saved."""
+        loop = trainer.fit_loop.epoch_loop
+        progress = (
+            loop.automatic_optimization.optim_progress.optimizer.step
+            if trainer.lightning_module.automatic_optimization
+            else loop.manual_optimization.optim_step_progress
+        )
+        if progress.total.ready != progress.total.completed:
+            return False
+        return not _is_mid_step(trainer) or trainer.global_step == self._step_before_batch
+
+    @staticmethod
+    def _writes(trainer: L.Trainer) -> bool:
+        return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
+
+
+class _OnException(Callback):
+    """The first of a Trainer's callbacks."""
+
+    def __init__(self, save_last: SaveLast) -> None:
+        self.save_last = save_last
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.save_last.save_after_error(trainer, exception)
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder for checkpoints and tries to write to it.
+
+    Raises:
+        MisconfigurationException: with the folder and the reason.
+    """
+    trial = folder / f".{os.getpid()}.trial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise MisconfigurationException(
+            f"`dirpath` is {folder}, which cannot be written to: {error.strerror}."
+        ) from error
+
+
+def _is_mid_step(trainer: L.Trainer) -> bool:
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    return progress.ready != progress.processed  # type: ignore[attr-defined]  # declared as a tracker of less
+
+
+def _largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
+    if trainer.world_size == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
+    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
+
+
+def _exit_status(trainer: L.Trainer, number: int) -> int:
+    """128 and the signal, as shells say it; 0 for processes that Lightning started, whose failure kills the first."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    is_started = trainer.local_rank > 0 and environment is not None and not environment.creates_processes_externally
+    return 0 if is_started else 128 + number
