@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from zolightning.bench import step
+from zolightning.bench import step_cost as step
 from zolightning.bench.__main__ import main
 from zolightning.bench.measure import peak_bytes, reset_peak
 from zolightning.bench.prompts import check_same_loss, our_loss
@@ -162,7 +162,7 @@ def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dt
 
 
 def test_rows_are_chosen_by_name() -> None:
-    rows = step.Settings("nowhere", rows="LOZO|native").chosen(ROWS)
+    rows = step.Settings("nowhere", rows=("LOZO", "native")).chosen(ROWS)
     assert [row.name for row in rows] == ["forward", "published", "MeZO native", "LOZO rank 4"]
     assert step.Settings("nowhere").chosen(ROWS) == ROWS
 
@@ -249,6 +249,7 @@ def test_command(
     [
         ("--batch-size 0", "--batch-size: must be at least 1, got 0"),
         ("--rows (", "--rows: must be a regular expression, got '('"),
+        ("--rows LOZO LOZZO", "--rows: must match the name of a row, got 'LOZZO'; there are forward, published"),
         ("--seq-len 1", "--seq-len: must be at least 2, got 1"),
         ("--precision bf16-mixed", "--precision: invalid choice: 'bf16-mixed'"),
     ],

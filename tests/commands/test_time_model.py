@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zolightning.commands.time_model import StepTimeModel, measure_step_times, scopes
+from zolightning.commands.time_model import StepTimeModel, growing_parts, measure_step_times
 from zolightning.layers import find_layers
 
 
@@ -49,7 +49,7 @@ def test_one_size_is_no_line() -> None:
 )
 def test_scopes_grow(make_layers: Callable[..., nn.Module], count: int, names: list[str]) -> None:
     network = make_layers(count)
-    found = scopes(network, find_layers(network))
+    found = growing_parts(network, find_layers(network))
     assert list(found) == names
     sizes = [sum(p.numel() for p in parameters) for parameters in found.values()]
     assert sizes == sorted(sizes)
@@ -61,7 +61,7 @@ def test_scopes_grow(make_layers: Callable[..., nn.Module], count: int, names: l
 def test_layer_without_an_mlp_has_no_row_for_it() -> None:
     network = nn.Module()
     network.layers = nn.ModuleList(nn.Bilinear(2, 2, 2) for _ in range(2))
-    assert list(scopes(network, find_layers(network))) == ["layer 0", "all layers", "whole model"]
+    assert list(growing_parts(network, find_layers(network))) == ["layer 0", "all layers", "whole model"]
 
 
 def test_measured_steps_are_whole_and_move_nothing(make_layers: Callable[..., nn.Module], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_measured_steps_are_whole_and_move_nothing(make_layers: Callable[..., nn
         time.sleep(0.002)
         return network()
 
-    chosen = scopes(network, find_layers(network))
+    chosen = growing_parts(network, find_layers(network))
     steps = []
     times = measure_step_times(network, chosen, evaluate, repeats=2, on_step=lambda: steps.append(0))
 

@@ -2,9 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,10 @@ def measure_prompts(
 
     our_losses = [partial(our_loss, module.model, batch) for batch in ours]
     published_losses = [partial(published_loss, module.model, batch) for batch in published]
-    work = [(PUBLISHED, published_losses, published), *((row, our_losses, ours) for row in (FORWARD, *rows))]
+    work: list[tuple[Row, list[partial[Tensor]], Sequence[Mapping[str, Any]]]] = [
+        (PUBLISHED, published_losses, published),
+        *((row, our_losses, ours) for row in (FORWARD, *rows)),
+    ]
     steps = [row.make(module.model) for row, _, _ in work]
     for step, (_, losses, _) in zip(steps, work, strict=True):
         step(losses[0])  # what happens only once is not timed
@@ -83,7 +87,9 @@ def measure_prompts(
 def load_examples(module: CausalLM, folder: Path | None, batch_size: int, num_batches: int) -> list[Example]:
     """Samples and encodes whole batches of training rows, or all rows where there is not one batch of them."""
     task = Task.load("sst2" if folder else "sentiment")
-    split = read_folder(folder or task.folder, "train", task)
+    folder = folder or task.folder
+    assert folder is not None  # the package's set comes with its rows
+    split = read_folder(folder, "train", task)
     chosen = sample(split, batch_size * num_batches, seed=0)
     whole = len(chosen) // batch_size * batch_size
     return [

@@ -14,7 +14,7 @@ from zolightning.commands.output import quiet
 from zolightning.commands.plots import activation_figure, save_figure, sensitivity_figure, step_time_figure
 from zolightning.commands.report import print_table, round_robin
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
-from zolightning.commands.time_model import StepTimes, measure_step_times, scopes
+from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
 from zolightning.layers import find_layers
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -98,7 +98,7 @@ class LayerProfile:
         def progress(what: str, total: int) -> "tqdm[Any]":
             return tqdm(desc=what, total=total, disable=not show_progress, leave=False)
 
-        chosen = scopes(module, stack) if self.time_model else {}
+        chosen = growing_parts(module, stack) if self.time_model else {}
         self._announce(evaluate, len(batches), len(stack), len(chosen))
         with progress("activations", len(batches)) as bar:
             profile = profile_activations(module, _counted(batches, bar), stack)

@@ -80,8 +80,8 @@ class StepTimes:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def scopes(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]]:
-    """Scopes of different sizes, smallest first, that all begin at the first layer, so that their forwards cost alike.
+def growing_parts(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]]:
+    """Parts of a network by name, smallest first, that all begin at the first layer, so that their forwards cost alike.
 
     A step may compute what lies below the first layer that moves once instead of once an evaluation.
     """
@@ -97,20 +97,20 @@ def scopes(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]
 
 def measure_step_times(
     module: nn.Module,
-    scopes: dict[str, list[nn.Parameter]],
+    parts: dict[str, list[nn.Parameter]],
     evaluate: Evaluate,
     repeats: int = 3,
     on_step: Callable[[], object] = lambda: None,
 ) -> StepTimes:
-    """Times MeZO steps of each scope in turns, and fits the model to their medians.
+    """Times MeZO steps that move each part in turns, and fits the model to their medians.
 
     The steps are whole but for one thing: their projected gradients are set to zero, so that the weights stay.
 
     Args:
-        module: owns the parameters of all scopes.
-        scopes: parameters by name of the scope.
+        module: owns the parameters of all parts.
+        parts: their parameters, by name.
         evaluate: the loss of one batch.
-        repeats: timed steps of each scope; one more comes before them.
+        repeats: timed steps of each part; one more comes before them.
         on_step: called after each.
     """
     optimizer = MeZO(module.parameters())
@@ -127,11 +127,11 @@ def measure_step_times(
         evaluate()
         on_step()
 
-    work = {name: partial(step, parameters) for name, parameters in scopes.items()}
-    medians = {name: statistics.median(seconds) for name, seconds in round_robin({"": forward} | work, repeats).items()}
+    work: dict[str, Callable[[], None]] = {"": forward}
+    work |= {name: partial(step, parameters) for name, parameters in parts.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in round_robin(work, repeats).items()}
     steps = tuple(
-        MeasuredStep(name, sum(p.numel() for p in set(parameters)), medians[name])
-        for name, parameters in scopes.items()
+        MeasuredStep(name, sum(p.numel() for p in set(parameters)), medians[name]) for name, parameters in parts.items()
     )
     model = StepTimeModel.fit([step.parameters for step in steps], [step.seconds for step in steps])
     return StepTimes(medians[""], steps, model)

@@ -12,21 +12,27 @@ from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from zolightning.bench.measure import peak_bytes, reset_peak, resident_bytes
-from zolightning.bench.noise import measure_noise
-from zolightning.bench.orthogonalization import measure_orthogonalization
+from zolightning.bench.noise_cost import measure_noise
+from zolightning.bench.orthogonalization_cost import measure_orthogonalization
 from zolightning.bench.prompts import measure_prompts
 from zolightning.bench.report import machine, write_csv
 from zolightning.bench.rows import DENSE, FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, SUBSPACE, Row, state_bytes
 from zolightning.commands.report import Record, print_table, round_robin
 from zolightning.models import CausalLM
 
-DTYPES = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}
+DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "32-true": "float32",
+    "bf16-true": "bfloat16",
+    "16-true": "float16",
+}
 MEMORY_STEPS = 3
 MIB = 2**20
 
@@ -43,7 +49,8 @@ class Settings:
         data_path: folder of SST-2 as JSON lines; the package's sentiment set if not given.
         prompt_batches: batches of real prompts that a mean is taken over.
         noise_elements: elements of the tensor that noise is made for.
-        rows: a regular expression; only rows whose names it matches are measured, and those they are compared with.
+        rows: regular expressions; only rows whose names match one of them are measured, and those they are compared
+            with. All rows where there is none.
         repeats: timed rounds, and passes over the prompts, that a median is taken over.
         threads: of torch; all that it takes by itself if not given.
         output: the file to write.
@@ -56,14 +63,17 @@ class Settings:
     data_path: Path | None = None
     prompt_batches: int = 8
     noise_elements: int = 10_000_000
-    rows: str = ""
+    rows: tuple[str, ...] = ()
     repeats: int = 7
     threads: int | None = None
     output: Path = Path("logs/bench/step.csv")
 
     def chosen(self, rows: list[Row]) -> list[Row]:
         """Those of some rows that are to be measured."""
-        return [row for row in rows if row in (FORWARD, PUBLISHED) or re.search(self.rows, row.name)]
+        return [row for row in rows if row in (FORWARD, PUBLISHED) or not self.rows or self._matches(row)]
+
+    def _matches(self, row: Row) -> bool:
+        return any(re.search(pattern, row.name) for pattern in self.rows)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--noise-elements", type=_at_least(1), default=Settings.noise_elements, help="elements to make noise for"
     )
-    parser.add_argument("--rows", type=_pattern, default=Settings.rows, help="regular expression: the rows to measure")
+    parser.add_argument(
+        "--rows", nargs="+", type=_pattern, default=Settings.rows, help="regular expressions: the rows to measure"
+    )
     parser.add_argument("--repeats", type=_at_least(1), default=Settings.repeats, help="rounds a median is taken of")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; its own choice if not given")
     parser.add_argument("--output", type=Path, default=Settings.output, help="file to write")
@@ -188,14 +200,15 @@ def _load(settings: Settings) -> CausalLM:
     return CausalLM(settings.model, dtype=DTYPES[settings.precision])
 
 
-def _random_tokens(settings: Settings, model: nn.Module) -> Tensor:
+def _random_tokens(settings: Settings, model: PreTrainedModel) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (settings.batch_size, settings.seq_len), generator=generator)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    run(Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)}))
+    settings = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+    run(Settings(**settings | {"rows": tuple(arguments.rows)}))
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -213,4 +226,7 @@ def _pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+    if not any(re.search(text, row.name) for row in ROWS):
+        names = ", ".join(row.name for row in ROWS)
+        raise argparse.ArgumentTypeError(f"must match the name of a row, got {text!r}; there are {names}")
     return text

@@ -2,13 +2,14 @@
 
 import statistics
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import nn
 
 from zolightning.commands.report import Record, round_robin
 from zolightning.directions.dense import directions
-from zolightning.directions.noise import NOISE_KINDS
+from zolightning.directions.noise import NoiseKind
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -22,7 +23,7 @@ def measure_noise(elements: int, repeats: int) -> list[Record]:
         normal = partial(torch.normal, 0.0, 1.0, size=(elements,), dtype=dtype)
         work = {"torch.normal": normal} | {
             f"ours {kind}": partial(directions({"weight": weight}, 0, 0, {0: 1e-3}, kind)["weight"].add_to, weight, out)
-            for kind in NOISE_KINDS
+            for kind in get_args(NoiseKind)
         }
         medians = {name: statistics.median(seconds) for name, seconds in round_robin(work, repeats).items()}
         records += [
