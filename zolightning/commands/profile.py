@@ -106,7 +106,7 @@ class LayerProfile:
         if self.sensitivity_queries:
             with progress("sensitivity", 1 + 2 * self.sensitivity_queries * len(stack)) as bar:
                 probe = _counting(evaluate, bar)
-                sensitivity = scan_sensitivity(module, stack, probe, self.sensitivity_queries)
+                sensitivity = scan_sensitivity(stack, probe, self.sensitivity_queries)
             _report_sensitivity(sensitivity, selected, folder)
         if self.time_model:
             with progress("step times", (_TIMED_STEPS + 1) * (1 + len(chosen))) as bar:
@@ -118,7 +118,7 @@ class LayerProfile:
         seconds = min(round_robin({"": evaluate}, 2)[""])
         forwards = batches
         if self.sensitivity_queries:
-            forwards += 1 + 2 * self.sensitivity_queries * layers
+            forwards += 1 + (2 * self.sensitivity_queries + _AUDIT) * layers
         if scopes:
             forwards += (_TIMED_STEPS + 1) * (1 + 2 * scopes) + _AUDIT * scopes
         print(f"{forwards} forwards of {seconds:.2g} s to go: about {_duration(forwards * seconds)}", flush=True)

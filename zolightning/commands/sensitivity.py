@@ -61,14 +61,15 @@ class Sensitivity:
 
 @torch.no_grad()
 def scan_sensitivity(
-    module: nn.Module,
     stack: LayerStack,
     evaluate: Evaluate,
     num_queries: int,
     eps: float = 1e-3,
     seed: int | None = None,
 ) -> Sensitivity:
-    """Perturbs one layer after the other along `num_queries` directions; ``1 + 2 * num_queries * layers`` forwards.
+    """Perturbs one layer after the other along `num_queries` directions: ``2 * num_queries`` forwards a layer.
+
+    Beside these come one of the unperturbed network, and for each layer three or four that show where it is read.
 
     With directions z of one layer, the root mean square of ``(L(W + eps z) - L(W - eps z)) / (2 eps)`` estimates the
     norm of that layer's gradient, with relative standard error ``1 / sqrt(2 * num_queries)`` (Malladi et al.,
@@ -76,8 +77,7 @@ def scan_sensitivity(
     move the loss more than its gradient does: scan in float32.
 
     Args:
-        module: owns the layers; its weights are never changed for longer than an evaluation.
-        stack: its layers.
+        stack: the layers; their weights are as before afterwards.
         evaluate: the loss of one batch, always the same.
         num_queries: directions a layer.
         eps: standard deviation of the perturbation of each weight.
@@ -86,30 +86,24 @@ def scan_sensitivity(
     loss = _number(evaluate())
     layers = []
     for index in range(len(stack)):
-        with _trainable(stack.parameters(index).values()) as parameters:
-            optimizer = MeZO(parameters, eps=eps, seed=seed)
-            optimizer.attach(module)
-            pairs = []
-            for query in range(num_queries):
-                for sign in (1, -1):
-                    with optimizer.perturbed(query, sign):
-                        pairs.append(_number(evaluate()))
-        plus, minus = pairs[::2], pairs[1::2]
-        projected = [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)]
-        rms = math.sqrt(sum(g * g for g in projected) / num_queries)
+        named = stack.parameters(index)
+        with _trainable(named.values()):
+            record = MeZO(named.items(), eps=eps, seed=seed, num_queries=num_queries).estimate(evaluate)
+        rms = math.sqrt(sum(g * g for g in record.projected_grads) / num_queries)
+        plus = record.losses[::2]  # the losses of a query and its opposite come in turns
         layers.append(LayerSensitivity(index, rms, sum(abs(p - loss) for p in plus) / num_queries))
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     return Sensitivity(loss, eps, num_queries, dtype, tuple(layers))
 
 
 @contextmanager
-def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters, which a method passes over if they are frozen, unfrozen for now."""
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Unfreezes parameters for now: a method passes over those that are frozen."""
     flags = {parameter: parameter.requires_grad for parameter in parameters}
     try:
         for parameter in flags:
             parameter.requires_grad_(True)
-        yield list(flags)
+        yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
