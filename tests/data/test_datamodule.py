@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 
@@ -288,3 +289,65 @@ def test_two_ranks_see_the_batches_of_one(
     assert [sorted(a + b) for a, b in zip(train0, train1, strict=True)] == [sorted(ids) for ids in alone.train_ids]
     assert len(val0) == len(val1)
     assert sorted(flat(val0 + val1)) == sorted(flat(alone.eval_ids))
+
+
+def test_a_validation_file_under_another_name_is_not_passed_over(
+    write_rows: Callable[..., Path], make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+) -> None:
+    data = PromptDataModule("sst2", str(write_rows(train=20, val=5)), num_validation=5)
+    with pytest.raises(ValueError, match=r"no validation\.jsonl, but found val\.jsonl: rename it to validation\.jsonl"):
+        make_trainer(max_epochs=1).fit(spectator, datamodule=data)
+
+
+def test_rows_without_labels_can_be_predicted(
+    write_rows: Callable[..., Path], make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+) -> None:
+    folder = write_rows(test=[{"sentence": f"dish {index}"} for index in range(5)])
+    data = PromptDataModule("sst2", str(folder))
+    assert sorted(flat(make_trainer().predict(spectator, data))) == list(range(5))
+    assert data.sample_text().endswith("It was")
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: field `label` is missing"):
+        make_trainer().test(spectator, data)
+
+
+def test_files_are_checked_without_a_model(write_rows: Callable[..., Path]) -> None:
+    folder = write_rows(train=3, test=[{"sentence": "soup", "label": 1}, {"sentence": ["rain"], "label": 0}])
+    data = PromptDataModule("sst2", str(folder))
+    data.check("train")
+    with pytest.raises(ValueError, match=r"Task sst2, .*test\.jsonl, line 2: .*field `sentence` is \['rain'\]"):
+        data.check("train", "test")
+    with pytest.raises(ValueError, match=r"validation\.jsonl does not exist"):
+        data.check("validation")
+
+
+def test_that_there_are_fewer_rows_than_asked_for_is_said_once(
+    write_rows: Callable[..., Path],
+    make_trainer: Callable[..., L.Trainer],
+    spectator: L.LightningModule,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr("zolightning.data.datamodule.rank_zero_info", messages.append)
+    folder = write_rows(train=20)
+    data = PromptDataModule("sst2", str(folder), num_validation=5, batch_size=4)
+    make_trainer().validate(spectator, data, verbose=False)
+    make_trainer(max_epochs=1).fit(spectator, datamodule=data)
+    assert messages == [f"{folder / 'train.jsonl'}: 20 rows, fewer than the 1005 asked for; all are used."]
+    spectator.context_length = None
+    make_trainer().validate(spectator, PromptDataModule("sentiment"), verbose=False)
+    assert len(messages) == 1
+
+
+def test_a_token_for_padding_that_the_model_lacks_is_replaced(
+    write_rows: Callable[..., Path], make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+) -> None:
+    spectator.tokenizer = deepcopy(spectator.tokenizer)
+    spectator.num_embeddings = len(spectator.tokenizer)
+    spectator.tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    data = PromptDataModule("sst2", str(write_rows(train=20, test=5)), num_validation=5, batch_size=4)
+    make_trainer(max_epochs=1).fit(spectator, datamodule=data)
+    assert max(batch["input_ids"].max() for batch in data.train_dataloader()) < spectator.num_embeddings
+
+    spectator.num_embeddings = 3
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 3: the token '.*' has the number"):
+        make_trainer().test(spectator, data)

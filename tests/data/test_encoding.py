@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from transformers import PreTrainedTokenizerFast
 
-from zolightning.data.encoding import Example, collate, encode
+from zolightning.data.encoding import Example, check_tokens, collate, encode
 
 PROMPT = "the soup was quiet It was"
 ANSWERS = [" terrible", " great"]
@@ -24,6 +24,21 @@ def test_answer_tokens_complete_the_prompt(bos_tokenizer: PreTrainedTokenizerFas
     assert (example.id, example.label, example.truncated) == (7, 1, False)
     assert example.text == "the soup was quiet It was[[ great]]"
     assert bos_tokenizer.eos_token_id not in {*example.prompt_ids, *example.answer_ids[0], *example.answer_ids[1]}
+
+
+def test_a_prompt_that_has_the_first_token_already_gets_no_second(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    options = {"label": 1, "id": 0, "max_length": 64}
+    example = encode(bos_tokenizer, "<s>the soup was", [" terrible", " great"], **options)
+    plain = encode(bos_tokenizer, "the soup was", [" terrible", " great"], **options)
+    assert example.prompt_ids == plain.prompt_ids and example.answer_ids == plain.answer_ids
+
+
+def test_a_token_that_the_model_does_not_know_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = encode(tokenizer, "the soup", [" good", " great"], label=0, id=0, max_length=64)
+    largest = max(map(max, (example.prompt_ids, *example.answer_ids)))
+    check_tokens(example, largest + 1, tokenizer)
+    with pytest.raises(ValueError, match=rf"has the number {largest}, but the model has embeddings for {largest} only"):
+        check_tokens(example, largest, tokenizer)
 
 
 def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_alone(

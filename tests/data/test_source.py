@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from zolightning.data.source import read_folder, read_hub
+from zolightning.data.source import NO_LABEL, read_folder, read_hub
 from zolightning.data.task import HubDataset, Task
 
 ROW = {"sentence": "soup", "label": 1}
@@ -40,6 +40,13 @@ def test_rows_keep_their_place_in_the_file(write_rows: Callable[..., Path]) -> N
         ('{"sentence": "soup", "label": 2}', r"label 2 in field `label` must be one of \[0, 1\]"),
         ('{"sentence": "soup", "label": "1"}', r"label '1' in field `label` must be one of \[0, 1\]"),
         ('{"sentence": "soup", "label": [1]}', r"label \[1\] in field `label` must be one of"),
+        ('{"sentence": "soup", "label": true}', "label True in field `label` must be one of"),
+        ('{"sentence": NaN, "label": 1}', "field `sentence` is nan"),
+        ('[{"sentence": "soup", "label": 1},', "not JSON.*each object of the array on a line of its own"),
+        ('[{"sentence": "soup", "label": 1}]', "must be an object.*each object of the array on a line of its own"),
+        ('{"sentence": "soup", "label": 1},', "not JSON.*there is no comma between the lines"),
+        (r'{"sentence": "so\ud83dup", "label": 1}', "half of a surrogate pair"),
+        pytest.param("[" * 100_000, "nested too deeply", id="brackets"),
     ],
 )
 def test_a_wrong_line_is_named(write_rows: Callable[..., Path], task: Task, line: str, message: str) -> None:
@@ -52,6 +59,42 @@ def test_a_line_that_is_not_utf8(tmp_path: Path, task: Task) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
     with pytest.raises(ValueError, match=r"train.jsonl, line 1: not JSON \('utf-8'"):
         read_folder(tmp_path, "train", task)
+
+
+def test_a_pair_of_surrogates_is_a_character(write_rows: Callable[..., Path], task: Task) -> None:
+    folder = write_rows(train=[r'{"sentence": "\ud83d\ude00", "label": 1}'])
+    assert read_folder(folder, "train", task).row(0)["sentence"] == "\N{GRINNING FACE}"
+
+
+def test_a_file_in_utf16(tmp_path: Path, task: Task) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1: not UTF-8.*save the file as UTF-8"):
+        read_folder(tmp_path, "train", task)
+
+
+@pytest.mark.parametrize(
+    ("file", "split", "advice"),
+    [
+        ("val.jsonl", "validation", "rename it to validation.jsonl"),
+        ("dev.jsonl", "validation", "rename it to validation.jsonl"),
+        ("Train.csv", "train", "write its rows to train.jsonl, one JSON object a line"),
+        ("test.json", "test", "write its rows to test.jsonl, one JSON object a line"),
+        ("test.jsonl.gz", "test", "write its rows to test.jsonl, one JSON object a line"),
+    ],
+)
+def test_a_file_under_another_name_is_named(tmp_path: Path, task: Task, file: str, split: str, advice: str) -> None:
+    (tmp_path / file).touch()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(ValueError, match=rf"no {split}\.jsonl, but found {file}: {advice}"):
+        read_folder(tmp_path, split, task)
+
+
+def test_rows_without_labels(write_rows: Callable[..., Path], task: Task) -> None:
+    folder = write_rows(test=[{"sentence": "soup"}, ROW, {"sentence": "rain", "label": None}])
+    split = read_folder(folder, "test", task, labelled=False)
+    assert split.candidates == [NO_LABEL, 1, NO_LABEL]
+    with pytest.raises(ValueError, match="line 1: field `label` is missing"):
+        read_folder(folder, "test", task)
 
 
 def test_a_missing_file(tmp_path: Path, task: Task) -> None:

@@ -98,3 +98,18 @@ def test_newlines_around_the_prompt_stay() -> None:
 def test_a_row_that_does_not_fit(prompt: str, row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1)).render(row)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"a": 1}, True, float("nan")])
+@pytest.mark.parametrize("prompt", ["{{ sentence }} It was", "{{ sentence | trim }} It was"])
+def test_values_that_are_no_text_are_not_written(value: object, prompt: str) -> None:
+    task = Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    with pytest.raises(ValueError, match=r"field `sentence` is .*which is no"):
+        task.render({"sentence": value, "label": 0})
+
+
+def test_templates_look_into_lists_and_decide_by_truth_values() -> None:
+    prompt = "{{ words[1] }}{% if loud %}!{% endif %} {{ options.first }} {{ count }}"
+    task = Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    row = {"words": ["no", "yes"], "loud": True, "options": {"first": "left"}, "count": 3}
+    assert task.render(row)[0] == "yes! left 3"

@@ -131,7 +131,7 @@ class Batches(Dataset[Batch], Generic[Order]):
         collate: Callable[[Sequence[Example]], Batch],
     ) -> None:
         self.examples = examples
-        self.order = order
+        self.order: Order = order
         self.collate = collate
 
     def __len__(self) -> int:

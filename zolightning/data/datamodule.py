@@ -1,18 +1,20 @@
 """Prompts and answers for a Trainer."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
-from zolightning.data.encoding import Batch, Example, collate, encode
+from zolightning.data.encoding import Batch, Example, check_tokens, collate, encode
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
-from zolightning.data.source import Split, read_folder, read_hub
-from zolightning.data.task import Task
+from zolightning.data.source import Split, misnamed, read_folder, read_hub
+from zolightning.data.task import HubDataset, Task
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -84,6 +86,7 @@ class PromptDataModule(L.LightningDataModule):
         self.fixed_batches = fixed_batches
         self.num_workers = num_workers
         self._examples: dict[str, list[Example]] = {}
+        self._fewer: set[str] = set()  # origins of splits of which it was said that they have fewer rows than asked for
 
         for name in ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length"):
             _check_at_least(1, name, getattr(self, name))
@@ -103,7 +106,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.folder is None:
-            read_hub(self.task.hub, self.task.hub.train, self.task)
+            read_hub(self._hub, self._hub.train, self.task)
 
     def setup(self, stage: str | None = None) -> None:
         if stage in ("fit", "validate", None):
@@ -111,8 +114,24 @@ class PromptDataModule(L.LightningDataModule):
                 if name == "validation" or stage != "validate":
                     self._examples[name] = self._encode(name, split, chosen)
         if stage in ("test", "predict", None):
-            split = self._read("test")
-            self._examples["test"] = self._encode("test", split, sample(split, self.num_test, self.seed))
+            split = self._read("test", labelled=stage != "predict")
+            self._examples["test"] = self._encode("test", split, self._sample(split, self.num_test))
+
+    def check(self, *names: str) -> None:
+        """Reads splits and fills in the templates of all their rows, which needs no model and takes a moment.
+
+        So what is wrong with the rows of a test is known before training, for one.
+
+        Args:
+            names: Of "train", "validation" and "test".
+
+        Raises:
+            ValueError: A row does not fit the task, or a file is missing; says which line or file.
+        """
+        for name in names:
+            split = self._read(name)
+            for index in range(len(split)):
+                self._render(split, index)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         examples = self._examples["train"]
@@ -144,33 +163,52 @@ class PromptDataModule(L.LightningDataModule):
         if self.folder is not None and (self.folder / "validation.jsonl").exists():
             validation = self._read("validation")
             if self.examples_per_class is None:
-                chosen = [
-                    sample(train, self.num_train, self.seed),
-                    sample(validation, self.num_validation, self.seed),
-                ]
+                chosen = [self._sample(train, self.num_train), self._sample(validation, self.num_validation)]
             else:
                 chosen = [
                     sample_per_class(split, self.examples_per_class, self.task.labels, 1, self.seed)[0]
                     for split in (train, validation)
                 ]
         else:
+            if self.folder is not None and (advice := misnamed(self.folder, "validation")):
+                raise ValueError(advice)
             validation = train
             if self.examples_per_class is None:
-                chosen = sample_train_and_validation(train, self.num_train, self.num_validation, self.seed)
+                self._say_if_fewer(train, self.num_train + self.num_validation)
+                chosen = list(sample_train_and_validation(train, self.num_train, self.num_validation, self.seed))
             else:
                 chosen = sample_per_class(train, self.examples_per_class, self.task.labels, 2, self.seed)
         return {"train": (train, chosen[0]), "validation": (validation, chosen[1])}
 
-    def _read(self, name: str) -> Split:
+    def _sample(self, split: Split, count: int) -> list[int]:
+        self._say_if_fewer(split, count)
+        return sample(split, count, self.seed)
+
+    def _say_if_fewer(self, split: Split, count: int) -> None:
+        """Once, and not of the rows that come with a task, whose number anybody can know."""
+        if len(split) < count and self.folder != self.task.folder and split.origin not in self._fewer:
+            self._fewer.add(split.origin)
+            rank_zero_info(f"{split.origin}: {len(split)} rows, fewer than the {count} asked for; all are used.")
+
+    def _read(self, name: str, labelled: bool = True) -> Split:
         if self.folder is not None:
-            return read_folder(self.folder, name, self.task)
-        hub = self.task.hub
+            return read_folder(self.folder, name, self.task, labelled)
+        hub = self._hub
         return read_hub(hub, hub.test if name == "test" else hub.train, self.task)
 
+    @property
+    def _hub(self) -> HubDataset:
+        assert self.task.hub is not None, "a task has a folder or a hub data set"
+        return self.task.hub
+
+    def _render(self, split: Split, index: int) -> tuple[str, list[str]]:
+        try:
+            return self.task.render(split.row(index))
+        except ValueError as error:
+            raise ValueError(f"Task {self.task.name}, {split.where(index)}: {error}.") from None
+
     def _encode(self, name: str, split: Split, chosen: list[int]) -> list[Example]:
-        if self.trainer is None:
-            raise RuntimeError("PromptDataModule tokenizes for a model: give both to `Trainer.fit` or the like.")
-        module = self.trainer.lightning_module
+        module = self._module()
         for attribute in ("tokenizer", "context_length"):
             if not hasattr(module, attribute):
                 raise TypeError(
@@ -178,12 +216,15 @@ class PromptDataModule(L.LightningDataModule):
                     f"and a `context_length` (the most tokens it can read, or None); `{attribute}` is missing."
                 )
         max_length = min(self.max_length, module.context_length or self.max_length)
+        num_embeddings = getattr(module, "num_embeddings", None)
         examples = []
         for index in chosen:
+            prompt, answers = self._render(split, index)
+            label, id = split.candidates[index], split.ids[index]
             try:
-                prompt, answers = self.task.render(split.row(index))
-                label, id = split.candidates[index], split.ids[index]
                 example = encode(module.tokenizer, prompt, answers, label=label, id=id, max_length=max_length)
+                if num_embeddings is not None:
+                    check_tokens(example, num_embeddings, module.tokenizer)
             except ValueError as error:
                 raise ValueError(f"Task {self.task.name}, {split.where(index)}: {error}.") from None
             examples.append(example)
@@ -203,17 +244,28 @@ class PromptDataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
 
     def _collate(self, gold_only: bool) -> partial[Batch]:
-        tokenizer = self.trainer.lightning_module.tokenizer
-        pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        pad_id = next(id for id in pad_ids if id is not None)
+        module = self._module()
+        # A token for padding that was added to the tokenizer and not to the model can be any other: it is masked out.
+        num_embeddings = getattr(module, "num_embeddings", None) or math.inf
+        pad_ids = (module.tokenizer.pad_token_id, module.tokenizer.eos_token_id, 0)
+        pad_id = next(id for id in pad_ids if id is not None and id < num_embeddings)
         return partial(collate, pad_id=pad_id, objective=self.task.objective, gold_only=gold_only)
 
     def _replicas(self) -> dict[str, int]:
         """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""
-        return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return self._trainer().distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
     def _batches_trained(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return self._trainer().fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _module(self) -> Any:
+        """The LightningModule that runs, whatever attributes it has."""
+        return self._trainer().lightning_module
+
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("PromptDataModule tokenizes for a model: give both to `Trainer.fit` or the like.")
+        return self.trainer
 
 
 def _with_own_prompt(task: Task, prompt: str | None, answers: list[str] | None) -> Task:

@@ -21,7 +21,7 @@ class Example:
         id: Where the row stands in its source, counted from 0.
         prompt_ids: The prompt, with the tokens that the tokenizer starts a text with.
         answer_ids: The candidates.
-        label: Index of the right candidate.
+        label: Index of the right candidate; -1 if it is not known.
         text: The prompt, and the right answer in double brackets.
         truncated: Whether the prompt lost its beginning.
     """
@@ -95,6 +95,10 @@ def encode(
     if len(set(map(tuple, answer_ids))) < len(answer_ids):
         raise ValueError(f"the tokenizer {name} gives two of the answers {list(answers)!r} the same tokens")
 
+    # A prompt whose text begins with what the tokenizer begins with anyway, as chat templates do, has it twice.
+    if num_leading and prompt_ids[num_leading : 2 * num_leading] == prompt_ids[:num_leading]:
+        prompt_ids = prompt_ids[num_leading:]
+
     longest = max(map(len, answer_ids))
     room = max_length - longest - num_leading
     if room < 1:
@@ -107,9 +111,19 @@ def encode(
         prompt_ids=prompt_ids[:num_leading] + prompt_ids[num_leading:][-room:],
         answer_ids=answer_ids,
         label=label,
-        text=f"{prompt}[[{answers[label]}]]",
+        text=prompt if label < 0 else f"{prompt}[[{answers[label]}]]",
         truncated=len(prompt_ids) - num_leading > room,
     )
+
+
+def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises ValueError if an example has a token that is in the tokenizer, but not in the model."""
+    largest = max(max(ids) for ids in (example.prompt_ids, *example.answer_ids))
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the number {largest}, but the model has "
+            f"embeddings for {num_embeddings} only: resize them (`model.resize_token_embeddings`) and save the model"
+        )
 
 
 def collate(examples: Sequence[Example], pad_id: int, objective: Objective, gold_only: bool = False) -> Batch:

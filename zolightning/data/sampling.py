@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.data.source import Split
 from zolightning.data.task import Label
@@ -15,8 +14,6 @@ def sample(split: Split, count: int, seed: int) -> list[int]:
     The permutation is that of ``numpy.random.seed(seed); numpy.random.permutation(len(split))``, so it is the
     one of MeZO's code (https://github.com/princeton-nlp/MeZO) and of those built on it.
     """
-    if len(split) < count:
-        rank_zero_info(f"{split.origin}: {len(split)} rows, fewer than the {count} asked for; all are used.")
     return _permutation(split, seed)[:count]
 
 

@@ -38,8 +38,21 @@ class Split:
         return f"{self.origin}, {self.unit} {self.ids[index] + (self.unit == 'line')}"
 
 
-def read_folder(folder: Path, name: str, task: Task) -> Split:
+NO_LABEL = -1  # the candidate of a row without one
+
+# Other names of a split's file, and the endings of files that hold rows.
+_ALIASES = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
+
+
+def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> Split:
     """Reads ``<folder>/<name>.jsonl`` and checks every row against the task.
+
+    Args:
+        folder: Where the file is.
+        name: "train", "validation" or "test".
+        task: Says which fields a row needs.
+        labelled: Whether every row needs a label. Otherwise the candidate of one without is `NO_LABEL`.
 
     Raises:
         ValueError: The file is missing or empty, or a line of it does not fit the task; says which line.
@@ -47,7 +60,8 @@ def read_folder(folder: Path, name: str, task: Task) -> Split:
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"{path} does not exist: `data.path` must be a folder with train.jsonl, test.jsonl and, unless "
+            misnamed(folder, name)
+            or f"{path} does not exist: `data.path` must be a folder with train.jsonl, test.jsonl and, unless "
             "validation rows are to be taken from train.jsonl, validation.jsonl."
         )
     rows: dict[int, Mapping[str, Any]] = {}
@@ -57,14 +71,27 @@ def read_folder(folder: Path, name: str, task: Task) -> Split:
             if not line.strip():
                 continue
             try:
-                row = _parse(line, task)
-                candidate = task.candidate(row[task.label])
+                row = _parse(line, task.label)
+                task.check_fields(row, task.fields if labelled else task.template_fields)
+                unlabelled = not labelled and row.get(task.label) is None
+                candidate = NO_LABEL if unlabelled else task.candidate(row[task.label])
             except ValueError as error:
                 raise ValueError(f"{path}, line {id + 1}: {error}.") from None
             if candidate is not None:
                 rows[id] = row
                 candidates.append(candidate)
     return _not_empty(Split(str(path), "line", list(rows), candidates, rows), task)
+
+
+def misnamed(folder: Path, name: str) -> str | None:
+    """What to do about files in the folder that look like this split under another name, or None if there are none."""
+    files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(_ENDINGS))
+    found = [file for file in files if file.split(".")[0].lower() in _ALIASES[name] and file != f"{name}.jsonl"]
+    if not found:
+        return None
+    rename = found[0].endswith((".jsonl", ".ndjson"))
+    advice = f"rename it to {name}.jsonl" if rename else f"write its rows to {name}.jsonl, one JSON object a line"
+    return f"{folder} has no {name}.jsonl, but found {found[0]}: {advice}."
 
 
 def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
@@ -87,15 +114,32 @@ def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
     return _not_empty(Split(origin, "row", list(kept), list(kept.values()), dataset), task)
 
 
-def _parse(line: bytes, task: Task) -> Mapping[str, Any]:
+def _parse(line: bytes, label: str) -> Mapping[str, Any]:
+    if b"\0" in line:
+        raise ValueError("not UTF-8 (it looks like UTF-16): save the file as UTF-8")
     try:
         row = json.loads(line)
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no character") from None
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"not JSON ({error}){_advice(line)}") from None
     if not isinstance(row, dict):
-        raise ValueError(f'must be an object like {{"{task.label}": ...}}, got {line.decode().strip()[:80]}')
-    task.check_fields(row)
+        start = line.decode().strip()[:80]
+        raise ValueError(f'must be an object like {{"{label}": ...}}, got {start}{_advice(line)}')
     return row
+
+
+def _advice(line: bytes) -> str:
+    text = line.strip()
+    if text.startswith(b"["):
+        return "; write each object of the array on a line of its own, without the brackets around them"
+    if text.endswith(b","):
+        return "; there is no comma between the lines of a JSON lines file"
+    return ""
 
 
 def _not_empty(split: Split, task: Task) -> Split:

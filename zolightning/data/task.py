@@ -1,6 +1,7 @@
 """A task: how a row of a data set becomes a prompt and its candidate answers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -145,11 +146,16 @@ class Task:
     @cached_property
     def fields(self) -> frozenset[str]:
         """The fields that a row must have: those of the templates, and the label."""
+        return self.template_fields | {self.label}
+
+    @cached_property
+    def template_fields(self) -> frozenset[str]:
+        """The fields that prompt and answers are made of: those of a row without a label."""
         sources = (self.prompt, *self.answers)
         names = (meta.find_undeclared_variables(_TEMPLATES.parse(source)) for source in sources)
-        return frozenset({self.label}.union(*names) - _TEMPLATES.globals.keys())
+        return frozenset(set[str]().union(*names) - _TEMPLATES.globals.keys())
 
-    def candidate(self, label: Label) -> int | None:
+    def candidate(self, label: Any) -> int | None:
         """Returns the index of the answer that `label` stands for, or None if its rows are left out.
 
         Raises:
@@ -157,30 +163,68 @@ class Task:
         """
         if label in self.skip_labels:
             return None
-        if label not in self.labels:
+        # `true` is equal to 1, but hardly meant as the second class.
+        if label not in self.labels or isinstance(label, bool):
             raise ValueError(f"label {label!r} in field `{self.label}` must be one of {list(self.labels)!r}")
         return self.labels.index(label)
 
-    def check_fields(self, row: Mapping[str, Any]) -> None:
-        """Raises ValueError if a field that the task uses is missing or null."""
-        for field in sorted(self.fields):
-            if row.get(field) is None:
+    def check_fields(self, row: Mapping[str, Any], fields: Iterable[str]) -> None:
+        """Raises ValueError if one of `fields` is missing, null or NaN."""
+        for field in sorted(fields):
+            value = row.get(field)
+            if value is None:
                 raise ValueError(f"field `{field}` is missing or null; there are {', '.join(row) or 'none'}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"field `{field}` is {value}, which is no value")
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
         """Returns the prompt and the candidate answers of a row.
 
         Raises:
-            ValueError: A field is missing, or a template does not fit this row.
+            ValueError: A field is missing, or a template does not fit this row, or writes a list, a mapping or a truth
+                value as it stands.
         """
-        self.check_fields(row)
+        self.check_fields(row, self.template_fields)
+        guarded = {field: _guard(field, row[field]) for field in self.template_fields}
         try:
-            prompt = _compile(self.prompt).render(row)
-            answers = [_compile(answer).render(row) for answer in self.answers]
+            prompt = _compile(self.prompt).render(guarded)
+            answers = [_compile(answer).render(guarded) for answer in self.answers]
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the templates do not fit this row: {error}") from None
         space = prompt[len(prompt.rstrip(" ")) :]
         return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]
+
+
+class _NoText:
+    """A value that a template may look into or decide by, but not write: Python's notation is nobody's prompt."""
+
+    field = ""
+
+    def __str__(self) -> str:
+        raise ValueError(f"field `{self.field}` is {self!r}, which is no text")
+
+
+class _Truth(_NoText, int):
+    def __repr__(self) -> str:
+        return "true" if self else "false"
+
+
+class _List(_NoText, list[Any]):
+    pass
+
+
+class _Mapping(_NoText, dict[str, Any]):
+    pass
+
+
+def _guard(field: str, value: Any) -> Any:
+    guards: dict[type, Callable[[Any], _NoText]] = {bool: _Truth, list: _List, dict: _Mapping}
+    for kind, guard in guards.items():
+        if isinstance(value, kind):
+            guarded = guard(value)
+            guarded.field = field
+            return guarded
+    return value
 
 
 @lru_cache

@@ -7,7 +7,9 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
@@ -19,6 +21,7 @@ from zolightning.models.scoring import (
     classification_loss,
     language_modeling_loss,
 )
+from zolightning.models.suitability import refuse_unsuitable
 
 
 class CausalLM(L.LightningModule):
@@ -58,12 +61,18 @@ class CausalLM(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
+        self._suitable = False  # not known yet
 
     @property
     def context_length(self) -> int:
         """The longest sequence, in tokens, that model and tokenizer are made for."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min(longest or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of tokens that the model knows; the tokenizer may have more, which no text should contain."""
+        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
@@ -72,11 +81,12 @@ class CausalLM(L.LightningModule):
             )
         if stage == "predict":
             return
-        num_classes = getattr(self.trainer.datamodule, "num_classes", None)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        num_classes = getattr(datamodule, "num_classes", None)
         if num_classes is None:
             raise MisconfigurationException(
                 "CausalLM needs a datamodule with `num_classes`, the largest number of candidates of an example, "
-                f"got {type(self.trainer.datamodule).__name__}. Pass `datamodule=` to the Trainer, not dataloaders."
+                f"got {type(datamodule).__name__}. Pass `datamodule=` to the Trainer, not dataloaders."
             )
         self.metrics = nn.ModuleDict()
         if num_classes > 1:
@@ -84,8 +94,18 @@ class CausalLM(L.LightningModule):
             self.metrics["f1"] = MulticlassF1Score(num_classes, average="macro")
 
     def on_fit_start(self) -> None:
+        self._refuse_unsuitable()
         # Lightning leaves the network as it is, and `from_pretrained` leaves it in eval mode
         self.model.train()
+
+    def on_validation_start(self) -> None:
+        self._refuse_unsuitable()
+
+    def on_test_start(self) -> None:
+        self._refuse_unsuitable()
+
+    def on_predict_start(self) -> None:
+        self._refuse_unsuitable()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
@@ -108,7 +128,7 @@ class CausalLM(L.LightningModule):
         scores = candidate_scores(*answer_log_probs(self.model, batch))
         return {"id": batch["id"], "scores": scores, "prediction": scores.argmax(dim=-1)}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return {"optimizer": optimizer}
@@ -136,6 +156,12 @@ class CausalLM(L.LightningModule):
             save_adapter(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
+    def _refuse_unsuitable(self) -> None:
+        """Once, on the device and in the dtype of the run."""
+        if not self._suitable:
+            refuse_unsuitable(self.model)
+            self._suitable = True
+
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the mean loss, the number of terms it is the mean of, and the scores of the candidates."""
         label = batch["label"]
@@ -151,5 +177,6 @@ class CausalLM(L.LightningModule):
         loss, weight, scores = self._evaluate(batch)
         self.log(f"{stage}/loss", loss, batch_size=int(weight), sync_dist=True)
         for name, metric in self.metrics.items():
+            assert isinstance(metric, Metric)
             metric.update(scores.argmax(dim=-1), batch["label"])
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=len(batch["label"]))

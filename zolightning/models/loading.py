@@ -29,9 +29,10 @@ def load_model(source: Path | str, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with _without_reports():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
+    model, info = loaded
     if getattr(model, "peft_config", None):
         raise ValueError(ADAPTER)
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])

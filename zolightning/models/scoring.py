@@ -23,16 +23,16 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     answer_length = answer_ids.shape[2]
 
     if batch["input_ids"].shape[1] == 1 and answer_length == 1:
-        logits = _last_logits(model, batch["input_ids"][:, 0], batch["attention_mask"][:, 0], count=1)
+        logits = last_logits(model, batch["input_ids"][:, 0], batch["attention_mask"][:, 0], count=1)
         log_probs = torch.log_softmax(logits[:, 0], dim=-1, dtype=torch.float32)  # (B, vocabulary)
         log_probs = log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1)
         return log_probs.masked_fill(~mask, 0.0), mask
 
     present = mask.any(dim=-1)  # (B, C)
     # an answer token is predicted one position before it stands
-    logits = _last_logits(
-        model, batch["input_ids"][present], batch["attention_mask"][present], count=answer_length + 1
-    )[:, :-1]
+    logits = last_logits(model, batch["input_ids"][present], batch["attention_mask"][present], count=answer_length + 1)[
+        :, :-1
+    ]
     log_probs = torch.log_softmax(logits[mask[present]], dim=-1, dtype=torch.float32)  # (tokens, vocabulary)
     log_probs = log_probs.gather(-1, answer_ids[mask].unsqueeze(-1)).squeeze(-1)
     return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, log_probs), mask
@@ -55,7 +55,7 @@ def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Te
     return -log_probs[rows, label].sum() / mask[rows, label].sum()
 
 
-def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
     """Returns the logits of the last `count` positions of left-padded rows, (rows, count, vocabulary)."""
     optional = {
         # some architectures would count the padding as positions
