@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel, RandomDataset
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -160,6 +160,60 @@ class TestWhatTrainingStepReturns:
         assert len(finder.optimal_lr.results["loss"]) == 15
         assert all(torch.tensor(finder.optimal_lr.results["loss"]).isfinite())
         assert trainer.optimizers[0].param_groups[0]["lr"] == module.lr != 1e-3
+
+    @pytest.mark.parametrize("name", ["loss"])
+    def test_its_own_logs_go_on_existing(
+        self, make_regression: MakeModule, fit: Fit, make_trainer: MakeTrainer, name: str
+    ) -> None:
+        """Under every name, with the arguments that it gave them."""
+        module, values = make_regression(), []
+        own_step = module.training_step
+
+        def training_step(batch: Any, batch_idx: int) -> Tensor:
+            loss = own_step(batch, batch_idx)
+            module.log(name, loss, on_step=True, on_epoch=True)
+            values.append(loss.item())
+            return loss
+
+        module.training_step = training_step
+        records = Records()
+        trainer = fit(module, records, EarlyStopping(f"{name}_epoch"), max_steps=14)
+        metrics = trainer.callback_metrics
+        assert metrics[f"{name}_epoch"] == pytest.approx(sum(values[-14::2]) / 7)  # of the first of two evaluations
+        assert metrics[f"{name}_step"] == pytest.approx(values[-2])
+        if name == "loss":
+            assert metrics["train/loss"] == pytest.approx(records.records[-1].loss)
+
+    def test_the_batch_size_finder(self, make_trainer: MakeTrainer) -> None:
+        """The run after it is at the same precision, with the same state, as one without it."""
+
+        class Model(BoringModel):
+            def __init__(self) -> None:
+                super().__init__()
+                self.batch_size = 2
+                with torch.no_grad():
+                    self.layer.weight.fill_(0.1), self.layer.bias.zero_()
+
+            def train_dataloader(self) -> DataLoader:
+                torch.manual_seed(0)
+                return DataLoader(RandomDataset(32, 64), batch_size=self.batch_size)
+
+        finder = BatchSizeFinder(max_trials=2, steps_per_trial=2)
+        found, plain = Model(), Model()
+        plain.batch_size = 4
+        optimizers = []
+        for module, callbacks in ((found, [finder]), (plain, [])):
+            trainer = make_trainer(
+                max_steps=3,
+                limit_val_batches=0,
+                precision="bf16-true",
+                callbacks=[*callbacks, ZerothOrder(METHOD)],
+            )
+            trainer.fit(module)
+            optimizers.append(trainer.optimizers[0])
+        assert found.batch_size == 4 and {p.dtype for p in found.parameters()} == {torch.bfloat16}
+        assert_equal(weights(found), weights(plain))
+        assert optimizers[0].state_bytes() == optimizers[1].state_bytes() > 0
 
 
 class TestStepsOfAnInstance:

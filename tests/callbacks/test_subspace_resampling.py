@@ -41,8 +41,10 @@ def fit(
 ) -> Callable[..., tuple[L.LightningModule, Watch]]:
     def fit(method: Any, *callbacks: Callback, **kwargs: Any) -> tuple[L.LightningModule, Watch]:
         watch, module = Watch(), kwargs.pop("module", None) or make_regression()
+        ckpt_path = kwargs.pop("ckpt_path", None)
         trainer = make_trainer(**{"max_steps": 9} | kwargs, callbacks=[*callbacks, ZerothOrder(method), watch])
-        trainer.fit(module, regression_data(), *([regression_data(2)] if "val_check_interval" in kwargs else []))
+        validation = [regression_data(2)] if "val_check_interval" in kwargs else []
+        trainer.fit(module, regression_data(), *validation, ckpt_path=ckpt_path)
         return module, watch
 
     return fit
@@ -118,18 +120,32 @@ def test_validation_and_checkpoints_see_all_of_the_training(
             assert F.mse_loss(fresh.net(inputs), targets).item() == pytest.approx(loss, rel=1e-5)
 
 
+def logged(folder: Path, name: str) -> dict[int, float]:
+    """What a CSVLogger wrote of one metric, by step."""
+    lines = (folder / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
+    return {int(row["step"]): float(row[name]) for row in rows if row[name]}
+
+
 def test_logs(fit: Callable[..., Any], tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, version=0)
     fit(ZO_MOPI, SubspaceResampling(3), MomentumTransport(), logger=logger, log_every_n_steps=1)
-    lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
-    names = lines[0].split(",")
-    rows = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
-    refresh = {int(row["step"]): float(row["zo/refresh"]) for row in rows if row["zo/refresh"]}
-    kept = {int(row["step"]): float(row["zo/momentum_kept"]) for row in rows if row["zo/momentum_kept"]}
-    # Lightning repeats what has been logged in an epoch until there is something new.
-    assert refresh == {3: 1.0, 4: 1.0, 5: 1.0, 6: 2.0}
-    assert kept.keys() == {3, 4, 5, 6} and kept[3] == kept[5] != kept[6]
+    kept = logged(tmp_path, "zo/momentum_kept")
+    assert logged(tmp_path, "zo/refresh") == {step: step // 3 for step in range(9)}
+    assert kept.keys() == {3, 4, 5, 6, 7, 8} and kept[3] == kept[5] != kept[6] == kept[8]
     assert all(0 < share < 1 for share in kept.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")
+def test_a_resumed_run_logs_them_from_its_first_step(fit: Callable[..., Any], tmp_path: Path) -> None:
+    module, _ = fit(ZO_MOPI, SubspaceResampling(3), MomentumTransport(), max_steps=4)
+    module.trainer.save_checkpoint(tmp_path / "four.ckpt")
+    module, _ = fit(ZO_MOPI, SubspaceResampling(3), MomentumTransport(), max_steps=5, ckpt_path=tmp_path / "four.ckpt")
+    metrics = module.trainer.callback_metrics
+    uninterrupted, _ = fit(ZO_MOPI, SubspaceResampling(3), MomentumTransport(), max_steps=5)
+    for name in ("zo/refresh", "zo/momentum_kept"):
+        assert metrics[name] == uninterrupted.trainer.callback_metrics[name]
 
 
 class TestRefusals:

@@ -21,7 +21,7 @@ class MomentumTransport(Callback):
 
     Adam's second moments are magnitudes of coordinates, not directions: they stay, except under ``reset``.
 
-    Logs ``zo/momentum_kept``, the share of the momentum's squared norm that a resampling left.
+    Logs ``zo/momentum_kept``, the share of the momentum's squared norm that the last resampling left.
 
     Args:
         how: one of the three.
@@ -34,7 +34,6 @@ class MomentumTransport(Callback):
     def __init__(self, how: Transport = "project") -> None:
         require_choice("how", how, TRANSPORTS)
         self.how = how
-        self._logged = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
@@ -54,7 +53,5 @@ class MomentumTransport(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
-        refresh = optimizer.param_groups[0]["refresh"]
-        if refresh != self._logged and optimizer.momentum_kept is not None:
+        if optimizer.momentum_kept is not None:
             pl_module.log("zo/momentum_kept", optimizer.momentum_kept)
-        self._logged = refresh

@@ -65,7 +65,8 @@ class SubspaceResampling(Callback):
         optimizer = subspace_optimizer(trainer, type(self).__name__)
         if optimizer.param_groups[0]["step"] and self.is_due(trainer, optimizer):
             optimizer.resample()
-            pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))
+        # At every step, so that a resumed run shows it from its first one.
+        pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))
 
 
 def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback]) -> None:

@@ -58,10 +58,14 @@ class SubspaceWeights(ZerothOrderOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.fold_every_step = True
-        self.momentum_kept: float | None = None  # share of the momentum's energy that the last resampling kept
         self._bases: dict[nn.Parameter, Basis] = {}
         self._hooks: list[Any] = []
         super().__init__(*args, **kwargs)
+
+    @property
+    def momentum_kept(self) -> float | None:
+        """Share of the momentum's squared norm that the last resampling kept; None where there was none."""
+        return self.param_groups[0].get("momentum_kept")
 
     def apply(self, record: StepRecord) -> None:
         if record.seed != self.param_groups[0]["seed"]:  # of another run: its bases are to be drawn here too
@@ -160,7 +164,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
             if group["transport"] == "project":
                 core.copy_(old.transport(core.clone(), new))
             after += new.squared_norm(core)
-        self.momentum_kept = after / before if before else None
+        self.param_groups[0]["momentum_kept"] = after / before if before else None
 
     def _draw(self, parameter: nn.Parameter) -> Basis:
         group, name = self._group_of(parameter), self._names[parameter]
