@@ -8,11 +8,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
-from zolightning.optim import ZOMOPI, SubZero
+from zolightning.optim import LOZO, ZOMOPI, SubZero
 
 
 class Spy(Callback):
@@ -70,6 +71,21 @@ class TestTransport:
     def test_keep(self, transported: Callable[..., Any], method: Any) -> None:
         ((old, old_basis), (new, new_basis)), _ = transported("keep", method)
         assert torch.equal(old, new) and old_basis is not new_basis
+
+
+class TestRefusals:
+    def fit(self, make_trainer: Any, make_regression: Any, regression_data: Any, method: Any, *hows: str) -> None:
+        callbacks = [SubspaceResampling(3), *(MomentumTransport(how) for how in hows), ZerothOrder(method)]
+        make_trainer(max_steps=1, callbacks=callbacks).fit(make_regression(), regression_data())
+
+    def test_two_of_them(self, make_trainer: Any, make_regression: Any, regression_data: Any) -> None:
+        with pytest.raises(MisconfigurationException, match=r"2 MomentumTransport, with `how` \['project', 'reset'\]"):
+            self.fit(make_trainer, make_regression, regression_data, METHODS[0], "project", "reset")
+
+    def test_no_momentum(self, make_trainer: Any, make_regression: Any, regression_data: Any) -> None:
+        method = partial(LOZO, lr=0.01)
+        with pytest.raises(MisconfigurationException, match="nothing to transport: LOZO keeps no momentum here"):
+            self.fit(make_trainer, make_regression, regression_data, method, "project")
 
 
 def test_bad_value() -> None:
