@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.slices import Slice
+from zolightning.optim.settings import require_same_settings, settings_of
 
 
 class NamedParameters(torch.optim.Optimizer):
@@ -70,8 +71,17 @@ class NamedParameters(torch.optim.Optimizer):
         tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, and ``method``: the class and its constructor's arguments."""
+        return super().state_dict() | {"method": settings_of(self)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores hyperparameters, counters and tensors, these in their own dtype."""
+        """Restores hyperparameters, counters and tensors, these in their own dtype.
+
+        Raises:
+            ValueError: if the state is of another class, or of one with other arguments.
+        """
+        require_same_settings(self, state_dict.get("method"))
         # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.
         super().load_state_dict({**state_dict, "state": {}})
         saved = (index for group in state_dict["param_groups"] for index in group["params"])

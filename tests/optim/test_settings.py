@@ -1,0 +1,71 @@
+"""A run goes on with the method, and with the arguments, that its checkpoint was written with."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zolightning.optim import LOZO, MeZO, MeZOAdam, SubZero
+from zolightning.optim.estimators import OneSided
+
+
+def weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(4, 3, dtype=dtype))]
+
+
+MEZO = partial(MeZO, lr=1e-3, estimator=OneSided())
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (partial(LOZO, lr=1e-3), "written by MeZO, and this run trains with LOZO"),
+        (partial(MeZOAdam, lr=1e-3), "written by MeZO, and this run trains with MeZOAdam"),
+        (partial(MEZO, num_queries=4), "`num_queries` is 4, there 1"),
+        (partial(MeZO, lr=1e-3), "`estimator` is 'TwoSided', there 'OneSided'"),
+        (partial(MEZO, noise="rademacher"), "`noise` is 'rademacher', there 'gaussian'"),
+        (partial(MEZO, update_precision="native"), "`update_precision` is 'native', there 'exact'"),
+        (partial(MEZO, eps=1e-2), "`eps` is 0.01, there 0.001"),
+        (partial(MEZO, momentum=0.5, clip=2.0), "`momentum` is 0.5, there 0.0; `clip` is 2.0, there None"),
+    ],
+)
+def test_another_method_or_argument_is_refused(method: Callable[..., Any], words: str) -> None:
+    saved = MEZO(weights()).state_dict()
+    with pytest.raises(ValueError) as raised:
+        method(weights()).load_state_dict(saved)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_arguments_of_one_class_are_known(no_grad: None) -> None:
+    saved = SubZero(weights(), rank=2, scaling="paper").state_dict()
+    with pytest.raises(ValueError, match="`rank` is 3, there 2; `scaling` is 'code', there 'paper'"):
+        SubZero(weights(), rank=3).load_state_dict(saved)
+
+
+def test_another_dtype_is_refused() -> None:
+    saved = MEZO(weights()).state_dict()
+    with pytest.raises(ValueError, match="`dtype` is 'bfloat16', there 'float32'"):
+        MEZO(weights(torch.bfloat16)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("method", [MEZO, partial(LOZO, lr=1e-3), partial(SubZero, lr=1e-3)])
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adam])
+def test_the_state_of_a_first_order_optimizer_is_refused(method: Any, other: Any) -> None:
+    with pytest.raises(ValueError, match="is none of this package's methods"):
+        method(weights()).load_state_dict(other(weights(), lr=0.1).state_dict())
+
+
+def test_the_learning_rate_of_the_checkpoint_holds_and_is_said() -> None:
+    optimizer = MEZO(weights(), lr=0.5)
+    with pytest.warns(UserWarning, match=r"`lr` goes on as in the checkpoint, whose run was given 0\.001; the 0\.5 "):
+        optimizer.load_state_dict(MEZO(weights()).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_the_same_settings_with_another_seed_go_on() -> None:
+    optimizer = MEZO(weights(), seed=2)
+    optimizer.load_state_dict(MEZO(weights(), seed=7).state_dict())
+    assert optimizer.param_groups[0]["seed"] == 7

@@ -1,0 +1,69 @@
+"""What a method was made with: saved with its state, and compared when a run goes on."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolightning.rank_zero import rank_zero_warn
+
+_COUNTERS = ("seed", "step", "forward_passes")  # which a run takes from its checkpoint, whatever it was made with
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The class, the constructor's arguments and the parameters' dtypes, by name, as plain values."""
+    constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
+    arguments = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    attributes = {name: value for name, value in vars(optimizer).items() if name in arguments - {"defaults"}}
+    settings = {name: value for name, value in (optimizer.defaults | attributes).items() if name not in _COUNTERS}
+    dtypes = {str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        "class": type(optimizer).__name__,
+        **{name: _plain(value) for name, value in settings.items()},
+        "dtype": ", ".join(sorted(dtypes)).replace("torch.", ""),
+    }
+
+
+def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None) -> None:
+    """Compares a method with what :func:`settings_of` said of the one whose state it is to go on from.
+
+    Another learning rate is not refused: a warning says that the checkpoint's holds, as it does with any optimizer of
+    torch.
+
+    Raises:
+        ValueError: if there is nothing to compare with, or another class or argument; with both values.
+    """
+    name = type(optimizer).__name__
+    if saved is None:
+        raise ValueError(
+            f"The checkpoint's optimizer is none of this package's methods, and {name} cannot go on from its state. "
+            "Resume with the optimizer that wrote it, or start a new run from its weights."
+        )
+    own = settings_of(optimizer)
+    if saved["class"] != name:
+        raise ValueError(
+            f"The checkpoint was written by {saved['class']}, and this run trains with {name}. Resume with the same "
+            "method, or start a new run."
+        )
+    different = {key: (saved[key], own[key]) for key in own if key in saved and saved[key] != own[key]}
+    rates = {key: different.pop(key) for key in ("lr", "vector_lr_ratio") if key in different}
+    if different:
+        values = "; ".join(f"`{key}` is {now!r}, there {before!r}" for key, (before, now) in different.items())
+        raise ValueError(
+            f"The checkpoint's run of {name} has other settings: {values}. Resume with the checkpoint's, or start a "
+            "new run."
+        )
+    for key, (before, now) in rates.items():
+        rank_zero_warn(
+            f"`{key}` goes on as in the checkpoint, whose run was given {before!r}; the {now!r} given now has no "
+            "effect."
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    return value if isinstance(value, _PLAIN) else type(value).__name__
