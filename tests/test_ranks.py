@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 inputs = torch.randn(80, 4, generator=torch.Generator().manual_seed(1))
 targets = inputs.sum(1, keepdim=True)
 bad_target = targets[8 * 3 + 1].item()  # in batch 3, on rank 1 of 2
+none = torch.cat([targets[1::2], targets[8 * 6 : 8 * 7]])
 
 
 class Recorder(L.Callback):
@@ -49,6 +50,8 @@ class Module(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         inputs, targets = batch
+        if batch_idx in self.options.get("none_steps", ()) and torch.isin(batch[1], self.options["none"]).all():
+            return None
         errors = (self.net(inputs) - targets).float().square()[:, 0]
         if self.options.get("bad_step") == batch_idx:
             errors = torch.where(targets[:, 0] == bad_target, float("nan"), errors)
@@ -68,6 +71,8 @@ runs = {
     "adam": (partial(MeZOAdam, lr=1e-2, estimator=OneSided(), num_queries=2), {}),
     "bf16": (partial(MeZO, lr=1e-2, weight_decay=0.1), {"precision": "bf16-true"}),
     "skipped": (partial(MeZO, lr=1e-2), {"bad_step": 3}),
+    # Step 3 is skipped by rank 1 of 2, step 6 by both
+    "none": (partial(MeZO, lr=1e-2), {"micro_batch_size": 1, "none_steps": (3, 6), "none": none}),
     "subspace": (partial(ZOMOPI, lr=1e-2, rank=2, power_rank=1, vector_lr=1e-3), {}),
     "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"evaluations_per_forward": 4}),
 }
@@ -96,7 +101,7 @@ for name, (method, options) in runs.items():
     torch.save(left, f"{folder}/{name}-{trainer.global_rank}-of-{ranks}.pt")
 """
 
-RUNS = ["plain", "weighted", "micro_batches", "adam", "bf16", "skipped", "subspace", "stacked"]
+RUNS = ["plain", "weighted", "micro_batches", "adam", "bf16", "skipped", "none", "subspace", "stacked"]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +152,12 @@ class TestTwoRanks:
         if name != "bf16":
             for key, tensor in both["weights"].items():
                 torch.testing.assert_close(tensor, one["weights"][key], rtol=0, atol=5e-4, msg=key)
+
+
+def test_a_batch_is_skipped_where_all_ranks_skip_it(results: dict) -> None:
+    for rank, ranks in ((0, 2), (1, 2), (0, 1)):
+        steps = results["none", rank, ranks]["steps"]
+        assert [i for i, step in enumerate(steps) if not step["projected_grads"]] == [6]
 
 
 def test_a_step_that_is_bad_on_one_rank_is_skipped_by_both(results: dict) -> None:

@@ -1,12 +1,11 @@
 """What a module's own ``configure_optimizers`` says, and what of it a zeroth-order method can keep."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,17 +47,30 @@ class OwnOptimizer:
     def optimizer(self) -> Optimizer | None:
         return next(self._all(Optimizer), None)
 
-    def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-        """Parameter groups for a method: those of `parameters` that the optimizer would train, in their order.
+    def groups(self, module: L.LightningModule) -> list[dict[str, Any]]:
+        """Parameter groups for a method: the module's trainable parameters that the optimizer holds, in their order.
 
         Where the optimizer's groups differ in whether they have any ``weight_decay``, those without one keep 0, and
         the others take the method's. Learning rates are left to the method: those of backpropagation mean nothing to
         it.
+
+        Raises:
+            MisconfigurationException: if there is no such parameter.
         """
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise MisconfigurationException(
+                "No parameter is trainable: all of the module's have `requires_grad=False`. Unfreeze at least one."
+            )
         if self.optimizer is None:
-            return [{"params": list(parameters)}]
+            return [{"params": parameters}]
         decays = {p: group.get("weight_decay", 0) for group in self.optimizer.param_groups for p in group["params"]}
         own = [parameter for parameter in parameters if parameter in decays]
+        if not own:
+            raise MisconfigurationException(
+                f"No parameter is trainable: the {type(self.optimizer).__name__} that `configure_optimizers` returns "
+                "holds only parameters with `requires_grad=False` or of other modules. Unfreeze or add some."
+            )
         decayed = [parameter for parameter in own if decays[parameter]]
         free = [parameter for parameter in own if not decays[parameter]]
         if decayed and free:

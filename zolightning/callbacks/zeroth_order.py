@@ -36,11 +36,10 @@ _NOTE = (
 class ZerothOrder(Callback):
     """Trains the module by a zeroth-order method: its ``training_step`` is evaluated, never differentiated.
 
-    During ``fit`` the module's optimizers are replaced by `method` over all parameters that require gradients, and
-    each batch becomes one :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own
-    ``training_step``. That one runs several times a batch, in evaluation mode and without gradients; what it logs and
-    returns in the first run is what other callbacks see. Without this callback the same module trains by
-    backpropagation.
+    During ``fit`` the module's optimizer is replaced by `method` over the same parameters, and each batch becomes one
+    :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own ``training_step``. That one runs several
+    times a batch, in evaluation mode and without gradients; what it logs and returns in the first run is what other
+    callbacks see. Without this callback the same module trains by backpropagation.
 
     What ``training_step`` returns: a scalar tensor; or a dictionary with it as ``"loss"`` and, where the loss is a mean
     over something else than the batch's examples (tokens), their number as ``"num_terms"``; or None, to skip the batch.
@@ -69,8 +68,8 @@ class ZerothOrder(Callback):
             of once a step; for training sets whose batches come again (``data.fixed_batches``).
 
     Raises:
-        MisconfigurationException: in ``setup``, for strategies, precisions and Trainer options under which
-            forward-only training would be wrong, with what to use instead.
+        MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules with which
+            forward-only training would be wrong (:mod:`zolightning.callbacks.refusals`), with what to use instead.
 
     Example::
 
@@ -167,17 +166,7 @@ class ZerothOrder(Callback):
     def _configure(self, pl_module: L.LightningModule, configured: Any) -> Any:
         """What Lightning is told instead of what the module's own ``configure_optimizers`` returned."""
         own = OwnOptimizer(configured)
-        trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-        if not trainable:
-            raise MisconfigurationException(
-                "No parameter is trainable: all of the module's have `requires_grad=False`. Unfreeze at least one."
-            )
-        groups = own.groups(trainable)
-        if not any(group["params"] for group in groups):
-            raise MisconfigurationException(
-                f"No parameter is trainable: the {type(own.optimizer).__name__} that `configure_optimizers` returns "
-                "holds only parameters with `requires_grad=False` or of other modules. Unfreeze or add some."
-            )
+        groups = own.groups(pl_module)
         optimizer = self.method(groups if len(groups) > 1 else groups[0]["params"])
         if not isinstance(optimizer, ZerothOrderOptimizer):
             raise MisconfigurationException(
@@ -192,10 +181,10 @@ class ZerothOrder(Callback):
         optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
         for group in optimizer.param_groups:
             group.update({name: value for name, value in self._counters.items() if name in group})
-        count = sum(len(group["params"]) for group in groups)
         rank_zero_info(
-            f"{type(optimizer).__name__} trains {count} of {len(list(pl_module.parameters()))} parameter tensors of "
-            f"{type(pl_module).__name__}{own.replaced(pl_module)}."
+            f"{type(optimizer).__name__} trains {sum(len(group['params']) for group in groups)} of "
+            f"{len(list(pl_module.parameters()))} parameter tensors of {type(pl_module).__name__}"
+            f"{own.replaced(pl_module)}."
         )
         if self.lr_scheduler is None:
             return optimizer
