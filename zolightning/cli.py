@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
-from zolightning.commands.slots import add_slots, replacing, slot_callbacks
+from zolightning.commands import configs
+from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
 
@@ -63,6 +64,15 @@ class ZerothOrderCLI(LightningCLI):
             args=args,
         )
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        parser.set_defaults(
+            {
+                "model": {"class_path": "zolightning.CausalLM"},
+                "data": {"class_path": "zolightning.data.PromptDataModule"},
+            }
+        )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_slots(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -91,7 +101,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
-            self.config = parser.parse_args(replacing(sys.argv[1:] if args is None else args))
+            self.config = parser.parse_args(replacing(from_package(sys.argv[1:] if args is None else args)))
         else:
             self.config = parser.parse_object(args)
 
@@ -190,7 +200,11 @@ def main(args: ArgsType = None) -> None:
     """
     _hush()
     try:
-        ZerothOrderCLI(args)
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list) and words[:1] == ["configs"]:
+            configs.main(words[1:])
+        else:
+            ZerothOrderCLI(args)
     except Exception as error:
         if (advice := _advice(error)) is None:
             raise

@@ -36,7 +36,7 @@ def finished(
 def test_fit_leaves_config_metrics_and_checkpoints(finished: tuple[Runs, str]) -> None:
     runs, _ = finished
     config = yaml.safe_load((runs.version(0) / "config.yaml").read_text())
-    assert config["data"]["init_args"]["task"] == "sentiment"
+    assert config["data"]["init_args"]["task"]["name"] == "sentiment"
     assert config["trainer"]["max_steps"] == 6
 
     scalars = runs.scalars(0)

@@ -193,6 +193,8 @@ def test_a_model_without_a_limit(
         ({"num_workers": -1}, "`data.num_workers` must be at least 0"),
         ({"seed": -1}, r"`data.seed` must be at least 0 and below 2\*\*32, got -1"),
         ({"task": "sst-2"}, "`data.task` must be one of"),
+        ({"task": {"prompt": "x"}}, "`data.task`: a task needs the key `name`, `answers`, `labels`"),
+        ({"task": {"promt": "x"}}, "`data.task`: a task has no key `promt`"),
         ({"path": "no/such/folder"}, "`data.path` must be a folder of JSON lines, got 'no/such/folder'"),
         ({"prompt": "{{"}, "`data.prompt`: `prompt` is not a Jinja2 template"),
         ({"answers": ["a", "b", "c"]}, "`data.answers`: `labels` must name one label for each of the 3 `answers`"),
@@ -201,6 +203,13 @@ def test_a_model_without_a_limit(
 def test_arguments_are_checked_at_once(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptDataModule(**{"task": "sentiment", **arguments})
+
+
+def test_sizes_are_the_tasks_unless_given(tmp_path: Path) -> None:
+    task = {"name": "mine", "prompt": "{{ x }}", "answers": ["a", "b"], "labels": [0, 1], "folder": str(tmp_path)}
+    data = PromptDataModule(task | {"num_train": 7, "num_test": 5}, num_test=3)
+    assert (data.num_train, data.num_validation, data.num_test) == (7, 500, 3)
+    assert data.folder == tmp_path
 
 
 def test_a_task_without_a_source(tmp_path: Path) -> None:

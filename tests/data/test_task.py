@@ -21,12 +21,21 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_a_users_own_file(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
     task = Task.load(write(tmp_path, GOOD + "label: outcome\nskip_labels: [unclear]\nfolder: rows\n"))
     assert task.name == "weather"
     assert task.fields == {"report", "outcome"}
-    assert task.folder == tmp_path / "rows"
+    assert task.folder == rows
     assert task.render({"report": "Fog.", "outcome": "dry"}) == ("Fog. Will it rain?", [" No", " Yes"])
     assert [task.candidate(label) for label in ("dry", "wet", "unclear")] == [0, 1, None]
+
+
+def test_a_config_file_is_a_task_too(tmp_path: Path) -> None:
+    plain = Task.load(write(tmp_path, GOOD + "num_test: 7\n"))
+    indented = "".join(f"    {line}\n" for line in [*GOOD.strip().splitlines(), "num_test: 7"])
+    assert Task.load(write(tmp_path, f"data:\n  batch_size: 3\n  task:\n{indented}")) == plain
+    assert plain.num_test == 7 and plain.num_train == 1000
 
 
 def test_a_label_outside_the_task(tmp_path: Path) -> None:
@@ -60,6 +69,8 @@ def test_unknown_task() -> None:
         (GOOD.replace('" No"', '"{{ no"'), "`answers` is not a Jinja2 template"),
         (GOOD + "objective: regression\n", "`objective` must be one of .*'classification'.* got 'regression'"),
         (GOOD + "num_validation: 0\n", "`num_validation` must be at least 1, got 0"),
+        (GOOD + "num_train: many\n", "`num_train` must be at least 1, got 'many'"),
+        ("data:\n  batch_size: 3\n", "a task must be a mapping"),
         (GOOD + "label: 3\n", "`label` must be a string, got 3"),
         (GOOD + "hub: nyu-mll/glue\n", "`hub` must be a mapping"),
         (GOOD + "hub: {name: sst2}\n", "`hub` needs the key `path`"),

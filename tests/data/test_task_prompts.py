@@ -1,12 +1,11 @@
 """The prompts of the package's tasks, letter by letter, on invented rows."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import zolightning.data.task
 from zolightning.data.task import Task
+from zolightning.packaged import configs
 
 YES_NO = ["Yes", "No"]
 NO_YES = ["No", "Yes"]
@@ -94,8 +93,7 @@ def test_prompt_and_answers(name: str) -> None:
 
 
 def test_every_file_of_the_package_has_a_case() -> None:
-    folder = Path(zolightning.data.task.__file__).parent / "tasks"
-    assert {file.stem for file in folder.iterdir()} == set(CASES)
+    assert {file.stem for file in (configs() / "tasks").iterdir()} == set(CASES)
 
 
 def test_boolq_keeps_a_question_mark() -> None:

@@ -18,11 +18,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.callbacks.zeroth_order import Method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
+from zolightning.packaged import packaged
 from zolightning.scopes import Scope
 
 _OF_A_METHOD = ("lr_scheduler", "resampling", "transport")
 _CLASSES = ("method", "scope", *_OF_A_METHOD)
 SLOTS = (*_CLASSES, "evaluation")
+_FILES = ("--config", "-c")
 _EVALUATION = {name: parameter.default for name, parameter in inspect.signature(ZerothOrder).parameters.items()}
 
 
@@ -50,6 +52,18 @@ def add_slots(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(ZerothOrder, "evaluation", skip={"method", "lr_scheduler"}, instantiate=False)
 
 
+def from_package(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments in which ``configs/...`` names the packaged file where there is no other."""
+    resolved = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in _FILES and equals:
+            resolved[place] = f"{option}={packaged(value)}"
+        elif option in _FILES and place + 1 < len(arguments):
+            resolved[place + 1] = str(packaged(arguments[place + 1]))
+    return resolved
+
+
 def replacing(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments in which whoever names a class inherits no setting of an earlier one.
 
@@ -61,7 +75,7 @@ def replacing(arguments: Sequence[str]) -> list[str]:
     end_of_files = 0
     for place, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
-        if option in ("-c", "--config"):
+        if option in _FILES:
             named = _classes_named(value or "".join(arguments[place + 1 : place + 2]))
             replaced += _nulls(
                 slot for slot in _CLASSES if slot in named or ("method" in named and slot in _OF_A_METHOD)

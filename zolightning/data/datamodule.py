@@ -1,6 +1,7 @@
 """Prompts and answers for a Trainer."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from zolightning.data.encoding import Batch, Example, check_tokens, collate, enc
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import Split, misnamed, read_folder, read_hub
 from zolightning.data.task import HubDataset, Task
+from zolightning.packaged import packaged
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -27,15 +29,15 @@ class PromptDataModule(L.LightningDataModule):
     The LightningModule must have a `tokenizer` and a `context_length`.
 
     Args:
-        task: Name of a task of the package, or the path of a YAML file like those under
-            ``zolightning/data/tasks``.
+        task: Name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
+            :class:`~zolightning.data.Task` themselves.
         path: Folder with ``train.jsonl``, ``test.jsonl`` and optionally ``validation.jsonl``, instead of the
             hub.
         batch_size: Training examples a batch, on each rank.
         eval_batch_size: Examples a batch otherwise; `batch_size` if not given.
-        num_train: Training rows to sample.
+        num_train: Training rows to sample; the task's number, mostly 1000, if not given.
         num_validation: Validation rows to sample; the task's number, mostly 500, if not given.
-        num_test: Test rows to sample.
+        num_test: Test rows to sample; the task's number, mostly 1000, if not given.
         examples_per_class: Sample this many rows of each class for training, and again for validation,
             instead of `num_train` and `num_validation` rows.
         seed: Decides which rows are sampled and the order of the training batches.
@@ -57,13 +59,13 @@ class PromptDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        task: str = "sst2",
+        task: str | dict[str, Any],
         path: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int | None = None,
-        num_train: int = 1000,
+        num_train: int | None = None,
         num_validation: int | None = None,
-        num_test: int = 1000,
+        num_test: int | None = None,
         examples_per_class: int | None = None,
         seed: int = 0,
         max_length: int = 2048,
@@ -73,13 +75,13 @@ class PromptDataModule(L.LightningDataModule):
         answers: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.task = _with_own_prompt(Task.load(task), prompt, answers)
-        self.folder = Path(path) if path is not None else self.task.folder
+        self.task = _with_own_prompt(Task.load(task) if isinstance(task, str) else _inline(task), prompt, answers)
+        self.folder = packaged(path) if path is not None else self.task.folder
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_train = num_train
+        self.num_train = self.task.num_train if num_train is None else num_train
         self.num_validation = self.task.num_validation if num_validation is None else num_validation
-        self.num_test = num_test
+        self.num_test = self.task.num_test if num_test is None else num_test
         self.examples_per_class = examples_per_class
         self.seed = seed
         self.max_length = max_length
@@ -266,6 +268,13 @@ class PromptDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("PromptDataModule tokenizes for a model: give both to `Trainer.fit` or the like.")
         return self.trainer
+
+
+def _inline(fields: Mapping[str, Any]) -> Task:
+    try:
+        return Task.from_fields(fields)
+    except ValueError as error:
+        raise ValueError(f"`data.task`: {error}") from None
 
 
 def _with_own_prompt(task: Task, prompt: str | None, answers: list[str] | None) -> Task:

@@ -11,10 +11,11 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
+from zolightning.packaged import configs, packaged
+
 Objective = Literal["classification", "language_modeling"]
 Label = int | str
 
-_BUILT_IN = Path(__file__).parent / "tasks"
 # the final newline of a template belongs to the prompt
 _TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
@@ -46,7 +47,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, its candidate answers and where the rows come from, as declared in a YAML file.
+    """A prompt, its candidate answers and where the rows come from, as declared in a config file.
 
     The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
     space it ends with goes to the front of each answer, so the text of prompt and answer together is what was
@@ -61,9 +62,9 @@ class Task:
         objective: What is trained: `classification` compares the candidates, `language_modeling` raises the
             likelihood of the right one. Evaluation compares the candidates in both.
         skip_labels: Labels of rows that are left out.
-        num_validation: How many validation rows to take unless the user says otherwise.
+        num_train, num_validation, num_test: How many rows to take unless the user says otherwise.
         hub: Where to download the rows.
-        folder: Folder of JSON lines with the rows, relative to the YAML file.
+        folder: Folder of JSON lines with the rows.
     """
 
     name: str
@@ -73,7 +74,9 @@ class Task:
     label: str = "label"
     objective: Objective = "classification"
     skip_labels: tuple[Label, ...] = ()
+    num_train: int = 1000
     num_validation: int = 500
+    num_test: int = 1000
     hub: HubDataset | None = None
     folder: Path | None = None
 
@@ -98,8 +101,9 @@ class Task:
             raise ValueError(f"`labels` must all differ, got {list(self.labels)!r}.")
         if self.objective not in get_args(Objective):
             raise ValueError(f"`objective` must be one of {get_args(Objective)}, got {self.objective!r}.")
-        if not isinstance(self.num_validation, int) or self.num_validation < 1:
-            raise ValueError(f"`num_validation` must be at least 1, got {self.num_validation!r}.")
+        for key in ("num_train", "num_validation", "num_test"):
+            if not isinstance(number := getattr(self, key), int) or number < 1:
+                raise ValueError(f"`{key}` must be at least 1, got {number!r}.")
         if self.hub and self.folder:
             raise ValueError("`hub` and `folder` exclude each other: rows come from one of them.")
         for key, sources in (("prompt", [self.prompt]), ("answers", self.answers)):
@@ -111,37 +115,53 @@ class Task:
 
     @classmethod
     def load(cls, name: str) -> "Task":
-        """Reads a task of the package by its name, or any task by the path of its YAML file.
+        """Reads a task of ``configs/tasks`` by its name, or any task by the path of its YAML file.
+
+        The file is a config with the task's fields under ``data: task:``, or holds nothing but these fields.
 
         Raises:
             ValueError: There is no such task, or its file is not right; says which file and key.
         """
-        path = _BUILT_IN / f"{name}.yaml"
+        tasks = configs() / "tasks"
+        path = tasks / f"{name}.yaml"
         if not path.is_file():
-            path = Path(name)
+            path = packaged(name)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            names = ", ".join(sorted(file.stem for file in _BUILT_IN.glob("*.yaml")))
+            names = ", ".join(sorted(file.stem for file in tasks.glob("*.yaml")))
             raise ValueError(f"`data.task` must be one of {names}, or the path of a YAML file, got {name!r}.")
         try:
-            return cls._from_yaml(path)
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and "data" in values:
+                values = (values["data"] or {}).get("task")
+            return cls.from_fields(values, path.parent)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def _from_yaml(cls, path: Path) -> "Task":
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    def from_fields(cls, values: Mapping[str, Any], beside: Path | None = None) -> "Task":
+        """Makes a task of plain values, such as YAML gives.
+
+        Args:
+            values: The fields of this class; ``hub`` as a mapping of its own.
+            beside: What a relative ``folder`` starts from; the working directory if not given.
+
+        Raises:
+            ValueError: A field is unknown, missing or wrong; says which.
+        """
         _check_keys(cls, values, "a task")
+        fields = dict(values)
         for key in ("answers", "labels", "skip_labels"):
-            if key in values:
-                if not isinstance(values[key], list):
-                    raise ValueError(f"`{key}` must be a list, got {values[key]!r}.")
-                values[key] = tuple(values[key])
-        if "hub" in values:
-            _check_keys(HubDataset, values["hub"], "`hub`")
-            values["hub"] = HubDataset(**values["hub"])
-        if "folder" in values:
-            values["folder"] = (path.parent / str(values["folder"])).resolve()
-        return cls(**values)
+            if key in fields:
+                if not isinstance(fields[key], list | tuple):
+                    raise ValueError(f"`{key}` must be a list, got {fields[key]!r}.")
+                fields[key] = tuple(fields[key])
+        if fields.get("hub") is not None:
+            _check_keys(HubDataset, fields["hub"], "`hub`")
+            fields["hub"] = HubDataset(**fields["hub"])
+        if fields.get("folder") is not None:
+            folder = (beside or Path()) / str(fields["folder"])
+            fields["folder"] = packaged(str(fields["folder"])) if not folder.exists() else folder.resolve()
+        return cls(**fields)
 
     @cached_property
     def fields(self) -> frozenset[str]:
@@ -234,7 +254,7 @@ def _compile(source: str) -> Template:
 
 def _check_keys(cls: type, values: object, what: str) -> None:
     """Raises ValueError unless `values` is a mapping that has what the dataclass needs and nothing else."""
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a mapping of keys to values, got {values!r}.")
     known = {field.name: field.default is MISSING for field in fields(cls)}
     if unknown := [str(key) for key in values if key not in known]:

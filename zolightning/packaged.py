@@ -1,0 +1,24 @@
+"""Files that come with the package, wherever it is installed: ``configs/`` and the packaged rows."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def packaged(path: str | Path) -> Path:
+    """`path`, or the file or folder of that name that came with the package where there is none at `path`.
+
+    Only names below ``configs/`` and ``zolightning/`` are looked for: in a wheel they lie in the package, in a checkout
+    beside and in it.
+    """
+    path = Path(path)
+    if path.exists() or path.parts[:1] not in (("configs",), ("zolightning",)):
+        return path
+    candidates = (_PACKAGE / path, _PACKAGE.parent / path)
+    return next((candidate for candidate in candidates if candidate.exists()), path)
+
+
+def configs() -> Path:
+    """The folder ``configs`` that came with the package."""
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
