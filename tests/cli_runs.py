@@ -3,13 +3,17 @@
 import io
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from zolightning.cli import main
+from zolightning.cli import ZerothOrderCLI, main
+from zolightning.commands.slots import from_package, replacing
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAME = "sentiment-mezo-smollm2_135m"
@@ -73,6 +77,28 @@ class Runs:
             for tag in events.Tags()["tensors"]:
                 texts[tag] = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
         return texts
+
+
+class ParseOnly(ZerothOrderCLI):
+    """The real parser, without what comes after it."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@cache
+def parser() -> LightningArgumentParser:
+    """The parser of the command line, built once: that takes a second."""
+    config = str(CONFIGS / "quickstart.yaml")
+    return ParseOnly(["fit", "--config", config]).parser
+
+
+def parsed(arguments: list[str]) -> Namespace:
+    """The config that command-line arguments give."""
+    return parser().parse_args(replacing(from_package(arguments)))
 
 
 def printed(arguments: list[str]) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from zolightning.cli import ZerothOrderCLI, main
+from cli_runs import parsed
+from zolightning.cli import main
 from zolightning.data.task import Task
 from zolightning.layers import find_layers, mlp_of
 
@@ -79,16 +80,6 @@ FOLDERS = [names(folder) for folder in ("tasks", "methods", "models")]
 RUNS = [tuple(files[i % len(files)] for files in FOLDERS) for i in range(max(map(len, FOLDERS)))]
 
 
-class ParseOnly(ZerothOrderCLI):
-    """The real parser, without what comes after it."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
 def compose(*files: str) -> list[str]:
     return ["fit", *(part for file in files for part in ("--config", f"configs/{file}.yaml"))]
 
@@ -99,12 +90,8 @@ def at_project_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
-@pytest.fixture(scope="module")
-def parse() -> Iterator[Callable[[list[str]], Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        parser = ParseOnly(compose("tasks/sentiment", "models/smollm2_135m")).parser
-        yield lambda arguments: parser.parse_args(arguments).fit
+def parse(arguments: list[str]) -> Any:
+    return parsed(arguments).fit
 
 
 def header(file: str) -> list[str]:
@@ -113,7 +100,7 @@ def header(file: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_header_has_a_command_that_parses_and_ends(file: str, parse: Callable[[list[str]], Any]) -> None:
+def test_header_has_a_command_that_parses_and_ends(file: str) -> None:
     commands = [line.removeprefix("#   ") for line in header(file) if line.startswith("#   zolightning fit")]
     assert commands, f"{file} does not begin with a comment with its command"
     program, *arguments = shlex.split(commands[0])
@@ -130,7 +117,7 @@ def test_header_has_a_command_that_parses_and_ends(file: str, parse: Callable[[l
 
 
 @pytest.mark.parametrize("method", ["mezo", "adamw"])
-def test_order_of_files_does_not_matter(method: str, parse: Callable[[list[str]], Any]) -> None:
+def test_order_of_files_does_not_matter(method: str) -> None:
     files = ("tasks/cb", f"methods/{method}", "models/llama3_8b", "strategies/ddp_cpu")
     configs = [parse(compose(*order)) for order in permutations(files)]
     for config in configs:
@@ -142,7 +129,7 @@ def test_order_of_files_does_not_matter(method: str, parse: Callable[[list[str]]
     assert configs[0].trainer.max_steps == (500 if method == "adamw" else 2000)
 
 
-def test_later_files_and_flags_override(parse: Callable[[list[str]], Any]) -> None:
+def test_later_files_and_flags_override() -> None:
     files = compose("tasks/sst2", "methods/mezo", "models/gpt2", "tasks/rte", "models/opt_125m")
     config = parse([*files, "--trainer.max_steps", "3", "--data.batch_size", "5"])
     assert (config.data.init_args.task["name"], config.data.init_args.batch_size) == ("rte", 5)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.commands import configs
+from zolightning.commands.parser import OneLineParser
 from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
@@ -61,6 +62,7 @@ class ZerothOrderCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=_PARSER_KWARGS,
+            parser_class=OneLineParser,
             args=args,
         )
 

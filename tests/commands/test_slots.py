@@ -1,6 +1,6 @@
 """The fields ``method``, ``scope``, ``resampling``, ``transport``, ``lr_scheduler`` and ``evaluation`` of a config."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cli_runs import CONFIGS, Runs
+from cli_runs import CONFIGS, Runs, parsed, parser
 from zolightning.callbacks import DominantLayer, MomentumTransport, SubspaceResampling, ZerothOrder
-from zolightning.cli import ZerothOrderCLI
 from zolightning.commands.slots import SLOTS, replacing, slot_callbacks
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.scopes import LoRA, RandomLayer
@@ -31,28 +30,18 @@ def files(*names: str) -> list[str]:
     return [part for name in names for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
 
 
-class ParseOnly(ZerothOrderCLI):
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def build(fresh_process: None) -> Iterator[Build]:
+@pytest.fixture
+def build() -> Build:
     """The callbacks that options stand for, by the real parser."""
-    base = ["fit", *files("tasks/sentiment", "models/smollm2_135m")]
-    parser = ParseOnly(base).parser
 
     def make(*options: Any) -> list[Callback]:
-        config = parser.parse_args(replacing([*base, *map(str, options)]))["fit"]
+        config = parsed(["fit", *files("tasks/sentiment", "models/smollm2_135m"), *map(str, options)])["fit"]
         given = Namespace({slot: config[slot] for slot in SLOTS})
         given["trainer"] = Namespace(callbacks=config.trainer.callbacks)
-        made = parser.instantiate_classes(Namespace(fit=given, subcommand="fit"))["fit"]
+        made = parser().instantiate_classes(Namespace(fit=given, subcommand="fit"))["fit"]
         return slot_callbacks(config, made)
 
-    yield make
+    return make
 
 
 def kinds(callbacks: list[Callback]) -> list[type[Callback]]:
@@ -214,6 +203,15 @@ def test_two_scopes(runs: Runs) -> None:
 
 
 def test_replacing_leaves_other_arguments_alone() -> None:
-    plain = ["fit", "--config", "no-such-file.yaml", "--trainer.max_steps=3", "--method.lr", "1", "--scope.part", "MLP"]
+    plain = [
+        "fit",
+        "--config",
+        "trainer: {max_epochs: 1}",
+        "--trainer.max_steps=3",
+        "--method.lr",
+        "1",
+        "--scope.part",
+        "MLP",
+    ]
     assert replacing(plain) == plain
     assert replacing(["fit", "--scope=RandomLayer"]) == ["fit", "--scope", "null", "--scope=RandomLayer"]

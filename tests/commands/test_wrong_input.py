@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from cli_runs import Runs, refused
+from cli_runs import Runs, parsed, refused
 from zolightning.cli import main
 
 pytestmark = [
@@ -39,24 +39,77 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert "before training" not in output.getvalue()  # not after minutes of validation
 
 
+METHODS = "LOZO, MeZO, MeZOAdam, "
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--config", "no-config.yaml"), "File does not exist"),
-        (("--data.init_args.bogus", "1"), "Option 'bogus' is not accepted"),
-        (("--trainer.max_steps", "many"), "trainer.max_steps"),
-        (("--nothing", "1"), "nothing"),
+        ("--method Mezo", "`method` is 'Mezo', which is no class of that kind (did you mean MeZO?); accepted: "),
+        ("--method Mezo", METHODS),
+        ("--method no.such.Method", METHODS),
+        ("--method torch.optim.SGD", "`method` is 'torch.optim.SGD', which is no class of that kind; accepted: "),
+        ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: clip, eps, estimator, lr"),
+        ("--method.momentm 3", "`method.momentm` is no setting of MeZO (did you mean momentum?)"),
+        ("--method.lr abc", "`method.lr` is 'abc'; accepted: a number."),
+        ("--method.noise gausian", "is 'gausian' (did you mean gaussian?); accepted: 'gaussian', 'rademacher'."),
+        ("--method.estimator OneSide", "`method.estimator` is 'OneSide', which is no class of that kind (did you"),
+        ("--method null --method.lr 3", "`method` names no class, whose settings these would be; accepted: "),
+        ("--scope TrainLayers", "`scope.layers` must be given for TrainLayers."),
+        ("--scope DominantLayer --scope.part LoRA --scope.part.rank x", "`scope.part.rank` is 'x'; accepted: an int"),
+        ("--evaluation.micro_batch 2", "`--evaluation.micro_batch` is no setting (did you mean --evaluation.micro"),
+        ("--trainer.max_step 1", "`--trainer.max_step` is no setting (did you mean --trainer.max_steps?)."),
+        ("--trainer.max_steps many", "`trainer.max_steps` is 'many'; accepted: an integer."),
+        ("--data.bogus 1", "`data.bogus` is no setting of PromptDataModule; accepted: answers, batch_size"),
+        (
+            "--data NoModule",
+            "`data` is 'NoModule', which is no class of that kind (did you mean PromptDataModule?)",
+        ),
+        ("--model.dtype float8", "`model.dtype` is 'float8' (did you mean float32?); accepted: 'float32', "),
+        ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is no setting of AdamW; accepted: "),
+        ("--nothing 1", "`--nothing` is no setting."),
+        ("--ckpt_path", "`--ckpt_path`: expected one argument."),
     ],
 )
-def test_wrong_options_exit_with_the_parsers_message(
-    runs: Runs, options: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_options_take_one_line(
+    runs: Runs, options: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(runs.arguments("fit", *options))
+        parsed(runs.arguments("fit", *options.split()))
     assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) < 15
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"methd: MeZO", "`methd` is no setting (did you mean method?)."),
+        (b"trainer: {max_step: 4}", "`trainer.max_step` is no setting (did you mean trainer.max_steps?)."),
+        (b"method: [", "is not YAML: while parsing a flow node"),
+        (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
+        (b"- a", "holds list, not a mapping of fields."),
+        (b"", "is empty."),
+        (None, "wrong.yaml', which is no file."),
+    ],
+)
+def test_wrong_config_files_take_one_line(
+    runs: Runs, content: bytes | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs.folder / "wrong.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((SystemExit, ValueError)) as error:
+        parsed(runs.arguments("fit", "--config", path))
+    line = capsys.readouterr().err or str(error.value)
+    assert message in line and len(line.splitlines()) == 1
+
+
+def test_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, missing in (([], "model.model_name"), (["--model.model_name", "x"], "data.task")):
+        with pytest.raises(SystemExit):
+            parsed(["fit", *arguments])
+        assert capsys.readouterr().err.startswith(f"error: `{missing}` must be given for ")
 
 
 def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,13 +173,22 @@ def _nulls(slots: Iterable[str]) -> list[str]:
 
 
 def _classes_named(config: str) -> set[str]:
-    """The fields for which a config file names a class or none; the parser will say what is wrong with a file."""
+    """The fields for which a config, a file or the YAML itself, names a class or null.
+
+    Raises:
+        ValueError: naming the file, if it is none, or not a mapping in YAML.
+    """
+    is_text = "\n" in config or ":" in config or config.lstrip().startswith("{")
+    if not Path(config).is_file() and not is_text:
+        packaged_ones = " `zolightning configs` lists those that come with the package." if "configs" in config else ""
+        raise ValueError(f"`--config` is {config!r}, which is no file.{packaged_ones}")
     try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
-    except (OSError, ValueError, yaml.YAMLError):
-        return set()
+        values = yaml.safe_load(config if is_text and not Path(config).is_file() else Path(config).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"`--config` {config} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
-        return set()
+        found = "is empty" if values is None else f"holds {type(values).__name__}, not a mapping of fields"
+        raise ValueError(f"`--config` {config} {found}.")
     return {
         slot
         for slot in values.keys() & set(_CLASSES)

@@ -1,0 +1,181 @@
+"""The parser of the command line: what is wrong with an option, in one line."""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from itertools import takewhile
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+_TYPES = {
+    "float": "a number",
+    "int": "an integer",
+    "bool": "true or false",
+    "str": "a string",
+    "NoneType": "null",
+    "list": "a list",
+    "dict": "a mapping",
+    "collections.abc.Sequence": "a list",
+    "collections.abc.Iterable": "a list",
+}
+_MOST_NAMES = 30
+
+
+class OneLineParser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one line: the field, the value found and what is accepted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser of an inner class, whose message becomes a part of the outer one's
+            super().error(message, ex)
+        sys.stderr.write(f"error: {explain(message, self._option_names(ex))}\n")
+        self.exit(2)
+
+    def _option_names(self, ex: Exception | None) -> list[str]:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        parsers = [parser, *getattr(parser._subcommands_action, "choices", {}).values()] if parser is self else [parser]
+        return [option for other in parsers for action in other._actions for option in action.option_strings]
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """One line for what jsonargparse takes up to 30 to say.
+
+    Args:
+        message: as jsonargparse words it.
+        options: all options that there are, ``--trainer.max_steps`` for one.
+    """
+    field, inner = _field(message), _innermost(message)
+    if found := re.search(r"Option '([^']+)' is not accepted", message):
+        where = _class_at(message, found)
+        return _unknown(f"{field}.{found[1]}", found[1], where, _arguments_of(where))
+    if found := re.search(r"Subcommand '[\w-]+' does not accept option '([^']+)'", message):
+        return _unknown(found[1], found[1], "", [option.removeprefix("--") for option in options])
+    if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+        return _unknown(found[1], found[1], "", options)
+    if found := re.search(r"arguments are required: (.+)", message):
+        names = [f"`{field}.{name}`" if field else f"`{name.partition('.')[2]}`" for name in found[1].split(", ")]
+        of = f" for {_short(_class_at(message, found))}" if field else ""
+        return f"{', '.join(names)} must be given{of}."
+    if "Dict must include a class_path" in message:
+        return f"`{field}` names no class, whose settings these would be{_accepted_classes(inner)}."
+    if found := re.search(
+        r"import path string: (\S+)|No module named|has no attribute|to be a subclass|Not a valid subclass", inner
+    ):
+        values = [found[1], *re.findall(r"Expected '([^']+)' to be|Given value: (\S+)|class_path='([^']+)'", inner)]
+        given = next(name for value in values for name in ([value] if isinstance(value, str) else value or ()) if name)
+        close = get_close_matches(_short(given), _subclass_names(inner), 1, 0.5)
+        return f"`{field}` is {given!r}, which is no class of that kind{_hint(close)}{_accepted_classes(inner)}."
+    if found := re.search(r"argument (?:-c/)?(\S+): (.*)", message):
+        return f"`{found[1]}`: {found[2]}."
+    expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^]]*\])", inner)
+    given = re.findall(r"(?:Got value|Given value): ([^\n]*?)(?:\. Got value|\n|$)", inner)
+    if field and expected and given:
+        choices = re.findall(r"'([^']*)'", " ".join(type_ for type_ in expected if "Literal" in type_))
+        accepted = " or ".join(dict.fromkeys(_described(type_) for type_ in expected))
+        return f"`{field}` is {given[0]!r}{_hint(get_close_matches(given[0], choices, 1))}; accepted: {accepted}."
+    return " ".join(message.split())
+
+
+def _field(message: str) -> str:
+    """The dotted name of what is wrong, from the keys that are named on the way to it."""
+    return ".".join(re.findall(r'Parser key "([^"]+)"', message.partition("- Not a valid subclass")[0]))
+
+
+def _innermost(message: str) -> str:
+    """What is said of the innermost key: from its name to where an outer one goes on."""
+    start = message.partition("- Not a valid subclass")[0].rfind('Parser key "')
+    if start < 0:
+        return message
+    line = message[message.rfind("\n", 0, start) + 1 :]
+    indent = len(line) - len(line.lstrip())
+    first, *rest = message[start:].split("\n")
+    kept = takewhile(lambda line: not line.strip() or len(line) - len(line.lstrip()) > indent, rest)
+    return "\n".join([first, *kept])
+
+
+def _class_at(message: str, found: re.Match[str]) -> str:
+    """The path of the class whose settings a place in the message speaks of."""
+    before = re.findall(r"class_path '([\w.]+)'", message[: found.start()])
+    after = re.findall(r"class_path='([\w.]+)'", message[found.end() :])
+    line = message[message.rfind("\n", 0, found.start()) + 1 : found.start()]
+    return after[0] if "expects a function" in line or not before else before[-1]
+
+
+def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> str:
+    names = sorted({other for other in names if other.startswith("-") == name.startswith("-")})
+    group, _, last = name.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == group}
+    close = [siblings[found] for found in get_close_matches(last, siblings, 1)] or get_close_matches(
+        name, names, 1, 0.8
+    )
+    of = f" of {_short(class_path)}" if class_path else ""
+    listed = f"; accepted: {', '.join(names)}" if class_path else ""
+    return f"`{field}` is no setting{of}{_hint(close)}{listed}."
+
+
+def _hint(close: list[str]) -> str:
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _described(type_: str) -> str:
+    if type_.startswith("typing.Literal"):
+        return type_[len("typing.Literal[") : -1]
+    name = type_[len("<class '") : -len("'>")]
+    return _TYPES.get(name, _short(name))
+
+
+def _short(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _arguments_of(class_path: str) -> list[str]:
+    skip = {"params"}  # what a method is given by the Trainer
+    names = ArgumentParser().add_class_arguments(_imported(class_path), "x", skip=skip, fail_untyped=False)
+    return [name.removeprefix("x.") for name in names]
+
+
+def _imported(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
+
+
+def _bases(message: str) -> list[type]:
+    """The classes of which a subclass could have been named."""
+    types = re.findall(r"Subtypes: \[(.*)\]|Type (.*) expects", message)
+    paths = re.findall(r"[a-zA-Z_]\w*(?:\.\w+)+", re.sub(r"\[\[.*?\], ", " ", "".join(types[-1]))) if types else []
+    found = []
+    for path in paths:
+        try:
+            found.append(_imported(path))
+        except (ImportError, AttributeError):  # such as `typing.Callable[...]` of no module
+            continue
+    return [base for base in found if isinstance(base, type) and base.__module__ not in ("collections.abc", "typing")]
+
+
+def _subclass_names(message: str) -> list[str]:
+    """The classes that can be named: neither private nor abstract."""
+
+    def below(base: type) -> Iterator[type]:
+        children: list[type] = base.__subclasses__()
+        if not children or base.__module__.startswith("zolightning"):
+            yield base
+        for child in children:
+            yield from below(child)
+
+    found = {cls for base in _bases(message) for cls in below(base)}
+    abstract = {cls for cls in found if inspect.isabstract(cls) or (cls.__doc__ or "").lstrip().startswith("Abstract")}
+    return sorted(cls.__name__ for cls in found - abstract if not cls.__name__.startswith("_"))
+
+
+def _accepted_classes(message: str) -> str:
+    names = _subclass_names(message)
+    more = ", ..." if len(names) > _MOST_NAMES else ""
+    return f"; accepted: {', '.join(names[:_MOST_NAMES])}{more} or the path of a class" if names else ""
