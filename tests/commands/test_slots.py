@@ -203,15 +203,6 @@ def test_two_scopes(runs: Runs) -> None:
 
 
 def test_replacing_leaves_other_arguments_alone() -> None:
-    plain = [
-        "fit",
-        "--config",
-        "trainer: {max_epochs: 1}",
-        "--trainer.max_steps=3",
-        "--method.lr",
-        "1",
-        "--scope.part",
-        "MLP",
-    ]
+    plain = ["fit", "--config", "trainer: {max_epochs: 1}", "--trainer.max_steps=3", "--method.lr", "1"]
     assert replacing(plain) == plain
     assert replacing(["fit", "--scope=RandomLayer"]) == ["fit", "--scope", "null", "--scope=RandomLayer"]

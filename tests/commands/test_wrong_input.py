@@ -63,7 +63,7 @@ METHODS = "LOZO, MeZO, MeZOAdam, "
         ("--data.bogus 1", "`data.bogus` is no setting of PromptDataModule; accepted: answers, batch_size"),
         (
             "--data NoModule",
-            "`data` is 'NoModule', which is no class of that kind (did you mean PromptDataModule?)",
+            "`data` is 'NoModule', which is no class of that kind; accepted: PromptDataModule",
         ),
         ("--model.dtype float8", "`model.dtype` is 'float8' (did you mean float32?); accepted: 'float32', "),
         ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is no setting of AdamW; accepted: "),

@@ -70,7 +70,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     ):
         values = [found[1], *re.findall(r"Expected '([^']+)' to be|Given value: (\S+)|class_path='([^']+)'", inner)]
         given = next(name for value in values for name in ([value] if isinstance(value, str) else value or ()) if name)
-        close = get_close_matches(_short(given), _subclass_names(inner), 1, 0.5)
+        close = _closest(_short(given), _subclass_names(inner))
         return f"`{field}` is {given!r}, which is no class of that kind{_hint(close)}{_accepted_classes(inner)}."
     if found := re.search(r"argument (?:-c/)?(\S+): (.*)", message):
         return f"`{found[1]}`: {found[2]}."
@@ -79,7 +79,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if field and expected and given:
         choices = re.findall(r"'([^']*)'", " ".join(type_ for type_ in expected if "Literal" in type_))
         accepted = " or ".join(dict.fromkeys(_described(type_) for type_ in expected))
-        return f"`{field}` is {given[0]!r}{_hint(get_close_matches(given[0], choices, 1))}; accepted: {accepted}."
+        return f"`{field}` is {given[0]!r}{_hint(_closest(given[0], choices))}; accepted: {accepted}."
     return " ".join(message.split())
 
 
@@ -112,12 +112,16 @@ def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> st
     names = sorted({other for other in names if other.startswith("-") == name.startswith("-")})
     group, _, last = name.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == group}
-    close = [siblings[found] for found in get_close_matches(last, siblings, 1)] or get_close_matches(
-        name, names, 1, 0.8
-    )
+    close = [siblings[found] for found in _closest(last, siblings)] or _closest(name, names, 0.8)
     of = f" of {_short(class_path)}" if class_path else ""
     listed = f"; accepted: {', '.join(names)}" if class_path else ""
     return f"`{field}` is no setting{of}{_hint(close)}{listed}."
+
+
+def _closest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The name that is most like `name` but for upper and lower case, if one is."""
+    by_lower = {other.lower(): other for other in names}
+    return [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 1, cutoff)]
 
 
 def _hint(close: list[str]) -> str:
