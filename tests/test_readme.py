@@ -1,0 +1,263 @@
+"""What the documents say works: Python blocks run, commands go through the real parsers, links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import zolightning.bench.__main__ as bench
+from zolightning.callbacks import ZerothOrder
+from zolightning.callbacks.refusals import refuse_strategy
+from zolightning.cli import ZerothOrderCLI
+from zolightning.data.task import Task
+from zolightning.evaluation.mode import evaluation_mode
+from zolightning.optim import MeZO
+
+# Lightning 2.6 calls what jsonargparse 4.49 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "zolightning/README.md"
+DOCUMENTS = [
+    "README.md",
+    "configs/README.md",
+    "logs/README.md",
+    PACKAGE,
+    ".github/CONTRIBUTING.md",
+    ".github/CHANGELOG.md",
+]
+
+
+def text(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str, language: str) -> list[tuple[int, str]]:
+    """Fenced blocks, each with the number of its first line."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text(document), re.MULTILINE | re.DOTALL)
+    return [(text(document)[: match.start(1)].count("\n") + 1, match[1]) for match in found]
+
+
+# Python
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+) -> Callable[[str], dict[str, Any]]:
+    """Runs all Python of a document, one block after the other, with Trainers that end after a few steps."""
+    short = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "max_steps": 4,
+    }
+    trainer = L.Trainer
+    monkeypatch.setattr(L, "Trainer", lambda **options: trainer(**options | short))
+    data = regression_data()
+
+    def make(document: str) -> dict[str, Any]:
+        # What the text leaves to the reader
+        names: dict[str, Any] = {
+            "any_lightning_module": make_regression(),
+            "datamodule": data,
+            "loader": data,
+            "model": make_regression().net,
+            "L": L,
+            "torch": torch,
+            "F": F,
+            "partial": partial,
+        }
+        for line, code in blocks(document, "python"):
+            exec(compile("\n" * (line - 1) + code, ROOT / document, "exec"), names)
+        return names
+
+    return make
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python(document: str, run: Callable[[str], dict[str, Any]]) -> None:
+    run(document)
+
+
+@pytest.fixture
+def examples(run: Callable[[str], dict[str, Any]]) -> SimpleNamespace:
+    """The classes of the package's document."""
+    return SimpleNamespace(**run(PACKAGE))
+
+
+def test_the_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net, inputs = nn.Linear(3, 2), torch.randn(5, 3)
+    optimizer = examples.FZOO(net.named_parameters(), lr=1e-5, num_queries=4, seed=3)
+    optimizer.attach(net)
+    before = net.weight.detach().clone()
+    record = optimizer.estimate(lambda: net(inputs).square().mean())
+    unperturbed, losses = record.losses[0], torch.tensor(record.losses[1:], dtype=torch.float64)
+    assert unperturbed == pytest.approx(net(inputs).square().mean().item(), rel=1e-6)
+    signs = []
+    for query in range(4):
+        directions = optimizer.directions(optimizer.param_groups[0], record.seed, record.step, {query: 1.0})
+        directions[net.weight].accumulate(sign := torch.zeros(2, 3))
+        signs.append(sign)
+    optimizer.step()
+    gradient = sum((loss - unperturbed) / 1e-3 * sign for loss, sign in zip(losses, signs, strict=True)) / 4
+    torch.testing.assert_close(net.weight, (before - 1e-5 * gradient / losses.std()).float(), rtol=0, atol=1e-6)
+    assert (net.weight - before).abs().max() > 1e-3
+
+
+def test_the_method_learns_under_a_trainer(
+    examples: SimpleNamespace, make_trainer: Any, make_regression: Any, regression_data: Any
+) -> None:
+    module = make_regression()
+
+    @torch.no_grad()
+    def loss() -> float:
+        with evaluation_mode(module):
+            return sum(module.training_step(batch, 0).item() for batch in regression_data())
+
+    before = loss()
+    make_trainer(max_steps=200, callbacks=[ZerothOrder(partial(examples.FZOO, lr=5e-4))]).fit(module, regression_data())
+    assert loss() < 0.5 * before
+
+
+def test_the_scope_trains_what_it_names(
+    examples: SimpleNamespace, make_trainer: Any, make_regression: Any, regression_data: Any
+) -> None:
+    module = make_regression()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    callbacks = [examples.Biases(), ZerothOrder(partial(MeZO, lr=1e-2))]
+    make_trainer(max_steps=3, callbacks=callbacks).fit(module, regression_data())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) != name.endswith("bias"), name
+
+
+def test_the_rule_chooses_the_first_jump(examples: SimpleNamespace) -> None:
+    layers = [SimpleNamespace(max=maximum) for maximum in (26.0, 195.0, 788.0, 101.0, 23671.0)]
+    assert examples.FirstJump()(SimpleNamespace(layers=layers)) == 1
+    assert examples.FirstJump(ratio=100.0)(SimpleNamespace(layers=layers)) == 4
+    assert examples.FirstJump(ratio=1000.0)(SimpleNamespace(layers=layers)) is None
+
+
+def test_the_strategy_counts(examples: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DDPStrategy, "reduce", lambda self, tensor, group, reduce_op: 2 * tensor)
+    strategy = examples.CountingDDP()
+    refuse_strategy(strategy)
+    assert torch.equal(strategy.reduce(torch.ones(2, 2), reduce_op="sum"), torch.full((2, 2), 2.0))
+    assert strategy.sent == 4
+
+
+def test_the_task_makes_prompts(tmp_path: Path) -> None:
+    ((_, code),) = blocks(PACKAGE, "yaml")
+    (tmp_path / "mood.yaml").write_text(code)
+    (tmp_path / "my_rows").mkdir()
+    task = Task.load(str(tmp_path / "mood.yaml"))
+    assert task.folder == tmp_path / "my_rows" and task.label == "mood"
+
+
+# Commands
+
+# Runs a block with `zolightning` and `python` as functions that print what they are given: bash expands its variables,
+# loops and line ends. Of other commands the names are checked only.
+LISTEN = """
+set -eu
+say() { printf '%s\\0' "$@"; printf '\\n\\0'; }
+zolightning() { say zolightning "$@"; }
+python() { say python "$@"; }
+command_not_found_handle() { [[ " pip pytest tensorboard ruff mypy pre-commit " == *" $1 "* ]]; }
+PATH=/nowhere
+"""
+
+
+def commands(document: str) -> Iterator[list[str]]:
+    """Commands of ``bash`` blocks as lists of words."""
+    for line, code in blocks(document, "bash"):
+        script = LISTEN + re.sub(r"^\.ci/(run|newest|oldest)\b", ":", code, flags=re.MULTILINE)
+        done = subprocess.run(["/bin/bash", "-c", script], cwd="/", capture_output=True, text=True)
+        assert done.returncode == 0, f"{document}, line {line}: {done.stderr}"
+        for command in done.stdout.split("\n\0"):
+            if words := command.split("\0")[:-1]:
+                yield words
+
+
+@pytest.fixture(scope="module")
+def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], Any]]:
+    """The real parser, without what comes after it, in a folder where the quickstart has been run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    run = folder / "logs/quickstart/version_0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text((ROOT / "configs/quickstart.yaml").read_text())
+    for document, name in (("README.md", "my_task.yaml"), (PACKAGE, "mood.yaml")):
+        ((_, task),) = blocks(document, "yaml")
+        (folder / name).write_text(task)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr(ZerothOrderCLI, "instantiate_classes", lambda self: None)
+        patch.setattr(ZerothOrderCLI, "_run_subcommand", lambda self, subcommand: None)
+        patch.setattr("zolightning.bench.step_cost._run", lambda arguments: None)
+        cli = ZerothOrderCLI(["fit", "--config", "configs/quickstart.yaml"])
+
+        def parse(words: list[str]) -> None:
+            match words:
+                case ["python", "-m", "zolightning.bench", *arguments]:
+                    bench.main(arguments)
+                case ["zolightning", *arguments] | ["python", "-m", "zolightning", *arguments]:
+                    cli.parse_arguments(cli.parser, arguments)
+                case _:
+                    pytest.fail(f"What is {words}?")
+
+        yield parse
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands(document: str, parse: Callable[[list[str]], Any]) -> None:
+    for words in commands(document):
+        try:
+            parse(words)
+        except SystemExit as error:
+            assert error.code == 0, f"{' '.join(words)}: {error.code}"  # that of --print_config
+
+
+@pytest.mark.parametrize("document", ["README.md", "configs/README.md", PACKAGE])
+def test_flags_in_the_text(document: str, parse: Callable[[list[str]], Any]) -> None:
+    start = ["zolightning", "fit", "--config", "configs/quickstart.yaml", "--config", "configs/methods/zo_mopi.yaml"]
+    for span in re.findall(r"`(--[a-z_]+(?:\.[a-z_.]+)? [^`]+)`", text(document).replace("\n", " ")):
+        if "my_file" not in span and "..." not in span:
+            parse([*start, *shlex.split(span)])
+
+
+def test_every_config_is_described() -> None:
+    described = set(re.findall(r"`(\w[\w.]*\.yaml)`", text("configs/README.md")))
+    assert {path.name for path in (ROOT / "configs").rglob("*.yaml")} <= described
+
+
+# Links
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links(document: str) -> None:
+    folder = (ROOT / document).parent
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text(document)):
+        assert target.startswith("https://") or (folder / target).exists(), f"{document}: {target}"
