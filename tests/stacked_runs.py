@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tape import Tape
 from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
 from zolightning.optim.estimators import OneSided
 
@@ -45,7 +46,7 @@ class Counting(nn.Module):
         super().__init__()
         self.net = net
         self.batch_size = batch_size
-        self.rows: list[int] = []
+        self.rows = Tape()
         first = next(module for module in net.modules() if not list(module.children()))
         first.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0])))
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tape import Tape
 from zolightning import zeroth_order_step
+from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
 from zolightning.optim.estimators import OneSided
@@ -32,7 +34,7 @@ class OwnLoop(L.LightningModule):
         self.net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 1))
         self.frozen_norm = nn.BatchNorm1d(4)
         self.make_optimizer = make_optimizer
-        self.losses: list[float] = []
+        self.losses = Tape()
         self.records: list[Any] = []
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Any:
@@ -115,7 +117,7 @@ class TestModes:
         with (
             pytest.raises(error),
             evaluation_mode(module),
-            muted_after_first(module, lambda: torch.tensor(1.0)) as evaluate,
+            muted_after_first(module, Evaluator(), lambda: torch.tensor(1.0)) as evaluate,
         ):
             evaluate(), evaluate()
             raise error
@@ -197,9 +199,9 @@ class TestLogging:
 
         module.loss = loss
         logged = self.logged(fit, module, max_steps=1)
-        # The first evaluation ever is at the weights themselves
-        assert logged["a"] == pytest.approx(values[0]) and logged["b"] == pytest.approx(-values[0])
-        expected = module.records[0].loss if own_name == "train/loss" else values[0]
+        first = module.records[0].losses[0]  # evaluations that only audit the parameters log nothing
+        assert logged["a"] == pytest.approx(first) and logged["b"] == pytest.approx(-first)
+        expected = module.records[0].loss if own_name == "train/loss" else first
         assert logged.get(own_name, logged.get(f"{own_name}_step")) == pytest.approx(expected)
         assert "log" not in vars(module)
 

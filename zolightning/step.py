@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from zolightning.evaluation.evaluator import Evaluator
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
 
@@ -50,8 +51,8 @@ def zeroth_order_step(
     if not optimizer.attached:
         optimizer.attach(module)
 
-    with muted_after_first(module, loss_fn) as evaluate:
-        record = optimizer.estimate(evaluate, _sum_over_ranks(module), skip_nonfinite)
+    with muted_after_first(module, optimizer.evaluator, loss_fn) as evaluate:
+        record = optimizer.estimate(evaluate, _sum_over_ranks(module), skip_nonfinite, stream=module.global_rank)
     wrapper.step()
     schedulers = module.lr_schedulers()
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
@@ -62,19 +63,22 @@ def zeroth_order_step(
 
 
 @contextmanager
-def muted_after_first(module: L.LightningModule, loss_fn: Callable[[], Loss]) -> Iterator[Callable[[], Loss]]:
-    """`loss_fn` with ``module.log`` doing nothing from its second call on: a step logs once, not once a forward."""
-    calls = 0
+def muted_after_first(
+    module: L.LightningModule, evaluator: Evaluator, loss_fn: Callable[[], Loss]
+) -> Iterator[Callable[[], Loss]]:
+    """`loss_fn` with ``module.log`` doing nothing but in a step's first evaluation: a step logs once."""
+    is_logging = has_logged = False
     own_log, module_log = vars(module).get("log"), module.log
 
     def log(name: str, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses a name that is logged twice, and `train/loss` is the step's.
-        if calls == 1 and name != "train/loss":
+        if is_logging and name != "train/loss":
             module_log(name, *args, **kwargs)
 
     def evaluate() -> Loss:
-        nonlocal calls
-        calls += 1
+        nonlocal is_logging, has_logged
+        is_logging = evaluator.is_first and not has_logged
+        has_logged = has_logged or is_logging
         return loss_fn()
 
     module.log = log  # type: ignore[method-assign]

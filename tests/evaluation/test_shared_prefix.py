@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tape import Tape
 from zolightning.callbacks import ZerothOrder
 from zolightning.optim import MeZO, StepRecord
 from zolightning.optim.estimators import Estimator, OneSided, Population, TwoSided
@@ -29,7 +30,7 @@ class Layers(nn.Module):
         self.to(dtype)
         self.skip = skip
         self.shift = 0  # of the token ids: another batch
-        self.runs = [0] * 4
+        self.runs = Tape([0] * 4)
         for index, layer in enumerate(self.layers):
             layer.forward = partial(self._run, index, layer.forward)
 

@@ -201,6 +201,7 @@ class ZerothOrder(Callback):
     ) -> Any:
         """Trains on a batch, and returns what `training_step` returned when it was first evaluated."""
         outputs: list[Any] = []
+        evaluator = _methods(pl_module.trainer)[0].evaluator
 
         def loss() -> Loss:
             try:
@@ -212,8 +213,8 @@ class ZerothOrder(Callback):
             except Exception as error:
                 error.add_note(_NOTE)
                 raise
-            if not outputs:
-                outputs.append(apply_to_collection(output, Tensor, Tensor.detach))
+            if not outputs or evaluator.is_first:
+                outputs[:] = [apply_to_collection(output, Tensor, Tensor.detach)]
             return with_num_terms(output, batch, pl_module.device)
 
         try:

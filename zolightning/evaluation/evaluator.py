@@ -1,18 +1,20 @@
 """Evaluates a loss at perturbed weights: the optimizer says where, this says how."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.audit import audit, find_readers
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed, Scratch
+from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.stacked import CannotStack, StackedNetwork, network_of
+from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
+from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]  # a loss and the number of terms it averages, both wide scalars
 Perturbations = Mapping[nn.Parameter, Perturbation]
@@ -24,12 +26,16 @@ class Evaluator:
     Attributes:
         module: what owns the parameters; None for parameters on their own.
         prefix: what the evaluations of a step have in common, computed once.
+        is_first: whether the evaluation that runs now is the one of the step that leaves traces and is to be logged.
     """
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
         self.prefix = SharedPrefix(())
+        self.is_first = False
         self._scratch = Scratch()
+        self._written: set[int] = set()  # tensors beside the weights that evaluations write to
+        self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
         self._in_place: dict[nn.Parameter, bool] = {}  # the audit's verdict on each parameter it has seen
         self._readers: dict[frozenset[nn.Parameter], tuple[nn.Module, ...] | None] = {}  # of parameters that move
@@ -47,6 +53,7 @@ class Evaluator:
             ValueError: if evaluations are to share runs and no submodule holds all parameters.
         """
         self.module = module
+        self._is_watched = False
         self.prefix = SharedPrefix(layers_of(module))
         self._readers.clear()
         if evaluations_per_forward > 1:
@@ -57,37 +64,62 @@ class Evaluator:
         self.module = None
 
     def evaluate(
-        self, evaluate: Evaluate, trainable: Mapping[nn.Parameter, str], perturbations: Sequence[Perturbations]
+        self,
+        evaluate: Evaluate,
+        trainable: Mapping[nn.Parameter, str],
+        perturbations: Sequence[Perturbations],
+        randomness: tuple[int, ...],
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses, and the numbers of terms they average, under each of some perturbations.
+
+        All are evaluated in evaluation mode, on the same random numbers, from the same state of the module.
 
         Args:
             evaluate: computes the loss of one batch anew at each call.
             trainable: the parameters that train, and their names.
             perturbations: what each evaluation changes; parameters that are left out read as they are stored.
+            randomness: integers that say which random numbers the loss draws.
         """
-        with evaluation_mode(self.module) if self.module is not None else nullcontext():
-            return self._evaluate(evaluate, trainable, perturbations)
+        generators = Generators(parameter.device for parameter in trainable)
+        moving = {id(parameter) for changes in (trainable, *perturbations) for parameter in changes}
+        with ExitStack() as stack:
+            modules = stack.enter_context(evaluation_mode(self.module)) if self.module is not None else []
+            rewind = stack.enter_context(generators.rewound(*randomness))
+            traces = Traces(modules, self._written, moving)
 
-    def _evaluate(
-        self, evaluate: Evaluate, trainable: Mapping[nn.Parameter, str], perturbations: Sequence[Perturbations]
+            def run() -> tuple[Tensor, Tensor]:
+                rewind()
+                try:
+                    with nullcontext() if self._is_watched else traces.watched():
+                        return traces.evaluate(evaluate, self.is_first)
+                finally:
+                    self.is_first, self._is_watched = False, True
+
+            self._find_unseen(trainable, run)
+            contexts = [self._perturbed(trainable, changes) for changes in perturbations]
+            readers = self._find_readers(contexts[0], run)
+            for context in contexts:
+                context.readers = readers
+            results = self._losses(run, contexts, generators)
+            traces.finish()
+        return results
+
+    def _losses(
+        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators
     ) -> list[tuple[Tensor, Tensor]]:
-        self._find_unseen(trainable, evaluate)
-        contexts = [self._perturbed(trainable, changes) for changes in perturbations]
-        readers = self._find_readers(contexts[0], evaluate)
-        for context in contexts:
-            context.readers = readers
         if self._stack is not None and not contexts[0].in_place:
+            self.is_first = True
             try:
-                return self._stack.evaluate(evaluate, contexts)
+                return self._stack.evaluate(evaluate, contexts, generators)
             except CannotStack as error:
                 self._stack = None
                 rank_zero_warn(
                     f"`evaluations_per_forward` is 1 from here on: {error}. Set it to 1, or freeze a parameter that "
                     "is in the way, or give it a `vector_lr` of 0."
                 )
+        self.is_first = True
         results = []
-        with self.prefix.one_step():
+        with self.prefix.one_step(generators):
             for context in contexts:
                 with context:
                     results.append(self.prefix.evaluate(evaluate, context))

@@ -7,13 +7,14 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Puts every submodule into evaluation mode, and back into the mode each was in."""
-    training = [m for m in module.modules() if m.training]
+def evaluation_mode(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Puts every submodule into evaluation mode, and back into the mode each was in; yields all submodules."""
+    modules = list(module.modules())
+    training = [m for m in modules if m.training]
     for submodule in training:
         submodule.training = False
     try:
-        yield
+        yield modules
     finally:
         for submodule in training:
             submodule.training = True

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.randomness import Generators, States
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
@@ -64,7 +65,10 @@ class SharedPrefix:
         self._kept_depth = 0  # of which layers that is
         self._kept_for: frozenset[int] = frozenset()  # ids of the parameters that moved meanwhile
         self.depth: int | None = None  # layers that later evaluations pass over; None before the first one
-        self._outputs: list[Any] = []  # of the last of these, for each time the network runs in an evaluation
+        # Of the last of these, for each time the network runs in an evaluation; and where it leaves the generators, if
+        # it has drawn from them: what follows must draw the same numbers where it is passed over.
+        self._outputs: list[tuple[Any, States | None]] = []
+        self._generators = Generators()
         self._proven = 0  # the greatest depth so far that gave the loss of computing everything
 
     def evaluate(self, evaluate: Evaluate, perturbed: Perturbed) -> tuple[Tensor, Tensor]:
@@ -97,8 +101,13 @@ class SharedPrefix:
         return result
 
     @contextmanager
-    def one_step(self) -> Iterator[None]:
-        """Within this context all evaluations are of one batch, at weights that differ by perturbations only."""
+    def one_step(self, generators: Generators) -> Iterator[None]:
+        """Within this context all evaluations are of one batch, at weights that differ by perturbations only.
+
+        Args:
+            generators: what the evaluations draw from, each of them the same numbers.
+        """
+        self._generators = generators
         try:
             yield
         finally:
@@ -114,9 +123,9 @@ class SharedPrefix:
             nonlocal depth, runs
             runs += index == 0
             if runs == 1 and index < free and not perturbed.has_touched_any():
-                depth, self._outputs = index + 1, [output]
+                depth, self._outputs = index + 1, [(output, self._generators.states())]
             elif runs > 1 and index + 1 == depth:  # another part of the batch, after all parameters have been read
-                self._outputs.append(output)
+                self._outputs.append((output, self._generators.states()))
 
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
@@ -128,22 +137,23 @@ class SharedPrefix:
     @contextmanager
     def _recall(self, depth: int) -> Iterator[None]:
         """A step's first evaluation, in which the shared layers run on inputs only that no step has had before."""
-        digest, is_kept = b"", False
+        digest, is_kept, before = b"", False, self._generators.states()
 
         def forward(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal digest, is_kept
+            nonlocal digest, is_kept, before
             if index == 0:
-                digest = _digest((args, kwargs))
+                digest, before = _digest((args, kwargs)), self._generators.states()
                 is_kept = digest in self.kept
                 if is_kept:
-                    self._outputs.append(self.kept[digest])
+                    self._outputs.append((self.kept[digest], None))
             if is_kept:
-                return self._outputs[-1]
+                return self._outputs[-1][0]
             output = own(*args, **kwargs)
             if index + 1 == depth:
-                self._outputs.append(output)
+                after = self._generators.states()
+                self._outputs.append((output, after))
                 size = _size(output)
-                if self._kept_bytes + size <= self.keep_bytes:
+                if self._kept_bytes + size <= self.keep_bytes and after.equal(before):
                     self.kept[digest] = output
                     self._kept_bytes += size
             return output
@@ -159,7 +169,10 @@ class SharedPrefix:
         def kept(index: int) -> Any:
             nonlocal run
             run += index == 0
-            return self._outputs[run]
+            output, states = self._outputs[run]
+            if index + 1 == self.depth and states is not None:
+                self._generators.set(states)
+            return output
 
         with self._forwards(lambda index, _: lambda *_, **__: kept(index), self.depth or 0):
             yield

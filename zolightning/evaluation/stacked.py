@@ -20,6 +20,7 @@ from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.audit import FlippedBit
 from zolightning.evaluation.perturbed import PRODUCTS, Perturbed
+from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.shared_prefix import replaced_forward
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
@@ -62,9 +63,12 @@ class StackedNetwork:
         self.network = network
         self.size = size
         self._trusted: set[tuple[Any, ...]] = set()
+        self._generators = Generators()
 
     @torch.no_grad()
-    def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
+    def evaluate(
+        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators
+    ) -> list[tuple[Tensor, Tensor]]:
         """Losses and their weights under each of some perturbations, none in place.
 
         Where the network has not been run with the same arguments repeated and the same tensors cut before, its
@@ -73,6 +77,7 @@ class StackedNetwork:
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
         """
+        self._generators = generators
         results: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
@@ -91,7 +96,7 @@ class StackedNetwork:
     def _stacked(
         self, evaluate: Evaluate, contexts: Sequence[Perturbed]
     ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Any, ...]]:
-        run = _Run(self.network, contexts)
+        run = _Run(self.network, contexts, self._generators)
         with replaced_forward(self.network, run.forward):
             for context in contexts:
                 with context:
@@ -129,11 +134,12 @@ class StackedNetwork:
 class _Run:
     """The calls of a network during the evaluations of one chunk."""
 
-    def __init__(self, network: nn.Module, contexts: Sequence[Perturbed]) -> None:
+    def __init__(self, network: nn.Module, contexts: Sequence[Perturbed], generators: Generators) -> None:
         self.losses: list[tuple[Tensor, Tensor]] = []
         self.calls: list[tuple[list[Tensor], Any, int]] = []  # inputs, stacked output and its rows
         self.cuts: list[Any] = []  # decisions taken on the way
         self._contexts = contexts
+        self._generators = generators
         self._network = network
         self._network_forward = network.forward
         self._held = {id(buffer): name for name, buffer in network.named_buffers()}
@@ -171,6 +177,7 @@ class _Run:
         stacked = Stacked(self._contexts, count * rows, self._held)
         if stacked.readers is not None and self._network in stacked.readers:
             stacked.readers = None  # its own forward runs, past the one that would watch
+        before = self._generators.states()
         try:
             with self._contexts[0].paused(), stacked:
                 output = self._network_forward(*args, **kwargs)
@@ -178,6 +185,8 @@ class _Run:
             raise
         except Exception as error:  # the same network without repeated rows will tell if it is to blame
             raise CannotStack(f"the network fails on repeated rows: {type(error).__name__}: {error}") from error
+        if not self._generators.states().equal(before):
+            raise CannotStack("the network draws random numbers, and repeated rows would not draw the same ones")
         self.cuts += stacked.cuts
         self.calls.append((inputs, output, count * rows))
 

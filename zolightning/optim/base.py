@@ -116,11 +116,14 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     # What a step calls
 
     @torch.no_grad()
-    def estimate(self, evaluate: Evaluate, reduce: Reduce | None = None, skip_nonfinite: bool = False) -> StepRecord:
+    def estimate(
+        self, evaluate: Evaluate, reduce: Reduce | None = None, skip_nonfinite: bool = False, stream: int = 0
+    ) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 
         The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
-        stored statistics).
+        stored statistics). All evaluations draw the same random numbers (torch's, NumPy's and Python's), and only the
+        first one leaves traces in the module, see :mod:`zolightning.evaluation.traces`.
 
         Args:
             evaluate: the loss of one batch, computed anew at each call, always on the same batch and padding: a
@@ -131,6 +134,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             reduce: sums a tensor over ranks; None on one rank.
             skip_nonfinite: record a step without projected gradients instead of raising, up to
                 ``MAX_NONFINITE_IN_A_ROW`` times in a row.
+            stream: what the loss draws is a function of the run's seed, the step and this number: the rank, where
+                ranks have examples of their own.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
@@ -140,14 +145,15 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         probes = self.estimator.probes(self.num_queries)
         trainable = {parameter: name for _, name, parameter in self.trainable()}
         perturbations = [self._perturbations_of(probe) for probe in probes]
-        results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations)
+        group = self.param_groups[0]
+        randomness = (group["seed"], group["step"], stream)
+        results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations, randomness)
         # A loss over no terms says nothing: it is NaN where it is a mean.
         totals = torch.stack(
             [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
         )
         totals = (totals if reduce is None else reduce(totals)).cpu()
         losses = totals[:, 0] / totals[:, 1]
-        group = self.param_groups[0]
         finite, empty = bool(torch.isfinite(losses).all()), bool((totals[:, 1] == 0).any())
         if (totals[:, 1] < 0).any():
             raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {totals[0, 1]:g}.")

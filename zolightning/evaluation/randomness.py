@@ -1,0 +1,99 @@
+"""One randomness for all evaluations of a step.
+
+A loss may draw random numbers: input noise, a VAE's latents, masks, ``F.dropout``. Losses that differ by what they drew
+say nothing of the direction between them, so all evaluations of a step draw the same numbers. These are a function of
+(run seed, step, stream): they advance once a step, and are the same after a resume. Whoever draws outside of the
+evaluations does not notice: all generators are then as they were.
+"""
+
+import hashlib
+import random
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class States(NamedTuple):
+    """Where each generator stands."""
+
+    torch: list[Tensor]  # of the CPU, then of each device
+    numpy: Any
+    python: Any
+
+    def equal(self, other: "States") -> bool:
+        """Whether nothing has been drawn between two looks at the generators."""
+        if self.python != other.python or not all(map(torch.equal, self.torch, other.torch)):
+            return False
+        # NumPy's is a tuple of a name, an array of words and three numbers
+        return all(bool((one == two).all()) if hasattr(one, "all") else one == two for one, two in _pairs(self, other))
+
+
+class Generators:
+    """The global generators that a loss may draw from: torch's, and NumPy's and Python's.
+
+    Generators that a module keeps as attributes of its own are left to :mod:`zolightning.evaluation.traces`.
+
+    Args:
+        devices: of the parameters; torch has one generator for the CPU and one for each other device.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._devices = sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
+
+    def states(self) -> States:
+        """Where all generators stand now."""
+        numpy = _numpy()
+        on_devices = [torch.get_device_module(d).get_rng_state(*_place(d)) for d in self._devices]
+        return States(
+            [torch.get_rng_state(), *on_devices],
+            None if numpy is None else numpy.random.get_state(),
+            random.getstate(),
+        )
+
+    def set(self, states: States) -> None:
+        """Puts all generators where they were."""
+        torch.set_rng_state(states.torch[0])
+        for device, state in zip(self._devices, states.torch[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, *_place(device))
+        if states.numpy is not None and (numpy := _numpy()) is not None:
+            numpy.random.set_state(states.numpy)
+        random.setstate(states.python)
+
+    def seeded(self, *numbers: int) -> States:
+        """Where the generators are to start, a function of some integers of 64 bits."""
+        message = b"randomness" + struct.pack(f"<{len(numbers)}q", *numbers)
+        seed = int.from_bytes(hashlib.blake2b(message, digest_size=7).digest(), "little")
+        numpy = _numpy()
+        return States(
+            [torch.Generator(device).manual_seed(seed).get_state() for device in (torch.device("cpu"), *self._devices)],
+            None if numpy is None else numpy.random.RandomState(seed % 2**32).get_state(),
+            random.Random(seed).getstate(),
+        )
+
+    @contextmanager
+    def rewound(self, *numbers: int) -> Iterator[Callable[[], None]]:
+        """Yields what starts the generators, as often as it is called; afterwards they are as before."""
+        before, start = self.states(), self.seeded(*numbers)
+        try:
+            yield lambda: self.set(start)
+        finally:
+            self.set(before)
+
+
+def _numpy() -> ModuleType | None:
+    """NumPy, if anybody has imported it: nobody can have drawn from it otherwise."""
+    return sys.modules.get("numpy")
+
+
+def _pairs(one: States, other: States) -> Iterable[tuple[Any, Any]]:
+    return zip(one.numpy or (), other.numpy or (), strict=True)
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is one
