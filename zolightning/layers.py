@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
@@ -105,8 +105,8 @@ class FeedForward(NamedTuple):
         down: the linear map that reads them.
     """
 
-    up: tuple[nn.Module, ...]
-    down: nn.Module
+    up: tuple[nn.Linear, ...]
+    down: nn.Linear
 
     @property
     def width(self) -> int:
@@ -121,7 +121,8 @@ class FeedForward(NamedTuple):
         """The dimension along which channels lie in each parameter that has them: all but the bias of `down`."""
         dims = {linear.weight: _output_dim(linear) for linear in self.up}
         dims |= {linear.bias: 0 for linear in self.up if linear.bias is not None}
-        return dims | {self.down.weight: 1 - _output_dim(self.down)}
+        dims |= {self.down.weight: 1 - _output_dim(self.down)}
+        return dims  # type: ignore[return-value]  # torch declares the weight of a linear map as a Tensor
 
 
 def mlp_of(layer: nn.Module) -> FeedForward:
@@ -151,7 +152,7 @@ def mlp_of(layer: nn.Module) -> FeedForward:
     return FeedForward(up, down)
 
 
-def _linears_outside_attention(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _linears_outside_attention(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Linear]]:
     for name, child in module.named_children():
         if "Attention" in type(child).__name__:
             continue
@@ -160,8 +161,11 @@ def _linears_outside_attention(module: nn.Module, path: str = "") -> Iterator[tu
         yield from _linears_outside_attention(child, f"{path}{name}.")
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is a ``Conv1D`` of transformers, told by its name: transformers need not be installed."""
+def is_conv1d(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a ``Conv1D`` of transformers, which has the attributes of a linear map.
+
+    It is told by its name, because transformers need not be installed.
+    """
     return any(
         f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__
     )
@@ -171,7 +175,7 @@ def _output_dim(linear: nn.Module) -> int:
     return 0 if isinstance(linear, nn.Linear) else 1
 
 
-def _features(linear: nn.Module) -> tuple[int, int]:
+def _features(linear: nn.Linear) -> tuple[int, int]:
     """Input and output features."""
     shape = linear.weight.shape
     return shape[1 - _output_dim(linear)], shape[_output_dim(linear)]

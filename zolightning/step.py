@@ -68,7 +68,7 @@ def muted_after_first(
 ) -> Iterator[Callable[[], Loss]]:
     """`loss_fn` with ``module.log`` doing nothing but in a step's first evaluation: a step logs once."""
     is_logging = has_logged = False
-    own_log, module_log = vars(module).get("log"), module.log
+    module_log = module.log
 
     def log(name: str, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses a name that is logged twice, and `train/loss` is the step's.
@@ -81,13 +81,21 @@ def muted_after_first(
         has_logged = has_logged or is_logging
         return loss_fn()
 
-    module.log = log  # type: ignore[method-assign]
-    try:
+    with replaced_log(module, log):
         yield evaluate
+
+
+@contextmanager
+def replaced_log(module: L.LightningModule, log: Callable[..., None]) -> Iterator[None]:
+    """Calls `log` where the module calls ``self.log``; afterwards that is what it was."""
+    own_log = vars(module).get("log")
+    module.log = log  # type: ignore[method-assign]  # of this instance only
+    try:
+        yield
     finally:
         del module.log
         if own_log is not None:
-            module.log = own_log
+            vars(module)["log"] = own_log
 
 
 def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | None:

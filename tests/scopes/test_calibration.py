@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
-from zolightning.scopes.calibration import calibration_batches
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
 
 
 class Look(Callback):
@@ -125,3 +125,21 @@ def test_prompts_of_the_data_module(
     examples = data.train_dataloader().dataset.examples
     assert [id for batch in run.calibration for id in batch["id"].tolist()] == [example.id for example in examples[:7]]
     assert [len(batch["id"]) for batch in run.calibration] == ([2, 2, 2, 1] if batch_size == 2 else [5, 2])
+
+
+@pytest.mark.parametrize("name", ["batch_idx", "index", "_", None])
+def test_the_index_of_a_batch_may_have_any_name(
+    name: str | None, make_module: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module()
+    seen: list[Any] = []
+
+    def training_step(self: Any, batch: Any, *index: int) -> Tensor:
+        seen.append((batch, *index))
+        return torch.zeros(())
+
+    arguments = "self, batch" if name is None else f"self, batch, {name}"
+    step = eval(f"lambda {arguments}: training_step({arguments})", {"training_step": training_step})
+    monkeypatch.setattr(type(module), "training_step", step)
+    calibration_forward(module, "batch")
+    assert seen == [("batch",) if name is None else ("batch", 0)]

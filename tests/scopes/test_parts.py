@@ -13,9 +13,9 @@ from zolightning.layers import find_layers
 from zolightning.scopes.calibration import calibration_forward
 from zolightning.scopes.parts import (
     MLP,
+    ChosenParameters,
     OutlierChannels,
     Part,
-    Selected,
     WholeLayer,
     WithoutOutlierChannels,
     outlier_channels,
@@ -32,8 +32,8 @@ def never() -> None:
 @pytest.fixture
 def select(
     make_batches: Callable[..., Any],
-) -> Callable[[L.LightningModule, Part, Sequence[int]], Selected]:
-    def run(module: L.LightningModule, part: Part, indices: Sequence[int] = (1,)) -> Selected:
+) -> Callable[[L.LightningModule, Part, Sequence[int]], ChosenParameters]:
+    def run(module: L.LightningModule, part: Part, indices: Sequence[int] = (1,)) -> ChosenParameters:
         def calibrate() -> None:
             for batch in make_batches():
                 calibration_forward(module, batch)
@@ -43,11 +43,11 @@ def select(
     return run
 
 
-def count(selected: Selected) -> int:
+def count(selected: ChosenParameters) -> int:
     return sum(p.numel() if part is None else part.take(p).numel() for p, part in selected.items())
 
 
-def mask(module: nn.Module, selected: Selected) -> dict[str, torch.Tensor]:
+def mask(module: nn.Module, selected: ChosenParameters) -> dict[str, torch.Tensor]:
     """True where a number of the module trains."""
     masks = {name: torch.zeros_like(parameter, dtype=torch.bool) for name, parameter in module.named_parameters()}
     for name, parameter in module.named_parameters():
@@ -82,7 +82,9 @@ def channel_size(architecture: str) -> int:
     return 3 * HIDDEN if architecture in GATED else 2 * HIDDEN + 1
 
 
-def test_sizes_by_formula(architecture: str, make_module: Callable[..., Any], select: Callable[..., Selected]) -> None:
+def test_sizes_by_formula(
+    architecture: str, make_module: Callable[..., Any], select: Callable[..., ChosenParameters]
+) -> None:
     module = make_module(architecture)
     for layers in ([1], [0, 4, 5]):
         times, k = len(layers), math.ceil(0.1 * WIDTH)
@@ -98,7 +100,7 @@ def test_sizes_by_formula(architecture: str, make_module: Callable[..., Any], se
 
 
 def test_channels_and_their_complement_divide_the_layer(
-    architecture: str, make_module: Callable[..., Any], select: Callable[..., Selected]
+    architecture: str, make_module: Callable[..., Any], select: Callable[..., ChosenParameters]
 ) -> None:
     module = make_module(architecture)
     channels = mask(module, select(module, OutlierChannels(0.1)))
@@ -118,7 +120,7 @@ def test_whole_parts_do_not_run_the_network(make_module: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize("channel", [0, 17, 47])
 def test_the_channel_with_the_largest_value_is_selected(
-    architecture: str, channel: int, make_module: Callable[..., Any], select: Callable[..., Selected]
+    architecture: str, channel: int, make_module: Callable[..., Any], select: Callable[..., ChosenParameters]
 ) -> None:
     module = make_module(architecture)
     layer = find_layers(module).layers[3]
@@ -159,14 +161,16 @@ def test_statistic_is_the_maximum_over_tokens_and_not_padding(
         assert torch.equal(channels[2], expected)
 
 
-def test_number_of_channels_is_rounded_up(make_module: Callable[..., Any], select: Callable[..., Selected]) -> None:
+def test_number_of_channels_is_rounded_up(
+    make_module: Callable[..., Any], select: Callable[..., ChosenParameters]
+) -> None:
     module = make_module("llama", intermediate_size=100)
     for fraction, k in ((1e-12, 1), (0.01, 1), (0.011, 2), (0.07, 7), (0.5, 50), (1, 100)):
         assert count(select(module, OutlierChannels(fraction))) == 3 * HIDDEN * k
 
 
 def test_all_channels_leave_attention_and_norms(
-    make_module: Callable[..., Any], select: Callable[..., Selected]
+    make_module: Callable[..., Any], select: Callable[..., ChosenParameters]
 ) -> None:
     module = make_module()
     rest = select(module, WithoutOutlierChannels(1.0))
@@ -175,7 +179,7 @@ def test_all_channels_leave_attention_and_norms(
 
 
 def test_choice_is_deterministic_also_among_equals(
-    make_module: Callable[..., Any], select: Callable[..., Selected]
+    make_module: Callable[..., Any], select: Callable[..., ChosenParameters]
 ) -> None:
     module = make_module()
     first, second = (list(select(module, OutlierChannels(0.2)).values()) for _ in range(2))

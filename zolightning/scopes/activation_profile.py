@@ -176,7 +176,7 @@ class _Recorder:
         self.maxima: list[float] = []
         self.means: list[float] = []
         self.medians: list[float] = []
-        self.channel_maxima: Tensor | None = None
+        self.channel_maxima = torch.zeros(())  # (channels,) from the first sequence on
         self.positions: Counter[int] = Counter()
 
     def add(self, hidden: Tensor, tokens: Tensor) -> None:
@@ -201,8 +201,7 @@ class _Recorder:
             self.means.append(values.mean().item())
             self.medians.append(values.median().item())
             self.positions[int(per_token.argmax())] += 1
-            known = self.channel_maxima
-            self.channel_maxima = per_channel if known is None else torch.maximum(known, per_channel)
+            self.channel_maxima = torch.maximum(self.channel_maxima.to(per_channel.device), per_channel)
 
     def statistics(self) -> LayerStatistics:
         channels = self.channel_maxima.sort(descending=True, stable=True).indices[:_KEPT]

@@ -1,7 +1,6 @@
 """Forward passes of an untrained module over a few training prompts, to look before anything moves."""
 
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from zolightning.evaluation.mode import evaluation_mode
-from zolightning.step import Loss
+from zolightning.step import Loss, replaced_log
 
 
 @torch.no_grad()
@@ -36,10 +35,14 @@ def own_loss(module: L.LightningModule, batch: Any) -> Loss:
             "run just to look at activations. Use the ZerothOrder callback on a module whose `training_step` returns a "
             "loss, or name the layers yourself (DominantLayer: `layer` or `profile`)."
         )
-    step = type(module).training_step
+    step: Any = type(module).training_step
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # beside `self`, as Lightning counts
-    with evaluation_mode(module), _muted(module):
+    with evaluation_mode(module), replaced_log(module, _say_nothing):
         return step(module, batch, 0) if takes_index else step(module, batch)
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
@@ -88,15 +91,3 @@ def _num_examples(batch: Any) -> int:
     lengths: list[int] = []
     apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
     return lengths[0] if lengths else 1
-
-
-@contextmanager
-def _muted(module: L.LightningModule) -> Iterator[None]:
-    own = vars(module).get("log")
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.log
-        if own is not None:
-            module.log = own

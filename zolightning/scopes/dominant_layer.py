@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import lightning as L
 
 from zolightning.layers import LayerStack, check_index
-from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint, profile_activations
-from zolightning.scopes.layer_scope import Choice, LayerScope
+from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint
+from zolightning.scopes.layer_scope import ChosenLayers, LayerScope
 from zolightning.scopes.parts import Part
 from zolightning.scopes.rules import DEFAULT_RULES, Rule, select
 
@@ -55,25 +52,16 @@ class DominantLayer(LayerScope):
         self.profile = profile
         self.layer = layer
 
-    def choose(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        stack: LayerStack,
-        batches: Callable[[], Sequence[Any]],
-    ) -> Choice:
+    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
         for index in self.extra_layers:
             check_index(stack, index, "extra_layers")
         if self.layer is not None:
             check_index(stack, self.layer)
-            return Choice((self.layer, *self.extra_layers), "as given")
-        if self.profile is None:
-            profile = profile_activations(pl_module, batches(), stack)
-        else:
-            profile = _load(self.profile, Fingerprint.of(stack))
-        layer, rule = select(profile, self.rules)
+            return ChosenLayers((self.layer, *self.extra_layers), "as given")
+        measured = profile() if self.profile is None else _load(self.profile, Fingerprint.of(stack))
+        layer, rule = select(measured, self.rules)
         also = f", with extra layers {', '.join(map(str, self.extra_layers))}" if self.extra_layers else ""
-        return Choice((layer, *self.extra_layers), f"layer {layer} chosen by {rule}{also}", profile.table())
+        return ChosenLayers((layer, *self.extra_layers), f"layer {layer} chosen by {rule}{also}", measured.table())
 
 
 def _load(path: str, fingerprint: Fingerprint) -> ActivationProfile:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import lightning as L
 
 from zolightning.layers import LayerStack, find_layers
+from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import Part, WholeLayer
 from zolightning.scopes.scope import Scope, Selection
 
 
-class Choice(NamedTuple):
+class ChosenLayers(NamedTuple):
     """Indices of layers, why they were chosen in a few words, and the figures behind it as a table."""
 
     layers: Sequence[int]
@@ -39,14 +40,8 @@ class LayerScope(Scope):
         self.num_prompts = num_prompts
 
     @abstractmethod
-    def choose(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        stack: LayerStack,
-        batches: Callable[[], Sequence[Any]],
-    ) -> Choice:
-        """Chooses layers; `batches` returns the calibration batches, and puts the module on their device."""
+    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
+        """Chooses layers of `stack`; `profile` runs the network over the calibration prompts and measures them."""
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         @functools.cache
@@ -59,7 +54,8 @@ class LayerScope(Scope):
                 calibration_forward(pl_module, batch)
 
         stack = find_layers(pl_module, self.layers_name)
-        choice = trainer.strategy.broadcast(self.choose(trainer, pl_module, stack, batches))
+        choice = self.choose(stack, lambda: profile_activations(pl_module, batches(), stack))
+        choice = trainer.strategy.broadcast(choice)
         layers = sorted(set(choice.layers))
         parts = self.part.select(pl_module, stack, layers, calibrate)
         names = {parameter: name for name, parameter in pl_module.named_parameters()}

@@ -14,7 +14,7 @@ from zolightning.directions.slices import Slice
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.scopes.token_mask import TokenMask
 
-Selected = dict[nn.Parameter, Slice | None]
+ChosenParameters = dict[nn.Parameter, Slice | None]
 
 
 class Part(ABC):
@@ -23,7 +23,7 @@ class Part(ABC):
     @abstractmethod
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
-    ) -> Selected:
+    ) -> ChosenParameters:
         """Each chosen parameter with its slice, or with None if it trains as a whole.
 
         Args:
@@ -43,7 +43,7 @@ class WholeLayer(Part):
 
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
-    ) -> Selected:
+    ) -> ChosenParameters:
         return {parameter: None for index in indices for parameter in stack.parameters(index).values()}
 
 
@@ -52,7 +52,7 @@ class MLP(Part):
 
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
-    ) -> Selected:
+    ) -> ChosenParameters:
         return {parameter: None for index in indices for parameter in mlp_of(stack.layers[index]).parameters()}
 
 
@@ -73,7 +73,7 @@ class OutlierChannels(Part):
 
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
-    ) -> Selected:
+    ) -> ChosenParameters:
         channels = outlier_channels(module, stack, indices, self.fraction, calibrate)
         return {
             parameter: Slice(dim, channels[index])
@@ -99,7 +99,7 @@ class WithoutOutlierChannels(Part):
 
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
-    ) -> Selected:
+    ) -> ChosenParameters:
         channels = outlier_channels(module, stack, indices, self.fraction, calibrate)
         selected = self.within.select(module, stack, indices, calibrate)
         for index in indices:
@@ -138,7 +138,7 @@ class LoRA(Part):
 
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
-    ) -> Selected:
+    ) -> ChosenParameters:
         path, model = _model_around(module, stack)
         targets = self.target_modules or default_targets(model.config.model_type)
         names = [name for index in indices for name in _find_targets(stack, index, targets, model.config.model_type)]

@@ -1,13 +1,11 @@
 """Training a layer drawn by lot: the control of the dominant layer."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import lightning as L
+from collections.abc import Callable
 
 from zolightning.directions.noise import key
 from zolightning.layers import LayerStack
-from zolightning.scopes.layer_scope import Choice, LayerScope
+from zolightning.scopes.activation_profile import ActivationProfile
+from zolightning.scopes.layer_scope import ChosenLayers, LayerScope
 from zolightning.scopes.parts import Part
 
 
@@ -31,11 +29,5 @@ class RandomLayer(LayerScope):
             raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
         self.seed = seed
 
-    def choose(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        stack: LayerStack,
-        batches: Callable[[], Sequence[Any]],
-    ) -> Choice:
-        return Choice((key(self.seed, 0, 0, "layer")[0] % len(stack),), f"drawn with seed {self.seed}")
+    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
+        return ChosenLayers((key(self.seed, 0, 0, "layer")[0] % len(stack),), f"drawn with seed {self.seed}")

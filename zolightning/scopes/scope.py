@@ -85,13 +85,15 @@ class Scope(Callback, ABC):
             }
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        selection = self._selection
+        assert selection is not None, "`setup` selects"
         parameters = dict(pl_module.named_parameters())
-        chosen = {name: part for name, part in self._selection.parameters.items() if parameters[name].requires_grad}
+        chosen = {name: part for name, part in selection.parameters.items() if parameters[name].requires_grad}
         slices = {parameters[name]: part for name, part in chosen.items() if part is not None}
         for optimizer in trainer.optimizers if slices else ():
             if not isinstance(optimizer, ZerothOrderOptimizer):
                 raise MisconfigurationException(
-                    f"{type(self).__name__} chose slices of parameters ({self._selection.reason}), and "
+                    f"{type(self).__name__} chose slices of parameters ({selection.reason}), and "
                     f"{type(optimizer).__name__} trains whole ones. Use a zeroth-order method (the ZerothOrder "
                     "callback), or a `part` without channels."
                 )
@@ -99,14 +101,14 @@ class Scope(Callback, ABC):
         count = sum(_size(parameters[name], part) for name, part in chosen.items())
         total = sum(parameter.numel() for parameter in parameters.values())
         summary = (
-            f"{type(self).__name__}: {self._selection.reason}; {count:,} of {total:,} parameters train "
+            f"{type(self).__name__}: {selection.reason}; {count:,} of {total:,} parameters train "
             f"({100 * count / total:.3g} %)."
         )
         rank_zero_info(summary)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 # An indented block is shown by TensorBoard as it is, line breaks included.
-                lines = [summary, *self._selection.details.splitlines(), *map(_describe, chosen, chosen.values())]
+                lines = [summary, *selection.details.splitlines(), *map(_describe, chosen, chosen.values())]
                 logger.experiment.add_text("scope", "\n".join(f"    {line}" for line in lines), trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -133,7 +135,8 @@ class Scope(Callback, ABC):
 
 def refuse_two_scopes(trainer: L.Trainer) -> None:
     """Raises a MisconfigurationException where callbacks of a Trainer would freeze what others train."""
-    scopes = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, Scope)]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer's
+    scopes = [type(callback).__name__ for callback in callbacks if isinstance(callback, Scope)]
     if len(scopes) > 1:
         raise MisconfigurationException(
             f"`trainer.callbacks` has {len(scopes)} scopes, {', '.join(scopes)}: each would freeze what the others "

@@ -1,12 +1,11 @@
 """Training layers by their number."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
-
-import lightning as L
+from typing import Literal
 
 from zolightning.layers import LayerStack, check_index
-from zolightning.scopes.layer_scope import Choice, LayerScope
+from zolightning.scopes.activation_profile import ActivationProfile
+from zolightning.scopes.layer_scope import ChosenLayers, LayerScope
 from zolightning.scopes.parts import Part
 
 
@@ -36,15 +35,9 @@ class TrainLayers(LayerScope):
             raise ValueError(f"`layers` must be a list of at least one index, or 'all', got {layers!r}.")
         self.layers = layers
 
-    def choose(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        stack: LayerStack,
-        batches: Callable[[], Sequence[Any]],
-    ) -> Choice:
+    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
         if self.layers == "all":
-            return Choice(range(len(stack)), "as given")
+            return ChosenLayers(range(len(stack)), "as given")
         for index in self.layers:
             check_index(stack, index, "layers")
-        return Choice(tuple(self.layers), "as given")
+        return ChosenLayers(tuple(self.layers), "as given")
