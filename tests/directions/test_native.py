@@ -14,7 +14,7 @@ from torch import Tensor
 from zolightning.directions import native
 from zolightning.directions.dense import Direction
 from zolightning.directions.noise import NOISE_KINDS, NoiseKind, coefficient, key
-from zolightning.optim.precision import add_direction
+from zolightning.optim.precision import add_direction, add_tensor
 
 pytestmark = pytest.mark.skipif(not native.available(torch.empty(2)), reason="there is no C compiler")
 
@@ -120,6 +120,20 @@ class TestSameBits:
             return torch.cat([weight, *(low.view(dtype) for low in state.values())])
 
         assert_same_bits(*by_c_and_by_torch(loop))
+
+    @given(sizes, seeds, st.floats(0, 1), st.integers(0, 3))
+    def test_update_by_numbers_at_hand(self, numel: int, seed: int, decay: float, first: int) -> None:
+        """Of a part of a weight, whose low words are anything: somebody else may have written the weight."""
+        start, delta = any_numbers(first + numel, torch.bfloat16, seed), any_numbers(numel, torch.float32, seed + 1)
+        low = torch.randint(-(2**15), 2**15, start.shape, dtype=torch.int16)
+
+        def loop() -> Tensor:
+            weight, state = start.clone(), {"low_word": low.clone()}
+            add_tensor(weight, state, delta, "exact", decay, first)
+            return torch.cat([weight, state["low_word"].view(torch.bfloat16)])
+
+        assert_same_bits(*by_c_and_by_torch(loop))
+        assert bool(loop()[: len(start)].isfinite().all())
 
     @given(sizes, seeds, coefficients, kinds, st.floats(0, 1), st.sampled_from([0, 4]))
     def test_accumulate(

@@ -111,15 +111,25 @@ void add_bfloat16(uint16_t *restrict weight, float decay, NOISE_ARGS) {
     FOR_EACH_BLOCK({ weight[j] = to_bf16(decay * as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
 }
 
+static inline void add_exact(uint16_t *restrict weight, int16_t *restrict low, float decay, float delta) {
+    /* A zero that somebody has written since the last update has no low word below it, which would be a NaN. */
+    const int32_t rest = *low < 0 && !(*weight & 0x7FFF) ? 0 : *low;
+    const uint32_t whole = ((uint32_t)*weight << 16) + (uint32_t)rest;
+    const uint32_t bits = as_bits(decay * as_float(whole) + delta);
+    const uint32_t high = (bits + 0x8000u) >> 16;
+    *low = (int16_t)(bits - (high << 16));
+    *weight = (uint16_t)high;
+}
+
 /* The same in fp32, where `low` holds what bf16 rounds away. */
 void add_bfloat16_exact(uint16_t *restrict weight, int16_t *restrict low, float decay, NOISE_ARGS) {
-    FOR_EACH_BLOCK({
-        /* A zero that somebody has written since the last update has no low word below it, which would be a NaN. */
-        const int32_t rest = low[j] < 0 && !(weight[j] & 0x7FFF) ? 0 : low[j];
-        const uint32_t whole = ((uint32_t)weight[j] << 16) + (uint32_t)rest;
-        const uint32_t bits = as_bits(decay * as_float(whole) + noise[j - base]);
-        const uint32_t high = (bits + 0x8000u) >> 16;
-        low[j] = (int16_t)(bits - (high << 16));
-        weight[j] = (uint16_t)high;
-    })
+    FOR_EACH_BLOCK({ add_exact(weight + j, low + j, decay, noise[j - base]); })
+}
+
+/* With numbers at hand in the place of noise. */
+void add_delta_bfloat16_exact(uint16_t *restrict weight, int16_t *restrict low, float decay,
+                              const float *restrict delta, int64_t size) {
+    _Pragma("omp parallel for simd schedule(static) if (parallel: size > PARALLEL_FROM)")
+    for (int64_t j = 0; j < size; j++)
+        add_exact(weight + j, low + j, decay, delta[j]);
 }

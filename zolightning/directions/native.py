@@ -78,6 +78,19 @@ def add(
         getattr(_library(), f"add_{name}_exact")(weight.data_ptr(), low.data_ptr(), decay, *noise)
 
 
+def add_delta(weight: Tensor, low: Tensor, delta: Tensor, decay: float = 1.0) -> None:
+    """``weight = decay * weight + delta``, exact with the low words of a bf16 weight.
+
+    Args:
+        weight: bf16, (n,), contiguous.
+        low: int16, (n,), contiguous.
+        delta: float32, (n,), contiguous.
+        decay: multiplies the weight first.
+    """
+    function = getattr(_library(), f"add_delta_{_DTYPES[weight.dtype]}_exact")
+    function(weight.data_ptr(), low.data_ptr(), decay, delta.data_ptr(), weight.numel())
+
+
 def _noise(
     segments: int,
     elements: int,
@@ -108,6 +121,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = [*arguments, *_NOISE_ARGUMENTS]
+    library.add_delta_bfloat16_exact.argtypes = [_POINTER, _POINTER, ctypes.c_float, _POINTER, ctypes.c_int64]
     return library
 
 

@@ -108,8 +108,12 @@ def add_tensor(
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + delta.numel())
-    if rest is None:
+    if rest is None and decay == 1.0 and flat.dtype == delta.dtype:
+        flat[part].add_(delta)
+    elif rest is None:
         flat[part].copy_(decay * flat[part].to(delta.dtype) + delta)
+    elif rest.dtype == torch.int16 and native.available(flat):
+        native.add_delta(flat[part], rest[part], delta.contiguous(), decay)
     elif rest.dtype == torch.int16:
         value = decay * bfloat16.read_split(flat[part], rest[part]) + delta
         bfloat16.write_split(flat[part], rest[part], value)

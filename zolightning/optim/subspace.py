@@ -196,7 +196,7 @@ class SubspaceOptimizer(SubspaceWeights):
                 dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
                 if core is not None and dtype.itemsize == 2:
                     limit = group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps
-                    ratios.append(torch.linalg.vector_norm(core, torch.inf) / limit)
+                    ratios.append(core.abs().amax() / limit)
         return bool(ratios) and torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).max().item() > 1
 
     def _smooth(self, state: State, moved: Tensor, gradient: Direction, group: dict[str, Any]) -> Tensor:
