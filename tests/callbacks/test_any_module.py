@@ -408,6 +408,24 @@ class TestStrangers:
         with pytest.raises(MisconfigurationException, match="`training_step` of Fetching takes `dataloader_iter`"):
             fit(Fetching())
 
+    def test_kept_memory_needs_fixed_batches(
+        self, make_regression: MakeModule, make_trainer: MakeTrainer, regression_data: MakeData
+    ) -> None:
+        class Data(L.LightningDataModule):
+            fixed_batches = False
+
+            def train_dataloader(self) -> DataLoader:
+                return regression_data()
+
+        def fit() -> None:
+            callback = ZerothOrder(METHOD, keep_prefix_gib=0.5)
+            make_trainer(max_steps=1, callbacks=[callback]).fit(make_regression(), datamodule=Data())
+
+        with pytest.raises(MisconfigurationException, match=r"`keep_prefix_gib` is 0.5, and `fixed_batches` of the da"):
+            fit()
+        Data.fixed_batches = True
+        fit()
+
     def test_lazy_layers(self, make_regression: MakeModule, fit: Fit) -> None:
         module = make_regression()
         module.net[0] = nn.LazyLinear(5)
