@@ -19,7 +19,7 @@ from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
 from zolightning.optim.estimators import OneSided
-from zolightning.step import muted_after_first
+from zolightning.step import logged_once
 
 MakeTrainer = Callable[..., L.Trainer]
 MakeData = Callable[..., DataLoader]
@@ -117,7 +117,7 @@ class TestModes:
         with (
             pytest.raises(error),
             evaluation_mode(module),
-            muted_after_first(module, Evaluator(), lambda: torch.tensor(1.0)) as evaluate,
+            logged_once(module, Evaluator(), lambda: torch.tensor(1.0)) as (evaluate, _),
         ):
             evaluate(), evaluate()
             raise error
@@ -186,7 +186,7 @@ class TestLogging:
 
     @pytest.mark.parametrize("own_name", ["train/loss", "loss"])
     def test_the_loss_function_logs_once_a_step(self, fit: Callable[..., L.Trainer], own_name: str) -> None:
-        """Under any name, also the one that the step itself uses with other arguments."""
+        """Under any name; the step's own metric gives way to one of its name."""
         module, values = OwnLoop(), []
         inner = module.loss
 
@@ -201,8 +201,8 @@ class TestLogging:
         logged = self.logged(fit, module, max_steps=1)
         first = module.records[0].losses[0]  # evaluations that only audit the parameters log nothing
         assert logged["a"] == pytest.approx(first) and logged["b"] == pytest.approx(-first)
-        expected = module.records[0].loss if own_name == "train/loss" else first
-        assert logged.get(own_name, logged.get(f"{own_name}_step")) == pytest.approx(expected)
+        assert logged[f"{own_name}_step"] == pytest.approx(first) != pytest.approx(module.records[0].loss)
+        assert ("train/loss" in logged) == (own_name != "train/loss")
         assert "log" not in vars(module)
 
     def test_a_log_of_its_own_is_respected(self, fit: Callable[..., L.Trainer]) -> None:
@@ -260,6 +260,12 @@ class TestRefusals:
     def test_other_optimizers(self, fit: Callable[..., L.Trainer], make_optimizer: Any, found: str) -> None:
         with pytest.raises(MisconfigurationException, match=f"must return one zeroth-order method .* got {found}"):
             fit(OwnLoop(make_optimizer))
+
+    def test_automatic_optimization(self, fit: Callable[..., L.Trainer]) -> None:
+        module = OwnLoop()
+        module.automatic_optimization = True
+        with pytest.raises(MisconfigurationException, match="OwnLoop has `automatic_optimization=True`"):
+            fit(module)
 
     @pytest.mark.parametrize("loss", [None, {"logits": 1}])
     def test_losses_that_are_none(self, fit: Callable[..., L.Trainer], loss: Any) -> None:

@@ -1,6 +1,6 @@
 """One zeroth-order training step of any LightningModule."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,8 @@ def zeroth_order_step(
     (``ReduceLROnPlateau``) is left to its owner.
 
     Logs ``train/loss`` (mean of the evaluated losses), ``zo/projected_grad`` (RMS over queries), ``zo/lr``,
-    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs itself, under other names, is kept for the first
-    evaluation only.
+    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs itself by ``module.log`` is kept for the first
+    evaluation only; where it logs ``train/loss``, that one stands.
 
     Args:
         module: with ``automatic_optimization = False``.
@@ -40,39 +40,46 @@ def zeroth_order_step(
 
     Raises:
         NonFiniteLossError: if a loss is NaN or infinite; the weights are those of the last step.
+        MisconfigurationException: if the module optimizes automatically, or its optimizer is another one.
     """
-    wrapper = module.optimizers()
+    wrapper: Any = module.optimizers()
     optimizer = getattr(wrapper, "optimizer", wrapper)
     if not isinstance(optimizer, ZerothOrderOptimizer):
         raise MisconfigurationException(
             "`configure_optimizers` must return one zeroth-order method for `zeroth_order_step` "
             f"(zolightning.optim.MeZO, for example), got {type(optimizer).__name__}."
         )
+    if module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(module).__name__} has `automatic_optimization=True`, and `zeroth_order_step` takes the step "
+            "itself. Set it to False in `__init__`, or use the ZerothOrder callback on a `training_step` that returns a loss."
+        )
     if not optimizer.attached:
         optimizer.attach(module)
 
-    with muted_after_first(module, optimizer.evaluator, loss_fn) as evaluate:
+    with logged_once(module, optimizer.evaluator, loss_fn) as (evaluate, own_names):
         record = optimizer.estimate(evaluate, _sum_over_ranks(module), skip_nonfinite, stream=module.global_rank)
     wrapper.step()
     schedulers = module.lr_schedulers()
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
-    _log(module, optimizer, record)
+    _log(module, optimizer, record, own_names)
     return record
 
 
 @contextmanager
-def muted_after_first(
+def logged_once(
     module: L.LightningModule, evaluator: Evaluator, loss_fn: Callable[[], Loss]
-) -> Iterator[Callable[[], Loss]]:
-    """`loss_fn` with ``module.log`` doing nothing but in a step's first evaluation: a step logs once."""
+) -> Iterator[tuple[Callable[[], Loss], set[str]]]:
+    """`loss_fn`, with ``module.log`` doing nothing but in a step's first evaluation; and the names logged there."""
     is_logging = has_logged = False
+    names: set[str] = set()
     module_log = module.log
 
     def log(name: str, *args: Any, **kwargs: Any) -> None:
-        # Lightning refuses a name that is logged twice, and `train/loss` is the step's.
-        if is_logging and name != "train/loss":
+        if is_logging:
+            names.add(name)
             module_log(name, *args, **kwargs)
 
     def evaluate() -> Loss:
@@ -82,18 +89,18 @@ def muted_after_first(
         return loss_fn()
 
     with replaced_log(module, log):
-        yield evaluate
+        yield evaluate, names
 
 
 @contextmanager
 def replaced_log(module: L.LightningModule, log: Callable[..., None]) -> Iterator[None]:
     """Calls `log` where the module calls ``self.log``; afterwards that is what it was."""
     own_log = vars(module).get("log")
-    module.log = log  # type: ignore[method-assign]  # of this instance only
+    vars(module)["log"] = log
     try:
         yield
     finally:
-        del module.log
+        del vars(module)["log"]
         if own_log is not None:
             vars(module)["log"] = own_log
 
@@ -106,12 +113,13 @@ def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | N
     return lambda tensor: strategy.reduce(tensor.to(module.device), reduce_op="sum")
 
 
-def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord) -> None:
-    squares = [g * g for g in record.projected_grads]
+def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord, own_names: Set[str]) -> None:
     module.log("zo/lr", record.lr[0])
     module.log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
-    if squares:
-        module.log("train/loss", record.loss, prog_bar=True)
-        module.log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
-    else:
+    if not record.projected_grads:
         module.log("zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
+        return
+    squares = [g * g for g in record.projected_grads]
+    module.log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
+    if "train/loss" not in own_names:  # Lightning refuses a name that is logged in two ways
+        module.log("train/loss", record.loss, prog_bar=True)

@@ -200,10 +200,11 @@ class ZerothOrder(Callback):
         self, pl_module: L.LightningModule, training_step: Callable[[Any], Any], batch: Any, batch_idx: int
     ) -> Any:
         """Trains on a batch, and returns what `training_step` returned when it was first evaluated."""
-        outputs: list[Any] = []
+        first: Any = None
         evaluator = _methods(pl_module.trainer)[0].evaluator
 
         def loss() -> Loss:
+            nonlocal first
             try:
                 with torch.set_grad_enabled(self._differentiates):
                     if self.micro_batch_size is None:
@@ -213,8 +214,8 @@ class ZerothOrder(Callback):
             except Exception as error:
                 error.add_note(_NOTE)
                 raise
-            if not outputs or evaluator.is_first:
-                outputs[:] = [apply_to_collection(output, Tensor, Tensor.detach)]
+            if evaluator.is_first:
+                first = apply_to_collection(output, Tensor, Tensor.detach)
             return with_num_terms(output, batch, pl_module.device)
 
         try:
@@ -230,7 +231,6 @@ class ZerothOrder(Callback):
                 "with gradients enabled, which keeps activations in memory as in backpropagation."
             )
             return self._step(pl_module, training_step, batch, batch_idx)
-        (first,) = outputs
         if first is None:
             rank_zero_warn("`training_step` returned None, which skips the batch. If that was on purpose, ignore this.")
         return first
