@@ -52,7 +52,7 @@ def zeroth_order_step(
     if module.automatic_optimization:
         raise MisconfigurationException(
             f"{type(module).__name__} has `automatic_optimization=True`, and `zeroth_order_step` takes the step "
-            "itself. Set it to False in `__init__`, or use the ZerothOrder callback on a `training_step` that returns a loss."
+            "itself. Set it to False in `__init__`, or use the ZerothOrder callback and return the loss."
         )
     if not optimizer.attached:
         optimizer.attach(module)
