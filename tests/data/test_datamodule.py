@@ -322,11 +322,11 @@ def test_rows_without_labels_can_be_predicted(
 def test_files_are_checked_without_a_model(write_rows: Callable[..., Path]) -> None:
     folder = write_rows(train=3, test=[{"sentence": "soup", "label": 1}, {"sentence": ["rain"], "label": 0}])
     data = PromptDataModule("sst2", str(folder))
-    data.check("train")
+    data.check_rows("train")
     with pytest.raises(ValueError, match=r"Task sst2, .*test\.jsonl, line 2: .*field `sentence` is \['rain'\]"):
-        data.check("train", "test")
+        data.check_rows("train", "test")
     with pytest.raises(ValueError, match=r"validation\.jsonl does not exist"):
-        data.check("validation")
+        data.check_rows("validation")
 
 
 def test_that_there_are_fewer_rows_than_asked_for_is_said_once(

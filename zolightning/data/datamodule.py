@@ -118,7 +118,7 @@ class PromptDataModule(L.LightningDataModule):
             split = self._read("test", labelled=stage != "predict")
             self._examples["test"] = self._encode("test", split, self._sample(split, self.num_test))
 
-    def check(self, *names: str) -> None:
+    def check_rows(self, *names: str) -> None:
         """Reads splits and fills in the templates of all their rows, which needs no model and takes a moment.
 
         So what is wrong with the rows of a test is known before training, for one.

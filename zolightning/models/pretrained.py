@@ -33,6 +33,8 @@ def load_pretrained(
         RuntimeError: If a Python package cannot be downloaded.
         ValueError: If anything else about the arguments makes loading impossible.
     """
+    from safetensors import SafetensorError
+
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     torch_dtype = _DTYPES[dtype or "float32"]
@@ -45,8 +47,6 @@ def load_pretrained(
 
     source = path if path.exists() else _hub_source(name)
 
-    from safetensors import SafetensorError
-
     try:
         if path.is_file():
             model, tokenizer = load_gguf(path, torch_dtype, attention)
@@ -58,7 +58,8 @@ def load_pretrained(
             reason = f"a safetensors file is damaged ({reason}). Fetch or copy the model again."
         elif "trust_remote_code" in str(error):
             reason = "it brings code of its own (`auto_map` in config.json), and no code of a model is run."
-        raise ValueError(f"Cannot load `model_name` {name!r} with `attention` {attention!r}: {reason}") from None
+        setting = "" if attention is None else f" with `attention` {attention!r}"
+        raise ValueError(f"Cannot load `model_name` {name!r}{setting}: {reason}") from None
 
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
