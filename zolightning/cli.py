@@ -11,12 +11,14 @@ from typing import Any
 import lightning_utilities.core.rank_zero as rank_zero
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import PredictionWriter, RunMonitor, ZerothOrder
+from zolightning.callbacks import PredictionWriter, RunMonitor, SaveLast, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
+from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder
+from zolightning.checkpoints.save_last import require_writable
 from zolightning.commands import configs
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks
@@ -85,6 +87,10 @@ class ZerothOrderCLI(LightningCLI):
                 "checkpoint.filename": "best-{step}",
             }
         )
+        parser.add_lightning_class_args(SaveLast, "save_last")
+        parser.set_defaults(
+            {"save_last.how_to_go_on": "zolightning fit --config {folder}/config.yaml --ckpt_path last"}
+        )
         parser.add_lightning_class_args(RunMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
@@ -107,18 +113,27 @@ class ZerothOrderCLI(LightningCLI):
         else:
             self.config = parser.parse_object(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would read a whole checkpoint here for hyperparameters, which the config has."""
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
             # True, and of no interest where nothing is saved.
             warnings.filterwarnings("ignore", "The dirpath has changed.*")
         _name_run(config)
-        _refuse_missing_checkpoint(config)
+        find_checkpoint(config)
+        if self.subcommand == "fit" and config.checkpoint.dirpath is not None:
+            require_writable(Path(config.checkpoint.dirpath))
         _refuse_gradients(config)
 
     def instantiate_classes(self) -> None:
         """Makes the model last: whatever is wrong elsewhere is said before it is loaded."""
         name, config = self.subcommand, self.config.clone()
+        if name == "fit":
+            self.config[name].ckpt_path = None  # of this command, and no part of what the run's config.yaml says
+            if go_on_in_folder(config[name]):
+                warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         model = config[name].pop("model")
         self.config_init = self.parser.instantiate_classes(config)
         self.datamodule = self._get(self.config_init, "data")
@@ -129,13 +144,12 @@ class ZerothOrderCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         made = self.config_init[self.subcommand]
         made.trainer.callbacks = [*slot_callbacks(self.config[self.subcommand], made), *(made.trainer.callbacks or [])]
+        if made.trainer.enable_checkpointing is False:
+            parser = self._parser(self.subcommand)
+            parser.callback_keys = [key for key in parser.callback_keys if not isinstance(made[key], Checkpoint)]
         trainer = super().instantiate_trainer(**kwargs)
         config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
         trainer.run_config = json.loads(config)[self.subcommand]
-        best = trainer.checkpoint_callback
-        # Lightning's `save_last` writes when the best one changes. A run should go on from where it was.
-        if best is not None and not best.save_last:
-            trainer.callbacks.append(ModelCheckpoint(best.dirpath, "last", enable_version_counter=False))
         refuse_two_scopes(trainer)
         if self.subcommand == "fit" and any(isinstance(callback, ZerothOrder) for callback in trainer.callbacks):
             refuse_unsupported(trainer)
@@ -143,7 +157,8 @@ class ZerothOrderCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
-        if config.validate_first and config.ckpt_path is None and not config.trainer.fast_dev_run:
+        is_new = self.config_init[self.subcommand].ckpt_path is None
+        if config.validate_first and is_new and not config.trainer.fast_dev_run:
             (results,) = self.trainer.validate(self.model, self.datamodule, verbose=False)
             self._say("before training", results)
 
@@ -155,7 +170,7 @@ class ZerothOrderCLI(LightningCLI):
         if config.test_last and not config.trainer.fast_dev_run:
             path = best.best_model_path if best is not None else None
             (results,) = self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, verbose=False)
-            self._say("best checkpoint", results)
+            self._say("best checkpoint" if path else "last step", results)
 
     def _say(self, when: str, metrics: dict[str, float], where: str = "") -> None:
         if self.trainer.is_global_zero:
@@ -170,13 +185,6 @@ def _name_run(config: Any) -> None:
     if init_args is not None and init_args.get("name") in (None, "lightning_logs"):
         stems = [Path(str(path)).stem for path in config.get("config") or []]
         init_args["name"] = "-".join(stems) or "run"
-
-
-def _refuse_missing_checkpoint(config: Any) -> None:
-    """Refuses a checkpoint that is not there before the model is loaded, not after."""
-    path = config.get("ckpt_path")
-    if path is not None and str(path).endswith(".ckpt") and "://" not in str(path) and not Path(path).is_file():
-        raise MisconfigurationException(f"`ckpt_path` is {path}, which is not a file.")
 
 
 def _refuse_gradients(config: Any) -> None:

@@ -101,23 +101,24 @@ def test_predict_writes_a_line_an_example(finished: tuple[Runs, str], tmp_path: 
         assert row["prediction"] == row["scores"].index(max(row["scores"]))
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_resumed_run_equals_uninterrupted_run(finished: tuple[Runs, str], runs: Runs) -> None:
     whole, _ = finished
     runs("fit", "--trainer.max_steps", 3)
+    halfway = load(runs.version(0) / "checkpoints/last.ckpt")
     output = runs("fit", "--ckpt_path", runs.version(0) / "checkpoints/last.ckpt")
     assert "before training" not in output
     expected = load(whole.version(0) / "checkpoints/last.ckpt")
-    found = load(runs.version(1) / "checkpoints/last.ckpt")
-    halfway = load(runs.version(0) / "checkpoints/last.ckpt")
+    found = load(runs.version(0) / "checkpoints/last.ckpt")
     assert halfway["global_step"] == 3 and found["global_step"] == 6
     assert_same(found["state_dict"], expected["state_dict"])
-    assert_same(found["optimizer_states"], expected["optimizer_states"])
+    (one,), (other,) = found["optimizer_states"], expected["optimizer_states"]
+    assert one.pop("method") == other.pop("method")
+    assert_same(one, other)
     with pytest.raises(AssertionError):
         assert_same(halfway["state_dict"], expected["state_dict"])
     for tag in ("train/loss", "zo/projected_grad", "val/accuracy"):
-        resumed = runs.scalars(1)[tag]
-        assert resumed == {step: value for step, value in whole.scalars(0)[tag].items() if step >= 3}
+        assert runs.scalars(0)[tag] == whole.scalars(0)[tag]
+    assert not runs.version(1).exists()
 
 
 def test_export_is_a_hugging_face_folder(finished: tuple[Runs, str], tmp_path: Path) -> None:

@@ -275,20 +275,15 @@ class _OnException(Callback):
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder for checkpoints and tries to write to it.
+    """Checks that files can be written to a folder, or that it can be made; writes nothing.
 
     Raises:
         MisconfigurationException: with the folder and the reason.
     """
-    trial = folder / f".{os.getpid()}.trial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"")
-        trial.unlink()
-    except OSError as error:
-        raise MisconfigurationException(
-            f"`dirpath` is {folder}, which cannot be written to: {error.strerror}."
-        ) from error
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    reason = "is not a folder" if not existing.is_dir() else "cannot be written to"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise MisconfigurationException(f"Checkpoints are to go to `dirpath` {folder}, and {existing} {reason}.")
 
 
 def _is_mid_step(trainer: L.Trainer) -> bool:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
+from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.output import output_folder
 from zolightning.commands.profile import LayerProfile
 from zolightning.commands.sweep_layers import LayerSweep
@@ -22,6 +23,8 @@ class Trainer(L.Trainer):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._settings = settings
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin that the user chose
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
         self.run_config: Mapping[str, Any] = {}
 
     def with_settings(self, **changes: Any) -> L.Trainer:
@@ -119,7 +122,7 @@ class Trainer(L.Trainer):
         if ckpt_path is not None:
             if not Path(ckpt_path).is_file():
                 raise ValueError(f"`ckpt_path` is {ckpt_path}, which is not a file.")
-            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)
+            checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=weights_only is not False)
             model.on_load_checkpoint(checkpoint)
             weights = checkpoint["state_dict"]
             for name, parameter in model.named_parameters():

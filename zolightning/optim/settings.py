@@ -9,7 +9,8 @@ from torch import Tensor
 
 from zolightning.rank_zero import rank_zero_warn
 
-_COUNTERS = ("seed", "step", "forward_passes")  # which a run takes from its checkpoint, whatever it was made with
+# What a run takes from its checkpoint, whatever it was made with; and what torch adds when it restores an optimizer.
+_NOT_COMPARED = ("seed", "step", "forward_passes", "differentiable")
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
@@ -18,7 +19,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
     arguments = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     attributes = {name: value for name, value in vars(optimizer).items() if name in arguments - {"defaults"}}
-    settings = {name: value for name, value in (optimizer.defaults | attributes).items() if name not in _COUNTERS}
+    settings = {name: value for name, value in (optimizer.defaults | attributes).items() if name not in _NOT_COMPARED}
     dtypes = {str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]}
     return {
         "class": type(optimizer).__name__,

@@ -1,0 +1,182 @@
+"""``--ckpt_path last`` and ``best`` mean this run's, which goes on in its own folder."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cli_runs import Runs, printed, refused
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 with jsonargparse 4.49
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["zolightning"])
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        yield
+
+
+@pytest.fixture
+def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Runs:
+    write_tiny_model(tmp_path / "model")
+    return Runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    tmp_path_factory: pytest.TempPathFactory, write_tiny_model: Callable[..., Path], fresh_process: None
+) -> tuple[Runs, str]:
+    """Three steps, and three more by the run's config.yaml alone, with the test at the end; and what was printed."""
+    folder = tmp_path_factory.mktemp("resumed")
+    write_tiny_model(folder / "model")
+    runs = Runs(folder)
+    runs("fit", "--trainer.max_steps", 3, "--trainer.val_check_interval", 1)
+    config = runs.version(0) / "config.yaml"
+    arguments = ["--ckpt_path", "last", "--trainer.max_steps", "6", "--test_last", "true"]
+    return runs, printed(["fit", "--config", str(config), *arguments])
+
+
+def last_of(runs: Runs, version: int = 0) -> dict[str, Any]:
+    return torch.load(runs.version(version) / "checkpoints/last.ckpt", weights_only=True)
+
+
+def test_a_resumed_run_goes_on_in_its_folder(resumed: tuple[Runs, str]) -> None:
+    runs, output = resumed
+    assert "before training" not in output
+    assert not runs.version(1).exists()
+    assert sorted(runs.scalars(0)["train/loss"]) == [0, 1, 2, 3, 4, 5]
+    assert last_of(runs)["global_step"] == 6
+
+
+def test_the_best_is_that_of_the_whole_run(resumed: tuple[Runs, str]) -> None:
+    runs, output = resumed
+    accuracies = {step: value for step, value in runs.scalars(0)["val/accuracy"].items()}
+    (state,) = (state for key, state in last_of(runs)["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    best = Path(state["best_model_path"])
+    assert float(state["best_model_score"]) == pytest.approx(max(accuracies.values()))
+    assert [path.name for path in best.parent.glob("best*")] == [best.name]
+    assert f"({best})" in output
+
+    tested = runs.scalars(0)["test/accuracy"]
+    runs("test", "--ckpt_path", "best")
+    assert list(runs.scalars(1)["test/accuracy"].values()) == list(tested.values())
+
+
+def test_the_config_of_a_resumed_run_starts_a_new_one(resumed: tuple[Runs, str]) -> None:
+    config = yaml.safe_load((resumed[0].version(0) / "config.yaml").read_text())
+    assert config["ckpt_path"] is None and config["trainer"]["logger"]["init_args"]["version"] is None
+
+
+def test_a_new_run_of_the_same_name_and_then_last(runs: Runs) -> None:
+    """The newest version with a checkpoint, and numbers are not sorted as words."""
+    for steps, version in ((1, 2), (2, 10)):
+        runs("fit", "--trainer.max_steps", steps, "--trainer.logger.init_args.version", version)
+    runs("validate", "--ckpt_path", "last")
+    assert (runs.version(11)).exists()
+    runs("fit", "--trainer.max_steps", 3, "--ckpt_path", "last")
+    assert last_of(runs, 10)["global_step"] == 3 and last_of(runs, 2)["global_step"] == 1
+    assert not runs.version(12).exists()
+
+
+def test_from_the_best_a_run_goes_on_in_a_new_folder(runs: Runs) -> None:
+    """What it had learned after it stays."""
+    runs("fit", "--trainer.max_steps", 6)
+    (best,) = (runs.version(0) / "checkpoints").glob("best*")
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        runs("fit", "--trainer.max_steps", 8, "--ckpt_path", best)
+    assert last_of(runs, 0)["global_step"] == 6 and last_of(runs, 1)["global_step"] == 8
+
+
+def test_a_run_that_was_stopped_goes_on_by_the_command_it_names(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (runs.folder / "stops.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Stop(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    monkeypatch.syspath_prepend(runs.folder)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as exit_:
+        runs("fit", "--trainer.callbacks+", "stops.Stop")
+    assert exit_.value.code == 143
+    assert last_of(runs)["global_step"] == 2
+    (line,) = (record.getMessage() for record in caplog.records if "To go on: " in record.getMessage())
+    command = shlex.split(line.partition("To go on: ")[2])
+    assert command[:2] == ["zolightning", "fit"]
+    printed(command[1:])
+    assert last_of(runs)["global_step"] == 6 and not runs.version(1).exists()
+
+
+def test_a_run_without_a_validation_ends_with_its_last_step(runs: Runs) -> None:
+    output = runs("fit", "--trainer.max_steps", 2, "--trainer.val_check_interval", 100, "--test_last", "true")
+    assert last_of(runs)["global_step"] == 2
+    assert "last step: test/accuracy" in output and "best checkpoint" not in output
+    assert "knows of no best one" in runs.refused("test", "--ckpt_path", "best")
+
+
+def test_checkpoints_can_be_turned_off(runs: Runs) -> None:
+    output = runs("fit", "--trainer.enable_checkpointing", "false", "--test_last", "true")
+    assert not (runs.version(0) / "checkpoints").exists()
+    assert "last step: test/accuracy" in output
+
+
+@pytest.mark.parametrize("word", ["last", "best"])
+def test_a_run_without_a_checkpoint_does_not_start_anew(runs: Runs, word: str) -> None:
+    message = runs.refused("fit", "--ckpt_path", word)
+    assert message.startswith(f"error: `ckpt_path` is '{word}', and no version of this run in ") and "\n" not in message
+    assert not (runs.folder / "logs").exists()
+
+
+@pytest.mark.parametrize("length", [0, 5000])
+def test_a_damaged_checkpoint_is_refused_before_the_model_is_loaded(runs: Runs, length: int) -> None:
+    path = runs.folder / "saved.ckpt"
+    torch.save({"weight": torch.ones(5000)}, path)
+    path.write_bytes(path.read_bytes()[:length])
+    message = runs.refused("fit", "--ckpt_path", path, "--model.init_args.model_name", runs.folder / "none")
+    assert message == f"error: `ckpt_path` is {path}, which is empty, cut off or no checkpoint."
+
+
+def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:
+    runs("fit", "--trainer.max_steps", 1)
+    path = runs.version(0) / "checkpoints/last.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for subcommand in ("fit", "export"):
+        message = runs.refused(subcommand, "--ckpt_path", path)
+        assert message.startswith(f"error: The checkpoint {path} is damaged: ") and "\n" not in message
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loaded(runs: Runs) -> None:
+    (runs.folder / "file").write_text("")
+    options = ["--checkpoint.dirpath", runs.folder / "file/x", "--model.init_args.model_name", runs.folder / "none"]
+    assert "file is not a folder" in runs.refused("fit", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method.num_queries", 3], "`num_queries` is 3, there 1"),
+        (["--method", "LOZO"], "written by MeZO, and this run trains with LOZO"),
+        (["--trainer.precision", "32-true"], "`trainer.precision` is '32-true', and the checkpoint's run has"),
+    ],
+)
+def test_other_settings_than_the_checkpoint_s(resumed: tuple[Runs, str], options: list[Any], words: str) -> None:
+    runs, _ = resumed
+    config = str(runs.version(0) / "config.yaml")
+    if "LOZO" in options:
+        options = [*options, "--resampling", "SubspaceResampling"]
+    message = refused(
+        ["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "9", *map(str, options)]
+    )
+    assert words in message and "\n" not in message
