@@ -87,6 +87,19 @@ class TestWhatTrainingStepReturns:
         assert unmoved == ([skipped] if skipped else []) and seen[skipped][1] == {}
         assert trainer.callback_metrics["train/loss"].isfinite()
 
+    def test_shared_runs_of_the_network_go_on_after_a_skipped_batch(
+        self, make_regression: MakeModule, fit: Fit
+    ) -> None:
+        module, records, calls = make_regression(), Records(), []
+        own_step = module.training_step
+        module.training_step = lambda batch, batch_idx: None if batch_idx == 2 else own_step(batch, batch_idx)
+        module.net[0].register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+        with pytest.warns(UserWarning, match="returned None") as warned:
+            fit(module, records, zeroth_order=ZerothOrder(METHOD, evaluations_per_forward=2))
+        assert not any("evaluations_per_forward" in str(warning.message) for warning in warned)
+        assert [not record.projected_grads for record in records.records] == [False, False, True, False]
+        assert calls[-1] == 8  # both evaluations of four examples
+
     def test_some_parts_of_a_batch_may_be_skipped(self, make_regression: MakeModule, fit: Fit) -> None:
         """Their examples do not count: the loss is that of a batch without them."""
         module, records = make_regression(), [Records(), Records()]
@@ -358,6 +371,18 @@ class TestStrangers:
         assert sum(losses[-7:]) < 0.8 * sum(losses[:7])
         assert caplog.text.count("`training_step` of Physics differentiates") == 1
         assert all(parameter.grad is None for parameter in module.parameters())
+
+    def test_a_loss_of_gradients_by_parameters(self, make_regression: MakeModule, fit: Fit) -> None:
+        class Penalty(type(make_regression())):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                loss = super().training_step(batch, batch_idx)
+                gradients = torch.autograd.grad(loss, list(self.net.parameters()), create_graph=True)
+                return loss + sum(gradient.square().sum() for gradient in gradients)
+
+        with pytest.raises(
+            MisconfigurationException, match="`training_step` of Penalty differentiates by the module's"
+        ):
+            fit(Penalty())
 
     def test_losses_in_train_mode_only(self, make_regression: MakeModule, fit: Fit) -> None:
         """As detection networks do: their error is told what caused it, and how to be served."""

@@ -223,6 +223,12 @@ class ZerothOrder(Callback):
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error} {self._advice(batch, batch_idx)}") from None
         except RuntimeError as error:
+            if self._differentiates and "used in the graph" in str(error):
+                raise MisconfigurationException(
+                    f"`training_step` of {type(pl_module).__name__} differentiates by the module's parameters, and "
+                    "ZerothOrder evaluates it at perturbed copies of them. Differentiate by inputs, or by copies made "
+                    "in the step (`torch.func.functional_call`), or leave that term out."
+                ) from error
             if self._differentiates or "does not require grad" not in str(error):
                 raise
             self._differentiates = True

@@ -85,7 +85,7 @@ class StackedNetwork:
                 results += _one_by_one(evaluate, chunk)
                 continue
             found, cuts = self._stacked(evaluate, chunk)
-            if cuts not in self._trusted:
+            if cuts is not None and cuts not in self._trusted:
                 if self._agrees(evaluate, chunk):
                     self._trusted.add(cuts)
                 else:
@@ -95,13 +95,16 @@ class StackedNetwork:
 
     def _stacked(
         self, evaluate: Evaluate, contexts: Sequence[Perturbed]
-    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Any, ...]]:
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Any, ...] | None]:
+        """Losses, and where tensors were cut; None for a batch without terms, which does without the network."""
         run = _Run(self.network, contexts, self._generators)
         with replaced_forward(self.network, run.forward):
             for context in contexts:
                 with context:
                     run.begin()
                     run.losses.append(evaluate())
+        if not run.calls and not any(terms for _, terms in run.losses):
+            return run.losses, None
         if not run.calls:
             raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
         return run.losses, (len(contexts), *run.cuts)
