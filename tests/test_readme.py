@@ -245,10 +245,11 @@ def test_commands(document: str, parse: Callable[[list[str]], Any]) -> None:
 
 @pytest.mark.parametrize("document", ["README.md", "configs/README.md", PACKAGE])
 def test_flags_in_the_text(document: str, parse: Callable[[list[str]], Any]) -> None:
-    start = ["zolightning", "fit", "--config", "configs/quickstart.yaml", "--config", "configs/methods/zo_mopi.yaml"]
+    words = ["zolightning", "fit", "--config", "configs/quickstart.yaml", "--config", "configs/methods/zo_mopi.yaml"]
     for span in re.findall(r"`(--[a-z_]+(?:\.[a-z_.]+)? [^`]+)`", text(document).replace("\n", " ")):
         if "..." not in span:
-            parse([*start, *shlex.split(span)])
+            words += shlex.split(span)
+    parse(words)
 
 
 def test_every_config_is_described() -> None:
