@@ -41,6 +41,10 @@ class ZerothOrder(Callback):
     times a batch, in evaluation mode and without gradients; what it logs and returns in the first run is what other
     callbacks see. Without this callback the same module trains by backpropagation.
 
+    Outside a step's evaluations the module's weights are the trained ones, for whoever reads or writes them in a hook.
+    Subspace methods add their updates to them at every step, or, where nobody looks between steps, at a resampling, a
+    validation and the end (:mod:`zolightning.callbacks.folding`).
+
     What ``training_step`` returns: a scalar tensor; or a dictionary with it as ``"loss"`` and, where the loss is a mean
     over something else than the batch's examples (tokens), their number as ``"num_terms"``; or None, to skip the batch.
 

@@ -15,7 +15,17 @@ CHUNK = 2**20
 
 
 def momentum_(state: State, weight: Tensor, gradient: Direction, momentum: float) -> Tensor:
-    """Folds a gradient, already times ``1 - momentum``, into ``state["momentum_buffer"]``; returns it, flat."""
+    """Moves ``state["momentum_buffer"]`` towards a gradient.
+
+    Args:
+        state: the parameter's entry in the optimizer's state; the buffer is made there, of zeros, if needed.
+        weight: what the gradient is of, n elements in any shape.
+        gradient: already times ``1 - momentum``.
+        momentum: decay of the mean.
+
+    Returns:
+        The buffer, (n,), float32 or wider.
+    """
     buffer = _moment(state, "momentum_buffer", weight)
     gradient.accumulate(buffer, decay=momentum)
     return buffer
@@ -24,9 +34,18 @@ def momentum_(state: State, weight: Tensor, gradient: Direction, momentum: float
 def adam_(
     state: State, weight: Tensor, gradient: Direction, betas: tuple[float, float], denominator_eps: float
 ) -> Tensor:
-    """One step of Adam's moments (Kingma and Ba, arXiv 1412.6980, algorithm 1); returns the step per `lr`, flat.
+    """One step of Adam's moments (Kingma and Ba, arXiv 1412.6980, algorithm 1).
 
-    Writes ``exp_avg`` and ``exp_avg_sq``. The returned tensor is of the size of the weight.
+    Args:
+        state: the parameter's entry in the optimizer's state; ``exp_avg`` and ``exp_avg_sq``, (n,), are made there, of
+            zeros, if needed, and ``step`` counts.
+        weight: what the gradient is of, n elements in any shape.
+        gradient: as it is estimated.
+        betas: decays of the first and second moment.
+        denominator_eps: added to the root of the second moment.
+
+    Returns:
+        The step per learning rate, (n,), float32 or wider: a new tensor.
     """
     mean, square = _moment(state, "exp_avg", weight), _moment(state, "exp_avg_sq", weight)
     state["step"] = state.get("step", 0) + 1
