@@ -5,6 +5,7 @@ import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks import PredictionWriter, RunMonitor, SaveLast, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder
-from zolightning.checkpoints.save_last import require_writable
 from zolightning.commands import configs
+from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
 
+_LOGS = "logs"
 _TRAINER_DEFAULTS: dict[str, Any] = {
-    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}},
-    "default_root_dir": "logs",
+    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": _LOGS}},
+    "default_root_dir": _LOGS,
     "log_every_n_steps": 10,
     # Validation is counted in batches across epochs, and Lightning's own two-batch check would only repeat
     # what `validate_first` does in full.
@@ -112,6 +114,7 @@ class ZerothOrderCLI(LightningCLI):
             self.config = parser.parse_args(replacing(from_package(sys.argv[1:] if args is None else args)))
         else:
             self.config = parser.parse_object(args)
+        check_seed(self.config[self.config.subcommand].seed_everything)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would read a whole checkpoint here for hyperparameters, which the config has."""
@@ -123,8 +126,7 @@ class ZerothOrderCLI(LightningCLI):
             warnings.filterwarnings("ignore", "The dirpath has changed.*")
         _name_run(config)
         find_checkpoint(config)
-        if self.subcommand == "fit" and config.checkpoint.dirpath is not None:
-            require_writable(Path(config.checkpoint.dirpath))
+        check_settings(config, self.subcommand)
         _refuse_gradients(config)
 
     def instantiate_classes(self) -> None:
@@ -137,6 +139,7 @@ class ZerothOrderCLI(LightningCLI):
         model = config[name].pop("model")
         self.config_init = self.parser.instantiate_classes(config)
         self.datamodule = self._get(self.config_init, "data")
+        check_data(config[name], self.datamodule, name)
         self.trainer = self.instantiate_trainer()
         only_model = Namespace({name: Namespace(model=model), "subcommand": name})
         self.model = self.parser.instantiate_classes(only_model)[name].model
@@ -158,30 +161,36 @@ class ZerothOrderCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None
+        check_monitors(self.trainer, self.model, self.datamodule)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
-            (results,) = self.trainer.validate(self.model, self.datamodule, verbose=False)
-            self._say("before training", results)
+            self._say("before training", self.trainer.validate(self.model, self.datamodule, verbose=False))
 
     def after_fit(self) -> None:
         config = self.config[self.subcommand]
         best = self.trainer.checkpoint_callback
         if best is not None and best.best_model_score is not None:
-            self._say("best checkpoint", {best.monitor: float(best.best_model_score)}, best.best_model_path)
+            self._say("best checkpoint", [{best.monitor: float(best.best_model_score)}], best.best_model_path)
         if config.test_last and not config.trainer.fast_dev_run:
             path = best.best_model_path if best is not None else None
-            (results,) = self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, verbose=False)
+            results = self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, verbose=False)
             self._say("best checkpoint" if path else "last step", results)
 
-    def _say(self, when: str, metrics: dict[str, float], where: str = "") -> None:
-        if self.trainer.is_global_zero:
+    def _say(self, when: str, of_loaders: Sequence[Mapping[str, float]], where: str = "") -> None:
+        metrics = {name: value for metrics in of_loaders for name, value in metrics.items()}
+        if self.trainer.is_global_zero and metrics:
             values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
             print(f"{when}: {values}{f' ({where})' if where else ''}", flush=True)
 
 
 def _name_run(config: Any) -> None:
-    """Calls a run after its config files, unless it has a name: ``logs/sst2-mezo/version_0``."""
+    """Calls a run after its config files, unless it has a name: ``logs/sst2-mezo/version_0``.
+
+    The folder is that of ``trainer.default_root_dir`` unless the logger has one of its own.
+    """
     logger = config.trainer.logger
     init_args = getattr(logger, "init_args", None)
+    if init_args is not None and init_args.get("save_dir") == _LOGS and config.trainer.default_root_dir is not None:
+        init_args["save_dir"] = str(config.trainer.default_root_dir)
     if init_args is not None and init_args.get("name") in (None, "lightning_logs"):
         stems = [Path(str(path)).stem for path in config.get("config") or []]
         init_args["name"] = "-".join(stems) or "run"

@@ -29,6 +29,20 @@ pytestmark = [
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
         (("--method.lr", "-1"), "`lr` must be a positive number, got -1.0"),
         (("--ckpt_path", "no.ckpt"), "`ckpt_path` is no.ckpt, which is not a file"),
+        (("--seed_everything", "-1"), "`seed_everything` must be at least 0 and below 2**32, got -1"),
+        (("--trainer.max_steps", "-1"), "`trainer.max_steps` is -1 and `trainer.max_epochs` is None: the run would"),
+        (("--trainer.max_steps", "0"), "`trainer.max_steps` is 0: nothing would be trained"),
+        (("--method.num_queries", "1000000000"), "`method.num_queries` must be at most 10,000, got 1000000000"),
+        (("--method.eps", "1e-30"), "`method.eps` must be between 1e-12 and 1000, got 1e-30"),
+        (("--method.lr", "1e308"), "`method.lr` must be at most 1e+06, got 1e+308"),
+        (("--checkpoint.dirpath", "/proc/x"), "`checkpoint.dirpath` is /proc/x, where no file can be written"),
+        (("--trainer.default_root_dir", "/proc/x"), "`trainer.default_root_dir` is /proc/x, where no file can be"),
+        (("--evaluation.keep_prefix_gib", "1"), "`evaluation.keep_prefix_gib` is 1.0, and `data.fixed_batches` is"),
+        (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` waits for the metric 'val/acc', which the valid"),
+        (
+            ("--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/los}}]"),
+            "`EarlyStopping` waits for the metric 'val/los', which the validation does not log. It logs val/accuracy, ",
+        ),
     ],
 )
 def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], message: str) -> None:
@@ -37,6 +51,20 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert error.startswith("error: " + message)
     assert "\n" not in error
     assert "before training" not in output.getvalue()  # not after minutes of validation
+
+
+def test_test_rows_are_read_before_training(runs: Runs) -> None:
+    for split in ("train", "validation"):
+        (runs.folder / f"{split}.jsonl").write_text('{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 1}\n')
+    options = ("--data.path", runs.folder, "--test_last", "true", "--model.model_name", "no/such/model")
+    assert "test.jsonl" in runs.refused("fit", *options)
+    (runs.folder / "test.jsonl").write_text('{"sentence": "a", "label": 7}\n')
+    assert "test.jsonl, line 1: label 7 in field `label`" in runs.refused("fit", *options)
+
+
+def test_nothing_to_validate_or_to_test(runs: Runs) -> None:
+    printed = runs("fit", "--trainer.limit_val_batches", 0, "--trainer.limit_test_batches", 0, "--test_last", "true")
+    assert "before training" not in printed
 
 
 METHODS = "LOZO, MeZO, MeZOAdam, "

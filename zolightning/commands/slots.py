@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.callbacks.zeroth_order import Method
+from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.packaged import packaged
 from zolightning.scopes import Scope
@@ -123,6 +124,7 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
             )
         return callbacks
     optimizer = trial(made.method)
+    check_method(optimizer)
     if made.lr_scheduler is not None:
         made.lr_scheduler(optimizer)
     callbacks += _of_a_subspace(config, made, optimizer, listed)

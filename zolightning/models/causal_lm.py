@@ -48,6 +48,8 @@ class CausalLM(L.LightningModule):
         model.export("sentiment-model")
     """
 
+    validation_metrics = ("val/accuracy", "val/f1", "val/loss")  # what a checkpoint or early stopping can wait for
+
     def __init__(
         self,
         model_name: str,

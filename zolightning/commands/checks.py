@@ -1,0 +1,153 @@
+"""What can be known to be wrong before the first step, cheapest first: settings, folders, rows, metrics."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from zolightning.commands.output import quiet
+from zolightning.optim import ZerothOrderOptimizer
+
+_MOST_QUERIES = 10_000
+_SMALLEST_EPS, _LARGEST_EPS, _LARGEST_LR = 1e-12, 1e3, 1e6
+_NOT_OF_VALIDATION = ("train", "zo/", "run/", "lr-")  # names of metrics that a validation does not log
+
+
+def check_seed(seed: int | bool) -> None:
+    """Raises a ValueError for a seed that no generator takes."""
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise ValueError(f"`seed_everything` must be at least 0 and below 2**32, got {seed}.")
+
+
+def check_settings(config: Namespace, subcommand: str) -> None:
+    """Checks what needs no object at all.
+
+    Raises:
+        ValueError: naming the setting, its value and what is accepted.
+    """
+    trainer = config.trainer
+    if subcommand == "fit" and not trainer.fast_dev_run:
+        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and trainer.max_time is None:
+            raise ValueError(
+                f"`trainer.max_steps` is -1 and `trainer.max_epochs` is {trainer.max_epochs}: the run would not end. "
+                "Set one of them, or `trainer.max_time`."
+            )
+        if trainer.max_steps == 0:
+            raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
+    for path in _folders(config):
+        check_writable(*path)
+
+
+def check_method(optimizer: ZerothOrderOptimizer) -> None:
+    """Checks numbers that a method accepts and no run can mean.
+
+    Raises:
+        ValueError: naming the setting, its value and what is accepted.
+    """
+    group = optimizer.param_groups[0]
+    if optimizer.num_queries > _MOST_QUERIES:
+        raise ValueError(
+            f"`method.num_queries` must be at most {_MOST_QUERIES:,}, got {optimizer.num_queries}: each is a forward "
+            "pass or two of every step."
+        )
+    if not _SMALLEST_EPS <= group["eps"] <= _LARGEST_EPS:
+        raise ValueError(
+            f"`method.eps` must be between {_SMALLEST_EPS:g} and {_LARGEST_EPS:g}, got {group['eps']:g}: weights would "
+            "not be seen to move, or would be lost in the noise. 1e-3 is usual."
+        )
+    if group["lr"] > _LARGEST_LR:
+        raise ValueError(f"`method.lr` must be at most {_LARGEST_LR:g}, got {group['lr']:g}.")
+
+
+def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
+    """Checks settings of data and method against each other, and reads the rows that are needed only at the end.
+
+    Raises:
+        ValueError: naming the setting, or the file and line that are wrong.
+    """
+    fixed = getattr(datamodule, "fixed_batches", True)
+    if subcommand == "fit" and config.evaluation.keep_prefix_gib and not fixed:
+        raise ValueError(
+            f"`evaluation.keep_prefix_gib` is {config.evaluation.keep_prefix_gib}, and `data.fixed_batches` is false: "
+            "what is kept of a batch is of use when the same batch comes again. Set `data.fixed_batches` to true."
+        )
+    if subcommand == "fit" and config.test_last and hasattr(datamodule, "check_rows"):
+        datamodule.check_rows("test")
+
+
+def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
+    """Checks that the metrics exist that callbacks wait for.
+
+    A module may name them as ``validation_metrics``; of another, one batch is validated, without traces.
+
+    Raises:
+        MisconfigurationException: naming a metric that nothing logs, its callback and the metrics that there are.
+    """
+    monitors = _monitors(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    if not monitors or trainer.limit_val_batches == 0:
+        return
+    logged = getattr(model, "validation_metrics", None) or _validated_once(trainer, model, datamodule)
+    for owner, name in monitors:
+        if name not in logged:
+            raise MisconfigurationException(
+                f"`{owner}` waits for the metric {name!r}, which the validation does not log. It logs "
+                f"{', '.join(sorted(logged)) or 'none'}."
+            )
+
+
+def _validated_once(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> set[str]:
+    """Names of the metrics that one batch of validation logs."""
+    with quiet(), isolate_rng():
+        runner = L.Trainer(
+            accelerator="cpu" if trainer.strategy.root_device.type == "cpu" else "auto",
+            devices=1,
+            precision=trainer.precision,
+            limit_val_batches=1,
+            logger=False,
+            callbacks=[],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        return {name for metrics in runner.validate(model, datamodule, verbose=False) for name in metrics}
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raises a ValueError that names a setting if no file can be written to its folder."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    nearest = folder if not missing else missing[-1].parent
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"`{name}` is {folder}, where no file can be written: {error.strerror}.") from None
+
+
+def _folders(config: Namespace) -> Iterable[tuple[str, Path]]:
+    logger = config.trainer.logger
+    settings = logger.get("init_args") if isinstance(logger, Namespace) else None
+    candidates = {
+        "trainer.default_root_dir": config.trainer.default_root_dir,
+        "trainer.logger.save_dir": settings.get("save_dir") if settings else None,
+        "checkpoint.dirpath": config.checkpoint.dirpath,
+    }
+    for name, folder in candidates.items():
+        if folder is not None and "://" not in str(folder):
+            yield name, Path(folder)
+
+
+def _monitors(callbacks: Iterable[Callback]) -> list[tuple[str, str]]:
+    """Metrics of a validation that callbacks wait for, each after what it is called by."""
+    found = []
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if isinstance(name, str) and not name.startswith(_NOT_OF_VALIDATION):
+            owner = "checkpoint.monitor" if type(callback).__name__ == "ModelCheckpoint" else type(callback).__name__
+            found.append((owner, name))
+    return found
