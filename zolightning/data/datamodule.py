@@ -109,15 +109,6 @@ class PromptDataModule(L.LightningDataModule):
         if self.folder is None:
             read_hub(self._hub, self._hub.train, self.task)
 
-    def check_rows(self, name: str) -> None:
-        """Reads the rows of a split that lie in a folder, to refuse now what is wrong with them.
-
-        Raises:
-            ValueError: The file is missing, or a line of it does not fit the task; says which.
-        """
-        if self.folder is not None:
-            self._read(name)
-
     def setup(self, stage: str | None = None) -> None:
         if stage in ("fit", "validate", None):
             for name, (split, chosen) in self._sample_train_and_validation().items():
