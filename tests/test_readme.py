@@ -222,12 +222,13 @@ def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[s
         patch.setattr("zolightning.bench.step_cost._run", lambda arguments: None)
         cli = ZerothOrderCLI(["fit", "--config", "configs/quickstart.yaml"])
 
-        def parse(words: list[str]) -> None:
+        def parse(words: list[str]) -> Any:
             match words:
                 case ["python", "-m", "zolightning.bench", *arguments]:
                     bench.main(arguments)
                 case ["zolightning", *arguments] | ["python", "-m", "zolightning", *arguments]:
                     cli.parse_arguments(cli.parser, arguments)
+                    return cli.config
                 case _:
                     pytest.fail(f"What is {words}?")
 
@@ -255,6 +256,12 @@ def test_flags_in_the_text(document: str, parse: Callable[[list[str]], Any]) -> 
 def test_every_config_is_described() -> None:
     described = set(re.findall(r"`(\w[\w.]*\.yaml)`", text("configs/README.md")))
     assert {path.name for path in (ROOT / "configs").rglob("*.yaml")} <= described
+
+
+def test_every_field_is_described(parse: Callable[[list[str]], Any]) -> None:
+    config = parse(["zolightning", "fit", "--config", "configs/quickstart.yaml"]).fit
+    fields = {name.partition(".")[0] for name in config.keys()}  # noqa: SIM118 (a Namespace has no iterator)
+    assert fields - {"config", "ckpt_path", "weights_only"} <= set(re.findall(r"`(\w+)`", text("configs/README.md")))
 
 
 # Links
