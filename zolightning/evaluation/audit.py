@@ -91,7 +91,7 @@ def find_readers(
     """The submodules that own some of `parameters`, if these are read nowhere else; None if they are.
 
     Found by two evaluations along one random direction, one with all functions watched: their losses must agree in
-    all bits. A read elsewhere escapes only if it does not move the loss.
+    all bits. A read elsewhere escapes only if it does not move the loss and is not the only one.
 
     Args:
         module: what owns all of the parameters.
@@ -110,8 +110,9 @@ def find_readers(
     changes = directions(
         named, seed=0, step=0, coefficients={q: _TRIAL_EPS * 0.7**q for q in range(4)}, kind="gaussian"
     )
-    losses = []
+    losses, seen = [], []
     for readers in (None, owners):
-        with Perturbed({named[name]: change for name, change in changes.items()}, readers=readers):
+        with Perturbed({named[name]: change for name, change in changes.items()}, readers=readers) as perturbed:
             losses.append(evaluate())
-    return owners if torch.equal(*losses) else None
+        seen.append(perturbed.seen)
+    return owners if torch.equal(*losses) and seen[0] == seen[1] else None

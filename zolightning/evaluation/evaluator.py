@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
@@ -34,6 +35,8 @@ class Evaluator:
         self.prefix = SharedPrefix(())
         self.is_first = False
         self._scratch = Scratch()
+        # Submodules and the parameters that each has itself, at the last step
+        self._structure: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
@@ -53,6 +56,7 @@ class Evaluator:
             ValueError: if evaluations are to share runs and no submodule holds all parameters.
         """
         self.module = module
+        self._structure = []
         self._is_watched = False
         self.prefix = SharedPrefix(layers_of(module))
         self._readers.clear()
@@ -95,22 +99,54 @@ class Evaluator:
                 finally:
                     self.is_first, self._is_watched = False, True
 
-            self._find_unseen(trainable, run)
-            contexts = [self._perturbed(trainable, changes) for changes in perturbations]
-            readers = self._find_readers(contexts[0], run)
-            for context in contexts:
-                context.readers = readers
-            results = self._losses(run, contexts, generators)
+            if not self._is_as_before(modules):
+                self.forget()
+            results, unread = self._losses(run, trainable, perturbations, generators)
+            if unread:  # at least where they were
+                self._readers.clear()
+                for parameter in unread:
+                    self._in_place.pop(parameter, None)
+                results, _ = self._losses(run, trainable, perturbations, generators)
             traces.finish()
         return results
 
+    def forget(self) -> None:
+        """Has it found out anew, by the next evaluations, where parameters are read and what these have in common."""
+        self._in_place.clear()
+        self._readers.clear()
+        self._is_watched = False
+        if self.module is not None:
+            self.prefix = SharedPrefix(layers_of(self.module), self.prefix.keep_bytes)
+        if self._stack is not None:
+            self._stack = StackedNetwork(self._stack.network, self._stack.size)
+
+    def _is_as_before(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether these are the submodules of the last step, each with the same parameters under the same names."""
+        before, self._structure = self._structure, [(m, _own_parameters(m)) for m in modules]
+        if len(before) != len(self._structure):
+            return not before
+        return all(
+            one is other and held.keys() == now.keys() and all(held[name] is now[name] for name in now)
+            for (one, held), (other, now) in zip(before, self._structure, strict=True)
+        )
+
     def _losses(
-        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators
-    ) -> list[tuple[Tensor, Tensor]]:
+        self,
+        evaluate: Evaluate,
+        trainable: Mapping[nn.Parameter, str],
+        perturbations: Sequence[Perturbations],
+        generators: Generators,
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[nn.Parameter]]:
+        """Losses, and the parameters that were to be perturbed where they are read, and have not been read there."""
+        self._find_unseen(trainable, evaluate)
+        contexts = [self._perturbed(trainable, changes) for changes in perturbations]
+        readers = self._find_readers(contexts[0], evaluate)
+        for context in contexts:
+            context.readers = readers
         if self._stack is not None and not contexts[0].in_place:
             self.is_first = True
             try:
-                return self._stack.evaluate(evaluate, contexts, generators)
+                return self._stack.evaluate(evaluate, contexts, generators), []
             except CannotStack as error:
                 self._stack = None
                 rank_zero_warn(
@@ -123,7 +159,7 @@ class Evaluator:
             for context in contexts:
                 with context:
                     results.append(self.prefix.evaluate(evaluate, context))
-        return results
+        return results, contexts[0].unread()
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
         watched = dict.fromkeys(trainable, None) | dict(perturbations)
@@ -153,3 +189,8 @@ class Evaluator:
         if parameters and self.module is not None and parameters not in self._readers:
             self._readers[parameters] = find_readers(self.module, parameters, lambda: evaluate()[0])
         return self._readers.get(parameters)
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """By name; none of TorchScript, which makes a new object for each at every look."""
+    return {} if isinstance(module, torch.jit.ScriptModule) else dict(module._parameters)

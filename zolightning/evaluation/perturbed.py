@@ -93,6 +93,10 @@ class Perturbed(TorchFunctionMode):
         """Whether any of the parameters may have been read so far."""
         return bool(self.seen or self.in_place)
 
+    def unread(self) -> list[nn.Parameter]:
+        """Those that no function has read so far, among the parameters that are not perturbed in place."""
+        return [p for p in self.perturbations if p not in self.in_place and id(p) not in self.seen]
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context functions are handed the stored parameters."""

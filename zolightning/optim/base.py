@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,6 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self.update_precision: UpdatePrecision = update_precision
         self._estimate = Estimate()
         self.evaluator = Evaluator()
-        self._nonfinite_in_a_row = 0
 
     @property
     def attached(self) -> bool:
@@ -143,22 +142,21 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         """
         self._estimate.is_pending = False
         probes = self.estimator.probes(self.num_queries)
-        trainable = {parameter: name for _, name, parameter in self.trainable()}
-        perturbations = [self._perturbations_of(probe) for probe in probes]
-        group = self.param_groups[0]
-        randomness = (group["seed"], group["step"], stream)
-        results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations, randomness)
-        # A loss over no terms says nothing: it is NaN where it is a mean.
-        totals = torch.stack(
-            [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
-        )
-        totals = (totals if reduce is None else reduce(totals)).cpu()
-        losses = totals[:, 0] / totals[:, 1]
-        finite, empty = bool(torch.isfinite(losses).all()), bool((totals[:, 1] == 0).any())
-        if (totals[:, 1] < 0).any():
-            raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {totals[0, 1]:g}.")
-        self._nonfinite_in_a_row = 0 if finite else self._nonfinite_in_a_row + (not empty)
-        if self._nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not empty:
+        group, last = self.param_groups[0], self._estimate
+        losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
+        was_flat, last.is_flat = last.is_flat, _is_flat(losses)
+        if last.is_flat and not was_flat:  # as if the weights were read where the perturbations do not reach them
+            self.evaluator.forget()
+            losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
+            last.is_flat = _is_flat(losses)
+            if last.is_flat:
+                rank_zero_warn(
+                    "All losses of a step are equal, so that it says nothing about the weights: the loss does not "
+                    f"depend on the parameters that train, or `eps` ({group['eps']:g}) is too small to change it."
+                )
+        finite = bool(torch.isfinite(losses).all())
+        last.nonfinite_in_a_row = 0 if finite else last.nonfinite_in_a_row + (not is_empty)
+        if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not is_empty:
             values = ", ".join(f"{loss:g}" for loss in losses.tolist())
             many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
@@ -173,7 +171,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
         )
-        self._estimate.record, self._estimate.is_pending = record, True
+        last.record, last.is_pending = record, True
         return record
 
     @torch.no_grad()
@@ -242,6 +240,24 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         """Leaves the module for good, its stored weights being what was trained."""
         self.evaluator.detach()
 
+    def _evaluate(
+        self, probes: Sequence[Probe], evaluate: Evaluate, reduce: Reduce | None, stream: int
+    ) -> tuple[Tensor, bool]:
+        """The losses of all probes over all ranks, float64 on the CPU; and whether there was no term to average."""
+        group = self.param_groups[0]
+        trainable = {parameter: name for _, name, parameter in self.trainable()}
+        perturbations = [self._perturbations_of(probe) for probe in probes]
+        randomness = (group["seed"], group["step"], stream)
+        results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations, randomness)
+        # A loss over no terms says nothing: it is NaN where it is a mean.
+        totals = torch.stack(
+            [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
+        )
+        totals = (totals if reduce is None else reduce(totals)).cpu()
+        if (totals[:, 1] < 0).any():
+            raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {totals[0, 1]:g}.")
+        return totals[:, 0] / totals[:, 1], bool((totals[:, 1] == 0).any())
+
     def _perturbations_of(self, probe: Probe) -> dict[nn.Parameter, Perturbation]:
         return self._sliced(self.perturbations(*probe) if probe.sign else self.offsets())
 
@@ -249,3 +265,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         """Perturbations of whole parameters, from those of the slices that train."""
         parts = {parameter: part for parameter, part in self.slices.items() if parameter in perturbations}
         return perturbations | {p: SlicedPerturbation(perturbations[p], part) for p, part in parts.items()}
+
+
+def _is_flat(losses: Tensor) -> bool:
+    """Whether several losses are the same to the last bit."""
+    return len(losses) > 1 and bool(torch.isfinite(losses).all() and (losses == losses[0]).all())

@@ -46,7 +46,11 @@ class Estimate:
     Attributes:
         record: what it found; None before the first one.
         is_pending: whether it has yet to be applied.
+        is_flat: whether all its losses were equal.
+        nonfinite_in_a_row: how many estimates up to this one had a loss that is not finite.
     """
 
     record: StepRecord | None = None
     is_pending: bool = False
+    is_flat: bool = False
+    nonfinite_in_a_row: int = 0
