@@ -257,7 +257,7 @@ class TestHalfPrecision:
     @pytest.mark.parametrize(
         ("update_precision", "rms", "read", "whole"),
         [
-            ("exact", 1e-6, (0.95, 1.05), (0.99, 1.01)),
+            ("exact", 1e-6, (0.92, 0.985), (0.99, 1.01)),
             ("exact", 1e-5, (0.95, 1.05), (0.99, 1.01)),
             ("native", 1e-6, (0.1, 0.5), (0.1, 0.5)),
             ("native", 1e-5, (0.95, 1.05), (0.95, 1.05)),
@@ -266,7 +266,12 @@ class TestHalfPrecision:
     def test_5000_steps(
         self, update_precision: str, rms: float, read: tuple[float, float], whole: tuple[float, float]
     ) -> None:
-        """Rounded once an interval an update of RMS 1e-6 weighs 1e-5, which bf16 mostly loses; ten times that, not."""
+        """Rounded once an interval an update of RMS 1e-6 weighs 1e-5, which bf16 mostly loses; ten times that, not.
+
+        What is read of exact updates is rounded once, from weights that were on bf16's grid. For a normal move of RMS s
+        and a spacing u a share ``1 + 2 sum_k (-1)^k exp(-2 (pi k s / u)^2)`` of it is then to be expected: 0.953 on
+        average over these weights, for s = 1e-6 sqrt(5000), give or take 0.01.
+        """
         shares = self.realised(update_precision, 5000, rms)
         for share, (low, high) in zip(shares, (read, whole), strict=True):
             assert low < share < high, shares
