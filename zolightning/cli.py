@@ -161,6 +161,9 @@ class ZerothOrderCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ZerothOrder):
+                callback.check(self.trainer, self.model)
         check_monitors(self.trainer, self.model, self.datamodule)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
             self._say("before training", self.trainer.validate(self.model, self.datamodule, verbose=False))

@@ -53,6 +53,14 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert "before training" not in output.getvalue()  # not after minutes of validation
 
 
+@pytest.mark.filterwarnings("ignore:Discarding init_args")
+def test_a_module_that_trains_by_itself_is_refused_before_the_validation(runs: Runs) -> None:
+    with redirect_stdout(io.StringIO()) as output:
+        error = runs.refused("fit", "--model", "lightning.pytorch.demos.boring_classes.ManualOptimBoringModel")
+    assert error.startswith("error: ManualOptimBoringModel has `automatic_optimization=False`")
+    assert "before training" not in output.getvalue()
+
+
 def test_test_rows_are_read_before_training(runs: Runs) -> None:
     for split in ("train", "validation"):
         (runs.folder / f"{split}.jsonl").write_text('{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 1}\n')

@@ -38,8 +38,9 @@ class ZerothOrder(Callback):
 
     During ``fit`` the module's optimizer is replaced by `method` over the same parameters, and each batch becomes one
     :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own ``training_step``. That one runs several
-    times a batch, in evaluation mode and without gradients; what it logs and returns in the first run is what other
-    callbacks see. Without this callback the same module trains by backpropagation.
+    times a batch, in evaluation mode, without gradients and on the same random numbers; what it logs, returns and
+    changes in the first run is what other callbacks see. Without this callback the same module trains by
+    backpropagation.
 
     Outside a step's evaluations the module's weights are the trained ones, for whoever reads or writes them in a hook.
     Subspace methods add their updates to them at every step, or, where nobody looks between steps, at a resampling, a
@@ -109,8 +110,7 @@ class ZerothOrder(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_unsupported(trainer)
-        refuse_module(pl_module)
+        self.check(trainer, pl_module)
         if self.keep_prefix_gib and not getattr(getattr(trainer, "datamodule", None), "fixed_batches", True):
             raise MisconfigurationException(
                 f"`keep_prefix_gib` is {self.keep_prefix_gib}, and `fixed_batches` of the data is False: what is kept "
@@ -132,6 +132,15 @@ class ZerothOrder(Callback):
         vars(pl_module).update(replacements)
         pl_module.automatic_optimization = False
         self._differentiates = False
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what ``setup`` refuses; for whoever has something long to do before a fit.
+
+        Raises:
+            MisconfigurationException: naming the option or the module, what was found and what is accepted.
+        """
+        refuse_unsupported(trainer)
+        refuse_module(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._give_back(trainer, pl_module)
