@@ -12,6 +12,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 _UNFINISHED = ".unfinished"
 
@@ -118,6 +119,18 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 f"The checkpoint {path} could not be written ({reason.strerror}); the last one is as it was",
             ) from error
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Checks that files can be written to a folder, or that it can be made; writes nothing.
+
+    Raises:
+        MisconfigurationException: with the folder and the reason.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    reason = "is not a folder" if not existing.is_dir() else "cannot be written to"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise MisconfigurationException(f"Checkpoints are to go to `dirpath` {folder}, and {existing} {reason}.")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -1,25 +1,23 @@
 """The last step of a run is never lost: saved while it trains, at its end, and when it is told to stop."""
 
-import os
 import signal
-import threading
 import time
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.checkpoints.checkpoint_io import remove_unfinished
+from zolightning.callbacks.folding import is_validation_next
+from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
+from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
+from zolightning.optim.deferred import deferring
 
 _KEY = "zolightning.SaveLast"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class SaveLast(ModelCheckpoint):
@@ -34,7 +32,8 @@ class SaveLast(ModelCheckpoint):
 
     A validation that was due when the run stopped comes first when it goes on. ``Trainer.fit(ckpt_path="last")`` finds
     the file where `dirpath` is the same in both runs. Use it beside the ModelCheckpoint of the best weights, and with
-    :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, which makes a kill harmless at any moment.
+    :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, which makes a kill harmless at any moment and
+    needs no memory to speak of.
 
     Args:
         dirpath: folder of ``last.ckpt``; None takes that of the run's other ModelCheckpoint, or else its default.
@@ -63,9 +62,9 @@ class SaveLast(ModelCheckpoint):
         self.every_n_train_steps = every_n_train_steps
         self.every_n_minutes = every_n_minutes
         self.how_to_go_on = how_to_go_on
-        self._signal = 0  # the number of the signal that this process received
+        self._signal = StopSignal()
         self._stopping = 0  # the one for which all ranks stop
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._is_training = False
         self._saved_at = 0.0
         self._step_before_batch = 0
         self._validation_due = False
@@ -88,6 +87,8 @@ class SaveLast(ModelCheckpoint):
             self.dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
         super().setup(trainer, pl_module, stage)
         self._resumed = {}
+        if stage == "fit":
+            self._defer_folding(trainer)
         if stage == "fit" and self._writes(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
             require_writable(folder)
@@ -97,8 +98,9 @@ class SaveLast(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
-        self._signal = self._stopping = 0
-        self._listen()
+        self._stopping = 0
+        self._is_training = True
+        self._signal.listen()
         if self._resumed.get("validation_due"):
             self._validate(trainer)
 
@@ -109,13 +111,12 @@ class SaveLast(ModelCheckpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         steps, minutes = self.every_n_train_steps, self.every_n_minutes
         is_over = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        self._stopping, is_time = _largest_of_ranks(trainer, self._signal, is_over)
+        self._stopping, is_time = largest_of_ranks(trainer, self._signal.number, is_over)
         is_step = steps is not None and trainer.global_step % steps == 0
         # At the end of training it is too late: an epoch that was not over is counted as one that was.
         is_last_step = trainer.should_stop or trainer.global_step == trainer.max_steps
         if self._stopping or is_time or is_step or is_last_step:
-            loop = trainer.fit_loop
-            self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+            self._validation_due = is_validation_next(trainer)
             if self._stopping or not self._validation_due:
                 self._save(trainer)
 
@@ -128,8 +129,8 @@ class SaveLast(ModelCheckpoint):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # Ranks may have different numbers of batches, so several of them can agree at the next step only.
-        if self._signal and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
-            self._stopping, self._validation_due = self._signal, True
+        if self._signal.number and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
+            self._stopping, self._validation_due = self._signal.number, True
             self._save(trainer)
             self._stop_here(trainer)
 
@@ -139,7 +140,7 @@ class SaveLast(ModelCheckpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._give_back_signals()
+        self._end_training()
         if self._last_global_step_saved != trainer.global_step:
             self._validation_due = False
             self._save(trainer)
@@ -149,8 +150,8 @@ class SaveLast(ModelCheckpoint):
         """Nothing: `_OnException` calls :meth:`save_after_error` before the other callbacks have theirs."""
 
     def save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
-        is_training = bool(self._handlers)
-        self._give_back_signals()
+        is_training = self._is_training
+        self._end_training()
         if not is_training or not isinstance(exception, Exception) or trainer.world_size > 1:
             return
         if self._last_global_step_saved != trainer.global_step and self._is_between_steps(trainer):
@@ -159,7 +160,8 @@ class SaveLast(ModelCheckpoint):
             rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._give_back_signals()
+        self._end_training()
+        vars(trainer.strategy).pop("lightning_module_state_dict", None)
 
     # What it saves
 
@@ -179,6 +181,19 @@ class SaveLast(ModelCheckpoint):
     def _advice(self, trainer: L.Trainer) -> str:
         folder = trainer.log_dir or trainer.default_root_dir
         return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=folder)}"
+
+    @staticmethod
+    def _defer_folding(trainer: L.Trainer) -> None:
+        """Has the Trainer's checkpoints fold the weights of a subspace method one by one, as they are written."""
+        strategy = trainer.strategy
+        vars(strategy).pop("lightning_module_state_dict", None)
+        own = strategy.lightning_module_state_dict
+
+        def lightning_module_state_dict() -> dict[str, Any]:
+            with deferring():
+                return own()
+
+        strategy.lightning_module_state_dict = lightning_module_state_dict  # type: ignore[method-assign]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -215,24 +230,13 @@ class SaveLast(ModelCheckpoint):
 
     # Stopping
 
-    def _listen(self) -> None:
-        """Takes note of signals until training ends; only the main thread of a process can."""
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        if number == signal.SIGINT:
-            os.write(2, b"\nThe run stops after this step and is saved. Ctrl-C again stops it at once.\n")
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _give_back_signals(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+    def _end_training(self) -> None:
+        self._is_training = False
+        self._signal.ignore()
 
     def _stop_here(self, trainer: L.Trainer) -> None:
         if self._stopping:
-            raise SystemExit(_exit_status(trainer, self._stopping))
+            raise SystemExit(exit_status(trainer, self._stopping))
 
     @staticmethod
     def _validate(trainer: L.Trainer) -> None:
@@ -274,32 +278,6 @@ class _OnException(Callback):
         self.save_last.save_after_error(trainer, exception)
 
 
-def require_writable(folder: Path) -> None:
-    """Checks that files can be written to a folder, or that it can be made; writes nothing.
-
-    Raises:
-        MisconfigurationException: with the folder and the reason.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    reason = "is not a folder" if not existing.is_dir() else "cannot be written to"
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise MisconfigurationException(f"Checkpoints are to go to `dirpath` {folder}, and {existing} {reason}.")
-
-
 def _is_mid_step(trainer: L.Trainer) -> bool:
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
     return progress.ready != progress.processed  # type: ignore[attr-defined]  # declared as a tracker of less
-
-
-def _largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
-    if trainer.world_size == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
-    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
-
-
-def _exit_status(trainer: L.Trainer, number: int) -> int:
-    """128 and the signal, as shells say it; 0 for processes that Lightning started, whose failure kills the first."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    is_started = trainer.local_rank > 0 and environment is not None and not environment.creates_processes_externally
-    return 0 if is_started else 128 + number

@@ -13,6 +13,7 @@ from zolightning.directions.dense import arithmetic
 from zolightning.directions.kernels import chunks
 from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.deferred import defer
 from zolightning.optim.moments import CHUNK
 from zolightning.optim.precision import State, add_tensor, packed
 from zolightning.optim.record import StepRecord
@@ -262,11 +263,15 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """A ``state_dict`` hook: whoever saves weights in the middle of an interval gets all of the training."""
         for name, parameter in _own(module):
             if "core" in self.state.get(parameter, {}) and prefix + name in state_dict:
-                folded = parameter.detach().clone()
-                with packed(folded, self.slices.get(parameter)) as weight:
-                    rest = {k: v.clone() for k, v in self.state[parameter].items() if k in ("low_word", "master")}
-                    self._add_lift(weight, parameter, rest)
-                state_dict[prefix + name] = folded
+                state_dict[prefix + name] = defer(partial(self._folded, parameter), like=parameter)
+
+    @torch.no_grad()
+    def _folded(self, parameter: nn.Parameter) -> Tensor:
+        folded = parameter.detach().clone()
+        with packed(folded, self.slices.get(parameter)) as weight:
+            rest = {k: v.clone() for k, v in self.state[parameter].items() if k in ("low_word", "master")}
+            self._add_lift(weight, parameter, rest)
+        return folded
 
     def _add_lift(self, weight: Tensor, parameter: nn.Parameter, state: State) -> None:
         one, other = self.basis(parameter).factors(self.state[parameter]["core"])

@@ -1,0 +1,81 @@
+"""Tensors that are computed when they are read, so that writing many of them to a file holds one at a time."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+_is_deferring = False
+
+
+@contextmanager
+def deferring() -> Iterator[None]:
+    """Within it, :func:`defer` defers. What is deferred is to be written or read before the next step."""
+    global _is_deferring
+    before, _is_deferring = _is_deferring, True
+    try:
+        yield
+    finally:
+        _is_deferring = before
+
+
+def defer(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """What `compute` returns, a tensor like `like`: now, or within :func:`deferring` when it is read."""
+    return Deferred(compute, like) if _is_deferring else compute()
+
+
+class Deferred(Tensor):
+    """Computed anew by each operation that reads it, and by ``torch.save`` when it writes its storage.
+
+    Args:
+        compute: makes the tensor, in a storage of its own.
+        like: a tensor of the same shape, strides (if they are dense), dtype and device.
+    """
+
+    compute: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, compute: Callable[[], Tensor], like: Tensor) -> "Deferred":
+        layout = torch.empty_like(like, device="meta")
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, layout.shape, strides=layout.stride(), dtype=like.dtype, device=like.device
+        )
+        made.compute = compute
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # declared as if for an instance
+        cls, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function._schema.is_mutable and args and isinstance(args[0], cls):
+            raise RuntimeError("This tensor of a checkpoint is computed when it is read: clone it to change it.")
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor.compute(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.compute()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As that of a plain tensor, with a storage that torch asks for its bytes when it writes them."""
+        storage = torch.storage.TypedStorage(wrap_storage=_Storage(self), dtype=self.dtype, _internal=True)
+        storage._fake_device = self.device  # where the tensor says it was, as that of a plain one would
+        return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(self.shape), self.stride(), False, OrderedDict())
+
+
+class _Storage(torch.UntypedStorage):
+    """Of no memory: ``torch.save`` moves what is not on the CPU there when its turn comes."""
+
+    tensor: Deferred
+
+    def __new__(cls, tensor: Deferred) -> "_Storage":
+        size = tensor.numel() * tensor.element_size()
+        made = super().__new__(cls, size, device="meta")  # type: ignore[call-arg]  # torch declares no constructor
+        made.tensor = tensor
+        return made
+
+    def cpu(self) -> torch.UntypedStorage:
+        return self.tensor.compute().untyped_storage().cpu()
