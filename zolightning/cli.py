@@ -18,7 +18,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, SaveLast, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
-from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder
 from zolightning.commands import configs
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings

@@ -72,4 +72,4 @@ def test_peak_memory_of_a_checkpoint_in_mid_interval(tmp_path: Path) -> None:
     state = checkpoint["optimizer_states"][0]["state"]
     assert all("core" in entries for entries in state.values()), "updates were not pending"
     assert not torch.equal(state[0]["base"], checkpoint["state_dict"]["net.0.weight"])
-    assert float(result.stdout.split()[-1]) < 30  # one weight takes 4 MiB
+    assert float(result.stdout.split()[-1]) < 48, "half of the weights"

@@ -157,12 +157,6 @@ def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:
         assert message.startswith(f"error: The checkpoint {path} is damaged: ") and "\n" not in message
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loaded(runs: Runs) -> None:
-    (runs.folder / "file").write_text("")
-    options = ["--checkpoint.dirpath", runs.folder / "file/x", "--model.init_args.model_name", runs.folder / "none"]
-    assert "file is not a folder" in runs.refused("fit", *options)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -320,7 +320,7 @@ def test_the_best_checkpoint_is_that_of_the_whole_run(make_run: Any) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(make_run: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MisconfigurationException, match=r"`dirpath` .*/file/run, and .*/file is not a folder"):
+    with pytest.raises(ValueError, match=r"`dirpath` is .*/file/run, where no file can be written: Not a dir"):
         make_run("file/run").fit()
 
 

@@ -6,13 +6,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 _UNFINISHED = ".unfinished"
 
@@ -121,16 +121,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def require_writable(folder: Path) -> None:
-    """Checks that files can be written to a folder, or that it can be made; writes nothing.
-
-    Raises:
-        MisconfigurationException: with the folder and the reason.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    reason = "is not a folder" if not existing.is_dir() else "cannot be written to"
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise MisconfigurationException(f"Checkpoints are to go to `dirpath` {folder}, and {existing} {reason}.")
+def require_writable(name: str, folder: Path) -> None:
+    """Raises a ValueError that names a setting if no file can be written to its folder, or the folder not made."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    nearest = folder if not missing else missing[-1].parent
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"`{name}` is {folder}, where no file can be written: {error.strerror}.") from None
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -43,9 +43,9 @@ class SaveLast(ModelCheckpoint):
             ``{folder}`` that of the folder which holds the run's logs.
 
     Raises:
-        ValueError: if an interval is not positive.
-        MisconfigurationException: in ``setup``, if `dirpath` cannot be written to; before training, if a run is resumed
-            with another optimizer or precision than its checkpoint's.
+        ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
+        MisconfigurationException: before training, if a run is resumed with another optimizer or precision than its
+            checkpoint's.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SaveLast(ModelCheckpoint):
             self._defer_folding(trainer)
         if stage == "fit" and self._writes(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
-            require_writable(folder)
+            require_writable("dirpath", folder)
             remove_unfinished(folder)
 
     # When it saves

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import lightning as L
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
 from zolightning.optim import ZerothOrderOptimizer
 
@@ -41,7 +41,7 @@ def check_settings(config: Namespace, subcommand: str) -> None:
         if trainer.max_steps == 0:
             raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
     for path in _folders(config):
-        check_writable(*path)
+        require_writable(*path)
 
 
 def check_method(optimizer: ZerothOrderOptimizer) -> None:
@@ -116,17 +116,6 @@ def _validated_once(trainer: L.Trainer, model: L.LightningModule, datamodule: L.
             enable_model_summary=False,
         )
         return {name for metrics in runner.validate(model, datamodule, verbose=False) for name in metrics}
-
-
-def check_writable(name: str, folder: Path) -> None:
-    """Raises a ValueError that names a setting if no file can be written to its folder."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    nearest = folder if not missing else missing[-1].parent
-    try:
-        with TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"`{name}` is {folder}, where no file can be written: {error.strerror}.") from None
 
 
 def _folders(config: Namespace) -> Iterable[tuple[str, Path]]:
