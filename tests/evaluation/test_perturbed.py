@@ -17,8 +17,8 @@ from networks import (
     values,
     written_to_the_weights,
 )
-from zolightning.evaluation.audit import FlippedBit, audit, find_readers
 from zolightning.evaluation.perturbed import Perturbed, Scratch
+from zolightning.evaluation.reads import FlippedBit, find_readers, find_unseen
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -66,7 +66,7 @@ class TestPerturbed:
     def test_the_audit_finds_nothing_to_do(self, network: tuple[nn.Module, Loss]) -> None:
         module, loss = network
         before = snapshot(module)
-        assert audit(module.parameters(), lambda: loss(module)) == set()
+        assert find_unseen(module.parameters(), lambda: loss(module)) == set()
         assert_unchanged(module, before)
 
     def test_watching_the_readers_only_is_the_same(self, network: tuple[nn.Module, Loss]) -> None:
@@ -218,5 +218,5 @@ class TestAutocast:
             plain = self.loss(net)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                assert audit(net.parameters(), lambda: self.loss(net)) == set()
+                assert find_unseen(net.parameters(), lambda: self.loss(net)) == set()
             assert torch.equal(self.loss(net), plain)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from zolightning.evaluation.audit import FlippedBit, find_readers
 from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.reads import FlippedBit, find_readers
 from zolightning.optim import MeZO, SubZero
 
 X = torch.linspace(-1, 1, 12).view(3, 4)

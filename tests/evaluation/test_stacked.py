@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from stacked_runs import METHODS, WARN_ONLY_WHERE_EXPECTED, LanguageModel, Method, Regressor, assert_close, mlp, run
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
-from zolightning.evaluation.audit import FlippedBit
 from zolightning.evaluation.perturbed import Perturbation, Perturbed
+from zolightning.evaluation.reads import FlippedBit
 from zolightning.evaluation.stacked import Stacked
 from zolightning.optim import ZOMOPI, MeZO, StepRecord
 

@@ -10,7 +10,7 @@ from zolightning.directions import native
 from zolightning.directions.dense import Direction, arithmetic
 from zolightning.directions.noise import NoiseKind, coefficient, key
 from zolightning.optim.bfloat16 import read_split, write_split
-from zolightning.optim.precision import add_direction, add_tensor, packed, state_bytes
+from zolightning.optim.precision import add_direction, add_tensor, as_contiguous, state_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -194,12 +194,12 @@ class TestPacked:
         transposed = torch.nn.Parameter(torch.zeros(3, 4, dtype=dtype).t())
         for parameter in (images, transposed):
             strides, values = parameter.stride(), torch.arange(parameter.numel()).view(parameter.shape).to(dtype)
-            with packed(parameter) as weight:
+            with as_contiguous(parameter) as weight:
                 assert weight.is_contiguous()
                 weight.copy_(values)
             assert torch.equal(parameter.detach(), values) and parameter.stride() == strides
 
     def test_contiguous_data_is_not_copied(self) -> None:
         parameter = torch.nn.Parameter(torch.zeros(3, 4))
-        with packed(parameter) as weight:
+        with as_contiguous(parameter) as weight:
             assert weight.data_ptr() == parameter.data_ptr()

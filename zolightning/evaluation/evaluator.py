@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.audit import audit, find_readers
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed, Scratch
 from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.reads import find_readers, find_unseen
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.stacked import CannotStack, StackedNetwork, network_of
 from zolightning.evaluation.traces import Traces
@@ -40,7 +40,7 @@ class Evaluator:
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
-        self._in_place: dict[nn.Parameter, bool] = {}  # the audit's verdict on each parameter it has seen
+        self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
         self._readers: dict[frozenset[nn.Parameter], tuple[nn.Module, ...] | None] = {}  # of parameters that move
 
     def attach(self, module: nn.Module, parameters: Iterable[nn.Parameter], evaluations_per_forward: int = 1) -> None:
@@ -111,7 +111,7 @@ class Evaluator:
         return results
 
     def forget(self) -> None:
-        """Has it found out anew, by the next evaluations, where parameters are read and what these have in common."""
+        """Discards what is known of where parameters are read and what evaluations share: the next step finds out."""
         self._in_place.clear()
         self._readers.clear()
         self._is_watched = False
@@ -167,9 +167,9 @@ class Evaluator:
         return Perturbed(watched, in_place, self._scratch)
 
     def _find_unseen(self, trainable: Mapping[nn.Parameter, str], evaluate: Evaluate) -> None:
-        """Audits parameters that take part for the first time; all are perturbed in place until that succeeds."""
+        """Tries parameters that take part for the first time; all are perturbed in place until that succeeds."""
         new = {parameter: name for parameter, name in trainable.items() if parameter not in self._in_place}
-        unseen = audit(new, lambda: evaluate()[0]) if new else None
+        unseen = find_unseen(new, lambda: evaluate()[0]) if new else None
         if unseen is None:
             return
         self._in_place |= {parameter: parameter in unseen for parameter in new}

@@ -8,7 +8,7 @@ that read another's parameter (``nn.MultiheadAttention``) need no special care. 
 owners read, which is the rule, functions are watched inside of these modules alone.
 
 Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
-perturbation. :func:`zolightning.evaluation.audit.audit` finds such parameters before the first step; they are
+perturbation. :func:`zolightning.evaluation.reads.find_unseen` finds such parameters before the first step; they are
 perturbed in place, from a copy.
 """
 
@@ -62,12 +62,13 @@ class Perturbed(TorchFunctionMode):
     """A context in which torch functions see perturbed parameters.
 
     Args:
-        perturbations: what to do to each parameter, None to note only that it is read; others are left alone.
+        perturbations: how each parameter is perturbed. Where that is None, the context only notes that the parameter is
+            read. Parameters that are left out are read as they are stored.
         in_place: parameters to be perturbed where they lie, restored from a copy on exit; that they are read is not
             seen.
         scratch: buffers to reuse from one context to the next.
         readers: modules in whose ``forward`` alone the other parameters are read, see
-            :func:`zolightning.evaluation.audit.find_readers`; elsewhere functions are then left alone, at no cost.
+            :func:`zolightning.evaluation.reads.find_readers`; elsewhere functions are then left alone, at no cost.
             None watches all functions.
     """
 
@@ -159,8 +160,8 @@ class Perturbed(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a function that reads a parameter with perturbed ones."""
-        if func is F.embedding and self._is_plain_lookup(args, kwargs):
-            return self._lookup(*args[:2])
+        if func is F.embedding and (output := self._lookup(args, kwargs)) is not None:
+            return output
         if func in PRODUCTS and (output := self._product(func, args, kwargs)) is not None:
             return output
         taken: list[Tensor] = []
@@ -201,21 +202,24 @@ class Perturbed(TorchFunctionMode):
         # torch takes other paths for weights that require gradients (matmul folds its batch): keep to the same ones.
         return nn.Parameter(scratch, value.requires_grad)
 
-    def _is_plain_lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an embedding call only gathers rows: no renormalisation in place (`max_norm`)."""
+    def _lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The perturbed rows of an embedding; None where more is asked for, as renormalisation (`max_norm`) is."""
         max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-        return len(args) >= 2 and self._perturbations.get(id(args[1])) is not None and max_norm is None
-
-    def _lookup(self, ids: Tensor, table: nn.Parameter) -> Tensor:
+        if len(args) < 2 or max_norm is not None:
+            return None
+        ids, table = args[:2]
+        perturbation = self._perturbations.get(id(table))
+        if perturbation is None:
+            return None
         self.seen.add(id(table))
         rows = ids.reshape(-1)
         out = torch.empty(rows.numel(), table.shape[1], dtype=table.dtype, device=table.device)
-        self._perturbations[id(table)].add_to_rows(table.detach().contiguous(), rows, out)
+        perturbation.add_to_rows(table.detach().contiguous(), rows, out)
         return out.view(*ids.shape, table.shape[1])
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The output of a perturbation that can do without the perturbed weight; None for all other calls."""
-        weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
+        weight, inputs, bias = factors_of(func, args)
         perturbation = self._perturbations.get(id(weight))
         if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._perturbations:
             return None
@@ -228,6 +232,12 @@ class Perturbed(TorchFunctionMode):
         return output
 
 
+def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Weight, input and bias of one of :data:`PRODUCTS`, None where they are not given by position."""
+    weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
+    return weight, inputs, bias
+
+
 def _restore_attribute(attributes: dict[str, Any], name: str, value: Any) -> None:
     if value is None:
         del attributes[name]
@@ -238,7 +248,7 @@ def _restore_attribute(attributes: dict[str, Any], name: str, value: Any) -> Non
 def _describes(func: Callable[..., Any]) -> bool:
     name = func.__name__
     if name == "__get__":
-        return getattr(func.__self__, "__name__", None) not in _VALUE_GETTERS  # type: ignore[attr-defined]
+        return getattr(getattr(func, "__self__", None), "__name__", None) not in _VALUE_GETTERS
     return name in _DESCRIPTIONS
 
 

@@ -69,7 +69,7 @@ class SharedPrefix:
         # it has drawn from them: what follows must draw the same numbers where it is passed over.
         self._outputs: list[tuple[Any, States | None]] = []
         self._generators = Generators()
-        self._proven = 0  # the greatest depth so far that gave the loss of computing everything
+        self._proven = 0  # the greatest depth whose loss has been compared with that of computing everything
 
     def evaluate(self, evaluate: Evaluate, perturbed: Perturbed) -> tuple[Tensor, Tensor]:
         """A loss and its weight, under a perturbation that differs from the step's other ones.
@@ -197,7 +197,7 @@ def _digest(value: Any) -> bytes:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(repr(leaf).encode())
     return digest.digest()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.audit import FlippedBit
-from zolightning.evaluation.perturbed import PRODUCTS, Perturbed
+from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
 from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.reads import FlippedBit
 from zolightning.evaluation.shared_prefix import replaced_forward
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
@@ -251,9 +251,9 @@ class Stacked(Perturbed):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
         """The output of low-rank perturbations in one basis; None for all other products."""
-        weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
-        found = [group.perturbations.get(weight) for group in self.groups]
-        if kwargs or not all(isinstance(p, LowRank) for p in found) or not self._has_rows(inputs):
+        weight, inputs, bias = factors_of(func, args)
+        found = [p for group in self.groups if isinstance(p := group.perturbations.get(weight), LowRank)]
+        if kwargs or len(found) < len(self.groups) or not self._has_rows(inputs):
             return None
         taken: list[Tensor] = []
         biases = [group.exchange(bias, taken) for group in self.groups]
@@ -294,7 +294,12 @@ def _perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbat
 
 def _tensors(data: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    apply_to_collection(data, Tensor, lambda tensor: found.append(tensor) or tensor)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(data, Tensor, keep)
     return found
 
 

@@ -11,7 +11,7 @@ from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
-from zolightning.optim.precision import State, packed
+from zolightning.optim.precision import State, as_contiguous
 from zolightning.optim.record import StepRecord
 
 
@@ -73,15 +73,15 @@ class DenseDescent(DenseOptimizer):
         """What the gradient is multiplied by before it is handed on; saves a pass over the parameter."""
         return 1.0
 
-    def controlled(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
-        """The projected gradients as this method uses them."""
+    def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
+        """The projected gradients that enter the update: clipped or normalised, for example."""
         return projected_grads
 
     def update(self, record: StepRecord) -> None:
         for group, lr in zip(self.param_groups, record.lr, strict=True):
-            projected_grads = self.controlled(group, record.projected_grads)
+            projected_grads = self.transform_grads(group, record.projected_grads)
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
             for parameter, gradient in self.directions(group, record.seed, record.step, coefficients).items():
-                with packed(parameter, self.slices.get(parameter)) as weight:
+                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     self.update_parameter(weight, self.state[parameter], gradient, group, lr)

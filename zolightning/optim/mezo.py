@@ -86,7 +86,7 @@ class MeZO(DenseDescent):
         for part in chunks(weight.numel(), CHUNK):
             add_tensor(weight, state, -lr * momentum[part], self.update_precision, decay, part.start)
 
-    def controlled(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
+    def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
         """Clipped against, and divided by, their running RMS, where the group asks for it."""
         if not group["normalize"] and group["clip"] is None:
             return projected_grads

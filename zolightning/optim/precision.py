@@ -43,7 +43,7 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
 
 
 @contextmanager
-def packed(parameter: Tensor, part: Slice | None = None) -> Iterator[Tensor]:
+def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tensor]:
     """A parameter's data, or a slice of it, as a contiguous tensor to write to, copied back where it is a copy."""
     data = parameter.detach()
     if part is not None:

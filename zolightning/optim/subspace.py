@@ -13,7 +13,7 @@ from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import CHUNK, adam_, momentum_
-from zolightning.optim.precision import State, add_direction, add_tensor, packed
+from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import TRANSPORTS, Matrix, SubspaceWeights
 
@@ -223,7 +223,7 @@ class SubspaceOptimizer(SubspaceWeights):
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         for name, parameter in vectors.items():
             state = self.state[parameter]
-            with packed(parameter, self.slices.get(parameter)) as weight:
+            with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                 if not is_smoothed:
                     add_direction(weight, state, gradients[name], "exact")
                     continue

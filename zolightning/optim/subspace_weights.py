@@ -15,7 +15,7 @@ from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.deferred import defer
 from zolightning.optim.moments import CHUNK
-from zolightning.optim.precision import State, add_tensor, packed
+from zolightning.optim.precision import State, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.rank_zero import rank_zero_info
 
@@ -201,7 +201,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
             for parameter, _ in self.split(group, frozen=True)[0].values():
                 state = self.state.get(parameter, {})
                 if "core" in state:
-                    with packed(parameter, self.slices.get(parameter)) as weight:
+                    with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                         self._add_lift(weight, parameter, state)
                     del state["core"]
                     found = True
@@ -268,7 +268,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
     @torch.no_grad()
     def _folded(self, parameter: nn.Parameter) -> Tensor:
         folded = parameter.detach().clone()
-        with packed(folded, self.slices.get(parameter)) as weight:
+        with as_contiguous(folded, self.slices.get(parameter)) as weight:
             rest = {k: v.clone() for k, v in self.state[parameter].items() if k in ("low_word", "master")}
             self._add_lift(weight, parameter, rest)
         return folded

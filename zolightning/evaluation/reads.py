@@ -34,7 +34,7 @@ class FlippedBit:
 
 
 @torch.no_grad()
-def audit(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter] | None:
+def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter] | None:
     """The parameters that :class:`Perturbed` must perturb in place, found with three or four evaluations.
 
     The loss is evaluated as it is, once with all parameters exchanged and once with all of them changed in place,
@@ -95,7 +95,7 @@ def find_readers(
 
     Args:
         module: what owns all of the parameters.
-        parameters: none that :func:`audit` returns.
+        parameters: none that :func:`find_unseen` returns.
         evaluate: the loss of one batch, a scalar; must be deterministic.
     """
     owners = tuple(

@@ -19,8 +19,8 @@ from networks import (
     values,
     written_to_the_weights,
 )
-from zolightning.evaluation.audit import FlippedBit, audit
 from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.reads import FlippedBit, find_unseen
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -37,7 +37,7 @@ class TestAudit:
     def test_torch_script_is_found_and_perturbed_in_place(self, compiler: Callable[[nn.Module], nn.Module]) -> None:
         net = nn.Sequential(nn.Linear(4, 5), compiler(mlp_without_norm()), nn.Linear(3, 2))
         loss, before = applied(values(3, 4)), snapshot(net)
-        found = audit(net.parameters(), lambda: loss(net))
+        found = find_unseen(net.parameters(), lambda: loss(net))
         assert found == (set(net[1].parameters()) if isinstance(net[1], torch.jit.ScriptModule) else set())
         assert_unchanged(net, before)
         with Perturbed(perturbations(net), in_place=found):
@@ -57,11 +57,11 @@ class TestAudit:
                 return self.scripted(self.first(x)) + F.linear(x, self.scripted.weight, self.scripted.bias)
 
         net = Both()
-        assert audit(net.parameters(), lambda: applied(values(3, 4))(net)) == set(net.parameters())
+        assert find_unseen(net.parameters(), lambda: applied(values(3, 4))(net)) == set(net.parameters())
 
     def test_unused_parameters_are_perturbed_in_place(self) -> None:
         net = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
-        assert audit(net.parameters(), lambda: net["used"](values(3, 4)).sum()) == set(net["unused"].parameters())
+        assert find_unseen(net.parameters(), lambda: net["used"](values(3, 4)).sum()) == set(net["unused"].parameters())
 
     @pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("warm", [False, True])
@@ -74,7 +74,7 @@ class TestAudit:
         (net if whole else net[1]).compile()
         if warm:
             loss(net)
-        found = audit(net.parameters(), lambda: loss(net))
+        found = find_unseen(net.parameters(), lambda: loss(net))
         assert_unchanged(net, before)
         for eps in (0.05, -0.05, 0.2):  # a graph that had kept the noise of one would miss the next
             with Perturbed(perturbations(net, eps), in_place=found):
@@ -90,12 +90,12 @@ class TestAudit:
         loss(net)  # from here on the norms are what they should be
         before = snapshot(net)
         with pytest.raises(ValueError, match=r"A parameter of shape \(11, 5\) is changed by the forward pass itself"):
-            audit(net.parameters(), lambda: loss(net))
+            find_unseen(net.parameters(), lambda: loss(net))
         assert_unchanged(net, before)
 
     def test_a_loss_that_is_not_finite_gives_no_verdict(self) -> None:
         net = mlp()
-        assert audit(net.parameters(), lambda: net(values(3, 4)).sum() * float("nan")) is None
+        assert find_unseen(net.parameters(), lambda: net(values(3, 4)).sum() * float("nan")) is None
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     def test_an_error_in_the_loss_leaves_the_weights_alone(self, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ class TestAudit:
         for call in (1, 2, 3):
             calls.clear()
             with pytest.raises(KeyboardInterrupt):
-                audit(net.parameters(), partial(fails_at, call))
+                find_unseen(net.parameters(), partial(fails_at, call))
             assert_unchanged(net, before)
 
     def test_order_of_sums_may_vary_a_little(self) -> None:
@@ -121,7 +121,7 @@ class TestAudit:
             calls.append(1)
             return net(values(3, 4)).double().square().mean() * (1 + 1e-6 * (-1) ** len(calls))
 
-        assert audit(net.parameters(), jittering) == set()
+        assert find_unseen(net.parameters(), jittering) == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
