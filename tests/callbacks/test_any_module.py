@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from training import Records, assert_equal, weights
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
@@ -120,6 +121,42 @@ class TestWhatTrainingStepReturns:
         module.training_step = lambda batch, batch_idx: {"loss": own_step(batch, batch_idx) / 0, "num_terms": terms}
         fit(module)
         assert_equal(weights(module), before)
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            (lambda loss: (loss, torch.zeros(99, 99)), "a tuple"),
+            (lambda loss: [{"boxes": torch.zeros(99, 4)}], "a list"),
+            (lambda loss: {"loss": "low"}, "a str"),
+            (lambda loss: loss.item() * 0, "0.0"),
+            (lambda loss: loss.expand(3), r"torch.Size\(\[3\]\)"),
+        ],
+    )
+    def test_what_is_no_loss_takes_one_line(
+        self, make_regression: MakeModule, fit: Fit, change: Callable[[Tensor], Any], found: str
+    ) -> None:
+        module = make_regression()
+        own_step = module.training_step
+        module.training_step = lambda batch, batch_idx: change(own_step(batch, batch_idx))
+        with pytest.raises(TypeError, match=rf"The loss must be a tensor with one element, got {found}\.$"):
+            fit(module)
+
+    def test_outputs_of_hugging_face(self, make_regression: MakeModule, fit: Fit) -> None:
+        """A dictionary of their own class, returned as it is."""
+        module, seen = make_regression(), []
+        own_step = module.training_step
+
+        def training_step(batch: Any, batch_idx: int) -> SequenceClassifierOutput:
+            return SequenceClassifierOutput(loss=own_step(batch, batch_idx), logits=batch[1])
+
+        class Outputs(Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+                seen.append(outputs.logits)
+
+        module.training_step = training_step
+        before = weights(module)
+        fit(module, Outputs())
+        assert len(seen) == 4 and not torch.equal(before["net.0.weight"], module.net[0].weight)
 
     def test_other_callbacks_get_what_it_returned_first(self, make_regression: MakeModule, fit: Fit) -> None:
         module, seen = make_regression(), []

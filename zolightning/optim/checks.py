@@ -79,7 +79,8 @@ def loss_and_terms(output: Loss) -> tuple[Tensor, Tensor]:
     elif isinstance(output, Mapping):
         loss, terms = output.get("loss"), output.get("num_terms", 1.0)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', loss)}.")
+        plain = loss if loss is None or isinstance(loss, int | float) else f"a {type(loss).__name__}"
+        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', plain)}.")
     if not (isinstance(terms, int | float) or (isinstance(terms, Tensor) and terms.numel() == 1)):
         raise ValueError(
             "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
