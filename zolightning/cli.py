@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, SaveLast, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
-from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder
+from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, take_name
 from zolightning.commands import configs
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings
 from zolightning.commands.parser import OneLineParser
@@ -124,6 +124,8 @@ class ZerothOrderCLI(LightningCLI):
         if self.subcommand != "fit":
             # True, and of no interest where nothing is saved.
             warnings.filterwarnings("ignore", "The dirpath has changed.*")
+        if self.subcommand == "fit":
+            take_name(config)
         _name_run(config)
         find_checkpoint(config)
         check_settings(config, self.subcommand)

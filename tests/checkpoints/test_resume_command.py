@@ -86,6 +86,15 @@ def test_a_new_run_of_the_same_name_and_then_last(runs: Runs) -> None:
     assert not runs.version(12).exists()
 
 
+def test_by_its_path_and_with_another_config_file_a_run_goes_on_in_its_folder(runs: Runs) -> None:
+    runs("fit", "--trainer.max_steps", 1)
+    (runs.folder / "longer.yaml").write_text("trainer:\n  max_steps: 2\n")
+    options = ["--config", runs.folder / "longer.yaml", "--ckpt_path", runs.version(0) / "checkpoints/last.ckpt"]
+    runs("fit", "--trainer.max_steps", 2, *options)
+    assert last_of(runs)["global_step"] == 2
+    assert [path.name for path in runs.version(0).parent.parent.iterdir()] == [runs.version(0).parent.name]
+
+
 def test_from_the_best_a_run_goes_on_in_a_new_folder(runs: Runs) -> None:
     """What it had learned after it stays."""
     runs("fit", "--trainer.max_steps", 6)

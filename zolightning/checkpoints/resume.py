@@ -1,5 +1,6 @@
 """Which checkpoint ``--ckpt_path`` means, and the folder in which a resumed run goes on."""
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ def find_checkpoint(config: Namespace) -> None:
         raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, cut off or no checkpoint.")
 
 
+def take_name(config: Namespace) -> None:
+    """Calls a run that has no name, and resumes from the ``last.ckpt`` of another, by that one's name and folder."""
+    path, settings = config.get("ckpt_path"), getattr(config.trainer.logger, "init_args", None)
+    if settings is None or settings.get("name") not in (None, "lightning_logs") or not _is_last_of_a_run(path):
+        return
+    versions = Path(path).resolve().parents[2]
+    settings.save_dir, settings.name = str(versions.parent), versions.name
+
+
 def go_on_in_folder(config: Namespace) -> bool:
     """Makes a run that resumes from the ``last.ckpt`` of a folder write its logs and checkpoints there.
 
@@ -49,20 +59,20 @@ def go_on_in_folder(config: Namespace) -> bool:
         Whether the run goes on in its folder.
     """
     path, logger = config.get("ckpt_path"), config.trainer.logger
-    if (
-        path is None
-        or Path(path).name != LAST
-        or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")
-    ):
+    if not _is_last_of_a_run(path) or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
         return False
-    folder, settings = Path(path).absolute().parent.parent, logger.init_args
-    version = folder.name.removeprefix("version_")
-    if Path(path).parent.name != _FOLDER or folder.name == version or settings.get("version") is not None:
+    folder = Path(path).resolve().parents[1]
+    if logger.init_args.get("version") is not None or _versions_folder(config).resolve() != folder.parent:
         return False
-    if _versions_folder(config).absolute() != folder.parent:
-        return False
-    settings.version = int(version) if version.isdigit() else version
+    logger.init_args.version = int(folder.name.removeprefix("version_"))
     return True
+
+
+def _is_last_of_a_run(path: Any) -> bool:
+    if path is None or "://" in str(path):
+        return False
+    file = Path(path).resolve()
+    return file.is_file() and re.fullmatch(rf"version_\d+/{_FOLDER}/{LAST}", "/".join(file.parts[-3:])) is not None
 
 
 def _last_checkpoint(config: Namespace) -> Path:
