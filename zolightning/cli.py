@@ -2,21 +2,24 @@
 
 import json
 import logging
+import re
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning_utilities.core.rank_zero as rank_zero
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import PredictionWriter, RunMonitor, SaveLast, ZerothOrder
+from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview, SaveLast, StepProgressBar, ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, take_name
 from zolightning.commands import configs
@@ -35,6 +38,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     # what `validate_first` does in full.
     "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # RunOverview says what of it means something here
 }
 
 _SUBCOMMANDS = {
@@ -128,12 +132,12 @@ class ZerothOrderCLI(LightningCLI):
             take_name(config)
         _name_run(config)
         find_checkpoint(config)
-        check_settings(config, self.subcommand)
+        check_settings(config, str(self.subcommand))
         _refuse_gradients(config)
 
     def instantiate_classes(self) -> None:
         """Makes the model last: whatever is wrong elsewhere is said before it is loaded."""
-        name, config = self.subcommand, self.config.clone()
+        name, config = str(self.subcommand), self.config.clone()
         if name == "fit":
             self.config[name].ckpt_path = None  # of this command, and no part of what the run's config.yaml says
             if go_on_in_folder(config[name]):
@@ -146,13 +150,16 @@ class ZerothOrderCLI(LightningCLI):
         only_model = Namespace({name: Namespace(model=model), "subcommand": name})
         self.model = self.parser.instantiate_classes(only_model)[name].model
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         made = self.config_init[self.subcommand]
         made.trainer.callbacks = [*slot_callbacks(self.config[self.subcommand], made), *(made.trainer.callbacks or [])]
         if made.trainer.enable_checkpointing is False:
             parser = self._parser(self.subcommand)
             parser.callback_keys = [key for key in parser.callback_keys if not isinstance(made[key], Checkpoint)]
-        trainer = super().instantiate_trainer(**kwargs)
+        if not any(isinstance(callback, ProgressBar) for callback in made.trainer.callbacks):
+            made.trainer.callbacks += [StepProgressBar()] if made.trainer.enable_progress_bar is not False else []
+        made.trainer.callbacks.append(RunOverview(shlex.join(["zolightning", *sys.argv[1:]])))
+        trainer: Any = super().instantiate_trainer(**kwargs)
         config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
         trainer.run_config = json.loads(config)[self.subcommand]
         refuse_two_scopes(trainer)
@@ -172,13 +179,24 @@ class ZerothOrderCLI(LightningCLI):
 
     def after_fit(self) -> None:
         config = self.config[self.subcommand]
-        best = self.trainer.checkpoint_callback
+        best: Any = self.trainer.checkpoint_callback
         if best is not None and best.best_model_score is not None:
             self._say("best checkpoint", [{best.monitor: float(best.best_model_score)}], best.best_model_path)
         if config.test_last and not config.trainer.fast_dev_run:
             path = best.best_model_path if best is not None else None
             results = self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, verbose=False)
             self._say("best checkpoint" if path else "last step", results)
+        self._say_how_to_go_on()
+
+    def _say_how_to_go_on(self) -> None:
+        folder, best = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if folder is None or not self.trainer.is_global_zero or not self.trainer.loggers:
+            return
+        config = f"--config {Path(folder) / 'config.yaml'}"
+        if best:
+            print(f"export it:  zolightning export {config} --ckpt_path {best} --folder NEW_FOLDER")
+        if Path(folder, "checkpoints/last.ckpt").is_file():
+            print(f"train on:   zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
 
     def _say(self, when: str, of_loaders: Sequence[Mapping[str, float]], where: str = "") -> None:
         metrics = {name: value for metrics in of_loaders for name, value in metrics.items()}
@@ -246,6 +264,10 @@ def _advice(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, MisconfigurationException):
             return str(cause)
+        if isinstance(cause, UnpicklingError):
+            found = re.search(r"GLOBAL:? (\S+)", str(cause))
+            what = f", {found[1]}," if found else ""
+            return f"`ckpt_path` holds something else than tensors and plain values{what} and was not loaded."
         for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
             if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
                 return str(cause)

@@ -1,9 +1,12 @@
 """The command ``zolightning`` on wrong input, under bugs of others, and its help."""
 
 import io
+import os
 from contextlib import redirect_stdout
+from typing import Any
 
 import pytest
+import torch
 
 from cli_runs import Runs, parsed, refused
 from zolightning.cli import main
@@ -68,6 +71,23 @@ def test_test_rows_are_read_before_training(runs: Runs) -> None:
     assert "test.jsonl" in runs.refused("fit", *options)
     (runs.folder / "test.jsonl").write_text('{"sentence": "a", "label": 7}\n')
     assert "test.jsonl, line 1: label 7 in field `label`" in runs.refused("fit", *options)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo this ran",)
+
+
+def test_a_checkpoint_that_runs_code_is_not_loaded_and_gets_no_advice_how(
+    runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = runs.folder / "evil.ckpt"
+    torch.save({"state_dict": {}, "evil": Evil()}, path)
+    for subcommand in ("validate", "fit"):
+        error = runs.refused(subcommand, "--ckpt_path", path)
+        assert error.startswith("error: `ckpt_path` holds something else than tensors and plain values, posix.system")
+        assert "weights_only" not in error and "\n" not in error
+    assert "this ran" not in capfd.readouterr().out
 
 
 def test_nothing_to_validate_or_to_test(runs: Runs) -> None:

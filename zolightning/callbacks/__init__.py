@@ -3,7 +3,9 @@
 from zolightning.callbacks.momentum_transport import MomentumTransport
 from zolightning.callbacks.prediction_writer import PredictionWriter
 from zolightning.callbacks.run_monitor import RunMonitor
+from zolightning.callbacks.run_overview import RunOverview
 from zolightning.callbacks.spectra import Spectra
+from zolightning.callbacks.step_progress import StepProgressBar
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
 from zolightning.checkpoints.save_last import SaveLast
@@ -18,8 +20,10 @@ __all__ = [
     "PredictionWriter",
     "RandomLayer",
     "RunMonitor",
+    "RunOverview",
     "SaveLast",
     "Spectra",
+    "StepProgressBar",
     "SubspaceResampling",
     "TrainLayers",
     "TrainParameters",

@@ -104,7 +104,7 @@ def _figure(panels: int, title: str) -> tuple[Figure, Sequence[Axes]]:
         panel.set_axisbelow(True)
     axes[-1].set_xlabel("layer")
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=16, steps=[1, 2, 5, 10], integer=True))
-    return figure, axes
+    return figure, list(axes)
 
 
 def _line(axes: Axes, layers: Sequence[int], values: Sequence[float], label: str | None, color: str) -> None:

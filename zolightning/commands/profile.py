@@ -92,7 +92,7 @@ class LayerProfile:
         ]
 
         def evaluate() -> Tensor:
-            output = calibration_forward(module, batches[0])
+            output: Any = calibration_forward(module, batches[0])
             return output["loss"] if isinstance(output, Mapping) else output
 
         def progress(what: str, total: int) -> "tqdm[Any]":

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-Record = Mapping[str, str | int | float | None]
+Record = Mapping[str, Any]  # of texts, numbers and None
 
 
 def print_table(title: str, records: Sequence[Record]) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zolightning.callbacks import PredictionWriter, RunMonitor, TrainLayers, ZerothOrder
+from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview, TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import save_figure, sweep_figure
@@ -30,7 +30,7 @@ from zolightning.scopes.scope import Scope
 if TYPE_CHECKING:
     from zolightning.commands.trainer import Trainer
 
-_OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, SaveConfigCallback)
+_OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, RunOverview, SaveConfigCallback)
 
 
 class LayerSweep:
@@ -156,7 +156,8 @@ class LayerSweep:
             name: {int(row.layer): value for row in rows if (value := row.metrics[name]) is not None}
             for name in self.results.metric_names
         }
-        save_figure(sweep_figure(curves, zero_shot.metrics, len(self.stack), title), self.folder, "sweep")
+        known = {name: value for name, value in zero_shot.metrics.items() if value is not None}
+        save_figure(sweep_figure(curves, known, len(self.stack), title), self.folder, "sweep")
         print(f"\nwritten to {self.folder}: results.csv, settings.json, sweep.png")
 
     def _method(self) -> str:
@@ -204,7 +205,8 @@ class _Progress(Callback):
 
 def _callbacks(trainer: "Trainer", module: L.LightningModule, first_order: bool) -> list[Callback]:
     """The callbacks that take part in training, checked as far as that is possible before it."""
-    kept = [callback for callback in trainer.callbacks if not isinstance(callback, _OF_A_RUN)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
+    kept = [callback for callback in callbacks if not isinstance(callback, _OF_A_RUN)]
     for callback in kept:
         if isinstance(callback, Scope):
             raise MisconfigurationException(

@@ -117,7 +117,8 @@ class Trainer(L.Trainer):
         target = Path(folder)
         if target.exists() and any(target.iterdir()):
             raise ValueError(f"`folder` is {folder}, which is not empty. Name a new folder.")
-        if not hasattr(model, "export"):
+        export = getattr(model, "export", None)
+        if not callable(export):
             raise ValueError(f"{type(model).__name__} has no `export` method.")
         if ckpt_path is not None:
             if not Path(ckpt_path).is_file():
@@ -128,7 +129,7 @@ class Trainer(L.Trainer):
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(weights[name].dtype)
             model.load_state_dict(weights)
-        model.export(target)
+        export(target)
 
 
 # LightningCLI calls the method that has the name of the subcommand, and command lines join words by hyphens.

@@ -1,0 +1,92 @@
+"""The first words of a run, and what TensorBoard is told of it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from zolightning.callbacks import RunOverview, ZerothOrder
+from zolightning.callbacks.run_overview import state_bytes
+from zolightning.optim import MeZO, SubspaceOptimizer
+
+
+def test_estimated_state_is_what_a_step_leaves(method: Callable[..., Any], make_problem: Callable[..., Any]) -> None:
+    problem = make_problem()
+    method = partial(method, lr=1e-6)  # a large step would be added to the weights at once, and keep no core
+    optimizer = method(problem.parameters())
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.fold_every_step = False  # the state is largest before it is added to the weights
+    optimizer.attach(problem)
+    expected = state_bytes(optimizer, method)
+    assert optimizer.state_bytes() == 0  # nothing was done to the run's own
+    optimizer.estimate(problem)
+    optimizer.step()
+    assert optimizer.state_bytes() == expected
+
+
+@pytest.fixture
+def fit(
+    tmp_path: Path, make_trainer: Callable[..., L.Trainer], make_regression: Any, regression_data: Any
+) -> Callable[..., EventAccumulator]:
+    def run(*callbacks: Any) -> EventAccumulator:
+        module = make_regression()
+        module.validation_step = lambda batch, batch_idx: module.log("val/loss", module.net(batch[0]).mean())
+        logger = TensorBoardLogger(tmp_path, "run")
+        trainer = make_trainer(
+            max_steps=4,
+            val_check_interval=2,
+            num_sanity_val_steps=0,
+            logger=logger,
+            log_every_n_steps=1,
+            callbacks=[*callbacks, RunOverview("zolightning fit --config mine.yaml")],
+        )
+        trainer.fit(module, regression_data(), regression_data())
+        return EventAccumulator(logger.log_dir).Reload()
+
+    return run
+
+
+def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    events = fit(ZerothOrder(partial(MeZO, lr=0.5, momentum=0.9, num_queries=3)))
+    first_words = next(message for message in caplog.messages if message.startswith("method"))
+    for part in (
+        "MeZO, lr 0.5, ",
+        "momentum 0.9",
+        "num_queries 3",
+        "6 forward passes",
+        "state 0.0 MiB",
+        "all parameters: 31 of 31 parameters train",
+        "tensorboard --logdir ",
+    ):
+        assert part in first_words
+    assert "eps" not in first_words  # the default
+    text = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "MeZO, lr 0.5" in text and "zolightning fit --config mine.yaml" in text
+    assert [event.step for event in events.Scalars("by_forward_passes/val/loss")] == [12, 24]
+    assert [event.value for event in events.Scalars("by_forward_passes/val/loss")] == [
+        event.value for event in events.Scalars("val/loss")
+    ]
+
+
+def test_backpropagation(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fit()
+    assert any("backpropagation by SGD, lr 0.1" in message for message in caplog.messages)
+
+
+def test_the_run_is_the_same_without_it(
+    make_trainer: Callable[..., L.Trainer], make_regression: Any, regression_data: Any
+) -> None:
+    weights = []
+    for callbacks in ([], [RunOverview()]):
+        module = make_regression()
+        method = ZerothOrder(partial(MeZO, lr=0.5, momentum=0.9))
+        make_trainer(max_steps=3, callbacks=[method, *callbacks]).fit(module, regression_data())
+        weights.append([parameter.tolist() for parameter in module.parameters()])
+    assert weights[0] == weights[1]

@@ -1,0 +1,164 @@
+"""What a run is: said when it begins, and kept where its curves are."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from zolightning.callbacks.refusals import bases
+from zolightning.callbacks.subspace_resampling import SubspaceResampling
+from zolightning.callbacks.zeroth_order import Method, ZerothOrder
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.record import StepRecord
+from zolightning.optim.settings import settings_of
+
+_MIB = 2**20
+
+
+class RunOverview(Callback):
+    """Says what a run is before its first step, and writes it to TensorBoard.
+
+    * Printed: the method and its settings, the scope, how many parameters train, the memory that weights, the method's
+      state and the scratch copy of perturbed weights will take, the forward passes of a step, and where the run goes.
+    * The same as the text ``run`` in TensorBoard, and the settings as its hyperparameters, by which runs are compared:
+      with the best value of the monitored metric where a ModelCheckpoint has one.
+    * Every validation's metrics once more under ``by_forward_passes/``, with the forward passes so far as the step:
+      the axis on which methods with different numbers of evaluations can be compared.
+
+    Args:
+        command: how the run was started, for the overview.
+    """
+
+    def __init__(self, command: str | None = None) -> None:
+        self.command = command
+        self._settings: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        lines = dict(_overview(trainer, pl_module))
+        width = max(map(len, lines))
+        rank_zero_info("\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
+        if self.command is not None:
+            lines["command"] = self.command
+        self._settings = _settings(trainer, pl_module)
+        for logger in _tensorboards(trainer):
+            table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+            logger.experiment.add_text("run", f"| | |\n|-|-|\n{table}", trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, ZerothOrderOptimizer):
+                forwards = optimizer.param_groups[0]["forward_passes"]
+                for logger in _tensorboards(trainer):
+                    for name, value in trainer.callback_metrics.items():
+                        if name.startswith("val"):
+                            logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        best = next((callback for callback in _callbacks(trainer) if isinstance(callback, ModelCheckpoint)), None)
+        score = None if best is None else best.best_model_score
+        metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
+        for logger in _tensorboards(trainer):
+            logger.log_hyperparams(self._settings, metrics)
+
+
+def state_bytes(optimizer: ZerothOrderOptimizer, method: Method) -> int:
+    """Bytes that the state of a method will take, at most, found by steps of stand-ins of each shape.
+
+    There is one stand-in at a time, zeros in place of a parameter; directions of their own, so no generator is read.
+    """
+    counted: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
+    total = 0
+    for _, _, parameter in optimizer.trainable():
+        key = (tuple(optimizer.trainable_shape(parameter)), parameter.dtype)
+        if key not in counted:
+            stand_in = method([nn.Parameter(torch.zeros(*key[0], dtype=key[1], device=parameter.device))])
+            losses = (0.0,) * len(stand_in.estimator.probes(stand_in.num_queries))
+            record = StepRecord(0, 0, (1e-9,), (1.0,) * stand_in.num_queries, losses, len(losses))
+            stand_in.apply(record)
+            counted[key] = stand_in.state_bytes()
+        total += counted[key]
+    return total
+
+
+def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str]]:
+    parameters = list(module.parameters())
+    sizes = {parameter: parameter.numel() * parameter.element_size() for parameter in parameters}
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trainable)
+    weights = f"weights {sum(sizes.values()) / _MIB:,.1f} MiB"
+    for optimizer in trainer.optimizers:
+        if not isinstance(optimizer, ZerothOrderOptimizer):
+            yield "method", f"backpropagation by {type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
+            yield "memory", f"{weights}, gradients and the optimizer's state, activations"
+            continue
+        name = type(optimizer).__name__
+        yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
+        forwards = len(optimizer.estimator.probes(optimizer.num_queries))
+        yield "a step", f"{forwards} forward passes; the first one some more, which find where parameters are read"
+        count = sum(math.prod(optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable())
+        state = state_bytes(optimizer, _method(trainer)) / _MIB
+        scratch = max(sizes[parameter] for _, _, parameter in optimizer.trainable()) / _MIB
+        yield "memory", f"{weights}, state {state:,.1f} MiB, scratch {scratch:,.1f} MiB, activations of a forward pass"
+    scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
+    total = sum(parameter.numel() for parameter in parameters)
+    yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {total:,} parameters train"
+    if trainer.log_dir is not None and trainer.loggers:
+        yield "goes to", trainer.log_dir
+        if _tensorboards(trainer):
+            yield "watch it", f"tensorboard --logdir {Path(trainer.log_dir).parent}"
+
+
+def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+    """The settings that were chosen: the learning rate, and what is not the class's default."""
+    defaults = settings_of(type(optimizer)([nn.Parameter(torch.zeros(1, 1))]))  # type: ignore[call-arg]  # methods have
+    found = settings_of(optimizer)  # defaults for all but the parameters
+    chosen = {key: value for key, value in found.items() if key not in ("class", "dtype") and value != defaults[key]}
+    return {"lr": f"{found['lr']:g}"} | chosen
+
+
+def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+    """What two runs can differ in, as plain values."""
+    task = getattr(getattr(trainer, "datamodule", None), "task", None)
+    settings: dict[str, Any] = {
+        "task": getattr(task, "name", None),
+        "batch_size": getattr(getattr(trainer, "datamodule", None), "batch_size", None),
+        "precision": trainer.precision,
+        "max_steps": trainer.max_steps,
+        "trainable": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
+    }
+    for callback in _callbacks(trainer):
+        if "Scope" in bases(callback):
+            settings["scope"] = type(callback).__name__
+        if isinstance(callback, SubspaceResampling):
+            settings["resampling.interval"] = callback.interval
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, ZerothOrderOptimizer):
+            found = settings_of(optimizer)
+            settings |= {"method": found.pop("class")} | {f"method.{key}": value for key, value in found.items()}
+        else:
+            settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0]["lr"]}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _method(trainer: L.Trainer) -> Method:
+    return next(callback.method for callback in _callbacks(trainer) if isinstance(callback, ZerothOrder))
+
+
+def _callbacks(trainer: Any) -> list[Callback]:
+    found: list[Callback] = trainer.callbacks
+    return found
+
+
+def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
