@@ -24,7 +24,7 @@ from zolightning.optim.checks import (
 from zolightning.optim.estimators import Estimator, Probe, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
-from zolightning.optim.record import MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
+from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
 from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], Loss]
@@ -144,15 +144,17 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
         losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
-        was_flat, last.is_flat = last.is_flat, _is_flat(losses)
-        if last.is_flat and not was_flat:  # as if the weights were read where the perturbations do not reach them
+        last.flat_in_a_row = last.flat_in_a_row + 1 if _is_flat(losses) else 0
+        if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
             self.evaluator.forget()
             losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
-            last.is_flat = _is_flat(losses)
-            if last.is_flat:
+            if not _is_flat(losses):
+                last.flat_in_a_row = 0
+            else:
                 rank_zero_warn(
-                    "All losses of a step are equal, so that it says nothing about the weights: the loss does not "
-                    f"depend on the parameters that train, or `eps` ({group['eps']:g}) is too small to change it."
+                    f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so that they say nothing about "
+                    "the weights: the loss does not depend on the parameters that train, or "
+                    f"`eps` ({group['eps']:g}) is too small to change it."
                 )
         finite = bool(torch.isfinite(losses).all())
         last.nonfinite_in_a_row = 0 if finite else last.nonfinite_in_a_row + (not is_empty)

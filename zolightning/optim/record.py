@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped; a loss that is never finite trains nothing
+FLAT_IN_A_ROW = 3  # steps with equal losses after which it is asked why; rounded ones are equal now and then
 
 
 class NonFiniteLossError(RuntimeError):
@@ -46,11 +47,11 @@ class Estimate:
     Attributes:
         record: what it found; None before the first one.
         is_pending: whether it has yet to be applied.
-        is_flat: whether all its losses were equal.
+        flat_in_a_row: how many estimates up to this one had equal losses.
         nonfinite_in_a_row: how many estimates up to this one had a loss that is not finite.
     """
 
     record: StepRecord | None = None
     is_pending: bool = False
-    is_flat: bool = False
+    flat_in_a_row: int = 0
     nonfinite_in_a_row: int = 0
