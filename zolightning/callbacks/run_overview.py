@@ -112,10 +112,11 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
     total = sum(parameter.numel() for parameter in parameters)
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {total:,} parameters train"
-    if trainer.log_dir is not None and trainer.loggers:
-        yield "goes to", trainer.log_dir
+    folder = trainer.log_dir  # a broadcast: once, on every rank
+    if folder is not None and trainer.loggers:
+        yield "goes to", folder
         if _tensorboards(trainer):
-            yield "watch it", f"tensorboard --logdir {Path(trainer.log_dir).parent}"
+            yield "watch it", f"tensorboard --logdir {Path(folder).parent}"
 
 
 def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
