@@ -59,6 +59,16 @@ def test_scores_that_depend_on_padding_are_refused():
         refuse_unsuitable(make(RwkvConfig(**SIZES)))
 
 
+def test_values_that_float16_cannot_hold_are_refused(make_model):
+    model = make_model().half()
+    refuse_unsuitable(model)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(6e4)
+    with pytest.raises(MisconfigurationException, match="float16 cannot hold: use bfloat16"):
+        refuse_unsuitable(model)
+    refuse_unsuitable(model.bfloat16())
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_every_run_refuses_first(stage, tiny_folder, make_trainer, make_batch):
     make(BertConfig(**SIZES, **HEADS)).save_pretrained(tiny_folder)

@@ -20,8 +20,9 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
     """Runs a model of transformers twice, over some of its tokens, in the dtype and on the device that it has.
 
     Raises:
-        MisconfigurationException: Attention is bidirectional, so the model would read the answer that it scores; or
-            the scores of a text depend on the padding beside it, so on the other texts of a batch.
+        MisconfigurationException: The values exceed float16; attention is bidirectional, so the model would read the
+            answer that it scores; or the scores of a text depend on the padding beside it, so on the other texts of a
+            batch.
     """
     weight = model.get_input_embeddings().get_parameter("weight")
     ids = torch.linspace(1, len(weight) - 1, _LENGTH).long()
@@ -38,6 +39,10 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
     # trained ones, and padding of an RWKV, about 1.
     tolerance = 0.1 if weight.dtype.itemsize < 4 else 1e-4
     name = type(model).__name__
+    if weight.dtype is torch.float16 and not torch.isfinite(logits).all():
+        raise MisconfigurationException(
+            f"`model_name` is a {name} whose values float16 cannot hold: use bfloat16 or float32 (`trainer.precision`)."
+        )
     if _difference(logits[:-1], logits_before_changed[:-1]) > tolerance:
         raise MisconfigurationException(
             f"`model_name` is a {name} whose tokens see those after them: it would read the answers that it scores. "
