@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
@@ -61,18 +62,22 @@ def run(
     regression_data: Callable[..., DataLoader],
 ) -> Callable[[str], dict[str, Any]]:
     """Runs all Python of a document, one block after the other, with Trainers that end after a few steps."""
-    short = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-        "max_steps": 4,
-    }
-    trainer = L.Trainer
-    monkeypatch.setattr(L, "Trainer", lambda **options: trainer(**options | short))
+    monkeypatch.chdir(tmp_path)
+    trainer_class = L.Trainer
+
+    def trainer(**options: Any) -> L.Trainer:
+        short = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "max_steps": 4,
+        }
+        return trainer_class(**options | short)
+
+    monkeypatch.setattr(L, "Trainer", trainer)
     data = regression_data()
 
     def make(document: str) -> dict[str, Any]:
