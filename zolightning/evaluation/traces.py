@@ -63,7 +63,8 @@ class Snapshot:
         if kind in _CONTAINERS:
             self._containers.append((value, copy.copy(value)))
             for member in value.values() if isinstance(value, dict) else value:
-                self._visit(member)
+                if type(member) not in _NUMBERS:
+                    self._visit(member)
         elif kind is nn.Parameter or isinstance(value, Tensor):
             self._save(value)
         elif kind is torch.Generator:
