@@ -24,6 +24,7 @@ from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, re
 from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, take_name
 from zolightning.commands import configs
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings
+from zolightning.commands.help import HelpAll
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks
 from zolightning.commands.trainer import Trainer
@@ -84,6 +85,7 @@ class ZerothOrderCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--help_all", action=HelpAll)
         add_slots(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(

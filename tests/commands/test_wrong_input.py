@@ -186,6 +186,11 @@ def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
     [
         (["--help"], ["Fine-tunes language models by forward passes only.", "fit", "export"]),
         (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "val/accuracy"]),
+        (["fit", "--help"], ["--method.help MeZO", "--trainer.precision", "--ckpt_path", "--help_all"]),
+        (["fit", "--help_all"], ["--trainer.overfit_batches", "--evaluation.skip_nonfinite"]),
+        (["fit", "--method.help", "MeZO"], ["--method.lr", "--method.num_queries", "--method.estimator"]),
+        (["fit", "--scope.help", "DominantLayer"], ["--scope.part", "--scope.profile"]),
+        (["sweep-layers", "--help"], ["--first_order", "--method"]),
         (["fit", "--model.help", "CausalLM"], ["--model.model_name", "GGUF"]),
         (["fit", "--data.help", "PromptDataModule"], ["--data.task", "train.jsonl"]),
         (["export", "--help"], ["--folder", "--ckpt_path"]),
@@ -198,3 +203,10 @@ def test_help(arguments: list[str], expected: list[str], capsys: pytest.CaptureF
     text = capsys.readouterr().out
     for part in expected:
         assert part in text
+
+
+def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80 and max(map(len, lines)) <= 120

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from argparse import HelpFormatter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
+
+from zolightning.commands.help import HelpAll, short_help
 
 _TYPES = {
     "float": "a number",
@@ -31,6 +34,17 @@ class OneLineParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        if formatter is None and any(isinstance(action, HelpAll) for action in self._actions):
+            return short_help(self)
+        text: str = super().format_help() if formatter is None else super().format_help(formatter)
+        return text
+
+    def format_all_help(self) -> str:
+        """What jsonargparse says of every option."""
+        text: str = super().format_help()
+        return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser of an inner class, whose message becomes a part of the outer one's

@@ -1,0 +1,111 @@
+"""``--help`` of a subcommand on two screens; ``--help_all`` prints what jsonargparse knows of every option."""
+
+import argparse
+import re
+import textwrap
+from typing import Any
+
+_WIDTH, _COLUMN = 118, 39
+
+# What people use, by what it is about; words without a leading dash are lines of their own.
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "config": ("config", "print_config", "seed_everything"),
+    "method": (
+        "method",
+        "lr_scheduler",
+        "`--method.help MeZO` lists the settings of one, such as --method.lr",
+    ),
+    "scope": ("scope", "`--scope.help DominantLayer` lists the settings of one"),
+    "subspaces": ("resampling", "transport", "`--resampling.interval 50`, `--transport.how reset`"),
+    "evaluation": (
+        "evaluation.micro_batch_size",
+        "evaluation.evaluations_per_forward",
+        "evaluation.keep_prefix_gib",
+        "evaluation.skip_nonfinite",
+    ),
+    "data": ("data", "`--data.task sst2 --data.path FOLDER --data.batch_size 16`; all: `--data.help PromptDataModule`"),
+    "model": ("model", "`--model.model_name NAME_OR_FOLDER --model.dtype bfloat16`; all: `--model.help CausalLM`"),
+    "length of the run": (
+        "trainer.max_steps",
+        "trainer.max_epochs",
+        "trainer.max_time",
+        "trainer.val_check_interval",
+        "trainer.limit_val_batches",
+        "validate_first",
+        "test_last",
+    ),
+    "precision and devices": ("trainer.precision", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
+    "logging": ("trainer.default_root_dir", "trainer.logger", "trainer.log_every_n_steps", "trainer.callbacks"),
+    "checkpoints": (
+        "checkpoint.monitor",
+        "checkpoint.mode",
+        "checkpoint.dirpath",
+        "save_last.every_n_train_steps",
+        "save_last.every_n_minutes",
+        "ckpt_path",
+    ),
+}
+_WORDS = {
+    "method": "MeZO, LOZO, SubZero, ...: zeroth-order method; without one, backpropagation by `model.optimizer`",
+    "scope": "DominantLayer, TrainLayers, ...: which parameters train; without one, all",
+    "evaluation.micro_batch_size": "evaluate a batch in parts of this many examples",
+    "evaluation.evaluations_per_forward": "evaluations of a step that share a run of the network",
+    "evaluation.keep_prefix_gib": "memory to compute what lies below the first trained layer once a run",
+    "trainer.precision": "32-true, bf16-true, 16-true, bf16-mixed or 64-true",
+    "trainer.accelerator": "cpu, gpu or auto",
+    "trainer.strategy": "auto or ddp",
+    "trainer.default_root_dir": "folder of runs: curves, config, checkpoints",
+    "trainer.val_check_interval": "training batches between two validations",
+    "checkpoint.monitor": "metric of the best checkpoint",
+    "ckpt_path": "checkpoint to go on from: a file, last or best",
+    "weights_only": "false to unpickle a checkpoint of a source that you trust",
+    "save_last.every_n_minutes": "save the last step this often",
+    "save_last.every_n_train_steps": "save the last step this often",
+    "config": "file of settings; later files and flags win; `zolightning configs` lists those of the package",
+    "print_config": "print the settings that files and flags come to, and exit",
+    "seed_everything": "seed of the run",
+    "data": "class of the data module",
+    "model": "class of the model",
+    "trainer.callbacks": "further callbacks, a list in YAML",
+}
+
+
+class HelpAll(argparse.Action):
+    """Prints every option and exits."""
+
+    def __init__(self, option_strings: list[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help="every option")
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_all_help())
+        parser.exit()
+
+
+def short_help(parser: argparse.ArgumentParser) -> str:
+    """The options that people use, in groups, a line each."""
+    actions = {action.dest: action for action in parser._actions}
+    grouped = {name for names in _GROUPS.values() for name in names} | {"help"}
+    whole_groups = {dest.partition(".")[0] for dest in actions if "." in dest}  # each takes a file of its settings
+    own = tuple(
+        dest
+        for dest, action in actions.items()
+        if dest not in grouped | whole_groups and "." not in dest and not isinstance(action, HelpAll)
+    )
+    lines = [f"usage: {parser.usage}", "", *textwrap.wrap(parser.description or "", _WIDTH)]
+    for title, names in {f"{parser.prog.split()[-1]} only": own, **_GROUPS}.items():
+        entries = [_entry(actions[name]) if name in actions else [f"  {name}"] for name in names]
+        lines += ["", f"{title}:", *(line for entry in entries for line in entry)]
+    lines += ["", "--help_all lists every option, of Lightning's Trainer too."]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(action: argparse.Action) -> list[str]:
+    option = f"  {action.option_strings[-1].rstrip('+')}"
+    plain = " ".join((action.help or "").replace("``", "`").split())
+    text = _WORDS.get(action.dest) or re.split(r"(?<=[.;])\s|\s\(default|\s\(type", plain)[0].rstrip(".;")
+    default = action.default
+    if isinstance(default, str | int | float) and not isinstance(default, type) and default not in ("==SUPPRESS==", ""):
+        text += f" (default: {default})"
+    wrapped = textwrap.wrap(text, _WIDTH - _COLUMN)[:2] or [""]
+    first = f"{option:{_COLUMN}}{wrapped[0]}" if len(option) < _COLUMN else f"{option}  {wrapped[0]}"
+    return [first, *(" " * _COLUMN + line for line in wrapped[1:])]
