@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,7 +111,9 @@ class LayerSweep:
 
     def _trained(self, index: int, bar: "tqdm[Any]") -> SweepRow:
         bar.set_description(f"layer {index}")
-        callbacks = [*self.callbacks, TrainLayers([index], layers_name=self.layers_name), _Progress(bar)]
+        # A method that has trained goes on with further directions in its next fit, and each layer is to have the same.
+        kept = [copy(callback) if isinstance(callback, ZerothOrder) else callback for callback in self.callbacks]
+        callbacks = [*kept, TrainLayers([index], layers_name=self.layers_name), _Progress(bar)]
         runner = self.trainer.with_settings(**self.replaced, callbacks=callbacks)
         parameters = sum(parameter.numel() for parameter in self.stack.parameters(index).values())
         started = time.perf_counter()
