@@ -172,7 +172,7 @@ class ZerothOrderCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it, undeclared
             if isinstance(callback, ZerothOrder):
                 callback.check(self.trainer, self.model)
         check_monitors(self.trainer, self.model, self.datamodule)
