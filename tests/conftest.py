@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "subzero-adam": partial(SubZero, lr=0.05, rank=4, betas=(0.9, 0.95), vector_lr=0.02, num_queries=2),
     "subspace-mezo": partial(SubspaceMeZO, lr=0.02, rank=4),
     "subspace-mezo-momentum": partial(SubspaceMeZO, lr=0.02, rank=3, momentum=0.9),
-    "subspace-mezo-adam": partial(SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.999), vector_lr=0.02),
+    "subspace-mezo-adam": partial(SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.999), vector_lr=0.05),
     "zo-muon": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.04, estimator=OneSided()),
     "zo-muon-svd": partial(ZOMuon, lr=0.05, rank=3, vector_lr=0.02, orthogonalization="svd", num_queries=2),
     "zo-muon-momentum": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.02, momentum=0.9, num_queries=1),

@@ -119,17 +119,22 @@ class TestStep:
             assert torch.equal(getattr(problem, name), getattr(contiguous, name)), name
         assert [p.stride() for p in problem.parameters()] == strides
 
-    def test_without_an_estimate_nothing_changes(self, method: Method, make_problem: MakeProblem) -> None:
+    def test_without_an_estimate_it_says_so_and_changes_nothing(
+        self, method: Method, make_problem: MakeProblem
+    ) -> None:
         problem, closures = make_problem(), []
         optimizer = attached(method, problem)
         before = weights(problem)
-        assert optimizer.step(lambda: closures.append(1)) is None and len(closures) == 1
+        with pytest.raises(RuntimeError, match=r"has no estimate to apply"):
+            optimizer.step(lambda: closures.append(1))
         assert_same(weights(problem), before)
+        assert len(closures) == 1
         optimizer.estimate(problem)
         assert optimizer.step(lambda: 5) == 5
         after = weights(problem)
         assert_same(after, before, but=("matrix", "images", "vector"))
-        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"has no estimate to apply"):
+            optimizer.step()
         assert_same(weights(problem), after)
 
     @pytest.mark.parametrize("dtype", WIDE_AND_NARROW)

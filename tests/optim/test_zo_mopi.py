@@ -125,7 +125,7 @@ def test_momentum_and_transport_make_a_difference() -> None:
     assert torch.equal(trained(0.0, "project"), trained(0.0, "reset"))
 
 
-@pytest.mark.filterwarnings("ignore:2 parameters are unused")
+@pytest.mark.filterwarnings("ignore:2 parameters are unused", "ignore:All losses of a step were equal")
 def test_a_flat_loss_moves_nothing_and_leaves_no_nan() -> None:
     net = Net()
     optimizer = ZOMOPI(net.named_parameters(), rank=RANK, power_rank=K)
