@@ -63,6 +63,7 @@ def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptur
         "state 0.0 MiB",
         "all parameters: 31 of 31 parameters train",
         "tensorboard --logdir ",
+        "run/version_0/config.yaml --ckpt_path last",
     ):
         assert part in first_words
     assert "eps" not in first_words  # the default
@@ -78,6 +79,19 @@ def test_backpropagation(fit: Callable[..., EventAccumulator], caplog: pytest.Lo
     caplog.set_level("INFO")
     fit()
     assert any("backpropagation by SGD, lr 0.1" in message for message in caplog.messages)
+
+
+class Demanding(MeZO):
+    """A method whose learning rate has no default."""
+
+    def __init__(self, params: Any, lr: float, **common: Any) -> None:
+        super().__init__(params, lr, **common)
+
+
+def test_a_method_without_defaults(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fit(ZerothOrder(partial(Demanding, lr=0.5)))
+    assert any("Demanding, lr 0.5, " in message and "num_queries 1" in message for message in caplog.messages)
 
 
 def test_the_run_is_the_same_without_it(

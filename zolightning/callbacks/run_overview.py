@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class RunOverview(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lines = dict(_overview(trainer, pl_module))
+        if self.command is not None and "goes to" in lines:
+            lines["goes on"] = f"zolightning fit --config {lines['goes to']}/config.yaml --ckpt_path last"
         width = max(map(len, lines))
         rank_zero_info("\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
         if self.command is not None:
@@ -121,9 +124,12 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
 
 def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     """The settings that were chosen: the learning rate, and what is not the class's default."""
-    defaults = settings_of(type(optimizer)([nn.Parameter(torch.zeros(1, 1))]))  # type: ignore[call-arg]  # methods have
-    found = settings_of(optimizer)  # defaults for all but the parameters
-    chosen = {key: value for key, value in found.items() if key not in ("class", "dtype") and value != defaults[key]}
+    defaults: dict[str, Any] = {}
+    with suppress(TypeError):  # a method whose settings have no defaults: all are shown
+        defaults = settings_of(type(optimizer)([nn.Parameter(torch.zeros(1, 1))]))  # type: ignore[call-arg]
+    found = settings_of(optimizer)
+    others = (key for key in found if key not in ("class", "dtype", "lr"))
+    chosen = {key: found[key] for key in others if key not in defaults or found[key] != defaults[key]}
     return {"lr": f"{found['lr']:g}"} | chosen
 
 
