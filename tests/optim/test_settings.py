@@ -69,3 +69,14 @@ def test_the_same_settings_with_another_seed_go_on() -> None:
     optimizer = MEZO(weights(), seed=2)
     optimizer.load_state_dict(MEZO(weights(), seed=7).state_dict())
     assert optimizer.param_groups[0]["seed"] == 7
+
+
+def test_rates_of_vectors_are_said_as_they_were_given() -> None:
+    saved = LOZO(weights(), lr=1e-3, vector_lr=3e-5).state_dict()
+    with pytest.warns(UserWarning) as said:
+        LOZO(weights(), lr=2e-3, vector_lr=7e-5).load_state_dict(saved)
+    messages = [str(warning.message) for warning in said]
+    assert [message.partition(";")[0] for message in messages] == [
+        "`lr` goes on as in the checkpoint, whose run was given 0.001",
+        "`vector_lr` goes on as in the checkpoint, whose run was given 3e-05",
+    ]

@@ -20,6 +20,8 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     arguments = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     attributes = {name: value for name, value in vars(optimizer).items() if name in arguments - {"defaults"}}
     settings = {name: value for name, value in (optimizer.defaults | attributes).items() if name not in _NOT_COMPARED}
+    if "vector_lr_ratio" in settings:  # kept as a ratio, so that schedulers scale it, and given as a rate
+        settings["vector_lr"] = float(f"{settings.pop('vector_lr_ratio') * settings['lr']:.12g}")
     dtypes = {str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]}
     return {
         "class": type(optimizer).__name__,
@@ -50,7 +52,7 @@ def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, 
             "method, or start a new run."
         )
     different = {key: (saved[key], own[key]) for key in own if key in saved and saved[key] != own[key]}
-    rates = {key: different.pop(key) for key in ("lr", "vector_lr_ratio") if key in different}
+    rates = {key: different.pop(key) for key in ("lr", "vector_lr") if key in different}
     if different:
         values = "; ".join(f"`{key}` is {now!r}, there {before!r}" for key, (before, now) in different.items())
         raise ValueError(
