@@ -153,11 +153,15 @@ class Traces:
         """Evaluates a loss and undoes what it wrote, also where it fails; `is_first` keeps it for the end."""
         try:
             result = evaluate()
-            if is_first and not self._before.is_now():
-                self._first = Snapshot(self._modules, self._written, self._perturbed)
-            return result
-        finally:
+        except BaseException:
             self._before.restore()
+            raise
+        if is_first:
+            if self._before.is_now():
+                return result
+            self._first = Snapshot(self._modules, self._written, self._perturbed)
+        self._before.restore()
+        return result
 
     def finish(self) -> None:
         """Leaves the module as the first evaluation did."""
@@ -222,8 +226,11 @@ def _same(now: Any, saved: Any) -> bool:
 
 
 def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:
-    if len(now) != len(saved) and "forward" in now and "forward" not in saved:
-        now = {name: value for name, value in now.items() if name != "forward"}
+    if len(now) == len(saved) + 1 and "forward" in now and "forward" not in saved:
+        try:
+            return now.items() >= saved.items()
+        except Exception:  # as in `_same`
+            return False
     return _same(now, saved)
 
 
