@@ -13,12 +13,14 @@ import zolightning
 
 # Run as a program by both ranks, and by one; writes what is left of each run. Rank r of 2 takes every second example.
 SCRIPT = """
+import os
 import sys
 from functools import partial
 
 import lightning as L
 import torch
 from torch import nn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
@@ -39,12 +41,14 @@ class Recorder(L.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         self.steps.append(vars(trainer.optimizers[0].record))
+        self.model = type(trainer.strategy.model).__name__
 
 
 class Module(L.LightningModule):
     def __init__(self, options):
         super().__init__()
-        torch.manual_seed(0)
+        # Under "zo_ddp" the second rank starts elsewhere, and is given the weights of the first.
+        torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)) if "strategy" in options else 0)
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1))
         self.options = options
 
@@ -66,6 +70,7 @@ class Module(L.LightningModule):
 
 runs = {
     "plain": (partial(MeZO, lr=1e-2), {}),
+    "losses_only": (partial(MeZO, lr=1e-2), {"strategy": "zo_ddp"}),
     "weighted": (partial(MeZO, lr=1e-2, momentum=0.5, normalize=True), {"weighted": True}),
     "micro_batches": (partial(MeZO, lr=1e-2), {"weighted": True, "micro_batch_size": 3}),
     "adam": (partial(MeZOAdam, lr=1e-2, estimator=OneSided(), num_queries=2), {}),
@@ -86,7 +91,7 @@ for name, (method, options) in runs.items():
         max_steps=10,
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=options.get("strategy", "ddp") if ranks > 1 else "auto",
         precision=options.get("precision", "32-true"),
         callbacks=[callback, *(others if name in ("subspace", "stacked") else []), recorder],
         logger=False,
@@ -98,10 +103,21 @@ for name, (method, options) in runs.items():
     share = range(trainer.global_rank, 80, ranks)
     trainer.fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=8 // ranks, sampler=share))
     left = {"weights": module.state_dict(), "steps": recorder.steps, "global_step": trainer.global_step}
+    left["model"] = recorder.model
     torch.save(left, f"{folder}/{name}-{trainer.global_rank}-of-{ranks}.pt")
+
+if ranks > 1:  # without a zeroth-order method
+    module = Module({})
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="zo_ddp", logger=False, enable_checkpointing=False)
+    try:
+        trainer.fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=4))
+    except MisconfigurationException as error:
+        left = {"refused": str(error), "global_step": trainer.global_step}
+        torch.save(left, f"{folder}/sgd-{trainer.global_rank}-of-2.pt")
 """
 
-RUNS = ["plain", "weighted", "micro_batches", "adam", "bf16", "skipped", "none", "subspace", "stacked"]
+RUNS = ["plain", "losses_only", "weighted", "micro_batches", "adam", "bf16", "skipped", "none", "subspace", "stacked"]
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +180,18 @@ def test_a_step_that_is_bad_on_one_rank_is_skipped_by_both(results: dict) -> Non
     for rank, ranks in ((0, 2), (1, 2), (0, 1)):
         steps = results["skipped", rank, ranks]["steps"]
         assert [i for i, step in enumerate(steps) if not step["projected_grads"]] == [3]
+
+
+def test_zo_ddp_does_what_ddp_does_with_a_bare_module(results: dict) -> None:
+    stock, bare = results["plain", 0, 2], results["losses_only", 0, 2]
+    assert (stock["model"], bare["model"]) == ("DistributedDataParallel", "Module")
+    assert stock["steps"] == bare["steps"]
+    for key, tensor in stock["weights"].items():
+        assert torch.equal(tensor, bare["weights"][key]), key
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_zo_ddp_refuses_an_optimizer_that_reads_gradients(results: dict, rank: int) -> None:
+    refused = results["sgd", rank, 2]
+    assert "no gradients are averaged, and the optimizer is SGD. Use 'ddp'" in refused["refused"]
+    assert refused["global_step"] == 0

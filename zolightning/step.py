@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+import zolightning.strategies  # noqa: F401  # registers `zo_ddp`: whoever can take a step can name it
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss

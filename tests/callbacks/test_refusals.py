@@ -57,9 +57,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", "model_parallel", "xla"])
     def test_names_of_strategies(self, name: str) -> None:
-        with pytest.raises(MisconfigurationException, match=f"`trainer.strategy` is '{name}', which .*'auto' or 'ddp'"):
+        with pytest.raises(
+            MisconfigurationException, match=f"`trainer.strategy` is '{name}', which .*'auto', 'ddp' or 'zo_ddp'"
+        ):
             refuse_strategy(name)
-        refuse_strategy("ddp_spawn"), refuse_strategy("auto")
+        refuse_strategy("ddp_spawn"), refuse_strategy("auto"), refuse_strategy("zo_ddp")
 
     def test_a_strategy_of_ones_own_from_scratch(self) -> None:
         class Odd(ParallelStrategy): ...
@@ -75,7 +77,7 @@ class TestRefusals:
     def test_strategies_that_shard(self, strategy: type) -> None:
         made = object.__new__(strategy)  # whose packages and devices are not here
         with pytest.raises(
-            MisconfigurationException, match=f"`trainer.strategy` is {strategy.__name__}.*'auto' or 'ddp'"
+            MisconfigurationException, match=f"`trainer.strategy` is {strategy.__name__}.*'auto', 'ddp' or 'zo_ddp'"
         ):
             refuse_unsupported(self.surroundings(strategy=made))
 

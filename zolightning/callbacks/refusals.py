@@ -64,11 +64,13 @@ def refuse_strategy(strategy: Any) -> None:
     for name in names:
         for part, reason in _UNFIT_STRATEGIES.items():
             if part in name.lower().replace("_", ""):
-                raise MisconfigurationException(f"`trainer.strategy` is {found}, which {reason}. Use 'auto' or 'ddp'.")
+                raise MisconfigurationException(
+                    f"`trainer.strategy` is {found}, which {reason}. Use 'auto', 'ddp' or 'zo_ddp'."
+                )
     if not isinstance(strategy, str) and not any(name in _WHOLE_PARAMETERS for name in names):
         raise MisconfigurationException(
-            f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp' and strategies derived "
-            "from SingleDeviceStrategy or DDPStrategy."
+            f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp', 'zo_ddp' and "
+            "strategies derived from SingleDeviceStrategy or DDPStrategy."
         )
 
 

@@ -53,7 +53,7 @@ _WORDS = {
     "evaluation.keep_prefix_gib": "memory to compute what lies below the first trained layer once a run",
     "trainer.precision": "32-true, bf16-true, 16-true, bf16-mixed or 64-true",
     "trainer.accelerator": "cpu, gpu or auto",
-    "trainer.strategy": "auto or ddp",
+    "trainer.strategy": "auto, zo_ddp (ranks exchange losses only) or ddp",
     "trainer.default_root_dir": "folder of runs: curves, config, checkpoints",
     "trainer.val_check_interval": "training batches between two validations",
     "checkpoint.monitor": "metric of the best checkpoint",
