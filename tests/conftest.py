@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from zolightning.directions.kernels import _Compiler
+from zolightning.kernels.compiled import _Compiler
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, SubspaceMeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 from zolightning.optim.estimators import OneSided, Population
 
@@ -27,6 +27,14 @@ torch.set_num_threads(1)  # on tensors as small as these, threads only wait for 
 # The same examples every time, however slow the machine
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
 
 Method = Callable[..., ZerothOrderOptimizer]
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions import kernels, native
 from zolightning.directions.dense import Direction, arithmetic, directions, standard
-from zolightning.directions.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, coefficient, key
+from zolightning.kernels import compiled, native
+from zolightning.kernels.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, coefficient, key
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCALE = 2.0**-3  # times a code of 4 bits: exact in every dtype
@@ -74,7 +74,7 @@ class TestAddTo:
     def test_any_chunk_size(self, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         weight = torch.randn(40, generator=torch.Generator().manual_seed(0)).to(dtype)
         whole = perturbed(direction(dtype=dtype), weight)
-        monkeypatch.setattr(kernels, "CHUNK", chunk)
+        monkeypatch.setattr(compiled, "CHUNK", chunk)
         assert torch.equal(perturbed(direction(dtype=dtype), weight), whole)
 
     @given(numel=st.integers(1, 40), offset=st.integers(0, 3), out_offset=st.integers(0, 3))
@@ -126,7 +126,7 @@ class TestAddToRows:
     @pytest.mark.parametrize("chunk", [1, 4, 10])
     def test_any_chunk_size(self, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         table, rows = torch.randn(9, 3), torch.tensor([8, 0, 3, 3, 1])
-        monkeypatch.setattr(kernels, "CHUNK", chunk)
+        monkeypatch.setattr(compiled, "CHUNK", chunk)
         out = torch.empty(5, 3)
         direction().add_to_rows(table, rows, out)
         assert torch.equal(out, perturbed(direction(), table)[rows])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zolightning.directions.dense import standard
-from zolightning.directions.noise import NoiseKind, key
+from zolightning.kernels.noise import NoiseKind, key
 from zolightning.optim.estimators import Estimator, OneSided, Population, Probe, TwoSided
 
 DIM = 24

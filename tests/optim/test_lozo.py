@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import standard
-from zolightning.directions.noise import key
+from zolightning.kernels.noise import key
 from zolightning.optim import LOZO
 
 STEPS, INTERVAL = 13, 5

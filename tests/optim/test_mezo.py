@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from optimizer_steps import MakeProblem, run
 from zolightning.directions.dense import standard
-from zolightning.directions.noise import NoiseKind, key
+from zolightning.kernels.noise import NoiseKind, key
 from zolightning.optim import MeZO, MeZOAdam
 from zolightning.optim.estimators import OneSided
 

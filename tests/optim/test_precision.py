@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions import native
 from zolightning.directions.dense import Direction, arithmetic
-from zolightning.directions.noise import NoiseKind, coefficient, key
-from zolightning.optim.bfloat16 import read_split, write_split
+from zolightning.kernels import native
+from zolightning.kernels.bfloat16 import read_split, write_split
+from zolightning.kernels.noise import NoiseKind, coefficient, key
 from zolightning.optim.precision import add_direction, add_tensor, as_contiguous, state_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

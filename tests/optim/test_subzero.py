@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import standard
-from zolightning.directions.noise import key
+from zolightning.kernels.noise import key
 from zolightning.optim import SubZero
 
 STEPS, INTERVAL, RANK = 12, 4, 3

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.dense import standard
-from zolightning.directions.noise import key
+from zolightning.kernels.noise import key
 from zolightning.optim import ZOMOPI
 from zolightning.optim.estimators import OneSided
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import standard
-from zolightning.directions.noise import key
+from zolightning.kernels.noise import key
 from zolightning.optim import SubspaceMeZO, ZOMuon
 from zolightning.optim.estimators import Estimator, OneSided, TwoSided
 from zolightning.optim.orthogonalization import msign, newton_schulz

@@ -9,7 +9,7 @@ from torch import nn
 
 from zolightning.commands.report import Record, round_robin
 from zolightning.directions.dense import directions
-from zolightning.directions.noise import NoiseKind
+from zolightning.kernels.noise import NoiseKind
 
 DTYPES = (torch.float32, torch.bfloat16)
 

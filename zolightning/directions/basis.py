@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zolightning.directions.dense import Direction
-from zolightning.directions.noise import coefficient, key
+from zolightning.kernels.noise import coefficient, key
 
 Sides = Literal["left", "right", "both"]
 

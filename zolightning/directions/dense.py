@@ -5,31 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from zolightning.directions import native
-from zolightning.directions.kernels import chunks, kernel
-from zolightning.directions.noise import Key, NoiseKind, coefficient, counter, key, noise_sum, start_of
-
-
-def _perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, kind: NoiseKind) -> None:
-    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    out.copy_((weight.to(noise.dtype) + noise).to(out.dtype))
-
-
-def _perturb_rows(
-    out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind
-) -> None:
-    columns = table.shape[1]
-    index = rows.to(torch.int32)[:, None] * columns + torch.arange(columns, dtype=torch.int32, device=rows.device)
-    noise = noise_sum(index, keys, coefficients, kind)
-    out.copy_((F.embedding(rows, table).to(noise.dtype) + noise).to(out.dtype))
-
-
-def _accumulate(
-    total: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind
-) -> None:
-    total.copy_(decay * total + noise_sum(counter(total, start), keys, coefficients, kind).to(total.dtype))
+from zolightning import kernels
+from zolightning.kernels.noise import Key, NoiseKind, coefficient, key
 
 
 class Direction:
@@ -52,14 +30,15 @@ class Direction:
 
         The dtype of `out` may be narrower than that of `weight`.
         """
-        flat_out, flat_weight = out.view(-1), weight.view(-1)
-        if native.available(flat_weight, start) and native.available(flat_out):
-            native.perturb(flat_out, flat_weight, self.keys, self.coefficients, self.kind, start)
-            return
-        run, size = kernel(_perturb, flat_weight)
-        for part in chunks(flat_weight.numel(), size):
-            first = start_of(start + part.start, weight.device)
-            run(flat_out[part], flat_weight[part], self.keys, self.coefficients, first, self.kind)
+        kernels.perturb(out.view(-1), weight.view(-1), self.keys, self.coefficients, self.kind, start)
+
+    def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
+        """Writes ``weight + direction`` to `plus` and ``weight - direction`` to `minus`, reading the weight once.
+
+        The same bits as :meth:`add_to` of this direction and of that with negated coefficients.
+        """
+        flat = plus.view(-1), minus.view(-1), weight.view(-1)
+        kernels.perturb_both(*flat, self.keys, self.coefficients, self.kind, start)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes ``(table + direction)[rows]`` to `out`, reading and generating these rows only.
@@ -69,24 +48,11 @@ class Direction:
             rows: integers, shape (k,).
             out: (k, n).
         """
-        if native.available(out, start=table.shape[1]):
-            native.perturb_rows(out, F.embedding(rows, table), rows, self.keys, self.coefficients, self.kind)
-            return
-        run, size = kernel(_perturb_rows, out)
-        for part in chunks(rows.numel(), max(1, size // table.shape[1])):
-            run(out[part], table, rows[part], self.keys, self.coefficients, self.kind)
+        kernels.perturb_rows(out, table, rows, self.keys, self.coefficients, self.kind)
 
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
-        flat = total.view(-1)
-        if native.available(flat, start):
-            native.add(flat, self.keys, self.coefficients, self.kind, decay, start=start)
-            return
-        factor = torch.tensor(decay, dtype=flat.dtype, device=flat.device)
-        run, size = kernel(_accumulate, flat)
-        for part in chunks(flat.numel(), size):
-            first = start_of(start + part.start, flat.device)
-            run(flat[part], self.keys, self.coefficients, first, factor, self.kind)
+        kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=start)
 
 
 def directions(

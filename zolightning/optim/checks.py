@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.noise import MAX_ELEMENTS
+from zolightning.kernels.noise import MAX_ELEMENTS
 from zolightning.optim.estimators import Estimator
 
 Loss = Tensor | tuple[Any, Any] | Mapping[str, Any]  # see `loss_and_terms`

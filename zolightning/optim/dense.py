@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zolightning.directions.dense import Direction, directions
-from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.directions.perturbation import Perturbation
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
 from zolightning.optim.precision import State, as_contiguous
@@ -19,7 +19,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
     """Abstract: draws dense directions; a method says what becomes of them in :meth:`update`.
 
     Args:
-        noise: "gaussian" (17-valued, see :mod:`zolightning.directions.noise`) or "rademacher".
+        noise: "gaussian" (17-valued, see :mod:`zolightning.kernels.noise`) or "rademacher".
         **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`: num_queries, estimator, seed,
             update_precision.
     """

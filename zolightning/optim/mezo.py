@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from zolightning.directions.dense import Direction
-from zolightning.directions.kernels import chunks
+from zolightning.kernels.compiled import chunks
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import CHUNK, momentum_

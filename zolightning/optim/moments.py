@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolightning.directions.dense import Direction, arithmetic
-from zolightning.directions.kernels import chunks
+from zolightning.kernels.compiled import chunks
 from zolightning.optim.precision import State
 
 CHUNK = 2**20

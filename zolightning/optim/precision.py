@@ -23,12 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zolightning.directions import native
+from zolightning import kernels
 from zolightning.directions.dense import Direction
-from zolightning.directions.kernels import CHUNK, chunks, kernel
-from zolightning.directions.noise import NoiseKind, counter, noise_sum, start_of
 from zolightning.directions.slices import Slice
-from zolightning.optim import bfloat16
 
 UpdatePrecision = Literal["exact", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "native")
@@ -70,21 +67,8 @@ def add_direction(
         decay: multiplies the weight first (decoupled weight decay is ``1 - lr * weight_decay``).
     """
     flat = weight.view(-1)
-    keys, coefficients, kind = direction.keys, direction.coefficients, direction.kind
     rest = _rest(flat, state, precision)
-    if rest is not None and rest.dtype == torch.float32:
-        _take_over(flat, rest)
-        direction.accumulate(rest, decay)
-        flat.copy_(rest)
-        return
-    if native.available(flat):
-        native.add(flat, keys, coefficients, kind, decay, low=rest)
-        return
-    factor = torch.tensor(decay, dtype=coefficients.dtype, device=flat.device)
-    run, size = kernel(_add_noise if rest is None else _add_noise_split, flat)
-    for part in chunks(flat.numel(), size):
-        weights = (flat[part],) if rest is None else (flat[part], rest[part])
-        run(*weights, keys, coefficients, start_of(part.start, flat.device), factor, kind)
+    kernels.add(flat, direction.keys, direction.coefficients, direction.kind, decay, rest)
 
 
 def add_tensor(
@@ -108,33 +92,7 @@ def add_tensor(
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + delta.numel())
-    if rest is None and decay == 1.0 and flat.dtype == delta.dtype:
-        flat[part].add_(delta)
-    elif rest is None:
-        flat[part].copy_(decay * flat[part].to(delta.dtype) + delta)
-    elif rest.dtype == torch.int16 and native.available(flat):
-        native.add_delta(flat[part], rest[part], delta.contiguous(), decay)
-    elif rest.dtype == torch.int16:
-        value = decay * bfloat16.read_split(flat[part], rest[part]) + delta
-        bfloat16.write_split(flat[part], rest[part], value)
-    else:
-        _take_over(flat[part], rest[part])
-        rest[part].mul_(decay).add_(delta)
-        flat[part].copy_(rest[part])
-
-
-def _add_noise(
-    weight: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind
-) -> None:
-    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    weight.copy_((decay * weight.to(noise.dtype) + noise).to(weight.dtype))
-
-
-def _add_noise_split(
-    weight: Tensor, low: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind
-) -> None:
-    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    bfloat16.write_split(weight, low, decay * bfloat16.read_split(weight, low) + noise)
+    kernels.add_delta(flat[part], delta, decay, None if rest is None else rest[part])
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
@@ -148,10 +106,3 @@ def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | No
     if "master" not in state:
         state["master"] = flat.float()
     return state["master"]
-
-
-def _take_over(weight: Tensor, master: Tensor) -> None:
-    """Brings an fp32 master, (n,), up to date with what others have written to its fp16 weight, (n,)."""
-    for part in chunks(weight.numel(), CHUNK):
-        is_written = weight[part] != master[part].half()
-        master[part] = torch.where(is_written, weight[part].float(), master[part])

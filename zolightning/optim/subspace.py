@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import Direction, arithmetic, directions
-from zolightning.directions.kernels import chunks
 from zolightning.directions.low_rank import LowRank
-from zolightning.directions.noise import NOISE_KINDS, NoiseKind
 from zolightning.directions.perturbation import Perturbation
+from zolightning.kernels.compiled import chunks
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import CHUNK, adam_, momentum_
 from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous

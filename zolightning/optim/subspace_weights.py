@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
 from zolightning.directions.dense import arithmetic
-from zolightning.directions.kernels import chunks
+from zolightning.kernels.compiled import chunks
 from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.deferred import defer

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from zolightning.directions.noise import key
+from zolightning.kernels.noise import key
 from zolightning.layers import LayerStack
 from zolightning.scopes.activation_profile import ActivationProfile
 from zolightning.scopes.layer_scope import ChosenLayers, LayerScope

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions import kernels, native
 from zolightning.directions.dense import Direction
-from zolightning.directions.kernels import CHUNK, COMPILE_FROM, _Compiler, chunks, kernel
-from zolightning.directions.noise import NoiseKind, coefficient, key
+from zolightning.kernels import compiled, native
+from zolightning.kernels.compiled import CHUNK, COMPILE_FROM, _Compiler, chunks, kernel
+from zolightning.kernels.noise import NoiseKind, coefficient, key
 from zolightning.optim.precision import add_direction
 
 
@@ -85,8 +85,8 @@ class TestFallback:
             return run
 
         expected = perturb(torch.float32, CHUNK)
-        monkeypatch.setattr(kernels, "_compiled", broken)
-        monkeypatch.setattr(kernels, "COMPILE_FROM", CHUNK)
+        monkeypatch.setattr(compiled, "_compiled", broken)
+        monkeypatch.setattr(compiled, "COMPILE_FROM", CHUNK)
         with pytest.warns(UserWarning, match=r"not usable here \(no C\+\+ compiler\)"):
             assert torch.equal(perturb(torch.float32, CHUNK), expected)
         assert not _Compiler.enabled
@@ -99,7 +99,7 @@ class TestFallback:
 
             return run
 
-        monkeypatch.setattr(kernels, "_compiled", failing)
+        monkeypatch.setattr(compiled, "_compiled", failing)
         monkeypatch.setattr(_Compiler, "warm", True)
         with pytest.raises(RuntimeError, match="out of memory"):
             perturb(torch.float32, 10)
@@ -111,7 +111,7 @@ class TestFallback:
         monkeypatch.delenv("ZOLIGHTNING_COMPILE", raising=False)
         if value is not None:
             monkeypatch.setenv("ZOLIGHTNING_COMPILE", value)
-        assert runpy.run_path(kernels.__file__)["_Compiler"].enabled is enabled
+        assert runpy.run_path(compiled.__file__)["_Compiler"].enabled is enabled
 
 
 @given(numel=st.integers(0, 1000), size=st.integers(1, 1100))

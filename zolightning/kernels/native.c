@@ -1,4 +1,4 @@
-/* The loops over parameters for CPUs: the arithmetic of noise.py, direction.py and precision.py, which explain it, with
+/* The loops over parameters for CPUs: the arithmetic of noise.py, torch_loops.py and bfloat16.py, which explain it, with
  * the same bits. Compiled on first use by native.py; a * b + c must not be contracted. */
 #include <stdint.h>
 #include <string.h>
@@ -100,6 +100,31 @@ void perturb_float32_to_bfloat16(uint16_t *restrict out, const float *restrict w
 
 void perturb_bfloat16(uint16_t *restrict out, const uint16_t *restrict weight, NOISE_ARGS) {
     FOR_EACH_BLOCK({ out[j] = to_bf16(as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
+}
+
+/* Both signs of a single query, whose negated noise has the bits of the noise of the negated coefficient. */
+void perturb_both_float32(float *restrict plus, float *restrict minus, const float *restrict weight, NOISE_ARGS) {
+    FOR_EACH_BLOCK({
+        plus[j] = weight[j] + noise[j - base];
+        minus[j] = weight[j] - noise[j - base];
+    })
+}
+
+void perturb_both_float32_to_bfloat16(uint16_t *restrict plus, uint16_t *restrict minus, const float *restrict weight,
+                                      NOISE_ARGS) {
+    FOR_EACH_BLOCK({
+        plus[j] = to_bf16(weight[j] + noise[j - base]);
+        minus[j] = to_bf16(weight[j] - noise[j - base]);
+    })
+}
+
+void perturb_both_bfloat16(uint16_t *restrict plus, uint16_t *restrict minus, const uint16_t *restrict weight,
+                           NOISE_ARGS) {
+    FOR_EACH_BLOCK({
+        const float wide = as_float((uint32_t)weight[j] << 16);
+        plus[j] = to_bf16(wide + noise[j - base]);
+        minus[j] = to_bf16(wide - noise[j - base]);
+    })
 }
 
 /* weight = decay * weight + noise */

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import zolightning.directions.noise
-from zolightning.directions.noise import (
+import zolightning.kernels.noise
+from zolightning.kernels.noise import (
     CODE_SCALE,
     NOISE_KINDS,
     NoiseKind,
@@ -25,7 +25,7 @@ from zolightning.directions.noise import (
 )
 
 # A run's checkpoint and its records are only worth something as long as these never change.
-_DOCUMENT = Path(zolightning.directions.noise.__file__).parents[1] / "README.md"
+_DOCUMENT = Path(zolightning.kernels.noise.__file__).parents[1] / "README.md"
 
 
 def _vectors() -> list[tuple[Any, ...]]:

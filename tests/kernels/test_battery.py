@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zolightning.directions import native
-from zolightning.directions.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, key
+from zolightning.kernels import native
+from zolightning.kernels.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, key
 
 _SOURCE = Path(native.__file__).with_name("native.c")
 

@@ -14,8 +14,8 @@ Coefficients are rounded to 20 significant bits. A code needs at most 4, so ``co
 fp32, and a compiler that contracts ``a * b + c`` into one fused operation gets the same bits as one that does not.
 
 Everything here is element-wise integer arithmetic in torch, so that a loop that uses it can be compiled for a GPU and
-also runs eagerly (:mod:`zolightning.directions.kernels`); CPUs have the same loops in C
-(:mod:`zolightning.directions.native`). All give the same bits.
+also runs eagerly (:mod:`zolightning.kernels.compiled`); CPUs have the same loops in C
+(:mod:`zolightning.kernels.native`). All give the same bits.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Loops over parameters in torch: compiled for large tensors, eager in chunks for small ones.
+"""How a loop of torch operations runs: compiled over large tensors, eagerly in chunks over small ones.
 
 A kernel is a plain function of tensors that writes its outputs in place, element by element. ``torch.compile``
 turns it into one loop instead of thirty passes over memory; where it cannot, chunks that stay in cache make the best
-of it. Both give the same bits. CPUs with a C compiler use :mod:`zolightning.directions.native` instead.
+of it. Both give the same bits. CPUs with a C compiler use :mod:`zolightning.kernels.native` instead.
 """
 
 import functools

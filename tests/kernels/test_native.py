@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions import native
 from zolightning.directions.dense import Direction
-from zolightning.directions.noise import NOISE_KINDS, NoiseKind, coefficient, key
+from zolightning.kernels import native
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, coefficient, key
 from zolightning.optim.precision import add_direction, add_tensor
 
 pytestmark = pytest.mark.skipif(not native.available(torch.empty(2)), reason="there is no C compiler")
@@ -85,6 +85,30 @@ class TestSameBits:
             return out
 
         assert_same_bits(*by_c_and_by_torch(loop))
+
+    @given(
+        sizes,
+        st.sampled_from([*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.bfloat16)]),
+        seeds,
+        coefficients,
+        kinds,
+    )
+    def test_both_signs_are_those_of_negated_coefficients(
+        self, numel: int, dtypes: tuple[torch.dtype, torch.dtype], seed: int, values: list[float], kind: NoiseKind
+    ) -> None:
+        """Opposite coefficients cancel where codes are equal: a -0 plus or minus such a sum is +0, both times."""
+        weight, values = any_numbers(numel, dtypes[0], seed), [*values, *(-value for value in values[1:])]
+        plus, minus = torch.empty(2, numel, dtype=dtypes[1])
+
+        def both() -> Tensor:
+            direction(values, kind).add_both(weight, plus, minus, 2)
+            return torch.cat([plus, minus])
+
+        expected = torch.empty(2, numel, dtype=dtypes[1])
+        for out, sign in zip(expected, (1, -1), strict=True):
+            direction([sign * value for value in values], kind).add_to(weight, out, 2)
+        for found in by_c_and_by_torch(both):
+            assert_same_bits(found, expected.view(-1))
 
     @given(st.integers(0, 9), st.integers(1, 40).map(lambda n: 2 * n), dtypes, seeds, coefficients, kinds)
     def test_rows(

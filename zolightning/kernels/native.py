@@ -1,8 +1,8 @@
-"""The CPU loops of ``native.c``, compiled on first use by the system's C compiler and called through ctypes.
+"""The loops of ``native.c`` for CPUs, compiled on first use by the system's C compiler and called through ctypes.
 
-They give the bits of the torch loops they stand in for, several times faster than ``torch.compile`` makes those on
-a CPU, start in a second instead of ten, and cost microseconds a call. Where no compiler is found, a line says so
-once and the torch loops run.
+See :mod:`zolightning.kernels` for what they do. They give the bits of the torch loops they stand in for, several times
+faster than ``torch.compile`` makes those on a CPU, start in a second instead of ten, and cost microseconds a call.
+Where no compiler is found, a line says so once and the torch loops run.
 """
 
 import ctypes
@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from zolightning.directions.noise import NoiseKind
+from zolightning.kernels import torch_loops
+from zolightning.kernels.noise import NoiseKind
 from zolightning.rank_zero import rank_zero_warn
 
 _SOURCE = Path(__file__).with_name("native.c")
@@ -32,6 +34,9 @@ _ARGUMENTS = {
     "perturb_float32": (_POINTER, _POINTER),
     "perturb_float32_to_bfloat16": (_POINTER, _POINTER),
     "perturb_bfloat16": (_POINTER, _POINTER),
+    "perturb_both_float32": (_POINTER, _POINTER, _POINTER),
+    "perturb_both_float32_to_bfloat16": (_POINTER, _POINTER, _POINTER),
+    "perturb_both_bfloat16": (_POINTER, _POINTER, _POINTER),
     "add_float32": (_POINTER, ctypes.c_float),
     "add_bfloat16": (_POINTER, ctypes.c_float),
     "add_bfloat16_exact": (_POINTER, _POINTER, ctypes.c_float),
@@ -39,23 +44,38 @@ _ARGUMENTS = {
 _NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctypes.c_int)
 
 
-def available(tensor: Tensor, start: int = 0) -> bool:
-    """Whether the native loops can work on a contiguous tensor whose first element has index `start`."""
-    return tensor.device.type == "cpu" and tensor.dtype in _DTYPES and start % 2 == 0 and _library() is not None
+def available(*tensors: Tensor, start: int = 0) -> bool:
+    """Whether the native loops can work on contiguous tensors, the first of which begins with element `start`."""
+    made_for = all(tensor.device.type == "cpu" and tensor.dtype in _DTYPES for tensor in tensors)
+    return made_for and start % 2 == 0 and _library() is not None
 
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
-    """``out = weight + noise``; see :meth:`zolightning.directions.dense.Direction.add_to`."""
-    narrowed = "" if out.dtype == weight.dtype else f"_to_{_DTYPES[out.dtype]}"
-    function = getattr(_library(), f"perturb_{_DTYPES[weight.dtype]}{narrowed}")
+    function = getattr(_library(), f"perturb_{_dtypes(weight, out)}")
     function(out.data_ptr(), weight.data_ptr(), *_noise(1, weight.numel(), start, None, keys, coefficients, kind))
 
 
-def perturb_rows(
-    out: Tensor, gathered: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind
+def perturb_both(
+    plus: Tensor,
+    minus: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    start: int = 0,
 ) -> None:
-    """``out = gathered + noise[rows]`` for a table of an even number of columns."""
+    if len(keys) > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+        perturb(plus, weight, keys, coefficients, kind, start)
+        perturb(minus, weight, keys, -coefficients, kind, start)
+        return
+    function = getattr(_library(), f"perturb_both_{_dtypes(weight, plus)}")
+    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
+    function(plus.data_ptr(), minus.data_ptr(), weight.data_ptr(), *noise)
+
+
+def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
     function = getattr(_library(), f"perturb_{_DTYPES[out.dtype]}")
+    gathered = F.embedding(rows, table)
     rows = rows.to(torch.int64).contiguous()
     function(out.data_ptr(), gathered.data_ptr(), *_noise(len(rows), out.shape[1], 0, rows, keys, coefficients, kind))
 
@@ -66,29 +86,28 @@ def add(
     coefficients: Tensor,
     kind: NoiseKind,
     decay: float = 1.0,
-    low: Tensor | None = None,
+    rest: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    """``weight = decay * weight + noise``, exact with the low words of a bf16 weight."""
     noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
     name = _DTYPES[weight.dtype]
-    if low is None:
+    if rest is None:
         getattr(_library(), f"add_{name}")(weight.data_ptr(), decay, *noise)
     else:
-        getattr(_library(), f"add_{name}_exact")(weight.data_ptr(), low.data_ptr(), decay, *noise)
+        getattr(_library(), f"add_{name}_exact")(weight.data_ptr(), rest.data_ptr(), decay, *noise)
 
 
-def add_delta(weight: Tensor, low: Tensor, delta: Tensor, decay: float = 1.0) -> None:
-    """``weight = decay * weight + delta``, exact with the low words of a bf16 weight.
-
-    Args:
-        weight: bf16, (n,), contiguous.
-        low: int16, (n,), contiguous.
-        delta: float32, (n,), contiguous.
-        decay: multiplies the weight first.
-    """
+def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
+    if rest is None:  # PyTorch's own operations are as fast
+        torch_loops.add_delta(weight, delta, decay)
+        return
     function = getattr(_library(), f"add_delta_{_DTYPES[weight.dtype]}_exact")
-    function(weight.data_ptr(), low.data_ptr(), decay, delta.data_ptr(), weight.numel())
+    function(weight.data_ptr(), rest.data_ptr(), decay, delta.contiguous().data_ptr(), weight.numel())
+
+
+def _dtypes(weight: Tensor, out: Tensor) -> str:
+    narrowed = "" if out.dtype == weight.dtype else f"_to_{_DTYPES[out.dtype]}"
+    return _DTYPES[weight.dtype] + narrowed
 
 
 def _noise(

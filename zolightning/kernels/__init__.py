@@ -1,0 +1,101 @@
+"""The loops over parameters: what a step costs beside its forward passes.
+
+Each function of this module exists once a backend, with the same arguments and the same bits, and works in place on
+flat, contiguous tensors of one device:
+
+* :mod:`~zolightning.kernels.native`: C, for CPUs;
+* :mod:`~zolightning.kernels.torch_loops`: PyTorch, for everything else.
+
+What they add is the noise of :mod:`~zolightning.kernels.noise`, which three arguments select: ``keys``, int32,
+(queries, 2); ``coefficients``, (queries,), float32, or float64 for double-precision weights (the dtype of the
+arithmetic); and the ``kind`` of distribution. ``start`` is the index of a tensor's first element.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from zolightning.kernels import native, torch_loops
+from zolightning.kernels.noise import NoiseKind
+
+
+def _backend(*tensors: Tensor, start: int = 0) -> ModuleType:
+    """The backend with the fastest loops for these tensors, the first of which begins with element `start`."""
+    return native if native.available(*tensors, start=start) else torch_loops
+
+
+def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
+    """``out = weight + noise``, each (n,); the dtype of `out` may be narrower than that of `weight`."""
+    _backend(weight, out, start=start).perturb(out, weight, keys, coefficients, kind, start)
+
+
+def perturb_both(
+    plus: Tensor,
+    minus: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    start: int = 0,
+) -> None:
+    """``plus = weight + noise`` and ``minus = weight - noise``, each (n,), from one read of the weight.
+
+    `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included.
+    """
+    backend = _backend(weight, plus, minus, start=start)
+    backend.perturb_both(plus, minus, weight, keys, coefficients, kind, start)
+
+
+def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
+    """``out = (table + noise)[rows]``, reading and generating these rows only.
+
+    Args:
+        out: (k, n), contiguous, of the dtype of `table`.
+        table: (m, n).
+        rows: integers, (k,).
+        keys: see the module's docstring; `coefficients` and `kind`, too.
+
+    Raises:
+        IndexError: a row is not in the table (on CPUs; a GPU stops the process, as PyTorch's embedding does there).
+    """
+    _backend(out, start=table.shape[1]).perturb_rows(out, table, rows, keys, coefficients, kind)
+
+
+def add(
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    """``weight = decay * weight + noise``, (n,).
+
+    Args:
+        weight: any floating-point dtype; rounded once, at the end.
+        keys: see the module's docstring; `coefficients`, `kind` and `start`, too.
+        decay: multiplies the weight first.
+        rest: what completes a half-precision weight to fp32, (n,), if anything does: int16, the low words of a bf16
+            weight (:mod:`~zolightning.kernels.bfloat16`), or float32, a master copy of the weight, which is brought up
+            to date first with what others have written to the weight.
+    """
+    if rest is not None and rest.dtype == torch.float32:
+        torch_loops.take_over(weight, rest)
+        add(rest, keys, coefficients, kind, decay, start=start)
+        weight.copy_(rest)
+        return
+    _backend(weight, start=start).add(weight, keys, coefficients, kind, decay, rest, start)
+
+
+def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
+    """``weight = decay * weight + delta``, (n,), for numbers at hand.
+
+    Args:
+        weight: any floating-point dtype; rounded once, at the end.
+        delta: float32, or float64 for double-precision weights.
+        decay: multiplies the weight first.
+        rest: as for :func:`add`.
+    """
+    _backend(weight).add_delta(weight, delta, decay, rest)
