@@ -98,15 +98,15 @@ class TestSameBits:
     ) -> None:
         """Opposite coefficients cancel where codes are equal: a -0 plus or minus such a sum is +0, both times."""
         weight, values = any_numbers(numel, dtypes[0], seed), [*values, *(-value for value in values[1:])]
-        plus, minus = torch.empty(2, numel, dtype=dtypes[1])
+        (plus, minus), d = torch.empty(2, numel, dtype=dtypes[1]), direction(values, kind)
 
         def both() -> Tensor:
-            direction(values, kind).add_both(weight, plus, minus, 2)
+            d.add_both(weight, plus, minus, 2)
             return torch.cat([plus, minus])
 
         expected = torch.empty(2, numel, dtype=dtypes[1])
-        for out, sign in zip(expected, (1, -1), strict=True):
-            direction([sign * value for value in values], kind).add_to(weight, out, 2)
+        d.add_to(weight, expected[0], 2)
+        Direction(d.keys, -d.coefficients, kind).add_to(weight, expected[1], 2)
         for found in by_c_and_by_torch(both):
             assert_same_bits(found, expected.view(-1))
 
