@@ -14,7 +14,7 @@ from stacked_runs import METHODS, WARN_ONLY_WHERE_EXPECTED, LanguageModel, Metho
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.evaluation.perturbed import Perturbation, Perturbed
 from zolightning.evaluation.reads import FlippedBit
-from zolightning.evaluation.stacked import Stacked
+from zolightning.evaluation.row_groups import RowGroups
 from zolightning.optim import ZOMOPI, MeZO, StepRecord
 
 pytestmark = WARN_ONLY_WHERE_EXPECTED
@@ -83,7 +83,7 @@ class TestSameLosses:
         changes: list[Perturbation | None] = [None, FlippedBit()]
         rows = torch.linspace(-1, 1, 24, dtype=torch.bfloat16).view(4, 2, 3)
         for multiply in (lambda x: x * scale, lambda x: scale * x):
-            with torch.no_grad(), Stacked([Perturbed({scale: c}) for c in changes], 4, {id(scale): "scale"}):
+            with torch.no_grad(), RowGroups([Perturbed({scale: c}) for c in changes], 4, {id(scale): "scale"}):
                 found = multiply(rows)
             for part, of_rows, change in zip(found.chunk(2), rows.chunk(2), changes, strict=True):
                 with torch.no_grad(), Perturbed({scale: change}):

@@ -11,8 +11,9 @@ from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed, Scratch
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.reads import find_readers, find_unseen
+from zolightning.evaluation.row_groups import CannotStack
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
-from zolightning.evaluation.stacked import CannotStack, StackedNetwork, network_of
+from zolightning.evaluation.stacked import StackedNetwork, network_of
 from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
