@@ -10,7 +10,7 @@ returns what it has. Where a network does not let itself be run like this, :clas
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -23,6 +23,8 @@ from zolightning.evaluation.row_groups import CannotStack, RowGroups, perturbed_
 from zolightning.evaluation.shared_prefix import replaced_forward
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
+
+_OTHER_INPUTS = "the network is called with other inputs in each evaluation"
 
 
 def network_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
@@ -96,6 +98,7 @@ class StackedNetwork:
                 with context:
                     run.begin()
                     run.losses.append(evaluate())
+        run.finish()
         if not run.calls and not any(terms for _, terms in run.losses):
             return run.losses, None
         if not run.calls:
@@ -127,12 +130,21 @@ class StackedNetwork:
         return True
 
 
+class _Call(NamedTuple):
+    """A call of a network, which ran for all evaluations at once."""
+
+    inputs: list[Tensor]
+    versions: list[int | None]  # of the inputs: how often each had been written to
+    output: Any
+    rows: int  # of the output, all evaluations together
+
+
 class _Run:
     """The calls of a network during the evaluations of one chunk."""
 
     def __init__(self, network: nn.Module, contexts: Sequence[Perturbed], generators: Generators) -> None:
         self.losses: list[tuple[Tensor, Tensor]] = []
-        self.calls: list[tuple[list[Tensor], Any, int]] = []  # inputs, stacked output and its rows
+        self.calls: list[_Call] = []
         self.cuts: list[Any] = []  # decisions taken on the way
         self._contexts = contexts
         self._generators = generators
@@ -141,6 +153,7 @@ class _Run:
         self._held = {id(buffer): name for name, buffer in network.named_buffers()}
         self._held |= {id(parameter): name for name, parameter in network.named_parameters()}
         self._call = 0
+        self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
 
     def begin(self) -> None:
         """Starts an evaluation; those finished so far are in `losses`."""
@@ -152,11 +165,25 @@ class _Run:
             self._run(inputs, args, kwargs)
         if self._call >= len(self.calls):
             raise CannotStack("the network is called more often in one evaluation than in another")
-        first_inputs, output, rows = self.calls[self._call]
-        if len(inputs) != len(first_inputs) or not all(map(torch.equal, inputs, first_inputs)):
-            raise CannotStack("the network is called with other inputs in each evaluation")
+        call = self.calls[self._call]
+        if list(map(_layout, inputs)) != list(map(_layout, call.inputs)):
+            raise CannotStack(_OTHER_INPUTS)
+        if list(map(_version, call.inputs)) != call.versions:
+            raise CannotStack("an input of the network is changed in place between evaluations")
+        self._differ += [
+            (one != first).any() for one, first in zip(inputs, call.inputs, strict=True) if one is not first
+        ]
         self._call += 1
-        return _part(output, len(self.losses), len(self._contexts), rows)
+        return _part(call.output, len(self.losses), len(self._contexts), call.rows)
+
+    def finish(self) -> None:
+        """Ends the last evaluation: the only place that waits for a device, and only where inputs were made anew.
+
+        Raises:
+            CannotStack: if the inputs of an evaluation had other values than those of the first.
+        """
+        if self._differ and torch.stack([differ.to(self._differ[0].device) for differ in self._differ]).any():
+            raise CannotStack(_OTHER_INPUTS)
 
     def _run(self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         count = len(self._contexts)
@@ -184,7 +211,7 @@ class _Run:
         if not self._generators.states().equal(before):
             raise CannotStack("the network draws random numbers, and repeated rows would not draw the same ones")
         self.cuts += stacked.cuts
-        self.calls.append((inputs, output, count * rows))
+        self.calls.append(_Call(inputs, list(map(_version, inputs)), output, count * rows))
 
 
 def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
@@ -193,6 +220,15 @@ def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple
         with context:
             results.append(evaluate())
     return results
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Grows with each write to a tensor's memory; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _part(output: Any, index: int, count: int, rows: int) -> Any:
