@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import Direction, standard
-from zolightning.directions.low_rank import LowRank
+from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.optim import LOZO, SubspaceMeZO, SubspaceOptimizer, SubZero
 
@@ -110,6 +110,19 @@ class TestLowRank:
         exact = inputs @ (weight + expected.float()).T
         assert found.dtype == torch.bfloat16
         assert (found.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(("func", "shape"), [(F.linear, (48, 24)), (torch.addmm, (24, 48))])
+@pytest.mark.parametrize(("groups", "first"), [(1, 20), (2, 48), (4, 108)])
+def test_where_building_costs_less_than_thin_products_off_the_cpu(
+    func: Callable[..., Tensor], shape: tuple[int, int], groups: int, first: int
+) -> None:
+    """24 columns in, 48 out: groups that build move 3 x 24 x 48 numbers each; others 24 x 48, and 120 a row."""
+    change = LowRank(Basis(torch.empty(shape[0], 2, device="meta")), shape, None, None)
+    for rows in (first - groups, first):
+        inputs, weight = torch.empty(rows, 24, device="meta"), torch.empty(shape, device="meta")
+        output = stacked_product([change] * groups, func, inputs, weight, [None] * groups)
+        assert (output is None) == (rows == first) == (rows * 120 >= (3 * groups - 1) * 24 * 48)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])

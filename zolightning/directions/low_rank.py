@@ -14,10 +14,6 @@ from torch.nn import functional as F
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import Direction
 
-# Rows of input for each mn / (m + n) from which building a weight beats the thin products, as measured on a CPU. For
-# groups building costs more: they lose the product that they share.
-_BUILD_FROM, _BUILD_FROM_IN_GROUPS = 2, 4
-
 
 class LowRank:
     """Adds the lift of a core to a weight that is used as an (m, n) matrix.
@@ -95,10 +91,10 @@ def stacked_product(
     """
     basis, shape = groups[0].basis, groups[0].shape
     rows = inputs.reshape(-1, inputs.shape[-1])
-    build_from = _BUILD_FROM if len(groups) == 1 else _BUILD_FROM_IN_GROUPS
-    if weight.shape != shape or len(rows) / len(groups) * sum(shape) >= build_from * weight.numel():
-        return None
     is_linear = func is F.linear
+    size_in, size_out = shape[::-1] if is_linear else shape
+    if weight.shape != shape or _building_costs_less(len(rows), len(groups), size_in, size_out, weight.device.type):
+        return None
     first, second = (basis.right, basis.left) if is_linear else (basis.left, basis.right)
     is_same_bias = all(bias is biases[0] for bias in biases)
     bias = biases[0] if is_same_bias else None
@@ -125,3 +121,21 @@ def stacked_product(
             if own is not None:
                 part.add_(own)
     return output.view(*inputs.shape[:-1], -1)
+
+
+def _building_costs_less(rows: int, groups: int, size_in: int, size_out: int, device_type: str) -> bool:
+    """Whether one product with a weight built for each group beats the thin products.
+
+    Args:
+        rows: of input, all groups together.
+        groups: which share the product with the stored weight where none is built.
+        size_in: columns of the input.
+        size_out: columns of the output.
+        device_type: "cpu", where the bounds were measured, or another one, where they are predicted and not measured.
+    """
+    numel = size_in * size_out
+    if device_type == "cpu":
+        return rows / groups * (size_in + size_out) >= (2 if groups == 1 else 4) * numel
+    # By what is read and written, thin factors aside: to build is to read the weight and to write and read the built
+    # one, for each group. Otherwise the weight is read once, the input once more, and the output read and written.
+    return rows * (size_in + 2 * size_out) >= (3 * groups - 1) * numel
