@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stacked_runs import METHODS, WARN_ONLY_WHERE_EXPECTED, LanguageModel, Method, Regressor, assert_close, mlp, run
+from waits import Waits
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.evaluation.perturbed import Perturbation, Perturbed
 from zolightning.evaluation.reads import FlippedBit
@@ -98,6 +99,20 @@ class TestSameLosses:
             return module
 
         assert_close(run(make, METHODS["mezo"], 4), run(make, METHODS["mezo"], 1), loss=1e-9, grad=1e-6)
+
+    def test_inputs_are_compared_with_one_wait_for_the_device(self) -> None:
+        """For all evaluations and inputs together, and with none where these are the same tensors."""
+
+        def waits(inputs: Callable[[Tensor], Tensor]) -> int:
+            module = Regressor(mlp, 6, 4)
+            optimizer = MeZO(module.parameters(), lr=1e-2, num_queries=2, seed=0)
+            optimizer.attach(module, 4)
+            for watch in (Waits(), Waits()):  # the first step checks
+                with watch:
+                    optimizer.estimate(lambda: module.net(inputs(module.inputs)).square().mean())
+            return len(watch.found)
+
+        assert waits(Tensor.clone) == waits(lambda x: x) + 1
 
     def test_of_batches_of_changing_size(self) -> None:
         def losses(size: int) -> list[StepRecord]:
