@@ -18,7 +18,7 @@ from zolightning.bench.__main__ import main
 from zolightning.bench.measure import peak_bytes, reset_peak
 from zolightning.bench.prompts import check_same_loss, our_loss
 from zolightning.bench.published import PublishedMeZO, published_batch, published_loss
-from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED, ROWS, SUBSPACE, state_bytes
+from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED, PUBLISHED_ANSWERS, ROWS, SUBSPACE, state_bytes
 from zolightning.data.encoding import Example, collate
 
 RANDOM_TOKEN_COLUMNS = [
@@ -32,6 +32,14 @@ RANDOM_TOKEN_COLUMNS = [
     "peak_over_forward",
     "state_mib",
     "stateless_peak_over_forward",
+]
+ON_PROMPTS = [PUBLISHED, PUBLISHED_ANSWERS, FORWARD, *DENSE, *SUBSPACE]
+FLOORS = [
+    "two forwards",
+    "scratch, one pass a sign",
+    "scratch, both signs from one pass",
+    "update native",
+    "update exact",
 ]
 WORDS = ["<unk>", "</s>", "It", "was", "terrible", "great", "a", "the", "and", "of", "is", "it"]
 
@@ -186,9 +194,7 @@ def test_command(
     monkeypatch.setattr(
         step,
         "_in_fresh_process",
-        lambda settings, row: (fresh if row is DENSE[0] else lambda s, r: step.measure_memory(s, r.name))(
-            settings, row
-        ),
+        lambda settings, name: (fresh if name == DENSE[0].name else step.measure_memory)(settings, name),
     )
     output = tmp_path / "bench" / "step.csv"
     threads = torch.get_num_threads()
@@ -203,11 +209,23 @@ def test_command(
     assert "noise for 4,096 elements" in printed
     with output.open() as file:
         lines = list(csv.DictReader(file))
-    tables = ("random tokens", "prompts", "noise", "orthogonalization")
-    named = {table: [line for line in lines if line["table"] == table] for table in tables}
-    assert sum(map(len, named.values())) == len(lines)
+    named: dict[str, list[dict[str, str]]] = {}
+    for line in lines:
+        named.setdefault(line["table"], []).append(line)
     assert [line["row"] for line in named["random tokens"]] == [row.name for row in ROWS]
-    assert [line["row"] for line in named["prompts"]] == [row.name for row in (PUBLISHED, FORWARD, *DENSE, *SUBSPACE)]
+    assert [line["row"] for line in named["prompts"]] == [row.name for row in ON_PROMPTS]
+    for table in ("random tokens", "prompts"):
+        rates = {line["row"]: line for line in named[f"{table}, rates"]}
+        assert list(rates) == [line["row"] for line in named[table]]
+        for name, rate in rates.items():
+            assert float(rate["tokens_per_second"]) > 0 and 0 < float(rate["flop_utilisation"]) < 2, name
+            assert (rate["over_floor"] == "") == name.startswith("published")
+        # scratch at two evaluations, read and written; the update reads and writes the weight with its low word. Of
+        # 5,152 weights all are perturbed, because the table of embeddings is the head.
+        assert float(rates["MeZO"]["floor_bytes_per_weight"]) == 2 * 4 + 8
+        assert float(rates["MeZO native"]["floor_bytes_per_weight"]) == 2 * 4 + 4
+        assert float(rates["LOZO rank 4"]["floor_bytes_per_weight"]) == 0
+        assert [line["row"] for line in named[f"floors on {table}"]] == FLOORS
     assert [line["row"] for line in named["noise"]] == [
         f"{name} {dtype}"
         for dtype in ("float32", "bfloat16")
@@ -232,7 +250,7 @@ def test_command(
         assert float(line["mean_seconds"]) > 0 and float(line["published_over_row"]) > 0
         assert line["over_its_forwards"] == "" if line["row"] == "published" else float(line["over_its_forwards"]) > 0
     tokens = [float(line["tokens_per_forward"]) for line in named["prompts"]]
-    assert tokens[1] == tokens[2] < tokens[0] / 2
+    assert tokens[1] == tokens[2] == tokens[3] < tokens[0] / 2
     for line in named["noise"]:
         assert float(line["elements_per_second"]) > 0 and float(line["row_over_torch_normal"]) > 0
     assert [line["row"].split(",")[0] for line in named["orthogonalization"]] == [
@@ -251,6 +269,7 @@ def test_command(
         ("--rows (", "--rows: must be a regular expression, got '('"),
         ("--rows LOZO LOZZO", "--rows: must match the name of a row, got 'LOZZO'; there are forward, published"),
         ("--seq-len 1", "--seq-len: must be at least 2, got 1"),
+        ("--lengths cola", "--lengths: must be one of sst2, rte, boolq, or a number of tokens, got 'cola'"),
         ("--precision bf16-mixed", "--precision: invalid choice: 'bf16-mixed'"),
     ],
 )

@@ -3,14 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from zolightning.bench import step_cost
+from zolightning.bench import step_command
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; `args` stands in for ``sys.argv[1:]``."""
     parser = argparse.ArgumentParser(prog="python -m zolightning.bench", description=__doc__)
     commands = parser.add_subparsers(title="benchmarks", required=True)
-    step_cost.add_command(commands)
+    step_command.add_command(commands)
     arguments = parser.parse_args(args)
     arguments.run(arguments)
 

@@ -1,34 +1,84 @@
-"""Bytes that a process holds."""
+"""Time and bytes: of a process on CPUs, of torch's allocator and the whole card on CUDA."""
 
 import gc
 import resource
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CPU = torch.device("cpu")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held, since :func:`reset_peak` where that is possible."""
+def peak_bytes(device: torch.device = CPU) -> int:
+    """The most memory held since :func:`reset_peak` where that is possible: by tensors on CUDA, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     # ru_maxrss is the fallback only: on Linux a child inherits that of the process that started it.
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
 
 
-def resident_bytes() -> int | None:
-    """The memory that this process holds now; None where the system does not say."""
-    return _status("VmRSS")
+def resident_bytes(device: torch.device = CPU) -> int | None:
+    """The memory that is held now, by whom :func:`peak_bytes` says; None where the system does not tell."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
-def reset_peak() -> bool:
-    """Lets the peak begin anew with what is held now; returns False where the system has no way to do so."""
+def reset_peak(device: torch.device = CPU) -> bool:
+    """Lets the peak begin anew with what is held now; returns False where the system has no way to do so.
+
+    On CUDA what the allocator keeps of freed tensors goes back to the card first.
+    """
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
     try:
         _CLEAR.write_text("5")  # see proc(5): "reset the peak resident set size"
     except OSError:
         return False
     return True
+
+
+def reserved_peak_bytes(device: torch.device) -> int | None:
+    """The most that torch's allocator has taken of the card since :func:`reset_peak`; None where there is no card."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What is free on the card, whoever holds the rest; None where there is no card."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def kernel_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median seconds of work that `call` starts on `device`; on CUDA without the host's part in starting it.
+
+    There, a pass over 256 MB goes before each call: it empties the second-level cache, and while it runs the host has
+    time to queue what comes next.
+    """
+    call()  # what happens only once is not timed
+    if device.type == "cuda":
+        flush = torch.empty(2**28, dtype=torch.int8, device=device)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in events:
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+        return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def _status(field: str) -> int | None:

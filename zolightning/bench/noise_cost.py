@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from zolightning.bench.measure import CPU
 from zolightning.commands.report import Record, round_robin
 from zolightning.directions.dense import directions
 from zolightning.kernels.noise import NoiseKind
@@ -14,13 +15,13 @@ from zolightning.kernels.noise import NoiseKind
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def measure_noise(elements: int, repeats: int) -> list[Record]:
+def measure_noise(elements: int, repeats: int, device: torch.device = CPU) -> list[Record]:
     """Elements a second that ``torch.normal`` draws, and that ours reads, adds noise to and writes."""
     records: list[Record] = []
     for dtype in DTYPES:
-        weight = nn.Parameter(torch.zeros(elements, dtype=dtype), requires_grad=False)
+        weight = nn.Parameter(torch.zeros(elements, dtype=dtype, device=device), requires_grad=False)
         out = torch.empty_like(weight)
-        normal = partial(torch.normal, 0.0, 1.0, size=(elements,), dtype=dtype)
+        normal = partial(torch.normal, 0.0, 1.0, size=(elements,), dtype=dtype, device=device)
         work = {"torch.normal": normal} | {
             f"ours {kind}": partial(directions({"weight": weight}, 0, 0, {0: 1e-3}, kind)["weight"].add_to, weight, out)
             for kind in get_args(NoiseKind)

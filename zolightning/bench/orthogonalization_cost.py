@@ -20,8 +20,9 @@ def measure_orthogonalization(model: nn.Module, rank: int, power_rank: int, repe
         for parameter in model.parameters()
         if parameter.ndim > 1
     )
-    generator = torch.Generator().manual_seed(0)
-    cores = [torch.randn(count, *shape, generator=generator) for shape, count in shapes.items()]
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    cores = [torch.randn(count, *shape, generator=generator, device=device) for shape, count in shapes.items()]
     rights = [torch.linalg.svd(core, full_matrices=False).Vh[:, :power_rank].mT.contiguous() for core in cores]
     work: dict[str, Callable[[], object]] = {
         "Newton-Schulz, five steps": partial(_each, newton_schulz, cores),

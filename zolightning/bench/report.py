@@ -1,12 +1,15 @@
-"""Files of a measurement."""
+"""Files of a measurement, and the machine it was made on."""
 
 import csv
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from zolightning.bench.measure import CPU
 from zolightning.commands.report import Record
 
 
@@ -21,9 +24,39 @@ def write_csv(path: Path, tables: Mapping[str, Sequence[Record]], context: Recor
         writer.writerows(lines)
 
 
-def machine() -> dict[str, str | int]:
-    """What figures depend on beside the arguments."""
-    return {"torch": torch.__version__, "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+def machine(device: torch.device = CPU) -> dict[str, str | int | None]:
+    """What figures depend on beside the arguments; of a card, its software and how much is free: None without one."""
+    host: dict[str, str | int | None] = {
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type != "cuda":
+        return host | dict.fromkeys(("gpu", "gpu_gib", "gpu_free_gib", "driver", "cuda", "triton"))
+    free, total = torch.cuda.mem_get_info(device)
+    return host | {
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_gib": f"{total / 2**30:.1f}",
+        "gpu_free_gib": f"{free / 2**30:.1f}",
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+    }
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -105,6 +105,8 @@ def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
 _MOPI = partial(ZOMOPI, lr=LR, eps=EPS, rank=RANK, power_rank=POWER_RANK, seed=0)
 FORWARD = Row("forward", lambda model: _forward, forwards=1)
 PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR, EPS).step)
+# What is left of its cost where only the logits are made that are read, in batches of ours
+PUBLISHED_ANSWERS = Row("published, answer logits", PUBLISHED.make)
 DENSE = [
     _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
     _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),

@@ -1,38 +1,41 @@
-"""Seconds and memory of a training step, ours and as published: ``python -m zolightning.bench step``.
+"""Seconds and memory of a training step, ours and as published.
 
-Times come from one process, in which the rows take turns; peaks of memory from a fresh process for each row.
+On a CPU, times come from one process in which the rows take turns, and peaks of memory from a fresh process for each
+row. On a GPU, where the states of all rows do not fit side by side, each row has the card and a new model to itself.
 """
 
-import argparse
 import re
 import statistics
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from zolightning.bench.measure import peak_bytes, reset_peak, resident_bytes
-from zolightning.bench.noise_cost import measure_noise
+from zolightning.bench.floors import Ceilings, floor_table, forward_flops, parameter_side_bytes
+from zolightning.bench.measure import free_bytes, peak_bytes, reserved_peak_bytes, reset_peak, resident_bytes
 from zolightning.bench.orthogonalization_cost import measure_orthogonalization
-from zolightning.bench.prompts import measure_prompts
-from zolightning.bench.report import machine, write_csv
-from zolightning.bench.rows import DENSE, FORWARD, POWER_RANK, PUBLISHED, RANK, ROWS, SUBSPACE, Row, state_bytes
-from zolightning.commands.report import Record, print_table, round_robin
-from zolightning.models import CausalLM
+from zolightning.bench.prompts import Prompts, check_same_loss, time_prompts
+from zolightning.bench.rows import (
+    DENSE,
+    FORWARD,
+    POWER_RANK,
+    PUBLISHED,
+    PUBLISHED_ANSWERS,
+    RANK,
+    ROWS,
+    SUBSPACE,
+    Row,
+    state_bytes,
+)
+from zolightning.bench.subject import Subject
+from zolightning.commands.report import Record, round_robin
 
-DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
-    "32-true": "float32",
-    "bf16-true": "bfloat16",
-    "16-true": "float16",
-}
 MEMORY_STEPS = 3
 MIB = 2**20
 
@@ -42,12 +45,15 @@ class Settings:
     """The arguments of the command.
 
     Attributes:
-        model: what ``model.model_name`` accepts: a hub id, a folder, a GGUF file or ``pypi://``.
+        model: what ``model.model_name`` accepts: a hub id, a folder, a GGUF file or ``pypi://``; or ``config:`` and
+            the name of a shape (:data:`zolightning.bench.shapes.SHAPES`), whose weights are random.
         precision: of the weights, and so of everything.
-        batch_size: rows of random tokens, and examples of real prompts, a batch.
+        device: ``cpu`` or ``cuda``.
+        batch_size: rows of random tokens, and examples of prompts, a batch.
         seq_len: random tokens a row.
         data_path: folder of SST-2 as JSON lines; the package's sentiment set if not given.
-        prompt_batches: batches of real prompts that a mean is taken over.
+        lengths: of the prompts of a model by shape: those of a task, or a number of tokens.
+        prompt_batches: batches of prompts that a mean is taken over.
         noise_elements: elements of the tensor that noise is made for.
         rows: regular expressions; only rows whose names match one of them are measured, and those they are compared
             with. All rows where there is none.
@@ -58,9 +64,11 @@ class Settings:
 
     model: str
     precision: str = "bf16-true"
+    device: str = "cpu"
     batch_size: int = 16
     seq_len: int = 32
     data_path: Path | None = None
+    lengths: str | int = "sst2"
     prompt_batches: int = 8
     noise_elements: int = 10_000_000
     rows: tuple[str, ...] = ()
@@ -70,103 +78,94 @@ class Settings:
 
     def chosen(self, rows: list[Row]) -> list[Row]:
         """Those of some rows that are to be measured."""
-        return [row for row in rows if row in (FORWARD, PUBLISHED) or not self.rows or self._matches(row)]
+        return [row for row in rows if row in _COMPARED or not self.rows or self._matches(row)]
 
     def _matches(self, row: Row) -> bool:
         return any(re.search(pattern, row.name) for pattern in self.rows)
 
 
+_COMPARED = (FORWARD, PUBLISHED, PUBLISHED_ANSWERS)
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process that does nothing but a few steps.
+    """Bytes of a process that does nothing but a few steps; on CUDA of the tensors that it holds there.
 
     Attributes:
         loading: peak until the model was loaded.
         loaded: held before the first step; None where the system does not say.
         peak: of the steps, or of everything where the system cannot tell them apart.
         state: kept by the step beside the weights.
+        reserved: peak of what torch's allocator took of the card; None on a CPU.
+        free: of the card, after the steps; None on a CPU.
     """
 
     loading: int
     loaded: int | None
     peak: int
     state: int
+    reserved: int | None = None
+    free: int | None = None
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``step`` to the benchmarks."""
-    parser = commands.add_parser(
-        "step", description=__doc__, help="a training step", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="hub id, folder, GGUF file or pypi:// address")
-    parser.add_argument("--precision", choices=DTYPES, default=Settings.precision, help="of the weights")
-    parser.add_argument("--batch-size", type=_at_least(1), default=Settings.batch_size, help="rows a batch")
-    parser.add_argument("--seq-len", type=_at_least(2), default=Settings.seq_len, help="random tokens a row")
-    parser.add_argument("--data-path", type=Path, help="folder of SST-2 as JSON lines, not the package's sentiment set")
-    parser.add_argument(
-        "--prompt-batches", type=_at_least(1), default=Settings.prompt_batches, help="batches of real prompts"
-    )
-    parser.add_argument(
-        "--noise-elements", type=_at_least(1), default=Settings.noise_elements, help="elements to make noise for"
-    )
-    parser.add_argument(
-        "--rows", nargs="+", type=_pattern, default=Settings.rows, help="regular expressions: the rows to measure"
-    )
-    parser.add_argument("--repeats", type=_at_least(1), default=Settings.repeats, help="rounds a median is taken of")
-    parser.add_argument("--threads", type=_at_least(1), help="of torch; its own choice if not given")
-    parser.add_argument("--output", type=Path, default=Settings.output, help="file to write")
-    parser.set_defaults(run=_run)
+@dataclass(frozen=True)
+class Workload:
+    """What the figures of a row are computed from, beside its seconds.
+
+    Attributes:
+        forwards: of a step.
+        tokens: of a forward.
+        flops: of a forward.
+        parameter_bytes: that a step moves at least beside its forwards; None where that is not known.
+    """
+
+    forwards: int
+    tokens: float
+    flops: float
+    parameter_bytes: int | None
 
 
-def run(settings: Settings) -> None:
-    """Measures, prints four tables and writes them to one file."""
+def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Record]]:
+    """The tables of a step: its cost on random tokens and on prompts, and the floors of both."""
+    device = torch.device(settings.device)
     # First, because where a process cannot reset its peak, a child begins with its parent's.
-    memory = {row.name: _in_fresh_process(settings, row) for row in settings.chosen(ROWS)}
-    module = _load(settings)
-    context = machine() | {name: getattr(settings, name) for name in ("model", "precision", "batch_size", "seq_len")}
-    print(", ".join(f"{name} {value}" for name, value in context.items()))
-
-    tables: dict[str, list[Record]] = {}
-    tables["random tokens"] = measure_random_tokens(settings, module, memory)
-    print_table(f"{settings.batch_size} x {settings.seq_len} random tokens, all logits", tables["random tokens"])
-    rows = settings.chosen([*DENSE, *SUBSPACE])
-    tables["prompts"] = measure_prompts(
-        module, rows, settings.data_path, settings.batch_size, settings.prompt_batches, settings.repeats
-    )
-    source = settings.data_path or "the packaged sentiment set"
-    print_table(f"batches of {settings.batch_size} prompts from {source}", tables["prompts"])
-    tables["noise"] = measure_noise(settings.noise_elements, settings.repeats)
-    print_table(f"noise for {settings.noise_elements:,} elements", tables["noise"])
-    tables["orthogonalization"] = measure_orthogonalization(module.model, RANK, POWER_RANK, settings.repeats)
-    print_table(f"orthogonalization of a core of rank {RANK} for each matrix", tables["orthogonalization"])
-    write_csv(settings.output, tables, context)
-    print(f"\nwritten to {settings.output}")
-
-
-def measure_random_tokens(settings: Settings, module: CausalLM, memory: dict[str, Memory]) -> list[Record]:
-    """Median seconds of a step of each row on one batch, next to the memory measured before."""
-    loss = partial(random_token_loss, module.model, _random_tokens(settings, module.model))
-    rows = settings.chosen(ROWS)
-    times = round_robin({row.name: partial(row.make(module.model), loss) for row in rows}, settings.repeats)
+    measure = _in_fresh_process if device.type == "cpu" else measure_memory
+    memory = {row.name: measure(settings, row.name) for row in settings.chosen(ROWS)}
+    rows = settings.chosen([*ROWS, PUBLISHED_ANSWERS])
+    times: dict[str, list[float]] = {}
+    prompt_times: dict[str, float] = {}
+    tokens: dict[str, Workload] = {}
+    prompts: dict[str, Workload] = {}
+    for group in [rows] if device.type == "cpu" else [[row] for row in rows]:
+        subject = load(settings)
+        model, steps = subject.model, {row: row.make(subject.model) for row in group}
+        loss = partial(random_token_loss, model, _random_tokens(settings, subject))
+        on_tokens = {row.name: partial(step, loss) for row, step in steps.items() if row is not PUBLISHED_ANSWERS}
+        times |= round_robin(on_tokens, settings.repeats)
+        examples = subject.examples(settings.data_path, settings.lengths, settings.prompt_batches, settings.batch_size)
+        if rows[0] in group:
+            check_same_loss(model, examples[: settings.batch_size], subject.pad_id)
+        batches = Prompts.of(examples, settings.batch_size, subject.pad_id, device)
+        means = time_prompts([(step, batches.losses(row, model)) for row, step in steps.items()], settings.repeats)
+        prompt_times |= dict(zip((row.name for row in group), means, strict=True))
+        size, flops = settings.batch_size * settings.seq_len, forward_flops(loss)
+        recipes = {row: PUBLISHED if row is PUBLISHED else FORWARD for row in group}  # whose forwards a row's are
+        prompt_flops = {recipe: batches.flops(recipe, model) for recipe in set(recipes.values())}
+        for row, step in steps.items():
+            moved = 0 if row is FORWARD else parameter_side_bytes(model, step, row.forwards)
+            tokens[row.name] = Workload(row.forwards, size, flops, moved)
+            prompts[row.name] = Workload(row.forwards, batches.tokens(row), prompt_flops[recipes[row]], moved)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    forwards = {row.name: row.forwards for row in rows}
-    forward_peak = memory[FORWARD.name].peak
-    return [
-        {
-            "row": name,
-            "seconds": medians[name],
-            "min_seconds": min(times[name]),
-            "over_its_forwards": medians[name] / (forwards[name] * medians[FORWARD.name]),
-            "published_over_row": medians[PUBLISHED.name] / medians[name],
-            "loading_peak_mib": used.loading / MIB,
-            "loaded_mib": None if used.loaded is None else used.loaded / MIB,
-            "peak_mib": used.peak / MIB,
-            "peak_over_forward": used.peak / forward_peak,
-            "state_mib": used.state / MIB,
-            "stateless_peak_over_forward": (used.peak - used.state) / forward_peak,
-        }
-        for name, used in memory.items()
-    ]
+    on_prompts = [row.name for row in settings.chosen([PUBLISHED, PUBLISHED_ANSWERS, FORWARD, *DENSE, *SUBSPACE])]
+    return {
+        "random tokens": [_token_record(name, times, tokens[name], memory) for name in memory],
+        "random tokens, rates": _rates({name: medians[name] for name in memory}, tokens, model, ceilings),
+        "prompts": [_prompt_record(name, prompt_times, prompts[name]) for name in on_prompts],
+        "prompts, rates": _rates({name: prompt_times[name] for name in on_prompts}, prompts, model, ceilings),
+        "floors on random tokens": floor_table(model, tokens[FORWARD.name].flops, ceilings),
+        "floors on prompts": floor_table(model, prompts[FORWARD.name].flops, ceilings),
+        "orthogonalization": measure_orthogonalization(model, RANK, POWER_RANK, settings.repeats),
+    }
 
 
 def random_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -176,57 +175,96 @@ def random_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def measure_memory(settings: Settings, name: str) -> Memory:
-    """Runs a few steps of the row `name`; to be called in a process that has done nothing yet."""
-    module = _load(settings)
+    """Runs a few steps of the row `name`; on a CPU to be called in a process that has done nothing yet."""
+    device = torch.device(settings.device)
+    reset_peak(device)
+    subject = load(settings)
     (row,) = (row for row in ROWS if row.name == name)
-    loss = partial(random_token_loss, module.model, _random_tokens(settings, module.model))
-    loading = peak_bytes()
-    reset_peak()
-    loaded = resident_bytes()
-    step = row.make(module.model)
+    loss = partial(random_token_loss, subject.model, _random_tokens(settings, subject))
+    loading = peak_bytes(device)
+    reset_peak(device)
+    loaded = resident_bytes(device)
+    step = row.make(subject.model)
     for _ in range(MEMORY_STEPS):
         step(loss)
-    return Memory(loading, loaded, peak_bytes(), state_bytes(step))
+    return Memory(
+        loading, loaded, peak_bytes(device), state_bytes(step), reserved_peak_bytes(device), free_bytes(device)
+    )
 
 
-def _in_fresh_process(settings: Settings, row: Row) -> Memory:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure_memory, settings, row.name).result()
-
-
-def _load(settings: Settings) -> CausalLM:
+def load(settings: Settings) -> Subject:
+    """The model, on its device."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return CausalLM(settings.model, dtype=DTYPES[settings.precision])
+    return Subject.load(settings.model, settings.precision, torch.device(settings.device))
 
 
-def _random_tokens(settings: Settings, model: PreTrainedModel) -> Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
+def _token_record(
+    name: str, times: dict[str, list[float]], work: Workload, memory: dict[str, Memory]
+) -> dict[str, Any]:
+    median, used, forward_peak = statistics.median(times[name]), memory[name], memory[FORWARD.name].peak
+    forward, published = (statistics.median(times[row.name]) for row in (FORWARD, PUBLISHED))
+    return {
+        "row": name,
+        "seconds": median,
+        "min_seconds": min(times[name]),
+        "over_its_forwards": median / (work.forwards * forward),
+        "published_over_row": published / median,
+        "loading_peak_mib": used.loading / MIB,
+        "loaded_mib": None if used.loaded is None else used.loaded / MIB,
+        "peak_mib": used.peak / MIB,
+        "peak_over_forward": used.peak / forward_peak,
+        "state_mib": used.state / MIB,
+        "stateless_peak_over_forward": (used.peak - used.state) / forward_peak,
+        "reserved_peak_mib": None if used.reserved is None else used.reserved / MIB,
+        "free_mib": None if used.free is None else used.free / MIB,
+    }
+
+
+def _prompt_record(name: str, means: dict[str, float], work: Workload) -> dict[str, Any]:
+    return {
+        "row": name,
+        "mean_seconds": means[name],
+        # The recipe's own forwards are others: of all candidates and all logits.
+        "over_its_forwards": None if name == PUBLISHED.name else means[name] / (work.forwards * means[FORWARD.name]),
+        "published_over_row": means[PUBLISHED.name] / means[name],
+        "tokens_per_forward": work.tokens,
+    }
+
+
+def _rates(seconds: dict[str, float], work: dict[str, Workload], model: nn.Module, ceilings: Ceilings) -> list[Record]:
+    """Beside what the machine does at best: tokens, products, and bytes of what a step adds to its forwards."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    forward = seconds[FORWARD.name]
+    records: list[Record] = []
+    for name, taken in seconds.items():
+        of = work[name]
+        products = of.forwards * of.flops / ceilings.flops_per_second
+        moved = of.parameter_bytes
+        floor = None if moved is None else products + moved / ceilings.bytes_per_second
+        records.append(
+            {
+                "row": name,
+                "tokens_per_second": of.tokens / taken,
+                "flop_utilisation": products / taken,
+                # As if the rest of the step were spent at the bandwidth of a copy
+                "parameter_side_bytes_per_weight": (taken - of.forwards * forward)
+                * ceilings.bytes_per_second
+                / weights,
+                "floor_bytes_per_weight": None if moved is None else moved / weights,
+                "floor_seconds": floor,
+                "over_floor": None if floor is None else taken / floor,
+            }
+        )
+    return records
+
+
+def _in_fresh_process(settings: Settings, name: str) -> Memory:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure_memory, settings, name).result()
+
+
+def _random_tokens(settings: Settings, subject: Subject) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (settings.batch_size, settings.seq_len), generator=generator)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    settings = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
-    run(Settings(**settings | {"rows": tuple(arguments.rows)}))
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    return integer
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
-    if not any(re.search(text, row.name) for row in ROWS):
-        names = ", ".join(row.name for row in ROWS)
-        raise argparse.ArgumentTypeError(f"must match the name of a row, got {text!r}; there are {names}")
-    return text
+    shape = (settings.batch_size, settings.seq_len)
+    return torch.randint(subject.vocabulary, shape, generator=generator).to(settings.device)

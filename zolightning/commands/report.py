@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 Record = Mapping[str, Any]  # of texts, numbers and None
 
 
@@ -25,11 +27,19 @@ def round_robin(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
         for name, call in work.items():
-            start = time.perf_counter()
-            call()
+            elapsed = seconds_of(call)
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return seconds
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds until `call` has returned and the GPU, if one is in use, has done what it was told."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _text(value: str | int | float | None) -> str:

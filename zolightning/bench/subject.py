@@ -1,0 +1,64 @@
+"""What a benchmark is about: a model and its prompts, pretrained or by shape, on a device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from zolightning.bench.lengths import draw_prompts
+from zolightning.bench.prompts import load_examples
+from zolightning.bench.shapes import PREFIX, model_of_shape
+from zolightning.data.encoding import Example
+from zolightning.models import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "32-true": "float32",
+    "bf16-true": "bfloat16",
+    "16-true": "float16",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode, and the tokenizer that it was trained with; None for a model by shape."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    context_length: int
+
+    @classmethod
+    def load(cls, name: str, precision: str, device: torch.device) -> "Subject":
+        """Loads what ``model.model_name`` accepts, or makes a model by shape of a name that begins with ``config:``."""
+        dtype = DTYPES[precision]
+        if name.startswith(PREFIX):
+            model = model_of_shape(name.removeprefix(PREFIX), getattr(torch, dtype), device)
+            return cls(model, None, model.config.get_text_config().max_position_embeddings)
+        module = CausalLM(name, dtype=dtype).to(device)
+        return cls(module.model, module.tokenizer, module.context_length)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        """Masked out: any token will do."""
+        return (self.tokenizer and self.tokenizer.pad_token_id) or 0
+
+    def examples(self, folder: Path | None, lengths: str | int, batches: int, batch_size: int) -> list[Example]:
+        """Real prompts where there is a tokenizer, drawn ones of real lengths otherwise.
+
+        Args:
+            folder: rows of SST-2 for a tokenizer; the sentiment set of the package if not given.
+            lengths: of drawn prompts: a task of :data:`~zolightning.bench.lengths.LENGTHS`, or tokens.
+            batches: whole batches to make, or fewer if there are too few rows.
+            batch_size: examples a batch.
+        """
+        if self.tokenizer is None:
+            return draw_prompts(lengths, batches * batch_size, self.vocabulary)
+        return load_examples(self.tokenizer, self.context_length, folder, batches * batch_size, batch_size)
