@@ -4,8 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
 
+from waits import Waits
+from zolightning.callbacks.micro_batches import micro_batches
+from zolightning.data.encoding import Example, collate
 from zolightning.models import (
     answer_log_probs,
     candidate_scores,
@@ -162,3 +166,21 @@ def test_scores_of_a_bfloat16_model_are_float32(make_model, make_batch, prompt_o
     assert log_probs.dtype == candidate_scores(log_probs, mask).dtype == torch.float32
     # rounded to bfloat16 anywhere after the logits, they would be multiples of 2**-7
     assert (log_probs[mask] != log_probs[mask].bfloat16()).all()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[[[6], [11]], [[25], [9]]], [[[6, 2], [11, 3]], [[25, 7], [9, 4]]], [[[6, 2], [11], [7, 8, 9]], [[25], [18, 9]]]],
+    ids=["one token", "two tokens", "varying tokens and candidates"],
+)
+def test_nothing_waits_for_the_device_to_tell_a_size(answers):
+    prompts = [[5, 9, 3, 17], [14, 3]]
+    examples = [Example(i, p, a, label=0, text="") for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+    batch = move_data_to_device(collate(examples, pad_id=1, objective="classification"), torch.device("cpu"))
+    model = Bigram()
+    with Waits() as watch:
+        found, mask = answer_log_probs(model, batch)
+        candidate_scores(found, mask)
+    assert watch.found == []
+    parts = [answer_log_probs(model, part) for part in micro_batches(batch, 1)]
+    assert torch.equal(found, torch.cat([log_probs for log_probs, _ in parts]))

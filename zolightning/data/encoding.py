@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -39,16 +39,54 @@ class Example:
         return len(self.prompt_ids) + max(map(len, self.answer_ids))
 
 
+class AnswerIndex:
+    """Where the candidates of a batch and their tokens stand: by numbers, so that whoever selects waits for no device.
+
+    A selection by a mask has a size that the host has to ask the device for.
+
+    Args:
+        size: Examples of the batch.
+        rows: Rows of the batch that hold a candidate, counted through all examples, (N,); None for all of them.
+        tokens: Answer tokens, (3, K): which of these N rows, which of the row's A places, and where in the flattened
+            `answer_ids`. None if all candidates have A tokens.
+    """
+
+    def __init__(self, size: int, rows: Tensor | None, tokens: Tensor | None) -> None:
+        self.size = size
+        self.rows = rows
+        self.tokens = tokens
+
+    @classmethod
+    def of(cls, answer_ids: Tensor) -> "AnswerIndex":
+        """The index of candidates of (B, C, A) tokens, -1 where they have none. Waits for the device they are on."""
+        mask = answer_ids >= 0
+        present = mask.any(dim=-1)
+        rows = None if present.all() else present.flatten().nonzero()[:, 0]
+        tokens = None if mask.all() else torch.cat([mask[present].nonzero().T, mask.flatten().nonzero().T])
+        return cls(len(answer_ids), rows, tokens)
+
+    def to(self, device: torch.device | str) -> "AnswerIndex":
+        """As Lightning calls it for what it moves to the device."""
+        rows, tokens = (None if x is None else x.to(device, non_blocking=True) for x in (self.rows, self.tokens))
+        return AnswerIndex(self.size, rows, tokens)
+
+    def pin_memory(self) -> "AnswerIndex":
+        """As a ``DataLoader`` calls it."""
+        rows, tokens = (None if x is None else x.pin_memory() for x in (self.rows, self.tokens))
+        return AnswerIndex(self.size, rows, tokens)
+
+
 class Batch(TypedDict):
     """B examples with at most C candidates of at most A tokens. A slice of every tensor is a smaller batch.
 
     If A is 1, a row of `input_ids` is a prompt, R is 1, and the logits at its end score all candidates.
     Otherwise R is C and row c is the prompt followed by candidate c, so the row's last tokens are the answer.
     Where an example has fewer than C candidates, the others have no answer tokens and their rows hold the
-    prompt alone.
+    prompt alone. The index is that of the whole batch, also in a slice.
     """
 
     objective: Objective
+    answer_index: NotRequired[AnswerIndex]
     input_ids: Tensor  # (B, R, T), padded on the left
     attention_mask: Tensor  # (B, R, T), 0 on padding
     answer_ids: Tensor  # (B, C, A), padded on the left with -1
@@ -148,12 +186,14 @@ def collate(examples: Sequence[Example], pad_id: int, objective: Objective, gold
             for example, answers in zip(examples, padded, strict=True)
         ]
     masks = [[[1] * len(row) for row in group] for group in rows]
+    answer_ids = _stack(padded, -1)
     return Batch(
-        # first, because Lightning infers the batch size from the entries that follow a string
+        # first, because Lightning infers the batch size from the entries that follow what has no size
         objective=objective,
+        answer_index=AnswerIndex.of(answer_ids),
         input_ids=_stack(rows, pad_id),
         attention_mask=_stack(masks, 0),
-        answer_ids=_stack(padded, -1),
+        answer_ids=answer_ids,
         label=torch.tensor(labels),
         id=torch.tensor([example.id for example in examples]),
     )

@@ -172,7 +172,7 @@ class CausalLM(L.LightningModule):
         if batch["objective"] == "language_modeling":
             gold_tokens = mask[torch.arange(len(label), device=label.device), label].sum()
             return language_modeling_loss(log_probs, mask, label), gold_tokens.float(), scores
-        examples = torch.tensor(float(len(label)), device=label.device)
+        examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
         return classification_loss(scores, label), examples, scores
 
     def _evaluation_step(self, batch: Batch, stage: Literal["val", "test"]) -> None:

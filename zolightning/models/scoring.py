@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zolightning.data import Batch
+from zolightning.data.encoding import AnswerIndex, Batch
 
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -28,14 +28,19 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         log_probs = log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1)
         return log_probs.masked_fill(~mask, 0.0), mask
 
-    present = mask.any(dim=-1)  # (B, C)
+    index = batch.get("answer_index")
+    if index is None or index.size != len(answer_ids):  # a part of a batch
+        index = AnswerIndex.of(answer_ids)
+    input_ids, attention_mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
+    if index.rows is not None:
+        input_ids, attention_mask = input_ids[index.rows], attention_mask[index.rows]
+    logits = last_logits(model, input_ids, attention_mask, count=answer_length + 1)
     # an answer token is predicted one position before it stands
-    logits = last_logits(model, batch["input_ids"][present], batch["attention_mask"][present], count=answer_length + 1)[
-        :, :-1
-    ]
-    log_probs = torch.log_softmax(logits[mask[present]], dim=-1, dtype=torch.float32)  # (tokens, vocabulary)
-    log_probs = log_probs.gather(-1, answer_ids[mask].unsqueeze(-1)).squeeze(-1)
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, log_probs), mask
+    if index.tokens is None:
+        return _log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
+    rows, places, slots = index.tokens
+    log_probs = _log_probs(logits[rows, places], answer_ids.flatten()[slots])
+    return log_probs.new_zeros(mask.numel()).scatter(0, slots, log_probs).view_as(mask), mask
 
 
 def candidate_scores(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -53,6 +58,11 @@ def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Te
     """Returns the negative log-likelihood of the gold answers; mean over all their tokens in the batch."""
     rows = torch.arange(len(label), device=label.device)
     return -log_probs[rows, label].sum() / mask[rows, label].sum()
+
+
+def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability of each token, (K,), by logits of (K, vocabulary)."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
