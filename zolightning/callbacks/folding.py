@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zolightning.optim.subspace import SubspaceOptimizer
 
@@ -65,6 +65,11 @@ def choose_folding(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback], 
             "write weights between steps. Without it they wait in the subspace, which saves a pass over the weights "
             "a step."
         )
+        if optimizer.offload_low_words:
+            rank_zero_warn(
+                "`offload_low_words` is True, and low words go to the device and back wherever updates are added to "
+                f"the weights: at every step, because of {hook}."
+            )
 
 
 def _is_harmless(hook: Any) -> bool:

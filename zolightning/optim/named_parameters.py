@@ -67,9 +67,13 @@ class NamedParameters(torch.optim.Optimizer):
             )
 
     def state_bytes(self) -> int:
-        """Bytes of tensors in the optimizer's state now."""
+        """Bytes of tensors in the optimizer's state now, beside the weights on their device."""
         tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def host_bytes(self) -> int:
+        """Bytes of state now that are in host memory instead."""
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and ``method``: the class and its constructor's arguments."""

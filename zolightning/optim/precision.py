@@ -29,6 +29,7 @@ from zolightning.directions.slices import Slice
 
 UpdatePrecision = Literal["exact", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "native")
+RESTS = ("low_word", "master")  # entries of a state that complete a half-precision weight
 State = MutableMapping[str, Any]
 
 

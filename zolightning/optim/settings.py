@@ -9,8 +9,9 @@ from torch import Tensor
 
 from zolightning.rank_zero import rank_zero_warn
 
-# What a run takes from its checkpoint, whatever it was made with; and what torch adds when it restores an optimizer.
-_NOT_COMPARED = ("seed", "step", "forward_passes", "differentiable")
+# What a run takes from its checkpoint, whatever it was made with; where its state lies, which changes no bit; and what
+# torch adds when it restores an optimizer.
+_NOT_COMPARED = ("seed", "step", "forward_passes", "offload_low_words", "differentiable")
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 

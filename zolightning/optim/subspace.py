@@ -15,7 +15,8 @@ from zolightning.optim.checks import require_choice, require_fraction, require_p
 from zolightning.optim.moments import CHUNK, adam_, momentum_
 from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
-from zolightning.optim.subspace_weights import TRANSPORTS, Matrix, SubspaceWeights
+from zolightning.optim.subspace_bases import Matrix
+from zolightning.optim.subspace_weights import TRANSPORTS, SubspaceWeights
 
 _DENOMINATOR_EPS = 1e-8
 
@@ -43,9 +44,10 @@ class SubspaceOptimizer(SubspaceWeights):
         vector_lr: learning rate of what moves along dense directions; schedulers scale it with `lr`.
         noise: distribution of the cores and of dense directions.
 
-    The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`. In `defaults` may be
-    ``momentum``, the decay of an exponential mean of gradients (``m = momentum * m + (1 - momentum) * g``), or
-    ``betas``, Adam's decays; cores and what moves along dense directions alike have one of these. A group also has
+    The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`, and `offload_low_words` of
+    :class:`~zolightning.optim.subspace_weights.SubspaceWeights`. In `defaults` may be ``momentum``, the decay of an
+    exponential mean of gradients (``m = momentum * m + (1 - momentum) * g``), or ``betas``, Adam's decays; cores and
+    what moves along dense directions alike have one of these. A group also has
 
     * ``transport``: "project", "reset" or "keep", what :meth:`resample` does to the momentum;
     * ``anchor``: how many dominant directions of the momentum stay in the new basis;

@@ -1,41 +1,29 @@
-"""Weights of which a part is pending in the cores of subspaces: bases, resampling, folding, saving."""
+"""Weights of which a part is pending in the cores of subspaces: resampling, folding, saving."""
 
-import math
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
 from zolightning.directions.dense import arithmetic
 from zolightning.kernels.compiled import chunks
 from zolightning.messages import some
-from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.deferred import defer
 from zolightning.optim.moments import CHUNK
-from zolightning.optim.precision import State, add_tensor, as_contiguous
+from zolightning.optim.offload import add_offloaded, to_host
+from zolightning.optim.precision import RESTS, State, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
+from zolightning.optim.subspace_bases import Matrix, SubspaceBases
 from zolightning.rank_zero import rank_zero_info
 
 Transport = Literal["project", "reset", "keep"]
 TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")
 
 
-class Matrix(NamedTuple):
-    """How a parameter is searched: viewed as a (rows, columns) matrix, by factors of `rank` columns.
-
-    All dimensions after the first are columns, unless a method says otherwise; of a parameter that trains in part
-    (:class:`~zolightning.directions.slices.Slice`) only that part counts.
-    """
-
-    rows: int
-    columns: int
-    rank: int
-
-
-class SubspaceWeights(ZerothOrderOptimizer):
+class SubspaceWeights(SubspaceBases):
     """Abstract: with ``W`` the stored weight, (m, n), a step's losses are those of ``W + lift(core)`` and around it.
 
     Updates gather in the core, in fp32, and are *folded*, their lift added to the stored weight:
@@ -49,19 +37,29 @@ class SubspaceWeights(ZerothOrderOptimizer):
     Both ways lead to the same weights up to the rounding of sums. Records count the folds before a step, so that a
     replay folds at the same steps. Under a Trainer :class:`~zolightning.callbacks.ZerothOrder` chooses the way.
 
-    Bases are functions of (seed, refresh index, parameter name): a checkpoint holds none, unless `anchor` is used.
-    They have the dtype of the weight, so a bf16 run searches in a subspace that is rounded to bf16, which is not quite
-    that of an fp32 run.
+    Args:
+        *args: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        offload_low_words: keep in host memory, pinned where weights are on a GPU, what completes half-precision
+            matrices for exact updates (2 bytes a bf16 weight, 4 an fp16 one). It is on the device piece by piece, while
+            cores are folded: the same bits, for one transfer each way a fold. Of use where folds are rare, which needs
+            `fold_every_step` to be False. A run may go on from a checkpoint of one with the other setting.
+        **kwargs: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+
+    Raises:
+        ValueError: if `offload_low_words` is set and `update_precision` keeps nothing.
     """
 
-    sides: ClassVar[Sides]  # which factors a basis has
-    unit: ClassVar[bool] = True  # columns are orthonormal, or Gaussian of unit variance
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, offload_low_words: bool = False, **kwargs: Any) -> None:
         self.fold_every_step = True
-        self._bases: dict[nn.Parameter, Basis] = {}
+        self.offload_low_words = offload_low_words
+        self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)
         self._hooks: list[Any] = []
         super().__init__(*args, **kwargs)
+        if offload_low_words and self.update_precision == "native":
+            raise ValueError(
+                "`offload_low_words` is True, and with `update_precision` 'native' there are none. Set it to 'exact', "
+                "or `offload_low_words` to False."
+            )
 
     @property
     def momentum_kept(self) -> float | None:
@@ -81,51 +79,6 @@ class SubspaceWeights(ZerothOrderOptimizer):
         for group in self.param_groups:
             group["folds"] = record.folds
         super().apply(record)
-
-    def matrix(self, parameter: nn.Parameter, rank: int) -> Matrix | None:
-        """How a parameter is searched; None for dense directions."""
-        shape = self.trainable_shape(parameter)
-        if len(shape) < 2:
-            return None
-        rows, columns = shape[0], math.prod(shape[1:])
-        longest = {"left": rows, "right": columns, "both": min(rows, columns)}[self.sides]
-        return Matrix(rows, columns, min(rank, longest)) if min(rows, columns) > 1 else None
-
-    def split(
-        self, group: dict[str, Any], frozen: bool = False
-    ) -> tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]:
-        """Sorts the trainable parameters of a group, or with `frozen` all of them.
-
-        Returns:
-            By name: parameters that are searched in a subspace, each with the matrix that it is seen as; and the
-            others, of any shape, which move along dense directions.
-        """
-        matrices: dict[str, tuple[nn.Parameter, Matrix]] = {}
-        vectors: dict[str, nn.Parameter] = {}
-        for parameter in group["params"]:
-            if parameter.requires_grad or frozen:
-                name, matrix = self._names[parameter], self.matrix(parameter, group["rank"])
-                if matrix is None:
-                    vectors[name] = parameter
-                else:
-                    matrices[name] = parameter, matrix
-        return matrices, vectors
-
-    # Bases
-
-    def basis(self, parameter: nn.Parameter) -> Basis:
-        """The basis of a matrix now: factors (rows, rank) and (columns, rank) in the dtype of its weight.
-
-        Raises:
-            ValueError: if the parameter is not searched in a subspace.
-        """
-        if parameter not in self._bases:
-            state = self.state.get(parameter, {})
-            is_anchored = "left" in state or "right" in state
-            self._bases[parameter] = (
-                Basis(state.get("left"), state.get("right")) if is_anchored else self._draw(parameter)
-            )
-        return self._bases[parameter]
 
     @torch.no_grad()
     def resample(self) -> None:
@@ -167,21 +120,6 @@ class SubspaceWeights(ZerothOrderOptimizer):
             after += new.squared_norm(core)
         self.param_groups[0]["momentum_kept"] = after / before if before else None
 
-    def _draw(self, parameter: nn.Parameter) -> Basis:
-        group, name = self._group_of(parameter), self._names[parameter]
-        matrix = self.matrix(parameter, group["rank"])
-        if matrix is None:
-            raise ValueError(f"`{name}` moves along dense directions and has no basis.")
-
-        def factor(side: str, size: int) -> Tensor:
-            drawn = gaussian(size, matrix.rank, group["seed"], group["refresh"], f"{name}/{side}", parameter.device)
-            drawn = drawn.to(arithmetic(parameter.dtype))
-            return (orthonormal(drawn) if self.unit else drawn).to(parameter.dtype)
-
-        left = None if self.sides == "right" else factor("left", matrix.rows)
-        right = None if self.sides == "left" else factor("right", matrix.columns)
-        return Basis(left, right)
-
     # Pending updates
 
     def core(self, parameter: nn.Parameter, matrix: Matrix) -> Tensor:
@@ -202,7 +140,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
                 state = self.state.get(parameter, {})
                 if "core" in state:
                     with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                        self._add_lift(weight, parameter, state)
+                        self._add_lift(weight, parameter, self._rests(parameter))
                     del state["core"]
                     found = True
         if found:
@@ -235,29 +173,35 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; where updates are pending also the stored weights, ``base``, that they add to."""
         saved = super().state_dict()
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in saved["param_groups"] for index in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            if "core" in self.state.get(parameter, {}):
-                saved["state"][index] = saved["state"][index] | {"base": parameter.detach()}
+        for index, parameter in self._numbered(saved):
+            entries = saved["state"].get(index, {}) | self._offloaded.get(parameter, {})
+            if "core" in entries:
+                entries["base"] = parameter.detach()
+            if entries:
+                saved["state"][index] = entries
         return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores all of a run, the stored weights too where the checkpoint's module has them folded."""
-        super().load_state_dict(state_dict)
+        state, apart = dict(state_dict["state"]), {}  # apart: what would be a second model on the device
+        for index, parameter in self._numbered(state_dict):
+            entries = dict(state.get(index, {}))
+            is_offloaded = self.offload_low_words and self.matrix(parameter, 1) is not None
+            names = {"base", *RESTS} if is_offloaded else {"base"}
+            apart[parameter] = {name: entries.pop(name) for name in names & entries.keys()}
+            state[index] = entries
+        super().load_state_dict(state_dict | {"state": state})
         self._bases.clear()
-        for parameter, state in self.state.items():
-            if "base" in state:
-                parameter.copy_(state.pop("base"))
+        for parameter, entries in apart.items():
+            if "base" in entries:
+                parameter.copy_(entries.pop("base"))
+            self._offloaded[parameter] = {name: to_host(rest, parameter.device) for name, rest in entries.items()}
         if self.fold_every_step and self.attached:  # else the bases' names may not be known yet
             self.fold()
 
-    def state_bytes(self) -> int:
-        """Bytes of tensors in the optimizer's state now, with the bases."""
-        drawn = (basis for p, basis in self._bases.items() if not self.state.get(p, {}).keys() & {"left", "right"})
-        factors = (factor for basis in drawn for factor in (basis.left, basis.right) if factor is not None)
-        return super().state_bytes() + sum(factor.numel() * factor.element_size() for factor in factors)
+    def host_bytes(self) -> int:
+        return sum(rest.nbytes for state in self._offloaded.values() for rest in state.values())
 
     def _write_folded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         """A ``state_dict`` hook: whoever saves weights in the middle of an interval gets all of the training."""
@@ -269,19 +213,31 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def _folded(self, parameter: nn.Parameter) -> Tensor:
         folded = parameter.detach().clone()
         with as_contiguous(folded, self.slices.get(parameter)) as weight:
-            rest = {k: v.clone() for k, v in self.state[parameter].items() if k in ("low_word", "master")}
+            rest = {name: value.clone() for name, value in self._rests(parameter).items() if name in RESTS}
             self._add_lift(weight, parameter, rest)
         return folded
 
     def _add_lift(self, weight: Tensor, parameter: nn.Parameter, state: State) -> None:
         one, other = self.basis(parameter).factors(self.state[parameter]["core"])
-        rows = max(1, CHUNK // other.shape[0])
-        for part in chunks(one.shape[0], rows):
-            delta = (one[part] @ other.T).flatten()
-            add_tensor(weight, state, delta, self.update_precision, start=part.start * other.shape[0])
+        columns = other.shape[0]
+        pieces = (
+            (part.start * columns, (one[part] @ other.T).flatten())
+            for part in chunks(one.shape[0], max(1, CHUNK // columns))
+        )
+        if self.offload_low_words:
+            add_offloaded(weight, state, pieces, self.update_precision)
+            return
+        for start, delta in pieces:
+            add_tensor(weight, state, delta, self.update_precision, start=start)
 
-    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+    def _rests(self, parameter: nn.Parameter) -> State:
+        """Where that is kept which completes a half-precision matrix."""
+        return self._offloaded[parameter] if self.offload_low_words else self.state[parameter]
+
+    def _numbered(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
+        """The parameters, each after its number in a ``state_dict``."""
+        numbers = (number for group in saved["param_groups"] for number in group["params"])
+        return zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=False)  # torch checks
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from zolightning.optim.checks import require_choice
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.optim.subspace_weights import Matrix
+from zolightning.optim.subspace_bases import Matrix
 
 Scaling = Literal["code", "paper"]
 SCALINGS: tuple[str, ...] = ("code", "paper")
@@ -43,8 +43,8 @@ class SubZero(SubspaceOptimizer):
         momentum: decay of the mean of core gradients; 0 keeps none.
         betas: Adam's decays, instead of `momentum`; SubZero+ has (0.9, 0.95). Biases and norms get Adam's steps too.
         vector_lr: learning rate of biases and norms; None takes `lr`.
-        **common: num_queries, estimator, noise, seed, update_precision: see
-            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        **common: num_queries, estimator, noise, seed, update_precision, offload_low_words: see
+            :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
     sides = "both"

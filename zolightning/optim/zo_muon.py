@@ -41,8 +41,8 @@ class ZOMuon(SubspaceOptimizer):
         vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
             gradients: unlike that of matrices their step grows with the loss's scale.
         num_queries: directions a step.
-        **common: estimator, noise, seed, update_precision: see
-            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        **common: estimator, noise, seed, update_precision, offload_low_words: see
+            :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
     sides = "left"
