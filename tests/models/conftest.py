@@ -1,4 +1,4 @@
-"""Tiny random models of seven architectures, a tiny pretrained folder, and hand-made batches."""
+"""Tiny random models of eight architectures, a tiny pretrained folder, and hand-made batches."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import (
     OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -50,6 +51,7 @@ CONFIGS = {
         init_std=0.3,
     ),
     "llama": lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE),
     "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE),
     "gemma2": lambda: Gemma2Config(**_LLAMA_LIKE, **_SLIDING),
     "gemma3": lambda: Gemma3TextConfig(**_LLAMA_LIKE, **_SLIDING, layer_types=["sliding_attention", "full_attention"]),

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from zolightning.layers import find_layers
+from zolightning.models.attention_masks import causal_mask
 from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint, profile_activations
 from zolightning.scopes.calibration import calibration_forward
 from zolightning.scopes.rules import select
@@ -122,6 +123,11 @@ def test_mask_holds_for_its_own_call_only() -> None:
     assert profile.layers[0].peak == 9.0
     assert profile.num_prompts == 4
     assert profile_of(Constant(1.0), [(HIDDEN, MASK), (HIDDEN,)]).layers[0].peak == 70.0
+
+
+def test_mask_of_queries_and_keys() -> None:
+    profile = profile_of(Constant(1.0), [(HIDDEN, causal_mask(MASK))])
+    assert profile == profile_of(Constant(1.0), [(HIDDEN, MASK)])
 
 
 def test_mask_that_begins_with_what_is_cached() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolightning.data.encoding import AnswerIndex, Batch
+from zolightning.models.attention_masks import attention_mask_for
 
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -77,4 +78,5 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     }
     accepted = inspect.signature(type(model).forward).parameters
     arguments = {name: value for name, value in optional.items() if name in accepted}
-    return model(input_ids=input_ids, attention_mask=attention_mask, **arguments).logits[:, -count:]
+    mask = attention_mask_for(model, attention_mask) if "position_ids" in accepted else attention_mask
+    return model(input_ids=input_ids, attention_mask=mask, **arguments).logits[:, -count:]

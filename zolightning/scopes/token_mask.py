@@ -11,14 +11,15 @@ from zolightning.layers import LayerStack
 
 
 class TokenMask(AbstractContextManager["TokenMask"]):
-    """Watches, while active, for the two-dimensional ``attention_mask`` that the network around the layers is given.
+    """Watches, while active, for the ``attention_mask`` that the network around the layers is given.
 
-    Such a mask has 1 at tokens and 0 at padding, on either side. It holds for as long as the call lasts that it was
+    A mask of two dimensions has 1 at tokens and 0 at padding, on either side; one of four, (rows, 1, queries, keys), is
+    True where a query attends to a key, which then is a token. It holds for as long as the call lasts that it was
     handed to. Where a network takes none, every position counts as a token.
 
     Args:
         module: the network, or a module around it.
-        stack: its layers; the masks handed to these are not two-dimensional, and not looked at.
+        stack: its layers; the masks handed to these are not looked at.
     """
 
     def __init__(self, module: nn.Module, stack: LayerStack) -> None:
@@ -66,6 +67,8 @@ class TokenMask(AbstractContextManager["TokenMask"]):
 
     def _enter(self, mask: Any) -> None:
         outer = self._masks[-1] if self._masks else None
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool:
+            mask = mask[:, 0].any(dim=1)
         self._masks.append(mask if isinstance(mask, Tensor) and mask.ndim == 2 else outer)
 
     def _leave(self, *_: Any) -> None:

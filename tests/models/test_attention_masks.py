@@ -1,0 +1,52 @@
+"""Masks that networks hand on to their attention, without a look into them."""
+
+import pytest
+import torch
+from torch import nn
+
+from waits import Waits
+from zolightning.models.attention_masks import TAKE_CAUSAL_MASKS, attention_mask_for, causal_mask
+from zolightning.models.scoring import last_logits
+
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("model_type", sorted(TAKE_CAUSAL_MASKS))
+@torch.no_grad()
+def test_same_logits_and_no_wait(make_model, monkeypatch, model_type):
+    model = make_model(model_type.removesuffix("_text"))
+    assert model.config.model_type == model_type
+    if getattr(model.config, "sliding_window", None):
+        model.config.sliding_window = 64
+    ids = torch.arange(2, 20).view(MASK.shape)
+    with Waits() as looks:
+        expected = last_logits(model, ids, MASK, count=6)
+    assert looks.found
+    monkeypatch.setattr("zolightning.models.scoring.attention_mask_for", lambda _, mask: causal_mask(mask))
+    with Waits() as watch:
+        found = last_logits(model, ids, MASK, count=6)
+    assert watch.found == []
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_kept"),
+    [
+        ({}, False),
+        ({"model_type": "bloom"}, True),
+        ({"_attn_implementation": "eager"}, True),
+        ({"is_causal": False}, True),
+        ({"use_bidirectional_attention": True}, True),
+        ({"sliding_window": 5}, True),
+        ({"sliding_window": 6}, False),
+    ],
+    ids=str,
+)
+def test_networks_that_need_the_mask_keep_it(make_model, changes, is_kept):
+    network, mask = make_model("gemma3"), MASK.to("meta")
+    network.config.sliding_window = None
+    for name, value in changes.items():
+        setattr(network.config, name, value)
+    assert (attention_mask_for(network, mask) is mask) == is_kept
+    assert attention_mask_for(network, MASK) is MASK
+    assert attention_mask_for(nn.Identity(), mask) is mask
