@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.reads import FlippedBit, find_readers
@@ -35,6 +34,15 @@ class Net(nn.Module):
 
     def loss(self) -> Tensor:
         return self(X).square().mean()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
 
 
 def readers_of(net: Net, layer: nn.Module) -> tuple[nn.Module, ...] | None:
@@ -95,17 +103,21 @@ class TestFindReaders:
 
 class TestPerturbed:
     def test_functions_elsewhere_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        net, watched = Net(), []
-        own = Perturbed.__torch_function__
+        net, watched, run = Net(), [], []
 
-        def spy(mode: TorchFunctionMode, func: Callable[..., Tensor], *args: object, **kwargs: object) -> object:
-            watched.append(func)
-            return own(mode, func, *args, **kwargs)
+        def spy(calls: list[object], own: Callable[..., object]) -> Callable[..., object]:
+            return lambda mode, func, *args, **kwargs: (calls.append(func), own(mode, func, *args, **kwargs))[1]
 
-        monkeypatch.setattr(Perturbed, "__torch_function__", spy)
-        with torch.no_grad(), Perturbed(dict.fromkeys(net.second.parameters(), FlippedBit()), readers=(net.second,)):
+        monkeypatch.setattr(Perturbed, "__torch_function__", spy(watched, Perturbed.__torch_function__))
+        monkeypatch.setattr(Perturbed, "run", spy(run, Perturbed.run))
+        net.second.add_module("scaled", Scaled())
+        net.also = lambda net, x: net.second.scaled(x)
+        with (
+            torch.no_grad(),
+            Perturbed(dict.fromkeys(net.second.parameters(), FlippedBit()), readers=(net.second, net.second.scaled)),
+        ):
             net.loss()
-        assert F.linear in watched and watched.count(F.linear) == 1 and torch.tanh not in watched
+        assert watched == [Tensor.mul] and run == [F.linear, Tensor.mul]
 
     def test_a_reader_inside_of_a_reader(self) -> None:
         net = Net(lambda net, x: x * net.scale)

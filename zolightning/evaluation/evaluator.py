@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.mode import evaluation_mode
-from zolightning.evaluation.perturbed import Perturbed, Scratch
+from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.reads import find_readers, find_unseen
 from zolightning.evaluation.row_groups import CannotStack
+from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
+from zolightning.evaluation.snapshot import Held
 from zolightning.evaluation.stacked import StackedNetwork, network_of
 from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
@@ -38,6 +41,8 @@ class Evaluator:
         self._scratch = Scratch()
         # Submodules and the parameters that each has itself, at the last step
         self._structure: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        self._held: dict[int, Held] = {}  # what submodules held before the last step, see `Traces`
+        self._moving: set[int] = set()  # the parameters that moved in it
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
@@ -57,7 +62,7 @@ class Evaluator:
             ValueError: if evaluations are to share runs and no submodule holds all parameters.
         """
         self.module = module
-        self._structure = []
+        self._structure, self._held = [], {}
         self._is_watched = False
         self.prefix = SharedPrefix(layers_of(module))
         self._readers.clear()
@@ -67,6 +72,7 @@ class Evaluator:
     def detach(self) -> None:
         """Leaves the module for good."""
         self.module = None
+        self._structure, self._held = [], {}
 
     def evaluate(
         self,
@@ -90,7 +96,9 @@ class Evaluator:
         with ExitStack() as stack:
             modules = stack.enter_context(evaluation_mode(self.module)) if self.module is not None else []
             rewind = stack.enter_context(generators.rewound(*randomness))
-            traces = Traces(modules, self._written, moving)
+            if moving != self._moving:
+                self._held, self._moving = {}, moving
+            traces = Traces(modules, self._written, moving, self._held)
 
             def run() -> tuple[Tensor, Tensor]:
                 rewind()
@@ -108,7 +116,7 @@ class Evaluator:
                 for parameter in unread:
                     self._in_place.pop(parameter, None)
                 results, _ = self._losses(run, trainable, perturbations, generators)
-            traces.finish()
+            self._held = traces.finish()
         return results
 
     def forget(self) -> None:
@@ -126,10 +134,10 @@ class Evaluator:
         before, self._structure = self._structure, [(m, _own_parameters(m)) for m in modules]
         if len(before) != len(self._structure):
             return not before
-        return all(
-            one is other and held.keys() == now.keys() and all(held[name] is now[name] for name in now)
-            for (one, held), (other, now) in zip(before, self._structure, strict=True)
-        )
+        for (one, held), (other, now) in zip(before, self._structure, strict=True):
+            if one is not other or held.keys() != now.keys() or not all(map(is_, held.values(), now.values())):
+                return False
+        return True
 
     def _losses(
         self,
@@ -163,7 +171,7 @@ class Evaluator:
         return results, contexts[0].unread()
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
-        watched = dict.fromkeys(trainable, None) | dict(perturbations)
+        watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}
         in_place = [parameter for parameter in watched if self._in_place.get(parameter, True)]
         return Perturbed(watched, in_place, self._scratch)
 

@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.scratch import PIECE_BYTES, Buffer, Scratch, pieces
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
@@ -33,29 +36,6 @@ _DESCRIPTIONS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "__len__"}
     | {"is_floating_point", "is_complex", "__hash__", "get_device", "storage_offset"}
 )
-
-
-class Scratch:
-    """Buffers that successive layers share; the largest layer decides their size."""
-
-    def __init__(self) -> None:
-        self._free: dict[torch.device, list[Tensor]] = {}
-
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised contiguous tensor of the shape, dtype and device of `like`."""
-        free = self._free.setdefault(like.device, [])
-        size = like.numel() * like.element_size()
-        buffer = free.pop() if free else None
-        if buffer is None or buffer.numel() < size:
-            del buffer
-            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
-        return buffer[:size].view(like.dtype).view(like.shape)
-
-    def give_back(self, tensor: Tensor) -> None:
-        """Makes the memory of `tensor`, from :meth:`take`, available again."""
-        storage = tensor.untyped_storage()
-        buffer = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        self._free.setdefault(tensor.device, []).append(buffer)
 
 
 class Perturbed(TorchFunctionMode):
@@ -82,10 +62,13 @@ class Perturbed(TorchFunctionMode):
         super().__init__()
         self.perturbations = perturbations
         self.in_place = {parameter: perturbations[parameter] for parameter in in_place}
-        self._perturbations = {id(p): w for p, w in perturbations.items() if p not in self.in_place}
+        self._perturbations = {id(p): w for p, w in perturbations.items()}
+        for parameter in self.in_place:
+            del self._perturbations[id(parameter)]
         self.scratch = scratch or Scratch()
         self.readers = readers
         self._restore = ExitStack()
+        self._forwards: list[tuple[dict[str, Any], Any]] = []  # of readers: attributes, and own `forward` or None
         self._is_paused = False
         self._is_watching = False
         self.seen: set[int] = set()  # ids of the parameters that some function has read
@@ -96,6 +79,8 @@ class Perturbed(TorchFunctionMode):
 
     def unread(self) -> list[nn.Parameter]:
         """Those that no function has read so far, among the parameters that are not perturbed in place."""
+        if self._perturbations.keys() <= self.seen:
+            return []
         return [p for p in self.perturbations if p not in self.in_place and id(p) not in self.seen]
 
     @contextmanager
@@ -124,16 +109,29 @@ class Perturbed(TorchFunctionMode):
                 super().__enter__()
                 restore.push(super().__exit__)
             else:
+                restore.callback(self._give_forwards_back)
                 for module in self.readers:
                     attributes = vars(module)  # past nn.Module's own attribute access, which takes longer
                     own = attributes.get("forward")
-                    restore.callback(_restore_attribute, attributes, "forward", own)
-                    attributes["forward"] = partial(self._watch, module.forward)
+                    self._forwards.append((attributes, own))
+                    attributes["forward"] = (
+                        partial(self._linear_forward, module)
+                        if own is None and type(module).forward is nn.Linear.forward and "weight" in module._parameters
+                        else partial(self._watch, module.forward)
+                    )
             self._restore = restore.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._restore.__exit__(*exception)
+
+    def _give_forwards_back(self) -> None:
+        while self._forwards:
+            attributes, own = self._forwards.pop()
+            if own is not None:
+                attributes["forward"] = own
+            else:
+                attributes.pop("forward", None)  # not there yet if an interrupt came in between
 
     def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of a module that reads parameters."""
@@ -147,12 +145,18 @@ class Perturbed(TorchFunctionMode):
             super().__exit__(None, None, None)
             self._is_watching = False
 
+    def _linear_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of an ``nn.Linear``: what it calls is known, so that there is nothing to watch."""
+        if len(args) != 1 or kwargs or self._is_watching or self._is_paused or is_compiling():
+            return self._watch(partial(nn.Linear.forward, module), *args, **kwargs)
+        return self.run(F.linear, (args[0], module.weight, module.bias), {})
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         # A compiled graph would keep the noise of the step it was traced in.
-        if self._is_paused or torch.compiler.is_compiling():
+        if self._is_paused or is_compiling():
             return func(*args, **kwargs)
         if (not self._reads(args) and not (kwargs and self._reads(kwargs.values()))) or _describes(func):
             return func(*args, **kwargs)
@@ -160,22 +164,18 @@ class Perturbed(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a function that reads a parameter with perturbed ones."""
+        if func is F.linear and len(args) == 3 and not kwargs:
+            return self._linear(*args)
         if func is F.embedding and (output := self._lookup(args, kwargs)) is not None:
             return output
         if func in PRODUCTS and (output := self._product(func, args, kwargs)) is not None:
             return output
-        taken: list[Tensor] = []
-        try:
-            args = tuple(self.exchange(arg, taken) for arg in args)
-            kwargs = {name: self.exchange(arg, taken) for name, arg in kwargs.items()}
-            output = func(*args, **kwargs)
-        except BaseException:
-            taken.clear()
-            raise
-        if not torch.is_grad_enabled():  # autograd may have saved the buffers
-            for tensor in reversed(taken):
-                if not _may_share_memory(output, tensor):  # a view keeps its buffer; the next call gets a new one
-                    self.scratch.give_back(tensor)
+        taken: list[Buffer] = []
+        args = tuple([self.exchange(arg, taken) for arg in args])
+        kwargs = {name: self.exchange(arg, taken) for name, arg in kwargs.items()}
+        output = func(*args, **kwargs)
+        if taken:
+            self.scratch.give_back(taken, output)  # a view keeps its buffer; the next call gets a new one
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
@@ -185,8 +185,11 @@ class Perturbed(TorchFunctionMode):
                 return True
         return False
 
-    def exchange(self, value: Any, taken: list[Tensor]) -> Any:
-        """Perturbed copies in the place of parameters; scratch that holds them is added to `taken`."""
+    def exchange(self, value: Any, taken: list[Buffer]) -> Any:
+        """Perturbed copies in the place of parameters; buffers that hold them are added to `taken`.
+
+        While autograd records, which may keep what it is handed, they have memory of their own.
+        """
         if isinstance(value, list | tuple):
             return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
         if id(value) not in self._perturbations:
@@ -195,12 +198,58 @@ class Perturbed(TorchFunctionMode):
         perturbation = self._perturbations[id(value)]
         if perturbation is None:
             return value
-        weight = value.detach().contiguous()
-        scratch = self.scratch.take(weight)
-        taken.append(scratch)
-        perturbation.add_to(weight, scratch)
-        # torch takes other paths for weights that require gradients (matmul folds its batch): keep to the same ones.
-        return nn.Parameter(scratch, value.requires_grad)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                weight = value.detach().contiguous()
+                perturbed = torch.empty_like(weight)
+                perturbation.add_to(weight, perturbed)
+                return nn.Parameter(perturbed, value.requires_grad)
+        taken.append(buffer := self.scratch.take(value.device))
+        out = buffer.tensor(value.shape, value.dtype, value.requires_grad)
+        perturbation.add_to(value if value.is_contiguous() else value.contiguous(), out)
+        return out
+
+    def _linear(self, inputs: Any, weight: Any, bias: Any) -> Tensor:
+        """``F.linear`` of perturbed tensors.
+
+        A large matrix is perturbed and multiplied in pieces of its rows, which the output has as columns: as many
+        kernels as pieces may round in another way than one does, and do so alike for both signs of a direction.
+        """
+        perturbation = self._perturbations.get(id(weight))
+        if (
+            isinstance(perturbation, LowRank)
+            and (output := self._product(F.linear, (inputs, weight, bias), {})) is not None
+        ):
+            return output
+        taken: list[Buffer] = []
+        inputs, bias = self.exchange(inputs, taken), self.exchange(bias, taken)
+        if (
+            weight.nbytes > PIECE_BYTES
+            and isinstance(perturbation, Direction)
+            and weight.is_contiguous()
+            and not torch.is_grad_enabled()
+        ):
+            self.seen.add(id(weight))
+            output = self._linear_in_pieces(inputs, weight, bias, perturbation)
+        else:
+            output = F.linear(inputs, self.exchange(weight, taken), bias)
+        self.scratch.give_back(taken)
+        return output
+
+    def _linear_in_pieces(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, direction: Direction) -> Tensor:
+        output: Tensor | None = None
+        buffer = self.scratch.take(weight.device)
+        for part in pieces(weight):
+            rows = weight[part]
+            piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
+            direction.add_to(rows, piece, start=part.start * weight.shape[1])
+            columns = F.linear(inputs, piece, None if bias is None else bias[part])
+            if output is None:
+                output = columns.new_empty(*inputs.shape[:-1], len(weight))
+            output[..., part] = columns
+        self.scratch.give_back([buffer])
+        assert output is not None
+        return output
 
     def _lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The perturbed rows of an embedding; None where more is asked for, as renormalisation (`max_norm`) is."""
@@ -223,12 +272,11 @@ class Perturbed(TorchFunctionMode):
         perturbation = self._perturbations.get(id(weight))
         if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._perturbations:
             return None
-        taken: list[Tensor] = []
+        taken: list[Buffer] = []
         output = perturbation.product(func, inputs, weight.detach(), self.exchange(bias, taken))
         if output is not None:
             self.seen.add(id(weight))
-        for scratch in taken:
-            self.scratch.give_back(scratch)
+        self.scratch.give_back(taken)
         return output
 
 
@@ -238,26 +286,8 @@ def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, An
     return weight, inputs, bias
 
 
-def _restore_attribute(attributes: dict[str, Any], name: str, value: Any) -> None:
-    if value is None:
-        del attributes[name]
-    else:
-        attributes[name] = value
-
-
 def _describes(func: Callable[..., Any]) -> bool:
     name = func.__name__
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", None) not in _VALUE_GETTERS
     return name in _DESCRIPTIONS
-
-
-def _may_share_memory(output: Any, tensor: Tensor) -> bool:
-    if isinstance(output, list | tuple):
-        return any(_may_share_memory(value, tensor) for value in output)
-    if output is None or isinstance(output, bool | int | float):
-        return False
-    try:
-        return output.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    except (AttributeError, NotImplementedError):  # not a tensor, or one without memory of its own (vmap, sparse)
-        return True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
+from zolightning.evaluation.scratch import Buffer
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 
@@ -83,11 +84,10 @@ class RowGroups(Perturbed):
         found = [p for group in self.groups if isinstance(p := group.perturbations.get(weight), LowRank)]
         if kwargs or len(found) < len(self.groups) or not self._has_rows(inputs):
             return None
-        taken: list[Tensor] = []
+        taken: list[Buffer] = []
         biases = [group.exchange(bias, taken) for group in self.groups]
         output = stacked_product(found, func, inputs, weight.detach(), biases)
-        for scratch in taken:
-            self.scratch.give_back(scratch)
+        self.scratch.give_back(taken)
         return output
 
     def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -99,10 +99,9 @@ class RowGroups(Perturbed):
         # A tensor without dimensions would no longer leave the output's dtype to the other one.
         if not self._has_rows(inputs) or not 0 < weight.ndim < inputs.ndim:
             return None
-        taken: list[Tensor] = []
+        taken: list[Buffer] = []
         weights = torch.stack([group.exchange(weight, taken) for group in self.groups])
-        for scratch in taken:
-            self.scratch.give_back(scratch)
+        self.scratch.give_back(taken)
         weights = weights.view(len(weights), *[1] * (inputs.ndim - weight.ndim), *weight.shape)
         parts = inputs.unflatten(0, (len(weights), -1))
         return func(*((weights, parts) if is_first else (parts, weights))).flatten(0, 1)

@@ -116,21 +116,25 @@ class SharedPrefix:
     @contextmanager
     def _record(self, perturbed: Perturbed) -> Iterator[None]:
         depth, runs = 0, 0
-        # Hooks of others on a layer must see it run.
-        free = next((i for i, layer in enumerate(self.layers) if _is_hooked(layer)), len(self.layers))
 
         def keep(index: int, output: Any) -> None:
             nonlocal depth, runs
             runs += index == 0
-            if runs == 1 and index < free and not perturbed.has_touched_any():
+            if runs == 1 and index == depth and not perturbed.has_touched_any():
                 depth, self._outputs = index + 1, [(output, self._generators.states())]
+                watch(depth)
             elif runs > 1 and index + 1 == depth:  # another part of the batch, after all parameters have been read
                 self._outputs.append((output, self._generators.states()))
 
         with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                hook = layer.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
-                stack.callback(hook.remove)
+
+            def watch(index: int) -> None:
+                # Hooks of others on a layer must see it run.
+                if index < len(self.layers) and not _is_hooked(self.layers[index]):
+                    hook = self.layers[index].register_forward_hook(lambda _, __, output: keep(index, output))
+                    stack.callback(hook.remove)
+
+            watch(0)
             yield
         self.depth = depth
 

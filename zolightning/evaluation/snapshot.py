@@ -1,0 +1,217 @@
+"""What modules hold at one moment, to be put back: attributes, what is in their containers, tensors, generators."""
+
+import copy
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence, Set
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SMALL = 4096  # elements up to which copying costs less than finding out
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_NUMBERS = frozenset({bool, int, float, str, type(None)})  # which cannot change behind an attribute
+# Bookkeeping of nn.Module. `forward` is ours while weights are perturbed.
+_SKIPPED = frozenset(vars(nn.Module())) | {"forward"}
+
+
+class HeldTensor:
+    """A tensor as it was at one moment, with a copy if it is known or likely to be written to."""
+
+    __slots__ = ("copy", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, is_copied: bool) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+        self.copy = tensor.detach().clone() if is_copied else None
+
+    def add_copy(self) -> None:
+        """Copies the tensor, before it is written to."""
+        if self.copy is None:
+            self.copy = self.tensor.detach().clone()
+
+    def is_written(self, written: Set[int]) -> bool:
+        """Whether it may have other values now; of the tensors in `written`, ids, that is always assumed."""
+        tensor = self.tensor
+        if tensor._version != self.version or id(tensor) in written:
+            return True
+        # Writes through `.data` leave no mark. Looking at the values of another device would wait for it.
+        return self.copy is not None and tensor.is_cpu and not torch.equal(tensor, self.copy)
+
+    def restore(self, written: set[int]) -> None:
+        if not self.is_written(written):
+            return
+        tensor = self.tensor
+        if self.copy is None:  # too late for this step
+            written.add(id(tensor))
+            self.copy = tensor.detach().clone()
+        elif tensor.shape == self.copy.shape:
+            tensor.detach().copy_(self.copy)
+        else:
+            tensor.data = self.copy.clone()
+        self.version = tensor._version
+
+
+class Held:
+    """What one module holds at one moment.
+
+    Args:
+        attributes: ``vars(module)``.
+        written: tensors that are known to be written to, by id; they are copied whatever their size.
+        perturbed: parameters that are left alone, by id.
+        known: tensors that other modules hold too, by id; added to.
+    """
+
+    __slots__ = ("attributes", "containers", "generators", "saved", "tensors")
+
+    def __init__(
+        self, attributes: dict[str, Any], written: Set[int], perturbed: Set[int], known: dict[int, HeldTensor]
+    ) -> None:
+        self.attributes, self.saved = attributes, dict(attributes)
+        self.containers: list[tuple[Any, Any]] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.tensors: list[HeldTensor] = []
+
+        def visit(value: Any) -> None:
+            kind = type(value)
+            if kind in _CONTAINERS:
+                self.containers.append((value, copy.copy(value)))
+                for member in value.values() if isinstance(value, dict) else value:
+                    if type(member) not in _NUMBERS:
+                        visit(member)
+            elif kind is nn.Parameter or isinstance(value, Tensor):
+                if id(value) in known:
+                    self.tensors.append(known[id(value)])
+                elif id(value) not in perturbed and not value.is_inference():
+                    is_small = value.numel() <= _SMALL and not isinstance(value, nn.Parameter) and not value.is_meta
+                    known[id(value)] = HeldTensor(value, is_small or id(value) in written)
+                    self.tensors.append(known[id(value)])
+            elif kind is torch.Generator:
+                self.generators.append((value, value.get_state()))
+
+        for name, value in self.saved.items():
+            if name not in _SKIPPED and type(value) not in _NUMBERS:
+                visit(value)
+        for name in ("_parameters", "_buffers"):
+            if held := self.saved.get(name):
+                visit(held)
+
+    def is_now(self, written: Set[int]) -> bool:
+        """Whether nothing has been written since."""
+        return (
+            _same_attributes(self.attributes, self.saved)
+            and all([_same(container, content) for container, content in self.containers])
+            and not any([tensor.is_written(written) for tensor in self.tensors])
+            and all(torch.equal(generator.get_state(), state) for generator, state in self.generators)
+        )
+
+    def is_lasting(self) -> bool:
+        """Whether it holds at any later moment at which :meth:`is_identical`: there is no copy that could age."""
+        return not self.generators and all([tensor.copy is None for tensor in self.tensors])
+
+    def is_identical(self) -> bool:
+        """Whether all objects are the very ones, none of them a container or tensor that has been written to."""
+        return (
+            _identical(self.attributes, self.saved)
+            and all([_identical(container, content) for container, content in self.containers])
+            and all([tensor.tensor._version == tensor.version for tensor in self.tensors])
+        )
+
+    def restore(self) -> None:
+        """Puts all but tensors back as it was."""
+        if not _same_attributes(self.attributes, self.saved):
+            _restore_attributes(self.attributes, self.saved)
+        for container, content in self.containers:
+            if not _same(container, content):
+                _refill(container, content)
+        for generator, state in self.generators:
+            generator.set_state(state)
+
+
+class Snapshot:
+    """What some modules hold at one moment.
+
+    Args:
+        modules: all submodules of the network.
+        written: tensors that are known to be written to, by id; they are copied whatever their size.
+        perturbed: parameters that are left alone, by id.
+        earlier: what modules held at another moment, from :meth:`lasting`, with the same `perturbed`.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], written: set[int], perturbed: Set[int], earlier: Mapping[int, Held]
+    ) -> None:
+        self._written = written
+        self._held: dict[int, Held] = {}
+        known: dict[int, HeldTensor] = {}
+        for module in modules:
+            attributes = vars(module)
+            held = earlier.get(id(module))
+            if held is None or held.attributes is not attributes or not held.is_identical():
+                held = Held(attributes, written, perturbed, known)
+            elif held.tensors:
+                known |= {id(tensor.tensor): tensor for tensor in held.tensors}
+            self._held[id(module)] = held
+
+    def lasting(self) -> dict[int, Held]:
+        """What modules hold that is worth another look at a later moment, by their ids."""
+        return {key: held for key, held in self._held.items() if held.is_lasting()}
+
+    def large(self) -> list[HeldTensor]:
+        """The tensors without a copy."""
+        return [tensor for held in self._held.values() for tensor in held.tensors if tensor.copy is None]
+
+    def is_now(self) -> bool:
+        """Whether nothing has been written since."""
+        written = self._written
+        return all([held.is_now(written) for held in self._held.values()])
+
+    def restore(self) -> None:
+        """Puts everything back as it was."""
+        for held in self._held.values():
+            held.restore()
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for held in self._held.values():
+                for tensor in held.tensors:
+                    tensor.restore(self._written)
+
+
+def _same(now: Any, saved: Any) -> bool:
+    """Whether nothing is another object, or at least none that differs: Python looks at identities first."""
+    try:
+        return bool(now == saved)
+    except Exception:  # two tensors of several elements, say: not the same object
+        return False
+
+
+def _identical(now: Any, saved: Any) -> bool:
+    """Whether a container holds the very objects that it held; of a dictionary's `forward`, put last, see above."""
+    if type(now) is set:
+        return bool(now == saved)
+    if not isinstance(now, dict):
+        return len(now) == len(saved) and all(map(is_, now, saved))
+    more = "forward" in now and "forward" not in saved
+    return len(now) == len(saved) + more and all(map(is_, now.values(), saved.values())) and saved.keys() <= now.keys()
+
+
+def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:
+    if len(now) == len(saved) + 1 and "forward" in now and "forward" not in saved:
+        try:
+            return saved.items() <= now.items()
+        except Exception:  # as below
+            return False
+    return _same(now, saved)
+
+
+def _restore_attributes(attributes: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in attributes.keys() - saved.keys() - {"forward"}:
+        del attributes[name]
+    for name, value in saved.items():
+        if name != "forward" and attributes.get(name, attributes) is not value:
+            attributes[name] = value
+
+
+def _refill(container: Any, content: Iterable[Any]) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list | deque) else container.update(content)
