@@ -116,7 +116,10 @@ class Perturbed(TorchFunctionMode):
                     self._forwards.append((attributes, own))
                     attributes["forward"] = (
                         partial(self._linear_forward, module)
-                        if own is None and type(module).forward is nn.Linear.forward and "weight" in module._parameters
+                        if own is None
+                        and isinstance(module, nn.Linear)
+                        and type(module).forward is nn.Linear.forward
+                        and "weight" in module._parameters
                         else partial(self._watch, module.forward)
                     )
             self._restore = restore.pop_all()
@@ -145,7 +148,7 @@ class Perturbed(TorchFunctionMode):
             super().__exit__(None, None, None)
             self._is_watching = False
 
-    def _linear_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _linear_forward(self, module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
         """The forward of an ``nn.Linear``: what it calls is known, so that there is nothing to watch."""
         if len(args) != 1 or kwargs or self._is_watching or self._is_paused or is_compiling():
             return self._watch(partial(nn.Linear.forward, module), *args, **kwargs)
