@@ -8,25 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zolightning.callbacks import RunOverview, ZerothOrder
-from zolightning.callbacks.run_overview import state_bytes
-from zolightning.optim import MeZO, SubspaceOptimizer
-
-
-def test_estimated_state_is_what_a_step_leaves(method: Callable[..., Any], make_problem: Callable[..., Any]) -> None:
-    problem = make_problem()
-    method = partial(method, lr=1e-6)  # a large step would be added to the weights at once, and keep no core
-    optimizer = method(problem.parameters())
-    if isinstance(optimizer, SubspaceOptimizer):
-        optimizer.fold_every_step = False  # the state is largest before it is added to the weights
-    optimizer.attach(problem)
-    expected = state_bytes(optimizer, method)
-    assert optimizer.state_bytes() == 0  # nothing was done to the run's own
-    optimizer.estimate(problem)
-    optimizer.step()
-    assert optimizer.state_bytes() == expected
+from zolightning.callbacks.run_overview import refuse_too_large
+from zolightning.memory import MemoryPlan
+from zolightning.optim import MeZO
 
 
 @pytest.fixture
@@ -60,7 +48,7 @@ def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptur
         "momentum 0.9",
         "num_queries 3",
         "6 forward passes",
-        "state 0.0 MiB",
+        "weights 0.0 MB, state 0.0 MB, scratch 0.0 MB, activations not estimated, logits not estimated",
         "all parameters: 31 of 31 parameters train",
         "tensorboard --logdir ",
         "run/version_0/config.yaml --ckpt_path last",
@@ -104,3 +92,29 @@ def test_the_run_is_the_same_without_it(
         make_trainer(max_steps=3, callbacks=[method, *callbacks]).fit(module, regression_data())
         weights.append([parameter.tolist() for parameter in module.parameters()])
     assert weights[0] == weights[1]
+
+
+# A run of 34.5 GB, of which 32.5 are certain
+TOO_LARGE = MemoryPlan(16_200_000_000, 16_200_000_000, 100_000_000, 2_000_000_000, 0)
+OTHERS = {
+    "method.update_precision native": MemoryPlan(16_200_000_000, 0, 100_000_000, 2_000_000_000, 0),
+    "one layer": MemoryPlan(16_200_000_000, 400_000_000, 100_000_000, 2_000_000_000, 0),
+}
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(MisconfigurationException) as raised:
+        refuse_too_large(TOO_LARGE, 18_500_000_000, lambda: OTHERS)
+    assert str(raised.value).splitlines() == [
+        "The run needs 34.5 GB of the device's memory, and 18.5 GB are free: weights 16.2 GB, state 16.2 GB, "
+        "scratch 100.0 MB, activations 2.0 GB, logits 0.0 MB.",
+        "Other ways, or a smaller batch:",
+        "  method.update_precision native  18.3 GB",
+        "  one layer                       18.7 GB, too much",
+    ]
+
+
+def test_a_run_whose_estimate_does_not_fit_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="The run needs 34.5 GB of the device's memory, and 33.0 GB are free"):
+        refuse_too_large(TOO_LARGE, 33_000_000_000, lambda: OTHERS)
+    refuse_too_large(TOO_LARGE, 34_500_000_000, lambda: pytest.fail("it fits"))

@@ -360,3 +360,21 @@ def test_a_token_for_padding_that_the_model_lacks_is_replaced(
     spectator.num_embeddings = 3
     with pytest.raises(ValueError, match=r"test\.jsonl, line 3: the token '.*' has the number"):
         make_trainer().test(spectator, data)
+
+
+@pytest.mark.parametrize("answers", [["No", "Yes"], ["No", "Yes, great"]])
+def test_the_largest_batch(
+    write_rows: Callable[..., Path],
+    make_trainer: Callable[..., L.Trainer],
+    spectator: L.LightningModule,
+    answers: list[str],
+) -> None:
+    data = PromptDataModule("sst2", str(write_rows(train=16)), batch_size=4, num_validation=4, answers=answers)
+    make_trainer(max_epochs=1).fit(spectator, datamodule=data)
+    batches = list(data.train_dataloader())
+    inputs = [batch["input_ids"].flatten(0, 1) for batch in batches]
+    positions = {batch["answer_ids"].shape[2] for batch in batches}
+    found = data.largest_batch()
+    assert found[:2] == (max(map(len, inputs)), max(ids.shape[1] for ids in inputs))
+    assert found[2] == (1 if positions == {1} else max(positions) + 1)
+    assert data.largest_batch(1) == (found[0] // 4, *found[1:])

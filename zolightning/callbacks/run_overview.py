@@ -1,8 +1,9 @@
 """What a run is: said when it begins, and kept where its curves are."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,36 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from zolightning.callbacks.refusals import bases
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
-from zolightning.callbacks.zeroth_order import Method, ZerothOrder
+from zolightning.callbacks.zeroth_order import ZerothOrder
+from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size, trained_by, weight_bytes
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import settings_of
-
-_MIB = 2**20
 
 
 class RunOverview(Callback):
     """Says what a run is before its first step, and writes it to TensorBoard.
 
-    * Printed: the method and its settings, the scope, how many parameters train, the memory that weights, the method's
-      state and the scratch copy of perturbed weights will take, the forward passes of a step, and where the run goes.
+    * Printed: the method and its settings, the scope, how many parameters train, the memory that the run will take
+      (:mod:`zolightning.memory`), the forward passes of a step, and where the run goes.
     * The same as the text ``run`` in TensorBoard, and the settings as its hyperparameters, by which runs are compared:
       with the best value of the monitored metric where a ModelCheckpoint has one.
     * Every validation's metrics once more under ``by_forward_passes/``, with the forward passes so far as the step:
       the axis on which methods with different numbers of evaluations can be compared.
 
+    A run that cannot fit into the memory of its GPU is refused, with the sizes of what else could be done. How large a
+    forward pass becomes is known where the datamodule has ``largest_batch``, as PromptDataModule does.
+
     Args:
         command: how the run was started, for the overview.
+
+    Raises:
+        MisconfigurationException: when training starts, if weights, state and scratch are more than a GPU has free.
     """
 
     def __init__(self, command: str | None = None) -> None:
@@ -74,44 +80,56 @@ class RunOverview(Callback):
             logger.log_hyperparams(self._settings, metrics)
 
 
-def state_bytes(optimizer: ZerothOrderOptimizer, method: Method) -> int:
-    """Bytes that the state of a method will take, at most, found by steps of stand-ins of each shape.
+def free_bytes(device: torch.device) -> int:
+    """What of a GPU's memory this process has or can have: all that others do not use."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
-    There is one stand-in at a time, zeros in place of a parameter; directions of their own, so no generator is read.
+
+def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[str, MemoryPlan]]) -> None:
+    """Refuses a run that cannot fit, and warns of one that will not if the estimate of its forward pass is right.
+
+    Args:
+        plan: of the run.
+        free: bytes that it may have.
+        others: plans of other ways to train the same network, by the settings that say so.
+
+    Raises:
+        MisconfigurationException: if what any batch needs is more than that; with the sizes of the other ways.
     """
-    counted: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
-    total = 0
-    for _, _, parameter in optimizer.trainable():
-        key = (tuple(optimizer.trainable_shape(parameter)), parameter.dtype)
-        if key not in counted:
-            stand_in = method([nn.Parameter(torch.zeros(*key[0], dtype=key[1], device=parameter.device))])
-            losses = (0.0,) * len(stand_in.estimator.probes(stand_in.num_queries))
-            record = StepRecord(0, 0, (1e-9,), (1.0,) * stand_in.num_queries, losses, len(losses))
-            stand_in.apply(record)
-            counted[key] = stand_in.state_bytes()
-        total += counted[key]
-    return total
+    if plan.peak <= free:
+        return
+    sizes = {name: other.peak for name, other in others().items()}
+    width = max(map(len, sizes), default=0)
+    lines = [f"The run needs {size(plan.peak)} of the device's memory, and {size(free)} are free: {plan}."]
+    lines += [f"  {name:{width}}  {size(peak)}{'' if peak <= free else ', too much'}" for name, peak in sizes.items()]
+    message = "\n".join([lines[0], "Other ways, or a smaller batch:", *lines[1:]])
+    if plan.certain > free:
+        raise MisconfigurationException(message)
+    rank_zero_warn(message)
 
 
 def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str]]:
     parameters = list(module.parameters())
-    sizes = {parameter: parameter.numel() * parameter.element_size() for parameter in parameters}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
-    weights = f"weights {sum(sizes.values()) / _MIB:,.1f} MiB"
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, ZerothOrderOptimizer):
             yield "method", f"backpropagation by {type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
-            yield "memory", f"{weights}, gradients and the optimizer's state, activations"
+            yield "memory", f"weights {size(weight_bytes(module))}, gradients and the optimizer's state, activations"
             continue
         name = type(optimizer).__name__
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
         forwards = len(optimizer.estimator.probes(optimizer.num_queries))
         yield "a step", f"{forwards} forward passes; the first one some more, which find where parameters are read"
         count = sum(math.prod(optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable())
-        state = state_bytes(optimizer, _method(trainer)) / _MIB
-        scratch = max(sizes[parameter] for _, _, parameter in optimizer.trainable()) / _MIB
-        yield "memory", f"{weights}, state {state:,.1f} MiB, scratch {scratch:,.1f} MiB, activations of a forward pass"
+        zeroth_order = _zeroth_order(trainer)
+        trained, batch = trained_by(optimizer), _largest_batch(trainer, zeroth_order)
+        planned = plan(module, trained, zeroth_order.method, batch)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            others = partial(alternatives, module, trained, zeroth_order.method, batch)
+            refuse_too_large(planned, free_bytes(device), others)
+        yield "memory", str(planned)
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
     total = sum(parameter.numel() for parameter in parameters)
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {total:,} parameters train"
@@ -157,8 +175,17 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _method(trainer: L.Trainer) -> Method:
-    return next(callback.method for callback in _callbacks(trainer) if isinstance(callback, ZerothOrder))
+def _zeroth_order(trainer: L.Trainer) -> ZerothOrder:
+    return next(callback for callback in _callbacks(trainer) if isinstance(callback, ZerothOrder))
+
+
+def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape | None:
+    """Of a forward pass in a step; None where the data do not say."""
+    largest = getattr(getattr(trainer, "datamodule", None), "largest_batch", None)
+    if largest is None:
+        return None
+    rows, length, positions = largest(zeroth_order.micro_batch_size)
+    return BatchShape(rows * zeroth_order.evaluations_per_forward, length, positions)
 
 
 def _callbacks(trainer: Any) -> list[Callback]:

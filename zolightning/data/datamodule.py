@@ -152,6 +152,22 @@ class PromptDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self._eval_dataloader("test")
 
+    def largest_batch(self, num_examples: int | None = None) -> tuple[int, int, int]:
+        """What a forward pass over `num_examples` training examples, or a whole batch, reads at most.
+
+        Returns:
+            Rows, tokens a row, and at how many of them logits are read: 1 where all answers are single tokens, else one
+            more than the longest answer has.
+        """
+        examples = self._examples["train"]
+        rows = min(self.batch_size if num_examples is None else num_examples, self.batch_size, len(examples))
+        tokens = max(example.length for example in examples)
+        longest_answer = max(len(answer) for example in examples for answer in example.answer_ids)
+        if longest_answer == 1:
+            return rows, tokens - 1, 1
+        candidates = 1 if self.task.objective == "language_modeling" else self.num_classes
+        return rows * candidates, tokens, longest_answer + 1
+
     def sample_text(self) -> str:
         """Returns an example to look at: the prompt, then the right answer in double brackets."""
         examples = next(iter(self._examples.values()), None)

@@ -1,0 +1,203 @@
+"""What a run is said to need of memory, against what it takes."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from zolightning.adapters import AdapterSettings, add_adapter
+from zolightning.memory import (
+    LORA_RANK,
+    BatchShape,
+    alternatives,
+    layer,
+    plan,
+    state_bytes,
+    trained_by,
+    whole,
+    with_lora,
+)
+from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer
+
+SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTHS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 172, "num_key_value_heads": 2},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 64},
+}
+
+
+def model(architecture: str = "llama", dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> PreTrainedModel:
+    config = AutoConfig.for_model(architecture, **SIZES, **WIDTHS[architecture])
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Notes how many bytes of what operations returned are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.references: Counter[int] = Counter()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and (_storage(value) in self.sizes or _storage(value) not in given):
+                self.sizes[_storage(value)] = value.untyped_storage().nbytes()
+                self.references[_storage(value)] += 1
+                weakref.finalize(value, self._free, _storage(value))
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return output
+
+    def _free(self, storage: int) -> None:
+        self.references[storage] -= 1
+        if not self.references[storage]:
+            del self.sizes[storage]
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
+def test_state_is_what_is_there_when_it_is_largest(
+    method: Callable[..., Any], make_problem: Callable[..., Any]
+) -> None:
+    problem = make_problem(torch.bfloat16)
+    method = partial(method, lr=1e-6)  # a large step would be added to the weights at once, and keep no core
+    optimizer = method(problem.parameters())
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.fold_every_step = False
+    optimizer.attach(problem)
+    expected = state_bytes(trained_by(optimizer), method)
+    assert optimizer.state_bytes() == 0  # nothing was done to the run's own
+    optimizer.estimate(problem)
+    optimizer.step()
+    optimizer.fold()  # leaves low words, where there are any, beside the next core
+    optimizer.estimate(problem)
+    optimizer.step()
+    assert (optimizer.state_bytes(), optimizer.host_bytes()) == expected
+
+
+def test_state_in_host_memory() -> None:
+    weights = whole([torch.zeros(8, 6, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)])
+    on_device, nothing = state_bytes(weights, partial(LOZO, rank=2))
+    assert state_bytes(weights, partial(LOZO, rank=2, offload_low_words=True)) == (on_device - 8 * 6 * 2, 8 * 6 * 2)
+    assert state_bytes(weights, partial(LOZO, rank=2), offload_low_words=True) == (on_device - 8 * 6 * 2, 8 * 6 * 2)
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", WIDTHS)
+def test_activations_of_a_forward_pass(architecture: str, dtype: torch.dtype) -> None:
+    network = model(architecture, dtype)
+    ids = torch.arange(8 * 64).view(8, 64)
+    padded = torch.ones_like(ids)
+    padded[0, :2] = 0
+    with torch.no_grad(), LiveBytes() as live:
+        network(input_ids=ids, attention_mask=padded, logits_to_keep=torch.tensor([63]), use_cache=False)
+    estimated = plan(network, [], MeZO, BatchShape(8, 64)).activations
+    assert 0.85 * estimated < live.peak <= estimated
+
+
+def test_logits_of_a_forward_pass() -> None:
+    """Where they outweigh the activations: as the head writes them, in a copy, and normalised in float32."""
+    network = model(dtype=torch.float32)
+    ids = torch.arange(64 * 4).view(64, 4)
+    with torch.no_grad(), LiveBytes() as live:
+        logits = network(input_ids=ids, use_cache=False).logits
+        torch.log_softmax(logits[ids >= 0], dim=-1, dtype=torch.float32)
+    assert live.peak == pytest.approx(plan(network, [], MeZO, BatchShape(64, 4, 4)).logits, rel=0.02)
+
+
+def test_networks_of_other_kinds_are_not_estimated() -> None:
+    found = plan(nn.Linear(4, 3), [], MeZO, BatchShape(8, 64))
+    assert found.activations is None and found.logits is None and found.weights == found.peak == 60
+    assert str(found).endswith("activations not estimated, logits not estimated")
+    assert plan(model(), [], MeZO).activations is None  # the batch is not known
+
+
+def test_a_model_of_shapes_only_has_the_same_plan() -> None:
+    for method in (partial(MeZO, lr=1e-3), partial(ZOMOPI, rank=8, power_rank=4)):
+        real, shapes = model(), model(device="meta")
+        batch = BatchShape(16, 32, 2)
+        found = plan(real, whole(real.parameters()), method, batch)
+        assert found == plan(shapes, whole(shapes.parameters()), method, batch)
+        assert found.peak == found.certain + found.activations + found.logits > 0
+
+
+def test_other_ways_to_train() -> None:
+    """Sizes of adapters are those of a model that has them."""
+    network, batch = model(device="meta"), BatchShape(16, 32)
+    found = alternatives(network, whole(network.parameters()), partial(MeZO, lr=1e-3), batch)
+    whole_plan = plan(network, whole(network.parameters()), MeZO, batch)
+    assert found["method.update_precision native"].state == 0
+    one_layer = found["one layer (scope DominantLayer)"]
+    assert one_layer.state == 2 * sum(p.numel() for p in network.model.layers[0].parameters())
+    assert len(layer(network)) == len(list(network.model.layers[0].parameters()))
+    offloaded = found["method LOZO, offload_low_words true"]
+    assert offloaded.host == 2 * sum(p.numel() for p in network.parameters() if p.ndim == 2)
+    assert all(other.peak < whole_plan.peak for other in found.values())
+
+    adapted = model()
+    targets = [name for name, m in adapted.named_modules() if isinstance(m, nn.Linear) and "layers" in name]
+    add_adapter(adapted, AdapterSettings(rank=LORA_RANK, alpha=16, target_modules=sorted(targets)))
+    adapters = [p for name, p in adapted.named_parameters() if "lora" in name]
+    lora = with_lora(network, MeZO, batch)
+    assert lora.weights == whole_plan.weights + 2 * sum(p.numel() for p in adapters)
+    assert lora.state == 2 * sum(p.numel() for p in adapters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(MeZO, lr=1e-6),
+        partial(MeZO, lr=1e-6, momentum=0.9),
+        partial(LOZO, lr=1e-6, rank=4),
+        partial(LOZO, lr=1e-6, rank=4, offload_low_words=True),
+        partial(ZOMOPI, lr=1e-6, rank=16, power_rank=8),
+    ],
+)
+def test_what_a_gpu_allocates(method: Any) -> None:
+    """Peaks of steps and folds are the plan's, give or take what libraries and rounding of blocks take."""
+    sizes = SIZES | {"vocab_size": 32_000, "hidden_size": 1024, "num_hidden_layers": 4}
+    config = AutoConfig.for_model("llama", **sizes, intermediate_size=4096, num_key_value_heads=4)
+    before = torch.cuda.memory_allocated()
+    with torch.device("cuda"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    batch = BatchShape(16, 128)
+    ids = torch.randint(32_000, (16, 128), device="cuda")
+
+    def loss() -> Tensor:
+        logits = network(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, 0]
+        return -torch.log_softmax(logits, dim=-1, dtype=torch.float32)[:, 0].mean()
+
+    optimizer = method(network.named_parameters())
+    optimizer.attach(network)
+    planned = plan(network, trained_by(optimizer), method, batch)
+    assert torch.cuda.memory_allocated() - before == pytest.approx(planned.weights, rel=0.01)
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.fold_every_step = False
+    for step in range(3):
+        optimizer.estimate(loss)
+        optimizer.step()
+        if step < 2:
+            optimizer.fold()
+            torch.cuda.reset_peak_memory_stats()  # of the first steps: reads are found, state is made
+    assert (optimizer.state_bytes(), optimizer.host_bytes()) == (planned.state, planned.host)
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    assert held >= planned.weights + planned.state
+    assert planned.weights + planned.state <= peak <= 1.05 * planned.peak + 64 * 2**20

@@ -1,0 +1,244 @@
+"""What a run needs of a device's memory: computed from shapes, before it is needed.
+
+Bytes of weights and of a method's state are exact: stand-ins of each shape take steps on torch's ``meta`` device,
+which holds no data. Scratch is an upper bound. Of a forward pass the largest buffers that are alive at once are
+estimated, for causal language models whose layers have one MLP each: those of an MLP, and the logits of the positions
+at which answers are read. GB are 1e9 bytes, as in what models and cards are said to have.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.layers import FeedForward, find_layers, is_conv1d, mlp_of
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.lozo import LOZO
+from zolightning.optim.precision import UPDATE_PRECISIONS
+from zolightning.optim.record import StepRecord
+from zolightning.optim.subspace_weights import SubspaceWeights
+
+Method = Callable[..., ZerothOrderOptimizer]
+LORA_RANK = 8
+
+
+class Trained(NamedTuple):
+    """A weight that trains, on any device, and the shape of it or of its part that does."""
+
+    weight: Tensor
+    shape: tuple[int, ...]
+
+
+class BatchShape(NamedTuple):
+    """What one forward pass reads: `rows` sequences of `length` tokens, padding included.
+
+    Of each, logits are made at `positions`: 1 where answers are single tokens, else one more than an answer has.
+    """
+
+    rows: int
+    length: int
+    positions: int = 1
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on a device, by what they are for.
+
+    Attributes:
+        weights: parameters and buffers.
+        state: of the method, when it is largest.
+        scratch: perturbed or unpacked weights of what runs, at most.
+        activations: of one forward pass, estimated; None where the network is of another kind or the batch is unknown.
+        logits: likewise.
+        host: state in host memory instead, which does not count.
+    """
+
+    weights: int
+    state: int = 0
+    scratch: int = 0
+    activations: int | None = None
+    logits: int | None = None
+    host: int = 0
+
+    @property
+    def certain(self) -> int:
+        """What any batch needs."""
+        return self.weights + self.state + self.scratch
+
+    @property
+    def peak(self) -> int:
+        """What is certain, and the forward pass as far as it is estimated."""
+        return self.certain + (self.activations or 0) + (self.logits or 0)
+
+    def __str__(self) -> str:
+        parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+        said = [f"{name} {'not estimated' if value is None else size(value)}" for name, value in parts.items()]
+        return ", ".join([*said, f"in host memory {size(self.host)}"] if self.host else said)
+
+
+def size(number: int) -> str:
+    """Bytes as they are said: ``16.1 GB``, ``56.6 MB``."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def plan(
+    module: nn.Module, trained: Iterable[Trained], method: Method, batch: BatchShape | None = None, **changes: Any
+) -> MemoryPlan:
+    """The memory that training takes.
+
+    Args:
+        module: the network, on any device, ``meta`` included; what is frozen counts too.
+        trained: what trains of it.
+        method: makes an optimizer from parameters.
+        batch: of one forward pass, stacked evaluations included; None where it is not known.
+        **changes: attributes of the optimizer, such as ``update_precision="native"``.
+    """
+    trained = list(trained)
+    state, host = state_bytes(trained, method, **changes)
+    scratch = max((weight.nbytes for weight, _ in trained), default=0)
+    return MemoryPlan(weight_bytes(module), state, scratch, *_forward_bytes(module, batch), host)
+
+
+def whole(weights: Iterable[Tensor]) -> list[Trained]:
+    """Weights that train as wholes."""
+    return [Trained(weight, tuple(weight.shape)) for weight in weights]
+
+
+def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
+    """What an optimizer moves."""
+    return [Trained(parameter, optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable()]
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, those that it has twice counted once."""
+    return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
+
+
+def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> tuple[int, int]:
+    """Bytes that the state of a method takes when it is largest: on the device, and in host memory.
+
+    Each shape is trained alone, for two steps and in between what a subspace method does before it draws new subspaces.
+    """
+    counted: dict[tuple[tuple[int, ...], torch.dtype], tuple[int, int]] = {}
+    device = host = 0
+    for weight, shape in trained:
+        key = (shape, weight.dtype)
+        if key not in counted:
+            counted[key] = _state_bytes(
+                nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta")), method, changes
+            )
+        device, host = device + counted[key][0], host + counted[key][1]
+    return device, host
+
+
+def _state_bytes(stand_in: nn.Parameter, method: Method, changes: dict[str, Any]) -> tuple[int, int]:
+    optimizer = method([stand_in])
+    for name, value in changes.items():
+        setattr(optimizer, name, value)
+    losses = (0.0,) * len(optimizer.estimator.probes(optimizer.num_queries))
+    record = StepRecord(
+        0, optimizer.param_groups[0]["seed"], (1e-9,), (1.0,) * optimizer.num_queries, losses, len(losses)
+    )
+    optimizer.apply(record)
+    optimizer.fold()
+    optimizer.apply(replace(record, step=1, folds=optimizer.param_groups[0].get("folds", 0)))
+    return optimizer.state_bytes(), optimizer.host_bytes()
+
+
+def _forward_bytes(module: nn.Module, batch: BatchShape | None) -> tuple[int | None, int | None]:
+    """Activations: an MLP's channels, four states as wide as the model, and the mask. Logits: what scoring makes.
+
+    The states are those that the first layer and this one were given, the residual and the input of the MLP.
+    """
+    mlp, head = _mlp(module), next(filter(None, map(_output_layer, module.modules())), None)
+    if batch is None or mlp is None or head is None:
+        return None, None
+    bytes_each = head.weight.element_size()
+    channels = (len(mlp.up) + 1) * mlp.width  # those of the maps up, and one more after the nonlinearity
+    states = batch.rows * batch.length * (channels + 4 * head.weight.shape[1]) * bytes_each
+    mask = batch.rows * batch.length**2 * (1 + bytes_each)  # of booleans, and as attention adds it to its scores
+    # As the head writes them, those of answers among them, and their log-probabilities in float32.
+    logits = batch.rows * batch.positions * head.weight.shape[0] * (2 * bytes_each + 4)
+    return states + mask, logits
+
+
+def _mlp(module: nn.Module) -> FeedForward | None:
+    try:
+        return mlp_of(find_layers(module).layers[0])
+    except ValueError:  # no layers, or a mixture of experts
+        return None
+
+
+def _output_layer(module: nn.Module) -> Any:
+    """What makes the logits of a model of transformers; None of anything else."""
+    getter: Any = getattr(module, "get_output_embeddings", None)
+    return None if getter is None else getter()
+
+
+# Other ways to train
+
+
+def alternatives(
+    module: nn.Module, trained: Iterable[Trained], method: Method, batch: BatchShape | None = None
+) -> dict[str, MemoryPlan]:
+    """What the same network takes otherwise, by the settings that say so."""
+    trained, trial = list(trained), method([nn.Parameter(torch.zeros(1, 1))])
+    found = {
+        f"method.update_precision {precision}": plan(module, trained, method, batch, update_precision=precision)
+        for precision in UPDATE_PRECISIONS
+        if precision != trial.update_precision
+    }
+    if isinstance(trial, SubspaceWeights):
+        found["method.offload_low_words true"] = plan(module, trained, method, batch, offload_low_words=True)
+    else:
+        found["method LOZO, offload_low_words true"] = plan(module, trained, LOZO, batch, offload_low_words=True)
+    if _mlp(module) is not None:
+        found["one layer (scope DominantLayer)"] = plan(module, layer(module), method, batch)
+        found["adapters (configs/scopes/lora.yaml)"] = with_lora(module, method, batch)
+        found["adapters, model.quantization nf4"] = with_lora(module, method, batch, "nf4")
+    return found
+
+
+def layer(module: nn.Module) -> list[Trained]:
+    """The parameters of the first of a module's layers."""
+    return whole(find_layers(module).parameters(0).values())
+
+
+def with_lora(
+    module: nn.Module,
+    method: Method,
+    batch: BatchShape | None = None,
+    quantization: Literal["int8", "nf4"] | None = None,
+) -> MemoryPlan:
+    """Adapters train, of rank 8 and on all linear maps of the layers, whose own weights may be quantised."""
+    linears = list(_linears(module))
+    adapters = [
+        torch.empty(shape, dtype=weight.dtype, device="meta")
+        for weight in linears
+        for shape in ((LORA_RANK, weight.shape[1]), (weight.shape[0], LORA_RANK))
+    ]
+    found = plan(module, whole(adapters), method, batch)
+    weights = found.weights + sum(adapter.nbytes for adapter in adapters)
+    if quantization is None:
+        return replace(found, weights=weights)
+    saved = sum(weight.nbytes - _quantized_bytes(weight, quantization) for weight in linears)
+    unpacked = max(weight.nbytes for weight in linears)
+    return replace(found, weights=weights - saved, scratch=max(found.scratch, unpacked))
+
+
+def _quantized_bytes(weight: Tensor, quantization: Literal["int8", "nf4"]) -> int:
+    """Codes and 16-bit scales: one a row, or one for each 64 codes."""
+    if quantization == "int8":
+        return weight.numel() + 2 * weight.shape[0]
+    return math.ceil(weight.numel() / 2) + 2 * math.ceil(weight.numel() / 64)
+
+
+def _linears(module: nn.Module) -> Iterator[Tensor]:
+    """Weights of the linear maps in the layers."""
+    for one in find_layers(module).layers:
+        for submodule in one.modules():
+            if isinstance(submodule, nn.Linear) or is_conv1d(submodule):
+                yield submodule.weight
