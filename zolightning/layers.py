@@ -177,5 +177,6 @@ def _output_dim(linear: nn.Module) -> int:
 
 def _features(linear: nn.Linear) -> tuple[int, int]:
     """Input and output features."""
-    shape = linear.weight.shape
-    return shape[1 - _output_dim(linear)], shape[_output_dim(linear)]
+    if isinstance(linear, nn.Linear):  # whose weight may be packed
+        return linear.in_features, linear.out_features
+    return linear.weight.shape

@@ -16,6 +16,7 @@ from zolightning.commands.report import print_table, round_robin
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
 from zolightning.layers import find_layers
+from zolightning.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.rules import DEFAULT_RULES
@@ -61,6 +62,8 @@ class LayerProfile:
     ) -> None:
         """Profiles `module` on one device, in the precision of `trainer`; files go to `folder`."""
         find_layers(module, self.layers_name)
+        if self.sensitivity_queries or self.time_model:
+            refuse_quantized(module, "`sensitivity_queries` or `time_model`")
 
         def look(runner: L.Trainer) -> None:
             with runner.precision_plugin.forward_context():

@@ -26,6 +26,7 @@ from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
 from zolightning.layers import LayerStack, check_index, find_layers
 from zolightning.optim import NonFiniteLossError
+from zolightning.quantization import refuse_quantized
 from zolightning.scopes.scope import Scope
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class LayerSweep:
     ) -> None:
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        refuse_quantized(module, "sweep-layers")
         self.trainer, self.module, self.datamodule = trainer, module, datamodule
         self.steps, self.first_order, self.evaluate, self.layers_name = steps, first_order, evaluate, layers_name
         self.folder = folder

@@ -22,6 +22,15 @@ from zolightning.models.scoring import (
     language_modeling_loss,
 )
 from zolightning.models.suitability import refuse_unsuitable
+from zolightning.quantization import (
+    Quantization,
+    dequantized_state_dict,
+    forget_originals,
+    quantization_settings,
+    quantize,
+    require_quantization,
+    restore_quantization,
+)
 
 
 class CausalLM(L.LightningModule):
@@ -40,6 +49,8 @@ class CausalLM(L.LightningModule):
             convert. Set it for a model that does not fit into memory in float32.
         attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
             sdpa where the architecture supports it, otherwise eager.
+        quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
+            they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
 
     Example::
 
@@ -57,9 +68,14 @@ class CausalLM(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attention: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
+        if quantization is not None:
+            require_quantization(quantization)
         self.model, self.tokenizer = load_pretrained(model_name, dtype, attention)
+        if quantization is not None:
+            quantize(self.model, quantization)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
@@ -96,9 +112,13 @@ class CausalLM(L.LightningModule):
             self.metrics["f1"] = MulticlassF1Score(num_classes, average="macro")
 
     def on_fit_start(self) -> None:
+        forget_originals(self.model)
         self._refuse_unsuitable()
         # Lightning leaves the network as it is, and `from_pretrained` leaves it in eval mode
         self.model.train()
+
+    def on_train_start(self) -> None:
+        self._refuse_all_of_a_quantized_base()
 
     def on_validation_start(self) -> None:
         self._refuse_unsuitable()
@@ -141,22 +161,38 @@ class CausalLM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter"] = adapter_settings(self.model)
+        checkpoint["quantization"] = quantization_settings(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that its weights find the parameters they belong to, whatever callbacks this run has
         restore_adapter(self.model, checkpoint.get("adapter"))
+        restore_quantization(self.model, checkpoint.get("quantization"))
 
     def export(self, folder: str | Path) -> None:
         """Writes model and tokenizer in Hugging Face's format, for ``AutoModelForCausalLM.from_pretrained``.
 
         A model with a LoRA adapter is written in PEFT's format, for ``AutoPeftModelForCausalLM.from_pretrained``: the
-        adapter only, and where its base model is.
+        adapter only, and where its base model is. Any other model with quantised weights is written as the ordinary one
+        that computes the same.
         """
         if adapter_settings(self.model) is None:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=dequantized_state_dict(self.model))
         else:
             save_adapter(self.model, folder)
         self.tokenizer.save_pretrained(folder)
+
+    def _refuse_all_of_a_quantized_base(self) -> None:
+        settings = quantization_settings(self.model)
+        if settings is None:
+            return
+        scales = {f"{name}.weight_scale" for name in settings["modules"]}
+        others = (p for name, p in self.model.named_parameters() if p.is_floating_point() and name not in scales)
+        if all(parameter.requires_grad for parameter in others):
+            raise MisconfigurationException(
+                f"`model.quantization` is {settings['kind']!r}, and nothing says which parameters train: "
+                f"{len(settings['modules'])} quantised weights cannot, `{settings['modules'][0]}.weight` among them. "
+                "Choose with a `scope` (TrainLayers, or its `part` LoRA), or leave `quantization` out."
+            )
 
     def _refuse_unsuitable(self) -> None:
         """Once, on the device and in the dtype of the run."""

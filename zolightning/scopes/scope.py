@@ -1,7 +1,7 @@
 """Which parameters train: what all callbacks that choose them have in common."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -14,6 +14,7 @@ from torch import nn
 
 from zolightning.directions.slices import Slice
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.quantization import num_weights, unquantize
 
 _KEY = "scope"
 
@@ -40,7 +41,8 @@ class Scope(Callback, ABC):
 
     The choice is made once, before the optimizer exists, and kept in the checkpoints: a resumed run trains what the
     checkpoint says, whatever would be chosen now. Parameters that are frozen already stay so, and after the fit all
-    are as trainable as before it. Works under any optimizer that respects ``requires_grad``; slices of parameters
+    are as trainable as before it. Quantised weights (``model.quantization``) that are chosen train in the dtype of the
+    rest, as what they were before. Works under any optimizer that respects ``requires_grad``; slices of parameters
     need a zeroth-order method. There can be one scope in a Trainer.
     """
 
@@ -99,7 +101,7 @@ class Scope(Callback, ABC):
                 )
             optimizer.restrict(slices)
         count = sum(_size(parameters[name], part) for name, part in chosen.items())
-        total = sum(parameter.numel() for parameter in parameters.values())
+        total = num_weights(pl_module)
         summary = (
             f"{type(self).__name__}: {selection.reason}; {count:,} of {total:,} parameters train "
             f"({100 * count / total:.3g} %)."
@@ -118,6 +120,9 @@ class Scope(Callback, ABC):
         self._give_back()  # Lightning calls no teardown after an exception or an interrupt
 
     def _apply(self, pl_module: L.LightningModule, selection: Selection) -> None:
+        gone = unquantize(pl_module, selection.parameters)
+        kept = {name: part for name, part in selection.parameters.items() if name not in gone}
+        selection = replace(selection, parameters=kept)
         for name, parameter in pl_module.named_parameters():
             parameter.requires_grad_(name in selection.parameters and self._trainable.get(parameter, True))
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):

@@ -1,0 +1,279 @@
+"""Linear maps whose weights are stored in 8 or 4 bits: a frozen base, beside which adapters or a few layers train.
+
+Weights only: a map unpacks its weight to the dtype of its input when it runs, one map at a time, and activations stay
+as they are. (LLM.int8 rounds activations as well, to a step of about 1 % of the largest: a loss is then a staircase in
+the weights that move, and the difference of two losses is made of its steps.)
+
+Codes never train. Where a scope chooses weights that are quantised, they get back what they were before, which lies in
+host memory until the first fit has begun.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal, TypedDict, cast, get_args
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Quantization = Literal["int8", "nf4"]
+
+
+class QuantizationSettings(TypedDict):
+    """Which maps of a module are quantised: plain values, for checkpoints."""
+
+    kind: Quantization
+    modules: list[str]  # dotted names, sorted
+
+
+class QuantizedLinear(nn.Linear, ABC):
+    """Abstract base of linear maps with a quantised weight, which cannot train.
+
+    Attributes:
+        weight: the codes, integers.
+        weight_scale: by which the codes are multiplied. They are bfloat16 numbers in whatever dtype the module has, so
+            that no precision of a Trainer changes them.
+        original: the map that this one was made from; None where it has been forgotten.
+
+    Args:
+        linear: the map to quantise. It shares its bias with this one.
+    """
+
+    kind: ClassVar[Quantization]
+    weight_scale: nn.Parameter
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        codes, scale = self.quantize(linear.weight.detach())
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale.to(linear.weight.dtype), linear.weight.requires_grad)
+        self.bias = linear.bias
+        self.original: nn.Linear | None
+        self.keep(linear)
+
+    @staticmethod
+    @abstractmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales, these bfloat16 numbers, of a weight of shape (out, in)."""
+
+    @abstractmethod
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the codes stand for, of shape (out, in)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dequantized(input.dtype), self.bias)
+
+    def keep(self, original: nn.Linear | None) -> None:
+        """Sets `original` past ``nn.Module``: it is no submodule, which would be moved to devices and saved."""
+        vars(self)["original"] = original
+
+    def plain(self) -> nn.Linear:
+        """An ordinary linear map in the place of this one, with its original weight or else the dequantised one."""
+        dtype, device = self.weight_scale.dtype, self.weight.device
+        if self.original is not None:
+            return self.original.to(device=device, dtype=dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dequantized(dtype))
+        linear.bias = self.bias
+        return linear
+
+
+class Int8Linear(QuantizedLinear):
+    """8 bits a weight, symmetric, a scale for each row: weight (out, in), weight_scale (out, 1)."""
+
+    kind = "int8"
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.float()
+        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).bfloat16()
+        divisor = torch.where(scale == 0, 1, scale).float()
+        return (weight / divisor).round().clamp(-127, 127).to(torch.int8), scale
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype).mul_(self.weight_scale.to(dtype))
+
+
+class NF4Linear(QuantizedLinear):
+    """4 bits a weight, normal floats of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
+
+    The codes of the weight, row after row, two in a byte: weight (out * in / 2, 1). A scale, the largest absolute
+    value, for each 64 of them: weight_scale (out * in / 64), rounded up.
+    """
+
+    kind = "nf4"
+    _BLOCK = 64
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        # of bfloat16 weights, whose largest is one: scales of other dtypes would have to be rounded
+        codes, state = bitsandbytes().functional.quantize_4bit(
+            weight.bfloat16(), blocksize=NF4Linear._BLOCK, quant_type="nf4"
+        )
+        return codes, state.absmax.bfloat16()
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        functional = bitsandbytes().functional
+        state = functional.QuantState(
+            absmax=self.weight_scale.float(),
+            shape=torch.Size([self.out_features, self.in_features]),
+            dtype=torch.float32 if dtype is torch.float64 else dtype,  # which it does not write
+            blocksize=self._BLOCK,
+            quant_type="nf4",
+        )
+        return functional.dequantize_4bit(self.weight, state).to(dtype)
+
+
+_CLASSES: dict[Quantization, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": NF4Linear}
+
+
+def bitsandbytes() -> Any:
+    """The package, loaded at the first use.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    # On some processors it says that a faster kernel, which nobody calls here, is on the hub.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            f"`quantization` is 'nf4', which needs bitsandbytes ({error}): pip install 'zolightning[quantization]', or "
+            "use 'int8'."
+        ) from None
+    return bitsandbytes
+
+
+def require_quantization(kind: str) -> None:
+    """Raises a ValueError unless there is such a quantisation, and what it needs is installed."""
+    if kind not in get_args(Quantization):
+        raise ValueError(f"`quantization` must be None, {' or '.join(map(repr, _CLASSES))}, got {kind!r}.")
+    if kind == "nf4":
+        bitsandbytes()
+
+
+def quantize(module: nn.Module, kind: Quantization) -> None:
+    """Quantises the linear maps of a module in place: each ``nn.Linear`` but the output layer and tied ones.
+
+    Args:
+        module: such as a model of transformers. Embeddings, norms and biases stay as they are.
+        kind: "int8", 8 bits a weight; or "nf4", 4.25 bits in bfloat16, which needs bitsandbytes.
+
+    Raises:
+        ValueError: if there is nothing to quantise, or bitsandbytes is not installed.
+    """
+    require_quantization(kind)
+    owners = Counter(id(parameter) for child in module.modules() for parameter in child._parameters.values())
+    find_output_layer = getattr(module, "get_output_embeddings", lambda: None)
+    output_layer = find_output_layer()
+    chosen = {
+        name: child
+        for name, child in module.named_modules()
+        # no subclasses: what these do with their weight is their own affair
+        if type(child) is nn.Linear and child is not output_layer and owners[id(child.weight)] == 1
+    }
+    if not chosen:
+        raise ValueError(
+            f"`quantization` is {kind!r}, and {type(module).__name__} has no nn.Linear inside to quantise."
+        )
+    for name, linear in chosen.items():
+        module.set_submodule(name, _CLASSES[kind](linear))
+
+
+def quantized_linears(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Those of a module, with their dotted names."""
+    for name, child in list(module.named_modules()):
+        if isinstance(child, QuantizedLinear):
+            yield name, child
+
+
+def num_weights(module: nn.Module) -> int:
+    """How many weights a module has, however they are stored; scales of quantised ones are not counted."""
+    unpacked = sum(
+        linear.in_features * linear.out_features - linear.weight.numel() - linear.weight_scale.numel()
+        for _, linear in quantized_linears(module)
+    )
+    return sum(parameter.numel() for parameter in module.parameters()) + unpacked
+
+
+def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """Gives those weights that are to train back what they were before.
+
+    Args:
+        module: what the names are in.
+        names: of the parameters that are to train; others than weights that are quantised do not matter.
+
+    Returns:
+        Names of the scales that are gone.
+
+    Raises:
+        MisconfigurationException: if the original weights have been forgotten.
+    """
+    wanted, gone = set(names), set()
+    for name, linear in quantized_linears(module):
+        if f"{name}.weight" not in wanted:
+            continue
+        if linear.original is None:
+            raise MisconfigurationException(
+                f"`{name}.weight` is quantised ({linear.kind}) and so cannot train, and what it was before is kept "
+                "until the first fit only. Load the model anew for a scope that trains other layers."
+            )
+        module.set_submodule(name, linear.plain())
+        gone.add(f"{name}.weight_scale")
+    return gone
+
+
+def forget_originals(module: nn.Module) -> None:
+    """Frees the original weights: what is quantised now stays so."""
+    for _, linear in quantized_linears(module):
+        linear.keep(None)
+
+
+def refuse_quantized(module: nn.Module, what: str) -> None:
+    """Raises a ValueError if a module has quantised weights; `what` would have to write them."""
+    for name, linear in quantized_linears(module):
+        raise ValueError(
+            f"`model.quantization` is {linear.kind!r}, and {what} moves all weights, `{name}.weight` among them, which "
+            "is quantised. Leave `quantization` out there."
+        )
+
+
+def quantization_settings(module: nn.Module) -> QuantizationSettings | None:
+    """What is quantised in a module; None if nothing is."""
+    found = dict(quantized_linears(module))
+    if not found:
+        return None
+    return QuantizationSettings(kind=next(iter(found.values())).kind, modules=sorted(found))
+
+
+def restore_quantization(module: nn.Module, settings: QuantizationSettings | None) -> None:
+    """Makes the module one that weights saved with these settings fit.
+
+    Raises:
+        MisconfigurationException: if they were quantised in another way, or not at all.
+    """
+    present = quantization_settings(module)
+    kind, saved_kind = present and present["kind"], settings and settings["kind"]
+    if kind != saved_kind:
+        raise MisconfigurationException(
+            f"`model.quantization` is {kind!r}, and the checkpoint's run has {saved_kind!r}. Use the same one."
+        )
+    wanted = set(settings["modules"]) if settings else set()
+    for name, linear in quantized_linears(module):
+        if name not in wanted:
+            module.set_submodule(name, linear.plain())
+        wanted.discard(name)
+    for name in wanted:
+        module.set_submodule(name, _CLASSES[cast(Quantization, kind)](cast(nn.Linear, module.get_submodule(name))))
+
+
+def dequantized_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state of the ordinary module that computes the same: weights in the dtype of their scales."""
+    state: dict[str, Tensor] = dict(module.state_dict())
+    for name, linear in quantized_linears(module):
+        state[f"{name}.weight"] = linear.dequantized(state.pop(f"{name}.weight_scale").dtype)
+    return state
