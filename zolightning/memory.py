@@ -22,6 +22,7 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
 
 Method = Callable[..., ZerothOrderOptimizer]
+Quantization = Literal["int8", "nf4"]
 LORA_RANK = 8
 
 
@@ -70,7 +71,10 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """What is certain, and the forward pass as far as it is estimated."""
+        """What is certain, and the forward pass as far as it is estimated.
+
+        What updates hold for a moment is not counted: the forward pass has given its memory back by then.
+        """
         return self.certain + (self.activations or 0) + (self.logits or 0)
 
     def __str__(self) -> str:
@@ -211,7 +215,7 @@ def with_lora(
     module: nn.Module,
     method: Method,
     batch: BatchShape | None = None,
-    quantization: Literal["int8", "nf4"] | None = None,
+    quantization: Quantization | None = None,
 ) -> MemoryPlan:
     """Adapters train, of rank 8 and on all linear maps of the layers, whose own weights may be quantised."""
     linears = list(_linears(module))
@@ -229,7 +233,7 @@ def with_lora(
     return replace(found, weights=weights - saved, scratch=max(found.scratch, unpacked))
 
 
-def _quantized_bytes(weight: Tensor, quantization: Literal["int8", "nf4"]) -> int:
+def _quantized_bytes(weight: Tensor, quantization: Quantization) -> int:
     """Codes and 16-bit scales: one a row, or one for each 64 codes."""
     if quantization == "int8":
         return weight.numel() + 2 * weight.shape[0]
