@@ -46,7 +46,8 @@ class Scaled(nn.Module):
 
 
 def readers_of(net: Net, layer: nn.Module) -> tuple[nn.Module, ...] | None:
-    return find_readers(net, set(layer.parameters()), net.loss)
+    readers = find_readers(net, set(layer.parameters()), net.loss)
+    return None if readers is None else tuple(readers)
 
 
 class TestFindReaders:
@@ -59,6 +60,19 @@ class TestFindReaders:
         net = Net()
         net.second.weight = net.first.weight
         assert readers_of(net, net.second) == (net.first, net.second)
+
+    def test_what_each_of_them_reads(self) -> None:
+        """An owner inside another one's forward, and one that reads its sibling's weight: a few parameters may move."""
+        net = Net(lambda net, x: net.reader(x) * net.scale)
+        net.reader, net.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(1.5))
+        net.reader.forward = lambda x: F.linear(x, net.reader.weight) @ net.first.weight
+        first, second, reader = ([layer.weight, layer.bias] for layer in (net.first, net.second, net.reader))
+        assert find_readers(net, {*first, *second, net.reader.weight, net.scale}, net.loss) == {
+            net: {net.scale},
+            net.first: set(first),
+            net.second: set(second),
+            net.reader: {net.first.weight, reader[0]},
+        }
 
     def test_a_parent_that_owns_one_too(self) -> None:
         net = Net(lambda net, x: x * net.scale)

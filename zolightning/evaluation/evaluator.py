@@ -11,7 +11,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.reads import find_readers, find_unseen
+from zolightning.evaluation.reads import Readers, find_readers, find_unseen
 from zolightning.evaluation.row_groups import CannotStack
 from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
@@ -47,7 +47,7 @@ class Evaluator:
         self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
         self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
-        self._readers: dict[frozenset[nn.Parameter], tuple[nn.Module, ...] | None] = {}  # of parameters that move
+        self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
 
     def attach(self, module: nn.Module, parameters: Iterable[nn.Parameter], evaluations_per_forward: int = 1) -> None:
         """Evaluates losses of `module` from now on.
@@ -80,6 +80,8 @@ class Evaluator:
         trainable: Mapping[nn.Parameter, str],
         perturbations: Sequence[Perturbations],
         randomness: tuple[int, ...],
+        resting: Mapping[nn.Parameter, str] | None = None,
+        leaves_traces: bool = True,
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses, and the numbers of terms they average, under each of some perturbations.
 
@@ -90,9 +92,12 @@ class Evaluator:
             trainable: the parameters that train, and their names.
             perturbations: what each evaluation changes; parameters that are left out read as they are stored.
             randomness: integers that say which random numbers the loss draws.
+            resting: parameters that train in other steps, and their names: where these are read is found out at once.
+            leaves_traces: whether the first evaluation changes the module as one outside of this class would.
         """
+        resting = resting or {}
         generators = Generators(parameter.device for parameter in trainable)
-        moving = {id(parameter) for changes in (trainable, *perturbations) for parameter in changes}
+        moving = {id(parameter) for changes in (trainable, resting, *perturbations) for parameter in changes}
         with ExitStack() as stack:
             modules = stack.enter_context(evaluation_mode(self.module)) if self.module is not None else []
             rewind = stack.enter_context(generators.rewound(*randomness))
@@ -110,12 +115,13 @@ class Evaluator:
 
             if not self._is_as_before(modules):
                 self.forget()
-            results, unread = self._losses(run, trainable, perturbations, generators)
+            arguments = run, trainable, resting, perturbations, generators, leaves_traces
+            results, unread = self._losses(*arguments)
             if unread:  # at least where they were
                 self._readers.clear()
                 for parameter in unread:
                     self._in_place.pop(parameter, None)
-                results, _ = self._losses(run, trainable, perturbations, generators)
+                results, _ = self._losses(*arguments)
             self._held = traces.finish()
         return results
 
@@ -143,17 +149,19 @@ class Evaluator:
         self,
         evaluate: Evaluate,
         trainable: Mapping[nn.Parameter, str],
+        resting: Mapping[nn.Parameter, str],
         perturbations: Sequence[Perturbations],
         generators: Generators,
+        leaves_traces: bool,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[nn.Parameter]]:
         """Losses, and the parameters that were to be perturbed where they are read, and have not been read there."""
-        self._find_unseen(trainable, evaluate)
+        self._find_unseen({**trainable, **resting}, evaluate)
         contexts = [self._perturbed(trainable, changes) for changes in perturbations]
-        readers = self._find_readers(contexts[0], evaluate)
+        readers = self._find_readers(contexts[0], resting, evaluate)
         for context in contexts:
             context.readers = readers
         if self._stack is not None and not contexts[0].in_place:
-            self.is_first = True
+            self.is_first = leaves_traces
             try:
                 return self._stack.evaluate(evaluate, contexts, generators), []
             except CannotStack as error:
@@ -162,7 +170,7 @@ class Evaluator:
                     f"`evaluations_per_forward` is 1 from here on: {error}. Set it to 1, or freeze a parameter that "
                     "is in the way, or give it a `vector_lr` of 0."
                 )
-        self.is_first = True
+        self.is_first = leaves_traces
         results = []
         with self.prefix.one_step(generators):
             for context in contexts:
@@ -192,12 +200,16 @@ class Evaluator:
                 self._stack = None
                 rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")
 
-    def _find_readers(self, context: Perturbed, evaluate: Evaluate) -> tuple[nn.Module, ...] | None:
-        """The modules that read the parameters of a context, found once for each set of them."""
+    def _find_readers(
+        self, context: Perturbed, resting: Iterable[nn.Parameter], evaluate: Evaluate
+    ) -> tuple[nn.Module, ...] | None:
+        """The modules that read the parameters of a context, found once for these and all resting ones."""
         parameters = frozenset(context.perturbations).difference(context.in_place)
-        if parameters and self.module is not None and parameters not in self._readers:
-            self._readers[parameters] = find_readers(self.module, parameters, lambda: evaluate()[0])
-        return self._readers.get(parameters)
+        tried = parameters.union(p for p in resting if not self._in_place.get(p, True))
+        if parameters and self.module is not None and tried not in self._readers:
+            self._readers[tried] = find_readers(self.module, tried, lambda: evaluate()[0])
+        readers = self._readers.get(tried)
+        return None if readers is None else tuple(m for m, read in readers.items() if not parameters.isdisjoint(read))
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -1,12 +1,17 @@
 """Finds out where a loss reads parameters, before the first step: unseen by torch functions, or in which modules."""
 
 from collections.abc import Callable, Iterable, Set
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import directions
 from zolightning.evaluation.perturbed import Perturbed
+
+# Modules, and the parameters that each owns, or has read in its own forward
+Readers = dict[nn.Module, frozenset[nn.Parameter]]
 
 _TRIAL_EPS = 1e-2  # above the spacing of bf16 numbers near 1, where the gains of norms lie
 
@@ -85,10 +90,8 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
 
 
 @torch.no_grad()
-def find_readers(
-    module: nn.Module, parameters: Set[nn.Parameter], evaluate: Callable[[], Tensor]
-) -> tuple[nn.Module, ...] | None:
-    """The submodules that own some of `parameters`, if these are read nowhere else; None if they are.
+def find_readers(module: nn.Module, parameters: Set[nn.Parameter], evaluate: Callable[[], Tensor]) -> Readers | None:
+    """The submodules that own some of `parameters`, and which ones each may read, if these are read nowhere else.
 
     Found by two evaluations along one random direction, one with all functions watched: their losses must agree in
     all bits. A read elsewhere escapes only if it does not move the loss and is not the only one.
@@ -97,6 +100,9 @@ def find_readers(
         module: what owns all of the parameters.
         parameters: none that :func:`find_unseen` returns.
         evaluate: the loss of one batch, a scalar; must be deterministic.
+
+    Returns:
+        None if they are read elsewhere too.
     """
     owners = tuple(
         submodule
@@ -110,9 +116,32 @@ def find_readers(
     changes = directions(
         named, seed=0, step=0, coefficients={q: _TRIAL_EPS * 0.7**q for q in range(4)}, kind="gaussian"
     )
-    losses, seen = [], []
-    for readers in (None, owners):
-        with Perturbed({named[name]: change for name, change in changes.items()}, readers=readers) as perturbed:
-            losses.append(evaluate())
-        seen.append(perturbed.seen)
-    return owners if torch.equal(*losses) and seen[0] == seen[1] else None
+    everywhere, in_owners = (
+        Perturbed({named[name]: change for name, change in changes.items()}, readers=readers)
+        for readers in (None, owners)
+    )
+    with everywhere:
+        loss = evaluate()
+    seen: dict[nn.Module, set[int]] = {owner: set() for owner in owners}
+    outer: list[set[int]] = []  # what has been seen in the modules around the one that runs
+
+    def enter(*_: Any) -> None:
+        outer.append(in_owners.seen)
+        in_owners.seen = set()
+
+    def leave(owner: nn.Module, *_: Any) -> None:
+        seen[owner] |= in_owners.seen
+        in_owners.seen = outer.pop()
+
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.callback(owner.register_forward_pre_hook(enter).remove)
+            stack.callback(owner.register_forward_hook(leave, always_call=True).remove)
+        with in_owners:
+            same_loss = evaluate()
+    found: set[int] = set().union(*seen.values())
+    # What is left in `in_owners` was read in the forward of an owner that somebody has called past its hooks.
+    if in_owners.seen or found != everywhere.seen or not torch.equal(loss, same_loss):
+        return None
+    own = {owner: {id(parameter) for parameter in owner._parameters.values()} for owner in owners}
+    return {owner: frozenset(p for p in parameters if id(p) in seen[owner] | own[owner]) for owner in owners}

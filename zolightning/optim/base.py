@@ -2,16 +2,20 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.messages import some
+from zolightning.optim.blocks import BlockwiseParameters
 from zolightning.optim.checks import (
     Loss,
     loss_and_terms,
@@ -22,7 +26,6 @@ from zolightning.optim.checks import (
     require_trainable,
 )
 from zolightning.optim.estimators import Estimator, Probe, TwoSided
-from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
 from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
 from zolightning.rank_zero import rank_zero_warn
@@ -31,7 +34,7 @@ Evaluate = Callable[[], Loss]
 Reduce = Callable[[Tensor], Tensor]
 
 
-class ZerothOrderOptimizer(NamedParameters, ABC):
+class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     """Abstract base of the methods: an optimizer that reads losses instead of gradients.
 
     A step is two calls: :meth:`estimate` evaluates the loss at perturbed weights and leaves a
@@ -74,6 +77,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self.num_queries = num_queries
         self.update_precision: UpdatePrecision = update_precision
         self._estimate = Estimate()
+        self._estimate_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         self.evaluator = Evaluator()
 
     @property
@@ -141,6 +145,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             ValueError: if a number of terms is negative.
         """
         self._estimate.is_pending = False
+        for hook in self._estimate_pre_hooks.values():
+            hook(self, partial(self.squared_grad, evaluate=evaluate, reduce=reduce, stream=stream))
         probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
         losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
@@ -169,11 +175,12 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             lr=tuple(float(group["lr"]) for group in self.param_groups),
             projected_grads=tuple(projected_grads),
             losses=tuple(losses.tolist()),
-            forward_passes=len(probes),
+            forward_passes=len(probes) + last.measured,
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
+            blocks=self.active,
         )
-        last.record, last.is_pending = record, True
+        last.record, last.is_pending, last.measured = record, True, 0
         return record
 
     @torch.no_grad()
@@ -200,6 +207,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     @torch.no_grad()
     def apply(self, record: StepRecord) -> None:
         """Applies a record, this run's or a replayed one: same weights before, same bits after."""
+        self.activate(record.blocks)
         if record.projected_grads:
             self.update(record)
             torch.clear_autocast_cache()  # casts of the weights as they were
@@ -235,22 +243,67 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
                 "none, for 2 bytes a bfloat16 parameter, 4 a float16 one."
             )
 
-    def fold(self) -> None:
-        """Adds to the stored weights what :meth:`offsets` has beside them: nothing, in most methods."""
+    def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Calls ``hook(optimizer, squared_grad)`` at the beginning of every :meth:`estimate`.
+
+        ``squared_grad(block, num_queries=1)`` is :meth:`squared_grad` with that estimate's loss. The hook may
+        :meth:`activate` blocks by what it finds.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self._estimate_pre_hooks)
+        self._estimate_pre_hooks[handle.id] = hook
+        return handle
+
+    @torch.no_grad()
+    def squared_grad(
+        self, block: int, num_queries: int = 1, *, evaluate: Evaluate, reduce: Reduce | None = None, stream: int = 0
+    ) -> float:
+        """Squared projected gradient of one block, nothing else being perturbed: a mean over `num_queries` directions.
+
+        Its expectation is the squared norm of the block's gradient in the metric of the method's directions:
+        ``grad' S grad`` for directions of covariance S, ``grad' H^-1 grad`` where they are scaled by ``H^-1/2``. One
+        query has a relative standard deviation of sqrt(2). Costs ``2 num_queries`` evaluations, which the next record
+        counts; their directions are none that a step uses.
+
+        Args:
+            block: index of the block.
+            num_queries: directions to average over.
+            evaluate, reduce, stream: as for :meth:`estimate`.
+
+        Returns:
+            0 where a loss is not finite.
+        """
+        estimator = TwoSided()
+        probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
+        with self.only(block):
+            losses, _ = self._evaluate(probes, evaluate, reduce, stream, leaves_traces=False)
+        self._estimate.measured += len(probes)
+        squares = estimator.projected_grads(losses, self.param_groups[0]["eps"]).square()
+        return squares.mean().item() if torch.isfinite(squares).all() else 0.0
 
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""
         self.evaluator.detach()
 
     def _evaluate(
-        self, probes: Sequence[Probe], evaluate: Evaluate, reduce: Reduce | None, stream: int
+        self,
+        probes: Sequence[Probe],
+        evaluate: Evaluate,
+        reduce: Reduce | None,
+        stream: int,
+        leaves_traces: bool = True,
     ) -> tuple[Tensor, bool]:
         """The losses of all probes over all ranks, float64 on the CPU; and whether there was no term to average."""
         group = self.param_groups[0]
         trainable = {parameter: name for _, name, parameter in self.trainable()}
         perturbations = [self._perturbations_of(probe) for probe in probes]
         randomness = (group["seed"], group["step"], stream)
-        results = self.evaluator.evaluate(lambda: loss_and_terms(evaluate()), trainable, perturbations, randomness)
+        resting = {parameter: name for name, parameter in self.at_rest()}
+        results = self.evaluator.evaluate(
+            lambda: loss_and_terms(evaluate()), trainable, perturbations, randomness, resting, leaves_traces
+        )
         # A loss over no terms says nothing: it is NaN where it is a mean.
         totals = torch.stack(
             [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]

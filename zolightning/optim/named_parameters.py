@@ -26,8 +26,12 @@ class NamedParameters(torch.optim.Optimizer):
         """Group, name and parameter of everything that may move: frozen parameters are passed over."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.requires_grad:
+                if self.moves(parameter):
                     yield group, self._names[parameter], parameter
+
+    def moves(self, parameter: nn.Parameter) -> bool:
+        """Whether a step may change a parameter."""
+        return parameter.requires_grad
 
     def restrict(self, slices: Mapping[nn.Parameter, Slice]) -> None:
         """Trains only these slices of these parameters: a method sees each as a compact tensor of its own.

@@ -23,6 +23,7 @@ class StepRecord:
         forward_passes: evaluations of the loss.
         refresh: index of the subspace's basis, for methods that have one.
         folds: how often updates that such methods keep beside the weights were added to them before the step.
+        blocks: indices of the blocks that moved; none where all parameters did.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepRecord:
     forward_passes: int
     refresh: int = 0
     folds: int = 0
+    blocks: tuple[int, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -49,9 +51,11 @@ class Estimate:
         is_pending: whether it has yet to be applied.
         flat_in_a_row: how many estimates up to this one had equal losses.
         nonfinite_in_a_row: how many estimates up to this one had a loss that is not finite.
+        measured: evaluations since then that no step has counted yet.
     """
 
     record: StepRecord | None = None
     is_pending: bool = False
     flat_in_a_row: int = 0
     nonfinite_in_a_row: int = 0
+    measured: int = 0

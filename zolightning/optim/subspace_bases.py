@@ -1,6 +1,7 @@
 """Parameters that are searched in subspaces: which of them, seen as which matrices, in which bases."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class SubspaceBases(ZerothOrderOptimizer):
         matrices: dict[str, tuple[nn.Parameter, Matrix]] = {}
         vectors: dict[str, nn.Parameter] = {}
         for parameter in group["params"]:
-            if parameter.requires_grad or frozen:
+            if frozen or self.moves(parameter):
                 name, matrix = self._names[parameter], self.matrix(parameter, group["rank"])
                 if matrix is None:
                     vectors[name] = parameter
@@ -79,6 +80,13 @@ class SubspaceBases(ZerothOrderOptimizer):
                 Basis(state.get("left"), state.get("right")) if is_anchored else self._draw(parameter)
             )
         return self._bases[parameter]
+
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Their bases too, which are drawn again when they move again."""
+        parameters = list(parameters)
+        super().release(parameters)
+        for parameter in parameters:
+            self._bases.pop(parameter, None)
 
     def state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state now, with the bases."""
