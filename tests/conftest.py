@@ -107,6 +107,7 @@ def cold_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that compiles leaves the later ones to run their small tensors eagerly."""
     monkeypatch.setattr(_Compiler, "warm", False)
     monkeypatch.setattr(_Compiler, "enabled", True)
+    monkeypatch.setattr(_Compiler, "warned", False)
 
 
 @pytest.fixture

@@ -4,25 +4,50 @@ Each function of this module exists once a backend, with the same arguments and 
 flat, contiguous tensors of one device:
 
 * :mod:`~zolightning.kernels.native`: C, for CPUs;
-* :mod:`~zolightning.kernels.torch_loops`: PyTorch, for everything else.
+* :mod:`~zolightning.kernels.triton_loops`: Triton, for CUDA devices;
+* :mod:`~zolightning.kernels.torch_loops`: PyTorch, compiled where that works, for everything else.
 
 What they add is the noise of :mod:`~zolightning.kernels.noise`, which three arguments select: ``keys``, int32,
 (queries, 2); ``coefficients``, (queries,), float32, or float64 for double-precision weights (the dtype of the
 arithmetic); and the ``kind`` of distribution. ``start`` is the index of a tensor's first element.
 """
 
+import functools
+import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from zolightning.kernels import native, torch_loops
+from zolightning.kernels import compiled, native, torch_loops
 from zolightning.kernels.noise import NoiseKind
 
 
 def _backend(*tensors: Tensor, start: int = 0) -> ModuleType:
     """The backend with the fastest loops for these tensors, the first of which begins with element `start`."""
-    return native if native.available(*tensors, start=start) else torch_loops
+    if native.available(*tensors, start=start):
+        return native
+    if tensors[0].device.type == "cuda":
+        triton_loops = _triton_loops()
+        if triton_loops is not None and triton_loops.available(*tensors, start=start):
+            return triton_loops
+    return torch_loops
+
+
+@functools.cache
+def _triton_loops() -> ModuleType | None:
+    """The loops in Triton, which is imported where there is a CUDA device to use it; None where it does not work."""
+    if os.environ.get("ZOLIGHTNING_TRITON", "1") == "0":
+        return None
+    try:
+        from zolightning.kernels import triton_loops
+
+        one = torch.ones(2, device="cuda")  # drivers, compilers and cards show what they lack when a kernel runs
+        triton_loops.perturb(one, one, torch.ones(1, 2, dtype=torch.int32, device="cuda"), one[:1], "gaussian")
+    except Exception as error:
+        compiled.slower("Triton", error)
+        return None
+    return triton_loops
 
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
@@ -57,7 +82,7 @@ def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coeffic
         keys: see the module's docstring; `coefficients` and `kind`, too.
 
     Raises:
-        IndexError: a row is not in the table (on CPUs; a GPU stops the process, as PyTorch's embedding does there).
+        IndexError: a row is not in the table (on CPUs; Triton writes NaNs in its place, which the loss then is).
     """
     _backend(out, start=table.shape[1]).perturb_rows(out, table, rows, keys, coefficients, kind)
 
@@ -77,16 +102,17 @@ def add(
         weight: any floating-point dtype; rounded once, at the end.
         keys: see the module's docstring; `coefficients`, `kind` and `start`, too.
         decay: multiplies the weight first.
-        rest: what completes a half-precision weight to fp32, (n,), if anything does: int16, the low words of a bf16
-            weight (:mod:`~zolightning.kernels.bfloat16`), or float32, a master copy of the weight, which is brought up
-            to date first with what others have written to the weight.
+        rest: what completes a half-precision weight, (n,), if anything does: int16 or int8, the low words or low bytes
+            of a bf16 weight (:mod:`~zolightning.kernels.bfloat16`), or float32, a master copy of an fp16 weight, which
+            is brought up to date first with what others have written to the weight.
     """
-    if rest is not None and rest.dtype == torch.float32:
+    backend = _backend(weight, start=start)
+    if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
         torch_loops.take_over(weight, rest)
-        add(rest, keys, coefficients, kind, decay, start=start)
+        add(rest, keys, coefficients, kind, decay, start=start)  # on a CPU in C, which has no fp16
         weight.copy_(rest)
         return
-    _backend(weight, start=start).add(weight, keys, coefficients, kind, decay, rest, start)
+    backend.add(weight, keys, coefficients, kind, decay, rest, start)
 
 
 def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:

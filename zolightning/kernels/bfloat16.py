@@ -1,7 +1,8 @@
-"""A bf16 weight and its low word: together one fp32 number.
+"""A bf16 weight and what bf16 rounds away of it: together an fp32 number, or most of one.
 
-A bf16 number is the upper half of an fp32 number. With the lower half kept beside it (its *low word*, signed, so
-that the upper half is the rounded value), the pair is that fp32 number.
+A bf16 number is the upper half of an fp32 number. With the lower half kept beside it (its *low word*, int16, signed, so
+that the upper half is the rounded value), the pair is that fp32 number. With a *low byte* (int8) it is that number
+rounded to 24 bits, to nearest with ties to even: 16 significant bits where fp32 has 24 and bf16 has 8.
 """
 
 import torch
@@ -9,19 +10,27 @@ from torch import Tensor
 
 
 def read_split(weight: Tensor, low: Tensor) -> Tensor:
-    """The fp32 numbers whose rounded upper half is `weight` (bf16) and whose rest is `low` (int16), of one shape.
+    """The fp32 numbers with the rounded upper half `weight` (bf16) and the rest `low` (int16 or int8), of one shape.
 
-    A zero that somebody else has written over a weight stays next to zero: its old low word, if below 0, does not
+    A zero that somebody else has written over a weight stays next to zero: its old rest, if below 0, does not
     count, where it would make the bits of a NaN.
     """
     high, rest = weight.view(torch.int16).to(torch.int32), low.to(torch.int32)
     rest = torch.where((high & 0x7FFF) == 0, rest.clamp_min(0), rest)
-    return ((high << 16) + rest).view(torch.float32)
+    return ((high << 16) + (rest << _unused_bits(low))).view(torch.float32)
 
 
 def write_split(weight: Tensor, low: Tensor, value: Tensor) -> None:
-    """Stores fp32 numbers as `weight` (bf16) and `low` (int16), losing nothing."""
-    bits = value.view(torch.int32)
+    """Stores fp32 numbers as `weight` (bf16) and `low`: int16 loses nothing, int8 rounds to 24 bits."""
+    bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))  # other NaNs could be rounded to numbers
+    unused = _unused_bits(low)
+    if unused:
+        bits = (bits + 0x7F + ((bits >> 8) & 1)) & -0x100
     high = (bits + 0x8000) >> 16
     weight.copy_(high.to(torch.int16).view(torch.bfloat16))
-    low.copy_((bits - (high << 16)).to(torch.int16))
+    low.copy_(((bits - (high << 16)) >> unused).to(low.dtype))
+
+
+def _unused_bits(low: Tensor) -> int:
+    """How many of an fp32 number's 32 bits are in neither half."""
+    return 8 if low.dtype == torch.int8 else 0

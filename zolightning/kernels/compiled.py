@@ -21,10 +21,14 @@ Kernel = Callable[..., None]
 
 
 class _Compiler:
-    """Whether kernels are compiled: from the first large tensor on, unless compilation fails or is switched off."""
+    """Whether kernels are compiled: from the first large tensor on, unless compilation fails or is switched off.
+
+    And whether a warning has said already that a fast way does not work.
+    """
 
     enabled: bool = os.environ.get("ZOLIGHTNING_COMPILE", "1") != "0"
     warm: bool = False
+    warned: bool = False
 
 
 def kernel(function: Kernel, like: Tensor) -> tuple[Kernel, int]:
@@ -38,7 +42,8 @@ def kernel(function: Kernel, like: Tensor) -> tuple[Kernel, int]:
 
 @functools.cache
 def _compiled(function: Kernel) -> Kernel:
-    return torch.compile(function, dynamic=True)
+    # The option keeps GPUs from fusing a product and a sum, which would round once instead of twice.
+    return torch.compile(function, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def _guarded(function: Kernel) -> Kernel:
@@ -51,15 +56,22 @@ def _guarded(function: Kernel) -> Kernel:
                 raise
             # Nothing has been written: the first compilation failed, before its first run.
             _Compiler.enabled = False
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(
-                f"torch.compile is not usable here ({reason}); noise is generated eagerly: "
-                "the same numbers, several times slower.",
-                stacklevel=2,
-            )
+            slower("torch.compile", error)
             function(*args)
 
     return run
+
+
+def slower(missing: str, error: Exception) -> None:
+    """Warns that `missing` does not work, unless a faster way did not work either and has been named."""
+    if not _Compiler.warned:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(
+            f"{missing} is not usable here ({reason}); noise is made by PyTorch: "
+            "the same numbers, several times slower.",
+            stacklevel=3,
+        )
+    _Compiler.warned = True
 
 
 def chunks(numel: int, size: int) -> Iterator[slice]:

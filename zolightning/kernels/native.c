@@ -136,25 +136,51 @@ void add_bfloat16(uint16_t *restrict weight, float decay, NOISE_ARGS) {
     FOR_EACH_BLOCK({ weight[j] = to_bf16(decay * as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
 }
 
-static inline void add_exact(uint16_t *restrict weight, int16_t *restrict low, float decay, float delta) {
-    /* A zero that somebody has written since the last update has no low word below it, which would be a NaN. */
-    const int32_t rest = *low < 0 && !(*weight & 0x7FFF) ? 0 : *low;
-    const uint32_t whole = ((uint32_t)*weight << 16) + (uint32_t)rest;
-    const uint32_t bits = as_bits(decay * as_float(whole) + delta);
+/* The fp32 number of a bf16 weight and what is kept of what bf16 rounds away, in units of fp32's last place. */
+static inline float joined(uint16_t weight, int32_t rest) {
+    /* A zero that somebody has written since the last update has no rest below it, which would be a NaN. */
+    return as_float(((uint32_t)weight << 16) + (uint32_t)(rest < 0 && !(weight & 0x7FFF) ? 0 : rest));
+}
+
+static inline uint32_t number_bits(float value) { /* other NaNs could be rounded to numbers */
+    return value == value ? as_bits(value) : 0x7FC00000u;
+}
+
+static inline void add_low_word(uint16_t *restrict weight, int16_t *restrict low, float decay, float delta) {
+    const uint32_t bits = number_bits(decay * joined(*weight, *low) + delta);
     const uint32_t high = (bits + 0x8000u) >> 16;
     *low = (int16_t)(bits - (high << 16));
     *weight = (uint16_t)high;
 }
 
-/* The same in fp32, where `low` holds what bf16 rounds away. */
-void add_bfloat16_exact(uint16_t *restrict weight, int16_t *restrict low, float decay, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ add_exact(weight + j, low + j, decay, noise[j - base]); })
+static inline void add_low_byte(uint16_t *restrict weight, int8_t *restrict low, float decay, float delta) {
+    uint32_t bits = number_bits(decay * joined(*weight, *low * 256) + delta);
+    bits = (bits + 0x7Fu + ((bits >> 8) & 1)) & ~0xFFu; /* to nearest with 24 bits, ties to even */
+    const uint32_t high = (bits + 0x8000u) >> 16;
+    *low = (int8_t)((int32_t)(bits - (high << 16)) >> 8);
+    *weight = (uint16_t)high;
+}
+
+/* The same in fp32, where `low` holds what bf16 rounds away; or in 24 bits. */
+void add_bfloat16_low_word(uint16_t *restrict weight, int16_t *restrict low, float decay, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ add_low_word(weight + j, low + j, decay, noise[j - base]); })
+}
+
+void add_bfloat16_low_byte(uint16_t *restrict weight, int8_t *restrict low, float decay, NOISE_ARGS) {
+    FOR_EACH_BLOCK({ add_low_byte(weight + j, low + j, decay, noise[j - base]); })
 }
 
 /* With numbers at hand in the place of noise. */
-void add_delta_bfloat16_exact(uint16_t *restrict weight, int16_t *restrict low, float decay,
-                              const float *restrict delta, int64_t size) {
+void add_delta_bfloat16_low_word(uint16_t *restrict weight, int16_t *restrict low, float decay,
+                                 const float *restrict delta, int64_t size) {
     _Pragma("omp parallel for simd schedule(static) if (parallel: size > PARALLEL_FROM)")
     for (int64_t j = 0; j < size; j++)
-        add_exact(weight + j, low + j, decay, delta[j]);
+        add_low_word(weight + j, low + j, decay, delta[j]);
+}
+
+void add_delta_bfloat16_low_byte(uint16_t *restrict weight, int8_t *restrict low, float decay,
+                                 const float *restrict delta, int64_t size) {
+    _Pragma("omp parallel for simd schedule(static) if (parallel: size > PARALLEL_FROM)")
+    for (int64_t j = 0; j < size; j++)
+        add_low_byte(weight + j, low + j, decay, delta[j]);
 }

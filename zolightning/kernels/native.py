@@ -29,6 +29,7 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC"]
 _WIDE = ["-mprefer-vector-width=512"]
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_RESTS = {torch.int16: "low_word", torch.int8: "low_byte"}
 _POINTER = ctypes.c_void_p
 _ARGUMENTS = {
     "perturb_float32": (_POINTER, _POINTER),
@@ -39,7 +40,8 @@ _ARGUMENTS = {
     "perturb_both_bfloat16": (_POINTER, _POINTER, _POINTER),
     "add_float32": (_POINTER, ctypes.c_float),
     "add_bfloat16": (_POINTER, ctypes.c_float),
-    "add_bfloat16_exact": (_POINTER, _POINTER, ctypes.c_float),
+    "add_bfloat16_low_word": (_POINTER, _POINTER, ctypes.c_float),
+    "add_bfloat16_low_byte": (_POINTER, _POINTER, ctypes.c_float),
 }
 _NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctypes.c_int)
 
@@ -94,14 +96,14 @@ def add(
     if rest is None:
         getattr(_library(), f"add_{name}")(weight.data_ptr(), decay, *noise)
     else:
-        getattr(_library(), f"add_{name}_exact")(weight.data_ptr(), rest.data_ptr(), decay, *noise)
+        getattr(_library(), f"add_{name}_{_RESTS[rest.dtype]}")(weight.data_ptr(), rest.data_ptr(), decay, *noise)
 
 
 def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
     if rest is None:  # PyTorch's own operations are as fast
         torch_loops.add_delta(weight, delta, decay)
         return
-    function = getattr(_library(), f"add_delta_{_DTYPES[weight.dtype]}_exact")
+    function = getattr(_library(), f"add_delta_{_DTYPES[weight.dtype]}_{_RESTS[rest.dtype]}")
     function(weight.data_ptr(), rest.data_ptr(), decay, delta.contiguous().data_ptr(), weight.numel())
 
 
@@ -140,7 +142,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = [*arguments, *_NOISE_ARGUMENTS]
-    library.add_delta_bfloat16_exact.argtypes = [_POINTER, _POINTER, ctypes.c_float, _POINTER, ctypes.c_int64]
+    for rest in _RESTS.values():
+        function = getattr(library, f"add_delta_bfloat16_{rest}")
+        function.argtypes = [_POINTER, _POINTER, ctypes.c_float, _POINTER, ctypes.c_int64]
     return library
 
 

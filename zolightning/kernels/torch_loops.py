@@ -47,7 +47,7 @@ def add(
 ) -> None:
     dtype = torch.promote_types(weight.dtype, coefficients.dtype)
     factor = torch.tensor(decay, dtype=dtype, device=weight.device)
-    run, size = kernel(_add if rest is None else _add_exact, weight)
+    run, size = kernel(_add if rest is None else _add_split, weight)
     for part in chunks(weight.numel(), size):
         weights = (weight[part],) if rest is None else (weight[part], rest[part])
         run(*weights, keys, coefficients, start_of(start + part.start, weight.device), factor, kind)
@@ -110,7 +110,7 @@ def _add(weight: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, deca
     weight.copy_((decay * weight.to(decay.dtype) + noise).to(weight.dtype))
 
 
-def _add_exact(
+def _add_split(
     weight: Tensor, low: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind
 ) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)

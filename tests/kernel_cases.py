@@ -1,0 +1,125 @@
+"""Every loop of the Triton backend beside that of the CPU, bit for bit: under the interpreter, or on a device.
+
+As a program, with ``TRITON_INTERPRET=1`` in its environment, which must be there before Triton is imported: prints the
+cases that differ, and how many there were.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolightning import kernels
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, coefficient, key
+
+NUMEL = 549  # an odd number, and more than a block of the interpreter's
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def any_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Numbers of any bit pattern: zeros of both signs, subnormal numbers, infinities and NaNs among them."""
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(limits.min, limits.max + 1, (numel,), generator=generator, dtype=torch.int64).to(integer)
+    bits[::5] &= 2 ** (8 * dtype.itemsize - 10) - 1  # subnormal numbers and zeros
+    values = bits.view(dtype)
+    values[1::7], values[2::11], values[3::53] = -0.0, 0.0, float("nan")
+    values[4::3] = torch.randn(values[4::3].shape, generator=generator).to(dtype) * 0.02
+    return values
+
+
+def noise(queries: int, kind: NoiseKind, device: str) -> dict[str, Any]:
+    """With coefficients that cancel where two queries have one code."""
+    keys = torch.tensor([key(0, 1, query, "w") for query in range(queries)], dtype=torch.int32)
+    values = [coefficient(1e-3 * (-1) ** query, kind) for query in range(queries)]
+    return {"keys": keys.to(device), "coefficients": torch.tensor(values, device=device), "kind": kind}
+
+
+def perturb(loops: Any, device: str, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind, start: int):
+    weight = any_bits(NUMEL, dtype).to(device)
+    one, plus, minus = torch.empty(3, NUMEL + 3, dtype=out, device=device)[:, :NUMEL].unbind()
+    loops.perturb(one, weight, **noise(queries, kind, device), start=start)
+    loops.perturb_both(plus, minus, weight, **noise(queries, kind, device), start=start)
+    return one, plus, minus
+
+
+def perturb_rows(loops: Any, device: str, dtype: torch.dtype, queries: int, kind: NoiseKind):
+    table, rows = any_bits(7 * 38, dtype).view(7, 38).to(device), torch.tensor([6, 0, 3, 3, 1]).to(device)
+    out = torch.empty(5, 38, dtype=dtype, device=device)
+    loops.perturb_rows(out, table, rows, **noise(queries, kind, device))
+    return (out,)
+
+
+def add(
+    loops: Any, device: str, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
+):
+    weight, low = stored(dtype, rest, device)
+    for _ in range(2):
+        loops.add(weight, **noise(queries, kind, device), decay=decay, rest=low, start=2)
+    return (weight,) if low is None else (weight, low)
+
+
+def add_delta(loops: Any, device: str, dtype: torch.dtype, rest: torch.dtype | None, decay: float):
+    weight, low = stored(dtype, rest, device)
+    loops.add_delta(weight, any_bits(NUMEL, torch.float32, 2).to(device), decay, low)
+    return (weight,) if low is None else (weight, low)
+
+
+def cases() -> Iterator[tuple[Any, ...]]:
+    """A function, and its arguments after the first two."""
+    pairs = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.bfloat16)]
+    for kind, (queries, start) in product(NOISE_KINDS, ((1, 2**31 - 6), (2, 2**32 - 2**12), (3, 0))):
+        yield from ((perturb, *dtypes, queries, kind, start) for dtypes in pairs)
+        yield from ((perturb_rows, dtype, queries, kind) for dtype in DTYPES)
+    rests = [(dtype, None) for dtype in DTYPES]
+    rests += [(torch.bfloat16, torch.int16), (torch.bfloat16, torch.int8), (torch.float16, torch.float32)]
+    for dtypes, decay in product(rests, (1.0, 1 - 1e-4)):
+        yield from ((add, *dtypes, decay, queries, kind) for queries, kind in zip((1, 5), NOISE_KINDS, strict=True))
+        yield (add_delta, *dtypes, decay)
+
+
+def stored(dtype: torch.dtype, rest: torch.dtype | None, device: str) -> tuple[Tensor, Tensor | None]:
+    """A weight and what completes it, some elements of which somebody has written since."""
+    weight = any_bits(NUMEL, dtype)
+    if rest is None:
+        return weight.to(device), None
+    if rest.is_floating_point:
+        low = weight.to(rest)
+        low[::2] += 1e-6
+    else:
+        limits = torch.iinfo(rest)
+        low = torch.randint(limits.min, limits.max + 1, (NUMEL,), generator=torch.Generator().manual_seed(1)).to(rest)
+    return weight.to(device), low.to(device)
+
+
+def differing(loops: Any, device: str) -> list[str]:
+    """The cases in which a backend writes something else than the loops of the CPU; any NaN is like any other."""
+    return [
+        f"{function.__name__} {arguments}"
+        for function, *arguments in cases()
+        if not all(map(same, function(loops, device, *arguments), function(kernels, "cpu", *arguments)))
+    ]
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point():
+        return torch.equal(one.cpu(), other.cpu())
+    integer = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    one, other = one.cpu(), other.cpu()
+    return torch.equal(
+        torch.where(one.isnan(), 1, one.contiguous().view(integer)),
+        torch.where(other.isnan(), 1, other.contiguous().view(integer)),
+    )
+
+
+if __name__ == "__main__":
+    from zolightning.kernels import triton_loops
+
+    triton_loops._BLOCK = 512  # a program costs as much with any block
+    missing = torch.empty(2, 4)
+    triton_loops.perturb_rows(missing, torch.ones(3, 4), torch.tensor([-1, 3]), **noise(1, "gaussian", "cpu"))
+    assert missing.isnan().all(), "a row that does not exist was read"
+    print(*differing(triton_loops, "cpu"), sum(1 for _ in cases()), sep="\n")

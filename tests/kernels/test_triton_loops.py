@@ -1,0 +1,145 @@
+"""The Triton loops give the bits of the CPU's: in Triton's interpreter, and on a device where there is one."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernel_cases
+from zolightning import kernels
+from zolightning.directions.dense import directions
+from zolightning.kernels import native, torch_loops
+from zolightning.kernels.compiled import _Compiler
+from zolightning.optim import MeZO, StepRecord
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+def run(program: list[str], **environment: str) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    done = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_the_interpreter_gives_the_bits_of_the_cpu() -> None:
+    """In a process of its own: Triton reads the variable when it is imported."""
+    *differing, count = run([kernel_cases.__file__], TRITON_INTERPRET="1", OMP_NUM_THREADS="1").splitlines()
+    assert not differing
+    assert int(count) > 60
+
+
+_COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zolightning.kernels import triton_loops
+
+def ptx(kernel, constants, **types):
+    names = kernel.arg_names
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*" or n == "numel"}
+    constants |= {"INTERPRETED": False, "BLOCK": triton_loops._BLOCK}
+    source = ASTSource(kernel, {n: types.get(n, "constexpr") for n in names},
+                       {(names.index(n),): value for n, value in constants.items()}, aligned)
+    options = {"num_warps": triton_loops._NUM_WARPS, "enable_fp_fusion": False}
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+noise = dict(keys="*i32", coefficients="*fp32", queries="i32", start="i64", numel="i32")
+one = {"QUERIES": 1, "RADEMACHER": False, "POPC": True}
+for code in (
+    ptx(triton_loops._perturb, dict(one), plus="*bf16", minus="*bf16", weight="*bf16", **noise),
+    ptx(triton_loops._add, one | {"DECAYS": True}, weight="*bf16", rest="*i16", decay="fp32", **noise),
+    ptx(triton_loops._add, one | {"DECAYS": True, "rest": None}, weight="*fp32", decay="fp32", **noise),
+):
+    print("fma" in code, "mul.f32" in code or "mul.rn.f32" in code, "st.global.v4.b32" in code, "popc" in code)
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_compiled_for_a_device_nothing_is_fused_and_accesses_are_of_16_bytes(tmp_path: object) -> None:
+    lines = run(["-c", _COMPILE], TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert lines == ["False True True True"] * 3
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> None:
+        kernels._triton_loops.cache_clear()
+
+    def test_by_device_and_dtype(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def on_cuda(dtype: torch.dtype) -> SimpleNamespace:
+            return SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+
+        def chosen(*tensors: object, start: int = 0) -> object:
+            return kernels._backend(*tensors, start=start)
+
+        loops = SimpleNamespace(available=lambda *tensors, start: tensors[0].dtype != torch.float64 and start % 2 == 0)
+        monkeypatch.setattr(kernels, "_triton_loops", lambda: loops)
+        assert chosen(on_cuda(torch.bfloat16), on_cuda(torch.bfloat16)) is loops
+        assert chosen(on_cuda(torch.float64)) is torch_loops
+        assert chosen(on_cuda(torch.float32), start=1) is torch_loops
+        assert chosen(torch.empty(2, device="meta")) is torch_loops
+        assert chosen(torch.empty(2)) is (native if native.available(torch.empty(2)) else torch_loops)
+        monkeypatch.setattr(kernels, "_triton_loops", lambda: None)
+        assert chosen(on_cuda(torch.bfloat16)) is torch_loops
+
+    def test_without_triton_one_warning_names_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "zolightning.kernels.triton_loops", None)
+        with pytest.warns(UserWarning, match=r"Triton is not usable here \(.*triton_loops.*several times slower"):
+            assert kernels._triton_loops() is None
+        kernels._triton_loops.cache_clear()
+        assert kernels._triton_loops() is None  # a second warning would be an error
+
+    def test_it_may_be_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ZOLIGHTNING_TRITON", "0")
+        assert kernels._triton_loops() is None
+
+
+@pytest.mark.gpu
+class TestOnADevice:
+    def test_the_bits_of_the_cpu(self) -> None:
+        assert kernels._backend(torch.empty(2, device="cuda")).__name__.endswith("triton_loops")
+        assert kernel_cases.differing(kernels, "cuda") == []
+
+    def test_the_bits_of_the_cpu_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "_triton_loops", lambda: None)
+        assert kernel_cases.differing(kernels, "cuda") == []
+        monkeypatch.setattr(_Compiler, "warm", True)  # as after a large tensor
+        assert kernel_cases.differing(kernels, "cuda") == []
+
+    def test_more_than_two_to_the_31_elements(self) -> None:
+        numel, tail = 2**31 + 4098, 8192
+        weight = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+        change = directions({"w": weight}, 0, 0, {0: 1e-2}, "gaussian")["w"]
+        expected = torch.zeros(tail, dtype=torch.bfloat16)
+        cpu = directions({"w": expected}, 0, 0, {0: 1e-2}, "gaussian")["w"]
+        change.accumulate(weight)
+        cpu.accumulate(expected, start=numel - tail)
+        assert torch.equal(weight[-tail:].cpu(), expected)
+        change.add_to(torch.zeros_like(weight), weight)
+        assert torch.equal(weight[-tail:].cpu(), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_a_record_made_here_replays_to_the_same_weights_on_a_cpu(self, dtype: torch.dtype) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = torch.nn.Linear(33, 17)
+        nets = {device: torch.nn.Linear(33, 17).to(device, dtype) for device in ("cuda", "cpu")}
+        optimizers = {}
+        for device, copy in nets.items():
+            copy.load_state_dict(net.state_dict())
+            optimizers[device] = MeZO(copy.named_parameters(), lr=1e-3, weight_decay=0.1, momentum=0.0)
+        inputs = torch.randn(8, 33, device="cuda", dtype=dtype)
+        for _ in range(5):
+            record: StepRecord = optimizers["cuda"].estimate(lambda: nets["cuda"](inputs).float().square().mean())
+            optimizers["cuda"].step()
+            optimizers["cpu"].apply(record)
+        for one, other in zip(nets["cuda"].parameters(), nets["cpu"].parameters(), strict=True):
+            assert torch.equal(one.cpu(), other)
+        assert not torch.equal(nets["cpu"].weight, net.weight.to(dtype))
