@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
         MeZO, lr=0.05, momentum=0.5, weight_decay=0.1, normalize=True, clip=2.0, rms_decay=0.9, num_queries=2
     ),
     "mezo-native": partial(MeZO, lr=0.02, update_precision="native"),
+    "mezo-low-byte": partial(MeZO, lr=0.02, update_precision="low_byte"),
     "mezo-adam": partial(MeZOAdam, lr=0.05),
     "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.05, weight_decay=0.1, num_queries=2),
     "lozo": partial(LOZO, lr=0.03, rank=3),
@@ -61,7 +62,9 @@ METHODS: dict[str, Method] = {
     "subzero": partial(SubZero, lr=0.02, rank=3),
     "subzero-paper": partial(SubZero, lr=0.02, rank=3, scaling="paper", noise="rademacher"),
     "subzero-momentum": partial(SubZero, lr=0.02, rank=3, momentum=0.8),
-    "subzero-adam": partial(SubZero, lr=0.05, rank=4, betas=(0.9, 0.95), vector_lr=0.02, num_queries=2),
+    "subzero-adam": partial(
+        SubZero, lr=0.05, rank=4, betas=(0.9, 0.95), vector_lr=0.02, num_queries=2, update_precision="low_byte"
+    ),
     "subspace-mezo": partial(SubspaceMeZO, lr=0.02, rank=4),
     "subspace-mezo-momentum": partial(SubspaceMeZO, lr=0.02, rank=3, momentum=0.9),
     "subspace-mezo-adam": partial(SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.999), vector_lr=0.05),

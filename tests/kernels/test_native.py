@@ -14,7 +14,7 @@ from torch import Tensor
 from zolightning.directions.dense import Direction
 from zolightning.kernels import native
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, coefficient, key
-from zolightning.optim.precision import add_direction, add_tensor
+from zolightning.optim.precision import UPDATE_PRECISIONS, add_direction, add_tensor
 
 pytestmark = pytest.mark.skipif(not native.available(torch.empty(2)), reason="there is no C compiler")
 
@@ -124,7 +124,7 @@ class TestSameBits:
 
         assert_same_bits(*by_c_and_by_torch(loop))
 
-    @given(sizes, dtypes, seeds, coefficients, kinds, st.floats(0, 1), st.sampled_from(["exact", "native"]))
+    @given(sizes, dtypes, seeds, coefficients, kinds, st.floats(0, 1), st.sampled_from(UPDATE_PRECISIONS))
     def test_update(
         self,
         numel: int,
@@ -141,20 +141,29 @@ class TestSameBits:
             weight, state = start.clone(), {}
             for _ in range(2):
                 add_direction(weight, state, d, precision, decay)
-            return torch.cat([weight, *(low.view(dtype) for low in state.values())])
+            return torch.cat([weight, *(low.view(torch.int8).to(dtype) for low in state.values())])
 
         assert_same_bits(*by_c_and_by_torch(loop))
 
-    @given(sizes, seeds, st.floats(0, 1), st.integers(0, 3))
-    def test_update_by_numbers_at_hand(self, numel: int, seed: int, decay: float, first: int) -> None:
-        """Of a part of a weight, whose low words are anything: somebody else may have written the weight."""
+    @given(
+        sizes,
+        seeds,
+        st.floats(0, 1),
+        st.integers(0, 3),
+        st.sampled_from([("exact", "low_word", torch.int16), ("low_byte", "low_byte", torch.int8)]),
+    )
+    def test_update_by_numbers_at_hand(
+        self, numel: int, seed: int, decay: float, first: int, kept: tuple[Any, str, torch.dtype]
+    ) -> None:
+        """Of a part of a weight, whose rests are anything: somebody else may have written the weight."""
         start, delta = any_numbers(first + numel, torch.bfloat16, seed), any_numbers(numel, torch.float32, seed + 1)
-        low = torch.randint(-(2**15), 2**15, start.shape, dtype=torch.int16)
+        precision, name, rest = kept
+        low = torch.randint(-(2**15), 2**15, start.shape, dtype=torch.int16).to(rest)
 
         def loop() -> Tensor:
-            weight, state = start.clone(), {"low_word": low.clone()}
-            add_tensor(weight, state, delta, "exact", decay, first)
-            return torch.cat([weight, state["low_word"].view(torch.bfloat16)])
+            weight, state = start.clone(), {name: low.clone()}
+            add_tensor(weight, state, delta, precision, decay, first)
+            return torch.cat([weight, state[name].bfloat16()])
 
         assert_same_bits(*by_c_and_by_torch(loop))
         assert bool(loop()[: len(start)].isfinite().all())

@@ -10,7 +10,7 @@ from zolightning.directions.dense import Direction, arithmetic
 from zolightning.kernels import native
 from zolightning.kernels.bfloat16 import read_split, write_split
 from zolightning.kernels.noise import NoiseKind, coefficient, key
-from zolightning.optim.precision import add_direction, add_tensor, as_contiguous, state_bytes
+from zolightning.optim.precision import UPDATE_PRECISIONS, add_direction, add_tensor, as_contiguous, state_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -56,9 +56,31 @@ class TestSplit:
         write_split(weight, low, value)
         assert (weight.double() - value.double()).abs() == error
 
-    def test_without_a_low_word_it_is_the_weight(self) -> None:
+    @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1))
+    def test_with_a_low_byte_it_is_the_nearest_number_of_24_bits(self, numbers: list[float]) -> None:
+        """The even one where two are as near."""
+        value = torch.tensor(numbers)
+        weight, low = torch.empty_like(value, dtype=torch.bfloat16), torch.empty_like(value, dtype=torch.int8)
+        write_split(weight, low, value)
+        found, down = read_split(weight, low), (bits(value) & -0x100).view(torch.float32)
+        up = ((bits(value) & -0x100) + 0x100).view(torch.float32)
+        errors = [(number.double() - value.double()).abs() for number in (found, down, up)]
+        assert torch.equal(errors[0], torch.minimum(errors[1], errors[2]))
+        tied = errors[1] == errors[2]
+        assert not (bits(found)[tied] & 0x100).any()
+        assert torch.equal(bits(found) & 0xFF, torch.zeros_like(low, dtype=torch.int32))
+
+    @pytest.mark.parametrize("rest", [torch.int16, torch.int8])
+    def test_without_a_rest_it_is_the_weight(self, rest: torch.dtype) -> None:
         weight = start(100, torch.bfloat16)
-        assert torch.equal(read_split(weight, torch.zeros(100, dtype=torch.int16)), weight.float())
+        assert torch.equal(read_split(weight, torch.zeros(100, dtype=rest)), weight.float())
+
+    @pytest.mark.parametrize("rest", [torch.int16, torch.int8])
+    def test_every_nan_stays_one(self, rest: torch.dtype) -> None:
+        value = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+        weight, low = torch.empty(4, dtype=torch.bfloat16), torch.empty(4, dtype=rest)
+        write_split(weight, low, value)
+        assert weight.isnan().all() and read_split(weight, low).isnan().all()
 
 
 @pytest.mark.usefixtures("loops")
@@ -157,7 +179,7 @@ def test_native_rounds_the_sum_as_a_cast_does(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("precision", ["exact", "native"])
+@pytest.mark.parametrize("precision", UPDATE_PRECISIONS)
 def test_state_bytes_says_what_is_kept(dtype: torch.dtype, precision: str) -> None:
     weight, state = start(50, dtype), {}
     add_direction(weight, state, direction(0, 1e-3, dtype), precision)
@@ -165,7 +187,10 @@ def test_state_bytes_says_what_is_kept(dtype: torch.dtype, precision: str) -> No
     assert kept == 50 * state_bytes(dtype, precision)
 
 
-@pytest.mark.parametrize(("precision", "least", "most"), [("exact", 0.97, 1.03), ("native", 0.0, 0.2)])
+@pytest.mark.parametrize(
+    ("precision", "least", "most"),
+    [("exact", 0.97, 1.03), ("low_byte", 0.95, 1.03), ("native", 0.0, 0.2)],
+)
 def test_how_much_of_many_small_bf16_updates_is_realised(precision: str, least: float, most: float) -> None:
     """The share of the intended displacement along itself, as the weights are read, after 5,000 updates of RMS 1e-6.
 
@@ -174,9 +199,11 @@ def test_how_much_of_many_small_bf16_updates_is_realised(precision: str, least: 
     projection on 65,536 elements by 1e-4 / 7e-5 / 256 = 0.6 %.
     """
     numbers = torch.randn(2**16, generator=torch.Generator().manual_seed(0)) * 0.02
-    weight, low = numbers.bfloat16(), torch.zeros(2**16, dtype=torch.int16)
-    write_split(weight, low, numbers)
-    state = {"low_word": low} if precision == "exact" else {}
+    weight, state = numbers.bfloat16(), {}
+    if precision != "native":
+        name, dtype = {"exact": ("low_word", torch.int16), "low_byte": ("low_byte", torch.int8)}[precision]
+        state[name] = torch.zeros(2**16, dtype=dtype)
+        write_split(weight, state[name], numbers)
     before, intended = weight.double(), torch.zeros(2**16)
     for step in range(5_000):
         d = direction(step, 1e-6)

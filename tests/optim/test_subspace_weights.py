@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero, bfloat16
+from zolightning.kernels import bfloat16
+from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero
 
 METHODS = [
     partial(LOZO, lr=0.05, rank=2),

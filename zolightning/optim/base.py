@@ -52,7 +52,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             (:mod:`zolightning.optim.estimators`).
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
         update_precision: how updates are added to half-precision weights: "exact", as if they were fp32, for 2 bytes a
-            bfloat16 parameter or 4 a float16 one; or "native", see :mod:`zolightning.optim.precision`.
+            bfloat16 parameter or 4 a float16 one; "low_byte", rounded to 24 bits, for 1 byte a bfloat16 parameter; or
+            "native", see :mod:`zolightning.optim.precision`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -240,7 +241,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         if half:
             rank_zero_warn(
                 f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses "
-                "none, for 2 bytes a bfloat16 parameter, 4 a float16 one."
+                "none, for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
             )
 
     def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:

@@ -1,19 +1,30 @@
 """Updates that are not lost in half precision.
 
 A ZO update is often far below the spacing of half-precision numbers: rounded to nearest, a bf16 weight realises
-3 % of updates of RMS 1e-6. Two ways to add an update to a weight:
+3 % of updates of RMS 1e-6. Three ways to add an update to a weight:
 
 * ``exact`` (the default): weights of every dtype take the same updates as fp32 weights would, bit for bit. A bf16
   weight is the upper half of an fp32 number, so its *low word* (16 bits a parameter in the optimizer's state) makes it
   whole again: 2 bytes a parameter buy what an fp32 master copy buys for 4. fp16 has another exponent and keeps a
   master.
+* ``low_byte``: a bf16 weight and a byte beside it are the fp32 number rounded to 24 bits (16 significant ones) after
+  each update: half the memory of ``exact``, and all but the smallest updates. fp16 weights keep a master here, too.
 * ``native``: the weight is rounded to its dtype after each update; no memory, and most of a small update is lost.
 
-For fp32 and fp64 weights the two are the same.
+For fp32 and fp64 weights the three are the same. What 500 random updates of RMS `s` move a bf16 weight of standard
+deviation 0.02, as a share of what they were meant to move it (and the cosine between the two):
+
+========  ============  ============  ============
+s         1e-5          1e-6          1e-7
+========  ============  ============  ============
+exact     1.00 (1.00)   1.00 (1.00)   1.00 (1.00)
+low_byte  1.00 (1.00)   0.99 (0.99)   0.62 (0.69)
+native    0.23 (0.44)   0.04 (0.16)   0.00 (0.05)
+========  ============  ============  ============
 
 Whoever writes to a weight between updates (a clamp, an average) is heard. The next update starts from the written
-value: in fp16 from exactly that, where it is not the rounded master; in bf16 from that plus the low word, which cannot
-know of the write and is at most half a unit in the last place of the written value.
+value: in fp16 from exactly that, where it is not the rounded master; in bf16 from that plus the low word or byte,
+which cannot know of the write and is at most half a unit in the last place of the written value.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -27,17 +38,17 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.slices import Slice
 
-UpdatePrecision = Literal["exact", "native"]
-UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "native")
-RESTS = ("low_word", "master")  # entries of a state that complete a half-precision weight
+UpdatePrecision = Literal["exact", "low_byte", "native"]
+UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
 State = MutableMapping[str, Any]
+RESTS = ("low_word", "low_byte", "master")  # what completes a weight, by its key in the optimizer's state
 
 
 def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
     """Bytes of optimizer state that adding updates with `precision` costs for each element of a weight."""
     if precision == "native":
         return 0
-    return {torch.bfloat16: 2, torch.float16: 4}.get(dtype, 0)
+    return {torch.bfloat16: 2 if precision == "exact" else 1, torch.float16: 4}.get(dtype, 0)
 
 
 @contextmanager
@@ -62,7 +73,7 @@ def add_direction(
 
     Args:
         weight: the parameter's data, any shape, contiguous.
-        state: the parameter's entry in the optimizer's state; ``low_word`` or ``master`` is made there if needed.
+        state: the parameter's entry in the optimizer's state; one of ``RESTS`` is made there if needed.
         direction: what to add.
         precision: how the sum is rounded.
         decay: multiplies the weight first (decoupled weight decay is ``1 - lr * weight_decay``).
@@ -97,13 +108,14 @@ def add_tensor(
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
-    """What completes a half-precision weight to fp32, (n,), made at its first update; None where nothing does."""
+    """What completes a half-precision weight, (n,), made at its first update; None where nothing does."""
     if precision == "native" or flat.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if flat.dtype == torch.bfloat16:
-        if "low_word" not in state:
-            state["low_word"] = torch.zeros_like(flat, dtype=torch.int16)
-        return state["low_word"]
-    if "master" not in state:
-        state["master"] = flat.float()
-    return state["master"]
+    if flat.dtype == torch.float16:
+        if "master" not in state:
+            state["master"] = flat.float()
+        return state["master"]
+    name, dtype = ("low_word", torch.int16) if precision == "exact" else ("low_byte", torch.int8)
+    if name not in state:
+        state[name] = torch.zeros_like(flat, dtype=dtype)
+    return state[name]
