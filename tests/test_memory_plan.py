@@ -26,6 +26,7 @@ from zolightning.memory import (
     with_lora,
 )
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer
+from zolightning.quantization import quantize
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTHS: dict[str, dict[str, Any]] = {
@@ -158,6 +159,21 @@ def test_other_ways_to_train() -> None:
     lora = with_lora(network, MeZO, batch)
     assert lora.weights == whole_plan.weights + 2 * sum(p.numel() for p in adapters)
     assert lora.state == 2 * sum(p.numel() for p in adapters)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base(kind: Any) -> None:
+    """As it is computed for a model that is not, so it is of one that is."""
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    network, plain = model(), model(device="meta")
+    quantize(network, kind)
+    found, batch = with_lora(plain, MeZO, BatchShape(16, 32), kind), BatchShape(16, 32)
+    adapters = with_lora(plain, MeZO, batch).weights - plan(plain, [], MeZO).weights
+    assert found.weights - adapters == plan(network, [], MeZO).weights
+    assert found.scratch == plan(network, [], MeZO).scratch == 2 * 64 * 172
+    assert found.activations == plan(network, [], MeZO, batch).activations
+    assert "adapters, model.quantization nf4" not in alternatives(network, [], MeZO, batch)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ at which answers are read. GB are 1e9 bytes, as in what models and cards are sai
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from zolightning.optim.lozo import LOZO
 from zolightning.optim.precision import UPDATE_PRECISIONS
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
+from zolightning.quantization import Quantization, quantized_linears
 
 Method = Callable[..., ZerothOrderOptimizer]
-Quantization = Literal["int8", "nf4"]
 LORA_RANK = 8
 
 
@@ -102,7 +102,7 @@ def plan(
     """
     trained = list(trained)
     state, host = state_bytes(trained, method, **changes)
-    scratch = max((weight.nbytes for weight, _ in trained), default=0)
+    scratch = max(max((weight.nbytes for weight, _ in trained), default=0), _unpacked_bytes(module))
     return MemoryPlan(weight_bytes(module), state, scratch, *_forward_bytes(module, batch), host)
 
 
@@ -152,6 +152,12 @@ def _state_bytes(stand_in: nn.Parameter, method: Method, changes: dict[str, Any]
     return optimizer.state_bytes(), optimizer.host_bytes()
 
 
+def _unpacked_bytes(module: nn.Module) -> int:
+    """Of the largest quantised map while it runs."""
+    maps = (linear for _, linear in quantized_linears(module))
+    return max((m.in_features * m.out_features * m.weight_scale.element_size() for m in maps), default=0)
+
+
 def _forward_bytes(module: nn.Module, batch: BatchShape | None) -> tuple[int | None, int | None]:
     """Activations: an MLP's channels, four states as wide as the model, and the mask. Logits: what scoring makes.
 
@@ -199,7 +205,7 @@ def alternatives(
         found["method.offload_low_words true"] = plan(module, trained, method, batch, offload_low_words=True)
     else:
         found["method LOZO, offload_low_words true"] = plan(module, trained, LOZO, batch, offload_low_words=True)
-    if _mlp(module) is not None:
+    if _mlp(module) is not None and not _unpacked_bytes(module):
         found["one layer (scope DominantLayer)"] = plan(module, layer(module), method, batch)
         found["adapters (configs/scopes/lora.yaml)"] = with_lora(module, method, batch)
         found["adapters, model.quantization nf4"] = with_lora(module, method, batch, "nf4")

@@ -10,9 +10,10 @@ from functools import partial
 from torch import nn
 
 from zolightning.bench.shapes import SHAPES, model_of_shape
-from zolightning.memory import BatchShape, MemoryPlan, Method, Quantization, Trained, layer, plan, whole, with_lora
+from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, layer, plan, whole, with_lora
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero
 from zolightning.optim.precision import UPDATE_PRECISIONS
+from zolightning.quantization import Quantization
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
 CARDS = {24: 24 * 2**30, 48: 48 * 2**30, 80: 79 * 2**30}  # the least that cards of these names have, in bytes
