@@ -120,7 +120,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         name = type(optimizer).__name__
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
         forwards = len(optimizer.estimator.probes(optimizer.num_queries))
-        yield "a step", f"{forwards} forward passes; the first one some more, which find where parameters are read"
+        how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
+        yield "a step", f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
         count = sum(math.prod(optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable())
         zeroth_order = _zeroth_order(trainer)
         trained, batch = trained_by(optimizer), _largest_batch(trainer, zeroth_order)
@@ -169,6 +170,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, ZerothOrderOptimizer):
             found = settings_of(optimizer)
+            settings["cuda_graphs"] = optimizer.evaluator.graphs is not None
             settings |= {"method": found.pop("class")} | {f"method.{key}": value for key, value in found.items()}
         else:
             settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0]["lr"]}

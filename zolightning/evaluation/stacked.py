@@ -27,8 +27,10 @@ Evaluate = Callable[[], tuple[Tensor, Tensor]]
 _OTHER_INPUTS = "the network is called with other inputs in each evaluation"
 
 
-def network_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
-    """The outermost submodule with a forward of its own that holds all `parameters`.
+def network_of(
+    module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
+) -> nn.Module:
+    """The outermost submodule with a forward of its own that holds all `parameters`, which `option` asks for.
 
     Raises:
         ValueError: if there is none.
@@ -40,9 +42,9 @@ def network_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Modu
             return submodule
     children = ", ".join(name for name, _ in module.named_children()) or "none"
     raise ValueError(
-        "`evaluations_per_forward` above 1 needs one submodule that holds all trainable parameters and is called in "
-        f"`training_step`, and {type(module).__name__} has none such: its children are {children}. Put the network "
-        "into one module, or leave `evaluations_per_forward` at 1."
+        f"`{option}` needs one submodule that holds all trainable parameters and is called in `training_step`, and "
+        f"{type(module).__name__} has none such: its children are {children}. Put the network into one module, or "
+        f"leave `{option}` at its default."
     )
 
 

@@ -1,0 +1,313 @@
+"""The network's forward as CUDA graphs: one call launches all of its kernels.
+
+A forward of a language model launches thousands of kernels from Python, which takes longer than the kernels where a
+batch has few tokens. A graph is a forward recorded once, with the kernels that perturb its weights: those read the
+keys and coefficients of directions from device memory, so that one graph serves both signs, all queries and all
+steps. Before a replay the inputs, and these numbers, are copied to where the graph reads them.
+
+There is one graph for each *key*: shapes, dtypes and strides of the network's inputs, all other arguments by value,
+mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key comes
+for the second time, which takes three forwards and about a second. So batches should come in few lengths, which
+:class:`~zolightning.data.batching.LengthBuckets` with ``fixed`` batches and padding to multiples make likely.
+
+Only the network is recorded; the loss around it runs as ever. What a recording cannot hold is found out: a network
+that reads numbers back from the device, draws random numbers, changes what its modules hold or has hooks inside runs
+as it does without graphs, and one warning says why. Graphs are dropped where parameters, buffers or attributes of
+modules have been exchanged. The first replay of a graph, and the first one in another step, is compared with a run
+without it, bit for bit.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.shared_prefix import replaced_forward
+from zolightning.evaluation.snapshot import Snapshot
+from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Tables, copy_into, static_copy
+from zolightning.rank_zero import rank_zero_warn
+
+Evaluate = Callable[[], tuple[Tensor, Tensor]]
+Output = TypeVar("Output")
+
+LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and a megabyte or more of the driver's
+_UNSETTLED = 3  # steps in a row, the first one among them, that may begin with other modules than the one before
+_PROOFS = 2  # steps in which a replay is compared with a run without the graph
+
+
+class Capture(Protocol):
+    """Records graphs: :class:`zolightning.evaluation.capture.CudaCapture`."""
+
+    device: torch.device
+
+    def warm_up(self, run: Callable[[], Output]) -> Output: ...
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]: ...
+
+
+class GraphedNetwork:
+    """Evaluates a loss with the forward of a network replayed from graphs.
+
+    Args:
+        network: called, once or several times, by the loss.
+        capture: what records.
+        limit: graphs to keep. Another key takes the place of the least used graph once it has come twice as often.
+
+    Attributes:
+        is_off: whether something has been found that a graph cannot hold; the network then runs without any.
+    """
+
+    def __init__(self, network: nn.Module, capture: Capture, limit: int = LIMIT) -> None:
+        self.network = network
+        self.is_off = False
+        self._capture = capture
+        self._limit = limit
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._uses: Counter[Hashable] = Counter()
+        self._tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
+        self._held: _Held | None = None
+        self._unsettled = 0  # steps in a row that began with other modules
+        self._step = 0
+        self._generators = Generators()
+
+    def evaluate(
+        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Losses and their weights under each of some perturbations, which are those of one step."""
+        self._generators = generators
+        self._begin_step()
+        results = []
+        for context in contexts:
+            own = self.network.forward
+            # As stacked evaluations do: the context is entered last, so that it watches a network that is a reader.
+            with replaced_forward(self.network, partial(self._run, own, context)), context:
+                results.append(evaluate())
+        return results
+
+    def clear(self) -> None:
+        """Forgets all graphs."""
+        self._graphs.clear()
+        self._uses.clear()
+        self._held = None
+
+    def _begin_step(self) -> None:
+        """Drops graphs that were recorded with other modules, or with their weights at other addresses."""
+        self._step += 1
+        if self._held is not None and self._held.is_same():
+            self._unsettled = 0
+        else:
+            self.clear()
+            self._held = _Held(self.network)
+            self._unsettled += 1
+        if self._unsettled > _UNSETTLED:
+            self._turn_off("its parameters, buffers or attributes are other ones at each step")
+        elif (hooked := self._held.hooked()) is not None:
+            self._turn_off(f"`{hooked}` has a hook, which a replay would not call")
+
+    def _turn_off(self, reason: str) -> None:
+        self.is_off = True
+        self.clear()
+        rank_zero_warn(
+            f"`cuda_graphs` is off from here on, the run goes on without: {type(self.network).__name__} cannot be "
+            f"replayed, {reason}."
+        )
+
+    def _run(self, own: Callable[..., Any], context: Perturbed, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward within `context`, by a graph where there is one; `own` is that without."""
+        if self.is_off:
+            return own(*args, **kwargs)
+        try:
+            if torch.is_grad_enabled():
+                raise CannotCapture("`training_step` differentiates")
+            arguments = Arguments(args, kwargs, self._capture.device)
+            parts = Parts(_watched(context), self._capture.device)
+        except CannotCapture as error:
+            self._turn_off(str(error))
+            return own(*args, **kwargs)
+        key = (arguments.key, parts.key, *_modes(self.network, self._capture.device))
+        self._uses[key] += 1
+        graph = self._graphs.get(key)
+        if graph is None:
+            output = own(*args, **kwargs)
+            if self._uses[key] > 1 and self._has_room(key):
+                self._add(key, own, context, arguments, parts, output)
+            return output
+        output = graph.replay(arguments, parts, self._step)
+        context.seen |= graph.seen
+        if graph.proofs < _PROOFS and graph.proven_in != self._step:
+            expected = own(*args, **kwargs)
+            self._prove(graph, output, expected)
+            return expected
+        return output
+
+    def _has_room(self, key: Hashable) -> bool:
+        """Whether there may be a graph for a key: fewer than the limit, or one that is used half as often, at most."""
+        if len(self._graphs) < self._limit:
+            return True
+        least = min(self._graphs, key=lambda other: self._uses[other])
+        if self._uses[key] < 2 * self._uses[least]:
+            return False
+        del self._graphs[least]
+        return True
+
+    def _add(
+        self,
+        key: Hashable,
+        own: Callable[..., Any],
+        context: Perturbed,
+        arguments: Arguments,
+        parts: Parts,
+        expected: Any,
+    ) -> None:
+        """Records a graph and compares its first replay with what the network has returned."""
+        tables = self._tables.get(parts.key)
+        if tables is None:
+            tables = self._tables[parts.key] = Tables(parts)
+        tables.fill(parts, self._step)
+        readers = context.readers
+        if readers is not None and self.network in readers:
+            readers = None  # its own forward runs, past the one that would watch
+        try:
+            graph = _Graph(arguments, tables)
+            args, kwargs = arguments.with_tensors(graph.inputs)
+
+            def run() -> Any:
+                perturbed = Perturbed(tables.perturbations, readers=readers)  # with scratch memory of its own
+                with context.paused(), perturbed:
+                    output = own(*args, **kwargs)
+                graph.seen = perturbed.seen
+                return output
+
+            copy_into(graph.inputs, arguments.tensors)
+            self._warm_up(run, graph.inputs)
+            graph.output, graph.launch = self._capture.record(run)
+            output = graph.replay(arguments, parts, self._step)
+        except CannotCapture as error:
+            self._turn_off(str(error))
+        except Exception as error:
+            self._turn_off(_told(error))
+        else:
+            self._graphs[key] = graph
+            self._prove(graph, output, expected)
+
+    def _warm_up(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> None:
+        """Runs what is to be recorded once, and looks at what it leaves behind."""
+        before = _snapshot(self.network)
+        states, versions = self._generators.states(), [tensor._version for tensor in inputs]
+        for leaf in tree_flatten(self._capture.warm_up(run))[0]:
+            if not isinstance(leaf, Tensor | int | float | str | None):
+                raise CannotCapture(f"it returns {type(leaf).__name__}, of which a replay would not make another one")
+        if not self._generators.states().equal(states):
+            raise CannotCapture("it draws random numbers")
+        if not before.is_now():
+            raise CannotCapture("it changes what its modules hold, a buffer or a counter")
+        if versions != [tensor._version for tensor in inputs]:
+            raise CannotCapture("it writes to its inputs")
+
+    def _prove(self, graph: "_Graph", output: Any, expected: Any) -> None:
+        graph.proofs, graph.proven_in = graph.proofs + 1, self._step
+        if not _same_bits(output, expected):
+            self._turn_off("a replay returned other numbers than a run")
+
+
+class _Graph:
+    """A forward that has been recorded.
+
+    Attributes:
+        inputs: where it reads the tensors among the arguments.
+        output: where it writes what the forward returned.
+        launch: runs it.
+        seen: ids of the parameters that it reads.
+        proofs: steps in which a replay has been compared with a run without the graph, `proven_in` the last of them.
+    """
+
+    def __init__(self, arguments: Arguments, tables: Tables) -> None:
+        self.inputs = [static_copy(tensor) for tensor in arguments.tensors]
+        self.output: Any = None
+        self.launch: Callable[[], None]
+        self.seen: set[int] = set()
+        self.proofs = self.proven_in = 0
+        self._tables = tables
+
+    def replay(self, arguments: Arguments, parts: Parts, step: int) -> Any:
+        """What the forward returns for these arguments, under these perturbations."""
+        self._tables.fill(parts, step)
+        copy_into(self.inputs, arguments.tensors)
+        self.launch()
+        return tree_map_only(Tensor, Tensor.clone, self.output)
+
+
+class _Held:
+    """What the modules of a network hold, and where their tensors lie."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._inner = [(name, module) for name, module in network.named_modules() if module is not network]
+        self._snapshot = _snapshot(network)
+        self._tensors = [*network.parameters(), *network.buffers()]
+        self._addresses = self._now()
+
+    def is_same(self) -> bool:
+        """Whether nothing has been exchanged; what is in the tensors may differ."""
+        return self._snapshot.holds_the_same() and self._addresses == self._now()
+
+    def hooked(self) -> str | None:
+        """The name of a module inside the network with a hook around its forward."""
+        return next((name for name, m in self._inner if m._forward_hooks or m._forward_pre_hooks), None)
+
+    def _now(self) -> list[int]:
+        return [_address(tensor) for tensor in self._tensors]
+
+
+def _snapshot(network: nn.Module) -> Snapshot:
+    return Snapshot(list(network.modules()), set(), {id(parameter) for parameter in network.parameters()}, {})
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except (NotImplementedError, RuntimeError):  # of a subclass that wraps other tensors, of a quantised weight say
+        return 0
+
+
+def _watched(context: Perturbed) -> dict[nn.Parameter, Any]:
+    """The perturbations of parameters that are not perturbed where they lie: those a graph reads as they are."""
+    return {p: change for p, change in context.perturbations.items() if p not in context.in_place}
+
+
+def _modes(network: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
+    is_autocast = torch.is_autocast_enabled(device.type)
+    return network.training, torch.is_inference_mode_enabled(), is_autocast and torch.get_autocast_dtype(device.type)
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    """Whether two structures hold the same; tensors bit by bit, so that NaN is NaN."""
+    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    return structure == other_structure and all(
+        torch.equal(_bits(a), _bits(b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+        for a, b in zip(leaves, others, strict=True)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, and the line of the network that did it."""
+    if isinstance(error.__context__, Exception):  # a recording that ends after an error fails once more
+        error = error.__context__
+    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(frame.filename.startswith(folder) for folder in own):
+            return f"{words} ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
+    return words
