@@ -3,16 +3,24 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import assert_equal, weights
+from zolightning.callbacks import RunOverview, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import zeroth_order as zeroth_order_file
+from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -363,3 +371,124 @@ class TestWhatAGraphCannotHold:
             )
         step(inputs(2, 4))
         assert not capture.recorded
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeroth_order_file, "CudaCapture", CPUCapture)
+    monkeypatch.setattr(zeroth_order_file, "refuse_graphs", lambda trainer: None)
+
+
+class TestUnderATrainer:
+    def test_devices_without_graphs_and_options_that_exclude_each_other(
+        self, make_trainer: Any, make_regression: Any, regression_data: Any
+    ) -> None:
+        with pytest.raises(MisconfigurationException, match="`cuda_graphs` is True, and the run is on 'cpu'"):
+            make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
+                make_regression(), regression_data()
+            )
+        for options in ({"evaluations_per_forward": 2}, {"keep_prefix_gib": 1.0}):
+            with pytest.raises(ValueError, match=f"`cuda_graphs` is True.* got {next(iter(options.values()))}"):
+                ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True, **options)
+
+    @pytest.mark.usefixtures("on_the_cpu")
+    def test_a_module_without_one_network(self, make_trainer: Any, regression_data: Any, make_regression: Any) -> None:
+        class Bare(type(make_regression())):
+            def __init__(self) -> None:
+                super().__init__()
+                self.other = nn.Linear(1, 1)
+
+        with pytest.raises(ValueError, match=r"`cuda_graphs` needs one submodule .* its children are net, other"):
+            make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
+                Bare(), regression_data()
+            )
+
+    @pytest.mark.usefixtures("on_the_cpu")
+    @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+    @pytest.mark.parametrize("method", [METHODS["mezo"], METHODS["subzero"]], ids=["mezo", "subzero"])
+    def test_the_same_bits_and_resuming(
+        self,
+        make_trainer: Any,
+        make_regression: Any,
+        regression_data: Any,
+        method: Any,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def fit(cuda_graphs: bool, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+            def save(trainer: L.Trainer, *_: Any) -> None:
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+            callbacks = [
+                ZerothOrder(method, cuda_graphs=cuda_graphs),
+                RunOverview(),
+                LambdaCallback(on_train_batch_end=save),
+            ]
+            callbacks += [SubspaceResampling(interval=2)] if method is METHODS["subzero"] else []
+            trainer, module = (
+                make_trainer(max_steps=6, precision="64-true", callbacks=callbacks),
+                make_regression().double(),
+            )
+            data = StatefulDataLoader(regression_data().dataset, batch_size=4)  # whose place a checkpoint has
+            trainer.fit(module, data, ckpt_path=ckpt_path)
+            return weights(module)
+
+        caplog.set_level("INFO")
+        plain = fit(cuda_graphs=False)
+        assert not any("by CUDA graphs" in message for message in caplog.messages)
+        assert_equal(plain, fit(cuda_graphs=True))
+        assert any("forward passes by CUDA graphs" in message for message in caplog.messages)
+        assert_equal(plain, fit(cuda_graphs=True, ckpt_path=tmp_path / "3.ckpt"))
+
+
+class Counting(CudaCapture):
+    """Counts recordings and replays."""
+
+    recorded = replayed = 0
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        output, launch = super().record(run)
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            launch()
+
+        return output, replay
+
+
+@pytest.mark.gpu
+class TestOnADevice:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+    def test_the_same_bits(self, method: Callable[..., ZerothOrderOptimizer], dtype: torch.dtype) -> None:
+        def make() -> nn.Module:
+            return nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Tanh(), nn.Linear(128, 32))
+
+        batches = [(inputs(8 + step % 2, 64, seed=step).to("cuda", dtype),) for step in range(8)]
+        plain, graphed = seeded(make, dtype, "cuda"), seeded(make, dtype, "cuda")
+        counting = Counting(torch.device("cuda", torch.cuda.current_device()))
+        assert equal(train(plain, method, batches), train(graphed, method, batches, counting))
+        assert_equal(weights(plain), weights(graphed))
+        assert counting.replayed > counting.recorded > 1
+
+    def test_a_language_model(self) -> None:
+        batches = [tuple(tensor.cuda() for tensor in language(3 + step % 2, seed=step)) for step in range(6)]
+        plain, graphed = seeded(llama, torch.bfloat16, "cuda"), seeded(llama, torch.bfloat16, "cuda")
+        counting = Counting(torch.device("cuda", torch.cuda.current_device()))
+        method = METHODS["mezo"]
+        assert equal(train(plain, method, batches), train(graphed, method, batches, counting))
+        assert_equal(weights(plain), weights(graphed))
+        assert counting.recorded == 2
+
+    @pytest.mark.parametrize("name", ["reads_back", "draws", "writes"])
+    def test_what_a_graph_cannot_hold(self, name: str) -> None:
+        odd, _ = ODD[name]
+        module = seeded(lambda: Odd(odd), torch.float32, "cuda")
+        step, optimizer = steps_of(module, CudaCapture(torch.device("cuda", torch.cuda.current_device())))
+        with pytest.warns(UserWarning, match="`cuda_graphs` is off from here on"):
+            step(torch.ones(2, 4, device="cuda"))
+        assert optimizer.evaluator.graphs.is_off
+        assert torch.cuda.get_sync_debug_mode() == 0
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        step(torch.ones(2, 4, device="cuda"))

@@ -1,11 +1,23 @@
 """What a callable launches on a CUDA device, recorded once as a graph and launched again by one call."""
 
+import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
 Output = TypeVar("Output")
+
+
+class Capture(Protocol):
+    """What records graphs."""
+
+    device: torch.device
+
+    def warm_up(self, run: Callable[[], Output]) -> Output: ...
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]: ...
 
 
 class CudaCapture:
@@ -51,3 +63,15 @@ class CudaCapture:
         ):
             output = run()
         return output, graph.replay
+
+
+def describe_failure(error: Exception) -> str:
+    """What went wrong in a recording, and the line of the network that did it."""
+    if isinstance(error.__context__, Exception):  # a recording that ends after an error fails once more
+        error = error.__context__
+    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(frame.filename.startswith(folder) for folder in own):
+            return f"{words} ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
+    return words

@@ -17,18 +17,17 @@ modules have been exchanged. The first replay of a graph, and the first one in a
 without it, bit for bit.
 """
 
-import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from zolightning.evaluation.capture import Capture, describe_failure
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.shared_prefix import replaced_forward
@@ -37,21 +36,10 @@ from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Table
 from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
-Output = TypeVar("Output")
 
 LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and a megabyte or more of the driver's
 _UNSETTLED = 3  # steps in a row, the first one among them, that may begin with other modules than the one before
 _PROOFS = 2  # steps in which a replay is compared with a run without the graph
-
-
-class Capture(Protocol):
-    """Records graphs: :class:`zolightning.evaluation.capture.CudaCapture`."""
-
-    device: torch.device
-
-    def warm_up(self, run: Callable[[], Output]) -> Output: ...
-
-    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]: ...
 
 
 class GraphedNetwork:
@@ -194,7 +182,7 @@ class GraphedNetwork:
         except CannotCapture as error:
             self._turn_off(str(error))
         except Exception as error:
-            self._turn_off(_told(error))
+            self._turn_off(describe_failure(error))
         else:
             self._graphs[key] = graph
             self._prove(graph, output, expected)
@@ -299,15 +287,3 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _told(error: Exception) -> str:
-    """What went wrong, and the line of the network that did it."""
-    if isinstance(error.__context__, Exception):  # a recording that ends after an error fails once more
-        error = error.__context__
-    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
-    own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not any(frame.filename.startswith(folder) for folder in own):
-            return f"{words} ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
-    return words
