@@ -92,6 +92,17 @@ def test_state_is_what_is_there_when_it_is_largest(
     assert (optimizer.state_bytes(), optimizer.host_bytes()) == expected
 
 
+@pytest.mark.parametrize(("left_state", "count"), [("reset", 1), ("keep", 3)])
+def test_blocks_at_rest_count_where_they_keep_their_state(
+    left_state: Any, count: int, make_problem: Callable[..., Any]
+) -> None:
+    problem = make_problem()
+    optimizer = MeZO(problem.parameters())
+    optimizer.set_blocks([[parameter] for parameter in problem.parameters()], left_state)
+    optimizer.activate([1])
+    assert len(trained_by(optimizer)) == count
+
+
 def test_state_in_host_memory() -> None:
     weights = whole([torch.zeros(8, 6, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)])
     on_device, nothing = state_bytes(weights, partial(LOZO, rank=2))
