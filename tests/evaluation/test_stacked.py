@@ -13,9 +13,6 @@ from torch.utils.data import DataLoader
 from stacked_runs import METHODS, WARN_ONLY_WHERE_EXPECTED, LanguageModel, Method, Regressor, assert_close, mlp, run
 from waits import Waits
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
-from zolightning.evaluation.perturbed import Perturbation, Perturbed
-from zolightning.evaluation.reads import FlippedBit
-from zolightning.evaluation.row_groups import RowGroups
 from zolightning.optim import ZOMOPI, MeZO, StepRecord
 
 pytestmark = WARN_ONLY_WHERE_EXPECTED
@@ -76,20 +73,6 @@ class TestSameLosses:
         make = partial(Regressor, make_net, 6, 2, 2)
         for method in (METHODS["mopi"], METHODS["mezo"]):
             assert_close(run(make, method, 2), run(make, method, 1), loss=1e-9, grad=1e-6)
-
-    @pytest.mark.parametrize("shape", [(), (3,), (1, 3), (2, 3)])
-    def test_what_all_rows_are_multiplied_by(self, shape: tuple[int, ...]) -> None:
-        """Group by group, and in the dtype that a row and a number, or a vector, of another dtype make."""
-        scale = nn.Parameter(torch.full(shape, 1.5))
-        changes: list[Perturbation | None] = [None, FlippedBit()]
-        rows = torch.linspace(-1, 1, 24, dtype=torch.bfloat16).view(4, 2, 3)
-        for multiply in (lambda x: x * scale, lambda x: scale * x):
-            with torch.no_grad(), RowGroups([Perturbed({scale: c}) for c in changes], 4, {id(scale): "scale"}):
-                found = multiply(rows)
-            for part, of_rows, change in zip(found.chunk(2), rows.chunk(2), changes, strict=True):
-                with torch.no_grad(), Perturbed({scale: change}):
-                    expected = multiply(of_rows)
-                assert part.dtype == expected.dtype and torch.equal(part, expected)
 
     def test_where_only_biases_train(self) -> None:
         def make() -> Regressor:
