@@ -2,8 +2,9 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,12 +191,12 @@ def test_command(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A process a row takes seconds to import torch: only one is started here.
-    fresh = step._in_fresh_process
-    monkeypatch.setattr(
-        step,
-        "_in_fresh_process",
-        lambda settings, name: (fresh if name == DENSE[0].name else step.measure_memory)(settings, name),
-    )
+    fresh = step.in_fresh_process
+
+    def run(function: Callable[..., Any], settings: step.Settings, name: str, **variables: Any) -> Any:
+        return fresh(function, settings, name, **variables) if name == DENSE[0].name else function(settings, name)
+
+    monkeypatch.setattr(step, "in_fresh_process", run)
     output = tmp_path / "bench" / "step.csv"
     threads = torch.get_num_threads()
     main(

@@ -30,11 +30,13 @@ class Row:
         name: as printed.
         make: takes a model and returns its training step, which takes the loss of a batch.
         forwards: evaluations of the loss that a step asks for.
+        environment: variables that the row needs from the start of its process.
     """
 
     name: str
     make: Callable[[nn.Module], Step]
     forwards: int = 2
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class OptimizerStep:
@@ -124,3 +126,10 @@ SUBSPACE = [
     *(_ours(f"the same, {k} evaluations a forward", partial(_MOPI, num_queries=4), 8, k) for k in (2, 4, 8)),
 ]
 ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]
+# On a GPU: what the loops in Triton are for
+_NO_TRITON = ("ZOLIGHTNING_TRITON", "0")
+PARITY = [
+    Row("MeZO, loops by torch.compile", DENSE[0].make, environment=(_NO_TRITON,)),
+    Row("MeZO, eager loops", DENSE[0].make, environment=(_NO_TRITON, ("ZOLIGHTNING_COMPILE", "0"))),
+]
+BY_NAME = {row.name: row for row in [*ROWS, PUBLISHED_ANSWERS, *PARITY]}
