@@ -22,7 +22,7 @@ from zolightning.bench.bits import HUGE, compare_bits
 from zolightning.bench.figures import Figures
 from zolightning.bench.floors import Ceilings, floor_table
 from zolightning.bench.kernel_cost import measure_kernels
-from zolightning.bench.measure import environment, require, reset_peak
+from zolightning.bench.measure import environment, release, require
 from zolightning.bench.repetition import compare_runs
 from zolightning.bench.report import machine
 from zolightning.bench.rows import DENSE, FORWARD, PARITY, PUBLISHED, PUBLISHED_ANSWERS, SUBSPACE
@@ -141,7 +141,7 @@ def _steps(settings: Settings, device: torch.device, figures: Figures) -> None:
     memory: dict[str, Memory] = {}
     for row in _ROWS:
         name = row.name
-        reset_peak(device)  # gives the card back what the row before held
+        release(device)
         costs |= measure_costs(settings, [name])
         cost, forward = costs[name], costs[FORWARD.name]
         of_prompts = rates(name, cost.prompt_seconds, cost.prompts, weights, ceilings, forward.prompt_seconds)
@@ -149,7 +149,7 @@ def _steps(settings: Settings, device: torch.device, figures: Figures) -> None:
         if row is not PUBLISHED_ANSWERS:  # whose step on random tokens is that of PUBLISHED
             of_tokens = rates(name, cost.median, cost.tokens, weights, ceilings, forward.median)
             _write(figures, f"{name}, random tokens", token_record(name, costs) | of_tokens)
-            reset_peak(device)
+            release(device)
             memory[name] = measure_memory(settings, name)
             _write(figures, f"{name}, memory on random tokens", memory_record(memory[name], memory))
     forward = costs[FORWARD.name]

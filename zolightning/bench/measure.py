@@ -38,7 +38,7 @@ def resident_bytes(device: torch.device = CPU) -> int | None:
 def reset_peak(device: torch.device = CPU) -> bool:
     """Lets the peak begin anew with what is held now; returns False where the system has no way to do so.
 
-    On CUDA what the allocator keeps of freed tensors goes back to the card first.
+    What was freed goes back to the system, or to the card, first.
     """
     gc.collect()
     if device.type == "cuda":
@@ -50,6 +50,13 @@ def reset_peak(device: torch.device = CPU) -> bool:
     except OSError:
         return False
     return True
+
+
+def release(device: torch.device) -> None:
+    """Gives back to a card what was freed there; a process on a CPU has no such limit."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def reserved_peak_bytes(device: torch.device) -> int | None:

@@ -19,6 +19,7 @@ from zolightning.bench.measure import (
     free_bytes,
     in_fresh_process,
     peak_bytes,
+    release,
     reserved_peak_bytes,
     reset_peak,
     resident_bytes,
@@ -97,7 +98,7 @@ def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Recor
     chosen = settings.chosen(ROWS if is_cpu else [*ROWS, *PARITY])
     memory: dict[str, Memory] = {}
     for row in chosen:
-        reset_peak(torch.device(settings.device))  # gives the card back what the row before held
+        release(torch.device(settings.device))
         if is_cpu or row.environment:
             memory[row.name] = in_fresh_process(measure_memory, settings, row.name, variables=row.environment)
         else:
@@ -106,7 +107,7 @@ def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Recor
     rows = [*chosen, PUBLISHED_ANSWERS]
     for group in [rows] if is_cpu else [[row] for row in rows]:
         names = [row.name for row in group]
-        reset_peak(torch.device(settings.device))  # gives the card back what the row before held
+        release(torch.device(settings.device))
         if group[0].environment:
             costs |= in_fresh_process(measure_costs, settings, names, variables=group[0].environment)
         else:
