@@ -31,7 +31,7 @@ from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_r
 from zolightning.commands.report import Record
 
 # Forwards first, and the published recipe last, which may not fit
-_ROWS = [FORWARD, DENSE[0], SUBSPACE[0], DENSE[1], *SUBSPACE[1:4], PUBLISHED, PUBLISHED_ANSWERS]
+_ROWS = [FORWARD, *DENSE[:3], *SUBSPACE[:4], PUBLISHED, PUBLISHED_ANSWERS]
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ PUBLISHED_ANSWERS = Row("published, answer logits", PUBLISHED.make)
 DENSE = [
     _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
     _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),
+    _ours("MeZO low byte", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="low_byte")),
     _ours("MeZO rademacher", partial(MeZO, lr=LR, eps=EPS, seed=0, noise="rademacher")),
     Row("MeZO, layer L/3", partial(_one_layer, False)),
     Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
