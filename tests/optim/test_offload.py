@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from live_bytes import LiveBytes
 from zolightning.callbacks.folding import choose_folding
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer, SubZero
 
@@ -115,6 +116,27 @@ def test_what_is_where(dtype: torch.dtype) -> None:
         assert not {"low_word", "master"} & (one.state[module.up].keys() | one.state[module.down].keys())
         assert {"low_word", "master"} & one.state[module.bias].keys()
     assert optimizer.state_bytes() + optimizer.host_bytes() == on_device.state_bytes()
+
+
+@pytest.mark.parametrize("is_offloaded", [True, False])
+def test_restoring_takes_no_second_copy_of_the_weights(is_offloaded: bool) -> None:
+    """Nor, where they are offloaded, one of the low words beside that in host memory."""
+    net, restored = nn.Linear(256, 128, dtype=torch.bfloat16), nn.Linear(256, 128, dtype=torch.bfloat16)
+    method = partial(LOZO, rank=2, offload_low_words=is_offloaded)
+    optimizer, fresh = method(net.named_parameters()), method(restored.named_parameters())
+    optimizer.attach(net), fresh.attach(restored)
+    optimizer.fold_every_step = fresh.fold_every_step = False
+    for _ in range(2):
+        optimizer.fold()
+        optimizer.estimate(lambda: net(torch.ones(1, 256, dtype=torch.bfloat16)).double().sum())
+        optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["state"][0].keys() == {"core", "low_word", "base"}
+    with LiveBytes() as live:
+        fresh.load_state_dict(saved)
+    assert torch.equal(net.weight, restored.weight)
+    low_words, cores, biases = 2 * 256 * 128, 4 * 128 * 2, 2 * 128
+    assert live.peak == low_words + cores + biases
 
 
 @pytest.mark.parametrize("left_state", ["reset", "keep"])
