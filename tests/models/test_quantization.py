@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zolightning import CausalLM
 from zolightning.callbacks import RunOverview, SubspaceResampling, TrainLayers, TrainParameters, ZerothOrder
+from zolightning.memory import size, weight_bytes
 from zolightning.models import answer_log_probs
 from zolightning.optim import LOZO, MeZO
 from zolightning.quantization import Int8Linear, QuantizedLinear, num_weights, quantize, quantized_linears
@@ -208,9 +209,10 @@ def test_layers_below_the_trained_one_run_once_a_step(
 def test_the_overview_counts_what_is_stored(fit: Any, capsys: pytest.CaptureFixture, caplog: Any) -> None:
     with caplog.at_level("INFO"):
         module, _ = fit("int8", TrainLayers([1]), callbacks=[RunOverview()])
-    stored = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     assert any(parameter.dtype == torch.int8 for parameter in module.parameters())
-    assert f"weights {stored / 2**20:,.1f} MiB" in caplog.text + capsys.readouterr().err
+    said = caplog.text + capsys.readouterr().err
+    assert f"weights {size(weight_bytes(module))}, " in said
+    assert f" of {num_weights(module):,} parameters train" in said
 
 
 def test_refuses_to_write_what_is_quantised(

@@ -22,6 +22,7 @@ from zolightning.callbacks.zeroth_order import ZerothOrder
 from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size, trained_by, weight_bytes
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
+from zolightning.quantization import num_weights
 
 
 class RunOverview(Callback):
@@ -109,9 +110,7 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
 
 
 def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str]]:
-    parameters = list(module.parameters())
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trainable)
+    count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, ZerothOrderOptimizer):
             yield "method", f"backpropagation by {type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
@@ -132,8 +131,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             refuse_too_large(planned, free_bytes(device), others)
         yield "memory", str(planned)
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
-    total = sum(parameter.numel() for parameter in parameters)
-    yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {total:,} parameters train"
+    yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
         yield "goes to", folder
