@@ -47,7 +47,7 @@ class Sizes:
         repeated_steps: of each such run.
     """
 
-    bits: int = 1_000_003
+    bits: int = 300_003
     huge: int | None = HUGE
     kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
     steps: tuple[tuple[Settings, float], ...] = (

@@ -85,7 +85,7 @@ def token_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
 
 
 def memory_record(used: Memory, memory: Mapping[str, Memory]) -> dict[str, Any]:
-    """Memory of a row, beside that of a forward."""
+    """Memory of a row, beside that of a forward; `peak_beyond_mib` is what is neither a forward's nor stated state."""
     forward_peak = memory[FORWARD.name].peak
     return {
         "loading_peak_mib": used.loading / MIB,
@@ -94,6 +94,7 @@ def memory_record(used: Memory, memory: Mapping[str, Memory]) -> dict[str, Any]:
         "peak_over_forward": used.peak / forward_peak,
         "state_mib": used.state / MIB,
         "stateless_peak_over_forward": (used.peak - used.state) / forward_peak,
+        "peak_beyond_mib": (used.peak - used.state - forward_peak) / MIB,
         "reserved_peak_mib": None if used.reserved is None else used.reserved / MIB,
         "free_mib": None if used.free is None else used.free / MIB,
     }
