@@ -23,7 +23,6 @@ from zolightning.callbacks import zeroth_order as zeroth_order_file
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.randomness import Generators
 from zolightning.optim import LOZO, MeZO, StepRecord, SubZero, ZerothOrderOptimizer, ZOMuon
 from zolightning.optim.estimators import OneSided
 
@@ -132,12 +131,12 @@ def train(
     method: Callable[..., ZerothOrderOptimizer],
     batches: list[tuple[Tensor, ...]],
     capture: Any = None,
-    limit: int = 16,
+    evaluations_per_forward: int = 1,
 ) -> list[StepRecord]:
     optimizer = method(module.parameters(), seed=5)
-    optimizer.attach(module)
+    optimizer.attach(module, evaluations_per_forward)
     if capture is not None:
-        optimizer.evaluator.graphs = GraphedNetwork(module.net, capture, limit)
+        optimizer.evaluator.graphs = GraphedNetwork(module.net, capture)
     records = []
     for step, batch in enumerate(batches):
         if step == 3 and hasattr(optimizer, "resample"):
@@ -187,6 +186,18 @@ class TestTheSameBits:
         assert_equal(weights(plain), weights(graphed))
         kinds = 2 if records[0].forward_passes % 2 else 1  # unperturbed evaluations have graphs of their own
         assert capture.recorded == 2 * kinds
+        assert capture.replayed > capture.recorded
+
+    @pytest.mark.parametrize("method", ["mezo", "one_sided", "subzero"])
+    def test_of_evaluations_that_share_a_forward(self, method: str) -> None:
+        batches = [(inputs(2 + step % 2, 4, seed=step),) for step in range(6)]
+        plain, graphed, capture = seeded(mlp), seeded(mlp), CPUCapture()
+        expected = train(plain, METHODS[method], batches, None, 2)
+        records = train(graphed, METHODS[method], batches, capture, 2)
+        assert equal(expected, records)
+        assert_equal(weights(plain), weights(graphed))
+        # Of three evaluations, two share a forward
+        assert capture.recorded == (4 if records[0].forward_passes == 3 else 2)
         assert capture.replayed > capture.recorded
 
     def test_of_a_language_model(self) -> None:
@@ -366,9 +377,7 @@ class TestWhatAGraphCannotHold:
         module, capture = seeded(mlp), CPUCapture()
         step, optimizer = steps_of(module, capture)
         with pytest.warns(UserWarning, match="`training_step` differentiates"), torch.enable_grad():
-            optimizer.evaluator.graphs.evaluate(
-                lambda: (module.loss(inputs(2, 4)), torch.ones(())), [Perturbed({})], Generators()
-            )
+            optimizer.evaluator.graphs.evaluate(lambda: (module.loss(inputs(2, 4)), torch.ones(())), [Perturbed({})])
         step(inputs(2, 4))
         assert not capture.recorded
 
@@ -387,9 +396,8 @@ class TestUnderATrainer:
             make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
                 make_regression(), regression_data()
             )
-        for options in ({"evaluations_per_forward": 2}, {"keep_prefix_gib": 1.0}):
-            with pytest.raises(ValueError, match=f"`cuda_graphs` is True.* got {next(iter(options.values()))}"):
-                ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True, **options)
+        with pytest.raises(ValueError, match=r"`cuda_graphs` is True.* leave `keep_prefix_gib` at 0, got 1\.0"):
+            ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True, keep_prefix_gib=1.0)
 
     @pytest.mark.usefixtures("on_the_cpu")
     def test_a_module_without_one_network(self, make_trainer: Any, regression_data: Any, make_regression: Any) -> None:

@@ -105,10 +105,9 @@ class ZerothOrder(Callback):
             raise ValueError(f"`evaluations_per_forward` must be at least 1, got {evaluations_per_forward}.")
         if not keep_prefix_gib >= 0:
             raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
-        if cuda_graphs and (evaluations_per_forward > 1 or keep_prefix_gib):
+        if cuda_graphs and keep_prefix_gib:
             raise ValueError(
-                "`cuda_graphs` is True, and a graph runs all of the network for one evaluation: leave "
-                f"`evaluations_per_forward` at 1, got {evaluations_per_forward}, and `keep_prefix_gib` at 0, got "
+                "`cuda_graphs` is True, and a graph runs all of the network: leave `keep_prefix_gib` at 0, got "
                 f"{keep_prefix_gib}."
             )
         self.method = method

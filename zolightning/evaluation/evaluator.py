@@ -166,10 +166,12 @@ class Evaluator:
         readers = self._find_readers(contexts[0], resting, evaluate)
         for context in contexts:
             context.readers = readers
+        if self.graphs is not None:
+            self.graphs.begin_step(generators)
         if self._stack is not None and not contexts[0].in_place:
             self.is_first = leaves_traces
             try:
-                return self._stack.evaluate(evaluate, contexts, generators), []
+                return self._stack.evaluate(evaluate, contexts, generators, self.graphs), []
             except CannotStack as error:
                 self._stack = None
                 rank_zero_warn(
@@ -178,7 +180,7 @@ class Evaluator:
                 )
         self.is_first = leaves_traces
         if self.graphs is not None and not self.graphs.is_off:
-            return self.graphs.evaluate(evaluate, contexts, generators), contexts[0].unread()
+            return self.graphs.evaluate(evaluate, contexts), contexts[0].unread()
         results = []
         with self.prefix.one_step(generators):
             for context in contexts:

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zolightning.evaluation.capture import Capture, describe_failure
+from zolightning.evaluation.network_state import NetworkState, snapshot_of
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.row_groups import RowGroups
+from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.shared_prefix import replaced_forward
-from zolightning.evaluation.snapshot import Snapshot
-from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Tables, copy_into, static_copy
+from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Perturbations, Tables, copy_into, static_copy
 from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
@@ -62,22 +64,18 @@ class GraphedNetwork:
         self._graphs: dict[Hashable, _Graph] = {}
         self._uses: Counter[Hashable] = Counter()
         self._tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
-        self._held: _Held | None = None
+        self._held: NetworkState | None = None
         self._unsettled = 0  # steps in a row that began with other modules
         self._step = 0
         self._generators = Generators()
 
-    def evaluate(
-        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Losses and their weights under each of some perturbations, which are those of one step."""
-        self._generators = generators
-        self._begin_step()
+    def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
+        """Losses and their weights under each of some perturbations."""
         results = []
         for context in contexts:
             own = self.network.forward
             # As stacked evaluations do: the context is entered last, so that it watches a network that is a reader.
-            with replaced_forward(self.network, partial(self._run, own, context)), context:
+            with replaced_forward(self.network, partial(self.run, own, context)), context:
                 results.append(evaluate())
         return results
 
@@ -87,14 +85,21 @@ class GraphedNetwork:
         self._uses.clear()
         self._held = None
 
-    def _begin_step(self) -> None:
-        """Drops graphs that were recorded with other modules, or with their weights at other addresses."""
+    def begin_step(self, generators: Generators) -> None:
+        """Drops graphs that were recorded with other modules, or with their weights at other addresses.
+
+        Args:
+            generators: what the evaluations of the step draw from.
+        """
+        if self.is_off:
+            return
+        self._generators = generators
         self._step += 1
         if self._held is not None and self._held.is_same():
             self._unsettled = 0
         else:
             self.clear()
-            self._held = _Held(self.network)
+            self._held = NetworkState(self.network)
             self._unsettled += 1
         if self._unsettled > _UNSETTLED:
             self._turn_off("its parameters, buffers or attributes are other ones at each step")
@@ -109,15 +114,21 @@ class GraphedNetwork:
             f"replayed, {reason}."
         )
 
-    def _run(self, own: Callable[..., Any], context: Perturbed, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward within `context`, by a graph where there is one; `own` is that without."""
+    def run(self, own: Callable[..., Any], context: Perturbed, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward within `context`, which is active, by a graph where there is one.
+
+        Args:
+            own: that without a graph.
+            context: how each group of rows sees parameters, or how all rows do.
+            args: of the forward, as `kwargs`.
+        """
         if self.is_off:
             return own(*args, **kwargs)
         try:
             if torch.is_grad_enabled():
                 raise CannotCapture("`training_step` differentiates")
             arguments = Arguments(args, kwargs, self._capture.device)
-            parts = Parts(_watched(context), self._capture.device)
+            parts = Parts([_watched(group) for group in _groups(context)], self._capture.device)
         except CannotCapture as error:
             self._turn_off(str(error))
             return own(*args, **kwargs)
@@ -130,11 +141,13 @@ class GraphedNetwork:
                 self._add(key, own, context, arguments, parts, output)
             return output
         output = graph.replay(arguments, parts, self._step)
-        context.seen |= graph.seen
         if graph.proofs < _PROOFS and graph.proven_in != self._step:
             expected = own(*args, **kwargs)
             self._prove(graph, output, expected)
             return expected
+        context.seen |= graph.twin.seen
+        if isinstance(context, RowGroups) and isinstance(graph.twin, RowGroups):
+            context.cuts += graph.twin.cuts
         return output
 
     def _has_room(self, key: Hashable) -> bool:
@@ -169,10 +182,11 @@ class GraphedNetwork:
             args, kwargs = arguments.with_tensors(graph.inputs)
 
             def run() -> Any:
-                perturbed = Perturbed(tables.perturbations, readers=readers)  # with scratch memory of its own
-                with context.paused(), perturbed:
+                graph.twin = _twin(context, tables.groups)
+                graph.twin.readers = readers
+                with context.paused(), graph.twin:
                     output = own(*args, **kwargs)
-                graph.seen = perturbed.seen
+                graph.twin.scratch = Scratch()  # that which was used is the pool's again
                 return output
 
             copy_into(graph.inputs, arguments.tensors)
@@ -189,7 +203,7 @@ class GraphedNetwork:
 
     def _warm_up(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> None:
         """Runs what is to be recorded once, and looks at what it leaves behind."""
-        before = _snapshot(self.network)
+        before = snapshot_of(self.network)
         states, versions = self._generators.states(), [tensor._version for tensor in inputs]
         for leaf in tree_flatten(self._capture.warm_up(run))[0]:
             if not isinstance(leaf, Tensor | int | float | str | None):
@@ -214,7 +228,7 @@ class _Graph:
         inputs: where it reads the tensors among the arguments.
         output: where it writes what the forward returned.
         launch: runs it.
-        seen: ids of the parameters that it reads.
+        twin: the context that it was recorded in, which knows what has been read and cut.
         proofs: steps in which a replay has been compared with a run without the graph, `proven_in` the last of them.
     """
 
@@ -222,7 +236,7 @@ class _Graph:
         self.inputs = [static_copy(tensor) for tensor in arguments.tensors]
         self.output: Any = None
         self.launch: Callable[[], None]
-        self.seen: set[int] = set()
+        self.twin: Perturbed
         self.proofs = self.proven_in = 0
         self._tables = tables
 
@@ -234,36 +248,15 @@ class _Graph:
         return tree_map_only(Tensor, Tensor.clone, self.output)
 
 
-class _Held:
-    """What the modules of a network hold, and where their tensors lie."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._inner = [(name, module) for name, module in network.named_modules() if module is not network]
-        self._snapshot = _snapshot(network)
-        self._tensors = [*network.parameters(), *network.buffers()]
-        self._addresses = self._now()
-
-    def is_same(self) -> bool:
-        """Whether nothing has been exchanged; what is in the tensors may differ."""
-        return self._snapshot.holds_the_same() and self._addresses == self._now()
-
-    def hooked(self) -> str | None:
-        """The name of a module inside the network with a hook around its forward."""
-        return next((name for name, m in self._inner if m._forward_hooks or m._forward_pre_hooks), None)
-
-    def _now(self) -> list[int]:
-        return [_address(tensor) for tensor in self._tensors]
+def _groups(context: Perturbed) -> Sequence[Perturbed]:
+    return context.groups if isinstance(context, RowGroups) else [context]
 
 
-def _snapshot(network: nn.Module) -> Snapshot:
-    return Snapshot(list(network.modules()), set(), {id(parameter) for parameter in network.parameters()}, {})
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except (NotImplementedError, RuntimeError):  # of a subclass that wraps other tensors, of a quantised weight say
-        return 0
+def _twin(context: Perturbed, groups: Sequence[Perturbations]) -> Perturbed:
+    """A context like another one, with other perturbations, and scratch memory of its own."""
+    scratch = Scratch()
+    contexts = [Perturbed(group, scratch=scratch) for group in groups]
+    return RowGroups(contexts, context.rows, context.held) if isinstance(context, RowGroups) else contexts[0]
 
 
 def _watched(context: Perturbed) -> dict[nn.Parameter, Any]:

@@ -1,6 +1,7 @@
 """Copies that stay where they are, for CUDA graphs: of a network's arguments, and of what perturbations are made of."""
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from zolightning.directions.dense import Direction
 from zolightning.directions.perturbation import Perturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
+
+
+Perturbations = Mapping[nn.Parameter, Perturbation | None]
 
 
 class CannotCapture(Exception):
@@ -45,7 +50,11 @@ class Arguments:
 
 
 class Parts:
-    """The tensors that some perturbations are made of, and all else by value.
+    """The tensors that the perturbations of some groups of rows are made of, and all else by value.
+
+    Args:
+        groups: how each group of rows sees parameters.
+        device: of the tensors.
 
     Attributes:
         tables: tensors that hold them: a table of which several are rows counts once.
@@ -56,24 +65,27 @@ class Parts:
             these.
     """
 
-    def __init__(self, perturbations: Mapping[nn.Parameter, Perturbation | None], device: torch.device) -> None:
-        self.perturbations = perturbations
+    def __init__(self, groups: Sequence[Perturbations], device: torch.device) -> None:
+        self._groups = groups
         self._device = device
         self.tables: list[Tensor] = []
         self._places: dict[int, int] = {}  # in `tables`, by id
         self._known: dict[int, Hashable] = {}  # what has been said of tables, by id
-        described = [(id(p), self._described(change)) for p, change in perturbations.items()]
-        self.key: Hashable = (*described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
+        described = [(id(p), self._described(change)) for group in groups for p, change in group.items()]
+        self.key: Hashable = (len(groups), *described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
 
-    def with_tables(self, tables: Sequence[Tensor]) -> dict[nn.Parameter, Perturbation | None]:
+    def with_tables(self, tables: Sequence[Tensor]) -> list[Perturbations]:
         """The same perturbations with other tables."""
 
+        @functools.cache
         def exchanged(tensor: Tensor) -> Tensor:
             table = _table_of(tensor)
             offset = tensor.storage_offset() - table.storage_offset()
             return tables[self._places[id(table)]].as_strided(tensor.shape, tensor.stride(), offset)
 
-        return {parameter: _rebuilt(change, exchanged) for parameter, change in self.perturbations.items()}
+        return [
+            {parameter: _rebuilt(change, exchanged) for parameter, change in group.items()} for group in self._groups
+        ]
 
     def _described(self, value: Any) -> Hashable:
         """`value` without what is in its tensors. It runs for each parameter at each forward, so it is to be quick."""
@@ -91,6 +103,9 @@ class Parts:
             if table is value:
                 self._known[id(value)] = found
             return found
+        if kind is Direction:  # its `values` repeat what is in a table, and say which groups are opposites
+            values = value.values if len(self._groups) > 1 else None
+            return kind, value.kind, values, self._described(value.keys), self._described(value.coefficients)
         return (kind, *[self._described(part) for part in _members(value).values()])
 
     def _add(self, table: Tensor) -> int:
@@ -105,14 +120,14 @@ class Tables:
     """What perturbations are made of, in memory that stays.
 
     Attributes:
-        perturbations: those of `parts`, made of this memory.
+        groups: the perturbations of `parts`, made of this memory.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._static = [static_copy(table) for table in parts.tables]
         self._sources: list[Tensor | None] = [None] * len(parts.tables)
         self._step = 0
-        self.perturbations = parts.with_tables(self._static)
+        self.groups = parts.with_tables(self._static)
 
     def fill(self, parts: Parts, step: int) -> None:
         """Copies what has not been copied in this step: within a step nobody writes to what perturbations hold."""
