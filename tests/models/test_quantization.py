@@ -215,7 +215,7 @@ def test_the_overview_counts_weights_and_the_bytes_in_which_they_are_stored(
     total = sum(parameter.numel() for parameter in plain.parameters())
     caplog.set_level("INFO")
     module, _ = fit(kind, TrainLayers([1]), callbacks=[RunOverview()])
-    assert f"scope     TrainLayers: 7,744 of {total:,} parameters train" in caplog.text
+    assert f" TrainLayers: 7,744 of {total:,} parameters train" in caplog.text
     stored = {"int8": lambda m, n: m * n + 2 * m, "nf4": lambda m, n: m * n / 2 + 2 * math.ceil(m * n / 64)}[kind]
     saved = sum(2 * m * n - stored(m, n) for m, n in shapes)
     assert weight_bytes(module.model.model.layers) == weight_bytes(plain.model.model.layers) - saved
