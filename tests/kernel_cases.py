@@ -57,8 +57,7 @@ def add(
     loops: Any, device: str, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
 ):
     weight, low = stored(dtype, rest, device)
-    for _ in range(2):
-        loops.add(weight, **noise(queries, kind, device), decay=decay, rest=low, start=2)
+    loops.add(weight, **noise(queries, kind, device), decay=decay, rest=low, start=2)
     return (weight,) if low is None else (weight, low)
 
 

@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "qwen3": LLAMA_SIZES,
     "gemma3_text": LLAMA_SIZES,
 }
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 METHODS = {
     "lozo": partial(LOZO, rank=2, lr=1e-2, vector_lr=1e-3),
     "subzero": partial(SubZero, rank=4, lr=1e-2, vector_lr=1e-3, num_queries=2),
@@ -57,16 +58,17 @@ class Counting(nn.Module):
 class LanguageModel(Counting):
     """A causal language model of random weights, and the loss of predicting three sequences."""
 
-    def __init__(self, architecture: str, dtype: torch.dtype, **changes: Any) -> None:
+    def __init__(self, architecture: str, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> None:
         special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
         config = AutoConfig.for_model(architecture, vocab_size=13, **special, **ARCHITECTURES[architecture] | changes)
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            super().__init__(AutoModelForCausalLM.from_config(config).to(dtype).eval(), len(IDS))
+            super().__init__(AutoModelForCausalLM.from_config(config).to(device, dtype).eval(), len(IDS))
+        self.ids = IDS.to(device)
 
     def loss(self) -> Tensor:
-        logits = self.net(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten())
+        logits = self.net(input_ids=self.ids, attention_mask=torch.ones_like(self.ids), use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), self.ids[:, 1:].flatten())
 
 
 class Regressor(Counting):

@@ -1,7 +1,5 @@
 """What a run is said to need of memory, against what it takes."""
 
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from live_bytes import LiveBytes
 from zolightning.adapters import AdapterSettings, add_adapter
 from zolightning.memory import (
     LORA_RANK,
@@ -42,36 +39,6 @@ def model(architecture: str = "llama", dtype: torch.dtype = torch.bfloat16, devi
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-class LiveBytes(TorchDispatchMode):
-    """Notes how many bytes of what operations returned are alive at once, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.references: Counter[int] = Counter()
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        output = func(*args, **(kwargs or {}))
-        for value in tree_leaves(output):
-            if isinstance(value, Tensor) and (_storage(value) in self.sizes or _storage(value) not in given):
-                self.sizes[_storage(value)] = value.untyped_storage().nbytes()
-                self.references[_storage(value)] += 1
-                weakref.finalize(value, self._free, _storage(value))
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return output
-
-    def _free(self, storage: int) -> None:
-        self.references[storage] -= 1
-        if not self.references[storage]:
-            del self.sizes[storage]
-
-
-def _storage(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
-
-
 @pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
 def test_state_is_what_is_there_when_it_is_largest(
     method: Callable[..., Any], make_problem: Callable[..., Any]
@@ -90,6 +57,17 @@ def test_state_is_what_is_there_when_it_is_largest(
     optimizer.estimate(problem)
     optimizer.step()
     assert (optimizer.state_bytes(), optimizer.host_bytes()) == expected
+
+
+@pytest.mark.parametrize(("left_state", "count"), [("reset", 1), ("keep", 3)])
+def test_blocks_at_rest_count_where_they_keep_their_state(
+    left_state: Any, count: int, make_problem: Callable[..., Any]
+) -> None:
+    problem = make_problem()
+    optimizer = MeZO(problem.parameters())
+    optimizer.set_blocks([[parameter] for parameter in problem.parameters()], left_state)
+    optimizer.activate([1])
+    assert len(trained_by(optimizer)) == count
 
 
 def test_state_in_host_memory() -> None:

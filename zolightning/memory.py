@@ -112,8 +112,11 @@ def whole(weights: Iterable[Tensor]) -> list[Trained]:
 
 
 def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
-    """What an optimizer moves."""
-    return [Trained(parameter, optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable()]
+    """What an optimizer moves now, and what rests and keeps its state."""
+    parameters = [parameter for _, _, parameter in optimizer.trainable()]
+    if optimizer.param_groups[0].get("left_state") == "keep":
+        parameters += [parameter for _, parameter in optimizer.at_rest()]
+    return [Trained(parameter, optimizer.trainable_shape(parameter)) for parameter in parameters]
 
 
 def weight_bytes(module: nn.Module) -> int:

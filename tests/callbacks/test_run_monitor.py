@@ -94,7 +94,7 @@ def test_speed_leaves_out_validation(
     assert 10 < recorder.logged("run/steps_per_second")[3] < 50
 
 
-@pytest.mark.parametrize(("method", "state"), [(partial(MeZO, lr=0.01), "0.0"), (partial(MeZOAdam, lr=0.01), "8.0")])
+@pytest.mark.parametrize(("method", "state"), [(partial(MeZO, lr=0.01), "0.0"), (partial(MeZOAdam, lr=0.01), "2.1")])
 def test_says_the_memory_of_the_state_once(
     method: Any,
     state: str,
@@ -112,8 +112,7 @@ def test_says_the_memory_of_the_state_once(
     trainer = make_trainer(callbacks=[ZerothOrder(method), RunMonitor()], max_steps=2)
     trainer.fit(module, regression_data())
     name = method.func.__name__
-    expected = {"0.0": "0.0", "8.0": "2.0"}[state]
-    assert said == [f"{name} keeps {expected} MiB of state for 1.0 MiB of trainable weights."]
+    assert said == [f"{name} keeps {state} MB of state for 1.0 MB of trainable weights."]
 
 
 class Sampled(L.LightningDataModule):
@@ -163,4 +162,4 @@ def test_counts_what_trains_of_a_slice(
     module.net[0].requires_grad_(False)
     trainer = make_trainer(callbacks=[ZerothOrder(partial(MeZOAdam, lr=0.01)), Half(), RunMonitor()], max_steps=1)
     trainer.fit(module, regression_data())
-    assert said == ["MeZOAdam keeps 1.0 MiB of state for 0.5 MiB of trainable weights."]
+    assert said == ["MeZOAdam keeps 1.0 MB of state for 0.5 MB of trainable weights."]

@@ -49,6 +49,8 @@ def test_fit_leaves_config_metrics_and_checkpoints(finished: tuple[Runs, str]) -
     assert {2, 5} <= set(scalars["val/accuracy"])  # counted from 0; 0 is the validation before training
     assert "test/accuracy" in scalars
     assert "It was" in runs.texts(0)["prompt/text_summary"]
+    overview = runs.texts(0)["run/text_summary"]
+    assert "activations " in overview and "not estimated" not in overview
 
     (best,) = (runs.version(0) / "checkpoints").glob("best-step=*.ckpt")
     last = load(runs.version(0) / "checkpoints/last.ckpt")

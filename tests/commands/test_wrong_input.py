@@ -30,6 +30,10 @@ pytestmark = [
         (("--data.init_args.path", "no/such/folder"), "`data.path` must be a folder of JSON lines"),
         (("--data.init_args.batch_size", "0"), "`data.batch_size` must be at least 1, got 0"),
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
+        (
+            ("--model.init_args.quantization", "int8"),
+            "`model.quantization` is 'int8', which freezes weights, and no `scope`",
+        ),
         (("--method.lr", "-1"), "`lr` must be a positive number, got -1.0"),
         (("--ckpt_path", "no.ckpt"), "`ckpt_path` is no.ckpt, which is not a file"),
         (("--seed_everything", "-1"), "`seed_everything` must be at least 0 and below 2**32, got -1"),

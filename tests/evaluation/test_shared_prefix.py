@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from stacked_runs import DEVICES, LanguageModel
 from tape import Tape
 from zolightning.callbacks import ZerothOrder
+from zolightning.evaluation.shared_prefix import layers_of
 from zolightning.optim import MeZO, StepRecord
 from zolightning.optim.estimators import Estimator, OneSided, Population, TwoSided
 
@@ -102,6 +104,35 @@ def test_losses_keep_all_their_bits(dtype: torch.dtype, parts: int, estimator: E
     assert records == expected
     for one, other in zip(shared.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@DEVICES
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_losses_of_language_models_keep_all_their_bits(architecture: str, device: str) -> None:
+    """What is shared is proven by one evaluation more, which needs kernels that give the same bits each time."""
+
+    def step_twice(share: bool) -> tuple[list[StepRecord], int]:
+        module, runs = LanguageModel(architecture, torch.bfloat16, device), Tape()
+        first, second = layers_of(module)
+        module.requires_grad_(False)
+        second.requires_grad_(True)
+        first.forward = partial(
+            lambda forward, *args, **kwargs: (runs.append(1), forward(*args, **kwargs))[1], first.forward
+        )
+        optimizer = MeZO(module.parameters(), lr=1e-2, seed=0)
+        optimizer.attach(module)
+        if not share:
+            optimizer.evaluator.prefix.layers = ()
+        records = []
+        for _ in range(2):
+            runs.clear()
+            records.append(optimizer.estimate(module.loss))
+            optimizer.step()
+        return records, len(runs)
+
+    (records, runs), (expected, all_runs) = step_twice(share=True), step_twice(share=False)
+    assert (runs, all_runs) == (1, 2)
+    assert records == expected
 
 
 @pytest.mark.parametrize(

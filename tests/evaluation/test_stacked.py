@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stacked_runs import METHODS, WARN_ONLY_WHERE_EXPECTED, LanguageModel, Method, Regressor, assert_close, mlp, run
+from stacked_runs import (
+    DEVICES,
+    METHODS,
+    WARN_ONLY_WHERE_EXPECTED,
+    LanguageModel,
+    Method,
+    Regressor,
+    assert_close,
+    mlp,
+    run,
+)
 from waits import Waits
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
-from zolightning.evaluation.perturbed import Perturbation, Perturbed
-from zolightning.evaluation.reads import FlippedBit
-from zolightning.evaluation.row_groups import RowGroups
 from zolightning.optim import ZOMOPI, MeZO, StepRecord
 
 pytestmark = WARN_ONLY_WHERE_EXPECTED
@@ -43,18 +50,21 @@ class TestSameLosses:
         for size in (2, 4):
             assert_close(run(make, method, size), expected, loss=1e-9, grad=1e-6)
 
+    @DEVICES
     @pytest.mark.parametrize("tied", [True, False])
-    def test_in_float32(self, tied: bool) -> None:
-        """1e-6 of a loss of 2.6 over 2 eps = 2e-3 makes 1e-3 of a projected gradient."""
-        make = partial(LanguageModel, "llama", torch.float32, tie_word_embeddings=tied)
+    def test_in_float32(self, tied: bool, device: str) -> None:
+        """1e-6 of a loss of 2.6 over 2 eps = 2e-3 makes 1e-3 of a projected gradient; 1e-5 is what is trusted."""
+        make = partial(LanguageModel, "llama", torch.float32, device, tie_word_embeddings=tied)
+        loss, grad = (1e-6, 4e-3) if device == "cpu" else (1e-5, 4e-2)
         for method in METHODS.values():
-            assert_close(run(make, method, 4, steps=2), run(make, method, 1, steps=2), loss=1e-6, grad=4e-3)
+            assert_close(run(make, method, 4, steps=2), run(make, method, 1, steps=2), loss, grad)
 
-    def test_in_bfloat16(self) -> None:
-        make = partial(LanguageModel, "gpt2", torch.bfloat16)
+    @DEVICES
+    def test_in_bfloat16(self, device: str) -> None:
+        make = partial(LanguageModel, "gpt2", torch.bfloat16, device)
         for method in METHODS.values():
             found, expected = run(make, method, 4, steps=2), run(make, method, 1, steps=2)
-            assert found[0].loss == pytest.approx(expected[0].loss, rel=1e-3)
+            assert found[0].loss == pytest.approx(expected[0].loss, rel=1e-3 if device == "cpu" else 5e-3)
 
     def test_of_every_method(self, method: Method) -> None:
         make = partial(Regressor, mlp, 6, 4)
@@ -76,20 +86,6 @@ class TestSameLosses:
         make = partial(Regressor, make_net, 6, 2, 2)
         for method in (METHODS["mopi"], METHODS["mezo"]):
             assert_close(run(make, method, 2), run(make, method, 1), loss=1e-9, grad=1e-6)
-
-    @pytest.mark.parametrize("shape", [(), (3,), (1, 3), (2, 3)])
-    def test_what_all_rows_are_multiplied_by(self, shape: tuple[int, ...]) -> None:
-        """Group by group, and in the dtype that a row and a number, or a vector, of another dtype make."""
-        scale = nn.Parameter(torch.full(shape, 1.5))
-        changes: list[Perturbation | None] = [None, FlippedBit()]
-        rows = torch.linspace(-1, 1, 24, dtype=torch.bfloat16).view(4, 2, 3)
-        for multiply in (lambda x: x * scale, lambda x: scale * x):
-            with torch.no_grad(), RowGroups([Perturbed({scale: c}) for c in changes], 4, {id(scale): "scale"}):
-                found = multiply(rows)
-            for part, of_rows, change in zip(found.chunk(2), rows.chunk(2), changes, strict=True):
-                with torch.no_grad(), Perturbed({scale: change}):
-                    expected = multiply(of_rows)
-                assert part.dtype == expected.dtype and torch.equal(part, expected)
 
     def test_where_only_biases_train(self) -> None:
         def make() -> Regressor:

@@ -50,3 +50,21 @@ def test_networks_that_need_the_mask_keep_it(make_model, changes, is_kept):
     assert (attention_mask_for(network, mask) is mask) == is_kept
     assert attention_mask_for(network, MASK) is MASK
     assert attention_mask_for(nn.Identity(), mask) is mask
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", sorted(TAKE_CAUSAL_MASKS))
+@torch.no_grad()
+def test_no_wait_on_a_gpu(make_model, model_type):
+    model, ids = make_model(model_type.removesuffix("_text")), torch.arange(2, 20).view(MASK.shape)
+    if getattr(model.config, "sliding_window", None):
+        model.config.sliding_window = 64
+    expected = last_logits(model, ids, MASK, count=6)
+    ids, mask = ids.cuda(), MASK.cuda()
+    last_logits(model.cuda(), ids, mask, count=6)  # which sets up libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = last_logits(model, ids, mask, count=6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu()[MASK > 0], expected[MASK > 0], rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """A base quantised to 8 and 4 bits: what it computes, and what trains beside it, is saved, restored and exported."""
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zolightning import CausalLM
 from zolightning.callbacks import RunOverview, SubspaceResampling, TrainLayers, TrainParameters, ZerothOrder
+from zolightning.memory import weight_bytes
 from zolightning.models import answer_log_probs
 from zolightning.optim import LOZO, MeZO
 from zolightning.quantization import Int8Linear, QuantizedLinear, num_weights, quantize, quantized_linears
@@ -205,12 +207,18 @@ def test_layers_below_the_trained_one_run_once_a_step(
     assert len(runs) == LINEARS_OF_A_LAYER
 
 
-def test_the_overview_counts_what_is_stored(fit: Any, capsys: pytest.CaptureFixture, caplog: Any) -> None:
-    with caplog.at_level("INFO"):
-        module, _ = fit("int8", TrainLayers([1]), callbacks=[RunOverview()])
-    stored = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    assert any(parameter.dtype == torch.int8 for parameter in module.parameters())
-    assert f"weights {stored / 2**20:,.1f} MiB" in caplog.text + capsys.readouterr().err
+def test_the_overview_counts_weights_and_the_bytes_in_which_they_are_stored(
+    kind: Any, fit: Any, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = CausalLM(str(tiny_folder), dtype="bfloat16")
+    shapes = [m.weight.shape for m in plain.model.model.layers[0].modules() if isinstance(m, nn.Linear)]
+    total = sum(parameter.numel() for parameter in plain.parameters())
+    caplog.set_level("INFO")
+    module, _ = fit(kind, TrainLayers([1]), callbacks=[RunOverview()])
+    assert f" TrainLayers: 7,744 of {total:,} parameters train" in caplog.text
+    stored = {"int8": lambda m, n: m * n + 2 * m, "nf4": lambda m, n: m * n / 2 + 2 * math.ceil(m * n / 64)}[kind]
+    saved = sum(2 * m * n - stored(m, n) for m, n in shapes)
+    assert weight_bytes(module.model.model.layers) == weight_bytes(plain.model.model.layers) - saved
 
 
 def test_refuses_to_write_what_is_quantised(

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from live_bytes import LiveBytes
 from zolightning.callbacks.folding import choose_folding
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer, SubZero
 
@@ -71,9 +72,12 @@ def assert_same_content(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.func.__name__)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_and_checkpoints_have_the_same_bits(method: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "exact"), (torch.bfloat16, "low_byte"), (torch.float16, "exact")]
+)
+def test_weights_and_checkpoints_have_the_same_bits(method: Any, dtype: torch.dtype, precision: str) -> None:
     """Also those of runs that go on from a checkpoint with the other setting, in the middle of an interval."""
+    method = partial(method, update_precision=precision)
     net, other = Net(dtype), Net(dtype)
     optimizer, offloaded = attached(method, net), attached(method, other, offload_low_words=True)
     for start, stop in ((0, 3), (3, 10), (10, STEPS)):
@@ -112,6 +116,43 @@ def test_what_is_where(dtype: torch.dtype) -> None:
         assert not {"low_word", "master"} & (one.state[module.up].keys() | one.state[module.down].keys())
         assert {"low_word", "master"} & one.state[module.bias].keys()
     assert optimizer.state_bytes() + optimizer.host_bytes() == on_device.state_bytes()
+
+
+@pytest.mark.parametrize("is_offloaded", [True, False])
+def test_restoring_takes_no_second_copy_of_the_weights(is_offloaded: bool) -> None:
+    """Nor, where they are offloaded, one of the low words beside that in host memory."""
+    net, restored = nn.Linear(256, 128, dtype=torch.bfloat16), nn.Linear(256, 128, dtype=torch.bfloat16)
+    method = partial(LOZO, rank=2, offload_low_words=is_offloaded)
+    optimizer, fresh = method(net.named_parameters()), method(restored.named_parameters())
+    optimizer.attach(net), fresh.attach(restored)
+    optimizer.fold_every_step = fresh.fold_every_step = False
+    for _ in range(2):
+        optimizer.fold()
+        optimizer.estimate(lambda: net(torch.ones(1, 256, dtype=torch.bfloat16)).double().sum())
+        optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["state"][0].keys() == {"core", "low_word", "base"}
+    with LiveBytes() as live:
+        fresh.load_state_dict(saved)
+    assert torch.equal(net.weight, restored.weight)
+    low_words, cores, biases = 2 * 256 * 128, 4 * 128 * 2, 2 * 128
+    assert live.peak == low_words + cores + biases
+
+
+@pytest.mark.parametrize("left_state", ["reset", "keep"])
+def test_blocks_leave_it_or_keep_it(left_state: Any) -> None:
+    nets = Net(torch.bfloat16), Net(torch.bfloat16)
+    for net, is_offloaded in zip(nets, (True, False), strict=True):
+        optimizer = attached(METHODS[0], net, offload_low_words=is_offloaded)
+        optimizer.set_blocks([[net.up], [net.down, net.bias]], left_state)
+        for step in range(STEPS):
+            optimizer.activate([step // INTERVAL % 2])
+            optimizer.estimate(net)
+            optimizer.step()
+        optimizer.fold()
+        kept = {"reset": net.up.nbytes, "keep": net.up.nbytes + net.down.nbytes}[left_state]
+        assert optimizer.host_bytes() == kept * is_offloaded
+    assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))
 
 
 def test_float32_weights_have_nothing_to_offload() -> None:

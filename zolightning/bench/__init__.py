@@ -1,1 +1,1 @@
-"""Benchmarks, ``python -m zolightning.bench``: each prints its tables and writes ``logs/bench/NAME.csv``."""
+"""Benchmarks, ``python -m zolightning.bench``: what they measure, and what they found, is in ``logs/README.md``."""

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from zolightning.bench import memory_table, step_command
+from zolightning.bench import evidence, gpu, memory_table, step_command
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -11,6 +11,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m zolightning.bench", description=__doc__)
     commands = parser.add_subparsers(title="benchmarks", required=True)
     step_command.add_command(commands)
+    gpu.add_command(commands)
+    evidence.add_command(commands)
     memory_table.add_command(commands)
     arguments = parser.parse_args(args)
     arguments.run(arguments)

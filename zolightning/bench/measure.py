@@ -1,17 +1,23 @@
 """Time and bytes: of a process on CPUs, of torch's allocator and the whole card on CUDA."""
 
 import gc
+import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 def peak_bytes(device: torch.device = CPU) -> int:
@@ -32,7 +38,7 @@ def resident_bytes(device: torch.device = CPU) -> int | None:
 def reset_peak(device: torch.device = CPU) -> bool:
     """Lets the peak begin anew with what is held now; returns False where the system has no way to do so.
 
-    On CUDA what the allocator keeps of freed tensors goes back to the card first.
+    What was freed goes back to the system, or to the card, first.
     """
     gc.collect()
     if device.type == "cuda":
@@ -44,6 +50,13 @@ def reset_peak(device: torch.device = CPU) -> bool:
     except OSError:
         return False
     return True
+
+
+def release(device: torch.device) -> None:
+    """Gives back to a card what was freed there; a process on a CPU has no such limit."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def reserved_peak_bytes(device: torch.device) -> int | None:
@@ -79,6 +92,32 @@ def kernel_seconds(call: Callable[[], object], device: torch.device, repeats: in
         call()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
+
+
+def in_fresh_process(
+    function: Callable[..., Result], *arguments: Any, variables: Iterable[tuple[str, str]] = ()
+) -> Result:
+    """What `function` returns in a process that has done nothing yet and has these variables in its environment."""
+    with environment(variables), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def environment(variables: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """Sets variables, which processes that are started meanwhile find from their beginning."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def require(device: torch.device) -> None:
+    """Raises a SystemExit, with a line that says so, where there is no such device."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("`--device` is cuda, and PyTorch finds no GPU that it can use. Use cpu.")
 
 
 def _status(field: str) -> int | None:

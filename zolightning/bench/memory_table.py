@@ -10,9 +10,9 @@ from functools import partial
 from torch import nn
 
 from zolightning.bench.shapes import SHAPES, model_of_shape
+from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, layer, plan, whole, with_lora
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero
-from zolightning.optim.precision import UPDATE_PRECISIONS
 from zolightning.quantization import Quantization
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
@@ -32,6 +32,11 @@ def _all(model: nn.Module) -> list[Trained]:
     return whole(model.parameters())
 
 
+def _in_layers(model: nn.Module) -> list[Trained]:
+    """Without the token embeddings and the output layer."""
+    return whole(parameter for layer in find_layers(model).layers for parameter in layer.parameters())
+
+
 def _lora(quantization: Quantization | None, model: nn.Module, batch: BatchShape) -> MemoryPlan:
     return with_lora(model, MeZO, batch, quantization)
 
@@ -41,8 +46,11 @@ MODES: dict[str, Mode] = {
     "inference": partial(_training, MeZO, lambda model: []),
     **{
         f"MeZO, `update_precision: {name}`": partial(_training, partial(MeZO, update_precision=name), _all)
-        for name in UPDATE_PRECISIONS
+        for name in ("native", "exact", "low_byte")
     },
+    "the same in all layers, not the embeddings": partial(
+        _training, partial(MeZO, update_precision="low_byte"), _in_layers
+    ),
     "MeZO in one layer": partial(_training, MeZO, layer),
     "LOZO, rank 4": partial(_training, partial(LOZO, rank=4), _all),
     "SubZero, rank 64": partial(_training, partial(SubZero, rank=64), _all),

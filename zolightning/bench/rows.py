@@ -30,11 +30,13 @@ class Row:
         name: as printed.
         make: takes a model and returns its training step, which takes the loss of a batch.
         forwards: evaluations of the loss that a step asks for.
+        environment: variables that the row needs from the start of its process.
     """
 
     name: str
     make: Callable[[nn.Module], Step]
     forwards: int = 2
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class OptimizerStep:
@@ -110,6 +112,7 @@ PUBLISHED_ANSWERS = Row("published, answer logits", PUBLISHED.make)
 DENSE = [
     _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
     _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),
+    _ours("MeZO low byte", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="low_byte")),
     _ours("MeZO rademacher", partial(MeZO, lr=LR, eps=EPS, seed=0, noise="rademacher")),
     Row("MeZO, layer L/3", partial(_one_layer, False)),
     Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
@@ -124,3 +127,10 @@ SUBSPACE = [
     *(_ours(f"the same, {k} evaluations a forward", partial(_MOPI, num_queries=4), 8, k) for k in (2, 4, 8)),
 ]
 ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]
+# On a GPU: what the loops in Triton are for
+_NO_TRITON = ("ZOLIGHTNING_TRITON", "0")
+PARITY = [
+    Row("MeZO, loops by torch.compile", DENSE[0].make, environment=(_NO_TRITON,)),
+    Row("MeZO, eager loops", DENSE[0].make, environment=(_NO_TRITON, ("ZOLIGHTNING_COMPILE", "0"))),
+]
+BY_NAME = {row.name: row for row in [*ROWS, PUBLISHED_ANSWERS, *PARITY]}

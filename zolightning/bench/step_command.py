@@ -10,9 +10,10 @@ import torch
 
 from zolightning.bench.floors import Ceilings
 from zolightning.bench.lengths import LENGTHS
+from zolightning.bench.measure import require
 from zolightning.bench.noise_cost import measure_noise
 from zolightning.bench.report import machine, write_csv
-from zolightning.bench.rows import RANK, ROWS
+from zolightning.bench.rows import BY_NAME, RANK
 from zolightning.bench.shapes import PREFIX
 from zolightning.bench.step_cost import Settings, measure_step
 from zolightning.bench.subject import DTYPES
@@ -54,14 +55,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run(settings: Settings) -> None:
-    """Measures, prints the tables and writes them to one file.
-
-    Raises:
-        ValueError: the device or the model is not there.
-    """
+    """Measures, prints the tables and writes them to one file."""
     device = torch.device(settings.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`device` is cuda, and torch finds no GPU. Use cpu.")
+    require(device)
     ceilings = Ceilings.measure(device, getattr(torch, DTYPES[settings.precision]))
     context = machine(device) | {
         "copy_gb_per_second": f"{ceilings.bytes_per_second / 1e9:.0f}",
@@ -117,7 +113,7 @@ def _pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
-    if not any(re.search(text, row.name) for row in ROWS):
-        names = ", ".join(row.name for row in ROWS)
+    if not any(re.search(text, name) for name in BY_NAME):
+        names = ", ".join(BY_NAME)
         raise argparse.ArgumentTypeError(f"must match the name of a row, got {text!r}; there are {names}")
     return text

@@ -5,39 +5,44 @@ row. On a GPU, where the states of all rows do not fit side by side, each row ha
 """
 
 import re
-import statistics
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.bench.floors import Ceilings, floor_table, forward_flops, parameter_side_bytes
-from zolightning.bench.measure import free_bytes, peak_bytes, reserved_peak_bytes, reset_peak, resident_bytes
+from zolightning.bench.measure import (
+    free_bytes,
+    in_fresh_process,
+    peak_bytes,
+    release,
+    reserved_peak_bytes,
+    reset_peak,
+    resident_bytes,
+)
 from zolightning.bench.orthogonalization_cost import measure_orthogonalization
 from zolightning.bench.prompts import Prompts, check_same_loss, time_prompts
 from zolightning.bench.rows import (
-    DENSE,
+    BY_NAME,
     FORWARD,
+    PARITY,
     POWER_RANK,
     PUBLISHED,
     PUBLISHED_ANSWERS,
     RANK,
     ROWS,
-    SUBSPACE,
     Row,
     state_bytes,
 )
+from zolightning.bench.step_records import Cost, Memory, Workload, memory_record, prompt_record, rates, token_record
 from zolightning.bench.subject import Subject
 from zolightning.commands.report import Record, round_robin
 
 MEMORY_STEPS = 3
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -87,85 +92,72 @@ class Settings:
 _COMPARED = (FORWARD, PUBLISHED, PUBLISHED_ANSWERS)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a process that does nothing but a few steps; on CUDA of the tensors that it holds there.
-
-    Attributes:
-        loading: peak until the model was loaded.
-        loaded: held before the first step; None where the system does not say.
-        peak: of the steps, or of everything where the system cannot tell them apart.
-        state: kept by the step beside the weights.
-        reserved: peak of what torch's allocator took of the card; None on a CPU.
-        free: of the card, after the steps; None on a CPU.
-    """
-
-    loading: int
-    loaded: int | None
-    peak: int
-    state: int
-    reserved: int | None = None
-    free: int | None = None
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the figures of a row are computed from, beside its seconds.
-
-    Attributes:
-        forwards: of a step.
-        tokens: of a forward.
-        flops: of a forward.
-        parameter_bytes: that a step moves at least beside its forwards; None where that is not known.
-    """
-
-    forwards: int
-    tokens: float
-    flops: float
-    parameter_bytes: int | None
-
-
 def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Record]]:
     """The tables of a step: its cost on random tokens and on prompts, and the floors of both."""
-    device = torch.device(settings.device)
-    # First, because where a process cannot reset its peak, a child begins with its parent's.
-    measure = _in_fresh_process if device.type == "cpu" else measure_memory
-    memory = {row.name: measure(settings, row.name) for row in settings.chosen(ROWS)}
-    rows = settings.chosen([*ROWS, PUBLISHED_ANSWERS])
-    times: dict[str, list[float]] = {}
-    prompt_times: dict[str, float] = {}
-    tokens: dict[str, Workload] = {}
-    prompts: dict[str, Workload] = {}
-    for group in [rows] if device.type == "cpu" else [[row] for row in rows]:
-        subject = load(settings)
-        model, steps = subject.model, {row: row.make(subject.model) for row in group}
-        loss = partial(random_token_loss, model, _random_tokens(settings, subject))
-        on_tokens = {row.name: partial(step, loss) for row, step in steps.items() if row is not PUBLISHED_ANSWERS}
-        times |= round_robin(on_tokens, settings.repeats)
-        examples = subject.examples(settings.data_path, settings.lengths, settings.prompt_batches, settings.batch_size)
-        if rows[0] in group:
-            check_same_loss(model, examples[: settings.batch_size], subject.pad_id)
-        batches = Prompts.of(examples, settings.batch_size, subject.pad_id, device)
-        means = time_prompts([(step, batches.losses(row, model)) for row, step in steps.items()], settings.repeats)
-        prompt_times |= dict(zip((row.name for row in group), means, strict=True))
-        size, flops = settings.batch_size * settings.seq_len, forward_flops(loss)
-        recipes = {row: PUBLISHED if row is PUBLISHED else FORWARD for row in group}  # whose forwards a row's are
-        prompt_flops = {recipe: batches.flops(recipe, model) for recipe in set(recipes.values())}
-        for row, step in steps.items():
-            moved = 0 if row is FORWARD else parameter_side_bytes(model, step, row.forwards)
-            tokens[row.name] = Workload(row.forwards, size, flops, moved)
-            prompts[row.name] = Workload(row.forwards, batches.tokens(row), prompt_flops[recipes[row]], moved)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    on_prompts = [row.name for row in settings.chosen([PUBLISHED, PUBLISHED_ANSWERS, FORWARD, *DENSE, *SUBSPACE])]
+    is_cpu = settings.device == "cpu"
+    chosen = settings.chosen(ROWS if is_cpu else [*ROWS, *PARITY])
+    memory: dict[str, Memory] = {}
+    for row in chosen:
+        release(torch.device(settings.device))
+        if is_cpu or row.environment:
+            memory[row.name] = in_fresh_process(measure_memory, settings, row.name, variables=row.environment)
+        else:
+            memory[row.name] = measure_memory(settings, row.name)
+    costs: dict[str, Cost] = {}
+    rows = [*chosen, PUBLISHED_ANSWERS]
+    for group in [rows] if is_cpu else [[row] for row in rows]:
+        names = [row.name for row in group]
+        release(torch.device(settings.device))
+        if group[0].environment:
+            costs |= in_fresh_process(measure_costs, settings, names, variables=group[0].environment)
+        else:
+            costs |= measure_costs(settings, names)
+    model = load(settings).model
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    forward, on_prompts = costs[FORWARD.name], [PUBLISHED.name, PUBLISHED_ANSWERS.name, FORWARD.name]
+    on_prompts += [name for name in memory if name not in on_prompts]
     return {
-        "random tokens": [_token_record(name, times, tokens[name], memory) for name in memory],
-        "random tokens, rates": _rates({name: medians[name] for name in memory}, tokens, model, ceilings),
-        "prompts": [_prompt_record(name, prompt_times, prompts[name]) for name in on_prompts],
-        "prompts, rates": _rates({name: prompt_times[name] for name in on_prompts}, prompts, model, ceilings),
-        "floors on random tokens": floor_table(model, tokens[FORWARD.name].flops, ceilings),
-        "floors on prompts": floor_table(model, prompts[FORWARD.name].flops, ceilings),
+        "random tokens": [token_record(name, costs) | memory_record(memory[name], memory) for name in memory],
+        "random tokens, rates": [
+            rates(name, costs[name].median, costs[name].tokens, weights, ceilings, forward.median) for name in memory
+        ],
+        "prompts": [prompt_record(name, costs) for name in on_prompts],
+        "prompts, rates": [
+            rates(name, costs[name].prompt_seconds, costs[name].prompts, weights, ceilings, forward.prompt_seconds)
+            for name in on_prompts
+        ],
+        "floors on random tokens": floor_table(model, forward.tokens.flops, ceilings),
+        "floors on prompts": floor_table(model, forward.prompts.flops, ceilings),
         "orthogonalization": measure_orthogonalization(model, RANK, POWER_RANK, settings.repeats),
     }
+
+
+def measure_costs(settings: Settings, names: Sequence[str]) -> dict[str, Cost]:
+    """Times rows that share a model, in turns; returns by name what they take."""
+    subject, rows = load(settings), [BY_NAME[name] for name in names]
+    model, steps = subject.model, {row: row.make(subject.model) for row in rows}
+    loss = partial(random_token_loss, model, _random_tokens(settings, subject))
+    # On random tokens the published recipe has only one way.
+    on_tokens = {row.name: partial(step, loss) for row, step in steps.items() if row is not PUBLISHED_ANSWERS}
+    times = round_robin(on_tokens, settings.repeats)
+    examples = subject.examples(settings.data_path, settings.lengths, settings.prompt_batches, settings.batch_size)
+    if FORWARD in rows:
+        check_same_loss(model, examples[: settings.batch_size], subject.pad_id)
+    prompts = Prompts.of(examples, settings.batch_size, subject.pad_id, torch.device(settings.device))
+    means = time_prompts([(step, prompts.losses(row, model)) for row, step in steps.items()], settings.repeats)
+    size, flops = settings.batch_size * settings.seq_len, forward_flops(loss)
+    recipes = {row: PUBLISHED if row is PUBLISHED else FORWARD for row in rows}  # whose forwards a row's are
+    prompt_flops = {recipe: prompts.flops(recipe, model) for recipe in set(recipes.values())}
+    costs = {}
+    for (row, step), mean in zip(steps.items(), means, strict=True):
+        moved = 0 if row is FORWARD else parameter_side_bytes(model, step, row.forwards)
+        costs[row.name] = Cost(
+            times.get(row.name, []),
+            mean,
+            Workload(row.forwards, size, flops, moved),
+            Workload(row.forwards, prompts.tokens(row), prompt_flops[recipes[row]], moved),
+        )
+    return costs
 
 
 def random_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -177,14 +169,12 @@ def random_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 def measure_memory(settings: Settings, name: str) -> Memory:
     """Runs a few steps of the row `name`; on a CPU to be called in a process that has done nothing yet."""
     device = torch.device(settings.device)
-    reset_peak(device)
     subject = load(settings)
-    (row,) = (row for row in ROWS if row.name == name)
     loss = partial(random_token_loss, subject.model, _random_tokens(settings, subject))
     loading = peak_bytes(device)
     reset_peak(device)
     loaded = resident_bytes(device)
-    step = row.make(subject.model)
+    step = BY_NAME[name].make(subject.model)
     for _ in range(MEMORY_STEPS):
         step(loss)
     return Memory(
@@ -197,71 +187,6 @@ def load(settings: Settings) -> Subject:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     return Subject.load(settings.model, settings.precision, torch.device(settings.device))
-
-
-def _token_record(
-    name: str, times: dict[str, list[float]], work: Workload, memory: dict[str, Memory]
-) -> dict[str, Any]:
-    median, used, forward_peak = statistics.median(times[name]), memory[name], memory[FORWARD.name].peak
-    forward, published = (statistics.median(times[row.name]) for row in (FORWARD, PUBLISHED))
-    return {
-        "row": name,
-        "seconds": median,
-        "min_seconds": min(times[name]),
-        "over_its_forwards": median / (work.forwards * forward),
-        "published_over_row": published / median,
-        "loading_peak_mib": used.loading / MIB,
-        "loaded_mib": None if used.loaded is None else used.loaded / MIB,
-        "peak_mib": used.peak / MIB,
-        "peak_over_forward": used.peak / forward_peak,
-        "state_mib": used.state / MIB,
-        "stateless_peak_over_forward": (used.peak - used.state) / forward_peak,
-        "reserved_peak_mib": None if used.reserved is None else used.reserved / MIB,
-        "free_mib": None if used.free is None else used.free / MIB,
-    }
-
-
-def _prompt_record(name: str, means: dict[str, float], work: Workload) -> dict[str, Any]:
-    return {
-        "row": name,
-        "mean_seconds": means[name],
-        # The recipe's own forwards are others: of all candidates and all logits.
-        "over_its_forwards": None if name == PUBLISHED.name else means[name] / (work.forwards * means[FORWARD.name]),
-        "published_over_row": means[PUBLISHED.name] / means[name],
-        "tokens_per_forward": work.tokens,
-    }
-
-
-def _rates(seconds: dict[str, float], work: dict[str, Workload], model: nn.Module, ceilings: Ceilings) -> list[Record]:
-    """Beside what the machine does at best: tokens, products, and bytes of what a step adds to its forwards."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    forward = seconds[FORWARD.name]
-    records: list[Record] = []
-    for name, taken in seconds.items():
-        of = work[name]
-        products = of.forwards * of.flops / ceilings.flops_per_second
-        moved = of.parameter_bytes
-        floor = None if moved is None else products + moved / ceilings.bytes_per_second
-        records.append(
-            {
-                "row": name,
-                "tokens_per_second": of.tokens / taken,
-                "flop_utilisation": products / taken,
-                # As if the rest of the step were spent at the bandwidth of a copy
-                "parameter_side_bytes_per_weight": (taken - of.forwards * forward)
-                * ceilings.bytes_per_second
-                / weights,
-                "floor_bytes_per_weight": None if moved is None else moved / weights,
-                "floor_seconds": floor,
-                "over_floor": None if floor is None else taken / floor,
-            }
-        )
-    return records
-
-
-def _in_fresh_process(settings: Settings, name: str) -> Memory:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure_memory, settings, name).result()
 
 
 def _random_tokens(settings: Settings, subject: Subject) -> Tensor:

@@ -119,6 +119,20 @@ def refuse_module(module: L.LightningModule) -> None:
             )
 
 
+def refuse_graphs(trainer: Any) -> None:
+    """Refuses devices that record no graphs.
+
+    Raises:
+        MisconfigurationException: naming the device.
+    """
+    device = trainer.strategy.root_device.type
+    if device != "cuda":
+        raise MisconfigurationException(
+            f"`cuda_graphs` is True, and the run is on '{device}', which has none. Use `trainer.accelerator` 'gpu' "
+            "with a CUDA device, or leave `cuda_graphs` at False."
+        )
+
+
 def bases(thing: object) -> list[str]:
     """Names of the classes that an object is an instance of, its own first."""
     return [base.__name__ for base in type(thing).__mro__]

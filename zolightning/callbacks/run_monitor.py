@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.callbacks.refusals import bases
+from zolightning.memory import size
 from zolightning.optim.base import ZerothOrderOptimizer
 
 
@@ -59,9 +60,10 @@ class RunMonitor(Callback):
                 weights = sum(
                     math.prod(optimizer.trainable_shape(p)) * p.element_size() for _, _, p in optimizer.trainable()
                 )
+                host = f" and {size(optimizer.host_bytes())} in host memory" if optimizer.host_bytes() else ""
                 rank_zero_info(
-                    f"{type(optimizer).__name__} keeps {optimizer.state_bytes() / 2**20:.1f} MiB of state for "
-                    f"{weights / 2**20:.1f} MiB of trainable weights."
+                    f"{type(optimizer).__name__} keeps {size(optimizer.state_bytes())} of state{host} for "
+                    f"{size(weights)} of trainable weights."
                 )
 
 

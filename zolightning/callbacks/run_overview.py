@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.refusals import bases
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
 from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size, trained_by, weight_bytes
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
+from zolightning.quantization import num_weights
 
 
 class RunOverview(Callback):
@@ -110,9 +110,7 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
 
 
 def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str]]:
-    parameters = list(module.parameters())
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trainable)
+    count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, ZerothOrderOptimizer):
             yield "method", f"backpropagation by {type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
@@ -121,7 +119,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         name = type(optimizer).__name__
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
         forwards = len(optimizer.estimator.probes(optimizer.num_queries))
-        yield "a step", f"{forwards} forward passes; the first one some more, which find where parameters are read"
+        how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
+        yield "a step", f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
         count = sum(math.prod(optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable())
         zeroth_order = _zeroth_order(trainer)
         trained, batch = trained_by(optimizer), _largest_batch(trainer, zeroth_order)
@@ -132,11 +131,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             refuse_too_large(planned, free_bytes(device), others)
         yield "memory", str(planned)
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
-    total = sum(parameter.numel() for parameter in parameters)
-    yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {total:,} parameters train"
-    for callback in _callbacks(trainer):
-        if isinstance(callback, BlockCoordinateDescent):
-            yield "blocks", callback.describe()
+    yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
         yield "goes to", folder
@@ -170,13 +165,10 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
             settings["scope"] = type(callback).__name__
         if isinstance(callback, SubspaceResampling):
             settings["resampling.interval"] = callback.interval
-        if isinstance(callback, BlockCoordinateDescent):
-            settings["blocks.order"] = type(callback.order).__name__
-            settings["blocks.interval"] = callback.interval
-            settings["blocks.blocks_per_step"] = callback.blocks_per_step
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, ZerothOrderOptimizer):
             found = settings_of(optimizer)
+            settings["cuda_graphs"] = optimizer.evaluator.graphs is not None
             settings |= {"method": found.pop("class")} | {f"method.{key}": value for key, value in found.items()}
         else:
             settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0]["lr"]}

@@ -18,8 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from zolightning.callbacks.folding import choose_folding, is_validation_next
 from zolightning.callbacks.micro_batches import evaluate_in_parts, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
-from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
+from zolightning.callbacks.refusals import refuse_graphs, refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import callbacks_of, require_resampling
+from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.stacked import network_of
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
 from zolightning.step import zeroth_order_step
@@ -71,6 +74,10 @@ class ZerothOrder(Callback):
             a step then.
         keep_prefix_gib: memory, in GiB, for what lies below the first trained layer to be computed once a run instead
             of once a step; for training sets whose batches come again (``data.fixed_batches``).
+        cuda_graphs: on a CUDA device: launch the network's forward by one call instead of thousands, where a batch
+            has the shapes of an earlier one: for batches of few tokens. What cannot be recorded runs as ever, and a
+            warning says why (:mod:`zolightning.evaluation.graphs`). All of the network is then computed in each
+            evaluation, so leave it off where only late layers train.
 
     Raises:
         MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules with which
@@ -90,6 +97,7 @@ class ZerothOrder(Callback):
         skip_nonfinite: bool = False,
         evaluations_per_forward: int = 1,
         keep_prefix_gib: float = 0.0,
+        cuda_graphs: bool = False,
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"`micro_batch_size` must be at least 1, got {micro_batch_size}.")
@@ -97,12 +105,18 @@ class ZerothOrder(Callback):
             raise ValueError(f"`evaluations_per_forward` must be at least 1, got {evaluations_per_forward}.")
         if not keep_prefix_gib >= 0:
             raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
+        if cuda_graphs and keep_prefix_gib:
+            raise ValueError(
+                "`cuda_graphs` is True, and a graph runs all of the network: leave `keep_prefix_gib` at 0, got "
+                f"{keep_prefix_gib}."
+            )
         self.method = method
         self.lr_scheduler = lr_scheduler
         self.micro_batch_size = micro_batch_size
         self.skip_nonfinite = skip_nonfinite
         self.evaluations_per_forward = evaluations_per_forward
         self.keep_prefix_gib = keep_prefix_gib
+        self.cuda_graphs = cuda_graphs
         self._replaced: dict[str, Any] = {}  # what the instance of the module had itself; None: its class's
         self._differentiates = False
         self._counters: dict[str, int] = {}  # where the last fit with this callback ended
@@ -141,6 +155,8 @@ class ZerothOrder(Callback):
         """
         refuse_unsupported(trainer)
         refuse_module(pl_module)
+        if self.cuda_graphs:
+            refuse_graphs(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._give_back(trainer, pl_module)
@@ -192,6 +208,9 @@ class ZerothOrder(Callback):
             choose_folding(optimizer, callbacks, pl_module)
         optimizer.attach(pl_module, self.evaluations_per_forward)
         optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
+        if self.cuda_graphs:
+            network = network_of(pl_module, [parameter for *_, parameter in optimizer.trainable()], "cuda_graphs")
+            optimizer.evaluator.graphs = GraphedNetwork(network, CudaCapture(pl_module.device))
         for group in optimizer.param_groups:
             group.update({name: value for name, value in self._counters.items() if name in group})
         rank_zero_info(

@@ -18,12 +18,27 @@ class Direction:
         coefficients: shape (queries,), from :func:`coefficient`; float32, or float64 for double-precision
             parameters: the dtype of the arithmetic.
         kind: distribution of the noise.
+        values: the coefficients again, where the host knows them.
     """
 
-    def __init__(self, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
+    def __init__(
+        self, keys: Tensor, coefficients: Tensor, kind: NoiseKind, values: tuple[float, ...] | None = None
+    ) -> None:
         self.keys = keys
         self.coefficients = coefficients
         self.kind = kind
+        self.values = values
+
+    def is_opposite(self, other: object) -> bool:
+        """Whether `other` is this direction with negated coefficients, as far as the host knows without a look."""
+        return (
+            isinstance(other, Direction)
+            and self.keys is other.keys
+            and self.kind == other.kind
+            and self.values is not None
+            and other.values is not None
+            and all(one == -two for one, two in zip(self.values, other.values, strict=True))
+        )
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         """Writes ``weight + direction`` to `out`; both contiguous, their first element has index `start`.
@@ -72,7 +87,7 @@ def directions(
         kind: distribution of the noise.
     """
     names, queries = tuple(parameters), tuple(coefficients)
-    rounded = [coefficient(value, kind) for value in coefficients.values()]
+    rounded = tuple(coefficient(value, kind) for value in coefficients.values())
 
     @functools.cache
     def keys_on(device: torch.device) -> tuple[Tensor, ...]:
@@ -87,6 +102,7 @@ def directions(
             keys_on(tensor.device)[i],
             coefficients_on(tensor.device, arithmetic(tensor.dtype)),
             kind,
+            rounded,
         )
         for i, (name, tensor) in enumerate(parameters.items())
     }

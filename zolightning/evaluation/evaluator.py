@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -31,12 +32,14 @@ class Evaluator:
     Attributes:
         module: what owns the parameters; None for parameters on their own.
         prefix: what the evaluations of a step have in common, computed once.
+        graphs: the network's forward as CUDA graphs, in place of `prefix`; None where it runs as it is.
         is_first: whether the evaluation that runs now is the one of the step that leaves traces and is to be logged.
     """
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
         self.prefix = SharedPrefix(())
+        self.graphs: GraphedNetwork | None = None
         self.is_first = False
         self._scratch = Scratch()
         # Submodules and the parameters that each has itself, at the last step
@@ -73,6 +76,7 @@ class Evaluator:
         """Leaves the module for good."""
         self.module = None
         self._structure, self._held = [], {}
+        self.graphs = None
 
     def evaluate(
         self,
@@ -134,6 +138,8 @@ class Evaluator:
             self.prefix = SharedPrefix(layers_of(self.module), self.prefix.keep_bytes)
         if self._stack is not None:
             self._stack = StackedNetwork(self._stack.network, self._stack.size)
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def _is_as_before(self, modules: Sequence[nn.Module]) -> bool:
         """Whether these are the submodules of the last step, each with the same parameters under the same names."""
@@ -160,10 +166,12 @@ class Evaluator:
         readers = self._find_readers(contexts[0], resting, evaluate)
         for context in contexts:
             context.readers = readers
+        if self.graphs is not None:
+            self.graphs.begin_step(generators)
         if self._stack is not None and not contexts[0].in_place:
             self.is_first = leaves_traces
             try:
-                return self._stack.evaluate(evaluate, contexts, generators), []
+                return self._stack.evaluate(evaluate, contexts, generators, self.graphs), []
             except CannotStack as error:
                 self._stack = None
                 rank_zero_warn(
@@ -171,6 +179,8 @@ class Evaluator:
                     "is in the way, or give it a `vector_lr` of 0."
                 )
         self.is_first = leaves_traces
+        if self.graphs is not None and not self.graphs.is_off:
+            return self.graphs.evaluate(evaluate, contexts), contexts[0].unread()
         results = []
         with self.prefix.one_step(generators):
             for context in contexts:

@@ -242,7 +242,7 @@ class Perturbed(TorchFunctionMode):
     def _linear_in_pieces(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, direction: Direction) -> Tensor:
         output: Tensor | None = None
         buffer = self.scratch.take(weight.device)
-        for part in pieces(weight):
+        for part in pieces(weight, PIECE_BYTES):
             rows = weight[part]
             piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
             direction.add_to(rows, piece, start=part.start * weight.shape[1])

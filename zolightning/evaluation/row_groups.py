@@ -4,17 +4,20 @@ What a function reads decides how it is run: once for all groups, where a low-ra
 computed so, and once for each group's rows otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
-from zolightning.evaluation.scratch import Buffer
+from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 
@@ -50,6 +53,10 @@ class RowGroups(Perturbed):
         self.cuts.append((func, *held, *cut))
         if func in PRODUCTS and (output := self._stacked_product(func, args, kwargs)) is not None:
             return output
+        if func in PRODUCTS and (output := self._product_of_each(func, args, kwargs)) is not None:
+            return output
+        if func is F.embedding and (output := self._lookup_of_each(args, kwargs)) is not None:
+            return output
         if func in _ELEMENTWISE and (output := self._broadcast(func, args, kwargs)) is not None:
             return output
         count = len(self.groups)
@@ -84,11 +91,64 @@ class RowGroups(Perturbed):
         found = [p for group in self.groups if isinstance(p := group.perturbations.get(weight), LowRank)]
         if kwargs or len(found) < len(self.groups) or not self._has_rows(inputs):
             return None
-        taken: list[Buffer] = []
-        biases = [group.exchange(bias, taken) for group in self.groups]
-        output = stacked_product(found, func, inputs, weight.detach(), biases)
-        self.scratch.give_back(taken)
-        return output
+        return stacked_product(found, func, inputs, weight.detach(), self._vectors(bias))
+
+    def _product_of_each(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The output of a product, into which that of each group with its own weight is written; None for other calls.
+
+        ``F.linear`` by dense directions goes in pieces of the weight's rows, so that the weights of two groups together
+        take at most ``PIECE_BYTES``.
+        """
+        weight, inputs, bias = factors_of(func, args)
+        if (
+            kwargs
+            or id(weight) not in self._perturbations
+            or not self._has_rows(inputs)
+            or inputs.ndim < 2
+            or weight.ndim != 2
+            or (bias is not None and bias.ndim != 1)
+            or inputs.dtype != weight.dtype
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(weight.device.type)
+        ):
+            return None
+        is_linear = func is F.linear
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        output = rows.new_empty(len(rows), weight.shape[0 if is_linear else 1])
+        parts, columns = rows.chunk(len(self.groups)), output.chunk(len(self.groups))
+        biases = self._vectors(bias)
+        changes = self._changes(weight)
+        is_dense = all(isinstance(change, Direction | None) for change in changes)
+        cut = pieces(weight, PIECE_BYTES // 2) if is_linear and is_dense else [slice(0, len(weight))]
+        for piece in cut:
+            for index, matrix in self._matrices(weight, changes, piece):
+                if not is_linear:
+                    _multiply(parts[index], matrix, biases[index], columns[index])
+                else:
+                    own = biases[index]
+                    _multiply(parts[index], matrix.T, None if own is None else own[piece], columns[index][:, piece])
+        return output.view(*inputs.shape[:-1], -1)
+
+    def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Rows of an embedding as each group sees them; None where more is asked for, as for one group."""
+        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+        if len(args) < 2 or max_norm is not None or id(args[1]) not in self._perturbations:
+            return None
+        ids, table = args[:2]
+        if not self._has_rows(ids):
+            return None
+        rows = ids.reshape(-1)
+        stored = table.detach().contiguous()
+        output = stored.new_empty(len(rows), table.shape[1])
+        count = len(self.groups)
+        for change, own, out in zip(self._changes(table), rows.chunk(count), output.chunk(count), strict=True):
+            if change is None:
+                torch.index_select(stored, 0, own, out=out)
+            else:
+                change.add_to_rows(stored, own, out)
+        return output.view(*ids.shape, -1)
 
     def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The output for a parameter that all rows share, a norm's gain: groups are then a dimension of its own."""
@@ -99,12 +159,71 @@ class RowGroups(Perturbed):
         # A tensor without dimensions would no longer leave the output's dtype to the other one.
         if not self._has_rows(inputs) or not 0 < weight.ndim < inputs.ndim:
             return None
-        taken: list[Buffer] = []
-        weights = torch.stack([group.exchange(weight, taken) for group in self.groups])
-        self.scratch.give_back(taken)
+        weights = torch.stack(self._vectors(weight))
         weights = weights.view(len(weights), *[1] * (inputs.ndim - weight.ndim), *weight.shape)
         parts = inputs.unflatten(0, (len(weights), -1))
         return func(*((weights, parts) if is_first else (parts, weights))).flatten(0, 1)
+
+    def _matrices(
+        self, weight: nn.Parameter, changes: Sequence[Perturbation | None], piece: slice
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each group's number, and its perturbed rows of a matrix in memory that the next ones take, too."""
+        stored = weight.detach().contiguous()[piece]
+        buffers = [self.scratch.take(weight.device) for _ in range(2)]
+        for pair in _pairs(changes):
+            outs = [buffer.tensor(stored.shape, stored.dtype, False) for buffer in buffers[: len(pair)]]
+            yield from zip(pair, _perturbed(changes[pair[0]], stored, outs, piece.start), strict=True)
+        self.scratch.give_back(buffers)
+
+    def _vectors(self, value: Any) -> list[Any]:
+        """What each group sees of a small parameter; `value` itself if it is none."""
+        if id(value) not in self._perturbations:
+            return [value] * len(self.groups)
+        stored, changes = value.detach().contiguous(), self._changes(value)
+        found: dict[int, Tensor] = {}
+        for pair in _pairs(changes):
+            outs = [torch.empty_like(stored) for _ in pair]
+            found |= zip(pair, _perturbed(changes[pair[0]], stored, outs), strict=True)
+        return [found[index] for index in range(len(self.groups))]
+
+    def _changes(self, parameter: nn.Parameter) -> list[Perturbation | None]:
+        return [group.perturbations.get(parameter) for group in self.groups]
+
+
+def _pairs(changes: Sequence[Perturbation | None]) -> list[tuple[int, ...]]:
+    """Places of the perturbations: those of a direction and of its negation together, each of the others alone."""
+    left, found = dict(enumerate(changes)), []
+    while left:
+        place = min(left)
+        change = left.pop(place)
+        opposite = (i for i, other in left.items() if isinstance(change, Direction) and change.is_opposite(other))
+        pair = (place, *islice(opposite, 1))
+        left.pop(pair[-1], None)
+        found.append(pair)
+    return found
+
+
+def _perturbed(
+    change: Perturbation | None, stored: Tensor, outs: Sequence[Tensor], first_row: int = 0
+) -> Sequence[Tensor]:
+    """Rows of a parameter, perturbed and written to `outs`: to the second one, if any, by the negated direction."""
+    if change is None:
+        return [stored]
+    start = first_row * stored[0].numel() if first_row else 0
+    if not isinstance(change, Direction):
+        change.add_to(stored, outs[0])
+    elif len(outs) == 1:
+        change.add_to(stored, outs[0], start)
+    else:
+        change.add_both(stored, outs[0], outs[1], start)
+    return outs
+
+
+def _multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
 
 
 def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbation]:

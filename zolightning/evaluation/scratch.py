@@ -71,13 +71,13 @@ class Scratch:
                 self._free.setdefault(buffer.device, []).append(buffer)
 
 
-def pieces(weight: Tensor) -> Iterator[slice]:
-    """Rows of a matrix, a tensor of two dimensions, cut so that each piece takes at most ``PIECE_BYTES``.
+def pieces(weight: Tensor, limit: int) -> Iterator[slice]:
+    """Rows of a matrix, a tensor of two dimensions, cut so that each piece takes at most `limit` bytes.
 
     Pieces are of one size, but for the last, and begin at even rows, where noise comes in pairs of elements.
     """
     rows, row_bytes = len(weight), weight.shape[1] * weight.element_size()
-    count = -(-weight.nbytes // max(PIECE_BYTES - 2 * row_bytes, 2 * row_bytes))
+    count = -(-weight.nbytes // max(limit - 2 * row_bytes, 2 * row_bytes))
     size = -(-rows // count)
     size += size % 2
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

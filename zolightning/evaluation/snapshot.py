@@ -97,11 +97,16 @@ class Held:
             if held := self.saved.get(name):
                 visit(held)
 
+    def holds_the_same(self) -> bool:
+        """Whether attributes and containers are the same; what is in tensors may differ."""
+        return _same_attributes(self.attributes, self.saved) and all(
+            [_same(container, content) for container, content in self.containers]
+        )
+
     def is_now(self, written: Set[int]) -> bool:
         """Whether nothing has been written since."""
         return (
-            _same_attributes(self.attributes, self.saved)
-            and all([_same(container, content) for container, content in self.containers])
+            self.holds_the_same()
             and not any([tensor.is_written(written) for tensor in self.tensors])
             and all(torch.equal(generator.get_state(), state) for generator, state in self.generators)
         )
@@ -161,6 +166,10 @@ class Snapshot:
     def large(self) -> list[HeldTensor]:
         """The tensors without a copy."""
         return [tensor for held in self._held.values() for tensor in held.tensors if tensor.copy is None]
+
+    def holds_the_same(self) -> bool:
+        """Whether attributes and containers are the same; what is in tensors may differ."""
+        return all([held.holds_the_same() for held in self._held.values()])
 
     def is_now(self) -> bool:
         """Whether nothing has been written since."""

@@ -10,12 +10,14 @@ returns what it has. Where a network does not let itself be run like this, :clas
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.reads import FlippedBit
@@ -27,8 +29,10 @@ Evaluate = Callable[[], tuple[Tensor, Tensor]]
 _OTHER_INPUTS = "the network is called with other inputs in each evaluation"
 
 
-def network_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
-    """The outermost submodule with a forward of its own that holds all `parameters`.
+def network_of(
+    module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
+) -> nn.Module:
+    """The outermost submodule with a forward of its own that holds all `parameters`, which `option` asks for.
 
     Raises:
         ValueError: if there is none.
@@ -40,9 +44,9 @@ def network_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Modu
             return submodule
     children = ", ".join(name for name, _ in module.named_children()) or "none"
     raise ValueError(
-        "`evaluations_per_forward` above 1 needs one submodule that holds all trainable parameters and is called in "
-        f"`training_step`, and {type(module).__name__} has none such: its children are {children}. Put the network "
-        "into one module, or leave `evaluations_per_forward` at 1."
+        f"`{option}` needs one submodule that holds all trainable parameters and is called in `training_step`, and "
+        f"{type(module).__name__} has none such: its children are {children}. Put the network into one module, or "
+        f"leave `{option}` at its default."
     )
 
 
@@ -59,10 +63,15 @@ class StackedNetwork:
         self.size = size
         self._trusted: set[tuple[Any, ...]] = set()
         self._generators = Generators()
+        self._graphs: GraphedNetwork | None = None
 
     @torch.no_grad()
     def evaluate(
-        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators
+        self,
+        evaluate: Evaluate,
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses and their weights under each of some perturbations, none in place.
 
@@ -72,12 +81,12 @@ class StackedNetwork:
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
         """
-        self._generators = generators
+        self._generators, self._graphs = generators, graphs
         results: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
             if len(chunk) == 1:
-                results += _one_by_one(evaluate, chunk)
+                results += _one_by_one(evaluate, chunk) if graphs is None else graphs.evaluate(evaluate, chunk)
                 continue
             found, cuts = self._stacked(evaluate, chunk)
             if cuts is not None and cuts not in self._trusted:
@@ -92,7 +101,7 @@ class StackedNetwork:
         self, evaluate: Evaluate, contexts: Sequence[Perturbed]
     ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Any, ...] | None]:
         """Losses, and where tensors were cut; None for a batch without terms, which does without the network."""
-        run = _Run(self.network, contexts, self._generators)
+        run = _Run(self.network, contexts, self._generators, self._graphs)
         with replaced_forward(self.network, run.forward):
             for context in contexts:
                 with context:
@@ -142,7 +151,13 @@ class _Call(NamedTuple):
 class _Run:
     """The calls of a network during the evaluations of one chunk."""
 
-    def __init__(self, network: nn.Module, contexts: Sequence[Perturbed], generators: Generators) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None,
+    ) -> None:
         self.losses: list[tuple[Tensor, Tensor]] = []
         self.calls: list[_Call] = []
         self.cuts: list[Any] = []  # decisions taken on the way
@@ -150,6 +165,7 @@ class _Run:
         self._generators = generators
         self._network = network
         self._network_forward = network.forward
+        self._graphs = graphs
         self._held = {id(buffer): name for name, buffer in network.named_buffers()}
         self._held |= {id(parameter): name for name, parameter in network.named_parameters()}
         self._call = 0
@@ -200,10 +216,13 @@ class _Run:
         stacked = RowGroups(self._contexts, count * rows, self._held)
         if stacked.readers is not None and self._network in stacked.readers:
             stacked.readers = None  # its own forward runs, past the one that would watch
+        forward = self._network_forward
+        if self._graphs is not None:
+            forward = partial(self._graphs.run, forward, stacked)
         before = self._generators.states()
         try:
             with self._contexts[0].paused(), stacked:
-                output = self._network_forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
         except CannotStack:
             raise
         except Exception as error:  # the same network without repeated rows will tell if it is to blame

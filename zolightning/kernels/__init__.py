@@ -77,7 +77,7 @@ def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coeffic
 
     Args:
         out: (k, n), contiguous, of the dtype of `table`.
-        table: (m, n).
+        table: (m, n), contiguous.
         rows: integers, (k,).
         keys: see the module's docstring; `coefficients` and `kind`, too.
 

@@ -1,8 +1,8 @@
 """The loops in Triton, for CUDA devices: see :mod:`zolightning.kernels`.
 
-A program makes the noise of ``_BLOCK`` neighbouring elements, hashing each pair once, and reads and writes every
-tensor once. Keys and coefficients are read from device memory, so that nothing is compiled again for other numbers and
-a CUDA graph can be replayed with new ones. Products and sums are not fused: that would round once instead of twice.
+They launch the kernels of :mod:`~zolightning.kernels.triton_kernels`, which read keys and coefficients from device
+memory, so that nothing is compiled again for other numbers and a CUDA graph can be replayed with new ones. Products and
+sums are not fused: that would round once instead of twice.
 
 Importing this module needs Triton, which comes with PyTorch for CUDA. With ``TRITON_INTERPRET=1`` in the environment
 before the import, the same source runs on CPU tensors, slowly, in NumPy.
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from zolightning.kernels import triton_kernels
 from zolightning.kernels.noise import NoiseKind
 
 _BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
@@ -31,7 +31,7 @@ def available(*tensors: Tensor, start: int = 0) -> bool:
 
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
-    _run(_perturb, weight, (out, None, weight), keys, coefficients, kind, start)
+    _run(triton_kernels.perturb, weight, (out, None, weight), keys, coefficients, kind, start)
 
 
 def perturb_both(
@@ -47,7 +47,7 @@ def perturb_both(
         perturb(plus, weight, keys, coefficients, kind, start)
         perturb(minus, weight, keys, -coefficients, kind, start)
         return
-    _run(_perturb, weight, (plus, minus, weight), keys, coefficients, kind, start)
+    _run(triton_kernels.perturb, weight, (plus, minus, weight), keys, coefficients, kind, start)
 
 
 def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
@@ -56,8 +56,8 @@ def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coeffic
     count, columns = table.shape
     block = min(_BLOCK, max(2, triton.next_power_of_2(columns)))
     grid = (len(rows), triton.cdiv(columns, block))
-    tensors = (out, table, rows.contiguous(), keys, coefficients)
-    _launch(_perturb_rows, grid, out, *tensors, len(keys), count, columns, **_constants(keys, kind), BLOCK=block)
+    arguments = (out, table, rows.contiguous(), keys, coefficients, len(keys), count, columns)
+    _launch(triton_kernels.perturb_rows, grid, out, *arguments, **_constants(keys, kind), BLOCK=block)
 
 
 def add(
@@ -69,7 +69,7 @@ def add(
     rest: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    _run(_add, weight, (weight, rest, decay), keys, coefficients, kind, start, DECAYS=decay != 1.0)
+    _run(triton_kernels.add, weight, (weight, rest, decay), keys, coefficients, kind, start, DECAYS=decay != 1.0)
 
 
 def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
@@ -77,7 +77,9 @@ def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | 
         return
     grid = (triton.cdiv(weight.numel(), _BLOCK),)
     arguments = (weight, rest, decay, delta.contiguous(), weight.numel())
-    _launch(_add_delta, grid, weight, *arguments, DECAYS=decay != 1.0, BLOCK=_BLOCK, INTERPRETED=_INTERPRETED)
+    _launch(
+        triton_kernels.add_delta, grid, weight, *arguments, DECAYS=decay != 1.0, BLOCK=_BLOCK, INTERPRETED=_INTERPRETED
+    )
 
 
 def _run(
@@ -111,216 +113,3 @@ def _constants(keys: Tensor, kind: NoiseKind) -> dict[str, Any]:
 def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *arguments: Any, **constants: Any) -> None:
     with torch.cuda.device_of(where):  # Triton launches on the current device
         kernel[grid](*arguments, **constants, num_warps=_NUM_WARPS, enable_fp_fusion=False)
-
-
-@triton.jit
-def _popcount(bits):
-    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _codes(pair, key, RADEMACHER: tl.constexpr, POPC: tl.constexpr):
-    """The codes of elements ``2 * pair`` and ``2 * pair + 1``, float32: see ``noise.codes``."""
-    key0 = tl.load(key).to(tl.uint32, bitcast=True)
-    key1 = tl.load(key + 1).to(tl.uint32, bitcast=True)
-    bits = (pair * 0x9E3779B1) ^ key0
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) + key1
-    bits = bits * 0x846CA68B
-    bits = bits ^ (bits >> 16)
-    if RADEMACHER:  # 1.0, whose sign bit is the code's bit
-        even, odd = ((bits << 16) & 0x80000000) | 0x3F800000, (bits & 0x80000000) | 0x3F800000
-        return even.to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True)
-    if POPC:
-        even, odd = _popcount(bits & 0xFFFF), _popcount(bits >> 16)
-    else:
-        bits -= (bits >> 1) & 0x55555555
-        bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-        bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-        bits = (bits + (bits >> 8)) & 0x001F001F
-        even, odd = bits & 0xFFFF, bits >> 16
-    # 0x4B000000 is 2.0**23, whose last bits count ones: exact, and cheaper than a conversion of integers.
-    even, odd = (even | 0x4B000000).to(tl.float32, bitcast=True), (odd | 0x4B000000).to(tl.float32, bitcast=True)
-    return even - 8388616.0, odd - 8388616.0
-
-
-@triton.jit
-def _noise(
-    pair,
-    keys,
-    coefficients,
-    queries,
-    QUERIES: tl.constexpr,
-    RADEMACHER: tl.constexpr,
-    POPC: tl.constexpr,
-):
-    """The noise of the elements of consecutive pairs: see ``noise.noise_sum``."""
-    even, odd = _codes(pair, keys, RADEMACHER, POPC)
-    coefficient = tl.load(coefficients)
-    even, odd = coefficient * even, coefficient * odd
-    if QUERIES > 0:
-        for query in tl.static_range(1, QUERIES):
-            coefficient = tl.load(coefficients + query)
-            next_even, next_odd = _codes(pair, keys + 2 * query, RADEMACHER, POPC)
-            even, odd = even + coefficient * next_even, odd + coefficient * next_odd
-    else:
-        query = 1
-        while query < queries:  # a range would need a number, which the interpreter of Triton 3.6 has not
-            coefficient = tl.load(coefficients + query)
-            next_even, next_odd = _codes(pair, keys + 2 * query, RADEMACHER, POPC)
-            even, odd = even + coefficient * next_even, odd + coefficient * next_odd
-            query += 1
-    return tl.interleave(even, odd)
-
-
-@triton.jit
-def _pairs(first, BLOCK: tl.constexpr):
-    """The numbers of the pairs of a block of elements, of which `first`, int64, is even."""
-    return (first >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)
-
-
-@triton.jit
-def _wide(value, INTERPRETED: tl.constexpr):
-    """fp32; the interpreter flushes subnormal bf16 numbers."""
-    if INTERPRETED and value.dtype == tl.bfloat16:
-        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return value.to(tl.float32)
-
-
-@triton.jit
-def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 to `dtype`, to nearest, ties to even; the interpreter truncates to bf16."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
-def _perturb(
-    plus,
-    minus,
-    weight,
-    keys,
-    coefficients,
-    queries,
-    start,
-    numel,
-    QUERIES: tl.constexpr,
-    RADEMACHER: tl.constexpr,
-    POPC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    inside = at < numel
-    noise = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
-    value = _wide(tl.load(weight + at, mask=inside), INTERPRETED)
-    tl.store(plus + at, _rounded(value + noise, plus.dtype.element_ty, INTERPRETED), mask=inside)
-    if minus is not None:
-        tl.store(minus + at, _rounded(value - noise, minus.dtype.element_ty, INTERPRETED), mask=inside)
-
-
-@triton.jit
-def _perturb_rows(
-    out,
-    table,
-    rows,
-    keys,
-    coefficients,
-    queries,
-    count,
-    columns,
-    QUERIES: tl.constexpr,
-    RADEMACHER: tl.constexpr,
-    POPC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + place).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    column = first + tl.arange(0, BLOCK)
-    inside = column < columns
-    index = row * columns
-    noise = _noise(_pairs(index + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
-    # A row that does not exist is not read: it becomes NaN, and so does the loss.
-    rows_of = tl.broadcast_to(row, (BLOCK,))
-    exists = inside & (rows_of >= 0) & (rows_of < count)
-    value = _wide(tl.load(table + index + column, mask=exists, other=float("nan")), INTERPRETED)
-    tl.store(out + place * columns + column, _rounded(value + noise, out.dtype.element_ty, INTERPRETED), mask=inside)
-
-
-@triton.jit
-def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``weight = decay * weight + delta`` for elements `at`: rounded, exact with a rest, or of an fp32 master."""
-    stored = tl.load(weight + at, mask=inside)
-    if rest is None:
-        value = _wide(stored, INTERPRETED)
-    elif rest.dtype.element_ty == tl.float32:
-        value = tl.load(rest + at, mask=inside)
-        value = tl.where(stored != value.to(stored.dtype), _wide(stored, INTERPRETED), value)
-    else:
-        # bfloat16.read_split: a zero that somebody has written has no rest below it.
-        UNUSED: tl.constexpr = 8 if rest.dtype.element_ty == tl.int8 else 0
-        high = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
-        low = tl.load(rest + at, mask=inside).to(tl.int32) << UNUSED
-        low = tl.where((high & 0x7FFF) == 0, tl.maximum(low, 0), low)
-        value = ((high << 16) + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-    if DECAYS:
-        value = decay * value
-    value += delta
-    if rest is None:
-        tl.store(weight + at, _rounded(value, weight.dtype.element_ty, INTERPRETED), mask=inside)
-    elif rest.dtype.element_ty == tl.float32:
-        tl.store(rest + at, value, mask=inside)
-        tl.store(weight + at, _rounded(value, weight.dtype.element_ty, INTERPRETED), mask=inside)
-    else:
-        bits = tl.where(value == value, value.to(tl.uint32, bitcast=True), 0x7FC00000)
-        if UNUSED > 0:
-            bits = (bits + 0x7F + ((bits >> 8) & 1)) & 0xFFFFFF00
-        high = (bits + 0x8000) >> 16
-        low = (bits - (high << 16)).to(tl.int32, bitcast=True) >> UNUSED
-        tl.store(weight + at, high.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
-        tl.store(rest + at, low.to(rest.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add(
-    weight,
-    rest,
-    decay,
-    keys,
-    coefficients,
-    queries,
-    start,
-    numel,
-    DECAYS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    RADEMACHER: tl.constexpr,
-    POPC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    noise = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
-    _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED)
-
-
-@triton.jit
-def _add_delta(
-    weight,
-    rest,
-    decay,
-    delta,
-    numel,
-    DECAYS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < numel
-    _update(weight, rest, decay, tl.load(delta + at, mask=inside), at, inside, DECAYS, INTERPRETED)

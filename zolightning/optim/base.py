@@ -170,11 +170,10 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
         projected_grads = self.estimator.projected_grads(losses, group["eps"]).tolist() if finite else ()
-        weight = group.get("block_weight", 1.0)
         record = StepRecord(
             step=group["step"],
             seed=group["seed"],
-            lr=tuple(float(group["lr"]) * weight for group in self.param_groups),
+            lr=tuple(float(group["lr"]) for group in self.param_groups),
             projected_grads=tuple(projected_grads),
             losses=tuple(losses.tolist()),
             forward_passes=len(probes) + last.measured,
@@ -209,8 +208,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     @torch.no_grad()
     def apply(self, record: StepRecord) -> None:
         """Applies a record, this run's or a replayed one: same weights before, same bits after."""
-        if tuple(record.blocks) != self.active:  # of another run
-            self.activate(record.blocks)
+        self.activate(record.blocks)
         if record.projected_grads:
             self.update(record)
             torch.clear_autocast_cache()  # casts of the weights as they were

@@ -1,7 +1,7 @@
 """Weights of which a part is pending in the cores of subspaces: resampling, folding, saving."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -167,6 +167,14 @@ class SubspaceWeights(SubspaceBases):
         self.fold()
         while self._hooks:
             self._hooks.pop().remove()
+
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Also what is in host memory."""
+        parameters = list(parameters)
+        super().release(parameters)
+        if self.param_groups[0].get("left_state") != "keep":
+            for parameter in parameters:
+                self._offloaded.pop(parameter, None)
 
     # Saving
 

@@ -1,0 +1,125 @@
+"""The first run on a GPU, in miniature on the CPU: every part runs, and what goes wrong is written down."""
+
+import csv
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from zolightning.bench import bits, gpu, repetition, step_cost
+from zolightning.bench.__main__ import main
+from zolightning.bench.figures import COLUMNS, Figures
+from zolightning.bench.floors import Ceilings
+from zolightning.bench.gpu import MINIATURE, Part, Sizes, guarded, parts, run_part
+from zolightning.bench.kernel_cost import measure_kernels
+
+CPU = torch.device("cpu")
+
+
+def read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """Figures by part and name."""
+    found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    with path.open() as file:
+        lines = csv.DictReader(file)
+        assert lines.fieldnames == list(COLUMNS)
+        for line in lines:
+            found[line["part"]][line["name"]][line["figure"]] = line["value"]
+    return found
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process a part takes seconds to import torch, and so do runs of all methods, and collecting garbage."""
+    monkeypatch.setattr(gpu, "run_part", guarded)
+    monkeypatch.setattr(step_cost, "reset_peak", lambda device: True)
+    chosen = ("MeZO", "ZO-MOPI")
+    monkeypatch.setattr(repetition, "METHODS", {name: repetition.METHODS[name] for name in chosen})
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_every_part_runs_in_miniature(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "gpu.csv"
+    main(f"gpu --device cpu --miniature --output {path}".split())
+    found = read(path)
+    assert list(found) == [part.name for part in parts(MINIATURE)]
+    assert {name: part["part"] for name, part in found.items()} == {name: {"finished": "1"} for name in found}
+    assert found["bits"]["all"] == {"cases": "126"}
+    assert found["bits"].keys() == {"machine", "all", "part"}, "a case differs from itself"
+    assert found["bits"]["machine"]["torch"] == torch.__version__
+    assert float(found["kernels"]["update exact, 5000 elements, gaussian, 1 queries"]["gb_per_second"]) > 0
+    steps = found["steps of config:tiny"]
+    for name in ("forward", "MeZO", "LOZO rank 4", "published"):
+        for where in ("prompts", "random tokens", "memory on random tokens"):
+            assert all(
+                float(value) >= 0 or "parameter_side" in figure for figure, value in steps[f"{name}, {where}"].items()
+            )
+    assert float(steps["MeZO, prompts"]["floor_bytes_per_weight"]) == 16
+    assert set(steps["published, answer logits, prompts"]) >= {"mean_seconds", "over_its_forwards"}
+    assert "floor on prompts: update exact" in steps
+    for method in ("MeZO", "ZO-MOPI"):
+        assert found["resume"][method] == {"steps": "2", "same_records": "1", "same_weights": "1"}
+
+
+def test_all_limits_together_are_eight_minutes() -> None:
+    assert sum(part.limit for part in parts(Sizes())) <= 480
+
+
+def test_other_bits_are_counted() -> None:
+    ours = torch.tensor([0.0, -0.0, float("nan"), 1.0, 2.0])
+    expected = torch.tensor([0.0, 0.0, float("nan"), float("nan"), 2.0])
+    assert (
+        bits._differing([ours, torch.tensor([1, 2], dtype=torch.int16)], [expected, torch.tensor([1, 3]).short()]) == 3
+    )
+
+
+def test_the_last_elements_of_a_large_tensor_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(record["differing"] == 0 for record in bits.compare_bits(CPU, 41, huge=4005))
+    monkeypatch.setattr(bits, "TAIL", 1001)  # another start is another place in the noise
+    add = bits.kernels.add
+    monkeypatch.setattr(
+        bits.kernels, "add", lambda *args, start=0, **others: add(*args, start=start // 4 * 2, **others)
+    )
+    *_, perturb, update = bits.compare_bits(CPU, 41, huge=4005)
+    assert perturb["differing"] == 0 < update["differing"]
+
+
+def test_a_kernel_at_the_bandwidth_of_a_copy_is_at_its_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zolightning.bench.kernel_cost.kernel_seconds", lambda call, device: 0.5)
+    first, second, *_ = measure_kernels(CPU, (1000,), Ceilings(bytes_per_second=8000.0, flops_per_second=1.0))
+    assert (first["gb_per_second"], first["over_floor"]) == (8e-6, 1.0)  # 4 bytes an element
+    assert (second["gb_per_second"], second["over_floor"]) == (16e-6, 0.5)
+
+
+def stuck(device: torch.device, figures: Figures) -> None:
+    raise AssertionError("a process that imports torch is faster than this test expects")
+
+
+def test_a_part_that_takes_too_long_leaves_a_line(tmp_path: Path) -> None:
+    run_part(Part("slow", 0.05, stuck), CPU, tmp_path / "gpu.csv")
+    assert read(tmp_path / "gpu.csv") == {"slow": {"part": {"out_of_time": "0.05"}}}
+
+
+def failing(message: str, device: torch.device, figures: Figures) -> None:
+    figures.write("before", seconds=1.5)
+    raise RuntimeError(message)
+
+
+def test_a_part_that_fails_leaves_its_figures_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.csv"
+    guarded(Part("one", 1, partial(failing, "out of memory\nmore")), CPU, path)
+    Figures(path, "two").write("next", seconds=None, gb=2)
+    assert read(path) == {
+        "one": {"before": {"seconds": "1.5"}, "part": {"failed": "RuntimeError: out of memory"}},
+        "two": {"next": {"gb": "2"}},
+    }
+    assert "one | before: seconds 1.5" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["gpu", "step --model config:tiny --device cuda"])
+def test_without_a_gpu_a_line_says_so(command: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="finds no GPU"):
+        main([*command.split(), "--output", str(tmp_path / "x.csv")])
+    assert not (tmp_path / "x.csv").exists()

@@ -1,0 +1,502 @@
+"""CUDA graphs of the network's forward, with a stand-in on the CPU that records what PyTorch is told to do."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from training import assert_equal, weights
+from zolightning.callbacks import RunOverview, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import zeroth_order as zeroth_order_file
+from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.optim import LOZO, MeZO, StepRecord, SubZero, ZerothOrderOptimizer, ZOMuon
+from zolightning.optim.estimators import OneSided
+
+_SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "masked_select")
+_ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "set_")
+
+
+class Recording(TorchDispatchMode):
+    """The operations that a callable runs, with the very tensors that they read and write: a graph has no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in _ALLOCATING:
+            self.calls.append((func, args, kwargs or {}, output))
+        return output
+
+    def replay(self) -> None:
+        with torch._C.DisableTorchFunction():  # a replay calls no functions
+            for func, args, kwargs, output in self.calls:
+                for tensor, again in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(tensor, Tensor) and tensor.data_ptr() != again.data_ptr():
+                        tensor.copy_(again)
+
+
+class NoSynchronization(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket.__name__ in _SYNCHRONIZING:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
+
+
+class CPUCapture:
+    """Stands in for :class:`CudaCapture`."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self.recorded = self.replayed = 0
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        try:
+            with NoSynchronization():
+                return run()
+        except RuntimeError as error:  # as CUDA's, which have no frame of their own
+            frame = error.__traceback__
+            while frame.tb_next.tb_next is not None:
+                frame = frame.tb_next
+            frame.tb_next = None
+            raise
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.recorded += 1
+        with Recording() as recording:
+            output = run()
+
+        def replay() -> None:
+            self.replayed += 1
+            recording.replay()
+
+        return output, replay
+
+
+class Module(nn.Module):
+    """Holds a network, counts its forwards, and has the loss of some inputs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def loss(self, *inputs: Any, **options: Any) -> Tensor:
+        output = self.net(*inputs, **options)
+        return (output if isinstance(output, Tensor) else output.logits).square().mean()
+
+
+def seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64, device: str = "cpu") -> Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Module(make().to(device, dtype)).eval()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = AutoConfig.for_model("llama", vocab_size=13, num_key_value_heads=1, head_dim=4, use_cache=False, **sizes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def inputs(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+
+
+def language(length: int, seed: int) -> tuple[Tensor, ...]:
+    """Tokens, a mask of four dimensions and positions: of others transformers asks the device whether they pad."""
+    ids = torch.randint(13, (2, length), generator=torch.Generator().manual_seed(seed))
+    return ids, torch.ones(2, 1, length, length, dtype=torch.bool).tril(), torch.arange(length)[None].expand(2, -1)
+
+
+def train(
+    module: Module,
+    method: Callable[..., ZerothOrderOptimizer],
+    batches: list[tuple[Tensor, ...]],
+    capture: Any = None,
+    evaluations_per_forward: int = 1,
+) -> list[StepRecord]:
+    optimizer = method(module.parameters(), seed=5)
+    optimizer.attach(module, evaluations_per_forward)
+    if capture is not None:
+        optimizer.evaluator.graphs = GraphedNetwork(module.net, capture)
+    records = []
+    for step, batch in enumerate(batches):
+        if step == 3 and hasattr(optimizer, "resample"):
+            optimizer.resample()
+        records.append(optimizer.estimate(partial(module.loss, *batch)))
+        optimizer.step()
+    optimizer.detach()
+    return records
+
+
+def steps_of(module: Module, capture: Any, limit: int = 16) -> tuple[Callable[..., StepRecord], MeZO]:
+    """A function that takes a step on some inputs."""
+    optimizer = MeZO(module.parameters(), lr=1e-2, seed=5)
+    optimizer.attach(module)
+    optimizer.evaluator.graphs = GraphedNetwork(module.net, capture, limit)
+
+    def step(*inputs: Any, **options: Any) -> StepRecord:
+        record = optimizer.estimate(lambda: module.loss(*inputs, **options))
+        optimizer.step()
+        return record
+
+    return step, optimizer
+
+
+def equal(one: list[StepRecord], other: list[StepRecord]) -> bool:
+    return [vars(record) for record in one] == [vars(record) for record in other]
+
+
+METHODS = {
+    "mezo": partial(MeZO, lr=1e-2, num_queries=2),
+    "one_sided": partial(MeZO, lr=1e-2, num_queries=2, estimator=OneSided(), noise="rademacher", momentum=0.5),
+    "lozo": partial(LOZO, lr=1e-2, rank=2),
+    "subzero": partial(SubZero, lr=1e-2, rank=2, momentum=0.5, vector_lr=1e-2),
+    "zo_muon": partial(ZOMuon, lr=1e-2, rank=2, vector_lr=1e-2),
+}
+
+
+class TestTheSameBits:
+    """Six steps, of two lengths, by turns."""
+
+    @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+    def test_of_methods(self, method: Callable[..., ZerothOrderOptimizer]) -> None:
+        batches = [(inputs(2 + step % 2, 4, seed=step),) for step in range(6)]
+        plain, graphed, capture = seeded(mlp), seeded(mlp), CPUCapture()
+        records = train(graphed, method, batches, capture)
+        assert equal(train(plain, method, batches), records)
+        assert_equal(weights(plain), weights(graphed))
+        kinds = 2 if records[0].forward_passes % 2 else 1  # unperturbed evaluations have graphs of their own
+        assert capture.recorded == 2 * kinds
+        assert capture.replayed > capture.recorded
+
+    @pytest.mark.parametrize("method", ["mezo", "one_sided", "subzero"])
+    def test_of_evaluations_that_share_a_forward(self, method: str) -> None:
+        batches = [(inputs(2 + step % 2, 4, seed=step),) for step in range(6)]
+        plain, graphed, capture = seeded(mlp), seeded(mlp), CPUCapture()
+        expected = train(plain, METHODS[method], batches, None, 2)
+        records = train(graphed, METHODS[method], batches, capture, 2)
+        assert equal(expected, records)
+        assert_equal(weights(plain), weights(graphed))
+        # Of three evaluations, two share a forward
+        assert capture.recorded == (4 if records[0].forward_passes == 3 else 2)
+        assert capture.replayed > capture.recorded
+
+    def test_of_a_language_model(self) -> None:
+        batches = [language(3 + step % 2, seed=step) for step in range(4)]
+        plain, graphed, capture = seeded(llama), seeded(llama), CPUCapture()
+        method = METHODS["mezo"]
+        assert equal(train(plain, method, batches), train(graphed, method, batches, capture))
+        assert_equal(weights(plain), weights(graphed))
+        assert capture.recorded == 2
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
+    def test_of_parameters_that_are_perturbed_where_they_lie(self) -> None:
+        def half_scripted() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 4), torch.zeros(2, 4)))
+
+        batches = [(inputs(2, 4, seed=step),) for step in range(4)]
+        plain, graphed, capture = seeded(half_scripted), seeded(half_scripted), CPUCapture()
+        with pytest.warns(UserWarning, match="perturbed in place"):
+            expected = train(plain, METHODS["mezo"], batches)
+        with pytest.warns(UserWarning, match="perturbed in place"):
+            assert equal(expected, train(graphed, METHODS["mezo"], batches, capture))
+        assert capture.recorded == 1
+
+
+class TestWhichGraphs:
+    def test_one_for_each_second_sight_of_a_key(self) -> None:
+        module, capture = seeded(mlp), CPUCapture()
+        step, _ = steps_of(module, capture)
+        step(inputs(2, 4))
+        assert (capture.recorded, capture.replayed) == (1, 1)  # in the second evaluation, and compared
+        step(inputs(2, 4, seed=1))
+        step(inputs(2, 4, seed=2))
+        assert (capture.recorded, capture.replayed) == (1, 5)
+        step(inputs(4, 2).T)  # other strides
+        step(inputs(2, 1, 4))
+        assert capture.recorded == 3
+        with torch.autocast("cpu"):
+            step(inputs(2, 4))
+        assert capture.recorded == 4
+
+    def test_the_least_used_one_goes_first(self) -> None:
+        capture = CPUCapture()
+        step, _ = steps_of(seeded(mlp), capture, limit=2)
+        for rows in (1, 1, 2, 3):  # two evaluations a step
+            step(inputs(rows, 4))
+        assert capture.recorded == 2  # of 1 row and of 2; of 3 only when it comes twice as often as that of 2
+        step(inputs(3, 4))
+        assert capture.recorded == 3
+        before = capture.replayed
+        step(inputs(1, 4)), step(inputs(3, 4))
+        assert capture.replayed == before + 4
+        step(inputs(2, 4))  # used as often as that of 3
+        assert (capture.recorded, capture.replayed) == (3, before + 4)
+
+    def test_the_network_does_not_run_where_it_is_replayed(self) -> None:
+        runs = []
+
+        class Counting(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                runs.append(x.shape)
+                return super().forward(x)
+
+        step, _ = steps_of(seeded(lambda: Counting(4, 3)), CPUCapture())
+        for seed in range(3):
+            step(inputs(2, 4, seed=seed))
+        runs.clear()
+        step(inputs(2, 4))
+        assert not runs
+
+    def test_weights_at_another_address_and_other_attributes(self) -> None:
+        class Scaled(nn.Linear):
+            scale = 2.0
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.scale * super().forward(x)
+
+        module, plain, capture = seeded(lambda: Scaled(4, 3)), seeded(lambda: Scaled(4, 3)), CPUCapture()
+        (step, _), (plain_step, optimizer) = steps_of(module, capture), steps_of(plain, None)
+        optimizer.evaluator.graphs = None
+        for seed in range(6):
+            for net in (module.net, plain.net):
+                if seed == 2:
+                    net.weight.data = net.weight.data.clone()
+                if seed == 4:
+                    net.scale = 3.0
+            assert equal([step(inputs(2, 4, seed=seed))], [plain_step(inputs(2, 4, seed=seed))])
+        assert capture.recorded == 3
+
+
+class Odd(nn.Linear):
+    """A layer that does something which a graph cannot hold."""
+
+    def __init__(self, odd: Callable[["Odd", Tensor], Any]) -> None:
+        super().__init__(4, 3)
+        self.odd = odd
+        self.calls = 0
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor, *_: Any) -> Any:
+        output = super().forward(x)
+        found = self.odd(self, output)
+        return output if found is None else found
+
+
+class Opaque:
+    """An output that is neither a tensor nor a container of tensors."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+_scale = [1.0]  # which is not part of any module
+
+
+def outgrown(layer: Odd, output: Tensor) -> Tensor:
+    return output * _scale[0]
+
+
+ODD: dict[str, tuple[Callable[[Odd, Tensor], Any], str]] = {
+    "reads_back": (
+        lambda layer, output: output * 2 if output.sum() > 0 else output,
+        r"RuntimeError: called a synchronizing CUDA operation \(test_graphs.py, line \d+: .*output.sum\(\) > 0",
+    ),
+    "draws": (lambda layer, output: output + 0 * torch.rand_like(output), "it draws random numbers"),
+    "writes": (
+        lambda layer, output: layer.mean.copy_(output[0])[:0].sum() + output,
+        "it changes what its modules hold",
+    ),
+    "counts": (lambda layer, output: setattr(layer, "calls", layer.calls + 1), "it changes what its modules hold"),
+    "returns": (lambda layer, output: Opaque(output), "it returns Opaque"),
+    "outgrows": (outgrown, "a replay returned other numbers than a run"),
+}
+
+
+class TestWhatAGraphCannotHold:
+    """Each runs without graphs from there on, with the same bits, and one line says why."""
+
+    @staticmethod
+    def compare(
+        make: Callable[[], nn.Module], message: str, *options: Any, between: Callable[..., Any] = lambda *_: None
+    ) -> None:
+        records = []
+        for is_graphed in (False, True):
+            module = seeded(make)
+            step, optimizer = steps_of(module, CPUCapture())
+            graphs = optimizer.evaluator.graphs
+            if not is_graphed:
+                optimizer.evaluator.graphs = None
+            found = []
+            with pytest.warns(UserWarning, match=message) if is_graphed else nullcontext() as caught:
+                for seed in range(5):
+                    between(seed, module.net)
+                    found.append(step(inputs(2, 4, seed=seed), *options))
+            records.append(found)
+        assert graphs.is_off and len(caught) == 1
+        assert equal(*records)
+
+    @pytest.mark.parametrize("name", ODD)
+    def test_in_a_forward(self, name: str) -> None:
+        odd, message = ODD[name]
+        self.compare(lambda: Odd(odd), message, between=lambda step, _: _scale.__setitem__(0, 1.0 + step))
+
+    def test_an_argument(self) -> None:
+        self.compare(lambda: Odd(lambda *_: None), "an argument of the network is Opaque", Opaque(inputs(1)))
+
+    def test_a_hook_inside(self) -> None:
+        def hook(step: int, net: nn.Module) -> None:
+            if step == 2:
+                net[0][2].register_forward_hook(lambda *_: None)
+
+        self.compare(lambda: nn.Sequential(mlp()), "`0.2` has a hook", between=hook)
+
+    def test_other_attributes_at_each_step(self) -> None:
+        self.compare(mlp, "are other ones at each step", between=lambda step, net: setattr(net, "mark", step))
+
+    def test_gradients(self) -> None:
+        module, capture = seeded(mlp), CPUCapture()
+        step, optimizer = steps_of(module, capture)
+        with pytest.warns(UserWarning, match="`training_step` differentiates"), torch.enable_grad():
+            optimizer.evaluator.graphs.evaluate(lambda: (module.loss(inputs(2, 4)), torch.ones(())), [Perturbed({})])
+        step(inputs(2, 4))
+        assert not capture.recorded
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeroth_order_file, "CudaCapture", CPUCapture)
+    monkeypatch.setattr(zeroth_order_file, "refuse_graphs", lambda trainer: None)
+
+
+class TestUnderATrainer:
+    def test_devices_without_graphs_and_options_that_exclude_each_other(
+        self, make_trainer: Any, make_regression: Any, regression_data: Any
+    ) -> None:
+        with pytest.raises(MisconfigurationException, match="`cuda_graphs` is True, and the run is on 'cpu'"):
+            make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
+                make_regression(), regression_data()
+            )
+        with pytest.raises(ValueError, match=r"`cuda_graphs` is True.* leave `keep_prefix_gib` at 0, got 1\.0"):
+            ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True, keep_prefix_gib=1.0)
+
+    @pytest.mark.usefixtures("on_the_cpu")
+    def test_a_module_without_one_network(self, make_trainer: Any, regression_data: Any, make_regression: Any) -> None:
+        class Bare(type(make_regression())):
+            def __init__(self) -> None:
+                super().__init__()
+                self.other = nn.Linear(1, 1)
+
+        with pytest.raises(ValueError, match=r"`cuda_graphs` needs one submodule .* its children are net, other"):
+            make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
+                Bare(), regression_data()
+            )
+
+    @pytest.mark.usefixtures("on_the_cpu")
+    @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+    @pytest.mark.parametrize("method", [METHODS["mezo"], METHODS["subzero"]], ids=["mezo", "subzero"])
+    def test_the_same_bits_and_resuming(
+        self,
+        make_trainer: Any,
+        make_regression: Any,
+        regression_data: Any,
+        method: Any,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def fit(cuda_graphs: bool, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+            def save(trainer: L.Trainer, *_: Any) -> None:
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+            callbacks = [
+                ZerothOrder(method, cuda_graphs=cuda_graphs),
+                RunOverview(),
+                LambdaCallback(on_train_batch_end=save),
+            ]
+            callbacks += [SubspaceResampling(interval=2)] if method is METHODS["subzero"] else []
+            trainer, module = (
+                make_trainer(max_steps=6, precision="64-true", callbacks=callbacks),
+                make_regression().double(),
+            )
+            data = StatefulDataLoader(regression_data().dataset, batch_size=4)  # whose place a checkpoint has
+            trainer.fit(module, data, ckpt_path=ckpt_path)
+            return weights(module)
+
+        caplog.set_level("INFO")
+        plain = fit(cuda_graphs=False)
+        assert not any("by CUDA graphs" in message for message in caplog.messages)
+        assert_equal(plain, fit(cuda_graphs=True))
+        assert any("forward passes by CUDA graphs" in message for message in caplog.messages)
+        assert_equal(plain, fit(cuda_graphs=True, ckpt_path=tmp_path / "3.ckpt"))
+
+
+class Counting(CudaCapture):
+    """Counts recordings and replays."""
+
+    recorded = replayed = 0
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        output, launch = super().record(run)
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            launch()
+
+        return output, replay
+
+
+@pytest.mark.gpu
+class TestOnADevice:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+    def test_the_same_bits(self, method: Callable[..., ZerothOrderOptimizer], dtype: torch.dtype) -> None:
+        def make() -> nn.Module:
+            return nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Tanh(), nn.Linear(128, 32))
+
+        batches = [(inputs(8 + step % 2, 64, seed=step).to("cuda", dtype),) for step in range(8)]
+        plain, graphed = seeded(make, dtype, "cuda"), seeded(make, dtype, "cuda")
+        counting = Counting(torch.device("cuda", torch.cuda.current_device()))
+        assert equal(train(plain, method, batches), train(graphed, method, batches, counting))
+        assert_equal(weights(plain), weights(graphed))
+        assert counting.replayed > counting.recorded > 1
+
+    def test_a_language_model(self) -> None:
+        batches = [tuple(tensor.cuda() for tensor in language(3 + step % 2, seed=step)) for step in range(6)]
+        plain, graphed = seeded(llama, torch.bfloat16, "cuda"), seeded(llama, torch.bfloat16, "cuda")
+        counting = Counting(torch.device("cuda", torch.cuda.current_device()))
+        method = METHODS["mezo"]
+        assert equal(train(plain, method, batches), train(graphed, method, batches, counting))
+        assert_equal(weights(plain), weights(graphed))
+        assert counting.recorded == 2
+
+    @pytest.mark.parametrize("name", ["reads_back", "draws", "writes"])
+    def test_what_a_graph_cannot_hold(self, name: str) -> None:
+        odd, _ = ODD[name]
+        module = seeded(lambda: Odd(odd), torch.float32, "cuda")
+        step, optimizer = steps_of(module, CudaCapture(torch.device("cuda", torch.cuda.current_device())))
+        with pytest.warns(UserWarning, match="`cuda_graphs` is off from here on"):
+            step(torch.ones(2, 4, device="cuda"))
+        assert optimizer.evaluator.graphs.is_off
+        assert torch.cuda.get_sync_debug_mode() == 0
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        step(torch.ones(2, 4, device="cuda"))

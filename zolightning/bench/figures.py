@@ -1,0 +1,42 @@
+"""Lines that are kept one by one, so that a run which ends early loses none."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Value = str | float | None
+COLUMNS = ("part", "name", "figure", "value")
+
+
+def append(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Value]]) -> None:
+    """Appends records to a CSV file; where there is none it is made, with its head. Processes may take turns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:  # closed at once: the lines outlive the process
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(records)
+
+
+class Figures:
+    """Appends to a CSV file, a line a figure, and prints.
+
+    Args:
+        path: of the file.
+        part: of the run that the figures belong to.
+    """
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.path = path
+        self.part = part
+
+    def write(self, name: str, **figures: Value) -> None:
+        """Appends the figures of `name`; those that are None are left out."""
+        pairs = [(figure, value) for figure, value in figures.items() if value is not None]
+        lines = [{"part": self.part, "name": name, "figure": figure, "value": value} for figure, value in pairs]
+        append(self.path, COLUMNS, lines)
+        texts = (
+            f"{figure} {value:.4g}" if isinstance(value, float) else f"{figure} {value}" for figure, value in pairs
+        )
+        print(f"{self.part} | {name}: {', '.join(texts)}", flush=True)

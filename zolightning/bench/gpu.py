@@ -1,0 +1,206 @@
+"""A first run on a GPU, in under eight minutes: ``python -m zolightning.bench gpu``.
+
+What matters most comes first: do the loops over parameters write the bits of the CPU's; how near do they come to the
+bandwidth of the card; what do whole steps take, in time and memory, on models by shape; is a run the same twice, and
+when it is resumed. Each part runs in a process of its own and has a time limit. Its figures are appended to one CSV
+file as soon as they are there, a line each; a part that fails or runs out of time leaves a line that says so, and the
+next one goes on.
+"""
+
+import argparse
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from zolightning.bench.bits import HUGE, compare_bits
+from zolightning.bench.figures import Figures
+from zolightning.bench.floors import Ceilings, floor_table
+from zolightning.bench.kernel_cost import measure_kernels
+from zolightning.bench.measure import environment, release, require
+from zolightning.bench.repetition import compare_runs
+from zolightning.bench.report import machine
+from zolightning.bench.rows import DENSE, FORWARD, PARITY, PUBLISHED, PUBLISHED_ANSWERS, SUBSPACE
+from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
+from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
+from zolightning.commands.report import Record
+
+# Forwards first, and the published recipe last, which may not fit
+_ROWS = [FORWARD, *DENSE[:3], *SUBSPACE[:4], PUBLISHED, PUBLISHED_ANSWERS]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything there is.
+
+    Attributes:
+        bits: elements of the tensors whose bits are compared.
+        huge: elements of a tensor that int32 cannot count; none where None.
+        kernels: elements of the weights that kernels are timed on.
+        steps: models and batches whose steps are measured, each with the seconds that it may take.
+        repeated_shape: the model whose training is repeated.
+        repeated_steps: of each such run.
+    """
+
+    bits: int = 300_003
+    huge: int | None = HUGE
+    kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
+    steps: tuple[tuple[Settings, float], ...] = (
+        (Settings("config:qwen3-0.6b", seq_len=256, prompt_batches=4, repeats=5), 60),
+        (Settings("config:llama-3-8b", seq_len=64, lengths=256, prompt_batches=2, repeats=5), 120),
+        (Settings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5), 80),
+    )
+    repeated_shape: str = "smollm2-135m"
+    repeated_steps: int = 20
+
+
+_TINY = Settings("config:tiny", batch_size=2, seq_len=8, prompt_batches=1, repeats=1)
+MINIATURE = Sizes(1003, None, (5000,), ((_TINY, 60),), "tiny", 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the run.
+
+    Attributes:
+        name: as in the file.
+        limit: seconds that it may take.
+        run: writes its figures.
+        environment: variables of its process.
+    """
+
+    name: str
+    limit: float
+    run: Callable[[torch.device, Figures], None]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def parts(sizes: Sizes) -> list[Part]:
+    """The parts, the most important first: eight minutes, if each of them takes all of its time."""
+    return [
+        Part("bits", 50, partial(_bits, sizes)),
+        Part("kernels", 60, partial(_kernels, sizes)),
+        *(Part(f"steps of {settings.model}", limit, partial(_steps, settings)) for settings, limit in sizes.steps),
+        Part("resume", 60, partial(_resume, sizes)),
+        # Beside the row MeZO of the same model, whose loops are in Triton
+        *(Part(row.name, 20, partial(_parity, sizes.steps[0][0], row.name), row.environment) for row in PARITY),
+    ]
+
+
+def run_part(part: Part, device: torch.device, path: Path) -> None:
+    """Runs a part in a process of its own, which is killed when its time is over."""
+    process = get_context("spawn").Process(target=guarded, args=(part, device, path))
+    with environment(part.environment):
+        process.start()
+    process.join(part.limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        Figures(path, part.name).write("part", out_of_time=part.limit)
+    elif process.exitcode:
+        Figures(path, part.name).write("part", failed=f"exit status {process.exitcode}")
+
+
+def guarded(part: Part, device: torch.device, path: Path) -> None:
+    """Runs a part in this process, and writes whether it came to its end."""
+    figures = Figures(path, part.name)
+    try:
+        part.run(device, figures)
+    except Exception as error:
+        traceback.print_exc()
+        figures.write("part", failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    else:
+        figures.write("part", finished=1)
+
+
+def _bits(sizes: Sizes, device: torch.device, figures: Figures) -> None:
+    figures.write("machine", **machine(device))
+    cases = 0
+    for record in compare_bits(device, sizes.bits, sizes.huge):
+        cases += 1
+        if record["differing"]:
+            figures.write(**record)
+    figures.write("all", cases=cases)
+
+
+def _kernels(sizes: Sizes, device: torch.device, figures: Figures) -> None:
+    for record in measure_kernels(device, sizes.kernels, _ceilings(device, figures)):
+        figures.write(**record)
+
+
+def _steps(settings: Settings, device: torch.device, figures: Figures) -> None:
+    settings, ceilings = replace(settings, device=device.type), _ceilings(device, figures)
+    shape = load(replace(settings, device="meta")).model
+    weights = sum(parameter.numel() for parameter in shape.parameters())
+    costs: dict[str, Cost] = {}
+    memory: dict[str, Memory] = {}
+    for row in _ROWS:
+        name = row.name
+        release(device)
+        costs |= measure_costs(settings, [name])
+        cost, forward = costs[name], costs[FORWARD.name]
+        of_prompts = rates(name, cost.prompt_seconds, cost.prompts, weights, ceilings, forward.prompt_seconds)
+        _write(figures, f"{name}, prompts", prompt_record(name, costs) | of_prompts)
+        if row is not PUBLISHED_ANSWERS:  # whose step on random tokens is that of PUBLISHED
+            of_tokens = rates(name, cost.median, cost.tokens, weights, ceilings, forward.median)
+            _write(figures, f"{name}, random tokens", token_record(name, costs) | of_tokens)
+            release(device)
+            memory[name] = measure_memory(settings, name)
+            _write(figures, f"{name}, memory on random tokens", memory_record(memory[name], memory))
+    forward = costs[FORWARD.name]
+    for where, flops in {"random tokens": forward.tokens.flops, "prompts": forward.prompts.flops}.items():
+        for floor in floor_table(shape, flops, ceilings):
+            _write(figures, f"floor on {where}: {floor['row']}", floor)
+
+
+def _write(figures: Figures, name: str, record: Record) -> None:
+    figures.write(name, **{figure: value for figure, value in record.items() if figure != "row"})
+
+
+def _resume(sizes: Sizes, device: torch.device, figures: Figures) -> None:
+    for record in compare_runs(device, sizes.repeated_shape, sizes.repeated_steps, batch_size=4, length=32):
+        figures.write(**record)
+
+
+def _parity(settings: Settings, name: str, device: torch.device, figures: Figures) -> None:
+    cost = measure_costs(replace(settings, device=device.type), [name])[name]
+    figures.write(name, seconds=cost.median, mean_seconds=cost.prompt_seconds)
+
+
+def _ceilings(device: torch.device, figures: Figures) -> Ceilings:
+    ceilings = Ceilings.measure(device, torch.bfloat16)
+    figures.write(
+        "ceilings",
+        copy_gb_per_second=ceilings.bytes_per_second / 1e9,
+        product_tflop_per_second=ceilings.flops_per_second / 1e12,
+    )
+    return ceilings
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds ``gpu`` to the benchmarks."""
+    parser = commands.add_parser(
+        "gpu",
+        description=__doc__,
+        help="a first run on a GPU, in under eight minutes",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: cuda)")
+    parser.add_argument("--miniature", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--parts", nargs="+", help="regular expressions: the parts to run; all if not given")
+    parser.add_argument("--output", type=Path, default=Path("logs/bench/gpu.csv"), help="file to append to")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    require(device)
+    for part in parts(MINIATURE if arguments.miniature else Sizes()):
+        if not arguments.parts or any(re.search(pattern, part.name) for pattern in arguments.parts):
+            run_part(part, device, arguments.output)
+    print(f"\nappended to {arguments.output}")

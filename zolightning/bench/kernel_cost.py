@@ -1,0 +1,66 @@
+"""How near the loops over parameters come to the bandwidth of a copy."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import ModuleType
+from typing import get_args
+
+import torch
+
+from zolightning import kernels
+from zolightning.bench.bits import noise
+from zolightning.bench.floors import Ceilings
+from zolightning.bench.measure import kernel_seconds
+from zolightning.commands.report import Record
+from zolightning.kernels import torch_loops
+from zolightning.kernels.noise import NoiseKind
+
+ROWS_READ = 4096  # of a table of as many elements
+
+
+def measure_kernels(device: torch.device, sizes: Sequence[int], ceilings: Ceilings) -> Iterator[Record]:
+    """A record a kernel, bf16: seconds, bytes that it has to read and write a second, and its time over a copy's.
+
+    The kernels of most weight come first: one query, and the largest size; those that PyTorch compiles come last.
+
+    Args:
+        device: where.
+        sizes: elements of a weight.
+        ceilings: of the machine.
+    """
+    for queries in (1, 2, 8):
+        for kind in get_args(NoiseKind):
+            for size in sorted(sizes, reverse=True):
+                yield from _measure(kernels, "", device, size, queries, kind, ceilings)
+    yield from _measure(torch_loops, ", PyTorch", device, max(sizes), 1, "gaussian", ceilings)
+
+
+def _measure(
+    loops: ModuleType, name: str, device: torch.device, size: int, queries: int, kind: NoiseKind, ceilings: Ceilings
+) -> Iterator[Record]:
+    weight = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    plus, minus, low_word = (
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+        torch.zeros_like(weight, dtype=torch.int16),
+    )
+    arguments = noise(queries, kind, device, 1e-6)
+    columns = max(2, size // (2 * ROWS_READ) * 2)
+    table = weight[: size // columns * columns].view(-1, columns)
+    rows = torch.arange(0, len(table), 2, device=device)
+    read = torch.empty(len(rows), columns, dtype=torch.bfloat16, device=device)
+    work: dict[str, tuple[int, Callable[[], object]]] = {
+        "perturb": (4 * size, partial(loops.perturb, plus, weight, **arguments)),
+        "update exact": (8 * size, partial(loops.add, weight, **arguments, rest=low_word)),
+        "perturb, both signs": (6 * size, partial(loops.perturb_both, plus, minus, weight, **arguments)),
+        "update native": (4 * size, partial(loops.add, weight, **arguments)),
+        "rows": (4 * read.numel(), partial(loops.perturb_rows, read, table, rows, **arguments)),
+    }
+    for kernel, (moved, call) in work.items():
+        seconds = kernel_seconds(call, device)
+        yield {
+            "name": f"{kernel}{name}, {size} elements, {kind}, {queries} queries",
+            "milliseconds": 1e3 * seconds,
+            "gb_per_second": moved / seconds / 1e9,
+            "over_floor": seconds * ceilings.bytes_per_second / moved,
+        }

@@ -1,0 +1,142 @@
+"""Whether training is the same twice, bit for bit: once without a stop, once resumed from the middle."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from zolightning.bench.shapes import model_of_shape
+from zolightning.bench.step_cost import random_token_loss
+from zolightning.callbacks import SubspaceResampling, ZerothOrder
+from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.commands.report import Record
+from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, StepRecord, SubspaceMeZO, SubZero, ZOMuon
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.estimators import OneSided
+from zolightning.optim.subspace import SubspaceOptimizer
+
+METHODS: dict[str, partial[Any]] = {
+    "MeZO": partial(MeZO, lr=1e-5, weight_decay=1e-3),
+    "MeZO, native": partial(MeZO, lr=1e-5, update_precision="native"),
+    "MeZO, rademacher, momentum": partial(MeZO, lr=1e-5, noise="rademacher", momentum=0.9),
+    "MeZO-Adam": partial(MeZOAdam, lr=1e-5),
+    "LOZO": partial(LOZO, lr=1e-5, rank=2),
+    "SubZero": partial(SubZero, lr=1e-5, rank=16),
+    "Subspace-MeZO": partial(SubspaceMeZO, lr=1e-5, rank=16),
+    "ZO-Muon": partial(ZOMuon, lr=1e-3, rank=16, num_queries=2, estimator=OneSided()),
+    "ZO-MOPI": partial(ZOMOPI, lr=1e-3, rank=16, power_rank=8, num_queries=2),
+}
+
+
+class RandomTokens(L.LightningModule):
+    """A model by shape that learns to predict random tokens, other ones at each step.
+
+    Args:
+        shape: of :data:`~zolightning.bench.shapes.SHAPES`; the weights are bfloat16.
+        device: where they are made.
+        tokens: of a run's batches, (steps, rows, length).
+    """
+
+    def __init__(self, shape: str, device: torch.device, tokens: Tensor) -> None:
+        super().__init__()
+        self.model = model_of_shape(shape, device=device).train()  # as Lightning expects it
+        self.register_buffer("tokens", tokens % self.model.config.vocab_size, persistent=False)
+
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        # Whatever a loader does in a resumed run
+        return random_token_loss(self.model, self.get_buffer("tokens")[self.global_step])
+
+    def configure_optimizers(self) -> None:
+        """None: ZerothOrder brings one."""
+
+
+class Records(Callback):
+    """Keeps the records of a run, and saves it after so many steps.
+
+    Args:
+        save_after: steps.
+        path: of the checkpoint.
+    """
+
+    def __init__(self, save_after: int, path: Path) -> None:
+        self.records: list[StepRecord | None] = []
+        self.save_after = save_after
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        (optimizer,) = trainer.optimizers
+        assert isinstance(optimizer, ZerothOrderOptimizer)
+        self.records.append(optimizer.record)
+        if trainer.global_step == self.save_after:
+            trainer.save_checkpoint(self.path)
+
+
+def compare_runs(device: torch.device, shape: str, steps: int, batch_size: int, length: int) -> Iterator[Record]:
+    """A record a method: whether two runs have the same records and the same weights.
+
+    The second one is resumed from a checkpoint of the first, written at half of the steps, by a model of other
+    weights. New subspaces are drawn at each quarter of the steps.
+
+    Args:
+        device: where.
+        shape: of the model.
+        steps: of a run.
+        batch_size: rows of random tokens a batch.
+        length: tokens a row.
+    """
+    tokens = torch.randint(2**31, (steps, batch_size, length), generator=torch.Generator().manual_seed(0))
+    for name, method in METHODS.items():
+        with TemporaryDirectory() as folder:
+            saved = Path(folder) / "half.ckpt"
+            whole, weights = _run(method, RandomTokens(shape, device, tokens), saved, None)
+            other = RandomTokens(shape, device, tokens)
+            for parameter in other.parameters():
+                parameter.data.zero_()  # all of it has to come from the file
+            resumed, resumed_weights = _run(method, other, Path(folder) / "again.ckpt", saved)
+        yield {
+            "name": name,
+            "steps": len(whole),
+            "same_records": int(resumed == whole[steps // 2 :]),
+            "same_weights": int(resumed_weights == weights),
+        }
+
+
+def _run(
+    method: partial[Any], module: RandomTokens, save_to: Path, resume_from: Path | None
+) -> tuple[list[StepRecord | None], str]:
+    """The records of a run and a checksum of the weights that it ends with."""
+    steps = len(module.get_buffer("tokens"))
+    recorder = Records(steps // 2, save_to)
+    is_subspace = isinstance(method.func, type) and issubclass(method.func, SubspaceOptimizer)
+    resampling = [SubspaceResampling(max(1, steps // 4))] if is_subspace else []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`update_precision` is 'native'")  # the row says so by its name
+        warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        trainer = L.Trainer(
+            accelerator="gpu" if module.device.type == "cuda" else "cpu",
+            devices=1,
+            max_steps=steps,
+            precision="bf16-true",
+            callbacks=[ZerothOrder(method), recorder, *resampling],
+            plugins=[AtomicCheckpointIO()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = DataLoader(TensorDataset(torch.arange(steps)))
+        trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    checksum = hashlib.sha256()
+    for parameter in module.parameters():
+        checksum.update(parameter.detach().cpu().view(torch.int16).numpy().tobytes())
+    return recorder.records, checksum.hexdigest()

@@ -1,0 +1,142 @@
+"""What was measured of a step, and the lines of its tables."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zolightning.bench.floors import Ceilings
+from zolightning.bench.rows import FORWARD, PUBLISHED
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process that does nothing but a few steps; on CUDA of the tensors that it holds there.
+
+    Attributes:
+        loading: peak until the model was loaded.
+        loaded: held before the first step; None where the system does not say.
+        peak: of the steps, or of everything where the system cannot tell them apart.
+        state: kept by the step beside the weights.
+        reserved: peak of what torch's allocator took of the card; None on a CPU.
+        free: of the card, after the steps; None on a CPU.
+    """
+
+    loading: int
+    loaded: int | None
+    peak: int
+    state: int
+    reserved: int | None = None
+    free: int | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the figures of a row are computed from, beside its seconds.
+
+    Attributes:
+        forwards: of a step.
+        tokens: of a forward.
+        flops: of a forward.
+        parameter_bytes: that a step moves at least beside its forwards; None where that is not known.
+    """
+
+    forwards: int
+    tokens: float
+    flops: float
+    parameter_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row takes.
+
+    Attributes:
+        seconds: of each timed step on random tokens; none where that was not measured.
+        prompt_seconds: of a step on prompts, on average.
+        tokens: what a step on random tokens does.
+        prompts: what a step on prompts does, on average.
+    """
+
+    seconds: list[float]
+    prompt_seconds: float
+    tokens: Workload
+    prompts: Workload
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step on random tokens."""
+        return statistics.median(self.seconds)
+
+
+def token_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
+    """Seconds of a step on random tokens, beside those of a forward and of the published recipe where it is known."""
+    median, forward = costs[name].median, costs[FORWARD.name].median
+    published = costs.get(PUBLISHED.name)
+    return {
+        "row": name,
+        "seconds": median,
+        "min_seconds": min(costs[name].seconds),
+        "over_its_forwards": median / (costs[name].tokens.forwards * forward),
+        "published_over_row": None if published is None else published.median / median,
+    }
+
+
+def memory_record(used: Memory, memory: Mapping[str, Memory]) -> dict[str, Any]:
+    """Memory of a row, beside that of a forward; `peak_beyond_mib` is what is neither a forward's nor stated state."""
+    forward_peak = memory[FORWARD.name].peak
+    return {
+        "loading_peak_mib": used.loading / MIB,
+        "loaded_mib": None if used.loaded is None else used.loaded / MIB,
+        "peak_mib": used.peak / MIB,
+        "peak_over_forward": used.peak / forward_peak,
+        "state_mib": used.state / MIB,
+        "stateless_peak_over_forward": (used.peak - used.state) / forward_peak,
+        "peak_beyond_mib": (used.peak - used.state - forward_peak) / MIB,
+        "reserved_peak_mib": None if used.reserved is None else used.reserved / MIB,
+        "free_mib": None if used.free is None else used.free / MIB,
+    }
+
+
+def prompt_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
+    """Seconds of a step on prompts, beside those of a forward and of the published recipe where it is known."""
+    cost, forward, published = costs[name], costs[FORWARD.name], costs.get(PUBLISHED.name)
+    own_forwards = cost.prompts.forwards * forward.prompt_seconds
+    return {
+        "row": name,
+        "mean_seconds": cost.prompt_seconds,
+        # The recipe's own forwards are others: of all candidates and all logits.
+        "over_its_forwards": None if name == PUBLISHED.name else cost.prompt_seconds / own_forwards,
+        "published_over_row": None if published is None else published.prompt_seconds / cost.prompt_seconds,
+        "tokens_per_forward": cost.prompts.tokens,
+    }
+
+
+def rates(
+    name: str, seconds: float, work: Workload, weights: int, ceilings: Ceilings, forward_seconds: float
+) -> dict[str, Any]:
+    """A step beside what the machine does at best.
+
+    Args:
+        name: of the row.
+        seconds: of a step.
+        work: what it does.
+        weights: parameters of the model.
+        ceilings: of the machine.
+        forward_seconds: of one bare forward on the same batches.
+    """
+    products, moved = work.forwards * work.flops / ceilings.flops_per_second, work.parameter_bytes
+    rest = seconds - work.forwards * forward_seconds
+    floor = None if moved is None else products + moved / ceilings.bytes_per_second
+    return {
+        "row": name,
+        "tokens_per_second": work.tokens / seconds,
+        "flop_utilisation": products / seconds,
+        # As if all that a step adds to its forwards were passes at the bandwidth of a copy
+        "parameter_side_bytes_per_weight": rest * ceilings.bytes_per_second / weights,
+        "floor_bytes_per_weight": None if moved is None else moved / weights,
+        "floor_seconds": floor,
+        "over_floor": None if floor is None else seconds / floor,
+    }

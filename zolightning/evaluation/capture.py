@@ -1,0 +1,77 @@
+"""What a callable launches on a CUDA device, recorded once as a graph and launched again by one call."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+Output = TypeVar("Output")
+
+
+class Capture(Protocol):
+    """What records graphs."""
+
+    device: torch.device
+
+    def warm_up(self, run: Callable[[], Output]) -> Output: ...
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]: ...
+
+
+class CudaCapture:
+    """Records graphs that share one pool of memory.
+
+    A graph has the addresses it was recorded with: tensors that a callable reads from outside must stay where they
+    are, and new values are copied into them. What it allocates itself lies in the pool, which another graph's replay
+    may overwrite: outputs are to be copied right after a replay. One graph is replayed at a time.
+
+    Args:
+        device: of all tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, run: Callable[[], Output]) -> Output:
+        """Runs a callable as it has to run to be recorded, on a stream of its own, and without waiting for the device.
+
+        Raises:
+            RuntimeError: by the operation that waits for the device, such as reading a number back.
+        """
+        stream, mode = torch.cuda.Stream(self.device), torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                output = run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+        return output
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        """What a callable returns, and what fills it anew."""
+        graph = torch.cuda.CUDAGraph()
+        # A recording that fails leaves its stream in place, so this one is put back. Other threads, which load data,
+        # may use the device meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            output = run()
+        return output, graph.replay
+
+
+def describe_failure(error: Exception) -> str:
+    """What went wrong in a recording, and the line of the network that did it."""
+    if isinstance(error.__context__, Exception):  # a recording that ends after an error fails once more
+        error = error.__context__
+    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(frame.filename.startswith(folder) for folder in own):
+            return f"{words} ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
+    return words

@@ -1,0 +1,282 @@
+"""The network's forward as CUDA graphs: one call launches all of its kernels.
+
+A forward of a language model launches thousands of kernels from Python, which takes longer than the kernels where a
+batch has few tokens. A graph is a forward recorded once, with the kernels that perturb its weights: those read the
+keys and coefficients of directions from device memory, so that one graph serves both signs, all queries and all
+steps. Before a replay the inputs, and these numbers, are copied to where the graph reads them.
+
+There is one graph for each *key*: shapes, dtypes and strides of the network's inputs, all other arguments by value,
+mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key comes
+for the second time, which takes three forwards and about a second. So batches should come in few lengths, which
+:class:`~zolightning.data.batching.LengthBuckets` with ``fixed`` batches and padding to multiples make likely.
+
+Only the network is recorded; the loss around it runs as ever. What a recording cannot hold is found out: a network
+that reads numbers back from the device, draws random numbers, changes what its modules hold or has hooks inside runs
+as it does without graphs, and one warning says why. Graphs are dropped where parameters, buffers or attributes of
+modules have been exchanged. The first replay of a graph, and the first one in another step, is compared with a run
+without it, bit for bit.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from zolightning.evaluation.capture import Capture, describe_failure
+from zolightning.evaluation.network_state import NetworkState, snapshot_of
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.row_groups import RowGroups
+from zolightning.evaluation.scratch import Scratch
+from zolightning.evaluation.shared_prefix import replaced_forward
+from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Perturbations, Tables, copy_into, static_copy
+from zolightning.rank_zero import rank_zero_warn
+
+Evaluate = Callable[[], tuple[Tensor, Tensor]]
+
+LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and a megabyte or more of the driver's
+_UNSETTLED = 3  # steps in a row, the first one among them, that may begin with other modules than the one before
+_PROOFS = 2  # steps in which a replay is compared with a run without the graph
+
+
+class GraphedNetwork:
+    """Evaluates a loss with the forward of a network replayed from graphs.
+
+    Args:
+        network: called, once or several times, by the loss.
+        capture: what records.
+        limit: graphs to keep. Another key takes the place of the least used graph once it has come twice as often.
+
+    Attributes:
+        is_off: whether something has been found that a graph cannot hold; the network then runs without any.
+    """
+
+    def __init__(self, network: nn.Module, capture: Capture, limit: int = LIMIT) -> None:
+        self.network = network
+        self.is_off = False
+        self._capture = capture
+        self._limit = limit
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._uses: Counter[Hashable] = Counter()
+        self._tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
+        self._held: NetworkState | None = None
+        self._unsettled = 0  # steps in a row that began with other modules
+        self._step = 0
+        self._generators = Generators()
+
+    def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
+        """Losses and their weights under each of some perturbations."""
+        results = []
+        for context in contexts:
+            own = self.network.forward
+            # As stacked evaluations do: the context is entered last, so that it watches a network that is a reader.
+            with replaced_forward(self.network, partial(self.run, own, context)), context:
+                results.append(evaluate())
+        return results
+
+    def clear(self) -> None:
+        """Forgets all graphs."""
+        self._graphs.clear()
+        self._uses.clear()
+        self._held = None
+
+    def begin_step(self, generators: Generators) -> None:
+        """Drops graphs that were recorded with other modules, or with their weights at other addresses.
+
+        Args:
+            generators: what the evaluations of the step draw from.
+        """
+        if self.is_off:
+            return
+        self._generators = generators
+        self._step += 1
+        if self._held is not None and self._held.is_same():
+            self._unsettled = 0
+        else:
+            self.clear()
+            self._held = NetworkState(self.network)
+            self._unsettled += 1
+        if self._unsettled > _UNSETTLED:
+            self._turn_off("its parameters, buffers or attributes are other ones at each step")
+        elif (hooked := self._held.hooked()) is not None:
+            self._turn_off(f"`{hooked}` has a hook, which a replay would not call")
+
+    def _turn_off(self, reason: str) -> None:
+        self.is_off = True
+        self.clear()
+        rank_zero_warn(
+            f"`cuda_graphs` is off from here on, the run goes on without: {type(self.network).__name__} cannot be "
+            f"replayed, {reason}."
+        )
+
+    def run(self, own: Callable[..., Any], context: Perturbed, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward within `context`, which is active, by a graph where there is one.
+
+        Args:
+            own: that without a graph.
+            context: how each group of rows sees parameters, or how all rows do.
+            args: of the forward, as `kwargs`.
+        """
+        if self.is_off:
+            return own(*args, **kwargs)
+        try:
+            if torch.is_grad_enabled():
+                raise CannotCapture("`training_step` differentiates")
+            arguments = Arguments(args, kwargs, self._capture.device)
+            parts = Parts([_watched(group) for group in _groups(context)], self._capture.device)
+        except CannotCapture as error:
+            self._turn_off(str(error))
+            return own(*args, **kwargs)
+        key = (arguments.key, parts.key, *_modes(self.network, self._capture.device))
+        self._uses[key] += 1
+        graph = self._graphs.get(key)
+        if graph is None:
+            output = own(*args, **kwargs)
+            if self._uses[key] > 1 and self._has_room(key):
+                self._add(key, own, context, arguments, parts, output)
+            return output
+        output = graph.replay(arguments, parts, self._step)
+        if graph.proofs < _PROOFS and graph.proven_in != self._step:
+            expected = own(*args, **kwargs)
+            self._prove(graph, output, expected)
+            return expected
+        context.seen |= graph.twin.seen
+        if isinstance(context, RowGroups) and isinstance(graph.twin, RowGroups):
+            context.cuts += graph.twin.cuts
+        return output
+
+    def _has_room(self, key: Hashable) -> bool:
+        """Whether there may be a graph for a key: fewer than the limit, or one that is used half as often, at most."""
+        if len(self._graphs) < self._limit:
+            return True
+        least = min(self._graphs, key=lambda other: self._uses[other])
+        if self._uses[key] < 2 * self._uses[least]:
+            return False
+        del self._graphs[least]
+        return True
+
+    def _add(
+        self,
+        key: Hashable,
+        own: Callable[..., Any],
+        context: Perturbed,
+        arguments: Arguments,
+        parts: Parts,
+        expected: Any,
+    ) -> None:
+        """Records a graph and compares its first replay with what the network has returned."""
+        tables = self._tables.get(parts.key)
+        if tables is None:
+            tables = self._tables[parts.key] = Tables(parts)
+        tables.fill(parts, self._step)
+        readers = context.readers
+        if readers is not None and self.network in readers:
+            readers = None  # its own forward runs, past the one that would watch
+        try:
+            graph = _Graph(arguments, tables)
+            args, kwargs = arguments.with_tensors(graph.inputs)
+
+            def run() -> Any:
+                graph.twin = _twin(context, tables.groups)
+                graph.twin.readers = readers
+                with context.paused(), graph.twin:
+                    output = own(*args, **kwargs)
+                graph.twin.scratch = Scratch()  # that which was used is the pool's again
+                return output
+
+            copy_into(graph.inputs, arguments.tensors)
+            self._warm_up(run, graph.inputs)
+            graph.output, graph.launch = self._capture.record(run)
+            output = graph.replay(arguments, parts, self._step)
+        except CannotCapture as error:
+            self._turn_off(str(error))
+        except Exception as error:
+            self._turn_off(describe_failure(error))
+        else:
+            self._graphs[key] = graph
+            self._prove(graph, output, expected)
+
+    def _warm_up(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> None:
+        """Runs what is to be recorded once, and looks at what it leaves behind."""
+        before = snapshot_of(self.network)
+        states, versions = self._generators.states(), [tensor._version for tensor in inputs]
+        for leaf in tree_flatten(self._capture.warm_up(run))[0]:
+            if not isinstance(leaf, Tensor | int | float | str | None):
+                raise CannotCapture(f"it returns {type(leaf).__name__}, of which a replay would not make another one")
+        if not self._generators.states().equal(states):
+            raise CannotCapture("it draws random numbers")
+        if not before.is_now():
+            raise CannotCapture("it changes what its modules hold, a buffer or a counter")
+        if versions != [tensor._version for tensor in inputs]:
+            raise CannotCapture("it writes to its inputs")
+
+    def _prove(self, graph: "_Graph", output: Any, expected: Any) -> None:
+        graph.proofs, graph.proven_in = graph.proofs + 1, self._step
+        if not _same_bits(output, expected):
+            self._turn_off("a replay returned other numbers than a run")
+
+
+class _Graph:
+    """A forward that has been recorded.
+
+    Attributes:
+        inputs: where it reads the tensors among the arguments.
+        output: where it writes what the forward returned.
+        launch: runs it.
+        twin: the context that it was recorded in, which knows what has been read and cut.
+        proofs: steps in which a replay has been compared with a run without the graph, `proven_in` the last of them.
+    """
+
+    def __init__(self, arguments: Arguments, tables: Tables) -> None:
+        self.inputs = [static_copy(tensor) for tensor in arguments.tensors]
+        self.output: Any = None
+        self.launch: Callable[[], None]
+        self.twin: Perturbed
+        self.proofs = self.proven_in = 0
+        self._tables = tables
+
+    def replay(self, arguments: Arguments, parts: Parts, step: int) -> Any:
+        """What the forward returns for these arguments, under these perturbations."""
+        self._tables.fill(parts, step)
+        copy_into(self.inputs, arguments.tensors)
+        self.launch()
+        return tree_map_only(Tensor, Tensor.clone, self.output)
+
+
+def _groups(context: Perturbed) -> Sequence[Perturbed]:
+    return context.groups if isinstance(context, RowGroups) else [context]
+
+
+def _twin(context: Perturbed, groups: Sequence[Perturbations]) -> Perturbed:
+    """A context like another one, with other perturbations, and scratch memory of its own."""
+    scratch = Scratch()
+    contexts = [Perturbed(group, scratch=scratch) for group in groups]
+    return RowGroups(contexts, context.rows, context.held) if isinstance(context, RowGroups) else contexts[0]
+
+
+def _watched(context: Perturbed) -> dict[nn.Parameter, Any]:
+    """The perturbations of parameters that are not perturbed where they lie: those a graph reads as they are."""
+    return {p: change for p, change in context.perturbations.items() if p not in context.in_place}
+
+
+def _modes(network: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
+    is_autocast = torch.is_autocast_enabled(device.type)
+    return network.training, torch.is_inference_mode_enabled(), is_autocast and torch.get_autocast_dtype(device.type)
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    """Whether two structures hold the same; tensors bit by bit, so that NaN is NaN."""
+    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    return structure == other_structure and all(
+        torch.equal(_bits(a), _bits(b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+        for a, b in zip(leaves, others, strict=True)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

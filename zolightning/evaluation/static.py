@@ -1,0 +1,191 @@
+"""Copies that stay where they are, for CUDA graphs: of a network's arguments, and of what perturbations are made of."""
+
+import copy
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zolightning.directions.dense import Direction
+from zolightning.directions.perturbation import Perturbation
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
+
+
+Perturbations = Mapping[nn.Parameter, Perturbation | None]
+
+
+class CannotCapture(Exception):
+    """Why a forward cannot be a graph."""
+
+
+class Arguments:
+    """The arguments of a call: tensors, and all else by value.
+
+    Attributes:
+        tensors: in their order.
+        key: equal for calls that differ by what is in the tensors only.
+
+    Raises:
+        CannotCapture: if a value is neither a tensor on `device` nor plain.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
+        self._leaves, self._structure = tree_flatten((args, kwargs))
+        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        for tensor in self.tensors:
+            if tensor.device != device:
+                raise CannotCapture(f"an argument of the network is on {tensor.device}, not on {device}")
+        self.key: Hashable = (self._structure, *[_described(leaf) for leaf in self._leaves])
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with other tensors."""
+        others = iter(tensors)
+        leaves = [next(others) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return args, kwargs
+
+
+class Parts:
+    """The tensors that the perturbations of some groups of rows are made of, and all else by value.
+
+    Args:
+        groups: how each group of rows sees parameters.
+        device: of the tensors.
+
+    Attributes:
+        tables: tensors that hold them: a table of which several are rows counts once.
+        key: equal for perturbations, of the same parameters, that differ by what is in the tables only.
+
+    Raises:
+        CannotCapture: if a perturbation holds something that is neither a tensor on `device` nor plain, nor made of
+            these.
+    """
+
+    def __init__(self, groups: Sequence[Perturbations], device: torch.device) -> None:
+        self._groups = groups
+        self._device = device
+        self.tables: list[Tensor] = []
+        self._places: dict[int, int] = {}  # in `tables`, by id
+        self._known: dict[int, Hashable] = {}  # what has been said of tables, by id
+        described = [(id(p), self._described(change)) for group in groups for p, change in group.items()]
+        self.key: Hashable = (len(groups), *described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
+
+    def with_tables(self, tables: Sequence[Tensor]) -> list[Perturbations]:
+        """The same perturbations with other tables."""
+
+        @functools.cache
+        def exchanged(tensor: Tensor) -> Tensor:
+            table = _table_of(tensor)
+            offset = tensor.storage_offset() - table.storage_offset()
+            return tables[self._places[id(table)]].as_strided(tensor.shape, tensor.stride(), offset)
+
+        return [
+            {parameter: _rebuilt(change, exchanged) for parameter, change in group.items()} for group in self._groups
+        ]
+
+    def _described(self, value: Any) -> Hashable:
+        """`value` without what is in its tensors. It runs for each parameter at each forward, so it is to be quick."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if id(value) in self._known:  # the coefficients, which all parameters share
+            return self._known[id(value)]
+        if isinstance(value, Tensor):
+            table = _table_of(value)
+            place = self._places.get(id(table))
+            if place is None:
+                place = self._add(table)
+            found: Hashable = (place, value.storage_offset() - table.storage_offset(), value.shape, value.stride())
+            if table is value:
+                self._known[id(value)] = found
+            return found
+        if kind is Direction:  # its `values` repeat what is in a table, and say which groups are opposites
+            values = value.values if len(self._groups) > 1 else None
+            return kind, value.kind, values, self._described(value.keys), self._described(value.coefficients)
+        return (kind, *[self._described(part) for part in _members(value).values()])
+
+    def _add(self, table: Tensor) -> int:
+        if table.device != self._device:
+            raise CannotCapture(f"a tensor of a perturbation is on {table.device}, not on {self._device}")
+        self._places[id(table)] = len(self.tables)
+        self.tables.append(table)
+        return len(self.tables) - 1
+
+
+class Tables:
+    """What perturbations are made of, in memory that stays.
+
+    Attributes:
+        groups: the perturbations of `parts`, made of this memory.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._static = [static_copy(table) for table in parts.tables]
+        self._sources: list[Tensor | None] = [None] * len(parts.tables)
+        self._step = 0
+        self.groups = parts.with_tables(self._static)
+
+    def fill(self, parts: Parts, step: int) -> None:
+        """Copies what has not been copied in this step: within a step nobody writes to what perturbations hold."""
+        new = [i for i, table in enumerate(parts.tables) if step != self._step or table is not self._sources[i]]
+        copy_into([self._static[i] for i in new], [parts.tables[i] for i in new])
+        self._sources, self._step = list(parts.tables), step
+
+
+def static_copy(tensor: Tensor) -> Tensor:
+    """Memory for what a tensor holds, laid out like it; without its contents."""
+    whole = _without_repeats(tensor)
+    made = torch.empty_strided(whole.shape, whole.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.as_strided(tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)
+
+
+def copy_into(static: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies the contents of tensors into what :func:`static_copy` made of each."""
+    if static:
+        torch._foreach_copy_([_without_repeats(t).detach() for t in static], [_without_repeats(t) for t in sources])
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """Of an expanded tensor the part that it repeats."""
+    if 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
+def _table_of(tensor: Tensor) -> Tensor:
+    """The tensor that another is a view of; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _described(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    if type(leaf) in _PLAIN:
+        return type(leaf), leaf
+    raise CannotCapture(f"an argument of the network is {type(leaf).__name__}, neither a tensor nor a plain value")
+
+
+def _members(value: Any) -> dict[Any, Any]:
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    try:
+        return vars(value)
+    except TypeError:
+        raise CannotCapture(f"a perturbation is made of {type(value).__name__}, whose tensors are not known") from None
+
+
+def _rebuilt(value: Any, exchanged: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return exchanged(value)
+    if type(value) in _PLAIN:
+        return value
+    members = {name: _rebuilt(member, exchanged) for name, member in _members(value).items()}
+    if isinstance(value, list | tuple):
+        return type(value)(members.values())
+    made = copy.copy(value)
+    vars(made).update(members)
+    return made
