@@ -1,6 +1,9 @@
 """The first run on a GPU, in miniature on the CPU: every part runs, and what goes wrong is written down."""
 
 import csv
+import math
+import subprocess
+import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -39,22 +42,24 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_every_part_runs_in_miniature(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_part_runs_in_miniature(tmp_path: Path, device: str) -> None:
     path = tmp_path / "logs" / "gpu.csv"
-    main(f"gpu --device cpu --miniature --output {path}".split())
+    main(f"gpu --device {device} --miniature --output {path}".split())
     found = read(path)
     assert list(found) == [part.name for part in parts(MINIATURE)]
     assert {name: part["part"] for name, part in found.items()} == {name: {"finished": "1"} for name in found}
     assert found["bits"]["all"] == {"cases": "126"}
-    assert found["bits"].keys() == {"machine", "all", "part"}, "a case differs from itself"
+    assert found["bits"].keys() == {"machine", "all", "part"}, "a case differs from the CPU's"
     assert found["bits"]["machine"]["torch"] == torch.__version__
+    assert ("gpu" in found["bits"]["machine"]) == (device == "cuda")
     assert float(found["kernels"]["update exact, 5000 elements, gaussian, 1 queries"]["gb_per_second"]) > 0
     steps = found["steps of config:tiny"]
     for name in ("forward", "MeZO", "LOZO rank 4", "published"):
         for where in ("prompts", "random tokens", "memory on random tokens"):
-            assert all(
-                float(value) >= 0 or "parameter_side" in figure for figure, value in steps[f"{name}, {where}"].items()
-            )
+            assert all(math.isfinite(float(value)) for value in steps[f"{name}, {where}"].values())
+        memory = steps[f"{name}, memory on random tokens"]
+        assert float(memory["peak_mib"]) > 0 and ("reserved_peak_mib" in memory) == (device == "cuda")
     assert float(steps["MeZO, prompts"]["floor_bytes_per_weight"]) == 16
     assert set(steps["published, answer logits, prompts"]) >= {"mean_seconds", "over_its_forwards"}
     assert "floor on prompts: update exact" in steps
@@ -123,3 +128,38 @@ def test_without_a_gpu_a_line_says_so(command: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="finds no GPU"):
         main([*command.split(), "--output", str(tmp_path / "x.csv")])
     assert not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_gpu_need_nothing_of_the_command_line() -> None:
+    # Images with CUDA come without these packages.
+    code = """
+import importlib.metadata, importlib.util, sys
+absent = {"datasets", "gguf", "jsonargparse", "tensorboard", "torchdata"}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+from_name = importlib.metadata.Distribution.from_name
+def only_present(name):
+    if name in absent:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in absent else find_spec(name, package)
+sys.meta_path.insert(0, Absent())
+importlib.metadata.Distribution.from_name = only_present
+
+from pathlib import Path
+import torch
+from zolightning.bench import __main__, gpu
+from zolightning.models import CausalLM
+for part in gpu.parts(gpu.MINIATURE):
+    gpu.guarded(part, torch.device("cpu"), Path(sys.argv[1]))
+"""
+    output = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "/dev/null"], capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    assert "failed" not in output.stdout and output.stdout.count("finished 1") == len(parts(MINIATURE))
