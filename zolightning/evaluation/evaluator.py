@@ -1,8 +1,9 @@
 """Evaluates a loss at perturbed weights: the optimizer says where, this says how."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]  # a loss and the number of terms it averages, both wide scalars
 Perturbations = Mapping[nn.Parameter, Perturbation]
+# Submodules at the last step, the names of the parameters that each had itself, and all these parameters
+_Structure = tuple[list[nn.Module], list[tuple[str, ...]], list[nn.Parameter | None]]
 
 
 class Evaluator:
@@ -42,8 +45,7 @@ class Evaluator:
         self.graphs: GraphedNetwork | None = None
         self.is_first = False
         self._scratch = Scratch()
-        # Submodules and the parameters that each has itself, at the last step
-        self._structure: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        self._structure: _Structure = [], [], []
         self._held: dict[int, Held] = {}  # what submodules held before the last step, see `Traces`
         self._moving: set[int] = set()  # the parameters that moved in it
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
@@ -65,7 +67,7 @@ class Evaluator:
             ValueError: if evaluations are to share runs and no submodule holds all parameters.
         """
         self.module = module
-        self._structure, self._held = [], {}
+        self._structure, self._held = ([], [], []), {}
         self._is_watched = False
         self.prefix = SharedPrefix(layers_of(module))
         self._readers.clear()
@@ -75,7 +77,7 @@ class Evaluator:
     def detach(self) -> None:
         """Leaves the module for good."""
         self.module = None
-        self._structure, self._held = [], {}
+        self._structure, self._held = ([], [], []), {}
         self.graphs = None
 
     def evaluate(
@@ -109,11 +111,16 @@ class Evaluator:
                 self._held, self._moving = {}, moving
             traces = Traces(modules, self._written, moving, self._held)
 
-            def run() -> tuple[Tensor, Tensor]:
+            def run(*within: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
+                def loss() -> tuple[Tensor, Tensor]:
+                    with ExitStack() as stack:
+                        for context in (*within, *(() if self._is_watched else (traces.watched(),))):
+                            stack.enter_context(context)
+                        return evaluate()
+
                 rewind()
                 try:
-                    with nullcontext() if self._is_watched else traces.watched():
-                        return traces.evaluate(evaluate, self.is_first)
+                    return traces.evaluate(loss, self.is_first)
                 finally:
                     self.is_first, self._is_watched = False, True
 
@@ -141,15 +148,12 @@ class Evaluator:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def _is_as_before(self, modules: Sequence[nn.Module]) -> bool:
+    def _is_as_before(self, modules: list[nn.Module]) -> bool:
         """Whether these are the submodules of the last step, each with the same parameters under the same names."""
-        before, self._structure = self._structure, [(m, _own_parameters(m)) for m in modules]
-        if len(before) != len(self._structure):
-            return not before
-        for (one, held), (other, now) in zip(before, self._structure, strict=True):
-            if one is not other or held.keys() != now.keys() or not all(map(is_, held.values(), now.values())):
-                return False
-        return True
+        own = [_own_parameters(module) for module in modules]
+        now = modules, list(map(tuple, own)), [parameter for held in own for parameter in held.values()]
+        before, self._structure = self._structure, now
+        return not before[0] or (before[:2] == now[:2] and all(map(is_, before[2], now[2])))
 
     def _losses(
         self,
@@ -184,8 +188,7 @@ class Evaluator:
         results = []
         with self.prefix.one_step(generators):
             for context in contexts:
-                with context:
-                    results.append(self.prefix.evaluate(evaluate, context))
+                results.append(self.prefix.evaluate(evaluate, context))
         return results, contexts[0].unread()
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
@@ -224,4 +227,4 @@ class Evaluator:
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """By name; none of TorchScript, which makes a new object for each at every look."""
-    return {} if isinstance(module, torch.jit.ScriptModule) else dict(module._parameters)
+    return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters

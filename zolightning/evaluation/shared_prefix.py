@@ -24,7 +24,7 @@ from zolightning.evaluation.randomness import Generators, States
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
-Evaluate = Callable[[], tuple[Tensor, Tensor]]
+Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight, within contexts
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
@@ -79,19 +79,15 @@ class SharedPrefix:
         network may do more with its layers than run one after the other.
         """
         if self.depth is not None:
-            with self._replay():
-                return evaluate()
+            return evaluate(perturbed, self._replay())
         moving = frozenset(map(id, perturbed.perturbations))
         if moving != self._kept_for:
             self.kept, self._kept_bytes, self._kept_depth, self._kept_for = {}, 0, 0, moving
         if self.keep_bytes and self._kept_depth:
-            with self._recall(self._kept_depth):
-                return evaluate()
-        with self._record(perturbed):
-            result = evaluate()
+            return evaluate(perturbed, self._recall(self._kept_depth))
+        result = evaluate(perturbed, self._record(perturbed))
         if self.depth and self.depth > self._proven and torch.isfinite(result[0]):
-            with self._replay():
-                again = evaluate()
+            again = evaluate(perturbed, self._replay())
             if torch.equal(again[0], result[0]):
                 self._proven = self.depth
             else:

@@ -63,20 +63,22 @@ class Held:
         known: tensors that other modules hold too, by id; added to.
     """
 
-    __slots__ = ("attributes", "containers", "generators", "saved", "tensors")
+    __slots__ = ("attributes", "containers", "contents", "generators", "own", "saved", "tensors")
 
     def __init__(
         self, attributes: dict[str, Any], written: Set[int], perturbed: Set[int], known: dict[int, HeldTensor]
     ) -> None:
         self.attributes, self.saved = attributes, dict(attributes)
-        self.containers: list[tuple[Any, Any]] = []
+        self.containers: list[Any] = []
+        self.contents: list[Any] = []  # of the containers
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         self.tensors: list[HeldTensor] = []
 
         def visit(value: Any) -> None:
             kind = type(value)
             if kind in _CONTAINERS:
-                self.containers.append((value, copy.copy(value)))
+                self.containers.append(value)
+                self.contents.append(copy.copy(value))
                 for member in value.values() if isinstance(value, dict) else value:
                     if type(member) not in _NUMBERS:
                         visit(member)
@@ -90,44 +92,40 @@ class Held:
             elif kind is torch.Generator:
                 self.generators.append((value, value.get_state()))
 
-        for name, value in self.saved.items():
-            if name not in _SKIPPED and type(value) not in _NUMBERS:
-                visit(value)
         for name in ("_parameters", "_buffers"):
             if held := self.saved.get(name):
                 visit(held)
+        self.own = len(self.containers)  # how many of the containers are the module's registries
+        for name, value in self.saved.items():
+            if type(value) not in _NUMBERS and name not in _SKIPPED:
+                visit(value)
 
     def holds_the_same(self) -> bool:
         """Whether attributes and containers are the same; what is in tensors may differ."""
-        return _same_attributes(self.attributes, self.saved) and all(
-            [_same(container, content) for container, content in self.containers]
-        )
-
-    def is_now(self, written: Set[int]) -> bool:
-        """Whether nothing has been written since."""
-        return (
-            self.holds_the_same()
-            and not any([tensor.is_written(written) for tensor in self.tensors])
-            and all(torch.equal(generator.get_state(), state) for generator, state in self.generators)
-        )
+        return _same_attributes(self.attributes, self.saved) and _same(self.containers, self.contents)
 
     def is_lasting(self) -> bool:
-        """Whether it holds at any later moment at which :meth:`is_identical`: there is no copy that could age."""
-        return not self.generators and all([tensor.copy is None for tensor in self.tensors])
+        """Whether :meth:`is_identical` tells later on if all of it is as it was: it holds large tensors at most."""
+        return (
+            len(self.containers) == self.own
+            and not self.generators
+            and not any([tensor.copy is not None for tensor in self.tensors])
+        )
 
     def is_identical(self) -> bool:
-        """Whether all objects are the very ones, none of them a container or tensor that has been written to."""
-        return (
-            _identical(self.attributes, self.saved)
-            and all([_identical(container, content) for container, content in self.containers])
-            and all([tensor.tensor._version == tensor.version for tensor in self.tensors])
-        )
+        """Whether the module holds the same tensors, and none of them has been written to."""
+        if not _same_attributes(self.attributes, self.saved):
+            return False
+        for registry, content in zip(self.containers, self.contents, strict=True):
+            if not all(map(is_, registry.values(), content.values())) or registry.keys() != content.keys():
+                return False
+        return all([tensor.tensor._version == tensor.version for tensor in self.tensors])
 
     def restore(self) -> None:
         """Puts all but tensors back as it was."""
         if not _same_attributes(self.attributes, self.saved):
             _restore_attributes(self.attributes, self.saved)
-        for container, content in self.containers:
+        for container, content in zip(self.containers, self.contents, strict=True):
             if not _same(container, content):
                 _refill(container, content)
         for generator, state in self.generators:
@@ -158,6 +156,7 @@ class Snapshot:
             elif held.tensors:
                 known |= {id(tensor.tensor): tensor for tensor in held.tensors}
             self._held[id(module)] = held
+        self._tensors = list(known.values())
 
     def lasting(self) -> dict[int, Held]:
         """What modules hold that is worth another look at a later moment, by their ids."""
@@ -165,7 +164,7 @@ class Snapshot:
 
     def large(self) -> list[HeldTensor]:
         """The tensors without a copy."""
-        return [tensor for held in self._held.values() for tensor in held.tensors if tensor.copy is None]
+        return [tensor for tensor in self._tensors if tensor.copy is None]
 
     def holds_the_same(self) -> bool:
         """Whether attributes and containers are the same; what is in tensors may differ."""
@@ -173,17 +172,20 @@ class Snapshot:
 
     def is_now(self) -> bool:
         """Whether nothing has been written since."""
-        written = self._written
-        return all([held.is_now(written) for held in self._held.values()])
+        for held in self._held.values():
+            if not held.holds_the_same():
+                return False
+            if held.generators and not all(torch.equal(g.get_state(), state) for g, state in held.generators):
+                return False
+        return not any([tensor.is_written(self._written) for tensor in self._tensors])
 
     def restore(self) -> None:
         """Puts everything back as it was."""
         for held in self._held.values():
             held.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            for held in self._held.values():
-                for tensor in held.tensors:
-                    tensor.restore(self._written)
+            for tensor in self._tensors:
+                tensor.restore(self._written)
 
 
 def _same(now: Any, saved: Any) -> bool:
@@ -192,16 +194,6 @@ def _same(now: Any, saved: Any) -> bool:
         return bool(now == saved)
     except Exception:  # two tensors of several elements, say: not the same object
         return False
-
-
-def _identical(now: Any, saved: Any) -> bool:
-    """Whether a container holds the very objects that it held; of a dictionary's `forward`, put last, see above."""
-    if type(now) is set:
-        return bool(now == saved)
-    if not isinstance(now, dict):
-        return len(now) == len(saved) and all(map(is_, now, saved))
-    more = "forward" in now and "forward" not in saved
-    return len(now) == len(saved) + more and all(map(is_, now.values(), saved.values())) and saved.keys() <= now.keys()
 
 
 def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What all zeroth-order methods share: probing, the record of a step, and adding an update to the weights."""
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -150,11 +151,11 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             hook(self, partial(self.squared_grad, evaluate=evaluate, reduce=reduce, stream=stream))
         probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
-        losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
+        losses, projected_grads, is_empty = self._evaluate(self.estimator, probes, evaluate, reduce, stream)
         last.flat_in_a_row = last.flat_in_a_row + 1 if _is_flat(losses) else 0
         if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
             self.evaluator.forget()
-            losses, is_empty = self._evaluate(probes, evaluate, reduce, stream)
+            losses, projected_grads, is_empty = self._evaluate(self.estimator, probes, evaluate, reduce, stream)
             if not _is_flat(losses):
                 last.flat_in_a_row = 0
             else:
@@ -163,19 +164,18 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
                     "the weights: the loss does not depend on the parameters that train, or "
                     f"`eps` ({group['eps']:g}) is too small to change it."
                 )
-        finite = bool(torch.isfinite(losses).all())
+        finite = all(map(math.isfinite, losses))
         last.nonfinite_in_a_row = 0 if finite else last.nonfinite_in_a_row + (not is_empty)
         if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not is_empty:
-            values = ", ".join(f"{loss:g}" for loss in losses.tolist())
+            values = ", ".join(f"{loss:g}" for loss in losses)
             many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
-        projected_grads = self.estimator.projected_grads(losses, group["eps"]).tolist() if finite else ()
         record = StepRecord(
             step=group["step"],
             seed=group["seed"],
             lr=tuple(float(group["lr"]) for group in self.param_groups),
-            projected_grads=tuple(projected_grads),
-            losses=tuple(losses.tolist()),
+            projected_grads=tuple(projected_grads) if finite else (),
+            losses=tuple(losses),
             forward_passes=len(probes) + last.measured,
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
@@ -279,10 +279,10 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         estimator = TwoSided()
         probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
         with self.only(block):
-            losses, _ = self._evaluate(probes, evaluate, reduce, stream, leaves_traces=False)
+            _, grads, _ = self._evaluate(estimator, probes, evaluate, reduce, stream, leaves_traces=False)
         self._estimate.measured += len(probes)
-        squares = estimator.projected_grads(losses, self.param_groups[0]["eps"]).square()
-        return squares.mean().item() if torch.isfinite(squares).all() else 0.0
+        mean = sum(grad * grad for grad in grads) / len(grads)
+        return mean if math.isfinite(mean) else 0.0
 
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""
@@ -290,13 +290,17 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
 
     def _evaluate(
         self,
+        estimator: Estimator,
         probes: Sequence[Probe],
         evaluate: Evaluate,
         reduce: Reduce | None,
         stream: int,
         leaves_traces: bool = True,
-    ) -> tuple[Tensor, bool]:
-        """The losses of all probes over all ranks, float64 on the CPU; and whether there was no term to average."""
+    ) -> tuple[list[float], list[float], bool]:
+        """The losses of an estimator's probes over all ranks, its projected gradients, and whether there was no term.
+
+        Nothing before the last lines waits for the device: they read all numbers of a step at once.
+        """
         group = self.param_groups[0]
         trainable = {parameter: name for _, name, parameter in self.trainable()}
         perturbations = [self._perturbations_of(probe) for probe in probes]
@@ -309,10 +313,13 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         totals = torch.stack(
             [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
         )
-        totals = (totals if reduce is None else reduce(totals)).cpu()
-        if (totals[:, 1] < 0).any():
-            raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {totals[0, 1]:g}.")
-        return totals[:, 0] / totals[:, 1], bool((totals[:, 1] == 0).any())
+        totals = totals if reduce is None else reduce(totals)
+        losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
+        numbers = torch.cat([losses, terms, estimator.projected_grads(losses, group["eps"])]).tolist()
+        count = len(probes)
+        if min(numbers[count : 2 * count]) < 0:
+            raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {numbers[count]:g}.")
+        return numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count]
 
     def _perturbations_of(self, probe: Probe) -> dict[nn.Parameter, Perturbation]:
         return self._sliced(self.perturbations(*probe) if probe.sign else self.offsets())
@@ -323,6 +330,6 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         return perturbations | {p: SlicedPerturbation(perturbations[p], part) for p, part in parts.items()}
 
 
-def _is_flat(losses: Tensor) -> bool:
+def _is_flat(losses: list[float]) -> bool:
     """Whether several losses are the same to the last bit."""
-    return len(losses) > 1 and bool(torch.isfinite(losses).all() and (losses == losses[0]).all())
+    return len(losses) > 1 and math.isfinite(losses[0]) and all(loss == losses[0] for loss in losses)

@@ -87,4 +87,6 @@ def loss_and_terms(output: Loss) -> tuple[Tensor, Tensor]:
             f"{getattr(terms, 'shape', repr(terms))}. Return the dictionary's own entry under another name."
         )
     loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
-    return loss, torch.as_tensor(terms, dtype=loss.dtype, device=loss.device).view(())
+    if isinstance(terms, Tensor):
+        return loss, terms.detach().view(()).to(loss.device, loss.dtype, non_blocking=True)
+    return loss, torch.full_like(loss, terms)  # a kernel's argument: a copy from the host would wait for the device

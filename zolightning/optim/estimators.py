@@ -36,7 +36,10 @@ class Estimator(ABC):
 
     @abstractmethod
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
-        """The projected gradients (num_queries,) from the losses of :meth:`probes`, both float64."""
+        """The projected gradients (num_queries,) from the losses of :meth:`probes`, both float64.
+
+        On the device of the losses, which must not be waited for: no ``item()``, no ``if`` on a tensor.
+        """
 
 
 class TwoSided(Estimator):
