@@ -115,12 +115,17 @@ def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | N
 
 
 def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord, own_names: Set[str]) -> None:
-    module.log("zo/lr", record.lr[0])
-    module.log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
+    def log(name: str, value: float, **options: Any) -> None:
+        module.log(
+            name, torch.tensor(value), **options
+        )  # a tensor of the host's: a number goes to the device, and waits
+
+    log("zo/lr", record.lr[0])
+    log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
     if not record.projected_grads:
-        module.log("zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
+        log("zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
         return
     squares = [g * g for g in record.projected_grads]
-    module.log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
+    log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
     if "train/loss" not in own_names:  # Lightning refuses a name that is logged in two ways
-        module.log("train/loss", record.loss, prog_bar=True)
+        log("train/loss", record.loss, prog_bar=True)

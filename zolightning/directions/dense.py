@@ -88,24 +88,16 @@ def directions(
     """
     names, queries = tuple(parameters), tuple(coefficients)
     rounded = tuple(coefficient(value, kind) for value in coefficients.values())
-
-    @functools.cache
-    def keys_on(device: torch.device) -> tuple[Tensor, ...]:
-        return _keys(names, seed, step, queries, device)
-
-    @functools.cache
-    def coefficients_on(device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(rounded, dtype=dtype, device=device)
-
-    return {
-        name: Direction(
-            keys_on(tensor.device)[i],
-            coefficients_on(tensor.device, arithmetic(tensor.dtype)),
-            kind,
-            rounded,
-        )
-        for i, (name, tensor) in enumerate(parameters.items())
-    }
+    places: dict[tuple[torch.device, torch.dtype], tuple[tuple[Tensor, ...], Tensor]] = {}
+    found = {}
+    for index, (name, tensor) in enumerate(parameters.items()):
+        device, dtype = place = tensor.device, tensor.dtype
+        if place not in places:
+            keys = _keys(names, seed, step, queries, device)
+            places[place] = keys, _coefficients(rounded, arithmetic(dtype), device)
+        keys, values = places[place]
+        found[name] = Direction(keys[index], values, kind, rounded)
+    return found
 
 
 # What one step asks for again and again: both signs of a query, and the update. Old steps drop out.
@@ -114,7 +106,19 @@ def _keys(
     names: tuple[str, ...], seed: int, step: int, queries: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
     """The keys of each name, int32, shape (queries, 2)."""
-    return torch.stack([_keys_of_query(names, seed, step, query) for query in queries], dim=1).to(device).unbind()
+    return _on(device, torch.stack([_keys_of_query(names, seed, step, query) for query in queries], dim=1)).unbind()
+
+
+# Those of the evaluations are the same in every step.
+@functools.lru_cache(maxsize=64)
+def _coefficients(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table of some coefficients, shape (queries,); not to be written to."""
+    return _on(device, torch.tensor(values, dtype=dtype))
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    """A table of the host's on a device, which is not waited for."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -101,4 +101,4 @@ def noise_sum(index: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind
 @functools.lru_cache(maxsize=1024)
 def start_of(start: int, device: torch.device) -> Tensor:
     """The int32 the counter begins with: it wraps, as the index does."""
-    return torch.tensor((start + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+    return torch.full((), (start + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)

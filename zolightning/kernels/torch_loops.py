@@ -46,7 +46,7 @@ def add(
     start: int = 0,
 ) -> None:
     dtype = torch.promote_types(weight.dtype, coefficients.dtype)
-    factor = torch.tensor(decay, dtype=dtype, device=weight.device)
+    factor = torch.full((), decay, dtype=dtype, device=weight.device)
     run, size = kernel(_add if rest is None else _add_split, weight)
     for part in chunks(weight.numel(), size):
         weights = (weight[part],) if rest is None else (weight[part], rest[part])
