@@ -16,9 +16,11 @@ from zolightning.memory import (
     BatchShape,
     alternatives,
     layer,
+    on_quantized,
     plan,
     state_bytes,
     trained_by,
+    weight_bytes,
     whole,
     with_lora,
 )
@@ -146,11 +148,15 @@ def test_a_quantised_base(kind: Any) -> None:
         pytest.importorskip("bitsandbytes")
     network, plain = model(), model(device="meta")
     quantize(network, kind)
-    found, batch = with_lora(plain, MeZO, BatchShape(16, 32), kind), BatchShape(16, 32)
-    adapters = with_lora(plain, MeZO, batch).weights - plan(plain, [], MeZO).weights
+    batch, bare = BatchShape(16, 32), plan(plain, [], MeZO)
+    lora = with_lora(plain, MeZO, batch)
+    found, adapters = on_quantized(lora, plain, kind), lora.weights - bare.weights
     assert found.weights - adapters == plan(network, [], MeZO).weights
     assert found.scratch == plan(network, [], MeZO).scratch == 2 * 64 * 172
     assert found.activations == plan(network, [], MeZO, batch).activations
+    beside = on_quantized(bare, plain, kind, layer(plain)).weights - on_quantized(bare, plain, kind).weights
+    # What trains stays as it is.
+    assert beside == weight_bytes(plain.model.layers[0]) - weight_bytes(network.model.layers[0])
     assert "adapters, model.quantization nf4" not in alternatives(network, [], MeZO, batch)
 
 

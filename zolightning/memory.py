@@ -209,9 +209,11 @@ def alternatives(
     else:
         found["method LOZO, offload_low_words true"] = plan(module, trained, LOZO, batch, offload_low_words=True)
     if _mlp(module) is not None and not _unpacked_bytes(module):
-        found["one layer (scope DominantLayer)"] = plan(module, layer(module), method, batch)
-        found["adapters (configs/scopes/lora.yaml)"] = with_lora(module, method, batch)
-        found["adapters, model.quantization nf4"] = with_lora(module, method, batch, "nf4")
+        one_layer = plan(module, layer(module), method, batch)
+        found["one layer (scope DominantLayer)"] = one_layer
+        found["one layer, model.quantization int8"] = on_quantized(one_layer, module, "int8", layer(module))
+        found["adapters (configs/scopes/lora.yaml)"] = adapters = with_lora(module, method, batch)
+        found["adapters, model.quantization nf4"] = on_quantized(adapters, module, "nf4")
     return found
 
 
@@ -220,26 +222,26 @@ def layer(module: nn.Module) -> list[Trained]:
     return whole(find_layers(module).parameters(0).values())
 
 
-def with_lora(
-    module: nn.Module,
-    method: Method,
-    batch: BatchShape | None = None,
-    quantization: Quantization | None = None,
-) -> MemoryPlan:
-    """Adapters train, of rank 8 and on all linear maps of the layers, whose own weights may be quantised."""
-    linears = list(_linears(module))
+def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None) -> MemoryPlan:
+    """Adapters train, of rank 8 and on all linear maps of the layers."""
     adapters = [
         torch.empty(shape, dtype=weight.dtype, device="meta")
-        for weight in linears
+        for weight in _linears(module)
         for shape in ((LORA_RANK, weight.shape[1]), (weight.shape[0], LORA_RANK))
     ]
     found = plan(module, whole(adapters), method, batch)
-    weights = found.weights + sum(adapter.nbytes for adapter in adapters)
-    if quantization is None:
-        return replace(found, weights=weights)
-    saved = sum(weight.nbytes - _quantized_bytes(weight, quantization) for weight in linears)
-    unpacked = max(weight.nbytes for weight in linears)
-    return replace(found, weights=weights - saved, scratch=max(found.scratch, unpacked))
+    return replace(found, weights=found.weights + sum(adapter.nbytes for adapter in adapters))
+
+
+def on_quantized(
+    planned: MemoryPlan, module: nn.Module, quantization: Quantization, trained: Iterable[Trained] = ()
+) -> MemoryPlan:
+    """A plan with the linear maps of the layers quantised, but those that train themselves."""
+    own = {id(weight) for weight, _ in trained}
+    base = [weight for weight in _linears(module) if id(weight) not in own]
+    saved = sum(weight.nbytes - _quantized_bytes(weight, quantization) for weight in base)
+    unpacked = max(weight.nbytes for weight in base)
+    return replace(planned, weights=planned.weights - saved, scratch=max(planned.scratch, unpacked))
 
 
 def _quantized_bytes(weight: Tensor, quantization: Quantization) -> int:

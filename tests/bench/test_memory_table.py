@@ -18,16 +18,16 @@ from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer
     ("mode", "method"),
     [
         ("MeZO, `update_precision: exact`", MeZO),
-        ("MeZO in one layer", MeZO),
-        ("LOZO, `offload_low_words`", partial(LOZO, rank=4, offload_low_words=True)),
-        ("ZO-MOPI, rank 64, power rank 32", partial(ZOMOPI, rank=64, power_rank=32)),
+        ("one layer, MeZO, exact", MeZO),
+        ("LOZO, exact, `offload_low_words`", partial(LOZO, rank=4, offload_low_words=True)),
+        ("ZO-MOPI, rank 64, k 32, exact", partial(ZOMOPI, rank=64, power_rank=32)),
     ],
 )
 def test_bytes_are_those_of_a_run(mode: str, method: Any) -> None:
     planned = MODES[mode](model_of_shape("tiny", device="meta"), BatchShape(2, 8))
     network = model_of_shape("tiny")
     chosen = dict(network.named_parameters())
-    if mode == "MeZO in one layer":
+    if mode.startswith("one layer"):
         chosen = find_layers(network).parameters(0)
     optimizer = method(chosen.items(), lr=1e-6)
     optimizer.attach(network)

@@ -11,9 +11,8 @@ from torch import nn
 
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.layers import find_layers
-from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, layer, plan, whole, with_lora
+from zolightning.memory import BatchShape, MemoryPlan, Trained, layer, on_quantized, plan, whole, with_lora
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero
-from zolightning.quantization import Quantization
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
 CARDS = {24: 24 * 2**30, 48: 48 * 2**30, 80: 79 * 2**30}  # the least that cards of these names have, in bytes
@@ -22,44 +21,36 @@ CONTEXT = 800 * 10**6  # bytes for CUDA's context, workspaces of its libraries, 
 Mode = Callable[[nn.Module, BatchShape], MemoryPlan]
 
 
-def _training(
-    method: Method, chosen: Callable[[nn.Module], list[Trained]], model: nn.Module, batch: BatchShape
-) -> MemoryPlan:
-    return plan(model, chosen(model), method, batch)
-
-
 def _all(model: nn.Module) -> list[Trained]:
     return whole(model.parameters())
 
 
-def _in_layers(model: nn.Module) -> list[Trained]:
+def _layers(model: nn.Module) -> list[Trained]:
     """Without the token embeddings and the output layer."""
     return whole(parameter for layer in find_layers(model).layers for parameter in layer.parameters())
 
 
-def _lora(quantization: Quantization | None, model: nn.Module, batch: BatchShape) -> MemoryPlan:
-    return with_lora(model, MeZO, batch, quantization)
-
-
-_MOPI = partial(ZOMOPI, rank=64, power_rank=32)
+_LOZO, _SUBZERO, _MOPI = partial(LOZO, rank=4), partial(SubZero, rank=64), partial(ZOMOPI, rank=64, power_rank=32)
 MODES: dict[str, Mode] = {
-    "inference": partial(_training, MeZO, lambda model: []),
-    **{
-        f"MeZO, `update_precision: {name}`": partial(_training, partial(MeZO, update_precision=name), _all)
-        for name in ("native", "exact", "low_byte")
-    },
-    "the same in all layers, not the embeddings": partial(
-        _training, partial(MeZO, update_precision="low_byte"), _in_layers
+    "inference": lambda m, batch: plan(m, [], MeZO, batch),
+    "MeZO, `update_precision: native`": lambda m, batch: plan(m, _all(m), MeZO, batch, update_precision="native"),
+    "MeZO, `update_precision: low_byte`": lambda m, batch: plan(m, _all(m), MeZO, batch, update_precision="low_byte"),
+    "MeZO, `low_byte`, embeddings frozen": lambda m, batch: plan(
+        m, _layers(m), MeZO, batch, update_precision="low_byte"
     ),
-    "MeZO in one layer": partial(_training, MeZO, layer),
-    "LOZO, rank 4": partial(_training, partial(LOZO, rank=4), _all),
-    "SubZero, rank 64": partial(_training, partial(SubZero, rank=64), _all),
-    "ZO-MOPI, rank 64, power rank 32": partial(_training, _MOPI, _all),
-    "LOZO, `offload_low_words`": partial(_training, partial(LOZO, rank=4, offload_low_words=True), _all),
-    "ZO-MOPI, `offload_low_words`": partial(_training, partial(_MOPI, offload_low_words=True), _all),
-    "MeZO on LoRA adapters": partial(_lora, None),
-    "the same, `quantization: int8`": partial(_lora, "int8"),
-    "the same, `quantization: nf4`": partial(_lora, "nf4"),
+    "MeZO, `update_precision: exact`": lambda m, batch: plan(m, _all(m), MeZO, batch),
+    "LOZO, rank 4, exact": lambda m, batch: plan(m, _all(m), _LOZO, batch),
+    "LOZO, exact, `offload_low_words`": lambda m, batch: plan(m, _all(m), _LOZO, batch, offload_low_words=True),
+    "SubZero, rank 64, exact": lambda m, batch: plan(m, _all(m), _SUBZERO, batch),
+    "ZO-MOPI, rank 64, k 32, exact": lambda m, batch: plan(m, _all(m), _MOPI, batch),
+    "ZO-MOPI, exact, `offload_low_words`": lambda m, batch: plan(m, _all(m), _MOPI, batch, offload_low_words=True),
+    "one layer, MeZO, exact": lambda m, batch: plan(m, layer(m), MeZO, batch),
+    "one layer, `quantization: int8`": lambda m, batch: on_quantized(
+        plan(m, layer(m), MeZO, batch), m, "int8", layer(m)
+    ),
+    "LoRA, MeZO": lambda m, batch: with_lora(m, MeZO, batch),
+    "LoRA, `quantization: int8`": lambda m, batch: on_quantized(with_lora(m, MeZO, batch), m, "int8"),
+    "LoRA, `quantization: nf4`": lambda m, batch: on_quantized(with_lora(m, MeZO, batch), m, "nf4"),
 }
 
 
