@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zolightning.evaluation.scratch import scratch_bytes
 from zolightning.layers import FeedForward, find_layers, is_conv1d, mlp_of
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.lozo import LOZO
@@ -102,7 +103,7 @@ def plan(
     """
     trained = list(trained)
     state, host = state_bytes(trained, method, **changes)
-    scratch = max(max((weight.nbytes for weight, _ in trained), default=0), _unpacked_bytes(module))
+    scratch = max(scratch_bytes(weight for weight, _ in trained), _unpacked_bytes(module))
     return MemoryPlan(weight_bytes(module), state, scratch, *_forward_bytes(module, batch), host)
 
 
