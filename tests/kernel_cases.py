@@ -63,7 +63,7 @@ def add(
 
 def add_delta(loops: Any, device: str, dtype: torch.dtype, rest: torch.dtype | None, decay: float):
     weight, low = stored(dtype, rest, device)
-    loops.add_delta(weight, any_bits(NUMEL, torch.float32, 2).to(device), decay, low)
+    loops.add_delta(weight, any_bits(NUMEL, torch.float32, 2).to(device), decay, low, scale=-1.7e-3)
     return (weight,) if low is None else (weight, low)
 
 

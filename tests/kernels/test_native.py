@@ -150,20 +150,30 @@ class TestSameBits:
         seeds,
         st.floats(0, 1),
         st.integers(0, 3),
-        st.sampled_from([("exact", "low_word", torch.int16), ("low_byte", "low_byte", torch.int8)]),
+        st.sampled_from([1.0, -3e-3]),
+        st.sampled_from([("exact", "low_word", torch.int16), ("low_byte", "low_byte", torch.int8), None]),
+        dtypes,
     )
     def test_update_by_numbers_at_hand(
-        self, numel: int, seed: int, decay: float, first: int, kept: tuple[Any, str, torch.dtype]
+        self,
+        numel: int,
+        seed: int,
+        decay: float,
+        first: int,
+        scale: float,
+        kept: tuple[Any, str, torch.dtype] | None,
+        dtype: torch.dtype,
     ) -> None:
         """Of a part of a weight, whose rests are anything: somebody else may have written the weight."""
-        start, delta = any_numbers(first + numel, torch.bfloat16, seed), any_numbers(numel, torch.float32, seed + 1)
-        precision, name, rest = kept
+        dtype = dtype if kept is None else torch.bfloat16
+        start, delta = any_numbers(first + numel, dtype, seed), any_numbers(numel, torch.float32, seed + 1)
+        precision, name, rest = kept or ("native", "", torch.int8)
         low = torch.randint(-(2**15), 2**15, start.shape, dtype=torch.int16).to(rest)
 
         def loop() -> Tensor:
-            weight, state = start.clone(), {name: low.clone()}
-            add_tensor(weight, state, delta, precision, decay, first)
-            return torch.cat([weight, state[name].bfloat16()])
+            weight, state = start.clone(), {name: low.clone()} if kept else {}
+            add_tensor(weight, state, delta, precision, decay, first, scale)
+            return torch.cat([weight, *(low.view(torch.int8).to(dtype) for low in state.values())])
 
         assert_same_bits(*by_c_and_by_torch(loop))
         assert bool(loop()[: len(start)].isfinite().all())

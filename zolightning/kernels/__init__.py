@@ -115,13 +115,16 @@ def add(
     backend.add(weight, keys, coefficients, kind, decay, rest, start)
 
 
-def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
-    """``weight = decay * weight + delta``, (n,), for numbers at hand.
+def add_delta(
+    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+) -> None:
+    """``weight = decay * weight + scale * delta``, (n,), for numbers at hand.
 
     Args:
         weight: any floating-point dtype; rounded once, at the end.
         delta: float32, or float64 for double-precision weights.
         decay: multiplies the weight first.
         rest: as for :func:`add`.
+        scale: multiplies the numbers first.
     """
-    _backend(weight).add_delta(weight, delta, decay, rest)
+    _backend(weight).add_delta(weight, delta, decay, rest, scale)

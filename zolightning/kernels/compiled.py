@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**16  # elements of an eager chunk: temporaries of 256 KiB stay in the second-level cache
+DEVICE_CHUNK = 2**22  # elsewhere than on a CPU: each operation is a launch, which must be worth its microseconds
 COMPILE_FROM = 2**20  # elements: below it a process may end before compilation has paid for itself
 
 Kernel = Callable[..., None]
@@ -37,7 +38,12 @@ def kernel(function: Kernel, like: Tensor) -> tuple[Kernel, int]:
         return function, 2**30
     if _Compiler.enabled and (_Compiler.warm or like.numel() >= COMPILE_FROM):
         return _guarded(function), 2**30
-    return function, CHUNK
+    return function, chunk_size(like)
+
+
+def chunk_size(like: Tensor) -> int:
+    """How many elements of tensors like `like` an eager loop takes at once."""
+    return CHUNK if like.device.type == "cpu" else DEVICE_CHUNK
 
 
 @functools.cache

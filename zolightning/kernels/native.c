@@ -170,17 +170,25 @@ void add_bfloat16_low_byte(uint16_t *restrict weight, int8_t *restrict low, floa
     FOR_EACH_BLOCK({ add_low_byte(weight + j, low + j, decay, noise[j - base]); })
 }
 
-/* With numbers at hand in the place of noise. */
-void add_delta_bfloat16_low_word(uint16_t *restrict weight, int16_t *restrict low, float decay,
-                                 const float *restrict delta, int64_t size) {
-    _Pragma("omp parallel for simd schedule(static) if (parallel: size > PARALLEL_FROM)")
-    for (int64_t j = 0; j < size; j++)
-        add_low_word(weight + j, low + j, decay, delta[j]);
+/* With scale * delta, for numbers at hand, in the place of noise. */
+#define FOR_EACH(BODY)                                                                    \
+    _Pragma("omp parallel for simd schedule(static) if (parallel: size > PARALLEL_FROM)") \
+    for (int64_t j = 0; j < size; j++) BODY
+
+#define DELTA_ARGS float decay, const float *restrict delta, float scale, int64_t size
+
+void add_delta_float32(float *restrict weight, DELTA_ARGS) {
+    FOR_EACH({ weight[j] = decay * weight[j] + scale * delta[j]; })
 }
 
-void add_delta_bfloat16_low_byte(uint16_t *restrict weight, int8_t *restrict low, float decay,
-                                 const float *restrict delta, int64_t size) {
-    _Pragma("omp parallel for simd schedule(static) if (parallel: size > PARALLEL_FROM)")
-    for (int64_t j = 0; j < size; j++)
-        add_low_byte(weight + j, low + j, decay, delta[j]);
+void add_delta_bfloat16(uint16_t *restrict weight, DELTA_ARGS) {
+    FOR_EACH({ weight[j] = to_bf16(decay * as_float((uint32_t)weight[j] << 16) + scale * delta[j]); })
+}
+
+void add_delta_bfloat16_low_word(uint16_t *restrict weight, int16_t *restrict low, DELTA_ARGS) {
+    FOR_EACH({ add_low_word(weight + j, low + j, decay, scale * delta[j]); })
+}
+
+void add_delta_bfloat16_low_byte(uint16_t *restrict weight, int8_t *restrict low, DELTA_ARGS) {
+    FOR_EACH({ add_low_byte(weight + j, low + j, decay, scale * delta[j]); })
 }

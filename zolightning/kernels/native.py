@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zolightning.kernels import torch_loops
 from zolightning.kernels.noise import NoiseKind
 from zolightning.rank_zero import rank_zero_warn
 
@@ -43,6 +42,7 @@ _ARGUMENTS = {
     "add_bfloat16_low_word": (_POINTER, _POINTER, ctypes.c_float),
     "add_bfloat16_low_byte": (_POINTER, _POINTER, ctypes.c_float),
 }
+_DELTA_ARGUMENTS = (_POINTER, ctypes.c_float, ctypes.c_int64)
 _NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctypes.c_int)
 
 
@@ -92,19 +92,23 @@ def add(
     start: int = 0,
 ) -> None:
     noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
-    name = _DTYPES[weight.dtype]
-    if rest is None:
-        getattr(_library(), f"add_{name}")(weight.data_ptr(), decay, *noise)
-    else:
-        getattr(_library(), f"add_{name}_{_RESTS[rest.dtype]}")(weight.data_ptr(), rest.data_ptr(), decay, *noise)
+    getattr(_library(), f"add_{_stored(weight, rest)}")(*_pointers(weight, rest), decay, *noise)
 
 
-def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
-    if rest is None:  # PyTorch's own operations are as fast
-        torch_loops.add_delta(weight, delta, decay)
-        return
-    function = getattr(_library(), f"add_delta_{_DTYPES[weight.dtype]}_{_RESTS[rest.dtype]}")
-    function(weight.data_ptr(), rest.data_ptr(), decay, delta.contiguous().data_ptr(), weight.numel())
+def add_delta(
+    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+) -> None:
+    delta = delta.contiguous()
+    function = getattr(_library(), f"add_delta_{_stored(weight, rest)}")
+    function(*_pointers(weight, rest), decay, delta.data_ptr(), scale, weight.numel())
+
+
+def _stored(weight: Tensor, rest: Tensor | None) -> str:
+    return _DTYPES[weight.dtype] + ("" if rest is None else f"_{_RESTS[rest.dtype]}")
+
+
+def _pointers(weight: Tensor, rest: Tensor | None) -> tuple[int, ...]:
+    return (weight.data_ptr(),) if rest is None else (weight.data_ptr(), rest.data_ptr())
 
 
 def _dtypes(weight: Tensor, out: Tensor) -> str:
@@ -142,9 +146,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = [*arguments, *_NOISE_ARGUMENTS]
-    for rest in _RESTS.values():
-        function = getattr(library, f"add_delta_bfloat16_{rest}")
-        function.argtypes = [_POINTER, _POINTER, ctypes.c_float, _POINTER, ctypes.c_int64]
+        if name.startswith("add_"):
+            getattr(library, name.replace("add_", "add_delta_")).argtypes = [*arguments, *_DELTA_ARGUMENTS]
     return library
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zolightning.kernels import bfloat16
-from zolightning.kernels.compiled import CHUNK, chunks, kernel
+from zolightning.kernels.compiled import chunk_size, chunks, kernel
 from zolightning.kernels.noise import NoiseKind, counter, noise_sum, start_of
 
 
@@ -53,22 +53,29 @@ def add(
         run(*weights, keys, coefficients, start_of(start + part.start, weight.device), factor, kind)
 
 
-def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
-    if rest is None and decay == 1.0 and weight.dtype == delta.dtype:
-        weight.add_(delta)
-    elif rest is None:
-        weight.copy_(decay * weight.to(delta.dtype) + delta)
-    elif rest.dtype == torch.float32:
+def add_delta(
+    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+) -> None:
+    if rest is not None and rest.dtype == torch.float32:
         take_over(weight, rest)
-        rest.mul_(decay).add_(delta)
-        weight.copy_(rest)
-    else:
-        bfloat16.write_split(weight, rest, decay * bfloat16.read_split(weight, rest) + delta)
+    for part in chunks(weight.numel(), chunk_size(weight)):
+        change = delta[part] if scale == 1.0 else scale * delta[part]
+        if rest is None and decay == 1.0 and weight.dtype == delta.dtype:
+            weight[part].add_(change)
+        elif rest is None:
+            weight[part].copy_(decay * weight[part].to(delta.dtype) + change)
+        elif rest.dtype == torch.float32:
+            rest[part].mul_(decay).add_(change)
+            weight[part].copy_(rest[part])
+        else:
+            bfloat16.write_split(
+                weight[part], rest[part], decay * bfloat16.read_split(weight[part], rest[part]) + change
+            )
 
 
 def take_over(weight: Tensor, master: Tensor) -> None:
     """Brings an fp32 master, (n,), up to date with what others have written to its fp16 weight, (n,)."""
-    for part in chunks(weight.numel(), CHUNK):
+    for part in chunks(weight.numel(), chunk_size(weight)):
         is_written = weight[part] != master[part].half()
         master[part] = torch.where(is_written, weight[part].float(), master[part])
 

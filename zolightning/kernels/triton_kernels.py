@@ -94,7 +94,8 @@ def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     return value.to(dtype)
 
 
-@triton.jit
+# Not compiled again for the values of what is no length, nor for where keys begin.
+@triton.jit(do_not_specialize=["queries", "start"], do_not_specialize_on_alignment=["keys", "coefficients"])
 def perturb(
     plus,
     minus,
@@ -120,7 +121,7 @@ def perturb(
         tl.store(minus + at, _rounded(value - noise, minus.dtype.element_ty, INTERPRETED), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "count"], do_not_specialize_on_alignment=["rows", "keys", "coefficients"])
 def perturb_rows(
     out,
     table,
@@ -184,7 +185,7 @@ def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERP
         tl.store(rest + at, low.to(rest.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "start"], do_not_specialize_on_alignment=["keys", "coefficients"])
 def add(
     weight,
     rest,
@@ -213,6 +214,7 @@ def add_delta(
     rest,
     decay,
     delta,
+    scale,
     numel,
     DECAYS: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -220,4 +222,4 @@ def add_delta(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    _update(weight, rest, decay, tl.load(delta + at, mask=inside), at, inside, DECAYS, INTERPRETED)
+    _update(weight, rest, decay, scale * tl.load(delta + at, mask=inside), at, inside, DECAYS, INTERPRETED)

@@ -72,11 +72,13 @@ def add(
     _run(triton_kernels.add, weight, (weight, rest, decay), keys, coefficients, kind, start, DECAYS=decay != 1.0)
 
 
-def add_delta(weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None) -> None:
+def add_delta(
+    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+) -> None:
     if not weight.numel():
         return
     grid = (triton.cdiv(weight.numel(), _BLOCK),)
-    arguments = (weight, rest, decay, delta.contiguous(), weight.numel())
+    arguments = (weight, rest, decay, delta.contiguous(), scale, weight.numel())
     _launch(
         triton_kernels.add_delta, grid, weight, *arguments, DECAYS=decay != 1.0, BLOCK=_BLOCK, INTERPRETED=_INTERPRETED
     )

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from zolightning.directions.dense import Direction
-from zolightning.kernels.compiled import chunks
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
-from zolightning.optim.moments import CHUNK, momentum_
+from zolightning.optim.moments import momentum_
 from zolightning.optim.precision import State, add_direction, add_tensor
 
 
@@ -83,8 +82,7 @@ class MeZO(DenseDescent):
             add_direction(weight, state, gradient, self.update_precision, decay)
             return
         momentum = momentum_(state, weight, gradient, group["momentum"])
-        for part in chunks(weight.numel(), CHUNK):
-            add_tensor(weight, state, -lr * momentum[part], self.update_precision, decay, part.start)
+        add_tensor(weight, state, momentum, self.update_precision, decay, scale=-lr)
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
         """Clipped against, and divided by, their running RMS, where the group asks for it."""

@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from zolightning.directions.dense import Direction
-from zolightning.kernels.compiled import chunks
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
-from zolightning.optim.moments import CHUNK, adam_
+from zolightning.optim.moments import adam_
 from zolightning.optim.precision import State, add_tensor
 
 
@@ -62,5 +61,4 @@ class MeZOAdam(DenseDescent):
     ) -> None:
         decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
         step = adam_(state, weight, gradient, group["betas"], group["denominator_eps"])
-        for part in chunks(weight.numel(), CHUNK):
-            add_tensor(weight, state, -lr * step[part], self.update_precision, decay, part.start)
+        add_tensor(weight, state, step, self.update_precision, decay, scale=-lr)

@@ -1,14 +1,14 @@
 """Running moments of an estimated gradient, kept in fp32 (4 bytes an element each).
 
 The gradient comes as a :class:`~zolightning.directions.dense.Direction`, which adds itself to a tensor: it is generated
-where it is needed, at most :data:`CHUNK` elements at once.
+where it is needed.
 """
 
 import torch
 from torch import Tensor
 
 from zolightning.directions.dense import Direction, arithmetic
-from zolightning.kernels.compiled import chunks
+from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.optim.precision import State
 
 CHUNK = 2**20
@@ -52,7 +52,7 @@ def adam_(
     mean_correction, square_correction = (1 - beta ** state["step"] for beta in betas)
     step = torch.zeros_like(mean)
     gradient.accumulate(step)
-    for part in chunks(weight.numel(), CHUNK):
+    for part in chunks(weight.numel(), max(CHUNK, chunk_size(weight))):
         mean[part].lerp_(step[part], 1 - betas[0])
         square[part].mul_(betas[1]).addcmul_(step[part], step[part], value=1 - betas[1])
         denominator = (square[part] / square_correction).sqrt_().add_(denominator_eps)

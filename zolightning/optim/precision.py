@@ -90,8 +90,9 @@ def add_tensor(
     precision: UpdatePrecision,
     decay: float = 1.0,
     start: int = 0,
+    scale: float = 1.0,
 ) -> None:
-    """``weight = decay * weight + delta`` from element `start` on, for a flat `delta` at hand.
+    """``weight = decay * weight + scale * delta`` from element `start` on, for a flat `delta` at hand.
 
     Args:
         weight: the parameter's data, any shape, contiguous.
@@ -100,11 +101,12 @@ def add_tensor(
         precision: how the sum is rounded.
         decay: multiplies these elements first.
         start: index of the first of them.
+        scale: multiplies `delta` first.
     """
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + delta.numel())
-    kernels.add_delta(flat[part], delta, decay, None if rest is None else rest[part])
+    kernels.add_delta(flat[part], delta, decay, None if rest is None else rest[part], scale)
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:

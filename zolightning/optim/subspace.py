@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from zolightning.directions.dense import Direction, arithmetic, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
-from zolightning.kernels.compiled import chunks
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
-from zolightning.optim.moments import CHUNK, adam_, momentum_
+from zolightning.optim.moments import adam_, momentum_
 from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
@@ -230,8 +229,7 @@ class SubspaceOptimizer(SubspaceWeights):
                     add_direction(weight, state, gradients[name], "exact")
                     continue
                 step = self._smooth(state, weight, gradients[name], group).view(-1)
-                for part in chunks(weight.numel(), CHUNK):
-                    add_tensor(weight, state, -lr * step[part], "exact", start=part.start)
+                add_tensor(weight, state, step, "exact", scale=-lr)
 
     def _core_directions(
         self,
