@@ -1,5 +1,6 @@
 """Callbacks: what is trained, when, and what is recorded."""
 
+from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.momentum_transport import MomentumTransport
 from zolightning.callbacks.prediction_writer import PredictionWriter
 from zolightning.callbacks.run_monitor import RunMonitor
@@ -15,6 +16,7 @@ from zolightning.scopes.train_layers import TrainLayers
 from zolightning.scopes.train_parameters import TrainParameters
 
 __all__ = [
+    "BlockCoordinateDescent",
     "DominantLayer",
     "MomentumTransport",
     "PredictionWriter",

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.refusals import bases
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
@@ -132,6 +133,9 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         yield "memory", str(planned)
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
+    for callback in _callbacks(trainer):
+        if isinstance(callback, BlockCoordinateDescent):
+            yield "blocks", callback.describe()
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
         yield "goes to", folder
@@ -165,6 +169,10 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
             settings["scope"] = type(callback).__name__
         if isinstance(callback, SubspaceResampling):
             settings["resampling.interval"] = callback.interval
+        if isinstance(callback, BlockCoordinateDescent):
+            settings["blocks.order"] = type(callback.order).__name__
+            settings["blocks.interval"] = callback.interval
+            settings["blocks.blocks_per_step"] = callback.blocks_per_step
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, ZerothOrderOptimizer):
             found = settings_of(optimizer)

@@ -16,6 +16,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "`--method.help MeZO` lists the settings of one, such as --method.lr",
     ),
     "scope": ("scope", "`--scope.help DominantLayer` lists the settings of one"),
+    "blocks": ("blocks", "`--blocks BlockCoordinateDescent --blocks.order RandomPermutation --blocks.interval 100`"),
     "subspaces": ("resampling", "transport", "`--resampling.interval 50`, `--transport.how reset`"),
     "evaluation": (
         "evaluation.micro_batch_size",

@@ -1,7 +1,7 @@
 """The fields of the command line's config that choose a method and what belongs to it, and the callbacks they become.
 
-``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback, ``scope``, ``resampling`` and
-``transport`` the callbacks of those names. A field holds one thing, so a later file or flag replaces it.
+``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback, ``scope``, ``blocks``, ``resampling``
+and ``transport`` the callbacks of those names. A field holds one thing, so a later file or flag replaces it.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.callbacks.zeroth_order import Method
 from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
@@ -23,7 +23,8 @@ from zolightning.packaged import packaged
 from zolightning.scopes import Scope
 
 _OF_A_METHOD = ("lr_scheduler", "resampling", "transport")
-_CLASSES = ("method", "scope", *_OF_A_METHOD)
+_NEED_A_METHOD = ("blocks", *_OF_A_METHOD)
+_CLASSES = ("method", "scope", *_NEED_A_METHOD)
 SLOTS = (*_CLASSES, "evaluation")
 _FILES = ("--config", "-c")
 _EVALUATION = {name: parameter.default for name, parameter in inspect.signature(ZerothOrder).parameters.items()}
@@ -43,6 +44,9 @@ def add_slots(parser: LightningArgumentParser) -> None:
         "--scope",
         type=Scope | None,
         help="which parameters train: DominantLayer, TrainLayers, ...; all of them if none",
+    )
+    parser.add_argument(
+        "--blocks", type=BlockCoordinateDescent | None, help="which of them move when: block coordinate descent"
     )
     parser.add_argument(
         "--resampling", type=SubspaceResampling | None, help="when a subspace method draws new subspaces"
@@ -111,7 +115,7 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
         )
     callbacks: list[Callback] = [] if made.scope is None else [made.scope]
     if made.method is None:
-        given = [slot for slot in _OF_A_METHOD if config[slot] is not None]
+        given = [slot for slot in _NEED_A_METHOD if config[slot] is not None]
         given += [f"evaluation.{key}" for key, value in config.evaluation.items() if value != _EVALUATION[key]]
         if given and not methods:
             raise MisconfigurationException(
@@ -127,6 +131,12 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
     check_method(optimizer)
     if made.lr_scheduler is not None:
         made.lr_scheduler(optimizer)
+    if made.blocks is not None:
+        if any(isinstance(callback, BlockCoordinateDescent) for callback in listed):
+            raise MisconfigurationException(
+                "`blocks` is given, and `trainer.callbacks` holds BlockCoordinateDescent too. Keep one of them."
+            )
+        callbacks.append(made.blocks)
     callbacks += _of_a_subspace(config, made, optimizer, listed)
     return [*callbacks, ZerothOrder(made.method, made.lr_scheduler, **made.evaluation.as_dict())]
 

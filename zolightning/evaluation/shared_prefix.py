@@ -65,6 +65,7 @@ class SharedPrefix:
         self._kept_depth = 0  # of which layers that is
         self._kept_for: frozenset[int] = frozenset()  # ids of the parameters that moved meanwhile
         self.depth: int | None = None  # layers that later evaluations pass over; None before the first one
+        self.shared = 0  # the same of the last step
         # Of the last of these, for each time the network runs in an evaluation; and where it leaves the generators, if
         # it has drawn from them: what follows must draw the same numbers where it is passed over.
         self._outputs: list[tuple[Any, States | None]] = []
@@ -107,6 +108,7 @@ class SharedPrefix:
         try:
             yield
         finally:
+            self.shared = self.depth or 0
             self.depth, self._outputs = None, []
 
     @contextmanager

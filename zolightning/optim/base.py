@@ -170,10 +170,11 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             values = ", ".join(f"{loss:g}" for loss in losses)
             many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
+        weight = group.get("block_weight", 1.0)
         record = StepRecord(
             step=group["step"],
             seed=group["seed"],
-            lr=tuple(float(group["lr"]) for group in self.param_groups),
+            lr=tuple(float(group["lr"]) * weight for group in self.param_groups),
             projected_grads=tuple(projected_grads) if finite else (),
             losses=tuple(losses),
             forward_passes=len(probes) + last.measured,
@@ -208,7 +209,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     @torch.no_grad()
     def apply(self, record: StepRecord) -> None:
         """Applies a record, this run's or a replayed one: same weights before, same bits after."""
-        self.activate(record.blocks)
+        if tuple(record.blocks) != self.active:  # of another run
+            self.activate(record.blocks)
         if record.projected_grads:
             self.update(record)
             torch.clear_autocast_cache()  # casts of the weights as they were

@@ -74,18 +74,23 @@ class BlockwiseParameters(NamedParameters):
         self.blocks[:] = found
         self.param_groups[0]["left_state"] = left_state
 
-    def activate(self, blocks: Iterable[int]) -> None:
+    def activate(self, blocks: Iterable[int], weight: float = 1.0) -> None:
         """Moves only these blocks from now on; no index at all moves everything.
 
         What is pending is added to the weights first. The state of blocks that are left is dropped unless
         :meth:`set_blocks` was told to keep it; that of blocks which stay active stays. To be called between steps, once
         at most, because records have only what was active in a step.
 
+        Args:
+            blocks: indices of blocks.
+            weight: multiplies the learning rates meanwhile, which records have as they are then.
+
         Raises:
             ValueError: if there is no such block.
         """
         blocks = tuple(sorted(set(blocks)))
         self._require_blocks(blocks)
+        self.param_groups[0]["block_weight"] = weight
         if blocks != self.active:
             self.fold()
             self.param_groups[0]["blocks"] = blocks

@@ -1,0 +1,221 @@
+"""Blocks in turn under a Trainer: what moves, what is shared, resumed, shown and refused."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from training import Records, assert_equal, weights
+from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, RandomPermutation, find_blocks
+from zolightning.callbacks import BlockCoordinateDescent, SubspaceResampling, ZerothOrder
+from zolightning.evaluation.shared_prefix import SharedPrefix
+from zolightning.optim import MeZO, SubZero
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+
+MEZO = partial(MeZO, lr=0.05)
+
+
+class Layered(L.LightningModule):
+    """Four layers with what comes before and after them, and a metric that counts evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.stem, self.head = nn.Linear(4, 5), nn.Linear(5, 1)
+            self.layers = nn.ModuleList([nn.Linear(5, 5) for _ in range(4)])
+        self.register_buffer("evaluations", torch.zeros(()))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        self.evaluations += 1
+        hidden = self.stem(inputs)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden))
+        return F.mse_loss(self.head(hidden).float(), targets.float())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Moves(Callback):
+    """Notes, step by step, the submodules of which something moved."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+        self.before: dict[str, Tensor] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.before = weights(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        after = weights(pl_module)
+        moved = {
+            name.rpartition(".")[0] for name, before in self.before.items() if not torch.equal(before, after[name])
+        }
+        self.moved.append(moved)
+
+
+class Save(Callback):
+    """Saves a checkpoint when `stop` steps are done."""
+
+    def __init__(self, stop: int, path: Path) -> None:
+        self.stop, self.path = stop, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.stop:
+            trainer.save_checkpoint(self.path)
+
+
+Fit = Callable[..., tuple[Layered, list]]
+
+
+@pytest.fixture
+def fit(make_trainer: Callable[..., L.Trainer], regression_data: Callable[..., DataLoader]) -> Fit:
+    """A fit of a fresh module; it, and the records of its steps."""
+
+    def fit(method: Any, *callbacks: Callback, ckpt_path: Path | None = None, **kwargs: Any) -> tuple[Layered, list]:
+        records, module = Records(), Layered()
+        own = [] if method is None else [ZerothOrder(method)]
+        trainer = make_trainer(**{"max_steps": 12} | kwargs, callbacks=[*callbacks, *own, records])
+        data = StatefulDataLoader(regression_data().dataset, batch_size=4)
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        return module, records.records
+
+    return fit
+
+
+def layer(number: int) -> set[str]:
+    return {f"layers.{number}"}
+
+
+@pytest.mark.parametrize(
+    ("others", "around", "last"),
+    [("blocks", set(), {"stem", "head"}), ("always", {"stem", "head"}, layer(0)), ("never", set(), layer(0))],
+)
+def test_what_moves(fit: Fit, others: str, around: set[str], last: set[str]) -> None:
+    moves = Moves()
+    module, records = fit(MEZO, BlockCoordinateDescent(interval=2, others=others), moves, max_steps=10)
+    assert moves.moved == [layer(step // 2) | around for step in range(8)] + [last | around] * 2
+    assert [record.blocks for record in records[:8]] == [(step // 2,) for step in range(8)]
+    assert module.evaluations == 10
+
+
+def test_losses_are_those_without_a_shared_prefix(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    descent = BlockCoordinateDescent(RandomPermutation(), interval=1)
+    _, shared = fit(partial(MEZO, num_queries=2), descent)
+    assert max(descent._shares) == 3 / 4 * 3 / 4, "three of four layers, in three of four evaluations"
+    monkeypatch.setattr(SharedPrefix, "evaluate", lambda self, evaluate, _: evaluate())
+    _, alone = fit(partial(MEZO, num_queries=2), BlockCoordinateDescent(RandomPermutation(), interval=1))
+    assert shared == alone and len({record.blocks for record in shared}) == 5
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [
+        (partial(MeZO, lr=0.05, momentum=0.9), partial(Bandit, step_size=0.5)),
+        (partial(SubZero, lr=0.05, rank=2, momentum=0.5, vector_lr=0.05), RandomPermutation),
+        (partial(MeZO, lr=0.15, eps=1e-2), partial(GaussSouthwellSweep, queries=2)),
+    ],
+)
+def test_resumed_and_replayed(fit: Fit, tmp_path: Path, method: Any, order: Any, precision: str) -> None:
+    """From the middle of a visit, and from its records: the same bits."""
+
+    def callbacks() -> list[Callback]:
+        resampling = [SubspaceResampling(interval=4)] if method.func is SubZero else []
+        return [BlockCoordinateDescent(order(), interval=3, blocks_per_step=2), *resampling]
+
+    module, records = fit(method, *callbacks(), Save(4, tmp_path / "saved.ckpt"), precision=precision)
+    assert len({record.blocks for record in records}) > 1
+    resumed, rest = fit(method, *callbacks(), ckpt_path=tmp_path / "saved.ckpt", precision=precision)
+    assert rest == records[4:]
+    assert_equal(weights(resumed), weights(module))
+
+    replayed = Layered().to(next(module.parameters()).dtype)
+    optimizer = method(replayed.named_parameters())
+    optimizer.set_blocks([*find_blocks(replayed, replayed.parameters()).parameters.values()])
+    for record in records:
+        optimizer.apply(record)
+    optimizer.detach()
+    assert_equal(weights(replayed), weights(module))
+    if order is not RandomPermutation:
+        sweep = 2 * 2 * 5 if "queries" in getattr(order, "keywords", {}) else 0
+        assert [record.forward_passes for record in records] == [2 + sweep, 2, 2] * 4
+
+
+def test_a_plain_loop_does_the_same(fit: Fit, regression_data: Callable[..., DataLoader]) -> None:
+    module, records = fit(MEZO, BlockCoordinateDescent(Bandit(), interval=2), max_steps=7)
+    plain = Layered()
+    optimizer = MEZO(plain.parameters())
+    optimizer.attach(plain)
+    schedule = BlockSchedule(find_blocks(plain, plain.parameters()), Bandit(), interval=2)
+    schedule.attach(optimizer)
+    for batch in regression_data():
+        optimizer.estimate(lambda batch=batch: plain.training_step(batch, 0))
+        optimizer.step()
+    assert_equal(weights(plain), weights(module))
+    assert optimizer.record == records[-1]
+    schedule.detach()
+    assert not optimizer._estimate_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    fit(MEZO, BlockCoordinateDescent(Bandit(), interval=2), logger=logger, log_every_n_steps=1)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    assert [image.step for image in events.Images("blocks/active")] == [12]
+    probabilities = events.Scalars("blocks/probability/layers.0")
+    assert [scalar.step for scalar in probabilities] == [0, 2, 4, 6, 8, 10] and probabilities[0].value == pytest.approx(
+        0.2
+    )
+    assert len(events.Scalars("blocks/score/head")) == 5
+    assert len(events.Scalars("zo/prefix_share")) == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "callbacks", "message"),
+    [
+        (None, [BlockCoordinateDescent()], "needs a zeroth-order method"),
+        (MEZO, [BlockCoordinateDescent(blocks_per_step=6)], "`blocks_per_step` is 6, and there are 5 blocks."),
+        (MEZO, [BlockCoordinateDescent(patterns=["attention"])], "`patterns` has 'attention', which matches nothing"),
+        (MEZO, [BlockCoordinateDescent(Bandit(p_min=0.3))], "`p_min` is 0.3, which 5 blocks cannot have each"),
+    ],
+)
+def test_refused(fit: Fit, method: Any, callbacks: list[Callback], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(method, *callbacks)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+def test_refused_when_a_run_goes_on(fit: Fit, tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    fit(MEZO, Save(4, path), max_steps=4)
+    with pytest.raises(MisconfigurationException, match="a run without BlockCoordinateDescent"):
+        fit(MEZO, BlockCoordinateDescent(), ckpt_path=path)
+    fit(MEZO, BlockCoordinateDescent(), Save(4, path), max_steps=4)
+    with pytest.raises(MisconfigurationException, match="`interval` is 2, there 100"):
+        fit(MEZO, BlockCoordinateDescent(interval=2), ckpt_path=path)
+    with pytest.raises(ValueError, match="Set the blocks of the run first"):
+        fit(MEZO, ckpt_path=path)
+
+
+@pytest.mark.parametrize("field", ["interval", "blocks_per_step"])
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_refused_numbers(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{field}` must be an integer, at least 1, got {value}"):
+        BlockCoordinateDescent(Cyclic(), **{field: value})

@@ -1,0 +1,129 @@
+"""Which parameters form a block: each layer and what lies around the layers, or what patterns name."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from zolightning.layers import find_layers
+from zolightning.messages import some
+from zolightning.optim.checks import require_choice
+
+Others = Literal["blocks", "always", "never"]
+OTHERS: tuple[str, ...] = ("blocks", "always", "never")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Trainable parameters, divided.
+
+    Attributes:
+        parameters: of each block, by its name.
+        never: parameters that do not move at all.
+    """
+
+    parameters: Mapping[str, Sequence[nn.Parameter]]
+    never: Sequence[nn.Parameter] = ()
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the blocks."""
+        return tuple(self.parameters)
+
+
+def require_patterns(patterns: Sequence[str] | None) -> None:
+    """Raises a ValueError unless these are regular expressions, or None."""
+    if patterns is None:
+        return
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
+
+
+def find_blocks(
+    module: nn.Module,
+    trainable: Iterable[nn.Parameter],
+    patterns: Sequence[str] | None = None,
+    others: Others = "blocks",
+    layers_name: str | None = None,
+) -> Blocks:
+    """Divides the trainable parameters of a module into blocks, each tensor into one, tied ones too.
+
+    Without patterns every layer that holds something trainable is a block. Around the layers are ``embeddings``, what
+    ``nn.Embedding`` holds, and ``head``, all the rest: head, final norm.
+
+    Args:
+        module: the network, or a module around it.
+        trainable: those of its parameters that train.
+        patterns: regular expressions, one a block: a parameter belongs to the first that matches somewhere in its
+            dotted name. What matches none is ``others``.
+        others: what becomes of what lies around the layers, or matches no pattern. "blocks": it takes turns, as blocks
+            of its own. "always": it moves in every step, beside the active blocks. "never": it is frozen.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+
+    Raises:
+        ValueError: if there are no layers, nothing in them trains, a pattern matches nothing that no earlier one does,
+            or there are less than two blocks.
+    """
+    require_choice("others", others, OTHERS)
+    require_patterns(patterns)
+    wanted = set(trainable)
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter in wanted}
+    blocks = _of_layers(module, named, layers_name) if patterns is None else _of_patterns(named, patterns)
+    inside = {parameter for block in blocks.values() for parameter in block}
+    outside = [parameter for parameter in named.values() if parameter not in inside]
+    if others == "blocks":
+        blocks |= _around(module, outside) if patterns is None else {"others": outside}
+    blocks = {name: block for name, block in blocks.items() if block}
+    if len(blocks) < 2:
+        raise ValueError(
+            f"Blocks take turns, and what trains is divided into {len(blocks) or 'none'}: {', '.join(blocks) or 'none'}"
+            f" (`others` is {others!r}). Train more (the scope), give `patterns`, or leave blocks out."
+        )
+    return Blocks(blocks, outside if others == "never" else ())
+
+
+def _of_layers(
+    module: nn.Module, named: Mapping[str, nn.Parameter], layers_name: str | None
+) -> dict[str, list[nn.Parameter]]:
+    stack = find_layers(module, layers_name)
+    blocks: dict[str, list[nn.Parameter]] = {}
+    taken: set[nn.Parameter] = set()
+    wanted = set(named.values())
+    for index, name in enumerate(stack.names):
+        # Layers may share parameters (ALBERT): these are the first one's.
+        blocks[name] = [p for p in stack.parameters(index).values() if p in wanted and p not in taken]
+        taken.update(blocks[name])
+    return blocks
+
+
+def _around(module: nn.Module, outside: Sequence[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    tables = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return {
+        "embeddings": [parameter for parameter in outside if parameter in tables],
+        "head": [parameter for parameter in outside if parameter not in tables],
+    }
+
+
+def _of_patterns(named: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+    blocks: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in patterns}
+    for name, parameter in named.items():
+        first = next((pattern for pattern in patterns if re.search(pattern, name)), None)
+        if first is not None:
+            blocks[first].append(parameter)
+    for pattern, block in blocks.items():
+        if not block:
+            raise ValueError(
+                f"`patterns` has {pattern!r}, which matches nothing that trains and that no earlier pattern matches. "
+                f"Some of what trains: {some(list(named)[:: max(1, len(named) // 5)])}."
+            )
+    return blocks

@@ -1,0 +1,146 @@
+"""Block coordinate descent by an optimizer: whose turn it is, and when it ends."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from zolightning.blocks.orders import Cyclic, Order, Turn
+from zolightning.blocks.partition import Blocks
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.blocks import LEFT_STATES, LeftState
+from zolightning.optim.checks import require_choice
+
+
+class BlockSchedule:
+    """Has a zeroth-order method move a few blocks at a time, and others after every `interval` steps.
+
+    Under a Trainer :class:`~zolightning.callbacks.BlockCoordinateDescent` does this. In a plain loop::
+
+        optimizer = MeZO(model.parameters(), lr=1e-5)
+        optimizer.attach(model)
+        schedule = BlockSchedule(find_blocks(model, model.parameters()), RandomPermutation(), interval=100)
+        schedule.attach(optimizer)
+        for batch in batches:
+            optimizer.estimate(lambda: loss_of(model, batch))  # activates the next blocks when their turn comes
+            optimizer.step()
+
+    Args:
+        blocks: see :func:`~zolightning.blocks.find_blocks`.
+        order: which blocks come next; :class:`~zolightning.blocks.Cyclic` if None.
+        interval: steps of a visit.
+        blocks_per_step: blocks that move at a time.
+        left_state: what becomes of the method's state of blocks that are left, "reset" or "keep"
+            (:meth:`~zolightning.optim.blocks.BlockwiseParameters.set_blocks`).
+
+    Attributes:
+        visit: number of the visit that goes on, ``step // interval``; -1 before the first step.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        order: Order | None = None,
+        interval: int = 1,
+        blocks_per_step: int = 1,
+        left_state: LeftState = "reset",
+    ) -> None:
+        require_schedule(interval, blocks_per_step, left_state)
+        self.blocks = blocks
+        self.order = Cyclic() if order is None else order
+        self.order.check(len(blocks), blocks_per_step)
+        self.interval = interval
+        self.blocks_per_step = blocks_per_step
+        self.left_state: LeftState = left_state
+        self.visit = -1
+        self._squares: list[float] = []  # squared projected gradients of the visit's steps
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, optimizer: ZerothOrderOptimizer) -> None:
+        """Divides the optimizer's parameters, and activates blocks by its steps from now on."""
+        never = [self.blocks.never] if self.blocks.never else []  # a block that no order knows of
+        optimizer.set_blocks([*self.blocks.parameters.values(), *never], self.left_state)
+        self._hooks += [
+            optimizer.register_estimate_pre_hook(self.begin),
+            optimizer.register_step_post_hook(self._end),
+        ]
+
+    def detach(self) -> None:
+        """Lets the optimizer be; what is active stays so."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def begin(self, optimizer: ZerothOrderOptimizer, squared_grad: Callable[[int, int], float]) -> None:
+        """Activates the blocks whose turn it is, before a step is estimated."""
+        group = optimizer.param_groups[0]
+        visit = group["step"] // self.interval
+        if visit == self.visit and optimizer.active:
+            return
+        if self._squares:
+            self.order.reward(optimizer.active, sum(self._squares) / len(self._squares))
+            self._squares = []
+
+        def norm(block: int) -> float:
+            optimizer.fold()
+            return _norm(parameters[block])
+
+        parameters = list(self.blocks.parameters.values())
+        turn = Turn(visit, group["seed"], len(parameters), self.blocks_per_step, norm, squared_grad)
+        chosen = self.order.choose(turn)
+        optimizer.activate(chosen, sum(map(self.order.weight, chosen)) / len(chosen))
+        self.visit = visit
+
+    def _end(self, optimizer: ZerothOrderOptimizer, *_: Any) -> None:
+        found = optimizer.record.projected_grads if optimizer.record is not None else ()
+        if found:  # none in a step that was skipped
+            self._squares.append(sum(g * g for g in found) / len(found))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs beside the optimizer's state; and the settings, to be compared."""
+        own = {"visit": self.visit, "squares": list(self._squares), "order": self.order.state_dict()}
+        return own | {"settings": self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it is of a schedule with other settings; naming one.
+        """
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"The checkpoint's run has other blocks: `{name}` is {value!r}, there {state['settings'][name]!r}. "
+                    "Resume with the checkpoint's, or start a new run."
+                )
+        self.visit, self._squares = state["visit"], list(state["squares"])
+        self.order.load_state_dict(state["order"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "order": type(self.order).__name__,
+            "interval": self.interval,
+            "blocks_per_step": self.blocks_per_step,
+            "left_state": self.left_state,
+            "blocks": list(self.blocks.names),
+        }
+
+
+def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> None:
+    """Raises a ValueError for arguments of :class:`BlockSchedule` that fit no blocks."""
+    for name, value in (("interval", interval), ("blocks_per_step", blocks_per_step)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer, at least 1, got {value!r}.")
+    require_choice("left_state", left_state, LEFT_STATES)
+
+
+@torch.no_grad()
+def _norm(parameters: Sequence[nn.Parameter]) -> float:
+    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+    norms = [torch.linalg.vector_norm(p, dtype=dtype).item() for p, dtype in zip(parameters, wide, strict=True)]
+    return math.hypot(*norms)

@@ -1,0 +1,63 @@
+"""How often each block has moved as training went on, in a table of fixed size and as a picture."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Timeline:
+    """Counts, for spans of equally many steps, the steps in which each block moved.
+
+    Spans become twice as long when there are too many, so that a run of any length has one picture.
+
+    Args:
+        num_blocks: rows of the table.
+        columns: spans at most; an even number.
+
+    Attributes:
+        counts: (num_blocks, columns), int32.
+        span: steps of a column.
+        steps: how many have been counted.
+        start: number of the first of them.
+    """
+
+    def __init__(self, num_blocks: int, columns: int = 512, start: int = 0) -> None:
+        self.counts = torch.zeros(num_blocks, columns, dtype=torch.int32)
+        self.span = 1
+        self.steps = 0
+        self.start = start
+
+    def add(self, active: Sequence[int]) -> None:
+        """Counts a step."""
+        if self.steps == self.span * self.counts.shape[1]:
+            pairs = self.counts[:, ::2] + self.counts[:, 1::2]
+            self.counts = torch.cat([pairs, torch.zeros_like(pairs)], dim=1)
+            self.span *= 2
+        self.counts[list(active), self.steps // self.span] += 1
+        self.steps += 1
+
+    def figure(self, names: Sequence[str]) -> "Figure":
+        """The picture: a row a block, steps from left to right, dark where the block moved."""
+        from matplotlib.figure import Figure
+
+        used = -(-self.steps // self.span)
+        spans = torch.full((used,), self.span)
+        spans[-1:] = self.steps - (used - 1) * self.span
+        figure = Figure(figsize=(8, 1 + 0.18 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        extent = (self.start, self.start + self.steps, len(names) - 0.5, -0.5)
+        shares = (self.counts[:, :used] / spans).numpy()
+        axes.imshow(shares, aspect="auto", cmap="Greys", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+        axes.set_yticks(range(len(names)), names, fontsize=6)
+        axes.set_xlabel("step")
+        return figure
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts.clone(), "span": self.span, "steps": self.steps, "start": self.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"counts": state["counts"].clone()})

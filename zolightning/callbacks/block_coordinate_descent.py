@@ -1,0 +1,186 @@
+"""Blocks of parameters that move in turn, under any zeroth-order method."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.blocks.orders import Cyclic, Order
+from zolightning.blocks.partition import OTHERS, Others, find_blocks, require_patterns
+from zolightning.blocks.schedule import BlockSchedule, require_schedule
+from zolightning.blocks.timeline import Timeline
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.blocks import LeftState
+from zolightning.optim.checks import require_choice
+
+
+class BlockCoordinateDescent(Callback):
+    """Trains a few blocks of the parameters at a time, and others after every `interval` steps.
+
+    A scope says what trains at all; blocks take turns within that. What lies below the lowest active block is computed
+    once a step (:mod:`zolightning.evaluation.shared_prefix`), so leave ``evaluations_per_forward`` at 1. Learning
+    rates are not those of training everything: fewer numbers move, and rates of about ten times MeZO's were published
+    (B-PDF).
+
+    MeZO-BCD (arXiv 2501.19099) is ``RandomPermutation`` with an interval of 100 under MeZO, LeZO is ``Uniform`` with an
+    interval of 1, and B-PDF and FOCUS are ``Cyclic`` and ``Bandit`` under HiZOO.
+
+    In TensorBoard: the picture ``blocks/active``, blocks over steps, at validations and at the end; ``blocks/score/*``
+    and ``blocks/probability/*`` where the order has them; ``zo/prefix_share``, the share of a step's layer evaluations
+    that were spared because other evaluations had made them.
+
+    Args:
+        order: which blocks come next: ``Cyclic()``, which is the default, ``RandomPermutation()``, ``Uniform()``,
+            ``WeightNorm()``, ``GaussSouthwellSweep()``, ``Bandit()`` or ``AdaLeZO()`` (:mod:`zolightning.blocks`).
+        interval: steps until others move.
+        blocks_per_step: blocks that move at a time.
+        patterns: regular expressions, one a block; without them each layer is one.
+        others: what becomes of what lies around the layers, or matches no pattern: "blocks", it takes turns too, as
+            ``embeddings`` and ``head``; "always", it moves in every step beside the active blocks, and with the
+            embeddings nothing is left to be computed once; "never", it is frozen.
+        left_state: what becomes of the method's state of a block that is left. "reset" drops it, so that memory is that
+            of the active blocks; half-precision weights are rounded then, once a visit, and with very short visits
+            lose most of small updates. "keep" keeps it for the next visit.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+
+    Raises:
+        MisconfigurationException: when training starts, if there is no zeroth-order method, or the parameters that
+            train do not make the blocks asked for; naming the argument.
+    """
+
+    def __init__(
+        self,
+        order: Order | None = None,
+        interval: int = 100,
+        blocks_per_step: int = 1,
+        patterns: Sequence[str] | None = None,
+        others: Others = "blocks",
+        left_state: LeftState = "reset",
+        layers_name: str | None = None,
+    ) -> None:
+        require_schedule(interval, blocks_per_step, left_state)
+        require_patterns(patterns)
+        require_choice("others", others, OTHERS)
+        self.order = Cyclic() if order is None else order
+        self.interval = interval
+        self.blocks_per_step = blocks_per_step
+        self.patterns = patterns
+        self.others: Others = others
+        self.left_state: LeftState = left_state
+        self.layers_name = layers_name
+        self.schedule: BlockSchedule | None = None
+        self.timeline = Timeline(0)
+        self._restored: dict[str, Any] | None = None
+        self._shares: deque[float] = deque()  # of layer evaluations that were spared, in the latest steps
+
+    def describe(self) -> str:
+        """What takes turns, in a few words."""
+        count = f"{self.blocks_per_step} of " if self.blocks_per_step > 1 else ""
+        number = "" if self.schedule is None else f"{len(self.schedule.blocks)} "
+        return f"{count}{number}blocks by {type(self.order).__name__}, others after every {_steps(self.interval)}"
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        optimizer = self._optimizer(trainer)
+        trainable = [parameter for _, _, parameter in optimizer.trainable()]
+        try:
+            blocks = find_blocks(pl_module, trainable, self.patterns, self.others, self.layers_name)
+            arguments = self.order, self.interval, self.blocks_per_step, self.left_state
+            self.schedule = BlockSchedule(blocks, *arguments)
+            self.timeline = Timeline(len(blocks), start=optimizer.param_groups[0]["step"])
+            if self._restored is not None:
+                self.schedule.load_state_dict(self._restored["schedule"])
+                self.timeline.load_state_dict(self._restored["timeline"])
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._restored = None
+        self.schedule.attach(optimizer)
+        self._shares = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
+        sizes = [sum(parameter.numel() for parameter in block) for block in blocks.parameters.values()]
+        rank_zero_info(
+            f"BlockCoordinateDescent: {self.describe()}; of {min(sizes):,} to {max(sizes):,} parameters each."
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        optimizer, schedule = self._optimizer(trainer), self.schedule
+        assert schedule is not None, "`on_fit_start` makes it"
+        record = optimizer.record
+        if record is None:
+            return
+        self.timeline.add([block for block in record.blocks if block < len(schedule.blocks)])
+        layers, evaluations = len(optimizer.evaluator.prefix.layers), len(record.losses)
+        if layers:
+            self._shares.append(optimizer.evaluator.prefix.shared / layers * (evaluations - 1) / evaluations)
+            pl_module.log("zo/prefix_share", sum(self._shares) / len(self._shares))
+        if record.step % self.interval == 0:
+            self._log_scores(trainer, record.step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._draw(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._detach()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._detach()  # Lightning calls no teardown after an exception or an interrupt
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.schedule is None:
+            return {}
+        return {"schedule": self.schedule.state_dict(), "timeline": self.timeline.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not checkpoint.get("callbacks", {}).get(self.state_key):
+            raise MisconfigurationException(
+                "`ckpt_path` is a checkpoint of a run without BlockCoordinateDescent, in which all parameters moved. "
+                "Resume it without, or start a new run from its weights."
+            )
+
+    def _optimizer(self, trainer: L.Trainer) -> ZerothOrderOptimizer:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, ZerothOrderOptimizer):
+                return optimizer
+        raise MisconfigurationException(
+            "BlockCoordinateDescent needs a zeroth-order method (the ZerothOrder callback), got "
+            f"{', '.join(type(optimizer).__name__ for optimizer in trainer.optimizers) or 'no optimizer'}."
+        )
+
+    def _log_scores(self, trainer: L.Trainer, step: int) -> None:
+        found = {"score": self.order.scores, "probability": getattr(self.order, "probabilities", [])}
+        schedule = self.schedule
+        assert schedule is not None
+        for kind, values in found.items():
+            named = {f"blocks/{kind}/{name}": value for name, value in zip(schedule.blocks.names, values, strict=False)}
+            for logger in trainer.loggers if named else ():
+                logger.log_metrics(named, step)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            if (
+                isinstance(logger, TensorBoardLogger)
+                and trainer.is_global_zero
+                and self.schedule
+                and self.timeline.steps
+            ):
+                figure = self.timeline.figure(self.schedule.blocks.names)
+                logger.experiment.add_figure("blocks/active", figure, trainer.global_step)
+
+    def _detach(self) -> None:
+        if self.schedule is not None:
+            self.schedule.detach()
+
+
+def _steps(number: int) -> str:
+    return "step" if number == 1 else f"{number} steps"
