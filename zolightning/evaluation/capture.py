@@ -1,6 +1,7 @@
 """What a callable launches on a CUDA device, recorded once as a graph and launched again by one call."""
 
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -43,12 +44,12 @@ class CudaCapture:
         """
         stream, mode = torch.cuda.Stream(self.device), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        torch.cuda.set_sync_debug_mode("error")
+        _set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(stream):
                 output = run()
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            _set_sync_debug_mode(mode)
             torch.cuda.current_stream(self.device).wait_stream(stream)
         return output
 
@@ -63,6 +64,12 @@ class CudaCapture:
         ):
             output = run()
         return output, graph.replay
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def describe_failure(error: Exception) -> str:

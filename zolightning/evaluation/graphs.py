@@ -7,8 +7,9 @@ steps. Before a replay the inputs, and these numbers, are copied to where the gr
 
 There is one graph for each *key*: shapes, dtypes and strides of the network's inputs, all other arguments by value,
 mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key comes
-for the second time, which takes three forwards and about a second. So batches should come in few lengths, which
-:class:`~zolightning.data.batching.LengthBuckets` with ``fixed`` batches and padding to multiples make likely.
+for the second time, which takes several forwards. So batches should come in few lengths:
+:class:`~zolightning.data.batching.LengthBuckets` puts examples of similar length into one batch, and the same ones
+again where its batches are ``fixed``.
 
 Only the network is recorded; the loss around it runs as ever. What a recording cannot hold is found out: a network
 that reads numbers back from the device, draws random numbers, changes what its modules hold or has hooks inside runs
@@ -39,7 +40,7 @@ from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
 
-LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and a megabyte or more of the driver's
+LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and what the driver needs
 _UNSETTLED = 3  # steps in a row, the first one among them, that may begin with other modules than the one before
 _PROOFS = 2  # steps in which a replay is compared with a run without the graph
 

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.perturbation import Perturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
-
 
 Perturbations = Mapping[nn.Parameter, Perturbation | None]
 
@@ -125,15 +125,15 @@ class Tables:
 
     def __init__(self, parts: Parts) -> None:
         self._static = [static_copy(table) for table in parts.tables]
-        self._sources: list[Tensor | None] = [None] * len(parts.tables)
+        self._sources: list[ref[Tensor]] = []  # not kept alive: bases are as large as their static copies
         self._step = 0
         self.groups = parts.with_tables(self._static)
 
     def fill(self, parts: Parts, step: int) -> None:
         """Copies what has not been copied in this step: within a step nobody writes to what perturbations hold."""
-        new = [i for i, table in enumerate(parts.tables) if step != self._step or table is not self._sources[i]]
+        new = [i for i, table in enumerate(parts.tables) if step != self._step or table is not self._sources[i]()]
         copy_into([self._static[i] for i in new], [parts.tables[i] for i in new])
-        self._sources, self._step = list(parts.tables), step
+        self._sources, self._step = [ref(table) for table in parts.tables], step
 
 
 def static_copy(tensor: Tensor) -> Tensor:
