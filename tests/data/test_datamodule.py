@@ -190,6 +190,7 @@ def test_a_model_without_a_limit(
         ({"num_test": 0}, "`data.num_test` must be at least 1"),
         ({"examples_per_class": 0}, "`data.examples_per_class` must be at least 1"),
         ({"max_length": 0}, "`data.max_length` must be at least 1"),
+        ({"pad_to_multiple_of": 0}, "`data.pad_to_multiple_of` must be at least 1"),
         ({"num_workers": -1}, "`data.num_workers` must be at least 0"),
         ({"seed": -1}, r"`data.seed` must be at least 0 and below 2\*\*32, got -1"),
         ({"task": "sst-2"}, "`data.task` must be one of"),
@@ -362,14 +363,16 @@ def test_a_token_for_padding_that_the_model_lacks_is_replaced(
         make_trainer().test(spectator, data)
 
 
-@pytest.mark.parametrize("answers", [["No", "Yes"], ["No", "Yes, great"]])
+@pytest.mark.parametrize(("answers", "multiple"), [(["No", "Yes"], 1), (["No", "Yes, great"], 1), (["No", "Yes"], 11)])
 def test_the_largest_batch(
     write_rows: Callable[..., Path],
     make_trainer: Callable[..., L.Trainer],
     spectator: L.LightningModule,
     answers: list[str],
+    multiple: int,
 ) -> None:
-    data = PromptDataModule("sst2", str(write_rows(train=16)), batch_size=4, num_validation=4, answers=answers)
+    sizes = {"batch_size": 4, "num_validation": 4, "pad_to_multiple_of": multiple}
+    data = PromptDataModule("sst2", str(write_rows(train=16)), answers=answers, **sizes)
     make_trainer(max_epochs=1).fit(spectator, datamodule=data)
     batches = list(data.train_dataloader())
     inputs = [batch["input_ids"].flatten(0, 1) for batch in batches]
@@ -378,3 +381,6 @@ def test_the_largest_batch(
     assert found[:2] == (max(map(len, inputs)), max(ids.shape[1] for ids in inputs))
     assert found[2] == (1 if positions == {1} else max(positions) + 1)
     assert data.largest_batch(1) == (found[0] // 4, *found[1:])
+    assert all(ids.shape[1] % multiple == 0 for ids in inputs)
+    if multiple > 1:  # for training only
+        assert any(batch["input_ids"].shape[-1] % multiple for batch in data.val_dataloader())

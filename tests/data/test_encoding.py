@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from zolightning.data.encoding import Example, check_tokens, collate, encode
@@ -125,6 +126,16 @@ def test_longer_answers_have_a_row_each() -> None:
         [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]],
     ]
     assert batch["answer_ids"].tolist() == [[[-1, -1, 21], [22, 23, 24]], [[-1, 25, 26], [-1, -1, 27]]]
+
+
+def test_rows_are_as_long_as_a_multiple_says() -> None:
+    for examples, length in ((ONE_TOKEN, 4), (SEVERAL_TOKENS, 8)):
+        batch = collate(examples, pad_id=5, objective="classification", multiple=4)
+        plain = collate(examples, pad_id=5, objective="classification")
+        more = length - plain["input_ids"].shape[-1]
+        assert torch.equal(batch["input_ids"], F.pad(plain["input_ids"], (more, 0), value=5))
+        assert torch.equal(batch["attention_mask"], F.pad(plain["attention_mask"], (more, 0)))
+        assert torch.equal(batch["answer_ids"], plain["answer_ids"])
 
 
 def test_rows_end_with_their_answer() -> None:

@@ -44,6 +44,8 @@ class PromptDataModule(L.LightningDataModule):
             model's context length is a limit in any case.
         fixed_batches: Whether every epoch has the same training batches, in an order of its own, for
             `keep_prefix_gib` of the ZerothOrder callback.
+        pad_to_multiple_of: What the length of a training batch is a multiple of, so that there are few lengths, for
+            `cuda_graphs` of the ZerothOrder callback.
         num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
         prompt: Jinja2 template instead of the task's.
         answers: Jinja2 templates of the candidates instead of the task's, in the same order.
@@ -69,6 +71,7 @@ class PromptDataModule(L.LightningDataModule):
         seed: int = 0,
         max_length: int = 2048,
         fixed_batches: bool = False,
+        pad_to_multiple_of: int = 1,
         num_workers: int = 0,
         prompt: str | None = None,
         answers: list[str] | None = None,
@@ -85,11 +88,13 @@ class PromptDataModule(L.LightningDataModule):
         self.seed = seed
         self.max_length = max_length
         self.fixed_batches = fixed_batches
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self._examples: dict[str, list[Example]] = {}
         self._fewer: set[str] = set()  # origins of splits of which it was said that they have fewer rows than asked for
 
-        for name in ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length"):
+        counts = ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length")
+        for name in (*counts, "pad_to_multiple_of"):
             _check_at_least(1, name, getattr(self, name))
         if examples_per_class is not None:
             _check_at_least(1, "examples_per_class", examples_per_class)
@@ -139,7 +144,9 @@ class PromptDataModule(L.LightningDataModule):
         lengths = [example.length for example in examples]
         order = LengthBuckets(lengths, self.batch_size, self.seed, fixed=self.fixed_batches, **self._replicas())
         only_gold = self.task.objective == "language_modeling"
-        batches = Batches(examples, order, self._collate(only_gold))
+        batches = Batches(
+            examples, order, partial(self._collate(only_gold), pad_to_multiple_of=self.pad_to_multiple_of)
+        )
         sampler = BatchNumbers(batches, start=self._batches_trained)
         return TrainLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
 
@@ -161,12 +168,12 @@ class PromptDataModule(L.LightningDataModule):
         """
         examples = self._examples["train"]
         rows = min(self.batch_size if num_examples is None else num_examples, self.batch_size, len(examples))
-        tokens = max(example.length for example in examples)
         longest_answer = max(len(answer) for example in examples for answer in example.answer_ids)
-        if longest_answer == 1:
-            return rows, tokens - 1, 1
-        candidates = 1 if self.task.objective == "language_modeling" else self.num_classes
-        return rows * candidates, tokens, longest_answer + 1
+        is_single = longest_answer == 1
+        tokens = max(example.length for example in examples) - is_single
+        tokens += -tokens % self.pad_to_multiple_of
+        candidates = 1 if is_single or self.task.objective == "language_modeling" else self.num_classes
+        return rows * candidates, tokens, 1 if is_single else longest_answer + 1
 
     def sample_text(self) -> str:
         """Returns an example to look at: the prompt, then the right answer in double brackets."""
@@ -260,13 +267,13 @@ class PromptDataModule(L.LightningDataModule):
         sampler = BatchNumbers(batches)
         return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
 
-    def _collate(self, gold_only: bool) -> partial[Batch]:
+    def _collate(self, gold_only: bool, multiple: int = 1) -> partial[Batch]:
         module = self._module()
         # A token for padding that was added to the tokenizer and not to the model can be any other: it is masked out.
         num_embeddings = getattr(module, "num_embeddings", None) or math.inf
         pad_ids = (module.tokenizer.pad_token_id, module.tokenizer.eos_token_id, 0)
         pad_id = next(id for id in pad_ids if id is not None and id < num_embeddings)
-        return partial(collate, pad_id=pad_id, objective=self.task.objective, gold_only=gold_only)
+        return partial(collate, pad_id=pad_id, objective=self.task.objective, gold_only=gold_only, multiple=multiple)
 
     def _replicas(self) -> dict[str, int]:
         """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""

@@ -164,7 +164,13 @@ def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTo
         )
 
 
-def collate(examples: Sequence[Example], pad_id: int, objective: Objective, gold_only: bool = False) -> Batch:
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    objective: Objective,
+    gold_only: bool = False,
+    multiple: int = 1,
+) -> Batch:
     """Stacks examples into a batch.
 
     Args:
@@ -172,6 +178,7 @@ def collate(examples: Sequence[Example], pad_id: int, objective: Objective, gold
         pad_id: Token on the left of short rows. It is masked out; any valid token will do.
         objective: Passed on.
         gold_only: Whether to leave out the wrong candidates.
+        multiple: What the length of a row is a multiple of.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
@@ -191,16 +198,17 @@ def collate(examples: Sequence[Example], pad_id: int, objective: Objective, gold
         # first, because Lightning infers the batch size from the entries that follow what has no size
         objective=objective,
         answer_index=AnswerIndex.of(answer_ids),
-        input_ids=_stack(rows, pad_id),
-        attention_mask=_stack(masks, 0),
+        input_ids=_stack(rows, pad_id, multiple),
+        attention_mask=_stack(masks, 0, multiple),
         answer_ids=answer_ids,
         label=torch.tensor(labels),
         id=torch.tensor([example.id for example in examples]),
     )
 
 
-def _stack(groups: Iterable[Sequence[list[int]]], fill: int) -> Tensor:
+def _stack(groups: Iterable[Sequence[list[int]]], fill: int, multiple: int = 1) -> Tensor:
     """Stacks lists of equally many lists into a tensor of three dimensions, filled up on the left."""
     groups = list(groups)
     width = max(len(row) for group in groups for row in group)
+    width += -width % multiple
     return torch.tensor([[[fill] * (width - len(row)) + row for row in group] for group in groups])

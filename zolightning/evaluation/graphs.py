@@ -8,8 +8,8 @@ steps. Before a replay the inputs, and these numbers, are copied to where the gr
 There is one graph for each *key*: shapes, dtypes and strides of the network's inputs, all other arguments by value,
 mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key comes
 for the second time, which takes several forwards. So batches should come in few lengths:
-:class:`~zolightning.data.batching.LengthBuckets` puts examples of similar length into one batch, and the same ones
-again where its batches are ``fixed``.
+:class:`~zolightning.data.batching.LengthBuckets` puts examples of similar length into one batch, and
+`pad_to_multiple_of` of the data module rounds lengths up.
 
 Only the network is recorded; the loss around it runs as ever. What a recording cannot hold is found out: a network
 that reads numbers back from the device, draws random numbers, changes what its modules hold or has hooks inside runs
