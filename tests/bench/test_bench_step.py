@@ -152,7 +152,7 @@ def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dt
     count = sum(parameter.numel() for parameter in model.parameters())
     of_layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     expected = {"forward": 0, "published": 0, "MeZO": 2 * count, "MeZO native": 0, "MeZO rademacher": 2 * count}
-    expected["MeZO low byte"] = count
+    expected |= {"MeZO low byte": count, "MeZO, both signs in one forward": 2 * count}
     expected |= {"MeZO, layer L/3": 2 * of_layer, "MeZO, layer L/3, prefix shared": 2 * of_layer}
     assert expected.keys() < {row.name for row in ROWS}
     for row in ROWS:
@@ -227,6 +227,7 @@ def test_command(
         # scratch at two evaluations, read and written; the update reads and writes the weight with its low word. Of
         # 5,152 weights all are perturbed, because the table of embeddings is the head.
         assert float(rates["MeZO"]["floor_bytes_per_weight"]) == 2 * 4 + 8
+        assert float(rates["MeZO, both signs in one forward"]["floor_bytes_per_weight"]) == 2 + 4 + 8
         assert float(rates["MeZO native"]["floor_bytes_per_weight"]) == 2 * 4 + 4
         assert float(rates["LOZO rank 4"]["floor_bytes_per_weight"]) == 0
         assert [line["row"] for line in named[f"floors on {table}"]] == FLOORS

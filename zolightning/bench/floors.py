@@ -71,11 +71,11 @@ def perturbed_bytes(model: nn.Module, parameters: list[nn.Parameter]) -> int:
 
 
 def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | None:
-    """The least bytes that a step moves beside its forwards as our methods take it, one evaluation at a time.
+    """The least bytes that a step moves beside its forwards, as our methods take it.
 
-    A dense method reads every weight and writes it to scratch at each evaluation, and reads and writes it, with what
-    completes it to fp32, at the update. Steps of low-rank methods touch no weight between two resamplings. None for
-    steps that are not ours.
+    A dense method writes every weight to scratch at each evaluation, which it reads for that, once for both signs where
+    they share a forward; at the update it reads and writes the weight and what completes it to fp32. Steps of low-rank
+    methods touch no weight between two resamplings. None for steps that are not ours.
     """
     if not isinstance(step, OptimizerStep):
         return None
@@ -84,7 +84,8 @@ def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | N
         return 0
     trained = [parameter for _, _, parameter in optimizer.trainable()]
     update = sum(p.nbytes + p.numel() * state_bytes(p.dtype, optimizer.update_precision) for p in trained)
-    return 2 * forwards * perturbed_bytes(model, trained) + 2 * update
+    reads = forwards if step.evaluations_per_forward == 1 else forwards // 2
+    return (reads + forwards) * perturbed_bytes(model, trained) + 2 * update
 
 
 def floor_table(model: nn.Module, flops: float, ceilings: Ceilings) -> list[Record]:

@@ -25,13 +25,13 @@ from zolightning.bench.kernel_cost import measure_kernels
 from zolightning.bench.measure import environment, release, require
 from zolightning.bench.repetition import compare_runs
 from zolightning.bench.report import machine
-from zolightning.bench.rows import DENSE, FORWARD, PARITY, PUBLISHED, PUBLISHED_ANSWERS, SUBSPACE
+from zolightning.bench.rows import DENSE, FORWARD, GRAPHED, PARITY, PUBLISHED, PUBLISHED_ANSWERS, SUBSPACE
 from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
 from zolightning.commands.report import Record
 
-# Forwards first, and the published recipe last, which may not fit
-_ROWS = [FORWARD, *DENSE[:3], *SUBSPACE[:4], PUBLISHED, PUBLISHED_ANSWERS]
+# Forwards first, for all that follows is compared with them, and the published recipe last, which may not fit
+_ROWS = [FORWARD, DENSE[0], SUBSPACE[0], *GRAPHED, *DENSE[1:5], *SUBSPACE[1:4], PUBLISHED, PUBLISHED_ANSWERS]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _steps(settings: Settings, device: torch.device, figures: Figures) -> None:
     weights = sum(parameter.numel() for parameter in shape.parameters())
     costs: dict[str, Cost] = {}
     memory: dict[str, Memory] = {}
-    for row in _ROWS:
+    for row in _ROWS if device.type == "cuda" else [row for row in _ROWS if row not in GRAPHED]:
         name = row.name
         release(device)
         costs |= measure_costs(settings, [name])

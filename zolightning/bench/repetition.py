@@ -36,6 +36,8 @@ METHODS: dict[str, partial[Any]] = {
     "ZO-MOPI": partial(ZOMOPI, lr=1e-3, rank=16, power_rank=8, num_queries=2),
 }
 
+GRAPHED = ("MeZO", "LOZO")  # with CUDA graphs once more, where there are any
+
 
 class RandomTokens(L.LightningModule):
     """A model by shape that learns to predict random tokens, other ones at each step.
@@ -94,14 +96,18 @@ def compare_runs(device: torch.device, shape: str, steps: int, batch_size: int, 
         length: tokens a row.
     """
     tokens = torch.randint(2**31, (steps, batch_size, length), generator=torch.Generator().manual_seed(0))
-    for name, method in METHODS.items():
+    runs = [(name, method, False) for name, method in METHODS.items()]
+    if device.type == "cuda":
+        runs += [(f"{name}, CUDA graphs", METHODS[name], True) for name in GRAPHED if name in METHODS]
+    for name, method, cuda_graphs in runs:
         with TemporaryDirectory() as folder:
             saved = Path(folder) / "half.ckpt"
-            whole, weights = _run(method, RandomTokens(shape, device, tokens), saved, None)
+            run = partial(_run, method, cuda_graphs)
+            whole, weights = run(RandomTokens(shape, device, tokens), saved, None)
             other = RandomTokens(shape, device, tokens)
             for parameter in other.parameters():
                 parameter.data.zero_()  # all of it has to come from the file
-            resumed, resumed_weights = _run(method, other, Path(folder) / "again.ckpt", saved)
+            resumed, resumed_weights = run(other, Path(folder) / "again.ckpt", saved)
         yield {
             "name": name,
             "steps": len(whole),
@@ -111,7 +117,7 @@ def compare_runs(device: torch.device, shape: str, steps: int, batch_size: int, 
 
 
 def _run(
-    method: partial[Any], module: RandomTokens, save_to: Path, resume_from: Path | None
+    method: partial[Any], cuda_graphs: bool, module: RandomTokens, save_to: Path, resume_from: Path | None
 ) -> tuple[list[StepRecord | None], str]:
     """The records of a run and a checksum of the weights that it ends with."""
     steps = len(module.get_buffer("tokens"))
@@ -127,7 +133,7 @@ def _run(
             devices=1,
             max_steps=steps,
             precision="bf16-true",
-            callbacks=[ZerothOrder(method), recorder, *resampling],
+            callbacks=[ZerothOrder(method, cuda_graphs=cuda_graphs), recorder, *resampling],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,

@@ -4,11 +4,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.bench.published import PublishedMeZO
+from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.layers import find_layers
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -47,6 +50,7 @@ class OptimizerStep:
         model: to be trained.
         parameters: of the model, those that move; all of them if not given.
         evaluations_per_forward: how many evaluations share a run of the model.
+        cuda_graphs: whether the model's forward is replayed from CUDA graphs.
     """
 
     def __init__(
@@ -55,13 +59,18 @@ class OptimizerStep:
         model: nn.Module,
         parameters: Iterable[nn.Parameter] | None = None,
         evaluations_per_forward: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
+        self.evaluations_per_forward = evaluations_per_forward
         self.optimizer = method(model.parameters() if parameters is None else parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
             self.optimizer.attach(nn.ModuleDict({"model": model}), evaluations_per_forward)
         if isinstance(self.optimizer, SubspaceWeights):
             self.optimizer.fold_every_step = False  # as under a Trainer without callbacks of others
+        if cuda_graphs:
+            capture = CudaCapture(next(model.parameters()).device)
+            self.optimizer.evaluator.graphs = GraphedNetwork(model, capture)
 
     def __call__(self, evaluate: Evaluate) -> None:
         self.optimizer.estimate(evaluate)
@@ -88,17 +97,15 @@ def _forward(evaluate: Evaluate) -> Tensor:
     return evaluate()
 
 
-def _ours(
-    name: str, method: Callable[..., ZerothOrderOptimizer], forwards: int = 2, evaluations_per_forward: int = 1
-) -> Row:
-    return Row(name, partial(OptimizerStep, method, evaluations_per_forward=evaluations_per_forward), forwards)
+def _ours(name: str, method: Callable[..., ZerothOrderOptimizer], forwards: int = 2, **options: Any) -> Row:
+    return Row(name, partial(OptimizerStep, method, **options), forwards)
 
 
 def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
     """A step of the layer at a third of the depth, with or without what lies below computed once."""
     stack = find_layers(model)
     parameters = stack.parameters(len(stack) // 3).values()
-    step = OptimizerStep(partial(MeZO, lr=LR, eps=EPS, seed=0), model, parameters)
+    step = OptimizerStep(_MEZO, model, parameters)
     if not shared:
         step.optimizer.evaluator.prefix.layers = ()
     return step
@@ -109,28 +116,38 @@ FORWARD = Row("forward", lambda model: _forward, forwards=1)
 PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR, EPS).step)
 # What is left of its cost where only the logits are made that are read, in batches of ours
 PUBLISHED_ANSWERS = Row("published, answer logits", PUBLISHED.make)
+_MEZO = partial(MeZO, lr=LR, eps=EPS, seed=0)
+_LOZO = partial(LOZO, lr=LR, eps=EPS, rank=4, seed=0)
 DENSE = [
-    _ours("MeZO", partial(MeZO, lr=LR, eps=EPS, seed=0)),
-    _ours("MeZO native", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="native")),
-    _ours("MeZO low byte", partial(MeZO, lr=LR, eps=EPS, seed=0, update_precision="low_byte")),
-    _ours("MeZO rademacher", partial(MeZO, lr=LR, eps=EPS, seed=0, noise="rademacher")),
+    _ours("MeZO", _MEZO),
+    _ours("MeZO native", partial(_MEZO, update_precision="native")),
+    _ours("MeZO low byte", partial(_MEZO, update_precision="low_byte")),
+    _ours("MeZO rademacher", partial(_MEZO, noise="rademacher")),
+    _ours("MeZO, both signs in one forward", _MEZO, evaluations_per_forward=2),
     Row("MeZO, layer L/3", partial(_one_layer, False)),
     Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
 ]
 SUBSPACE = [
-    _ours("LOZO rank 4", partial(LOZO, lr=LR, eps=EPS, rank=4, seed=0)),
+    _ours("LOZO rank 4", _LOZO),
     _ours("SubZero rank 64", partial(SubZero, lr=LR, eps=EPS, rank=RANK, seed=0)),
     _ours("ZO-Muon rank 64", partial(ZOMuon, lr=LR, eps=EPS, rank=RANK, num_queries=1, seed=0)),
     _ours("ZO-MOPI rank 64, power rank 16", partial(_MOPI, num_queries=1)),
     Row("the same, resampling at every step", partial(ResamplingStep, partial(_MOPI, num_queries=1))),
     _ours("the same, 4 queries", partial(_MOPI, num_queries=4), 8),
-    *(_ours(f"the same, {k} evaluations a forward", partial(_MOPI, num_queries=4), 8, k) for k in (2, 4, 8)),
+    *(
+        _ours(f"the same, {k} evaluations a forward", partial(_MOPI, num_queries=4), 8, evaluations_per_forward=k)
+        for k in (2, 4, 8)
+    ),
 ]
 ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]
-# On a GPU: what the loops in Triton are for
+GRAPHED = [
+    _ours("MeZO, CUDA graphs", _MEZO, cuda_graphs=True),
+    _ours("LOZO rank 4, CUDA graphs", _LOZO, cuda_graphs=True),
+]
+# What the loops in Triton are for
 _NO_TRITON = ("ZOLIGHTNING_TRITON", "0")
 PARITY = [
     Row("MeZO, loops by torch.compile", DENSE[0].make, environment=(_NO_TRITON,)),
     Row("MeZO, eager loops", DENSE[0].make, environment=(_NO_TRITON, ("ZOLIGHTNING_COMPILE", "0"))),
 ]
-BY_NAME = {row.name: row for row in [*ROWS, PUBLISHED_ANSWERS, *PARITY]}
+BY_NAME = {row.name: row for row in [*ROWS, PUBLISHED_ANSWERS, *GRAPHED, *PARITY]}

@@ -29,6 +29,7 @@ from zolightning.bench.prompts import Prompts, check_same_loss, time_prompts
 from zolightning.bench.rows import (
     BY_NAME,
     FORWARD,
+    GRAPHED,
     PARITY,
     POWER_RANK,
     PUBLISHED,
@@ -95,7 +96,7 @@ _COMPARED = (FORWARD, PUBLISHED, PUBLISHED_ANSWERS)
 def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Record]]:
     """The tables of a step: its cost on random tokens and on prompts, and the floors of both."""
     is_cpu = settings.device == "cpu"
-    chosen = settings.chosen(ROWS if is_cpu else [*ROWS, *PARITY])
+    chosen = settings.chosen(ROWS if is_cpu else [*ROWS, *GRAPHED, *PARITY])
     memory: dict[str, Memory] = {}
     for row in chosen:
         release(torch.device(settings.device))
