@@ -1,5 +1,6 @@
 """A network of layers that is small enough to take apart, and the command line on a tiny model."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def make_layers() -> Callable[..., Layers]:
 
 @pytest.fixture(scope="module")
 def fresh_process() -> Iterator[None]:
-    """The seed of ``seed_everything`` is kept to this module."""
+    """The seed of ``seed_everything`` is kept to this module, and pytest's own arguments from it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["zolightning"])
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setenv("PL_SEED_WORKERS", "0")
         yield

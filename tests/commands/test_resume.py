@@ -1,8 +1,7 @@
 """``--ckpt_path last`` and ``best`` mean this run's, which goes on in its own folder."""
 
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,10 @@ import yaml
 
 from cli_runs import Runs, printed, refused
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 with jsonargparse 4.49
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["zolightning"])
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        yield
-
-
-@pytest.fixture
-def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Runs:
-    write_tiny_model(tmp_path / "model")
-    return Runs(tmp_path)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_process"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Lightning 2.6 with jsonargparse 4.49
+]
 
 
 @pytest.fixture(scope="module")
