@@ -1,0 +1,39 @@
+"""Runs of a module in folders of their own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from checkpoint_runs import Run
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(make_trainer: Callable[..., L.Trainer], regression_data: Callable[..., Any], tmp_path: Path) -> MakeRun:
+    def make(folder: str = "run", **options: Any) -> Run:
+        return Run(make_trainer, tmp_path / folder, regression_data().dataset, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished() -> dict[str, Run]:
+    """Runs by what made them."""
+    return {}
+
+
+@pytest.fixture
+def make_whole(make_run: MakeRun, finished: dict[str, Run]) -> MakeRun:
+    """A run that nothing stopped; the same one wherever the same is asked for."""
+
+    def run(validate: bool = True, **options: Any) -> Run:
+        key = f"{validate} {options}"
+        if key not in finished:
+            finished[key] = make_run("whole", **options).fit(validate=validate)
+        return finished[key]
+
+    return run

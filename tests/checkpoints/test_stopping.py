@@ -1,0 +1,131 @@
+"""A run that was stopped, by a signal or an error, goes on as if it had not been."""
+
+import os
+import signal
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_runs import AS_EXPECTED, EVERY_6
+from zolightning.optim import LOZO, MeZO, NonFiniteLossError
+
+pytestmark = AS_EXPECTED
+EVERY_EPOCH = {"max_steps": 21}
+
+
+def kill(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "options"),
+    [
+        (0, signal.SIGTERM, EVERY_6),
+        (4, signal.SIGTERM, EVERY_6 | {"method": partial(LOZO, lr=0.05, rank=2)}),
+        (5, signal.SIGTERM, EVERY_6),  # a validation is due after it
+        (6, signal.SIGINT, EVERY_6),  # the last of an epoch
+        ((6, 0), signal.SIGTERM, EVERY_6),  # in the first batch of a validation
+        ((12, 3), signal.SIGINT, EVERY_6),
+        ((12, 3), signal.SIGINT, EVERY_6 | {"method": partial(LOZO, lr=0.05, rank=2)}),
+        (19, signal.SIGTERM, EVERY_6),  # in the last step
+        (3, signal.SIGINT, EVERY_EPOCH),
+        (6, signal.SIGTERM, EVERY_EPOCH),  # the last of an epoch, a validation is due
+        ((14, 2), signal.SIGTERM, EVERY_EPOCH),
+        (4, signal.SIGTERM, EVERY_6 | {"method": None}),  # backpropagation
+        ((6, 1), signal.SIGTERM, EVERY_6 | {"method": None}),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_told_to_stop_goes_on(
+    make_run: Any, make_whole: Any, at: Any, number: int, options: dict[str, Any]
+) -> None:
+    handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    stopped = make_run(**options)
+    in_validation = isinstance(at, tuple)
+    (stopped.module.in_validation if in_validation else stopped.module.in_step).at[at] = partial(kill, number)
+    with pytest.raises(SystemExit) as exit_:
+        stopped.fit()
+    assert exit_.value.code == 128 + number
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers
+    step = at[0] if in_validation else at + 1
+    assert stopped.saved()["global_step"] == stopped.trainer.global_step == step
+
+    resumed, whole = make_run(**options).fit("last"), make_whole(**options)
+    resumed.assert_ends_as(whole)
+    assert sorted(stopped.watch.grads) + sorted(resumed.watch.grads) == sorted(whole.watch.grads)
+    assert stopped.watch.grads | resumed.watch.grads == whole.watch.grads
+    assert not stopped.watch.validated.keys() & resumed.watch.validated.keys()
+    validated = stopped.watch.validated | resumed.watch.validated
+    assert validated == whole.watch.validated
+    assert stopped.watch.batches + resumed.watch.batches == whole.watch.batches
+
+
+def test_what_a_stopped_run_says(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(last={"how_to_go_on": "again {folder} from {path}"})
+    run.module.in_step.at[2] = kill
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        run.fit()
+    (line,) = (record.getMessage() for record in caplog.records if "Stopped" in record.getMessage())
+    assert line == (
+        f"Stopped by SIGTERM. Step 3, the last complete one, is saved in {run.path}. "
+        f"To go on: again {run.trainer.default_root_dir} from {run.path}"
+    )
+
+
+def test_a_second_interrupt_ends_the_run_at_once(make_run: Any) -> None:
+    run = make_run()
+
+    def twice() -> None:
+        kill(signal.SIGINT)
+        time.sleep(0)
+        kill(signal.SIGINT)
+
+    run.module.in_step.at[3] = twice
+    with pytest.raises(SystemExit) as exit_:  # Lightning's
+        run.fit()
+    assert exit_.value.code == 1 and run.trainer.global_step == 3 and not run.path.exists()
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_an_error_leaves_the_last_complete_step(make_run: Any, make_whole: Any, at: int) -> None:
+    """And the run goes on after it, but for the batch which it was at."""
+    run = make_run(**EVERY_6)
+    run.module.in_step.at[at] = lambda: float("nan")
+    with pytest.raises(NonFiniteLossError):
+        run.fit()
+    assert run.saved()["global_step"] == at
+    for name, weight in run.module.state_dict().items():
+        assert torch.equal(run.saved()["state_dict"][name], weight)
+    resumed, whole = make_run(**EVERY_6).fit("last"), make_whole(**EVERY_6)
+    assert sorted(run.watch.grads) + sorted(resumed.watch.grads) == sorted(whole.watch.grads)
+    assert (run.watch.batches + resumed.watch.batches) == whole.watch.batches
+
+
+def test_an_error_in_a_validation(make_run: Any, make_whole: Any) -> None:
+    run = make_run(**EVERY_6)
+    run.module.in_validation.at[6, 2] = partial(int, "no number")
+    with pytest.raises(ValueError, match="no number"):
+        run.fit()
+    resumed, whole = make_run(**EVERY_6).fit("last"), make_whole(**EVERY_6)
+    resumed.assert_ends_as(whole)
+    assert run.watch.validated | resumed.watch.validated == whole.watch.validated
+
+
+def test_an_error_within_an_update_saves_nothing(make_run: Any) -> None:
+    """Some weights may have moved, others not."""
+    run = make_run()
+    run.fit()
+    before = run.path.stat().st_mtime_ns
+
+    class Broken(MeZO):
+        def update(self, record: Any) -> None:
+            super().update(record)
+            raise RuntimeError("half an update")
+
+    broken = make_run(method=partial(Broken, lr=1e-2))
+    with pytest.raises(RuntimeError, match="half an update"):
+        broken.fit()
+    assert run.path.stat().st_mtime_ns == before
