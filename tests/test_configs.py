@@ -188,6 +188,12 @@ SCOPES: dict[str, tuple[str, str, str]] = {
     "parameters": ("attn", "mezo", "gpt2"),
     "random_layer": (r"\.(layers|h)\.0\.", "mezo", "opt_125m"),
 }
+# A method and a model under which each file in configs/blocks moves some blocks and leaves others
+BLOCKS: dict[str, tuple[str | None, str]] = {
+    "adalezo": (None, "gpt2"),
+    "lezo": ("subzero", "opt_125m"),
+    "mezo_bcd": ("mezo_momentum", "smollm2_135m"),
+}
 LR = "--method.lr"
 # The method's rate for what has no subspace
 VECTOR_LR = "--method.vector_lr"
@@ -225,6 +231,25 @@ def assert_only_moved(checkpoint: dict[str, Any], folder: Path, pattern: str) ->
         if initial is not None:  # adapters have no values of their own before
             same = torch.equal(after.float(), initial.to(after.dtype).float())
             assert same == (re.search(pattern, name) is None), name
+
+
+def test_blocks_below_are_all_files() -> None:
+    assert set(BLOCKS) == set(names("blocks"))
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_two_steps_of_blocks(
+    blocks: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    method, model = BLOCKS[blocks]
+    folder = write_tiny_model(write_rows("sst2") / "model", ARCHITECTURES[model])
+    files = ["tasks/sst2", f"blocks/{blocks}", *([f"methods/{method}"] if method else []), f"models/{model}"]
+    one_layer = [] if blocks != "lezo" else ["--blocks.blocks_per_step", "1"]  # there are two
+    checkpoint, _ = train([*compose(*files), *one_layer, "--trainer.precision", "32-true"], folder, LR)
+    before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    after = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
+    moved = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
+    assert 0 < len(moved) < len(after)
 
 
 # All pairs are for `-m slow`; of the others each scope has one method, and each method a scope.

@@ -118,7 +118,7 @@ def test_losses_are_those_without_a_shared_prefix(fit: Fit, monkeypatch: pytest.
     descent = BlockCoordinateDescent(RandomPermutation(), interval=1)
     _, shared = fit(partial(MEZO, num_queries=2), descent)
     assert max(descent._shares) == 3 / 4 * 3 / 4, "three of four layers, in three of four evaluations"
-    monkeypatch.setattr(SharedPrefix, "evaluate", lambda self, evaluate, _: evaluate())
+    monkeypatch.setattr(SharedPrefix, "evaluate", lambda _, evaluate, context: evaluate(context))
     _, alone = fit(partial(MEZO, num_queries=2), BlockCoordinateDescent(RandomPermutation(), interval=1))
     assert shared == alone and len({record.blocks for record in shared}) == 5
 

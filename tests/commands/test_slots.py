@@ -1,4 +1,4 @@
-"""The fields ``method``, ``scope``, ``resampling``, ``transport``, ``lr_scheduler`` and ``evaluation`` of a config."""
+"""The fields of a config that become callbacks: ``method``, ``scope``, ``blocks``, ``resampling`` and so on."""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -12,7 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cli_runs import CONFIGS, Runs, parsed, parser
-from zolightning.callbacks import DominantLayer, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.blocks import Bandit, Cyclic
+from zolightning.callbacks import (
+    BlockCoordinateDescent,
+    DominantLayer,
+    MomentumTransport,
+    SubspaceResampling,
+    ZerothOrder,
+)
 from zolightning.commands.slots import SLOTS, replacing, slot_callbacks
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.scopes import LoRA, RandomLayer
@@ -67,6 +74,17 @@ def test_flags_become_callbacks(build: Build) -> None:
     assert type(made).__name__ == "ZOMOPI" and made.param_groups[0]["lr"] == 0.5
     assert type(made.estimator).__name__ == "OneSided"
     assert isinstance(method.lr_scheduler(made), torch.optim.lr_scheduler.LinearLR)
+
+
+def test_blocks_go_with_any_method_and_scope(build: Build) -> None:
+    flags = ("--blocks", "BlockCoordinateDescent", "--blocks.order", "Bandit", "--blocks.order.p_min", 0.01)
+    _, blocks, *_ = found = build("--scope", "RandomLayer", "--method", "LOZO", *flags, "--blocks.interval", 7)
+    assert kinds(found) == [RandomLayer, BlockCoordinateDescent, SubspaceResampling, ZerothOrder]
+    assert isinstance(blocks, BlockCoordinateDescent) and isinstance(blocks.order, Bandit)
+    assert blocks.order.p_min == 0.01 and blocks.describe() == "blocks by Bandit, others after every 7 steps"
+    assert kinds(build(*files("blocks/mezo_bcd", "methods/mezo_adam"))) == [BlockCoordinateDescent, ZerothOrder]
+    (later, _) = build(*files("blocks/lezo"), "--blocks", "BlockCoordinateDescent")
+    assert isinstance(later.order, Cyclic) and later.left_state == "reset", "nothing of the file is left"
 
 
 def test_subspace_methods_resample_without_being_told(build: Build) -> None:
@@ -161,6 +179,8 @@ def test_callbacks_of_a_list_go_with_those_of_fields(build: Build, tmp_path: Pat
         ("", "--resampling.interval 5", "`resampling` is given and `method` is not"),
         ("", "--lr_scheduler LinearLR", "`lr_scheduler` is given and `method` is not"),
         ("", "--evaluation.skip_nonfinite true", "`evaluation.skip_nonfinite` is given and `method` is not"),
+        ("", "--blocks.interval 5", "`blocks` is given and `method` is not"),
+        (listed("BlockCoordinateDescent"), "--method MeZO --blocks.interval 5", "`blocks` is given, and `trainer.call"),
         ("", "--method MeZO --resampling.interval 5", "`resampling` is given, and MeZO searches no subspaces"),
         ("", "--method LOZO --transport.how keep", "`transport` is given, and LOZO keeps no momentum"),
         (listed(IN_A_LIST, IN_A_LIST), "", "`trainer.callbacks` holds ZerothOrder of MeZO and of MeZO: one method"),
