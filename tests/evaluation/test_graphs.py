@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import assert_equal, weights
-from zolightning.callbacks import RunOverview, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import RunOverview, SubspaceResampling, ZerothOrder, refusals
 from zolightning.callbacks import zeroth_order as zeroth_order_file
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
@@ -385,7 +385,7 @@ class TestWhatAGraphCannotHold:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zeroth_order_file, "CudaCapture", CPUCapture)
-    monkeypatch.setattr(zeroth_order_file, "refuse_graphs", lambda trainer: None)
+    monkeypatch.setattr(refusals, "refuse_graphs", lambda device: None)
 
 
 class TestUnderATrainer:

@@ -7,6 +7,7 @@ under two names, whose classes are not each other's.
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.parameter import is_lazy
@@ -51,6 +52,8 @@ def refuse_unsupported(trainer: Any) -> None:
         raise MisconfigurationException(
             f"`trainer.callbacks` has {len(methods)} ZerothOrder, and a run has one method. Keep one of them."
         )
+    if methods and methods[0].cuda_graphs:
+        refuse_graphs(trainer.strategy.root_device)
 
 
 def refuse_strategy(strategy: Any) -> None:
@@ -119,17 +122,16 @@ def refuse_module(module: L.LightningModule) -> None:
             )
 
 
-def refuse_graphs(trainer: Any) -> None:
-    """Refuses devices that record no graphs.
+def refuse_graphs(device: torch.device) -> None:
+    """Refuses `cuda_graphs` on a device that has none.
 
     Raises:
         MisconfigurationException: naming the device.
     """
-    device = trainer.strategy.root_device.type
-    if device != "cuda":
+    if device.type != "cuda":
         raise MisconfigurationException(
-            f"`cuda_graphs` is True, and the run is on '{device}', which has none. Use `trainer.accelerator` 'gpu' "
-            "with a CUDA device, or leave `cuda_graphs` at False."
+            f"`cuda_graphs` is True, and the run is on '{device.type}', which has none. Use `trainer.accelerator` "
+            "'gpu' with a CUDA device, or leave `cuda_graphs` at False."
         )
 
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from zolightning.callbacks.folding import choose_folding, is_validation_next
 from zolightning.callbacks.micro_batches import evaluate_in_parts, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
-from zolightning.callbacks.refusals import refuse_graphs, refuse_module, refuse_unsupported
+from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import callbacks_of, require_resampling
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
@@ -155,8 +155,6 @@ class ZerothOrder(Callback):
         """
         refuse_unsupported(trainer)
         refuse_module(pl_module)
-        if self.cuda_graphs:
-            refuse_graphs(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._give_back(trainer, pl_module)
