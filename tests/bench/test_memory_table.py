@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zolightning.bench.__main__ import main
-from zolightning.bench.memory_table import CONTEXT, MODES, cell
+from zolightning.bench.memory_table import CARDS, CONTEXT, MODES, cell
 from zolightning.bench.shapes import model_of_shape
 from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan
@@ -46,7 +46,7 @@ def test_a_cell_names_the_smallest_card() -> None:
     gigabyte = 10**9
     assert cell(MemoryPlan(16 * gigabyte, 0, gigabyte)) == "17.8 (24)"
     assert cell(MemoryPlan(16 * gigabyte, 16 * gigabyte, gigabyte, host=2 * gigabyte)) == "33.8 (48) + 2.0"
-    assert cell(MemoryPlan(24 * 2**30 - CONTEXT)) == "25.8 (24)" and cell(MemoryPlan(24 * 2**30)) == "26.6 (48)"
+    assert cell(MemoryPlan(CARDS[24] - CONTEXT)) == "25.3 (24)" and cell(MemoryPlan(CARDS[24])) == "26.1 (48)"
     assert cell(MemoryPlan(60 * gigabyte)) == "60.8 (80)" and cell(MemoryPlan(90 * gigabyte)) == "90.8 (-)"
 
 

@@ -63,6 +63,7 @@ def optimizer(callbacks: list[Callback]) -> ZerothOrderOptimizer:
 def test_flags_become_callbacks(build: Build) -> None:
     scope, resampling, transport, method = callbacks = build(
         *("--method", "ZOMOPI", "--method.lr", 0.5, "--method.estimator", "OneSided", "--lr_scheduler", "LinearLR"),
+        *("--method.offload_low_words", "true"),
         *("--scope", "DominantLayer", "--scope.part", "LoRA", "--scope.part.rank", 3),
         *("--resampling.interval", 7, "--transport.how", "reset", "--evaluation.micro_batch_size", 2),
     )
@@ -72,7 +73,7 @@ def test_flags_become_callbacks(build: Build) -> None:
     assert isinstance(method, ZerothOrder) and method.micro_batch_size == 2
     made = optimizer(callbacks)
     assert type(made).__name__ == "ZOMOPI" and made.param_groups[0]["lr"] == 0.5
-    assert type(made.estimator).__name__ == "OneSided"
+    assert type(made.estimator).__name__ == "OneSided" and made.offload_low_words
     assert isinstance(method.lr_scheduler(made), torch.optim.lr_scheduler.LinearLR)
 
 

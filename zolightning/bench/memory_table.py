@@ -15,7 +15,8 @@ from zolightning.memory import BatchShape, MemoryPlan, Trained, layer, on_quanti
 from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
-CARDS = {24: 24 * 2**30, 48: 48 * 2**30, 80: 79 * 2**30}  # the least that cards of these names have, in bytes
+# Bytes to plan with, by what cards are called: of so many GiB 2 % are left for what an estimate misses.
+CARDS = {gigabytes: gigabytes * 2**30 * 98 // 100 for gigabytes in (24, 48, 80)}
 CONTEXT = 800 * 10**6  # bytes for CUDA's context, workspaces of its libraries, and space lost between blocks
 
 Mode = Callable[[nn.Module, BatchShape], MemoryPlan]

@@ -38,23 +38,25 @@ class SubspaceWeights(SubspaceBases):
     replay folds at the same steps. Under a Trainer :class:`~zolightning.callbacks.ZerothOrder` chooses the way.
 
     Args:
-        *args: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        params, defaults: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
         offload_low_words: keep in host memory, pinned where weights are on a GPU, what completes half-precision
             matrices for exact updates (2 bytes a bf16 weight, 4 an fp16 one). It is on the device piece by piece, while
             cores are folded: the same bits, for one transfer each way a fold. Of use where folds are rare, which needs
             `fold_every_step` to be False. A run may go on from a checkpoint of one with the other setting.
-        **kwargs: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
 
     Raises:
         ValueError: if `offload_low_words` is set and `update_precision` keeps nothing.
     """
 
-    def __init__(self, *args: Any, offload_low_words: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], *, offload_low_words: bool = False, **common: Any
+    ) -> None:
         self.fold_every_step = True
         self.offload_low_words = offload_low_words
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)
         self._hooks: list[Any] = []
-        super().__init__(*args, **kwargs)
+        super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
             raise ValueError(
                 "`offload_low_words` is True, and with `update_precision` 'native' there are none. Set it to 'exact', "
