@@ -22,6 +22,7 @@ _BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
 _NUM_WARPS = 4
 _UNROLLED = (1, 2, 4, 8)  # numbers of queries with a kernel of their own; all others share one with a loop
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_POPC = not _INTERPRETED and torch.version.hip is None  # an instruction of NVIDIA's
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,7 +44,7 @@ def perturb_both(
     kind: NoiseKind,
     start: int = 0,
 ) -> None:
-    if len(keys) > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+    if keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
         perturb(plus, weight, keys, coefficients, kind, start)
         perturb(minus, weight, keys, -coefficients, kind, start)
         return
@@ -56,8 +57,9 @@ def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coeffic
     count, columns = table.shape
     block = min(_BLOCK, max(2, triton.next_power_of_2(columns)))
     grid = (len(rows), triton.cdiv(columns, block))
-    arguments = (out, table, rows.contiguous(), keys, coefficients, len(keys), count, columns)
-    _launch(triton_kernels.perturb_rows, grid, out, *arguments, **_constants(keys, kind), BLOCK=block)
+    queries = keys.shape[0]
+    arguments = (out, table, rows.contiguous(), keys, coefficients, queries, count, columns)
+    _launch(triton_kernels.perturb_rows, grid, out, *arguments, **_constants(queries, kind), BLOCK=block)
 
 
 def add(
@@ -95,19 +97,19 @@ def _run(
     **constants: bool,
 ) -> None:
     """Launches a kernel over the elements of a weight and their noise."""
-    if not weight.numel():
+    queries, numel = keys.shape[0], weight.numel()  # once: a launch costs ten microseconds as it is
+    if not numel:
         return
-    noise = (keys, coefficients, len(keys), start % 2**32)
-    grid = (triton.cdiv(weight.numel(), _BLOCK),)
-    constants |= _constants(keys, kind)
-    _launch(kernel, grid, weight, *arguments, *noise, weight.numel(), **constants, BLOCK=_BLOCK)
+    noise = (keys, coefficients, queries, start % 2**32)
+    constants |= _constants(queries, kind)
+    _launch(kernel, (triton.cdiv(numel, _BLOCK),), weight, *arguments, *noise, numel, **constants, BLOCK=_BLOCK)
 
 
-def _constants(keys: Tensor, kind: NoiseKind) -> dict[str, Any]:
+def _constants(queries: int, kind: NoiseKind) -> dict[str, Any]:
     return {
-        "QUERIES": len(keys) if len(keys) in _UNROLLED else 0,
+        "QUERIES": queries if queries in _UNROLLED else 0,
         "RADEMACHER": kind == "rademacher",
-        "POPC": not _INTERPRETED and torch.version.hip is None,
+        "POPC": _POPC,
         "INTERPRETED": _INTERPRETED,
     }
 
