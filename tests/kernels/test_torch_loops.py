@@ -2,6 +2,7 @@
 
 import runpy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from zolightning.directions.dense import Direction
 from zolightning.kernels import compiled, native
-from zolightning.kernels.compiled import CHUNK, COMPILE_FROM, _Compiler, chunks, kernel
+from zolightning.kernels.compiled import CHUNK, COMPILE_FROM, _Compiler, chunk_size, chunks, kernel
 from zolightning.kernels.noise import NoiseKind, coefficient, key
 from zolightning.optim.precision import add_direction
 
@@ -71,9 +72,15 @@ class TestCompiled:
     def test_small_tensors_wait_until_something_was_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         small, large = torch.empty(10), torch.empty(COMPILE_FROM)
         assert kernel(perturb, small) == (perturb, CHUNK)
+        assert kernel(perturb, large.to("meta")) == (perturb, 2**30)
         assert kernel(perturb, large)[0] is not perturb
         monkeypatch.setattr(_Compiler, "warm", True)
         assert kernel(perturb, small)[0] is not perturb
+
+
+def test_a_device_gets_chunks_worth_a_launch() -> None:
+    assert chunk_size(torch.empty(2)) == CHUNK
+    assert chunk_size(SimpleNamespace(device=torch.device("cuda"))) == compiled.DEVICE_CHUNK > CHUNK
 
 
 class TestFallback:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 import kernel_cases
 from zolightning import kernels
 from zolightning.directions.dense import directions
-from zolightning.kernels import native, torch_loops
+from zolightning.kernels import compiled, native, torch_loops
 from zolightning.kernels.compiled import _Compiler
 from zolightning.optim import MeZO, StepRecord
 
@@ -72,8 +73,11 @@ def test_compiled_for_a_device_nothing_is_fused_and_accesses_are_of_16_bytes(tmp
 
 class TestChoice:
     @pytest.fixture(autouse=True)
-    def fresh(self) -> None:
-        kernels._triton_loops.cache_clear()
+    def fresh(self) -> Iterator[None]:
+        found = kernels._triton_loops
+        found.cache_clear()
+        yield
+        found.cache_clear()
 
     def test_by_device_and_dtype(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def on_cuda(dtype: torch.dtype) -> SimpleNamespace:
@@ -94,10 +98,12 @@ class TestChoice:
 
     def test_without_triton_one_warning_names_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "zolightning.kernels.triton_loops", None)
+        monkeypatch.delattr(kernels, "triton_loops", raising=False)
         with pytest.warns(UserWarning, match=r"Triton is not usable here \(.*triton_loops.*several times slower"):
             assert kernels._triton_loops() is None
         kernels._triton_loops.cache_clear()
         assert kernels._triton_loops() is None  # a second warning would be an error
+        compiled.slower("torch.compile", RuntimeError("for the same reason"))
 
     def test_it_may_be_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ZOLIGHTNING_TRITON", "0")

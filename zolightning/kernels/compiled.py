@@ -34,15 +34,15 @@ class _Compiler:
 
 def kernel(function: Kernel, like: Tensor) -> tuple[Kernel, int]:
     """`function` as it should be run on tensors like `like`, and how many elements to give it at once."""
-    if like.is_meta:  # shapes only, at no cost an element
-        return function, 2**30
-    if _Compiler.enabled and (_Compiler.warm or like.numel() >= COMPILE_FROM):
+    if _Compiler.enabled and not like.is_meta and (_Compiler.warm or like.numel() >= COMPILE_FROM):
         return _guarded(function), 2**30
     return function, chunk_size(like)
 
 
 def chunk_size(like: Tensor) -> int:
     """How many elements of tensors like `like` an eager loop takes at once."""
+    if like.device.type == "meta":  # shapes only, at no cost an element
+        return 2**30
     return CHUNK if like.device.type == "cpu" else DEVICE_CHUNK
 
 
