@@ -117,7 +117,8 @@ class NF4Linear(QuantizedLinear):
         return codes, state.absmax.bfloat16()
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        functional = bitsandbytes().functional
+        from bitsandbytes import functional
+
         state = functional.QuantState(
             absmax=self.weight_scale.float(),
             shape=torch.Size([self.out_features, self.in_features]),
