@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training import Records, assert_equal, weights
 from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, RandomPermutation, find_blocks
-from zolightning.callbacks import BlockCoordinateDescent, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.optim import MeZO, SubZero
 
@@ -175,16 +175,30 @@ def test_a_plain_loop_does_the_same(fit: Fit, regression_data: Callable[..., Dat
 
 def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    fit(MEZO, BlockCoordinateDescent(Bandit(), interval=2), logger=logger, log_every_n_steps=1)
+    fit(MEZO, BlockCoordinateDescent(Bandit(), interval=2), RunOverview(), logger=logger, log_every_n_steps=1)
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
     events.Reload()
     assert [image.step for image in events.Images("blocks/active")] == [12]
-    probabilities = events.Scalars("blocks/probability/layers.0")
+    probabilities = events.Scalars("blocks/probability/layer_0")
     assert [scalar.step for scalar in probabilities] == [0, 2, 4, 6, 8, 10] and probabilities[0].value == pytest.approx(
         0.2
     )
     assert len(events.Scalars("blocks/score/head")) == 5
     assert len(events.Scalars("zo/prefix_share")) == 12
+    (overview,) = events.Tensors("run/text_summary")[0].tensor_proto.string_val
+    assert b"| blocks | 5 blocks by Bandit, others after every 2 steps |" in overview
+
+
+def test_what_moves_at_once_at_most() -> None:
+    module = Layered()
+    module.layers[2].requires_grad_(False)
+    module.layers[3].bias.requires_grad_(False)
+    moving = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for others, around in (("always", {*module.stem.parameters(), *module.head.parameters()}), ("never", set())):
+        descent = BlockCoordinateDescent(blocks_per_step=2)
+        descent.schedule = BlockSchedule(find_blocks(module, moving, others=others), blocks_per_step=2)
+        found = descent.largest(MEZO(moving))
+        assert found == {*module.layers[0].parameters(), *module.layers[1].parameters()} | around
 
 
 @pytest.mark.parametrize(

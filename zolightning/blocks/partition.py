@@ -58,8 +58,9 @@ def find_blocks(
 ) -> Blocks:
     """Divides the trainable parameters of a module into blocks, each tensor into one, tied ones too.
 
-    Without patterns every layer that holds something trainable is a block. Around the layers are ``embeddings``, what
-    ``nn.Embedding`` holds, and ``head``, all the rest: head, final norm.
+    Without patterns every layer that holds something trainable is a block, ``layer_0`` and so on. Around the layers are
+    ``embeddings``, what ``nn.Embedding`` holds, and ``head``, all the rest: head, final norm; of a model whose head is
+    the table of its embeddings that is the norm alone.
 
     Args:
         module: the network, or a module around it.
@@ -81,8 +82,13 @@ def find_blocks(
     blocks = _of_layers(module, named, layers_name) if patterns is None else _of_patterns(named, patterns)
     inside = {parameter for block in blocks.values() for parameter in block}
     outside = [parameter for parameter in named.values() if parameter not in inside]
-    if others == "blocks":
-        blocks |= _around(module, outside) if patterns is None else {"others": outside}
+    if others == "blocks" and patterns is not None:
+        blocks["others"] = outside
+    elif others == "blocks":
+        tables = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+        embeddings = [parameter for parameter in outside if parameter in tables]
+        head = [parameter for parameter in outside if parameter not in tables]
+        blocks = {"embeddings": embeddings, **blocks, "head": head}
     blocks = {name: block for name, block in blocks.items() if block}
     if len(blocks) < 2:
         raise ValueError(
@@ -99,19 +105,12 @@ def _of_layers(
     blocks: dict[str, list[nn.Parameter]] = {}
     taken: set[nn.Parameter] = set()
     wanted = set(named.values())
-    for index, name in enumerate(stack.names):
+    for index in range(len(stack)):
         # Layers may share parameters (ALBERT): these are the first one's.
-        blocks[name] = [p for p in stack.parameters(index).values() if p in wanted and p not in taken]
-        taken.update(blocks[name])
+        block = [p for p in stack.parameters(index).values() if p in wanted and p not in taken]
+        blocks[f"layer_{index}"] = block
+        taken.update(block)
     return blocks
-
-
-def _around(module: nn.Module, outside: Sequence[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
-    tables = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    return {
-        "embeddings": [parameter for parameter in outside if parameter in tables],
-        "head": [parameter for parameter in outside if parameter not in tables],
-    }
 
 
 def _of_patterns(named: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, list[nn.Parameter]]:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from zolightning.blocks.orders import Cyclic, Order
 from zolightning.blocks.partition import OTHERS, Others, find_blocks, require_patterns
@@ -84,6 +85,15 @@ class BlockCoordinateDescent(Callback):
         count = f"{self.blocks_per_step} of " if self.blocks_per_step > 1 else ""
         number = "" if self.schedule is None else f"{len(self.schedule.blocks)} "
         return f"{count}{number}blocks by {type(self.order).__name__}, others after every {_steps(self.interval)}"
+
+    def largest(self, optimizer: ZerothOrderOptimizer) -> set[nn.Parameter]:
+        """The parameters that move at once, when these are most."""
+        if self.schedule is None:
+            return {parameter for _, _, parameter in optimizer.trainable()}
+        blocks = self.schedule.blocks
+        by_size = sorted(blocks.parameters.values(), key=lambda block: sum(p.numel() for p in block))
+        resting = {p for block in [*by_size[: -self.blocks_per_step], blocks.never] for p in block}
+        return {parameter for _, _, parameter in optimizer.trainable() if parameter not in resting}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = self._optimizer(trainer)

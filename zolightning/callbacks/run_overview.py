@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescen
 from zolightning.callbacks.refusals import bases
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
-from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size, trained_by, weight_bytes
+from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size, state_bytes, trained_by, weight_bytes
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
 from zolightning.quantization import num_weights
@@ -126,6 +127,11 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         zeroth_order = _zeroth_order(trainer)
         trained, batch = trained_by(optimizer), _largest_batch(trainer, zeroth_order)
         planned = plan(module, trained, zeroth_order.method, batch)
+        for blocks in _block_callbacks(trainer):
+            if blocks.left_state == "reset":
+                moving = blocks.largest(optimizer)
+                state, host = state_bytes([t for t in trained if t.weight in moving], zeroth_order.method)
+                planned = replace(planned, state=state, host=host)
         device = trainer.strategy.root_device
         if device.type == "cuda":
             others = partial(alternatives, module, trained, zeroth_order.method, batch)
@@ -133,9 +139,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         yield "memory", str(planned)
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
-    for callback in _callbacks(trainer):
-        if isinstance(callback, BlockCoordinateDescent):
-            yield "blocks", callback.describe()
+    for blocks in _block_callbacks(trainer):
+        yield "blocks", blocks.describe()
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
         yield "goes to", folder
@@ -169,10 +174,10 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
             settings["scope"] = type(callback).__name__
         if isinstance(callback, SubspaceResampling):
             settings["resampling.interval"] = callback.interval
-        if isinstance(callback, BlockCoordinateDescent):
-            settings["blocks.order"] = type(callback.order).__name__
-            settings["blocks.interval"] = callback.interval
-            settings["blocks.blocks_per_step"] = callback.blocks_per_step
+    for blocks in _block_callbacks(trainer):
+        settings["blocks.order"] = type(blocks.order).__name__
+        settings["blocks.interval"] = blocks.interval
+        settings["blocks.blocks_per_step"] = blocks.blocks_per_step
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, ZerothOrderOptimizer):
             found = settings_of(optimizer)
@@ -194,6 +199,10 @@ def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape 
         return None
     rows, length, positions = largest(zeroth_order.micro_batch_size)
     return BatchShape(rows * zeroth_order.evaluations_per_forward, length, positions)
+
+
+def _block_callbacks(trainer: L.Trainer) -> list[BlockCoordinateDescent]:
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, BlockCoordinateDescent)]
 
 
 def _callbacks(trainer: Any) -> list[Callback]:
