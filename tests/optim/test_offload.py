@@ -179,3 +179,31 @@ def test_a_transfer_at_every_step_is_said() -> None:
     assert not optimizer.fold_every_step
     with pytest.warns(UserWarning, match="low words go to the device and back .* because of Reader.on_train_batch_end"):
         choose_folding(optimizer, [Reader()], L.LightningModule())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.func.__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(method: Any, dtype: torch.dtype) -> None:
+    """Pinned, in transfers that are over when the host reads, with the bits of low words that stay on the device."""
+    found = []
+    for is_offloaded in (True, False):
+        net = nn.Linear(512, 1024, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+        inputs = torch.ones(1, 512, device="cuda", dtype=dtype)
+        optimizer = method(net.named_parameters(), seed=3, offload_low_words=is_offloaded)
+        optimizer.attach(net)
+        optimizer.fold_every_step = False
+        for step in range(6):
+            if step % 2:
+                optimizer.resample()
+            optimizer.estimate(lambda net=net, inputs=inputs: net(inputs).double().square().mean())
+            optimizer.step()
+        optimizer.fold()
+        state = optimizer.state_dict()["state"][0]
+        rest = state["low_word" if dtype == torch.bfloat16 else "master"]
+        assert rest.is_pinned() == is_offloaded and rest.is_cuda != is_offloaded
+        found.append((net.weight.detach().cpu(), rest.cpu()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

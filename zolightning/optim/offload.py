@@ -2,7 +2,8 @@
 
 Low words (or fp16's fp32 masters) are read and written by updates alone. A method that adds updates every hundred steps
 can leave them where memory is cheap, and pay one transfer each way for it: 13.5 GB for the low words of a model of
-7 billion parameters, half a second at 25 GB/s.
+7 billion parameters, half a second at 25 GB/s. (Torch takes pinned memory in blocks of powers of two, so the host gives
+up to twice as much.)
 """
 
 from collections.abc import Iterable
