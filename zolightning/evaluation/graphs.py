@@ -64,6 +64,7 @@ class GraphedNetwork:
         self._limit = limit
         self._graphs: dict[Hashable, _Graph] = {}
         self._uses: Counter[Hashable] = Counter()
+        self._has_been_full = False
         self._tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
         self._held: NetworkState | None = None
         self._unsettled = 0  # steps in a row that began with other modules
@@ -155,6 +156,12 @@ class GraphedNetwork:
         """Whether there may be a graph for a key: fewer than the limit, or one that is used half as often, at most."""
         if len(self._graphs) < self._limit:
             return True
+        if not self._has_been_full:
+            self._has_been_full = True
+            rank_zero_warn(
+                f"`cuda_graphs`: batches have more than {self._limit} shapes, and those that come least often run "
+                "without a graph. Round lengths up (`data.pad_to_multiple_of`) to have fewer."
+            )
         least = min(self._graphs, key=lambda other: self._uses[other])
         if self._uses[key] < 2 * self._uses[least]:
             return False
