@@ -54,7 +54,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 
 
 def test_curves_of_every_kind_of_method(command: Callable[..., dict[str, list[dict[str, str]]]]) -> None:
-    found = command("--steps", "8", "--methods", "dominant_layer", "zo_mopi", "adamw", "--lr-factor", "100")
+    found = command(
+        "--steps", "8", "--methods", "dominant_layer", "zo_mopi", "adamw", "--lr-factor", "100", "--stacked"
+    )
     steps = {"dominant_layer": (8, 2), "zo_mopi": (2, 8), "adamw": (1, 1)}
     for method, (last, forwards) in steps.items():
         lines = found[f"{method}, 8 steps, seed 0, lr x 100"]
@@ -84,7 +86,8 @@ def test_a_run_that_was_stopped_goes_on_and_one_that_ended_does_not(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_take_their_settings_from_the_configuration(method: str) -> None:
-    one = plan(Settings("nowhere", Path("nowhere"), lr_factor=2.0), method, seed=3)
+    settings = Settings("nowhere", Path("nowhere"), lr_factor=2.0, stacked=True, cuda_graphs=True)
+    one = plan(settings, method, seed=3)
     zeroth = [callback for callback in one.callbacks if isinstance(callback, ZerothOrder)]
     if method == "adamw":
         assert not zeroth and one.optimizer.keywords == {"lr": 4e-5}
@@ -93,6 +96,8 @@ def test_runs_take_their_settings_from_the_configuration(method: str) -> None:
     assert one.steps * one.forwards == 40_000
     expected = {"mezo": 2e-5, "dominant_layer": 2e-5, "lozo": 2e-5, "subzero": 6e-5, "zo_muon": 0.2, "zo_mopi": 0.06}
     assert zeroth[0].method.keywords["lr"] == pytest.approx(expected[method])
+    is_whole = method != "dominant_layer"
+    assert (zeroth[0].evaluations_per_forward, zeroth[0].cuda_graphs) == (one.forwards if is_whole else 1, is_whole)
     intervals = [callback.interval for callback in one.callbacks if isinstance(callback, SubspaceResampling)]
     assert intervals == {"lozo": [50], "subzero": [500], "zo_muon": [100], "zo_mopi": [100]}.get(method, [])
-    assert any(isinstance(callback, DominantLayer) for callback in one.callbacks) == (method == "dominant_layer")
+    assert any(isinstance(callback, DominantLayer) for callback in one.callbacks) != is_whole

@@ -62,6 +62,8 @@ class Settings:
         lr_factor: multiplies every learning rate.
         validations: of a run, beside the one before it.
         seconds: after which no step is begun; none where None.
+        stacked: whether all evaluations of a step share one forward.
+        cuda_graphs: whether forwards are replayed from CUDA graphs.
         output: file to append to.
         folder: of the checkpoints.
     """
@@ -75,6 +77,8 @@ class Settings:
     lr_factor: float = 1.0
     validations: int = 20
     seconds: float | None = None
+    stacked: bool = False
+    cuda_graphs: bool = False
     output: Path = Path("logs/evidence/full-length.csv")
     folder: Path = Path("logs/evidence-runs")
 
@@ -120,10 +124,17 @@ def plan(settings: Settings, method: str, seed: int) -> Plan:
     estimator: estimators.Estimator = getattr(estimators, arguments.pop("estimator", "TwoSided"))()
     forwards = len(estimator.probes(arguments.get("num_queries", 1)))
     kind = getattr(optim, config["method"]["class_path"])
-    callbacks: list[Callback] = [ZerothOrder(partial(kind, estimator=estimator, **arguments))]
+    # One layer gains more where what lies below it is computed once a step, which leaves both out.
+    is_whole = method != "dominant_layer"
+    zeroth_order = ZerothOrder(
+        partial(kind, estimator=estimator, **arguments),
+        evaluations_per_forward=forwards if settings.stacked and is_whole else 1,
+        cuda_graphs=settings.cuda_graphs and is_whole,
+    )
+    callbacks: list[Callback] = [zeroth_order]
     if issubclass(kind, optim.SubspaceOptimizer):
         callbacks.append(SubspaceResampling(**config.get("resampling", {})))
-    if method == "dominant_layer":
+    if not is_whole:
         callbacks.append(DominantLayer())
     return Plan(name, seed, max(1, 2 * settings.steps // forwards), forwards, callbacks, 16, precision)
 
@@ -175,13 +186,18 @@ class Deadline(Callback):
 
     Args:
         at: when, by ``time.monotonic()``; never where None.
+
+    Attributes:
+        has_passed: whether it stopped the run.
     """
 
     def __init__(self, at: float | None) -> None:
         self.at = at
+        self.has_passed = False
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.at is not None and time.monotonic() >= self.at:
+            self.has_passed = True
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -197,15 +213,16 @@ def run(settings: Settings) -> None:
         if share is not None and share <= 0:
             print("The time is over.")
             return
+        deadline = Deadline(None if share is None else time.monotonic() + share)
         try:
-            train(settings, one, None if share is None else time.monotonic() + share)
-        except SystemExit:  # told to stop: by the deadline, or by somebody who wants to stop everything
-            if share is None:
+            train(settings, one, deadline)
+        except SystemExit:  # of SaveLast, which others may have told to stop, too
+            if not deadline.has_passed:
                 raise
             print(f"{one.name}: stopped; the same command goes on.")
 
 
-def train(settings: Settings, one: Plan, deadline: float | None) -> None:
+def train(settings: Settings, one: Plan, deadline: Deadline) -> None:
     """Makes a run, from its last checkpoint where there is one, and tests its best checkpoint."""
     L.seed_everything(one.seed, verbose=False)
     folder = settings.folder / one.name.replace(", ", "-").replace(" ", "_")
@@ -223,7 +240,7 @@ def train(settings: Settings, one: Plan, deadline: float | None) -> None:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         precision=one.precision,  # type: ignore[arg-type]  # read from a file
-        callbacks=[*one.callbacks, curve, best, Deadline(deadline), SaveLast(folder, every_n_minutes=3)],
+        callbacks=[*one.callbacks, curve, best, deadline, SaveLast(folder, every_n_minutes=3)],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
@@ -262,6 +279,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--lr-factor", type=float, default=Settings.lr_factor, help="multiplies every learning rate")
     add("--validations", type=int, default=Settings.validations, help="of a run (default: 20)")
     add("--seconds", type=float, help="after which no step is begun; the runs share them")
+    add("--stacked", action="store_true", help="all evaluations of a step share one forward, but in the dominant layer")
+    add("--cuda-graphs", action="store_true", help="forwards are replayed from CUDA graphs, but in the dominant layer")
     add("--output", type=Path, default=Settings.output, help="file to append to")
     add("--folder", type=Path, default=Settings.folder, help="of the checkpoints")
     parser.set_defaults(run=_run)
