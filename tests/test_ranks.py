@@ -23,7 +23,8 @@ from torch import nn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
-from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.blocks import Bandit
+from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.optim.estimators import OneSided
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
 
@@ -79,6 +80,7 @@ runs = {
     # Step 3 is skipped by rank 1 of 2, step 6 by both
     "none": (partial(MeZO, lr=1e-2), {"micro_batch_size": 1, "none_steps": (3, 6), "none": none}),
     "subspace": (partial(ZOMOPI, lr=1e-2, rank=2, power_rank=1, vector_lr=1e-3), {}),
+    "blocks": (partial(MeZO, lr=1e-2, momentum=0.5), {"blocks": ["net.0", "net.1", "net.4"]}),
     "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"evaluations_per_forward": 4}),
 }
 for name, (method, options) in runs.items():
@@ -87,13 +89,15 @@ for name, (method, options) in runs.items():
     stack = options.get("evaluations_per_forward", 1)
     callback = ZerothOrder(method, micro_batch_size=size, skip_nonfinite=skip, evaluations_per_forward=stack)
     others = [SubspaceResampling(interval=4, anchor=1), MomentumTransport("project")]
+    if "blocks" in options:
+        others = [BlockCoordinateDescent(Bandit(step_size=0.5), interval=2, patterns=options["blocks"])]
     trainer = L.Trainer(
         max_steps=10,
         accelerator="cpu",
         devices=ranks,
         strategy=options.get("strategy", "ddp") if ranks > 1 else "auto",
         precision=options.get("precision", "32-true"),
-        callbacks=[callback, *(others if name in ("subspace", "stacked") else []), recorder],
+        callbacks=[callback, *(others if name in ("subspace", "stacked", "blocks") else []), recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -117,7 +121,19 @@ if ranks > 1:  # without a zeroth-order method
         torch.save(left, f"{folder}/sgd-{trainer.global_rank}-of-2.pt")
 """
 
-RUNS = ["plain", "losses_only", "weighted", "micro_batches", "adam", "bf16", "skipped", "none", "subspace", "stacked"]
+RUNS = [
+    "plain",
+    "losses_only",
+    "weighted",
+    "micro_batches",
+    "adam",
+    "bf16",
+    "skipped",
+    "none",
+    "subspace",
+    "stacked",
+    "blocks",
+]
 
 
 @pytest.fixture(scope="module")
