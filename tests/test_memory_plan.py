@@ -1,5 +1,6 @@
 """What a run is said to need of memory, against what it takes."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -175,6 +176,7 @@ def test_what_a_gpu_allocates(method: Any) -> None:
     """Peaks of steps and folds are the plan's, give or take what libraries and rounding of blocks take."""
     sizes = SIZES | {"vocab_size": 32_000, "hidden_size": 1024, "num_hidden_layers": 4}
     config = AutoConfig.for_model("llama", **sizes, intermediate_size=4096, num_key_value_heads=4)
+    gc.collect()
     before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

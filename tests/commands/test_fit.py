@@ -50,7 +50,7 @@ def test_fit_leaves_config_metrics_and_checkpoints(finished: tuple[Runs, str]) -
     assert "test/accuracy" in scalars
     assert "It was" in runs.texts(0)["prompt/text_summary"]
     overview = runs.texts(0)["run/text_summary"]
-    assert "activations " in overview and "not estimated" not in overview
+    assert "activations " in overview and " MB at the peak" in overview and "not estimated" not in overview
 
     (best,) = (runs.version(0) / "checkpoints").glob("best-step=*.ckpt")
     last = load(runs.version(0) / "checkpoints/last.ckpt")

@@ -136,7 +136,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         if device.type == "cuda":
             others = partial(alternatives, module, trained, zeroth_order.method, batch)
             refuse_too_large(planned, free_bytes(device), others)
-        yield "memory", str(planned)
+        yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
     for blocks in _block_callbacks(trainer):
