@@ -45,15 +45,14 @@ class Direction:
 
         The dtype of `out` may be narrower than that of `weight`.
         """
-        kernels.perturb(out.view(-1), weight.view(-1), self.keys, self.coefficients, self.kind, start)
+        kernels.perturb(out, weight, self.keys, self.coefficients, self.kind, start)
 
     def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
         """Writes ``weight + direction`` to `plus` and ``weight - direction`` to `minus`, reading the weight once.
 
         The same bits as :meth:`add_to` of this direction and of that with negated coefficients.
         """
-        flat = plus.view(-1), minus.view(-1), weight.view(-1)
-        kernels.perturb_both(*flat, self.keys, self.coefficients, self.kind, start)
+        kernels.perturb_both(plus, minus, weight, self.keys, self.coefficients, self.kind, start)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes ``(table + direction)[rows]`` to `out`, reading and generating these rows only.

@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.scratch import PIECE_BYTES, Buffer, Scratch, pieces
+from zolightning.evaluation.pieces import is_cut, linear_in_pieces
+from zolightning.evaluation.scratch import Buffer, Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
@@ -201,57 +202,44 @@ class Perturbed(TorchFunctionMode):
         perturbation = self._perturbations[id(value)]
         if perturbation is None:
             return value
+        return self._copy(value, perturbation, taken)
+
+    def _copy(self, weight: nn.Parameter, perturbation: Perturbation, taken: list[Buffer]) -> nn.Parameter:
         if torch.is_grad_enabled():
             with torch.no_grad():
-                weight = value.detach().contiguous()
-                perturbed = torch.empty_like(weight)
-                perturbation.add_to(weight, perturbed)
-                return nn.Parameter(perturbed, value.requires_grad)
-        taken.append(buffer := self.scratch.take(value.device))
-        out = buffer.tensor(value.shape, value.dtype, value.requires_grad)
-        perturbation.add_to(value if value.is_contiguous() else value.contiguous(), out)
+                stored = weight.detach().contiguous()
+                perturbed = torch.empty_like(stored)
+                perturbation.add_to(stored, perturbed)
+                return nn.Parameter(perturbed, weight.requires_grad)
+        taken.append(buffer := self.scratch.take(weight.device))
+        out = buffer.tensor(weight.shape, weight.dtype, weight.requires_grad)
+        perturbation.add_to(weight if weight.is_contiguous() else weight.contiguous(), out)
         return out
 
-    def _linear(self, inputs: Any, weight: Any, bias: Any) -> Tensor:
-        """``F.linear`` of perturbed tensors.
-
-        A large matrix is perturbed and multiplied in pieces of its rows, which the output has as columns: as many
-        kernels as pieces may round in another way than one does, and do so alike for both signs of a direction.
-        """
-        perturbation = self._perturbations.get(id(weight))
-        if (
-            isinstance(perturbation, LowRank)
-            and (output := self._product(F.linear, (inputs, weight, bias), {})) is not None
-        ):
-            return output
+    def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
+        """``F.linear`` of perturbed tensors, the function that is called most often."""
+        perturbations = self._perturbations
+        perturbation = perturbations.get(id(weight))
+        if isinstance(perturbation, LowRank):
+            output = self._product(F.linear, (inputs, weight, bias), {})
+            if output is not None:
+                return output
         taken: list[Buffer] = []
-        inputs, bias = self.exchange(inputs, taken), self.exchange(bias, taken)
-        if (
-            weight.nbytes > PIECE_BYTES
-            and isinstance(perturbation, Direction)
-            and weight.is_contiguous()
-            and not torch.is_grad_enabled()
-        ):
-            self.seen.add(id(weight))
-            output = self._linear_in_pieces(inputs, weight, bias, perturbation)
-        else:
+        if id(inputs) in perturbations:
+            inputs = self.exchange(inputs, taken)
+        if id(bias) in perturbations:
+            bias = self.exchange(bias, taken)
+        if perturbation is None:
             output = F.linear(inputs, self.exchange(weight, taken), bias)
-        self.scratch.give_back(taken)
-        return output
-
-    def _linear_in_pieces(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, direction: Direction) -> Tensor:
-        output: Tensor | None = None
-        buffer = self.scratch.take(weight.device)
-        for part in pieces(weight, PIECE_BYTES):
-            rows = weight[part]
-            piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
-            direction.add_to(rows, piece, start=part.start * weight.shape[1])
-            columns = F.linear(inputs, piece, None if bias is None else bias[part])
-            if output is None:
-                output = columns.new_empty(*inputs.shape[:-1], len(weight))
-            output[..., part] = columns
-        self.scratch.give_back([buffer])
-        assert output is not None
+        elif isinstance(perturbation, Direction) and is_cut(weight):
+            self.seen.add(id(weight))
+            taken.append(buffer := self.scratch.take(weight.device))
+            output = linear_in_pieces(inputs, weight, bias, perturbation, buffer)
+        else:
+            self.seen.add(id(weight))
+            output = F.linear(inputs, self._copy(weight, perturbation, taken), bias)
+        if taken:
+            self.scratch.give_back(taken)
         return output
 
     def _lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

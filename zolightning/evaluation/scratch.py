@@ -72,17 +72,20 @@ class Scratch:
 
 
 def pieces(weight: Tensor, limit: int) -> Iterator[slice]:
-    """Rows of a matrix, a tensor of two dimensions, cut so that each piece takes at most `limit` bytes.
+    """The rows of a matrix, cut so that no piece has more than `limit` bytes, unless two rows have.
 
-    Pieces are of one size, but for the last, and begin at even rows, where noise comes in pairs of elements.
+    Pieces are of one size, but for the last, and begin at even rows: noise comes in pairs of elements.
     """
     rows, row_bytes = len(weight), weight.shape[1] * weight.element_size()
-    count = -(-weight.nbytes // max(limit - 2 * row_bytes, 2 * row_bytes))
-    size = -(-rows // count)
+    most = max(limit // row_bytes // 2 * 2, 2)
+    size = -(-rows // -(-rows // most))
     size += size % 2
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def scratch_bytes(parameters: Iterable[Tensor]) -> int:
-    """Memory that perturbing some parameters takes: that of the largest, or of a piece of it if it is a matrix."""
+    """Memory that dense perturbations take: that of the largest parameter, or of a piece if it is a matrix.
+
+    As long as ``F.linear`` and ``F.embedding`` alone read the matrices that exceed ``PIECE_BYTES``.
+    """
     return max((min(p.nbytes, PIECE_BYTES) if p.ndim == 2 else p.nbytes for p in parameters), default=0)

@@ -51,7 +51,7 @@ def _triton_loops() -> ModuleType | None:
 
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
-    """``out = weight + noise``, each (n,); the dtype of `out` may be narrower than that of `weight`."""
+    """``out = weight + noise``, of one shape of any dimensions; the dtype of `out` may be narrower than `weight`'s."""
     _backend(weight, out, start=start).perturb(out, weight, keys, coefficients, kind, start)
 
 
@@ -64,7 +64,7 @@ def perturb_both(
     kind: NoiseKind,
     start: int = 0,
 ) -> None:
-    """``plus = weight + noise`` and ``minus = weight - noise``, each (n,), from one read of the weight.
+    """``plus = weight + noise`` and ``minus = weight - noise``, of one shape, from one read of the weight.
 
     `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included.
     """

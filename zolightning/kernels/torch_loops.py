@@ -10,6 +10,7 @@ from zolightning.kernels.noise import NoiseKind, counter, noise_sum, start_of
 
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
+    out, weight = out.view(-1), weight.view(-1)
     run, size = kernel(_perturb, weight)
     for part in chunks(weight.numel(), size):
         run(out[part], weight[part], keys, coefficients, start_of(start + part.start, weight.device), kind)
@@ -24,6 +25,7 @@ def perturb_both(
     kind: NoiseKind,
     start: int = 0,
 ) -> None:
+    plus, minus, weight = plus.view(-1), minus.view(-1), weight.view(-1)
     run, size = kernel(_perturb_both, weight)
     for part in chunks(weight.numel(), size):
         first = start_of(start + part.start, weight.device)

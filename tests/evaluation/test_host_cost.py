@@ -1,0 +1,145 @@
+"""What a step costs the host: calls of torch for each weight that is read, and how often it waits for the device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from networks import mlp, perturbations, values
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.scratch import Scratch
+from zolightning.kernels import native
+from zolightning.optim import LOZO, MeZO, ZerothOrderOptimizer
+from zolightning.optim.estimators import OneSided
+
+READS = {"item", "tolist", "numpy", "cpu", "equal", "nonzero", "is_nonzero", "allclose", "__contains__"}
+READS |= {"__bool__", "__int__", "__float__", "__index__"}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Functions by which a host asks for what is in a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.__name__ in READS:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("with_readers", [False, True])
+def test_a_weight_is_read_without_an_operation_beside_the_noise(with_readers: bool) -> None:
+    net, inputs, scratch = mlp(), values(3, 4), Scratch()
+    if not native.available(inputs):
+        pytest.skip("torch's own loops are operations of torch")
+    with Operations() as plain:
+        net(inputs)
+    readers = [module for module in net if list(module.parameters())] if with_readers else None
+    for sign in (1, -1):
+        context = Perturbed(perturbations(net, sign * 0.05), scratch=scratch, readers=readers)
+        with Operations() as operations, context:
+            net(inputs)
+        assert len(context.seen) == 6
+    assert operations.names == plain.names
+
+
+def step_of(
+    method: Callable[..., ZerothOrderOptimizer], device: str = "cpu", **settings: Any
+) -> Callable[[], ZerothOrderOptimizer]:
+    net, inputs = mlp().to(device), values(3, 4).to(device)
+    optimizer = method(net.parameters(), seed=0, **settings)
+    optimizer.attach(net)
+
+    def step() -> ZerothOrderOptimizer:
+        optimizer.estimate(lambda: net(inputs).square().mean())
+        optimizer.step()
+        return optimizer
+
+    for _ in range(2):  # which find out where parameters are read
+        step()
+    return step
+
+
+@pytest.mark.parametrize("method", [MeZO, LOZO])
+@pytest.mark.parametrize("settings", [{}, {"num_queries": 3}, {"num_queries": 2, "estimator": OneSided()}])
+def test_a_step_reads_from_the_device_once(method: Callable[..., Any], settings: dict[str, Any]) -> None:
+    step = step_of(method, **settings)
+    with Operations() as operations, Reads() as reads:
+        step()
+    assert reads.names == ["tolist"]
+    assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(operations.names)
+
+
+@contextmanager
+def waiting_is_an_error(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> Iterator[None]:
+    """But for ``Tensor.tolist``, whose calls are noted in `allowed`."""
+    own = Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        allowed.append(tensor.numel())
+        try:
+            return own(tensor)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [MeZO, LOZO])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_a_step_waits_for_the_gpu_once(
+    method: Callable[..., Any], num_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, allowed = step_of(method, "cuda", num_queries=num_queries), []
+    with waiting_is_an_error(monkeypatch, allowed):
+        step()
+    assert len(allowed) == 1
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_all_losses_are_asked_for_before_one_is_read(num_queries: int) -> None:
+    net, events = nn.Linear(4, 1), []
+    optimizer = MeZO(net.parameters(), seed=0, num_queries=num_queries)
+    optimizer.attach(net)
+
+    def loss() -> Tensor:
+        events.append("loss")
+        return net(torch.ones(2, 4)).square().mean()
+
+    optimizer.estimate(loss)
+    events.clear()
+
+    class Noting(Reads):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func.__name__ in READS:
+                events.append("read")
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        optimizer.estimate(loss)
+    assert events == ["loss"] * (2 * num_queries) + ["read"]

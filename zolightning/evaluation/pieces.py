@@ -1,0 +1,44 @@
+"""Products with a large perturbed matrix, an output layer's say, of which never more than a piece is in memory.
+
+The matrix is perturbed and multiplied piece by piece; a piece is some of its rows, which the output has as columns.
+Kernels for fewer columns may add in another order, so the product's bits may differ from those of the whole matrix;
+they are the same for equal weights, and both signs of a direction are cut alike.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zolightning.directions.dense import Direction
+from zolightning.evaluation.scratch import PIECE_BYTES, Buffer, pieces
+
+
+def is_cut(weight: Tensor) -> bool:
+    """Whether a weight is read in pieces: not while autograd records, which keeps what it is handed."""
+    is_large_matrix = weight.nbytes > PIECE_BYTES and weight.ndim == 2
+    return is_large_matrix and weight.is_contiguous() and not torch.is_grad_enabled()
+
+
+def linear_in_pieces(
+    inputs: Tensor, weight: nn.Parameter, bias: Tensor | None, direction: Direction, buffer: Buffer
+) -> Tensor:
+    """``F.linear(inputs, weight + direction, bias)``.
+
+    Args:
+        inputs: (..., n).
+        weight: (m, n), for which :func:`is_cut`.
+        bias: (m,), perturbed already, if any.
+        direction: of the weight.
+        buffer: what the pieces lie in, one after the other.
+    """
+    output = None
+    for part in pieces(weight, PIECE_BYTES):
+        rows = weight[part]
+        piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
+        direction.add_to(rows, piece, start=part.start * weight.shape[1])
+        columns = F.linear(inputs, piece, None if bias is None else bias[part])
+        if output is None:  # whose dtype autocast chooses
+            output = columns.new_empty(*inputs.shape[:-1], len(weight))
+        output[..., part] = columns
+    assert output is not None
+    return output
