@@ -107,6 +107,20 @@ class TestAddTo:
         assert perturbed(direction(), torch.tensor(1.0)) == 1 + SCALE * all_codes(1).item()
 
 
+def test_which_directions_are_opposites() -> None:
+    """Of what the host knows: not of tensors, for which it would wait."""
+
+    def draw(signs: tuple[int, int], step: int = 0, kind: NoiseKind = "gaussian") -> Direction:
+        coefficients = {query: sign * 1e-3 for query, sign in enumerate(signs)}
+        return directions({"w": torch.zeros(4)}, 0, step, coefficients, kind)["w"]
+
+    plus = draw((1, -2))
+    assert plus.is_opposite(draw((-1, 2)))
+    others = [plus, draw((-1, -2)), draw((-1, 2), step=1), draw((-1, 2), kind="rademacher"), None]
+    assert not any(plus.is_opposite(other) for other in others)
+    assert not plus.is_opposite(Direction(plus.keys, -plus.coefficients, plus.kind))
+
+
 class TestAddToRows:
     @given(
         rows=st.lists(st.integers(0, 8), max_size=20),

@@ -1,7 +1,7 @@
 """A context in which the rows of a batch come in groups, and each group sees perturbations of its own.
 
 What a function reads decides how it is run: once for all groups, where a low-rank product or a gain lets itself be
-computed so, and once for each group's rows otherwise.
+computed so, and once for each group's rows otherwise. Products and embeddings then write to the rows of one output.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

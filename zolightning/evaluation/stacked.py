@@ -1,7 +1,8 @@
 """Several evaluations of a step by one run of the network, on the batch repeated once for each of them.
 
-The weights are then read once for all evaluations instead of once for each, which is what small batches wait for,
-and a low-rank method multiplies by its shared factors once. Activations take as many times the memory.
+What small batches wait for is then done less often: a low-rank method multiplies by stored weights and by shared
+factors once for all evaluations, and a dense one reads each weight and draws its noise once for both signs of a
+direction. Activations take as many times the memory.
 
 The loss is a function of whoever wrote it, so it is evaluated as often as ever, and each time with its own
 perturbation: only the network inside it is replaced. In the first evaluation it runs on the repeated rows, each
