@@ -269,6 +269,22 @@ def test_command(
         assert float(line["seconds"]) > 0 and float(line["over_newton_schulz"]) > 0
 
 
+def test_command_for_a_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "in_fresh_process", lambda function, *arguments, variables: function(*arguments))
+    monkeypatch.setattr(step, "reset_peak", lambda device: True)
+    output = tmp_path / "step.csv"
+    sizes = "--batch-size 3 --seq-len 4 --lengths 5 --prompt-batches 1 --noise-elements 512 --repeats 1"
+    main(f"step --model config:tiny --rows native {sizes} --output {output}".split())
+    assert "batches of 3 prompts from drawn lengths (5)" in capsys.readouterr().out
+    with output.open() as file:
+        prompts = {line["row"]: line for line in csv.DictReader(file) if line["table"] == "prompts"}
+    tokens = {name: float(line["tokens_per_forward"]) for name, line in prompts.items()}
+    # as published: a row a candidate, padded to a multiple of eight
+    assert tokens == {"published": 48, "published, answer logits": 15, "forward": 15, "MeZO native": 15}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
