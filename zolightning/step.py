@@ -116,9 +116,8 @@ def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | N
 
 def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord, own_names: Set[str]) -> None:
     def log(name: str, value: float, **options: Any) -> None:
-        module.log(
-            name, torch.tensor(value), **options
-        )  # a tensor of the host's: a number goes to the device, and waits
+        # A tensor of the host's, for a number goes to the device and waits; float32 whatever the precision of the run.
+        module.log(name, torch.tensor(value, dtype=torch.float32), **options)
 
     log("zo/lr", record.lr[0])
     log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
