@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from zolightning.bench import bits, gpu, repetition, step_cost
 from zolightning.bench.__main__ import main
 from zolightning.bench.figures import COLUMNS, Figures
 from zolightning.bench.floors import Ceilings
-from zolightning.bench.gpu import MINIATURE, Part, Sizes, guarded, parts, run_part
+from zolightning.bench.gpu import MINIATURE, Part, Sizes, parts, run_here, run_part
 from zolightning.bench.kernel_cost import measure_kernels
+from zolightning.bench.rows import DENSE, FORWARD
+from zolightning.bench.step_cost import Settings
+from zolightning.bench.step_records import Cost
 
 CPU = torch.device("cpu")
 
@@ -35,7 +39,7 @@ def read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process a part takes seconds to import torch, and so do runs of all methods, and collecting garbage."""
-    monkeypatch.setattr(gpu, "run_part", guarded)
+    monkeypatch.setattr(gpu, "run_part", run_here)
     monkeypatch.setattr(step_cost, "reset_peak", lambda device: True)
     chosen = ("MeZO", "ZO-MOPI")
     monkeypatch.setattr(repetition, "METHODS", {name: repetition.METHODS[name] for name in chosen})
@@ -80,14 +84,30 @@ def test_other_bits_are_counted() -> None:
 
 
 def test_the_last_elements_of_a_large_tensor_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(record["differing"] == 0 for record in bits.compare_bits(CPU, 41, huge=4005))
-    monkeypatch.setattr(bits, "TAIL", 1001)  # another start is another place in the noise
-    add = bits.kernels.add
-    monkeypatch.setattr(
-        bits.kernels, "add", lambda *args, start=0, **others: add(*args, start=start // 4 * 2, **others)
-    )
-    *_, perturb, update = bits.compare_bits(CPU, 41, huge=4005)
-    assert perturb["differing"] == 0 < update["differing"]
+    cases = dict(bits.comparisons(41, huge=4005))
+    assert all(differing(CPU) == 0 for differing in cases.values())
+    add = bits.kernels.add  # as if it had lost its place
+    monkeypatch.setattr(bits.kernels, "add", lambda *args, start=0, **others: add(*args, start=start // 2, **others))
+    assert cases["perturb, the last of 4005 elements"](CPU) == 0
+    assert cases["update exact, the last of 4005 elements"](CPU) > 0
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = gpu.measure_costs
+
+    def measure_costs(settings: Settings, names: Sequence[str]) -> dict[str, Cost]:
+        if names == ["MeZO"]:
+            raise torch.OutOfMemoryError("no memory is left\nand more")
+        return measure(settings, names)
+
+    monkeypatch.setattr(gpu, "measure_costs", measure_costs)
+    monkeypatch.setattr(gpu, "_ROWS", [FORWARD, DENSE[0], DENSE[1]])
+    (part,) = (part for part in parts(MINIATURE) if part.name == "steps of config:tiny")
+    run_here(part, CPU, tmp_path / "gpu.csv")
+    found = read(tmp_path / "gpu.csv")[part.name]
+    assert found["MeZO"] == {"failed": "OutOfMemoryError: no memory is left"}
+    assert "MeZO native, prompts" in found and found["part"] == {"finished": "1"}
 
 
 def test_a_kernel_at_the_bandwidth_of_a_copy_is_at_its_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +133,7 @@ def failing(message: str, device: torch.device, figures: Figures) -> None:
 
 def test_a_part_that_fails_leaves_its_figures_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.csv"
-    guarded(Part("one", 1, partial(failing, "out of memory\nmore")), CPU, path)
+    run_here(Part("one", 1, partial(failing, "out of memory\nmore")), CPU, path)
     Figures(path, "two").write("next", seconds=None, gb=2)
     assert read(path) == {
         "one": {"before": {"seconds": "1.5"}, "part": {"failed": "RuntimeError: out of memory"}},
@@ -158,7 +178,7 @@ import torch
 from zolightning.bench import __main__, gpu
 from zolightning.models import CausalLM
 for part in gpu.parts(gpu.MINIATURE):
-    gpu.guarded(part, torch.device("cpu"), Path(sys.argv[1]))
+    gpu.run_here(part, torch.device("cpu"), Path(sys.argv[1]))
 """
     output = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "/dev/null"], capture_output=True, text=True)
     assert output.returncode == 0, output.stderr

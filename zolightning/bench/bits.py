@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.commands.report import Record
+from zolightning.bench.measure import CPU
 from zolightning.kernels.noise import NoiseKind, coefficient, key
 
 # What completes a weight to float32: nothing, low words or low bytes, or a master copy
@@ -26,20 +26,26 @@ TAIL = 1003
 Outputs = list[Tensor]
 
 
-def compare_bits(device: torch.device, elements: int, huge: int | None = HUGE) -> Iterator[Record]:
-    """A record a case: how many of the elements that it writes differ.
+def comparisons(elements: int, huge: int | None = HUGE) -> Iterator[tuple[str, Callable[[torch.device], int]]]:
+    """Names, and what says how many of the elements that a loop writes on a device are not those of the CPU.
 
     Args:
-        device: what is compared with the CPU.
         elements: of the tensors; an odd number is best.
         huge: elements of two more cases, whose last ones are compared; none where None.
     """
     for name, case in _cases(elements):
-        yield {"name": name, "differing": _differing(case(device), case(torch.device("cpu")))}
+        yield name, partial(_compare, case)
     if huge is not None:
         for name, huge_case in (("perturb", _perturb_huge), ("update exact", _update_huge)):
-            differing = _differing(huge_case(device, huge, 0), huge_case(torch.device("cpu"), TAIL, huge - TAIL))
-            yield {"name": f"{name}, the last of {huge} elements", "differing": differing}
+            yield f"{name}, the last of {huge} elements", partial(_compare_huge, huge_case, huge)
+
+
+def _compare(case: Callable[[torch.device], Outputs], device: torch.device) -> int:
+    return _differing(case(device), case(CPU))
+
+
+def _compare_huge(case: Callable[[torch.device, int, int], Outputs], elements: int, device: torch.device) -> int:
+    return _differing(case(device, elements, 0), case(CPU, TAIL, elements - TAIL))
 
 
 def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-3) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Lines that are kept one by one, so that a run which ends early loses none."""
 
 import csv
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 Value = str | float | None
@@ -40,3 +42,12 @@ class Figures:
             f"{figure} {value:.4g}" if isinstance(value, float) else f"{figure} {value}" for figure, value in pairs
         )
         print(f"{self.part} | {name}: {', '.join(texts)}", flush=True)
+
+    @contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """Lets what follows go on where `name` raises an exception: its first line becomes the figure ``failed``."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.write(name, failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")

@@ -3,13 +3,12 @@
 What matters most comes first: do the loops over parameters write the bits of the CPU's; how near do they come to the
 bandwidth of the card; what do whole steps take, in time and memory, on models by shape; is a run the same twice, and
 when it is resumed. Each part runs in a process of its own and has a time limit. Its figures are appended to one CSV
-file as soon as they are there, a line each; a part that fails or runs out of time leaves a line that says so, and the
-next one goes on.
+file as soon as they are there, a line each; what fails or runs out of time leaves a line that says so, and what comes
+next goes on.
 """
 
 import argparse
 import re
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from zolightning.bench.bits import HUGE, compare_bits
+from zolightning.bench.bits import HUGE, comparisons
 from zolightning.bench.figures import Figures
 from zolightning.bench.floors import Ceilings, floor_table
 from zolightning.bench.kernel_cost import measure_kernels
 from zolightning.bench.measure import environment, release, require
-from zolightning.bench.repetition import compare_runs
+from zolightning.bench.repetition import compare, runs
 from zolightning.bench.report import machine
 from zolightning.bench.rows import DENSE, FORWARD, GRAPHED, PARITY, PUBLISHED, PUBLISHED_ANSWERS, SUBSPACE
 from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
@@ -94,7 +93,7 @@ def parts(sizes: Sizes) -> list[Part]:
 
 def run_part(part: Part, device: torch.device, path: Path) -> None:
     """Runs a part in a process of its own, which is killed when its time is over."""
-    process = get_context("spawn").Process(target=guarded, args=(part, device, path))
+    process = get_context("spawn").Process(target=run_here, args=(part, device, path))
     with environment(part.environment):
         process.start()
     process.join(part.limit)
@@ -106,25 +105,22 @@ def run_part(part: Part, device: torch.device, path: Path) -> None:
         Figures(path, part.name).write("part", failed=f"exit status {process.exitcode}")
 
 
-def guarded(part: Part, device: torch.device, path: Path) -> None:
+def run_here(part: Part, device: torch.device, path: Path) -> None:
     """Runs a part in this process, and writes whether it came to its end."""
     figures = Figures(path, part.name)
-    try:
+    with figures.guarded("part"):
         part.run(device, figures)
-    except Exception as error:
-        traceback.print_exc()
-        figures.write("part", failed=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    else:
         figures.write("part", finished=1)
 
 
 def _bits(sizes: Sizes, device: torch.device, figures: Figures) -> None:
     figures.write("machine", **machine(device))
     cases = 0
-    for record in compare_bits(device, sizes.bits, sizes.huge):
+    for name, differing in comparisons(sizes.bits, sizes.huge):
         cases += 1
-        if record["differing"]:
-            figures.write(**record)
+        with figures.guarded(name):
+            if count := differing(device):
+                figures.write(name, differing=count)
     figures.write("all", cases=cases)
 
 
@@ -141,21 +137,23 @@ def _steps(settings: Settings, device: torch.device, figures: Figures) -> None:
     memory: dict[str, Memory] = {}
     for row in _ROWS if device.type == "cuda" else [row for row in _ROWS if row not in GRAPHED]:
         name = row.name
-        release(device)
-        costs |= measure_costs(settings, [name])
-        cost, forward = costs[name], costs[FORWARD.name]
-        of_prompts = rates(name, cost.prompt_seconds, cost.prompts, weights, ceilings, forward.prompt_seconds)
-        _write(figures, f"{name}, prompts", prompt_record(name, costs) | of_prompts)
-        if row is not PUBLISHED_ANSWERS:  # whose step on random tokens is that of PUBLISHED
+        with figures.guarded(name):
+            release(device)
+            costs |= measure_costs(settings, [name])
+            cost, forward = costs[name], costs[FORWARD.name]
+            of_prompts = rates(name, cost.prompt_seconds, cost.prompts, weights, ceilings, forward.prompt_seconds)
+            _write(figures, f"{name}, prompts", prompt_record(name, costs) | of_prompts)
+            if row is PUBLISHED_ANSWERS:  # whose step on random tokens is that of PUBLISHED
+                continue
             of_tokens = rates(name, cost.median, cost.tokens, weights, ceilings, forward.median)
             _write(figures, f"{name}, random tokens", token_record(name, costs) | of_tokens)
             release(device)
             memory[name] = measure_memory(settings, name)
             _write(figures, f"{name}, memory on random tokens", memory_record(memory[name], memory))
-    forward = costs[FORWARD.name]
-    for where, flops in {"random tokens": forward.tokens.flops, "prompts": forward.prompts.flops}.items():
-        for floor in floor_table(shape, flops, ceilings):
-            _write(figures, f"floor on {where}: {floor['row']}", floor)
+            if row is FORWARD:
+                for where, work in {"random tokens": cost.tokens, "prompts": cost.prompts}.items():
+                    for floor in floor_table(shape, work.flops, ceilings):
+                        _write(figures, f"floor on {where}: {floor['row']}", floor)
 
 
 def _write(figures: Figures, name: str, record: Record) -> None:
@@ -163,8 +161,10 @@ def _write(figures: Figures, name: str, record: Record) -> None:
 
 
 def _resume(sizes: Sizes, device: torch.device, figures: Figures) -> None:
-    for record in compare_runs(device, sizes.repeated_shape, sizes.repeated_steps, batch_size=4, length=32):
-        figures.write(**record)
+    for name, method, cuda_graphs in runs(device):
+        with figures.guarded(name):
+            found = compare(method, cuda_graphs, device, sizes.repeated_shape, sizes.repeated_steps)
+            figures.write(name, **found)
 
 
 def _parity(settings: Settings, name: str, device: torch.device, figures: Figures) -> None:

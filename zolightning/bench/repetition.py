@@ -2,7 +2,6 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,6 @@ from zolightning.bench.shapes import model_of_shape
 from zolightning.bench.step_cost import random_token_loss
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
-from zolightning.commands.report import Record
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, StepRecord, SubspaceMeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.estimators import OneSided
@@ -82,13 +80,30 @@ class Records(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def compare_runs(device: torch.device, shape: str, steps: int, batch_size: int, length: int) -> Iterator[Record]:
-    """A record a method: whether two runs have the same records and the same weights.
+def runs(device: torch.device) -> list[tuple[str, "partial[Any]", bool]]:
+    """What is repeated on a device: names, methods, and whether CUDA graphs replay the forwards."""
+    plain = [(name, method, False) for name, method in METHODS.items()]
+    graphed = [(f"{name}, CUDA graphs", METHODS[name], True) for name in GRAPHED if name in METHODS]
+    return plain + (graphed if device.type == "cuda" else [])
+
+
+def compare(
+    method: "partial[Any]",
+    cuda_graphs: bool,
+    device: torch.device,
+    shape: str,
+    steps: int,
+    batch_size: int = 4,
+    length: int = 32,
+) -> dict[str, int]:
+    """Whether two runs have the same records and the same weights, as 1 or 0.
 
     The second one is resumed from a checkpoint of the first, written at half of the steps, by a model of other
     weights. New subspaces are drawn at each quarter of the steps.
 
     Args:
+        method: makes the optimizer.
+        cuda_graphs: whether forwards are replayed.
         device: where.
         shape: of the model.
         steps: of a run.
@@ -96,24 +111,19 @@ def compare_runs(device: torch.device, shape: str, steps: int, batch_size: int, 
         length: tokens a row.
     """
     tokens = torch.randint(2**31, (steps, batch_size, length), generator=torch.Generator().manual_seed(0))
-    runs = [(name, method, False) for name, method in METHODS.items()]
-    if device.type == "cuda":
-        runs += [(f"{name}, CUDA graphs", METHODS[name], True) for name in GRAPHED if name in METHODS]
-    for name, method, cuda_graphs in runs:
-        with TemporaryDirectory() as folder:
-            saved = Path(folder) / "half.ckpt"
-            run = partial(_run, method, cuda_graphs)
-            whole, weights = run(RandomTokens(shape, device, tokens), saved, None)
-            other = RandomTokens(shape, device, tokens)
-            for parameter in other.parameters():
-                parameter.data.zero_()  # all of it has to come from the file
-            resumed, resumed_weights = run(other, Path(folder) / "again.ckpt", saved)
-        yield {
-            "name": name,
-            "steps": len(whole),
-            "same_records": int(resumed == whole[steps // 2 :]),
-            "same_weights": int(resumed_weights == weights),
-        }
+    run = partial(_run, method, cuda_graphs)
+    with TemporaryDirectory() as folder:
+        saved = Path(folder) / "half.ckpt"
+        whole, weights = run(RandomTokens(shape, device, tokens), saved, None)
+        other = RandomTokens(shape, device, tokens)
+        for parameter in other.parameters():
+            parameter.data.zero_()  # all of it has to come from the file
+        resumed, resumed_weights = run(other, Path(folder) / "again.ckpt", saved)
+    return {
+        "steps": len(whole),
+        "same_records": int(resumed == whole[steps // 2 :]),
+        "same_weights": int(resumed_weights == weights),
+    }
 
 
 def _run(
