@@ -31,6 +31,7 @@ from zolightning.evaluation.scratch import Buffer, Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
+_CONTAINERS = (list, tuple)  # that a function may be handed parameters in
 # Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
 _VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _DESCRIPTIONS = frozenset(
@@ -158,13 +159,14 @@ class Perturbed(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         # A compiled graph would keep the noise of the step it was traced in.
         if self._is_paused or is_compiling():
-            return func(*args, **kwargs)
-        if (not self._reads(args) and not (kwargs and self._reads(kwargs.values()))) or _describes(func):
-            return func(*args, **kwargs)
-        return self.run(func, args, kwargs)
+            return func(*args, **(kwargs or {}))
+        if not self._reads(args) and not (kwargs and self._reads(kwargs.values())):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if _describes(func):
+            return func(*args, **(kwargs or {}))
+        return self.run(func, args, kwargs or {})
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a function that reads a parameter with perturbed ones."""
@@ -185,7 +187,7 @@ class Perturbed(TorchFunctionMode):
     def _reads(self, values: Iterable[Any]) -> bool:
         perturbations = self._perturbations
         for value in values:
-            if id(value) in perturbations or (isinstance(value, list | tuple) and self._reads(value)):
+            if id(value) in perturbations or (isinstance(value, _CONTAINERS) and self._reads(value)):
                 return True
         return False
 
@@ -194,7 +196,7 @@ class Perturbed(TorchFunctionMode):
 
         While autograd records, which may keep what it is handed, they have memory of their own.
         """
-        if isinstance(value, list | tuple):
+        if isinstance(value, _CONTAINERS):
             return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
         if id(value) not in self._perturbations:
             return value
