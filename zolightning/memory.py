@@ -1,9 +1,10 @@
 """What a run needs of a device's memory: computed from shapes, before it is needed.
 
 Bytes of weights and of a method's state are exact: stand-ins of each shape take steps on torch's ``meta`` device,
-which holds no data. Scratch is an upper bound. Of a forward pass the largest buffers that are alive at once are
-estimated, for causal language models whose layers have one MLP each: those of an MLP, and the logits of the positions
-at which answers are read. GB are 1e9 bytes, as in what models and cards are said to have.
+which holds no data. Scratch is that of dense perturbations. Of a forward pass the largest buffers that are alive at
+once are estimated, for causal language models whose layers have one MLP each: those of an MLP, and the logits of the
+positions at which answers are read. Not counted: what CUDA graphs keep for themselves, and attention that makes a
+matrix of its scores. GB are 1e9 bytes, as in what models and cards are said to have.
 """
 
 import math
@@ -52,7 +53,7 @@ class MemoryPlan:
     Attributes:
         weights: parameters and buffers.
         state: of the method, when it is largest.
-        scratch: perturbed or unpacked weights of what runs, at most.
+        scratch: perturbed or unpacked weights of what runs.
         activations: of one forward pass, estimated; None where the network is of another kind or the batch is unknown.
         logits: likewise.
         host: state in host memory instead, which does not count.
