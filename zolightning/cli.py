@@ -19,7 +19,15 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview, SaveLast, StepProgressBar, ZerothOrder
+from zolightning.callbacks import (
+    BlockCoordinateDescent,
+    PredictionWriter,
+    RunMonitor,
+    RunOverview,
+    SaveLast,
+    StepProgressBar,
+    ZerothOrder,
+)
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, take_name
 from zolightning.commands import configs
@@ -173,7 +181,7 @@ class ZerothOrderCLI(LightningCLI):
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it, undeclared
-            if isinstance(callback, ZerothOrder):
+            if isinstance(callback, ZerothOrder | BlockCoordinateDescent):
                 callback.check(self.trainer, self.model)
         check_monitors(self.trainer, self.model, self.datamodule)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:

@@ -45,6 +45,7 @@ pytestmark = [
         (("--checkpoint.dirpath", "/proc/x"), "`checkpoint.dirpath` is /proc/x, where no file can be written"),
         (("--trainer.default_root_dir", "/proc/x"), "`trainer.default_root_dir` is /proc/x, where no file can be"),
         (("--evaluation.keep_prefix_gib", "1"), "`evaluation.keep_prefix_gib` is 1.0, and `data.fixed_batches` is"),
+        (("--blocks.blocks_per_step", "5"), "`blocks_per_step` is 5, and there are 4 blocks."),
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` waits for the metric 'val/acc', which the valid"),
         (
             ("--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/los}}]"),

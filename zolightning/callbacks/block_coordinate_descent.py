@@ -16,9 +16,11 @@ from zolightning.blocks.orders import Cyclic, Order
 from zolightning.blocks.partition import OTHERS, Others, find_blocks, require_patterns
 from zolightning.blocks.schedule import BlockSchedule, require_schedule
 from zolightning.blocks.timeline import Timeline
+from zolightning.callbacks.subspace_resampling import callbacks_of
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.checks import require_choice
+from zolightning.scopes.scope import Scope
 
 
 class BlockCoordinateDescent(Callback):
@@ -95,20 +97,25 @@ class BlockCoordinateDescent(Callback):
         resting = {p for block in [*by_size[: -self.blocks_per_step], blocks.never] for p in block}
         return {parameter for _, _, parameter in optimizer.trainable() if parameter not in resting}
 
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what ``on_fit_start`` refuses, unless a scope has yet to choose what trains.
+
+        For whoever has something long to do before a fit.
+
+        Raises:
+            MisconfigurationException: naming the argument, what was found and what is accepted.
+        """
+        if not any(isinstance(callback, Scope) for callback in callbacks_of(trainer)):
+            self._make_schedule(pl_module, [p for p in pl_module.parameters() if p.requires_grad])
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = self._optimizer(trainer)
-        trainable = [parameter for _, _, parameter in optimizer.trainable()]
-        try:
-            blocks = find_blocks(pl_module, trainable, self.patterns, self.others, self.layers_name)
-            arguments = self.order, self.interval, self.blocks_per_step, self.left_state
-            self.schedule = BlockSchedule(blocks, *arguments)
-            self.timeline = Timeline(len(blocks), start=optimizer.param_groups[0]["step"])
-            if self._restored is not None:
-                self.schedule.load_state_dict(self._restored["schedule"])
-                self.timeline.load_state_dict(self._restored["timeline"])
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-        self._restored = None
+        self.schedule = self._make_schedule(pl_module, [parameter for _, _, parameter in optimizer.trainable()])
+        blocks = self.schedule.blocks
+        self.timeline = Timeline(len(blocks), start=optimizer.param_groups[0]["step"])
+        if self._restored is not None:
+            self.timeline.load_state_dict(self._restored["timeline"])
+            self._restored = None
         self.schedule.attach(optimizer)
         self._shares = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
         sizes = [sum(parameter.numel() for parameter in block) for block in blocks.parameters.values()]
@@ -157,6 +164,16 @@ class BlockCoordinateDescent(Callback):
                 "`ckpt_path` is a checkpoint of a run without BlockCoordinateDescent, in which all parameters moved. "
                 "Resume it without, or start a new run from its weights."
             )
+
+    def _make_schedule(self, pl_module: L.LightningModule, trainable: Sequence[nn.Parameter]) -> BlockSchedule:
+        try:
+            blocks = find_blocks(pl_module, trainable, self.patterns, self.others, self.layers_name)
+            schedule = BlockSchedule(blocks, self.order, self.interval, self.blocks_per_step, self.left_state)
+            if self._restored is not None:
+                schedule.load_state_dict(self._restored["schedule"])
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        return schedule
 
     def _optimizer(self, trainer: L.Trainer) -> ZerothOrderOptimizer:
         for optimizer in trainer.optimizers:
