@@ -115,13 +115,15 @@ def run_here(part: Part, device: torch.device, path: Path) -> None:
 
 def _bits(sizes: Sizes, device: torch.device, figures: Figures) -> None:
     figures.write("machine", **machine(device))
-    cases = 0
+    cases = equal = 0
     for name, differing in comparisons(sizes.bits, sizes.huge):
         cases += 1
         with figures.guarded(name):
             if count := differing(device):
                 figures.write(name, differing=count)
-    figures.write("all", cases=cases)
+            else:
+                equal += 1
+    figures.write("all", cases=cases, equal=equal)
 
 
 def _kernels(sizes: Sizes, device: torch.device, figures: Figures) -> None:
