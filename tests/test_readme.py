@@ -224,13 +224,12 @@ def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[s
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr(ZerothOrderCLI, "instantiate_classes", lambda self: None)
         patch.setattr(ZerothOrderCLI, "_run_subcommand", lambda self, subcommand: None)
-        patch.setattr("zolightning.bench.step_cost._run", lambda arguments: None)
         cli = ZerothOrderCLI(["fit", "--config", "configs/quickstart.yaml"])
 
         def parse(words: list[str]) -> Any:
             match words:
                 case ["python", "-m", "zolightning.bench", *arguments]:
-                    bench.main(arguments)
+                    bench.parser().parse_args(arguments)
                 case ["zolightning", *arguments] | ["python", "-m", "zolightning", *arguments]:
                     cli.parse_arguments(cli.parser, arguments)
                     return cli.config

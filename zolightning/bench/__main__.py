@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from zolightning.bench import evidence, gpu, memory_table, step_command
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; `args` stands in for ``sys.argv[1:]``."""
+def parser() -> argparse.ArgumentParser:
+    """What reads the command line: ``run`` of its result is the benchmark, which takes that result."""
     parser = argparse.ArgumentParser(prog="python -m zolightning.bench", description=__doc__)
     commands = parser.add_subparsers(title="benchmarks", required=True)
     step_command.add_command(commands)
     gpu.add_command(commands)
     evidence.add_command(commands)
     memory_table.add_command(commands)
-    arguments = parser.parse_args(args)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; `args` stands in for ``sys.argv[1:]``."""
+    arguments = parser().parse_args(args)
     arguments.run(arguments)
 
 
