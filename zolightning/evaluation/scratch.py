@@ -67,7 +67,7 @@ class Scratch:
             output: what was computed from them.
         """
         for buffer in reversed(taken):
-            if not buffer.holds(output):
+            if output is None or not buffer.holds(output):
                 self._free.setdefault(buffer.device, []).append(buffer)
 
 

@@ -48,8 +48,10 @@ _NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctyp
 
 def available(*tensors: Tensor, start: int = 0) -> bool:
     """Whether the native loops can work on contiguous tensors, the first of which begins with element `start`."""
-    made_for = all(tensor.device.type == "cpu" and tensor.dtype in _DTYPES for tensor in tensors)
-    return made_for and start % 2 == 0 and _library() is not None
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype not in _DTYPES:
+            return False
+    return start % 2 == 0 and _library() is not None
 
 
 def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
