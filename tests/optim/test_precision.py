@@ -10,7 +10,14 @@ from zolightning.directions.dense import Direction, arithmetic
 from zolightning.kernels import native
 from zolightning.kernels.bfloat16 import read_split, write_split
 from zolightning.kernels.noise import NoiseKind, coefficient, key
-from zolightning.optim.precision import UPDATE_PRECISIONS, add_direction, add_tensor, as_contiguous, state_bytes
+from zolightning.optim.precision import (
+    UPDATE_PRECISIONS,
+    add_direction,
+    add_tensor,
+    as_contiguous,
+    round_stochastically,
+    state_bytes,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -230,3 +237,20 @@ class TestPacked:
         parameter = torch.nn.Parameter(torch.zeros(3, 4))
         with as_contiguous(parameter) as weight:
             assert weight.data_ptr() == parameter.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "exact"), (torch.bfloat16, "low_byte"), (torch.float16, "exact")]
+)
+def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, precision: str) -> None:
+    """What lies a quarter of the spacing above a number becomes the next one in a quarter of all cases."""
+    low = torch.tensor([0.02, -3.0, 1e-3, 0.0, 2.0**-14]).to(dtype).repeat_interleave(100_000)
+    spacing = ((low.abs().view(torch.int16) + 1).view(dtype) - low.abs()).float()
+    weight, rest = low.clone(), {}
+    add_tensor(weight, rest, spacing * low.sign() / 4, precision)
+    assert torch.equal(weight, low)
+    round_stochastically(weight, rest, precision, key(0, 3, -1, "weight"))
+    moved = (weight.float() - low.float()).abs() / spacing
+    assert set(moved.unique().tolist()) <= {0.0, 1.0}
+    # Binomials of 100,000: standard deviation 0.0014
+    assert moved.view(5, -1).mean(1).tolist() == pytest.approx([0.25, 0.25, 0.25, 0, 0.25], abs=0.006)

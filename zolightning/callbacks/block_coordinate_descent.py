@@ -48,8 +48,8 @@ class BlockCoordinateDescent(Callback):
             ``embeddings`` and ``head``; "always", it moves in every step beside the active blocks, and with the
             embeddings nothing is left to be computed once; "never", it is frozen.
         left_state: what becomes of the method's state of a block that is left. "reset" drops it, so that memory is that
-            of the active blocks; half-precision weights are rounded then, once a visit, and with very short visits
-            lose most of small updates. "keep" keeps it for the next visit.
+            of the active blocks; half-precision weights are rounded then, once a visit: stochastically, so that small
+            updates are not lost, but some noise is added. "keep" keeps it for the next visit.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
 
     Raises:

@@ -4,7 +4,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.evaluator import Evaluator
+from zolightning.kernels.noise import key as noise_key
 from zolightning.messages import some
 from zolightning.optim.blocks import BlockwiseParameters
 from zolightning.optim.checks import (
@@ -27,7 +28,13 @@ from zolightning.optim.checks import (
     require_trainable,
 )
 from zolightning.optim.estimators import Estimator, Probe, TwoSided
-from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision
+from zolightning.optim.precision import (
+    RESTS,
+    UPDATE_PRECISIONS,
+    UpdatePrecision,
+    as_contiguous,
+    round_stochastically,
+)
 from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
 from zolightning.rank_zero import rank_zero_warn
 
@@ -285,6 +292,20 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         self._estimate.measured += len(probes)
         mean = sum(grad * grad for grad in grads) / len(grads)
         return mean if math.isfinite(mean) else 0.0
+
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Half-precision weights are rounded first, in a way that depends on the step's number and their names."""
+        parameters = list(parameters)
+        for parameter in parameters if self.drops_left_state else ():
+            if rest := {name: t.to(parameter.device) for name, t in self._kept(parameter).items() if name in RESTS}:
+                key = noise_key(0, self.param_groups[0]["step"], -1, self._names[parameter])
+                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+                    round_stochastically(weight, rest, self.update_precision, key)
+        super().release(parameters)
+
+    def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The tensors kept of a parameter."""
+        return self.state.get(parameter, {})
 
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""

@@ -42,14 +42,20 @@ class BlockwiseParameters(NamedParameters):
         """Indices of the blocks that move, in ascending order; none where all parameters do."""
         return tuple(self.param_groups[0].get("blocks", ()))
 
+    @property
+    def drops_left_state(self) -> bool:
+        """Whether the state of a block is dropped when it is left."""
+        return bool(self.param_groups[0].get("left_state") != "keep")
+
     def set_blocks(self, blocks: Sequence[Iterable[nn.Parameter]], left_state: LeftState = "reset") -> None:
         """Divides parameters into blocks; until :meth:`activate` all of them move.
 
         Args:
             blocks: the parameters of each block, of which none is in two.
             left_state: what becomes of a block's state when others become active. "reset" drops it: momentum, moments,
-                curvature, and what completes half-precision weights to fp32, so that these are rounded once a visit.
-                A method's memory is then that of the active blocks. "keep" keeps all of it for the next visit.
+                curvature, and what completes half-precision weights to fp32, so that these are rounded once a visit,
+                stochastically: small updates are not lost, but some noise is added. A method's memory is then that of
+                the active blocks. "keep" keeps all of it for the next visit.
 
         Raises:
             ValueError: if a block has no parameter that trains, or one that is in another block or is not the
@@ -102,7 +108,7 @@ class BlockwiseParameters(NamedParameters):
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Frees what is kept of parameters that do not move for a while."""
-        if self.param_groups[0].get("left_state") != "keep":
+        if self.drops_left_state:
             for parameter in parameters:
                 self.state.pop(parameter, None)
 

@@ -27,6 +27,7 @@ value: in fp16 from exactly that, where it is not the rounded master; in bf16 fr
 which cannot know of the write and is at most half a unit in the last place of the written value.
 """
 
+import math
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -37,6 +38,8 @@ from torch import Tensor
 from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.slices import Slice
+from zolightning.kernels.compiled import chunk_size, chunks
+from zolightning.kernels.noise import Key, counter, hash_bits, start_of
 
 UpdatePrecision = Literal["exact", "low_byte", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
@@ -107,6 +110,32 @@ def add_tensor(
     rest = _rest(flat, state, precision)
     part = slice(start, start + delta.numel())
     kernels.add_delta(flat[part], delta, decay, None if rest is None else rest[part], scale)
+
+
+def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key) -> None:
+    """Rounds a half-precision weight to its dtype, so that what completes it can be dropped without a bias.
+
+    Each element becomes one of the two nearest numbers, the nearer one more often: its mean is the unrounded one.
+
+    Args:
+        weight: the parameter's data, any shape, contiguous.
+        rest: the one of ``RESTS`` that completes it, by name; means nothing afterwards.
+        precision: with which updates have been added.
+        key: of the random numbers.
+    """
+    flat = weight.view(-1)
+    for part in chunks(flat.numel(), chunk_size(flat)):
+        add_tensor(weight, rest, _dither(flat[part], part.start, key), precision, start=part.start)
+
+
+def _dither(weight: Tensor, start: int, key: Key) -> Tensor:
+    """Numbers that are uniform between minus and plus half the spacing of numbers at each weight, (n,), float32."""
+    info = torch.finfo(weight.dtype)
+    exponents = torch.frexp(weight.float()).exponent.clamp_min(math.frexp(info.tiny)[1])
+    spacings = torch.ldexp((weight != 0).float() * info.eps, exponents - 1)
+    index = counter(weight, start_of(start, weight.device))
+    bits = hash_bits(index, torch.tensor(key, dtype=torch.int32, device=weight.device))
+    return spacings * ((bits >> 16).float() + 0.5) / 2**16
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:

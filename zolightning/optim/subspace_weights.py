@@ -1,7 +1,7 @@
 """Weights of which a part is pending in the cores of subspaces: resampling, folding, saving."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -174,7 +174,7 @@ class SubspaceWeights(SubspaceBases):
         """Also what is in host memory."""
         parameters = list(parameters)
         super().release(parameters)
-        if self.param_groups[0].get("left_state") != "keep":
+        if self.drops_left_state:
             for parameter in parameters:
                 self._offloaded.pop(parameter, None)
 
@@ -243,6 +243,9 @@ class SubspaceWeights(SubspaceBases):
     def _rests(self, parameter: nn.Parameter) -> State:
         """Where that is kept which completes a half-precision matrix."""
         return self._offloaded[parameter] if self.offload_low_words else self.state[parameter]
+
+    def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        return {**super()._kept(parameter), **self._offloaded.get(parameter, {})}
 
     def _numbered(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
         """The parameters, each after its number in a ``state_dict``."""
