@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kernel_cases
 from zolightning.directions.dense import Direction
-from zolightning.kernels import native
+from zolightning.kernels import native, torch_loops
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, coefficient, key
 from zolightning.optim.precision import UPDATE_PRECISIONS, add_direction, add_tensor
 
@@ -190,6 +191,10 @@ class TestSameBits:
             return total
 
         assert_same_bits(*by_c_and_by_torch(loop))
+
+    def test_all_loops_in_short(self) -> None:
+        """Shaped noise and curvature, too. The torch loops have no masters: they are added to as fp32 weights are."""
+        assert kernel_cases.differing(torch_loops, "cpu", with_masters=False) == []
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_any_number_of_threads(self, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.kernels.noise import Key, NoiseKind, coefficient, key
+from zolightning.kernels.noise import CODE_SCALE, Key, NoiseKind, coefficient, key
 
 
 class Direction:
@@ -28,6 +28,13 @@ class Direction:
         self.coefficients = coefficients
         self.kind = kind
         self.values = values
+
+    def times(self, factor: float) -> "Direction":
+        """`factor` times this direction, whose coefficients the host knows."""
+        assert self.values is not None
+        values = tuple(coefficient(value * factor / CODE_SCALE[self.kind], self.kind) for value in self.values)
+        coefficients = table(values, self.coefficients.dtype, self.coefficients.device)
+        return Direction(self.keys, coefficients, self.kind, values)
 
     def is_opposite(self, other: object) -> bool:
         """Whether `other` is this direction with negated coefficients, as far as the host knows without a look."""
@@ -93,7 +100,7 @@ def directions(
         device, dtype = place = tensor.device, tensor.dtype
         if place not in places:
             keys = _keys(names, seed, step, queries, device)
-            places[place] = keys, _coefficients(rounded, arithmetic(dtype), device)
+            places[place] = keys, table(rounded, arithmetic(dtype), device)
         keys, values = places[place]
         found[name] = Direction(keys[index], values, kind, rounded)
     return found
@@ -110,7 +117,7 @@ def _keys(
 
 # Those of the evaluations are the same in every step.
 @functools.lru_cache(maxsize=64)
-def _coefficients(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of some coefficients, shape (queries,); not to be written to."""
     return _on(device, torch.tensor(values, dtype=dtype))
 

@@ -1,5 +1,6 @@
 """What any change of a weight must be able to do."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -13,3 +14,10 @@ class Perturbation(Protocol):
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes the perturbed ``table[rows]``, shape (k, n), to `out`; `table` is (m, n), `rows` integers (k,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """A large tensor of a perturbation that is written to where it lies, so that CUDA graphs read it there, too."""
+
+    tensor: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zolightning.directions.dense import Direction
-from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.perturbation import InPlace, Perturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 
@@ -106,6 +106,14 @@ class Parts:
         if kind is Direction:  # its `values` repeat what is in a table, and say which groups are opposites
             values = value.values if len(self._groups) > 1 else None
             return kind, value.kind, values, self._described(value.keys), self._described(value.coefficients)
+        if kind is InPlace:
+            tensor = value.tensor
+            if tensor.device != self._device:
+                raise CannotCapture(f"a tensor of a perturbation is on {tensor.device}, not on {self._device}")
+            return kind, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if isinstance(value, Direction) and len(self._groups) == 1:
+            members = {name: part for name, part in vars(value).items() if name != "values"}
+            return (kind, *[self._described(part) for part in members.values()])
         return (kind, *[self._described(part) for part in _members(value).values()])
 
     def _add(self, table: Tensor) -> int:
@@ -181,7 +189,7 @@ def _members(value: Any) -> dict[Any, Any]:
 def _rebuilt(value: Any, exchanged: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return exchanged(value)
-    if type(value) in _PLAIN:
+    if type(value) in _PLAIN or isinstance(value, InPlace):
         return value
     members = {name: _rebuilt(member, exchanged) for name, member in _members(value).items()}
     if isinstance(value, list | tuple):

@@ -10,6 +10,10 @@ flat, contiguous tensors of one device:
 What they add is the noise of :mod:`~zolightning.kernels.noise`, which three arguments select: ``keys``, int32,
 (queries, 2); ``coefficients``, (queries,), float32, or float64 for double-precision weights (the dtype of the
 arithmetic); and the ``kind`` of distribution. ``start`` is the index of a tensor's first element.
+
+Noise may be shaped before it is added: divided by the root of a ``curvature``, element by element, positive, of the
+weight's shape and the dtype of the arithmetic; or left out where the absolute value of the stored weight is above a
+``threshold``, where the weight then keeps every bit.
 """
 
 import functools
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from zolightning.kernels import compiled, native, torch_loops
+from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind
 
 
@@ -50,9 +55,19 @@ def _triton_loops() -> ModuleType | None:
     return triton_loops
 
 
-def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
+def perturb(
+    out: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
     """``out = weight + noise``, of one shape of any dimensions; the dtype of `out` may be narrower than `weight`'s."""
-    _backend(weight, out, start=start).perturb(out, weight, keys, coefficients, kind, start)
+    backend = _backend(*_tensors(weight, out, curvature), start=start)
+    backend.perturb(out, weight, keys, coefficients, kind, start, curvature, threshold)
 
 
 def perturb_both(
@@ -63,28 +78,41 @@ def perturb_both(
     coefficients: Tensor,
     kind: NoiseKind,
     start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
 ) -> None:
     """``plus = weight + noise`` and ``minus = weight - noise``, of one shape, from one read of the weight.
 
     `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included.
     """
-    backend = _backend(weight, plus, minus, start=start)
-    backend.perturb_both(plus, minus, weight, keys, coefficients, kind, start)
+    backend = _backend(*_tensors(weight, plus, curvature), start=start)
+    backend.perturb_both(plus, minus, weight, keys, coefficients, kind, start, curvature, threshold)
 
 
-def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
+def perturb_rows(
+    out: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
     """``out = (table + noise)[rows]``, reading and generating these rows only.
 
     Args:
         out: (k, n), contiguous, of the dtype of `table`.
         table: (m, n), contiguous.
         rows: integers, (k,).
-        keys: see the module's docstring; `coefficients` and `kind`, too.
+        keys: see the module's docstring; `coefficients`, `kind` and `threshold`, too.
+        curvature: of these rows, (k, n), contiguous.
 
     Raises:
         IndexError: a row is not in the table (on CPUs; Triton writes NaNs in its place, which the loss then is).
     """
-    _backend(out, start=table.shape[1]).perturb_rows(out, table, rows, keys, coefficients, kind)
+    backend = _backend(*_tensors(out, curvature), start=table.shape[1])
+    backend.perturb_rows(out, table, rows, keys, coefficients, kind, curvature, threshold)
 
 
 def add(
@@ -95,12 +123,13 @@ def add(
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
+    threshold: float | None = None,
 ) -> None:
     """``weight = decay * weight + noise``, (n,).
 
     Args:
         weight: any floating-point dtype; rounded once, at the end.
-        keys: see the module's docstring; `coefficients`, `kind` and `start`, too.
+        keys: see the module's docstring; `coefficients`, `kind`, `start` and `threshold`, too.
         decay: multiplies the weight first.
         rest: what completes a half-precision weight, (n,), if anything does: int16 or int8, the low words or low bytes
             of a bf16 weight (:mod:`~zolightning.kernels.bfloat16`), or float32, a master copy of an fp16 weight, which
@@ -109,10 +138,49 @@ def add(
     backend = _backend(weight, start=start)
     if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
         torch_loops.take_over(weight, rest)
+        if threshold is not None:
+            torch_loops.add_to_master(weight, rest, keys, coefficients, kind, decay, start, threshold)
+            return
         add(rest, keys, coefficients, kind, decay, start=start)  # on a CPU in C, which has no fp16
         weight.copy_(rest)
         return
-    backend.add(weight, keys, coefficients, kind, decay, rest, start)
+    backend.add(weight, keys, coefficients, kind, decay, rest, start, threshold)
+
+
+def add_curved(
+    weight: Tensor,
+    curvature: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    change: Change,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    """Changes a curvature, and then ``weight = decay * weight + noise / sqrt(curvature)``, both (n,), in one pass.
+
+    Args:
+        weight: as for :func:`add`; `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`, too.
+        curvature: float32, or float64 for double-precision weights.
+        change: what becomes of it.
+    """
+    backend = _backend(weight, curvature, start=start)
+    if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
+        torch_loops.take_over(weight, rest)
+        add_curved(rest, curvature, keys, coefficients, kind, change, decay, start=start)
+        weight.copy_(rest)
+        return
+    backend.add_curved(weight, curvature, keys, coefficients, kind, change, decay, rest, start)
+
+
+def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+    """Changes a curvature, (n,), as :func:`add_curved` does."""
+    _backend(curvature, start=start).curve(curvature, keys, kind, change, start)
+
+
+def _tensors(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def add_delta(

@@ -1,5 +1,6 @@
 /* The loops over parameters for CPUs: the arithmetic of noise.py, torch_loops.py and bfloat16.py, which explain it, with
  * the same bits. Compiled on first use by native.py; a * b + c must not be contracted. */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -14,11 +15,13 @@ static inline uint32_t hash_bits(uint32_t index, uint32_t key0, uint32_t key1) {
     return bits ^ (bits >> 16);
 }
 
-/* Writes, or adds to what is there, coefficient * code for elements 2 * pair, 2 * pair + 1, ... Always inlined with
- * constants for the last two arguments, so that each loop vectorises. */
-static inline __attribute__((always_inline)) void noise_of_query(float *restrict noise, uint32_t pair, int64_t pairs,
+/* Writes, or adds to what is there, coefficient * code for elements 2 * pair, 2 * pair + 1, ...; if `curved`, adds
+ * square * code * code to `change`. Always inlined with constants for the last three arguments, so that each loop
+ * vectorises. */
+static inline __attribute__((always_inline)) void noise_of_query(float *restrict noise, float *restrict change,
+                                                                 uint32_t pair, int64_t pairs,
                                                                  const int32_t *restrict key, float coefficient,
-                                                                 int rademacher, int add) {
+                                                                 float square, int rademacher, int add, int curved) {
     const uint32_t key0 = (uint32_t)key[0], key1 = (uint32_t)key[1];
     for (int64_t i = 0; i < pairs; i++) {
         uint32_t bits = hash_bits(pair + (uint32_t)i, key0, key1);
@@ -37,20 +40,35 @@ static inline __attribute__((always_inline)) void noise_of_query(float *restrict
         /* Not 0 + x where nothing is there yet: a product of -0 keeps its sign. */
         noise[2 * i] = add ? noise[2 * i] + coefficient * (float)even : coefficient * (float)even;
         noise[2 * i + 1] = add ? noise[2 * i + 1] + coefficient * (float)odd : coefficient * (float)odd;
+        if (curved) {
+            change[2 * i] += square * (float)(even * even);
+            change[2 * i + 1] += square * (float)(odd * odd);
+        }
     }
 }
 
-/* noise[j] = sum over queries of coefficient * code of element 2 * pair + j; writes a multiple of two elements. */
-static void noise_sum(float *restrict noise, uint32_t pair, int64_t elements, const int32_t *restrict keys,
-                      const float *restrict coefficients, int64_t queries, int rademacher) {
+/* noise[j] = sum over queries of coefficient * code of element 2 * pair + j; writes a multiple of two elements. With
+ * `squares`, change[j] = shift + sum over queries of square * code^2, too. */
+static void noise_sum(float *restrict noise, float *restrict change, uint32_t pair, int64_t elements,
+                      const int32_t *restrict keys, const float *restrict coefficients, const float *restrict squares,
+                      float shift, int64_t queries, int rademacher) {
     const int64_t pairs = (elements + 1) / 2;
+    if (squares)
+        for (int64_t i = 0; i < 2 * pairs; i++) change[i] = shift;
+#define QUERY(RADEMACHER, ADD, CURVED) \
+    noise_of_query(noise, change, pair, pairs, key, coefficients[q], CURVED ? squares[q] : 0, RADEMACHER, ADD, CURVED)
     for (int64_t q = 0; q < queries; q++) {
-        if (rademacher) {
-            if (q) noise_of_query(noise, pair, pairs, keys + 2 * q, coefficients[q], 1, 1);
-            else noise_of_query(noise, pair, pairs, keys, coefficients[0], 1, 0);
+        const int32_t *restrict key = keys + 2 * q;
+        if (squares) {
+            if (rademacher && q) QUERY(1, 1, 1);
+            else if (rademacher) QUERY(1, 0, 1);
+            else if (q) QUERY(0, 1, 1);
+            else QUERY(0, 0, 1);
         } else {
-            if (q) noise_of_query(noise, pair, pairs, keys + 2 * q, coefficients[q], 0, 1);
-            else noise_of_query(noise, pair, pairs, keys, coefficients[0], 0, 0);
+            if (rademacher && q) QUERY(1, 1, 0);
+            else if (rademacher) QUERY(1, 0, 0);
+            else if (q) QUERY(0, 1, 0);
+            else QUERY(0, 0, 0);
         }
     }
 }
@@ -72,69 +90,62 @@ static inline uint16_t to_bf16(float value) { /* to nearest, ties to even */
     return value == value ? (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16) : 0x7FC0;
 }
 
-/* Runs BODY for the elements of each block, with `j` counting them in the tensor and `noise[j - base]` their noise.
- * The tensor has `segments` segments of `elements`; the first element of segment s has index rows[s] * elements, or
- * `start` where there are no rows. First indices must be even. */
-#define FOR_EACH_BLOCK(BODY)                                                                            \
+/* Runs the last argument for the elements of each block, with `j` counting them in the tensor and `noise[j - base]` their noise; with
+ * SQUARES, `change[j - base]` is how their curvature changes. The tensor has `segments` segments of `elements`; the first
+ * element of segment s has index rows[s] * elements, or `start` where there are no rows. First indices must be even. */
+#define FOR_EACH_BLOCK_WITH(SQUARES, SHIFT, ...)                                                        \
     _Pragma("omp parallel for schedule(static) collapse(2) if (segments * elements > PARALLEL_FROM)")   \
     for (int64_t s = 0; s < segments; s++)                                                              \
         for (int64_t at = 0; at < elements; at += BLOCK) {                                              \
-            float noise[BLOCK];                                                                         \
+            float noise[BLOCK], change[BLOCK];                                                          \
             const int64_t size = elements - at < BLOCK ? elements - at : BLOCK;                         \
             const int64_t base = s * elements + at, first = rows ? rows[s] * elements : start;          \
-            noise_sum(noise, (uint32_t)((first + at) / 2), size, keys, coefficients, queries, rademacher); \
-            for (int64_t j = base; j < base + size; j++) BODY                                           \
+            noise_sum(noise, change, (uint32_t)((first + at) / 2), size, keys, coefficients, SQUARES, SHIFT, queries, \
+                      rademacher);                                                                      \
+            for (int64_t j = base; j < base + size; j++) __VA_ARGS__                                    \
         }
+
+#define FOR_EACH_BLOCK(...) FOR_EACH_BLOCK_WITH(NULL, 0, __VA_ARGS__)
 
 #define NOISE_ARGS                                                                                           \
     int64_t segments, int64_t elements, int64_t start, const int64_t *restrict rows, const int32_t *restrict keys, \
         const float *restrict coefficients, int64_t queries, int rademacher
 
-void perturb_float32(float *restrict out, const float *restrict weight, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ out[j] = weight[j] + noise[j - base]; })
-}
+/* What noise becomes before it is added to a stored `value`: itself; over the root of the curvature; nothing where the
+ * value is large, -0, which changes no number. */
+#define PLAIN(value, noise) (noise)
+#define SCALED(value, noise) ((noise) / sqrtf(curvature[j]))
+#define MASKED(value, noise) (fabsf(value) <= threshold ? (noise) : -0.0f)
+#define SHAPE_ARGS const float *restrict curvature, float threshold
 
-void perturb_float32_to_bfloat16(uint16_t *restrict out, const float *restrict weight, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ out[j] = to_bf16(weight[j] + noise[j - base]); })
-}
+/* Both signs of a single query: its negated noise has the bits of the noise of the negated coefficient. */
+#define PERTURB(NAME, SHAPE, OUT, IN, WIDE, ROUNDED)                                                          \
+    void perturb_##NAME(OUT *restrict out, const IN *restrict weight, SHAPE_ARGS, NOISE_ARGS) {               \
+        FOR_EACH_BLOCK({                                                                                      \
+            const float value = WIDE(weight[j]);                                                              \
+            out[j] = ROUNDED(value + SHAPE(value, noise[j - base]));                                           \
+        })                                                                                                    \
+    }                                                                                                         \
+    void perturb_both_##NAME(OUT *restrict plus, OUT *restrict minus, const IN *restrict weight, SHAPE_ARGS,  \
+                             NOISE_ARGS) {                                                                    \
+        FOR_EACH_BLOCK({                                                                                      \
+            const float value = WIDE(weight[j]);                                                              \
+            plus[j] = ROUNDED(value + SHAPE(value, noise[j - base]));                                         \
+            minus[j] = ROUNDED(value + SHAPE(value, -noise[j - base]));                                       \
+        })                                                                                                    \
+    }
 
-void perturb_bfloat16(uint16_t *restrict out, const uint16_t *restrict weight, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ out[j] = to_bf16(as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
-}
+#define PERTURB_ALL(SUFFIX, SHAPE)                                                        \
+    PERTURB(float32##SUFFIX, SHAPE, float, float, SAME, SAME)                             \
+    PERTURB(float32_to_bfloat16##SUFFIX, SHAPE, uint16_t, float, SAME, to_bf16)           \
+    PERTURB(bfloat16##SUFFIX, SHAPE, uint16_t, uint16_t, from_bf16, to_bf16)
 
-/* Both signs of a single query, whose negated noise has the bits of the noise of the negated coefficient. */
-void perturb_both_float32(float *restrict plus, float *restrict minus, const float *restrict weight, NOISE_ARGS) {
-    FOR_EACH_BLOCK({
-        plus[j] = weight[j] + noise[j - base];
-        minus[j] = weight[j] - noise[j - base];
-    })
-}
+#define SAME(value) (value)
+#define from_bf16(bits) as_float((uint32_t)(bits) << 16)
 
-void perturb_both_float32_to_bfloat16(uint16_t *restrict plus, uint16_t *restrict minus, const float *restrict weight,
-                                      NOISE_ARGS) {
-    FOR_EACH_BLOCK({
-        plus[j] = to_bf16(weight[j] + noise[j - base]);
-        minus[j] = to_bf16(weight[j] - noise[j - base]);
-    })
-}
-
-void perturb_both_bfloat16(uint16_t *restrict plus, uint16_t *restrict minus, const uint16_t *restrict weight,
-                           NOISE_ARGS) {
-    FOR_EACH_BLOCK({
-        const float wide = as_float((uint32_t)weight[j] << 16);
-        plus[j] = to_bf16(wide + noise[j - base]);
-        minus[j] = to_bf16(wide - noise[j - base]);
-    })
-}
-
-/* weight = decay * weight + noise */
-void add_float32(float *restrict weight, float decay, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ weight[j] = decay * weight[j] + noise[j - base]; })
-}
-
-void add_bfloat16(uint16_t *restrict weight, float decay, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ weight[j] = to_bf16(decay * as_float((uint32_t)weight[j] << 16) + noise[j - base]); })
-}
+PERTURB_ALL(, PLAIN)
+PERTURB_ALL(_scaled, SCALED)
+PERTURB_ALL(_masked, MASKED)
 
 /* The fp32 number of a bf16 weight and what is kept of what bf16 rounds away, in units of fp32's last place. */
 static inline float joined(uint16_t weight, int32_t rest) {
@@ -161,13 +172,46 @@ static inline void add_low_byte(uint16_t *restrict weight, int8_t *restrict low,
     *weight = (uint16_t)high;
 }
 
-/* The same in fp32, where `low` holds what bf16 rounds away; or in 24 bits. */
-void add_bfloat16_low_word(uint16_t *restrict weight, int16_t *restrict low, float decay, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ add_low_word(weight + j, low + j, decay, noise[j - base]); })
+/* weight = decay * weight + noise: in the weight's dtype; in fp32, where `low` holds what bf16 rounds away; in 24 bits */
+#define ADD_float32(DECAY, NOISE) (weight[j] = (DECAY) * weight[j] + (NOISE))
+#define ADD_bfloat16(DECAY, NOISE) (weight[j] = to_bf16((DECAY) * from_bf16(weight[j]) + (NOISE)))
+#define ADD_low_word(DECAY, NOISE) add_low_word(weight + j, low + j, DECAY, NOISE)
+#define ADD_low_byte(DECAY, NOISE) add_low_byte(weight + j, low + j, DECAY, NOISE)
+
+/* The curvature first, where it changes. */
+static inline float changed(float curvature, float change, float floor, float ceiling) {
+    const float moved = curvature + curvature * change;
+    return moved < floor ? floor : moved > ceiling ? ceiling : moved;
 }
 
-void add_bfloat16_low_byte(uint16_t *restrict weight, int8_t *restrict low, float decay, NOISE_ARGS) {
-    FOR_EACH_BLOCK({ add_low_byte(weight + j, low + j, decay, noise[j - base]); })
+#define CURVATURE_ARGS float *restrict curvature, float shift, const float *restrict squares, float floor, float ceiling
+
+#define ADD_ALL(NAME, ADD, WIDE, ...)                                                                          \
+    void add_##NAME(__VA_ARGS__, float decay, NOISE_ARGS) {                                                    \
+        FOR_EACH_BLOCK({ ADD(decay, noise[j - base]); })                                                       \
+    }                                                                                                          \
+    void add_##NAME##_masked(__VA_ARGS__, float decay, float threshold, NOISE_ARGS) {                          \
+        FOR_EACH_BLOCK({                                                                                       \
+            const int moves = fabsf(WIDE(weight[j])) <= threshold;                                             \
+            ADD(moves ? decay : 1.0f, moves ? noise[j - base] : -0.0f);                                        \
+        })                                                                                                     \
+    }                                                                                                          \
+    void add_##NAME##_curved(__VA_ARGS__, float decay, CURVATURE_ARGS, NOISE_ARGS) {                           \
+        FOR_EACH_BLOCK_WITH(squares, shift, {                                                                  \
+            curvature[j] = changed(curvature[j], change[j - base], floor, ceiling);                            \
+            ADD(decay, noise[j - base] / sqrtf(curvature[j]));                                                 \
+        })                                                                                                     \
+    }
+
+ADD_ALL(float32, ADD_float32, SAME, float *restrict weight)
+ADD_ALL(bfloat16, ADD_bfloat16, from_bf16, uint16_t *restrict weight)
+ADD_ALL(bfloat16_low_word, ADD_low_word, from_bf16, uint16_t *restrict weight, int16_t *restrict low)
+ADD_ALL(bfloat16_low_byte, ADD_low_byte, from_bf16, uint16_t *restrict weight, int8_t *restrict low)
+
+void curve(CURVATURE_ARGS, NOISE_ARGS) {
+    FOR_EACH_BLOCK_WITH(squares, shift, {
+        curvature[j] = changed(curvature[j], change[j - base], floor, ceiling);
+    })
 }
 
 /* With scale * delta, for numbers at hand, in the place of noise. */

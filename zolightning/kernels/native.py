@@ -20,29 +20,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind
 from zolightning.rank_zero import rank_zero_warn
 
 _SOURCE = Path(__file__).with_name("native.c")
-# Contraction would change bits; the widest vectors halve the time and are known to x86 compilers only.
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC"]
+# Contraction would change bits; the widest vectors halve the time and are known to x86 compilers only; a square root
+# that may set `errno` is no vector instruction.
+_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC"]
 _WIDE = ["-mprefer-vector-width=512"]
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _RESTS = {torch.int16: "low_word", torch.int8: "low_byte"}
 _POINTER = ctypes.c_void_p
-_ARGUMENTS = {
-    "perturb_float32": (_POINTER, _POINTER),
-    "perturb_float32_to_bfloat16": (_POINTER, _POINTER),
-    "perturb_bfloat16": (_POINTER, _POINTER),
-    "perturb_both_float32": (_POINTER, _POINTER, _POINTER),
-    "perturb_both_float32_to_bfloat16": (_POINTER, _POINTER, _POINTER),
-    "perturb_both_bfloat16": (_POINTER, _POINTER, _POINTER),
-    "add_float32": (_POINTER, ctypes.c_float),
-    "add_bfloat16": (_POINTER, ctypes.c_float),
-    "add_bfloat16_low_word": (_POINTER, _POINTER, ctypes.c_float),
-    "add_bfloat16_low_byte": (_POINTER, _POINTER, ctypes.c_float),
+_SHAPE_ARGUMENTS = (_POINTER, ctypes.c_float)  # curvature, threshold
+_CURVATURE_ARGUMENTS = (_POINTER, ctypes.c_float, _POINTER, ctypes.c_float, ctypes.c_float)
+_NUMBERS = ("float32", "float32_to_bfloat16", "bfloat16")
+_STORED = {"float32": 1, "bfloat16": 1, "bfloat16_low_word": 2, "bfloat16_low_byte": 2}  # tensors
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    **{
+        f"{name}_{numbers}{shape}": (*[_POINTER] * tensors, *_SHAPE_ARGUMENTS)
+        for name, tensors in (("perturb", 2), ("perturb_both", 3))
+        for numbers in _NUMBERS
+        for shape in ("", "_scaled", "_masked")
+    },
+    **{
+        f"add_{stored}{shape}": (*[_POINTER] * tensors, ctypes.c_float, *more)
+        for stored, tensors in _STORED.items()
+        for shape, more in (("", ()), ("_masked", (ctypes.c_float,)), ("_curved", _CURVATURE_ARGUMENTS))
+    },
+    "curve": _CURVATURE_ARGUMENTS,
 }
-_DELTA_ARGUMENTS = (_POINTER, ctypes.c_float, ctypes.c_int64)
+_DELTA_ARGUMENTS = (ctypes.c_float, _POINTER, ctypes.c_float, ctypes.c_int64)
 _NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctypes.c_int)
 
 
@@ -54,9 +62,20 @@ def available(*tensors: Tensor, start: int = 0) -> bool:
     return start % 2 == 0 and _library() is not None
 
 
-def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
-    function = getattr(_library(), f"perturb_{_dtypes(weight, out)}")
-    function(out.data_ptr(), weight.data_ptr(), *_noise(1, weight.numel(), start, None, keys, coefficients, kind))
+def perturb(
+    out: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
+    name, shape = _shape(curvature, threshold)
+    function = getattr(_library(), f"perturb_{_dtypes(weight, out)}{name}")
+    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
+    function(out.data_ptr(), weight.data_ptr(), *shape, *noise)
 
 
 def perturb_both(
@@ -67,21 +86,35 @@ def perturb_both(
     coefficients: Tensor,
     kind: NoiseKind,
     start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
 ) -> None:
     if len(keys) > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
-        perturb(plus, weight, keys, coefficients, kind, start)
-        perturb(minus, weight, keys, -coefficients, kind, start)
+        perturb(plus, weight, keys, coefficients, kind, start, curvature, threshold)
+        perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
         return
-    function = getattr(_library(), f"perturb_both_{_dtypes(weight, plus)}")
+    name, shape = _shape(curvature, threshold)
+    function = getattr(_library(), f"perturb_both_{_dtypes(weight, plus)}{name}")
     noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
-    function(plus.data_ptr(), minus.data_ptr(), weight.data_ptr(), *noise)
+    function(plus.data_ptr(), minus.data_ptr(), weight.data_ptr(), *shape, *noise)
 
 
-def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
-    function = getattr(_library(), f"perturb_{_DTYPES[out.dtype]}")
+def perturb_rows(
+    out: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
+    name, shape = _shape(curvature, threshold)
+    function = getattr(_library(), f"perturb_{_DTYPES[out.dtype]}{name}")
     gathered = F.embedding(rows, table)
     rows = rows.to(torch.int64).contiguous()
-    function(out.data_ptr(), gathered.data_ptr(), *_noise(len(rows), out.shape[1], 0, rows, keys, coefficients, kind))
+    noise = _noise(len(rows), out.shape[1], 0, rows, keys, coefficients, kind)
+    function(out.data_ptr(), gathered.data_ptr(), *shape, *noise)
 
 
 def add(
@@ -92,9 +125,34 @@ def add(
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
+    threshold: float | None = None,
 ) -> None:
     noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
-    getattr(_library(), f"add_{_stored(weight, rest)}")(*_pointers(weight, rest), decay, *noise)
+    name, more = ("", ()) if threshold is None else ("_masked", (threshold,))
+    getattr(_library(), f"add_{_stored(weight, rest)}{name}")(*_pointers(weight, rest), decay, *more, *noise)
+
+
+def add_curved(
+    weight: Tensor,
+    curvature: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    change: Change,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
+    function = getattr(_library(), f"add_{_stored(weight, rest)}_curved")
+    function(*_pointers(weight, rest), decay, *_curvature(curvature, change), *noise)
+
+
+def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+    noise = _noise(1, curvature.numel(), start, None, keys, change.squares, kind)
+    library = _library()
+    assert library is not None
+    library.curve(*_curvature(curvature, change), *noise)
 
 
 def add_delta(
@@ -111,6 +169,17 @@ def _stored(weight: Tensor, rest: Tensor | None) -> str:
 
 def _pointers(weight: Tensor, rest: Tensor | None) -> tuple[int, ...]:
     return (weight.data_ptr(),) if rest is None else (weight.data_ptr(), rest.data_ptr())
+
+
+def _shape(curvature: Tensor | None, threshold: float | None) -> tuple[str, tuple[int | None, float]]:
+    """The end of a function's name, and the arguments that say what noise becomes before it is added."""
+    if curvature is not None:
+        return "_scaled", (curvature.data_ptr(), 0.0)
+    return ("", (None, 0.0)) if threshold is None else ("_masked", (None, threshold))
+
+
+def _curvature(curvature: Tensor, change: Change) -> tuple[int | float, ...]:
+    return curvature.data_ptr(), change.shift, change.squares.data_ptr(), change.floor, change.ceiling
 
 
 def _dtypes(weight: Tensor, out: Tensor) -> str:
@@ -148,8 +217,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = [*arguments, *_NOISE_ARGUMENTS]
-        if name.startswith("add_"):
-            getattr(library, name.replace("add_", "add_delta_")).argtypes = [*arguments, *_DELTA_ARGUMENTS]
+    for stored, tensors in _STORED.items():
+        getattr(library, f"add_delta_{stored}").argtypes = [*[_POINTER] * tensors, *_DELTA_ARGUMENTS]
     return library
 
 

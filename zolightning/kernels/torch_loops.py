@@ -5,15 +5,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zolightning.kernels import bfloat16
-from zolightning.kernels.compiled import chunk_size, chunks, kernel
-from zolightning.kernels.noise import NoiseKind, counter, noise_sum, start_of
+from zolightning.kernels.compiled import Kernel, chunk_size, chunks, kernel
+from zolightning.kernels.curvature import Change
+from zolightning.kernels.noise import NoiseKind, codes, counter, noise_sum, start_of
 
 
-def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
-    out, weight = out.view(-1), weight.view(-1)
-    run, size = kernel(_perturb, weight)
+def perturb(
+    out: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
+    out, weight, curvature = out.view(-1), weight.view(-1), _flat(curvature)
+    run, size = _loop(_perturb, weight, curvature)
     for part in chunks(weight.numel(), size):
-        run(out[part], weight[part], keys, coefficients, start_of(start + part.start, weight.device), kind)
+        first = start_of(start + part.start, weight.device)
+        own = None if curvature is None else curvature[part]
+        run(out[part], weight[part], keys, coefficients, first, kind, own, threshold)
 
 
 def perturb_both(
@@ -24,18 +36,31 @@ def perturb_both(
     coefficients: Tensor,
     kind: NoiseKind,
     start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
 ) -> None:
-    plus, minus, weight = plus.view(-1), minus.view(-1), weight.view(-1)
-    run, size = kernel(_perturb_both, weight)
+    plus, minus, weight, curvature = plus.view(-1), minus.view(-1), weight.view(-1), _flat(curvature)
+    run, size = _loop(_perturb_both, weight, curvature)
     for part in chunks(weight.numel(), size):
         first = start_of(start + part.start, weight.device)
-        run(plus[part], minus[part], weight[part], keys, coefficients, first, kind)
+        own = None if curvature is None else curvature[part]
+        run(plus[part], minus[part], weight[part], keys, coefficients, first, kind, own, threshold)
 
 
-def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
-    run, size = kernel(_perturb_rows, out)
+def perturb_rows(
+    out: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
+    run, size = _loop(_perturb_rows, out, curvature)
     for part in chunks(rows.numel(), max(1, size // table.shape[1])):
-        run(out[part], table, rows[part], keys, coefficients, kind)
+        own = None if curvature is None else curvature[part]
+        run(out[part], table, rows[part], keys, coefficients, kind, own, threshold)
 
 
 def add(
@@ -46,13 +71,42 @@ def add(
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
+    threshold: float | None = None,
 ) -> None:
     dtype = torch.promote_types(weight.dtype, coefficients.dtype)
     factor = torch.full((), decay, dtype=dtype, device=weight.device)
     run, size = kernel(_add if rest is None else _add_split, weight)
     for part in chunks(weight.numel(), size):
         weights = (weight[part],) if rest is None else (weight[part], rest[part])
-        run(*weights, keys, coefficients, start_of(start + part.start, weight.device), factor, kind)
+        run(*weights, keys, coefficients, start_of(start + part.start, weight.device), factor, kind, threshold)
+
+
+def add_curved(
+    weight: Tensor,
+    curvature: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    change: Change,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    curve(curvature, keys, kind, change, start)
+    for part in chunks(weight.numel(), chunk_size(weight)):
+        index = counter(weight[part], start_of(start + part.start, weight.device))
+        noise = _over_root(noise_sum(index, keys, coefficients, kind), curvature[part])
+        add_delta(weight[part], noise, decay, None if rest is None else rest[part])
+
+
+def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+    for part in chunks(curvature.numel(), chunk_size(curvature)):
+        index = counter(curvature[part], start_of(start + part.start, curvature.device))
+        moved = torch.full_like(curvature[part], change.shift)
+        for query in range(keys.shape[0]):
+            moved += change.squares[query] * codes(index, keys[query], kind).square().to(curvature.dtype)
+        moved *= curvature[part]
+        torch.clamp(moved.add_(curvature[part]), change.floor, change.ceiling, out=curvature[part])
 
 
 def add_delta(
@@ -82,9 +136,62 @@ def take_over(weight: Tensor, master: Tensor) -> None:
         master[part] = torch.where(is_written, weight[part].float(), master[part])
 
 
-def _perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, kind: NoiseKind) -> None:
+def add_to_master(
+    weight: Tensor,
+    master: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    decay: float,
+    start: int,
+    threshold: float,
+) -> None:
+    """:func:`add` to an fp32 master, (n,), where its fp16 weight, (n,), which is then its rounded value, is small."""
+    factor = torch.full((), decay, device=weight.device)
+    for part in chunks(weight.numel(), chunk_size(weight)):
+        noise = noise_sum(counter(weight[part], start_of(start + part.start, weight.device)), keys, coefficients, kind)
+        noise, factors = _masked(noise, factor, weight[part], threshold)
+        master[part].mul_(factors).add_(noise)
+        weight[part].copy_(master[part])
+
+
+def _flat(curvature: Tensor | None) -> Tensor | None:
+    return None if curvature is None else curvature.view(-1)
+
+
+def _loop(function: Kernel, like: Tensor, curvature: Tensor | None) -> tuple[Kernel, int]:
+    """As ``compiled.kernel``; with a curvature never compiled: on GPUs, compilers approximate quotients and roots."""
+    return kernel(function, like) if curvature is None else (function, chunk_size(like))
+
+
+def _shaped(noise: Tensor, weight: Tensor, curvature: Tensor | None, threshold: float | None) -> Tensor:
+    """What is added to a stored weight: noise, over the root of a curvature or only where the weight is small."""
+    if curvature is not None:
+        return _over_root(noise, curvature)
+    if threshold is not None:
+        return torch.where(weight.to(noise.dtype).abs() <= threshold, noise, -0.0)  # which changes no number
+    return noise
+
+
+def _over_root(noise: Tensor, curvature: Tensor) -> Tensor:
+    """With a root that is rounded correctly: MKL's, which torch takes on CPUs, is not, but for rounded wider ones."""
+    if curvature.device.type == "cpu":
+        return noise / curvature.double().sqrt().to(curvature.dtype)
+    return noise / curvature.sqrt()
+
+
+def _perturb(
+    out: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    start: Tensor,
+    kind: NoiseKind,
+    curvature: Tensor | None,
+    threshold: float | None,
+) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    out.copy_((weight.to(noise.dtype) + noise).to(out.dtype))
+    out.copy_((weight.to(noise.dtype) + _shaped(noise, weight, curvature, threshold)).to(out.dtype))
 
 
 def _perturb_both(
@@ -95,32 +202,67 @@ def _perturb_both(
     coefficients: Tensor,
     start: Tensor,
     kind: NoiseKind,
+    curvature: Tensor | None,
+    threshold: float | None,
 ) -> None:
     index = counter(weight, start)
     noise = noise_sum(index, keys, coefficients, kind)
     # A sum that cancels is +0 with negated terms, too: not the negated sum, which shows where the weight is -0.
     negated = -noise if keys.shape[0] == 1 else noise_sum(index, keys, -coefficients, kind)
     wide = weight.to(noise.dtype)
-    plus.copy_((wide + noise).to(plus.dtype))
-    minus.copy_((wide + negated).to(minus.dtype))
+    plus.copy_((wide + _shaped(noise, weight, curvature, threshold)).to(plus.dtype))
+    minus.copy_((wide + _shaped(negated, weight, curvature, threshold)).to(minus.dtype))
 
 
 def _perturb_rows(
-    out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind
+    out: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    curvature: Tensor | None,
+    threshold: float | None,
 ) -> None:
     columns = table.shape[1]
     index = rows.to(torch.int32)[:, None] * columns + torch.arange(columns, dtype=torch.int32, device=rows.device)
     noise = noise_sum(index, keys, coefficients, kind)
-    out.copy_((F.embedding(rows, table).to(noise.dtype) + noise).to(out.dtype))
+    weight = F.embedding(rows, table)
+    out.copy_((weight.to(noise.dtype) + _shaped(noise, weight, curvature, threshold)).to(out.dtype))
 
 
-def _add(weight: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind) -> None:
+def _add(
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    start: Tensor,
+    decay: Tensor,
+    kind: NoiseKind,
+    threshold: float | None,
+) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    weight.copy_((decay * weight.to(decay.dtype) + noise).to(weight.dtype))
+    noise, factor = _masked(noise, decay, weight, threshold)
+    weight.copy_((factor * weight.to(decay.dtype) + noise).to(weight.dtype))
 
 
 def _add_split(
-    weight: Tensor, low: Tensor, keys: Tensor, coefficients: Tensor, start: Tensor, decay: Tensor, kind: NoiseKind
+    weight: Tensor,
+    low: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    start: Tensor,
+    decay: Tensor,
+    kind: NoiseKind,
+    threshold: float | None,
 ) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    bfloat16.write_split(weight, low, decay * bfloat16.read_split(weight, low) + noise)
+    noise, factor = _masked(noise, decay, weight, threshold)
+    bfloat16.write_split(weight, low, factor * bfloat16.read_split(weight, low) + noise)
+
+
+def _masked(noise: Tensor, decay: Tensor, weight: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    """What is added to a stored weight, and what it is multiplied by before; weights above the threshold stay."""
+    if threshold is None:
+        return noise, decay
+    moves = weight.to(noise.dtype).abs() <= threshold
+    return torch.where(moves, noise, -0.0), torch.where(moves, decay, 1.0)

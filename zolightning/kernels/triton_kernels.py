@@ -50,9 +50,18 @@ def _noise(
     QUERIES: tl.constexpr,
     RADEMACHER: tl.constexpr,
     POPC: tl.constexpr,
+    squares=None,
+    shift=None,
 ):
-    """The noise of the elements of consecutive pairs: see ``noise.noise_sum``."""
+    """The noise of the elements of consecutive pairs, see ``noise.noise_sum``, and ``shift + sum(square * code**2)``.
+
+    Without `squares`, the noise again in the place of the latter.
+    """
     even, odd = _codes(pair, keys, RADEMACHER, POPC)
+    even_change, odd_change = even, odd
+    if squares is not None:
+        square = tl.load(squares)
+        even_change, odd_change = shift + square * (even * even), shift + square * (odd * odd)
     coefficient = tl.load(coefficients)
     even, odd = coefficient * even, coefficient * odd
     if QUERIES > 0:
@@ -60,14 +69,35 @@ def _noise(
             coefficient = tl.load(coefficients + query)
             next_even, next_odd = _codes(pair, keys + 2 * query, RADEMACHER, POPC)
             even, odd = even + coefficient * next_even, odd + coefficient * next_odd
+            if squares is not None:
+                square = tl.load(squares + query)
+                even_change += square * (next_even * next_even)
+                odd_change += square * (next_odd * next_odd)
     else:
         query = 1
         while query < queries:  # a range would need a number, which the interpreter of Triton 3.6 has not
             coefficient = tl.load(coefficients + query)
             next_even, next_odd = _codes(pair, keys + 2 * query, RADEMACHER, POPC)
             even, odd = even + coefficient * next_even, odd + coefficient * next_odd
+            if squares is not None:
+                square = tl.load(squares + query)
+                even_change += square * (next_even * next_even)
+                odd_change += square * (next_odd * next_odd)
             query += 1
-    return tl.interleave(even, odd)
+    noise = tl.interleave(even, odd)
+    if squares is None:
+        return noise, noise
+    return noise, tl.interleave(even_change, odd_change)
+
+
+@triton.jit
+def _shaped(noise, value, curvature, threshold, at, inside):
+    """What is added to a stored value: noise, over the root of a curvature or only where the value is small."""
+    if curvature is not None:
+        return tl.div_rn(noise, tl.sqrt_rn(tl.load(curvature + at, mask=inside, other=1.0)))
+    if threshold is not None:
+        return tl.where(tl.abs(value) <= threshold, noise, -0.0)  # which changes no number
+    return noise
 
 
 @triton.jit
@@ -100,6 +130,8 @@ def perturb(
     plus,
     minus,
     weight,
+    curvature,
+    threshold,
     keys,
     coefficients,
     queries,
@@ -114,11 +146,13 @@ def perturb(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
-    noise = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    noise, _ = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     value = _wide(tl.load(weight + at, mask=inside), INTERPRETED)
-    tl.store(plus + at, _rounded(value + noise, plus.dtype.element_ty, INTERPRETED), mask=inside)
+    shaped = _shaped(noise, value, curvature, threshold, at, inside)
+    tl.store(plus + at, _rounded(value + shaped, plus.dtype.element_ty, INTERPRETED), mask=inside)
     if minus is not None:
-        tl.store(minus + at, _rounded(value - noise, minus.dtype.element_ty, INTERPRETED), mask=inside)
+        shaped = _shaped(-noise, value, curvature, threshold, at, inside)
+        tl.store(minus + at, _rounded(value + shaped, minus.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 @triton.jit(do_not_specialize=["queries", "count"], do_not_specialize_on_alignment=["rows", "keys", "coefficients"])
@@ -126,6 +160,8 @@ def perturb_rows(
     out,
     table,
     rows,
+    curvature,
+    threshold,
     keys,
     coefficients,
     queries,
@@ -143,18 +179,26 @@ def perturb_rows(
     column = first + tl.arange(0, BLOCK)
     inside = column < columns
     index = row * columns
-    noise = _noise(_pairs(index + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    noise, _ = _noise(_pairs(index + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     # A row that does not exist is not read: it becomes NaN, and so does the loss.
     rows_of = tl.broadcast_to(row, (BLOCK,))
     exists = inside & (rows_of >= 0) & (rows_of < count)
     value = _wide(tl.load(table + index + column, mask=exists, other=float("nan")), INTERPRETED)
-    tl.store(out + place * columns + column, _rounded(value + noise, out.dtype.element_ty, INTERPRETED), mask=inside)
+    at = place * columns + column
+    shaped = _shaped(noise, value, curvature, threshold, at, inside)
+    tl.store(out + at, _rounded(value + shaped, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 @triton.jit
-def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``weight = decay * weight + delta`` for elements `at`: rounded, exact with a rest, or of an fp32 master."""
+def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr, threshold=None):
+    """``weight = decay * weight + delta`` for elements `at`: rounded, exact with a rest, or of an fp32 master.
+
+    Where the stored weight is above the threshold, if there is one, it stays.
+    """
     stored = tl.load(weight + at, mask=inside)
+    if threshold is not None:
+        moves = tl.abs(_wide(stored, INTERPRETED)) <= threshold
+        delta, decay = tl.where(moves, delta, -0.0), tl.where(moves, decay, 1.0)
     if rest is None:
         value = _wide(stored, INTERPRETED)
     elif rest.dtype.element_ty == tl.float32:
@@ -190,6 +234,7 @@ def add(
     weight,
     rest,
     decay,
+    threshold,
     keys,
     coefficients,
     queries,
@@ -204,8 +249,46 @@ def add(
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
-    noise = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
-    _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED)
+    noise, _ = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED, threshold)
+
+
+@triton.jit(
+    do_not_specialize=["shift", "floor", "ceiling", "queries", "start"],
+    do_not_specialize_on_alignment=["keys", "coefficients", "squares"],
+)
+def add_curved(
+    weight,
+    rest,
+    decay,
+    curvature,
+    shift,
+    squares,
+    floor,
+    ceiling,
+    keys,
+    coefficients,
+    queries,
+    start,
+    numel,
+    DECAYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    RADEMACHER: tl.constexpr,
+    POPC: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Without a weight the curvature alone changes."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    inside = at < numel
+    pairs = _pairs(start + first, BLOCK)
+    noise, change = _noise(pairs, keys, coefficients, queries, QUERIES, RADEMACHER, POPC, squares, shift)
+    curved = tl.load(curvature + at, mask=inside, other=1.0)
+    curved = tl.minimum(tl.maximum(curved + curved * change, floor), ceiling)
+    tl.store(curvature + at, curved, mask=inside)
+    if weight is not None:
+        _update(weight, rest, decay, tl.div_rn(noise, tl.sqrt_rn(curved)), at, inside, DECAYS, INTERPRETED)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from zolightning.kernels import triton_kernels
+from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind
 
 _BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
@@ -31,8 +32,18 @@ def available(*tensors: Tensor, start: int = 0) -> bool:
     return all(tensor.dtype in _DTYPES for tensor in tensors) and start % 2 == 0
 
 
-def perturb(out: Tensor, weight: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind, start: int = 0) -> None:
-    _run(triton_kernels.perturb, weight, (out, None, weight), keys, coefficients, kind, start)
+def perturb(
+    out: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
+    arguments = (out, None, weight, curvature, threshold)
+    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start)
 
 
 def perturb_both(
@@ -43,22 +54,34 @@ def perturb_both(
     coefficients: Tensor,
     kind: NoiseKind,
     start: int = 0,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
 ) -> None:
     if keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
-        perturb(plus, weight, keys, coefficients, kind, start)
-        perturb(minus, weight, keys, -coefficients, kind, start)
+        perturb(plus, weight, keys, coefficients, kind, start, curvature, threshold)
+        perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
         return
-    _run(triton_kernels.perturb, weight, (plus, minus, weight), keys, coefficients, kind, start)
+    arguments = (plus, minus, weight, curvature, threshold)
+    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start)
 
 
-def perturb_rows(out: Tensor, table: Tensor, rows: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> None:
+def perturb_rows(
+    out: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    curvature: Tensor | None = None,
+    threshold: float | None = None,
+) -> None:
     if not out.numel():
         return
     count, columns = table.shape
     block = min(_BLOCK, max(2, triton.next_power_of_2(columns)))
     grid = (len(rows), triton.cdiv(columns, block))
     queries = keys.shape[0]
-    arguments = (out, table, rows.contiguous(), keys, coefficients, queries, count, columns)
+    arguments = (out, table, rows.contiguous(), curvature, threshold, keys, coefficients, queries, count, columns)
     _launch(triton_kernels.perturb_rows, grid, out, *arguments, **_constants(queries, kind), BLOCK=block)
 
 
@@ -70,8 +93,30 @@ def add(
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
+    threshold: float | None = None,
 ) -> None:
-    _run(triton_kernels.add, weight, (weight, rest, decay), keys, coefficients, kind, start, DECAYS=decay != 1.0)
+    arguments = (weight, rest, decay, threshold)
+    _run(triton_kernels.add, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0)
+
+
+def add_curved(
+    weight: Tensor,
+    curvature: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    change: Change,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    arguments = (weight, rest, decay, curvature, *change)
+    _run(triton_kernels.add_curved, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0)
+
+
+def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+    arguments = (None, None, 1.0, curvature, *change)
+    _run(triton_kernels.add_curved, curvature, arguments, keys, change.squares, kind, start, DECAYS=False)
 
 
 def add_delta(

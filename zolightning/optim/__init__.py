@@ -1,6 +1,7 @@
 """Zeroth-order methods, each a ``torch.optim.Optimizer`` in a file of its own."""
 
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.hizoo import HiZOO
 from zolightning.optim.lozo import LOZO
 from zolightning.optim.mezo import MeZO
 from zolightning.optim.mezo_adam import MeZOAdam
@@ -14,6 +15,7 @@ from zolightning.optim.zo_muon import ZOMuon
 __all__ = [
     "LOZO",
     "ZOMOPI",
+    "HiZOO",
     "MeZO",
     "MeZOAdam",
     "NonFiniteLossError",

@@ -8,11 +8,13 @@ estimator      forwards     g_i                                                 
 =============  ===========  ====================================================  ==============================
 ``TwoSided``   2 N          (F(W + eps z_i) - F(W - eps z_i)) / (2 eps)           none
 ``OneSided``   N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
+``ThreePoint`` 2 N + 1      that of ``TwoSided``, and second differences              none
 ``Population`` N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
 =============  ===========  ====================================================  ==============================
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -51,6 +53,20 @@ class TwoSided(Estimator):
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
         plus, minus = losses.view(-1, 2).unbind(1)
         return (plus - minus) / (2 * eps)
+
+
+class ThreePoint(TwoSided):
+    """Central differences and the loss between them, the same for all queries: what curvature shows in (HiZOO)."""
+
+    def probes(self, num_queries: int) -> list[Probe]:
+        return [Probe(0, 0), *super().probes(num_queries)]
+
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        return super().projected_grads(losses[1:], eps)
+
+    def second_differences(self, losses: Sequence[float]) -> list[float]:
+        """``F(W + eps z_i) + F(W - eps z_i) - 2 F(W)`` of each query: for a quadratic ``eps**2 z_i' H z_i``."""
+        return [plus + minus - 2 * losses[0] for plus, minus in zip(losses[1::2], losses[2::2], strict=True)]
 
 
 class OneSided(Estimator):

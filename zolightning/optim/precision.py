@@ -14,14 +14,11 @@ A ZO update is often far below the spacing of half-precision numbers: rounded to
 For fp32 and fp64 weights the three are the same. What 500 random updates of RMS `s` move a bf16 weight of standard
 deviation 0.02, as a share of what they were meant to move it (and the cosine between the two):
 
-========  ============  ============  ============
-s         1e-5          1e-6          1e-7
-========  ============  ============  ============
-exact     1.00 (1.00)   1.00 (1.00)   1.00 (1.00)
+========  ============  ============  =====s         1e-5          1e-6          1e-7
+========  ============  ============  =====exact     1.00 (1.00)   1.00 (1.00)   1.00 (1.00)
 low_byte  1.00 (1.00)   0.99 (0.99)   0.62 (0.69)
 native    0.23 (0.44)   0.04 (0.16)   0.00 (0.05)
-========  ============  ============  ============
-
+========  ============  ============  =====
 Whoever writes to a weight between updates (a clamp, an average) is heard. The next update starts from the written
 value: in fp16 from exactly that, where it is not the rounded master; in bf16 from that plus the low word or byte,
 which cannot know of the write and is at most half a unit in the last place of the written value.
@@ -39,6 +36,7 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.slices import Slice
 from zolightning.kernels.compiled import chunk_size, chunks
+from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import Key, counter, hash_bits, start_of
 
 UpdatePrecision = Literal["exact", "low_byte", "native"]
@@ -84,6 +82,31 @@ def add_direction(
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     kernels.add(flat, direction.keys, direction.coefficients, direction.kind, decay, rest)
+
+
+def add_curved(
+    weight: Tensor,
+    state: State,
+    curvature: Tensor,
+    direction: Direction,
+    change: Change,
+    precision: UpdatePrecision,
+    decay: float = 1.0,
+    start: int = 0,
+) -> None:
+    """Changes a curvature, and then ``weight = decay * weight + direction / sqrt(curvature)`` from `start` on.
+
+    Args:
+        weight: as for :func:`add_direction`; `state`, `direction`, `precision` and `decay`, too.
+        curvature: (k,), of these elements, float32, or float64 for double-precision weights.
+        change: what becomes of it.
+        start: index of the first of them.
+    """
+    flat = weight.view(-1)
+    rest = _rest(flat, state, precision)
+    part = slice(start, start + curvature.numel())
+    noise = direction.keys, direction.coefficients, direction.kind
+    kernels.add_curved(flat[part], curvature, *noise, change, decay, None if rest is None else rest[part], start)
 
 
 def add_tensor(

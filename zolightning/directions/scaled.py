@@ -1,0 +1,105 @@
+"""Directions over the root of a diagonal curvature, so that flat coordinates are perturbed more (HiZOO)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zolightning import kernels
+from zolightning.directions.dense import Direction
+from zolightning.directions.perturbation import InPlace
+from zolightning.kernels.compiled import CHUNK, chunk_size
+
+Part = tuple[slice, Tensor]  # some elements of a flat tensor, and their curvature
+
+
+class FullCurvature:
+    """A curvature with a number for every element.
+
+    Args:
+        values: (n,), positive, float32, or float64 for double-precision parameters.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = InPlace(values)
+
+    @property
+    def tensor(self) -> Tensor:
+        """What it lies in, for telling curvatures apart."""
+        return self.values.tensor
+
+    def parts(self, start: int, numel: int) -> Iterator[Part]:
+        """That of `numel` elements from `start` on, in slices that count from there."""
+        yield slice(0, numel), self.values.tensor[start : start + numel]
+
+    def at_rows(self, rows: Tensor, columns: int) -> Tensor:
+        """That of some rows of a matrix, (k, columns), given their indices, (k,)."""
+        return F.embedding(rows, self.values.tensor.view(-1, columns))
+
+
+class FactoredCurvature:
+    """A curvature of a matrix that is the outer product of two vectors, within bounds.
+
+    Args:
+        rows: (m,), float32, or float64 for double-precision parameters.
+        columns: (n,), likewise.
+        floor: below which no element is.
+        ceiling: above which none is.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, floor: float, ceiling: float) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.floor = floor
+        self.ceiling = ceiling
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.rows
+
+    def parts(self, start: int, numel: int) -> Iterator[Part]:
+        """As of a full one, a few whole rows at a time, which are then forgotten.
+
+        An even number of rows: noise comes in pairs of elements.
+        """
+        columns = len(self.columns)
+        size = max(max(CHUNK, chunk_size(self.rows)) // columns // 2 * 2, 2)
+        first, count = start // columns, numel // columns
+        for row in range(0, count, size):
+            own = self._outer(self.rows[first + row : first + min(row + size, count)]).view(-1)
+            yield slice(row * columns, row * columns + own.numel()), own
+
+    def at_rows(self, rows: Tensor, columns: int) -> Tensor:
+        return self._outer(self.rows[rows])
+
+    def _outer(self, rows: Tensor) -> Tensor:
+        return torch.outer(rows, self.columns).clamp_(self.floor, self.ceiling)
+
+
+class ScaledDirection(Direction):
+    """``direction / sqrt(curvature)``, computed where it is added."""
+
+    def __init__(self, direction: Direction, curvature: FullCurvature | FactoredCurvature) -> None:
+        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        self.curvature = curvature
+
+    def is_opposite(self, other: object) -> bool:
+        same = isinstance(other, ScaledDirection) and self.curvature.tensor is other.curvature.tensor
+        return same and super().is_opposite(other)
+
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        weight, out = weight.view(-1), out.view(-1)
+        for part, own in self.curvature.parts(start, weight.numel()):
+            first = start + part.start
+            kernels.perturb(out[part], weight[part], self.keys, self.coefficients, self.kind, first, own)
+
+    def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
+        weight, plus, minus = weight.view(-1), plus.view(-1), minus.view(-1)
+        noise = self.keys, self.coefficients, self.kind
+        for part, own in self.curvature.parts(start, weight.numel()):
+            kernels.perturb_both(plus[part], minus[part], weight[part], *noise, start + part.start, own)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        own = self.curvature.at_rows(rows, table.shape[1])
+        kernels.perturb_rows(out, table, rows, self.keys, self.coefficients, self.kind, own)

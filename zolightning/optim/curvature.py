@@ -1,0 +1,165 @@
+"""A diagonal curvature for each parameter, kept in its state, and what it makes of directions and updates.
+
+Where H is the curvature and u a direction of unit variance, the loss is probed along ``u / sqrt(H)``. A second
+difference D of losses at distance eps says how H changes, with smoothing a (Zhao et al., "Second-Order Fine-Tuning
+without Pain for LLMs: a Hessian Informed Zeroth-Order Optimizer", arXiv 2402.15173, algorithm 1):
+
+=============  ==============================================
+estimate       H becomes
+=============  ==============================================
+``code``       ``(1 - a) H + a |D| / (2 eps**2) H u**2``
+``centered``   ``(1 - a) H + a D / (2 eps**2) H (u**2 - 1)``
+=============  ==============================================
+
+For a quadratic of Hessian Q, ``D / eps**2`` is ``u' H^-1/2 Q H^-1/2 u``, and the second form estimates its diagonal:
+the mean of what a multiplies is ``Q_ii``. The first one, that of the released code and of algorithm 1, leaves out the
+``- 1`` and takes the absolute value: its mean is ``Q_ii + H_ii trace(H^-1 Q) / 2``, in which the trace outweighs
+``Q_ii`` by far where there are many parameters. H is then one number for all, times noise.
+
+Several queries are averaged. H begins as 1 and stays within bounds. Three structures:
+
+* ``full``: a number for every element, float32: 4 bytes a weight, 8 in double precision. ``curvature`` in the state.
+* ``row_column``: of a matrix (m, n) a number for every row and every column, ``curvature_rows`` and
+  ``curvature_columns``, whose products are H; its means over columns and rows are kept, as in Adafactor (Shazeer and
+  Stern, arXiv 1804.04235). It is what we take HiZOO-L to be, of which no description in detail is public. Other
+  parameters have a full one.
+* ``scalar``: one number for each parameter, to which ``u**2`` contributes its mean, 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zolightning import kernels
+from zolightning.directions.dense import Direction, arithmetic, table
+from zolightning.directions.scaled import FactoredCurvature, FullCurvature, ScaledDirection
+from zolightning.kernels.curvature import Change
+from zolightning.kernels.noise import CODE_SCALE, NoiseKind
+from zolightning.optim.precision import State, UpdatePrecision, add_curved, add_direction
+
+Structure = Literal["full", "row_column", "scalar"]
+STRUCTURES: tuple[str, ...] = ("full", "row_column", "scalar")
+CurvatureEstimate = Literal["code", "centered"]
+CURVATURE_ESTIMATES: tuple[str, ...] = ("code", "centered")
+_LARGEST = 1e30  # of a relative change of curvature: far beyond the bounds of any, and no overflow
+# Of u**4, which a centered estimate is made unbiased with: 3 for a normal distribution.
+_FOURTH_MOMENT: dict[NoiseKind, float] = {"gaussian": 2.875, "rademacher": 1.0}
+
+
+class RelativeChange(NamedTuple):
+    """How a step changes curvatures: ``H += H * (shift + sum over queries of ratio * u**2)``, within bounds.
+
+    Attributes:
+        shift: of all elements.
+        ratios: one a query.
+        bounds: the least and the largest curvature.
+    """
+
+    shift: float
+    ratios: tuple[float, ...]
+    bounds: tuple[float, float]
+
+    def of_codes(self, kind: NoiseKind, like: Tensor) -> Change:
+        """The same in terms of the noise's codes, for the loops over a weight like `like`."""
+        squares = tuple(ratio * CODE_SCALE[kind] ** 2 for ratio in self.ratios)
+        return Change(self.shift, table(squares, arithmetic(like.dtype), like.device), *self.bounds)
+
+
+def relative_change(
+    estimate: CurvatureEstimate,
+    smoothing: float,
+    second_differences: Sequence[float],
+    eps: float,
+    kind: NoiseKind,
+    bounds: tuple[float, float],
+) -> RelativeChange:
+    """What the second differences of a step's queries say, see the module's docstring.
+
+    All of it is computed in double precision: the released code multiplies by `smoothing` first, in the weights' dtype,
+    and in float16 nothing is left of it then.
+    """
+    ratios = [smoothing * (difference / (2 * eps**2)) / len(second_differences) for difference in second_differences]
+    if estimate == "code":
+        ratios = [abs(ratio) for ratio in ratios]
+        shift = -smoothing
+    else:
+        ratios = [ratio * 2 / (_FOURTH_MOMENT[kind] - 1) for ratio in ratios]
+        shift = -smoothing - sum(ratios)
+    return RelativeChange(_limited(shift), tuple(map(_limited, ratios)), bounds)
+
+
+def scaled(direction: Direction, state: State, bounds: tuple[float, float]) -> Direction:
+    """``direction / sqrt(H)``; the direction itself where the state has no curvature yet."""
+    if "curvature_rows" in state:
+        factored = FactoredCurvature(state["curvature_rows"], state["curvature_columns"], *bounds)
+        return ScaledDirection(direction, factored)
+    curvature = state.get("curvature", 1.0)
+    if isinstance(curvature, Tensor):
+        return ScaledDirection(direction, FullCurvature(curvature))
+    return direction if curvature == 1.0 else direction.times(1 / math.sqrt(curvature))
+
+
+def update_(
+    weight: Tensor,
+    state: State,
+    direction: Direction,
+    change: RelativeChange,
+    structure: Structure,
+    precision: UpdatePrecision,
+    decay: float = 1.0,
+) -> None:
+    """Changes the curvature in `state`, made there if needed, and then adds ``direction / sqrt(H)`` to a weight.
+
+    Args:
+        weight: contiguous, of any shape.
+        state: the parameter's entry in the optimizer's state.
+        direction: what is to be added, times H's root.
+        change: of the curvature.
+        structure: of the curvature.
+        precision: how the sum is rounded.
+        decay: multiplies the weight first.
+    """
+    if structure == "scalar":
+        floor, ceiling = change.bounds
+        curvature = state.get("curvature", 1.0)
+        state["curvature"] = min(max(curvature + curvature * (change.shift + sum(change.ratios)), floor), ceiling)
+        add_direction(weight, state, scaled(direction, state, change.bounds), precision, decay)
+        return
+    of_codes = change.of_codes(direction.kind, weight)
+    if structure == "full" or weight.ndim < 2:
+        if "curvature" not in state:
+            state["curvature"] = _ones(weight.numel(), weight)
+        add_curved(weight, state, state["curvature"], direction, of_codes, precision, decay)
+        return
+    factored = _factored_(state, weight, direction, of_codes)
+    unchanged = of_codes._replace(shift=0.0, squares=torch.zeros_like(of_codes.squares))
+    for part, curvature in factored.parts(0, weight.numel()):
+        add_curved(weight, state, curvature, direction, unchanged, precision, decay, part.start)
+
+
+def _factored_(state: State, weight: Tensor, direction: Direction, change: Change) -> FactoredCurvature:
+    """Changes the curvature of rows and columns: they become the means of what a full one would become."""
+    rows, columns = len(weight), weight[0].numel()
+    if "curvature_rows" not in state:
+        state["curvature_rows"], state["curvature_columns"] = _ones(rows, weight), _ones(columns, weight)
+    curvature = FactoredCurvature(state["curvature_rows"], state["curvature_columns"], change.floor, change.ceiling)
+    means, sums = torch.empty_like(curvature.rows), torch.zeros_like(curvature.columns, dtype=torch.float64)
+    for part, own in curvature.parts(0, weight.numel()):
+        kernels.curve(own, direction.keys, direction.kind, change, part.start)
+        matrix = own.view(-1, columns)
+        means[part.start // columns : part.stop // columns] = matrix.mean(1)
+        sums += matrix.sum(0)
+    curvature.rows.copy_(means / means.mean())
+    curvature.columns.copy_(sums / rows)
+    return curvature
+
+
+def _ones(numel: int, like: Tensor) -> Tensor:
+    return torch.ones(numel, dtype=arithmetic(like.dtype), device=like.device)
+
+
+def _limited(value: float) -> float:
+    return min(max(value, -_LARGEST), _LARGEST)
