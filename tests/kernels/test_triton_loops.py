@@ -81,7 +81,7 @@ class TestChoice:
 
     def test_by_device_and_dtype(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def on_cuda(dtype: torch.dtype) -> SimpleNamespace:
-            return SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+            return SimpleNamespace(device=torch.device("cuda"), is_cpu=False, dtype=dtype)
 
         def chosen(*tensors: object, start: int = 0) -> object:
             return kernels._backend(*tensors, start=start)
