@@ -191,6 +191,8 @@ SCOPES: dict[str, tuple[str, str, str]] = {
 # A method and a model under which each file in configs/blocks moves some blocks and leaves others
 BLOCKS: dict[str, tuple[str | None, str]] = {
     "adalezo": (None, "gpt2"),
+    "b_pdf": (None, "opt_125m"),
+    "focus": (None, "qwen3_0.6b"),
     "lezo": ("subzero", "opt_125m"),
     "mezo_bcd": ("mezo_momentum", "smollm2_135m"),
 }
@@ -244,7 +246,7 @@ def test_two_steps_of_blocks(
     method, model = BLOCKS[blocks]
     folder = write_tiny_model(write_rows("sst2") / "model", ARCHITECTURES[model])
     files = ["tasks/sst2", f"blocks/{blocks}", *([f"methods/{method}"] if method else []), f"models/{model}"]
-    one_layer = [] if blocks != "lezo" else ["--blocks.blocks_per_step", "1"]  # there are two
+    one_layer = ["--blocks.blocks_per_step", "1"] if blocks in ("lezo", "b_pdf") else []  # there are two
     checkpoint, _ = train([*compose(*files), *one_layer, "--trainer.precision", "32-true"], folder, LR)
     before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     after = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}

@@ -122,6 +122,10 @@ class BlockwiseParameters(NamedParameters):
                 if parameter.requires_grad and parameter in self._at_rest:
                     yield self._names[parameter], parameter
 
+    def is_beside(self, parameter: nn.Parameter) -> bool:
+        """Whether there are blocks and a parameter is in none of them, so that it moves beside those that are active."""
+        return bool(self.blocks) and not any(parameter in block for block in self.blocks)
+
     @contextmanager
     def only(self, block: int) -> Iterator[None]:
         """Within this context nothing but one block moves, to look at it: nothing is left and nothing dropped."""
