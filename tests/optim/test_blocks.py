@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from optimizer_steps import assert_same, attached, weights
-from zolightning.optim import LOZO, MeZO, MeZOAdam, StepRecord, ZerothOrderOptimizer
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, StepRecord, ZerothOrderOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
 pytestmark = pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
@@ -73,6 +73,34 @@ def test_state_of_blocks_that_are_left_can_be_kept(make_problem: Callable[..., n
     optimizer.set_blocks([[problem.matrix], [problem.images]], left_state="keep")
     run(problem, optimizer, TURNS)
     assert [optimizer.state[parameter]["step"] for parameter in problem.parameters()] == [3, 3, 6]
+
+
+def test_curvature_is_kept_of_active_blocks_only(make_problem: Callable[..., nn.Module]) -> None:
+    """It begins anew with each visit; what is in no block moves as by MeZO."""
+    problem = make_problem()
+    optimizer = in_blocks(partial(HiZOO, lr=0.02, smoothing=0.1), problem)
+    run(problem, optimizer, TURNS[:5])
+    kept = {name for name, parameter in problem.named_parameters() if "curvature" in optimizer.state.get(parameter, {})}
+    assert kept == {"images"}
+    vector = problem.vector.detach().clone()
+    (record,) = run(problem, optimizer, [0])
+    direction = optimizer.directions(optimizer.param_groups[0], 0, record.step, {0: -0.02 * record.projected_grads[0]})
+    direction[problem.vector].accumulate(vector)
+    assert torch.equal(problem.vector, vector)
+    curvature = optimizer.state[problem.matrix]["curvature"]
+    assert (curvature - 1).abs().max() > 0.1 and problem.images not in optimizer.state
+
+    (gradient,) = torch.autograd.grad(problem(), problem.matrix)
+    expected = torch.zeros(())
+    for query in range(1, 21):
+        direction = torch.zeros_like(gradient)
+        group = optimizer.param_groups[0]
+        optimizer.directions(group, group["seed"], group["step"], {query: 1.0})[problem.matrix].accumulate(direction)
+        expected += (gradient * direction / curvature.view(4, 3).sqrt()).sum().square() / 20
+    found = []
+    optimizer.register_estimate_pre_hook(lambda _, squared_grad: found.append(squared_grad(0, 20)))
+    optimizer.estimate(problem)
+    assert found == [pytest.approx(expected.item(), rel=1e-3)], "the metric of the inverse curvature"
 
 
 @pytest.mark.parametrize("method", [partial(MeZO, lr=1e-2), partial(LOZO, lr=1e-2, rank=2)])

@@ -123,7 +123,7 @@ class BlockwiseParameters(NamedParameters):
                     yield self._names[parameter], parameter
 
     def is_beside(self, parameter: nn.Parameter) -> bool:
-        """Whether there are blocks and a parameter is in none of them, so that it moves beside those that are active."""
+        """Whether there are blocks and a parameter is in none of them: it moves whichever of them are active."""
         return bool(self.blocks) and not any(parameter in block for block in self.blocks)
 
     @contextmanager

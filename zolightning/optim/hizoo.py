@@ -18,7 +18,7 @@ from zolightning.optim.curvature import (
 )
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import ThreePoint
-from zolightning.optim.precision import as_contiguous
+from zolightning.optim.precision import add_direction, as_contiguous
 from zolightning.optim.record import StepRecord
 
 Smoothing = float | Mapping[int, float]
@@ -35,6 +35,9 @@ class HiZOO(DenseOptimizer):
     Differs from the released code: H is float32 whatever the weights are, where float16 loses all of a change by the
     recommended smoothing; there is no fourth forward for a loss to log; H stays within bounds; and weight decay goes
     by shape (matrices only). HiZOO-L is our reconstruction.
+
+    Where parameters move in blocks (:mod:`zolightning.optim.blocks`), those in no block move as by MeZO, without a
+    curvature, as FOCUS and B-PDF have it for embeddings and head.
 
     Memory beside that of :class:`~zolightning.optim.MeZO`: 4 bytes a weight for a full curvature, next to nothing for
     the others.
@@ -126,6 +129,9 @@ class HiZOO(DenseOptimizer):
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
                     state = self.state[parameter]
+                    if self.is_beside(parameter):
+                        add_direction(weight, state, direction, self.update_precision, decay)
+                        continue
                     update_(weight, state, direction, change, self.curvature, self.update_precision, decay)
 
 
