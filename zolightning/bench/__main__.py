@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from zolightning.bench import evidence, gpu, memory_table, step_command
+from zolightning.bench import gpu, learn, memory_table, step_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="benchmarks", required=True)
     step_command.add_command(commands)
     gpu.add_command(commands)
-    evidence.add_command(commands)
+    learn.add_command(commands)
     memory_table.add_command(commands)
     return parser
 

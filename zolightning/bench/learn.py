@@ -1,0 +1,201 @@
+"""Which method learns most: ``python -m zolightning.bench learn``.
+
+Entries are files of ``configs/`` and settings as for ``zolightning fit``: any method, scope, blocks, or combination.
+Each is trained with every learning rate of a grid, of the same size for all, then with further seeds at the learning
+rate of the least validation loss: found at equal forwards for the table at equal forwards, at equal seconds of training
+for the table at equal time. A run goes on until it has used up both, so one run mostly serves both tables. What is
+tested is the weights with the least validation loss within the limit. Lines are appended to a CSV file as they are
+known; the same command again passes over finished runs and goes on with the others from their last checkpoint. At the
+end it prints the tables and draws all curves beside the file.
+
+  python -m zolightning.bench learn --forwards 600 --seconds 120 --grid 0.3 1 3 --seeds 0 1 \\
+    --config "configs/tasks/sst2.yaml configs/models/smollm2_135m.yaml data.path=SST2" \\
+    --entry "MeZO: configs/methods/mezo.yaml" --entry "one layer: configs/methods/mezo.yaml scope=DominantLayer"
+
+Runs as long as the papers', which no CPU can do: ``--preset papers`` with a ``--config`` as above. On a GPU, with a
+model as small as SmolLM2-135M, ``evaluation.cuda_graphs=true evaluation.evaluations_per_forward=8`` may go into it.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from zolightning.bench.learn_entries import learning_rate, read, with_learning_rate
+from zolightning.bench.learn_report import draw, print_tables
+from zolightning.bench.learn_results import Entry, Key, Unit
+from zolightning.bench.learn_results import read as read_curves
+from zolightning.bench.learn_run import CLOCKS, Limits, Stopped, train
+from zolightning.bench.measure import require
+from zolightning.commands.output import quiet
+
+# One layer gains more where what lies below it is computed once a step, which leaves both out.
+_ONE_LAYER = "scope=DominantLayer evaluation.cuda_graphs=false evaluation.evaluations_per_forward=1"
+PAPERS = {
+    "MeZO": "configs/methods/mezo.yaml",
+    "MeZO, dominant layer": f"configs/methods/mezo.yaml {_ONE_LAYER}",
+    "LOZO": "configs/methods/lozo.yaml",
+    "SubZero": "configs/methods/subzero.yaml",
+    "ZO-Muon": "configs/methods/zo_muon.yaml",
+    "ZO-MOPI": "configs/methods/zo_mopi.yaml",
+    "AdamW": "configs/methods/adamw.yaml data.batch_size=8",
+}
+PAPERS_FORWARDS = 40_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of the command.
+
+    Attributes:
+        entries: by name, files and settings.
+        config: files and settings of all entries, which each may replace.
+        forwards: that a run may use, where they are limited.
+        seconds: of training that a run may use, where they are limited.
+        grid: what the learning rate of each entry is multiplied by.
+        seeds: of the rows, their order and the directions; the grid's is the first one.
+        validations: of a run within its first limit.
+        clock: of the seconds: "wall" or "cpu".
+        device: ``cuda`` or ``cpu``.
+        time_limit: seconds of the command after which no step is begun.
+        output: file to append to.
+        folder: of the checkpoints.
+    """
+
+    entries: dict[str, str]
+    config: str = ""
+    forwards: int | None = None
+    seconds: float | None = None
+    grid: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (0,)
+    validations: int = 20
+    clock: str = "wall"
+    device: str = "cuda"
+    time_limit: float | None = None
+    output: Path = Path("logs/evidence/learn.csv")
+    folder: Path = Path("logs/learn-runs")
+
+    def limits(self) -> dict[Unit, float]:
+        """Those that are given."""
+        given: dict[Unit, float | None] = {"forwards": self.forwards, "seconds": self.seconds}
+        return {unit: limit for unit, limit in given.items() if limit is not None}
+
+
+def entry(settings: Settings, name: str, words: str) -> Entry:
+    """Reads an entry.
+
+    Raises:
+        ValueError: naming the entry and what is wrong with it.
+    """
+    try:
+        config = read(f"{settings.config} {words}")
+        lr = learning_rate(config)
+        for section, field in (("model", "model_name"), ("data", "task")):
+            if field not in config.get(section, {}):
+                raise ValueError(f"`{section}.{field}` must be given, there or in `--config`.")
+    except ValueError as error:
+        raise ValueError(f"`--entry` {name!r}: {error}") from None
+    depends_on = [config, settings.limits(), settings.validations, settings.clock, settings.device]
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    task = config["data"]["task"]
+    task = Path(task).stem if isinstance(task, str) else task["name"]
+    keys = [Key(digest, task, name, float(f"{lr * factor:.6g}"), settings.seeds[0]) for factor in settings.grid]
+    return Entry(name, config, tuple(keys))
+
+
+def run(settings: Settings) -> None:
+    """Makes the runs that are not finished, one after the other, and says what all of them found."""
+    require(torch.device(settings.device))
+    entries = [entry(settings, name, words) for name, words in settings.entries.items()]
+    end = None if settings.time_limit is None else time.monotonic() + settings.time_limit
+    limits = Limits(settings.limits(), settings.clock, settings.validations, end)
+    try:
+        for one, key in _unfinished(settings, entries):
+            folder = settings.folder / f"{key.setting}-lr-{key.lr:g}-seed-{key.seed}"
+            config = with_learning_rate(one.config, key.lr)
+            with quiet():
+                train(key, config, limits, settings.device, settings.output, folder)
+    except Stopped:
+        print("The time is over; the same command goes on.")
+    curves = read_curves(settings.output)
+    print_tables(entries, curves, settings.limits())
+    draw(settings.output.with_suffix(".png"), entries, curves, settings.limits())
+
+
+def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Key]]:
+    """The runs of the grid, and when all of an entry's are finished, those of further seeds."""
+    for number in range(len(settings.grid)):
+        for one in entries:
+            if not read_curves(settings.output)[one.keys[number]].tested:
+                yield one, one.keys[number]
+    for seed in settings.seeds[1:]:
+        for one in entries:
+            for unit, limit in settings.limits().items():
+                curves = read_curves(settings.output)
+                best = one.best(curves, unit, limit)
+                assert best is not None, "the grid is finished"
+                key = replace(best, seed=seed)
+                if not curves[key].tested:
+                    yield one, key
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds ``learn`` to the benchmarks."""
+    parser = commands.add_parser(
+        "learn",
+        description=__doc__,
+        help="which method learns most, at equal forwards and at equal time",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--entry", action="append", default=[], metavar='"NAME: WORDS"', help="files and settings; as many as wanted")
+    add("--preset", choices=("papers",), help="the published methods, and AdamW, for 40,000 forwards each")
+    add(
+        "--config",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="files and settings of all entries, before theirs",
+    )
+    add("--forwards", type=int, help="of each run; a backward counts as two")
+    add("--seconds", type=float, help="of training in each run")
+    add("--grid", nargs="+", type=float, default=Settings.grid, help="factors of each entry's learning rate (1)")
+    add("--seeds", nargs="+", type=int, default=Settings.seeds, help="the first one is the grid's (0)")
+    add("--validations", type=int, default=Settings.validations, help="of a run (default: 20)")
+    add("--clock", choices=CLOCKS, default=Settings.clock, help="cpu: time of this process, on shared machines (wall)")
+    add("--device", choices=("cuda", "cpu"), default=Settings.device, help="where to run (default: cuda)")
+    add("--time-limit", type=float, help="seconds of this command after which no step is begun")
+    add("--output", type=Path, default=Settings.output, help="file to append to")
+    add("--folder", type=Path, default=Settings.folder, help="of the checkpoints")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    settings = {
+        field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)
+    }
+    settings |= {name: tuple(settings[name]) for name in ("grid", "seeds")} | {"config": " ".join(arguments.config)}
+    entries = dict(PAPERS) if arguments.preset else {}
+    for text in arguments.entry:
+        name, colon, words = text.partition(":")
+        if not colon or not words.strip():
+            raise SystemExit(f'`--entry` must be a name and files or settings, "MeZO: FILE", got {text!r}.')
+        entries[name.strip()] = words
+    if not entries:
+        raise SystemExit("`--entry` or `--preset` must be given: there is nothing to compare.")
+    if arguments.preset and arguments.forwards is None and arguments.seconds is None:
+        settings["forwards"] = PAPERS_FORWARDS
+    if settings["forwards"] is None and settings["seconds"] is None:
+        raise SystemExit("`--forwards` or `--seconds` must be given, or both: they say when a run ends.")
+    for name in ("forwards", "seconds", "validations"):
+        if settings[name] is not None and not settings[name] > 0:
+            raise SystemExit(f"`--{name}` must be positive, got {settings[name]}.")
+    try:
+        run(Settings(entries=entries, **settings))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error

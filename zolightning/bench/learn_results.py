@@ -1,0 +1,138 @@
+"""The file of ``learn``: validations and tests of all runs, a line each, and what they say."""
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from zolightning.bench.figures import append
+from zolightning.bench.learn_entries import Config
+
+Unit = Literal["forwards", "seconds"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What tells a run from others.
+
+    Attributes:
+        setting: short hash of all that the run depends on and that has no column here.
+        task: name.
+        entry: name.
+        lr: learning rate.
+        seed: of the rows, their order and the directions.
+    """
+
+    setting: str
+    task: str
+    entry: str
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """An evaluation.
+
+    Attributes:
+        split: "val", "test", or "diverged" where a loss of training was not finite: nothing is evaluated then.
+        step: after so many steps.
+        forwards: that they took. A backward counts as two.
+        seconds: that they took, without validations.
+        loss, accuracy: of the split.
+    """
+
+    split: str
+    step: int
+    forwards: int
+    seconds: float
+    loss: float
+    accuracy: float
+
+    def spent(self, unit: Unit) -> float:
+        return self.forwards if unit == "forwards" else self.seconds
+
+
+@dataclass
+class Curve:
+    """What is known of a run.
+
+    Attributes:
+        validated: validations by step.
+        tested: tests of what is best within a limit, by step; a finished run has them.
+        has_diverged: whether a loss of training was not finite.
+    """
+
+    validated: dict[int, Line] = field(default_factory=dict)
+    tested: dict[int, Line] = field(default_factory=dict)
+    has_diverged: bool = False
+
+    def within(self, unit: Unit, limit: float) -> list[Line]:
+        """Validations before a limit is passed."""
+        return [line for _, line in sorted(self.validated.items()) if line.spent(unit) <= limit]
+
+    def best(self, unit: Unit, limit: float) -> Line:
+        """The validation with the least loss within a limit."""
+        return min(self.within(unit, limit), key=lambda line: math.inf if math.isnan(line.loss) else line.loss)
+
+    def test(self, unit: Unit, limit: float) -> Line | None:
+        """The test of :meth:`best`; None where there has been none."""
+        return self.tested.get(self.best(unit, limit).step)
+
+    def add(self, line: Line) -> None:
+        """Takes in a line of the file. A run that goes on from a checkpoint repeats what came after it."""
+        if line.split == "diverged":
+            self.has_diverged = True
+        elif line.split == "test":
+            self.tested[line.step] = line
+        else:
+            self.validated = {step: old for step, old in self.validated.items() if step < line.step}
+            self.validated[line.step] = line
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared.
+
+    Attributes:
+        name: in tables.
+        config: of all its runs, with the learning rate of its files.
+        keys: of the runs of its grid.
+    """
+
+    name: str
+    config: Config
+    keys: tuple[Key, ...]
+
+    def finished(self, curves: Mapping[Key, Curve]) -> list[Key]:
+        """The runs of the grid that are."""
+        return [key for key in self.keys if key in curves and curves[key].tested]
+
+    def best(self, curves: Mapping[Key, Curve], unit: Unit, limit: float) -> Key | None:
+        """The finished run of the grid with the least validation loss within a limit."""
+        return min(self.finished(curves), key=lambda key: curves[key].best(unit, limit).loss, default=None)
+
+
+COLUMNS = tuple(column.name for cls in (Key, Line) for column in fields(cls))
+
+
+def write(path: Path, key: Key, *lines: Line) -> None:
+    """Appends lines of a run."""
+    append(path, COLUMNS, [asdict(key) | asdict(line) for line in lines])
+
+
+def read(path: Path) -> dict[Key, Curve]:
+    """All runs of a file; none where there is none."""
+    curves: dict[Key, Curve] = defaultdict(Curve)
+    if not path.exists():
+        return curves
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = Key(row["setting"], row["task"], row["entry"], float(row["lr"]), int(row["seed"]))
+            step, forwards, seconds = int(row["step"]), int(row["forwards"]), float(row["seconds"])
+            line = Line(row["split"], step, forwards, seconds, float(row["loss"]), float(row["accuracy"]))
+            curves[key].add(line)
+    return curves

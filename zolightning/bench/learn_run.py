@@ -1,0 +1,218 @@
+"""A run of ``learn``: trained until its limits are used up, validated on the way, tested where it was best."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from zolightning.bench.learn_entries import Config, callbacks, model_arguments
+from zolightning.bench.learn_results import Key, Line, Unit, write
+from zolightning.callbacks import SaveLast
+from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.data import PromptDataModule
+from zolightning.models import CausalLM
+from zolightning.optim import NonFiniteLossError, ZerothOrderOptimizer
+
+_NEVER = 2**62  # batches
+_BACKPROPAGATION = 3  # forwards a step: the backward takes about two of them
+_BY_PROTOCOL = ("max_steps", "max_epochs", "val_check_interval")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What each run may use; it goes on until it has used all of it.
+
+    Attributes:
+        limits: numbers of forwards, or of seconds of training, or both.
+        clock: "wall", or "cpu" for the time of this process on all cores, which others on the machine hardly change.
+        validations: within the first limit, beside one before it and one at the end of each.
+        end: by ``time.monotonic()``: after it no step is begun, and the next command goes on; None for never.
+    """
+
+    limits: Mapping[Unit, float]
+    clock: str
+    validations: int
+    end: float | None = None
+
+
+class Stopped(Exception):
+    """The command's time is over, and the run's last step is saved."""
+
+
+def train(key: Key, config: Config, limits: Limits, device: str, output: Path, folder: Path) -> None:
+    """Makes a run, from its last checkpoint where there is one, and appends what it finds to a file.
+
+    Args:
+        key: of the run.
+        config: of its entry, with its learning rate.
+        limits: when it ends.
+        device: ``cuda`` or ``cpu``.
+        output: the file.
+        folder: of its checkpoints; gone when the run is finished.
+
+    Raises:
+        Stopped: the command's time was over first.
+    """
+    L.seed_everything(key.seed, verbose=False)
+    data = PromptDataModule(**{"eval_batch_size": 64} | config.get("data", {}) | {"seed": key.seed})
+    module = CausalLM(**model_arguments(config))
+    settings = {name: value for name, value in config.get("trainer", {}).items() if name not in _BY_PROTOCOL}
+    settings |= {"accelerator": "gpu" if device == "cuda" else "cpu", "devices": 1, "logger": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "plugins": [AtomicCheckpointIO()]}
+    evaluator = L.Trainer(**settings, enable_checkpointing=False)
+    meter, last = Meter(key, limits, output, folder), folder / "last.ckpt"
+    deadline = Deadline(limits.end)
+    trainer = L.Trainer(
+        **settings,
+        max_steps=-1,
+        max_epochs=-1,
+        val_check_interval=_NEVER,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[*callbacks(config), meter, deadline, SaveLast(folder, every_n_minutes=3)],
+    )
+    if not last.exists():
+        meter.add(None, 0, evaluator.validate(module, data, verbose=False)[0])
+    try:
+        resumed: dict[str, Any] = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
+        trainer.fit(module, data, **resumed)
+    except NonFiniteLossError as error:
+        print(f"{key.entry}: {error}")
+        write(output, key, meter.line("diverged", trainer.global_step, math.nan, math.nan))
+    except SystemExit as error:  # of SaveLast, which others may have told to stop, too
+        if not deadline.has_passed:
+            raise
+        raise Stopped from error
+    tests = []
+    for found in meter.found():
+        if found.step == 0:  # without adapters and whatever else came later
+            module = CausalLM(**model_arguments(config))
+        path = meter.path(found.step) if found.step else None
+        metrics = evaluator.test(module, data, ckpt_path=path, verbose=False, weights_only=True)[0]
+        tested = Line("test", found.step, found.forwards, found.seconds, metrics["test/loss"], metrics["test/accuracy"])
+        tests.append(tested)
+    write(output, key, *tests)  # at once: a run with tests is finished
+    rmtree(folder, ignore_errors=True)
+
+
+class Meter(Callback):
+    """Counts what a run uses, says when to validate and when to stop, and keeps the best weights within each limit.
+
+    Args:
+        key: of the run.
+        limits: of the run.
+        output: file to append validations to.
+        folder: of the checkpoints.
+    """
+
+    def __init__(self, key: Key, limits: Limits, output: Path, folder: Path) -> None:
+        self.key = key
+        self.limits = limits
+        self.output = output
+        self.folder = folder
+        self.spent: dict[Unit, float] = {"forwards": 0, "seconds": 0.0}
+        self.best: dict[Unit, tuple[int, int, float, float]] = {}  # step, forwards, seconds and loss
+        self.used_up: list[Unit] = []
+        self._clock: Callable[[], float] = CLOCKS[limits.clock]
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = len(self.used_up) == len(self.limits.limits)  # and only the tests are left
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = self._clock()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        before = dict(self.spent)
+        self.spent["seconds"] += self._clock() - self._started
+        optimizer = trainer.optimizers[0]
+        if isinstance(optimizer, ZerothOrderOptimizer):
+            self.spent["forwards"] = optimizer.param_groups[0]["forward_passes"]
+        else:
+            self.spent["forwards"] += _BACKPROPAGATION
+        # Where the next step would pass a limit, this one is the last within it. Times vary, so two are left.
+        next_step = {
+            "forwards": self.spent["forwards"] - before["forwards"],
+            "seconds": 2 * self.spent["seconds"] / max(1, trainer.global_step),
+        }
+        first, limit = next(iter(self.limits.limits.items()))
+        interval = limit / self.limits.validations
+        is_due = self.spent[first] // interval > before[first] // interval
+        for unit, limit in self.limits.limits.items():
+            if unit not in self.used_up and self.spent[unit] + next_step[unit] > limit:
+                self.used_up.append(unit)
+                is_due = True
+        trainer.val_check_batch = 1 if is_due else _NEVER
+        trainer.should_stop = trainer.should_stop or len(self.used_up) == len(self.limits.limits)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.add(trainer, trainer.global_step, metrics)
+
+    def add(self, trainer: L.Trainer | None, step: int, metrics: Mapping[str, float]) -> None:
+        """Keeps a validation, and where it is the best yet the weights of `trainer`, which is None at step 0."""
+        line = self.line("val", step, metrics["val/loss"], metrics["val/accuracy"])
+        write(self.output, self.key, line)
+        print(
+            f"{self.key.task}, {self.key.entry}, lr {self.key.lr:g}, seed {self.key.seed}: {line.forwards} forwards, "
+            f"{line.seconds:.0f} s, val/loss {line.loss:.4f}, val/accuracy {line.accuracy:.4f}",
+            flush=True,
+        )
+        better = [
+            unit
+            for unit, limit in self.limits.limits.items()
+            if line.spent(unit) <= limit and (unit not in self.best or line.loss < self.best[unit][-1])
+        ]
+        if better and trainer is not None:
+            trainer.save_checkpoint(self.path(step), weights_only=True)
+        self.best |= {unit: (step, line.forwards, line.seconds, line.loss) for unit in better}
+        for path in self.folder.glob("step-*.ckpt"):
+            if path not in map(self.path, (best[0] for best in self.best.values())):
+                path.unlink()
+
+    def line(self, split: str, step: int, loss: float, accuracy: float) -> Line:
+        """What was used up to now, beside what was found."""
+        return Line(split, step, int(self.spent["forwards"]), round(self.spent["seconds"], 2), loss, accuracy)
+
+    def found(self) -> list[Line]:
+        """The best validation within each limit, each of them once, by step from the last to the first."""
+        found = sorted(set(self.best.values()), reverse=True)
+        return [Line("val", step, forwards, seconds, loss, math.nan) for step, forwards, seconds, loss in found]
+
+    def path(self, step: int) -> Path:
+        """Where weights are kept."""
+        return self.folder / f"step-{step}.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent": self.spent, "best": self.best, "used_up": self.used_up}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+
+class Deadline(Callback):
+    """Stops a run as a cluster would: by SIGTERM, on which :class:`~zolightning.callbacks.SaveLast` saves and ends it.
+
+    Args:
+        at: when, by ``time.monotonic()``; never where None.
+
+    Attributes:
+        has_passed: whether it stopped the run.
+    """
+
+    def __init__(self, at: float | None) -> None:
+        self.at = at
+        self.has_passed = False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.at is not None and time.monotonic() >= self.at:
+            self.has_passed = True
+            signal.raise_signal(signal.SIGTERM)
