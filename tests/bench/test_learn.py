@@ -15,6 +15,7 @@ from torch import nn
 from cli_runs import parsed, parser
 from zolightning.bench import learn_run
 from zolightning.bench.__main__ import main
+from zolightning.bench.learn import PAPERS
 from zolightning.bench.learn_entries import callbacks, learning_rate, model_arguments, read, with_learning_rate
 from zolightning.bench.learn_results import Curve, Line
 from zolightning.callbacks import ZerothOrder
@@ -108,6 +109,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert [line["step"] for line in resumed[:-1]] == ["0", "3", "6"]
 
 
+def test_a_run_that_was_killed_before_its_test_is_only_tested(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = (*MEZO, "--forwards", "4", "--validations", "1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learn_run.L.Trainer, "test", killed)
+        command(*arguments)
+    (lines,) = command(*arguments).values()
+    assert [(line["split"], line["step"]) for line in lines[:-1]] == [("val", "0"), ("val", "2")]
+    assert lines[-1]["split"] == "test"
+
+
 def test_one_run_serves_both_limits(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**6))
     monkeypatch.setitem(learn_run.CLOCKS, "wall", lambda: float(next(ticks)))  # a step takes a second
@@ -168,6 +184,7 @@ FILES = [
     "methods/zo_mopi_one_sided",
     "methods/subzero methods/lozo_momentum scopes/dominant_layer_mlp_without_outlier_channels",
     "methods/mezo blocks/adalezo scopes/lora",
+    "methods/mezo blocks/focus",
 ]
 
 
@@ -192,6 +209,12 @@ def test_settings_reach_into_classes() -> None:
     adamw = read("configs/methods/mezo.yaml configs/methods/adamw.yaml")
     assert callbacks(adamw) == []
     assert model_arguments(adamw)["optimizer"].keywords == {"lr": 2e-5}
+
+
+@pytest.mark.parametrize("words", PAPERS.values(), ids=PAPERS)
+def test_entries_of_the_papers_can_be_made(words: str) -> None:
+    config = read(words)
+    assert bool(callbacks(config)) == (config["method"] is not None)
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,13 @@ from zolightning.bench.measure import require
 from zolightning.commands.output import quiet
 
 # One layer gains more where what lies below it is computed once a step, which leaves both out.
-_ONE_LAYER = "scope=DominantLayer evaluation.cuda_graphs=false evaluation.evaluations_per_forward=1"
+_ONE_LAYER = "evaluation.cuda_graphs=false evaluation.evaluations_per_forward=1"
 PAPERS = {
     "MeZO": "configs/methods/mezo.yaml",
-    "MeZO, dominant layer": f"configs/methods/mezo.yaml {_ONE_LAYER}",
+    "MeZO, dominant layer": f"configs/methods/mezo.yaml scope=DominantLayer {_ONE_LAYER}",
+    "HiZOO": "configs/methods/hizoo.yaml",
+    "MeZO-BCD": f"configs/blocks/mezo_bcd.yaml {_ONE_LAYER}",
+    "FOCUS (reconstructed)": f"configs/blocks/focus.yaml {_ONE_LAYER}",
     "LOZO": "configs/methods/lozo.yaml",
     "SubZero": "configs/methods/subzero.yaml",
     "ZO-Muon": "configs/methods/zo_muon.yaml",
@@ -116,6 +119,8 @@ def run(settings: Settings) -> None:
     limits = Limits(settings.limits(), settings.clock, settings.validations, end)
     try:
         for one, key in _unfinished(settings, entries):
+            if end is not None and time.monotonic() >= end:
+                raise Stopped
             folder = settings.folder / f"{key.setting}-lr-{key.lr:g}-seed-{key.seed}"
             config = with_learning_rate(one.config, key.lr)
             with quiet():
