@@ -97,8 +97,8 @@ def train(key: Key, config: Config, limits: Limits, device: str, output: Path, f
             module = CausalLM(**model_arguments(config))
         path = meter.path(found.step) if found.step else None
         metrics = evaluator.test(module, data, ckpt_path=path, verbose=False, weights_only=True)[0]
-        tested = Line("test", found.step, found.forwards, found.seconds, metrics["test/loss"], metrics["test/accuracy"])
-        tests.append(tested)
+        quality = (round(metrics[f"test/{name}"], 6) for name in ("loss", "accuracy"))
+        tests.append(Line("test", found.step, found.forwards, found.seconds, *quality))
     write(output, key, *tests)  # at once: a run with tests is finished
     rmtree(folder, ignore_errors=True)
 
@@ -180,7 +180,8 @@ class Meter(Callback):
 
     def line(self, split: str, step: int, loss: float, accuracy: float) -> Line:
         """What was used up to now, beside what was found."""
-        return Line(split, step, int(self.spent["forwards"]), round(self.spent["seconds"], 2), loss, accuracy)
+        forwards, seconds = int(self.spent["forwards"]), round(self.spent["seconds"], 2)
+        return Line(split, step, forwards, seconds, round(loss, 6), round(accuracy, 6))
 
     def found(self) -> list[Line]:
         """The best validation within each limit, each of them once, by step from the last to the first."""
