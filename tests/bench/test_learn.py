@@ -145,6 +145,15 @@ def test_a_run_whose_loss_is_not_finite_is_tested_where_it_was_best(command: Com
     assert lines[-1]["step"] == "0"
 
 
+def test_a_run_that_fails_does_not_stop_those_after_it(command: Command) -> None:
+    nothing = ("--entry", "no layer: configs/methods/mezo.yaml scope=DominantLayer scope.layer=99")
+    with pytest.raises(SystemExit, match="no layer, lr 1e-05, seed 0"):
+        command(*nothing, *MEZO, "--forwards", "2", "--validations", "1", "--seeds", "0", "1")
+    found = command(*MEZO, "--forwards", "2", "--validations", "1")
+    tested = [(entry, seed) for (entry, _, seed), lines in found.items() if lines[-1]["split"] == "test"]
+    assert tested == [("MeZO", "0"), ("MeZO", "1")]
+
+
 def test_what_a_run_repeats_after_a_kill_counts_once() -> None:
     curve = Curve()
     for step, seconds in ((0, 0.0), (2, 1.0), (4, 2.0), (3, 1.5), (5, 2.5)):

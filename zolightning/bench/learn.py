@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -117,19 +118,28 @@ def run(settings: Settings) -> None:
     entries = [entry(settings, name, words) for name, words in settings.entries.items()]
     end = None if settings.time_limit is None else time.monotonic() + settings.time_limit
     limits = Limits(settings.limits(), settings.clock, settings.validations, end)
+    failed = []
     try:
         for one, key in _unfinished(settings, entries):
             if end is not None and time.monotonic() >= end:
                 raise Stopped
             folder = settings.folder / f"{key.setting}-lr-{key.lr:g}-seed-{key.seed}"
             config = with_learning_rate(one.config, key.lr)
-            with quiet():
-                train(key, config, limits, settings.device, settings.output, folder)
+            try:
+                with quiet():
+                    train(key, config, limits, settings.device, settings.output, folder)
+            except Stopped:
+                raise
+            except Exception:  # such as too little memory, which others may do with
+                traceback.print_exc()
+                failed.append(f"{key.entry}, lr {key.lr:g}, seed {key.seed}")
     except Stopped:
         print("The time is over; the same command goes on.")
     curves = read_curves(settings.output)
     print_tables(entries, curves, settings.limits())
     draw(settings.output.with_suffix(".png"), entries, curves, settings.limits())
+    if failed:
+        raise SystemExit(f"Runs that failed, and why is said above: {'; '.join(failed)}.")
 
 
 def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Key]]:
@@ -143,7 +153,8 @@ def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[
             for unit, limit in settings.limits().items():
                 curves = read_curves(settings.output)
                 best = one.best(curves, unit, limit)
-                assert best is not None, "the grid is finished"
+                if best is None or len(one.finished(curves)) < len(one.keys):
+                    continue  # a run of the grid has failed
                 key = replace(best, seed=seed)
                 if not curves[key].tested:
                     yield one, key
