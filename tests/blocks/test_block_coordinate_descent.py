@@ -175,18 +175,18 @@ def test_a_plain_loop_does_the_same(fit: Fit, regression_data: Callable[..., Dat
 
 def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    fit(MEZO, BlockCoordinateDescent(Bandit(), interval=2), RunOverview(), logger=logger, log_every_n_steps=1)
+    descent = BlockCoordinateDescent(Bandit(), interval=2, others="never")
+    fit(MEZO, descent, RunOverview(), logger=logger, log_every_n_steps=1)
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
     events.Reload()
     assert [image.step for image in events.Images("blocks/active")] == [12]
     probabilities = events.Scalars("blocks/probability/layer_0")
-    assert [scalar.step for scalar in probabilities] == [0, 2, 4, 6, 8, 10] and probabilities[0].value == pytest.approx(
-        0.2
-    )
-    assert len(events.Scalars("blocks/score/head")) == 5
+    assert [scalar.step for scalar in probabilities] == [0, 2, 4, 6, 8, 10] and probabilities[0].value == 0.25
+    assert len(events.Scalars("blocks/score/layer_3")) == 5
     assert len(events.Scalars("zo/prefix_share")) == 12
     (overview,) = events.Tensors("run/text_summary")[0].tensor_proto.string_val
-    assert b"| blocks | 5 blocks by Bandit, others after every 2 steps |" in overview
+    assert b"| blocks | 4 blocks by Bandit, others after every 2 steps |" in overview
+    assert b"| scope | all parameters: 120 of 151 parameters train |" in overview
 
 
 def test_what_moves_at_once_at_most() -> None:

@@ -88,6 +88,11 @@ class BlockCoordinateDescent(Callback):
         number = "" if self.schedule is None else f"{len(self.schedule.blocks)} "
         return f"{count}{number}blocks by {type(self.order).__name__}, others after every {_steps(self.interval)}"
 
+    @property
+    def never(self) -> Sequence[nn.Parameter]:
+        """The parameters that a scope would let train, and that stay as they are."""
+        return () if self.schedule is None else self.schedule.blocks.never
+
     def largest(self, optimizer: ZerothOrderOptimizer) -> set[nn.Parameter]:
         """The parameters that move at once, when these are most."""
         if self.schedule is None:

@@ -123,9 +123,11 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         forwards = len(optimizer.estimator.probes(optimizer.num_queries))
         how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
         yield "a step", f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
-        count = sum(math.prod(optimizer.trainable_shape(parameter)) for _, _, parameter in optimizer.trainable())
+        never = {parameter for blocks in _block_callbacks(trainer) for parameter in blocks.never}
+        trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
+        count = sum(math.prod(weight.shape) for weight in trained)
         zeroth_order = _zeroth_order(trainer)
-        trained, batch = trained_by(optimizer), _largest_batch(trainer, zeroth_order)
+        batch = _largest_batch(trainer, zeroth_order)
         planned = plan(module, trained, zeroth_order.method, batch)
         for blocks in _block_callbacks(trainer):
             if blocks.left_state == "reset":
