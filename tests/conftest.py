@@ -16,7 +16,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from zolightning.kernels.compiled import _Compiler
-from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, MeZOAdam, SubspaceMeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from zolightning.optim import (
+    LOZO,
+    ZOMOPI,
+    HiZOO,
+    MeZO,
+    MeZOAdam,
+    SparseMeZO,
+    SubspaceMeZO,
+    SubZero,
+    ZerothOrderOptimizer,
+    ZOMuon,
+)
 from zolightning.optim.estimators import OneSided, Population
 
 # Asserts of the helpers say as much as those of the tests
@@ -62,7 +73,8 @@ METHODS: dict[str, Method] = {
         HiZOO, lr=0.02, smoothing={0: 1e-3, 2: 2e-3}, curvature_estimate="centered", weight_decay=0.1, num_queries=2
     ),
     "hizoo-l": partial(HiZOO, lr=0.02, smoothing=1e-3, curvature="row_column", update_precision="low_byte"),
-    "hizoo-scalar": partial(HiZOO, lr=0.02, smoothing=1e-3, curvature="scalar", noise="rademacher"),
+    "sparse-mezo": partial(SparseMeZO, lr=0.02, sparsity=0.1),
+    "sparse-mezo-fixed": partial(SparseMeZO, lr=0.02, sparsity=0.1, mask="fixed", update_precision="low_byte"),
     "lozo": partial(LOZO, lr=0.03, rank=3),
     "lozo-momentum": partial(LOZO, lr=0.03, rank=2, momentum=0.9, num_queries=2),
     "subzero": partial(SubZero, lr=0.02, rank=3),

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 from zolightning.callbacks import RunMonitor, ZerothOrder
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.directions.slices import Slice
-from zolightning.optim import MeZO, MeZOAdam
+from zolightning.optim import HiZOO, MeZO, MeZOAdam, SparseMeZO, ZerothOrderOptimizer
+
+MEZO = partial(MeZO, lr=0.01)
 
 
 class Recorder(DummyLogger):
@@ -41,9 +43,14 @@ def fit(
     make_regression: Callable[..., L.LightningModule],
     regression_data: Callable[..., DataLoader],
 ) -> Callable[..., Recorder]:
-    def fit(ckpt_path: Path | None = None, save_to: Path | None = None, **kwargs: Any) -> Recorder:
+    def fit(
+        ckpt_path: Path | None = None,
+        save_to: Path | None = None,
+        method: Callable[..., ZerothOrderOptimizer] = MEZO,
+        **kwargs: Any,
+    ) -> Recorder:
         recorder = Recorder()
-        callbacks = [ZerothOrder(partial(MeZO, lr=0.01)), RunMonitor()]
+        callbacks = [ZerothOrder(method), RunMonitor()]
         trainer = make_trainer(logger=recorder, callbacks=callbacks, **kwargs)
         trainer.fit(make_regression(), regression_data(), ckpt_path=ckpt_path)
         if save_to is not None:
@@ -51,6 +58,21 @@ def fit(
         return recorder
 
     return fit
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (partial(HiZOO, lr=0.01, smoothing=0.01), ["curvature_0.01", "curvature_0.5", "curvature_0.99"]),
+        (partial(SparseMeZO, lr=0.01), ["share_moving"]),
+    ],
+)
+def test_logs_what_a_method_has_to_show(fit: Callable[..., Recorder], method: Any, names: list[str]) -> None:
+    recorder = fit(method=method, max_steps=4, log_every_n_steps=2)
+    shown = [recorder.logged(f"method/{name}") for name in names]
+    assert [list(values) for values in shown] == [[1, 3]] * len(names)
+    values = [values[3] for values in shown]
+    assert values == sorted(values) and 0 < values[0] < 1
 
 
 def test_logs_at_the_trainers_steps(fit: Callable[..., Recorder]) -> None:

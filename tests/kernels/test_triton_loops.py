@@ -41,6 +41,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from types import SimpleNamespace
 from zolightning.kernels import triton_loops
+from zolightning.kernels.curvature import Change
 
 triton.runtime.driver.set_active(SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -60,6 +61,10 @@ triton_loops.perturb_both(plus, minus, bf16, *noise)
 triton_loops.add(bf16, *noise, decay=0.9, rest=torch.empty(4096, dtype=torch.int16))
 triton_loops.add(fp32, *noise, decay=0.9)
 triton_loops.perturb_rows(plus.view(2, 2048), bf16.view(2, 2048), torch.arange(2), *noise)
+triton_loops.perturb(plus, bf16, *noise, threshold=0.5)
+triton_loops.perturb(plus, bf16, *noise, curvature=fp32)
+change = Change(0.0, torch.ones(1), 0.1, 9.0)
+triton_loops.add_curved(bf16, fp32, *noise, change, rest=torch.empty(4096, dtype=torch.int16))
 """
 
 
@@ -68,7 +73,7 @@ triton_loops.perturb_rows(plus.view(2, 2048), bf16.view(2, 2048), torch.arange(2
 def test_compiled_for_a_device_nothing_is_fused_and_accesses_are_of_16_bytes(tmp_path: Path) -> None:
     """For an H100, by Triton's own compiler, which needs no device."""
     lines = run(["-c", _COMPILE], TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    assert lines == ["False True True True"] * 4
+    assert lines == ["False True True True"] * 7
 
 
 class TestChoice:

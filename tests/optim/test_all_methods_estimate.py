@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer_steps import DTYPES, MakeProblem, Method, assert_same, assert_same_state, attached, bits, run, weights
-from zolightning.optim import NonFiniteLossError, StepRecord, ZerothOrderOptimizer
+from zolightning.optim import NonFiniteLossError, SparseMeZO, StepRecord, ZerothOrderOptimizer
 from zolightning.optim.subspace import SubspaceOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
@@ -16,7 +16,11 @@ def stored(problem: nn.Module) -> dict[str, Tensor]:
 
 
 def seen_gradient(optimizer: ZerothOrderOptimizer, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    """The mean of ``z z' gradient``: for directions ``s L Z R'`` it is ``s^2 L L' gradient R R'``."""
+    """The mean of ``z z' gradient``: for directions ``s L Z R'`` it is ``s^2 L L' gradient R R'``; masked if z is."""
+    if isinstance(optimizer, SparseMeZO) and parameter.ndim > 1:
+        smallest = parameter.detach().abs().flatten().argsort()[: round(0.9 * parameter.numel())]
+        moves = torch.zeros(parameter.numel()).index_fill(0, smallest, 1.0)
+        return gradient * moves.view(parameter.shape)
     if not isinstance(optimizer, SubspaceOptimizer):
         return gradient
     matrix = optimizer.matrix(parameter, optimizer.param_groups[0]["rank"])

@@ -170,7 +170,7 @@ def test_a_graph_reads_a_full_curvature_where_it_lies(make_problem: MakeProblem)
     curvatures = {optimizer.state[parameter]["curvature"].data_ptr() for parameter in problem.parameters()}
     assert len(curvatures) == 3 and curvatures.isdisjoint(table.data_ptr() for table in found[0].tables)
     (rebuilt,) = found[0].with_tables([table.clone() for table in found[0].tables])
-    assert {change.curvature.tensor.data_ptr() for change in rebuilt.values()} == curvatures
+    assert {change.curvature.values.tensor.data_ptr() for change in rebuilt.values()} == curvatures
 
 
 @pytest.mark.parametrize(

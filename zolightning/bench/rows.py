@@ -13,7 +13,7 @@ from zolightning.bench.published import PublishedMeZO
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.layers import find_layers
-from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero, ZOMuon
+from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SparseMeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.subspace_weights import SubspaceWeights
 
@@ -117,6 +117,7 @@ PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR,
 # What is left of its cost where only the logits are made that are read, in batches of ours
 PUBLISHED_ANSWERS = Row("published, answer logits", PUBLISHED.make)
 _MEZO = partial(MeZO, lr=LR, eps=EPS, seed=0)
+_HIZOO = partial(HiZOO, lr=LR, eps=EPS, seed=0)
 _LOZO = partial(LOZO, lr=LR, eps=EPS, rank=4, seed=0)
 DENSE = [
     _ours("MeZO", _MEZO),
@@ -124,6 +125,9 @@ DENSE = [
     _ours("MeZO low byte", partial(_MEZO, update_precision="low_byte")),
     _ours("MeZO rademacher", partial(_MEZO, noise="rademacher")),
     _ours("MeZO, both signs in one forward", _MEZO, evaluations_per_forward=2),
+    _ours("HiZOO", _HIZOO, 3),
+    _ours("HiZOO-L", partial(_HIZOO, curvature="row_column"), 3),
+    _ours("Sparse-MeZO", partial(SparseMeZO, lr=LR, eps=EPS, seed=0)),
     Row("MeZO, layer L/3", partial(_one_layer, False)),
     Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
 ]

@@ -21,7 +21,8 @@ class RunMonitor(Callback):
     """Logs speed, memory and one sample of the data.
 
     Scalars: ``run/steps_per_second`` (mean of the last ``log_every_n_steps`` training steps; validation is not
-    counted) and ``run/peak_memory_gib`` (of the process; of the device's allocator on CUDA). Once, when
+    counted), ``run/peak_memory_gib`` (of the process; of the device's allocator on CUDA) and, as ``method/...``, what
+    a method has to show of itself: quantiles of HiZOO's curvature, Sparse-MeZO's share of weights that move. Once, when
     training starts: the text of one training example under ``prompt`` in TensorBoard, if the data module has
     ``sample_text()``; and after the first step a line that says how much memory the method's state takes.
     """
@@ -52,6 +53,11 @@ class RunMonitor(Callback):
             self._say_state(trainer)
         pl_module.log("run/steps_per_second", len(self._seconds) / sum(self._seconds))
         pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
+        if trainer.global_step % max(getattr(trainer, "log_every_n_steps", 1), 1) == 0:
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, ZerothOrderOptimizer):
+                    for name, value in optimizer.measurements().items():
+                        pl_module.log(f"method/{name}", value)
 
     @staticmethod
     def _say_state(trainer: L.Trainer) -> None:

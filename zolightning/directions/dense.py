@@ -40,6 +40,7 @@ class Direction:
         """Whether `other` is this direction with negated coefficients, as far as the host knows without a look."""
         return (
             isinstance(other, Direction)
+            and type(self) is type(other)
             and self.keys is other.keys
             and self.kind == other.kind
             and self.values is not None

@@ -24,11 +24,6 @@ class FullCurvature:
     def __init__(self, values: Tensor) -> None:
         self.values = InPlace(values)
 
-    @property
-    def tensor(self) -> Tensor:
-        """What it lies in, for telling curvatures apart."""
-        return self.values.tensor
-
     def parts(self, start: int, numel: int) -> Iterator[Part]:
         """That of `numel` elements from `start` on, in slices that count from there."""
         yield slice(0, numel), self.values.tensor[start : start + numel]
@@ -53,10 +48,6 @@ class FactoredCurvature:
         self.columns = columns
         self.floor = floor
         self.ceiling = ceiling
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.rows
 
     def parts(self, start: int, numel: int) -> Iterator[Part]:
         """As of a full one, a few whole rows at a time, which are then forgotten.
@@ -83,10 +74,6 @@ class ScaledDirection(Direction):
     def __init__(self, direction: Direction, curvature: FullCurvature | FactoredCurvature) -> None:
         super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
         self.curvature = curvature
-
-    def is_opposite(self, other: object) -> bool:
-        same = isinstance(other, ScaledDirection) and self.curvature.tensor is other.curvature.tensor
-        return same and super().is_opposite(other)
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         weight, out = weight.view(-1), out.view(-1)

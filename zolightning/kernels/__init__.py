@@ -12,8 +12,8 @@ What they add is the noise of :mod:`~zolightning.kernels.noise`, which three arg
 arithmetic); and the ``kind`` of distribution. ``start`` is the index of a tensor's first element.
 
 Noise may be shaped before it is added: divided by the root of a ``curvature``, element by element, positive, of the
-weight's shape and the dtype of the arithmetic; or left out where the absolute value of the stored weight is above a
-``threshold``, where the weight then keeps every bit.
+weight's shape and the dtype of the arithmetic; or left out where the stored weight, without its sign, is above a
+``threshold``.
 """
 
 import functools

@@ -192,8 +192,8 @@ static inline float changed(float curvature, float change, float floor, float ce
     }                                                                                                          \
     void add_##NAME##_masked(__VA_ARGS__, float decay, float threshold, NOISE_ARGS) {                          \
         FOR_EACH_BLOCK({                                                                                       \
-            const int moves = fabsf(WIDE(weight[j])) <= threshold;                                             \
-            ADD(moves ? decay : 1.0f, moves ? noise[j - base] : -0.0f);                                        \
+            const float value = WIDE(weight[j]);                                                               \
+            ADD(decay, MASKED(value, noise[j - base]));                                                        \
         })                                                                                                     \
     }                                                                                                          \
     void add_##NAME##_curved(__VA_ARGS__, float decay, CURVATURE_ARGS, NOISE_ARGS) {                           \

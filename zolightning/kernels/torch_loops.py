@@ -147,11 +147,10 @@ def add_to_master(
     threshold: float,
 ) -> None:
     """:func:`add` to an fp32 master, (n,), where its fp16 weight, (n,), which is then its rounded value, is small."""
-    factor = torch.full((), decay, device=weight.device)
     for part in chunks(weight.numel(), chunk_size(weight)):
-        noise = noise_sum(counter(weight[part], start_of(start + part.start, weight.device)), keys, coefficients, kind)
-        noise, factors = _masked(noise, factor, weight[part], threshold)
-        master[part].mul_(factors).add_(noise)
+        index = counter(weight[part], start_of(start + part.start, weight.device))
+        noise = _shaped(noise_sum(index, keys, coefficients, kind), weight[part], None, threshold)
+        master[part].mul_(decay).add_(noise)
         weight[part].copy_(master[part])
 
 
@@ -241,8 +240,7 @@ def _add(
     threshold: float | None,
 ) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    noise, factor = _masked(noise, decay, weight, threshold)
-    weight.copy_((factor * weight.to(decay.dtype) + noise).to(weight.dtype))
+    weight.copy_((decay * weight.to(decay.dtype) + _shaped(noise, weight, None, threshold)).to(weight.dtype))
 
 
 def _add_split(
@@ -256,13 +254,5 @@ def _add_split(
     threshold: float | None,
 ) -> None:
     noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    noise, factor = _masked(noise, decay, weight, threshold)
-    bfloat16.write_split(weight, low, factor * bfloat16.read_split(weight, low) + noise)
-
-
-def _masked(noise: Tensor, decay: Tensor, weight: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
-    """What is added to a stored weight, and what it is multiplied by before; weights above the threshold stay."""
-    if threshold is None:
-        return noise, decay
-    moves = weight.to(noise.dtype).abs() <= threshold
-    return torch.where(moves, noise, -0.0), torch.where(moves, decay, 1.0)
+    value = decay * bfloat16.read_split(weight, low) + _shaped(noise, weight, None, threshold)
+    bfloat16.write_split(weight, low, value)

@@ -193,12 +193,10 @@ def perturb_rows(
 def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr, threshold=None):
     """``weight = decay * weight + delta`` for elements `at`: rounded, exact with a rest, or of an fp32 master.
 
-    Where the stored weight is above the threshold, if there is one, it stays.
+    Without delta where the stored weight is above the threshold, if there is one.
     """
     stored = tl.load(weight + at, mask=inside)
-    if threshold is not None:
-        moves = tl.abs(_wide(stored, INTERPRETED)) <= threshold
-        delta, decay = tl.where(moves, delta, -0.0), tl.where(moves, decay, 1.0)
+    delta = _shaped(delta, _wide(stored, INTERPRETED), None, threshold, at, inside)
     if rest is None:
         value = _wide(stored, INTERPRETED)
     elif rest.dtype.element_ty == tl.float32:

@@ -6,6 +6,7 @@ from zolightning.optim.lozo import LOZO
 from zolightning.optim.mezo import MeZO
 from zolightning.optim.mezo_adam import MeZOAdam
 from zolightning.optim.record import NonFiniteLossError, StepRecord
+from zolightning.optim.sparse_mezo import SparseMeZO
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_mezo import SubspaceMeZO
 from zolightning.optim.subzero import SubZero
@@ -19,6 +20,7 @@ __all__ = [
     "MeZO",
     "MeZOAdam",
     "NonFiniteLossError",
+    "SparseMeZO",
     "StepRecord",
     "SubZero",
     "SubspaceMeZO",

@@ -116,6 +116,10 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     def update(self, record: StepRecord) -> None:
         """Moves the trainable parameters by a step with these projected gradients."""
 
+    def measurements(self) -> dict[str, float]:
+        """What a method has to show of itself, by name: computed when it is asked for, every few dozen steps."""
+        return {}
+
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
         require_positive("lr", group["lr"])

@@ -39,6 +39,7 @@ from zolightning.directions.scaled import FactoredCurvature, FullCurvature, Scal
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import CODE_SCALE, NoiseKind
 from zolightning.optim.precision import State, UpdatePrecision, add_curved, add_direction
+from zolightning.optim.samples import strided
 
 Structure = Literal["full", "row_column", "scalar"]
 STRUCTURES: tuple[str, ...] = ("full", "row_column", "scalar")
@@ -138,6 +139,14 @@ def update_(
     unchanged = of_codes._replace(shift=0.0, squares=torch.zeros_like(of_codes.squares))
     for part, curvature in factored.parts(0, weight.numel()):
         add_curved(weight, state, curvature, direction, unchanged, precision, decay, part.start)
+
+
+def sample(state: State) -> Tensor:
+    """Some elements of the curvature in a state that has one, float64, on the host."""
+    if "curvature_rows" in state:
+        some = [strided(state[name], 2**7) for name in ("curvature_rows", "curvature_columns")]
+        return torch.outer(*some).flatten().double().cpu()
+    return strided(torch.as_tensor(state["curvature"])).double().cpu()
 
 
 def _factored_(state: State, weight: Tensor, direction: Direction, change: Change) -> FactoredCurvature:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from zolightning.directions.perturbation import Perturbation
@@ -13,6 +14,7 @@ from zolightning.optim.curvature import (
     CurvatureEstimate,
     Structure,
     relative_change,
+    sample,
     scaled,
     update_,
 )
@@ -21,7 +23,7 @@ from zolightning.optim.estimators import ThreePoint
 from zolightning.optim.precision import add_direction, as_contiguous
 from zolightning.optim.record import StepRecord
 
-Smoothing = float | Mapping[int, float]
+_QUANTILES = (0.01, 0.5, 0.99)  # of the curvature, that are shown
 
 
 class HiZOO(DenseOptimizer):
@@ -133,6 +135,15 @@ class HiZOO(DenseOptimizer):
                         add_direction(weight, state, direction, self.update_precision, decay)
                         continue
                     update_(weight, state, direction, change, self.curvature, self.update_precision, decay)
+
+    def measurements(self) -> dict[str, float]:
+        """Quantiles of the curvature, by a sample of each parameter."""
+        samples = [sample(self.state[p]) for _, _, p in self.trainable() if self.state.get(p)]
+        if not samples:
+            return {}
+        values = torch.cat(samples)
+        quantiles = values.quantile(torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
+        return {f"curvature_{q:g}": value for q, value in zip(_QUANTILES, quantiles, strict=True)}
 
 
 def _schedule(smoothing: Any) -> float | tuple[tuple[int, float], ...]:

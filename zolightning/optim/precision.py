@@ -68,7 +68,12 @@ def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tens
 
 
 def add_direction(
-    weight: Tensor, state: State, direction: Direction, precision: UpdatePrecision, decay: float = 1.0
+    weight: Tensor,
+    state: State,
+    direction: Direction,
+    precision: UpdatePrecision,
+    decay: float = 1.0,
+    threshold: float | None = None,
 ) -> None:
     """``weight = decay * weight + direction``, in place, generating the direction as it is added.
 
@@ -78,10 +83,12 @@ def add_direction(
         direction: what to add.
         precision: how the sum is rounded.
         decay: multiplies the weight first (decoupled weight decay is ``1 - lr * weight_decay``).
+        threshold: stored weights above it, without their signs, are not added to.
     """
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
-    kernels.add(flat, direction.keys, direction.coefficients, direction.kind, decay, rest)
+    noise = direction.keys, direction.coefficients, direction.kind
+    kernels.add(flat, *noise, decay, rest, threshold=threshold)
 
 
 def add_curved(

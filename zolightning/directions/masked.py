@@ -1,0 +1,115 @@
+"""Directions of some elements of a parameter only; the others keep every bit."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zolightning import kernels
+from zolightning.directions.dense import Direction
+from zolightning.kernels.compiled import chunk_size, chunks
+from zolightning.kernels.noise import hash_bits
+
+
+class MagnitudeMasked(Direction):
+    """A direction without the elements at which the stored parameter is large: the mask is made where it is used.
+
+    Args:
+        direction: to be masked.
+        threshold: elements whose absolute value is at most this are perturbed.
+    """
+
+    def __init__(self, direction: Direction, threshold: float) -> None:
+        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        self.threshold = threshold
+
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        noise = self.keys, self.coefficients, self.kind
+        kernels.perturb(out, weight, *noise, start, threshold=self.threshold)
+
+    def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
+        noise = self.keys, self.coefficients, self.kind
+        kernels.perturb_both(plus, minus, weight, *noise, start, threshold=self.threshold)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        noise = self.keys, self.coefficients, self.kind
+        kernels.perturb_rows(out, table, rows, *noise, threshold=self.threshold)
+
+
+class Mask(Protocol):
+    """Which elements of a parameter move, whatever it holds."""
+
+    def at(self, index: Tensor) -> Tensor:
+        """Whether elements move, bool, given their indices, int64, both of any shape."""
+
+
+class PackedMask:
+    """A mask in one bit an element.
+
+    Args:
+        bits: uint8, (n / 8,), from :func:`packed`.
+    """
+
+    def __init__(self, bits: Tensor) -> None:
+        self.bits = bits
+
+    def at(self, index: Tensor) -> Tensor:
+        return (self.bits[index >> 3] >> (index & 7).to(torch.uint8)) & 1 == 1
+
+
+def packed(moves: Tensor) -> Tensor:
+    """The bits of a mask, uint8, (n / 8,), given bool, (n,)."""
+    bits = torch.zeros(-(-moves.numel() // 8) * 8, dtype=torch.uint8, device=moves.device)
+    bits[: moves.numel()] = moves
+    places = torch.arange(8, dtype=torch.uint8, device=moves.device)
+    return (bits.view(-1, 8) << places).sum(1, dtype=torch.uint8)
+
+
+class RandomMask:
+    """A mask that is a hash of the element's index, and lies nowhere.
+
+    Args:
+        key: int32, (2,).
+        density: share of the elements that move.
+    """
+
+    def __init__(self, key: Tensor, density: float) -> None:
+        self.key = key
+        self.below = round((density - 0.5) * 2**32)
+
+    def at(self, index: Tensor) -> Tensor:
+        return hash_bits(index.to(torch.int32), self.key) < self.below
+
+
+class Masked(Direction):
+    """A direction without the elements that a mask leaves out, in several passes over memory."""
+
+    def __init__(self, direction: Direction, mask: Mask) -> None:
+        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        self.mask = mask
+
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        super().add_to(weight, out, start)
+        self._restore(weight, out, start)
+
+    def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
+        super().add_both(weight, plus, minus, start)
+        self._restore(weight, plus, start)
+        self._restore(weight, minus, start)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        super().add_to_rows(table, rows, out)
+        index = rows.long()[:, None] * table.shape[1] + torch.arange(table.shape[1], device=rows.device)
+        out.copy_(torch.where(self.mask.at(index), out, table[rows]))
+
+    def of_elements(self, numel: int, start: int) -> Tensor:
+        """The masked noise of some elements, (numel,): -0, which changes no number it is added to, where none is."""
+        noise = torch.zeros(numel, dtype=self.coefficients.dtype, device=self.coefficients.device)
+        self.accumulate(noise, start=start)
+        return torch.where(self.mask.at(torch.arange(start, start + numel, device=noise.device)), noise, -0.0)
+
+    def _restore(self, weight: Tensor, out: Tensor, start: int) -> None:
+        weight, out = weight.view(-1), out.view(-1)
+        for part in chunks(weight.numel(), chunk_size(weight)):
+            moves = self.mask.at(torch.arange(start + part.start, start + part.stop, device=weight.device))
+            out[part].copy_(torch.where(moves, out[part], weight[part].to(out.dtype)))

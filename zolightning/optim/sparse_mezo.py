@@ -1,0 +1,182 @@
+"""Sparse-MeZO: MeZO in the small weights only."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.directions.dense import Direction
+from zolightning.directions.masked import MagnitudeMasked, Masked, PackedMask, RandomMask, packed
+from zolightning.directions.perturbation import Perturbation
+from zolightning.kernels.compiled import chunk_size, chunks
+from zolightning.kernels.noise import key
+from zolightning.optim.checks import require_choice
+from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous
+from zolightning.optim.record import StepRecord
+from zolightning.optim.samples import strided
+
+MaskKind = Literal["dynamic", "fixed", "random"]
+MASKS: tuple[str, ...] = ("dynamic", "fixed", "random")
+_KEPT = ("threshold", "mask")  # entries of the state that outlive a visit of a block
+
+
+class SparseMeZO(DenseOptimizer):
+    """Sparse-MeZO (Liu et al., "Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning",
+    arXiv 2402.15751, NeurIPS 2025): the weights of each matrix that are small are perturbed and moved, and no others.
+
+    Small are those whose absolute value is at most a threshold, which is taken from the matrix before its first step
+    and stays: the quantile that leaves out a share `sparsity` of it. Which weights that are is found anew in each step,
+    from the stored weights, in the pass that makes the noise; nothing is stored but the threshold. The paper's
+    pseudo-code compares signed weights; its text and figures have magnitudes, and so do we.
+
+    What is not a matrix (biases, norms) trains densely, and so does a matrix with so many zeros that its threshold
+    would be 0, as the B of LoRA adapters begins: its weights would stop as soon as they are no longer 0. Of equal
+    weights at the threshold all move.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: step size, as of :class:`~zolightning.optim.MeZO`; the paper's is larger than MeZO's.
+        eps: perturbation scale: standard deviation of the perturbation of each weight that moves.
+        sparsity: share of a matrix that stays as it is, between 0 and 1.
+        mask: "dynamic", the paper's; "fixed", that of the first step for all steps, one bit a weight; or "random",
+            drawn once a run and stored nowhere, which is the paper's control (R-MeZO). The last two take several passes
+            over memory where the first takes one.
+        sparse_embeddings: whether the weights of ``nn.Embedding`` modules, of the module that the optimizer is attached
+            to, are masked too, output layers tied to them included.
+        **common: num_queries, estimator, noise, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        sparsity: float = 0.75,
+        mask: MaskKind = "dynamic",
+        sparse_embeddings: bool = True,
+        **common: Any,
+    ) -> None:
+        require_choice("mask", mask, MASKS)
+        self.mask: MaskKind = mask
+        self.sparse_embeddings = sparse_embeddings
+        self._first: dict[nn.Parameter, dict[str, Any]] = {}  # what will be kept, before a step has put it in the state
+        super().__init__(params, {"lr": lr, "eps": eps, "sparsity": sparsity}, **common)
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        if not 0 < group["sparsity"] < 1:
+            raise ValueError(f"`sparsity` must lie between 0 and 1, got {group['sparsity']!r}.")
+
+    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
+        found: dict[nn.Parameter, Perturbation] = {}
+        for group in self.param_groups:
+            directions = self.directions(group, group["seed"], group["step"], {query: sign * group["eps"]})
+            for parameter, direction in directions.items():
+                found[parameter] = self._masked(direction, self._mask_of(parameter, group), group)
+        return found
+
+    def update(self, record: StepRecord) -> None:
+        for group, lr in zip(self.param_groups, record.lr, strict=True):
+            coefficients = {q: -lr * g / self.num_queries for q, g in enumerate(record.projected_grads)}
+            for parameter, direction in self.directions(group, record.seed, record.step, coefficients).items():
+                kept, state = self._mask_of(parameter, group), self.state[parameter]
+                masked = self._masked(direction, kept, group)
+                state.update(kept)
+                self._first.pop(parameter, None)
+                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+                    if not isinstance(masked, Masked):
+                        threshold = masked.threshold if isinstance(masked, MagnitudeMasked) else None
+                        add_direction(weight, state, direction, self.update_precision, threshold=threshold)
+                        continue
+                    for part in chunks(weight.numel(), chunk_size(weight)):
+                        noise = masked.of_elements(part.stop - part.start, part.start)
+                        add_tensor(weight, state, noise, self.update_precision, start=part.start)
+
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """What was small at the first step is remembered."""
+        parameters = list(parameters)
+        masks = {parameter: _mask_in(self.state.get(parameter, {})) for parameter in parameters}
+        super().release(parameters)
+        for parameter, mask in masks.items():
+            if mask:
+                self.state[parameter].update(mask)
+
+    def measurements(self) -> dict[str, float]:
+        """Of a dynamic mask the share that moves of the weights with a threshold, by a sample of each parameter."""
+        moving = total = 0.0
+        for _, _, parameter in self.trainable():
+            threshold = self.state.get(parameter, {}).get("threshold", math.inf)
+            if threshold < math.inf:
+                moves = strided(parameter.detach()).abs() <= threshold
+                moving, total = moving + float(moves.double().mean()) * parameter.numel(), total + parameter.numel()
+        return {"share_moving": moving / total} if total else {}
+
+    def _mask_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
+        """What says which elements move, as the state has it or will have it; nothing where all do."""
+        if len(self.trainable_shape(parameter)) < 2:
+            return {}
+        if mask := _mask_in(self.state.get(parameter, {})):
+            return mask
+        if parameter not in self._first:  # an estimate makes no state
+            self._first[parameter] = self._find_mask(parameter, group)
+        return self._first[parameter]
+
+    def _find_mask(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
+        if not self.sparse_embeddings and self._is_embedding(parameter):
+            return {"threshold": math.inf}
+        if self.mask == "random":
+            words = key(group["seed"], -1, 0, self._names[parameter])  # of no step
+            return {"mask": torch.tensor(words, dtype=torch.int32, device=parameter.device)}
+        with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+            least = max(round((1 - group["sparsity"]) * weight.numel()), 1)
+            threshold = kth_smallest_magnitude(weight, least) or math.inf
+            if self.mask == "dynamic" or threshold == math.inf:
+                return {"threshold": threshold}
+            return {"mask": packed(weight.view(-1).abs() <= threshold)}
+
+    def _is_embedding(self, parameter: nn.Parameter) -> bool:
+        module = self.evaluator.module
+        return module is not None and any(
+            isinstance(submodule, nn.Embedding) and submodule.weight is parameter for submodule in module.modules()
+        )
+
+    def _masked(self, direction: Direction, mask: dict[str, Any], group: dict[str, Any]) -> Direction:
+        if "mask" in mask and self.mask == "random":
+            return Masked(direction, RandomMask(mask["mask"], 1 - group["sparsity"]))
+        if "mask" in mask:
+            return Masked(direction, PackedMask(mask["mask"]))
+        threshold = mask.get("threshold", math.inf)
+        return direction if threshold == math.inf else MagnitudeMasked(direction, threshold)
+
+
+def _mask_in(state: State) -> dict[str, Any]:
+    return {name: state[name] for name in _KEPT if name in state}
+
+
+def kth_smallest_magnitude(weight: Tensor, k: int) -> float:
+    """The k-th smallest absolute value of a contiguous floating-point tensor, k from 1 on; NaNs are the largest.
+
+    Exact, by two bytes of the numbers at a time: a sorted copy of a large embedding would take its memory again, and
+    ``torch.quantile`` refuses more than 2**24 elements.
+    """
+    if weight.is_meta:
+        return math.inf
+    size = weight.element_size()
+    bits = weight.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    prefix = 0
+    for shift in range(8 * size - 16, -1, -16):
+        counts = torch.zeros(2**16, dtype=torch.int64, device=bits.device)
+        for part in chunks(bits.numel(), max(chunk_size(bits), 2**20)):
+            magnitudes = bits[part] & torch.iinfo(bits.dtype).max  # without the sign, in the order of the numbers
+            if shift < 8 * size - 16:
+                magnitudes = magnitudes[magnitudes >> (shift + 16) == prefix]
+            counts += torch.bincount((magnitudes >> shift) & 0xFFFF, minlength=2**16)
+        upto = counts.cumsum(0)
+        digit = int(torch.searchsorted(upto, k))
+        k -= int(upto[digit] - counts[digit])
+        prefix = prefix << 16 | digit
+    return float(torch.tensor(prefix, dtype=bits.dtype).view(weight.dtype))
