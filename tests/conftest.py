@@ -68,11 +68,11 @@ METHODS: dict[str, Method] = {
     "mezo-low-byte": partial(MeZO, lr=0.02, update_precision="low_byte"),
     "mezo-adam": partial(MeZOAdam, lr=0.05),
     "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.05, weight_decay=0.1, num_queries=2),
-    "hizoo": partial(HiZOO, lr=0.02, smoothing=1e-3),
+    "hizoo": partial(HiZOO, lr=0.02, smoothing=1e-5),
     "hizoo-centered": partial(
-        HiZOO, lr=0.02, smoothing={0: 1e-3, 2: 2e-3}, curvature_estimate="centered", weight_decay=0.1, num_queries=2
+        HiZOO, lr=0.02, smoothing={0: 1e-5, 2: 2e-5}, curvature_estimate="centered", weight_decay=0.1, num_queries=2
     ),
-    "hizoo-l": partial(HiZOO, lr=0.02, smoothing=1e-3, curvature="row_column", update_precision="low_byte"),
+    "hizoo-l": partial(HiZOO, lr=0.02, smoothing=1e-5, curvature="row_column", update_precision="low_byte"),
     "sparse-mezo": partial(SparseMeZO, lr=0.02, sparsity=0.1),
     "sparse-mezo-fixed": partial(SparseMeZO, lr=0.02, sparsity=0.1, mask="fixed", update_precision="low_byte"),
     "lozo": partial(LOZO, lr=0.03, rank=3),
