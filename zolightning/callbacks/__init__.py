@@ -1,5 +1,6 @@
 """Callbacks: what is trained, when, and what is recorded."""
 
+from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.momentum_transport import MomentumTransport
 from zolightning.callbacks.prediction_writer import PredictionWriter
@@ -16,6 +17,7 @@ from zolightning.scopes.train_layers import TrainLayers
 from zolightning.scopes.train_parameters import TrainParameters
 
 __all__ = [
+    "ActivationBases",
     "BlockCoordinateDescent",
     "DominantLayer",
     "MomentumTransport",

@@ -5,8 +5,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from zolightning.callbacks.activation_bases import ActivationBases
+from zolightning.messages import some
 from zolightning.optim.subspace import SubspaceOptimizer
 
 
@@ -16,26 +20,29 @@ class SubspaceResampling(Callback):
     At that moment what has gathered in the cores is added to the weights; what becomes of the momentum is for
     :class:`~zolightning.callbacks.MomentumTransport` to say. Override :meth:`is_due` for a rule of your own.
 
-    Logs ``zo/refresh``, the number of bases drawn after the first.
+    Logs ``zo/refresh``, the number of bases after the first, random one. With `bases` also ``zo/input_energy``, the
+    mean share of the inputs' energy that they hold, and to TensorBoard that of each matrix, as the text ``bases``.
 
     Args:
         interval: steps between two draws.
         anchor: how many dominant directions of the momentum stay in the new basis; the rest is drawn. 0 draws all
             of it, independently of the old one: of a momentum of rank r in m rows about r / m of the energy is then
             left. Anchored bases are saved in checkpoints, others are drawn again.
+        bases: where factors come from, if not from a draw.
 
     Raises:
         MisconfigurationException: when training starts, if the optimizer is no subspace method, `anchor` is set for
             one that keeps no momentum, or another callback draws bases too.
     """
 
-    def __init__(self, interval: int = 100, anchor: int = 0) -> None:
+    def __init__(self, interval: int = 100, anchor: int = 0, bases: ActivationBases | None = None) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
         if anchor < 0:
             raise ValueError(f"`anchor` must not be negative, got {anchor}.")
         self.interval = interval
         self.anchor = anchor
+        self.bases = bases
 
     def is_due(self, trainer: L.Trainer, optimizer: SubspaceOptimizer) -> bool:
         """Whether new bases are drawn before the step that comes next; not asked before the first one."""
@@ -61,9 +68,30 @@ class SubspaceResampling(Callback):
                 )
             group["anchor"] = self.anchor
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
-        if optimizer.param_groups[0]["step"] and self.is_due(trainer, optimizer):
+        is_due = bool(optimizer.param_groups[0]["step"]) and self.is_due(trainer, optimizer)
+        is_first = not any(optimizer.given(p) for group in optimizer.param_groups for p in group["params"])
+        if self.bases is not None and (is_first or (is_due and self.bases.refresh)):
+            optimizer.fold()  # the network is to run with all of its training
+            found = self.bases.find(trainer, pl_module, optimizer, batch)
+            if not found.given:
+                raise MisconfigurationException(
+                    f"`bases` is {type(self.bases).__name__}, and no matrix that trains in a subspace is read by a "
+                    f"product whose inputs are finite ({some(found.without) or 'there is none'}). Leave `bases` out."
+                )
+            optimizer.resample(found.given)
+            optimizer.count(found.forward_passes)
+            pl_module.log("zo/input_energy", found.share)
+            if is_first:
+                rank_zero_info(str(found))
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    lines = [str(found), *found.table().splitlines()]  # indented: shown as it is
+                    logger.experiment.add_text("bases", "\n".join(f"    {line}" for line in lines), trainer.global_step)
+        elif is_due:
             optimizer.resample()
         # At every step, so that a resumed run shows it from its first one.
         pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))

@@ -311,6 +311,10 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         """The tensors kept of a parameter."""
         return self.state.get(parameter, {})
 
+    def count(self, evaluations: int) -> None:
+        """Adds evaluations that were made between steps to the ``forward_passes`` of the next record."""
+        self._estimate.measured += evaluations
+
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""
         self.evaluator.detach()

@@ -1,15 +1,15 @@
 """MeZO: zeroth-order SGD along dense seeded directions."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from zolightning.directions.dense import Direction
-from zolightning.optim.checks import require_fraction, require_positive
+from zolightning.optim.checks import require_fraction
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import momentum_
+from zolightning.optim.normalization import STATE, normalized, require_normalization
 from zolightning.optim.precision import State, add_direction, add_tensor
 
 
@@ -59,17 +59,13 @@ class MeZO(DenseDescent):
             "normalize": normalize,
             "clip": clip,
             "rms_decay": rms_decay,
-            "mean_square": 0.0,
-            "mean_square_weight": 0.0,
         }
-        super().__init__(params, defaults, **common)
+        super().__init__(params, defaults | STATE, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         require_fraction("momentum", group["momentum"])
-        require_fraction("rms_decay", group["rms_decay"])
-        if group["clip"] is not None:
-            require_positive("clip", group["clip"])
+        require_normalization(group)
 
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
         return 1 - group["momentum"] if group["momentum"] else -lr
@@ -85,17 +81,4 @@ class MeZO(DenseDescent):
         add_tensor(weight, state, momentum, self.update_precision, decay, scale=-lr)
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
-        """Clipped against, and divided by, their running RMS, where the group asks for it."""
-        if not group["normalize"] and group["clip"] is None:
-            return projected_grads
-        decay, weight = group["rms_decay"], group["mean_square_weight"]
-        if group["clip"] is not None and group["mean_square"] > 0:
-            bound = group["clip"] * math.sqrt(group["mean_square"] / weight)
-            projected_grads = tuple(max(-bound, min(bound, g)) for g in projected_grads)
-        mean_square = sum(g * g for g in projected_grads) / len(projected_grads)
-        group["mean_square"] = decay * group["mean_square"] + (1 - decay) * mean_square
-        group["mean_square_weight"] = decay * weight + (1 - decay)
-        if not group["normalize"]:
-            return projected_grads
-        rms = math.sqrt(group["mean_square"] / group["mean_square_weight"])
-        return tuple(g / rms if rms else 0.0 for g in projected_grads)
+        return normalized(group, projected_grads)

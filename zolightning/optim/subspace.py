@@ -12,6 +12,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
+from zolightning.optim.normalization import STATE, normalized, require_normalization
 from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
@@ -42,6 +43,10 @@ class SubspaceOptimizer(SubspaceWeights):
         rank: columns of a factor; where a matrix allows fewer, :meth:`attach` logs which.
         vector_lr: learning rate of what moves along dense directions; schedulers scale it with `lr`.
         noise: distribution of the cores and of dense directions.
+        normalize: divide projected gradients by their running RMS (arXiv 2605.03869): steps in proportion to them then
+            do not depend on the loss's scale; an orthogonalised step never does.
+        clip: bound projected gradients at this multiple of their running RMS over earlier steps.
+        rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
 
     The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`, and `offload_low_words` of
     :class:`~zolightning.optim.subspace_weights.SubspaceWeights`. In `defaults` may be ``momentum``, the decay of an
@@ -64,6 +69,9 @@ class SubspaceOptimizer(SubspaceWeights):
         rank: int,
         vector_lr: float,
         noise: NoiseKind = "gaussian",
+        normalize: bool = False,
+        clip: float | None = None,
+        rms_decay: float = 0.99,
         **common: Any,
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
@@ -81,9 +89,12 @@ class SubspaceOptimizer(SubspaceWeights):
             "anchor": 0,
             "refresh": 0,
             "folds": 0,
+            "normalize": normalize,
+            "clip": clip,
+            "rms_decay": rms_decay,
         }
         self.noise: NoiseKind = noise
-        super().__init__(params, shared | defaults, **common)
+        super().__init__(params, shared | STATE | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; a group may have its own ``vector_lr``."""
@@ -103,9 +114,9 @@ class SubspaceOptimizer(SubspaceWeights):
         """The step per `lr` of the cores of several matrices.
 
         Args:
-            gradients: (matrices, *core shape): smoothed core gradients of all matrices whose cores have one shape.
-            states: of each matrix its entry in the optimizer's state: ``core``, of the core's shape, and what the
-                method keeps there itself.
+            gradients: (matrices, *core shape): smoothed core gradients of all matrices whose cores have one shape;
+                transposed where a basis was given on the other side than the method's own.
+            states: of each matrix its entry in the optimizer's state: ``core``, and what the method keeps there itself.
             group: their hyperparameters.
 
         Returns:
@@ -116,6 +127,7 @@ class SubspaceOptimizer(SubspaceWeights):
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         require_fraction("momentum", group["momentum"])
+        require_normalization(group)
         for place, beta in enumerate(group["betas"] or ()):
             require_fraction(f"betas[{place}]", beta)
         require_choice("transport", group["transport"], TRANSPORTS)
@@ -157,18 +169,21 @@ class SubspaceOptimizer(SubspaceWeights):
         for group, lr in zip(self.param_groups, record.lr, strict=True):
             matrices, vectors = self.split(group)
             keep = 1 - group["momentum"] if group["momentum"] and not group["betas"] else 1.0
-            coefficients = {q: keep * g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
+            projected_grads = normalized(group, record.projected_grads)
+            coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
             if group["vector_lr_ratio"]:
                 self._update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
             cores = self._core_directions(matrices, record.seed, record.step, coefficients)
-            batches: dict[torch.Size, list[tuple[State, Tensor]]] = {}
+            batches: dict[tuple[bool, torch.Size], list[tuple[State, Tensor]]] = {}
             for name, (parameter, matrix) in matrices.items():
                 state, core = self.state[parameter], self.core(parameter, matrix)
-                batches.setdefault(core.shape, []).append((state, self._smooth(state, core, cores[name], group)))
-            for pairs in batches.values():
+                gradient, is_turned = self._smooth(state, core, cores[name], group), self._is_turned(parameter)
+                gradient = gradient.mT if is_turned else gradient
+                batches.setdefault((is_turned, gradient.shape), []).append((state, gradient))
+            for (is_turned, _), pairs in batches.items():
                 states = [state for state, _ in pairs]
                 steps = self.core_step(torch.stack([gradient for _, gradient in pairs]), states, group)
-                for state, step in zip(states, steps, strict=True):
+                for state, step in zip(states, steps.mT if is_turned else steps, strict=True):
                     state["core"].sub_(step, alpha=lr)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:

@@ -10,6 +10,8 @@ from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
 from zolightning.directions.dense import arithmetic
 from zolightning.optim.base import ZerothOrderOptimizer
 
+_GIVEN = {"left": "given_left", "right": "given_right"}  # where the state has them
+
 
 class Matrix(NamedTuple):
     """How a parameter is searched: viewed as a (rows, columns) matrix, by factors of `rank` columns.
@@ -26,9 +28,10 @@ class Matrix(NamedTuple):
 class SubspaceBases(ZerothOrderOptimizer):
     """Abstract: each matrix among the parameters has a basis, drawn when it is first asked for.
 
-    Bases are functions of (seed, refresh index, parameter name): a checkpoint holds none, unless `anchor` is used.
-    They have the dtype of the weight, so a bf16 run searches in a subspace that is rounded to bf16, which is not quite
-    that of an fp32 run.
+    Bases are functions of (seed, refresh index, parameter name): a checkpoint holds none, unless `anchor` is used or
+    factors are given to :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`; those are state, which a
+    replay from records needs beside them. Bases have the dtype of the weight, so a bf16 run searches in a subspace that
+    is rounded to bf16, which is not quite that of an fp32 run.
     """
 
     sides: ClassVar[Sides]  # which factors a basis has
@@ -84,15 +87,36 @@ class SubspaceBases(ZerothOrderOptimizer):
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Their bases too, which are drawn again when they move again."""
         parameters = list(parameters)
+        given = {parameter: self.given(parameter) for parameter in parameters}
         super().release(parameters)
         for parameter in parameters:
             self._bases.pop(parameter, None)
+            if given[parameter]:
+                self._give(parameter, Basis(**given[parameter]))
 
     def state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state now, with the bases."""
-        drawn = (basis for p, basis in self._bases.items() if not self.state.get(p, {}).keys() & {"left", "right"})
-        factors = (factor for basis in drawn for factor in (basis.left, basis.right) if factor is not None)
-        return super().state_bytes() + sum(factor.nbytes for factor in factors)
+        in_state = {id(value) for state in self.state.values() for value in state.values()}
+        factors = (factor for basis in self._bases.values() for factor in (basis.left, basis.right))
+        drawn = (factor for factor in factors if factor is not None and id(factor) not in in_state)
+        return super().state_bytes() + sum(factor.nbytes for factor in drawn)
+
+    def given(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The factors of a matrix that were given to :meth:`resample`, by side, "left" or "right"."""
+        state = self.state.get(parameter, {})
+        return {side: state[key] for side, key in _GIVEN.items() if key in state}
+
+    def _give(self, parameter: nn.Parameter, basis: Basis) -> None:
+        factors = {"left": basis.left, "right": basis.right}
+        self.state[parameter] |= {
+            _GIVEN[side]: factor.to(parameter.device, parameter.dtype)
+            for side, factor in factors.items()
+            if factor is not None
+        }
+
+    def _is_turned(self, parameter: nn.Parameter) -> bool:
+        """Whether the factor of a matrix, of which the method has one, is on the other side than the method's own."""
+        return self.sides != "both" and getattr(self.basis(parameter), self.sides) is None
 
     def _draw(self, parameter: nn.Parameter) -> Basis:
         group, name = self._group_of(parameter), self._names[parameter]
@@ -100,14 +124,18 @@ class SubspaceBases(ZerothOrderOptimizer):
         if matrix is None:
             raise ValueError(f"`{name}` moves along dense directions and has no basis.")
 
-        def factor(side: str, size: int) -> Tensor:
+        given = self.given(parameter)
+
+        def factor(side: str, size: int) -> Tensor | None:
+            if side in given:
+                return given[side]
+            if self.sides not in (side, "both") or (given and self.sides != "both"):
+                return None
             drawn = gaussian(size, matrix.rank, group["seed"], group["refresh"], f"{name}/{side}", parameter.device)
             drawn = drawn.to(arithmetic(parameter.dtype))
             return (orthonormal(drawn) if self.unit else drawn).to(parameter.dtype)
 
-        left = None if self.sides == "right" else factor("left", matrix.rows)
-        right = None if self.sides == "left" else factor("right", matrix.columns)
-        return Basis(left, right)
+        return Basis(factor("left", matrix.rows), factor("right", matrix.columns))
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))

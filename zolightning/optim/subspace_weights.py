@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.basis import Basis
 from zolightning.directions.dense import arithmetic
 from zolightning.kernels.compiled import chunks
 from zolightning.messages import some
@@ -83,7 +84,7 @@ class SubspaceWeights(SubspaceBases):
         super().apply(record)
 
     @torch.no_grad()
-    def resample(self) -> None:
+    def resample(self, given: Mapping[nn.Parameter, Basis] | None = None) -> None:
         """Folds the cores into the weights, draws the next bases and takes the momentum along.
 
         Without a Trainer it is for the training loop to call, before the step of every 50th batch, say; otherwise
@@ -92,7 +93,24 @@ class SubspaceWeights(SubspaceBases):
 
         ``momentum_kept`` is then the share of its squared norm that the momentum keeps as a matrix; None where there
         is none.
+
+        Args:
+            given: factors of matrices that are not to be drawn from now on, in any dtype. A method with a factor on
+                one side searches on the side that is given; one with two draws the other. They stay until others are
+                given, and are saved with the state.
+
+        Raises:
+            ValueError: if a matrix has momentum in a basis of the other side.
         """
+        given = given or {}
+        for parameter, basis in given.items():
+            if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
+                continue
+            if (self.basis(parameter).left is None) != (basis.left is None):
+                raise ValueError(
+                    f"`{self._names[parameter]}` has momentum in a basis of the other side than the one given. Give "
+                    "bases before the first step, or start a new run from the weights."
+                )
         self.fold()
         moving = [  # frozen ones too: they may thaw
             (group, parameter, self.basis(parameter), momentum.view(self.basis(parameter).core_shape(matrix[:2])))
@@ -103,6 +121,8 @@ class SubspaceWeights(SubspaceBases):
         self._bases.clear()
         for state in self.state.values():
             state.pop("left", None), state.pop("right", None)
+        for parameter, basis in given.items():
+            self._give(parameter, basis)
         for group in self.param_groups:
             group["refresh"] += 1
         before = after = 0.0

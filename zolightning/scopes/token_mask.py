@@ -47,8 +47,22 @@ class TokenMask(AbstractContextManager["TokenMask"]):
         self._hooks.close()
         self._masks.clear()
 
-    def of(self, activations: Tensor) -> Tensor:
+    def fits(self, activations: Tensor) -> bool:
+        """Whether `activations` are laid out as the mask, whose end they may be; the rows of an expert are not."""
+        mask = self._masks[-1] if self._masks else None
+        shape = activations.shape[:-1]
+        return (
+            mask is None
+            or shape.numel() == mask.numel()
+            or (len(shape) == 2 and len(mask) == shape[0] and shape[1] <= mask.shape[1])
+        )
+
+    def of(self, activations: Tensor, with_first: bool = True) -> Tensor:
         """True where `activations` belong to a token: as many entries as they have without their last dimension.
+
+        Args:
+            activations: of all positions, or of the last ones.
+            with_first: count the first token of each row, which in many models has massive activations.
 
         Raises:
             ValueError: if the network's mask does not fit.
@@ -56,13 +70,17 @@ class TokenMask(AbstractContextManager["TokenMask"]):
         shape = activations.shape[:-1]
         mask = self._masks[-1] if self._masks else None
         if mask is None:
-            return torch.ones(shape, dtype=torch.bool, device=activations.device)
+            found = torch.ones(shape, dtype=torch.bool, device=activations.device)
+            if not with_first and len(shape) == 2:
+                found[:, 0] = False
+            return found
         tokens = shape.numel() // len(mask)  # a mask may begin with what is cached
         if tokens * len(mask) != shape.numel() or tokens > mask.shape[1]:
             raise ValueError(
                 f"An attention mask of shape {tuple(mask.shape)} does not fit activations of shape "
                 f"{tuple(activations.shape)}."
             )
+        mask = mask if with_first else mask * (mask.cumsum(dim=1) > 1)
         return mask[:, mask.shape[1] - tokens :].reshape(shape).to(activations.device, torch.bool)
 
     def _enter(self, mask: Any) -> None:

@@ -1,0 +1,281 @@
+"""Bases from what layers read: which directions, of which rows, how long, and what a run does with them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers.pytorch_utils import Conv1D
+
+from zolightning.callbacks import ActivationBases, SubspaceResampling, ZerothOrder
+from zolightning.directions.moments import SecondMoment, scaled
+from zolightning.optim import LOZO, ZOMOPI, SubspaceMeZO, SubZero, ZOMuon
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+
+METHODS = {
+    "lozo": partial(LOZO, lr=0.02, rank=2, normalize=True, clip=3.0),
+    "subzero": partial(SubZero, lr=0.02, rank=2, momentum=0.5),
+    "subspace-mezo": partial(SubspaceMeZO, lr=0.02, rank=2, betas=(0.9, 0.99)),
+    "zo-muon": partial(ZOMuon, lr=0.02, rank=2, vector_lr=0.01),
+    "zo-mopi": partial(ZOMOPI, lr=0.02, rank=2, power_rank=1, vector_lr=0.01),
+}
+
+
+class Network(nn.Module):
+    """Reads padded sequences of tokens: by an embedding, two maps that share their input, a Conv1D and a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.embedding = nn.Embedding(11, 6)
+            self.layers = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(6, 8, bias=False)})])
+            self.across = Conv1D(5, 8)
+            self.head = nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        for layer in self.layers:
+            hidden = torch.tanh(layer["a"](hidden)) * layer["b"](hidden)
+        return self.head(self.across(hidden))[:, -1]
+
+
+class Classifier(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.network(batch["ids"], batch["mask"]).float(), batch["label"])
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def rows(padding: int = 0) -> list[dict[str, Tensor]]:
+    """Twelve examples of five tokens, the first ones `padding` where the mask is 0."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for number in range(12):
+        ids, mask = torch.randint(1, 11, (5,), generator=generator), torch.ones(5, dtype=torch.int64)
+        ids[: number % 3], mask[: number % 3] = padding, 0
+        found.append({"ids": ids, "mask": mask, "label": torch.tensor(number % 3)})
+    return found
+
+
+@pytest.fixture
+def fit(make_trainer: Callable[..., L.Trainer]) -> Callable[..., Classifier]:
+    def fit(
+        method: Any, bases: ActivationBases | None, *callbacks: Callback, padding: int = 0, **kwargs: Any
+    ) -> Classifier:
+        ckpt_path, interval = kwargs.pop("ckpt_path", None), kwargs.pop("interval", 2)
+        module, data = Classifier(), StatefulDataLoader(rows(padding), batch_size=4)
+        resampling = SubspaceResampling(interval, bases=bases)
+        trainer = make_trainer(**{"max_steps": 1, "callbacks": [resampling, ZerothOrder(method), *callbacks]} | kwargs)
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        return module
+
+    return fit
+
+
+def factors(module: Classifier, name: str) -> dict[str, Tensor]:
+    return module.trainer.optimizers[0].given(module.get_parameter(f"network.{name}"))
+
+
+@torch.no_grad()
+def inputs(name: str, first_token: bool = True) -> Tensor:
+    """What a map of the untrained network reads at tokens, computed by hand."""
+    network, read = Network(), []
+    for row in rows():
+        hidden = network.embedding(row["ids"])
+        a, b = network.layers[0].values()
+        after = torch.tanh(a(hidden)) * b(hidden)
+        found = {"layers.0.a": hidden, "layers.0.b": hidden, "across": after, "head": network.across(after)}[name]
+        read.append(found[row["mask"].bool()][0 if first_token else 1 :])
+    return torch.cat(read)
+
+
+def assert_same_directions(found: Tensor, expected: Tensor) -> None:
+    for one, other in zip(found.T, expected.T, strict=True):
+        torch.testing.assert_close(one * torch.sign(one @ other), other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("first_token", [True, False])
+def test_directions_are_those_of_an_svd_of_the_inputs(fit: Callable[..., Classifier], first_token: bool) -> None:
+    module = fit(METHODS["lozo"], ActivationBases("unit", first_token=first_token))
+    for name, side in {"layers.0.a": "right", "layers.0.b": "right", "across": "left", "head": "right"}.items():
+        found = factors(module, f"{name}.weight")
+        assert found.keys() == {side}
+        assert_same_directions(found[side], torch.linalg.svd(inputs(name, first_token)).Vh[:2].T)
+    assert factors(module, "embedding.weight") == {}, "no product reads it"
+
+
+def test_padding_does_not_count(fit: Callable[..., Classifier]) -> None:
+    one, other = (fit(METHODS["lozo"], ActivationBases(), padding=padding) for padding in (0, 7))
+    assert torch.equal(factors(one, "head.weight")["right"], factors(other, "head.weight")["right"])
+
+
+def test_scaling_and_skipping(fit: Callable[..., Classifier]) -> None:
+    read = inputs("across")
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(read.T @ read / len(read)))
+    found = factors(fit(METHODS["lozo"], ActivationBases("whitened")), "across.weight")["left"]
+    torch.testing.assert_close((read @ found).square().mean(dim=0), torch.ones(2), rtol=1e-3, atol=0)
+    limit = values[1].sqrt().item()
+    found = factors(fit(METHODS["lozo"], ActivationBases("rms", limit)), "across.weight")["left"]
+    expected = vectors[:, :2] * 8**0.5 * torch.stack([limit / values[0].sqrt(), torch.ones(())])
+    assert_same_directions(found, expected)
+    found = factors(fit(METHODS["lozo"], ActivationBases("unit", skip=1)), "across.weight")["left"]
+    assert_same_directions(found, vectors[:, 1:3])
+
+
+def test_wide_inputs() -> None:
+    """By a sketch: the directions of a decaying spectrum, better in a second pass; and zeros and NaN have none."""
+    generator = torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
+    values = 1 / torch.arange(1, 301)
+    read = torch.randn(900, 300, generator=generator) * values.sqrt() @ turn
+    exact = torch.linalg.eigh(read.T @ read / len(read))
+    moment, errors = SecondMoment(300, 2, 0, "wide", read.device), []
+    for _ in range(2):
+        moment.again()
+        for part in read.split(300):
+            moment.add(part)
+        leading = moment.leading(2)
+        errors.append(1 - torch.linalg.svdvals(leading.directions.T @ exact.eigenvectors[:, -2:])[-1].item())
+    assert moment.product.shape == (300, 34)
+    assert errors[1] < 1e-3 < errors[0] < 0.1
+    torch.testing.assert_close(leading.values, exact.eigenvalues.flip(0)[:2], rtol=0.01, atol=0)
+    assert leading.share == pytest.approx((exact.eigenvalues[-2:].sum() / exact.eigenvalues.sum()).item(), rel=0.01)
+    assert torch.isfinite(scaled(leading, "whitened", 5.0)).all()
+    for bad in (0.0, float("nan")):
+        moment = SecondMoment(300, 2, 0, "wide", read.device)
+        moment.add(read * bad)
+        moment.again()
+        moment.add(read * bad)
+        assert moment.leading(2) is None
+
+
+def test_what_is_known_stays_by_its_share() -> None:
+    """The mean over old and new rows, where the old ones lie in the directions that were kept."""
+    generator = torch.Generator().manual_seed(1)
+    old, new = torch.randn(50, 2, generator=generator) @ torch.eye(2, 5), torch.randn(80, 5, generator=generator)
+    moments = [SecondMoment(5, 2, 0, "w", old.device) for _ in range(2)]
+    for moment, read in zip(moments, (old, new), strict=True):
+        moment.add(read)
+    moments[1].blend(moments[0].leading(2), 0.75)
+    expected = 0.75 * old.T @ old / 50 + 0.25 * new.T @ new / 80
+    torch.testing.assert_close(moments[1].product / 80, expected)
+    assert moments[1].leading(5).share == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("refresh", [False, True])
+def test_every_method_trains_and_resumes(
+    fit: Callable[..., Classifier], tmp_path: Path, name: str, refresh: bool
+) -> None:
+    """Stopping in the middle of an interval changes no bit, of weights, moments and bases."""
+    bases = ActivationBases(examples="batch" if refresh else "prompts", refresh=refresh, decay=0.5 * refresh)
+
+    def run(**kwargs: Any) -> Classifier:
+        saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)  # after 3 steps
+        options = {"max_steps": 6, "precision": "bf16-true", "enable_checkpointing": True}
+        return fit(METHODS[name], bases, saving, **options, **kwargs)
+
+    whole = run()
+    resumed = run(ckpt_path=tmp_path / "step=3.ckpt")
+    one, other = (module.trainer.optimizers[0].state_dict() for module in (whole, resumed))
+    assert one["param_groups"] == other["param_groups"]
+    for index, state in one["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, other["state"][index][key]) if isinstance(value, Tensor) else True, key
+    before = Classifier().bfloat16()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+        assert value.isfinite().all() and not torch.equal(value, before.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["lozo", "zo-mopi"])
+def test_a_step_stays_in_the_span_of_the_inputs(fit: Callable[..., Classifier], name: str) -> None:
+    """Also where the method's own factor is on the other side; and the step is `core_step` of the right orientation."""
+    module = fit(METHODS[name], ActivationBases("unit"))
+    for layer, side in {"across": "left", "head": "right"}.items():
+        moved = module.get_parameter(f"network.{layer}.weight") - Network().get_parameter(f"{layer}.weight")
+        factor = factors(module, f"{layer}.weight")[side]
+        rows = moved if side == "right" else moved.T
+        assert moved.abs().max() > 0
+        torch.testing.assert_close(rows @ factor @ factor.T, rows, rtol=1e-3, atol=1e-6)
+        if name == "zo-mopi":  # of rank `power_rank`, `lr` long
+            expected = torch.tensor([0.02] + [0.0] * (min(moved.shape) - 1))
+            torch.testing.assert_close(torch.linalg.svdvals(moved), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier]) -> None:
+    records: list[Any] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            records.append(trainer.optimizers[0].record)
+
+    module = fit(METHODS["zo-mopi"], ActivationBases(), Keep(), max_steps=5)
+    optimizer, replayed = module.trainer.optimizers[0], Classifier()
+    replay = METHODS["zo-mopi"](replayed.named_parameters())
+    for twin, parameter in zip(replayed.parameters(), module.parameters(), strict=True):
+        given = {f"given_{side}": factor for side, factor in optimizer.given(parameter).items()}
+        replay.state[twin].update(given)
+    for record in records:
+        replay.apply(record)
+    replay.detach()
+    for one, other in zip(replayed.parameters(), module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    # Two forwards of eight prompts would be four; here twelve rows in batches of four, twice
+    assert records[0].forward_passes == 8 + 6 and records[1].forward_passes == 8
+
+
+def test_the_random_bases_are_what_they_were(fit: Callable[..., Classifier]) -> None:
+    """Of an embedding, beside bases from activations: as without them, at the same index."""
+    beside = fit(METHODS["lozo"], ActivationBases())
+    plain = fit(METHODS["lozo"], None, max_steps=3)
+    one, other = (
+        module.trainer.optimizers[0].basis(module.get_parameter("network.embedding.weight")).right
+        for module in (beside, plain)
+    )
+    assert torch.equal(one, other)
+
+
+class TestRefuses:
+    def test_a_module_without_products(
+        self, make_trainer: Callable[..., L.Trainer], fit: Callable[..., Classifier]
+    ) -> None:
+        class Images(L.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = nn.Conv2d(1, 2, 2)
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                return self.net(batch).square().mean()
+
+            def configure_optimizers(self) -> None:
+                return None
+
+        callbacks = [SubspaceResampling(bases=ActivationBases()), ZerothOrder(METHODS["lozo"])]
+        with pytest.raises(MisconfigurationException, match=r"ActivationBases, .* inputs are finite \(there is none\)"):
+            make_trainer(max_steps=1, callbacks=callbacks).fit(Images(), DataLoader(torch.rand(4, 1, 3, 3)))
+
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [("scaling", "none"), ("examples", "all"), ("limit", 0.0), ("num_prompts", 0), ("skip", -1), ("decay", 0.5)],
+    )
+    def test_values(self, argument: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"`{argument}`"):
+            ActivationBases(**{argument: value})

@@ -1,0 +1,202 @@
+"""Bases of subspaces from what layers read, instead of at random."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from zolightning.directions.basis import Basis
+from zolightning.directions.moments import SCALINGS, Leading, Scaling, SecondMoment, scaled
+from zolightning.evaluation.input_moments import INPUT_DIM, InputMoments, Side
+from zolightning.layers import LayerStack, find_layers
+from zolightning.messages import some
+from zolightning.optim.checks import require_choice, require_fraction, require_positive
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.token_mask import TokenMask
+
+Examples = Literal["prompts", "batch"]
+EXAMPLES: tuple[str, ...] = ("prompts", "batch")
+
+_DIRECTIONS, _VALUES = "input_directions", "input_values"  # kept in the state for `decay`
+
+
+class InputBases(NamedTuple):
+    """What was found.
+
+    Attributes:
+        given: a factor on the side of the inputs, for each matrix that reads some.
+        shares: of each, by name, the share of its inputs' energy that the factor's columns hold.
+        without: names of matrices that keep the method's own factors.
+        forward_passes: how many it took.
+    """
+
+    given: dict[nn.Parameter, Basis]
+    shares: dict[str, float]
+    without: list[str]
+    forward_passes: int
+
+    @property
+    def share(self) -> float:
+        """The mean of the shares."""
+        return sum(self.shares.values()) / max(1, len(self.shares))
+
+    def __str__(self) -> str:
+        others = f"; without: {some(self.without)}" if self.without else ""
+        return (
+            f"Bases from inputs of {len(self.shares)} matrices hold {100 * self.share:.0f} % of their energy{others}."
+        )
+
+    def table(self) -> str:
+        """One line a matrix: the share of its inputs' energy that its basis holds."""
+        return "\n".join(f"{100 * share:5.1f} %  {name}" for name, share in self.shares.items())
+
+
+@dataclass(frozen=True)
+class ActivationBases:
+    """Bases from the leading directions of each layer's inputs (AGZO, arXiv 2601.17261; ZO-Act, arXiv 2607.01125).
+
+    Each matrix W of a product ``x W'`` gets a right factor: the leading eigenvectors of the mean of ``x x'``, scaled,
+    as many as the method's `rank`. (A ``Conv1D`` of transformers computes ``x W`` and gets a left one.) SubZero keeps
+    a random factor on the other side; ZO-Muon, ZO-MOPI and Subspace-MeZO search on the side of the inputs instead of
+    their own. Padding does not count. What no product reads alone (embeddings, convolutions), and inputs that are zero
+    or not finite, leave a matrix the random factors of the method.
+
+    Sums are over all ranks, and the first rank's result is everyone's. The factors are part of the optimizer's state,
+    in the weight's dtype, so that a resumed run goes on with the same bits, and a replay from records needs them beside
+    the records. Their forward passes are counted with those of the next step.
+
+    Args:
+        scaling: lengths of the columns: "unit", "rms" or "whitened", see
+            :func:`~zolightning.directions.moments.scaled`. A learning rate belongs to one of them.
+        limit: of "rms".
+        skip: how many leading directions to leave out: the first is what all inputs share.
+        first_token: count the first token of each sequence, which in many models has massive activations.
+        examples: look at "prompts", the first examples of the training data as they are stored, or at the "batch" that
+            is trained on when bases are due.
+        num_prompts: how many of the former.
+        passes: over the examples; a second one makes the directions of wide inputs more exact.
+        refresh: look again whenever new subspaces are due, at the weights of then; otherwise once, before the first
+            step. Random factors are drawn anew each time.
+        decay: share of what was known that stays at a refresh, as far as its leading directions tell; the streaming
+            estimate of AIM-ZO. 0 forgets.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+
+    scaling: Scaling = "rms"
+    limit: float = 5.0
+    skip: int = 0
+    first_token: bool = True
+    examples: Examples = "prompts"
+    num_prompts: int = 64
+    passes: int = 2
+    refresh: bool = False
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("scaling", self.scaling, SCALINGS)
+        require_choice("examples", self.examples, EXAMPLES)
+        require_positive("limit", self.limit)
+        require_positive("num_prompts", self.num_prompts)
+        require_positive("passes", self.passes)
+        require_fraction("decay", self.decay)
+        if self.skip < 0:
+            raise ValueError(f"`skip` must not be negative, got {self.skip}.")
+        if self.decay and not self.refresh:
+            raise ValueError(
+                f"`decay` is {self.decay}, and without `refresh` nothing is looked at again. Set `refresh`."
+            )
+
+    def find(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: SubspaceOptimizer, batch: Any
+    ) -> InputBases:
+        """Runs the module on examples, at its stored weights.
+
+        Args:
+            trainer: whose training data and strategy are used.
+            pl_module: whose ``training_step`` is run, in evaluation mode and without gradients.
+            optimizer: whose matrices want bases; frozen ones do not.
+            batch: the training batch that comes next.
+        """
+        matrices = {
+            name: (parameter, matrix.rank)
+            for group in optimizer.param_groups
+            for name, (parameter, matrix) in optimizer.split(group, frozen=True)[0].items()
+            if parameter.requires_grad and optimizer.trainable_shape(parameter) == matrix[:2]
+        }
+        names = {parameter: name for name, (parameter, _) in matrices.items()}
+        count = self.skip + max((rank for _, rank in matrices.values()), default=0)
+        seed = optimizer.param_groups[0]["seed"]
+
+        def new(weight: nn.Parameter, side: Side) -> SecondMoment:
+            size = optimizer.trainable_shape(weight)[INPUT_DIM[side]]
+            return SecondMoment(size, count, seed, names[weight], weight.device)
+
+        batches = [batch]
+        if self.examples == "prompts":
+            batches = calibration_batches(trainer, pl_module, self.num_prompts)
+        tokens = TokenMask(pl_module, _layers(pl_module))
+        watch = InputMoments({p: optimizer.slices.get(p) for p in names}, tokens, new, self.first_token)
+        groups: list[list[tuple[str, Side]]] = []  # of the matrices that read the same
+        moments: list[SecondMoment] = []
+        for number in range(self.passes):
+            for moment in moments:
+                moment.again()
+            with isolate_rng(), tokens, watch:
+                for examples in batches:
+                    calibration_forward(pl_module, examples)
+            if number == 0:
+                # Those of the first rank, for all: an expert may not have run on every rank.
+                groups = trainer.strategy.broadcast(_groups(watch, names))
+                moments = [watch.of([(matrices[name][0], side) for name, side in group]) for group in groups]
+            for moment in moments:
+                moment.product = trainer.strategy.reduce(moment.product, reduce_op="sum")
+                moment.totals = trainer.strategy.reduce(moment.totals, reduce_op="sum")
+
+        found: list[Leading | None] = []
+        for ((name, _), *_), moment in zip(groups, moments, strict=True):
+            state = optimizer.state[matrices[name][0]]
+            if self.decay and _DIRECTIONS in state:
+                *values, energy = state[_VALUES].tolist()
+                moment.blend(Leading(state[_DIRECTIONS], moment.totals.new_tensor(values), energy), self.decay)
+            leading = moment.leading(count) if trainer.is_global_zero else None
+            found.append(None if leading is None else Leading(leading[0].cpu(), leading[1].cpu(), leading[2]))
+
+        given: dict[nn.Parameter, Basis] = {}
+        shares: dict[str, float] = {}
+        for group, leading in zip(groups, trainer.strategy.broadcast(found), strict=True):
+            if leading is None or self.skip >= len(leading.values):
+                continue
+            for name, side in group:
+                parameter, rank = matrices[name]
+                used = slice(self.skip, self.skip + rank)
+                chosen = Leading(leading.directions[:, used], leading.values[used], leading.energy)
+                given[parameter] = Basis(**{side: scaled(chosen, self.scaling, self.limit)})
+                shares[name] = chosen.share
+                if self.decay:
+                    values = torch.cat([leading.values, leading.values.new_tensor([leading.energy])])
+                    optimizer.state[parameter] |= {
+                        _DIRECTIONS: leading.directions.to(parameter.device),
+                        _VALUES: values.to(parameter.device),
+                    }
+        return InputBases(given, shares, [name for name in matrices if name not in shares], self.passes * len(batches))
+
+
+def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[list[tuple[str, Side]]]:
+    """Name and side of all matrices, those together that share a moment."""
+    groups: dict[int, list[tuple[str, Side]]] = {}
+    for weight, (side, moment) in watch.moments.items():
+        groups.setdefault(id(moment), []).append((names[weight], side))
+    return list(groups.values())
+
+
+def _layers(module: nn.Module) -> LayerStack:
+    try:
+        return find_layers(module)
+    except ValueError:  # a module without a list of layers: masks are looked for everywhere
+        return LayerStack("", (), ())

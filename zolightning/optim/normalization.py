@@ -1,0 +1,37 @@
+"""Projected gradients in units of their running RMS, and bounded by it: one number where Adam keeps a tensor."""
+
+import math
+from typing import Any
+
+from zolightning.optim.checks import require_fraction, require_positive
+
+STATE = {"mean_square": 0.0, "mean_square_weight": 0.0}  # of a group, at its first step
+
+
+def require_normalization(group: dict[str, Any]) -> None:
+    """Raises a ValueError that names `rms_decay` or `clip`, its value and what is accepted."""
+    require_fraction("rms_decay", group["rms_decay"])
+    if group["clip"] is not None:
+        require_positive("clip", group["clip"])
+
+
+def normalized(group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
+    """Clipped against, and divided by, their running RMS, where the group asks for it (MEAZO, arXiv 2605.03869).
+
+    Args:
+        group: with ``normalize``, ``clip``, ``rms_decay``, and what :data:`STATE` holds, which is brought up to date.
+        projected_grads: of a step, one a query.
+    """
+    if not group["normalize"] and group["clip"] is None:
+        return projected_grads
+    decay, weight = group["rms_decay"], group["mean_square_weight"]
+    if group["clip"] is not None and group["mean_square"] > 0:
+        bound = group["clip"] * math.sqrt(group["mean_square"] / weight)
+        projected_grads = tuple(max(-bound, min(bound, g)) for g in projected_grads)
+    mean_square = sum(g * g for g in projected_grads) / len(projected_grads)
+    group["mean_square"] = decay * group["mean_square"] + (1 - decay) * mean_square
+    group["mean_square_weight"] = decay * weight + (1 - decay)
+    if not group["normalize"]:
+        return projected_grads
+    rms = math.sqrt(group["mean_square"] / group["mean_square_weight"])
+    return tuple(g / rms if rms else 0.0 for g in projected_grads)
