@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning.blocks import Bandit
-from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, MomentumTransport, SubspaceResampling
+from zolightning.callbacks import ZerothOrder
 from zolightning.optim.estimators import OneSided
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
 
@@ -81,6 +82,7 @@ runs = {
     "none": (partial(MeZO, lr=1e-2), {"micro_batch_size": 1, "none_steps": (3, 6), "none": none}),
     "subspace": (partial(ZOMOPI, lr=1e-2, rank=2, power_rank=1, vector_lr=1e-3), {}),
     "blocks": (partial(MeZO, lr=1e-2, momentum=0.5), {"blocks": ["net.0", "net.1", "net.4"]}),
+    "activations": (partial(LOZO, lr=1e-2, rank=2), {"bases": ActivationBases(examples="batch", refresh=True)}),
     "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"evaluations_per_forward": 4}),
 }
 for name, (method, options) in runs.items():
@@ -91,13 +93,15 @@ for name, (method, options) in runs.items():
     others = [SubspaceResampling(interval=4, anchor=1), MomentumTransport("project")]
     if "blocks" in options:
         others = [BlockCoordinateDescent(Bandit(step_size=0.5), interval=2, patterns=options["blocks"])]
+    if "bases" in options:
+        others = [SubspaceResampling(interval=4, bases=options["bases"])]
     trainer = L.Trainer(
         max_steps=10,
         accelerator="cpu",
         devices=ranks,
         strategy=options.get("strategy", "ddp") if ranks > 1 else "auto",
         precision=options.get("precision", "32-true"),
-        callbacks=[callback, *(others if name in ("subspace", "stacked", "blocks") else []), recorder],
+        callbacks=[callback, *(others if name in ("subspace", "stacked", "blocks", "activations") else []), recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -131,6 +135,7 @@ RUNS = [
     "skipped",
     "none",
     "subspace",
+    "activations",
     "stacked",
     "blocks",
 ]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.pytorch_utils import Conv1D
 
-from zolightning.callbacks import ActivationBases, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, SubspaceResampling, ZerothOrder
 from zolightning.directions.moments import SecondMoment, scaled
 from zolightning.optim import LOZO, ZOMOPI, SubspaceMeZO, SubZero, ZOMuon
 
@@ -240,6 +240,17 @@ def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier
         assert torch.equal(one, other)
     # Two forwards of eight prompts would be four; here twelve rows in batches of four, twice
     assert records[0].forward_passes == 8 + 6 and records[1].forward_passes == 8
+
+
+def test_blocks_keep_their_bases(fit: Callable[..., Classifier]) -> None:
+    """While they rest, and whatever of their state is dropped."""
+    blocks = BlockCoordinateDescent(interval=1, patterns=["across", "head"], others="never")
+    module = fit(METHODS["subzero"], ActivationBases(), blocks, max_steps=4, interval=9)
+    assert "momentum_buffer" not in module.trainer.optimizers[0].state[module.network.across.weight]
+    fresh = fit(METHODS["subzero"], ActivationBases(), interval=9)
+    for name, side in (("across.weight", "left"), ("head.weight", "right")):
+        basis = module.trainer.optimizers[0].basis(module.get_parameter(f"network.{name}"))
+        assert torch.equal(getattr(basis, side), factors(fresh, name)[side])
 
 
 def test_the_random_bases_are_what_they_were(fit: Callable[..., Classifier]) -> None:

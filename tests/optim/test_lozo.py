@@ -61,6 +61,29 @@ def test_the_method_with_new_bases(momentum: float) -> None:
     torch.testing.assert_close(net.v.detach(), v, rtol=0, atol=2e-5)
 
 
+def test_normalized_steps_do_not_know_the_scale_of_the_loss() -> None:
+    """The first is ``lr`` along the direction, up or down; a later one is at most ``clip`` times as long as the RMS."""
+    moves: list[list[Tensor]] = []
+    for scale in (1.0, 2.0**10):
+        net, moved = Quadratic(), []
+        optimizer = LOZO(net.named_parameters(), lr=0.02, rank=2, vector_lr=0.0, normalize=True, clip=1.5, seed=4)
+        for spike in (1.0, 100.0):
+            before = net.w.detach().clone()
+            optimizer.estimate(lambda net=net, factor=scale * spike: factor * net())
+            optimizer.step()
+            moved.append(net.w.detach() - before)
+        moves.append(moved)
+    torch.testing.assert_close(*moves, rtol=1e-4, atol=1e-7)
+    sizes = []
+    for step in range(2):
+        u = standard((7, 2), key(4, step, 0, "w")).double()
+        core = torch.linalg.lstsq(optimizer.basis(net.w).right, moves[0][step].T).solution.T
+        factor = (core * u).sum() / u.square().sum()
+        torch.testing.assert_close(core, factor * u, rtol=1e-3, atol=1e-5)
+        sizes.append(factor.abs().item() * 2 / 0.02)
+    assert sizes == [pytest.approx(1, rel=1e-3), pytest.approx(1.5 / (0.99 / 1.99 + 1.5**2 / 1.99) ** 0.5, rel=1e-3)]
+
+
 def test_the_rows_of_moves_lie_in_the_span_of_the_basis() -> None:
     net = Quadratic()
     optimizer = LOZO(net.named_parameters(), lr=0.02, rank=2)

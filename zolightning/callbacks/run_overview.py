@@ -176,6 +176,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
             settings["scope"] = type(callback).__name__
         if isinstance(callback, SubspaceResampling):
             settings["resampling.interval"] = callback.interval
+            settings["resampling.bases"] = None if callback.bases is None else str(callback.bases)
     for blocks in _block_callbacks(trainer):
         settings["blocks.order"] = type(blocks.order).__name__
         settings["blocks.interval"] = blocks.interval
