@@ -45,7 +45,8 @@ def test_every_method(method: Method, make_problem: Callable[..., nn.Module], dt
     before = weights(problem)  # in half precision the matrix has been rounded
     records += run(problem, optimizer, TURNS[2:5])
     assert_same(weights(problem), before, but=("images", "vector"))
-    assert problem.matrix not in optimizer.state, "one block is all that a method keeps"
+    # One block is all that a method keeps, but for what of the first weights was small.
+    assert optimizer.state.get(problem.matrix, {}).keys() <= {"threshold", "mask"}
     records += run(problem, optimizer, TURNS[5:])
     assert [record.blocks for record in records] == [(block,) for block in TURNS]
 
