@@ -194,6 +194,7 @@ FILES = [
     "methods/subzero methods/lozo_momentum scopes/dominant_layer_mlp_without_outlier_channels",
     "methods/mezo blocks/adalezo scopes/lora",
     "methods/mezo blocks/focus",
+    "methods/aim_zo",
 ]
 
 

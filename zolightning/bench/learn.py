@@ -41,6 +41,7 @@ PAPERS = {
     "MeZO": "configs/methods/mezo.yaml",
     "MeZO, dominant layer": f"configs/methods/mezo.yaml scope=DominantLayer {_ONE_LAYER}",
     "HiZOO": "configs/methods/hizoo.yaml",
+    "Sparse-MeZO": "configs/methods/sparse_mezo.yaml",
     "MeZO-BCD": f"configs/blocks/mezo_bcd.yaml {_ONE_LAYER}",
     "FOCUS (reconstructed)": f"configs/blocks/focus.yaml {_ONE_LAYER}",
     "LOZO": "configs/methods/lozo.yaml",

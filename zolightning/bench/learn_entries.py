@@ -6,13 +6,14 @@ resampling and transport. A class is named by its path, or by its name alone whe
 it.
 """
 
+import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -137,10 +138,16 @@ def _with_learning_rate(config: Config) -> Config:
     return arguments
 
 
-def _made(value: Any) -> Any:
-    """A setting, with objects for the classes that it names."""
+def _made(value: Any, of: type | None = None, name: str = "") -> Any:
+    """A setting, called `name` by the class `of`, with objects for the classes that it names."""
     if isinstance(value, Mapping):
-        return _factory(value)() if "class_path" in value else {key: _made(item) for key, item in value.items()}
+        # Where the class goes without saying, only its settings are given.
+        parameter = None if of is None else inspect.signature(of).parameters.get(name)
+        types = () if parameter is None else (parameter.annotation, *get_args(parameter.annotation))
+        expected = [cls for cls in types if getattr(cls, "__module__", "").startswith("zolightning")]
+        if "class_path" in value or expected:
+            return _factory(value, *expected[:1])()
+        return {key: _made(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_made(item) for item in value]
     return _classes()[value]() if isinstance(value, str) and value in _classes() else value
@@ -152,7 +159,7 @@ def _factory(value: Any, default: type | None = None) -> Callable[..., Any]:
         return _class(value)
     if default is None or "class_path" in value:
         default, value = _class(value["class_path"]), value.get("init_args", {})
-    return partial(default, **{key: _made(item) for key, item in value.items()})
+    return partial(default, **{name: _made(item, default, name) for name, item in value.items()})
 
 
 def _class(name: str) -> type:
