@@ -50,7 +50,7 @@ class Run:
 
     def assert_ends_as(self, other: "Run") -> None:
         for (name, one), two in zip(self.module.named_parameters(), other.module.parameters(), strict=True):
-            integer = {2: torch.int16, 4: torch.int32}[one.element_size()]
+            integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
             assert one.dtype == two.dtype and torch.equal(one.data.view(integer), two.data.view(integer)), name
         one, two = (run.trainer.optimizers[0].state_dict() for run in (self, other))
         assert one["param_groups"] == two["param_groups"]
@@ -102,6 +102,14 @@ def test_every_method(method: Method, run: Callable[..., Run], tmp_path: Path, p
     resumed.assert_ends_as(whole)
     assert {parameter.dtype for parameter in resumed.module.parameters()} == {DTYPES[precision]}
     assert len({record.lr for record in whole.records}) == 20, "the schedule has no effect"
+
+
+def test_float64_of_a_module_built_in_float32(run: Callable[..., Run], tmp_path: Path) -> None:
+    method = partial(MeZO, lr=1e-2, momentum=0.9)
+    whole = run(method, stop=10, precision="64-true")
+    resumed = run(method, ckpt_path=tmp_path / "saved.ckpt", precision="64-true")
+    assert resumed.records == whole.records[10:]
+    resumed.assert_ends_as(whole)
 
 
 @pytest.mark.parametrize("stop", [1, 6, 7, 8, 19])

@@ -1,6 +1,6 @@
 """``python -m zolightning`` is the command ``zolightning``."""
 
-from zolightning.cli import main
+from zolightning.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

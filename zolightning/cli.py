@@ -1,7 +1,7 @@
 """The command ``zolightning``: LightningCLI with this project's defaults."""
 
 import json
-import logging
+import os
 import re
 import shlex
 import sys
@@ -12,7 +12,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import lightning_utilities.core.rank_zero as rank_zero
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
@@ -33,8 +32,9 @@ from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, tak
 from zolightning.commands import configs
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings
 from zolightning.commands.help import HelpAll
+from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
-from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks
+from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks, up_to_help
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
 
@@ -125,7 +125,8 @@ class ZerothOrderCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
-            self.config = parser.parse_args(replacing(from_package(sys.argv[1:] if args is None else args)))
+            words = up_to_help(sys.argv[1:] if args is None else args)
+            self.config = parser.parse_args(replacing(from_package(words)))
         else:
             self.config = parser.parse_object(args)
         check_seed(self.config[self.config.subcommand].seed_everything)
@@ -250,7 +251,7 @@ def main(args: ArgsType = None) -> None:
     Raises:
         SystemExit: with one line, for input that cannot work.
     """
-    _hush()
+    hush()
     try:
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list) and words[:1] == ["configs"]:
@@ -261,6 +262,18 @@ def main(args: ArgsType = None) -> None:
         if (advice := _advice(error)) is None:
             raise
         raise SystemExit(f"error: {advice}") from error
+
+
+def console() -> None:
+    """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``)."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        raise SystemExit(1) from None
 
 
 def _advice(error: BaseException) -> str | None:
@@ -283,21 +296,3 @@ def _advice(error: BaseException) -> str | None:
                 return str(cause)
         cause = cause.__cause__
     return None
-
-
-def _hush() -> None:
-    """Turns off messages of Lightning's that a user of this command can do nothing about."""
-    for message in (
-        ".*does not have many workers.*",  # batches are tokenized already; a worker would only copy them
-        ".*LeafSpec.* is deprecated.*",  # Lightning 2.6 on a newer torch
-        ".*not supported by the model summary.*",  # about a number of megabytes
-        # Weights after the update are what a checkpoint should hold.
-        "Using ModelCheckpoint with manual optimization.*",
-    ):
-        warnings.filterwarnings("ignore", message)
-    # Loggers do not inherit filters: this is the one that rank_zero_info of Lightning writes to.
-    rank_zero.log.addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "try installing [lit" not in record.getMessage()

@@ -20,7 +20,7 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
-from zolightning.commands.slots import SLOTS, replacing, slot_callbacks
+from zolightning.commands.slots import SLOTS, replacing, slot_callbacks, up_to_help
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.scopes import LoRA, RandomLayer
 
@@ -227,3 +227,19 @@ def test_replacing_leaves_other_arguments_alone() -> None:
     plain = ["fit", "--config", "trainer: {max_epochs: 1}", "--trainer.max_steps=3", "--method.lr", "1"]
     assert replacing(plain) == plain
     assert replacing(["fit", "--scope=RandomLayer"]) == ["fit", "--scope", "null", "--scope=RandomLayer"]
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("fit --method.help MeZO --method LOZO --trainer.max_steps 3", "fit --method.help MeZO"),
+        ("fit --method LOZO --method.help=MeZO --method.lr 1", "fit --method LOZO --method.help=MeZO"),
+        (
+            "fit --scope.help TrainLayers x --scope.part.help LoRA --method MeZO",
+            "fit --scope.help TrainLayers --scope.part.help LoRA",
+        ),
+        ("fit --method MeZO --help", "fit --method MeZO --help"),
+    ],
+)
+def test_help_of_a_class_ends_the_command(line: str, kept: str) -> None:
+    assert up_to_help(line.split()) == kept.split()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from cli_runs import Runs, parsed, refused
-from zolightning.cli import main
+from zolightning.cli import console, main
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -215,3 +216,14 @@ def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 120
+
+
+def test_a_reader_that_has_read_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``zolightning configs | head`` ends without a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["zolightning", "configs"])
+    with open(writing, "w") as closed, pytest.raises(SystemExit) as exit_:
+        monkeypatch.setattr(sys, "stdout", closed)
+        console()
+    assert exit_.value.code == 1

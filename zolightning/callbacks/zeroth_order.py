@@ -130,6 +130,8 @@ class ZerothOrder(Callback):
                 f"`keep_prefix_gib` is {self.keep_prefix_gib}, and `fixed_batches` of the data is False: what is kept "
                 "would never be used. Set `data.fixed_batches` to True, or `keep_prefix_gib` to 0."
             )
+        if trainer.precision == "64-true":
+            pl_module.double()  # Lightning does so after it has loaded a checkpoint, which would be rounded to float32
         own_step, own_optimizers = pl_module.training_step, pl_module.configure_optimizers
         takes_index = is_param_in_hook_signature(own_step, "batch_idx", min_args=2)
 

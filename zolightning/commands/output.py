@@ -1,6 +1,7 @@
 """Where a command leaves its files, and what it keeps to itself."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,3 +45,21 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         rank_zero.log.setLevel(level)
+
+
+def hush() -> None:
+    """Turns off messages of Lightning's that a user of this command can do nothing about."""
+    for message in (
+        ".*does not have many workers.*",  # batches are tokenized already; a worker would only copy them
+        ".*LeafSpec.* is deprecated.*",  # Lightning 2.6 on a newer torch
+        ".*not supported by the model summary.*",  # about a number of megabytes
+        # Weights after the update are what a checkpoint should hold.
+        "Using ModelCheckpoint with manual optimization.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    # Loggers do not inherit filters: this is the one that rank_zero_info of Lightning writes to.
+    rank_zero.log.addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "try installing [lit" not in record.getMessage()

@@ -69,6 +69,21 @@ def from_package(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
+def up_to_help(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments without what follows ``--method.help MeZO``, which ends the command.
+
+    jsonargparse would take it for settings of that class; help of a setting's class, ``--scope.part.help``, stays.
+    """
+    kept: list[str] = []
+    is_over = is_class = False
+    for word in arguments:
+        asks = word.startswith("--") and word.partition("=")[0].endswith(".help")
+        if asks or is_class or not is_over:
+            kept.append(word)
+        is_over, is_class = is_over or asks, asks and "=" not in word
+    return kept
+
+
 def replacing(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments in which whoever names a class inherits no setting of an earlier one.
 
