@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, SubspaceResampling, ZerothOrder
 from zolightning.directions.moments import SecondMoment, scaled
+from zolightning.directions.slices import Slice
 from zolightning.optim import LOZO, ZOMOPI, SubspaceMeZO, SubZero, ZOMuon
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
@@ -136,6 +137,22 @@ def test_scaling_and_skipping(fit: Callable[..., Classifier]) -> None:
     assert_same_directions(found, expected)
     found = factors(fit(METHODS["lozo"], ActivationBases("unit", skip=1)), "across.weight")["left"]
     assert_same_directions(found, vectors[:, 1:3])
+
+
+def test_a_part_of_the_inputs(fit: Callable[..., Classifier]) -> None:
+    """Where only some columns of a matrix train, the inputs that they are multiplied by; of rows, all inputs."""
+
+    class Restrict(Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Classifier) -> None:
+            a, b = (layer.weight for layer in pl_module.network.layers[0].values())
+            trainer.optimizers[0].restrict({a: Slice(1, torch.tensor([0, 2, 5])), b: Slice(0, torch.tensor([1, 6]))})
+
+    module = fit(METHODS["lozo"], ActivationBases("unit"), Restrict())
+    for name, read in (("a", inputs("layers.0.a")[:, [0, 2, 5]]), ("b", inputs("layers.0.b"))):
+        found = factors(module, f"layers.0.{name}.weight")["right"]
+        assert_same_directions(found, torch.linalg.svd(read).Vh[:2].T)
+    moved = module.network.layers[0]["a"].weight != Network().layers[0]["a"].weight
+    assert moved.any(dim=0).tolist() == [True, False, True, False, False, True]
 
 
 def test_wide_inputs() -> None:
