@@ -221,6 +221,9 @@ def test_settings_reach_into_classes() -> None:
     assert model_arguments(adamw)["optimizer"].keywords == {"lr": 2e-5}
 
 
+GIVEN = ("--config", "model.model_name=nowhere data.task=sst2")
+
+
 @pytest.mark.parametrize("words", PAPERS.values(), ids=PAPERS)
 def test_entries_of_the_papers_can_be_made(words: str) -> None:
     config = read(words)
@@ -237,6 +240,11 @@ def test_entries_of_the_papers_can_be_made(words: str) -> None:
         (["--entry", "A: configs/nothing.yaml", "--forwards", "2"], "'configs/nothing.yaml' is neither a YAML file"),
         (["--entry", "A: configs/methods/mezo.yaml metod.lr=1", "--forwards", "2"], "`metod` is a field that no run"),
         (["--entry", "A: method=MeZO", "--forwards", "2"], "`method.lr`"),
+        ([*GIVEN, "--entry", "A: configs/methods/mezo.yaml method.lrr=1", "--forwards", "2"], "'A': .*'lrr'"),
+        (
+            [*GIVEN, "--entry", "A: configs/methods/mezo.yaml scope=Layers", "--forwards", "2"],
+            "'Layers' names no class",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments: list[str], said: str) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from zolightning.bench.learn_entries import learning_rate, read, with_learning_rate
+from zolightning.bench.learn_entries import callbacks, learning_rate, read, with_learning_rate
 from zolightning.bench.learn_report import draw, print_tables
 from zolightning.bench.learn_results import Entry, Key, Unit
 from zolightning.bench.learn_results import read as read_curves
@@ -103,7 +103,8 @@ def entry(settings: Settings, name: str, words: str) -> Entry:
         for section, field in (("model", "model_name"), ("data", "task")):
             if field not in config.get(section, {}):
                 raise ValueError(f"`{section}.{field}` must be given, there or in `--config`.")
-    except ValueError as error:
+        callbacks(config)  # what is wrong with them is said before the first run
+    except (TypeError, ValueError) as error:
         raise ValueError(f"`--entry` {name!r}: {error}") from None
     depends_on = [config, settings.limits(), settings.validations, settings.clock, settings.device]
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:8]
