@@ -158,7 +158,7 @@ def _schedule(smoothing: Any) -> float | tuple[tuple[int, float], ...]:
     if not isinstance(smoothing, Mapping | tuple):
         require_fraction("smoothing", smoothing)
         return smoothing
-    schedule = tuple(sorted(dict(smoothing).items()))
+    schedule = tuple(sorted((int(step), value) for step, value in dict(smoothing).items()))  # YAML may quote keys
     if not schedule or schedule[0][0] != 0:
         raise ValueError(
             f"`smoothing` must have a value for step 0, as {{0: 1e-6, 1000: 1e-8}} has, got {smoothing!r}."
