@@ -10,18 +10,27 @@ from torch import nn
 
 from zolightning.directions.basis import Basis
 from zolightning.directions.moments import SCALINGS, Leading, Scaling, SecondMoment, scaled
-from zolightning.evaluation.input_moments import INPUT_DIM, InputMoments, Side
 from zolightning.layers import LayerStack, find_layers
 from zolightning.messages import some
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.input_moments import INPUT_DIM, InputMoments, Side
 from zolightning.scopes.token_mask import TokenMask
 
 Examples = Literal["prompts", "batch"]
 EXAMPLES: tuple[str, ...] = ("prompts", "batch")
 
 _DIRECTIONS, _VALUES = "input_directions", "input_values"  # kept in the state for `decay`
+
+Readers = list[tuple[str, Side]]  # names of matrices that read the same, and the side on which each has its inputs
+
+
+class Searched(NamedTuple):
+    """A matrix that wants a basis of at most `rank` columns."""
+
+    parameter: nn.Parameter
+    rank: int
 
 
 class InputBases(NamedTuple):
@@ -124,43 +133,19 @@ class ActivationBases:
             batch: the training batch that comes next.
         """
         matrices = {
-            name: (parameter, matrix.rank)
+            name: Searched(parameter, matrix.rank)
             for group in optimizer.param_groups
             for name, (parameter, matrix) in optimizer.split(group, frozen=True)[0].items()
             if parameter.requires_grad and optimizer.trainable_shape(parameter) == matrix[:2]
         }
-        names = {parameter: name for name, (parameter, _) in matrices.items()}
-        count = self.skip + max((rank for _, rank in matrices.values()), default=0)
-        seed = optimizer.param_groups[0]["seed"]
-
-        def new(weight: nn.Parameter, side: Side) -> SecondMoment:
-            size = optimizer.trainable_shape(weight)[INPUT_DIM[side]]
-            return SecondMoment(size, count, seed, names[weight], weight.device)
-
+        count = self.skip + max((matrix.rank for matrix in matrices.values()), default=0)
         batches = [batch]
         if self.examples == "prompts":
             batches = calibration_batches(trainer, pl_module, self.num_prompts)
-        tokens = TokenMask(pl_module, _layers(pl_module))
-        watch = InputMoments({p: optimizer.slices.get(p) for p in names}, tokens, new, self.first_token)
-        groups: list[list[tuple[str, Side]]] = []  # of the matrices that read the same
-        moments: list[SecondMoment] = []
-        for number in range(self.passes):
-            for moment in moments:
-                moment.again()
-            with isolate_rng(), tokens, watch:
-                for examples in batches:
-                    calibration_forward(pl_module, examples)
-            if number == 0:
-                # Those of the first rank, for all: an expert may not have run on every rank.
-                groups = trainer.strategy.broadcast(_groups(watch, names))
-                moments = [watch.of([(matrices[name][0], side) for name, side in group]) for group in groups]
-            for moment in moments:
-                moment.product = trainer.strategy.reduce(moment.product, reduce_op="sum")
-                moment.totals = trainer.strategy.reduce(moment.totals, reduce_op="sum")
-
+        groups, moments = self._look(trainer, pl_module, optimizer, matrices, count, batches)
         found: list[Leading | None] = []
         for ((name, _), *_), moment in zip(groups, moments, strict=True):
-            state = optimizer.state[matrices[name][0]]
+            state = optimizer.state[matrices[name].parameter]
             if self.decay and _DIRECTIONS in state:
                 *values, energy = state[_VALUES].tolist()
                 moment.blend(Leading(state[_DIRECTIONS], moment.totals.new_tensor(values), energy), self.decay)
@@ -186,10 +171,46 @@ class ActivationBases:
                     }
         return InputBases(given, shares, [name for name in matrices if name not in shares], self.passes * len(batches))
 
+    def _look(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: SubspaceOptimizer,
+        matrices: dict[str, Searched],
+        count: int,
+        batches: list[Any],
+    ) -> tuple[list[Readers], list[SecondMoment]]:
+        """The second moments of what matrices read, summed over all ranks, and the matrices that read each."""
+        names = {matrix.parameter: name for name, matrix in matrices.items()}
+        seed = optimizer.param_groups[0]["seed"]
 
-def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[list[tuple[str, Side]]]:
+        def new(weight: nn.Parameter, side: Side) -> SecondMoment:
+            size = optimizer.trainable_shape(weight)[INPUT_DIM[side]]
+            return SecondMoment(size, count, seed, names[weight], weight.device)
+
+        tokens = TokenMask(pl_module, _layers(pl_module))
+        watch = InputMoments({p: optimizer.slices.get(p) for p in names}, tokens, new, self.first_token)
+        groups: list[Readers] = []
+        moments: list[SecondMoment] = []
+        for number in range(self.passes):
+            for moment in moments:
+                moment.again()
+            with isolate_rng(), tokens, watch:
+                for examples in batches:
+                    calibration_forward(pl_module, examples)
+            if number == 0:
+                # Those of the first rank, for all: an expert may not have run on every rank.
+                groups = trainer.strategy.broadcast(_groups(watch, names))
+                moments = [watch.of([(matrices[name].parameter, side) for name, side in group]) for group in groups]
+            for moment in moments:
+                moment.product = trainer.strategy.reduce(moment.product, reduce_op="sum")
+                moment.totals = trainer.strategy.reduce(moment.totals, reduce_op="sum")
+        return groups, moments
+
+
+def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[Readers]:
     """Name and side of all matrices, those together that share a moment."""
-    groups: dict[int, list[tuple[str, Side]]] = {}
+    groups: dict[int, Readers] = {}
     for weight, (side, moment) in watch.moments.items():
         groups.setdefault(id(moment), []).append((names[weight], side))
     return list(groups.values())

@@ -73,7 +73,7 @@ class SubspaceResampling(Callback):
     ) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
         is_due = bool(optimizer.param_groups[0]["step"]) and self.is_due(trainer, optimizer)
-        is_first = not any(optimizer.given(p) for group in optimizer.param_groups for p in group["params"])
+        is_first = self.bases is not None and not optimizer.has_given
         if self.bases is not None and (is_first or (is_due and self.bases.refresh)):
             optimizer.fold()  # the network is to run with all of its training
             found = self.bases.find(trainer, pl_module, optimizer, batch)

@@ -101,6 +101,11 @@ class SubspaceBases(ZerothOrderOptimizer):
         drawn = (factor for factor in factors if factor is not None and id(factor) not in in_state)
         return super().state_bytes() + sum(factor.nbytes for factor in drawn)
 
+    @property
+    def has_given(self) -> bool:
+        """Whether any matrix has factors that were given."""
+        return any(self.given(parameter) for group in self.param_groups for parameter in group["params"])
+
     def given(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The factors of a matrix that were given to :meth:`resample`, by side, "left" or "right"."""
         state = self.state.get(parameter, {})
