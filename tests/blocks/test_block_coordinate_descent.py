@@ -224,8 +224,13 @@ def test_refused_when_a_run_goes_on(fit: Fit, tmp_path: Path) -> None:
     fit(MEZO, BlockCoordinateDescent(), Save(4, path), max_steps=4)
     with pytest.raises(MisconfigurationException, match="`interval` is 2, there 100"):
         fit(MEZO, BlockCoordinateDescent(interval=2), ckpt_path=path)
+    with pytest.raises(MisconfigurationException, match=r"`order\.descending` is True, there False"):
+        fit(MEZO, BlockCoordinateDescent(Cyclic(descending=True)), ckpt_path=path)
     with pytest.raises(ValueError, match="Set the blocks of the run first"):
         fit(MEZO, ckpt_path=path)
+    fit(MEZO, BlockCoordinateDescent(others="never"), Save(4, path), max_steps=4)
+    with pytest.raises(MisconfigurationException, match="`others` is 'moving', there 'never'"):
+        fit(MEZO, BlockCoordinateDescent(others="always"), ckpt_path=path)
 
 
 @pytest.mark.parametrize("field", ["interval", "blocks_per_step"])

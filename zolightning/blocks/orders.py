@@ -1,5 +1,6 @@
 """Which blocks move next."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Order(ABC):
     def weight(self, block: int) -> float:
         """What the learning rate is multiplied by while a block moves."""
         return 1.0
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments that are kept under their names, to be compared when a run goes on."""
+        names = inspect.signature(type(self).__init__).parameters
+        plain = (bool, int, float, str, type(None))
+        return {name: value for name, value in vars(self).items() if name in names and isinstance(value, plain)}
 
     def state_dict(self) -> dict[str, Any]:
         """What later choices depend on, in lists and numbers, none of which is changed later."""

@@ -124,9 +124,11 @@ class BlockSchedule:
     def _settings(self) -> dict[str, Any]:
         return {
             "order": type(self.order).__name__,
+            **{f"order.{name}": value for name, value in self.order.settings().items()},
             "interval": self.interval,
             "blocks_per_step": self.blocks_per_step,
             "left_state": self.left_state,
+            "others": "never" if self.blocks.never else "moving",
             "blocks": list(self.blocks.names),
         }
 
