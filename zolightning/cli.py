@@ -30,7 +30,7 @@ from zolightning.callbacks import (
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, take_name
 from zolightning.commands import configs
-from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings
+from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
 from zolightning.commands.help import HelpAll
 from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
@@ -170,7 +170,10 @@ class ZerothOrderCLI(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in made.trainer.callbacks):
             made.trainer.callbacks += [StepProgressBar()] if made.trainer.enable_progress_bar is not False else []
         made.trainer.callbacks.append(RunOverview(shlex.join(["zolightning", *sys.argv[1:]])))
-        trainer: Any = super().instantiate_trainer(**kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # Lightning's, of a strategy or accelerator that it does not know
+            raise MisconfigurationException(str(error)) from error
         config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
         trainer.run_config = json.loads(config)[self.subcommand]
         refuse_two_scopes(trainer)
@@ -184,6 +187,7 @@ class ZerothOrderCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it, undeclared
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent):
                 callback.check(self.trainer, self.model)
+        check_strategy(self.trainer, self.model)
         check_monitors(self.trainer, self.model, self.datamodule)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
             self._say("before training", self.trainer.validate(self.model, self.datamodule, verbose=False))

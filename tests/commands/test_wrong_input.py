@@ -24,6 +24,8 @@ pytestmark = [
     [
         (("--trainer.strategy", "fsdp"), "`trainer.strategy` is 'fsdp'"),
         (("--trainer.strategy", "deepspeed_stage_3"), "`trainer.strategy` is 'deepspeed_stage_3'"),
+        (("--trainer.strategy", "zo_dpp"), "You selected an invalid strategy name: `strategy='zo_dpp'`"),
+        (("--trainer.accelerator", "gpus"), "You selected an invalid accelerator name: `accelerator='gpus'`"),
         (("--trainer.precision", "16-mixed"), "`trainer.precision` is '16-mixed'"),
         (("--trainer.accumulate_grad_batches", "2"), "`trainer.accumulate_grad_batches` is 2"),
         (("--trainer.gradient_clip_val", "1.0"), "`trainer.gradient_clip_val` is 1.0"),
@@ -216,6 +218,14 @@ def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 120
+
+
+def test_no_gradients_under_a_strategy_without_them(runs: Runs) -> None:
+    error = runs.refused("fit", "--trainer.strategy", "zo_ddp", "--trainer.devices", 1, method=None)
+    assert error.startswith(
+        "error: `trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and `method`"
+    )
+    assert not (runs.folder / "logs").exists()
 
 
 def test_a_reader_that_has_read_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.strategies import ZerothOrderDDP
 
 _MOST_QUERIES = 10_000
 _SMALLEST_EPS, _LARGEST_EPS, _LARGEST_LR = 1e-12, 1e3, 1e6
@@ -85,6 +87,21 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
         )
     if subcommand == "fit" and config.test_last and hasattr(datamodule, "check_rows"):
         datamodule.check_rows("test")
+
+
+def check_strategy(trainer: L.Trainer, model: L.LightningModule) -> None:
+    """Checks that a strategy that averages no gradients is not to train by them, before anything is written.
+
+    Raises:
+        MisconfigurationException: naming the strategy.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
+    is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks)
+    if isinstance(trainer.strategy, ZerothOrderDDP) and not is_zeroth_order and model.automatic_optimization:
+        raise MisconfigurationException(
+            "`trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and `method` is not given. Use "
+            "'ddp', or name a method."
+        )
 
 
 def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:

@@ -1,8 +1,6 @@
 """Prompts and answers for a Trainer."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +12,7 @@ from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, Trai
 from zolightning.data.encoding import Batch, Example, check_tokens, collate, encode
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import Split, misnamed, read_folder, read_hub
-from zolightning.data.task import HubDataset, Task
+from zolightning.data.task import HubDataset, chosen_task
 from zolightning.packaged import packaged
 
 
@@ -77,7 +75,7 @@ class PromptDataModule(L.LightningDataModule):
         answers: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.task = _with_own_prompt(Task.load(task) if isinstance(task, str) else _inline(task), prompt, answers)
+        self.task = chosen_task(task, prompt, answers)
         self.folder = packaged(path) if path is not None else self.task.folder
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -288,27 +286,6 @@ class PromptDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("PromptDataModule tokenizes for a model: give both to `Trainer.fit` or the like.")
         return self.trainer
-
-
-def _inline(fields: Mapping[str, Any]) -> Task:
-    try:
-        return Task.from_fields(fields)
-    except ValueError as error:
-        raise ValueError(f"`data.task`: {error}") from None
-
-
-def _with_own_prompt(task: Task, prompt: str | None, answers: list[str] | None) -> Task:
-    if prompt is not None:
-        try:
-            task = replace(task, prompt=prompt)
-        except ValueError as error:
-            raise ValueError(f"`data.prompt`: {error}") from None
-    if answers is not None:
-        try:
-            task = replace(task, answers=tuple(answers))
-        except ValueError as error:
-            raise ValueError(f"`data.answers`: {error}") from None
-    return task
 
 
 def _check_at_least(minimum: int, name: str, value: int) -> None:

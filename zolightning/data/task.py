@@ -1,9 +1,9 @@
 """A task: how a row of a data set becomes a prompt and its candidate answers."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -213,6 +213,32 @@ class Task:
             raise ValueError(f"the templates do not fit this row: {error}") from None
         space = prompt[len(prompt.rstrip(" ")) :]
         return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]
+
+
+def chosen_task(task: str | Mapping[str, Any], prompt: str | None, answers: Sequence[str] | None) -> Task:
+    """The task that the settings of a data module stand for.
+
+    Args:
+        task: name, path or fields of a task.
+        prompt: template instead of the task's.
+        answers: templates of the candidates instead of the task's.
+
+    Raises:
+        ValueError: naming the setting, and what is wrong with it.
+    """
+    found = Task.load(task) if isinstance(task, str) else _made("task", partial(Task.from_fields, task))
+    if prompt is not None:
+        found = _made("prompt", partial(replace, found, prompt=prompt))
+    if answers is not None:
+        found = _made("answers", partial(replace, found, answers=tuple(answers)))
+    return found
+
+
+def _made(setting: str, make: Callable[[], Task]) -> Task:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"`data.{setting}`: {error}") from None
 
 
 class _NoText:
