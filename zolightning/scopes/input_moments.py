@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -55,7 +56,9 @@ class InputMoments(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in PRODUCTS:
+        if is_compiling():  # a compiled graph is not looked into
+            pass
+        elif func in PRODUCTS:
             weight, inputs, _ = factors_of(func, args)
             if id(weight) in self._wanted and isinstance(inputs, Tensor):
                 self._add(self._wanted[id(weight)], inputs.detach(), inputs, "right" if func is F.linear else "left")
