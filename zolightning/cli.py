@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import (
     BlockCoordinateDescent,
+    KeepLedger,
     PredictionWriter,
     RunMonitor,
     RunOverview,
@@ -52,7 +53,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
-    **{name: {"model", "datamodule"} for name in ("profile", "sweep-layers", "export")},
+    **{name: {"model", "datamodule"} for name in ("profile", "sweep-layers", "export", "replay")},
 }
 _PARSER_KWARGS: dict[str, Any] = {
     "description": "Fine-tunes language models by forward passes only.",
@@ -106,6 +107,12 @@ class ZerothOrderCLI(LightningCLI):
         parser.add_lightning_class_args(SaveLast, "save_last")
         parser.set_defaults(
             {"save_last.how_to_go_on": "zolightning fit --config {folder}/config.yaml --ckpt_path last"}
+        )
+        parser.add_argument(
+            "--keep_ledger",
+            type=bool,
+            default=True,
+            help="fit: append each step to ledger.bin in the run's folder, of which `replay` makes the model again",
         )
         parser.add_lightning_class_args(RunMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
@@ -169,6 +176,9 @@ class ZerothOrderCLI(LightningCLI):
             parser.callback_keys = [key for key in parser.callback_keys if not isinstance(made[key], Checkpoint)]
         if not any(isinstance(callback, ProgressBar) for callback in made.trainer.callbacks):
             made.trainer.callbacks += [StepProgressBar()] if made.trainer.enable_progress_bar is not False else []
+        is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in made.trainer.callbacks)
+        if self.subcommand == "fit" and made.keep_ledger and is_zeroth_order:
+            made.trainer.callbacks.append(KeepLedger())
         made.trainer.callbacks.append(RunOverview(shlex.join(["zolightning", *sys.argv[1:]])))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
@@ -177,7 +187,7 @@ class ZerothOrderCLI(LightningCLI):
         config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
         trainer.run_config = json.loads(config)[self.subcommand]
         refuse_two_scopes(trainer)
-        if self.subcommand == "fit" and any(isinstance(callback, ZerothOrder) for callback in trainer.callbacks):
+        if self.subcommand == "fit" and is_zeroth_order:
             refuse_unsupported(trainer)
         return trainer
 
@@ -210,6 +220,9 @@ class ZerothOrderCLI(LightningCLI):
         config = f"--config {Path(folder) / 'config.yaml'}"
         if best:
             print(f"export it:  zolightning export {config} --ckpt_path {best} --folder NEW_FOLDER")
+        ledgers = [callback.path for callback in self.trainer.callbacks if isinstance(callback, KeepLedger)]  # type: ignore[attr-defined]  # as in `before_fit`
+        if ledgers and ledgers[0] is not None:
+            print(f"replay it:  zolightning replay {config} --ledger {ledgers[0]} --output NEW_FOLDER")
         if Path(folder, "checkpoints/last.ckpt").is_file():
             print(f"train on:   zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
 

@@ -1,8 +1,7 @@
 """Every method can be replayed from its records and resumed from its state, bit for bit."""
 
-import json
-from dataclasses import asdict
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from optimizer_steps import DTYPES, MakeProblem, Method, assert_same, assert_same_state, attached, run, weights
-from zolightning.optim import StepRecord
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.checkpoints.replay import describe, replay
+from zolightning.optim import SubspaceOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
 
@@ -25,25 +26,34 @@ def round_trip(state_dict: dict[str, Any]) -> dict[str, Any]:
 class TestRecords:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_replaying_them_gives_the_same_weights(
-        self, method: Method, make_problem: MakeProblem, dtype: torch.dtype
+        self, method: Method, make_problem: MakeProblem, dtype: torch.dtype, tmp_path: Path
     ) -> None:
         problem, replayed = make_problem(dtype), make_problem(dtype)
         optimizer = attached(method, problem, [{"params": problem.named_parameters()}], seed=9)
+        ledger = Ledger.create(tmp_path / "ledger.bin", describe(optimizer, problem))
+        assert ledger.entry_size <= 64 * optimizer.num_queries
+        ledger.go_on(0)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-        lines = []
         for step in range(12):
             bad = step == 5
+            if step == 8 and isinstance(optimizer, SubspaceOptimizer):
+                optimizer.resample()
             record = optimizer.estimate(lambda bad=bad: problem() * (float("nan") if bad else 1), skip_nonfinite=True)
             optimizer.step()
             scheduler.step()
-            lines.append(json.dumps(asdict(record)))
+            ledger.append(record)
+        ledger.close()
         # A process that knows neither seed nor schedule
         fresh = attached(method, replayed, seed=456)
         fresh.param_groups[0]["lr"] = 123.0
-        for line in lines:
-            fresh.apply(StepRecord(**json.loads(line)))
+        for record in ledger.records():
+            fresh.apply(record)
         fresh.fold()  # as the last step did
         assert_same(weights(replayed), weights(problem))
+        if dtype == torch.bfloat16:
+            from_file = make_problem(dtype)
+            replay(ledger.path, from_file, method)
+            assert_same(weights(from_file), weights(problem))
         for group in (*fresh.param_groups, *optimizer.param_groups):
             for name in ("lr", "seed", "initial_lr"):
                 group.pop(name, None)

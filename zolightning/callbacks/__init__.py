@@ -10,6 +10,7 @@ from zolightning.callbacks.spectra import Spectra
 from zolightning.callbacks.step_progress import StepProgressBar
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
+from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.save_last import SaveLast
 from zolightning.scopes.dominant_layer import DominantLayer
 from zolightning.scopes.random_layer import RandomLayer
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationBases",
     "BlockCoordinateDescent",
     "DominantLayer",
+    "KeepLedger",
     "MomentumTransport",
     "PredictionWriter",
     "RandomLayer",

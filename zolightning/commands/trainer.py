@@ -6,15 +6,17 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
 
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.output import output_folder
 from zolightning.commands.profile import LayerProfile
+from zolightning.commands.replay import replay_to_folder
 from zolightning.commands.sweep_layers import LayerSweep
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also profile and compare the layers of a model, and export what it trained.
+    """Lightning's Trainer, which can also profile and compare layers, and export and replay what it trained.
 
     Attributes:
         run_config: the configuration of the command line as plain values; empty without a command line.
@@ -130,6 +132,32 @@ class Trainer(L.Trainer):
                 parameter.data = parameter.data.to(weights[name].dtype)
             model.load_state_dict(weights)
         export(target)
+
+    def replay(
+        self,
+        model: L.LightningModule,
+        ledger: str,
+        output: str,
+        datamodule: L.LightningDataModule | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Makes a fine-tuned model again from its base model and the run's ledger, and writes it as a folder.
+
+        Neither data nor forward passes are needed. Where the run has ended, its weights are compared to the last bit.
+
+        Args:
+            model: as the run had it before its first step, with an ``export`` method, such as CausalLM.
+            ledger: the ``ledger.bin`` of the run.
+            output: folder in which to write config, weights and tokenizer; must not exist, or be empty.
+            datamodule: not used; there because every subcommand reads the same configuration.
+            step: after which step of the run to stop; all of them if not given.
+
+        Raises:
+            ValueError: naming what of `ledger`, `output` or `step` cannot be.
+        """
+        model.to(self.strategy.root_device)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
+        replay_to_folder(model, callbacks, ledger, output, step)
 
 
 # LightningCLI calls the method that has the name of the subcommand, and command lines join words by hyphens.

@@ -1,5 +1,6 @@
 """The LightningModule that fine-tunes a causal language model on prompts with candidate answers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,13 +161,20 @@ class CausalLM(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["adapter"] = adapter_settings(self.model)
-        checkpoint["quantization"] = quantization_settings(self.model)
+        checkpoint.update(self.structure_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that its weights find the parameters they belong to, whatever callbacks this run has
-        restore_adapter(self.model, checkpoint.get("adapter"))
-        restore_quantization(self.model, checkpoint.get("quantization"))
+        self.load_structure_dict(checkpoint)
+
+    def structure_dict(self) -> dict[str, Any]:
+        """What the run made of the pretrained network, beside its weights: plain values."""
+        return {"adapter": adapter_settings(self.model), "quantization": quantization_settings(self.model)}
+
+    def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
+        """Makes the network one of the structure that :meth:`structure_dict` described."""
+        restore_adapter(self.model, saved.get("adapter"))
+        restore_quantization(self.model, saved.get("quantization"))
 
     def export(self, folder: str | Path) -> None:
         """Writes model and tokenizer in Hugging Face's format, for ``AutoModelForCausalLM.from_pretrained``.

@@ -15,10 +15,15 @@ _NOT_COMPARED = ("seed", "step", "forward_passes", "offload_low_words", "differe
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
+def constructor_arguments(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Names of what a method and its bases are made with."""
+    constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
+    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+
+
 def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The class, the constructor's arguments and the parameters' dtypes, by name, as plain values."""
-    constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
-    arguments = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    arguments = constructor_arguments(optimizer)
     attributes = {name: value for name, value in vars(optimizer).items() if name in arguments - {"defaults"}}
     settings = {name: value for name, value in (optimizer.defaults | attributes).items() if name not in _NOT_COMPARED}
     if "vector_lr_ratio" in settings:  # kept as a ratio, so that schedulers scale it, and given as a rate

@@ -1,0 +1,235 @@
+"""Runs under a Trainer keep a ledger that describes them, stopped and resumed as they may be."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from checkpoint_runs import AS_EXPECTED, MEZO, Run, Validated
+from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.checkpoints.replay import Replayed, replay
+from zolightning.directions.slices import Slice
+from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
+from zolightning.scopes.scope import Scope, Selection
+
+pytestmark = AS_EXPECTED
+
+
+class Killed(BaseException):
+    """Nobody handles it, as nobody handles a kill."""
+
+
+@pytest.fixture
+def ledger_run(make_run: Callable[..., Run]) -> Callable[..., Run]:
+    def make(folder: str = "run", **options: Any) -> Run:
+        keep = KeepLedger(make_run(folder).path.parent)
+        run = make_run(folder, **options | {"callbacks": [keep, *options.get("callbacks", [])]})
+        run.keep = keep
+        return run
+
+    return make
+
+
+def assert_replays(run: Run, method: Any, step: int | None = None, sealed: bool | None = True) -> None:
+    module = Validated()
+    found = replay(run.keep.path, module, method, step)
+    assert found == Replayed(20 if step is None else step, sealed)
+    if step is None:
+        for (name, one), other in zip(module.named_parameters(), run.module.parameters(), strict=True):
+            assert torch.equal(one, other), name
+
+
+class SomeColumns(Scope):
+    """Two columns of one weight, and a bias."""
+
+    def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        return Selection({"net.0.weight": Slice(1, torch.tensor([0, 3])), "net.2.bias": None}, "some columns")
+
+
+class Decayed(Validated):
+    """Two parameter groups, of which one has no weight decay."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=0.1)
+
+
+MOPI = partial(ZOMOPI, lr=0.05, rank=3, power_rank=1, vector_lr=0.04, momentum=0.8)
+BLOCKS = {"patterns": [r"net\.0", r"net\.2"], "interval": 3}
+
+
+@pytest.mark.parametrize(
+    ("method", "callbacks", "options"),
+    [
+        (MEZO, [SomeColumns()], {}),
+        (partial(MeZOAdam, lr=0.01), [BlockCoordinateDescent(**BLOCKS)], {}),
+        (MEZO, [BlockCoordinateDescent(**BLOCKS, left_state="keep")], {"precision": "bf16-true"}),
+        (MOPI, [SubspaceResampling(4, anchor=1), MomentumTransport("keep")], {"precision": "bf16-true"}),
+        (MOPI, [SubspaceResampling(6), BlockCoordinateDescent(**BLOCKS)], {"val_check_interval": 5}),
+    ],
+    ids=["slices", "blocks", "blocks-kept", "anchored", "subspace-in-blocks"],
+)
+def test_scopes_blocks_and_bases(
+    ledger_run: Callable[..., Run], method: Any, callbacks: list[Callback], options: dict[str, Any]
+) -> None:
+    run = ledger_run(method=method, callbacks=callbacks, last={"every_n_train_steps": 7}, **options).fit()
+    assert_replays(run, method)
+    # In the middle of an interval, what a checkpoint has: the weights folded
+    assert_replays(run, method, step=13, sealed=None)
+
+
+def test_groups_and_a_schedule(ledger_run: Callable[..., Run]) -> None:
+    method = partial(MeZO, lr=1e-2, weight_decay=0.1, momentum=0.5)
+    run = ledger_run(method=method)
+    run.module = Decayed()
+    (zeroth_order,) = (callback for callback in run.trainer.callbacks if isinstance(callback, ZerothOrder))
+    zeroth_order.lr_scheduler = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
+    run.fit()
+    ledger = Ledger(run.keep.path)
+    assert ledger.entry_size == 53 and len({record.lr for record in ledger.records()}) == 20
+    assert_replays(run, method)
+
+
+@pytest.mark.parametrize("method", [MEZO, partial(LOZO, lr=0.01, rank=2, momentum=0.9)], ids=["mezo", "lozo"])
+def test_after_a_kill_it_goes_on_without_gap_or_double(
+    ledger_run: Callable[..., Run], method: Any, tmp_path: Path
+) -> None:
+    whole = ledger_run("whole", method=method).fit()
+    expected = whole.keep.path.read_bytes()
+    assert_replays(whole, method)
+    for kill in (9, 17):
+        run = ledger_run(method=method, last={"every_n_train_steps": 4})
+
+        def die() -> None:
+            raise Killed
+
+        run.module.in_step.at = {kill: die}
+        with pytest.raises(Killed):
+            run.fit("last" if kill == 17 else None)
+        path = tmp_path / "run/ledger.bin"
+        assert len(Ledger(path)) == kill and run.saved()["global_step"] == kill // 4 * 4
+        with path.open("ab") as file:
+            file.write(expected[-20:])  # of an entry, as a power cut may leave it
+    resumed = ledger_run(method=method).fit("last")
+    resumed.assert_ends_as(whole)
+    assert resumed.keep.path == path and path.read_bytes() == expected
+    assert [file.name for file in path.parent.glob("*ledger*")] == ["ledger.bin"]
+
+
+def test_in_another_folder_it_begins_with_a_copy(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
+    first = ledger_run(max_steps=12).fit()
+    first.path.rename(tmp_path / "run/at-12.ckpt")
+    second = ledger_run("elsewhere").fit(tmp_path / "run/at-12.ckpt")
+    assert len(Ledger(first.keep.path)) == 12 and second.keep.path == tmp_path / "elsewhere/ledger.bin"
+    assert_replays(second, MEZO)
+
+
+def test_a_new_run_leaves_an_old_ledger_alone(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
+    first = ledger_run(max_steps=2).fit()
+    before = first.keep.path.read_bytes()
+    again = ledger_run().fit()
+    assert (again.keep.path, first.keep.path.read_bytes()) == (tmp_path / "run/ledger-v1.bin", before)
+    again.trainer.fit_loop.epoch_loop.max_steps = 25  # a second fit: new directions, the same weights
+    again.fit()
+    ledger = Ledger(tmp_path / "run/ledger-v2.bin")
+    assert ledger.header.first_step == 20 and [record.step for record in ledger.records()] == [20, 21, 22, 23, 24]
+
+
+@pytest.mark.parametrize("what", ["missing", "shorter", "damaged", "of another run", "without"])
+def test_a_ledger_that_does_not_lead_to_the_checkpoint(
+    ledger_run: Callable[..., Run], make_run: Callable[..., Run], what: str
+) -> None:
+    """Training goes on, and a warning says that there will be no replay, and why."""
+    (make_run if what == "without" else ledger_run)(max_steps=6).fit()
+    run = ledger_run(max_steps=8)
+    path = run.path.with_name("ledger.bin")
+    whole = b"" if what == "without" else path.read_bytes()
+    changes: dict[str, tuple[Callable[[], Any], str]] = {
+        "missing": (path.unlink, "there is no .*ledger.bin"),
+        "shorter": (lambda: path.write_bytes(whole[:-50]), "has 4 steps, and the checkpoint is of step 6"),
+        "damaged": (lambda: path.write_bytes(whole[:-60] + bytes(15) + whole[-45:]), "the entry of step 4, at byte"),
+        "of another run": (
+            lambda: (
+                ledger_run("other", method=partial(MeZO, lr=2e-2, momentum=0.9), max_steps=6)
+                .fit()
+                .keep.path.rename(path)
+            ),
+            "is of another run than the checkpoint",
+        ),
+        "without": (lambda: None, "the checkpoint is of a run without one"),
+    }
+    change, words = changes[what]
+    change()
+    left = path.read_bytes() if path.exists() else None
+    with pytest.warns(UserWarning, match=f"keeps no ledger from here on: .*{words}"):
+        run.fit("last")
+    assert run.trainer.global_step == 8 and run.keep.path is None
+    assert (path.read_bytes() if path.exists() else None) == left
+
+
+class Changes(Callback):
+    """Does something to the optimizer or the module before step 5."""
+
+    def __init__(self, change: Callable[[Any, Any], Any]) -> None:
+        self.change = change
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 5:
+            self.change(trainer.optimizers[0], pl_module)
+
+
+@pytest.mark.filterwarnings("ignore:1 parameters are unused")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda optimizer, _: optimizer.param_groups[0].update(momentum=0.5), "`momentum` of a parameter group"),
+        (lambda _, module: module.net[2].bias.requires_grad_(False), "`requires_grad` of a parameter group"),
+        (lambda optimizer, _: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}), "was added"),
+    ],
+    ids=["momentum", "frozen", "group"],
+)
+def test_what_records_do_not_say_ends_it(
+    ledger_run: Callable[..., Run], change: Callable[..., Any], words: str
+) -> None:
+    run = ledger_run(callbacks=[Changes(change)], max_steps=7)
+    with pytest.warns(UserWarning, match=f"{words}.* before step 5, which no record says"):
+        run.fit()
+    assert len(Ledger(run.keep.path)) == 5 and run.trainer.global_step == 7
+
+
+def test_weights_that_somebody_else_changed_are_told_from_the_run_s(ledger_run: Callable[..., Run]) -> None:
+    def clamp(_: Any, module: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.clamp_(-0.1, 0.1)
+
+    run = ledger_run(callbacks=[Changes(clamp)]).fit()
+    assert replay(run.keep.path, Validated(), MEZO) == Replayed(20, False)
+
+
+def test_it_needs_a_method_and_a_folder(
+    ledger_run: Callable[..., Run], make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    with pytest.raises(MisconfigurationException, match=r"KeepLedger needs a zeroth-order method .*, got SGD"):
+        ledger_run(method=None).fit()
+    (tmp_path / "file").touch()
+    run = ledger_run()
+    run.keep.dirpath = tmp_path / "file/folder"
+    with pytest.raises(ValueError, match=r"`dirpath` is .*, where no file can be written"):
+        run.fit()
+
+
+def test_it_changes_nothing_of_the_training(ledger_run: Callable[..., Run], make_whole: Callable[..., Run]) -> None:
+    def bits(run: Run) -> list[Tensor]:
+        return list(run.module.parameters())
+
+    for one, other in zip(bits(ledger_run().fit()), bits(make_whole()), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,300 @@
+"""The ledger of a run: a file with the record of every step, from which the base weights become the trained ones.
+
+Layout, all numbers little-endian (``zolightning/README.md`` has the table):
+
+1. ``zoledger``, the version of the layout and the length of what follows (both uint32);
+2. the header, a JSON object (:class:`Header`), and the CRC-32 of everything before (uint32);
+3. the seal, 40 bytes: a number of steps (uint32), the digest of the weights after them (SHA-256), and the CRC-32 of
+   both; zeros until a fit has ended;
+4. one entry a step, all of the length that the header's ``fields`` add up to. An entry ends with the CRC-32 of its
+   other bytes, continued from that of the entry before (the first: from the header's).
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zolightning.checkpoints.checkpoint_io import replacing
+from zolightning.optim.record import StepRecord
+
+VERSION = 1
+_START = struct.Struct("<8sII")
+_SEAL = struct.Struct("<I32s")
+_CHECKSUM = struct.Struct("<I")
+_MAGIC = b"zoledger"
+_CODES = {"u1": "B", "u4": "I", "f8": "d"}  # NumPy's names of types, in those of `struct`
+
+
+class DamagedLedgerError(RuntimeError):
+    """A ledger is not what was written; the message names the file, the place and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run's records mean: plain values, as JSON has them.
+
+    Attributes:
+        zolightning: version of the package that wrote it.
+        noise: the first numbers of a direction, which another release may make otherwise.
+        seed: of the run's directions.
+        method: class and settings, see :func:`~zolightning.optim.settings.settings_of`.
+        groups: of each parameter group its hyperparameters and counters before the first step, and ``names``.
+        slices: by name, ``dim`` and ``index`` of parameters that train in part.
+        blocks: names of the parameters of each block; none where all parameters move.
+        structure: what was added to the network, as the module's ``structure`` says; None if it has none.
+        tensors: dtype and shape of every parameter and saved buffer of the module.
+        weights: their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`.
+        fields: name, type ("<u4", as NumPy writes it) and number of what an entry holds, in order.
+    """
+
+    zolightning: str
+    noise: list[int]
+    seed: int
+    method: dict[str, Any]
+    groups: list[dict[str, Any]]
+    slices: dict[str, dict[str, Any]]
+    blocks: list[list[str]]
+    structure: dict[str, Any] | None
+    tensors: dict[str, list[Any]]
+    weights: str
+    fields: list[list[Any]]
+
+    @property
+    def first_step(self) -> int:
+        """Number of the first step."""
+        return int(self.groups[0]["step"])
+
+
+class Ledger:
+    """A ledger's file, to read and, once it is :meth:`opened <go_on>`, to append to.
+
+    A step's entry is written by one call of the system, without a buffer in the process: a process that is killed
+    leaves all steps but the one it was in, and at most a part of that one's entry, which is dropped where the ledger
+    is read. :meth:`sync` makes entries outlast a power cut as well.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedLedgerError: if its header is cut off or changed.
+        ValueError: if it is no ledger, or of another version of the layout.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"The ledger {path} does not exist.")
+        with path.open("rb") as file:
+            start = file.read(_START.size)
+            magic, version, length = _START.unpack(start) if len(start) == _START.size else (start, 0, 0)
+            if magic != _MAGIC:
+                raise ValueError(f"{path} is no ledger of a run: it does not begin with `{_MAGIC.decode()}`.")
+            if version != VERSION:
+                raise ValueError(
+                    f"The ledger {path} has version {version} of the layout, and this release reads version {VERSION}."
+                )
+            header, checksum = file.read(length), file.read(_CHECKSUM.size)
+        self._header_checksum = zlib.crc32(start + header)
+        if checksum != _CHECKSUM.pack(self._header_checksum):
+            raise DamagedLedgerError(f"The ledger {path} is damaged: its header is cut off or changed.")
+        self.header = Header(**json.loads(header))
+        self._entry = struct.Struct("<" + "".join(f"{n}{_CODES[kind[1:]]}" for _, kind, n in self.header.fields[:-1]))
+        self._seal_at = _START.size + length + _CHECKSUM.size
+        self._entries_at = self._seal_at + _SEAL.size + _CHECKSUM.size
+        self._file: Any = None
+        self._checksum = self._header_checksum
+        self._length = 0
+
+    @classmethod
+    def create(cls, path: Path, header: Header) -> "Ledger":
+        """A file without entries, written whole; replaces none that is there.
+
+        Raises:
+            OSError: if it cannot be written, with the path and the reason.
+        """
+        text = json.dumps(asdict(header)).encode()
+        start = _START.pack(_MAGIC, VERSION, len(text)) + text
+        with replacing(path) as file:
+            file.write(start + _CHECKSUM.pack(zlib.crc32(start)))
+            file.write(bytes(_SEAL.size + _CHECKSUM.size))
+        return cls(path)
+
+    @property
+    def entry_size(self) -> int:
+        """Bytes a step."""
+        return self._entry.size + _CHECKSUM.size
+
+    @property
+    def checksum(self) -> int:
+        """Of the last entry that was written by this object."""
+        return self._checksum
+
+    def __len__(self) -> int:
+        """How many whole entries there are."""
+        return max(0, self.path.stat().st_size - self._entries_at) // self.entry_size
+
+    # Reading
+
+    def records(self, steps: int | None = None) -> Iterator[StepRecord]:
+        """The records of the first `steps` steps, or of all; what a kill left of an unfinished entry is no record.
+
+        Raises:
+            ValueError: if there are not so many.
+            DamagedLedgerError: where an entry was changed, when it is reached.
+        """
+        if steps is not None and steps > len(self):
+            raise ValueError(f"The ledger {self.path} has {len(self)} steps, and {steps} were asked for.")
+        checksum, counts = self._header_checksum, [n for _, _, n in self.header.fields[:-1]]
+        names = [name for name, *_ in self.header.fields[:-1]]
+        with self.path.open("rb") as file:
+            file.seek(self._entries_at)
+            for number in range(len(self) if steps is None else steps):
+                entry = file.read(self.entry_size)
+                body, stored = entry[: self._entry.size], entry[self._entry.size :]
+                checksum = zlib.crc32(body, checksum)
+                numbers = iter(self._entry.unpack(body) if len(entry) == self.entry_size else ())
+                values = {name: tuple(next(numbers) for _ in range(n)) for name, n in zip(names, counts, strict=True)}
+                step = self.header.first_step + number
+                if stored != _CHECKSUM.pack(checksum) or values["step"] != (step,):
+                    raise DamagedLedgerError(
+                        f"The ledger {self.path} is damaged: the entry of step {step}, at byte "
+                        f"{self._entries_at + number * self.entry_size}, was changed. The {number} before it are whole."
+                    )
+                yield self._record(values)
+
+    def checksum_after(self, steps: int) -> int:
+        """What the entry of the last of the first `steps` steps ends with; all of them are checked.
+
+        Raises:
+            DamagedLedgerError: if one of them was changed.
+        """
+        for _ in self.records(steps):
+            pass
+        if not steps:
+            return self._header_checksum
+        with self.path.open("rb") as file:
+            file.seek(self._entries_at + steps * self.entry_size - _CHECKSUM.size)
+            return int(_CHECKSUM.unpack(file.read(_CHECKSUM.size))[0])
+
+    def seal(self) -> tuple[int, str] | None:
+        """A number of steps, and the digest of the weights after them as :meth:`close` was told; None if it was not."""
+        with self.path.open("rb") as file:
+            file.seek(self._seal_at)
+            body, checksum = file.read(_SEAL.size), file.read(_CHECKSUM.size)
+        if checksum != _CHECKSUM.pack(zlib.crc32(body)):
+            return None
+        steps, digest = _SEAL.unpack(body)
+        return (steps, digest.hex()) if steps else None
+
+    def copy(self, path: Path, steps: int) -> "Ledger":
+        """Writes a ledger of the first `steps` steps at `path`."""
+        with self.path.open("rb") as file, replacing(path) as copy:
+            copy.write(file.read(self._seal_at))
+            copy.write(bytes(_SEAL.size + _CHECKSUM.size))
+            file.seek(self._entries_at)
+            copy.write(file.read(steps * self.entry_size))
+        return Ledger(path)
+
+    # Writing
+
+    def go_on(self, steps: int) -> None:
+        """Opens the file to append after the first `steps` steps; later entries, whole or not, are cut off.
+
+        Raises:
+            DamagedLedgerError: if one of those entries was changed.
+            OSError: if the file cannot be written.
+        """
+        self._checksum, self._length = self.checksum_after(steps), steps
+        self._file = self.path.open("r+b", buffering=0)
+        if (seal := self.seal()) is not None and seal[0] > steps:
+            self._file.seek(self._seal_at)
+            self._file.write(bytes(_SEAL.size + _CHECKSUM.size))
+        self._cut()
+
+    def append(self, record: StepRecord) -> None:
+        """Writes the record of the next step.
+
+        Raises:
+            ValueError: if it is of another step, or does not have as many numbers as the header says.
+            OSError: if it cannot be written; the file then ends after the last step.
+        """
+        step = self.header.first_step + self._length
+        if record.step != step:
+            raise ValueError(f"The ledger {self.path} goes on with step {step}, and step {record.step} was taken.")
+        body = self._entry.pack(*self._numbers(record))
+        checksum = zlib.crc32(body, self._checksum)
+        entry = body + _CHECKSUM.pack(checksum)
+        try:
+            while entry:  # a disk that is nearly full takes a part of it first
+                entry = entry[self._file.write(entry) :]
+        except OSError as error:
+            self._cut()
+            raise OSError(
+                error.errno, f"The ledger {self.path} could not be written at step {step} ({error.strerror})"
+            ) from error
+        self._checksum, self._length = checksum, self._length + 1
+
+    def sync(self) -> None:
+        """Waits until all entries are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self, digest: str | None = None) -> None:
+        """Ends writing; `digest`, of the weights after the last step, becomes the seal."""
+        if digest is not None:
+            body = _SEAL.pack(self._length, bytes.fromhex(digest))
+            self._file.seek(self._seal_at)
+            self._file.write(body + _CHECKSUM.pack(zlib.crc32(body)))
+        self.sync()
+        self._file.close()
+
+    def _cut(self) -> None:
+        self._file.truncate(self._entries_at + self._length * self.entry_size)
+        self._file.seek(0, os.SEEK_END)
+
+    # Entries
+
+    def _numbers(self, record: StepRecord) -> list[float]:
+        skipped = [0.0] * (0 if record.projected_grads else self._count("projected_grads"))
+        bits = bytearray(self._count("blocks"))
+        for block in record.blocks:
+            bits[block // 8] |= 1 << block % 8
+        found: dict[str, tuple[Any, ...]] = {
+            **{name: (getattr(record, name),) for name in ("step", "refresh", "folds", "forward_passes")},
+            "estimated": (bool(record.projected_grads),),
+            "lr": record.lr,
+            "projected_grads": (*record.projected_grads, *skipped),
+            "losses": record.losses,
+            "blocks": tuple(bits),
+        }
+        numbers: list[float] = []
+        for name, _, count in self.header.fields[:-1]:
+            if len(found[name]) != count:
+                raise ValueError(
+                    f"Step {record.step} has {len(found[name])} of `{name}`, and the run's ledger {self.path} has "
+                    f"entries of {count}: leave KeepLedger out where that changes in mid-run."
+                )
+            numbers += found[name]
+        return numbers
+
+    def _record(self, values: Mapping[str, tuple[Any, ...]]) -> StepRecord:
+        bits = values.get("blocks", ())
+        return StepRecord(
+            step=values["step"][0],
+            seed=self.header.seed,
+            lr=values["lr"],
+            projected_grads=values["projected_grads"] if values["estimated"][0] else (),
+            losses=values["losses"],
+            forward_passes=values["forward_passes"][0],
+            refresh=values.get("refresh", (0,))[0],
+            folds=values.get("folds", (0,))[0],
+            blocks=tuple(block for block in range(8 * len(bits)) if bits[block // 8] >> block % 8 & 1),
+        )
+
+    def _count(self, name: str) -> int:
+        return next((count for field, _, count in self.header.fields if field == name), 0)
