@@ -24,8 +24,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning.blocks import Bandit
-from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, MomentumTransport, SubspaceResampling
-from zolightning.callbacks import ZerothOrder
+from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, KeepLedger, MomentumTransport
+from zolightning.callbacks import SubspaceResampling, ZerothOrder
+from zolightning.checkpoints.replay import replay
 from zolightning.optim.estimators import OneSided
 from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
 
@@ -85,6 +86,7 @@ runs = {
     "activations": (partial(LOZO, lr=1e-2, rank=2), {"bases": ActivationBases(examples="batch", refresh=True)}),
     "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"evaluations_per_forward": 4}),
 }
+with_others = ("subspace", "stacked", "blocks", "activations")
 for name, (method, options) in runs.items():
     module, recorder = Module(options), Recorder()
     size, skip = options.get("micro_batch_size"), "bad_step" in options
@@ -95,13 +97,14 @@ for name, (method, options) in runs.items():
         others = [BlockCoordinateDescent(Bandit(step_size=0.5), interval=2, patterns=options["blocks"])]
     if "bases" in options:
         others = [SubspaceResampling(interval=4, bases=options["bases"])]
+    ledger = KeepLedger(f"{folder}/{name}-of-{ranks}")
     trainer = L.Trainer(
         max_steps=10,
         accelerator="cpu",
         devices=ranks,
         strategy=options.get("strategy", "ddp") if ranks > 1 else "auto",
         precision=options.get("precision", "32-true"),
-        callbacks=[callback, *(others if name in ("subspace", "stacked", "blocks", "activations") else []), recorder],
+        callbacks=[callback, *(others if name in with_others else []), recorder, ledger],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -112,6 +115,9 @@ for name, (method, options) in runs.items():
     trainer.fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=8 // ranks, sampler=share))
     left = {"weights": module.state_dict(), "steps": recorder.steps, "global_step": trainer.global_step}
     left["model"] = recorder.model
+    if ledger.path is not None:
+        base = Module({})  # as rank 0 began
+        left["replayed"] = [replay(ledger.path, base, method).sealed, base.state_dict()]
     torch.save(left, f"{folder}/{name}-{trainer.global_rank}-of-{ranks}.pt")
 
 if ranks > 1:  # without a zeroth-order method
@@ -168,6 +174,16 @@ class TestTwoRanks:
         for key, tensor in first["weights"].items():
             assert torch.equal(tensor, second["weights"][key]), key
         assert first["global_step"] == second["global_step"] == 10
+
+    def test_write_one_ledger_that_replays_to_their_weights(self, results: dict, name: str) -> None:
+        assert "replayed" not in results[name, 1, 2]
+        if name == "activations":  # whose bases no record has
+            assert "replayed" not in results[name, 0, 2]
+            return
+        sealed, weights = results[name, 0, 2]["replayed"]
+        assert sealed
+        for key, tensor in results[name, 1, 2]["weights"].items():
+            assert torch.equal(tensor, weights[key]) or "running" in key or "batches" in key, key
 
     def test_do_what_one_does(self, results: dict, name: str) -> None:
         """Up to the order of sums.

@@ -1,12 +1,13 @@
 """A run writes down every step as it is taken."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -17,10 +18,14 @@ from zolightning.checkpoints.replay import describe
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import constructor_arguments
+from zolightning.optim.subspace import SubspaceOptimizer
 
 NAME = "ledger.bin"
+_KEY = "zolightning.KeepLedger"
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
 _RECORDED = {"params", "lr", "seed"}
+_GIVEN_BASES = "This run keeps no ledger: its bases are given to the method, and records do not have them."
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class KeepLedger(Callback):
@@ -33,8 +38,9 @@ class KeepLedger(Callback):
     copy. The ledger thus always describes the steps that led to the present weights. A ledger that is in the way of a
     new run is kept, and the new one called ``ledger-v1.bin``.
 
-    What a record does not say ends the ledger, with a warning: hyperparameters other than the learning rate that
-    change in mid-run, or other parameters that train. With several ranks, the first one writes.
+    A run whose bases are taken from activations keeps none. What else a record does not say ends the ledger, with a
+    warning: hyperparameters other than the learning rate that change in mid-run, or other parameters that train. With
+    several ranks, the first one writes.
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
@@ -61,6 +67,7 @@ class KeepLedger(Callback):
         self._near: Path | None = None  # where the checkpoint lies
         self._constants: set[str] = set()  # hyperparameters that records do not repeat
         self._groups: list[dict[str, Any]] = []  # their values
+        self._refresh = 0
         self._optimizer: ZerothOrderOptimizer | None = None
         self._hook: RemovableHandle | None = None
 
@@ -84,7 +91,10 @@ class KeepLedger(Callback):
         if not trainer.is_global_zero or not self._writes(trainer):
             return
         step = optimizer.param_groups[0]["step"]
-        if self._saved is None:
+        self._refresh = optimizer.param_groups[0].get("refresh", 0)
+        if _has_given_bases(optimizer):  # of a checkpoint
+            rank_zero_info(_GIVEN_BASES)
+        elif self._saved is None:
             self.ledger = Ledger.create(_free(self._folder), describe(optimizer, pl_module))
             self.ledger.go_on(0)
         else:
@@ -98,10 +108,12 @@ class KeepLedger(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.ledger is not None:
             self.ledger.sync()
+            # Not the callback's state: Lightning would ask whoever validates the checkpoint for the callback.
+            checkpoint[_KEY] = {"path": str(self.ledger.path.absolute()), "checksum": self.ledger.checksum}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
+            self._saved = checkpoint.get(_KEY, {})
             self._near = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path)).parent
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,11 +128,6 @@ class KeepLedger(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._end()  # Lightning calls no teardown after an exception or an interrupt
 
-    def state_dict(self) -> dict[str, Any]:
-        if self.ledger is None:
-            return {}
-        return {"path": str(self.ledger.path.absolute()), "checksum": self.ledger.checksum}
-
     def _append(self, optimizer: Optimizer, *_: Any) -> None:
         assert isinstance(optimizer, ZerothOrderOptimizer) and self.ledger is not None
         record = optimizer.record
@@ -131,13 +138,23 @@ class KeepLedger(Callback):
             what = f"`{names[0]}` of a parameter group changed" if names else "a parameter group was added"
             self._give_up(f"{what} before step {record.step}, which no record says")
             return
+        if record.refresh != self._refresh and _has_given_bases(optimizer):
+            if len(self.ledger):
+                self._give_up(f"bases were given to the method before step {record.step}, which no record says")
+                return
+            path, self.path = self.ledger.path, None
+            self._end()
+            path.unlink()
+            rank_zero_info(_GIVEN_BASES)
+            return
         self.ledger.append(record)
+        self._refresh = record.refresh
 
     def _constant(self, optimizer: ZerothOrderOptimizer) -> list[dict[str, Any]]:
         """What must stay as it is, by group."""
         return [
             {name: group[name] for name in self._constants & group.keys()}
-            | {"requires_grad": [parameter.requires_grad for parameter in group["params"]]}
+            | {"requires_grad": list(map(_REQUIRES_GRAD, group["params"]))}
             for group in optimizer.param_groups
         ]
 
@@ -188,6 +205,10 @@ class KeepLedger(Callback):
     @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
         return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
+
+
+def _has_given_bases(optimizer: ZerothOrderOptimizer) -> bool:
+    return isinstance(optimizer, SubspaceOptimizer) and optimizer.has_given
 
 
 def _free(folder: Path) -> Path:

@@ -140,6 +140,8 @@ class Trainer(L.Trainer):
         output: str,
         datamodule: L.LightningDataModule | None = None,
         step: int | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Makes a fine-tuned model again from its base model and the run's ledger, and writes it as a folder.
 
@@ -151,6 +153,8 @@ class Trainer(L.Trainer):
             output: folder in which to write config, weights and tokenizer; must not exist, or be empty.
             datamodule: not used; there because every subcommand reads the same configuration.
             step: after which step of the run to stop; all of them if not given.
+            ckpt_path: not used, like the next; there because the config.yaml of a run has them.
+            weights_only: not used.
 
         Raises:
             ValueError: naming what of `ledger`, `output` or `step` cannot be.

@@ -1,0 +1,66 @@
+"""``zolightning replay`` makes the model of a run again from its base model and its ledger."""
+
+import re
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
+
+from cli_runs import Runs, printed, refused
+from zolightning.callbacks import ZerothOrder
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.commands.replay import replay_to_folder
+from zolightning.optim import MeZO
+
+pytestmark = [
+    # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_process"),
+]
+
+
+def test_a_run_is_replayed_from_its_folder(runs: Runs) -> None:
+    """One that trained an adapter, in subspaces and half precision; by its config.yaml and its ledger."""
+    options = {
+        **{"--scope": "TrainLayers", "--scope.layers": "[1]", "--scope.part": "LoRA", "--scope.part.rank": 4},
+        **{"--method": "SubZero", "--method.lr": 0.1, "--method.rank": 2, "--resampling.interval": 2},
+        **{"--trainer.max_steps": 4, "--validate_first": "false", "--trainer.precision": "bf16-true"},
+    }
+    output = runs("fit", *(word for option in options.items() for word in option))
+    config, ledger = runs.version(0) / "config.yaml", runs.version(0) / "ledger.bin"
+    assert f"replay it:  zolightning replay --config {config} --ledger {ledger} --output NEW_FOLDER\n" in output
+    assert len(Ledger(ledger)) == 4 and Ledger(ledger).entry_size == 53
+
+    words = ["replay", "--config", str(config), "--ledger", str(ledger), "--output"]
+    said = printed([*words, str(runs.folder / "replayed")])
+    assert re.match(r"replayed 4 steps in .* s, equal to the last bit to the weights the run ended with: ", said)
+    trained = torch.load(runs.version(0) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    expected = {name.split("layers.1.")[1].replace(".default", ""): w for name, w in trained.items() if "lora" in name}
+    replayed = load_file(runs.folder / "replayed/adapter_model.safetensors")
+    assert len(replayed) == len(expected) > 0
+    for name, weight in replayed.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name.split("layers.1.")[1]]), name
+
+    message = refused([*words, str(runs.folder / "new"), "--seed_everything", "1"])  # of the adapter's first values
+    assert message == f"error: The ledger {ledger} begins with other weights than these: name the run's base model."
+    assert not (runs.folder / "new").exists()
+
+
+class TestRefused:
+    """Before the ledger is read."""
+
+    def test_a_folder_with_something_in_it(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match=r"`output` is .*, which is not empty"):
+            replay_to_folder(L.LightningModule(), [], "ledger.bin", str(tmp_path), None)
+
+    def test_no_method(self, tmp_path: Path) -> None:
+        with pytest.raises(MisconfigurationException, match="`method` is null"):
+            replay_to_folder(L.LightningModule(), [], "ledger.bin", str(tmp_path), None)
+
+    def test_a_module_that_cannot_be_exported(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="LightningModule has no `export` method"):
+            replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", str(tmp_path), None)
