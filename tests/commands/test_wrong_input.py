@@ -131,6 +131,8 @@ METHODS = "MeZO, MeZOAdam, "
         ),
         ("--model.dtype float8", "`model.dtype` is 'float8' (did you mean float32?); accepted: 'float32', "),
         ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is no setting of AdamW; accepted: "),
+        ("--method.help Nope", "`method.help` is 'Nope', which is no class that `method` takes."),
+        ("--scope.help torch.Tensor", "`scope.help` is 'torch.Tensor', which is no class that `scope` takes."),
         ("--nothing 1", "`--nothing` is no setting."),
         ("--ckpt_path", "`--ckpt_path`: expected one argument."),
     ],

@@ -66,6 +66,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         options: all options that there are, ``--trainer.max_steps`` for one.
     """
     field, inner = _field(message), _innermost(message)
+    if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
+        return f"`{found[1]}.help` is {found[2]!r}, which is no class that `{found[1]}` takes."
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         where = _class_at(message, found)
         return _unknown(f"{field}.{found[1]}", found[1], where, _arguments_of(where))
