@@ -182,7 +182,7 @@ class ZerothOrderCLI(LightningCLI):
         made.trainer.callbacks.append(RunOverview(shlex.join(["zolightning", *sys.argv[1:]])))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # Lightning's, of a strategy or accelerator that it does not know
+        except (TypeError, ValueError) as error:  # Lightning's, of a strategy, accelerator or devices that are none
             raise MisconfigurationException(str(error)) from error
         config = self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False)
         trainer.run_config = json.loads(config)[self.subcommand]

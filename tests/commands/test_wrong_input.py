@@ -26,6 +26,7 @@ pytestmark = [
         (("--trainer.strategy", "deepspeed_stage_3"), "`trainer.strategy` is 'deepspeed_stage_3'"),
         (("--trainer.strategy", "zo_dpp"), "You selected an invalid strategy name: `strategy='zo_dpp'`"),
         (("--trainer.accelerator", "gpus"), "You selected an invalid accelerator name: `accelerator='gpus'`"),
+        (("--trainer.devices", "two"), "`devices` selected with `CPUAccelerator` should be an int > 0."),
         (("--trainer.precision", "16-mixed"), "`trainer.precision` is '16-mixed'"),
         (("--trainer.accumulate_grad_batches", "2"), "`trainer.accumulate_grad_batches` is 2"),
         (("--trainer.gradient_clip_val", "1.0"), "`trainer.gradient_clip_val` is 1.0"),
