@@ -52,7 +52,7 @@ _WORDS = {
     "scope": "DominantLayer, TrainLayers, ...: which parameters train; without one, all",
     "evaluation.micro_batch_size": "evaluate a batch in parts of this many examples",
     "evaluation.evaluations_per_forward": "evaluations of a step that share a run of the network",
-    "evaluation.keep_prefix_gib": "memory to compute what lies below the first trained layer once a run",
+    "evaluation.keep_prefix_gib": "memory to compute what lies below what trains once a run",
     "evaluation.cuda_graphs": "launch the network's forward by one call, on a CUDA device",
     "trainer.precision": "32-true, bf16-true, 16-true, bf16-mixed or 64-true",
     "trainer.accelerator": "cpu, gpu or auto",
