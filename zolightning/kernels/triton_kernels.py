@@ -151,7 +151,8 @@ def perturb(
     shaped = _shaped(noise, value, curvature, threshold, at, inside)
     tl.store(plus + at, _rounded(value + shaped, plus.dtype.element_ty, INTERPRETED), mask=inside)
     if minus is not None:
-        shaped = _shaped(-noise, value, curvature, threshold, at, inside)
+        negated = noise * -1.0  # on a device Triton's unary minus is 0 - x, which makes no -0 of a 0
+        shaped = _shaped(negated, value, curvature, threshold, at, inside)
         tl.store(minus + at, _rounded(value + shaped, minus.dtype.element_ty, INTERPRETED), mask=inside)
 
 
