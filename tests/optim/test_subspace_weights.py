@@ -13,6 +13,7 @@ from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.kernels import bfloat16
 from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero
+from zolightning.optim.probing import of_whole_parameters
 
 METHODS = [
     partial(LOZO, lr=0.05, rank=2),
@@ -59,7 +60,7 @@ def attached(method: Any, net: Net, fold_every_step: bool = False, **kwargs: Any
 @torch.no_grad()
 def effective_loss(net: Net, optimizer: SubspaceOptimizer) -> float:
     """The loss with what is pending."""
-    with Perturbed(optimizer._sliced(optimizer.offsets())):
+    with Perturbed(of_whole_parameters(optimizer, optimizer.offsets())):
         return net().item()
 
 

@@ -4,23 +4,20 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.kernels.noise import key as noise_key
 from zolightning.messages import some
 from zolightning.optim.blocks import BlockwiseParameters
 from zolightning.optim.checks import (
-    Loss,
-    loss_and_terms,
     require_choice,
     require_positive,
     require_queries,
@@ -35,11 +32,9 @@ from zolightning.optim.precision import (
     as_contiguous,
     round_stochastically,
 )
+from zolightning.optim.probing import Evaluate, Reduce, evaluate_probes
 from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
 from zolightning.rank_zero import rank_zero_warn
-
-Evaluate = Callable[[], Loss]
-Reduce = Callable[[Tensor], Tensor]
 
 
 class ZerothOrderOptimizer(BlockwiseParameters, ABC):
@@ -162,12 +157,12 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             hook(self, partial(self.squared_grad, evaluate=evaluate, reduce=reduce, stream=stream))
         probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
-        losses, projected_grads, is_empty = self._evaluate(self.estimator, probes, evaluate, reduce, stream)
-        last.flat_in_a_row = last.flat_in_a_row + 1 if _is_flat(losses) else 0
+        found = evaluate_probes(self, self.estimator, probes, evaluate, reduce, stream)
+        last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
         if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
             self.evaluator.forget()
-            losses, projected_grads, is_empty = self._evaluate(self.estimator, probes, evaluate, reduce, stream)
-            if not _is_flat(losses):
+            found = evaluate_probes(self, self.estimator, probes, evaluate, reduce, stream)
+            if not found.is_flat:
                 last.flat_in_a_row = 0
             else:
                 rank_zero_warn(
@@ -175,10 +170,9 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
                     "the weights: the loss does not depend on the parameters that train, or "
                     f"`eps` ({group['eps']:g}) is too small to change it."
                 )
-        finite = all(map(math.isfinite, losses))
-        last.nonfinite_in_a_row = 0 if finite else last.nonfinite_in_a_row + (not is_empty)
-        if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not is_empty:
-            values = ", ".join(f"{loss:g}" for loss in losses)
+        last.nonfinite_in_a_row = 0 if found.is_finite else last.nonfinite_in_a_row + (not found.is_empty)
+        if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not found.is_empty:
+            values = ", ".join(f"{loss:g}" for loss in found.losses)
             many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
         weight = group.get("block_weight", 1.0)
@@ -186,8 +180,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             step=group["step"],
             seed=group["seed"],
             lr=tuple(float(group["lr"]) * weight for group in self.param_groups),
-            projected_grads=tuple(projected_grads) if finite else (),
-            losses=tuple(losses),
+            projected_grads=tuple(found.projected_grads) if found.is_finite else (),
+            losses=tuple(found.losses),
             forward_passes=len(probes) + last.measured,
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
@@ -292,7 +286,9 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         estimator = TwoSided()
         probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
         with self.only(block):
-            _, grads, _ = self._evaluate(estimator, probes, evaluate, reduce, stream, leaves_traces=False)
+            grads = evaluate_probes(
+                self, estimator, probes, evaluate, reduce, stream, leaves_traces=False
+            ).projected_grads
         self._estimate.measured += len(probes)
         mean = sum(grad * grad for grad in grads) / len(grads)
         return mean if math.isfinite(mean) else 0.0
@@ -318,49 +314,3 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""
         self.evaluator.detach()
-
-    def _evaluate(
-        self,
-        estimator: Estimator,
-        probes: Sequence[Probe],
-        evaluate: Evaluate,
-        reduce: Reduce | None,
-        stream: int,
-        leaves_traces: bool = True,
-    ) -> tuple[list[float], list[float], bool]:
-        """The losses of an estimator's probes over all ranks, its projected gradients, and whether there was no term.
-
-        Nothing before the last lines waits for the device: they read all numbers of a step at once.
-        """
-        group = self.param_groups[0]
-        trainable = {parameter: name for _, name, parameter in self.trainable()}
-        perturbations = [self._perturbations_of(probe) for probe in probes]
-        randomness = (group["seed"], group["step"], stream)
-        resting = {parameter: name for name, parameter in self.at_rest()}
-        results = self.evaluator.evaluate(
-            lambda: loss_and_terms(evaluate()), trainable, perturbations, randomness, resting, leaves_traces
-        )
-        # A loss over no terms says nothing: it is NaN where it is a mean.
-        totals = torch.stack(
-            [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
-        )
-        totals = totals if reduce is None else reduce(totals)
-        losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
-        numbers = torch.cat([losses, terms, estimator.projected_grads(losses, group["eps"])]).tolist()
-        count = len(probes)
-        if min(numbers[count : 2 * count]) < 0:
-            raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {numbers[count]:g}.")
-        return numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count]
-
-    def _perturbations_of(self, probe: Probe) -> dict[nn.Parameter, Perturbation]:
-        return self._sliced(self.perturbations(*probe) if probe.sign else self.offsets())
-
-    def _sliced(self, perturbations: dict[nn.Parameter, Perturbation]) -> dict[nn.Parameter, Perturbation]:
-        """Perturbations of whole parameters, from those of the slices that train."""
-        parts = {parameter: part for parameter, part in self.slices.items() if parameter in perturbations}
-        return perturbations | {p: SlicedPerturbation(perturbations[p], part) for p, part in parts.items()}
-
-
-def _is_flat(losses: list[float]) -> bool:
-    """Whether several losses are the same to the last bit."""
-    return len(losses) > 1 and math.isfinite(losses[0]) and all(loss == losses[0] for loss in losses)

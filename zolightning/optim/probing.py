@@ -1,0 +1,101 @@
+"""The losses of a step's probes: each at weights perturbed in its own way, summed over all ranks, read once."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.slices import SlicedPerturbation
+from zolightning.optim.checks import Loss, loss_and_terms
+from zolightning.optim.estimators import Estimator, Probe
+
+if TYPE_CHECKING:
+    from zolightning.optim.base import ZerothOrderOptimizer
+
+Evaluate = Callable[[], Loss]
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Probed(NamedTuple):
+    """What some probes have found.
+
+    Attributes:
+        losses: of each probe; NaN where there was no term to average.
+        projected_grads: one a query.
+        is_empty: whether there was no term.
+    """
+
+    losses: list[float]
+    projected_grads: list[float]
+    is_empty: bool
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, self.losses))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether several losses are the same to the last bit."""
+        return len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
+
+
+def evaluate_probes(
+    optimizer: "ZerothOrderOptimizer",
+    estimator: Estimator,
+    probes: Sequence[Probe],
+    evaluate: Evaluate,
+    reduce: Reduce | None,
+    stream: int,
+    leaves_traces: bool = True,
+) -> Probed:
+    """Evaluates a loss at the weights of each probe.
+
+    Nothing before the last lines waits for the device: they read all numbers of a step at once.
+
+    Args:
+        optimizer: says how each probe perturbs which parameters.
+        estimator: makes projected gradients of the losses.
+        probes: the evaluations, in the order that the estimator expects.
+        evaluate: the loss of one batch, and its number of terms if it is not 1.
+        reduce: sums a tensor over ranks; None on one rank.
+        stream: which random numbers the loss draws, beside the run's seed and the step.
+        leaves_traces: whether the module keeps what the first evaluation writes.
+
+    Raises:
+        ValueError: if a number of terms is negative.
+    """
+    group = optimizer.param_groups[0]
+    trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
+    perturbations = [
+        of_whole_parameters(optimizer, optimizer.perturbations(*probe) if probe.sign else optimizer.offsets())
+        for probe in probes
+    ]
+    resting = {parameter: name for name, parameter in optimizer.at_rest()}
+    results = optimizer.evaluator.evaluate(
+        lambda: loss_and_terms(evaluate()),
+        trainable,
+        perturbations,
+        (group["seed"], group["step"], stream),
+        resting,
+        leaves_traces,
+    )
+    # A loss over no terms says nothing: it is NaN where it is a mean.
+    totals = torch.stack([torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results])
+    totals = totals if reduce is None else reduce(totals)
+    losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
+    numbers = torch.cat([losses, terms, estimator.projected_grads(losses, group["eps"])]).tolist()
+    count = len(probes)
+    if min(numbers[count : 2 * count]) < 0:
+        raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {numbers[count]:g}.")
+    return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
+
+
+def of_whole_parameters(
+    optimizer: "ZerothOrderOptimizer", perturbations: Mapping[nn.Parameter, Perturbation]
+) -> dict[nn.Parameter, Perturbation]:
+    """Perturbations of whole parameters, from those of the slices that train."""
+    parts = {parameter: part for parameter, part in optimizer.slices.items() if parameter in perturbations}
+    return {**perturbations, **{p: SlicedPerturbation(perturbations[p], part) for p, part in parts.items()}}
