@@ -263,6 +263,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scope", "method"), PAIRS)
 def test_subspace_methods_in_scopes(
     scope: str, method: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]

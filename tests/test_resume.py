@@ -211,24 +211,3 @@ def test_from_a_checkpoint_that_an_error_left(
     for one, other in zip(restored.parameters(), replayed.parameters(), strict=True):
         assert torch.equal(one, other)
     assert optimizer.param_groups[0]["step"] == 7
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        partial(MeZO, lr=1e-2, momentum=0.9, normalize=True),
-        ZO_MOPI,
-    ],
-    ids=["mezo", "zo-mopi"],
-)
-def test_a_run_can_be_replayed_from_its_records(
-    run: Callable[..., Run], make_regression: Callable[..., Any], method: Method
-) -> None:
-    whole = run(method, max_steps=15)
-    replayed = make_regression()
-    optimizer = method(replayed.named_parameters(), seed=1234)
-    for record in whole.records:
-        optimizer.apply(record)
-    optimizer.detach()
-    for one, other in zip(whole.module.parameters(), replayed.parameters(), strict=True):
-        assert torch.equal(one, other)

@@ -189,6 +189,7 @@ def test_peak_begins_anew() -> None:
     assert peak_bytes() - after > 2**26
 
 
+@pytest.mark.slow
 def test_command(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ trainer.fit(Module(), DataLoader(TensorDataset(torch.ones(64, 1024)), batch_size
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_checkpoint_in_mid_interval(tmp_path: Path) -> None:
     if not reset_peak():
         pytest.skip("this system cannot reset a process's peak memory")

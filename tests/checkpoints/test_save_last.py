@@ -32,7 +32,7 @@ class StopAfter(Callback):
         {"max_steps": -1, "max_epochs": 2},
         {"callbacks": [StopAfter()]},
     ],
-    ids=str,
+    ids=["five steps", "seven steps", "two epochs", "a callback"],
 )
 @pytest.mark.parametrize("validate", [False, True])
 def test_the_end_of_training(make_run: Any, make_whole: Any, end: dict[str, Any], validate: bool) -> None:

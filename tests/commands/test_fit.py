@@ -158,6 +158,7 @@ def test_manual_optimization_warning_is_off(runs: Runs) -> None:
     runs("fit", "--trainer.max_steps", 2, "--checkpoint.every_n_train_steps", 1, "--checkpoint.monitor", "null")
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_same_weights(runs: Runs) -> None:
     (runs.folder / "fingerprint.py").write_text(
         "import hashlib, pathlib, torch\n"

@@ -104,17 +104,17 @@ class TestEstimate:
         assert_same(*results)
 
     def test_projected_gradients_point_along_the_gradient(self, method: Method, make_problem: MakeProblem) -> None:
-        """The mean of ``g z`` over N = 600 queries at a fixed point: the gradient, or what the subspace shows of it.
+        """The mean of ``g z`` over N = 300 queries at a fixed point: the gradient, or what the subspace shows of it.
 
-        In d = 29 dimensions its error relative to the gradient is sqrt((d + 1) / N) = 0.22 (test_estimators.py), which
-        makes a cosine of 1 / sqrt(1 + 0.05) = 0.976; at 4 deviations of the squared error (4 sqrt(2 / d) = 1.05 of
-        it) still 0.953.
+        In d = 29 dimensions its error relative to the gradient is sqrt((d + 1) / N) = 0.32 (test_estimators.py), which
+        makes a cosine of 1 / sqrt(1 + 0.1) = 0.953; at 4 deviations of the squared error (4 sqrt(2 / d) = 1.05 of
+        it) still 0.911.
         """
         problem = make_problem(torch.float64)
         optimizer = attached(method, problem, eps=1e-3)
         gradient = torch.cat([seen_gradient(optimizer, p, p.detach() + 0.5).flatten() for p in problem.parameters()])
         total = torch.zeros_like(gradient)
-        steps = 600 // optimizer.num_queries
+        steps = 300 // optimizer.num_queries
         for step in range(steps):
             record = optimizer.estimate(problem)
             for query, projected_grad in enumerate(record.projected_grads):
@@ -125,7 +125,7 @@ class TestEstimate:
                     z.append(out.flatten() / 1e-3)
                 total += projected_grad * torch.cat(z)
             optimizer.apply(StepRecord(step, 0, record.lr, (), record.losses, 0))
-        assert torch.cosine_similarity(total, gradient, dim=0) > 0.95
+        assert torch.cosine_similarity(total, gradient, dim=0) > 0.91
 
     def test_new_parameters_are_audited_when_they_first_take_part(
         self, method: Method, make_problem: MakeProblem

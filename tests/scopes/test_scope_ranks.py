@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import zolightning
@@ -67,6 +68,7 @@ for name, part in (("channels", OutlierChannels(0.1)), ("lora", LoRA(4))):
 """
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}

@@ -163,8 +163,8 @@ def kth_smallest_magnitude(weight: Tensor, k: int) -> float:
     Exact, by two bytes of the numbers at a time: a sorted copy of a large embedding would take its memory again, and
     ``torch.quantile`` refuses more than 2**24 elements.
     """
-    if weight.is_meta:
-        return math.inf
+    if weight.is_meta:  # of shapes alone: any number, for what is kept by it
+        return torch.finfo(weight.dtype).max
     size = weight.element_size()
     bits = weight.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     prefix = 0
