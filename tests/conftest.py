@@ -31,7 +31,9 @@ from zolightning.optim import (
 from zolightning.optim.estimators import OneSided, Population
 
 # Asserts of the helpers say as much as those of the tests
-pytest.register_assert_rewrite("checkpoint_runs", "cli_runs", "networks", "optimizer_steps", "stacked_runs", "training")
+pytest.register_assert_rewrite(
+    "checkpoint_runs", "cli_runs", "graph_runs", "networks", "optimizer_steps", "stacked_runs", "training"
+)
 
 torch.set_num_threads(1)  # on tensors as small as these, threads only wait for each other
 
