@@ -222,6 +222,12 @@ def no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test that draws without a seed of its own draws the same whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
