@@ -7,13 +7,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import zolightning.strategies  # noqa: F401  # registers `zo_ddp`: whoever can take a step can name it
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
+from zolightning.optim.share import WHOLE, Share
+from zolightning.ranks import LossExchange, layout_of
 
 
 def zeroth_order_step(
@@ -23,7 +24,7 @@ def zeroth_order_step(
 
     ``configure_optimizers`` must return one method of :mod:`zolightning.optim`. The loss is evaluated without
     gradients, in evaluation mode (no dropout; batch norms use their stored statistics) and on the same batch each
-    time; the module's mode is as before afterwards. Under several ranks one sum of a few numbers is exchanged.
+    time; the module's mode is as before afterwards. Several ranks exchange one sum of a few numbers a step.
 
     Learning rate schedulers take a step each, whatever their interval; one that waits for a metric
     (``ReduceLROnPlateau``) is left to its owner.
@@ -41,6 +42,7 @@ def zeroth_order_step(
 
     Raises:
         NonFiniteLossError: if a loss is NaN or infinite; the weights are those of the last step.
+        RanksError: if the ranks of a run differ or one does not answer; the weights are those of the last step.
         MisconfigurationException: if the module optimizes automatically, or its optimizer is another one.
     """
     wrapper: Any = module.optimizers()
@@ -59,7 +61,7 @@ def zeroth_order_step(
         optimizer.attach(module)
 
     with logged_once(module, optimizer.evaluator, loss_fn) as (evaluate, own_names):
-        record = optimizer.estimate(evaluate, _sum_over_ranks(module), skip_nonfinite, stream=module.global_rank)
+        record = optimizer.estimate(evaluate, _share(module, optimizer), skip_nonfinite)
     wrapper.step()
     schedulers = module.lr_schedulers()
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
@@ -106,12 +108,12 @@ def replaced_log(module: L.LightningModule, log: Callable[..., None]) -> Iterato
             vars(module)["log"] = own_log
 
 
-def _sum_over_ranks(module: L.LightningModule) -> Callable[[Tensor], Tensor] | None:
-    strategy = module.trainer.strategy
+def _share(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Share:
     if module.trainer.world_size == 1:
-        return None
-    # Losses may come from the CPU, where NCCL cannot add them.
-    return lambda tensor: strategy.reduce(tensor.to(module.device), reduce_op="sum")
+        return WHOLE
+    layout, rank = layout_of(module.trainer), module.global_rank
+    exchange = LossExchange(module, optimizer, layout)
+    return Share(exchange, layout.data_rank(rank), layout.perturbation_rank(rank), layout.perturbation_parallel_size)
 
 
 def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord, own_names: Set[str]) -> None:

@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.accelerators import Accelerator
@@ -12,19 +13,29 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import device
+from torch import Tensor, device
+from torch.distributed import ReduceOp
 
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.ranks import CHECK_INTERVAL, Layout
 
 
 class ZerothOrderDDP(DDPStrategy):
-    """Data-parallel ranks that exchange losses and never gradients: ``Trainer(strategy="zo_ddp")``.
+    """Ranks that hold the same weights and exchange losses, never gradients: ``Trainer(strategy="zo_ddp")``.
 
-    Each rank evaluates its share of a batch, one sum of a few losses is exchanged a step, and every rank then makes
-    the same update. Devices, nodes, launchers, samplers and collectives are those of ``ddp``, on CPUs (gloo) and GPUs
-    (NCCL). What ``ddp`` has beside is left out: its DistributedDataParallel allocates buckets for gradients, as large
-    as the trainable weights, and broadcasts buffers before every step. Here rank 0 broadcasts parameters and buffers
-    once, before the first step, and the module stays bare; a buffer that the loss writes is afterwards each rank's own.
+    Each rank evaluates its share of a step, one sum of a few numbers is exchanged, and every rank then makes the same
+    update. `perturbation_parallel_size` says what a share is. At 1 ranks split the batch (data-parallel). At the number
+    of devices all ranks read the same rows, and split the queries (query-parallel) or, where there are not as many, the
+    two signs of each as well (sign-parallel): with losses that have the bits of a single process. In between, groups
+    of that many neighbours do this with rows of their own: 8 devices and 2 are 4 parts of the batch by 2 of the
+    evaluations. Evaluations that cannot be split evenly leave some ranks with one less. Validation splits its rows over
+    all ranks.
+
+    Devices, nodes, launchers, samplers and collectives are those of ``ddp``, on CPUs (gloo) and GPUs (NCCL). What
+    ``ddp`` has beside is left out: its DistributedDataParallel allocates buckets for gradients, as large as the
+    trainable weights, and broadcasts buffers before every step, and its ``reduce`` waits at a barrier first. Here rank
+    0 broadcasts parameters and buffers once, before the first step, and the module stays bare; a buffer that the loss
+    writes is afterwards each rank's own.
 
     Args:
         accelerator: set by the Trainer, as are the next four where it has them.
@@ -35,9 +46,16 @@ class ZerothOrderDDP(DDPStrategy):
         process_group_backend: gloo, nccl or another of ``torch.distributed``; by the devices if None.
         timeout: after which a rank that waits for another fails.
         start_method: of the processes of a node: popen, spawn, fork or forkserver; fork in a notebook.
+        perturbation_parallel_size: how many ranks share the evaluations of a step on the same rows; divides the number
+            of ranks.
+        check_interval: steps after which ranks compare checksums of their weights, in the same exchange.
+
+    Attributes:
+        batch: of the training step that runs; None between steps.
 
     Raises:
-        MisconfigurationException: before the first step, if an optimizer reads gradients.
+        MisconfigurationException: if the ranks do not divide into groups; before the first step, if an optimizer reads
+            gradients, or a step has fewer evaluations than a group has ranks.
     """
 
     def __init__(
@@ -50,7 +68,15 @@ class ZerothOrderDDP(DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Any = "popen",
+        perturbation_parallel_size: int = 1,
+        check_interval: int = CHECK_INTERVAL,
     ) -> None:
+        for name, value in {
+            "perturbation_parallel_size": perturbation_parallel_size,
+            "check_interval": check_interval,
+        }.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         super().__init__(
             accelerator,
             parallel_devices,
@@ -61,6 +87,31 @@ class ZerothOrderDDP(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self.perturbation_parallel_size = perturbation_parallel_size
+        self.check_interval = check_interval
+        self.batch: Any = None
+
+    @property
+    def layout(self) -> Layout:
+        """Which part of a step each rank has."""
+        return Layout(self.num_nodes * self.num_processes, self.perturbation_parallel_size)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that share the evaluations of a step read the same training rows; elsewhere each has its own."""
+        module = self.lightning_module
+        if module is not None and not module.trainer.training:
+            return super().distributed_sampler_kwargs
+        return {"num_replicas": self.layout.data_parallel_size, "rank": self.layout.data_rank(self.global_rank)}
+
+    def set_world_ranks(self) -> None:
+        ranks, size = self.layout.world_size, self.perturbation_parallel_size
+        if ranks % size:
+            raise MisconfigurationException(
+                f"`perturbation_parallel_size` is {size}, which does not divide the number of ranks, {ranks} "
+                "(`trainer.devices` times `trainer.num_nodes`)."
+            )
+        super().set_world_ranks()
 
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
@@ -72,15 +123,37 @@ class ZerothOrderDDP(DDPStrategy):
                     f"`trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and the optimizer is "
                     f"{type(optimizer).__name__}. Use 'ddp', or a zeroth-order method (the ZerothOrder callback)."
                 )
+            evaluations = len(optimizer.estimator.probes(optimizer.num_queries))
+            if evaluations < self.perturbation_parallel_size:
+                raise MisconfigurationException(
+                    f"`perturbation_parallel_size` is {self.perturbation_parallel_size}, and a step of "
+                    f"{type(optimizer).__name__} has {evaluations} evaluations to share "
+                    f"({type(optimizer.estimator).__name__}, `num_queries` {optimizer.num_queries}). Use at most "
+                    f"{evaluations}, or more queries."
+                )
 
     def configure_ddp(self) -> None:
         """Leaves the module bare, with the states of rank 0."""
         assert self.model is not None
         _sync_module_states(self.model)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.batch = args
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.batch = None
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
+        """One collective, where that of ``ddp`` waits at a barrier first, which on a GPU stops the host."""
+        if not isinstance(tensor, Tensor) or reduce_op != "sum" or not torch.distributed.is_initialized():
+            return super().reduce(tensor, group, reduce_op)
+        torch.distributed.all_reduce(tensor, group=group)
+        return tensor
+
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register("zo_ddp", cls, description="data-parallel ranks that exchange losses only")
+        strategy_registry.register("zo_ddp", cls, description="ranks that exchange losses only")
 
 
 ZerothOrderDDP.register_strategies(StrategyRegistry)

@@ -15,6 +15,7 @@ from optimizer_steps import assert_same, weights
 from zolightning.callbacks import ZerothOrder
 from zolightning.evaluation.randomness import Generators
 from zolightning.optim import MeZO, ZerothOrderOptimizer
+from zolightning.optim.share import Share
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
 
@@ -120,7 +121,7 @@ class TestOneStep:
             assert [one.equal(other) for other in starts] == [i == j for j in range(4)]
         net, found = AutoEncoder(), []
         for stream in (0, 1, 0):
-            found.append(attached(net).estimate(net.loss, stream=stream).losses)
+            found.append(attached(net).estimate(net.loss, Share(stream=stream)).losses)
         assert found[0] == found[2] != found[1]
 
 

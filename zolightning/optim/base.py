@@ -32,8 +32,9 @@ from zolightning.optim.precision import (
     as_contiguous,
     round_stochastically,
 )
-from zolightning.optim.probing import Evaluate, Reduce, evaluate_probes
+from zolightning.optim.probing import Evaluate, evaluate_probes
 from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
+from zolightning.optim.share import WHOLE, Share
 from zolightning.rank_zero import rank_zero_warn
 
 
@@ -127,9 +128,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     # What a step calls
 
     @torch.no_grad()
-    def estimate(
-        self, evaluate: Evaluate, reduce: Reduce | None = None, skip_nonfinite: bool = False, stream: int = 0
-    ) -> StepRecord:
+    def estimate(self, evaluate: Evaluate, share: Share = WHOLE, skip_nonfinite: bool = False) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 
         The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
@@ -142,11 +141,9 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
                 terms it averages, for a mean over ranks that does not depend on how the batch was split; see
                 :func:`~zolightning.optim.checks.loss_and_terms`. Where there are no terms on any rank, the step is
                 recorded without projected gradients.
-            reduce: sums a tensor over ranks; None on one rank.
+            share: which of the step's evaluations this rank makes, and how it learns of the others.
             skip_nonfinite: record a step without projected gradients instead of raising, up to
                 ``MAX_NONFINITE_IN_A_ROW`` times in a row.
-            stream: what the loss draws is a function of the run's seed, the step and this number: the rank, where
-                ranks have examples of their own.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
@@ -154,14 +151,14 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         """
         self._estimate.is_pending = False
         for hook in self._estimate_pre_hooks.values():
-            hook(self, partial(self.squared_grad, evaluate=evaluate, reduce=reduce, stream=stream))
+            hook(self, partial(self.squared_grad, evaluate=evaluate, share=share))
         probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
-        found = evaluate_probes(self, self.estimator, probes, evaluate, reduce, stream)
+        found = evaluate_probes(self, self.estimator, probes, evaluate, share)
         last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
         if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
             self.evaluator.forget()
-            found = evaluate_probes(self, self.estimator, probes, evaluate, reduce, stream)
+            found = evaluate_probes(self, self.estimator, probes, evaluate, share)
             if not found.is_flat:
                 last.flat_in_a_row = 0
             else:
@@ -265,9 +262,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         return handle
 
     @torch.no_grad()
-    def squared_grad(
-        self, block: int, num_queries: int = 1, *, evaluate: Evaluate, reduce: Reduce | None = None, stream: int = 0
-    ) -> float:
+    def squared_grad(self, block: int, num_queries: int = 1, *, evaluate: Evaluate, share: Share = WHOLE) -> float:
         """Squared projected gradient of one block, nothing else being perturbed: a mean over `num_queries` directions.
 
         Its expectation is the squared norm of the block's gradient in the metric of the method's directions:
@@ -278,7 +273,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         Args:
             block: index of the block.
             num_queries: directions to average over.
-            evaluate, reduce, stream: as for :meth:`estimate`.
+            evaluate, share: as for :meth:`estimate`.
 
         Returns:
             0 where a loss is not finite.
@@ -286,9 +281,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         estimator = TwoSided()
         probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
         with self.only(block):
-            grads = evaluate_probes(
-                self, estimator, probes, evaluate, reduce, stream, leaves_traces=False
-            ).projected_grads
+            grads = evaluate_probes(self, estimator, probes, evaluate, share, leaves_traces=False).projected_grads
         self._estimate.measured += len(probes)
         mean = sum(grad * grad for grad in grads) / len(grads)
         return mean if math.isfinite(mean) else 0.0

@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.optim.checks import Loss, loss_and_terms
 from zolightning.optim.estimators import Estimator, Probe
+from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
 
 Evaluate = Callable[[], Loss]
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Probed(NamedTuple):
@@ -47,8 +47,7 @@ def evaluate_probes(
     estimator: Estimator,
     probes: Sequence[Probe],
     evaluate: Evaluate,
-    reduce: Reduce | None,
-    stream: int,
+    share: Share,
     leaves_traces: bool = True,
 ) -> Probed:
     """Evaluates a loss at the weights of each probe.
@@ -60,31 +59,39 @@ def evaluate_probes(
         estimator: makes projected gradients of the losses.
         probes: the evaluations, in the order that the estimator expects.
         evaluate: the loss of one batch, and its number of terms if it is not 1.
-        reduce: sums a tensor over ranks; None on one rank.
-        stream: which random numbers the loss draws, beside the run's seed and the step.
+        share: which of the evaluations this rank makes, and how it learns of the others.
         leaves_traces: whether the module keeps what the first evaluation writes.
 
     Raises:
         ValueError: if a number of terms is negative.
     """
+    own = share.of(len(probes))
     group = optimizer.param_groups[0]
     trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
     perturbations = [
         of_whole_parameters(optimizer, optimizer.perturbations(*probe) if probe.sign else optimizer.offsets())
-        for probe in probes
+        for probe in probes[own.start : own.stop]
     ]
     resting = {parameter: name for name, parameter in optimizer.at_rest()}
-    results = optimizer.evaluator.evaluate(
-        lambda: loss_and_terms(evaluate()),
-        trainable,
-        perturbations,
-        (group["seed"], group["step"], stream),
-        resting,
-        leaves_traces,
-    )
+    results = []
+    if own:
+        results = optimizer.evaluator.evaluate(
+            lambda: loss_and_terms(evaluate()),
+            trainable,
+            perturbations,
+            (group["seed"], group["step"], share.stream),
+            resting,
+            leaves_traces,
+        )
     # A loss over no terms says nothing: it is NaN where it is a mean.
-    totals = torch.stack([torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results])
-    totals = totals if reduce is None else reduce(totals)
+    sums = [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
+    if len(own) == len(probes):
+        totals = torch.stack(sums)
+    else:  # zeros in the places of the others' evaluations
+        totals = torch.zeros(len(probes), 2, dtype=torch.float64, device=next(iter(trainable)).device)
+        for place, values in zip(own, sums, strict=True):
+            totals[place] = values
+    totals = totals if share.sum is None else share.sum(totals)
     losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
     numbers = torch.cat([losses, terms, estimator.projected_grads(losses, group["eps"])]).tolist()
     count = len(probes)

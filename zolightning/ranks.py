@@ -1,0 +1,192 @@
+"""The ranks of a run: which part of a step each of them has, the losses they exchange, and whether they still agree."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from zolightning.optim import ZerothOrderOptimizer
+
+CHECK_INTERVAL = 100  # steps; reading all weights once takes less than one of them
+_MIX = 0x1E3779B97F4A7C15  # any large odd number
+
+
+class RanksError(RuntimeError):
+    """The ranks of a run do not do the same any more; weights are those of the last step."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks in groups of neighbours: those of a group read the same rows and share the evaluations of a step.
+
+    Args:
+        world_size: ranks of the run.
+        perturbation_parallel_size: ranks of a group.
+    """
+
+    world_size: int
+    perturbation_parallel_size: int = 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many groups there are, which split a batch."""
+        return self.world_size // self.perturbation_parallel_size
+
+    def data_rank(self, rank: int) -> int:
+        """Which part of a batch a rank reads."""
+        return rank // self.perturbation_parallel_size
+
+    def perturbation_rank(self, rank: int) -> int:
+        """Which part of a step's evaluations a rank makes."""
+        return rank % self.perturbation_parallel_size
+
+    def __str__(self) -> str:
+        parts = {"batch": self.data_parallel_size, "evaluations": self.perturbation_parallel_size}
+        split = " x ".join(f"{count} parts of {name}" for name, count in parts.items() if count > 1)
+        return f"{self.world_size}: {split}"
+
+
+def layout_of(trainer: L.Trainer) -> Layout:
+    """That of the strategy; all ranks split the batch where it has none."""
+    return getattr(trainer.strategy, "layout", None) or Layout(trainer.world_size)
+
+
+class LossExchange:
+    """Adds up the losses of one step over all ranks, by one collective, in which ranks also say what must be equal.
+
+    That is, in the first step of a fit and every ``check_interval`` steps of the strategy (else 100), six numbers a
+    rank: the step, how many batches an epoch has, and checksums of the weights with the method's state, and of the
+    batch where ranks share it.
+
+    Args:
+        module: whose parameters are to be the same on all ranks, attached to a Trainer whose strategy reduces.
+        optimizer: that trains it, before its step.
+        layout: of the ranks.
+    """
+
+    def __init__(self, module: L.LightningModule, optimizer: ZerothOrderOptimizer, layout: Layout) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._layout = layout
+        self._interval: int = getattr(module.trainer.strategy, "check_interval", CHECK_INTERVAL)
+        self._step: int = optimizer.param_groups[0]["step"]
+        self._is_due = optimizer.record is None or self._step % self._interval == 0
+
+    def __call__(self, totals: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks.
+
+        Raises:
+            RanksError: if ranks differ, with the rank and the step; or if one does not answer.
+        """
+        if not self._is_due:
+            return self._sum(totals)
+        self._is_due = False
+        own = self._facts().to(totals.device)
+        table = totals.new_zeros(self._layout.world_size, len(own))
+        table[self._module.global_rank] = own
+        summed = self._sum(torch.cat([totals.flatten(), table.flatten()]))
+        self._compare(summed[totals.numel() :].view_as(table).tolist())
+        return summed[: totals.numel()].view_as(totals)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        # Losses may come from the CPU, where NCCL cannot add them.
+        tensor = tensor.to(self._module.device)
+        try:
+            return self._module.trainer.strategy.reduce(tensor, reduce_op="sum")
+        except RuntimeError as error:
+            raise RanksError(
+                f"Rank {self._module.global_rank} waited in vain for the losses of the other ranks at step "
+                f"{self._step}: one of them has ended or hangs ({str(error).splitlines()[0]}). Go on from the last "
+                "checkpoint, on any number of ranks."
+            ) from error
+
+    def _facts(self) -> Tensor:
+        """The numbers (6,) of this rank."""
+        trainer, device = self._module.trainer, self._module.device
+        batches = float(trainer.num_training_batches)
+        if trainer.max_steps > 0:
+            batches = min(batches, trainer.max_steps)
+        counts = torch.tensor([self._step, -1 if batches == float("inf") else batches], dtype=torch.float64)
+        held = (tensor for tensor in _held(self._module, self._optimizer) if tensor.device == device)
+        rows = _tensors(getattr(trainer.strategy, "batch", None))
+        return torch.cat([counts.to(device), checksum(held, device), checksum(rows, device)])
+
+    def _compare(self, ranks: list[list[float]]) -> None:
+        steps, batches, weights, rows = zip(*((r[0], r[1], tuple(r[2:4]), tuple(r[4:])) for r in ranks), strict=True)
+        if (found := _odd_one(steps)) is not None:
+            odd, usual = found
+            raise RanksError(
+                f"Rank {odd} is at step {steps[odd]:.0f} and rank {usual} at step {steps[usual]:.0f}: they have gone "
+                "on from different checkpoints."
+            )
+        if (found := _odd_one(batches)) is not None:
+            odd, usual = found
+            raise RanksError(
+                f"Rank {odd} has {batches[odd]:.0f} batches an epoch and rank {usual} has {batches[usual]:.0f} (-1: "
+                "not known), so that they would wait for each other: give each rank as many, or set "
+                "`trainer.limit_train_batches`."
+            )
+        size = self._layout.perturbation_parallel_size
+        for start in range(0, len(rows), size):
+            if (found := _odd_one(rows[start : start + size])) is not None:
+                odd, usual = (start + rank for rank in found)
+                raise RanksError(
+                    f"Rank {odd} was given another batch than rank {usual} at step {self._step}, and they share the "
+                    f"evaluations of each batch (`perturbation_parallel_size` is {size}). Leave the sampler to "
+                    "Lightning, or split rows as `trainer.distributed_sampler_kwargs` says."
+                )
+        if (found := _odd_one(weights)) is not None:
+            odd, usual = found
+            raise RanksError(
+                f"The weights of rank {odd} are not those of rank {usual} before step {self._step}, as they were "
+                f"{self._interval} steps ago or when the run began: something on one of the two has changed them. "
+                "Go on from a checkpoint of before."
+            )
+
+
+def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Two float64 integers (2,) that change with any single number in some tensors, all on `device`.
+
+    The sum of all bits as 64-bit integers, whose order does not matter; nothing waits for the device.
+    """
+    sums = [_sum_of_words(tensor) for tensor in tensors]
+    if not sums:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    factors = torch.arange(1, 2 * len(sums), 2, device=device) * _MIX  # odd, so that no sum is lost; wraps around
+    total = (torch.stack(sums) * factors).sum()
+    return torch.stack([total >> 32, total & 0xFFFFFFFF]).double()
+
+
+def _sum_of_words(tensor: Tensor) -> Tensor:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    return data[:whole].view(torch.int64).sum() + data[whole:].sum(dtype=torch.int64)
+
+
+def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterator[Tensor]:
+    """Parameters and the state of a method, in an order that does not depend on the rank."""
+    yield from module.parameters()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            yield from (state[name] for name in sorted(state) if isinstance(state[name], Tensor))
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
+    return [tensor for tensor in found if tensor.layout == torch.strided]
+
+
+def _odd_one(values: Sequence[Any]) -> tuple[int, int] | None:
+    """The first rank whose value is not the usual one, and the first that has this; None where all are equal."""
+    usual = Counter(values).most_common(1)[0][0]
+    odd = next((rank for rank, value in enumerate(values) if value != usual), None)
+    return None if odd is None else (odd, values.index(usual))
