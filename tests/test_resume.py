@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
-from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
+from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, WarmupDecay, ZerothOrderOptimizer
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
@@ -77,7 +77,7 @@ def run(
         method: Method, stop: int | None = None, ckpt_path: Path | None = None, max_steps: int = 20, **kwargs: Any
     ) -> Run:
         L.seed_everything(5 if ckpt_path is None else 6, verbose=False)
-        schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
+        schedule = partial(WarmupDecay, final=0.1)
         recorder = Recorder(stop, tmp_path / "saved.ckpt")
         resampling = [SubspaceResampling(interval=4)] if issubclass(method.func, SubspaceOptimizer) else []
         own = kwargs.pop("callbacks", resampling)
@@ -186,7 +186,7 @@ def test_from_a_checkpoint_that_an_error_left(
         return own_step(batch, batch_idx)
 
     module.training_step = training_step
-    schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
+    schedule = partial(WarmupDecay, final=0.1)
     callbacks = [ZerothOrder(method, lr_scheduler=schedule)]
     trainer = make_trainer(max_steps=20, callbacks=callbacks)
 

@@ -21,7 +21,7 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.commands.slots import SLOTS, replacing, slot_callbacks, up_to_help
-from zolightning.optim import ZerothOrderOptimizer
+from zolightning.optim import WarmupDecay, ZerothOrderOptimizer
 from zolightning.scopes import LoRA, RandomLayer
 
 pytestmark = [
@@ -62,7 +62,7 @@ def optimizer(callbacks: list[Callback]) -> ZerothOrderOptimizer:
 
 def test_flags_become_callbacks(build: Build) -> None:
     scope, resampling, transport, method = callbacks = build(
-        *("--method", "ZOMOPI", "--method.lr", 0.5, "--method.estimator", "OneSided", "--lr_scheduler", "LinearLR"),
+        *("--method", "ZOMOPI", "--method.lr", 0.5, "--method.estimator", "OneSided", "--lr_scheduler", "WarmupDecay"),
         *("--method.offload_low_words", "true"),
         *("--scope", "DominantLayer", "--scope.part", "LoRA", "--scope.part.rank", 3),
         *("--resampling.interval", 7, "--transport.how", "reset", "--evaluation.micro_batch_size", 2),
@@ -74,7 +74,7 @@ def test_flags_become_callbacks(build: Build) -> None:
     made = optimizer(callbacks)
     assert type(made).__name__ == "ZOMOPI" and made.param_groups[0]["lr"] == 0.5
     assert type(made.estimator).__name__ == "OneSided" and made.offload_low_words
-    assert isinstance(method.lr_scheduler(made), torch.optim.lr_scheduler.LinearLR)
+    assert isinstance(method.lr_scheduler(made), WarmupDecay)
 
 
 def test_blocks_go_with_any_method_and_scope(build: Build) -> None:

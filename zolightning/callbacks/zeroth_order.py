@@ -25,6 +25,7 @@ from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.stacked import network_of
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
+from zolightning.optim.schedules import WarmupDecay
 from zolightning.step import zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
@@ -224,8 +225,10 @@ class ZerothOrder(Callback):
         if isinstance(scheduler, ReduceLROnPlateau):
             raise MisconfigurationException(
                 "`lr_scheduler` is ReduceLROnPlateau, which waits for a metric, and schedulers are stepped after every "
-                "training step. Use one that goes by the step, such as LinearLR or CosineAnnealingLR."
+                "training step. Use one that goes by the step, such as WarmupDecay or CosineAnnealingLR."
             )
+        if isinstance(scheduler, WarmupDecay):
+            scheduler.fit_to(pl_module.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
     def _step(

@@ -23,6 +23,7 @@ from zolightning.models.scoring import (
     language_modeling_loss,
 )
 from zolightning.models.suitability import refuse_unsuitable
+from zolightning.optim.schedules import WarmupDecay
 from zolightning.quantization import (
     Quantization,
     dequantized_state_dict,
@@ -155,10 +156,10 @@ class CausalLM(L.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return {"optimizer": optimizer}
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupDecay):
+            scheduler.fit_to(self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.structure_dict())

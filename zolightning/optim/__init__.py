@@ -6,6 +6,7 @@ from zolightning.optim.lozo import LOZO
 from zolightning.optim.mezo import MeZO
 from zolightning.optim.mezo_adam import MeZOAdam
 from zolightning.optim.record import NonFiniteLossError, StepRecord
+from zolightning.optim.schedules import WarmupDecay
 from zolightning.optim.sparse_mezo import SparseMeZO
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_mezo import SubspaceMeZO
@@ -25,6 +26,7 @@ __all__ = [
     "SubZero",
     "SubspaceMeZO",
     "SubspaceOptimizer",
+    "WarmupDecay",
     "ZOMuon",
     "ZerothOrderOptimizer",
 ]

@@ -1,0 +1,95 @@
+"""A learning rate over a run of known length: up, constant, down to zero."""
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from zolightning.rank_zero import rank_zero_warn
+
+_GIVEN = ("total_steps", "warmup", "decay", "final")
+
+
+class WarmupDecay(LRScheduler):
+    """Linear warm-up, a constant stretch, linear decay ("warmup-stable-decay", MiniCPM, arXiv 2404.06395).
+
+    At a constant rate the noise of the estimates keeps the loss above its minimum by an amount proportional to the
+    rate; a decay lets it settle. The default is linear decay over the whole run, to a rate of 0 after its last step.
+
+    In a run that goes on from a checkpoint, these arguments hold as they are given now, so that a longer run has a
+    longer schedule; a warning says where the checkpoint's run had others.
+
+    Args:
+        optimizer: whose groups' ``lr`` is the highest rate.
+        total_steps: length of the run; None is that of the Trainer's.
+        warmup: share of the run in which the rate rises from above 0.
+        decay: share of the steps after that, the last ones, in which it falls.
+        final: what it falls to, as a multiple of the highest.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted; in the first :meth:`step`, if the length of the
+            run is not known.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int | None = None,
+        warmup: float = 0.0,
+        decay: float = 1.0,
+        final: float = 0.0,
+    ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"`total_steps` must be at least 1, or None, got {total_steps!r}.")
+        for name, share in (("warmup", warmup), ("decay", decay), ("final", final)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
+        self.total_steps = total_steps
+        self.warmup = warmup
+        self.decay = decay
+        self.final = final
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """The rate of each group in the step that comes."""
+        if self.total_steps is None:
+            if self.last_epoch == 0:  # as a Trainer's scheduler is made, before its run is known
+                return list(self.base_lrs)
+            raise ValueError("`total_steps` of WarmupDecay is None, and no Trainer has said how long the run is.")
+        return [lr * self._factor(self.last_epoch, self.total_steps) for lr in self.base_lrs]
+
+    def fit_to(self, trainer: Any) -> None:
+        """Takes the length of a Trainer's run where none was given.
+
+        Raises:
+            ValueError: if it has no end.
+        """
+        if self.total_steps is not None:
+            return
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "`total_steps` of WarmupDecay is None, and the run has no length. Set `trainer.max_steps`, or "
+                "`total_steps`."
+            )
+        self.total_steps = int(steps)
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        given = {name: getattr(self, name) for name in _GIVEN}
+        if others := [f"`{name}` {state_dict[name]!r}" for name in _GIVEN if state_dict[name] != given[name]]:
+            now = ", ".join(f"`{name}` {value!r}" for name, value in given.items())
+            rank_zero_warn(
+                f"The schedule goes on as it is given now, with {now}; the checkpoint's run had {', '.join(others)}."
+            )
+        super().load_state_dict(state_dict | given)
+
+    def _factor(self, step: int, total_steps: int) -> float:
+        rising = round(self.warmup * total_steps)
+        if step < rising:
+            return (step + 1) / rising
+        falling = round(self.decay * (total_steps - rising))
+        gone = max(0, step - (total_steps - falling))
+        return 1 - (1 - self.final) * min(1, gone / falling) if falling else 1.0
