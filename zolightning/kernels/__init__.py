@@ -18,6 +18,7 @@ weight's shape and the dtype of the arithmetic; or left out where the stored wei
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -145,6 +146,33 @@ def add(
         weight.copy_(rest)
         return
     backend.add(weight, keys, coefficients, kind, decay, rest, start, threshold)
+
+
+def add_to_each(
+    weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    decays: Sequence[float],
+    rests: Sequence[Tensor | None],
+    kind: NoiseKind,
+) -> None:
+    """:func:`add` to each of several weights: on CUDA devices in a few launches, which cost as much as large weights.
+
+    Args:
+        weights: (n,) each, of any dtypes and devices, in memory that they do not share.
+        keys: of each weight, as for :func:`add`; `coefficients`, `decays` and `rests`, too.
+        kind: of all.
+    """
+    together = []
+    for one in zip(weights, keys, coefficients, decays, rests, strict=True):
+        weight, key, table, decay, rest = one
+        if weight.device.type == "cuda" and _backend(weight) is not torch_loops:
+            together.append(one)
+        else:
+            add(weight, key, table, kind, decay, rest)
+    loops = _triton_loops() if together else None
+    if loops is not None:
+        loops.add_to_each(*zip(*together, strict=True), kind=kind)
 
 
 def add_curved(

@@ -102,3 +102,8 @@ def noise_sum(index: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind
 def start_of(start: int, device: torch.device) -> Tensor:
     """The int32 the counter begins with: it wraps, as the index does."""
     return torch.full((), (start + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A small table of the host's on a device, which is not waited for."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -107,6 +107,21 @@ def _pairs(first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the several tensors of a launch the row in `tensors` of the one that a program works on, and where there."""
+    program = tl.program_id(0)
+    chunk = chunks + program // CHUNK * 2
+    row = tensors + tl.load(chunk).to(tl.int64) * 4
+    return row, (tl.load(chunk + 1).to(tl.int64) * CHUNK + program % CHUNK) * BLOCK
+
+
+@triton.jit
+def _address(entry, like):
+    """The pointer at an entry of `tensors`, of the type of another one."""
+    return tl.multiple_of(tl.load(entry).to(like.dtype), 16)
+
+
+@triton.jit
 def _wide(value, INTERPRETED: tl.constexpr):
     """fp32; the interpreter flushes subnormal bf16 numbers."""
     if INTERPRETED and value.dtype == tl.bfloat16:
@@ -232,6 +247,8 @@ def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERP
 def add(
     weight,
     rest,
+    tensors,
+    chunks,
     decay,
     threshold,
     keys,
@@ -245,8 +262,16 @@ def add(
     POPC: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
+    """With `tensors`, the weight and the rest given are the first of them, for their types."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
+    if tensors is not None:
+        row, first = _place(tensors, chunks, CHUNK, BLOCK)
+        weight = _address(row, weight)
+        if rest is not None:
+            rest = _address(row + 1, rest)
+        numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
     at = first + tl.arange(0, BLOCK)
     noise, _ = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED, threshold)

@@ -8,7 +8,10 @@ Importing this module needs Triton, which comes with PyTorch for CUDA. With ``TR
 before the import, the same source runs on CPU tensors, slowly, in NumPy.
 """
 
+import functools
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +20,10 @@ from torch import Tensor
 
 from zolightning.kernels import triton_kernels
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import NoiseKind
+from zolightning.kernels.noise import NoiseKind, on_device
 
 _BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
+_CHUNK = 32  # programs to an entry of the table that says where they work, in a launch for several tensors
 _NUM_WARPS = 4
 _UNROLLED = (1, 2, 4, 8)  # numbers of queries with a kernel of their own; all others share one with a loop
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -95,8 +99,37 @@ def add(
     start: int = 0,
     threshold: float | None = None,
 ) -> None:
-    arguments = (weight, rest, decay, threshold)
-    _run(triton_kernels.add, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0)
+    arguments = (weight, rest, None, None, decay, threshold)
+    _run(triton_kernels.add, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0, CHUNK=_CHUNK)
+
+
+def add_to_each(
+    weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    decays: Sequence[float],
+    rests: Sequence[Tensor | None],
+    kind: NoiseKind,
+) -> None:
+    """One launch for all that differ in their memory and keys only, but for those that it cannot read fast."""
+    together = defaultdict(list)
+    for one in zip(weights, keys, coefficients, decays, rests, strict=True):
+        weight, key, table, decay, rest = one
+        if (weight.data_ptr() | (0 if rest is None else rest.data_ptr()) | weight.numel()) % 16:
+            add(weight, key, table, kind, decay, rest)
+        else:
+            alike = weight.device, weight.dtype, None if rest is None else rest.dtype, id(table), decay
+            together[alike].append(one)
+    for members in together.values():
+        weight, key, table, decay, rest = members[0]
+        _launch_for_each(
+            triton_kernels.add,
+            [(weight, rest, key) for weight, key, _, _, rest in members],
+            (decay, None),
+            table,
+            kind,
+            DECAYS=decay != 1.0,
+        )
 
 
 def add_curved(
@@ -139,7 +172,7 @@ def _run(
     coefficients: Tensor,
     kind: NoiseKind,
     start: int,
-    **constants: bool,
+    **constants: Any,
 ) -> None:
     """Launches a kernel over the elements of a weight and their noise."""
     queries, numel = keys.shape[0], weight.numel()  # once: a launch costs ten microseconds as it is
@@ -148,6 +181,46 @@ def _run(
     noise = (keys, coefficients, queries, start % 2**32)
     constants |= _constants(queries, kind)
     _launch(kernel, (triton.cdiv(numel, _BLOCK),), weight, *arguments, *noise, numel, **constants, BLOCK=_BLOCK)
+
+
+def _launch_for_each(
+    kernel: Any,
+    members: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+    arguments: tuple[Any, ...],
+    coefficients: Tensor,
+    kind: NoiseKind,
+    **constants: Any,
+) -> None:
+    """Launches a kernel once over the elements of several tensors, what is beside each, and their keys."""
+    tensor, beside, keys = members[0]
+    tensors, chunks = _tables(
+        tuple(
+            (
+                one.data_ptr(),
+                0 if other is None else other.data_ptr(),
+                one.numel(),
+                (key.data_ptr() - keys.data_ptr()) // keys.element_size(),
+            )
+            for one, other, key in members
+        ),
+        tensor.device,
+    )
+    if not len(chunks):
+        return
+    queries = keys.shape[0]
+    constants |= _constants(queries, kind)
+    arguments = (tensor, beside, tensors, chunks, *arguments, keys, coefficients, queries, 0, 0)
+    _launch(kernel, (len(chunks) * _CHUNK,), tensor, *arguments, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """``tensors`` and ``chunks`` of the kernels: made once, for weights stay where they are."""
+    tensors = torch.tensor(entries, dtype=torch.int64)
+    counts = -(-tensors[:, 2] // (_BLOCK * _CHUNK))
+    owners = torch.arange(len(counts)).repeat_interleave(counts)
+    within = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
+    return on_device(tensors, device), on_device(torch.stack([owners, within], dim=1).to(torch.int32), device)
 
 
 def _constants(queries: int, kind: NoiseKind) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Methods whose directions are dense: one unit-variance number for every element of every trainable parameter."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,13 +62,18 @@ class DenseOptimizer(ZerothOrderOptimizer):
 
 
 class DenseDescent(DenseOptimizer):
-    """Abstract: hands each parameter its estimated gradient, all queries in one direction."""
+    """Abstract: hands on the estimated gradients of all parameters, each with all queries in one direction."""
 
     @abstractmethod
-    def update_parameter(
-        self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float
+    def update_parameters(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[State],
+        gradients: Sequence[Direction],
+        group: dict[str, Any],
+        lr: float,
     ) -> None:
-        """Moves one contiguous weight, given its gradient estimate times :meth:`gradient_scale`."""
+        """Moves the contiguous weights of a group, given their gradient estimates times :meth:`gradient_scale`."""
 
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
         """What the gradient is multiplied by before it is handed on; saves a pass over the parameter."""
@@ -82,6 +88,8 @@ class DenseDescent(DenseOptimizer):
             projected_grads = self.transform_grads(group, record.projected_grads)
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
-            for parameter, gradient in self.directions(group, record.seed, record.step, coefficients).items():
-                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                    self.update_parameter(weight, self.state[parameter], gradient, group, lr)
+            gradients = self.directions(group, record.seed, record.step, coefficients)
+            with ExitStack() as stack:
+                weights = [stack.enter_context(as_contiguous(p, self.slices.get(p))) for p in gradients]
+                states = [self.state[parameter] for parameter in gradients]
+                self.update_parameters(weights, states, list(gradients.values()), group, lr)

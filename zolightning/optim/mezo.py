@@ -1,6 +1,6 @@
 """MeZO: zeroth-order SGD along dense seeded directions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from zolightning.optim.checks import require_fraction
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import momentum_
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_direction, add_tensor
+from zolightning.optim.precision import State, add_directions, add_tensor
 
 
 class MeZO(DenseDescent):
@@ -70,15 +70,21 @@ class MeZO(DenseDescent):
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
         return 1 - group["momentum"] if group["momentum"] else -lr
 
-    def update_parameter(
-        self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float
+    def update_parameters(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[State],
+        gradients: Sequence[Direction],
+        group: dict[str, Any],
+        lr: float,
     ) -> None:
-        decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
+        decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
         if not group["momentum"]:
-            add_direction(weight, state, gradient, self.update_precision, decay)
+            add_directions(weights, states, gradients, self.update_precision, decays)
             return
-        momentum = momentum_(state, weight, gradient, group["momentum"])
-        add_tensor(weight, state, momentum, self.update_precision, decay, scale=-lr)
+        means = momentum_(states, weights, gradients, group["momentum"])
+        for weight, state, mean, decay in zip(weights, states, means, decays, strict=True):
+            add_tensor(weight, state, mean, self.update_precision, decay, scale=-lr)
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
         return normalized(group, projected_grads)

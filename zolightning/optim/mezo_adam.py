@@ -1,6 +1,6 @@
 """MeZO-Adam: Adam on the zeroth-order gradient estimate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,9 +56,15 @@ class MeZOAdam(DenseDescent):
         require_fraction("betas[1]", group["betas"][1])
         require_positive("denominator_eps", group["denominator_eps"])
 
-    def update_parameter(
-        self, weight: Tensor, state: State, gradient: Direction, group: dict[str, Any], lr: float
+    def update_parameters(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[State],
+        gradients: Sequence[Direction],
+        group: dict[str, Any],
+        lr: float,
     ) -> None:
-        decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
-        step = adam_(state, weight, gradient, group["betas"], group["denominator_eps"])
-        add_tensor(weight, state, step, self.update_precision, decay, scale=-lr)
+        for weight, state, gradient in zip(weights, states, gradients, strict=True):
+            decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
+            step = adam_(state, weight, gradient, group["betas"], group["denominator_eps"])
+            add_tensor(weight, state, step, self.update_precision, decay, scale=-lr)

@@ -4,31 +4,35 @@ The gradient comes as a :class:`~zolightning.directions.dense.Direction`, which 
 where it is needed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from zolightning.directions.dense import Direction, arithmetic
+from zolightning.directions.dense import Direction, accumulate_each, arithmetic
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.optim.precision import State
 
 CHUNK = 2**20
 
 
-def momentum_(state: State, weight: Tensor, gradient: Direction, momentum: float) -> Tensor:
-    """Moves ``state["momentum_buffer"]`` towards a gradient.
+def momentum_(
+    states: Sequence[State], weights: Sequence[Tensor], gradients: Sequence[Direction], momentum: float
+) -> list[Tensor]:
+    """Moves ``state["momentum_buffer"]`` of each parameter towards its gradient.
 
     Args:
-        state: the parameter's entry in the optimizer's state; the buffer is made there, of zeros, if needed.
-        weight: what the gradient is of, n elements in any shape.
-        gradient: already times ``1 - momentum``.
+        states: entries in the optimizer's state; the buffers are made there, of zeros, if needed.
+        weights: what the gradients are of, n elements each in any shape.
+        gradients: already times ``1 - momentum``.
         momentum: decay of the mean.
 
     Returns:
-        The buffer, (n,), float32 or wider.
+        The buffers, (n,) each, float32 or wider.
     """
-    buffer = _moment(state, "momentum_buffer", weight)
-    gradient.accumulate(buffer, decay=momentum)
-    return buffer
+    buffers = [_moment(state, "momentum_buffer", weight) for state, weight in zip(states, weights, strict=True)]
+    accumulate_each(gradients, buffers, momentum)
+    return buffers
 
 
 def adam_(

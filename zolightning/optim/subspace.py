@@ -1,19 +1,21 @@
 """Methods that search in a subspace of each weight matrix: probing, and what becomes of the projected gradients."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.dense import Direction, arithmetic, directions
+from zolightning.directions.dense import Direction, accumulate_each, arithmetic, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
-from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, on_device
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_direction, add_tensor, as_contiguous
+from zolightning.optim.precision import State, add_directions, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
 from zolightning.optim.subspace_weights import TRANSPORTS, SubspaceWeights
@@ -174,17 +176,19 @@ class SubspaceOptimizer(SubspaceWeights):
             if group["vector_lr_ratio"]:
                 self._update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
             cores = self._core_directions(matrices, record.seed, record.step, coefficients)
-            batches: dict[tuple[bool, torch.Size], list[tuple[State, Tensor]]] = {}
+            batches: dict[Hashable, list[str]] = {}
             for name, (parameter, matrix) in matrices.items():
-                state, core = self.state[parameter], self.core(parameter, matrix)
-                gradient, is_turned = self._smooth(state, core, cores[name], group), self._is_turned(parameter)
-                gradient = gradient.mT if is_turned else gradient
-                batches.setdefault((is_turned, gradient.shape), []).append((state, gradient))
-            for (is_turned, _), pairs in batches.items():
-                states = [state for state, _ in pairs]
-                steps = self.core_step(torch.stack([gradient for _, gradient in pairs]), states, group)
-                for state, step in zip(states, steps.mT if is_turned else steps, strict=True):
-                    state["core"].sub_(step, alpha=lr)
+                core = self.core(parameter, matrix)
+                alike = self._is_turned(parameter), core.shape, core.dtype, core.device
+                batches.setdefault(alike, []).append(name)
+            for names in batches.values():
+                parameters = [matrices[name][0] for name in names]
+                states = [self.state[parameter] for parameter in parameters]
+                moved = [state["core"] for state in states]
+                smoothed = self._smooth(states, moved, [cores[name] for name in names], group)
+                gradients, is_turned = torch.stack(smoothed), self._is_turned(parameters[0])
+                steps = self.core_step(gradients.mT.contiguous() if is_turned else gradients, states, group)
+                torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         """What a record says of the gradient of a matrix, in the coordinates of the basis now: of the core's shape."""
@@ -204,26 +208,36 @@ class SubspaceOptimizer(SubspaceWeights):
         That is where the spacing of numbers as large as the core reaches the size of ``eps * z``. The largest element
         decides, because its size does not depend on the order in which a device or rank goes through them.
         """
-        ratios = []
+        cores, limits = [], []
         for group in self.param_groups:
             for parameter, matrix in self.split(group, frozen=True)[0].values():
                 core = self.state.get(parameter, {}).get("core")
                 device = parameter.device.type
                 dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
                 if core is not None and dtype.itemsize == 2:
-                    limit = group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps
-                    ratios.append(core.abs().amax() / limit)
-        return bool(ratios) and torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).max().item() > 1
+                    cores.append(core)
+                    limits.append(group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps)
+        if not cores:
+            return False
+        device = cores[0].device
+        largest = torch.stack([norm.to(device) for norm in torch._foreach_norm(cores, ord=math.inf)])
+        return bool((largest / on_device(torch.tensor(limits, dtype=largest.dtype), device) > 1).any())
 
-    def _smooth(self, state: State, moved: Tensor, gradient: Direction, group: dict[str, Any]) -> Tensor:
-        """The gradient of a core or a weight, `moved`, after momentum or Adam: of its shape, fp32 or wider."""
+    def _smooth(
+        self, states: list[State], moved: Sequence[Tensor], gradients: list[Direction], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """The gradients of some cores or weights, `moved`, after momentum or Adam: of their shapes, fp32 or wider."""
         if group["betas"]:
-            return adam_(state, moved, gradient, group["betas"], _DENOMINATOR_EPS).view(moved.shape)
-        if group["momentum"]:
-            return momentum_(state, moved, gradient, group["momentum"]).view(moved.shape)
-        plain = torch.zeros_like(moved)
-        gradient.accumulate(plain)
-        return plain
+            each = zip(states, moved, gradients, strict=True)
+            found = [adam_(state, one, change, group["betas"], _DENOMINATOR_EPS) for state, one, change in each]
+        elif group["momentum"]:
+            found = momentum_(states, moved, gradients, group["momentum"])
+        else:
+            sizes = [one.numel() for one in moved]
+            zeros = torch.zeros(sum(sizes), dtype=moved[0].dtype, device=moved[0].device)
+            found = list(zeros.split(sizes))
+            accumulate_each(gradients, found)
+        return [gradient.view(one.shape) for gradient, one in zip(found, moved, strict=True)]
 
     def _update_vectors(
         self,
@@ -237,14 +251,15 @@ class SubspaceOptimizer(SubspaceWeights):
         is_smoothed = group["momentum"] or group["betas"]
         scaled = {query: (1.0 if is_smoothed else -lr) * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
-        for name, parameter in vectors.items():
-            state = self.state[parameter]
-            with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                if not is_smoothed:
-                    add_direction(weight, state, gradients[name], "exact")
-                    continue
-                step = self._smooth(state, weight, gradients[name], group).view(-1)
-                add_tensor(weight, state, step, "exact", scale=-lr)
+        states, moves = [self.state[parameter] for parameter in vectors.values()], list(gradients.values())
+        with ExitStack() as stack:
+            weights = [stack.enter_context(as_contiguous(p, self.slices.get(p))) for p in vectors.values()]
+            if not is_smoothed:
+                add_directions(weights, states, moves, "exact", [1.0] * len(weights))
+                return
+            steps = self._smooth(states, weights, moves, group)
+            for weight, state, step in zip(weights, states, steps, strict=True):
+                add_tensor(weight, state, step.view(-1), "exact", scale=-lr)
 
     def _core_directions(
         self,
