@@ -27,6 +27,14 @@ AS_EXPECTED = [
 EVERY_6 = {"val_check_interval": 6, "check_val_every_n_epoch": None}
 
 
+class Killed(BaseException):
+    """Nobody handles it, as nobody handles a kill."""
+
+
+def die() -> None:
+    raise Killed
+
+
 class Plan:
     """What is to be done once, and when; an object of its own, as what a step changes in a module's dictionaries is
     there again for each of its evaluations."""

@@ -60,6 +60,7 @@ def zeroth_order_step(
     if not optimizer.attached:
         optimizer.attach(module)
 
+    is_replaying = optimizer.is_replaying
     with logged_once(module, optimizer.evaluator, loss_fn) as (evaluate, own_names):
         record = optimizer.estimate(evaluate, _share(module, optimizer), skip_nonfinite)
     wrapper.step()
@@ -67,7 +68,8 @@ def zeroth_order_step(
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
-    _log(module, optimizer, record, own_names)
+    # Lightning refuses a name that is logged in two ways, and how the module would have logged this one is not known.
+    _log(module, optimizer, record, {"train/loss"} if is_replaying else own_names)
     return record
 
 

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 
 from checkpoint_runs import Run
+from zolightning.checkpoints.keep_ledger import KeepLedger
 
 MakeRun = Callable[..., Run]
 
@@ -16,6 +17,19 @@ MakeRun = Callable[..., Run]
 def make_run(make_trainer: Callable[..., L.Trainer], regression_data: Callable[..., Any], tmp_path: Path) -> MakeRun:
     def make(folder: str = "run", **options: Any) -> Run:
         return Run(make_trainer, tmp_path / folder, regression_data().dataset, **options)
+
+    return make
+
+
+@pytest.fixture
+def ledger_run(make_run: MakeRun) -> MakeRun:
+    """Makes runs that keep a ledger; with `go_on`, that of an earlier one."""
+
+    def make(folder: str = "run", go_on: bool = False, **options: Any) -> Run:
+        keep = KeepLedger(make_run(folder).path.parent, go_on)
+        run = make_run(folder, **options | {"callbacks": [keep, *options.get("callbacks", [])]})
+        run.keep = keep
+        return run
 
     return make
 

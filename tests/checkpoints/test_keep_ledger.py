@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from checkpoint_runs import AS_EXPECTED, MEZO, Run, Validated
-from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, MomentumTransport, SubspaceResampling, ZerothOrder
+from checkpoint_runs import AS_EXPECTED, MEZO, Killed, Run, Validated, die
+from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
 from zolightning.directions.slices import Slice
@@ -21,21 +21,6 @@ from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam
 from zolightning.scopes.scope import Scope, Selection
 
 pytestmark = AS_EXPECTED
-
-
-class Killed(BaseException):
-    """Nobody handles it, as nobody handles a kill."""
-
-
-@pytest.fixture
-def ledger_run(make_run: Callable[..., Run]) -> Callable[..., Run]:
-    def make(folder: str = "run", **options: Any) -> Run:
-        keep = KeepLedger(make_run(folder).path.parent)
-        run = make_run(folder, **options | {"callbacks": [keep, *options.get("callbacks", [])]})
-        run.keep = keep
-        return run
-
-    return make
 
 
 def assert_replays(run: Run, method: Any, step: int | None = None, sealed: bool | None = True) -> None:
@@ -107,10 +92,6 @@ def test_after_a_kill_it_goes_on_without_gap_or_double(
     assert_replays(whole, method)
     for kill in (9, 17):
         run = ledger_run(method=method, last={"every_n_train_steps": 4})
-
-        def die() -> None:
-            raise Killed
-
         run.module.in_step.at = {kill: die}
         with pytest.raises(Killed):
             run.fit("last" if kill == 17 else None)

@@ -236,7 +236,8 @@ class ZerothOrder(Callback):
     ) -> Any:
         """Trains on a batch, and returns what `training_step` returned when it was first evaluated."""
         first: Any = None
-        evaluator = _methods(pl_module.trainer)[0].evaluator
+        (optimizer, *_) = _methods(pl_module.trainer)
+        evaluator, is_replaying = optimizer.evaluator, optimizer.is_replaying
 
         def loss() -> Loss:
             nonlocal first
@@ -254,7 +255,7 @@ class ZerothOrder(Callback):
             return with_num_terms(output, batch, pl_module.device)
 
         try:
-            zeroth_order_step(pl_module, loss, self.skip_nonfinite)
+            record = zeroth_order_step(pl_module, loss, self.skip_nonfinite)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error} {self._advice(batch, batch_idx)}") from None
         except RuntimeError as error:
@@ -272,6 +273,8 @@ class ZerothOrder(Callback):
                 "with gradients enabled, which keeps activations in memory as in backpropagation."
             )
             return self._step(pl_module, training_step, batch, batch_idx)
+        if is_replaying:
+            return {"loss": torch.tensor(record.losses[0], device=pl_module.device)}
         if first is None:
             rank_zero_warn("`training_step` returned None, which skips the batch. If that was on purpose, ignore this.")
         return first

@@ -1,5 +1,7 @@
 """A run writes down every step as it is taken."""
 
+from contextlib import suppress
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
+from zolightning.checkpoints.muted import Muted
 from zolightning.checkpoints.replay import describe
+from zolightning.checkpoints.resume import LAST, LEDGER
 from zolightning.checkpoints.weights_digest import weights_digest
+from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
 from zolightning.optim.subspace import SubspaceOptimizer
 
-NAME = "ledger.bin"
 _KEY = "zolightning.KeepLedger"
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
 _RECORDED = {"params", "lr", "seed"}
@@ -30,13 +35,18 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 
 class KeepLedger(Callback):
     """Appends the record of every step to ``ledger.bin``, from which :func:`~zolightning.checkpoints.replay.replay`
-    makes the trained weights again.
+    makes the trained weights again, and after whose last step a run goes on that was killed.
 
-    A step is 45 to 64 bytes for one query, written as soon as the weights have changed, so that a killed process loses
-    none but the one it was in. Checkpoints wait until the ledger is on the disk. A run that goes on from a checkpoint
-    goes on in its ledger, from which the steps after the checkpoint are cut off; in another folder it begins with a
-    copy. The ledger thus always describes the steps that led to the present weights. A ledger that is in the way of a
-    new run is kept, and the new one called ``ledger-v1.bin``.
+    A step is 45 to 64 bytes for one query. It is written when all of the step is done and logged, before the next one
+    begins, so that a killed process loses none but the one it was in. Checkpoints wait until the ledger is on the
+    disk.
+
+    A run that goes on from the ``last.ckpt`` of its folder takes the steps after it from the ledger: batches,
+    schedulers and callbacks take their turn as ever, but losses are not evaluated, loggers are left out, and the
+    weights are those of the killed run. A loss that writes to the module (metrics, counters) is evaluated for what it
+    leaves there. From any other checkpoint, the steps after it are cut off; in another folder the ledger begins with a
+    copy. The ledger thus always describes the steps that led to the present weights. One that is in the way of a new
+    run is kept, and the new one called ``ledger-v1.bin``.
 
     A run whose bases are taken from activations keeps none. What else a record does not say ends the ledger, with a
     warning: hyperparameters other than the learning rate that change in mid-run, or other parameters that train. With
@@ -44,13 +54,17 @@ class KeepLedger(Callback):
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
+        go_on: where a fit begins without a checkpoint, take the steps of the ``ledger.bin`` that is there, and go on
+            after them: for a run that was killed before its first checkpoint.
 
     Attributes:
         path: of the last fit's ledger; None where there is none, as on all ranks but the first.
 
     Raises:
         ValueError: in ``setup``, if `dirpath` cannot be written to.
-        MisconfigurationException: when training starts, if there is no zeroth-order method.
+        MisconfigurationException: when training starts, if there is no zeroth-order method, or `go_on` finds the ledger
+            of a run with another model or other settings; naming them.
+        BlockingIOError: when training starts, if another process writes the ledger.
         OSError: in a step, if the disk is full; the run then goes on from its last checkpoint.
 
     Example::
@@ -58,27 +72,35 @@ class KeepLedger(Callback):
         trainer = L.Trainer(callbacks=[ZerothOrder(partial(MeZO, lr=1e-6)), KeepLedger(), SaveLast()])
     """
 
-    def __init__(self, dirpath: str | Path | None = None) -> None:
+    def __init__(self, dirpath: str | Path | None = None, go_on: bool = False) -> None:
         self.dirpath = dirpath
+        self.go_on = go_on
         self.ledger: Ledger | None = None  # while it is written
         self.path: Path | None = None
         self._folder = Path()
         self._saved: dict[str, Any] | None = None  # what the checkpoint says; {} if it has no ledger
-        self._near: Path | None = None  # where the checkpoint lies
+        self._checkpoint: Path | None = None
         self._constants: set[str] = set()  # hyperparameters that records do not repeat
         self._groups: list[dict[str, Any]] = []  # their values
         self._refresh = 0
+        self._pending: StepRecord | None = None  # of a step that is not over
         self._optimizer: ZerothOrderOptimizer | None = None
         self._hook: RemovableHandle | None = None
+        self._muted: Muted | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             return
-        self._saved = self.path = None
+        self._saved = self.path = self._pending = None
         # `log_dir` is a broadcast: on every rank.
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero and self._writes(trainer):
             require_writable("dirpath", self._folder)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._saved = checkpoint.get(_KEY, {})
+            self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]
@@ -87,34 +109,43 @@ class KeepLedger(Callback):
                 "KeepLedger needs a zeroth-order method (the ZerothOrder callback), got "
                 f"{', '.join(type(optimizer).__name__ for optimizer in trainer.optimizers) or 'no optimizer'}."
             )
-        optimizer = optimizers[0]
-        if not trainer.is_global_zero or not self._writes(trainer):
-            return
-        step = optimizer.param_groups[0]["step"]
-        self._refresh = optimizer.param_groups[0].get("refresh", 0)
-        if _has_given_bases(optimizer):  # of a checkpoint
-            rank_zero_info(_GIVEN_BASES)
-        elif self._saved is None:
-            self.ledger = Ledger.create(_free(self._folder), describe(optimizer, pl_module))
-            self.ledger.go_on(0)
-        else:
-            self.ledger = self._continued(step)
+        self._optimizer = optimizer = optimizers[0]
+        taken: list[StepRecord] = []
+        if trainer.is_global_zero and self._writes(trainer):
+            taken = self._open(optimizer, pl_module)
         if self.ledger is not None:
-            self._optimizer, self.path = optimizer, self.ledger.path
+            self.path = self.ledger.path
+            self._refresh = optimizer.param_groups[0].get("refresh", 0)
             self._constants = (constructor_arguments(optimizer) | _SET_LATER) - _RECORDED
             self._groups = self._constant(optimizer)
-            self._hook = optimizer.register_step_post_hook(self._append)
+            self._hook = optimizer.register_step_post_hook(self._note)
+        taken = trainer.strategy.broadcast(taken)
+        optimizer.expect(taken)
+        if taken:
+            self._muted = Muted(trainer, until=taken[-1].step + 1)
+            evaluated = sum(not record.says_all for record in taken)
+            forwards = f", {evaluated} of which run the network for what its loss leaves in it" if evaluated else ""
+            rank_zero_info(f"{len(taken)} steps are taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write()
+        self._speak_again(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._write()
+            self._speak_again(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write()
+        self._speak_again(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.ledger is not None:
+            self._write()
             self.ledger.sync()
             # Not the callback's state: Lightning would ask whoever validates the checkpoint for the callback.
             checkpoint[_KEY] = {"path": str(self.ledger.path.absolute()), "checksum": self.ledger.checksum}
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._saved = checkpoint.get(_KEY, {})
-            self._near = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path)).parent
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.ledger is not None and self._optimizer is not None:
@@ -123,15 +154,19 @@ class KeepLedger(Callback):
             self._stop()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._end()
+        self._end(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._end()  # Lightning calls no teardown after an exception or an interrupt
+        self._end(trainer)  # Lightning calls no teardown after an exception or an interrupt
 
-    def _append(self, optimizer: Optimizer, *_: Any) -> None:
+    # Writing
+
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        """A hook after each step of the optimizer: its record is to be written when all else of the step is done."""
         assert isinstance(optimizer, ZerothOrderOptimizer) and self.ledger is not None
         record = optimizer.record
         assert record is not None, "a step has just been taken"
+        self._write()
         if (groups := self._constant(optimizer)) != self._groups:
             pairs = zip(groups, self._groups, strict=False)
             names = sorted({name for now, then in pairs for name in now if now[name] != then.get(name)})
@@ -143,12 +178,16 @@ class KeepLedger(Callback):
                 self._give_up(f"bases were given to the method before step {record.step}, which no record says")
                 return
             path, self.path = self.ledger.path, None
-            self._end()
+            self._close()
             path.unlink()
             rank_zero_info(_GIVEN_BASES)
             return
-        self.ledger.append(record)
-        self._refresh = record.refresh
+        self._pending, self._refresh = record, record.refresh
+
+    def _write(self) -> None:
+        if self.ledger is not None and self._pending is not None:
+            self.ledger.append(self._pending)
+            self._pending = None
 
     def _constant(self, optimizer: ZerothOrderOptimizer) -> list[dict[str, Any]]:
         """What must stay as it is, by group."""
@@ -158,14 +197,66 @@ class KeepLedger(Callback):
             for group in optimizer.param_groups
         ]
 
-    def _continued(self, step: int) -> Ledger | None:
-        """The ledger that leads to a checkpoint, opened after `step`; None, with a warning, if there is none."""
-        assert self._saved is not None
+    def _give_up(self, why: str) -> None:
+        rank_zero_warn(f"This run keeps no ledger from here on: {why}. It cannot be replayed; checkpoints can be used.")
+        self._close()
+
+    def _end(self, trainer: L.Trainer) -> None:
+        with suppress(OSError):  # which has been said; the run goes on from the step before
+            self._write()
+        self._close()
+        if self._muted is not None:
+            self._muted.end(trainer)
+            self._muted = None
+
+    def _close(self) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+            self._stop()
+
+    def _stop(self) -> None:
+        self.ledger = self._pending = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _speak_again(self, trainer: L.Trainer) -> None:
+        """Gives loggers back when the last step of before is over."""
+        if self._muted is not None and trainer.optimizers[0].param_groups[0]["step"] >= self._muted.until:
+            self._muted.end(trainer)
+            self._muted = None
+
+    # Going on
+
+    def _open(self, optimizer: ZerothOrderOptimizer, module: L.LightningModule) -> list[StepRecord]:
+        """Opens this run's ledger; returns the records of the steps that were taken before and come next."""
+        if _has_given_bases(optimizer):  # of a checkpoint
+            rank_zero_info(_GIVEN_BASES)
+            return []
+        if self._saved is not None:
+            return self._continued(optimizer.param_groups[0]["step"])
+        path, header = self._folder / LEDGER, describe(optimizer, module)
+        if not (self.go_on and path.is_file()):
+            self.ledger = Ledger.create(_free(self._folder), header)
+            self.ledger.go_on(0)
+            return []
+        ledger = Ledger(path)
+        own, found = asdict(header), asdict(ledger.header)
+        other = [name for name in own if own[name] != found[name] and name != "zolightning"]
+        if other:
+            raise MisconfigurationException(
+                f"The ledger {path} is of another run: it has other {some([f'`{name}`' for name in other])}. Go on "
+                "with the model and the settings of that run, or start a new one."
+            )
+        return self._taken(ledger, 0, go_on=True)
+
+    def _continued(self, step: int) -> list[StepRecord]:
+        """Opens the ledger that leads to a checkpoint of `step`; none, with a warning, if there is none."""
         if not self._saved:
             self._give_up("the checkpoint is of a run without one")
-            return None
-        saved = Path(self._saved["path"])
-        near = [] if self._near is None else [self._near.parent / saved.name, self._near / saved.name]
+            return []
+        saved, checkpoint = Path(self._saved["path"]), self._checkpoint
+        near = [] if checkpoint is None else [checkpoint.parents[1] / saved.name, checkpoint.parent / saved.name]
         reason = f"there is no {saved}"
         for path in dict.fromkeys([self._folder / saved.name, saved, *near]):
             if not path.is_file():
@@ -177,30 +268,26 @@ class KeepLedger(Callback):
                     reason = f"{path} has {len(ledger)} steps, and the checkpoint is of step {step}"
                 elif ledger.checksum_after(steps) != self._saved["checksum"]:
                     reason = f"{path} is of another run than the checkpoint"
+                elif path.parent.resolve() != self._folder.resolve():
+                    return self._taken(ledger.copy(_free(self._folder), steps), steps, go_on=False)
                 else:
-                    if path.parent.resolve() != self._folder.resolve():
-                        ledger = ledger.copy(_free(self._folder), steps)
-                    ledger.go_on(steps)
-                    return ledger
+                    return self._taken(ledger, steps, go_on=checkpoint is not None and checkpoint.name == LAST)
             except (DamagedLedgerError, ValueError) as error:
                 reason = str(error).rstrip(".")
         self._give_up(reason)
-        return None
+        return []
 
-    def _give_up(self, why: str) -> None:
-        rank_zero_warn(f"This run keeps no ledger from here on: {why}. It cannot be replayed; checkpoints can be used.")
-        self._end()
-
-    def _end(self) -> None:
-        if self.ledger is not None:
-            self.ledger.close()
-            self._stop()
-
-    def _stop(self) -> None:
-        self.ledger = None
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _taken(self, ledger: Ledger, steps: int, go_on: bool) -> list[StepRecord]:
+        """Opens a ledger after some steps, and returns the later ones if the run is to go on after these."""
+        records: list[StepRecord] = []
+        try:
+            for record in ledger.records() if go_on else ():
+                records.append(record)
+        except DamagedLedgerError as error:
+            rank_zero_warn(f"{error} The run goes on after these.")
+        ledger.go_on(steps, keep=len(records[steps:]))
+        self.ledger = ledger
+        return records[steps:]
 
     @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
@@ -213,7 +300,7 @@ def _has_given_bases(optimizer: ZerothOrderOptimizer) -> bool:
 
 def _free(folder: Path) -> Path:
     """The path of a new ledger in a folder: no other one's."""
-    path, version = folder / NAME, 0
+    path, version = folder / LEDGER, 0
     while path.exists():
         version += 1
         path = path.with_name(f"ledger-v{version}.bin")

@@ -10,6 +10,7 @@ Layout, all numbers little-endian (``zolightning/README.md`` has the table):
    other bytes, continued from that of the entry before (the first: from the header's).
 """
 
+import fcntl
 import json
 import os
 import struct
@@ -22,11 +23,12 @@ from typing import Any
 from zolightning.checkpoints.checkpoint_io import replacing
 from zolightning.optim.record import StepRecord
 
-VERSION = 1
+VERSION = 2
 _START = struct.Struct("<8sII")
 _SEAL = struct.Struct("<I32s")
 _CHECKSUM = struct.Struct("<I")
 _MAGIC = b"zoledger"
+_ESTIMATED, _TRACES = 1, 2  # bits of an entry's `flags`
 _CODES = {"u1": "B", "u4": "I", "f8": "d"}  # NumPy's names of types, in those of `struct`
 
 
@@ -139,6 +141,10 @@ class Ledger:
         """How many whole entries there are."""
         return max(0, self.path.stat().st_size - self._entries_at) // self.entry_size
 
+    def _place(self, steps: int) -> int:
+        """Where the entry after the first `steps` steps begins."""
+        return self._entries_at + steps * self.entry_size
+
     # Reading
 
     def records(self, steps: int | None = None) -> Iterator[StepRecord]:
@@ -164,7 +170,7 @@ class Ledger:
                 if stored != _CHECKSUM.pack(checksum) or values["step"] != (step,):
                     raise DamagedLedgerError(
                         f"The ledger {self.path} is damaged: the entry of step {step}, at byte "
-                        f"{self._entries_at + number * self.entry_size}, was changed. The {number} before it are whole."
+                        f"{self._place(number)}, was changed. The {number} before it are whole."
                     )
                 yield self._record(values)
 
@@ -179,7 +185,7 @@ class Ledger:
         if not steps:
             return self._header_checksum
         with self.path.open("rb") as file:
-            file.seek(self._entries_at + steps * self.entry_size - _CHECKSUM.size)
+            file.seek(self._place(steps) - _CHECKSUM.size)
             return int(_CHECKSUM.unpack(file.read(_CHECKSUM.size))[0])
 
     def seal(self) -> tuple[int, str] | None:
@@ -192,6 +198,15 @@ class Ledger:
         steps, digest = _SEAL.unpack(body)
         return (steps, digest.hex()) if steps else None
 
+    def is_written(self) -> bool:
+        """Whether another process has the file open to write."""
+        with self.path.open("rb") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def copy(self, path: Path, steps: int) -> "Ledger":
         """Writes a ledger of the first `steps` steps at `path`."""
         with self.path.open("rb") as file, replacing(path) as copy:
@@ -203,19 +218,29 @@ class Ledger:
 
     # Writing
 
-    def go_on(self, steps: int) -> None:
-        """Opens the file to append after the first `steps` steps; later entries, whole or not, are cut off.
+    def go_on(self, steps: int, keep: int = 0) -> None:
+        """Opens the file to write after the first `steps` steps.
+
+        Args:
+            steps: how many have been taken.
+            keep: how many of the entries after these stay, until they are written again; the others are cut off.
 
         Raises:
-            DamagedLedgerError: if one of those entries was changed.
+            DamagedLedgerError: if one of the first entries was changed.
+            BlockingIOError: if another process writes the file.
             OSError: if the file cannot be written.
         """
         self._checksum, self._length = self.checksum_after(steps), steps
         self._file = self.path.open("r+b", buffering=0)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not its children's
+        except OSError:
+            raise BlockingIOError(
+                f"The ledger {self.path} is written by another process: its run has not ended."
+            ) from None
         if (seal := self.seal()) is not None and seal[0] > steps:
-            self._file.seek(self._seal_at)
-            self._file.write(bytes(_SEAL.size + _CHECKSUM.size))
-        self._cut()
+            self._write_at(self._seal_at, bytes(_SEAL.size + _CHECKSUM.size))
+        self._file.truncate(self._place(steps + keep))
 
     def append(self, record: StepRecord) -> None:
         """Writes the record of the next step.
@@ -231,10 +256,9 @@ class Ledger:
         checksum = zlib.crc32(body, self._checksum)
         entry = body + _CHECKSUM.pack(checksum)
         try:
-            while entry:  # a disk that is nearly full takes a part of it first
-                entry = entry[self._file.write(entry) :]
+            self._write_at(self._place(self._length), entry)
         except OSError as error:
-            self._cut()
+            self._file.truncate(self._place(self._length))
             raise OSError(
                 error.errno, f"The ledger {self.path} could not be written at step {step} ({error.strerror})"
             ) from error
@@ -248,14 +272,14 @@ class Ledger:
         """Ends writing; `digest`, of the weights after the last step, becomes the seal."""
         if digest is not None:
             body = _SEAL.pack(self._length, bytes.fromhex(digest))
-            self._file.seek(self._seal_at)
-            self._file.write(body + _CHECKSUM.pack(zlib.crc32(body)))
+            self._write_at(self._seal_at, body + _CHECKSUM.pack(zlib.crc32(body)))
         self.sync()
         self._file.close()
 
-    def _cut(self) -> None:
-        self._file.truncate(self._entries_at + self._length * self.entry_size)
-        self._file.seek(0, os.SEEK_END)
+    def _write_at(self, place: int, content: bytes) -> None:
+        while content:  # a disk that is nearly full takes a part of it first
+            written = os.pwrite(self._file.fileno(), content, place)
+            place, content = place + written, content[written:]
 
     # Entries
 
@@ -266,7 +290,7 @@ class Ledger:
             bits[block // 8] |= 1 << block % 8
         found: dict[str, tuple[Any, ...]] = {
             **{name: (getattr(record, name),) for name in ("step", "refresh", "folds", "forward_passes")},
-            "estimated": (bool(record.projected_grads),),
+            "flags": (_ESTIMATED * bool(record.projected_grads) | _TRACES * record.leaves_traces,),
             "lr": record.lr,
             "projected_grads": (*record.projected_grads, *skipped),
             "losses": record.losses,
@@ -288,11 +312,12 @@ class Ledger:
             step=values["step"][0],
             seed=self.header.seed,
             lr=values["lr"],
-            projected_grads=values["projected_grads"] if values["estimated"][0] else (),
+            projected_grads=values["projected_grads"] if values["flags"][0] & _ESTIMATED else (),
             losses=values["losses"],
             forward_passes=values["forward_passes"][0],
             refresh=values.get("refresh", (0,))[0],
             folds=values.get("folds", (0,))[0],
+            leaves_traces=bool(values["flags"][0] & _TRACES),
             blocks=tuple(block for block in range(8 * len(bits)) if bits[block // 8] >> block % 8 & 1),
         )
 

@@ -48,7 +48,7 @@ def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
         "projected_grads": optimizer.num_queries,
         "losses": len(optimizer.estimator.probes(optimizer.num_queries)),
     }
-    fields = [["step", "<u4", 1], ["forward_passes", "<u4", 1], ["estimated", "<u1", 1]]
+    fields = [["step", "<u4", 1], ["forward_passes", "<u4", 1], ["flags", "<u1", 1]]
     fields += [[name, "<u4", 1] for name in ("refresh", "folds") if name in group]
     fields += [[name, "<f8", count] for name, count in many.items()]
     fields += [["blocks", "<u1", -(-len(optimizer.blocks) // 8)]] if optimizer.blocks else []

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 LAST = "last.ckpt"
+LEDGER = "ledger.bin"
 _FOLDER = "checkpoints"  # of a run, beside its config.yaml
 
 

@@ -37,13 +37,14 @@ class Evaluator:
         prefix: what the evaluations of a step have in common, computed once.
         graphs: the network's forward as CUDA graphs, in place of `prefix`; None where it runs as it is.
         is_first: whether the evaluation that runs now is the one of the step that leaves traces and is to be logged.
+        left_traces: whether the first evaluation of the last step wrote to the module.
     """
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
         self.prefix = SharedPrefix(())
         self.graphs: GraphedNetwork | None = None
-        self.is_first = False
+        self.is_first = self.left_traces = False
         self._scratch = Scratch()
         self._structure: _Structure = [], [], []
         self._held: dict[int, Held] = {}  # what submodules held before the last step, see `Traces`
@@ -133,7 +134,7 @@ class Evaluator:
                 for parameter in unread:
                     self._in_place.pop(parameter, None)
                 results, _ = self._losses(*arguments)
-            self._held = traces.finish()
+            self._held, self.left_traces = traces.finish(), traces.found
         return results
 
     def forget(self) -> None:

@@ -57,6 +57,11 @@ class Traces:
             if is_written:
                 self._before.restore()
 
+    @property
+    def found(self) -> bool:
+        """Whether the first evaluation wrote anything."""
+        return self._first is not None
+
     def finish(self) -> dict[int, Held]:
         """Leaves the module as the first evaluation did; returns what spares the next step a look at everything."""
         if self._first is not None:

@@ -149,9 +149,38 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             NonFiniteLossError: if a loss is NaN or infinite.
             ValueError: if a number of terms is negative.
         """
-        self._estimate.is_pending = False
+        last = self._estimate
+        last.is_pending = False
         for hook in self._estimate_pre_hooks.values():
             hook(self, partial(self.squared_grad, evaluate=evaluate, share=share))
+        found = None if self.is_replaying else self._evaluated(evaluate, share, skip_nonfinite)
+        record = last.known.popleft() if last.known else found
+        assert record is not None, "either it is known, or has just been made"
+        last.record, last.is_pending, last.measured = record, True, 0
+        return record
+
+    def expect(self, records: Iterable[StepRecord]) -> None:
+        """Has the next estimates return these records, of steps that the run has taken before.
+
+        A loss is evaluated only where a record does not say all that its step did, for what it leaves in the module.
+        Whatever else happens in a step happens as ever, so that a run goes on where its records end.
+
+        Raises:
+            ValueError: if they are not those of the steps that come next.
+        """
+        known, step = list(records), self.param_groups[0]["step"]
+        if [record.step for record in known] != list(range(step, step + len(known))):
+            raise ValueError(f"Step {step} comes next, and the records begin with step {known[0].step} or have gaps.")
+        self._estimate.known.clear()
+        self._estimate.known.extend(known)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the next estimate returns a record of before, and evaluates no loss."""
+        return bool(self._estimate.known) and self._estimate.known[0].says_all
+
+    def _evaluated(self, evaluate: Evaluate, share: Share, skip_nonfinite: bool) -> StepRecord:
+        """The record of a step whose losses are evaluated."""
         probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
         found = evaluate_probes(self, self.estimator, probes, evaluate, share)
@@ -173,7 +202,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
             raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
         weight = group.get("block_weight", 1.0)
-        record = StepRecord(
+        return StepRecord(
             step=group["step"],
             seed=group["seed"],
             lr=tuple(float(group["lr"]) * weight for group in self.param_groups),
@@ -183,9 +212,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
             blocks=self.active,
+            leaves_traces=self.evaluator.left_traces,
         )
-        last.record, last.is_pending, last.measured = record, True, 0
-        return record
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

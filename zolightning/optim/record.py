@@ -1,6 +1,7 @@
 """What a step leaves behind, and the error of one that could not be taken."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped; a loss that is never finite trains nothing
 FLAT_IN_A_ROW = 3  # steps with equal losses after which it is asked why; rounded ones are equal now and then
@@ -24,6 +25,8 @@ class StepRecord:
         refresh: index of the subspace's basis, for methods that have one.
         folds: how often updates that such methods keep beside the weights were added to them before the step.
         blocks: indices of the blocks that moved; none where all parameters did.
+        leaves_traces: whether the loss wrote to the module (a metric, a counter, an average of the weights), which no
+            record has.
     """
 
     step: int
@@ -35,6 +38,12 @@ class StepRecord:
     refresh: int = 0
     folds: int = 0
     blocks: tuple[int, ...] = ()
+    leaves_traces: bool = False
+
+    @property
+    def says_all(self) -> bool:
+        """Whether applying it does all that the step did."""
+        return bool(self.projected_grads) and not self.leaves_traces
 
     @property
     def loss(self) -> float:
@@ -52,6 +61,7 @@ class Estimate:
         flat_in_a_row: how many estimates up to this one had equal losses.
         nonfinite_in_a_row: how many estimates up to this one had a loss that is not finite.
         measured: evaluations since then that no step has counted yet.
+        known: the records of the steps that come next, where these were taken before.
     """
 
     record: StepRecord | None = None
@@ -59,3 +69,4 @@ class Estimate:
     flat_in_a_row: int = 0
     nonfinite_in_a_row: int = 0
     measured: int = 0
+    known: deque[StepRecord] = field(default_factory=deque)

@@ -1,0 +1,190 @@
+"""A run that was killed goes on after the last step of its ledger, which takes no forward passes."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die
+from zolightning.blocks import Bandit, GaussSouthwellSweep
+from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.checkpoints.replay import Replayed, replay
+from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam
+
+pytestmark = AS_EXPECTED
+MakeRun = Callable[..., Run]
+MOPI = partial(ZOMOPI, lr=0.05, rank=3, power_rank=1, vector_lr=0.04, momentum=0.8, eps=0.3)
+BLOCKS = {"patterns": [r"net\.0", r"net\.2"], "interval": 3}
+
+
+class Counts(Callback):
+    """Something that a callback has in checkpoints, by which it can be told whether it saw each step once."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.seen.append(float(outputs["loss"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": list(self.seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+def with_schedule(run: Run) -> Run:
+    (zeroth_order,) = (callback for callback in run.trainer.callbacks if isinstance(callback, ZerothOrder))
+    zeroth_order.lr_scheduler = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
+    return run
+
+
+def steps_evaluated(run: Run) -> set[int]:
+    """Remembers in which steps the loss of a run is evaluated."""
+    own, found = run.module.training_step, set()
+
+    def training_step(batch: Any, batch_idx: int) -> Tensor:
+        found.add(run.trainer.global_step)
+        return own(batch, batch_idx)
+
+    run.module.training_step = training_step
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "callbacks", "options", "measured"),
+    [
+        (MEZO, list, {}, set()),
+        (partial(MeZOAdam, lr=0.01, eps=0.3, num_queries=2), list, {"precision": "bf16-true"}, set()),
+        (partial(HiZOO, lr=0.01), lambda: [BlockCoordinateDescent(Bandit(), **BLOCKS)], {}, set()),
+        # An order that measures does so again, at the beginning of a visit
+        (MEZO, lambda: [BlockCoordinateDescent(GaussSouthwellSweep(), **BLOCKS, left_state="keep")], {}, {6, 9}),
+        (MOPI, lambda: [SubspaceResampling(4, anchor=1), MomentumTransport("keep")], {"precision": "bf16-true"}, set()),
+    ],
+    ids=["mezo", "adam", "hizoo-bandit", "measured-blocks", "zo-mopi"],
+)
+def test_it_goes_on_where_it_was(
+    ledger_run: MakeRun,
+    tmp_path: Path,
+    method: Any,
+    callbacks: Callable[[], list[Callback]],
+    options: dict[str, Any],
+    measured: set[int],
+) -> None:
+    def run(folder: str = "run", **more: Any) -> Run:
+        counts = Counts()
+        made = ledger_run(folder, method=method, callbacks=[*callbacks(), counts], **EVERY_6, **options, **more)
+        made.counts = counts
+        return with_schedule(made)
+
+    whole = run("whole").fit()
+    killed = run(last={"every_n_train_steps": 6})
+    killed.module.in_step.at[11] = die
+    with pytest.raises(Killed):
+        killed.fit()
+    assert len(Ledger(tmp_path / "run/ledger.bin")) == 11 and killed.saved()["global_step"] == 6
+
+    resumed = run()
+    evaluated = steps_evaluated(resumed)
+    resumed.fit("last")
+    assert evaluated == measured | set(range(11, 20))
+    resumed.assert_ends_as(whole)
+    assert resumed.watch.grads == {step: grads for step, grads in whole.watch.grads.items() if step > 6}
+    assert killed.watch.validated | resumed.watch.validated == whole.watch.validated
+    assert resumed.counts.seen == whole.counts.seen
+    assert resumed.keep.path.read_bytes() == whole.keep.path.read_bytes()
+
+
+class Counting(Validated):
+    """Writes to itself in every third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step % 3 == 0:
+            self.mean.mul_(0.5).add_(loss.detach())
+        return loss
+
+
+def test_a_loss_that_writes_to_the_module_is_evaluated_for_that(ledger_run: MakeRun) -> None:
+    def run(folder: str = "run", **options: Any) -> Run:
+        made = ledger_run(folder, **EVERY_6, **options)
+        made.module = Counting()
+        return made
+
+    whole, killed = run("whole").fit(), run()
+    killed.module.in_step.at[9] = die
+    with pytest.raises(Killed):
+        killed.fit()
+    resumed = run()
+    evaluated = steps_evaluated(resumed)
+    resumed.fit("last")
+    assert evaluated == {6, *range(9, 20)}
+    resumed.assert_ends_as(whole)
+    assert torch.equal(resumed.module.mean, whole.module.mean)
+
+
+@pytest.mark.parametrize("kill", [0, 1, 5])
+def test_before_the_first_checkpoint(ledger_run: MakeRun, make_whole: MakeRun, kill: int) -> None:
+    killed = ledger_run()
+    killed.module.in_step.at[kill] = die
+    with pytest.raises(Killed):
+        killed.fit()
+    assert not killed.path.exists()
+    resumed = ledger_run(go_on=True)
+    evaluated = steps_evaluated(resumed)
+    resumed.fit()
+    assert evaluated == set(range(kill, 20))
+    resumed.assert_ends_as(make_whole())
+    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
+
+
+def test_before_the_first_checkpoint_only_with_the_same_model_and_settings(ledger_run: MakeRun) -> None:
+    ledger_run(max_steps=3).fit().path.unlink()
+    other = ledger_run(go_on=True, method=partial(MeZO, lr=2e-2))
+    with torch.no_grad():
+        other.module.net[0].bias.add_(1)
+    with pytest.raises(MisconfigurationException, match="of another run: it has other `method`, `groups`, `weights`"):
+        other.fit()
+
+
+def test_a_change_in_the_steps_after_the_checkpoint_is_found(ledger_run: MakeRun, make_whole: MakeRun) -> None:
+    """Steps from there on are taken again."""
+    killed = ledger_run(last={"every_n_train_steps": 3})
+    killed.module.in_step.at[5] = die
+    with pytest.raises(Killed):
+        killed.fit()
+    path = killed.path.with_name("ledger.bin")
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1  # in the entry of step 4
+    path.write_bytes(content)
+    resumed = ledger_run()
+    evaluated = steps_evaluated(resumed)
+    with pytest.warns(UserWarning, match=r"damaged: the entry of step 4, .* was changed.*The run goes on after these"):
+        resumed.fit("last")
+    assert evaluated == set(range(4, 20))
+    resumed.assert_ends_as(make_whole())
+    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
+
+
+def test_from_another_checkpoint_than_the_last_it_begins_there(ledger_run: MakeRun, make_whole: MakeRun) -> None:
+    first = ledger_run(max_steps=12, last={"every_n_train_steps": 4})
+    older = first.path.with_name("older.ckpt")
+    first.module.in_step.at[5] = lambda: older.write_bytes(first.path.read_bytes())
+    first.fit()
+    resumed = ledger_run()
+    evaluated = steps_evaluated(resumed)
+    resumed.fit(older)
+    assert evaluated == set(range(4, 20))
+    resumed.assert_ends_as(make_whole())
