@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.bench.published import PublishedMeZO
+from zolightning.blocks import Bandit, Blocks, BlockSchedule, Cyclic, Order
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.layers import find_layers
@@ -33,12 +34,14 @@ class Row:
         name: as printed.
         make: takes a model and returns its training step, which takes the loss of a batch.
         forwards: evaluations of the loss that a step asks for.
+        steps: that a call makes, where one step is not like the next: of them the mean is taken.
         environment: variables that the row needs from the start of its process.
     """
 
     name: str
     make: Callable[[nn.Module], Step]
     forwards: int = 2
+    steps: int = 1
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -77,6 +80,34 @@ class OptimizerStep:
         self.optimizer.step()
 
 
+class BlockSteps(OptimizerStep):
+    """Ten steps in blocks, which are five layers evenly spread over the depth: their mean is that over all depths.
+
+    A block is left after two steps, so that what leaving it costs is counted five times as often as with ``interval:
+    10``. Without `beside` all other parameters are frozen; with it all that is not in layers moves too.
+    """
+
+    blocks, interval = 5, 2
+
+    def __init__(
+        self, method: Callable[..., ZerothOrderOptimizer], order: Callable[[], Order], beside: bool, model: nn.Module
+    ) -> None:
+        super().__init__(method, model)
+        stack = find_layers(model)
+        layers = [[*stack.parameters(index).values()] for index in range(len(stack))]
+        count = min(self.blocks, len(stack))
+        chosen = [(2 * number + 1) * len(stack) // (2 * count) for number in range(count)]
+        moving = {parameter for index in chosen for parameter in layers[index]}
+        in_layers = {parameter for layer in layers for parameter in layer}
+        never = (in_layers if beside else set(model.parameters())) - moving
+        blocks = Blocks({f"layer_{index}": layers[index] for index in chosen}, tuple(never))
+        BlockSchedule(blocks, order(), self.interval).attach(self.optimizer)
+
+    def __call__(self, evaluate: Evaluate) -> None:
+        for _ in range(self.blocks * self.interval):
+            super().__call__(evaluate)
+
+
 class ResamplingStep(OptimizerStep):
     """A step of a subspace method that folds its core and draws the next subspaces, as the last of an interval does."""
 
@@ -101,6 +132,16 @@ def _ours(name: str, method: Callable[..., ZerothOrderOptimizer], forwards: int 
     return Row(name, partial(OptimizerStep, method, **options), forwards)
 
 
+def _blocks(
+    name: str,
+    method: Callable[..., ZerothOrderOptimizer],
+    order: Callable[[], Order],
+    forwards: int,
+    beside: bool = False,
+) -> Row:
+    return Row(name, partial(BlockSteps, method, order, beside), forwards, BlockSteps.blocks * BlockSteps.interval)
+
+
 def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
     """A step of the layer at a third of the depth, with or without what lies below computed once."""
     stack = find_layers(model)
@@ -118,6 +159,7 @@ PUBLISHED = Row("published", lambda model: PublishedMeZO(model.parameters(), LR,
 PUBLISHED_ANSWERS = Row("published, answer logits", PUBLISHED.make)
 _MEZO = partial(MeZO, lr=LR, eps=EPS, seed=0)
 _HIZOO = partial(HiZOO, lr=LR, eps=EPS, seed=0)
+_FOCUS = partial(_HIZOO, smoothing=1e-5)
 _LOZO = partial(LOZO, lr=LR, eps=EPS, rank=4, seed=0)
 DENSE = [
     _ours("MeZO", _MEZO),
@@ -130,6 +172,10 @@ DENSE = [
     _ours("Sparse-MeZO", partial(SparseMeZO, lr=LR, eps=EPS, seed=0)),
     Row("MeZO, layer L/3", partial(_one_layer, False)),
     Row("MeZO, layer L/3, prefix shared", partial(_one_layer, True)),
+    _blocks("MeZO-BCD, layers", _MEZO, Cyclic, 2),
+    _blocks("FOCUS, cyclic", _FOCUS, Cyclic, 3),
+    _blocks("FOCUS, bandit", _FOCUS, Bandit, 3),
+    _blocks("FOCUS, embeddings and head beside", _FOCUS, Cyclic, 3, beside=True),
 ]
 SUBSPACE = [
     _ours("LOZO rank 4", _LOZO),

@@ -154,8 +154,8 @@ def measure_costs(settings: Settings, names: Sequence[str]) -> dict[str, Cost]:
     for (row, step), mean in zip(steps.items(), means, strict=True):
         moved = 0 if row is FORWARD else parameter_side_bytes(model, step, row.forwards)
         costs[row.name] = Cost(
-            times.get(row.name, []),
-            mean,
+            [seconds / row.steps for seconds in times.get(row.name, [])],
+            mean / row.steps,
             Workload(row.forwards, size, flops, moved),
             Workload(row.forwards, prompts.tokens(row), prompt_flops[recipes[row]], moved),
         )

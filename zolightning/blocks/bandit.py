@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zolightning.blocks.orders import Order, Turn
@@ -36,21 +36,30 @@ class LearnedProbabilities(Order):
 
     Args:
         p_min: the least probability of a block; None for a tenth of what all have at first, ``0.1 / blocks``.
+        queries: directions to probe each block that moved with, alone, when its visit ends; 0 for none: the visit is
+            scored by its steps.
 
     Attributes:
         probabilities: of each block, at the last choice.
     """
 
-    def __init__(self, p_min: float | None = None) -> None:
+    def __init__(self, p_min: float | None = None, queries: int = 0) -> None:
         super().__init__()
+        if isinstance(queries, bool) or not isinstance(queries, int) or queries < 0:
+            raise ValueError(f"`queries` must be an integer, at least 0, got {queries!r}.")
+        self.queries = queries
         if p_min is not None and not 0 < p_min <= 0.5:
             raise ValueError(f"`p_min` must be above 0 and at most 1 over the number of blocks, got {p_min!r}.")
         self.p_min = p_min
         self.probabilities: list[float] = []
 
     @abstractmethod
-    def reward(self, blocks: Sequence[int], squared_grad: float) -> None:
-        """Changes the probabilities after a visit."""
+    def reward(self, block: int, squared_grad: float) -> None:
+        """Changes the probabilities by the score of a block that moved."""
+
+    def learn(self, blocks: Sequence[int], squared_grad: float, alone: Callable[[int, int], float]) -> None:
+        for block in blocks:
+            self.reward(block, alone(block, self.queries) if self.queries else squared_grad)
 
     def check(self, num_blocks: int, count: int) -> None:
         super().check(num_blocks, count)
@@ -84,29 +93,29 @@ class Bandit(LearnedProbabilities):
     stay p; the new probabilities are the Kullback-Leibler projection of the weights on those of at least `p_min`. These
     follow the block Gauss-Southwell rule without its sweep, by scores as old as a block's last visit.
 
-    Where several blocks move at a time, or others beside them (``others="always"``), they share one projected
-    gradient and so the reward.
+    Where others move beside a block (``others="always"``, or more than one a step) they share one projected gradient,
+    of which the block may be the smaller part: `queries` has each probed alone, for ``2 queries`` forwards a visit.
 
     Args:
         step_size: how fast probabilities change: 0.02 for some 2,000 visits, 0.05 for 200.
         p_min: the least probability of a block; None for ``0.1 / blocks``.
+        queries: directions that a block is probed with alone when its visit ends; 0: its steps are its score.
     """
 
-    def __init__(self, step_size: float = 0.05, p_min: float | None = None) -> None:
-        super().__init__(p_min)
+    def __init__(self, step_size: float = 0.05, p_min: float | None = None, queries: int = 0) -> None:
+        super().__init__(p_min, queries)
         if not 0 < step_size < math.inf:
             raise ValueError(f"`step_size` must be a positive number, got {step_size!r}.")
         self.step_size = step_size
         self.max_seen = 0.0
 
-    def reward(self, blocks: Sequence[int], squared_grad: float) -> None:
+    def reward(self, block: int, squared_grad: float) -> None:
         self.max_seen = max(self.max_seen, squared_grad)
         self.scores = list(self.scores) or [0.0] * len(self.probabilities)
         weights = list(self.probabilities)
-        for block in blocks:
-            self.scores[block] = squared_grad / self.max_seen if self.max_seen else 0.0
-            # Weights count by their ratios: what would overflow leaves the others at the floor anyway.
-            weights[block] *= math.exp(min(self.step_size * self.scores[block] / weights[block], 500))
+        self.scores[block] = squared_grad / self.max_seen if self.max_seen else 0.0
+        # Weights count by their ratios: what would overflow leaves the others at the floor anyway.
+        weights[block] *= math.exp(min(self.step_size * self.scores[block] / weights[block], 500))
         self.probabilities = project_to_simplex(weights, self.floor())
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,10 +133,11 @@ class AdaLeZO(LearnedProbabilities):
     Args:
         decay: of the exponential mean, from visit to visit of a block.
         p_min: the least probability of a block, which bounds the weights; None for ``0.1 / blocks``: weights up to 10.
+        queries: directions that a block is probed with alone when its visit ends; 0: its steps are its score.
     """
 
-    def __init__(self, decay: float = 0.8, p_min: float | None = None) -> None:
-        super().__init__(p_min)
+    def __init__(self, decay: float = 0.8, p_min: float | None = None, queries: int = 0) -> None:
+        super().__init__(p_min, queries)
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be at least 0 and below 1, got {decay!r}.")
         self.decay = decay
@@ -140,10 +150,9 @@ class AdaLeZO(LearnedProbabilities):
                 f"`blocks_per_step` is {count}, and AdaLeZO weights the step of one block by its probability: 1."
             )
 
-    def reward(self, blocks: Sequence[int], squared_grad: float) -> None:
-        for block in blocks:
-            before = self.means.get(block, squared_grad)
-            self.means = self.means | {block: self.decay * before + (1 - self.decay) * squared_grad}
+    def reward(self, block: int, squared_grad: float) -> None:
+        before = self.means.get(block, squared_grad)
+        self.means = self.means | {block: self.decay * before + (1 - self.decay) * squared_grad}
         typical = math.fsum(self.means.values()) / len(self.means)
         self.scores = [self.means.get(block, typical) for block in range(len(self.probabilities))]
         roots = [math.sqrt(score) for score in self.scores]

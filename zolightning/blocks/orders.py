@@ -53,8 +53,16 @@ class Order(ABC):
         if count > num_blocks:
             raise ValueError(f"`blocks_per_step` is {count}, and there are {num_blocks} blocks.")
 
-    def reward(self, blocks: Sequence[int], squared_grad: float) -> None:  # noqa: B027  # most orders learn nothing
-        """Takes note of a visit that is over: the mean of its steps' squared projected gradients."""
+    def learn(  # noqa: B027  # most orders learn nothing
+        self, blocks: Sequence[int], squared_grad: float, alone: Callable[[int, int], float]
+    ) -> None:
+        """Takes note of a visit that is over.
+
+        Args:
+            blocks: that moved.
+            squared_grad: mean of the steps' squared projected gradients.
+            alone: :attr:`Turn.squared_grad`, of one of the blocks.
+        """
 
     def weight(self, block: int) -> float:
         """What the learning rate is multiplied by while a block moves."""

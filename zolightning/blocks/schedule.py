@@ -83,7 +83,7 @@ class BlockSchedule:
         if visit == self.visit and optimizer.active:
             return
         if self._squares:
-            self.order.reward(optimizer.active, sum(self._squares) / len(self._squares))
+            self.order.learn(optimizer.active, sum(self._squares) / len(self._squares), squared_grad)
             self._squares = []
 
         def norm(block: int) -> float:

@@ -134,7 +134,7 @@ class BlockCoordinateDescent(Callback):
         record = optimizer.record
         if record is None:
             return
-        self.timeline.add([block for block in record.blocks if block < len(schedule.blocks)])
+        self.timeline.add(record.blocks)
         layers, evaluations = len(optimizer.evaluator.prefix.layers), len(record.losses)
         if layers:
             self._shares.append(optimizer.evaluator.prefix.shared / layers * (evaluations - 1) / evaluations)
