@@ -154,6 +154,8 @@ def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dt
     expected = {"forward": 0, "published": 0, "MeZO": 2 * count, "MeZO native": 0, "MeZO rademacher": 2 * count}
     expected |= {"MeZO low byte": count, "MeZO, both signs in one forward": 2 * count}
     expected |= {"MeZO, layer L/3": 2 * of_layer, "MeZO, layer L/3, prefix shared": 2 * of_layer}
+    expected |= {"MeZO-BCD, layers": 2 * of_layer, "FOCUS, cyclic": 2 * of_layer}  # of one of the two layers
+    curvature = {"FOCUS, cyclic": 4 * of_layer}
     assert expected.keys() < {row.name for row in ROWS}
     for row in ROWS:
         calls = 0
@@ -167,9 +169,10 @@ def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dt
         made(loss)
         calls = 0
         made(loss)
-        assert calls == row.forwards, row.name
+        assert calls == row.forwards * row.steps, row.name
         if row.name in expected:  # state of subspace methods has its own tests
-            assert state_bytes(made) == (expected[row.name] if dtype == torch.bfloat16 else 0), row.name
+            completing = expected[row.name] if dtype == torch.bfloat16 else 0
+            assert state_bytes(made) == completing + curvature.get(row.name, 0), row.name
 
 
 def test_rows_are_chosen_by_name() -> None:

@@ -71,7 +71,7 @@ def simulated(order: Bandit | AdaLeZO, norms: Sequence[float], visits: int, seed
     draw = random.Random(seed)
     for visit in range(visits):
         (block,) = order.choose(Turn(visit, seed, len(norms), 1, norms.__getitem__, lambda *_: 0.0))
-        order.reward([block], sum((norms[block] * draw.gauss(0, 1)) ** 2 for _ in range(10)) / 10)
+        order.reward(block, sum((norms[block] * draw.gauss(0, 1)) ** 2 for _ in range(10)) / 10)
     return order.probabilities
 
 
@@ -81,6 +81,15 @@ def test_the_bandit_finds_the_largest_gradient() -> None:
     found = [simulated(Bandit(step_size=0.05), norms, 200, seed) for seed in range(20)]
     assert sum(probabilities[11] for probabilities in found) / 20 > 0.5
     assert min(map(min, found)) >= 0.1 / 24 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("queries", "scores"), [(0, [0, 1, 0, 1, 0]), (3, [0, 0.25, 0, 1, 0])])
+def test_blocks_that_share_a_projected_gradient_are_scored_alone(queries: int, scores: list[float]) -> None:
+    order = Bandit(queries=queries)
+    choices(order, 1)
+    order.learn([1, 3], 7.0, lambda block, count: {1: 4.0, 3: 16.0}[block] * count)
+    order.learn([1], 7.0, lambda block, count: 4.0 * count)
+    assert order.scores == scores
 
 
 def test_adalezo_weights_are_unbiased() -> None:
@@ -101,7 +110,7 @@ def test_restored_probabilities(order: Bandit | AdaLeZO) -> None:
     other = type(order)()
     other.load_state_dict(order.state_dict())
     for twin in (order, other):
-        twin.reward([1], 5.0)
+        twin.reward(1, 5.0)
     assert other.probabilities == order.probabilities and other.state_dict() == order.state_dict()
 
 
@@ -111,6 +120,7 @@ def test_restored_probabilities(order: Bandit | AdaLeZO) -> None:
         (lambda: Bandit(p_min=0.25).check(5, 1), "`p_min` is 0.25, which 5 blocks cannot have each: at most 0.2."),
         (lambda: Bandit(step_size=0), "`step_size` must be a positive number, got 0."),
         (lambda: Bandit(p_min=0), "`p_min` must be above 0 and at most 1 over the number of blocks, got 0."),
+        (lambda: Bandit(queries=-1), "`queries` must be an integer, at least 0, got -1."),
         (lambda: AdaLeZO(decay=1), "`decay` must be at least 0 and below 1, got 1."),
         (lambda: AdaLeZO().check(5, 2), "`blocks_per_step` is 2, and AdaLeZO weights"),
         (lambda: Cyclic().check(5, 6), "`blocks_per_step` is 6, and there are 5 blocks."),
