@@ -64,7 +64,15 @@ METHODS: dict[str, Method] = {
     "mezo-normalize": partial(MeZO, lr=0.05, normalize=True),
     "mezo-clip": partial(MeZO, lr=0.02, clip=1.5, num_queries=2),
     "mezo-all": partial(
-        MeZO, lr=0.05, momentum=0.5, weight_decay=0.1, normalize=True, clip=2.0, rms_decay=0.9, num_queries=2
+        MeZO,
+        lr=0.05,
+        momentum=0.5,
+        weight_decay=0.1,
+        normalize=True,
+        clip=2.0,
+        rms_decay=0.9,
+        num_queries=2,
+        align_queries=True,
     ),
     "mezo-native": partial(MeZO, lr=0.02, update_precision="native"),
     "mezo-low-byte": partial(MeZO, lr=0.02, update_precision="low_byte"),
@@ -92,7 +100,9 @@ METHODS: dict[str, Method] = {
     "zo-muon-svd": partial(ZOMuon, lr=0.05, rank=3, vector_lr=0.02, orthogonalization="svd", num_queries=2),
     "zo-muon-momentum": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.02, momentum=0.9, num_queries=1),
     "zo-mopi": partial(ZOMOPI, lr=0.05, rank=4, power_rank=2, vector_lr=0.04),
-    "zo-mopi-population": partial(ZOMOPI, lr=0.05, rank=3, power_rank=3, vector_lr=0.04, estimator=Population()),
+    "zo-mopi-population": partial(
+        ZOMOPI, lr=0.05, rank=3, power_rank=3, vector_lr=0.04, estimator=Population(), align_queries=True
+    ),
     "zo-mopi-native": partial(
         ZOMOPI, lr=0.05, rank=4, power_rank=1, vector_lr=0.02, num_queries=2, momentum=0.5, update_precision="native"
     ),

@@ -72,6 +72,20 @@ class Direction:
         """
         kernels.perturb_rows(out, table, rows, self.keys, self.coefficients, self.kind)
 
+    def noise(self, weight: Tensor, start: int = 0) -> Tensor:
+        """The noise of unit variance that this direction of one query is a multiple of.
+
+        Args:
+            weight: some stored elements, (n,), of which the first has index `start`.
+
+        Returns:
+            (n,), float32.
+        """
+        noise = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+        one = table((coefficient(1.0, self.kind),), torch.float32, weight.device)
+        Direction(self.keys, one, self.kind).accumulate(noise, start=start)
+        return noise
+
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
         kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=start)

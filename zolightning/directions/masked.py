@@ -35,6 +35,9 @@ class MagnitudeMasked(Direction):
         noise = self.keys, self.coefficients, self.kind
         kernels.perturb_rows(out, table, rows, *noise, threshold=self.threshold)
 
+    def noise(self, weight: Tensor, start: int = 0) -> Tensor:
+        return super().noise(weight, start).where(weight.abs() <= self.threshold, 0.0)
+
 
 class Mask(Protocol):
     """Which elements of a parameter move, whatever it holds."""
@@ -101,6 +104,10 @@ class Masked(Direction):
         super().add_to_rows(table, rows, out)
         index = rows.long()[:, None] * table.shape[1] + torch.arange(table.shape[1], device=rows.device)
         out.copy_(torch.where(self.mask.at(index), out, table[rows]))
+
+    def noise(self, weight: Tensor, start: int = 0) -> Tensor:
+        index = torch.arange(start, start + weight.numel(), device=weight.device)
+        return super().noise(weight, start).where(self.mask.at(index), 0.0)
 
     def of_elements(self, numel: int, start: int) -> Tensor:
         """The masked noise of some elements, (numel,): -0, which changes no number it is added to, where none is."""

@@ -32,8 +32,8 @@ from zolightning.optim.precision import (
     as_contiguous,
     round_stochastically,
 )
-from zolightning.optim.probing import Evaluate, evaluate_probes
-from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
+from zolightning.optim.probing import Evaluate, evaluate_probes, evaluate_step
+from zolightning.optim.record import Estimate, StepRecord
 from zolightning.optim.share import WHOLE, Share
 from zolightning.rank_zero import rank_zero_warn
 
@@ -52,6 +52,9 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         defaults: hyperparameters of a group; ``lr`` (weight units per unit of estimated gradient) and ``eps``
             (weight units per unit-variance direction) among them.
         num_queries: directions a step, whose estimates are averaged.
+        align_queries: take the projection of the gradient on the span of these directions in the place of the average,
+            which has less variance where not many more numbers are searched than directions drawn; see
+            :mod:`zolightning.optim.alignment`.
         estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()`` or ``Population()``
             (:mod:`zolightning.optim.estimators`).
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
@@ -69,6 +72,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         defaults: dict[str, Any],
         *,
         num_queries: int = 1,
+        align_queries: bool = False,
         estimator: Estimator | None = None,
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
@@ -80,6 +84,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         require_seed(seed)
         super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
         self.num_queries = num_queries
+        self.align_queries = align_queries
         self.update_precision: UpdatePrecision = update_precision
         self._estimate = Estimate()
         self._estimate_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
@@ -181,26 +186,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
 
     def _evaluated(self, evaluate: Evaluate, share: Share, skip_nonfinite: bool) -> StepRecord:
         """The record of a step whose losses are evaluated."""
-        probes = self.estimator.probes(self.num_queries)
         group, last = self.param_groups[0], self._estimate
-        found = evaluate_probes(self, self.estimator, probes, evaluate, share)
-        last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
-        if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
-            self.evaluator.forget()
-            found = evaluate_probes(self, self.estimator, probes, evaluate, share)
-            if not found.is_flat:
-                last.flat_in_a_row = 0
-            else:
-                rank_zero_warn(
-                    f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so that they say nothing about "
-                    "the weights: the loss does not depend on the parameters that train, or "
-                    f"`eps` ({group['eps']:g}) is too small to change it."
-                )
-        last.nonfinite_in_a_row = 0 if found.is_finite else last.nonfinite_in_a_row + (not found.is_empty)
-        if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not found.is_empty:
-            values = ", ".join(f"{loss:g}" for loss in found.losses)
-            many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
-            raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
+        found = evaluate_step(self, last, evaluate, share, skip_nonfinite)
         weight = group.get("block_weight", 1.0)
         return StepRecord(
             step=group["step"],
@@ -208,7 +195,7 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             lr=tuple(float(group["lr"]) * weight for group in self.param_groups),
             projected_grads=tuple(found.projected_grads) if found.is_finite else (),
             losses=tuple(found.losses),
-            forward_passes=len(probes) + last.measured,
+            forward_passes=len(found.losses) + last.measured,
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
             blocks=self.active,

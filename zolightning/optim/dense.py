@@ -21,7 +21,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
 
     Args:
         noise: "gaussian" (17-valued, see :mod:`zolightning.kernels.noise`) or "rademacher".
-        **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`: num_queries, estimator, seed,
+        **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`: num_queries, align_queries, estimator, seed,
             update_precision.
     """
 

@@ -43,6 +43,10 @@ class Estimator(ABC):
         On the device of the losses, which must not be waited for: no ``item()``, no ``if`` on a tensor.
         """
 
+    def gram(self, directions: Tensor) -> Tensor:
+        """Inner products of what projected gradients are measured along, given those of the directions, both (q, q)."""
+        return directions
+
 
 class TwoSided(Estimator):
     """Central differences, one pair of forwards a query (SPSA; MeZO, arXiv 2305.17333, definition 1)."""
@@ -94,3 +98,8 @@ class Population(Estimator):
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
         others = (losses.sum() - losses) / (len(losses) - 1)
         return (losses - others) / eps
+
+    def gram(self, directions: Tensor) -> Tensor:
+        """Of the directions less their mean."""
+        rows = directions - directions.mean(0)
+        return rows - rows.mean(1, keepdim=True)

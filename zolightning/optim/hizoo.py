@@ -61,7 +61,7 @@ class HiZOO(DenseOptimizer):
         curvature_bounds: the least and the largest curvature. Weights are perturbed by at most ``eps / sqrt(least)``.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
         estimator: ``ThreePoint()``; there is no other for it.
-        **common: num_queries, noise, seed, update_precision: see
+        **common: num_queries, align_queries, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 

@@ -33,7 +33,7 @@ class LOZO(SubspaceOptimizer):
         momentum: decay of the mean of core gradients, 0.9 in the paper's LOZO-M; 0 keeps none.
         vector_lr: learning rate of biases and norms, in the units of MeZO's and without a division by r; None takes
             `lr`, which makes both SGD with one rate.
-        **common: num_queries, estimator, noise, seed, update_precision, offload_low_words: see
+        **common: num_queries, align_queries, estimator, noise, seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 

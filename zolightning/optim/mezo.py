@@ -35,7 +35,7 @@ class MeZO(DenseDescent):
             (MEAZO, arXiv 2605.03869: one scalar where Adam keeps a tensor).
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
         rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
-        **common: num_queries, estimator, noise, seed, update_precision: see
+        **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 

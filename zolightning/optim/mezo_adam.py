@@ -27,7 +27,7 @@ class MeZOAdam(DenseDescent):
         denominator_eps: added to the root of the second moment (Adam's epsilon; `eps` is the perturbation scale).
         eps: perturbation scale, weight units.
         weight_decay: as in :class:`~zolightning.optim.MeZO`.
-        **common: num_queries, estimator, noise, seed, update_precision: see
+        **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 

@@ -9,9 +9,12 @@ from torch import nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
+from zolightning.optim.alignment import aligned
 from zolightning.optim.checks import Loss, loss_and_terms
 from zolightning.optim.estimators import Estimator, Probe
+from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError
 from zolightning.optim.share import Share
+from zolightning.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
@@ -40,6 +43,41 @@ class Probed(NamedTuple):
     def is_flat(self) -> bool:
         """Whether several losses are the same to the last bit."""
         return len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
+
+
+def evaluate_step(
+    optimizer: "ZerothOrderOptimizer", last: Estimate, evaluate: Evaluate, share: Share, skip_nonfinite: bool
+) -> Probed:
+    """Evaluates a loss at the weights of a step's probes, and aligns the queries where the optimizer wants it.
+
+    Args:
+        optimizer: says which probes, and how each perturbs which parameters.
+        last: its last estimate, in which odd losses are counted.
+        evaluate, share: of :func:`evaluate_probes`.
+        skip_nonfinite: of :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`, whose exceptions it raises.
+    """
+    group, probes = optimizer.param_groups[0], optimizer.estimator.probes(optimizer.num_queries)
+    found = evaluate_probes(optimizer, optimizer.estimator, probes, evaluate, share)
+    last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
+    if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
+        optimizer.evaluator.forget()
+        found = evaluate_probes(optimizer, optimizer.estimator, probes, evaluate, share)
+        if not found.is_flat:
+            last.flat_in_a_row = 0
+        else:
+            rank_zero_warn(
+                f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so that they say nothing about "
+                "the weights: the loss does not depend on the parameters that train, or "
+                f"`eps` ({group['eps']:g}) is too small to change it."
+            )
+    last.nonfinite_in_a_row = 0 if found.is_finite else last.nonfinite_in_a_row + (not found.is_empty)
+    if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not found.is_empty:
+        values = ", ".join(f"{loss:g}" for loss in found.losses)
+        many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
+        raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
+    if optimizer.align_queries and found.is_finite:
+        found = found._replace(projected_grads=aligned(optimizer, found.projected_grads, warns=last.record is None))
+    return found
 
 
 def evaluate_probes(

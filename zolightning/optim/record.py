@@ -19,7 +19,7 @@ class StepRecord:
         step: number of the step, from 0; with `seed` it names the directions.
         seed: the run's seed.
         lr: learning rate of each parameter group.
-        projected_grads: one a query; empty for a step that was skipped.
+        projected_grads: one a query, aligned where the method aligns them; empty for a step that was skipped.
         losses: of the step's evaluations, in the order of the estimator's probes.
         forward_passes: evaluations of the loss.
         refresh: index of the subspace's basis, for methods that have one.

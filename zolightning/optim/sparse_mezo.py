@@ -46,7 +46,7 @@ class SparseMeZO(DenseOptimizer):
             over memory where the first takes one.
         sparse_embeddings: whether the weights of ``nn.Embedding`` modules, of the module that the optimizer is attached
             to, are masked too, output layers tied to them included.
-        **common: num_queries, estimator, noise, seed, update_precision: see
+        **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 

@@ -43,7 +43,7 @@ class ZOMOPI(SubspaceOptimizer):
         vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
             gradients (or their mean, with `momentum`): unlike that of matrices their step grows with the loss's scale.
         num_queries: directions a step.
-        **common: estimator, noise, seed, update_precision, offload_low_words: see
+        **common: align_queries, estimator, noise, seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 

@@ -41,7 +41,7 @@ class ZOMuon(SubspaceOptimizer):
         vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
             gradients: unlike that of matrices their step grows with the loss's scale.
         num_queries: directions a step.
-        **common: estimator, noise, seed, update_precision, offload_low_words: see
+        **common: align_queries, estimator, noise, seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
