@@ -2,11 +2,27 @@
 
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+
+import zolightning
+
+
+def run_program(path: str, folder: Path) -> Path:
+    """Runs a program that forks ranks, with a folder to write to, which is returned."""
+    started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
+    environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
+    paths = (Path(zolightning.__file__).parents[1], Path(path).parent)
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run(
+        [sys.executable, path, str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
 def fork_ranks(ranks: int, function: Callable[[], None], errors: Path, seconds: float = 120) -> list[int | None]:

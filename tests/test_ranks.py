@@ -1,9 +1,5 @@
 """Ranks hold the same weights, and do what one does with the same batches and queries."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import rank_runs
-import zolightning
+from forked_ranks import run_program
 from rank_runs import RUNS
 from zolightning.ranks import Layout, checksum
 from zolightning.strategies import ZerothOrderDDP
@@ -27,14 +23,7 @@ SPLIT = [name for name in RUNS if name not in SHARED]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each run left on rank r of n, by (run, r, n)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
-    environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
-    paths = (Path(zolightning.__file__).parents[1], Path(rank_runs.__file__).parent)
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, rank_runs.__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    folder = run_program(rank_runs.__file__, tmp_path_factory.mktemp("ranks"))
     found = {}
     for path in folder.glob("*.pt"):
         name, rank, _, ranks = path.stem.rsplit("-", 3)

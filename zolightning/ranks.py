@@ -1,7 +1,9 @@
 """The ranks of a run: which part of a step each of them has, the losses they exchange, and whether they still agree."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +96,9 @@ class LossExchange:
         return summed[: totals.numel()].view_as(totals)
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        # Losses may come from the CPU, where NCCL cannot add them.
-        tensor = tensor.to(self._module.device)
-        try:
-            return self._module.trainer.strategy.reduce(tensor, reduce_op="sum")
-        except RuntimeError as error:
-            raise RanksError(
-                f"Rank {self._module.global_rank} waited in vain for the losses of the other ranks at step "
-                f"{self._step}: one of them has ended or hangs ({str(error).splitlines()[0]}). Go on from the last "
-                "checkpoint, on any number of ranks."
-            ) from error
+        with one_line_errors(self._module.trainer):
+            # Losses may come from the CPU, where NCCL cannot add them.
+            return self._module.trainer.strategy.reduce(tensor.to(self._module.device), reduce_op="sum")
 
     def _facts(self) -> Tensor:
         """The numbers (6,) of this rank."""
@@ -147,6 +142,23 @@ class LossExchange:
                 f"{self._interval} steps ago or when the run began: something on one of the two has changed them. "
                 "Go on from a checkpoint of before."
             )
+
+
+@contextmanager
+def one_line_errors(trainer: L.Trainer) -> Iterator[None]:
+    """Says in a line what an exchange with other ranks fails of.
+
+    Raises:
+        RanksError: where torch raises a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+        raise RanksError(
+            f"Rank {trainer.global_rank} waited in vain for the other ranks after step {trainer.global_step}: one of "
+            f"them has ended or hangs ({reason}). Go on from the last checkpoint, on any number of ranks."
+        ) from error
 
 
 def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from zolightning.ranks import one_line_errors
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -47,7 +49,8 @@ def largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
     if trainer.world_size == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
-    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
+    with one_line_errors(trainer):
+        return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
 
 
 def exit_status(trainer: L.Trainer, number: int) -> int:
