@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import (
@@ -29,7 +30,7 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
-from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, take_name
+from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, is_ledger, take_name
 from zolightning.commands import configs
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
 from zolightning.commands.help import HelpAll
@@ -69,6 +70,7 @@ class ZerothOrderCLI(LightningCLI):
     """Adds checkpoints (best, last), a run monitor, a validation before training and a test after it."""
 
     def __init__(self, args: ArgsType = None) -> None:
+        self._ledger: Path | None = None  # of a run that goes on without a checkpoint
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -149,7 +151,7 @@ class ZerothOrderCLI(LightningCLI):
         if self.subcommand == "fit":
             take_name(config)
         _name_run(config)
-        find_checkpoint(config)
+        find_checkpoint(config, of_ledgers=self.subcommand == "fit" and config.keep_ledger)
         check_settings(config, str(self.subcommand))
         _refuse_gradients(config)
 
@@ -160,6 +162,11 @@ class ZerothOrderCLI(LightningCLI):
             self.config[name].ckpt_path = None  # of this command, and no part of what the run's config.yaml says
             if go_on_in_folder(config[name]):
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            if is_ledger(config[name].ckpt_path):
+                ledger, config[name].ckpt_path = Path(config[name].ckpt_path), None
+                self._ledger = ledger if ledger.is_file() else None
+                if self._ledger is None:
+                    rank_zero_info(f"{ledger.parent} has no step yet: the run begins anew.")
         model = config[name].pop("model")
         self.config_init = self.parser.instantiate_classes(config)
         self.datamodule = self._get(self.config_init, "data")
@@ -178,7 +185,7 @@ class ZerothOrderCLI(LightningCLI):
             made.trainer.callbacks += [StepProgressBar()] if made.trainer.enable_progress_bar is not False else []
         is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in made.trainer.callbacks)
         if self.subcommand == "fit" and made.keep_ledger and is_zeroth_order:
-            made.trainer.callbacks.append(KeepLedger())
+            made.trainer.callbacks.append(KeepLedger(go_on=self._ledger))
         made.trainer.callbacks.append(RunOverview(shlex.join(["zolightning", *sys.argv[1:]])))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
@@ -193,7 +200,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
-        is_new = self.config_init[self.subcommand].ckpt_path is None
+        is_new = self.config_init[self.subcommand].ckpt_path is None and self._ledger is None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it, undeclared
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent):
                 callback.check(self.trainer, self.model)

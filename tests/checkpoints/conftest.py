@@ -26,7 +26,8 @@ def ledger_run(make_run: MakeRun) -> MakeRun:
     """Makes runs that keep a ledger; with `go_on`, that of an earlier one."""
 
     def make(folder: str = "run", go_on: bool = False, **options: Any) -> Run:
-        keep = KeepLedger(make_run(folder).path.parent, go_on)
+        where = make_run(folder).path.parent
+        keep = KeepLedger(where, where / "ledger.bin" if go_on else None)
         run = make_run(folder, **options | {"callbacks": [keep, *options.get("callbacks", [])]})
         run.keep = keep
         return run

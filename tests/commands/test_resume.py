@@ -1,6 +1,7 @@
 """``--ckpt_path last`` and ``best`` mean this run's, which goes on in its own folder."""
 
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli_runs import Runs, printed, refused
 
@@ -111,6 +113,34 @@ def test_a_run_that_was_stopped_goes_on_by_the_command_it_names(
     assert command[:2] == ["zolightning", "fit"]
     printed(command[1:])
     assert last_of(runs)["global_step"] == 6 and not runs.version(1).exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_that_was_killed_before_its_first_checkpoint(
+    runs: Runs, resumed: tuple[Runs, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    (runs.folder / "kills.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Kill(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        f"        if trainer.global_step == {step}: raise GeneratorExit\n"
+    )
+    monkeypatch.syspath_prepend(runs.folder)
+    monkeypatch.delitem(sys.modules, "kills", raising=False)
+    every_step = ["--trainer.val_check_interval", 1]
+    with pytest.raises(GeneratorExit):
+        runs("fit", "--trainer.callbacks+", "kills.Kill", *every_step[:-1], 100)
+    assert not (runs.version(0) / "checkpoints").exists()
+    with caplog.at_level("INFO"):
+        output = runs("fit", "--ckpt_path", "last", *every_step)
+    assert ("2 steps are taken from the ledger" in caplog.text) == (step == 2)
+    assert "before training" not in output and not runs.version(1).exists()
+    ends = [last_of(of)["state_dict"] for of in (runs, resumed[0])]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    events = [EventAccumulator(str(file)).Reload() for file in sorted(runs.version(0).glob("events.*"))]
+    for tag in ("train/loss", "zo/lr"):
+        steps = [event.step for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
+        assert steps == [0, 1, 2, 3, 4, 5], tag
 
 
 def test_a_run_without_a_validation_ends_with_its_last_step(runs: Runs) -> None:

@@ -54,8 +54,8 @@ class KeepLedger(Callback):
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
-        go_on: where a fit begins without a checkpoint, take the steps of the ``ledger.bin`` that is there, and go on
-            after them: for a run that was killed before its first checkpoint.
+        go_on: a ledger whose steps are taken first where a fit begins without a checkpoint: for a run that was killed
+            before there was one, or whose checkpoints are lost. If there is no such file, the run begins anew.
 
     Attributes:
         path: of the last fit's ledger; None where there is none, as on all ranks but the first.
@@ -72,7 +72,7 @@ class KeepLedger(Callback):
         trainer = L.Trainer(callbacks=[ZerothOrder(partial(MeZO, lr=1e-6)), KeepLedger(), SaveLast()])
     """
 
-    def __init__(self, dirpath: str | Path | None = None, go_on: bool = False) -> None:
+    def __init__(self, dirpath: str | Path | None = None, go_on: str | Path | None = None) -> None:
         self.dirpath = dirpath
         self.go_on = go_on
         self.ledger: Ledger | None = None  # while it is written
@@ -235,8 +235,8 @@ class KeepLedger(Callback):
             return []
         if self._saved is not None:
             return self._continued(optimizer.param_groups[0]["step"])
-        path, header = self._folder / LEDGER, describe(optimizer, module)
-        if not (self.go_on and path.is_file()):
+        path, header = Path(self.go_on or ""), describe(optimizer, module)
+        if not path.is_file():
             self.ledger = Ledger.create(_free(self._folder), header)
             self.ledger.go_on(0)
             return []
@@ -248,6 +248,8 @@ class KeepLedger(Callback):
                 f"The ledger {path} is of another run: it has other {some([f'`{name}`' for name in other])}. Go on "
                 "with the model and the settings of that run, or start a new one."
             )
+        if path.parent.resolve() != self._folder.resolve():
+            ledger = ledger.copy(_free(self._folder), len(ledger))
         return self._taken(ledger, 0, go_on=True)
 
     def _continued(self, step: int) -> list[StepRecord]:

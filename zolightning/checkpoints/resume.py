@@ -14,14 +14,16 @@ LEDGER = "ledger.bin"
 _FOLDER = "checkpoints"  # of a run, beside its config.yaml
 
 
-def find_checkpoint(config: Namespace) -> None:
+def find_checkpoint(config: Namespace, of_ledgers: bool) -> None:
     """Puts the path of a file in the place of ``last`` and ``best`` in ``ckpt_path``.
 
     They mean the run whose ``config.yaml`` is among the config files; else ``checkpoint.dirpath``; else the newest
-    version of the run that has a ``last.ckpt``. The best one is what that file says.
+    version of the run that has a ``last.ckpt``. The best one is what that file says. A run that was killed before its
+    first checkpoint has a ledger in the place of ``last``.
 
     Args:
         config: of a subcommand, with the run's name in ``trainer.logger``.
+        of_ledgers: whether a ledger will do.
 
     Raises:
         MisconfigurationException: if there is no such file, or it is not a whole one; with where it was looked for.
@@ -30,28 +32,38 @@ def find_checkpoint(config: Namespace) -> None:
     if path is None or "://" in str(path):
         return
     if path in ("last", "best"):
-        last = _last_checkpoint(config)
+        last = _last_of_a_run(config, of_ledgers and path == "last")
         path = last if path == "last" else _best_checkpoint(last, config)
         config.ckpt_path = str(path)
-    elif not str(path).endswith(".ckpt"):
+    elif not str(path).endswith(".ckpt") and not is_ledger(path):
         return  # words of Lightning's own, or a folder of shards
+    if is_ledger(path) and of_ledgers:
+        return
     if not Path(path).is_file():
         raise MisconfigurationException(f"`ckpt_path` is {path}, which is not a file.")
     if not zipfile.is_zipfile(path) and not _is_pickle(Path(path)):
-        raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, cut off or no checkpoint.")
+        ledger = Path(path).absolute().parents[1] / LEDGER
+        other = (
+            f" Its run can go on from its first step: --ckpt_path {ledger}" if of_ledgers and ledger.is_file() else ""
+        )
+        raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, cut off or no checkpoint.{other}")
+
+
+def is_ledger(path: Any) -> bool:
+    """Whether a run is to go on from its first step, by its ledger, in place of a checkpoint."""
+    return path is not None and Path(str(path)).name == LEDGER
 
 
 def take_name(config: Namespace) -> None:
-    """Calls a run that has no name, and resumes from the ``last.ckpt`` of another, by that one's name and folder."""
-    path, settings = config.get("ckpt_path"), getattr(config.trainer.logger, "init_args", None)
-    if settings is None or settings.get("name") not in (None, "lightning_logs") or not _is_last_of_a_run(path):
+    """Calls a run that has no name, and goes on from the last step of another, by that one's name and folder."""
+    folder, settings = _folder_of(config.get("ckpt_path")), getattr(config.trainer.logger, "init_args", None)
+    if folder is None or settings is None or settings.get("name") not in (None, "lightning_logs"):
         return
-    versions = Path(path).resolve().parents[2]
-    settings.save_dir, settings.name = str(versions.parent), versions.name
+    settings.save_dir, settings.name = str(folder.parent.parent), folder.parent.name
 
 
 def go_on_in_folder(config: Namespace) -> bool:
-    """Makes a run that resumes from the ``last.ckpt`` of a folder write its logs and checkpoints there.
+    """Makes a run that goes on from the ``last.ckpt`` or the ledger of a folder write its logs and checkpoints there.
 
     It becomes the same version of TensorBoard's logger, unless the command gives another name or version. From any
     other checkpoint a run goes on in a new version, and what the old one learned after it stays.
@@ -59,38 +71,45 @@ def go_on_in_folder(config: Namespace) -> bool:
     Returns:
         Whether the run goes on in its folder.
     """
-    path, logger = config.get("ckpt_path"), config.trainer.logger
-    if not _is_last_of_a_run(path) or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
+    folder, logger = _folder_of(config.get("ckpt_path")), config.trainer.logger
+    if folder is None or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
         return False
-    folder = Path(path).resolve().parents[1]
     if logger.init_args.get("version") is not None or _versions_folder(config).resolve() != folder.parent:
         return False
     logger.init_args.version = int(folder.name.removeprefix("version_"))
     return True
 
 
-def _is_last_of_a_run(path: Any) -> bool:
+def _folder_of(path: Any) -> Path | None:
+    """The folder of the run whose last step a file is for; None if it is for no run's."""
     if path is None or "://" in str(path):
-        return False
+        return None
     file = Path(path).resolve()
-    return file.is_file() and re.fullmatch(rf"version_\d+/{_FOLDER}/{LAST}", "/".join(file.parts[-3:])) is not None
+    for last in (f"{_FOLDER}/{LAST}", LEDGER):
+        if re.search(rf"/version_\d+/{re.escape(last)}$", str(file)) and (file.is_file() or is_ledger(file)):
+            return file.parents[last.count("/")]
+    return None
 
 
-def _last_checkpoint(config: Namespace) -> Path:
+def _last_of_a_run(config: Namespace, of_ledgers: bool) -> Path:
     for file in reversed(config.get("config") or []):
         folder = Path(str(file)).absolute().parent
-        if Path(str(file)).name == "config.yaml" and (folder / _FOLDER).is_dir():
-            return folder / _FOLDER / LAST
+        is_early = of_ledgers and re.fullmatch(r"version_\d+", folder.name) is not None  # killed before any checkpoint
+        if Path(str(file)).name == "config.yaml" and (is_early or (folder / _FOLDER).is_dir()):
+            last = folder / _FOLDER / LAST
+            return folder / LEDGER if of_ledgers and not last.is_file() else last
     if config.checkpoint.dirpath is not None:
         return Path(config.checkpoint.dirpath) / LAST
     versions = _versions_folder(config)
-    found = sorted(versions.glob(f"version_*/{_FOLDER}/{LAST}"), key=_version)
+    found = {_version(file.parents[1]): file for file in versions.glob(f"version_*/{_FOLDER}/{LAST}")}
+    if of_ledgers:
+        found = {_version(file.parent): file for file in versions.glob(f"version_*/{LEDGER}")} | found
     if not found:
         raise MisconfigurationException(
             f"`ckpt_path` is '{config.ckpt_path}', and no version of this run in {versions} has a {_FOLDER}/{LAST}. "
             "Give the path of a checkpoint, or the config.yaml of the run as --config."
         )
-    return found[-1]
+    return found[max(found)]
 
 
 def _best_checkpoint(last: Path, config: Namespace) -> Path:
@@ -111,8 +130,8 @@ def _versions_folder(config: Namespace) -> Path:
     return Path(settings.get("save_dir") or config.trainer.default_root_dir) / str(settings.get("name") or "")
 
 
-def _version(path: Path) -> tuple[int, str]:
-    number = path.parent.parent.name.removeprefix("version_")
+def _version(folder: Path) -> tuple[int, str]:
+    number = folder.name.removeprefix("version_")
     return int(number) if number.isdigit() else -1, number
 
 
