@@ -17,6 +17,7 @@ from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, coefficient, key
 
 NUMEL = 549  # an odd number, and more than a block of the interpreter's
+SIZES = (32, 0, 1600, 37, 16, 2 * NUMEL, 1584, 48)  # of several tensors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Shape = Literal["scaled", "masked"] | None
@@ -115,19 +116,32 @@ def add_delta(loops: Any, device: str, dtype: torch.dtype, rest: torch.dtype | N
     return (weight,) if low is None else (weight, low)
 
 
+def perturb_each(loops: Any, device: str, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind):
+    """Tensors as for `add_to_each`, of which every second one is zero."""
+    weights = [any_bits(NUMEL, dtype, numel).repeat(3)[:numel].to(device) for numel in SIZES]
+    outs = [torch.empty_like(weight, dtype=out) for weight in weights]
+    weights = [None if i % 2 else weight for i, weight in enumerate(weights)]
+    loops.perturb_each(outs, weights, *noise_of_each(queries, kind, device), kind)
+    return outs
+
+
+def noise_of_each(queries: int, kind: NoiseKind, device: str) -> tuple[Any, list[Tensor]]:
+    """Keys, rows of one table, and one table of coefficients."""
+    keys = [[key(0, 1, query, str(numel)) for query in range(queries)] for numel in SIZES]
+    coefficients = noise(queries, kind, device)["coefficients"]
+    return torch.tensor(keys, dtype=torch.int32).to(device).unbind(), [coefficients] * len(SIZES)
+
+
 def add_to_each(loops: Any, device: str, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind):
     """Tensors of no element, of some, of several chunks, of an odd number, and not aligned; with and without decay."""
-    found, sizes = [], (32, 0, 1600, 37, 16, 2 * NUMEL, 1584, 48)
-    for numel in sizes:
+    found = []
+    for numel in SIZES:
         weight, low = stored(dtype, rest, device)
         found.append((weight.repeat(3)[:numel], None if low is None else low.repeat(3)[:numel]))
     found[4] = tuple(None if tensor is None else torch.cat([tensor[:1], tensor])[1:] for tensor in found[4])
     weights, rests = zip(*found, strict=True)
-    keys = [[key(0, 1, query, str(numel)) for query in range(queries)] for numel in sizes]
-    keys = torch.tensor(keys, dtype=torch.int32)
-    coefficients = [noise(queries, kind, device)["coefficients"]] * len(sizes)
     decays = [1.0, 1.0, 0.9, 0.9, 0.9, 1.0, 1.0, 0.9]
-    loops.add_to_each(weights, keys.to(device).unbind(), coefficients, decays, rests, kind)
+    loops.add_to_each(weights, *noise_of_each(queries, kind, device), decays, rests, kind)
     return (*weights, *(rest for rest in rests if rest is not None))
 
 

@@ -62,10 +62,19 @@ class LowRank:
         torch.addmm(F.embedding(rows, table), F.embedding(rows, left), right.T, out=out)
 
     def product(
-        self, func: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        func: Callable[..., Tensor],
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        core: Tensor | None = None,
     ) -> Tensor | None:
-        """Output of a product with the perturbed weight; see :func:`stacked_product`."""
-        return stacked_product([self], func, inputs, weight, [bias])
+        """Output of a product with the perturbed weight; see :func:`stacked_product`.
+
+        Args:
+            core: what :meth:`write_core` writes, where somebody has it.
+        """
+        return stacked_product([self], func, inputs, weight, [bias], None if core is None else core[None])
 
 
 def stacked_product(
@@ -74,6 +83,7 @@ def stacked_product(
     inputs: Tensor,
     weight: Tensor,
     biases: Sequence[Tensor | None],
+    cores: Tensor | None = None,
 ) -> Tensor | None:
     """Output of a product whose rows come in groups of one size, each with a perturbation of its own.
 
@@ -85,6 +95,7 @@ def stacked_product(
         inputs: (..., n), or (k, m) for ``torch.addmm``.
         weight: (m, n), unperturbed.
         biases: of each group, added if any.
+        cores: of each group, (groups, *core shape), of the weight's dtype; made here where None.
 
     Returns:
         The output; None where building perturbed weights costs less.
@@ -105,9 +116,10 @@ def stacked_product(
         output = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
     dtype = output.dtype  # under autocast narrower than the weight
     count = len(groups)
-    cores = torch.empty(count, *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
-    for group, core in zip(groups, cores, strict=True):
-        group.write_core(core)
+    if cores is None:
+        cores = torch.empty(count, *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
+        for group, core in zip(groups, cores, strict=True):
+            group.write_core(core)
     cores = (cores.mT if is_linear else cores).to(dtype)
     thin = rows.to(dtype) if first is None else rows.to(dtype) @ first.to(dtype)
     # One product of a batch, which takes a fraction of the time of a product for each group.

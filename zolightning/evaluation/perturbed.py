@@ -26,11 +26,13 @@ from torch.overrides import TorchFunctionMode
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.pieces import is_cut, linear_in_pieces
-from zolightning.evaluation.scratch import Buffer, Scratch
+from zolightning.evaluation.scratch import Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
+_HOST = "cpu"  # the device whose loops cost no launch
 _CONTAINERS = (list, tuple)  # that a function may be handed parameters in
 # Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
 _VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -73,6 +75,8 @@ class Perturbed(TorchFunctionMode):
         self._forwards: list[tuple[dict[str, Any], Any]] = []  # of readers: attributes, and own `forward` or None
         self._is_paused = False
         self._is_watching = False
+        # What has been made at the first read of one of these, by device and id; None outside of the context
+        self._together: dict[torch.device, dict[int, Tensor]] | None = None
         self.seen: set[int] = set()  # ids of the parameters that some function has read
 
     def has_touched_any(self) -> bool:
@@ -125,9 +129,11 @@ class Perturbed(TorchFunctionMode):
                         else partial(self._watch, module.forward)
                     )
             self._restore = restore.pop_all()
+        self._together = {}
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._together = None
         self._restore.__exit__(*exception)
 
     def _give_forwards_back(self) -> None:
@@ -182,6 +188,8 @@ class Perturbed(TorchFunctionMode):
         output = func(*args, **kwargs)
         if taken:
             self.scratch.give_back(taken, output)  # a view keeps its buffer; the next call gets a new one
+        for device in self._together or ():
+            self.scratch.together(device).spare(output)
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
@@ -206,17 +214,34 @@ class Perturbed(TorchFunctionMode):
             return value
         return self._copy(value, perturbation, taken)
 
-    def _copy(self, weight: nn.Parameter, perturbation: Perturbation, taken: list[Buffer]) -> nn.Parameter:
+    def _copy(self, weight: nn.Parameter, perturbation: Perturbation, taken: list[Buffer]) -> Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 stored = weight.detach().contiguous()
                 perturbed = torch.empty_like(stored)
                 perturbation.add_to(stored, perturbed)
                 return nn.Parameter(perturbed, weight.requires_grad)
+        made = self._made(weight)
+        if made is not None:
+            return made
         taken.append(buffer := self.scratch.take(weight.device))
         out = buffer.tensor(weight.shape, weight.dtype, weight.requires_grad)
         perturbation.add_to(weight if weight.is_contiguous() else weight.contiguous(), out)
         return out
+
+    def _made(self, parameter: nn.Parameter) -> Tensor | None:
+        """A perturbed vector, or the perturbed core of a matrix, on a GPU; None of what is made by itself.
+
+        Not in a recording of a CUDA graph, where a launch costs the host nothing.
+        """
+        device = parameter.device
+        if self._together is None or device.type == _HOST or torch.is_grad_enabled():
+            return None
+        if device not in self._together:
+            is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            watched = ((p, change) for p, change in self.perturbations.items() if id(p) in self._perturbations)
+            self._together[device] = {} if is_recorded else self.scratch.together(device).make(watched)
+        return self._together[device].get(id(parameter))
 
     def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
         """``F.linear`` of perturbed tensors, the function that is called most often."""
@@ -266,7 +291,8 @@ class Perturbed(TorchFunctionMode):
         if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._perturbations:
             return None
         taken: list[Buffer] = []
-        output = perturbation.product(func, inputs, weight.detach(), self.exchange(bias, taken))
+        bias = self.exchange(bias, taken)
+        output = perturbation.product(func, inputs, weight.detach(), bias, self._made(weight))
         if output is not None:
             self.seen.add(id(weight))
         self.scratch.give_back(taken)

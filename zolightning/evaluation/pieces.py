@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.dense import Direction
-from zolightning.evaluation.scratch import PIECE_BYTES, Buffer, pieces
+from zolightning.evaluation.buffer import Buffer
+from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
 
 def is_cut(weight: Tensor) -> bool:

@@ -3,49 +3,13 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from zolightning.evaluation.buffer import Buffer
+from zolightning.evaluation.together import Together
 
 # A larger matrix is perturbed and multiplied in pieces of rows: an output layer has as many as the vocabulary.
 PIECE_BYTES = 64 * 2**20
-
-
-class Buffer:
-    """Bytes that grow to the largest tensor asked for, and the tensors that have been made of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
-        self._made: dict[tuple[torch.Size, torch.dtype, bool], nn.Parameter] = {}
-
-    def tensor(self, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
-        """A contiguous parameter in this memory, the same object for the same arguments.
-
-        Torch takes other paths for weights that require gradients (matmul folds its batch), hence the last argument.
-        """
-        found = self._made.get((shape, dtype, requires_grad))
-        return self._make(shape, dtype, requires_grad) if found is None else found
-
-    @torch.inference_mode(False)  # whoever reads it first may be in that mode, and others not
-    def _make(self, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
-        size = shape.numel() * dtype.itemsize
-        if size > len(self._bytes):
-            self._made.clear()
-            del self._bytes  # freed before there is more
-            self._bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
-        made = nn.Parameter(self._bytes[:size].view(dtype).view(shape), requires_grad)
-        self._made[shape, dtype, requires_grad] = made
-        return made
-
-    def holds(self, output: object) -> bool:
-        """Whether what a function returned may lie in this memory."""
-        if isinstance(output, list | tuple):
-            return any(self.holds(value) for value in output)
-        if output is None or isinstance(output, bool | int | float):
-            return False
-        try:
-            return output.untyped_storage().data_ptr() == self._bytes.data_ptr()  # type: ignore[attr-defined]
-        except (AttributeError, NotImplementedError):  # not a tensor, or one without memory of its own (vmap, sparse)
-            return True
 
 
 class Scratch:
@@ -53,6 +17,11 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: dict[torch.device, list[Buffer]] = {}
+        self._together: dict[torch.device, Together] = {}
+
+    def together(self, device: torch.device) -> Together:
+        """What the small tensors of an evaluation lie in."""
+        return self._together.setdefault(device, Together(device))
 
     def take(self, device: torch.device) -> Buffer:
         """A buffer that nobody else has; the one that was given back last, so that each keeps its size."""

@@ -71,6 +71,33 @@ def perturb(
     backend.perturb(out, weight, keys, coefficients, kind, start, curvature, threshold)
 
 
+def perturb_each(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    keys: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    kind: NoiseKind,
+) -> None:
+    """:func:`perturb` for each of several weights: in few launches on a GPU, which cost as much as large weights.
+
+    Args:
+        outs: of any dtypes and devices, in memory that they do not share.
+        weights: of the shape of each; zeros where None.
+        keys: of each weight, as for :func:`perturb`; `coefficients`, too.
+        kind: of all.
+    """
+    together = []
+    for one in zip(outs, weights, keys, coefficients, strict=True):
+        out, weight, key, table = one
+        if out.device.type == "cuda" and _backend(out, *_tensors(weight)) is not torch_loops:
+            together.append(one)
+        else:
+            perturb(out, torch.zeros_like(out) if weight is None else weight, key, table, kind)
+    loops = _triton_loops() if together else None
+    if loops is not None:
+        loops.perturb_each(*zip(*together, strict=True), kind=kind)
+
+
 def perturb_both(
     plus: Tensor,
     minus: Tensor,
@@ -156,7 +183,7 @@ def add_to_each(
     rests: Sequence[Tensor | None],
     kind: NoiseKind,
 ) -> None:
-    """:func:`add` to each of several weights: on CUDA devices in a few launches, which cost as much as large weights.
+    """:func:`add` to each of several weights: in a few launches on a GPU, where each costs as much as a large weight.
 
     Args:
         weights: (n,) each, of any dtypes and devices, in memory that they do not share.

@@ -143,8 +143,10 @@ def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit(do_not_specialize=["queries", "start"], do_not_specialize_on_alignment=["keys", "coefficients"])
 def perturb(
     plus,
-    minus,
     weight,
+    tensors,
+    chunks,
+    minus,
     curvature,
     threshold,
     keys,
@@ -157,12 +159,22 @@ def perturb(
     POPC: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
+    """Without a weight it is zero. With `tensors`, `plus` and `weight` are the first of them, for their types."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
+    if tensors is not None:
+        row, first = _place(tensors, chunks, CHUNK, BLOCK)
+        plus, numel, keys = _address(row, plus), tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
+        if weight is not None:
+            weight = _address(row + 1, weight)
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
     noise, _ = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
-    value = _wide(tl.load(weight + at, mask=inside), INTERPRETED)
+    if weight is not None:
+        value = _wide(tl.load(weight + at, mask=inside), INTERPRETED)
+    else:
+        value = tl.zeros((BLOCK,), tl.float32)
     shaped = _shaped(noise, value, curvature, threshold, at, inside)
     tl.store(plus + at, _rounded(value + shaped, plus.dtype.element_ty, INTERPRETED), mask=inside)
     if minus is not None:

@@ -11,7 +11,7 @@ before the import, the same source runs on CPU tensors, slowly, in NumPy.
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def available(*tensors: Tensor, start: int = 0) -> bool:
 
 def perturb(
     out: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     keys: Tensor,
     coefficients: Tensor,
     kind: NoiseKind,
@@ -46,8 +46,22 @@ def perturb(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    arguments = (out, None, weight, curvature, threshold)
-    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start)
+    arguments = (out, weight, None, None, None, curvature, threshold)
+    _run(triton_kernels.perturb, out, arguments, keys, coefficients, kind, start, CHUNK=_CHUNK)
+
+
+def perturb_each(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    keys: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    kind: NoiseKind,
+) -> None:
+    groups, others = _grouped(zip(outs, weights, keys, coefficients, strict=True))
+    for out, weight, key, table in others:
+        perturb(out, weight, key, table, kind)
+    for members in groups:
+        _launch_for_each(triton_kernels.perturb, members, (None, None, None), kind)
 
 
 def perturb_both(
@@ -65,8 +79,8 @@ def perturb_both(
         perturb(plus, weight, keys, coefficients, kind, start, curvature, threshold)
         perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
         return
-    arguments = (plus, minus, weight, curvature, threshold)
-    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start)
+    arguments = (plus, weight, None, None, minus, curvature, threshold)
+    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start, CHUNK=_CHUNK)
 
 
 def perturb_rows(
@@ -111,25 +125,12 @@ def add_to_each(
     rests: Sequence[Tensor | None],
     kind: NoiseKind,
 ) -> None:
-    """One launch for all that differ in their memory and keys only, but for those that it cannot read fast."""
-    together = defaultdict(list)
-    for one in zip(weights, keys, coefficients, decays, rests, strict=True):
-        weight, key, table, decay, rest = one
-        if (weight.data_ptr() | (0 if rest is None else rest.data_ptr()) | weight.numel()) % 16:
-            add(weight, key, table, kind, decay, rest)
-        else:
-            alike = weight.device, weight.dtype, None if rest is None else rest.dtype, id(table), decay
-            together[alike].append(one)
-    for members in together.values():
-        weight, key, table, decay, rest = members[0]
-        _launch_for_each(
-            triton_kernels.add,
-            [(weight, rest, key) for weight, key, _, _, rest in members],
-            (decay, None),
-            table,
-            kind,
-            DECAYS=decay != 1.0,
-        )
+    groups, others = _grouped(zip(weights, rests, keys, coefficients, decays, strict=True))
+    for weight, rest, key, table, decay in others:
+        add(weight, key, table, kind, decay, rest)
+    for members in groups:
+        *_, decay = members[0]
+        _launch_for_each(triton_kernels.add, members, (decay, None), kind, DECAYS=decay != 1.0)
 
 
 def add_curved(
@@ -183,34 +184,44 @@ def _run(
     _launch(kernel, (triton.cdiv(numel, _BLOCK),), weight, *arguments, *noise, numel, **constants, BLOCK=_BLOCK)
 
 
+def _grouped(each: Iterable[tuple[Any, ...]]) -> tuple[list[list[tuple[Any, ...]]], list[tuple[Any, ...]]]:
+    """What one launch can do, and what takes a launch each, see the kernels.
+
+    Args:
+        each: a tensor, what is beside it, if anything is, its keys and coefficients, and what else a launch has once.
+    """
+    groups, others = defaultdict(list), []
+    for one in each:
+        tensor, beside, _, coefficients, *more = one
+        if (tensor.data_ptr() | (0 if beside is None else beside.data_ptr()) | tensor.numel()) % 16:
+            others.append(one)
+        else:
+            alike = tensor.device, tensor.dtype, None if beside is None else beside.dtype, id(coefficients), *more
+            groups[alike].append(one)
+    return list(groups.values()), others
+
+
 def _launch_for_each(
-    kernel: Any,
-    members: Sequence[tuple[Tensor, Tensor | None, Tensor]],
-    arguments: tuple[Any, ...],
-    coefficients: Tensor,
-    kind: NoiseKind,
-    **constants: Any,
+    kernel: Any, members: Sequence[tuple[Any, ...]], arguments: tuple[Any, ...], kind: NoiseKind, **constants: Any
 ) -> None:
-    """Launches a kernel once over the elements of several tensors, what is beside each, and their keys."""
-    tensor, beside, keys = members[0]
-    tensors, chunks = _tables(
-        tuple(
-            (
-                one.data_ptr(),
-                0 if other is None else other.data_ptr(),
-                one.numel(),
-                (key.data_ptr() - keys.data_ptr()) // keys.element_size(),
-            )
-            for one, other, key in members
-        ),
-        tensor.device,
-    )
+    """Launches a kernel once for all that :func:`_grouped` has put together."""
+    first, beside, keys, coefficients, *_ = members[0]
+    entries = [
+        (
+            tensor.data_ptr(),
+            0 if other is None else other.data_ptr(),
+            tensor.numel(),
+            (key.data_ptr() - keys.data_ptr()) // keys.element_size(),
+        )
+        for tensor, other, key, *_ in members
+    ]
+    tensors, chunks = _tables(tuple(entries), first.device)
     if not len(chunks):
         return
     queries = keys.shape[0]
     constants |= _constants(queries, kind)
-    arguments = (tensor, beside, tensors, chunks, *arguments, keys, coefficients, queries, 0, 0)
-    _launch(kernel, (len(chunks) * _CHUNK,), tensor, *arguments, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
+    arguments = (first, beside, tensors, chunks, *arguments, keys, coefficients, queries, 0, 0)
+    _launch(kernel, (len(chunks) * _CHUNK,), first, *arguments, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,0 +1,74 @@
+"""Small perturbed tensors of an evaluation, made together: on a GPU in a few launches instead of one for each.
+
+A launch takes the host as long as the device needs for a matrix of millions of elements, and most parameters of a
+language model are vectors. So are, nearly, the cores of low-rank perturbations.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from zolightning import kernels
+from zolightning.directions.dense import Direction
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.buffer import Buffer
+
+_MOST = 2**17  # elements: larger tensors are worth a launch, and memory that others take after them
+_ALIGNMENT = 16  # bytes, which threads read and write at once
+
+
+class Together(Buffer):
+    """Memory for the small perturbed tensors of an evaluation, which those of the next one take over."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._layout: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
+        self._tensors: list[nn.Parameter] = []
+
+    def make(self, perturbations: Iterable[tuple[nn.Parameter, Perturbation | None]]) -> dict[int, Tensor]:
+        """Perturbed vectors, and perturbed cores of matrices in the matrices' dtype, by the id of their parameter.
+
+        Noise is of one kind.
+        """
+        found: list[tuple[nn.Parameter, Tensor | None, Direction]] = []
+        layout = []
+        for parameter, change in perturbations:
+            source, direction, shape, requires_grad = _small(parameter, change)
+            if direction is not None and math.prod(shape) <= _MOST and parameter.device == self.device:
+                found.append((parameter, source, direction))
+                layout.append((shape, parameter.dtype, requires_grad))
+        if layout != self._layout:
+            self._lay_out(layout)
+        if found:
+            sources, directions = [source for _, source, _ in found], [direction for *_, direction in found]
+            keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
+            kernels.perturb_each(self._tensors, sources, keys, coefficients, directions[0].kind)
+        return {id(parameter): made for (parameter, _, _), made in zip(found, self._tensors, strict=True)}
+
+    def spare(self, output: object) -> None:
+        """Takes other memory from the next evaluation on, if what a function has returned lies in this one."""
+        if self.holds(output):
+            self._layout, self._tensors = [], []
+
+    @torch.inference_mode(False)
+    def _lay_out(self, layout: list[tuple[tuple[int, ...], torch.dtype, bool]]) -> None:
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype, _ in layout]
+        places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        self._bytes = torch.empty(sum(places), dtype=torch.uint8, device=self.device)
+        self._layout, self._tensors = layout, []
+        for part, size, (shape, dtype, requires_grad) in zip(self._bytes.split(places), sizes, layout, strict=True):
+            self._tensors.append(nn.Parameter(part[:size].view(dtype).view(shape), requires_grad))
+
+
+def _small(
+    parameter: nn.Parameter, change: Perturbation | None
+) -> tuple[Tensor | None, Direction | None, tuple[int, ...], bool]:
+    """What a direction is added to (zeros where None), the direction if there is a tensor to be made, and its shape."""
+    if type(change) is Direction and parameter.ndim < 2 and parameter.is_contiguous():
+        return parameter, change, tuple(parameter.shape), parameter.requires_grad
+    if isinstance(change, LowRank) and change.direction is not None:
+        return change.pending, change.direction, change.basis.core_shape(change.shape), False
+    return None, None, (), False
