@@ -19,8 +19,9 @@ from networks import (
     values,
     written_to_the_weights,
 )
+from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import FlippedBit, find_unseen
+from zolightning.evaluation.reads import find_unseen
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -17,8 +17,9 @@ from networks import (
     values,
     written_to_the_weights,
 )
+from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import FlippedBit, find_readers, find_unseen
+from zolightning.evaluation.reads import find_readers, find_unseen
 from zolightning.evaluation.scratch import Scratch
 
 pytestmark = pytest.mark.usefixtures("no_grad")

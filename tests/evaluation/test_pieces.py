@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from networks import TiedHead, applied, perturbations, values, written_to_the_weights
-from zolightning.directions.dense import Direction
+from zolightning.directions.basis import Basis
+from zolightning.directions.dense import Direction, directions
+from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.low_rank import LowRank
 from zolightning.evaluation import pieces as pieces_file
+from zolightning.evaluation import row_groups as row_groups_file
 from zolightning.evaluation import scratch as scratch_file
 from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.row_groups import RowGroups
 from zolightning.evaluation.scratch import Scratch, pieces, scratch_bytes
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -20,7 +25,7 @@ ROW = 7 * 4  # bytes of a row of 7 float32
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight rows, at most."""
-    for file in (pieces_file, scratch_file):
+    for file in (pieces_file, row_groups_file, scratch_file):
         monkeypatch.setattr(file, "PIECE_BYTES", 8 * ROW + 3)
 
 
@@ -78,6 +83,32 @@ def test_a_tied_table_takes_the_memory_of_a_piece() -> None:
         torch.testing.assert_close(loss(net), expected)
     (free,) = scratch._free.values()
     assert max(len(buffer._bytes) for buffer in free) <= scratch_bytes(net.parameters()) < net.head.weight.nbytes
+
+
+class TestOtherChanges:
+    """Than dense directions: what finds out where weights are read, and what low-rank methods add."""
+
+    @pytest.fixture(params=["flipped bit", "left", "right", "both", "pending alone"])
+    def change(self, request: pytest.FixtureRequest) -> FlippedBit | LowRank:
+        if request.param == "flipped bit":
+            return FlippedBit()
+        left, right = values(21, 2).double() if request.param != "right" else None, values(7, 3).double()
+        basis = Basis(left, None if request.param == "left" else right)
+        core = torch.randn(basis.core_shape((21, 7)), dtype=torch.float64)
+        direction = directions({"w": core}, 0, 0, {0: 0.1}, "gaussian")["w"]
+        return LowRank(basis, (21, 7), core, None if request.param == "pending alone" else direction)
+
+    @pytest.mark.parametrize("rows", [3, 24])  # of input: of many a low-rank product is that with a weight built
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_no_more_than_a_piece_is_in_memory(self, change: FlippedBit | LowRank, rows: int, groups: int) -> None:
+        layer, inputs, scratch = nn.Linear(7, 21).double(), values(groups * rows, 7).double(), Scratch()
+        change.add_to(layer.weight.detach(), whole := torch.empty(21, 7, dtype=torch.float64))
+        expected = nn.functional.linear(inputs, whole, layer.bias)
+        each = [Perturbed({layer.weight: change}, scratch=scratch) for _ in range(groups)]
+        with each[0] if groups == 1 else RowGroups(each, groups * rows, {}):
+            torch.testing.assert_close(layer(inputs), expected)
+        buffers = [buffer for free in scratch._free.values() for buffer in free]
+        assert sum(len(buffer._bytes) for buffer in buffers) <= scratch_bytes(layer.parameters()) < whole.nbytes
 
 
 def test_autograd_has_the_whole_matrix() -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import FlippedBit, find_readers
+from zolightning.evaluation.reads import find_readers
 from zolightning.optim import MeZO, SubZero
 
 X = torch.linspace(-1, 1, 12).view(3, 4)

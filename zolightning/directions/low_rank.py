@@ -48,9 +48,12 @@ class LowRank:
         shape = self.basis.core_shape(self.shape)
         return self.basis.factors(self.write_core(torch.empty(shape, dtype=like.dtype, device=like.device)))
 
-    def add_to(self, weight: Tensor, out: Tensor) -> None:
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        """As any perturbation; of an (m, n) parameter `weight` may be some rows, from element `start` on."""
         left, right = self.factors(weight)
-        torch.addmm(weight.view(self.shape), left, right.T, out=out.view(self.shape))
+        columns = self.shape[1]
+        rows, first = weight.view(-1, columns), start // columns
+        torch.addmm(rows, left[first : first + len(rows)], right.T, out=out.view(-1, columns))
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         if table.shape != self.shape:

@@ -23,11 +23,10 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.buffer import Buffer
-from zolightning.evaluation.pieces import is_cut, linear_in_pieces
+from zolightning.evaluation.pieces import ByRows, is_cut, linear_in_pieces
 from zolightning.evaluation.scratch import Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
@@ -258,7 +257,7 @@ class Perturbed(TorchFunctionMode):
             bias = self.exchange(bias, taken)
         if perturbation is None:
             output = F.linear(inputs, self.exchange(weight, taken), bias)
-        elif isinstance(perturbation, Direction) and is_cut(weight):
+        elif isinstance(perturbation, ByRows) and is_cut(weight):
             self.seen.add(id(weight))
             taken.append(buffer := self.scratch.take(weight.device))
             output = linear_in_pieces(inputs, weight, bias, perturbation, buffer)

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.dense import Direction
+from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.low_rank import LowRank
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
+
+ByRows = Direction | LowRank | FlippedBit  # changes that can be written to some rows of a matrix
 
 
 def is_cut(weight: Tensor) -> bool:
@@ -21,22 +25,22 @@ def is_cut(weight: Tensor) -> bool:
 
 
 def linear_in_pieces(
-    inputs: Tensor, weight: nn.Parameter, bias: Tensor | None, direction: Direction, buffer: Buffer
+    inputs: Tensor, weight: nn.Parameter, bias: Tensor | None, change: ByRows, buffer: Buffer
 ) -> Tensor:
-    """``F.linear(inputs, weight + direction, bias)``.
+    """``F.linear(inputs, weight + change, bias)``.
 
     Args:
         inputs: (..., n).
         weight: (m, n), for which :func:`is_cut`.
         bias: (m,), perturbed already, if any.
-        direction: of the weight.
+        change: of the weight.
         buffer: what the pieces lie in, one after the other.
     """
     output = None
     for part in pieces(weight, PIECE_BYTES):
         rows = weight[part]
         piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
-        direction.add_to(rows, piece, start=part.start * weight.shape[1])
+        change.add_to(rows, piece, start=part.start * weight.shape[1])
         columns = F.linear(inputs, piece, None if bias is None else bias[part])
         if output is None:  # whose dtype autocast chooses
             output = columns.new_empty(*inputs.shape[:-1], len(weight))

@@ -8,34 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import directions
+from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.perturbed import Perturbed
 
 # Modules, and the parameters that each owns, or has read in its own forward
 Readers = dict[nn.Module, frozenset[nn.Parameter]]
 
 _TRIAL_EPS = 1e-2  # above the spacing of bf16 numbers near 1, where the gains of norms lie
-
-
-class FlippedBit:
-    """Changes every element by about 3 % by flipping one bit of its mantissa: exact to undo, and free of memory."""
-
-    _MANTISSA = {torch.float64: (52, torch.int64), torch.float32: (23, torch.int32)} | {
-        torch.bfloat16: (7, torch.int16),
-        torch.float16: (10, torch.int16),
-    }
-
-    def flip_(self, weight: Tensor) -> None:
-        """Flips the bit in place; a second call restores the weight."""
-        bits, integer = self._MANTISSA[weight.dtype]
-        weight.view(integer).bitwise_xor_(1 << (bits - 5))
-
-    def add_to(self, weight: Tensor, out: Tensor) -> None:
-        out.copy_(weight)
-        self.flip_(out)
-
-    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
-        out.copy_(table[rows])
-        self.flip_(out)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
+from zolightning.evaluation.pieces import ByRows
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
@@ -98,7 +99,7 @@ class RowGroups(Perturbed):
     ) -> Tensor | None:
         """The output of a product, into which that of each group with its own weight is written; None for other calls.
 
-        ``F.linear`` by dense directions goes in pieces of the weight's rows, so that the weights of two groups together
+        ``F.linear`` goes in pieces of the weight's rows, so that the weights of two groups together
         take at most ``PIECE_BYTES``.
         """
         weight, inputs, bias = factors_of(func, args)
@@ -120,8 +121,8 @@ class RowGroups(Perturbed):
         parts, columns = rows.chunk(len(self.groups)), output.chunk(len(self.groups))
         biases = self._vectors(bias)
         changes = self._changes(weight)
-        is_dense = all(isinstance(change, Direction | None) for change in changes)
-        cut = pieces(weight, PIECE_BYTES // 2) if is_linear and is_dense else [slice(0, len(weight))]
+        is_cut = is_linear and all(isinstance(change, ByRows | None) for change in changes)
+        cut = pieces(weight, PIECE_BYTES // 2) if is_cut else [slice(0, len(weight))]
         for piece in cut:
             for index, matrix in self._matrices(weight, changes, piece):
                 if not is_linear:
@@ -210,12 +211,12 @@ def _perturbed(
     if change is None:
         return [stored]
     start = first_row * stored[0].numel() if first_row else 0
-    if not isinstance(change, Direction):
-        change.add_to(stored, outs[0])
-    elif len(outs) == 1:
+    if len(outs) == 2 and isinstance(change, Direction):
+        change.add_both(stored, outs[0], outs[1], start)
+    elif isinstance(change, ByRows):
         change.add_to(stored, outs[0], start)
     else:
-        change.add_both(stored, outs[0], outs[1], start)
+        change.add_to(stored, outs[0])
     return outs
 
 

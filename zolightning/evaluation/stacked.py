@@ -18,10 +18,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.reads import FlippedBit
 from zolightning.evaluation.row_groups import CannotStack, RowGroups, perturbed_by, tensors_in
 from zolightning.evaluation.shared_prefix import replaced_forward
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import arithmetic
-from zolightning.kernels.compiled import chunks
+from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.messages import some
 from zolightning.optim.deferred import defer
 from zolightning.optim.moments import CHUNK
@@ -252,7 +252,7 @@ class SubspaceWeights(SubspaceBases):
         columns = other.shape[0]
         pieces = (
             (part.start * columns, (one[part] @ other.T).flatten())
-            for part in chunks(one.shape[0], max(1, CHUNK // columns))
+            for part in chunks(one.shape[0], max(1, max(CHUNK, chunk_size(weight)) // columns))
         )
         if self.offload_low_words:
             add_offloaded(weight, state, pieces, self.update_precision)
