@@ -13,7 +13,7 @@ import zolightning
 
 
 def run_program(path: str, folder: Path) -> Path:
-    """Runs a program that forks ranks, with a folder to write to, which is returned."""
+    """Runs a program that forks ranks, with a folder to write to, which is returned; its log is ``log.txt`` there."""
     started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
     environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
     paths = (Path(zolightning.__file__).parents[1], Path(path).parent)
@@ -22,6 +22,7 @@ def run_program(path: str, folder: Path) -> Path:
         [sys.executable, path, str(folder)], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "log.txt").write_text(done.stderr)
     return folder
 
 

@@ -23,6 +23,7 @@ from zolightning.callbacks import (
     BlockCoordinateDescent,
     KeepLedger,
     MomentumTransport,
+    RunOverview,
     SubspaceResampling,
     ZerothOrder,
 )
@@ -154,7 +155,7 @@ def train(name: str, ranks: int, folder: Path) -> None:
         callbacks += [BlockCoordinateDescent(Bandit(step_size=0.5), interval=2, patterns=options["blocks"])]
     trainer = make_trainer(
         ranks,
-        [*callbacks, recorder, ledger],
+        [*callbacks, recorder, ledger, RunOverview()],
         options.get("strategy") or ZerothOrderDDP(perturbation_parallel_size=size, check_interval=3),
         precision=options.get("precision", "32-true"),
         use_distributed_sampler=False,

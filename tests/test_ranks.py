@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -24,7 +25,7 @@ SPLIT = [name for name in RUNS if name not in SHARED]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each run left on rank r of n, by (run, r, n)."""
     folder = run_program(rank_runs.__file__, tmp_path_factory.mktemp("ranks"))
-    found = {}
+    found = {("log", 0, 0): {"text": (folder / "log.txt").read_text()}}
     for path in folder.glob("*.pt"):
         name, rank, _, ranks = path.stem.rsplit("-", 3)
         found[name, int(rank), int(ranks)] = torch.load(path, weights_only=True)
@@ -126,6 +127,12 @@ def test_lightnings_sampler_gives_a_group_the_same_rows_and_validation_other_one
     assert torch.equal(validated.sort(0)[0], one["validated"].sort(0)[0])
 
 
+def test_the_first_words_of_a_run_say_what_each_rank_does(results: Results) -> None:
+    log = results["log", 0, 0]["text"]
+    assert "ranks   4: 2 parts of a batch x 2 parts of a step's evaluations" in log
+    assert "ranks   2: 2 parts of a batch\n" in log and "3 forward passes, 2 of them on the first rank;" in log
+
+
 @pytest.mark.parametrize("rank", range(4))
 def test_what_cannot_be_is_refused_before_the_first_step(results: Results, rank: int) -> None:
     refused = results["refused", rank, 4]
@@ -147,6 +154,43 @@ def test_groups_must_divide_the_ranks() -> None:
         L.Trainer(accelerator="cpu", devices=3, strategy=strategy)
 
 
+_NODES = {
+    "slurm": {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+    },
+    "torchrun": {
+        "TORCHELASTIC_RUN_ID": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "GROUP_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    },
+}
+
+
+@pytest.mark.parametrize("launcher", _NODES)
+def test_the_last_process_of_two_nodes_reads_the_rows_of_the_last_group(
+    launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # which a Trainer sets, and is to be what it was afterwards
+    for name, value in _NODES[launcher].items():
+        monkeypatch.setenv(name, value)
+    strategy = ZerothOrderDDP(perturbation_parallel_size=2)
+    trainer = L.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=strategy, logger=False)
+    assert (trainer.world_size, trainer.global_rank) == (4, 3)
+    assert trainer.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
+    assert strategy.layout.perturbation_rank(trainer.global_rank) == 1
+
+
 def test_a_layout_says_what_each_rank_does() -> None:
     layout = Layout(8, 2)
     assert [(layout.data_rank(rank), layout.perturbation_rank(rank)) for rank in range(5)] == [
@@ -156,7 +200,7 @@ def test_a_layout_says_what_each_rank_does() -> None:
         (1, 1),
         (2, 0),
     ]
-    assert str(layout) == "8: 4 parts of batch x 2 parts of evaluations"
+    assert str(layout) == "8: 4 parts of a batch x 2 parts of a step's evaluations"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])

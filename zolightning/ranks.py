@@ -48,9 +48,9 @@ class Layout:
         return rank % self.perturbation_parallel_size
 
     def __str__(self) -> str:
-        parts = {"batch": self.data_parallel_size, "evaluations": self.perturbation_parallel_size}
+        parts = {"a batch": self.data_parallel_size, "a step's evaluations": self.perturbation_parallel_size}
         split = " x ".join(f"{count} parts of {name}" for name, count in parts.items() if count > 1)
-        return f"{self.world_size}: {split}"
+        return f"{self.world_size}: {split or 'one part'}"
 
 
 def layout_of(trainer: L.Trainer) -> Layout:

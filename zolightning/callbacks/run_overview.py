@@ -25,6 +25,7 @@ from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size,
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
 from zolightning.quantization import num_weights
+from zolightning.ranks import layout_of
 
 
 class RunOverview(Callback):
@@ -122,6 +123,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
         forwards = len(optimizer.estimator.probes(optimizer.num_queries))
         how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
+        if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
+            how += f", {-(-forwards // parts)} of them on the first rank"
         yield "a step", f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
         never = {parameter for blocks in _block_callbacks(trainer) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
@@ -143,6 +146,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
     for blocks in _block_callbacks(trainer):
         yield "blocks", blocks.describe()
+    if trainer.world_size > 1:
+        yield "ranks", str(layout_of(trainer))
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
         yield "goes to", folder
