@@ -90,6 +90,7 @@ METHODS: dict[str, Method] = {
     "subzero": partial(SubZero, lr=0.02, rank=3),
     "subzero-paper": partial(SubZero, lr=0.02, rank=3, scaling="paper", noise="rademacher"),
     "subzero-momentum": partial(SubZero, lr=0.02, rank=3, momentum=0.8),
+    "lozo-adam": partial(LOZO, lr=0.05, rank=3, betas=(0.9, 0.95), normalize_directions=True),
     "subzero-adam": partial(
         SubZero, lr=0.05, rank=4, betas=(0.9, 0.95), vector_lr=0.02, num_queries=2, update_precision="low_byte"
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
-from zolightning.optim import LOZO, ZOMOPI, SubZero
+from zolightning.optim import LOZO, ZOMOPI
 
 
 class Spy(Callback):
@@ -51,7 +51,7 @@ def transported(
 
 METHODS = [
     partial(ZOMOPI, lr=0.05, rank=3, power_rank=2),
-    partial(SubZero, lr=0.05, rank=2, betas=(0.9, 0.95)),
+    partial(LOZO, lr=0.05, rank=2, betas=(0.9, 0.95), normalize_directions=True),
 ]
 
 

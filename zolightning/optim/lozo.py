@@ -31,9 +31,12 @@ class LOZO(SubspaceOptimizer):
         eps: perturbation scale of the core.
         rank: r.
         momentum: decay of the mean of core gradients, 0.9 in the paper's LOZO-M; 0 keeps none.
+        betas: Adam's decays, instead of `momentum`; its step is divided by r like any other. Biases and norms get
+            Adam's steps too.
         vector_lr: learning rate of biases and norms, in the units of MeZO's and without a division by r; None takes
             `lr`, which makes both SGD with one rate.
-        **common: num_queries, align_queries, estimator, noise, seed, update_precision, offload_low_words: see
+        **common: num_queries, align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
+            seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
@@ -47,12 +50,13 @@ class LOZO(SubspaceOptimizer):
         eps: float = 1e-3,
         rank: int = 2,
         momentum: float = 0.0,
+        betas: tuple[float, float] | None = None,
         vector_lr: float | None = None,
         **common: Any,
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "momentum": momentum}
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
         vector_lr = lr if vector_lr is None else vector_lr
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
-        return gradients / gradients.shape[-1]
+        return gradients if self.normalize_directions else gradients / gradients.shape[-1]

@@ -31,8 +31,8 @@ class MeZO(DenseDescent):
         momentum: decay of an exponential mean of the estimated gradients, ``m = momentum * m + (1 - momentum) * g``;
             0 keeps no state.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
-        normalize: divide projected gradients by their running RMS, so that `lr` is the RMS move of a weight a step
-            (MEAZO, arXiv 2605.03869: one scalar where Adam keeps a tensor).
+        normalize: divide projected gradients by their running RMS, so that `lr` is the RMS move of a weight a step, or
+            ``sqrt(num_queries)`` times it (MEAZO, arXiv 2605.03869: one scalar where Adam keeps a tensor).
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
         rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
         **common: num_queries, align_queries, estimator, noise, seed, update_precision: see

@@ -47,6 +47,11 @@ class SubspaceOptimizer(SubspaceWeights):
         noise: distribution of the cores and of dense directions.
         normalize: divide projected gradients by their running RMS (arXiv 2605.03869): steps in proportion to them then
             do not depend on the loss's scale; an orthogonalised step never does.
+        normalize_directions: scale directions so that the RMS of a weight's perturbation is `eps`, and that of its step
+            `lr` times the projected gradient (where a method orthogonalizes, or with Adam, `lr` itself; with several
+            queries or momentum, less by their mean), in matrices and vectors of every shape, whatever `rank` and the
+            bases are: as MeZO's are. Factors that are given are made as long as drawn ones, one number for all of
+            their columns. What a method's own formula divides or multiplies by is left out.
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
         rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
 
@@ -72,6 +77,7 @@ class SubspaceOptimizer(SubspaceWeights):
         vector_lr: float,
         noise: NoiseKind = "gaussian",
         normalize: bool = False,
+        normalize_directions: bool = False,
         clip: float | None = None,
         rms_decay: float = 0.99,
         **common: Any,
@@ -96,6 +102,7 @@ class SubspaceOptimizer(SubspaceWeights):
             "rms_decay": rms_decay,
         }
         self.noise: NoiseKind = noise
+        self.normalize_directions = normalize_directions
         super().__init__(params, shared | STATE | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,7 +117,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def direction_scale(self, matrix: Matrix) -> float:
         """What unit-variance cores are multiplied by to give directions."""
-        return 1.0
+        return self.unit_rms_scale(matrix) if self.normalize_directions else 1.0
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
         """The step per `lr` of the cores of several matrices.
@@ -122,7 +129,8 @@ class SubspaceOptimizer(SubspaceWeights):
             group: their hyperparameters.
 
         Returns:
-            A tensor of the shape of `gradients`.
+            A tensor of the shape of `gradients`. With `normalize_directions` these are of unit-variance cores, and the
+            step is multiplied by :meth:`direction_scale`: one that does not go by their size has RMS 1 then.
         """
         return gradients
 
@@ -175,20 +183,21 @@ class SubspaceOptimizer(SubspaceWeights):
             coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
             if group["vector_lr_ratio"]:
                 self._update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
-            cores = self._core_directions(matrices, record.seed, record.step, coefficients)
-            batches: dict[Hashable, list[str]] = {}
+            cores = self._core_directions(matrices, record.seed, record.step, coefficients, self.normalize_directions)
+            batches: dict[tuple[float, Hashable], list[str]] = {}
             for name, (parameter, matrix) in matrices.items():
                 core = self.core(parameter, matrix)
                 alike = self._is_turned(parameter), core.shape, core.dtype, core.device
-                batches.setdefault(alike, []).append(name)
-            for names in batches.values():
+                scale = self.direction_scale(matrix) if self.normalize_directions else 1.0  # else the gradient has it
+                batches.setdefault((scale, alike), []).append(name)
+            for (scale, _), names in batches.items():
                 parameters = [matrices[name][0] for name in names]
                 states = [self.state[parameter] for parameter in parameters]
                 moved = [state["core"] for state in states]
                 smoothed = self._smooth(states, moved, [cores[name] for name in names], group)
                 gradients, is_turned = torch.stack(smoothed), self._is_turned(parameters[0])
                 steps = self.core_step(gradients.mT.contiguous() if is_turned else gradients, states, group)
-                torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr)
+                torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr * scale)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         """What a record says of the gradient of a matrix, in the coordinates of the basis now: of the core's shape."""
@@ -267,10 +276,12 @@ class SubspaceOptimizer(SubspaceWeights):
         seed: int,
         step: int,
         coefficients: dict[int, float],
+        as_drawn: bool = False,
     ) -> dict[str, Direction]:
+        """The sums over queries of coefficients times cores, by name; `as_drawn` without :meth:`direction_scale`."""
         by_scale: dict[float, dict[str, Tensor]] = {}
         for name, (parameter, matrix) in matrices.items():
-            by_scale.setdefault(self.direction_scale(matrix), {})[name] = parameter
+            by_scale.setdefault(1.0 if as_drawn else self.direction_scale(matrix), {})[name] = parameter
         found: dict[str, Direction] = {}
         for scale, named in by_scale.items():
             scaled = {query: scale * value for query, value in coefficients.items()}

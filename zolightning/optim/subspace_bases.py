@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
@@ -36,6 +37,7 @@ class SubspaceBases(ZerothOrderOptimizer):
 
     sides: ClassVar[Sides]  # which factors a basis has
     unit: ClassVar[bool] = True  # columns are orthonormal, or Gaussian of unit variance
+    normalize_directions: bool  # an argument of SubspaceOptimizer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bases: dict[nn.Parameter, Basis] = {}
@@ -84,6 +86,11 @@ class SubspaceBases(ZerothOrderOptimizer):
             )
         return self._bases[parameter]
 
+    def unit_rms_scale(self, matrix: Matrix) -> float:
+        """What makes the elements of a lift of mean square 1, if those of its core are, in bases as they are drawn."""
+        sides = ("left", "right") if self.sides == "both" else (self.sides,)
+        return math.prod(self._mean_square(matrix, side) for side in sides) ** -0.5
+
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Their bases too, which are drawn again when they move again."""
         parameters = list(parameters)
@@ -118,6 +125,26 @@ class SubspaceBases(ZerothOrderOptimizer):
             for side, factor in factors.items()
             if factor is not None
         }
+
+    def _mean_square(self, matrix: Matrix, side: str) -> float:
+        """Squared length of a row of a drawn factor, on average."""
+        return matrix.rank / (matrix.rows if side == "left" else matrix.columns) if self.unit else float(matrix.rank)
+
+    def _as_long_as_drawn(self, parameter: nn.Parameter, basis: Basis) -> Basis:
+        """A basis that is given, with factors of such a length that lifts are as large as in drawn ones."""
+        matrix = self.matrix(parameter, self._group_of(parameter)["rank"])
+        if matrix is None:
+            return basis
+
+        def rescaled(side: str, factor: Tensor | None) -> Tensor | None:
+            if factor is None:
+                return None
+            own = side if self.sides == "both" else self.sides
+            wide = factor.to(arithmetic(factor.dtype))
+            length = self._mean_square(matrix, own) * len(factor)
+            return wide * (length / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)).sqrt()
+
+        return Basis(rescaled("left", basis.left), rescaled("right", basis.right))
 
     def _is_turned(self, parameter: nn.Parameter) -> bool:
         """Whether the factor of a matrix, of which the method has one, is on the other side than the method's own."""

@@ -27,7 +27,8 @@ class SubspaceMeZO(SubspaceOptimizer):
         momentum: decay of the mean of core gradients; 0 keeps none.
         betas: Adam's decays, instead of `momentum`; biases and norms get Adam's steps too.
         vector_lr: learning rate of biases and norms; None takes `lr`.
-        **common: num_queries, align_queries, estimator, noise, seed, update_precision, offload_low_words: see
+        **common: num_queries, align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
+            seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 

@@ -122,7 +122,7 @@ class SubspaceWeights(SubspaceBases):
         for state in self.state.values():
             state.pop("left", None), state.pop("right", None)
         for parameter, basis in given.items():
-            self._give(parameter, basis)
+            self._give(parameter, self._as_long_as_drawn(parameter, basis) if self.normalize_directions else basis)
         for group in self.param_groups:
             group["refresh"] += 1
         before = after = 0.0

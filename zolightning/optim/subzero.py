@@ -39,11 +39,12 @@ class SubZero(SubspaceOptimizer):
         lr: step size; the weight moves by ``lr * projected_grad`` along a direction.
         eps: perturbation scale, a multiple of the direction.
         rank: r.
-        scaling: "code" or "paper".
+        scaling: "code" or "paper"; with `normalize_directions` always "code".
         momentum: decay of the mean of core gradients; 0 keeps none.
         betas: Adam's decays, instead of `momentum`; SubZero+ has (0.9, 0.95). Biases and norms get Adam's steps too.
         vector_lr: learning rate of biases and norms; None takes `lr`.
-        **common: num_queries, align_queries, estimator, noise, seed, update_precision, offload_low_words: see
+        **common: num_queries, align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
+            seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
@@ -68,7 +69,8 @@ class SubZero(SubspaceOptimizer):
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def direction_scale(self, matrix: Matrix) -> float:
-        return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if self.scaling == "code" else 1.0
+        is_long = self.scaling == "code" or self.normalize_directions
+        return math.sqrt(matrix.rows * matrix.columns) / matrix.rank if is_long else 1.0
 
     def matrix(self, parameter: nn.Parameter, rank: int) -> Matrix | None:
         found = super().matrix(parameter, rank)

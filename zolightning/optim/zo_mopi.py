@@ -1,5 +1,6 @@
 """ZO-MOPI: momentum in a subspace, partially orthogonalized by streaming power iteration."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,7 +36,8 @@ class ZOMOPI(SubspaceOptimizer):
 
     Args:
         params: parameters or parameter groups.
-        lr: length of the step: each of the k singular values of a core's step, in weight units.
+        lr: length of the step: each of the k singular values of a core's step, in weight units; with
+            `normalize_directions` the RMS of a weight's step, whatever k is.
         eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
         rank: r.
         power_rank: k, at most `rank`; less where a matrix has fewer columns. The step grows with its root.
@@ -43,7 +45,8 @@ class ZOMOPI(SubspaceOptimizer):
         vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
             gradients (or their mean, with `momentum`): unlike that of matrices their step grows with the loss's scale.
         num_queries: directions a step.
-        **common: align_queries, estimator, noise, seed, update_precision, offload_low_words: see
+        **common: align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
+            seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
@@ -79,4 +82,4 @@ class ZOMOPI(SubspaceOptimizer):
         steps, right = power_iteration(gradients, torch.stack([state["right_basis"] for state in states]))
         for state, basis in zip(states, right, strict=True):
             state["right_basis"] = basis.clone()
-        return steps
+        return steps * math.sqrt(math.prod(steps.shape[1:]) / columns) if self.normalize_directions else steps

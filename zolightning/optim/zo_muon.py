@@ -1,5 +1,6 @@
 """ZO-Muon: orthogonalized zeroth-order gradients in a random subspace."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ class ZOMuon(SubspaceOptimizer):
 
     Args:
         params: parameters or parameter groups.
-        lr: length of the step: each of the r singular values of a core's step, in weight units.
+        lr: length of the step: each of the r singular values of a core's step, in weight units; with
+            `normalize_directions` the RMS of a weight's step.
         eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
         rank: r.
         orthogonalization: "newton_schulz" (five steps; singular values land in [0.68, 1.20]) or "svd" (exact).
@@ -41,7 +43,8 @@ class ZOMuon(SubspaceOptimizer):
         vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
             gradients: unlike that of matrices their step grows with the loss's scale.
         num_queries: directions a step.
-        **common: align_queries, estimator, noise, seed, update_precision, offload_low_words: see
+        **common: align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
+            seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
     """
 
@@ -65,4 +68,5 @@ class ZOMuon(SubspaceOptimizer):
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, num_queries=num_queries, **common)
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
-        return msign(gradients) if self.orthogonalization == "svd" else newton_schulz(gradients)
+        steps = msign(gradients) if self.orthogonalization == "svd" else newton_schulz(gradients)
+        return steps * math.sqrt(max(steps.shape[1:])) if self.normalize_directions else steps
