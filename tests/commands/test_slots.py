@@ -16,6 +16,8 @@ from zolightning.blocks import Bandit, Cyclic
 from zolightning.callbacks import (
     BlockCoordinateDescent,
     DominantLayer,
+    LearningRateControl,
+    LearningRateProbe,
     MomentumTransport,
     SubspaceResampling,
     ZerothOrder,
@@ -75,6 +77,13 @@ def test_flags_become_callbacks(build: Build) -> None:
     assert type(made).__name__ == "ZOMOPI" and made.param_groups[0]["lr"] == 0.5
     assert type(made.estimator).__name__ == "OneSided" and made.offload_low_words
     assert isinstance(method.lr_scheduler(made), WarmupDecay)
+
+
+def test_learning_rates_are_probed_and_controlled_under_any_method(build: Build) -> None:
+    configs = files("learning_rates/probe", "learning_rates/control", "methods/lozo")
+    probe, control, *_ = build(*configs, "--lr_probe.noise", 0.1)
+    assert isinstance(probe, LearningRateProbe) and (probe.noise, probe.num_steps) == (0.1, 16)
+    assert isinstance(control, LearningRateControl) and control.patience == 5
 
 
 def test_blocks_go_with_any_method_and_scope(build: Build) -> None:
@@ -181,6 +190,7 @@ def test_callbacks_of_a_list_go_with_those_of_fields(build: Build, tmp_path: Pat
         ("", "--lr_scheduler LinearLR", "`lr_scheduler` is given and `method` is not"),
         ("", "--evaluation.skip_nonfinite true", "`evaluation.skip_nonfinite` is given and `method` is not"),
         ("", "--blocks.interval 5", "`blocks` is given and `method` is not"),
+        ("", "--lr_probe LearningRateProbe", "`lr_probe` is given and `method` is not"),
         (listed("BlockCoordinateDescent"), "--method MeZO --blocks.interval 5", "`blocks` is given, and `trainer.call"),
         ("", "--method MeZO --resampling.interval 5", "`resampling` is given, and MeZO searches no subspaces"),
         ("", "--method LOZO --transport.how keep", "`transport` is given, and LOZO keeps no momentum"),

@@ -2,6 +2,8 @@
 
 from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
+from zolightning.callbacks.learning_rate_control import LearningRateControl
+from zolightning.callbacks.learning_rate_probe import LearningRateProbe
 from zolightning.callbacks.momentum_transport import MomentumTransport
 from zolightning.callbacks.prediction_writer import PredictionWriter
 from zolightning.callbacks.run_monitor import RunMonitor
@@ -22,6 +24,8 @@ __all__ = [
     "BlockCoordinateDescent",
     "DominantLayer",
     "KeepLedger",
+    "LearningRateControl",
+    "LearningRateProbe",
     "MomentumTransport",
     "PredictionWriter",
     "RandomLayer",

@@ -20,7 +20,7 @@ from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
-_APART = ("param_names", "blocks", "block_weight")
+_APART = ("param_names", "blocks", "block_weight", "lr_scale")
 _IN_RECORDS = ("lr", "vector_lr")  # whatever a method is made with
 
 

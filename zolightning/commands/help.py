@@ -13,6 +13,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "method": (
         "method",
         "lr_scheduler",
+        "lr_probe",
+        "lr_control",
         "`--method.help MeZO` lists the settings of one, such as --method.lr",
     ),
     "scope": ("scope", "`--scope.help DominantLayer` lists the settings of one"),

@@ -1,7 +1,8 @@
 """The fields of the command line's config that choose a method and what belongs to it, and the callbacks they become.
 
-``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback, ``scope``, ``blocks``, ``resampling``
-and ``transport`` the callbacks of those names. A field holds one thing, so a later file or flag replaces it.
+``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback; ``scope``, ``blocks``, ``lr_probe``,
+``lr_control``, ``resampling`` and ``transport`` are callbacks themselves. A field holds one thing, so a later file or
+flag replaces it.
 """
 
 import inspect
@@ -15,7 +16,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import (
+    BlockCoordinateDescent,
+    LearningRateControl,
+    LearningRateProbe,
+    MomentumTransport,
+    SubspaceResampling,
+    ZerothOrder,
+)
 from zolightning.callbacks.zeroth_order import Method
 from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
@@ -23,7 +31,8 @@ from zolightning.packaged import packaged
 from zolightning.scopes import Scope
 
 _OF_A_METHOD = ("lr_scheduler", "resampling", "transport")
-_NEED_A_METHOD = ("blocks", *_OF_A_METHOD)
+_OF_ANY_METHOD = ("blocks", "lr_probe", "lr_control")
+_NEED_A_METHOD = (*_OF_ANY_METHOD, *_OF_A_METHOD)
 _CLASSES = ("method", "scope", *_NEED_A_METHOD)
 SLOTS = (*_CLASSES, "evaluation")
 _FILES = ("--config", "-c")
@@ -53,6 +62,12 @@ def add_slots(parser: LightningArgumentParser) -> None:
     )
     parser.add_argument(
         "--transport", type=MomentumTransport | None, help="what becomes of its momentum then: project, reset or keep"
+    )
+    parser.add_argument(
+        "--lr_probe", type=LearningRateProbe | None, help="measure the learning rate in the first steps of a run"
+    )
+    parser.add_argument(
+        "--lr_control", type=LearningRateControl | None, help="lower the learning rate where training stalls"
     )
     parser.add_class_arguments(ZerothOrder, "evaluation", skip={"method", "lr_scheduler"}, instantiate=False)
 
@@ -146,12 +161,13 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
     check_method(optimizer)
     if made.lr_scheduler is not None:
         made.lr_scheduler(optimizer)
-    if made.blocks is not None:
-        if any(isinstance(callback, BlockCoordinateDescent) for callback in listed):
+    for slot in _OF_ANY_METHOD:
+        callback = made[slot]
+        if callback is not None and any(isinstance(other, type(callback)) for other in listed):
             raise MisconfigurationException(
-                "`blocks` is given, and `trainer.callbacks` holds BlockCoordinateDescent too. Keep one of them."
+                f"`{slot}` is given, and `trainer.callbacks` holds {type(callback).__name__} too. Keep one of them."
             )
-        callbacks.append(made.blocks)
+        callbacks += [] if callback is None else [callback]
     callbacks += _of_a_subspace(config, made, optimizer, listed)
     return [*callbacks, ZerothOrder(made.method, made.lr_scheduler, **made.evaluation.as_dict())]
 

@@ -192,7 +192,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         return StepRecord(
             step=group["step"],
             seed=group["seed"],
-            lr=tuple(float(group["lr"]) * weight for group in self.param_groups),
+            # `lr` itself belongs to schedulers, which may set it anew at every step.
+            lr=tuple(float(group["lr"]) * group.get("lr_scale", 1.0) * weight for group in self.param_groups),
             projected_grads=tuple(found.projected_grads) if found.is_finite else (),
             losses=tuple(found.losses),
             forward_passes=len(found.losses) + last.measured,

@@ -1,0 +1,207 @@
+"""The learning rate that a probe finds, and what it leaves behind."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from checkpoint_runs import AS_EXPECTED, Run
+from training import Records, assert_equal, weights
+from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, LearningRateProbe, SubspaceResampling, ZerothOrder
+from zolightning.checkpoints.replay import replay
+from zolightning.directions.dense import directions
+from zolightning.optim import LOZO, MeZO, ZerothOrderOptimizer
+from zolightning.optim.subspace import SubspaceOptimizer
+
+Method = Callable[..., ZerothOrderOptimizer]
+pytestmark = [pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")]
+
+CURVATURES = torch.tensor([4.0, 1.0, 0.25, 0.5, 2.0], dtype=torch.float64)
+
+
+class Quadratic(L.LightningModule):
+    """The mean over examples x of ``(w - x)' H (w - x) / 2``, H diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(5, dtype=torch.float64))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (CURVATURES * (self.w - batch).square()).sum(1).mean() / 2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def examples() -> DataLoader:
+    rows = torch.randn(64, 5, dtype=torch.float64)
+    return DataLoader(rows, batch_size=4)
+
+
+def test_the_rate_is_that_of_the_quadratic(examples: DataLoader, make_trainer: Any) -> None:
+    """``lr^2 T C / 2 = noise F``, with C the mean curvature cost of a step: Ghadimi and Lan with D = noise F."""
+    module, records = Quadratic(), Records()
+    probe = LearningRateProbe(num_steps=3, num_examples=8, noise=0.02)
+    method = partial(MeZO, lr=1.0, eps=1e-3, seed=5)
+    make_trainer(max_steps=40, callbacks=[ZerothOrder(method), probe, records], precision="64-true").fit(
+        module, examples
+    )
+
+    assert [record.lr for record in records.records[:3]] == [(0.0,)] * 3
+    steps = []
+    for record in records.records[:3]:
+        (direction,) = directions({"w": module.w}, 5, record.step, {0: record.projected_grads[0]}, "gaussian").values()
+        steps.append(torch.zeros(5, dtype=torch.float64))
+        direction.accumulate(steps[-1])
+    first = examples.dataset[:8]
+    loss = (CURVATURES * (1 - first).square()).sum(1).mean().item() / 2
+    possible = []
+    for signs in product((1, -1), repeat=3):
+        walk = sum(sign * step for sign, step in zip(signs, steps, strict=True))
+        cost = (CURVATURES * walk.square()).sum().item() / 3
+        possible.append(math.sqrt(2 * 0.02 * loss / ((40 - 3) * cost)))
+    (rate,) = {record.lr[0] for record in records.records[3:]}
+    assert min(abs(rate / other - 1) for other in possible) < 1e-6
+
+
+def test_where_the_search_begins_does_not_matter(examples: DataLoader, make_trainer: Any) -> None:
+    def rate(lr: float) -> float:
+        records = Records()
+        callbacks = [LearningRateProbe(num_steps=4), ZerothOrder(partial(MeZO, lr=lr)), records]
+        make_trainer(max_steps=8, callbacks=callbacks, precision="64-true").fit(Quadratic(), examples)
+        return records.records[-1].lr[0]
+
+    assert rate(1e-6) == pytest.approx(rate(0.1), rel=1e-3)
+
+
+class State(Callback):
+    """Keeps copies of weights and of the optimizer's state at the end of a step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        state = [
+            {name: value.clone() if isinstance(value, Tensor) else value for name, value in optimizer.state[p].items()}
+            for p in pl_module.parameters()
+        ]
+        groups = [
+            {name: value for name, value in group.items() if name not in ("params", "lr_scale")}
+            for group in optimizer.param_groups
+        ]
+        self.seen.append((weights(pl_module), {"state": state, "groups": groups}))
+
+
+def test_blocks_in_turn(make_regression: Any, regression_data: Any, make_trainer: Any) -> None:
+    """Only steps of the block that moves now are replayed."""
+    records, module = Records(), make_regression()
+    blocks = BlockCoordinateDescent(interval=3, patterns=["net.0", "net.3"])
+    callbacks = [blocks, ZerothOrder(partial(MeZO, lr=1e-2, momentum=0.9)), LearningRateProbe(4, 12), records]
+    before = weights(module)
+    trainer = make_trainer(max_steps=8, callbacks=callbacks, limit_train_batches=4)
+    trainer.fit(module, regression_data())
+    assert [record.blocks for record in records.records] == [(0,)] * 3 + [(1,)] * 3 + [(0,)] * 2
+    assert all(record.lr[0] > 0 for record in records.records[4:])
+    assert {name for name, weight in weights(module).items() if not torch.equal(weight, before[name])} == set(before)
+
+
+FAMILIES = ["mezo-all", "mezo-native", "mezo-adam", "hizoo-l", "sparse-mezo", "lozo-momentum", "subzero-adam"]
+FAMILIES += ["zo-muon-momentum", "zo-mopi"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true"])
+@pytest.mark.parametrize("method", FAMILIES, indirect=True)
+def test_any_method_is_probed_and_left_as_it_was(
+    method: Method, precision: str, make_regression: Any, regression_data: Any, make_trainer: Any
+) -> None:
+    before, after, records, module = State(), State(), Records(), make_regression()
+    resampling = [SubspaceResampling(interval=50)] if issubclass(method.func, SubspaceOptimizer) else []
+    probe = LearningRateProbe(num_steps=4, num_examples=12)
+    callbacks = [*resampling, ZerothOrder(method), before, probe, after, records]
+    trainer = make_trainer(max_steps=6, callbacks=callbacks, precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    initial = {name: weight.to(dtype) for name, weight in weights(module).items()}
+    trainer.fit(module, regression_data())
+
+    for old, new in zip(before.seen[:4], after.seen[:4], strict=True):
+        assert_equal(old[0], new[0])
+        assert_equal(old[0], initial)
+        assert old[1]["groups"] == new[1]["groups"]
+        for one, other in zip(old[1]["state"], new[1]["state"], strict=True):
+            assert one.keys() == other.keys()
+            for name, value in one.items():
+                assert torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name], name
+    assert all(record.lr[0] > 0 for record in records.records[4:])
+    assert records.records[4].forward_passes > records.records[5].forward_passes
+    assert any(not torch.equal(weight, initial[name]) for name, weight in weights(module).items())
+
+
+@pytest.mark.parametrize("method", [partial(MeZO, lr=1e-2, momentum=0.9), partial(LOZO, lr=1e-2, rank=2)])
+@pytest.mark.parametrize("stop", [3, 9], ids=["while it looks", "later"])
+def test_resuming_equals_not_stopping(
+    method: Method, stop: int, make_trainer: Any, regression_data: Any, tmp_path: Path
+) -> None:
+    def run(folder: str, **options: Any) -> Run:
+        probe = LearningRateProbe(num_steps=5, num_examples=8, total_steps=20)
+        data = regression_data().dataset
+        return Run(make_trainer, tmp_path / folder, data, method=method, callbacks=[probe], **options)
+
+    whole = run("whole").fit(validate=False)
+    run("parts", max_steps=stop).fit(validate=False)
+    parts = run("parts").fit(ckpt_path=tmp_path / "parts" / "last.ckpt", validate=False)
+
+    parts.assert_ends_as(whole)
+    scale = whole.trainer.optimizers[0].param_groups[0]["lr_scale"]
+    assert scale > 0 and parts.trainer.optimizers[0].param_groups[0]["lr_scale"] == scale
+
+
+test_resuming_equals_not_stopping.pytestmark += AS_EXPECTED
+
+
+def test_the_ledger_has_the_rates(
+    make_regression: Any, regression_data: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    module, base, method = make_regression(), make_regression(), partial(MeZO, lr=1e-4)
+    callbacks = [ZerothOrder(method), LearningRateProbe(4, 8), KeepLedger(tmp_path)]
+    make_trainer(max_steps=12, callbacks=callbacks).fit(module, regression_data())
+    replay(tmp_path / "ledger.bin", base, method)
+    assert_equal(weights(base), weights(module))
+
+
+def test_refusals(make_regression: Any, regression_data: Any, make_trainer: Any) -> None:
+    def fit(probe: LearningRateProbe, *callbacks: Callback, **options: Any) -> None:
+        make_trainer(callbacks=[probe, *callbacks], **options).fit(make_regression(), regression_data())
+
+    mezo = ZerothOrder(partial(MeZO, lr=1e-2))
+    with pytest.raises(MisconfigurationException, match=r"`num_steps` of LearningRateProbe is 16, .* the run has 10"):
+        fit(LearningRateProbe(), mezo, max_steps=10)
+    with pytest.raises(MisconfigurationException, match="Set `max_steps` of the Trainer, or `total_steps`"):
+        fit(LearningRateProbe(), mezo, max_epochs=-1)
+    with pytest.raises(MisconfigurationException, match=r"LearningRateProbe needs a zeroth-order method .* got SGD"):
+        fit(LearningRateProbe(), max_steps=20)
+    with pytest.raises(ValueError, match="`num_examples` must be an integer, at least 1, got 0"):
+        LearningRateProbe(num_examples=0)
+
+
+def test_a_loss_that_no_step_changes_keeps_the_rate(examples: DataLoader, make_trainer: Any) -> None:
+    class Linear(Quadratic):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return (self.w * batch).mean()
+
+    records = Records()
+    callbacks = [ZerothOrder(partial(MeZO, lr=0.01)), LearningRateProbe(2), records]
+    with pytest.warns(UserWarning, match="`lr` stays 0.01, because no walk of 2 steps"):
+        make_trainer(max_steps=4, callbacks=callbacks, precision="64-true").fit(Linear(), examples)
+    assert records.records[-1].lr == (0.01,)

@@ -1,0 +1,112 @@
+"""A learning rate that is lowered when training stops getting better."""
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from zolightning.callbacks.learning_rate_probe import set_lr_scale, zeroth_order_optimizer
+from zolightning.optim.checks import require_positive
+
+_RISEN = 3.0  # standard errors of the difference of two means
+
+
+class LearningRateControl(Callback):
+    """Lowers the learning rate of a zeroth-order method where the training loss rises, or has ceased to fall.
+
+    It looks at the losses that steps evaluate anyway, `interval` of them at a time. Where their mean is above that of
+    the best interval by three standard errors, the rate is multiplied by `factor` at once, and what is best begins
+    anew; likewise where `patience` intervals in a row were no better than the best one, as ``ReduceLROnPlateau`` of
+    torch does. Unlike that one it needs no metric and no threshold: the spread of an interval's losses says what a
+    difference means. Schedulers go on; their rate is multiplied.
+
+    The factor is kept with the method's hyperparameters, as ``lr_scale``, and what has been seen in the callback's
+    state, so that a resumed run goes on bit for bit. Losses are means over all ranks, so that all decide alike.
+    ``zo/lr`` shows the rate, and so do the records of a ledger.
+
+    Args:
+        interval: steps whose losses are averaged.
+        patience: intervals without a better mean after which the rate is lowered.
+        factor: multiplies the rate.
+        min_scale: the rate is not lowered below this share of the first one.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+        MisconfigurationException: when training starts, if there is no zeroth-order method.
+
+    Example::
+
+        callbacks = [ZerothOrder(partial(MeZO, lr=3e-5)), LearningRateControl(interval=100)]
+    """
+
+    def __init__(self, interval: int = 50, patience: int = 5, factor: float = 0.5, min_scale: float = 0.01) -> None:
+        for name, value, least in (("interval", interval, 2), ("patience", patience, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
+        for name, share in {"factor": factor, "min_scale": min_scale}.items():
+            require_positive(name, share)
+            if share >= 1:
+                raise ValueError(f"`{name}` must be below 1, got {share!r}.")
+        self.interval = interval
+        self.patience = patience
+        self.factor = factor
+        self.min_scale = min_scale
+        self._losses: list[float] = []  # of the interval that is under way
+        self._best: tuple[float, float] | None = None  # mean, and its standard error
+        self._not_better = 0  # intervals since then
+        self._lowest: float | None = None  # scale
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        zeroth_order_optimizer(trainer, type(self).__name__)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        record, scale = optimizer.record, optimizer.param_groups[0].get("lr_scale", 1.0)
+        if record is None or not record.projected_grads or not any(record.lr):  # skipped, or a probe is looking
+            return
+        if self._lowest is None:
+            self._lowest = self.min_scale * scale
+        self._losses.append(record.loss)
+        if len(self._losses) < self.interval:
+            return
+        mean, error = _mean(self._losses)
+        self._losses = []
+        why = self._why_lower(mean, error)
+        if why is None:
+            return
+        self._best, self._not_better = None, 0
+        lowered = max(self.factor * scale, self._lowest)
+        if lowered < scale:
+            set_lr_scale(optimizer, lowered)
+            rank_zero_info(
+                f"LearningRateControl: `lr` times {lowered / scale:.3g} after step {record.step}, because the training "
+                f"loss {why}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, f"_{name}") for name in ("losses", "best", "not_better", "lowest")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, f"_{name}", value)
+
+    def _why_lower(self, mean: float, error: float) -> str | None:
+        """What is wrong with an interval of this mean loss and standard error; None if nothing is."""
+        if self._best is None or mean < self._best[0]:
+            self._best, self._not_better = (mean, error), 0
+            return None
+        best, best_error = self._best
+        self._not_better += 1
+        if mean - best > _RISEN * math.hypot(error, best_error):
+            return f"rose from {best:.4f} to {mean:.4f} ({self.interval} steps each)"
+        if self._not_better >= self.patience:
+            return f"has not been below {best:.4f} for {self._not_better} times {self.interval} steps"
+        return None
+
+
+def _mean(losses: list[float]) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    mean, count = sum(losses) / len(losses), len(losses)
+    return mean, math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (count - 1) / count)

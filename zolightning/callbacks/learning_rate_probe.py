@@ -1,0 +1,278 @@
+"""A learning rate that is measured before anything moves."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.checks import loss_and_terms, require_positive
+from zolightning.optim.record import StepRecord
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
+
+_ROUNDS = 10  # pairs of evaluations at most
+_FARTHER = 10.0  # at most from one pair to the next
+_NEAR = 1.15  # a distance within this factor of the one that was found is near enough
+
+
+class LearningRateProbe(Callback):
+    """Sets the learning rate of a zeroth-order method from the noise that the whole run is to bear.
+
+    Zeroth-order steps are nearly all noise: of ``-lr g z`` hardly anything points downhill, and the rest is a random
+    walk, which after T steps has cost ``T lr^2 C / 2`` of the loss, where C is the mean of ``g^2 z' H z`` over steps, H
+    the Hessian. Ghadimi and Lan (arXiv 1309.5549) balance this against the loss there is to win, D, and find the best
+    constant rate ``sqrt(2 D / (T C))``. Here the cost may be `noise` times the loss at the beginning, and it is
+    measured where the walk will end, since no Hessian holds that far:
+
+    The first `num_steps` steps of a run are taken with a learning rate of 0. They measure projected gradients and fill
+    the method's momentum or running means. Then they are replayed from their records, with random signs, so that no
+    descent is among them, at rates at which so few steps go as far as all T would, ``sqrt(T / num_steps)`` times the
+    rate of the run; how much the loss of `num_examples` examples rises, as a mean of both opposite walks, is the cost.
+    Two to four such pairs find the rate.
+
+    Any method can be probed, with its momentum, normalisation and subspaces, for the method itself replays. Its own
+    ``lr`` is where the search begins, and what groups have is kept in proportion; schedulers scale what is found. A
+    schedule that decays linearly to 0 makes a walk as long as a third of the steps would: `total_steps` can say so.
+    Weights and state are afterwards what they were, to the bit; host memory holds a copy meanwhile. All ranks take the
+    first one's result. It is kept with the method's hyperparameters, as ``lr_scale``, so that a resumed run does not
+    probe again.
+
+    Costs the first steps, and about seven forwards over the examples, which the next step counts. In TensorBoard
+    ``zo/lr`` is 0, then the rate; the text ``learning_rate`` says what was found.
+
+    Args:
+        num_steps: steps to measure with.
+        num_examples: of the training data, as they are stored, that the loss is averaged over.
+        noise: cost of the walk, as a share of their loss.
+        total_steps: of the run; None takes the Trainer's.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+        MisconfigurationException: when training starts, if there is no zeroth-order method, or the number of steps is
+            not known or too small.
+
+    Example::
+
+        trainer = L.Trainer(max_steps=2000, callbacks=[ZerothOrder(MeZO), LearningRateProbe()])
+    """
+
+    def __init__(
+        self, num_steps: int = 16, num_examples: int = 64, noise: float = 0.03, total_steps: int | None = None
+    ) -> None:
+        counts = {"num_steps": num_steps, "num_examples": num_examples}
+        for name, value in (counts if total_steps is None else counts | {"total_steps": total_steps}).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer, at least 1, got {value!r}.")
+        require_positive("noise", noise)
+        self.num_steps = num_steps
+        self.num_examples = num_examples
+        self.noise = noise
+        self.total_steps = total_steps
+        self._records: list[StepRecord] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        if "lr_scale" in optimizer.param_groups[0]:  # of a checkpoint
+            return
+        if self._steps_left(trainer) <= self.num_steps:
+            raise MisconfigurationException(
+                f"`num_steps` of LearningRateProbe is {self.num_steps}, in which nothing moves, and the run has "
+                f"{self._steps_left(trainer):g}. Train for more (`max_steps`), or set `lr` yourself."
+            )
+        self._records = []
+        set_lr_scale(optimizer, 0.0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        record = optimizer.record
+        if optimizer.param_groups[0]["lr_scale"] or record is None or not record.projected_grads:
+            return
+        self._records.append(record)
+        if len(self._records) < self.num_steps:
+            return
+        batches = calibration_batches(trainer, pl_module, self.num_examples)
+        walk = Walk(pl_module, optimizer, self._records, batches)
+        self._records = []
+        found = trainer.strategy.broadcast(find_scale(walk.losses, self.noise))
+        optimizer.count(walk.forwards)
+        if found is None:
+            set_lr_scale(optimizer, 1.0)
+            rank_zero_warn(
+                f"LearningRateProbe: `lr` stays {walk.lr[0]:g}, because no walk of {walk.num_steps} steps made the "
+                f"loss of {self.num_examples} examples rise by {self.noise:g} of it. Set `lr` yourself."
+            )
+            return
+        steps = self._steps_left(trainer)
+        scale = found.scale * math.sqrt(walk.num_steps / steps)
+        set_lr_scale(optimizer, scale)
+        summary = (
+            f"LearningRateProbe: `lr` is {scale * walk.lr[0]:.3g} for {steps:g} steps. {walk.num_steps} steps at "
+            f"{found.scale * walk.lr[0]:.3g} walk as far, which made the loss of {self.num_examples} examples rise "
+            f"from {found.loss:.4f} by {found.rise:.4f} ({found.error:.4f} standard error); {walk.forwards} forwards."
+        )
+        rank_zero_info(summary)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_text("learning_rate", summary, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": [asdict(record) for record in self._records]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._records = [StepRecord(**record) for record in state_dict["records"]]
+
+    def _steps_left(self, trainer: L.Trainer) -> float:
+        total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        if math.isinf(total):
+            raise MisconfigurationException(
+                "LearningRateProbe needs to know how many steps the run has. Set `max_steps` of the Trainer, or "
+                "`total_steps` of LearningRateProbe."
+            )
+        return total - trainer.global_step
+
+
+@dataclass(frozen=True)
+class Found:
+    """A distance along a walk, in multiples of the method's learning rates.
+
+    Attributes:
+        scale: where the loss has risen by the wanted share.
+        loss: where the walk begins.
+        rise: measured near there.
+        error: standard error of `rise`; 0 for a single batch.
+    """
+
+    scale: float
+    loss: float
+    rise: float
+    error: float
+
+
+def find_scale(losses: Callable[[float], Tensor], share: float) -> Found | None:
+    """Finds how far to walk until the loss rises by a share of itself, as a mean over both directions.
+
+    Args:
+        losses: (batches,), the loss of each batch at a distance, which may be negative.
+        share: of the loss at 0.
+
+    Returns:
+        None if it does not rise so much within a factor of 10^7.
+    """
+    start, scale = losses(0.0), 1.0
+    wanted = share * abs(start.mean().item())
+    if not wanted > 0:
+        return None
+    low, high = 0.0, math.inf  # where it rises by less, and by more
+    for _ in range(_ROUNDS):
+        rises = (losses(scale) + losses(-scale)) / 2 - start
+        rise, count = rises.mean().item(), len(rises)
+        error = rises.std().item() / math.sqrt(count) if count > 1 else 0.0
+        if rise < wanted:
+            low = max(low, scale)
+        else:  # or it is not finite
+            high = min(high, scale)
+        # It goes with the square of the distance, unless the loss is no parabola.
+        factor = math.sqrt(wanted / max(rise, wanted / _FARTHER**2)) if math.isfinite(rise) else 0.0
+        found = scale * max(factor, 1 / _FARTHER)
+        if not low <= found <= high:
+            found = math.sqrt(low * high)
+        if found / _NEAR <= scale <= found * _NEAR:
+            return Found(found, start.mean().item(), rise, error)
+        scale = found
+    return None
+
+
+class Walk:
+    """Where recorded steps would lead from the present weights, at other learning rates and with random signs.
+
+    Steps of an earlier subspace or block do not count: what they measured is along no direction of the present ones.
+
+    Args:
+        module: whose ``training_step`` gives the loss.
+        optimizer: whose steps they were.
+        records: of the steps.
+        batches: to evaluate the loss of.
+
+    Attributes:
+        lr: of each group of the method, on which distances are based.
+        forwards: evaluated batches.
+    """
+
+    def __init__(
+        self,
+        module: L.LightningModule,
+        optimizer: ZerothOrderOptimizer,
+        records: Sequence[StepRecord],
+        batches: Sequence[Any],
+    ) -> None:
+        last = records[-1]
+        usable = [record for record in records if (record.refresh, record.blocks) == (last.refresh, last.blocks)]
+        generator = torch.Generator().manual_seed(last.seed % 2**63)
+        signs = (2 * torch.randint(2, (len(usable),), generator=generator) - 1).tolist()
+        weight = optimizer.param_groups[0].get("block_weight", 1.0)
+        self.lr = [weight * group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self.forwards = 0
+        self._steps = list(zip(usable, signs, strict=True))
+        self._module, self._optimizer, self._batches = module, optimizer, batches
+        self._weights = {parameter: _to_host(parameter) for _, _, parameter in optimizer.trainable()}
+        self._state = tree_map_only(Tensor, _to_host, optimizer.state_dict())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the walk."""
+        return len(self._steps)
+
+    @torch.no_grad()
+    def losses(self, scale: float) -> Tensor:
+        """The loss of each batch, float64, after all steps with `scale` times the method's learning rates."""
+        optimizer, lr = self._optimizer, tuple(scale * lr for lr in self.lr)
+        try:
+            for record, sign in self._steps if scale else ():
+                grads = tuple(sign * g for g in record.projected_grads)
+                optimizer.apply(replace(record, lr=lr, projected_grads=grads))
+            optimizer.fold()
+            self.forwards += len(self._batches)
+            return torch.stack([self._loss(batch) for batch in self._batches])
+        finally:
+            optimizer.load_state_dict(self._state)
+            for parameter, values in self._weights.items():
+                parameter.copy_(values)
+
+    def _loss(self, batch: Any) -> Tensor:
+        precision = self._module.trainer.precision_plugin
+        with isolate_rng(), precision.train_step_context():  # the same random numbers each time
+            loss, _ = loss_and_terms(calibration_forward(self._module, batch))
+        return loss.double().cpu()
+
+
+def zeroth_order_optimizer(trainer: L.Trainer, callback: str) -> ZerothOrderOptimizer:
+    """The zeroth-order method that a Trainer runs.
+
+    Raises:
+        MisconfigurationException: if it runs none; the message names the `callback` that needs one.
+    """
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, ZerothOrderOptimizer):
+            return optimizer
+    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+    raise MisconfigurationException(f"{callback} needs a zeroth-order method (the ZerothOrder callback), got {found}.")
+
+
+def set_lr_scale(optimizer: ZerothOrderOptimizer, scale: float) -> None:
+    """Has the learning rates of all steps from now on multiplied by `scale`."""
+    for group in optimizer.param_groups:
+        group["lr_scale"] = scale
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
