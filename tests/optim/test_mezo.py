@@ -1,6 +1,7 @@
 """MeZO and MeZO-Adam against restatements of their definitions."""
 
 import math
+import statistics
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from optimizer_steps import MakeProblem, run
 from zolightning.directions.dense import standard
 from zolightning.kernels.noise import NoiseKind, key
 from zolightning.optim import MeZO, MeZOAdam
-from zolightning.optim.estimators import OneSided
+from zolightning.optim.estimators import OneSided, Population
+from zolightning.optim.share import Share
 
 STEPS = 25
 train = partial(run, steps=STEPS)
@@ -111,6 +113,30 @@ class TestMeZO:
         train(module, MeZO(module.named_parameters(), lr=2**-7, noise="rademacher", normalize=True), steps=1)
         for parameter, start in zip(module.parameters(), before, strict=True):
             torch.testing.assert_close((parameter - start).abs(), torch.full_like(start, 2**-7))
+
+    def test_a_population_is_normalized_by_the_losses_of_all_ranks(self, make_problem: MakeProblem) -> None:
+        """FZOO's released step, ``lr mean_i((l_i - mean) z_i) / std``, of batches of 3 and 5 examples on two ranks."""
+        problem, sent = make_problem(torch.float64), []
+        options = {"noise": "rademacher", "num_queries": 6, "estimator": Population(), "normalize": True}
+        optimizer = MeZO(problem.named_parameters(), lr=0.25, eps=1e-2, rms_decay=0.0, **options)
+
+        def loss(target: float) -> Tensor:
+            return problem() + target * torch.stack([p.sum() for p in problem.parameters()]).sum()
+
+        before = {name: parameter.detach().clone() for name, parameter in problem.named_parameters()}
+        directions = [z_of(problem, 0, query, "rademacher") for query in range(6)]
+        losses = []
+        for z in directions:
+            moved = {name: weight + 1e-2 * z[name] for name, weight in before.items()}
+            quadratic = torch.func.functional_call(problem, moved, ()).item()
+            losses.append(quadratic + (3 * 2.0 - 5 * 1.0) / 8 * sum(weight.sum().item() for weight in moved.values()))
+        optimizer.estimate(lambda: (loss(2.0), 3), Share(lambda totals: sent.append(totals) or totals))
+        optimizer.estimate(lambda: (loss(-1.0), 5), Share(lambda totals: totals + sent[0]))
+        optimizer.step()
+        mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
+        for name, parameter in problem.named_parameters():
+            steps = [(one - mean) / deviation * z[name] for one, z in zip(losses, directions, strict=True)]
+            torch.testing.assert_close(before[name] - parameter, 0.25 * sum(steps) / 6, rtol=0, atol=5e-6)
 
     @pytest.mark.filterwarnings("ignore:3 parameters are unused", "ignore:All losses of a step were equal")
     @pytest.mark.parametrize("options", [{"normalize": True}, {"clip": 1.0}, {"normalize": True, "clip": 1.0}])
