@@ -1,7 +1,8 @@
 """One zeroth-order training step of any LightningModule."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import zolightning.strategies  # noqa: F401  # registers `zo_ddp`: whoever can take a step can name it
 from zolightning.evaluation.evaluator import Evaluator
+from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
 from zolightning.optim.share import WHOLE, Share
@@ -18,7 +20,10 @@ from zolightning.ranks import LossExchange, layout_of
 
 
 def zeroth_order_step(
-    module: L.LightningModule, loss_fn: Callable[[], Loss], skip_nonfinite: bool = False
+    module: L.LightningModule,
+    loss_fn: Callable[[], Loss],
+    skip_nonfinite: bool = False,
+    micro_batches: Sequence[MicroBatch] | None = None,
 ) -> StepRecord:
     """Estimates, updates, schedules and logs: all that ``training_step`` has to do under manual optimization.
 
@@ -39,6 +44,8 @@ def zeroth_order_step(
             ``"loss"`` and the number of terms it averages as ``"num_terms"``.
         skip_nonfinite: leave the weights alone when a loss is NaN or infinite, instead of raising, up to 20 times in a
             row.
+        micro_batches: the same batch in parts, with the loss of each example; for the estimator ``PerExample()``, see
+            :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
 
     Raises:
         NonFiniteLossError: if a loss is NaN or infinite; the weights are those of the last step.
@@ -62,7 +69,11 @@ def zeroth_order_step(
 
     is_replaying = optimizer.is_replaying
     with logged_once(module, optimizer.evaluator, loss_fn) as (evaluate, own_names):
-        record = optimizer.estimate(evaluate, _share(module, optimizer), skip_nonfinite)
+        parts = micro_batches and [
+            MicroBatch(partial(evaluate, part.loss), {e: partial(evaluate, loss) for e, loss in part.examples.items()})
+            for part in micro_batches
+        ]
+        record = optimizer.estimate(evaluate, _share(module, optimizer), skip_nonfinite, parts)
     wrapper.step()
     schedulers = module.lr_schedulers()
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
@@ -76,8 +87,11 @@ def zeroth_order_step(
 @contextmanager
 def logged_once(
     module: L.LightningModule, evaluator: Evaluator, loss_fn: Callable[[], Loss]
-) -> Iterator[tuple[Callable[[], Loss], set[str]]]:
-    """`loss_fn`, with ``module.log`` doing nothing but in a step's first evaluation; and the names logged there."""
+) -> Iterator[tuple[Callable[..., Loss], set[str]]]:
+    """`loss_fn`, with ``module.log`` doing nothing but in a step's first evaluation; and the names logged there.
+
+    Given another loss, what is yielded evaluates that in its place.
+    """
     is_logging = has_logged = False
     names: set[str] = set()
     module_log = module.log
@@ -87,11 +101,11 @@ def logged_once(
             names.add(name)
             module_log(name, *args, **kwargs)
 
-    def evaluate() -> Loss:
+    def evaluate(loss: Callable[[], Loss] = loss_fn) -> Loss:
         nonlocal is_logging, has_logged
         is_logging = evaluator.is_first and not has_logged
         has_logged = has_logged or is_logging
-        return loss_fn()
+        return loss()
 
     with replaced_log(module, log):
         yield evaluate, names

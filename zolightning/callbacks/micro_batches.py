@@ -1,12 +1,14 @@
 """Batches in parts: how many examples a batch holds, how it is cut, and the loss of the parts together."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.checks import loss_and_terms
 
 
@@ -59,3 +61,25 @@ def evaluate_in_parts(training_step: Callable[[Any], Any], batch: Any, size: int
         return None
     losses, terms = (torch.stack(values) for values in zip(*parts, strict=True))
     return {"loss": (losses * terms).sum() / terms.sum(), "num_terms": terms.sum()}
+
+
+def in_examples(loss: Callable[[Any], Any], batch: Any, size: int | None, rank: int, ranks: int) -> list[MicroBatch]:
+    """A batch in parts, with the loss of each example.
+
+    Args:
+        loss: of a part of the batch.
+        batch: of one rank.
+        size: examples in a part; None for one part.
+        rank: where the batch is, of so many `ranks`. Lightning's sampler deals examples to them in turn, so example k
+            of a rank is number ``k ranks + rank`` of the batch of all ranks.
+
+    Raises:
+        ValueError: if nothing in the batch can be cut.
+    """
+    examples = {k * ranks + rank: partial(loss, example) for k, example in enumerate(micro_batches(batch, 1))}
+    size = size or len(examples)
+    numbers = list(examples)
+    return [
+        MicroBatch(partial(loss, part), {number: examples[number] for number in numbers[k * size : (k + 1) * size]})
+        for k, part in enumerate(micro_batches(batch, size))
+    ]

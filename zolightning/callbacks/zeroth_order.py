@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zolightning.callbacks.folding import choose_folding, is_validation_next
-from zolightning.callbacks.micro_batches import evaluate_in_parts, with_num_terms
+from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import callbacks_of, require_resampling
@@ -25,7 +25,9 @@ from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.stacked import network_of
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
+from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
+from zolightning.ranks import layout_of
 from zolightning.step import zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
@@ -239,23 +241,25 @@ class ZerothOrder(Callback):
         (optimizer, *_) = _methods(pl_module.trainer)
         evaluator, is_replaying = optimizer.evaluator, optimizer.is_replaying
 
-        def loss() -> Loss:
+        def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> Loss:
             nonlocal first
             try:
                 with torch.set_grad_enabled(self._differentiates):
-                    if self.micro_batch_size is None:
-                        output = training_step(batch)
-                    else:
-                        output = evaluate_in_parts(training_step, batch, self.micro_batch_size)
+                    output = training_step(part) if size is None else evaluate_in_parts(training_step, part, size)
             except Exception as error:
                 error.add_note(_NOTE)
                 raise
             if evaluator.is_first:
                 first = apply_to_collection(output, Tensor, Tensor.detach)
-            return with_num_terms(output, batch, pl_module.device)
+            return with_num_terms(output, part, pl_module.device)
 
+        examples = None
+        if isinstance(optimizer.estimator, PerExample):
+            layout = layout_of(pl_module.trainer)
+            place = layout.data_rank(pl_module.global_rank), layout.data_parallel_size
+            examples = in_examples(lambda part: loss(part, None), batch, self.micro_batch_size, *place)
         try:
-            record = zeroth_order_step(pl_module, loss, self.skip_nonfinite)
+            record = zeroth_order_step(pl_module, loss, self.skip_nonfinite, examples)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error} {self._advice(batch, batch_idx)}") from None
         except RuntimeError as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
@@ -52,6 +53,8 @@ class Evaluator:
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
+        self._examples: ExampleNetwork | None = None
+        self._is_apart = False  # whether examples run one by one
         self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
         self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
 
@@ -89,6 +92,7 @@ class Evaluator:
         randomness: tuple[int, ...],
         resting: Mapping[nn.Parameter, str] | None = None,
         leaves_traces: bool = True,
+        micro_batches: Sequence[MicroBatch] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses, and the numbers of terms they average, under each of some perturbations.
 
@@ -101,6 +105,8 @@ class Evaluator:
             randomness: integers that say which random numbers the loss draws.
             resting: parameters that train in other steps, and their names: where these are read is found out at once.
             leaves_traces: whether the first evaluation changes the module as one outside of this class would.
+            micro_batches: the batch in parts, if losses of single examples are wanted; `perturbations` are then those
+                of each example in turn, as often as there are any.
         """
         resting = resting or {}
         generators = Generators(parameter.device for parameter in trainable)
@@ -112,22 +118,22 @@ class Evaluator:
                 self._held, self._moving = {}, moving
             traces = Traces(modules, self._written, moving, self._held)
 
-            def run(*within: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
-                def loss() -> tuple[Tensor, Tensor]:
+            def run(*within: AbstractContextManager[Any], loss: Evaluate = evaluate) -> tuple[Tensor, Tensor]:
+                def evaluated() -> tuple[Tensor, Tensor]:
                     with ExitStack() as stack:
                         for context in (*within, *(() if self._is_watched else (traces.watched(),))):
                             stack.enter_context(context)
-                        return evaluate()
+                        return loss()
 
                 rewind()
                 try:
-                    return traces.evaluate(loss, self.is_first)
+                    return traces.evaluate(evaluated, self.is_first)
                 finally:
                     self.is_first, self._is_watched = False, True
 
             if not self._is_as_before(modules):
                 self.forget()
-            arguments = run, trainable, resting, perturbations, generators, leaves_traces
+            arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
             results, unread = self._losses(*arguments)
             if unread:  # at least where they were
                 self._readers.clear()
@@ -146,6 +152,8 @@ class Evaluator:
             self.prefix = SharedPrefix(layers_of(self.module), self.prefix.keep_bytes)
         if self._stack is not None:
             self._stack = StackedNetwork(self._stack.network, self._stack.size)
+        if self._examples is not None:
+            self._examples = ExampleNetwork(self._examples.network)
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -158,12 +166,13 @@ class Evaluator:
 
     def _losses(
         self,
-        evaluate: Evaluate,
+        evaluate: Callable[..., tuple[Tensor, Tensor]],
         trainable: Mapping[nn.Parameter, str],
         resting: Mapping[nn.Parameter, str],
         perturbations: Sequence[Perturbations],
         generators: Generators,
         leaves_traces: bool,
+        micro_batches: Sequence[MicroBatch] | None,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[nn.Parameter]]:
         """Losses, and the parameters that were to be perturbed where they are read, and have not been read there."""
         self._find_unseen({**trainable, **resting}, evaluate)
@@ -173,6 +182,9 @@ class Evaluator:
             context.readers = readers
         if self.graphs is not None:
             self.graphs.begin_step(generators)
+        if micro_batches is not None:
+            self.is_first = leaves_traces
+            return self._of_examples(evaluate, micro_batches, contexts, generators), []
         if self._stack is not None and not contexts[0].in_place:
             self.is_first = leaves_traces
             try:
@@ -191,6 +203,47 @@ class Evaluator:
             for context in contexts:
                 results.append(self.prefix.evaluate(evaluate, context))
         return results, contexts[0].unread()
+
+    def _of_examples(
+        self,
+        evaluate: Callable[..., tuple[Tensor, Tensor]],
+        micro_batches: Sequence[MicroBatch],
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Losses of each example in turn, as often as there are contexts for them."""
+        results: list[tuple[Tensor, Tensor]] = []
+        while len(results) < len(contexts):
+            for batch in micro_batches:
+                own = contexts[len(results) :][: len(batch.examples)]
+                try:
+                    results += self._network_of_examples(own[0]).evaluate(evaluate, batch, own, generators, self.graphs)
+                except CannotStack as error:
+                    if not self._is_apart:
+                        rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
+                    self._is_apart = True
+                    if self.is_first:  # the one whose traces stay is of all examples
+                        with own[0]:
+                            evaluate(loss=batch.loss)
+                    results += one_by_one(evaluate, batch, own)
+        return results
+
+    def _network_of_examples(self, context: Perturbed) -> ExampleNetwork:
+        """What runs examples together.
+
+        Raises:
+            CannotStack: if there is nothing that could.
+        """
+        if self._is_apart or self.module is None:
+            raise CannotStack("the optimizer is not attached to a module")
+        if context.in_place:
+            raise CannotStack("some parameters are perturbed in place, which no example has to itself")
+        if self._examples is None:
+            try:
+                self._examples = ExampleNetwork(network_of(self.module, context.perturbations, "PerExample()"))
+            except ValueError as error:
+                raise CannotStack(str(error).rstrip(".")) from error
+        return self._examples
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
         watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}

@@ -102,7 +102,7 @@ class StackedNetwork:
         self, evaluate: Evaluate, contexts: Sequence[Perturbed]
     ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Any, ...] | None]:
         """Losses, and where tensors were cut; None for a batch without terms, which does without the network."""
-        run = _Run(self.network, contexts, self._generators, self._graphs)
+        run = NetworkRun(self.network, contexts, self._generators, self._graphs)
         with replaced_forward(self.network, run.forward):
             for context in contexts:
                 with context:
@@ -140,7 +140,7 @@ class StackedNetwork:
         return True
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A call of a network, which ran for all evaluations at once."""
 
     inputs: list[Tensor]
@@ -149,8 +149,15 @@ class _Call(NamedTuple):
     rows: int  # of the output, all evaluations together
 
 
-class _Run:
-    """The calls of a network during the evaluations of one chunk."""
+class NetworkRun:
+    """The calls of a network during some evaluations: in the first of them it runs for all, each with rows of its own.
+
+    Args:
+        network: whose calls they are.
+        contexts: how each evaluation sees parameters.
+        generators: what evaluations draw from.
+        graphs: the network's forward as CUDA graphs, if any.
+    """
 
     def __init__(
         self,
@@ -160,7 +167,7 @@ class _Run:
         graphs: GraphedNetwork | None,
     ) -> None:
         self.losses: list[tuple[Tensor, Tensor]] = []
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.cuts: list[Any] = []  # decisions taken on the way
         self._contexts = contexts
         self._generators = generators
@@ -179,19 +186,34 @@ class _Run:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = tensors_in((args, kwargs))
         if not self.losses:
-            self._run(inputs, args, kwargs)
+            self.run(inputs, args, kwargs)
+        return self.output_for(inputs)
+
+    def output_for(self, inputs: list[Tensor]) -> Any:
+        """What the network returns in this evaluation, which calls it with `inputs`."""
         if self._call >= len(self.calls):
             raise CannotStack("the network is called more often in one evaluation than in another")
         call = self.calls[self._call]
-        if list(map(_layout, inputs)) != list(map(_layout, call.inputs)):
+        expected = [self.given(tensor, call) for tensor in call.inputs]
+        if list(map(_layout, inputs)) != list(map(_layout, expected)):
             raise CannotStack(_OTHER_INPUTS)
         if list(map(_version, call.inputs)) != call.versions:
             raise CannotStack("an input of the network is changed in place between evaluations")
-        self._differ += [
-            (one != first).any() for one, first in zip(inputs, call.inputs, strict=True) if one is not first
-        ]
+        self._differ += [(one != other).any() for one, other in zip(inputs, expected, strict=True) if one is not other]
         self._call += 1
         return _part(call.output, len(self.losses), len(self._contexts), call.rows)
+
+    def given(self, tensor: Tensor, call: "Call") -> Tensor:
+        """What this evaluation calls the network with, where the first one has called it with `tensor`."""
+        return tensor
+
+    def count_rows(self, rows: int) -> int:
+        """Rows of the run, given those of a call."""
+        return len(self._contexts) * rows
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """Rows of the run, given those of a call."""
+        return tensor.repeat(len(self._contexts), *[1] * (tensor.ndim - 1))
 
     def finish(self) -> None:
         """Ends the last evaluation: the only place that waits for a device, and only where inputs were made anew.
@@ -202,19 +224,20 @@ class _Run:
         if self._differ and torch.stack([differ.to(self._differ[0].device) for differ in self._differ]).any():
             raise CannotStack(_OTHER_INPUTS)
 
-    def _run(self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        count = len(self._contexts)
+    def run(self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs the network for all evaluations."""
         rows = next((len(tensor) for tensor in inputs if tensor.ndim), 0)
         if not rows:
-            raise CannotStack("the network is called without a tensor that has rows to repeat")
+            raise CannotStack("the network is called without a tensor that has rows")
 
-        def repeat(tensor: Tensor) -> Tensor:
+        def spread(tensor: Tensor) -> Tensor:
             is_rows = bool(tensor.ndim) and len(tensor) == rows
             self.cuts.append(is_rows)
-            return tensor.repeat(count, *[1] * (tensor.ndim - 1)) if is_rows else tensor
+            return self.spread(tensor) if is_rows else tensor
 
-        args, kwargs = apply_to_collection((args, kwargs), Tensor, repeat)
-        stacked = RowGroups(self._contexts, count * rows, self._held)
+        args, kwargs = apply_to_collection((args, kwargs), Tensor, spread)
+        total = self.count_rows(rows)
+        stacked = RowGroups(self._contexts, total, self._held)
         if stacked.readers is not None and self._network in stacked.readers:
             stacked.readers = None  # its own forward runs, past the one that would watch
         forward = self._network_forward
@@ -227,11 +250,11 @@ class _Run:
         except CannotStack:
             raise
         except Exception as error:  # the same network without repeated rows will tell if it is to blame
-            raise CannotStack(f"the network fails on repeated rows: {type(error).__name__}: {error}") from error
+            raise CannotStack(f"the network fails on stacked rows: {type(error).__name__}: {error}") from error
         if not self._generators.states().equal(before):
-            raise CannotStack("the network draws random numbers, and repeated rows would not draw the same ones")
+            raise CannotStack("the network draws random numbers, and stacked rows would not draw the same ones")
         self.cuts += stacked.cuts
-        self.calls.append(_Call(inputs, list(map(_version, inputs)), output, count * rows))
+        self.calls.append(Call(inputs, list(map(_version, inputs)), output, total))
 
 
 def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.evaluator import Evaluator
+from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key as noise_key
 from zolightning.messages import some
 from zolightning.optim.blocks import BlockwiseParameters
@@ -24,7 +25,8 @@ from zolightning.optim.checks import (
     require_seed,
     require_trainable,
 )
-from zolightning.optim.estimators import Estimator, Probe, TwoSided
+from zolightning.optim.estimators import Estimator, PerExample, Probe, TwoSided
+from zolightning.optim.per_example import evaluate_examples
 from zolightning.optim.precision import (
     RESTS,
     UPDATE_PRECISIONS,
@@ -55,8 +57,8 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         align_queries: take the projection of the gradient on the span of these directions in the place of the average,
             which has less variance where not many more numbers are searched than directions drawn; see
             :mod:`zolightning.optim.alignment`.
-        estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()`` or ``Population()``
-            (:mod:`zolightning.optim.estimators`).
+        estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()``, ``Population()`` or
+            ``PerExample()`` (:mod:`zolightning.optim.estimators`).
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
         update_precision: how updates are added to half-precision weights: "exact", as if they were fp32, for 2 bytes a
             bfloat16 parameter or 4 a float16 one; "low_byte", rounded to 24 bits, for 1 byte a bfloat16 parameter; or
@@ -79,6 +81,10 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     ) -> None:
         self.estimator = TwoSided() if estimator is None else estimator
         require_queries(num_queries, self.estimator)
+        if align_queries and isinstance(self.estimator, PerExample):
+            raise ValueError(
+                "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
+            )
         require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         require_seed(seed)
@@ -133,7 +139,13 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     # What a step calls
 
     @torch.no_grad()
-    def estimate(self, evaluate: Evaluate, share: Share = WHOLE, skip_nonfinite: bool = False) -> StepRecord:
+    def estimate(
+        self,
+        evaluate: Evaluate,
+        share: Share = WHOLE,
+        skip_nonfinite: bool = False,
+        micro_batches: Sequence[MicroBatch] | None = None,
+    ) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 
         The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
@@ -149,16 +161,19 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             share: which of the step's evaluations this rank makes, and how it learns of the others.
             skip_nonfinite: record a step without projected gradients instead of raising, up to
                 ``MAX_NONFINITE_IN_A_ROW`` times in a row.
+            micro_batches: the batch in parts, with the loss of each example by its number in the batch of all ranks;
+                the estimator ``PerExample()`` needs it, and others do not look at it. `evaluate` then finds out where
+                parameters are read, no more.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
-            ValueError: if a number of terms is negative.
+            ValueError: if a number of terms is negative, or `micro_batches` are missing.
         """
         last = self._estimate
         last.is_pending = False
         for hook in self._estimate_pre_hooks.values():
             hook(self, partial(self.squared_grad, evaluate=evaluate, share=share))
-        found = None if self.is_replaying else self._evaluated(evaluate, share, skip_nonfinite)
+        found = None if self.is_replaying else self._evaluated(evaluate, share, skip_nonfinite, micro_batches)
         record = last.known.popleft() if last.known else found
         assert record is not None, "either it is known, or has just been made"
         last.record, last.is_pending, last.measured = record, True, 0
@@ -184,10 +199,15 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         """Whether the next estimate returns a record of before, and evaluates no loss."""
         return bool(self._estimate.known) and self._estimate.known[0].says_all
 
-    def _evaluated(self, evaluate: Evaluate, share: Share, skip_nonfinite: bool) -> StepRecord:
+    def _evaluated(
+        self, evaluate: Evaluate, share: Share, skip_nonfinite: bool, micro_batches: Sequence[MicroBatch] | None
+    ) -> StepRecord:
         """The record of a step whose losses are evaluated."""
         group, last = self.param_groups[0], self._estimate
-        found = evaluate_step(self, last, evaluate, share, skip_nonfinite)
+        look = partial(evaluate_probes, self, self.estimator, self.estimator.probes(self.num_queries), evaluate, share)
+        if isinstance(self.estimator, PerExample):
+            look = partial(evaluate_examples, self, self.estimator, evaluate, share, micro_batches)
+        found = evaluate_step(self, last, look, skip_nonfinite)
         weight = group.get("block_weight", 1.0)
         return StepRecord(
             step=group["step"],

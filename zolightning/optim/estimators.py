@@ -10,6 +10,7 @@ estimator      forwards     g_i                                                 
 ``OneSided``   N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
 ``ThreePoint`` 2 N + 1      that of ``TwoSided``, and second differences              none
 ``Population`` N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
+``PerExample`` 2            that of ``TwoSided`` for F_i, the examples of query i alone   none
 =============  ===========  ====================================================  ==============================
 """
 
@@ -25,6 +26,9 @@ class Probe(NamedTuple):
 
     query: int
     sign: int  # +1, -1, or 0 for the unperturbed weights
+
+
+EACH = -1  # in the place of a query: each example of the batch is evaluated along its own
 
 
 class Estimator(ABC):
@@ -71,6 +75,26 @@ class ThreePoint(TwoSided):
     def second_differences(self, losses: Sequence[float]) -> list[float]:
         """``F(W + eps z_i) + F(W - eps z_i) - 2 F(W)`` of each query: for a quadratic ``eps**2 z_i' H z_i``."""
         return [plus + minus - 2 * losses[0] for plus, minus in zip(losses[1::2], losses[2::2], strict=True)]
+
+
+class PerExample(TwoSided):
+    """Central differences of each example's own loss along its own direction, all in two forwards (arXiv 2606.02857).
+
+    Example number e of a step's batch, counted over all ranks, takes part in query ``e mod num_queries`` alone; so let
+    there be as many queries as examples. With F_i the mean loss of the examples of query i, and w_i their share of the
+    batch's terms (1 / N each, mostly)::
+
+        g_i = N w_i (F_i(W + eps z_i) - F_i(W - eps z_i)) / (2 eps)
+
+    and ``mean_i(g_i z_i)`` estimates the gradient of the batch's loss. With G_i the gradient of F_i, its variance is
+    that of one direction for all examples times ``mean_i(|G_i|^2) / (N |mean_i(G_i)|^2)``: N times less where examples
+    agree, and no less where they have nothing in common.
+    """
+
+    min_queries = 2
+
+    def probes(self, num_queries: int) -> list[Probe]:
+        return [Probe(EACH, 1), Probe(EACH, -1)]
 
 
 class OneSided(Estimator):

@@ -46,22 +46,22 @@ class Probed(NamedTuple):
 
 
 def evaluate_step(
-    optimizer: "ZerothOrderOptimizer", last: Estimate, evaluate: Evaluate, share: Share, skip_nonfinite: bool
+    optimizer: "ZerothOrderOptimizer", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool
 ) -> Probed:
     """Evaluates a loss at the weights of a step's probes, and aligns the queries where the optimizer wants it.
 
     Args:
-        optimizer: says which probes, and how each perturbs which parameters.
+        optimizer: whose step it is.
         last: its last estimate, in which odd losses are counted.
-        evaluate, share: of :func:`evaluate_probes`.
+        look: evaluates the loss, the same at each call: :func:`evaluate_probes`, for one.
         skip_nonfinite: of :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`, whose exceptions it raises.
     """
-    group, probes = optimizer.param_groups[0], optimizer.estimator.probes(optimizer.num_queries)
-    found = evaluate_probes(optimizer, optimizer.estimator, probes, evaluate, share)
+    group = optimizer.param_groups[0]
+    found = look()
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
     if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
         optimizer.evaluator.forget()
-        found = evaluate_probes(optimizer, optimizer.estimator, probes, evaluate, share)
+        found = look()
         if not found.is_flat:
             last.flat_in_a_row = 0
         else:

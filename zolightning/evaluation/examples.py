@@ -1,0 +1,175 @@
+"""Losses of single examples, each at weights perturbed in its own way, by one run of the network on all of them.
+
+The rows of a batch are then groups, one an example, that see parameters of their own. With a low-rank perturbation an
+example's rows, tokens and padding among them, take its direction ``x_i W' + (x_i B) A_i'`` beside one product with the
+stored weight, so that a batch with a direction for each example costs about as much as one with a single direction.
+
+The loss is a function of whoever wrote it, and is asked of each example: it is evaluated once for the whole batch, in
+which the network runs, and then for each example as for a batch of one, in which the network returns the example's
+share of that run. So the loss of a batch must be a mean over its examples, and rows must be independent. Where the
+network does not let itself be run like this, :class:`~zolightning.evaluation.row_groups.CannotStack` says why.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.reads import FlippedBit
+from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
+from zolightning.evaluation.shared_prefix import replaced_forward
+from zolightning.evaluation.stacked import Call, NetworkRun
+
+Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight; `loss` says of which
+Losses = list[tuple[Tensor, Tensor]]
+
+_MOST_COMPARED = 8  # examples whose losses are compared with those of separate runs
+
+
+class MicroBatch(NamedTuple):
+    """Examples that run together.
+
+    Attributes:
+        loss: computes that of all of them, anew at each call.
+        examples: of each, in the order of their rows, what computes its loss alone; by its number in the batch.
+    """
+
+    loss: Callable[[], Any]
+    examples: Mapping[int, Callable[[], Any]]
+
+
+class ExampleNetwork:
+    """Evaluates the losses of a batch's examples at once.
+
+    Args:
+        network: called, once or several times, by the loss.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._trusted: set[tuple[Any, ...]] = set()
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        evaluate: Evaluate,
+        batch: MicroBatch,
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None = None,
+    ) -> Losses:
+        """Losses and their weights of each example, under the perturbation of its own context, none in place.
+
+        Where the network has not been run with the same tensors cut before, losses of a few examples are compared with
+        those of separate runs first.
+
+        Raises:
+            CannotStack: if the network cannot be run like this, or gives other losses.
+        """
+        if len(contexts) == 1:
+            return one_by_one(evaluate, batch, contexts)
+        found, cuts = self._together(evaluate, batch, contexts, generators, graphs)
+        if cuts is not None and cuts not in self._trusted:
+            if not self._agrees(evaluate, batch, contexts, generators):
+                return one_by_one(evaluate, batch, contexts)
+            self._trusted.add(cuts)
+        return found
+
+    def _together(
+        self,
+        evaluate: Evaluate,
+        batch: MicroBatch,
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None,
+    ) -> tuple[Losses, tuple[Any, ...] | None]:
+        """Losses, and where tensors were cut; None for examples without terms, which do without the network."""
+        run = _Run(self.network, contexts, generators, graphs)
+        with replaced_forward(self.network, run.forward):
+            with contexts[0]:
+                evaluate(loss=batch.loss)
+            run.is_whole = False
+            for context, loss in zip(contexts, batch.examples.values(), strict=True):
+                with context:
+                    run.begin()
+                    run.losses.append(evaluate(loss=loss))
+        run.finish()
+        if not run.calls and not any(terms for _, terms in run.losses):
+            return run.losses, None
+        if not run.calls:
+            raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
+        return run.losses, (len(contexts), *run.cuts)
+
+    def _agrees(
+        self, evaluate: Evaluate, batch: MicroBatch, contexts: Sequence[Perturbed], generators: Generators
+    ) -> bool:
+        """Whether losses are right where every other example compared sees other parameters, by a few percent.
+
+        False where a loss is not finite, so that nothing can be compared.
+        """
+        compared = range(0, len(contexts), -(-len(contexts) // _MOST_COMPARED))
+        parameters, flip = perturbed_by(contexts), FlippedBit()
+        plain, flipped = (Perturbed(dict.fromkeys(parameters, change)) for change in (None, flip))
+        changed = [plain] * len(contexts)
+        for place in compared[::2]:
+            changed[place] = Perturbed(dict.fromkeys(parameters, flip))
+        own = list(batch.examples.items())
+        few = MicroBatch(batch.loss, dict(own[place] for place in compared))
+        alone = [
+            torch.stack([loss for loss, _ in one_by_one(evaluate, few, [c] * len(compared))]) for c in (plain, flipped)
+        ]
+        expected = torch.where(torch.arange(len(compared), device=alone[0].device) % 2 == 0, alone[1], alone[0])
+        losses = [loss for loss, _ in self._together(evaluate, batch, changed, generators, None)[0]]
+        found = torch.stack([losses[place] for place in compared])
+        if not torch.isfinite(torch.stack(alone)).all():
+            return False
+        autocast = torch.is_autocast_enabled(found.device.type)
+        half = autocast or any(parameter.element_size() == 2 for parameter in self.network.parameters())
+        # Kernels round in another way for another number of rows.
+        tolerance = (5e-3 if half else 1e-5) * alone[0].norm() + (0.2 if half else 0.05) * (alone[1] - alone[0]).norm()
+        if not (found - expected).norm() <= tolerance:
+            raise CannotStack(
+                f"losses of examples by one run of {type(self.network).__name__}, {found.tolist()}, are not those of "
+                f"separate runs, {expected.tolist()}: its rows are not along the first dimension, or not independent"
+            )
+        return True
+
+
+class _Run(NetworkRun):
+    """The calls of a network for all examples, and then for each; an example has some rows of a call's."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.is_whole = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = tensors_in((args, kwargs))
+        if not self.is_whole:
+            return self.output_for(inputs)
+        self.run(inputs, args, kwargs)
+        return self.calls[-1].output
+
+    def given(self, tensor: Tensor, call: Call) -> Tensor:
+        is_rows = bool(tensor.ndim) and len(tensor) == call.rows
+        return tensor.chunk(len(self._contexts))[len(self.losses)] if is_rows else tensor
+
+    def count_rows(self, rows: int) -> int:
+        if rows % len(self._contexts):
+            raise CannotStack(f"the network is called with {rows} rows for {len(self._contexts)} examples")
+        return rows
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def one_by_one(evaluate: Evaluate, batch: MicroBatch, contexts: Sequence[Perturbed]) -> Losses:
+    """Losses of examples by a run of the network for each."""
+    results = []
+    for context, loss in zip(contexts, batch.examples.values(), strict=True):
+        with context:
+            results.append(evaluate(loss=loss))
+    return results

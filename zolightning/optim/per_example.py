@@ -1,0 +1,92 @@
+"""The losses of single examples, each at weights perturbed along its own direction, summed over all ranks."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.examples import MicroBatch
+from zolightning.optim.checks import loss_and_terms
+from zolightning.optim.estimators import PerExample
+from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters
+from zolightning.optim.share import Share
+
+if TYPE_CHECKING:
+    from zolightning.optim.base import ZerothOrderOptimizer
+
+
+def evaluate_examples(
+    optimizer: "ZerothOrderOptimizer",
+    estimator: PerExample,
+    evaluate: Evaluate,
+    share: Share,
+    micro_batches: Sequence[MicroBatch] | None,
+) -> Probed:
+    """Evaluates each example at the weights of its query, with both signs.
+
+    Args:
+        optimizer: says how each query perturbs which parameters.
+        estimator: makes projected gradients of the losses.
+        evaluate: the loss of the batch.
+        share: which of the two evaluations this rank makes, and how it learns of the others.
+        micro_batches: the batch in parts, with the loss of each example and its number.
+
+    Returns:
+        The losses are means over the batch.
+
+    Raises:
+        ValueError: if there are no `micro_batches`, or a number of terms is negative.
+    """
+    if micro_batches is None:
+        raise ValueError(
+            "`estimator` is PerExample(), which needs the loss of each example: give `micro_batches` to `estimate` or "
+            "`zeroth_order_step`, as the ZerothOrder callback does, or choose TwoSided()."
+        )
+    group, count = optimizer.param_groups[0], optimizer.num_queries
+    probes = estimator.probes(count)
+    own = share.of(len(probes))
+    queries = [number % count for batch in micro_batches for number in batch.examples]
+    trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
+    perturbations: list[dict[nn.Parameter, Perturbation]] = []
+    for place in own:
+        sign = probes[place].sign
+        found = {q: of_whole_parameters(optimizer, optimizer.perturbations(q, sign)) for q in dict.fromkeys(queries)}
+        perturbations += [found[query] for query in queries]
+    results = []
+    if own:
+        results = optimizer.evaluator.evaluate(
+            lambda: loss_and_terms(evaluate()),
+            trainable,
+            perturbations,
+            (group["seed"], group["step"], share.stream),
+            {parameter: name for name, parameter in optimizer.at_rest()},
+            micro_batches=[
+                MicroBatch(
+                    partial(_evaluated, part.loss), {e: partial(_evaluated, f) for e, f in part.examples.items()}
+                )
+                for part in micro_batches
+            ],
+        )
+    # Zeros in the places of the others' evaluations and examples.
+    device = results[0][0].device if results else next(iter(trainable)).device
+    table = torch.zeros(len(probes), count, 2, dtype=torch.float64, device=device)
+    for (place, query), (loss, terms) in zip(product(own, queries), results, strict=True):
+        # A loss over no terms says nothing: it is NaN where it is a mean.
+        table[place, query] += torch.stack([torch.where(terms == 0, 0, loss * terms), terms]).to(table)
+    table = table if share.sum is None else share.sum(table)
+    sums, terms = table.unbind(-1)  # of each evaluation and query
+    shares = sums / terms.sum(dim=1, keepdim=True)  # of the batch's loss
+    grads = estimator.projected_grads(count * shares.T.flatten(), group["eps"])
+    numbers = torch.cat([shares.sum(dim=1), terms.sum(dim=1), terms.amin()[None], grads]).tolist()
+    losses, all_terms, (least, *projected_grads) = numbers[:2], numbers[2:4], numbers[4:]
+    if least < 0:
+        raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {least:g}.")
+    return Probed(losses, projected_grads, 0 in all_terms)
+
+
+def _evaluated(loss: Evaluate) -> tuple[Tensor, Tensor]:
+    return loss_and_terms(loss())
