@@ -29,7 +29,7 @@ from zolightning.callbacks import (
 )
 from zolightning.checkpoints.replay import replay
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, MeZOAdam
-from zolightning.optim.estimators import OneSided, Population
+from zolightning.optim.estimators import OneSided, PerExample, Population
 from zolightning.strategies import ZerothOrderDDP
 
 STEPS, BATCH = 10, 8
@@ -53,6 +53,11 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "blocks": (partial(MeZO, lr=1e-2, momentum=0.5), {"blocks": ["net.0", "net.1", "net.4"]}, (2,)),
     "activations": (partial(LOZO, lr=1e-2, rank=2), {"activations": True}, (2,)),
     "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"resample": True, "stacked": 4}, (2,)),
+    "examples": (
+        partial(LOZO, lr=1e-2, num_queries=8, momentum=0.5, estimator=PerExample()),
+        {"resample": True, "micro_batch_size": 3, "weighted": True},
+        (2,),
+    ),
     # Ranks that share the evaluations of a step
     "queries": (partial(MeZO, lr=1e-2, num_queries=2), {"size": 2, "noisy": True, "weighted": True}, (2,)),
     "signs": (partial(MeZO, lr=1e-2), {"size": 2, "bad_step": 3, "noisy": True}, (2,)),
@@ -73,6 +78,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
         (2,),
     ),
     "two_dimensions": (partial(MeZO, lr=1e-2), {"size": 2}, (4,)),
+    "signs_of_examples": (partial(MeZO, lr=1e-2, num_queries=8, estimator=PerExample()), {"size": 2}, (2,)),
 }
 
 

@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, WarmupDecay, ZerothOrderOptimizer
+from zolightning.optim.estimators import PerExample
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
@@ -119,6 +120,16 @@ def test_any_step(run: Callable[..., Run], tmp_path: Path, stop: int) -> None:
     whole = run(method, stop=stop)
     resumed = run(method, ckpt_path=tmp_path / "saved.ckpt")
     assert resumed.records == whole.records[stop:]
+    resumed.assert_ends_as(whole)
+
+
+def test_a_direction_for_each_example(run: Callable[..., Run], tmp_path: Path) -> None:
+    options = {"estimator": PerExample(), "num_queries": 4, "normalize": True, "clip": 3.0}
+    method = partial(LOZO, lr=0.01, rank=2, momentum=0.5, **options)
+    whole = run(method, stop=6, precision="bf16-true")
+    resumed = run(method, ckpt_path=tmp_path / "saved.ckpt", precision="bf16-true")
+    assert [len(record.projected_grads) for record in whole.records] == [4] * 20
+    assert resumed.records == whole.records[6:]
     resumed.assert_ends_as(whole)
 
 

@@ -82,6 +82,12 @@ class ZerothOrder(Callback):
             warning says why (:mod:`zolightning.evaluation.graphs`). All of the network is then computed in each
             evaluation, so leave it off where only late layers train.
 
+    With the method's ``estimator=PerExample()`` each example of a batch has a direction of its own, in the same two
+    forwards. What ``training_step`` returns for a batch must then be a mean over its examples (by ``"num_terms"``, as
+    for micro-batches): it is called for the batch, in which the network runs, and for each example as a batch of one,
+    in which one submodule with all trainable parameters returns the example's rows of that run. A network whose rows
+    are not the examples', or not independent, runs once an example instead, after a warning.
+
     Raises:
         MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules with which
             forward-only training would be wrong (:mod:`zolightning.callbacks.refusals`), with what to use instead.
@@ -204,6 +210,11 @@ class ZerothOrder(Callback):
             raise MisconfigurationException(
                 "`method` must make a zeroth-order optimizer (zolightning.optim.MeZO, for example), "
                 f"got {type(optimizer).__name__}."
+            )
+        if self.keep_prefix_gib and isinstance(optimizer.estimator, PerExample):
+            raise MisconfigurationException(
+                f"`keep_prefix_gib` is {self.keep_prefix_gib}, and under PerExample() all of the network runs in each "
+                "evaluation: set it to 0."
             )
         if isinstance(optimizer, SubspaceOptimizer):
             callbacks = callbacks_of(pl_module.trainer)

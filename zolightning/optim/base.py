@@ -266,8 +266,13 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
 
         Raises:
             ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes; if
-                evaluations are to share runs and no submodule holds all parameters.
+                evaluations are to share runs and no submodule holds all parameters, or examples share one.
         """
+        if evaluations_per_forward > 1 and isinstance(self.estimator, PerExample):
+            raise ValueError(
+                f"`evaluations_per_forward` is {evaluations_per_forward}, and under PerExample() the examples of an "
+                "evaluation share a forward already. Leave it at 1."
+            )
         self._names |= {parameter: name for name, parameter in module.named_parameters()}
         count, half = 0, []
         for _, name, parameter in self.trainable():
