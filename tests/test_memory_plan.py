@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from live_bytes import LiveBytes
 from zolightning.adapters import AdapterSettings, add_adapter
+from zolightning.directions.moments import SecondMoment
+from zolightning.evaluation.static import Parts
 from zolightning.memory import (
     LORA_RANK,
     BatchShape,
@@ -19,6 +21,8 @@ from zolightning.memory import (
     layer,
     on_quantized,
     plan,
+    size,
+    sketch_bytes,
     state_bytes,
     trained_by,
     weight_bytes,
@@ -102,6 +106,34 @@ def test_logits_of_a_forward_pass() -> None:
         logits = network(input_ids=ids, use_cache=False).logits
         torch.log_softmax(logits[ids >= 0], dim=-1, dtype=torch.float32)
     assert live.peak == pytest.approx(plan(network, [], MeZO, BatchShape(64, 4, 4)).logits, rel=0.02)
+
+
+@pytest.mark.parametrize("method", [MeZO, partial(LOZO, rank=2), partial(ZOMOPI, rank=8, power_rank=4)])
+def test_cuda_graphs_allocate_the_forward_again_and_copy_factors(method: Any) -> None:
+    network, batch = model(), BatchShape(16, 32)
+    trained = whole(network.parameters())
+    found = plan(network, trained, method, batch, cuda_graphs=True)
+    plain = plan(network, trained, method, batch)
+    assert plain.graphs == 0 and "graphs" not in str(plain)
+    assert found.peak == plain.peak + found.graphs and f"graphs {size(found.graphs)}" in str(found)
+    optimizer = method(network.named_parameters())
+    optimizer.fold_every_step = False
+    for group in optimizer.param_groups if isinstance(optimizer, SubspaceOptimizer) else ():
+        for parameter, matrix in optimizer.split(group)[0].values():
+            optimizer.core(parameter, matrix)
+    tables = Parts([optimizer.perturbations(0, 1)], torch.device("cpu")).tables
+    copied = sum(
+        table.nbytes for table in tables if table.dtype != torch.int32 and table.numel() > 1
+    )  # but the noise's
+    assert found.graphs == plain.scratch + plain.activations + plain.logits + copied
+    assert plan(network, trained, method, cuda_graphs=True).graphs is None
+
+
+@pytest.mark.parametrize(("inputs", "count"), [(40, 4), (100, 4), (72, 4)])
+def test_sketches_of_what_layers_read(inputs: int, count: int) -> None:
+    moment = SecondMoment(inputs, count, 0, "w", torch.device("cpu"))
+    weights = whole([torch.empty(3, inputs), torch.empty(7), torch.empty(5, inputs)])
+    assert sketch_bytes(weights, count) == 2 * (moment.test.nbytes + moment.product.nbytes)
 
 
 def test_networks_of_other_kinds_are_not_estimated() -> None:

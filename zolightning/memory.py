@@ -3,8 +3,10 @@
 Bytes of weights and of a method's state are exact: stand-ins of each shape take steps on torch's ``meta`` device,
 which holds no data. Scratch is that of dense perturbations. Of a forward pass the largest buffers that are alive at
 once are estimated, for causal language models whose layers have one MLP each: those of an MLP, and the logits of the
-positions at which answers are read. Not counted: what CUDA graphs keep for themselves, and attention that makes a
-matrix of its scores. GB are 1e9 bytes, as in what models and cards are said to have.
+positions at which answers are read. CUDA graphs allocate in a pool of their own, which all of a run's graphs share: by
+rule the forward's memory and its scratch once more, for the network also runs without a graph, and a copy of what
+low-rank perturbations are made of. Not counted: attention that makes a matrix of its scores. GB are 1e9 bytes, as in
+what models and cards are said to have.
 """
 
 import math
@@ -15,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.moments import moment_bytes
 from zolightning.evaluation.scratch import scratch_bytes
 from zolightning.layers import FeedForward, find_layers, is_conv1d, mlp_of
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -56,6 +60,8 @@ class MemoryPlan:
         scratch: perturbed or unpacked weights of what runs.
         activations: of one forward pass, estimated; None where the network is of another kind or the batch is unknown.
         logits: likewise.
+        graphs: the pool of CUDA graphs, estimated; None where the forward pass is not.
+        sketches: of what layers read, while bases are looked for, at most: layers that share an input share one.
         host: state in host memory instead, which does not count.
     """
 
@@ -64,6 +70,8 @@ class MemoryPlan:
     scratch: int = 0
     activations: int | None = None
     logits: int | None = None
+    graphs: int | None = 0
+    sketches: int = 0
     host: int = 0
 
     @property
@@ -77,11 +85,15 @@ class MemoryPlan:
 
         What updates hold for a moment is not counted: the forward pass has given its memory back by then.
         """
-        return self.certain + (self.activations or 0) + (self.logits or 0)
+        return self.certain + (self.activations or 0) + (self.logits or 0) + (self.graphs or 0) + self.sketches
 
     def __str__(self) -> str:
         parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
-        said = [f"{name} {'not estimated' if value is None else size(value)}" for name, value in parts.items()]
+        said = [
+            f"{name} {'not estimated' if value is None else size(value)}"
+            for name, value in parts.items()
+            if value != 0 or name not in ("graphs", "sketches")
+        ]
         return ", ".join([*said, f"in host memory {size(self.host)}"] if self.host else said)
 
 
@@ -91,7 +103,12 @@ def size(number: int) -> str:
 
 
 def plan(
-    module: nn.Module, trained: Iterable[Trained], method: Method, batch: BatchShape | None = None, **changes: Any
+    module: nn.Module,
+    trained: Iterable[Trained],
+    method: Method,
+    batch: BatchShape | None = None,
+    cuda_graphs: bool = False,
+    **changes: Any,
 ) -> MemoryPlan:
     """The memory that training takes.
 
@@ -100,12 +117,18 @@ def plan(
         trained: what trains of it.
         method: makes an optimizer from parameters.
         batch: of one forward pass, stacked evaluations included; None where it is not known.
+        cuda_graphs: whether the network's forward is replayed from CUDA graphs.
         **changes: attributes of the optimizer, such as ``update_precision="native"``.
     """
     trained = list(trained)
-    state, host = state_bytes(trained, method, **changes)
+    found = _state_bytes(trained, method, **changes)
     scratch = max(scratch_bytes(weight for weight, _ in trained), _unpacked_bytes(module))
-    return MemoryPlan(weight_bytes(module), state, scratch, *_forward_bytes(module, batch), host)
+    activations, logits = _forward_bytes(module, batch)
+    graphs: int | None = 0
+    if cuda_graphs:
+        graphs = None if activations is None or logits is None else scratch + activations + logits + found.factors
+    planned = MemoryPlan(weight_bytes(module), found.device, scratch, activations, logits, graphs)
+    return replace(planned, host=found.host)
 
 
 def whole(weights: Iterable[Tensor]) -> list[Trained]:
@@ -127,23 +150,38 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> tuple[int, int]:
-    """Bytes that the state of a method takes when it is largest: on the device, and in host memory.
+    """Bytes that the state of a method takes when it is largest: on the device, and in host memory."""
+    found = _state_bytes(trained, method, **changes)
+    return found.device, found.host
 
-    Each shape is trained alone, for two steps and in between what a subspace method does before it draws new subspaces.
-    """
-    counted: dict[tuple[tuple[int, ...], torch.dtype], tuple[int, int]] = {}
-    device = host = 0
+
+def sketch_bytes(trained: Iterable[Trained], directions: int) -> int:
+    """Bytes of second moments of what matrices read, while that many leading directions of each are looked for."""
+    return sum(moment_bytes(shape[1], directions) for _, shape in trained if len(shape) == 2)
+
+
+class _State(NamedTuple):
+    """Bytes of a method's state, and of the factors of its low-rank perturbations, which are part of it."""
+
+    device: int
+    host: int
+    factors: int
+
+
+def _state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> _State:
+    """Each shape is trained alone, for two steps and in between what a subspace method does before new subspaces."""
+    counted: dict[tuple[tuple[int, ...], torch.dtype], _State] = {}
+    found = []
     for weight, shape in trained:
         key = (shape, weight.dtype)
         if key not in counted:
-            counted[key] = _state_bytes(
-                nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta")), method, changes
-            )
-        device, host = device + counted[key][0], host + counted[key][1]
-    return device, host
+            stand_in = nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta"))
+            counted[key] = _state_of(stand_in, method, changes)
+        found.append(counted[key])
+    return _State(*(sum(each) for each in zip(*found, strict=True))) if found else _State(0, 0, 0)
 
 
-def _state_bytes(stand_in: nn.Parameter, method: Method, changes: dict[str, Any]) -> tuple[int, int]:
+def _state_of(stand_in: nn.Parameter, method: Method, changes: dict[str, Any]) -> _State:
     optimizer = method([stand_in])
     for name, value in changes.items():
         setattr(optimizer, name, value)
@@ -154,7 +192,13 @@ def _state_bytes(stand_in: nn.Parameter, method: Method, changes: dict[str, Any]
     optimizer.apply(record)
     optimizer.fold()
     optimizer.apply(replace(record, step=1, folds=optimizer.param_groups[0].get("folds", 0)))
-    return optimizer.state_bytes(), optimizer.host_bytes()
+    changed = [change for change in optimizer.offsets().values() if isinstance(change, LowRank)]
+    factors = [factor for change in changed for factor in (change.basis.left, change.basis.right, change.pending)]
+    return _State(
+        optimizer.state_bytes(),
+        optimizer.host_bytes(),
+        sum(factor.nbytes for factor in factors if factor is not None),
+    )
 
 
 def _unpacked_bytes(module: nn.Module) -> int:
@@ -197,11 +241,16 @@ def _output_layer(module: nn.Module) -> Any:
 
 
 def alternatives(
-    module: nn.Module, trained: Iterable[Trained], method: Method, batch: BatchShape | None = None
+    module: nn.Module,
+    trained: Iterable[Trained],
+    method: Method,
+    batch: BatchShape | None = None,
+    cuda_graphs: bool = False,
 ) -> dict[str, MemoryPlan]:
-    """What the same network takes otherwise, by the settings that say so."""
+    """What the same network takes otherwise, without CUDA graphs, by the settings that say so."""
     trained, trial = list(trained), method([nn.Parameter(torch.zeros(1, 1))])
-    found = {
+    found = {"evaluation.cuda_graphs false": plan(module, trained, method, batch)} if cuda_graphs else {}
+    found |= {
         f"method.update_precision {precision}": plan(module, trained, method, batch, update_precision=precision)
         for precision in UPDATE_PRECISIONS
         if precision != trial.update_precision

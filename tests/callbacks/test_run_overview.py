@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from zolightning.callbacks import RunOverview, ZerothOrder
+from zolightning.callbacks import ActivationBases, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.callbacks.run_overview import refuse_too_large
 from zolightning.memory import MemoryPlan
-from zolightning.optim import MeZO
+from zolightning.optim import LOZO, MeZO
 
 
 @pytest.fixture
@@ -80,6 +80,15 @@ def test_a_method_without_defaults(fit: Callable[..., EventAccumulator], caplog:
     caplog.set_level("INFO")
     fit(ZerothOrder(partial(Demanding, lr=0.5)))
     assert any("Demanding, lr 0.5, " in message and "num_queries 1" in message for message in caplog.messages)
+
+
+def test_what_bases_of_inputs_take_is_said(
+    fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    bases = ActivationBases(examples="batch")
+    fit(ZerothOrder(partial(LOZO, lr=1e-3, rank=1)), SubspaceResampling(bases=bases))
+    assert any("sketches 0.0 MB" in message for message in caplog.messages)
 
 
 def test_the_run_is_the_same_without_it(

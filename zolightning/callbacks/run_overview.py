@@ -21,7 +21,17 @@ from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescen
 from zolightning.callbacks.refusals import bases
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
-from zolightning.memory import BatchShape, MemoryPlan, alternatives, plan, size, state_bytes, trained_by, weight_bytes
+from zolightning.memory import (
+    BatchShape,
+    MemoryPlan,
+    alternatives,
+    plan,
+    size,
+    sketch_bytes,
+    state_bytes,
+    trained_by,
+    weight_bytes,
+)
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
 from zolightning.quantization import num_weights
@@ -131,7 +141,10 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         count = sum(math.prod(weight.shape) for weight in trained)
         zeroth_order = _zeroth_order(trainer)
         batch = _largest_batch(trainer, zeroth_order)
-        planned = plan(module, trained, zeroth_order.method, batch)
+        cuda_graphs = optimizer.evaluator.graphs is not None
+        planned = plan(module, trained, zeroth_order.method, batch, cuda_graphs)
+        for directions in _looked_for(trainer, optimizer):
+            planned = replace(planned, sketches=sketch_bytes(trained, directions))
         for blocks in _block_callbacks(trainer):
             if blocks.left_state == "reset":
                 moving = blocks.largest(optimizer)
@@ -139,7 +152,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
                 planned = replace(planned, state=state, host=host)
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            others = partial(alternatives, module, trained, zeroth_order.method, batch)
+            others = partial(alternatives, module, trained, zeroth_order.method, batch, cuda_graphs)
             refuse_too_large(planned, free_bytes(device), others)
         yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
@@ -153,6 +166,13 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         yield "goes to", folder
         if _tensorboards(trainer):
             yield "watch it", f"tensorboard --logdir {Path(folder).parent}"
+
+
+def _looked_for(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Iterator[int]:
+    """How many leading directions of what layers read are looked for, where bases are made of them."""
+    for callback in _callbacks(trainer):
+        if isinstance(callback, SubspaceResampling) and callback.bases is not None:
+            yield callback.bases.skip + max(group["rank"] for group in optimizer.param_groups)
 
 
 def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class SecondMoment:
     """
 
     def __init__(self, size: int, count: int, seed: int, name: str, device: torch.device) -> None:
-        columns = count + _OVERSAMPLED
-        if size <= 2 * columns:
+        columns = _columns(size, count)
+        if columns == size:
             self.test = torch.eye(size, device=device, dtype=torch.float32)
         else:
             self.test = torch.linalg.qr(gaussian(size, columns, seed, 0, f"{name}/inputs", device)).Q
@@ -110,6 +110,17 @@ class SecondMoment:
         root = torch.linalg.solve_triangular(factor.T, shifted, upper=True, left=False)
         vectors, roots, _ = torch.linalg.svd(root, full_matrices=False)
         return (roots.square() - shift).clamp_min(0).float(), vectors.float()
+
+
+def moment_bytes(size: int, count: int) -> int:
+    """Bytes that a :class:`SecondMoment` of rows of `size` numbers keeps: its test matrix and the product with it."""
+    return 2 * 4 * size * _columns(size, count)
+
+
+def _columns(size: int, count: int) -> int:
+    """Of the test matrix: those that `count` directions need, or all where that is not much more."""
+    columns = count + _OVERSAMPLED
+    return size if size <= 2 * columns else columns
 
 
 def scaled(leading: Leading, scaling: Scaling, limit: float) -> Tensor:
