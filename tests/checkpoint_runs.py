@@ -79,9 +79,11 @@ class Watch(Callback):
         self.grads: dict[int, tuple[float, ...]] = {}
         self.validated: dict[int, float] = {}
         self.batches: list[int] = []
+        self.epochs: dict[int, int] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         record = getattr(trainer.optimizers[0], "record", None)
+        self.epochs[trainer.global_step] = trainer.current_epoch
         self.grads[trainer.global_step] = record.projected_grads if record else ()
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:

@@ -12,15 +12,14 @@ from pathlib import Path
 import zolightning
 
 
-def run_program(path: str, folder: Path) -> Path:
-    """Runs a program that forks ranks, with a folder to write to, which is returned; its log is ``log.txt`` there."""
+def run_program(path: str, folder: Path, *arguments: object, seconds: float = 240) -> Path:
+    """Runs a program that forks, with a folder to write to, which is returned; its log is ``log.txt`` there."""
     started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
     environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
     paths = (Path(zolightning.__file__).parents[1], Path(path).parent)
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run(
-        [sys.executable, path, str(folder)], env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, path, str(folder), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "log.txt").write_text(done.stderr)
     return folder

@@ -104,6 +104,7 @@ class ZerothOrderCLI(LightningCLI):
                 "checkpoint.monitor": "val/accuracy",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best-{step}",
+                "checkpoint.enable_version_counter": False,  # the same step again is that of a run that was killed
             }
         )
         parser.add_lightning_class_args(SaveLast, "save_last")

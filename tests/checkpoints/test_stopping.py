@@ -57,6 +57,7 @@ def test_a_run_that_was_told_to_stop_goes_on(
     resumed.assert_ends_as(whole)
     assert sorted(stopped.watch.grads) + sorted(resumed.watch.grads) == sorted(whole.watch.grads)
     assert stopped.watch.grads | resumed.watch.grads == whole.watch.grads
+    assert stopped.watch.epochs | resumed.watch.epochs == whole.watch.epochs
     assert not stopped.watch.validated.keys() & resumed.watch.validated.keys()
     validated = stopped.watch.validated | resumed.watch.validated
     assert validated == whole.watch.validated

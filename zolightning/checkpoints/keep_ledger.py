@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
-from zolightning.checkpoints.muted import Muted
 from zolightning.checkpoints.replay import describe
 from zolightning.checkpoints.resume import LAST, LEDGER
+from zolightning.checkpoints.run_logs import Muted, log_once
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -121,6 +121,8 @@ class KeepLedger(Callback):
             self._hook = optimizer.register_step_post_hook(self._note)
         taken = trainer.strategy.broadcast(taken)
         optimizer.expect(taken)
+        if self._saved is not None or self.go_on is not None:
+            log_once(trainer)
         if taken:
             self._muted = Muted(trainer, until=taken[-1].step + 1)
             evaluated = sum(not record.says_all for record in taken)
@@ -142,10 +144,13 @@ class KeepLedger(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.ledger is not None:
-            self._write()
             self.ledger.sync()
             # Not the callback's state: Lightning would ask whoever validates the checkpoint for the callback.
-            checkpoint[_KEY] = {"path": str(self.ledger.path.absolute()), "checksum": self.ledger.checksum}
+            checkpoint[_KEY] = {
+                "path": str(self.ledger.path.absolute()),
+                "checksum": self.ledger.checksum,
+                "pending": None if self._pending is None else asdict(self._pending),
+            }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.ledger is not None and self._optimizer is not None:
@@ -266,14 +271,21 @@ class KeepLedger(Callback):
             try:
                 ledger = Ledger(path)
                 steps = step - ledger.header.first_step
-                if not 0 <= steps <= len(ledger):
+                written = steps - (self._saved["pending"] is not None)
+                if not 0 <= written <= len(ledger):
                     reason = f"{path} has {len(ledger)} steps, and the checkpoint is of step {step}"
-                elif ledger.checksum_after(steps) != self._saved["checksum"]:
+                    continue
+                if ledger.checksum_after(written) != self._saved["checksum"]:
                     reason = f"{path} is of another run than the checkpoint"
-                elif path.parent.resolve() != self._folder.resolve():
-                    return self._taken(ledger.copy(_free(self._folder), steps), steps, go_on=False)
-                else:
-                    return self._taken(ledger, steps, go_on=checkpoint is not None and checkpoint.name == LAST)
+                    continue
+                is_own = path.parent.resolve() == self._folder.resolve()
+                if not is_own:
+                    ledger = ledger.copy(_free(self._folder), min(steps, len(ledger)))
+                if len(ledger) < steps:  # killed before the step of the checkpoint was over
+                    ledger.go_on(written)
+                    ledger.append(StepRecord(**self._saved["pending"]))
+                    ledger.close()
+                return self._taken(ledger, steps, is_own and checkpoint is not None and checkpoint.name == LAST)
             except (DamagedLedgerError, ValueError) as error:
                 reason = str(error).rstrip(".")
         self._give_up(reason)

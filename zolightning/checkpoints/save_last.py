@@ -101,6 +101,7 @@ class SaveLast(ModelCheckpoint):
         self._stopping = 0
         self._is_training = True
         self._signal.listen()
+        self._count_epoch_once(trainer)
         if self._resumed.get("validation_due"):
             self._validate(trainer)
 
@@ -250,6 +251,16 @@ class SaveLast(ModelCheckpoint):
         loop._has_run = False  # the training loop takes its first turn for the validation and passes over it
         trainer.training = True
         connector._first_loop_iter = first_loop_iter
+
+    @staticmethod
+    def _count_epoch_once(trainer: L.Trainer) -> None:
+        """Lightning counts an epoch that was saved at its last batch when it restores it, and again when it ends it."""
+        loop = trainer.fit_loop
+        is_at_last_batch = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
+        if loop.restarted_mid_epoch and is_at_last_batch:
+            for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+                progress.processed -= 1  # type: ignore[attr-defined]  # declared as a tracker of less
+                progress.completed -= 1
 
     def _is_between_steps(self, trainer: L.Trainer) -> bool:
         """Whether the weights are those after ``trainer.global_step`` steps, and so is all else that is saved."""
