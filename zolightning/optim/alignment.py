@@ -25,14 +25,14 @@ from zolightning.optim.precision import as_contiguous
 from zolightning.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from zolightning.optim.base import ZerothOrderOptimizer
+    from zolightning.optim.estimating import Estimating
 
 MOST_NUMBERS = 1000  # a query: with more, Z Z' is its expectation but for what changes the variance by less than 0.1 %
 _LEAST = 1e-6  # of the largest eigenvalue of Z Z': along smaller ones there is more rounding of losses than gradient
 _CHUNK = 2**18  # noise is made of halves of integers up to 8: the sum of so many products is exact in fp32
 
 
-def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float], warns: bool) -> list[float]:
+def aligned(optimizer: "Estimating", projected_grads: Sequence[float], warns: bool) -> list[float]:
     """Numbers c_i such that the mean of ``c_i z_i`` is d / q times the projection of the gradient on the span.
 
     With more than d queries it is the gradient. d is measured, by the mean square length of the directions. Where it
@@ -69,9 +69,7 @@ def solve(gram: Tensor, projected_grads: Tensor) -> Tensor:
     return vectors @ (values.mean() / values * (vectors.T @ projected_grads))
 
 
-def _noise_shape(
-    optimizer: "ZerothOrderOptimizer", parameter: nn.Parameter, change: Perturbation
-) -> tuple[int, ...] | None:
+def _noise_shape(optimizer: "Estimating", parameter: nn.Parameter, change: Perturbation) -> tuple[int, ...] | None:
     """Shape of the noise in a perturbation; None where there is none."""
     if isinstance(change, LowRank):
         return None if change.direction is None else change.basis.core_shape(change.shape)
@@ -79,7 +77,7 @@ def _noise_shape(
 
 
 def _products(
-    changes: list[Perturbation], parameter: nn.Parameter, shape: tuple[int, ...], optimizer: "ZerothOrderOptimizer"
+    changes: list[Perturbation], parameter: nn.Parameter, shape: tuple[int, ...], optimizer: "Estimating"
 ) -> Tensor:
     """Inner products of the noise in some perturbations of a parameter, (q, q), float64."""
     size = max(2, min(_CHUNK, 2**22 // len(changes) // 2 * 2))  # noise comes in pairs of elements

@@ -1,32 +1,23 @@
-"""What all zeroth-order methods share: probing, the record of a step, and adding an update to the weights."""
+"""What all zeroth-order methods share: names, blocks, estimates, and adding an update to the weights."""
 
-import math
 import os
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.evaluator import Evaluator
-from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key as noise_key
 from zolightning.messages import some
-from zolightning.optim.blocks import BlockwiseParameters
 from zolightning.optim.checks import (
     require_choice,
     require_positive,
-    require_queries,
     require_seed,
     require_trainable,
 )
-from zolightning.optim.estimators import Estimator, PerExample, Probe, TwoSided
-from zolightning.optim.per_example import evaluate_examples
+from zolightning.optim.estimating import Estimating
+from zolightning.optim.estimators import Estimator, PerExample, TwoSided
 from zolightning.optim.precision import (
     RESTS,
     UPDATE_PRECISIONS,
@@ -34,13 +25,11 @@ from zolightning.optim.precision import (
     as_contiguous,
     round_stochastically,
 )
-from zolightning.optim.probing import Evaluate, evaluate_probes, evaluate_step
-from zolightning.optim.record import Estimate, StepRecord
-from zolightning.optim.share import WHOLE, Share
+from zolightning.optim.record import StepRecord
 from zolightning.rank_zero import rank_zero_warn
 
 
-class ZerothOrderOptimizer(BlockwiseParameters, ABC):
+class ZerothOrderOptimizer(Estimating):
     """Abstract base of the methods: an optimizer that reads losses instead of gradients.
 
     A step is two calls: :meth:`estimate` evaluates the loss at perturbed weights and leaves a
@@ -79,45 +68,19 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        self.estimator = TwoSided() if estimator is None else estimator
-        require_queries(num_queries, self.estimator)
-        if align_queries and isinstance(self.estimator, PerExample):
-            raise ValueError(
-                "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
-            )
         require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         require_seed(seed)
-        super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
-        self.num_queries = num_queries
-        self.align_queries = align_queries
+        super().__init__(
+            params,
+            defaults | {"step": 0, "seed": int(seed), "forward_passes": 0},
+            num_queries=num_queries,
+            align_queries=align_queries,
+            estimator=TwoSided() if estimator is None else estimator,
+        )
         self.update_precision: UpdatePrecision = update_precision
-        self._estimate = Estimate()
-        self._estimate_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
-        self.evaluator = Evaluator()
-
-    @property
-    def attached(self) -> bool:
-        """Whether a module has given the parameters their names, and is evaluated."""
-        return self.evaluator.module is not None
-
-    @property
-    def record(self) -> StepRecord | None:
-        """The record of the last estimate; None before the first one."""
-        return self._estimate.record
 
     # What a method defines
-
-    @abstractmethod
-    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        """:meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
-
-        For every trainable parameter, as a tensor of :meth:`trainable_shape`.
-        """
-
-    def offsets(self) -> dict[nn.Parameter, Perturbation]:
-        """What the network computes with beside the stored weights, also where nothing is perturbed."""
-        return {}
 
     @abstractmethod
     def update(self, record: StepRecord) -> None:
@@ -137,91 +100,6 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
             raise ValueError(f"`weight_decay` must not be negative, got {group['weight_decay']!r}.")
 
     # What a step calls
-
-    @torch.no_grad()
-    def estimate(
-        self,
-        evaluate: Evaluate,
-        share: Share = WHOLE,
-        skip_nonfinite: bool = False,
-        micro_batches: Sequence[MicroBatch] | None = None,
-    ) -> StepRecord:
-        """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
-
-        The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
-        stored statistics). All evaluations draw the same random numbers (torch's, NumPy's and Python's), and only the
-        first one leaves traces in the module, see :mod:`zolightning.evaluation.traces`.
-
-        Args:
-            evaluate: the loss of one batch, computed anew at each call, always on the same batch and padding: a
-                scalar tensor (float32 or wider, so that differences survive), or a pair of it and the number of
-                terms it averages, for a mean over ranks that does not depend on how the batch was split; see
-                :func:`~zolightning.optim.checks.loss_and_terms`. Where there are no terms on any rank, the step is
-                recorded without projected gradients.
-            share: which of the step's evaluations this rank makes, and how it learns of the others.
-            skip_nonfinite: record a step without projected gradients instead of raising, up to
-                ``MAX_NONFINITE_IN_A_ROW`` times in a row.
-            micro_batches: the batch in parts, with the loss of each example by its number in the batch of all ranks;
-                the estimator ``PerExample()`` needs it, and others do not look at it. `evaluate` then finds out where
-                parameters are read, no more.
-
-        Raises:
-            NonFiniteLossError: if a loss is NaN or infinite.
-            ValueError: if a number of terms is negative, or `micro_batches` are missing.
-        """
-        last = self._estimate
-        last.is_pending = False
-        for hook in self._estimate_pre_hooks.values():
-            hook(self, partial(self.squared_grad, evaluate=evaluate, share=share))
-        found = None if self.is_replaying else self._evaluated(evaluate, share, skip_nonfinite, micro_batches)
-        record = last.known.popleft() if last.known else found
-        assert record is not None, "either it is known, or has just been made"
-        last.record, last.is_pending, last.measured = record, True, 0
-        return record
-
-    def expect(self, records: Iterable[StepRecord]) -> None:
-        """Has the next estimates return these records, of steps that the run has taken before.
-
-        A loss is evaluated only where a record does not say all that its step did, for what it leaves in the module.
-        Whatever else happens in a step happens as ever, so that a run goes on where its records end.
-
-        Raises:
-            ValueError: if they are not those of the steps that come next.
-        """
-        known, step = list(records), self.param_groups[0]["step"]
-        if [record.step for record in known] != list(range(step, step + len(known))):
-            raise ValueError(f"Step {step} comes next, and the records begin with step {known[0].step} or have gaps.")
-        self._estimate.known.clear()
-        self._estimate.known.extend(known)
-
-    @property
-    def is_replaying(self) -> bool:
-        """Whether the next estimate returns a record of before, and evaluates no loss."""
-        return bool(self._estimate.known) and self._estimate.known[0].says_all
-
-    def _evaluated(
-        self, evaluate: Evaluate, share: Share, skip_nonfinite: bool, micro_batches: Sequence[MicroBatch] | None
-    ) -> StepRecord:
-        """The record of a step whose losses are evaluated."""
-        group, last = self.param_groups[0], self._estimate
-        look = partial(evaluate_probes, self, self.estimator, self.estimator.probes(self.num_queries), evaluate, share)
-        if isinstance(self.estimator, PerExample):
-            look = partial(evaluate_examples, self, self.estimator, evaluate, share, micro_batches)
-        found = evaluate_step(self, last, look, skip_nonfinite)
-        weight = group.get("block_weight", 1.0)
-        return StepRecord(
-            step=group["step"],
-            seed=group["seed"],
-            # `lr` itself belongs to schedulers, which may set it anew at every step.
-            lr=tuple(float(group["lr"]) * group.get("lr_scale", 1.0) * weight for group in self.param_groups),
-            projected_grads=tuple(found.projected_grads) if found.is_finite else (),
-            losses=tuple(found.losses),
-            forward_passes=len(found.losses) + last.measured,
-            refresh=group.get("refresh", 0),
-            folds=group.get("folds", 0),
-            blocks=self.active,
-            leaves_traces=self.evaluator.left_traces,
-        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -289,44 +167,6 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
                 "none, for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
             )
 
-    def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Calls ``hook(optimizer, squared_grad)`` at the beginning of every :meth:`estimate`.
-
-        ``squared_grad(block, num_queries=1)`` is :meth:`squared_grad` with that estimate's loss. The hook may
-        :meth:`activate` blocks by what it finds.
-
-        Returns:
-            A handle whose ``remove()`` takes the hook away.
-        """
-        handle = RemovableHandle(self._estimate_pre_hooks)
-        self._estimate_pre_hooks[handle.id] = hook
-        return handle
-
-    @torch.no_grad()
-    def squared_grad(self, block: int, num_queries: int = 1, *, evaluate: Evaluate, share: Share = WHOLE) -> float:
-        """Squared projected gradient of one block, nothing else being perturbed: a mean over `num_queries` directions.
-
-        Its expectation is the squared norm of the block's gradient in the metric of the method's directions:
-        ``grad' S grad`` for directions of covariance S, ``grad' H^-1 grad`` where they are scaled by ``H^-1/2``. One
-        query has a relative standard deviation of sqrt(2). Costs ``2 num_queries`` evaluations, which the next record
-        counts; their directions are none that a step uses.
-
-        Args:
-            block: index of the block.
-            num_queries: directions to average over.
-            evaluate, share: as for :meth:`estimate`.
-
-        Returns:
-            0 where a loss is not finite.
-        """
-        estimator = TwoSided()
-        probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
-        with self.only(block):
-            grads = evaluate_probes(self, estimator, probes, evaluate, share, leaves_traces=False).projected_grads
-        self._estimate.measured += len(probes)
-        mean = sum(grad * grad for grad in grads) / len(grads)
-        return mean if math.isfinite(mean) else 0.0
-
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Half-precision weights are rounded first, in a way that depends on the step's number and their names."""
         parameters = list(parameters)
@@ -340,10 +180,6 @@ class ZerothOrderOptimizer(BlockwiseParameters, ABC):
     def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """The tensors kept of a parameter."""
         return self.state.get(parameter, {})
-
-    def count(self, evaluations: int) -> None:
-        """Adds evaluations that were made between steps to the ``forward_passes`` of the next record."""
-        self._estimate.measured += evaluations
 
     def detach(self) -> None:
         """Leaves the module for good, its stored weights being what was trained."""

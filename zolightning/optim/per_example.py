@@ -16,11 +16,11 @@ from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
-    from zolightning.optim.base import ZerothOrderOptimizer
+    from zolightning.optim.estimating import Estimating
 
 
 def evaluate_examples(
-    optimizer: "ZerothOrderOptimizer",
+    optimizer: "Estimating",
     estimator: PerExample,
     evaluate: Evaluate,
     share: Share,

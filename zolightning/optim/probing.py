@@ -17,7 +17,7 @@ from zolightning.optim.share import Share
 from zolightning.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from zolightning.optim.base import ZerothOrderOptimizer
+    from zolightning.optim.estimating import Estimating
 
 Evaluate = Callable[[], Loss]
 
@@ -45,9 +45,7 @@ class Probed(NamedTuple):
         return len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
 
 
-def evaluate_step(
-    optimizer: "ZerothOrderOptimizer", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool
-) -> Probed:
+def evaluate_step(optimizer: "Estimating", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool) -> Probed:
     """Evaluates a loss at the weights of a step's probes, and aligns the queries where the optimizer wants it.
 
     Args:
@@ -81,7 +79,7 @@ def evaluate_step(
 
 
 def evaluate_probes(
-    optimizer: "ZerothOrderOptimizer",
+    optimizer: "Estimating",
     estimator: Estimator,
     probes: Sequence[Probe],
     evaluate: Evaluate,
@@ -139,7 +137,7 @@ def evaluate_probes(
 
 
 def of_whole_parameters(
-    optimizer: "ZerothOrderOptimizer", perturbations: Mapping[nn.Parameter, Perturbation]
+    optimizer: "Estimating", perturbations: Mapping[nn.Parameter, Perturbation]
 ) -> dict[nn.Parameter, Perturbation]:
     """Perturbations of whole parameters, from those of the slices that train."""
     parts = {parameter: part for parameter, part in optimizer.slices.items() if parameter in perturbations}

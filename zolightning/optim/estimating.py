@@ -1,0 +1,202 @@
+"""The first half of a step: losses at perturbed weights are asked for, and leave a record."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.evaluator import Evaluator
+from zolightning.evaluation.examples import MicroBatch
+from zolightning.optim.blocks import BlockwiseParameters
+from zolightning.optim.checks import require_queries
+from zolightning.optim.estimators import Estimator, PerExample, Probe, TwoSided
+from zolightning.optim.per_example import evaluate_examples
+from zolightning.optim.probing import Evaluate, evaluate_probes, evaluate_step
+from zolightning.optim.record import Estimate, StepRecord
+from zolightning.optim.share import WHOLE, Share
+
+
+class Estimating(BlockwiseParameters, ABC):
+    """Abstract: an optimizer that estimates gradients from losses; weights stay as they are meanwhile.
+
+    Args:
+        params, defaults: of :class:`~zolightning.optim.blocks.BlockwiseParameters`.
+        num_queries, align_queries, estimator: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        num_queries: int,
+        align_queries: bool,
+        estimator: Estimator,
+    ) -> None:
+        require_queries(num_queries, estimator)
+        if align_queries and isinstance(estimator, PerExample):
+            raise ValueError(
+                "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
+            )
+        self.num_queries = num_queries
+        self.align_queries = align_queries
+        self.estimator = estimator
+        super().__init__(params, defaults)
+        self._estimate = Estimate()
+        self._estimate_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        self.evaluator = Evaluator()
+
+    @property
+    def attached(self) -> bool:
+        """Whether a module has given the parameters their names, and is evaluated."""
+        return self.evaluator.module is not None
+
+    @property
+    def record(self) -> StepRecord | None:
+        """The record of the last estimate; None before the first one."""
+        return self._estimate.record
+
+    @abstractmethod
+    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
+        """:meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
+
+        For every trainable parameter, as a tensor of :meth:`trainable_shape`.
+        """
+
+    def offsets(self) -> dict[nn.Parameter, Perturbation]:
+        """What the network computes with beside the stored weights, also where nothing is perturbed."""
+        return {}
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        evaluate: Evaluate,
+        share: Share = WHOLE,
+        skip_nonfinite: bool = False,
+        micro_batches: Sequence[MicroBatch] | None = None,
+    ) -> StepRecord:
+        """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
+
+        The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
+        stored statistics). All evaluations draw the same random numbers (torch's, NumPy's and Python's), and only the
+        first one leaves traces in the module, see :mod:`zolightning.evaluation.traces`.
+
+        Args:
+            evaluate: the loss of one batch, computed anew at each call, always on the same batch and padding: a
+                scalar tensor (float32 or wider, so that differences survive), or a pair of it and the number of
+                terms it averages, for a mean over ranks that does not depend on how the batch was split; see
+                :func:`~zolightning.optim.checks.loss_and_terms`. Where there are no terms on any rank, the step is
+                recorded without projected gradients.
+            share: which of the step's evaluations this rank makes, and how it learns of the others.
+            skip_nonfinite: record a step without projected gradients instead of raising, up to
+                ``MAX_NONFINITE_IN_A_ROW`` times in a row.
+            micro_batches: the batch in parts, with the loss of each example by its number in the batch of all ranks;
+                the estimator ``PerExample()`` needs it, and others do not look at it. `evaluate` then finds out where
+                parameters are read, no more.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite.
+            ValueError: if a number of terms is negative, or `micro_batches` are missing.
+        """
+        last = self._estimate
+        last.is_pending = False
+        for hook in self._estimate_pre_hooks.values():
+            hook(self, partial(self.squared_grad, evaluate=evaluate, share=share))
+        found = None if self.is_replaying else self._evaluated(evaluate, share, skip_nonfinite, micro_batches)
+        record = last.known.popleft() if last.known else found
+        assert record is not None, "either it is known, or has just been made"
+        last.record, last.is_pending, last.measured = record, True, 0
+        return record
+
+    def expect(self, records: Iterable[StepRecord]) -> None:
+        """Has the next estimates return these records, of steps that the run has taken before.
+
+        A loss is evaluated only where a record does not say all that its step did, for what it leaves in the module.
+        Whatever else happens in a step happens as ever, so that a run goes on where its records end.
+
+        Raises:
+            ValueError: if they are not those of the steps that come next.
+        """
+        known, step = list(records), self.param_groups[0]["step"]
+        if [record.step for record in known] != list(range(step, step + len(known))):
+            raise ValueError(f"Step {step} comes next, and the records begin with step {known[0].step} or have gaps.")
+        self._estimate.known.clear()
+        self._estimate.known.extend(known)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the next estimate returns a record of before, and evaluates no loss."""
+        return bool(self._estimate.known) and self._estimate.known[0].says_all
+
+    def _evaluated(
+        self, evaluate: Evaluate, share: Share, skip_nonfinite: bool, micro_batches: Sequence[MicroBatch] | None
+    ) -> StepRecord:
+        """The record of a step whose losses are evaluated."""
+        group, last = self.param_groups[0], self._estimate
+        look = partial(evaluate_probes, self, self.estimator, self.estimator.probes(self.num_queries), evaluate, share)
+        if isinstance(self.estimator, PerExample):
+            look = partial(evaluate_examples, self, self.estimator, evaluate, share, micro_batches)
+        found = evaluate_step(self, last, look, skip_nonfinite)
+        weight = group.get("block_weight", 1.0)
+        return StepRecord(
+            step=group["step"],
+            seed=group["seed"],
+            # `lr` itself belongs to schedulers, which may set it anew at every step.
+            lr=tuple(float(group["lr"]) * group.get("lr_scale", 1.0) * weight for group in self.param_groups),
+            projected_grads=tuple(found.projected_grads) if found.is_finite else (),
+            losses=tuple(found.losses),
+            forward_passes=len(found.losses) + last.measured,
+            refresh=group.get("refresh", 0),
+            folds=group.get("folds", 0),
+            blocks=self.active,
+            leaves_traces=self.evaluator.left_traces,
+        )
+
+    def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Calls ``hook(optimizer, squared_grad)`` at the beginning of every :meth:`estimate`.
+
+        ``squared_grad(block, num_queries=1)`` is :meth:`squared_grad` with that estimate's loss. The hook may
+        :meth:`activate` blocks by what it finds.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self._estimate_pre_hooks)
+        self._estimate_pre_hooks[handle.id] = hook
+        return handle
+
+    @torch.no_grad()
+    def squared_grad(self, block: int, num_queries: int = 1, *, evaluate: Evaluate, share: Share = WHOLE) -> float:
+        """Squared projected gradient of one block, nothing else being perturbed: a mean over `num_queries` directions.
+
+        Its expectation is the squared norm of the block's gradient in the metric of the method's directions:
+        ``grad' S grad`` for directions of covariance S, ``grad' H^-1 grad`` where they are scaled by ``H^-1/2``. One
+        query has a relative standard deviation of sqrt(2). Costs ``2 num_queries`` evaluations, which the next record
+        counts; their directions are none that a step uses.
+
+        Args:
+            block: index of the block.
+            num_queries: directions to average over.
+            evaluate, share: as for :meth:`estimate`.
+
+        Returns:
+            0 where a loss is not finite.
+        """
+        estimator = TwoSided()
+        probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
+        with self.only(block):
+            grads = evaluate_probes(self, estimator, probes, evaluate, share, leaves_traces=False).projected_grads
+        self._estimate.measured += len(probes)
+        mean = sum(grad * grad for grad in grads) / len(grads)
+        return mean if math.isfinite(mean) else 0.0
+
+    def count(self, evaluations: int) -> None:
+        """Adds evaluations that were made between steps to the ``forward_passes`` of the next record."""
+        self._estimate.measured += evaluations
