@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader
 
 from checkpoint_runs import AS_EXPECTED, Run
@@ -20,7 +21,7 @@ from training import Records, assert_equal, weights
 from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, LearningRateProbe, SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.replay import replay
 from zolightning.directions.dense import directions
-from zolightning.optim import LOZO, MeZO, ZerothOrderOptimizer
+from zolightning.optim import LOZO, MeZO, WarmupDecay, ZerothOrderOptimizer
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
@@ -83,6 +84,26 @@ def test_where_the_search_begins_does_not_matter(examples: DataLoader, make_trai
         return records.records[-1].lr[0]
 
     assert rate(1e-6) == pytest.approx(rate(0.1), rel=1e-3)
+
+
+def test_a_schedule_counts(examples: DataLoader, make_trainer: Any) -> None:
+    """A walk is as long as the root of the sum of the squares of its steps."""
+
+    def rates(schedule: Any) -> Tensor:
+        records = Records()
+        callbacks = [LearningRateProbe(4), ZerothOrder(partial(MeZO, lr=0.1, seed=3), schedule), records]
+        make_trainer(max_steps=24, callbacks=callbacks, precision="64-true").fit(Quadratic(), examples)
+        return torch.tensor([record.lr[0] for record in records.records[4:]])
+
+    constant = rates(None)
+    for schedule in (
+        WarmupDecay,
+        partial(CosineAnnealingLR, T_max=30),
+        partial(LambdaLR, lr_lambda=lambda t: 1 / (1 + t)),
+    ):
+        scheduled = rates(schedule)
+        assert not torch.allclose(scheduled, constant)
+        assert torch.allclose(scheduled.norm(), constant.norm(), rtol=1e-5)
 
 
 class State(Callback):

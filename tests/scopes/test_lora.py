@@ -16,9 +16,11 @@ from zolightning import CausalLM
 from zolightning.adapters import adapter_settings, remove_adapter
 from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
 from zolightning.data import PromptDataModule
-from zolightning.layers import find_layers
+from zolightning.layers import find_layers, mlp_of
 from zolightning.models import answer_log_probs
 from zolightning.optim import MeZO
+from zolightning.scopes.calibration import calibration_forward
+from zolightning.scopes.massive_direction import MassiveDirection
 from zolightning.scopes.parts import LoRA
 
 HIDDEN, KEY_VALUE, RANK = 16, 8, 4
@@ -249,3 +251,30 @@ def test_dominant_layer_with_adapters(make_module: Any, make_loader: Any, make_t
     make_trainer(max_steps=1, callbacks=[DominantLayer(LoRA(RANK)), zeroth_order()]).fit(module, make_loader())
     adapted = {name.split(".")[3] for name in weights(module) if ".lora_" in name}
     assert adapted == {"2"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("trains", [zeroth_order, None], ids=["zeroth-order", "backpropagation"])
+def test_the_massive_direction_of_a_layer_trains_and_nothing_else(
+    architecture: str, trains: Any, make_module: Any, make_loader: Any, make_batches: Any, make_trainer: Any
+) -> None:
+    module = make_module(architecture)
+    before, down, inputs = weights(module), mlp_of(find_layers(module).layers[2]).down, []
+    hook = down.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    (batch,) = make_batches(size=6)
+    calibration_forward(module, batch)
+    hook.remove()
+    leading = torch.linalg.svd(inputs[0][batch["attention_mask"].bool()]).Vh[0]  # without padding
+
+    callbacks = [DominantLayer(MassiveDirection(), layer=2), *([] if trains is None else [trains()])]
+    trainer = make_trainer(max_steps=3, callbacks=callbacks)
+    trainer.fit(module, make_loader())
+
+    after = weights(module)
+    (fixed,) = (after[name] for name in after if ".lora_A" in name)
+    (trained,) = (after[name] for name in after if ".lora_B" in name)
+    assert abs((fixed[0] @ leading).item()) == pytest.approx(1, abs=1e-5)
+    assert fixed.norm().item() == pytest.approx(1, abs=1e-5)
+    assert trained.shape == (HIDDEN, 1) and trained.all()
+    base = {name.replace(".base_layer", ""): weight for name, weight in after.items() if ".lora_" not in name}
+    assert all(torch.equal(base[name], before[name]) for name in before)

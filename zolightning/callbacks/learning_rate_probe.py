@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -41,8 +43,8 @@ class LearningRateProbe(Callback):
     Two to four such pairs find the rate.
 
     Any method can be probed, with its momentum, normalisation and subspaces, for the method itself replays. Its own
-    ``lr`` is where the search begins, and what groups have is kept in proportion; schedulers scale what is found. A
-    schedule that decays linearly to 0 makes a walk as long as a third of the steps would: `total_steps` can say so.
+    ``lr`` is where the search begins, and what groups have is kept in proportion. A schedule scales what is found, and
+    counts: one that falls linearly to 0 makes a walk no longer than that of a third of the steps at its highest rate.
     Weights and state are afterwards what they were, to the bit; host memory holds a copy meanwhile. All ranks take the
     first one's result. It is kept with the method's hyperparameters, as ``lr_scale``, so that a resumed run does not
     probe again.
@@ -113,7 +115,7 @@ class LearningRateProbe(Callback):
             )
             return
         steps = self._steps_left(trainer)
-        scale = found.scale * math.sqrt(walk.num_steps / steps)
+        scale = found.scale * math.sqrt(walk.num_steps / _at_full_rate(trainer, int(steps)))
         set_lr_scale(optimizer, scale)
         summary = (
             f"LearningRateProbe: `lr` is {scale * walk.lr[0]:.3g} for {steps:g} steps. {walk.num_steps} steps at "
@@ -272,6 +274,21 @@ def set_lr_scale(optimizer: ZerothOrderOptimizer, scale: float) -> None:
     """Has the learning rates of all steps from now on multiplied by `scale`."""
     for group in optimizer.param_groups:
         group["lr_scale"] = scale
+
+
+def _at_full_rate(trainer: L.Trainer, steps: int) -> float:
+    """The number of steps at the initial rate that walk as far as the next `steps` of a run with its schedule."""
+    if not trainer.lr_scheduler_configs:
+        return steps
+    scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+    groups = [{name: group[name] for name in group if name != "params"} for group in scheduler.optimizer.param_groups]
+    stand_in = SimpleNamespace(param_groups=groups)
+    scheduler = deepcopy(scheduler, {id(scheduler.optimizer): stand_in})  # a copy that schedules nothing
+    walked = 0.0
+    for _ in range(steps):
+        walked += (groups[0]["lr"] / groups[0]["initial_lr"]) ** 2
+        scheduler.step()
+    return walked
 
 
 def _to_host(tensor: Tensor) -> Tensor:

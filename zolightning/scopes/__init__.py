@@ -1,6 +1,7 @@
 """Scopes: which parameters train. Callbacks choose layers or parameters, parts say what of a layer."""
 
 from zolightning.scopes.dominant_layer import DominantLayer
+from zolightning.scopes.massive_direction import MassiveDirection
 from zolightning.scopes.parts import MLP, LoRA, OutlierChannels, Part, WholeLayer, WithoutOutlierChannels
 from zolightning.scopes.random_layer import RandomLayer
 from zolightning.scopes.scope import Scope
@@ -11,6 +12,7 @@ __all__ = [
     "MLP",
     "DominantLayer",
     "LoRA",
+    "MassiveDirection",
     "OutlierChannels",
     "Part",
     "RandomLayer",

@@ -139,20 +139,10 @@ class LoRA(Part):
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
     ) -> ChosenParameters:
-        path, model = _model_around(module, stack)
+        path, model = model_around(self, module, stack)
         targets = self.target_modules or default_targets(model.config.model_type)
         names = [name for index in indices for name in _find_targets(stack, index, targets, model.config.model_type)]
-        wanted = AdapterSettings(
-            rank=self.rank, alpha=self.alpha, target_modules=sorted(name.removeprefix(path) for name in names)
-        )
-        present = adapter_settings(model)
-        if present is None:
-            add_adapter(model, wanted)
-        elif present != wanted:
-            raise ValueError(
-                f"`part` is {self!r}, but the model has another adapter already: {present}. Wanted is {wanted}. Load "
-                "the model anew, or train the adapter that it has."
-            )
+        require_adapter(self, model, self.rank, self.alpha, [name.removeprefix(path) for name in names])
         return {parameter: None for name, parameter in model.named_parameters() if ".lora_" in name}
 
 
@@ -187,8 +177,12 @@ def outlier_channels(
     return channels
 
 
-def _model_around(module: nn.Module, stack: LayerStack) -> tuple[str, Any]:
-    """The outermost model of transformers that holds the layers, and the prefix of its names in `module`."""
+def model_around(part: Part, module: nn.Module, stack: LayerStack) -> tuple[str, Any]:
+    """The outermost model of transformers that holds the layers, and the prefix of its names in `module`.
+
+    Raises:
+        ValueError: if there is none, naming the part that needs one.
+    """
     from transformers import PreTrainedModel
 
     for path, submodule in module.named_modules():
@@ -196,9 +190,26 @@ def _model_around(module: nn.Module, stack: LayerStack) -> tuple[str, Any]:
         if isinstance(submodule, PreTrainedModel) and all(name.startswith(prefix) for name in stack.names):
             return prefix, submodule
     raise ValueError(
-        f"`part` is LoRA, which needs a PreTrainedModel of transformers around `{stack.name}`, and "
+        f"`part` is {type(part).__name__}, which needs a PreTrainedModel of transformers around `{stack.name}`, and "
         f"{type(module).__name__} has none."
     )
+
+
+def require_adapter(part: Part, model: Any, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Adds an adapter to the linear maps of these names in a model, unless it has that one.
+
+    Raises:
+        ValueError: if it has another one.
+    """
+    wanted = AdapterSettings(rank=rank, alpha=alpha, target_modules=sorted(targets))
+    present = adapter_settings(model)
+    if present is None:
+        add_adapter(model, wanted)
+    elif present != wanted:
+        raise ValueError(
+            f"`part` is {part!r}, but the model has another adapter already: {present}. Wanted is {wanted}. Load "
+            "the model anew, or train the adapter that it has."
+        )
 
 
 def _find_targets(stack: LayerStack, index: int, targets: Sequence[str], model_type: str) -> list[str]:
