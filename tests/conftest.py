@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from zolightning.kernels.compiled import _Compiler
 from zolightning.optim import (
+    GRZO,
     LOZO,
     ZOMOPI,
     HiZOO,
@@ -28,7 +29,7 @@ from zolightning.optim import (
     ZerothOrderOptimizer,
     ZOMuon,
 )
-from zolightning.optim.estimators import OneSided, Population
+from zolightning.optim.estimators import OneSided, Population, TwoSided
 
 # Asserts of the helpers say as much as those of the tests
 pytest.register_assert_rewrite(
@@ -87,6 +88,7 @@ METHODS: dict[str, Method] = {
     "sparse-mezo-fixed": partial(SparseMeZO, lr=0.02, sparsity=0.1, mask="fixed", update_precision="low_byte"),
     "lozo": partial(LOZO, lr=0.03, rank=3),
     "lozo-momentum": partial(LOZO, lr=0.03, rank=2, momentum=0.9, num_queries=2),
+    "grzo": partial(GRZO, lr=0.1, rank=3, num_queries=6, estimator=TwoSided()),
     "subzero": partial(SubZero, lr=0.02, rank=3),
     "subzero-paper": partial(SubZero, lr=0.02, rank=3, scaling="paper", noise="rademacher"),
     "subzero-momentum": partial(SubZero, lr=0.02, rank=3, momentum=0.8),

@@ -17,7 +17,7 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.directions.dense import standard
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key
-from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero, ZerothOrderOptimizer
+from zolightning.optim import GRZO, LOZO, ZOMOPI, MeZO, SubZero, ZerothOrderOptimizer
 from zolightning.optim.estimators import PerExample, TwoSided
 from zolightning.optim.share import Share
 
@@ -27,6 +27,7 @@ MAKERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
     "lozo-matrices": partial(LOZO, rank=1, lr=0.1, vector_lr=0.0, noise="rademacher"),
     "subzero": partial(SubZero, rank=2, lr=0.1),
     "zo-mopi": partial(ZOMOPI, rank=2, power_rank=1, lr=0.1),
+    "grzo": partial(GRZO, rank=2, lr=0.1),
     "mezo": partial(MeZO, lr=0.1),
 }
 

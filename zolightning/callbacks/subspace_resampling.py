@@ -122,6 +122,6 @@ def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:
             return optimizer
     found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
     raise MisconfigurationException(
-        f"{callback} needs a subspace method (LOZO, SubZero, SubspaceMeZO, ZOMuon, ZOMOPI), got {found}. "
+        f"{callback} needs a subspace method (LOZO, GRZO, SubZero, SubspaceMeZO, ZOMuon, ZOMOPI), got {found}. "
         f"Choose one of them, or leave {callback} out."
     )

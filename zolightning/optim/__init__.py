@@ -1,6 +1,7 @@
 """Zeroth-order methods, each a ``torch.optim.Optimizer`` in a file of its own."""
 
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.grzo import GRZO
 from zolightning.optim.hizoo import HiZOO
 from zolightning.optim.lozo import LOZO
 from zolightning.optim.mezo import MeZO
@@ -15,6 +16,7 @@ from zolightning.optim.zo_mopi import ZOMOPI
 from zolightning.optim.zo_muon import ZOMuon
 
 __all__ = [
+    "GRZO",
     "LOZO",
     "ZOMOPI",
     "HiZOO",

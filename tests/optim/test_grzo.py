@@ -1,0 +1,52 @@
+"""GRZO against its definition: one core, signs of each example, and steps over the spread of a batch."""
+
+import statistics
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from zolightning.evaluation.examples import MicroBatch
+from zolightning.optim import GRZO
+
+
+def test_directions_share_a_core_up_to_signs_and_a_step_adds_them_up() -> None:
+    net = nn.Linear(5, 4, bias=False).double()
+    inputs, targets = torch.randn(3, 5).double(), torch.randn(3, 4).double()
+
+    def loss(rows: slice = slice(None)) -> torch.Tensor:
+        return (net(inputs[rows]) - targets[rows]).square().mean()
+
+    lr, eps, weight = 0.1, 1e-3, net.weight.detach().clone()
+    optimizer = GRZO(net.named_parameters(), lr=lr, eps=eps, rank=2, num_queries=3, seed=3, noise="rademacher")
+    optimizer.attach(net)
+    right = optimizer.basis(net.weight).right
+    cores = []
+    for query in range(3):
+        moved = torch.empty(4, 5).double()
+        optimizer.perturbations(query, 1)[net.weight].add_to(weight, moved)
+        core = torch.linalg.lstsq(right, (moved - weight).T / eps).solution.T
+        torch.testing.assert_close(core @ right.T, (moved - weight) / eps)
+        cores.append(core)
+    for core in cores[1:]:
+        signs = core / cores[0]
+        torch.testing.assert_close(signs, signs[:, :1] * signs[:1] * signs[0, 0])  # an outer product
+        torch.testing.assert_close(signs.abs(), torch.ones(4, 2).double())
+    batch = MicroBatch(loss, {e: partial(loss, slice(e, e + 1)) for e in range(3)})
+    with pytest.warns(UserWarning, match="once an example"):  # a loss that calls no submodule
+        record = optimizer.estimate(loss, micro_batches=[batch])
+    slopes = [((weight @ x - t) * 2 / 4)[:, None] * x for x, t in zip(inputs, targets, strict=True)]
+    expected = [(slope * (core @ right.T)).sum().item() for slope, core in zip(slopes, cores, strict=True)]
+    assert record.projected_grads == pytest.approx(expected, rel=1e-6)
+    step = sum(g * core @ right.T for g, core in zip(expected, cores, strict=True)) / 3 / statistics.stdev(expected)
+    optimizer.step()
+    torch.testing.assert_close(net.weight.detach(), weight - lr * step, rtol=1e-5, atol=1e-6)
+    gradient = sum(g * core for g, core in zip(expected, cores, strict=True)) / 3
+    torch.testing.assert_close(optimizer.core_gradient(net.weight, record), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("num_queries", 1), ("align_queries", True), ("rank", 0)])
+def test_bad_values(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        GRZO([nn.Parameter(torch.ones(3, 3))], **{argument: value})

@@ -1,0 +1,32 @@
+"""Low-rank perturbations that share a core, each with signs of its own on its rows and columns (GRZO)."""
+
+import torch
+from torch import Tensor
+
+from zolightning.directions.basis import Basis
+from zolightning.directions.low_rank import LowRank
+
+
+class Signed(LowRank):
+    """Adds the lift of ``pending + factor * core * (rows columns')`` to a weight.
+
+    Args:
+        basis, shape, pending: of :class:`~zolightning.directions.low_rank.LowRank`.
+        core: that is shared, float32 or wider.
+        signs: 1 or -1, of the core's rows and of its columns, in one tensor, of any dtype.
+        factor: multiplies the core.
+    """
+
+    def __init__(
+        self, basis: Basis, shape: tuple[int, int], pending: Tensor | None, core: Tensor, signs: Tensor, factor: float
+    ) -> None:
+        super().__init__(basis, shape, pending, None)
+        self.core = core
+        self.signs = signs
+        self.factor = factor
+
+    def write_core(self, out: Tensor) -> Tensor:
+        rows, columns = self.signs.split(list(self.core.shape))
+        change = self.core * rows[:, None] * columns
+        pending = torch.zeros_like(change) if self.pending is None else self.pending
+        return out.copy_(torch.add(pending, change, alpha=self.factor))
