@@ -128,3 +128,27 @@ def test_where_nothing_is_to_be_gained_it_says_so_once() -> None:
         first = optimizers[0].estimate(lambda: weight.sin().sum() + weight.sum())
     assert first == optimizers[1].estimate(lambda: weight.sin().sum() + weight.sum())
     optimizers[0].estimate(weight.sum)
+
+
+def test_the_variance_that_it_saves() -> None:
+    """Mean squares in squared gradients: of the mean (d - 2 + k + q) / q, with a kurtosis k, and d / q if aligned.
+
+    That d is measured adds its relative variance, (k - 1) / (d q).
+    """
+    numbers, queries, steps, kurtosis = 12, 6, 2000, 3 - 1 / 8
+    keys = [key(0, step, query, "x") for step in range(steps) for query in range(queries)]
+    rows = torch.stack([standard((numbers,), one) for one in keys]).double().view(steps, queries, numbers)
+    gradient = torch.randn(numbers, dtype=torch.float64)
+    found: dict[str, list[Tensor]] = {"mean": [], "aligned": []}
+    for z in rows:
+        g = z @ gradient
+        for name, weights in (("mean", g), ("aligned", solve(z @ z.T, g))):
+            found[name].append(weights @ z / queries)
+    of_mean = (numbers - 2 + kurtosis + queries) / queries
+    of_aligned = numbers / queries * (1 + (kurtosis - 1) / (numbers * queries))
+    for name, expected in (("mean", of_mean), ("aligned", of_aligned)):
+        estimates = torch.stack(found[name])
+        squares = estimates.square().sum(1) / gradient.square().sum()
+        assert abs(squares.mean() - expected) < 5 * squares.std() / steps**0.5
+        errors = estimates.mean(0) - gradient
+        assert errors.norm() < 5 * gradient.norm() * (expected / steps) ** 0.5
