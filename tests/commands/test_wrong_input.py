@@ -52,6 +52,10 @@ pytestmark = [
         (("--blocks.blocks_per_step", "5"), "`blocks_per_step` is 5, and there are 4 blocks."),
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` waits for the metric 'val/acc', which the valid"),
         (
+            ("--trainer.callbacks", "[{class_path: BlockCoordinateDescent}, {class_path: BlockCoordinateDescent}]"),
+            "`trainer.callbacks` holds 2 BlockCoordinateDescent: blocks have one order. Keep one.",
+        ),
+        (
             ("--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/los}}]"),
             "`EarlyStopping` waits for the metric 'val/los', which the validation does not log. It logs val/accuracy, ",
         ),

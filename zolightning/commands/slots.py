@@ -143,6 +143,11 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
         raise MisconfigurationException(
             f"{where}`trainer.callbacks` holds ZerothOrder of {' and of '.join(names)}: one method can train. Keep one."
         )
+    schedules = sum(isinstance(callback, BlockCoordinateDescent) for callback in listed)
+    if schedules > 1:
+        raise MisconfigurationException(
+            f"`trainer.callbacks` holds {schedules} BlockCoordinateDescent: blocks have one order. Keep one."
+        )
     callbacks: list[Callback] = [] if made.scope is None else [made.scope]
     if made.method is None:
         given = [slot for slot in _NEED_A_METHOD if config[slot] is not None]
