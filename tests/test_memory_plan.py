@@ -29,7 +29,7 @@ from zolightning.memory import (
     whole,
     with_lora,
 )
-from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer
+from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer
 from zolightning.quantization import quantize
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -75,6 +75,19 @@ def test_blocks_at_rest_count_where_they_keep_their_state(
     optimizer.set_blocks([[parameter] for parameter in problem.parameters()], left_state)
     optimizer.activate([1])
     assert len(trained_by(optimizer)) == count
+
+
+def test_what_moves_beside_blocks_keeps_no_curvature(make_problem: Callable[..., Any]) -> None:
+    problem = make_problem(torch.bfloat16)
+    optimizer = HiZOO(problem.parameters())
+    optimizer.attach(problem)
+    optimizer.set_blocks([[problem.matrix], [problem.vector]])
+    optimizer.activate([0])
+    expected = state_bytes(trained_by(optimizer), HiZOO)
+    optimizer.estimate(problem)
+    optimizer.step()
+    assert (optimizer.state_bytes(), 0) == expected
+    assert expected[0] == 6 * problem.matrix.numel() + 2 * problem.images.numel()
 
 
 def test_state_in_host_memory() -> None:

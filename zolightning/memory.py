@@ -33,10 +33,17 @@ LORA_RANK = 8
 
 
 class Trained(NamedTuple):
-    """A weight that trains, on any device, and the shape of it or of its part that does."""
+    """A weight that trains, on any device.
+
+    Attributes:
+        weight: all of it.
+        shape: of it, or of its part that trains.
+        beside: whether it moves beside blocks that take turns, for which some methods keep less.
+    """
 
     weight: Tensor
     shape: tuple[int, ...]
+    beside: bool = False
 
 
 class BatchShape(NamedTuple):
@@ -122,7 +129,7 @@ def plan(
     """
     trained = list(trained)
     found = _state_bytes(trained, method, **changes)
-    scratch = max(scratch_bytes(weight for weight, _ in trained), _unpacked_bytes(module))
+    scratch = max(scratch_bytes(one.weight for one in trained), _unpacked_bytes(module))
     activations, logits = _forward_bytes(module, batch)
     graphs: int | None = 0
     if cuda_graphs:
@@ -131,9 +138,9 @@ def plan(
     return replace(planned, host=found.host)
 
 
-def whole(weights: Iterable[Tensor]) -> list[Trained]:
+def whole(weights: Iterable[Tensor], beside: bool = False) -> list[Trained]:
     """Weights that train as wholes."""
-    return [Trained(weight, tuple(weight.shape)) for weight in weights]
+    return [Trained(weight, tuple(weight.shape), beside) for weight in weights]
 
 
 def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
@@ -141,7 +148,7 @@ def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
     parameters = [parameter for _, _, parameter in optimizer.trainable()]
     if optimizer.param_groups[0].get("left_state") == "keep":
         parameters += [parameter for _, parameter in optimizer.at_rest()]
-    return [Trained(parameter, optimizer.trainable_shape(parameter)) for parameter in parameters]
+    return [Trained(p, optimizer.trainable_shape(p), optimizer.is_beside(p)) for p in parameters]
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -157,7 +164,7 @@ def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> t
 
 def sketch_bytes(trained: Iterable[Trained], directions: int) -> int:
     """Bytes of second moments of what matrices read, while that many leading directions of each are looked for."""
-    return sum(moment_bytes(shape[1], directions) for _, shape in trained if len(shape) == 2)
+    return sum(moment_bytes(shape[1], directions) for _, shape, _ in trained if len(shape) == 2)
 
 
 class _State(NamedTuple):
@@ -170,19 +177,21 @@ class _State(NamedTuple):
 
 def _state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> _State:
     """Each shape is trained alone, for two steps and in between what a subspace method does before new subspaces."""
-    counted: dict[tuple[tuple[int, ...], torch.dtype], _State] = {}
+    counted: dict[tuple[tuple[int, ...], torch.dtype, bool], _State] = {}
     found = []
-    for weight, shape in trained:
-        key = (shape, weight.dtype)
+    for weight, shape, beside in trained:
+        key = (shape, weight.dtype, beside)
         if key not in counted:
             stand_in = nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta"))
-            counted[key] = _state_of(stand_in, method, changes)
+            counted[key] = _state_of(stand_in, method, beside, changes)
         found.append(counted[key])
     return _State(*(sum(each) for each in zip(*found, strict=True))) if found else _State(0, 0, 0)
 
 
-def _state_of(stand_in: nn.Parameter, method: Method, changes: dict[str, Any]) -> _State:
+def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dict[str, Any]) -> _State:
     optimizer = method([stand_in])
+    if beside:
+        optimizer.blocks.append(frozenset())
     for name, value in changes.items():
         setattr(optimizer, name, value)
     losses = (0.0,) * len(optimizer.estimator.probes(optimizer.num_queries))
@@ -288,7 +297,7 @@ def on_quantized(
     planned: MemoryPlan, module: nn.Module, quantization: Quantization, trained: Iterable[Trained] = ()
 ) -> MemoryPlan:
     """A plan with the linear maps of the layers quantised, but those that train themselves."""
-    own = {id(weight) for weight, _ in trained}
+    own = {id(one.weight) for one in trained}
     base = [weight for weight in _linears(module) if id(weight) not in own]
     saved = sum(weight.nbytes - _quantized_bytes(weight, quantization) for weight in base)
     unpacked = max(weight.nbytes for weight in base)

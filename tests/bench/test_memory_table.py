@@ -11,7 +11,7 @@ from zolightning.bench.memory_table import CARDS, CONTEXT, MODES, cell
 from zolightning.bench.shapes import model_of_shape
 from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan
-from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer
+from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from zolightning.optim import LOZO, ZOMOPI, MeZO, SubspaceOptimizer
     [
         ("MeZO, `update_precision: exact`", MeZO),
         ("one layer, MeZO, exact", MeZO),
+        ("FOCUS, exact", HiZOO),
         ("LOZO, exact, `offload_low_words`", partial(LOZO, rank=4, offload_low_words=True)),
         ("ZO-MOPI, rank 64, k 32, exact", partial(ZOMOPI, rank=64, power_rank=32)),
     ],
@@ -31,6 +32,9 @@ def test_bytes_are_those_of_a_run(mode: str, method: Any) -> None:
         chosen = find_layers(network).parameters(0)
     optimizer = method(chosen.items(), lr=1e-6)
     optimizer.attach(network)
+    if mode.startswith("FOCUS"):
+        optimizer.set_blocks([layer.parameters() for layer in find_layers(network).layers])
+        optimizer.activate([0])
     if isinstance(optimizer, SubspaceOptimizer):
         optimizer.fold_every_step = False
     ids = torch.arange(16).view(2, 8)
@@ -51,8 +55,8 @@ def test_a_cell_names_the_smallest_card() -> None:
 
 
 def test_the_command_prints_a_table_in_markdown(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["memory", "--models", "tiny", "--rows", "2", "--length", "8"])
+    main(["memory", "--models", "tiny", "--rows", "2", "4", "--length", "8"])
     head, rule, *rows = capsys.readouterr().out.splitlines()
-    assert (head, rule) == ("| GB (smallest card) | tiny |", "|---|---|")
+    assert (head, rule) == ("| GB (smallest card) | tiny, 2 rows | tiny, 4 rows |", "|---|---|---|")
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(MODES)
     assert all(row.endswith((" 0.8 (24) |", " 0.8 (24) + 0.0 |")) for row in rows)

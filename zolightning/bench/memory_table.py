@@ -4,7 +4,7 @@ Computed from shapes (:mod:`zolightning.memory`) on any machine; nothing is down
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan, Trained, layer, on_quantized, plan, whole, with_lora
-from zolightning.optim import LOZO, ZOMOPI, MeZO, SubZero
+from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubZero
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
 # Bytes to plan with, by what cards are called: of so many GiB 2 % are left for what an estimate misses.
@@ -31,6 +31,13 @@ def _layers(model: nn.Module) -> list[Trained]:
     return whole(parameter for layer in find_layers(model).layers for parameter in layer.parameters())
 
 
+def _focus(model: nn.Module) -> list[Trained]:
+    """What FOCUS moves at once: a layer, and beside it all that is not in layers."""
+    stack = find_layers(model)
+    in_layers = {parameter for index in range(len(stack)) for parameter in stack.parameters(index).values()}
+    return layer(model) + whole((p for p in model.parameters() if p not in in_layers), beside=True)
+
+
 _LOZO, _SUBZERO, _MOPI = partial(LOZO, rank=4), partial(SubZero, rank=64), partial(ZOMOPI, rank=64, power_rank=32)
 MODES: dict[str, Mode] = {
     "inference": lambda m, batch: plan(m, [], MeZO, batch),
@@ -45,6 +52,11 @@ MODES: dict[str, Mode] = {
     "SubZero, rank 64, exact": lambda m, batch: plan(m, _all(m), _SUBZERO, batch),
     "ZO-MOPI, rank 64, k 32, exact": lambda m, batch: plan(m, _all(m), _MOPI, batch),
     "ZO-MOPI, exact, `offload_low_words`": lambda m, batch: plan(m, _all(m), _MOPI, batch, offload_low_words=True),
+    "HiZOO, exact": lambda m, batch: plan(m, _all(m), HiZOO, batch),
+    "HiZOO-L, exact": lambda m, batch: plan(m, _all(m), partial(HiZOO, curvature="row_column"), batch),
+    "FOCUS, exact": lambda m, batch: plan(m, _focus(m), HiZOO, batch),
+    "FOCUS, `update_precision: native`": lambda m, batch: plan(m, _focus(m), HiZOO, batch, update_precision="native"),
+    "FOCUS, layers alone, exact": lambda m, batch: plan(m, layer(m), HiZOO, batch),
     "one layer, MeZO, exact": lambda m, batch: plan(m, layer(m), MeZO, batch),
     "one layer, `quantization: int8`": lambda m, batch: on_quantized(
         plan(m, layer(m), MeZO, batch), m, "int8", layer(m)
@@ -55,17 +67,22 @@ MODES: dict[str, Mode] = {
 }
 
 
-def table(models: Iterable[str], batch: BatchShape) -> Iterator[str]:
-    """Lines of Markdown: a row a mode, a column a model.
+def table(models: Iterable[str], batches: Sequence[BatchShape]) -> Iterator[str]:
+    """Lines of Markdown: a row a mode, a column a model and batch.
 
     A cell is the peak in GB (1e9 bytes), CUDA's own share included, then the smallest card that has as much, or a dash,
     and with a plus the host memory that is used beside.
     """
-    networks = {name: model_of_shape(name, device="meta") for name in models}
-    yield f"| GB (smallest card) | {' | '.join(networks)} |"
-    yield f"|---|{'---|' * len(networks)}"
+    columns = {
+        name if len(batches) == 1 else f"{name}, {batch.rows} rows": (network, batch)
+        for name in models
+        for network in [model_of_shape(name, device="meta")]
+        for batch in batches
+    }
+    yield f"| GB (smallest card) | {' | '.join(columns)} |"
+    yield f"|---|{'---|' * len(columns)}"
     for name, mode in MODES.items():
-        yield f"| {name} | {' | '.join(cell(mode(network, batch)) for network in networks.values())} |"
+        yield f"| {name} | {' | '.join(cell(mode(*column)) for column in columns.values())} |"
 
 
 def cell(planned: MemoryPlan) -> str:
@@ -85,12 +102,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=MODELS, metavar="MODEL", help=", ".join(SHAPES))
-    parser.add_argument("--rows", type=int, default=16, help="sequences of a forward pass")
+    parser.add_argument("--rows", nargs="+", type=int, default=[16], help="sequences of a forward pass")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--positions", type=int, default=1, help="of them with logits that are read")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    for line in table(arguments.models, BatchShape(arguments.rows, arguments.length, arguments.positions)):
+    batches = [BatchShape(rows, arguments.length, arguments.positions) for rows in arguments.rows]
+    for line in table(arguments.models, batches):
         print(line, flush=True)

@@ -113,9 +113,9 @@ class BlockSchedule:
             ValueError: if it is of a schedule with other settings; naming one.
         """
         for name, value in self._settings().items():
-            if state["settings"][name] != value:
+            if (there := state["settings"].get(name)) != value:
                 raise ValueError(
-                    f"The checkpoint's run has other blocks: `{name}` is {value!r}, there {state['settings'][name]!r}. "
+                    f"The checkpoint's run has other blocks: `{name}` is {value!r}, there {there!r}. "
                     "Resume with the checkpoint's, or start a new run."
                 )
         self.visit, self._squares = state["visit"], list(state["squares"])
