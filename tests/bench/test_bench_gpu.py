@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_every_part_runs_in_miniature(tmp_path: Path, device: str) -> None:
     found = read(path)
     assert list(found) == [part.name for part in parts(MINIATURE)]
     assert {name: part["part"] for name, part in found.items()} == {name: {"finished": "1"} for name in found}
-    assert found["bits"]["all"] == {"cases": "84", "equal": "84"}
+    assert found["bits"]["all"] == {"cases": "188", "equal": "188"}
     assert found["bits"].keys() == {"machine", "all", "part"}, "a case differs from the CPU's"
     assert found["bits"]["machine"]["torch"] == torch.__version__
     assert ("gpu" in found["bits"]["machine"]) == (device == "cuda")
@@ -83,13 +84,20 @@ def test_other_bits_are_counted() -> None:
     )
 
 
-def test_the_last_elements_of_a_large_tensor_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = dict(bits.comparisons(41, huge=4005))
-    assert all(differing(CPU) == 0 for differing in cases.values())
-    add = bits.kernels.add  # as if it had lost its place
-    monkeypatch.setattr(bits.kernels, "add", lambda *args, start=0, **others: add(*args, start=start // 2, **others))
-    assert cases["perturb, the last of 4005 elements"](CPU) == 0
-    assert cases["update exact, the last of 4005 elements"](CPU) > 0
+@pytest.mark.parametrize("name", ["perturb", "add", "add_to_each"])
+def test_the_last_elements_of_a_large_tensor_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {case.split()[0]: compare for case, compare in bits.comparisons(80, huge=4016)}
+    assert all(compare(CPU) == 0 for compare in cases.values())
+    own = getattr(bits.kernels, name)  # as if it had lost its place
+
+    def lost(first: Any, *args: Any, **kwargs: Any) -> None:
+        own(first, *args, **kwargs)
+        changed = first[0] if isinstance(first, list) else first
+        changed[-1] += len(changed) > bits.TAIL
+
+    monkeypatch.setattr(bits.kernels, name, lost)
+    huge = {"perturb": "perturb_huge,", "add": "update_huge,", "add_to_each": "update_each_huge,"}[name]
+    assert cases[huge](CPU) > 0
 
 
 @pytest.mark.usefixtures("in_this_process")
