@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from zolightning.bench.figures import COLUMNS, Figures
 from zolightning.bench.floors import Ceilings
 from zolightning.bench.gpu import MINIATURE, Part, Sizes, parts, run_here, run_part
 from zolightning.bench.kernel_cost import measure_kernels
-from zolightning.bench.rows import DENSE, FORWARD
+from zolightning.bench.rows import BY_NAME
 from zolightning.bench.step_cost import Settings
 from zolightning.bench.step_records import Cost
 
@@ -74,6 +75,7 @@ def test_every_part_runs_in_miniature(tmp_path: Path, device: str) -> None:
 
 def test_all_limits_together_are_eight_minutes() -> None:
     assert sum(part.limit for part in parts(Sizes())) <= 480
+    assert {name for steps in Sizes().steps for name in steps.rows} <= BY_NAME.keys()
 
 
 def test_other_bits_are_counted() -> None:
@@ -110,8 +112,8 @@ def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
         return measure(settings, names)
 
     monkeypatch.setattr(gpu, "measure_costs", measure_costs)
-    monkeypatch.setattr(gpu, "_ROWS", [FORWARD, DENSE[0], DENSE[1]])
-    (part,) = (part for part in parts(MINIATURE) if part.name == "steps of config:tiny")
+    (tiny,) = MINIATURE.steps
+    _, part, *_ = parts(replace(MINIATURE, steps=(replace(tiny, rows=("forward", "MeZO", "MeZO native")),)))
     run_here(part, CPU, tmp_path / "gpu.csv")
     found = read(tmp_path / "gpu.csv")[part.name]
     assert found["MeZO"] == {"failed": "OutOfMemoryError: no memory is left"}

@@ -1,10 +1,10 @@
-"""A first run on a GPU, in under eight minutes: ``python -m zolightning.bench gpu``.
+"""What a GPU can be asked in eight minutes: ``python -m zolightning.bench gpu``.
 
-What matters most comes first: do the loops over parameters write the bits of the CPU's; how near do they come to the
-bandwidth of the card; what do whole steps take, in time and memory, on models by shape; is a run the same twice, and
-when it is resumed. Each part runs in a process of its own and has a time limit. Its figures are appended to one CSV
-file as soon as they are there, a line each; what fails or runs out of time leaves a line that says so, and what comes
-next goes on.
+What is known least comes first: do the loops over parameters write the bits of the CPU's; what do whole steps take, in
+time and memory, on models by shape, with CUDA graphs and without, ours and published; is a run the same twice, and when
+it is resumed; how near do the loops come to the bandwidth of the card, and what do they cost without Triton. Each part
+runs in a process of its own and has a time limit. Its figures are appended to one CSV file as soon as they are there, a
+line each; what fails or runs out of time leaves a line that says so, and what comes next goes on.
 """
 
 import argparse
@@ -24,13 +24,26 @@ from zolightning.bench.kernel_cost import measure_kernels
 from zolightning.bench.measure import environment, release, require
 from zolightning.bench.repetition import compare, runs
 from zolightning.bench.report import machine
-from zolightning.bench.rows import DENSE, FORWARD, GRAPHED, PARITY, PUBLISHED, PUBLISHED_ANSWERS, SUBSPACE
+from zolightning.bench.rows import BY_NAME, FORWARD, GRAPHED, PARITY, PUBLISHED_ANSWERS
 from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
 from zolightning.commands.report import Record
 
-# Forwards first, for all that follows is compared with them, and the published recipe last, which may not fit
-_ROWS = [FORWARD, DENSE[0], SUBSPACE[0], *GRAPHED, *DENSE[1:5], *SUBSPACE[1:4], PUBLISHED, PUBLISHED_ANSWERS]
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of one model.
+
+    Attributes:
+        settings: the model and its batches.
+        rows: names of :mod:`~zolightning.bench.rows`, in the order in which they are measured; the first is the
+            forward, with which the others are compared.
+        limit: seconds that all of it may take.
+    """
+
+    settings: Settings
+    rows: tuple[str, ...]
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -41,25 +54,45 @@ class Sizes:
         bits: elements of the tensors whose bits are compared.
         huge: elements of a tensor that int32 cannot count; none where None.
         kernels: elements of the weights that kernels are timed on.
-        steps: models and batches whose steps are measured, each with the seconds that it may take.
+        steps: what steps are measured of; the last model is that on which Triton is done without.
         repeated_shape: the model whose training is repeated.
         repeated_steps: of each such run.
     """
 
-    bits: int = 300_003
+    bits: int = 100_003
     huge: int | None = HUGE
     kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
-    steps: tuple[tuple[Settings, float], ...] = (
-        (Settings("config:qwen3-0.6b", seq_len=256, prompt_batches=4, repeats=5), 60),
-        (Settings("config:llama-3-8b", seq_len=64, lengths=256, prompt_batches=2, repeats=5), 120),
-        (Settings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5), 80),
+    steps: tuple[Steps, ...] = (
+        Steps(
+            Settings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5),
+            ("forward", "MeZO, CUDA graphs", "MeZO", "LOZO rank 4, CUDA graphs", "LOZO rank 4"),
+            110,
+        ),
+        Steps(
+            Settings("config:llama-3-8b", seq_len=64, lengths=256, prompt_batches=2, repeats=5),
+            (
+                *("forward", "LOZO rank 4", "LOZO rank 4, CUDA graphs", "MeZO native", "SubZero rank 64"),
+                *("MeZO, CUDA graphs", "MeZO", "ZO-MOPI rank 64, power rank 16", "ZO-Muon rank 64"),
+                *("MeZO, both signs in one forward", "MeZO low byte"),
+            ),
+            120,
+        ),
+        Steps(
+            Settings("config:opt-1.3b", seq_len=32, prompt_batches=4, repeats=5),
+            ("forward", "published", "published, answer logits", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4"),
+            60,
+        ),
     )
     repeated_shape: str = "smollm2-135m"
-    repeated_steps: int = 20
+    repeated_steps: int = 8
 
 
-_TINY = Settings("config:tiny", batch_size=2, seq_len=8, prompt_batches=1, repeats=1)
-MINIATURE = Sizes(1003, None, (5000,), ((_TINY, 60),), "tiny", 2)
+_TINY = Steps(
+    Settings("config:tiny", batch_size=2, seq_len=8, prompt_batches=1, repeats=1),
+    ("forward", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4", "published", "published, answer logits"),
+    60,
+)
+MINIATURE = Sizes(1003, None, (5000,), (_TINY,), "tiny", 2)
 
 
 @dataclass(frozen=True)
@@ -82,12 +115,12 @@ class Part:
 def parts(sizes: Sizes) -> list[Part]:
     """The parts, the most important first: eight minutes, if each of them takes all of its time."""
     return [
-        Part("bits", 50, partial(_bits, sizes)),
-        Part("kernels", 60, partial(_kernels, sizes)),
-        *(Part(f"steps of {settings.model}", limit, partial(_steps, settings)) for settings, limit in sizes.steps),
-        Part("resume", 60, partial(_resume, sizes)),
+        Part("bits", 60, partial(_bits, sizes)),
+        *(Part(f"steps of {steps.settings.model}", steps.limit, partial(_steps, steps)) for steps in sizes.steps),
+        Part("resume", 70, partial(_resume, sizes)),
+        Part("kernels", 30, partial(_kernels, sizes)),
         # Beside the row MeZO of the same model, whose loops are in Triton
-        *(Part(row.name, 20, partial(_parity, sizes.steps[0][0], row.name), row.environment) for row in PARITY),
+        *(Part(row.name, 15, partial(_parity, sizes.steps[-1].settings, row.name), row.environment) for row in PARITY),
     ]
 
 
@@ -131,13 +164,15 @@ def _kernels(sizes: Sizes, device: torch.device, figures: Figures) -> None:
         figures.write(**record)
 
 
-def _steps(settings: Settings, device: torch.device, figures: Figures) -> None:
-    settings, ceilings = replace(settings, device=device.type), _ceilings(device, figures)
+def _steps(steps: Steps, device: torch.device, figures: Figures) -> None:
+    settings, ceilings = replace(steps.settings, device=device.type), _ceilings(device, figures)
     shape = load(replace(settings, device="meta")).model
     weights = sum(parameter.numel() for parameter in shape.parameters())
     costs: dict[str, Cost] = {}
     memory: dict[str, Memory] = {}
-    for row in _ROWS if device.type == "cuda" else [row for row in _ROWS if row not in GRAPHED]:
+    for row in (BY_NAME[name] for name in steps.rows):
+        if row in GRAPHED and device.type != "cuda":
+            continue
         name = row.name
         with figures.guarded(name):
             release(device)
@@ -189,7 +224,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "gpu",
         description=__doc__,
-        help="a first run on a GPU, in under eight minutes",
+        help="bits, steps, memory and kernels of a GPU in eight minutes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: cuda)")

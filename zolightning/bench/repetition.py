@@ -23,15 +23,15 @@ from zolightning.optim.estimators import OneSided
 from zolightning.optim.subspace import SubspaceOptimizer
 
 METHODS: dict[str, partial[Any]] = {
-    "MeZO": partial(MeZO, lr=1e-5, weight_decay=1e-3),
-    "MeZO, native": partial(MeZO, lr=1e-5, update_precision="native"),
-    "MeZO, rademacher, momentum": partial(MeZO, lr=1e-5, noise="rademacher", momentum=0.9),
-    "MeZO-Adam": partial(MeZOAdam, lr=1e-5),
     "LOZO": partial(LOZO, lr=1e-5, rank=2),
-    "SubZero": partial(SubZero, lr=1e-5, rank=16),
-    "Subspace-MeZO": partial(SubspaceMeZO, lr=1e-5, rank=16),
-    "ZO-Muon": partial(ZOMuon, lr=1e-3, rank=16, num_queries=2, estimator=OneSided()),
     "ZO-MOPI": partial(ZOMOPI, lr=1e-3, rank=16, power_rank=8, num_queries=2),
+    "SubZero": partial(SubZero, lr=1e-5, rank=16),
+    "ZO-Muon": partial(ZOMuon, lr=1e-3, rank=16, num_queries=2, estimator=OneSided()),
+    "MeZO-Adam": partial(MeZOAdam, lr=1e-5),
+    "Subspace-MeZO": partial(SubspaceMeZO, lr=1e-5, rank=16),
+    "MeZO": partial(MeZO, lr=1e-5, weight_decay=1e-3),
+    "MeZO, rademacher, momentum": partial(MeZO, lr=1e-5, noise="rademacher", momentum=0.9),
+    "MeZO, native": partial(MeZO, lr=1e-5, update_precision="native"),
 }
 
 GRAPHED = ("MeZO", "LOZO")  # with CUDA graphs once more, where there are any
