@@ -44,6 +44,10 @@ def test_a_run_is_replayed_from_its_folder(runs: Runs) -> None:
     for name, weight in replayed.items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name.split("layers.1.")[1]]), name
 
+    seen = printed([*words[:-1], "--follow", "true"]).splitlines()
+    assert re.match(r"step 4: val/accuracy \d\.\d+, .*val/loss \d\.\d+$", seen[0]) and len(seen) == 2
+    assert seen[1] == "the run ended after 4 steps" and not runs.version(1).exists()
+
     message = refused([*words, str(runs.folder / "new"), "--seed_everything", "1"])  # of the adapter's first values
     assert message == f"error: The ledger {ledger} begins with other weights than these: name the run's base model."
     assert not (runs.folder / "new").exists()

@@ -147,8 +147,12 @@ class Ledger:
 
     # Reading
 
-    def records(self, steps: int | None = None) -> Iterator[StepRecord]:
+    def records(self, steps: int | None = None, start: int = 0) -> Iterator[StepRecord]:
         """The records of the first `steps` steps, or of all; what a kill left of an unfinished entry is no record.
+
+        Args:
+            steps: how many, with those before `start`.
+            start: how many to leave out at the beginning.
 
         Raises:
             ValueError: if there are not so many.
@@ -156,11 +160,11 @@ class Ledger:
         """
         if steps is not None and steps > len(self):
             raise ValueError(f"The ledger {self.path} has {len(self)} steps, and {steps} were asked for.")
-        checksum, counts = self._header_checksum, [n for _, _, n in self.header.fields[:-1]]
+        checksum, counts = self.stored_checksum(start), [n for _, _, n in self.header.fields[:-1]]
         names = [name for name, *_ in self.header.fields[:-1]]
         with self.path.open("rb") as file:
-            file.seek(self._entries_at)
-            for number in range(len(self) if steps is None else steps):
+            file.seek(self._place(start))
+            for number in range(start, len(self) if steps is None else steps):
                 entry = file.read(self.entry_size)
                 body, stored = entry[: self._entry.size], entry[self._entry.size :]
                 checksum = zlib.crc32(body, checksum)
@@ -182,6 +186,10 @@ class Ledger:
         """
         for _ in self.records(steps):
             pass
+        return self.stored_checksum(steps)
+
+    def stored_checksum(self, steps: int) -> int:
+        """The same, without a check of anything."""
         if not steps:
             return self._header_checksum
         with self.path.open("rb") as file:
@@ -230,15 +238,17 @@ class Ledger:
             BlockingIOError: if another process writes the file.
             OSError: if the file cannot be written.
         """
-        self._checksum, self._length = self.checksum_after(steps), steps
+        self._checksum, self._length, seal = self.checksum_after(steps), steps, self.seal()
         self._file = self.path.open("r+b", buffering=0)
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not its children's
+            # Ends with the process, is not its children's, and is lost if the process opens the file once more.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._file.close()
             raise BlockingIOError(
                 f"The ledger {self.path} is written by another process: its run has not ended."
             ) from None
-        if (seal := self.seal()) is not None and seal[0] > steps:
+        if seal is not None and seal[0] > steps:
             self._write_at(self._seal_at, bytes(_SEAL.size + _CHECKSUM.size))
         self._file.truncate(self._place(steps + keep))
 

@@ -74,7 +74,80 @@ def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
     )
 
 
-@torch.no_grad()
+class Replay:
+    """A module on its way from a run's base weights to the trained ones: a context, at whose end it is as any module.
+
+    Args:
+        path: of the run's ledger.
+        module: with the base weights, and on the device on which to replay; it gets the dtypes that it had in the run.
+        method: what the run was trained by; learning rates come from the ledger.
+
+    Attributes:
+        ledger: the run's.
+        steps: how many have been replayed.
+
+    Raises:
+        FileNotFoundError: if there is no ledger.
+        DamagedLedgerError: if it was changed.
+        ValueError: if the ledger is of another model, other weights, another method or setting, another version of the
+            layout or of the noise; in one line, before anything is changed but dtypes.
+    """
+
+    def __init__(
+        self, path: str | Path, module: nn.Module, method: Callable[[Iterable[Any]], ZerothOrderOptimizer]
+    ) -> None:
+        self.ledger, self.steps = Ledger(Path(path)), 0
+        self._module, header = module, self.ledger.header
+        if header.noise != _first_numbers():
+            raise ValueError(
+                f"The ledger {path} was written by zolightning {header.zolightning}, whose directions are not those of "
+                f"{_release()}. Replay it with that release."
+            )
+        if header.structure is not None:
+            cast(Any, module).load_structure_dict(header.structure)
+        _take_dtypes(self.ledger, module)
+        if weights_digest(base_tensors(module)) != header.weights:
+            raise ValueError(f"The ledger {path} begins with other weights than these: name the run's base model.")
+        parameters = dict(module.named_parameters())
+        self.optimizer = _rebuild(self.ledger, parameters, method)
+        self._trainable = {parameter: parameter.requires_grad for parameter in parameters.values()}
+        trained = {name for group in header.groups for name in group["names"]}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
+        self.optimizer.attach(module)
+        self.optimizer.restrict({parameters[name]: _slice(part) for name, part in header.slices.items()})
+        if header.blocks:
+            left_state = cast(LeftState, header.groups[0]["left_state"])
+            self.optimizer.set_blocks([[parameters[name] for name in block] for block in header.blocks], left_state)
+
+    def __enter__(self) -> "Replay":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.optimizer.fold()
+        self.optimizer.detach()
+        for parameter, requires_grad in self._trainable.items():
+            parameter.requires_grad_(requires_grad)
+
+    @torch.no_grad()
+    def apply(self, steps: int) -> None:
+        """Applies the records up to this number of steps.
+
+        Raises:
+            DamagedLedgerError: if one was changed; the module is then of no use.
+        """
+        for record in self.ledger.records(steps, self.steps):
+            self.optimizer.apply(record)
+            self.steps += 1
+
+    def is_sealed(self) -> bool | None:
+        """What :attr:`Replayed.sealed` says; after the end of the context."""
+        seal = self.ledger.seal()
+        if seal is None or seal[0] != self.steps:
+            return None
+        return weights_digest(dict(self._module.named_parameters())) == seal[1]
+
+
 def replay(
     path: str | Path,
     module: nn.Module,
@@ -83,62 +156,26 @@ def replay(
 ) -> Replayed:
     """Makes of a module with a run's base weights the module that the run trained.
 
-    The weights get the dtypes that they had in the run. Bits are those of the run on any device for methods with dense
-    directions; methods with subspaces draw their bases by the linear algebra library of the device, so theirs are the
-    run's where that is the same one. Nothing but the method's steps is replayed: if somebody else changed weights in
-    the run (a hook that clamps or averages them), the result is another, which :attr:`Replayed.sealed` tells.
+    Bits are those of the run on any device for methods with dense directions; methods with subspaces draw their bases
+    by the linear algebra library of the device, so theirs are the run's where that is the same one. Nothing but the
+    method's steps is replayed: if somebody else changed weights in the run (a hook that clamps or averages them), the
+    result is another, which :attr:`Replayed.sealed` tells.
 
     Args:
-        path: of the run's ledger.
-        module: with the base weights, and on the device on which to replay.
-        method: what the run was trained by; learning rates come from the ledger.
+        path, module, method: as of :class:`Replay`.
         step: after which step of the run to stop, counted as Lightning's ``global_step``; None replays all of them.
 
     Raises:
-        FileNotFoundError: if there is no ledger.
-        DamagedLedgerError: if it was changed; the module is then of no use.
-        ValueError: if the ledger is of another model, other weights, another method or setting, another version of the
-            layout or of the noise, or has no such step; in one line, before anything is changed but dtypes.
+        ValueError: also if the ledger has no such step, before anything is changed.
 
     Example::
 
         replay("logs/run/version_0/ledger.bin", module, partial(MeZO, lr=1e-6), step=500)
     """
-    ledger = Ledger(Path(path))
-    header = ledger.header
-    steps = _steps(ledger, step)
-    if header.noise != _first_numbers():
-        raise ValueError(
-            f"The ledger {path} was written by zolightning {header.zolightning}, whose directions are not those of "
-            f"{_release()}. Replay it with that release."
-        )
-    if header.structure is not None:
-        cast(Any, module).load_structure_dict(header.structure)
-    _take_dtypes(ledger, module)
-    if weights_digest(base_tensors(module)) != header.weights:
-        raise ValueError(f"The ledger {path} begins with other weights than these: name the run's base model.")
-    parameters = dict(module.named_parameters())
-    trainable = {parameter: parameter.requires_grad for parameter in parameters.values()}
-    trained = {name for group in header.groups for name in group["names"]}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in trained)
-    optimizer = _rebuild(ledger, parameters, method)
-    optimizer.attach(module)
-    optimizer.restrict({parameters[name]: _slice(part) for name, part in header.slices.items()})
-    if header.blocks:
-        left_state = cast(LeftState, header.groups[0]["left_state"])
-        optimizer.set_blocks([[parameters[name] for name in block] for block in header.blocks], left_state)
-    try:
-        for record in ledger.records(steps):
-            optimizer.apply(record)
-    finally:
-        optimizer.fold()
-        optimizer.detach()
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad_(requires_grad)
-    seal = ledger.seal()
-    is_sealed = seal is not None and seal[0] == steps
-    return Replayed(steps, weights_digest(parameters) == seal[1] if seal is not None and is_sealed else None)
+    steps = _steps(Ledger(Path(path)), step)
+    with Replay(path, module, method) as replaying:
+        replaying.apply(steps)
+    return Replayed(steps, replaying.is_sealed())
 
 
 def _steps(ledger: Ledger, step: int | None) -> int:

@@ -1,7 +1,7 @@
-"""``zolightning replay``: from base model and ledger to a Hugging Face folder."""
+"""``zolightning replay``: from base model and ledger to a Hugging Face folder, or to validations of a live run."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import lightning as L
@@ -9,41 +9,90 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import ZerothOrder
-from zolightning.checkpoints.replay import replay
+from zolightning.callbacks.zeroth_order import Method
+from zolightning.checkpoints.follow import follow
+from zolightning.checkpoints.replay import Replayed, replay
+
+Validate = Callable[[], Iterable[dict[str, float]]]
 
 
 def replay_to_folder(
-    model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str, step: int | None
+    model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str | None, step: int | None
 ) -> None:
     """Replays a run by the method of its ZerothOrder callback, and exports what comes of it.
 
     Raises:
-        ValueError: naming `output` if it is not empty, or what of the ledger does not fit.
+        ValueError: naming `output` if it is missing or not empty, or what of the ledger does not fit.
         MisconfigurationException: if the run's weights are others, which something else than the method changed.
     """
+    if output is None:
+        raise ValueError(
+            "`output` is not given: the folder in which to write the model. Or give `follow`, to validate."
+        )
+    export, method = _export_to(model, output), _method(callbacks)
+    start = time.perf_counter()
+    done = replay(ledger, model, method, step)
+    _export(export, done, ledger, output, f"replayed {done.steps} steps in {time.perf_counter() - start:.1f} s")
+
+
+def follow_run(
+    model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str | None, validate: Validate
+) -> None:
+    """Validates the newest step of a run, and again the newest of then, until it ends; exports what it ended with.
+
+    Args:
+        model: to be replayed.
+        callbacks: of which ZerothOrder has the method.
+        ledger: of the run.
+        output: folder to export to; None for no export.
+        validate: returns the metrics of each of the validation's loaders.
+
+    Raises:
+        ValueError, MisconfigurationException: as :func:`replay_to_folder`.
+    """
+    export = None if output is None else _export_to(model, output)
+
+    def evaluate(step: int) -> None:
+        values = [f"{name} {value:.4f}" for metrics in validate() for name, value in sorted(metrics.items())]
+        print(f"step {step}: {', '.join(values)}", flush=True)
+
+    done = follow(ledger, model, _method(callbacks), evaluate)
+    what = f"the run ended after {done.steps} steps"
+    if export is None:
+        print(what if done.sealed is not None else f"{what}, before its end: it was stopped or killed", flush=True)
+    else:
+        _export(export, done, ledger, str(output), what)
+
+
+def _method(callbacks: Iterable[Callback]) -> Method:
+    for callback in callbacks:
+        if isinstance(callback, ZerothOrder):
+            return callback.method
+    raise MisconfigurationException(
+        "`method` is null, and a ledger is replayed by the method that the run was trained by: name the run's "
+        "config.yaml as --config."
+    )
+
+
+def _export_to(model: L.LightningModule, output: str) -> Callable[[Path], None]:
     folder = Path(output)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"`output` is {output}, which is not empty. Name a new folder.")
-    methods = [callback.method for callback in callbacks if isinstance(callback, ZerothOrder)]
-    if not methods:
-        raise MisconfigurationException(
-            "`method` is null, and a ledger is replayed by the method that the run was trained by: name the run's "
-            "config.yaml as --config."
-        )
-    export = getattr(model, "export", None)
+    export: Callable[[Path], None] | None = getattr(model, "export", None)
     if not callable(export):
         raise ValueError(
             f"{type(model).__name__} has no `export` method; in Python zolightning.checkpoints has replay."
         )
-    start = time.perf_counter()
-    done = replay(ledger, model, methods[0], step)
-    seconds = time.perf_counter() - start
+    return export
+
+
+def _export(export: Callable[[Path], None], done: Replayed, ledger: str, output: str, what: str) -> None:
     if done.sealed is False:
         raise MisconfigurationException(
             f"After {done.steps} steps the weights are not those that the run of {ledger} ended with: something else "
             "than the method changed them in the run (a hook that averages or clamps them), or bases were drawn on "
             "another device. Nothing was written; a checkpoint of the run can be exported."
         )
-    export(folder)
+    export(Path(output))
     equal = ", equal to the last bit to the weights the run ended with" if done.sealed else ""
-    print(f"replayed {done.steps} steps in {seconds:.1f} s{equal}: {folder}", flush=True)
+    print(f"{what}{equal}: {output}", flush=True)

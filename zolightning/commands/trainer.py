@@ -9,9 +9,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
-from zolightning.commands.output import output_folder
+from zolightning.commands.output import output_folder, quiet
 from zolightning.commands.profile import LayerProfile
-from zolightning.commands.replay import replay_to_folder
+from zolightning.commands.replay import follow_run, replay_to_folder
 from zolightning.commands.sweep_layers import LayerSweep
 
 
@@ -137,22 +137,26 @@ class Trainer(L.Trainer):
         self,
         model: L.LightningModule,
         ledger: str,
-        output: str,
+        output: str | None = None,
         datamodule: L.LightningDataModule | None = None,
         step: int | None = None,
+        follow: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Makes a fine-tuned model again from its base model and the run's ledger, and writes it as a folder.
 
         Neither data nor forward passes are needed. Where the run has ended, its weights are compared to the last bit.
+        With `follow`, a run that trains in another process is validated at its newest step, again and again.
 
         Args:
             model: as the run had it before its first step, with an ``export`` method, such as CausalLM.
             ledger: the ``ledger.bin`` of the run.
-            output: folder in which to write config, weights and tokenizer; must not exist, or be empty.
-            datamodule: not used; there because every subcommand reads the same configuration.
+            output: folder in which to write config, weights and tokenizer; must not exist, or be empty. Needed unless
+                `follow` is given.
+            datamodule: whose validation data `follow` reads.
             step: after which step of the run to stop; all of them if not given.
+            follow: validate the newest step while the run goes on, print the metrics, and end when it ends.
             ckpt_path: not used, like the next; there because the config.yaml of a run has them.
             weights_only: not used.
 
@@ -161,7 +165,21 @@ class Trainer(L.Trainer):
         """
         model.to(self.strategy.root_device)
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
-        replay_to_folder(model, callbacks, ledger, output, step)
+        if not follow:
+            replay_to_folder(model, callbacks, ledger, output, step)
+            return
+        if step is not None:
+            raise ValueError(f"`step` is {step} and `follow` is given, which goes on to the last one. Leave one out.")
+        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        validator = self.with_settings(callbacks=[], enable_model_summary=False, **silent)
+
+        def validate() -> list[dict[str, float]]:
+            with quiet():
+                found = validator.validate(model, datamodule, verbose=False)
+            model.to(self.strategy.root_device)  # Lightning leaves it on the host
+            return [dict(metrics) for metrics in found]
+
+        follow_run(model, callbacks, ledger, output, validate)
 
 
 # LightningCLI calls the method that has the name of the subcommand, and command lines join words by hyphens.

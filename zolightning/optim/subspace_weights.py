@@ -170,6 +170,11 @@ class SubspaceWeights(SubspaceBases):
             for group in self.param_groups:
                 group["folds"] += 1
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether stored weights lack updates."""
+        return any("core" in state for state in self.state.values())
+
     def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
         super().attach(module, evaluations_per_forward)
         for group in self.param_groups:

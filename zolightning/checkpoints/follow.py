@@ -1,0 +1,68 @@
+"""A run that goes on elsewhere, followed by its ledger."""
+
+import time
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zolightning.checkpoints.ledger import DamagedLedgerError
+from zolightning.checkpoints.replay import Replay, Replayed
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.subspace_weights import SubspaceWeights
+
+
+def follow(
+    path: str | Path,
+    module: nn.Module,
+    method: Callable[[Iterable[Any]], ZerothOrderOptimizer],
+    evaluate: Callable[[int], None],
+    seconds: float = 1.0,
+) -> Replayed:
+    """Keeps a module at the newest weights of a run while that trains in another process, until it ends.
+
+    Args:
+        path, module, method: as of :class:`~zolightning.checkpoints.replay.Replay`.
+        evaluate: called with the number of a step, while the module has the weights after it; the next call is for the
+            newest step of then. It may move the module, and must leave it where it was.
+        seconds: between two looks at the ledger while it has nothing new.
+
+    Returns:
+        What was replayed when no process writes the ledger any more: all of its steps.
+
+    Raises:
+        DamagedLedgerError: if the ledger is cut off or changed before the newest step: the run was resumed from an
+            earlier one, for example.
+    """
+    with Replay(path, module, method) as replaying:
+        ledger, checksum = replaying.ledger, replaying.ledger.stored_checksum(0)
+        while True:
+            is_written, steps = ledger.is_written(), len(ledger)  # in this order: no step comes when nobody writes
+            if steps < replaying.steps or ledger.stored_checksum(replaying.steps) != checksum:
+                raise DamagedLedgerError(
+                    f"The ledger {path} does not have the {replaying.steps} steps any more that were followed: its run "
+                    "was resumed from an earlier one. Follow it from the beginning."
+                )
+            if steps > replaying.steps:
+                replaying.apply(steps)
+                checksum = ledger.stored_checksum(steps)
+                _evaluate(replaying.optimizer, lambda: evaluate(ledger.header.first_step + replaying.steps))
+            elif not is_written:
+                break
+            else:
+                time.sleep(seconds)
+    return Replayed(replaying.steps, replaying.is_sealed())
+
+
+def _evaluate(optimizer: ZerothOrderOptimizer, evaluate: Callable[[], None]) -> None:
+    """Evaluates with all updates in the weights, which then are as the run has them."""
+    if not isinstance(optimizer, SubspaceWeights) or not optimizer.has_pending:
+        evaluate()
+        return
+    before = deepcopy(optimizer.state_dict())
+    optimizer.fold()
+    evaluate()
+    optimizer.fold_every_step = False
+    optimizer.load_state_dict(before)
