@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from zolightning.bench import gpu, learn, memory_table, step_command
+from zolightning.bench import block_time, gpu, learn, memory_table, step_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,6 +14,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_command(commands)
     learn.add_command(commands)
     memory_table.add_command(commands)
+    block_time.add_command(commands)
     return parser
 
 

@@ -1,7 +1,8 @@
 """Training steps on prompts, from tokens of ragged lengths to updated weights: ours and as published."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,17 +71,20 @@ class Prompts:
         return statistics.fmean(map(forward_flops, self.losses(row, model)))
 
 
-def time_prompts(work: Sequence[tuple[Step, Sequence[Evaluate]]], repeats: int) -> list[float]:
+def time_prompts(
+    work: Sequence[tuple[Step, Sequence[Evaluate]]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Seconds of each step: the mean over the batches of medians over passes, in which the steps take turns.
 
     Args:
         work: steps, each with the losses of its batches, equally many.
         repeats: passes over the batches.
+        clock: of the seconds.
     """
     for step, losses in work:
         seconds_of(partial(step, losses[0]))  # what happens only once is not timed
     seconds = [
-        [[seconds_of(partial(step, losses[number])) for step, losses in work] for _ in range(repeats)]
+        [[seconds_of(partial(step, losses[number]), clock) for step, losses in work] for _ in range(repeats)]
         for number in range(len(work[0][1]))
     ]
     medians = [[statistics.median(row) for row in zip(*passes, strict=True)] for passes in seconds]

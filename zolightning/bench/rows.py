@@ -81,13 +81,13 @@ class OptimizerStep:
 
 
 class BlockSteps(OptimizerStep):
-    """Ten steps in blocks, which are five layers evenly spread over the depth: their mean is that over all depths.
+    """Six steps in blocks, which are three layers evenly spread over the depth: their mean is that over all depths.
 
-    A block is left after two steps, so that what leaving it costs is counted five times as often as with ``interval:
-    10``. Without `beside` all other parameters are frozen; with it all that is not in layers moves too.
+    A block is left after two steps, which is more often than in training: what leaving it costs counts that much more.
+    Without `beside` all other parameters are frozen; with it all that is not in layers moves too.
     """
 
-    blocks, interval = 5, 2
+    blocks, interval = 3, 2
 
     def __init__(
         self, method: Callable[..., ZerothOrderOptimizer], order: Callable[[], Order], beside: bool, model: nn.Module

@@ -33,13 +33,13 @@ def round_robin(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     return seconds
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds until `call` has returned and the GPU, if one is in use, has done what it was told."""
-    start = time.perf_counter()
+    start = clock()
     call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _text(value: str | int | float | None) -> str:

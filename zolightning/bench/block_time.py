@@ -1,0 +1,119 @@
+"""When steps in one layer at a time are faster than steps of all weights: ``python -m zolightning.bench blocks``.
+
+A step is forwards and passes over the parameters it moves. In units of one bare forward, where passes over all weights
+of a step of MeZO take x of them, L layers move one at a time, and nothing but layers moves:
+
+* MeZO: ``2 + x``
+* FOCUS: ``3 + x / L``; and where what lies below the layer is computed once, ``2 + x / L`` on average, since two of the
+  three forwards run from the layer upwards and layers are half way up on average.
+
+So FOCUS is faster by any factor only where x is large: short prompts, small batches, slow passes. The factor published
+for OPT-30B at batches of 32 (1.83, three full forwards, 48 layers) takes an x of 3.6: passes that take two thirds of
+MeZO's step. With embeddings and head moving in each step, their share of the weights is moved beside the layer.
+
+Measured: seconds on prompts of SST-2 at several batch sizes, of which x is what MeZO takes beyond two forwards; and the
+factors, beside what the model says of them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from zolightning.bench.learn_run import CLOCKS
+from zolightning.bench.prompts import Prompts, time_prompts
+from zolightning.bench.report import machine, write_csv
+from zolightning.bench.rows import BY_NAME, FORWARD
+from zolightning.bench.subject import DTYPES, Subject
+from zolightning.commands.report import Record, print_table
+from zolightning.layers import find_layers
+
+ROWS = ("MeZO", "HiZOO", "Sparse-MeZO", "MeZO-BCD, layers", "FOCUS, cyclic", "FOCUS, embeddings and head beside")
+
+
+def speedup(passes: float, layers: int, beside: float = 0.0, shared: bool = True) -> float:
+    """How many times as fast as a step of MeZO one of FOCUS is.
+
+    Args:
+        passes: that a step of MeZO makes over all weights, in units of one forward.
+        layers: of which one moves.
+        beside: share of the weights that moves in every step beside the layer.
+        shared: whether what lies below the layer is computed once a step, as far as nothing moves there.
+    """
+    forwards = 2.0 if shared and not beside else 3.0
+    return (2 + passes) / (forwards + passes * (beside + (1 - beside) / layers))
+
+
+def passes_for(factor: float, layers: int, shared: bool = True) -> float:
+    """The passes, in units of one forward, with which FOCUS is `factor` times as fast as MeZO."""
+    return (factor * (2 if shared else 3) - 2) / (1 - factor / layers)
+
+
+def measure(subject: Subject, batch_size: int, folder: Path | None, batches: int, repeats: int, clock: str) -> Record:
+    """Seconds of the rows on prompts, in turns, and what they say of the model of time."""
+    model, rows = subject.model, [FORWARD, *(BY_NAME[name] for name in ROWS)]
+    device = next(model.parameters()).device
+    examples = subject.examples(folder, "sst2", batches, batch_size)
+    prompts = Prompts.of(examples, batch_size, subject.pad_id, device)
+    work = [(row.make(model), prompts.losses(row, model)) for row in rows]
+    found = time_prompts(work, repeats, CLOCKS[clock])
+    seconds = {row.name: taken / row.steps for row, taken in zip(rows, found, strict=True)}
+    forward, mezo = seconds[FORWARD.name], seconds["MeZO"]
+    stack = find_layers(model)
+    in_layers = sum(p.numel() for index in range(len(stack)) for p in stack.parameters(index).values())
+    beside = 1 - in_layers / sum(p.numel() for p in model.parameters())
+    passes = mezo / forward - 2
+    return {
+        "batch": str(batch_size),
+        **{f"seconds, {name}": taken for name, taken in seconds.items()},
+        "MeZO's passes in forwards": passes,
+        "MeZO over FOCUS, layers": mezo / seconds["FOCUS, cyclic"],
+        "by the model": speedup(passes, len(stack)),
+        "MeZO over FOCUS, beside": mezo / seconds["FOCUS, embeddings and head beside"],
+        "by the model, beside": speedup(passes, len(stack), beside),
+        "HiZOO over FOCUS, layers": seconds["HiZOO"] / seconds["FOCUS, cyclic"],
+        "HiZOO over its forwards": seconds["HiZOO"] / (3 * forward),
+        "FOCUS over its forwards": seconds["FOCUS, cyclic"] / (3 * forward),
+    }
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds ``blocks`` to the benchmarks."""
+    parser = commands.add_parser(
+        "blocks",
+        description=__doc__,
+        help="steps in one layer at a time, by batch size",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="as of `step`")
+    add("--precision", choices=DTYPES, default="bf16-true", help="of the weights (bf16-true)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
+    add("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32], help="rows a batch (1 4 16 32)")
+    add("--data-path", type=Path, help="folder of SST-2 as JSON lines, not the package's sentiment set")
+    add("--prompt-batches", type=int, default=2, help="batches of prompts (2)")
+    add("--repeats", type=int, default=3, help="passes that a median is taken of (3)")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process, on shared machines (wall)")
+    add("--output", type=Path, default=Path("logs/bench/blocks.csv"), help="file to write")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    subject = Subject.load(arguments.model, arguments.precision, device)
+    records = [
+        measure(subject, size, arguments.data_path, arguments.prompt_batches, arguments.repeats, arguments.clock)
+        for size in arguments.batch_sizes
+    ]
+    # Sizes are the columns here: there are few of them, and many figures.
+    figures = [name for name in records[0] if name != "batch"]
+    print_table(
+        "batches of prompts",
+        [{"": name, **{str(record["batch"]): record[name] for record in records}} for name in figures],
+    )
+    print(
+        f"\nFor a factor of 1.83 MeZO's passes must take {passes_for(1.83, 48, shared=False):.1f} forwards where 48 "
+        f"layers share nothing, {passes_for(1.83, 48):.1f} where they share what lies below."
+    )
+    write_csv(arguments.output, {"blocks": records}, machine(device) | {"model": arguments.model})
+    print(f"written to {arguments.output}")
