@@ -59,7 +59,7 @@ class TestRefused:
     def test_a_folder_with_something_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match=r"`output` is .*, which is not empty"):
-            replay_to_folder(L.LightningModule(), [], "ledger.bin", str(tmp_path), None)
+            replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", str(tmp_path), None)
 
     def test_no_method(self, tmp_path: Path) -> None:
         with pytest.raises(MisconfigurationException, match="`method` is null"):

@@ -29,7 +29,7 @@ def replay_to_folder(
         raise ValueError(
             "`output` is not given: the folder in which to write the model. Or give `follow`, to validate."
         )
-    export, method = _export_to(model, output), _method(callbacks)
+    method, export = _method(callbacks), _export_to(model, output)
     start = time.perf_counter()
     done = replay(ledger, model, method, step)
     _export(export, done, ledger, output, f"replayed {done.steps} steps in {time.perf_counter() - start:.1f} s")
@@ -50,13 +50,13 @@ def follow_run(
     Raises:
         ValueError, MisconfigurationException: as :func:`replay_to_folder`.
     """
-    export = None if output is None else _export_to(model, output)
+    method, export = _method(callbacks), None if output is None else _export_to(model, output)
 
     def evaluate(step: int) -> None:
         values = [f"{name} {value:.4f}" for metrics in validate() for name, value in sorted(metrics.items())]
         print(f"step {step}: {', '.join(values)}", flush=True)
 
-    done = follow(ledger, model, _method(callbacks), evaluate)
+    done = follow(ledger, model, method, evaluate)
     what = f"the run ended after {done.steps} steps"
     if export is None:
         print(what if done.sealed is not None else f"{what}, before its end: it was stopped or killed", flush=True)
