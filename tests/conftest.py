@@ -92,13 +92,14 @@ METHODS: dict[str, Method] = {
     "subzero": partial(SubZero, lr=0.02, rank=3),
     "subzero-paper": partial(SubZero, lr=0.02, rank=3, scaling="paper", noise="rademacher"),
     "subzero-momentum": partial(SubZero, lr=0.02, rank=3, momentum=0.8),
-    "lozo-adam": partial(LOZO, lr=0.05, rank=3, betas=(0.9, 0.95), normalize_directions=True),
     "subzero-adam": partial(
         SubZero, lr=0.05, rank=4, betas=(0.9, 0.95), vector_lr=0.02, num_queries=2, update_precision="low_byte"
     ),
     "subspace-mezo": partial(SubspaceMeZO, lr=0.02, rank=4),
     "subspace-mezo-momentum": partial(SubspaceMeZO, lr=0.02, rank=3, momentum=0.9),
-    "subspace-mezo-adam": partial(SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.999), vector_lr=0.05),
+    "subspace-mezo-adam": partial(
+        SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.999), vector_lr=0.05, normalize_directions=True
+    ),
     "zo-muon": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.04, estimator=OneSided()),
     "zo-muon-svd": partial(ZOMuon, lr=0.05, rank=3, vector_lr=0.02, orthogonalization="svd", num_queries=2),
     "zo-muon-momentum": partial(ZOMuon, lr=0.05, rank=4, vector_lr=0.02, momentum=0.9, num_queries=1),

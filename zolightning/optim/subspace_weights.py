@@ -92,7 +92,7 @@ class SubspaceWeights(SubspaceBases):
         :class:`~zolightning.callbacks.SubspaceResampling` does.
 
         ``momentum_kept`` is then the share of its squared norm that the momentum keeps as a matrix; None where there
-        is none.
+        is none. Adam's second moments stay as they are: those of ``g z`` are that of g, in whatever coordinates.
 
         Args:
             given: factors of matrices that are not to be drawn from now on, in any dtype. A method with a factor on
