@@ -24,6 +24,7 @@ STORED: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
     (torch.float16, torch.float32),
 )
 DECAYS = (1.0, 1 - 1e-4)
+_DECAYS_OF_EACH = (1.0, 1.0, 0.9, 0.9, 0.9, 1.0, 1.0, 0.9)  # of several weights
 HUGE = 2**31 + 16  # elements: more than int32 counts
 TAIL = 1008
 
@@ -73,6 +74,7 @@ def _cases() -> Iterator[tuple[Any, ...]]:
         yield from ((_perturb_rows, dtype, queries, kind) for dtype in DTYPES)
     yield from ((_perturb_each, *dtypes, *noises) for dtypes, noises in product(PAIRS, few))
     yield from ((_add_delta, *dtypes, decay) for dtypes, decay in product(STORED, DECAYS))
+    yield from ((_add_delta_to_each, *dtypes) for dtypes in STORED)
     yield from ((_add, *dtypes, 1.0, 5, "gaussian") for dtypes in STORED)  # by a loop over queries
     shapes: tuple[Shape, ...] = ("scaled", "masked", "scaled", "masked")
     for kind, queries in product(NOISE_KINDS, (1, 2, 3)):
@@ -239,17 +241,32 @@ def _add_to_each(
     queries: int,
     kind: NoiseKind,
 ) -> Outputs:
-    """One of the tensors is not aligned; some decay."""
-    sizes = _sizes(numel)
+    weights, rests = _several(numel, dtype, rest, device)
+    noises = _noise_of_each(_sizes(numel), queries, kind, device)
+    loops.add_to_each(weights, *noises, _DECAYS_OF_EACH, rests, kind)
+    return [*weights, *(low for low in rests if low is not None)]
+
+
+def _add_delta_to_each(
+    loops: Any, device: torch.device, numel: int, dtype: torch.dtype, rest: torch.dtype | None
+) -> Outputs:
+    weights, rests = _several(numel, dtype, rest, device)
+    deltas = [any_bits(len(weight) + 60, torch.float32, len(weight))[: len(weight)].to(device) for weight in weights]
+    loops.add_delta_to_each(weights, deltas, _DECAYS_OF_EACH, rests, -1.7e-3)
+    return [*weights, *(low for low in rests if low is not None)]
+
+
+def _several(
+    numel: int, dtype: torch.dtype, rest: torch.dtype | None, device: torch.device
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and what completes them; one is not aligned."""
     weights, rests = [], []
-    for place, size in enumerate(sizes):
+    for place, size in enumerate(_sizes(numel)):
         first = int(place == 4)
         weight, low = _stored(size + 60, dtype, rest, device)
         weights.append(weight[first : first + size])
         rests.append(None if low is None else low[first : first + size])
-    decays = [1.0, 1.0, 0.9, 0.9, 0.9, 1.0, 1.0, 0.9]
-    loops.add_to_each(weights, *_noise_of_each(sizes, queries, kind, device), decays, rests, kind)
-    return [*weights, *(low for low in rests if low is not None)]
+    return weights, rests
 
 
 def _sizes(numel: int) -> tuple[int, ...]:

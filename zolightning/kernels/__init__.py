@@ -18,8 +18,9 @@ weight's shape and the dtype of the arithmetic; or left out where the stored wei
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,16 +87,11 @@ def perturb_each(
         keys: of each weight, as for :func:`perturb`; `coefficients`, too.
         kind: of all.
     """
-    together = []
-    for one in zip(outs, weights, keys, coefficients, strict=True):
-        out, weight, key, table = one
-        if out.device.type == "cuda" and _backend(out, *_tensors(weight)) is not torch_loops:
-            together.append(one)
-        else:
-            perturb(out, torch.zeros_like(out) if weight is None else weight, key, table, kind)
-    loops = _triton_loops() if together else None
-    if loops is not None:
-        loops.perturb_each(*zip(*together, strict=True), kind=kind)
+
+    def alone(out: Tensor, weight: Tensor | None, key: Tensor, table: Tensor) -> None:
+        perturb(out, torch.zeros_like(out) if weight is None else weight, key, table, kind)
+
+    _each("perturb_each", alone, zip(outs, weights, keys, coefficients, strict=True), kind=kind)
 
 
 def perturb_both(
@@ -190,16 +186,11 @@ def add_to_each(
         keys: of each weight, as for :func:`add`; `coefficients`, `decays` and `rests`, too.
         kind: of all.
     """
-    together = []
-    for one in zip(weights, keys, coefficients, decays, rests, strict=True):
-        weight, key, table, decay, rest = one
-        if weight.device.type == "cuda" and _backend(weight) is not torch_loops:
-            together.append(one)
-        else:
-            add(weight, key, table, kind, decay, rest)
-    loops = _triton_loops() if together else None
-    if loops is not None:
-        loops.add_to_each(*zip(*together, strict=True), kind=kind)
+
+    def alone(weight: Tensor, key: Tensor, table: Tensor, decay: float, rest: Tensor | None) -> None:
+        add(weight, key, table, kind, decay, rest)
+
+    _each("add_to_each", alone, zip(weights, keys, coefficients, decays, rests, strict=True), kind=kind)
 
 
 def add_curved(
@@ -251,3 +242,30 @@ def add_delta(
         scale: multiplies the numbers first.
     """
     _backend(weight).add_delta(weight, delta, decay, rest, scale)
+
+
+def add_delta_to_each(
+    weights: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    decays: Sequence[float],
+    rests: Sequence[Tensor | None],
+    scale: float,
+) -> None:
+    """:func:`add_delta` to each of several weights, as :func:`add_to_each` does."""
+
+    def alone(weight: Tensor, delta: Tensor, decay: float, rest: Tensor | None) -> None:
+        add_delta(weight, delta, decay, rest, scale)
+
+    _each("add_delta_to_each", alone, zip(weights, deltas, decays, rests, strict=True), scale=scale)
+
+
+def _each(name: str, alone: Callable[..., None], each: Iterable[tuple[Any, ...]], **shared: Any) -> None:
+    """Runs the loop `name` of the Triton backend once for all that begins with a tensor of it, `alone` for others."""
+    together = []
+    for one in each:
+        if one[0].device.type == "cuda" and _backend(one[0]) is not torch_loops:
+            together.append(one)
+        else:
+            alone(*one)
+    if together:
+        getattr(_triton_loops(), name)(*zip(*together, strict=True), **shared)

@@ -331,14 +331,24 @@ def add_curved(
 def add_delta(
     weight,
     rest,
-    decay,
+    tensors,
+    chunks,
     delta,
+    decay,
     scale,
     numel,
     DECAYS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """With `tensors`, the weight, the rest and the delta given are the first of them, for their types."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if tensors is not None:
+        row, first = _place(tensors, chunks, CHUNK, BLOCK)
+        weight, delta, numel = _address(row, weight), _address(row + 3, delta), tl.multiple_of(tl.load(row + 2), 16)
+        if rest is not None:
+            rest = _address(row + 1, rest)
+    at = first + tl.arange(0, BLOCK)
     inside = at < numel
     _update(weight, rest, decay, scale * tl.load(delta + at, mask=inside), at, inside, DECAYS, INTERPRETED)

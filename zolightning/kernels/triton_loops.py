@@ -11,7 +11,7 @@ before the import, the same source runs on CPU tensors, slowly, in NumPy.
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,10 @@ def perturb_each(
     for out, weight, key, table in others:
         perturb(out, weight, key, table, kind)
     for members in groups:
-        _launch_for_each(triton_kernels.perturb, members, (None, None, None), kind)
+        first, beside, key, table = members[0]
+        noise = (key, table, key.shape[0], 0, 0)
+        arguments = (first, beside, *_tables_of(members, _places), None, None, None, *noise)
+        _launch_for_each(triton_kernels.perturb, arguments, **_constants(key.shape[0], kind))
 
 
 def perturb_both(
@@ -129,8 +132,10 @@ def add_to_each(
     for weight, rest, key, table, decay in others:
         add(weight, key, table, kind, decay, rest)
     for members in groups:
-        *_, decay = members[0]
-        _launch_for_each(triton_kernels.add, members, (decay, None), kind, DECAYS=decay != 1.0)
+        first, beside, key, table, decay = members[0]
+        noise = (key, table, key.shape[0], 0, 0)
+        arguments = (first, beside, *_tables_of(members, _places), decay, None, *noise)
+        _launch_for_each(triton_kernels.add, arguments, **_constants(key.shape[0], kind), DECAYS=decay != 1.0)
 
 
 def add_curved(
@@ -159,10 +164,29 @@ def add_delta(
     if not weight.numel():
         return
     grid = (triton.cdiv(weight.numel(), _BLOCK),)
-    arguments = (weight, rest, decay, delta.contiguous(), scale, weight.numel())
-    _launch(
-        triton_kernels.add_delta, grid, weight, *arguments, DECAYS=decay != 1.0, BLOCK=_BLOCK, INTERPRETED=_INTERPRETED
-    )
+    arguments = (weight, rest, None, None, delta.contiguous(), decay, scale, weight.numel())
+    constants = {"DECAYS": decay != 1.0, "INTERPRETED": _INTERPRETED, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
+    _launch(triton_kernels.add_delta, grid, weight, *arguments, **constants)
+
+
+def add_delta_to_each(
+    weights: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    decays: Sequence[float],
+    rests: Sequence[Tensor | None],
+    scale: float,
+) -> None:
+    groups, others = _grouped(zip(weights, rests, deltas, decays, strict=True))
+    for members in list(groups):
+        if any(delta.data_ptr() % 16 or not delta.is_contiguous() for _, _, delta, _ in members):
+            groups.remove(members)
+            others += members
+    for weight, rest, delta, decay in others:
+        add_delta(weight, delta, decay, rest, scale)
+    for members in groups:
+        first, beside, delta, decay = members[0]
+        arguments = (first, beside, *_tables_of(members, _addresses), delta, decay, scale, 0)
+        _launch_for_each(triton_kernels.add_delta, arguments, DECAYS=decay != 1.0, INTERPRETED=_INTERPRETED)
 
 
 def _run(
@@ -184,49 +208,49 @@ def _run(
     _launch(kernel, (triton.cdiv(numel, _BLOCK),), weight, *arguments, *noise, numel, **constants, BLOCK=_BLOCK)
 
 
-def _grouped(each: Iterable[tuple[Any, ...]]) -> tuple[list[list[tuple[Any, ...]]], list[tuple[Any, ...]]]:
-    """What one launch can do, and what takes a launch each, see the kernels.
+_Member = tuple[Any, ...]  # of a launch for several: a tensor, what is beside it, if anything is, a third, and the rest
 
-    Args:
-        each: a tensor, what is beside it, if anything is, its keys and coefficients, and what else a launch has once.
-    """
+
+def _grouped(each: Iterable[_Member]) -> tuple[list[list[_Member]], list[_Member]]:
+    """What one launch can do, which has one of all but the first three, and what takes a launch each."""
     groups, others = defaultdict(list), []
     for one in each:
-        tensor, beside, _, coefficients, *more = one
+        tensor, beside, _, *shared = one
         if (tensor.data_ptr() | (0 if beside is None else beside.data_ptr()) | tensor.numel()) % 16:
             others.append(one)
         else:
-            alike = tensor.device, tensor.dtype, None if beside is None else beside.dtype, id(coefficients), *more
-            groups[alike].append(one)
+            same = [id(value) if isinstance(value, Tensor) else value for value in shared]
+            groups[tensor.device, tensor.dtype, None if beside is None else beside.dtype, *same].append(one)
     return list(groups.values()), others
 
 
-def _launch_for_each(
-    kernel: Any, members: Sequence[tuple[Any, ...]], arguments: tuple[Any, ...], kind: NoiseKind, **constants: Any
-) -> None:
-    """Launches a kernel once for all that :func:`_grouped` has put together."""
-    first, beside, keys, coefficients, *_ = members[0]
-    entries = [
-        (
-            tensor.data_ptr(),
-            0 if other is None else other.data_ptr(),
-            tensor.numel(),
-            (key.data_ptr() - keys.data_ptr()) // keys.element_size(),
-        )
-        for tensor, other, key, *_ in members
-    ]
-    tensors, chunks = _tables(tuple(entries), first.device)
-    if not len(chunks):
-        return
-    queries = keys.shape[0]
-    constants |= _constants(queries, kind)
-    arguments = (first, beside, tensors, chunks, *arguments, keys, coefficients, queries, 0, 0)
-    _launch(kernel, (len(chunks) * _CHUNK,), first, *arguments, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
+def _places(keys: Sequence[Tensor]) -> list[int]:
+    """Where keys are, counted in words from the first ones: the same at each step, if they are rows of a table."""
+    first = keys[0].data_ptr()
+    return [(key.data_ptr() - first) // key.element_size() for key in keys]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _tables_of(members: Sequence[_Member], last: Callable[[Sequence[Tensor]], Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """``tensors`` and ``chunks`` of the kernels; `last` says what the last column is of the third of each member."""
+    tensors, beside, third, *_ = zip(*members, strict=True)
+    columns = _addresses(tensors), _addresses(beside), [tensor.numel() for tensor in tensors], last(third)
+    return _tables(tuple(zip(*columns, strict=True)), tensors[0].device)
+
+
+def _launch_for_each(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """Launches a kernel once for several tensors; its first arguments are one of them, one beside, and the tables."""
+    first, _, _, chunks, *_ = arguments
+    if len(chunks):
+        _launch(kernel, (len(chunks) * _CHUNK,), first, *arguments, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
 
 
 @functools.lru_cache(maxsize=32)
 def _tables(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """``tensors`` and ``chunks`` of the kernels: made once, for weights stay where they are."""
+    """Made once, for weights stay where they are."""
     tensors = torch.tensor(entries, dtype=torch.int64)
     counts = -(-tensors[:, 2] // (_BLOCK * _CHUNK))
     owners = torch.arange(len(counts)).repeat_interleave(counts)

@@ -10,7 +10,7 @@ from zolightning.optim.checks import require_fraction
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import momentum_
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_directions, add_tensor
+from zolightning.optim.precision import State, add_directions, add_tensors
 
 
 class MeZO(DenseDescent):
@@ -83,8 +83,7 @@ class MeZO(DenseDescent):
             add_directions(weights, states, gradients, self.update_precision, decays)
             return
         means = momentum_(states, weights, gradients, group["momentum"])
-        for weight, state, mean, decay in zip(weights, states, means, decays, strict=True):
-            add_tensor(weight, state, mean, self.update_precision, decay, scale=-lr)
+        add_tensors(weights, states, means, self.update_precision, decays, -lr)
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
         return normalized(group, projected_grads)

@@ -157,6 +157,20 @@ def add_tensor(
     kernels.add_delta(flat[part], delta, decay, None if rest is None else rest[part], scale)
 
 
+def add_tensors(
+    weights: Sequence[Tensor],
+    states: Sequence[State],
+    deltas: Sequence[Tensor],
+    precision: UpdatePrecision,
+    decays: Sequence[float],
+    scale: float,
+) -> None:
+    """:func:`add_tensor` to the whole of each of several weights: in few launches on a GPU."""
+    flat = [weight.view(-1) for weight in weights]
+    rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
+    kernels.add_delta_to_each(flat, [delta.view(-1) for delta in deltas], decays, rests, scale)
+
+
 def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key) -> None:
     """Rounds a half-precision weight to its dtype, so that what completes it can be dropped without a bias.
 

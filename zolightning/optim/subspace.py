@@ -15,7 +15,7 @@ from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, on_device
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_directions, add_tensor, as_contiguous
+from zolightning.optim.precision import State, add_directions, add_tensors, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
 from zolightning.optim.subspace_weights import TRANSPORTS, SubspaceWeights
@@ -267,8 +267,7 @@ class SubspaceOptimizer(SubspaceWeights):
                 add_directions(weights, states, moves, "exact", [1.0] * len(weights))
                 return
             steps = self._smooth(states, weights, moves, group)
-            for weight, state, step in zip(weights, states, steps, strict=True):
-                add_tensor(weight, state, step.view(-1), "exact", scale=-lr)
+            add_tensors(weights, states, steps, "exact", [1.0] * len(weights), -lr)
 
     def _core_directions(
         self,
