@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from stacked_runs import LanguageModel
+from tape import Tape
 from zolightning.callbacks import ZerothOrder
 from zolightning.directions.dense import standard
 from zolightning.evaluation.examples import MicroBatch
@@ -114,6 +114,38 @@ def test_projected_grads_are_those_of_a_loop_over_examples(architecture: str, me
         assert record.projected_grads == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert record.forward_passes == 2
         optimizer.step()
+
+
+@pytest.mark.parametrize("size", [6, 4])
+def test_what_lies_below_the_first_trained_layer_runs_once_a_step_or_once_a_run(size: int) -> None:
+    net, runs = Tokens(), Tape()
+    below, above = net.net.model.layers
+    below.mlp.act_fn = Noting(runs)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    above.requires_grad_(True)
+    optimizer = attached(net, "lozo")
+    for keep in (0, 2**20):
+        optimizer.evaluator.prefix.keep_bytes = keep
+        for _ in range(3):
+            expected = in_a_loop(net, optimizer, list(range(6)))
+            runs.clear()
+            record = optimizer.estimate(net.loss, micro_batches=net.in_examples(size=size))
+            assert record.projected_grads == pytest.approx(expected, rel=1e-6, abs=1e-9)
+            optimizer.step()
+        assert runs == [] if keep else runs == ([6] if size == 6 else [4, 2])
+
+
+class Noting(nn.SiLU):
+    """Keeps of how many rows it is called with."""
+
+    def __init__(self, runs: Tape) -> None:
+        super().__init__()
+        self.runs = runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(len(x))
+        return super().forward(x)
 
 
 def test_losses_are_means_over_the_batch_and_terms_weigh_examples() -> None:
@@ -302,5 +334,3 @@ def test_under_a_trainer(make_trainer: Callable[..., L.Trainer]) -> None:
         square = ((plus - targets[e]).square() - (minus - targets[e]).square()).item()
         expected.append(0.0 if e in (0, 4) else 6 / 4 * square / (2 * EPS))
     assert records[0].projected_grads == pytest.approx(expected, abs=2e-3)
-    with pytest.raises(MisconfigurationException, match="`keep_prefix_gib` is 1, and under PerExample"):
-        make_trainer(max_steps=1, callbacks=[ZerothOrder(method, keep_prefix_gib=1)]).fit(Logging(), DataLoader(inputs))

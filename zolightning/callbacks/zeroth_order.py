@@ -211,11 +211,6 @@ class ZerothOrder(Callback):
                 "`method` must make a zeroth-order optimizer (zolightning.optim.MeZO, for example), "
                 f"got {type(optimizer).__name__}."
             )
-        if self.keep_prefix_gib and isinstance(optimizer.estimator, PerExample):
-            raise MisconfigurationException(
-                f"`keep_prefix_gib` is {self.keep_prefix_gib}, and under PerExample() all of the network runs in each "
-                "evaluation: set it to 0."
-            )
         if isinstance(optimizer, SubspaceOptimizer):
             callbacks = callbacks_of(pl_module.trainer)
             require_resampling(optimizer, callbacks)

@@ -213,19 +213,24 @@ class Evaluator:
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses of each example in turn, as often as there are contexts for them."""
         results: list[tuple[Tensor, Tensor]] = []
-        while len(results) < len(contexts):
-            for batch in micro_batches:
-                own = contexts[len(results) :][: len(batch.examples)]
+        size = sum(len(batch.examples) for batch in micro_batches)
+        prefix = self.prefix if self.graphs is None or self.graphs.is_off else None
+        with self.prefix.one_step(generators):
+            for start in range(0, len(contexts), size):
+                own = contexts[start : start + size]
                 try:
-                    results += self._network_of_examples(own[0]).evaluate(evaluate, batch, own, generators, self.graphs)
+                    network = self._network_of_examples(own[0])
+                    results += network.evaluate(evaluate, micro_batches, own, generators, prefix, self.graphs)
                 except CannotStack as error:
                     if not self._is_apart:
                         rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
                     self._is_apart = True
                     if self.is_first:  # the one whose traces stay is of all examples
                         with own[0]:
-                            evaluate(loss=batch.loss)
-                    results += one_by_one(evaluate, batch, own)
+                            evaluate(loss=micro_batches[0].loss)
+                    for batch in micro_batches:
+                        done = len(results) - start
+                        results += one_by_one(evaluate, batch, own[done : done + len(batch.examples)])
         return results
 
     def _network_of_examples(self, context: Perturbed) -> ExampleNetwork:

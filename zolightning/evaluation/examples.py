@@ -11,6 +11,8 @@ network does not let itself be run like this, :class:`~zolightning.evaluation.ro
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.reads import FlippedBit
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
-from zolightning.evaluation.shared_prefix import replaced_forward
+from zolightning.evaluation.shared_prefix import SharedPrefix, replaced_forward
 from zolightning.evaluation.stacked import Call, NetworkRun
 
 Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight; `loss` says of which
@@ -57,9 +59,10 @@ class ExampleNetwork:
     def evaluate(
         self,
         evaluate: Evaluate,
-        batch: MicroBatch,
+        batches: Sequence[MicroBatch],
         contexts: Sequence[Perturbed],
         generators: Generators,
+        prefix: SharedPrefix | None,
         graphs: GraphedNetwork | None = None,
     ) -> Losses:
         """Losses and their weights of each example, under the perturbation of its own context, none in place.
@@ -67,17 +70,42 @@ class ExampleNetwork:
         Where the network has not been run with the same tensors cut before, losses of a few examples are compared with
         those of separate runs first.
 
+        Args:
+            evaluate: evaluates a loss, as often as asked.
+            batches: whose examples have `contexts`, one after the other.
+            contexts: how each example sees parameters.
+            generators: what losses draw from.
+            prefix: what the evaluations of a step have in common; None where all of the network runs.
+            graphs: its forward as CUDA graphs, if any.
+
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
         """
-        if len(contexts) == 1:
-            return one_by_one(evaluate, batch, contexts)
-        found, cuts = self._together(evaluate, batch, contexts, generators, graphs)
-        if cuts is not None and cuts not in self._trusted:
-            if not self._agrees(evaluate, batch, contexts, generators):
-                return one_by_one(evaluate, batch, contexts)
-            self._trusted.add(cuts)
-        return found
+        shares = [contexts[start:stop] for start, stop in pairwise([0, *accumulate(len(b.examples) for b in batches)])]
+        found: list[tuple[Losses, tuple[Any, ...] | None]] = []
+
+        def run(_: Perturbed, within: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:
+            with within:
+                arguments = generators, graphs
+                found[:] = [self._together(evaluate, *pair, *arguments) for pair in zip(batches, shares, strict=True)]
+            losses, terms = (
+                torch.stack(values) for values in zip(*(one for all, _ in found for one in all), strict=True)
+            )
+            return losses.sum(), terms.sum()
+
+        if prefix is None:
+            run(contexts[0], nullcontext())
+        else:
+            prefix.evaluate(run, contexts[0])
+        results: Losses = []
+        for batch, own, (losses, cuts) in zip(batches, shares, found, strict=True):
+            if cuts is not None and cuts not in self._trusted:
+                if self._agrees(evaluate, batch, own, generators):
+                    self._trusted.add(cuts)
+                else:
+                    losses = one_by_one(evaluate, batch, own)
+            results += losses
+        return results
 
     def _together(
         self,
@@ -87,7 +115,9 @@ class ExampleNetwork:
         generators: Generators,
         graphs: GraphedNetwork | None,
     ) -> tuple[Losses, tuple[Any, ...] | None]:
-        """Losses, and where tensors were cut; None for examples without terms, which do without the network."""
+        """Losses, and where tensors were cut; None where nothing was: one example, or none with terms and a network."""
+        if len(contexts) == 1:
+            return one_by_one(evaluate, batch, contexts), None
         run = _Run(self.network, contexts, generators, graphs)
         with replaced_forward(self.network, run.forward):
             with contexts[0]:

@@ -52,6 +52,7 @@ class RowGroups(Perturbed):
         cut = [self._has_rows(tensor) for tensor in tensors]
         held = [id(tensor) for tensor in tensors if id(tensor) in self.held]
         self.cuts.append((func, *held, *cut))
+        self.groups[0].seen.update(name for name in held if name in self._perturbations)
         if func in PRODUCTS and (output := self._stacked_product(func, args, kwargs)) is not None:
             return output
         if func in PRODUCTS and (output := self._product_of_each(func, args, kwargs)) is not None:
