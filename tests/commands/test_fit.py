@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli_runs import CONFIGS, Runs, printed, refused
+from cli_runs import CONFIGS, Runs, parsed, printed, refused
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -31,6 +31,12 @@ def finished(
     write_tiny_model(folder / "model")
     runs = Runs(folder)
     return runs, runs("fit", "--test_last", "true")
+
+
+@pytest.mark.parametrize("subcommand", ["profile", "sweep-layers"])
+def test_other_commands_take_the_config_of_a_run(finished: tuple[Runs, str], subcommand: str) -> None:
+    arguments = [subcommand, "--config", str(finished[0].version(0) / "config.yaml")]
+    assert parsed(arguments)[subcommand].trainer.max_steps == 6
 
 
 def test_fit_leaves_config_metrics_and_checkpoints(finished: tuple[Runs, str]) -> None:

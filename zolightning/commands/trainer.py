@@ -42,6 +42,8 @@ class Trainer(L.Trainer):
         time_model: bool = False,
         layers_name: str | None = None,
         output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Shows how large the outputs of each layer are, and which layer stands out.
 
@@ -57,6 +59,8 @@ class Trainer(L.Trainer):
             time_model: also time steps that move more and more parameters, and fit what a parameter costs.
             layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
             output: folder for the files; ``profile`` beside the versions of the run if not given.
+            ckpt_path: not used, like the next; there because the config.yaml of a run has them.
+            weights_only: not used.
 
         Raises:
             ValueError: naming the argument, its value and what is accepted.
@@ -74,6 +78,8 @@ class Trainer(L.Trainer):
         evaluate: Literal["validation", "test"] = "validation",
         layers_name: str | None = None,
         output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Trains each layer alone from the same weights on the same batches, and compares what they learn.
 
@@ -89,6 +95,8 @@ class Trainer(L.Trainer):
             evaluate: the split whose metrics are reported.
             layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
             output: folder for results and plots; ``sweep-layers`` beside the versions of the run if not given.
+            ckpt_path: not used, like the next; there because the config.yaml of a run has them.
+            weights_only: not used.
 
         Raises:
             ValueError: naming the argument, its value and what is accepted.
