@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from cli_runs import parsed
 from zolightning.cli import main
-from zolightning.data.task import Task
+from zolightning.data.classification import Classification
+from zolightning.data.task_files import load_task
 from zolightning.layers import find_layers, mlp_of
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -53,6 +54,28 @@ ROWS: dict[str, dict[str, Any]] = {
         "question": "cause",
         "idx": 0,
     },
+    "drop": {
+        "passage": "Ada sold 3 boats, Ben 5.",
+        "question": "How many?",
+        "answers_spans": {"spans": ["8"], "types": ["number"]},
+    },
+    "imdb": {"text": "A boat.<br /><br />It sinks."},
+    "mr": {"text": "a warm and clever little soup ."},
+    "record": {
+        "passage": "Ada sold it.\n@highlight\nBen bought it",
+        "query": "@placeholder has it",
+        "entities": ["Ada", "Ben"],
+        "answers": ["Ben"],
+        "idx": {"passage": 0, "query": 0},
+    },
+    "squad": {
+        "id": "0",
+        "title": "Boats",
+        "context": "The boat is red.",
+        "question": "Which colour is it?",
+        "answers": {"text": ["red"], "answer_start": [12]},
+    },
+    "sst5": {"text": "a warm and clever little soup", "label_text": "positive"},
     "mnli": {"premise": "The boat is red.", "hypothesis": "The boat has a colour.", "idx": 0},
     "multirc": {
         "paragraph": "Ada sold the boat to Ben.",
@@ -290,9 +313,11 @@ def plant_outlier(folder: Path, layer: int) -> None:
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[[str], Path]:
     def write(task: str) -> Path:
-        definition = Task.load(task)
-        labels = [*definition.skip_labels, *definition.labels * 4]
-        lines = [json.dumps(ROWS[task] | {definition.label: label}) + "\n" for label in labels]
+        definition, rows = load_task(task), [ROWS[task]] * 4
+        if isinstance(definition, Classification):
+            labels = [*definition.skip_labels, *definition.labels * 4]
+            rows = [ROWS[task] | {definition.label: label} for label in labels]
+        lines = [json.dumps(row) + "\n" for row in rows]
         for split in ("train", "validation", "test"):
             (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         return tmp_path

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli_runs import printed, refused
-from zolightning.data.task import Task
+from zolightning.data.task_files import load_task
 from zolightning.packaged import configs, packaged
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_list_and_copy(tmp_path: Path) -> None:
 
 
 def test_tasks_by_name_are_the_files_of_the_folder() -> None:
-    assert {Task.load(Path(file).stem).name for file in FILES if file.startswith("configs/tasks/")} == {
+    assert {load_task(Path(file).stem).name for file in FILES if file.startswith("configs/tasks/")} == {
         Path(file).stem for file in FILES if file.startswith("configs/tasks/")
     }
 

@@ -22,7 +22,7 @@ import zolightning.bench.__main__ as bench
 from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.refusals import refuse_strategy
 from zolightning.cli import ZerothOrderCLI
-from zolightning.data.task import Task
+from zolightning.data.task_files import load_task
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO
 
@@ -176,7 +176,7 @@ def test_the_task_makes_prompts(tmp_path: Path) -> None:
     ((_, code),) = blocks(PACKAGE, "yaml")
     (tmp_path / "mood.yaml").write_text(code)
     (tmp_path / "my_rows").mkdir()
-    task = Task.load(str(tmp_path / "mood.yaml"))
+    task = load_task(str(tmp_path / "mood.yaml"))
     assert task.folder == tmp_path / "my_rows" and task.label == "mood"
 
 

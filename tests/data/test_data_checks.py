@@ -141,7 +141,7 @@ def test_that_there_are_fewer_rows_than_asked_for_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     messages: list[str] = []
-    monkeypatch.setattr("zolightning.data.datamodule.rank_zero_info", messages.append)
+    monkeypatch.setattr("zolightning.data.rows.rank_zero_info", messages.append)
     folder = write_rows(train=20)
     data = PromptDataModule("sst2", str(folder), num_validation=5, batch_size=4)
     make_trainer().validate(spectator, data, verbose=False)

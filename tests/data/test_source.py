@@ -7,21 +7,23 @@ from pathlib import Path
 import datasets
 import pytest
 
+from zolightning.data.classification import Classification
 from zolightning.data.source import NO_LABEL, read_folder, read_hub
 from zolightning.data.task import HubDataset, Task
+from zolightning.data.task_files import load_task
 
 ROW = {"sentence": "soup", "label": 1}
 
 
 @pytest.fixture
 def task() -> Task:
-    return Task.load("sst2")
+    return load_task("sst2")
 
 
 def test_rows_keep_their_place_in_the_file(write_rows: Callable[..., Path]) -> None:
     rows = [{**ROW, "label": label} for label in (0, -1, 1)]
     folder = write_rows(train=[json.dumps(rows[0]), "", json.dumps(rows[1]), json.dumps(rows[2])])
-    task = Task(name="t", prompt="{{ sentence }}", answers=("a", "b"), labels=(0, 1), skip_labels=(-1,))
+    task = Classification(name="t", prompt="{{ sentence }}", answers=("a", "b"), labels=(0, 1), skip_labels=(-1,))
     split = read_folder(folder, "train", task)
     assert list(split.ids) == [0, 3]
     assert list(split.candidates) == [0, 1]
@@ -130,7 +132,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_hub_rows(fake_hub: Callable[..., None]) -> None:
     fake_hub({"sentence": ["a", "b", "c"], "label": [1, -1, 0]})
-    task = Task(name="t", prompt="{{ sentence }}", answers=("x", "y"), labels=(0, 1), skip_labels=(-1,))
+    task = Classification(name="t", prompt="{{ sentence }}", answers=("x", "y"), labels=(0, 1), skip_labels=(-1,))
     split = read_hub(HUB, "train", task)
     assert list(split.ids) == [0, 2]
     assert list(split.candidates) == [1, 0]

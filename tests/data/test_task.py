@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from zolightning.data.task import Task
+from zolightning.data.classification import Classification
+from zolightning.data.task_files import load_task
 
 GOOD = """
 name: weather
@@ -23,31 +24,31 @@ def write(folder: Path, text: str) -> str:
 def test_a_users_own_file(tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()
-    task = Task.load(write(tmp_path, GOOD + "label: outcome\nskip_labels: [unclear]\nfolder: rows\n"))
+    task = load_task(write(tmp_path, GOOD + "label: outcome\nskip_labels: [unclear]\nfolder: rows\n"))
     assert task.name == "weather"
     assert task.fields == {"report", "outcome"}
     assert task.folder == rows
     assert task.render({"report": "Fog.", "outcome": "dry"}) == ("Fog. Will it rain?", [" No", " Yes"])
-    assert [task.candidate(label) for label in ("dry", "wet", "unclear")] == [0, 1, None]
+    assert [task.right({"outcome": label}) for label in ("dry", "wet", "unclear")] == [(0,), (1,), None]
 
 
 def test_a_config_file_is_a_task_too(tmp_path: Path) -> None:
-    plain = Task.load(write(tmp_path, GOOD + "num_test: 7\n"))
+    plain = load_task(write(tmp_path, GOOD + "num_test: 7\n"))
     indented = "".join(f"    {line}\n" for line in [*GOOD.strip().splitlines(), "num_test: 7"])
-    assert Task.load(write(tmp_path, f"data:\n  batch_size: 3\n  task:\n{indented}")) == plain
+    assert load_task(write(tmp_path, f"data:\n  batch_size: 3\n  task:\n{indented}")) == plain
     assert plain.num_test == 7 and plain.num_train == 1000
 
 
 def test_a_label_outside_the_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"label 'snow' in field `label` must be one of \['dry', 'wet'\]"):
-        Task.load(write(tmp_path, GOOD)).candidate("snow")
+        load_task(write(tmp_path, GOOD)).right({"label": "snow"})
 
 
 def test_unknown_task() -> None:
     with pytest.raises(
         ValueError, match=r"`data.task` must be one of agnews, .*wsc, or the path of a YAML file, got 'x'"
     ):
-        Task.load("x")
+        load_task("x")
 
 
 @pytest.mark.parametrize(
@@ -82,17 +83,17 @@ def test_unknown_task() -> None:
 def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=message) as error:
-        Task.load(path)
+        load_task(path)
     assert str(error.value).startswith(f"{path}: ")
 
 
 def test_the_prompt_loses_its_outer_spaces_to_the_answers() -> None:
-    task = Task(name="t", prompt="  {{ text }}\nMood: ", answers=("good", "bad "), labels=(1, 0))
+    task = Classification(name="t", prompt="  {{ text }}\nMood: ", answers=("good", "bad "), labels=(1, 0))
     assert task.render({"text": "Hi.", "label": 0}) == ("Hi.\nMood:", [" good", " bad"])
 
 
 def test_newlines_around_the_prompt_stay() -> None:
-    task = Task(name="t", prompt="\n{{ text }}\n", answers=("good", "bad"), labels=(1, 0))
+    task = Classification(name="t", prompt="\n{{ text }}\n", answers=("good", "bad"), labels=(1, 0))
     assert task.render({"text": "Hi.", "label": 0}) == ("\nHi.\n", ["good", "bad"])
 
 
@@ -108,19 +109,19 @@ def test_newlines_around_the_prompt_stay() -> None:
 )
 def test_a_row_that_does_not_fit(prompt: str, row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1)).render(row)
+        Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1)).render(row)
 
 
 @pytest.mark.parametrize("value", [["a", "b"], {"a": 1}, True, float("nan")])
 @pytest.mark.parametrize("prompt", ["{{ sentence }} It was", "{{ sentence | trim }} It was"])
 def test_values_that_are_no_text_are_not_written(value: object, prompt: str) -> None:
-    task = Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
     with pytest.raises(ValueError, match=r"field `sentence` is .*which is no"):
         task.render({"sentence": value, "label": 0})
 
 
 def test_templates_look_into_lists_and_decide_by_truth_values() -> None:
     prompt = "{{ words[1] }}{% if loud %}!{% endif %} {{ options.first }} {{ count }}"
-    task = Task(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
     row = {"words": ["no", "yes"], "loud": True, "options": {"first": "left"}, "count": 3}
     assert task.render(row)[0] == "yes! left 3"

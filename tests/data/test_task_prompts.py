@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from zolightning.data.task import Task
+from zolightning.data.classification import Classification
+from zolightning.data.task_files import load_task
 from zolightning.packaged import configs
 
 YES_NO = ["Yes", "No"]
@@ -78,6 +79,46 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "Mill reopens after storm.\nTopic:",
         [" World", " Sports", " Business", " Technology"],
     ),
+    "sst5": (
+        {"text": " a mild surprise . ", "label": 2},
+        "a mild surprise . It was",
+        [" terrible", " bad", " okay", " good", " great"],
+    ),
+    "mr": ({"text": "it drags .", "label": 0}, "it drags . It was", [" terrible", " great"]),
+    "imdb": (
+        {"text": "Slow.<br /><br />But warm.", "label": 1},
+        "Slow.  But warm. It was",
+        [" terrible", " great"],
+    ),
+    "record": (
+        {
+            "passage": "Eve rowed to Ull.\n@highlight\nEve was late\n@highlight\nAnn was not",
+            "query": "@placeholder waited for Eve",
+            "entities": ["Ull", "Ann", "Ull"],
+            "answers": ["Ann"],
+        },
+        "Eve rowed to Ull.\n- Eve was late\n- Ann was not\n-",
+        [" Ull waited for Eve", " Ann waited for Eve"],
+    ),
+    "squad": (
+        {
+            "title": "Mills",
+            "context": "The mill burned in 1903.",
+            "question": " When did it burn? ",
+            "answers": {"text": ["1903", "in 1903"], "answer_start": [19, 16]},
+        },
+        "Title: Mills\nContext: The mill burned in 1903.\nQuestion: When did it burn?\nAnswer:",
+        [" 1903\n"],
+    ),
+    "drop": (
+        {
+            "passage": "Ann sold 3 boats, Eve 5.",
+            "question": "How many were sold?",
+            "answers_spans": {"spans": ["8"], "types": ["number"]},
+        },
+        "Passage: Ann sold 3 boats, Eve 5.\nQuestion: How many were sold?\nAnswer:",
+        [" 8\n"],
+    ),
     "sentiment": ({"sentence": "The soup was cold.", "label": 0}, "The soup was cold. It was", [" terrible", " great"]),
 }
 
@@ -85,11 +126,12 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_prompt_and_answers(name: str) -> None:
     row, prompt, answers = CASES[name]
-    task = Task.load(name)
+    task = load_task(name)
     assert task.name == name
     assert task.fields <= set(row)
     assert task.render(row) == (prompt, answers)
-    assert [task.candidate(label) for label in task.labels] == list(range(len(answers)))
+    if isinstance(task, Classification):
+        assert [task.right({task.label: label}) for label in task.labels] == [(index,) for index in range(len(answers))]
 
 
 def test_every_file_of_the_package_has_a_case() -> None:
@@ -97,25 +139,36 @@ def test_every_file_of_the_package_has_a_case() -> None:
 
 
 def test_boolq_keeps_a_question_mark() -> None:
-    prompt, _ = Task.load("boolq").render({"passage": "P.", "question": "Is it?", "label": 0})
+    prompt, _ = load_task("boolq").render({"passage": "P.", "question": "Is it?", "label": 0})
     assert prompt == "P. Is it?\n"
 
 
 def test_copa_asks_for_a_cause() -> None:
     row = {"premise": "I slept.", "choice1": "A", "choice2": "It was Late.", "question": "cause", "label": 0}
-    assert Task.load("copa").render(row) == ("I slept because", [" a", " it was Late."])
+    assert load_task("copa").render(row) == ("I slept because", [" a", " it was Late."])
 
 
-def test_only_copa_trains_on_the_right_answer_alone() -> None:
-    tasks = {name: Task.load(name) for name in CASES}
-    assert [name for name, task in tasks.items() if task.objective == "language_modeling"] == ["copa"]
+def test_tasks_that_train_on_the_right_answer_alone() -> None:
+    trained = {name for name in CASES if load_task(name).objective == "language_modeling"}
+    assert trained == {"copa", "record", "squad", "drop"}
+
+
+def test_record_counts_every_right_entity() -> None:
+    row = {"entities": ["Ull", "Ann", "Ull", "Eve"], "answers": ["Eve", "Ann", "Eve", "Bo"]}
+    assert load_task("record").right(row) == (2, 1)
+
+
+def test_the_references_of_squad_and_drop() -> None:
+    squad, _, _ = CASES["squad"]
+    assert load_task("squad").reference_texts(squad) == ("1903", "in 1903")
+    assert load_task("drop").reference_texts(CASES["drop"][0]) == ("8",)
 
 
 def test_validation_sizes_that_differ() -> None:
-    sizes = {name: Task.load(name).num_validation for name in CASES}
+    sizes = {name: load_task(name).num_validation for name in CASES}
     assert {name for name, size in sizes.items() if size != 500} == {"cb", "copa", "wsc", "sentiment"}
     assert {sizes[name] for name in ("cb", "copa", "wsc")} == {100}
 
 
 def test_snli_leaves_out_rows_without_a_majority() -> None:
-    assert Task.load("snli").candidate(-1) is None
+    assert load_task("snli").right({"label": -1}) is None

@@ -16,7 +16,7 @@ from zolightning.bench.floors import forward_flops
 from zolightning.bench.published import PublishedBatch, published_batch, published_loss
 from zolightning.bench.rows import PUBLISHED, Evaluate, Row, Step
 from zolightning.commands.report import seconds_of
-from zolightning.data import Batch, Task
+from zolightning.data import Batch, load_task
 from zolightning.data.batching import LengthBuckets
 from zolightning.data.encoding import Example, collate, encode
 from zolightning.data.sampling import sample
@@ -103,7 +103,7 @@ def load_examples(
         count: examples to sample.
         batch_size: examples a batch.
     """
-    task = Task.load("sst2" if folder else "sentiment")
+    task = load_task("sst2" if folder else "sentiment")
     folder = folder or task.folder
     assert folder is not None  # the package's set comes with its rows
     split = read_folder(folder, "train", task)

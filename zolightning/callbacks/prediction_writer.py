@@ -13,9 +13,9 @@ from torch import Tensor
 class PredictionWriter(Callback):
     """During ``predict``, writes one JSON line an example.
 
-    Each line holds what ``predict_step`` returns for the example: its id, the scores of its candidates and the index
-    of the best one, for CausalLM. The file is written anew by each run; with several ranks, rank r > 0 writes to
-    ``<path>.r``.
+    Each line holds what ``predict_step`` returns for the example: for CausalLM its id, and the scores of its candidates
+    and the index of the best one, or the generated text. The file is written anew by each run; with several
+    ranks, rank r > 0 writes to ``<path>.r``.
 
     Args:
         path: the file to write.
@@ -34,7 +34,11 @@ class PredictionWriter(Callback):
     ) -> None:
         if not isinstance(outputs, Mapping):
             return
-        columns = {name: value.tolist() for name, value in outputs.items() if isinstance(value, Tensor)}
+        columns = {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in outputs.items()
+            if isinstance(value, Tensor | list)
+        }
         with self._file.open("a") as file:
             for row in zip(*columns.values(), strict=True):
                 file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")

@@ -107,7 +107,8 @@ def check_strategy(trainer: L.Trainer, model: L.LightningModule) -> None:
 def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
     """Checks that the metrics exist that callbacks wait for.
 
-    A module may name them as ``validation_metrics``; of another, one batch is validated, without traces.
+    A module may name them by a method ``validation_metrics(datamodule)``; of another, one batch is validated, without
+    traces.
 
     Raises:
         MisconfigurationException: naming a metric that nothing logs, its callback and the metrics that there are.
@@ -115,7 +116,8 @@ def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
     monitors = _monitors(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it without declaring it
     if not monitors or trainer.limit_val_batches == 0:
         return
-    logged = getattr(model, "validation_metrics", None) or _validated_once(trainer, model, datamodule)
+    named = getattr(model, "validation_metrics", None)
+    logged = _validated_once(trainer, model, datamodule) if named is None else named(datamodule)
     for owner, name in monitors:
         if name not in logged:
             raise MisconfigurationException(

@@ -1,18 +1,22 @@
 """Prompts and answers for a Trainer."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
+from zolightning.data.classification import Classification
 from zolightning.data.encoding import Batch, Example, check_tokens, collate, encode
-from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
-from zolightning.data.source import Split, misnamed, read_folder, read_hub
-from zolightning.data.task import HubDataset, chosen_task
+from zolightning.data.generation import Generation
+from zolightning.data.rows import Row, Rows
+from zolightning.data.source import NO_LABEL
+from zolightning.data.task_files import chosen_task
 from zolightning.packaged import packaged
 
 
@@ -89,13 +93,14 @@ class PromptDataModule(L.LightningDataModule):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self._examples: dict[str, list[Example]] = {}
-        self._fewer: set[str] = set()  # origins of splits of which it was said that they have fewer rows than asked for
 
         counts = ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length")
         for name in (*counts, "pad_to_multiple_of"):
             _check_at_least(1, name, getattr(self, name))
         if examples_per_class is not None:
             _check_at_least(1, "examples_per_class", examples_per_class)
+            if not isinstance(self.task, Classification):
+                raise ValueError(f"`data.examples_per_class` needs classes, of which task {self.task.name} has none.")
         _check_at_least(0, "num_workers", num_workers)
         if not 0 <= seed < 2**32:
             raise ValueError(f"`data.seed` must be at least 0 and below 2**32, got {seed}.")
@@ -103,23 +108,36 @@ class PromptDataModule(L.LightningDataModule):
             raise ValueError(f"`data.path` must be a folder of rows, because task {self.task.name} names no source.")
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"`data.path` must be a folder of JSON lines, got {str(self.folder)!r}, which is none.")
+        self._rows = Rows(
+            self.task, self.folder, self.num_train, self.num_validation, self.num_test, examples_per_class, seed
+        )
 
     @property
-    def num_classes(self) -> int:
-        return len(self.task.answers)
+    def num_classes(self) -> int | None:
+        """How many candidates there are, if they are the same for all rows; 1 if none are compared."""
+        return self.task.num_classes
+
+    @property
+    def generation(self) -> Generation | None:
+        """How answers are generated, if the task says so."""
+        return self.task if isinstance(self.task, Generation) else None
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """What a validation reports of this task, beside the loss."""
+        return self.task.validation_metrics
 
     def prepare_data(self) -> None:
         if self.folder is None:
-            read_hub(self._hub, self._hub.train, self.task)
+            self._rows.read("train")
 
     def setup(self, stage: str | None = None) -> None:
         if stage in ("fit", "validate", None):
-            for name, (split, chosen) in self._sample_train_and_validation().items():
+            for name, rows in self._rows.train_and_validation().items():
                 if name == "validation" or stage != "validate":
-                    self._examples[name] = self._encode(name, split, chosen)
+                    self._examples[name] = self._encode(name, rows)
         if stage in ("test", "predict", None):
-            split = self._read("test", labelled=stage != "predict")
-            self._examples["test"] = self._encode("test", split, self._sample(split, self.num_test))
+            self._examples["test"] = self._encode("test", self._rows.test(labelled=stage != "predict"))
 
     def check_rows(self, *names: str) -> None:
         """Reads splits and fills in the templates of all their rows, which needs no model and takes a moment.
@@ -133,9 +151,7 @@ class PromptDataModule(L.LightningDataModule):
             ValueError: A row does not fit the task, or a file is missing; says which line or file.
         """
         for name in names:
-            split = self._read(name)
-            for index in range(len(split)):
-                self._render(split, index)
+            self._rows.check(name)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         examples = self._examples["train"]
@@ -168,7 +184,7 @@ class PromptDataModule(L.LightningDataModule):
         is_single = longest_answer == 1
         tokens = max(example.length for example in examples) - is_single
         tokens += -tokens % self.pad_to_multiple_of
-        candidates = 1 if is_single or self.task.objective == "language_modeling" else self.num_classes
+        candidates = 1 if is_single or self.task.objective == "language_modeling" else self.num_classes or 1
         return rows * candidates, tokens, 1 if is_single else longest_answer + 1
 
     def sample_text(self) -> str:
@@ -178,56 +194,7 @@ class PromptDataModule(L.LightningDataModule):
             raise RuntimeError("There is no example before `setup`.")
         return examples[0].text
 
-    def _sample_train_and_validation(self) -> dict[str, tuple[Split, list[int]]]:
-        train = self._read("train")
-        if self.folder is not None and (self.folder / "validation.jsonl").exists():
-            validation = self._read("validation")
-            if self.examples_per_class is None:
-                chosen = [self._sample(train, self.num_train), self._sample(validation, self.num_validation)]
-            else:
-                chosen = [
-                    sample_per_class(split, self.examples_per_class, self.task.labels, 1, self.seed)[0]
-                    for split in (train, validation)
-                ]
-        else:
-            if self.folder is not None and (advice := misnamed(self.folder, "validation")):
-                raise ValueError(advice)
-            validation = train
-            if self.examples_per_class is None:
-                self._say_if_fewer(train, self.num_train + self.num_validation)
-                chosen = list(sample_train_and_validation(train, self.num_train, self.num_validation, self.seed))
-            else:
-                chosen = sample_per_class(train, self.examples_per_class, self.task.labels, 2, self.seed)
-        return {"train": (train, chosen[0]), "validation": (validation, chosen[1])}
-
-    def _sample(self, split: Split, count: int) -> list[int]:
-        self._say_if_fewer(split, count)
-        return sample(split, count, self.seed)
-
-    def _say_if_fewer(self, split: Split, count: int) -> None:
-        """Once, and not of the rows that come with a task, whose number anybody can know."""
-        if len(split) < count and self.folder != self.task.folder and split.origin not in self._fewer:
-            self._fewer.add(split.origin)
-            rank_zero_info(f"{split.origin}: {len(split)} rows, fewer than the {count} asked for; all are used.")
-
-    def _read(self, name: str, labelled: bool = True) -> Split:
-        if self.folder is not None:
-            return read_folder(self.folder, name, self.task, labelled)
-        hub = self._hub
-        return read_hub(hub, hub.test if name == "test" else hub.train, self.task)
-
-    @property
-    def _hub(self) -> HubDataset:
-        assert self.task.hub is not None, "a task has a folder or a hub data set"
-        return self.task.hub
-
-    def _render(self, split: Split, index: int) -> tuple[str, list[str]]:
-        try:
-            return self.task.render(split.row(index))
-        except ValueError as error:
-            raise ValueError(f"Task {self.task.name}, {split.where(index)}: {error}.") from None
-
-    def _encode(self, name: str, split: Split, chosen: list[int]) -> list[Example]:
+    def _encode(self, name: str, rows: Sequence[Row]) -> list[Example]:
         module = self._module()
         for attribute in ("tokenizer", "context_length"):
             if not hasattr(module, attribute):
@@ -238,16 +205,22 @@ class PromptDataModule(L.LightningDataModule):
         max_length = min(self.max_length, module.context_length or self.max_length)
         num_embeddings = getattr(module, "num_embeddings", None)
         examples = []
-        for index in chosen:
-            prompt, answers = self._render(split, index)
-            label, id = split.candidates[index], split.ids[index]
+        for row in rows:
             try:
-                example = encode(module.tokenizer, prompt, answers, label=label, id=id, max_length=max_length)
+                example = encode(
+                    module.tokenizer,
+                    row.prompt,
+                    row.answers,
+                    label=row.right[0] if row.right else NO_LABEL,
+                    id=row.id,
+                    max_length=max_length,
+                    room_for_answer=self.generation.max_new_tokens if self.generation else 0,
+                )
                 if num_embeddings is not None:
                     check_tokens(example, num_embeddings, module.tokenizer)
             except ValueError as error:
-                raise ValueError(f"Task {self.task.name}, {split.where(index)}: {error}.") from None
-            examples.append(example)
+                raise ValueError(f"Task {self.task.name}, {row.where}: {error}.") from None
+            examples.append(replace(example, right=row.right, references=row.references))
         if num_cut := sum(example.truncated for example in examples):
             limit = "`data.max_length`" if max_length == self.max_length else "the model's context length"
             rank_zero_warn(
@@ -259,17 +232,24 @@ class PromptDataModule(L.LightningDataModule):
         examples = self._examples[name]
         lengths = [example.length for example in examples]
         order = even_batches(lengths, self.eval_batch_size, **self._replicas())
-        batches = Batches(examples, order, self._collate(gold_only=False))
+        batches = Batches(examples, order, self._collate(gold_only=False, with_prompts=self.generation is not None))
         sampler = BatchNumbers(batches)
         return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
 
-    def _collate(self, gold_only: bool, multiple: int = 1) -> partial[Batch]:
+    def _collate(self, gold_only: bool, multiple: int = 1, with_prompts: bool = False) -> partial[Batch]:
         module = self._module()
         # A token for padding that was added to the tokenizer and not to the model can be any other: it is masked out.
         num_embeddings = getattr(module, "num_embeddings", None) or math.inf
         pad_ids = (module.tokenizer.pad_token_id, module.tokenizer.eos_token_id, 0)
         pad_id = next(id for id in pad_ids if id is not None and id < num_embeddings)
-        return partial(collate, pad_id=pad_id, objective=self.task.objective, gold_only=gold_only, multiple=multiple)
+        return partial(
+            collate,
+            pad_id=pad_id,
+            objective=self.task.objective,
+            gold_only=gold_only,
+            multiple=multiple,
+            with_prompts=with_prompts,
+        )
 
     def _replicas(self) -> dict[str, int]:
         """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""

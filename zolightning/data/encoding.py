@@ -24,6 +24,8 @@ class Example:
         label: Index of the right candidate; -1 if it is not known.
         text: The prompt, and the right answer in double brackets.
         truncated: Whether the prompt lost its beginning.
+        right: Indices of all candidates that are right.
+        references: What a generated answer is compared with.
     """
 
     id: int
@@ -32,6 +34,8 @@ class Example:
     label: int
     text: str
     truncated: bool = False
+    right: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -92,6 +96,10 @@ class Batch(TypedDict):
     answer_ids: Tensor  # (B, C, A), padded on the left with -1
     label: Tensor  # (B,), index of the right candidate
     id: Tensor  # (B,), where the example stands in its source
+    right: NotRequired[Tensor]  # (B, C), all candidates that are right, where that can be several
+    prompt_ids: NotRequired[Tensor]  # (B, P), padded on the left: what a text is generated from
+    prompt_mask: NotRequired[Tensor]  # (B, P), 0 on padding
+    references: NotRequired[list[tuple[str, ...]]]  # of each example, what the generated text is compared with
 
 
 def encode(
@@ -102,13 +110,14 @@ def encode(
     label: int,
     id: int,
     max_length: int,
+    room_for_answer: int = 0,
 ) -> Example:
     """Turns a prompt and its candidate answers into tokens, at most `max_length` together.
 
     An answer's tokens are those by which the text of prompt and answer is longer than the prompt. Where the
     tokenizer merges across the boundary that is not defined, and the answer is tokenized by itself. A prompt
     that is too long loses its beginning, but not the token that the tokenizer starts a text with. Nothing is
-    appended.
+    appended. The prompt leaves room for at least `room_for_answer` tokens.
 
     Raises:
         ValueError: A part has no tokens, two candidates are the same, or the answers leave no room for the
@@ -137,7 +146,7 @@ def encode(
     if num_leading and prompt_ids[num_leading : 2 * num_leading] == prompt_ids[:num_leading]:
         prompt_ids = prompt_ids[num_leading:]
 
-    longest = max(map(len, answer_ids))
+    longest = max(room_for_answer, *map(len, answer_ids))
     room = max_length - longest - num_leading
     if room < 1:
         raise ValueError(
@@ -170,6 +179,7 @@ def collate(
     objective: Objective,
     gold_only: bool = False,
     multiple: int = 1,
+    with_prompts: bool = False,
 ) -> Batch:
     """Stacks examples into a batch.
 
@@ -179,6 +189,7 @@ def collate(
         objective: Passed on.
         gold_only: Whether to leave out the wrong candidates.
         multiple: What the length of a row is a multiple of.
+        with_prompts: Whether to add what texts are generated from, and compared with.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
@@ -194,7 +205,7 @@ def collate(
         ]
     masks = [[[1] * len(row) for row in group] for group in rows]
     answer_ids = _stack(padded, -1)
-    return Batch(
+    batch = Batch(
         # first, because Lightning infers the batch size from the entries that follow what has no size
         objective=objective,
         answer_index=AnswerIndex.of(answer_ids),
@@ -204,6 +215,16 @@ def collate(
         label=torch.tensor(labels),
         id=torch.tensor([example.id for example in examples]),
     )
+    if any(len(example.right) > 1 for example in examples) and not gold_only:
+        batch["right"] = torch.tensor(
+            [[index in example.right for index in range(num_candidates)] for example in examples]
+        )
+    if with_prompts:
+        prompts = [[example.prompt_ids] for example in examples]
+        batch["prompt_ids"] = _stack(prompts, pad_id)[:, 0]
+        batch["prompt_mask"] = _stack([[[1] * len(row) for row in group] for group in prompts], 0)[:, 0]
+        batch["references"] = [example.references for example in examples]
+    return batch
 
 
 def _stack(groups: Iterable[Sequence[list[int]]], fill: int, multiple: int = 1) -> Tensor:

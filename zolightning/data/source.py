@@ -17,7 +17,7 @@ class Split:
         origin: The file or data set, for messages.
         unit: What a row is called there.
         ids: Where each row stands in its source, counted from 0.
-        candidates: Index of the right answer of each row.
+        candidates: Index of the right answer of each row, the first of several.
         rows: The rows themselves, by id.
     """
 
@@ -71,10 +71,9 @@ def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> S
             if not line.strip():
                 continue
             try:
-                row = _parse(line, task.label)
+                row = _parse(line, min(task.label_fields))
                 task.check_fields(row, task.fields if labelled else task.template_fields)
-                unlabelled = not labelled and row.get(task.label) is None
-                candidate = NO_LABEL if unlabelled else task.candidate(row[task.label])
+                candidate = _candidate(row, task, labelled)
             except ValueError as error:
                 raise ValueError(f"{path}, line {id + 1}: {error}.") from None
             if candidate is not None:
@@ -107,11 +106,20 @@ def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"{origin}: field `{missing[0]}` is missing; there are {columns}.")
     try:
-        candidates = {id: task.candidate(label) for id, label in enumerate(dataset[task.label])}
+        labels = dataset.select_columns(sorted(task.right_fields))
+        candidates = {id: _candidate(row, task) for id, row in enumerate(labels)}
     except ValueError as error:
         raise ValueError(f"{origin}: {error}.") from None
     kept = {id: candidate for id, candidate in candidates.items() if candidate is not None}
     return _not_empty(Split(origin, "row", list(kept), list(kept.values()), dataset), task)
+
+
+def _candidate(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int | None:
+    """The index of the right answer; NO_LABEL where there is none and need not be one, None for a row to leave out."""
+    if not labelled and any(row.get(field) is None for field in task.label_fields):
+        return NO_LABEL
+    right = task.right(row)
+    return right if right is None else right[0]
 
 
 def _parse(line: bytes, label: str) -> Mapping[str, Any]:
@@ -144,7 +152,8 @@ def _advice(line: bytes) -> str:
 
 def _not_empty(split: Split, task: Task) -> Split:
     if not len(split):
-        skipped = f" with a label other than {list(task.skip_labels)}" if task.skip_labels else ""
+        left_out = getattr(task, "skip_labels", ())
+        skipped = f" with a label other than {list(left_out)}" if left_out else ""
         raise ValueError(f"{split.origin} has no rows{skipped}.")
     return split
 

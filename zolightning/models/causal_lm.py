@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import lightning as L
@@ -14,7 +15,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
-from zolightning.data import Batch
+from zolightning.data import Batch, Generation
+from zolightning.models.generation import exact_match, generate, token_f1
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
     answer_log_probs,
@@ -61,8 +63,6 @@ class CausalLM(L.LightningModule):
         model.export("sentiment-model")
     """
 
-    validation_metrics = ("val/accuracy", "val/f1", "val/loss")  # what a checkpoint or early stopping can wait for
-
     def __init__(
         self,
         model_name: str,
@@ -81,6 +81,8 @@ class CausalLM(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
+        self._generation: Generation | None = None  # how answers are generated, if they are
+        self._compares_choices = False  # each row its own
         self._suitable = False  # not known yet
 
     @property
@@ -94,24 +96,30 @@ class CausalLM(L.LightningModule):
         """The number of tokens that the model knows; the tokenizer may have more, which no text should contain."""
         return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
+    @staticmethod
+    def validation_metrics(datamodule: Any) -> tuple[str, ...]:
+        """What a checkpoint or early stopping can wait for."""
+        return ("val/loss", *(f"val/{name}" for name in getattr(datamodule, "validation_metrics", ("accuracy", "f1"))))
+
     def setup(self, stage: str) -> None:
         if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
             raise MisconfigurationException(
                 "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
             )
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        self._generation = getattr(datamodule, "generation", None)
         if stage == "predict":
             return
-        datamodule = getattr(self.trainer, "datamodule", None)
-        num_classes = getattr(datamodule, "num_classes", None)
-        if num_classes is None:
+        if not hasattr(datamodule, "num_classes"):
             raise MisconfigurationException(
-                "CausalLM needs a datamodule with `num_classes`, the largest number of candidates of an example, "
-                f"got {type(datamodule).__name__}. Pass `datamodule=` to the Trainer, not dataloaders."
+                "CausalLM needs a datamodule with `num_classes`, the number of candidates of every example (None where "
+                f"that differs), got {type(datamodule).__name__}. Pass `datamodule=` to the Trainer, not dataloaders."
             )
         self.metrics = nn.ModuleDict()
-        if num_classes > 1:
-            self.metrics["accuracy"] = MulticlassAccuracy(num_classes, average="micro")
-            self.metrics["f1"] = MulticlassF1Score(num_classes, average="macro")
+        self._compares_choices = datamodule.num_classes is None
+        if not self._compares_choices and datamodule.num_classes > 1:
+            self.metrics["accuracy"] = MulticlassAccuracy(datamodule.num_classes, average="micro")
+            self.metrics["f1"] = MulticlassF1Score(datamodule.num_classes, average="macro")
 
     def on_fit_start(self) -> None:
         forget_originals(self.model)
@@ -147,8 +155,11 @@ class CausalLM(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Returns the examples' ids, the scores of their candidates, and the index of the best candidate."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Returns the examples' ids and the text generated for each, or the scores of its candidates and the index of
+        the best one."""
+        if self._generation is not None:
+            return {"id": batch["id"], "text": self.generate(batch, self._generation)}
         scores = candidate_scores(*answer_log_probs(self.model, batch))
         return {"id": batch["id"], "scores": scores, "prediction": scores.argmax(dim=-1)}
 
@@ -176,6 +187,17 @@ class CausalLM(L.LightningModule):
         """Makes the network one of the structure that :meth:`structure_dict` described."""
         restore_adapter(self.model, saved.get("adapter"))
         restore_quantization(self.model, saved.get("quantization"))
+
+    def generate(self, batch: Batch, generation: Generation) -> list[str]:
+        """Continues the prompts of a batch by the likeliest tokens."""
+        return generate(
+            self.model,
+            self.tokenizer,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            max_new_tokens=generation.max_new_tokens,
+            stop=generation.stop,
+        )
 
     def export(self, folder: str | Path) -> None:
         """Writes model and tokenizer in Hugging Face's format, for ``AutoModelForCausalLM.from_pretrained``.
@@ -223,7 +245,24 @@ class CausalLM(L.LightningModule):
     def _evaluation_step(self, batch: Batch, stage: Literal["val", "test"]) -> None:
         loss, weight, scores = self._evaluate(batch)
         self.log(f"{stage}/loss", loss, batch_size=int(weight), sync_dist=True)
+        prediction, size = scores.argmax(dim=-1), len(batch["label"])
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(scores.argmax(dim=-1), batch["label"])
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=len(batch["label"]))
+            metric.update(prediction, batch["label"])
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=size)
+        for name, value in self._means(batch, prediction).items():
+            self.log(f"{stage}/{name}", value, prog_bar=name != "f1", batch_size=size, sync_dist=True)
+
+    def _means(self, batch: Batch, prediction: Tensor) -> dict[str, float | Tensor]:
+        """Means over the examples where there are no classes: of right choices, or of how well texts match."""
+        if self._generation is not None:
+            pairs = list(zip(self.generate(batch, self._generation), batch["references"], strict=True))
+            return {
+                "f1": fmean(token_f1(text, references) for text, references in pairs),
+                "exact_match": fmean(exact_match(text, references) for text, references in pairs),
+            }
+        if not self._compares_choices:
+            return {}
+        if "right" not in batch:
+            return {"accuracy": (prediction == batch["label"]).float().mean()}
+        return {"accuracy": batch["right"].gather(1, prediction[:, None]).float().mean()}

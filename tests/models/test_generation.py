@@ -1,0 +1,108 @@
+"""Texts that a model writes, against a loop of single forward passes; F1 and exact match, against those by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from zolightning.callbacks import PredictionWriter
+from zolightning.data import PromptDataModule
+from zolightning.models import CausalLM
+from zolightning.models.generation import exact_match, generate, token_f1
+
+# several tokens hold a line break beside other characters, as those of today's large vocabularies do
+PIECES = [
+    "<unk>",
+    "</s>",
+    ".\u010a",
+    "\u010a\u010a",
+    "x\u010ay",
+    *"abcdefghijklmnopqrstuvwxyzABCDEF",
+]  # "\u010a" is "\n"
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {piece: id for id, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+def written_alone(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> str:
+    """The greedy continuation by whole forward passes, up to the first line break or the end of the text."""
+    ids, text = list(prompt), ""
+    for _ in range(max_new_tokens):
+        token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        if token == 1:
+            break
+        ids.append(token)
+        text += PIECES[token].replace("\u010a", "\n").replace("<unk>", "")
+        if "\n" in text:
+            break
+    return text.split("\n")[0].strip()
+
+
+@torch.no_grad()
+def test_a_padded_batch_writes_what_each_prompt_alone_does(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model()
+    prompts = [[first, *range(7, 7 + length)] for first in range(5, 37) for length in (0, 3, 9)]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    texts = generate(model, tokenizer, ids, mask, max_new_tokens=12, stop="\n")
+    expected = [written_alone(model, prompt, 12) for prompt in prompts]
+    assert texts == expected
+    lengths = list(map(len, expected))
+    assert min(lengths) < 3 and max(lengths) == 12  # some stopped early, some at the limit
+
+
+@pytest.mark.parametrize(
+    ("text", "references", "f1", "exact"),
+    [
+        ("1903", ["1903"], 1, 1),
+        ("The Mill.", ["mill"], 1, 1),  # case, punctuation and articles do not count
+        ("in the year 1903", ["1903", "year 1903"], 2 * (2 / 3) * 1 / (2 / 3 + 1), 0),  # precision 2/3, recall 1
+        ("red red mill", ["red mill mill"], 2 / 3, 0),  # two words in common, of three each
+        ("a lake", ["1903"], 0, 0),
+        ("", ["1903"], 0, 0),
+    ],
+)
+def test_f1_and_exact_match(text: str, references: list[str], f1: float, exact: float) -> None:
+    assert token_f1(text, references) == pytest.approx(f1)
+    assert exact_match(text, references) == exact
+
+
+def test_a_generation_task_is_validated_and_predicted(
+    tiny_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16: the mean over uneven batches is that of all rows, in float32."""
+    tokenizer.save_pretrained(tiny_folder)
+    rows = [{"text": "abc", "answer": ["f", "g"][index % 2]} for index in range(7)]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+    task = {"name": "letters", "prompt": "{{ text }}", "references": "answer", "max_new_tokens": 4}
+    data = PromptDataModule(task, str(tmp_path), batch_size=3)
+
+    monkeypatch.setattr("zolightning.models.causal_lm.generate", lambda *args, **kwargs: ["f"] * len(args[2]))
+    module = CausalLM(str(tiny_folder))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    (metrics,) = L.Trainer(**quiet, precision="bf16-true").validate(module, data, verbose=False)
+    assert metrics["val/f1"] == metrics["val/exact_match"] == pytest.approx(4 / 7)
+    assert set(metrics) == set(module.validation_metrics(data)) == {"val/loss", "val/f1", "val/exact_match"}
+
+    monkeypatch.undo()
+    path = tmp_path / "predictions.jsonl"
+    L.Trainer(**quiet, callbacks=PredictionWriter(str(path))).predict(module, data)
+    predictions = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(row["id"] for row in predictions) == list(range(7))
+    alone = written_alone(module.model, tokenizer("abc")["input_ids"], 4)
+    assert {row["text"] for row in predictions} == {alone}  # of rows without references

@@ -1,0 +1,110 @@
+"""Tasks from config files and from plain values, such as YAML gives."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zolightning.data.classification import Classification
+from zolightning.data.generation import Generation
+from zolightning.data.multiple_choice import MultipleChoice
+from zolightning.data.task import HubDataset, Task
+from zolightning.packaged import configs, packaged
+
+
+def load_task(name: str) -> Task:
+    """Reads a task of ``configs/tasks`` by its name, or any task by the path of its YAML file.
+
+    The file is a config with the task's fields under ``data: task:``, or holds nothing but these fields.
+
+    Raises:
+        ValueError: There is no such task, or its file is not right; says which file and key.
+    """
+    tasks = configs() / "tasks"
+    path = tasks / f"{name}.yaml"
+    if not path.is_file():
+        path = packaged(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        names = ", ".join(sorted(file.stem for file in tasks.glob("*.yaml")))
+        raise ValueError(f"`data.task` must be one of {names}, or the path of a YAML file, got {name!r}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and "data" in values:
+            values = (values["data"] or {}).get("task")
+        return task_of(values, path.parent)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
+    """Makes a task of plain values.
+
+    Args:
+        values: The fields of a MultipleChoice if `choices` is one of them, of a Generation if `references` is, else of
+            a Classification; ``hub`` as a mapping of its own.
+        beside: What a relative ``folder`` starts from; the working directory if not given.
+
+    Raises:
+        ValueError: A field is unknown, missing or wrong; says which.
+    """
+    kind: type[Task] = Classification
+    if isinstance(values, Mapping):
+        kind = MultipleChoice if "choices" in values else Generation if "references" in values else Classification
+    _check_keys(kind, values, "a task")
+    settings = dict(values)
+    for key in ("answers", "labels", "skip_labels"):
+        if key in settings:
+            if not isinstance(settings[key], list | tuple):
+                raise ValueError(f"`{key}` must be a list, got {settings[key]!r}.")
+            settings[key] = tuple(settings[key])
+    if settings.get("hub") is not None:
+        _check_keys(HubDataset, settings["hub"], "`hub`")
+        settings["hub"] = HubDataset(**settings["hub"])
+    if settings.get("folder") is not None:
+        folder = (beside or Path()) / str(settings["folder"])
+        settings["folder"] = packaged(str(settings["folder"])) if not folder.exists() else folder.resolve()
+    return kind(**settings)
+
+
+def chosen_task(task: str | Mapping[str, Any], prompt: str | None, answers: Sequence[str] | None) -> Task:
+    """The task that the settings of a data module stand for.
+
+    Args:
+        task: name, path or fields of a task.
+        prompt: template instead of the task's.
+        answers: templates of the candidates instead of those of a classification.
+
+    Raises:
+        ValueError: naming the setting, and what is wrong with it.
+    """
+    found = load_task(task) if isinstance(task, str) else _made("task", partial(task_of, task))
+    if prompt is not None:
+        found = _made("prompt", partial(replace, found, prompt=prompt))
+    if answers is not None:
+        if not isinstance(found, Classification):
+            raise ValueError(f"`data.answers` are those of classes; task {found.name} makes its own of each row.")
+        found = _made("answers", partial(replace, found, answers=tuple(answers)))
+    return found
+
+
+def _made(setting: str, make: Callable[[], Task]) -> Task:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"`data.{setting}`: {error}") from None
+
+
+def _check_keys(cls: type, values: object, what: str) -> None:
+    """Raises ValueError unless `values` is a mapping that has what the dataclass needs and nothing else."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a mapping of keys to values, got {values!r}.")
+    known = {field.name: field.default is MISSING for field in fields(cls)}
+    if unknown := [str(key) for key in values if key not in known]:
+        keys = sorted(known, key=lambda key: not known[key])  # those it needs first
+        others = "; with `choices` or `references` it is another kind of task" if cls is Classification else ""
+        raise ValueError(f"{what} has no key `{'`, `'.join(unknown)}`; its keys are {', '.join(keys)}{others}.")
+    if missing := [key for key, required in known.items() if required and key not in values]:
+        raise ValueError(f"{what} needs the key `{'`, `'.join(missing)}`.")

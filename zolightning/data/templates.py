@@ -1,0 +1,79 @@
+"""Jinja2 templates over the fields of a row, which may look into any value and write only text and numbers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import SandboxedEnvironment
+
+# the final newline of a template belongs to the prompt
+_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+def check_template(key: str, source: str) -> None:
+    """Raises ValueError, naming `key`, if `source` is not a template."""
+    try:
+        _compile(source)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"`{key}` is not a Jinja2 template: {error.message}, in {source!r}.") from None
+
+
+def template_fields(sources: Iterable[str]) -> frozenset[str]:
+    """The fields of a row that templates read."""
+    names = (meta.find_undeclared_variables(_TEMPLATES.parse(source)) for source in sources)
+    return frozenset(set[str]().union(*names) - _TEMPLATES.globals.keys())
+
+
+def guarded(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """The fields of a row for :func:`fill`: one that writes a list, a mapping or a truth value as it stands fails."""
+    return {field: _guard(field, row[field]) for field in fields}
+
+
+def fill(source: str, values: Mapping[str, Any]) -> str:
+    """Returns the text of a template.
+
+    Raises:
+        ValueError: The template does not fit these values.
+    """
+    try:
+        return _compile(source).render(values)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the templates do not fit this row: {error}") from None
+
+
+class _NoText:
+    """A value that a template may look into or decide by, but not write: Python's notation is nobody's prompt."""
+
+    field = ""
+
+    def __str__(self) -> str:
+        raise ValueError(f"field `{self.field}` is {self!r}, which is no text")
+
+
+class _Truth(_NoText, int):
+    def __repr__(self) -> str:
+        return "true" if self else "false"
+
+
+class _List(_NoText, list[Any]):
+    pass
+
+
+class _Mapping(_NoText, dict[str, Any]):
+    pass
+
+
+def _guard(field: str, value: Any) -> Any:
+    guards: dict[type, Callable[[Any], _NoText]] = {bool: _Truth, list: _List, dict: _Mapping}
+    for kind, guard in guards.items():
+        if isinstance(value, kind):
+            guarded = guard(value)
+            guarded.field = field
+            return guarded
+    return value
+
+
+@lru_cache
+def _compile(source: str) -> Template:
+    return _TEMPLATES.from_string(source)
