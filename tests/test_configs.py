@@ -274,10 +274,55 @@ def test_two_steps_of_blocks(
     files = ["tasks/sst2", f"blocks/{blocks}", *([f"methods/{method}"] if method else []), f"models/{model}"]
     one_layer = ["--blocks.blocks_per_step", "1"] if blocks in ("lezo", "b_pdf") else []  # there are two
     checkpoint, _ = train([*compose(*files), *one_layer, "--trainer.precision", "32-true"], folder, LR)
+    assert 0 < len(moved(checkpoint, folder)) < len(checkpoint["state_dict"])
+
+
+def moved(checkpoint: dict[str, Any], folder: Path) -> list[str]:
+    """Names of the weights that are not as they were."""
     before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     after = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
-    moved = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
-    assert 0 < len(moved) < len(after)
+    return [name for name, weight in after.items() if not torch.equal(weight, before[name])]
+
+
+ORDERS = ("Cyclic", "RandomPermutation", "Uniform", "WeightNorm", "GaussSouthwellSweep", "Bandit", "AdaLeZO")
+ZEROTH_ORDER = [name for name in names("methods") if name != "adamw"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ZEROTH_ORDER)
+def test_any_order_under_any_method(
+    method: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    order = ORDERS[ZEROTH_ORDER.index(method) % len(ORDERS)]
+    folder = write_tiny_model(write_rows("sst2") / "model", "llama")
+    files = compose("tasks/sst2", "blocks/mezo_bcd", f"methods/{method}", "models/smollm2_135m")
+    blocks = ["--blocks.order", order, "--blocks.interval", "1", "--blocks.others", "never"]
+    checkpoint, _ = train([*files, *blocks, "--trainer.precision", "32-true"], folder, LR)
+    layers = {name.split(".")[2] for name in moved(checkpoint, folder)}
+    assert layers and layers <= {"0", "1"}, "others never move"
+    assert layers == {"0", "1"} or order not in ("Cyclic", "RandomPermutation")
+
+
+# What moves where files of different folders meet, in the network of two layers whose second has an outlier
+COMPOSED = {
+    ("blocks/focus", "scopes/lora"): r"\.lora_",
+    ("methods/hizoo", "scopes/lora"): r"\.lora_",
+    ("methods/sparse_mezo", "scopes/dominant_layer"): SECOND,
+}
+
+
+@pytest.mark.parametrize(("files", "pattern"), COMPOSED.items())
+def test_compositions(
+    files: tuple[str, ...], pattern: str, write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    folder = write_tiny_model(write_rows("sst2") / "model", "llama")
+    plant_outlier(folder, layer=1)
+    arguments = compose("tasks/sst2", *files, "models/smollm2_135m")
+    checkpoint, _ = train([*arguments, "--trainer.precision", "32-true"], folder, LR)
+    assert_only_moved(checkpoint, folder, pattern)
+    adapters = [weight for name, weight in checkpoint["state_dict"].items() if ".lora_B." in name]
+    assert bool(adapters) == ("scopes/lora" in files)
+    assert not adapters or any(weight.any() for weight in adapters)
 
 
 # All pairs are for `-m slow`; of the others each scope has one method, and each method a scope.
