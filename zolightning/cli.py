@@ -36,9 +36,10 @@ from zolightning.commands.checks import check_data, check_monitors, check_seed, 
 from zolightning.commands.help import HelpAll
 from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
-from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks, up_to_help
+from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks, trial, up_to_help
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
+from zolightning.strategies import ZerothOrderDDP
 
 _LOGS = "logs"
 _TRAINER_DEFAULTS: dict[str, Any] = {
@@ -205,6 +206,8 @@ class ZerothOrderCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it, undeclared
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent):
                 callback.check(self.trainer, self.model)
+            if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
+                self.trainer.strategy.check(trial(callback.method))
         check_strategy(self.trainer, self.model)
         check_monitors(self.trainer, self.model, self.datamodule)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:

@@ -123,14 +123,22 @@ class ZerothOrderDDP(DDPStrategy):
                     f"`trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and the optimizer is "
                     f"{type(optimizer).__name__}. Use 'ddp', or a zeroth-order method (the ZerothOrder callback)."
                 )
-            evaluations = len(optimizer.estimator.probes(optimizer.num_queries))
-            if evaluations < self.perturbation_parallel_size:
-                raise MisconfigurationException(
-                    f"`perturbation_parallel_size` is {self.perturbation_parallel_size}, and a step of "
-                    f"{type(optimizer).__name__} has {evaluations} evaluations to share "
-                    f"({type(optimizer.estimator).__name__}, `num_queries` {optimizer.num_queries}). Use at most "
-                    f"{evaluations}, or more queries."
-                )
+            self.check(optimizer)
+
+    def check(self, optimizer: ZerothOrderOptimizer) -> None:
+        """Refuses a method whose steps have fewer evaluations than ranks that share them.
+
+        Raises:
+            MisconfigurationException: naming both numbers.
+        """
+        evaluations = len(optimizer.estimator.probes(optimizer.num_queries))
+        if evaluations < self.perturbation_parallel_size:
+            raise MisconfigurationException(
+                f"`perturbation_parallel_size` is {self.perturbation_parallel_size}, and a step of "
+                f"{type(optimizer).__name__} has {evaluations} evaluations to share "
+                f"({type(optimizer.estimator).__name__}, `num_queries` {optimizer.num_queries}). Use at most "
+                f"{evaluations}, or more queries."
+            )
 
     def configure_ddp(self) -> None:
         """Leaves the module bare, with the states of rank 0."""
@@ -146,7 +154,11 @@ class ZerothOrderDDP(DDPStrategy):
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
         """One collective, where that of ``ddp`` waits at a barrier first, which on a GPU stops the host."""
-        if not isinstance(tensor, Tensor) or reduce_op != "sum" or not torch.distributed.is_initialized():
+        if (
+            not isinstance(tensor, Tensor)
+            or reduce_op not in ("sum", ReduceOp.SUM)
+            or not torch.distributed.is_initialized()
+        ):
             return super().reduce(tensor, group, reduce_op)
         torch.distributed.all_reduce(tensor, group=group)
         return tensor

@@ -227,6 +227,13 @@ def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) <= 80 and max(map(len, lines)) <= 120
 
 
+def test_more_ranks_than_a_step_has_evaluations(runs: Runs) -> None:
+    size = "--trainer.strategy.perturbation_parallel_size"
+    error = runs.refused("fit", "--trainer.strategy", "ZerothOrderDDP", "--trainer.devices", 3, size, 3)
+    assert error.startswith("error: `perturbation_parallel_size` is 3, and a step of MeZO has 2 evaluations to share")
+    assert "\n" not in error and not (runs.folder / "logs").exists()
+
+
 def test_no_gradients_under_a_strategy_without_them(runs: Runs) -> None:
     error = runs.refused("fit", "--trainer.strategy", "zo_ddp", "--trainer.devices", 1, method=None)
     assert error.startswith(

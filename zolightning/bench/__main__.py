@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from zolightning.bench import block_time, gpu, learn, memory_table, step_command
+from zolightning.bench import block_time, gpu, learn, memory_table, scale, step_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     learn.add_command(commands)
     memory_table.add_command(commands)
     block_time.add_command(commands)
+    scale.add_command(commands)
     return parser
 
 

@@ -49,6 +49,7 @@ def _opt(width: int, layers: int, heads: int) -> dict[str, Any]:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _llama(512, 64, 128, 3, 4, 2, tie_word_embeddings=True),  # of no original: to try a command out
+    "small": _llama(4096, 512, 1536, 8, 8, 8, tie_word_embeddings=True),  # of no original: many tokens in little time
     "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True, max_position_embeddings=8192),
     "smollm2-1.7b": _llama(49152, 2048, 8192, 24, 32, 32, tie_word_embeddings=True, max_position_embeddings=8192),
     "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
