@@ -1,0 +1,111 @@
+"""Program: runs of two ranks that are killed three times and go on with one; writes their hashes.
+
+``python killed_ranks.py FOLDER`` writes ``hashes.json``: by strategy, SHA-256 of the trained weights and of replayed
+ones.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from checkpoint_runs import Validated
+from forked_ranks import fork_ranks
+from zolightning.callbacks import KeepLedger, SaveLast, ZerothOrder
+from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.checkpoints.replay import replay
+from zolightning.checkpoints.weights_digest import weights_digest
+from zolightning.optim import MeZO
+from zolightning.strategies import ZerothOrderDDP
+
+STEPS, BATCH = 20, 8
+METHOD = partial(MeZO, lr=1e-2, momentum=0.9)
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "ddp": lambda: DDPStrategy(timeout=timedelta(seconds=30)),
+    "zo_ddp": lambda: ZerothOrderDDP(timeout=timedelta(seconds=30)),
+    "zo_ddp, evaluations shared": lambda: ZerothOrderDDP(timeout=timedelta(seconds=30), perturbation_parallel_size=2),
+}
+
+
+def fit(folder: Path, strategy: str, ranks: int, kill: tuple[str, int, tuple[int, ...]] | None = None) -> None:
+    """Begins a run or goes on with it; ranks that are named kill themselves in a step or a validation."""
+    rank = int(os.environ["LOCAL_RANK"])
+    parts = 1 if strategy.endswith("shared") else ranks
+    inputs = torch.randn(48, 4, generator=torch.Generator().manual_seed(3))[rank % parts :: parts]
+    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    module = Validated()
+    if kill is not None and rank in kill[2]:
+        plan = module.in_step if kill[0] == "step" else module.in_validation
+        plan.at[kill[1] if kill[0] == "step" else (kill[1], 0)] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=ranks,
+        strategy=STRATEGIES[strategy]() if ranks > 1 else "auto",
+        logger=False,
+        val_check_interval=6,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            ZerothOrder(METHOD),
+            KeepLedger(folder, folder / "ledger.bin"),
+            SaveLast(folder, every_n_train_steps=4),
+        ],
+    )
+    loaders = [StatefulDataLoader(data, batch_size=BATCH // parts) for _ in range(2)]
+    trainer.fit(module, *loaders, ckpt_path="last" if (folder / "last.ckpt").exists() else None)
+    if trainer.is_global_zero:
+        (folder / f"{ranks}.txt").write_text(weights_digest(dict(module.named_parameters())))
+
+
+def replayed(ledger: Path, step: int) -> list[Any]:
+    module = Validated()
+    found = replay(ledger, module, METHOD, step)
+    return [weights_digest(dict(module.named_parameters())), found.sealed]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    hashes = {}
+    for strategy in STRATEGIES:
+        run, whole = folder / strategy / "killed", folder / strategy / "whole"
+        run.mkdir(parents=True), whole.mkdir()
+        codes = []
+        for kill in (("step", 3, (0, 1)), ("step", 7, (0,)), ("validation", 12, (0, 1))):
+            codes.append(fork_ranks(2, partial(fit, run, strategy, 2, kill), run / "error"))
+        for ranks, where in ((1, run), (2, whole)):
+            if any(fork_ranks(ranks, partial(fit, where, strategy, ranks), where / "error")):
+                raise SystemExit("\n".join(path.read_text() for path in where.glob("error-*.txt")))
+        ledgers = run / "ledger.bin", whole / "ledger.bin"
+        hashes[strategy] = {
+            "codes": codes,
+            "trained": (run / "1.txt").read_text(),
+            "replayed": replayed(ledgers[0], STEPS),
+            "killed last": replayed(ledgers[0], 12)[0],
+            "whole": (whole / "2.txt").read_text(),
+            "whole at 12": replayed(ledgers[1], 12)[0],
+        }
+    (folder / "hashes.json").write_text(json.dumps(hashes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
