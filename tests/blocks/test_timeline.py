@@ -18,7 +18,10 @@ def test_spans_grow_with_the_run() -> None:
         one.add([1])
     assert torch.equal(restored.counts, timeline.counts) and restored.steps == 10
 
-    (axes,) = timeline.figure(["a", "b", "c"]).axes
+    axes, shares, probabilities = timeline.figure(["a", "b", "c"], [0.25, 0.5, 0.25]).axes
     (image,) = axes.images
     assert image.get_extent() == [7, 17, 2.5, -0.5]
     assert image.get_array().tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
+    assert [bar.get_width() for bar in shares.patches] == [40, 50, 50]
+    assert [bar.get_width() for bar in probabilities.patches] == [25, 50, 25]
+    assert len(timeline.figure(["a", "b", "c"]).axes) == 2

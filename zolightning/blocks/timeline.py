@@ -40,20 +40,38 @@ class Timeline:
         self.counts[list(active), self.steps // self.span] += 1
         self.steps += 1
 
-    def figure(self, names: Sequence[str]) -> "Figure":
-        """The picture: a row a block, steps from left to right, dark where the block moved."""
+    def figure(self, names: Sequence[str], probabilities: Sequence[float] = ()) -> "Figure":
+        """The picture: a row a block, steps from left to right, dark where the block moved; and its share of all steps.
+
+        Args:
+            names: of the blocks.
+            probabilities: that they are drawn by now, where their order has some.
+        """
         from matplotlib.figure import Figure
 
         used = -(-self.steps // self.span)
         spans = torch.full((used,), self.span)
         spans[-1:] = self.steps - (used - 1) * self.span
-        figure = Figure(figsize=(8, 1 + 0.18 * len(names)), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(9, 1.4 + 0.18 * len(names)), layout="constrained")
+        beside = {"% of all steps": self.counts.sum(1) / self.steps, "% to be drawn": torch.tensor(probabilities)}
+        beside = {title: shares for title, shares in beside.items() if len(shares)}
+        axes, *others = figure.subplots(1, 1 + len(beside), sharey=True, width_ratios=(5, *[1] * len(beside)))
         extent = (self.start, self.start + self.steps, len(names) - 0.5, -0.5)
-        shares = (self.counts[:, :used] / spans).numpy()
-        axes.imshow(shares, aspect="auto", cmap="Greys", vmin=0, vmax=1, extent=extent, interpolation="nearest")
-        axes.set_yticks(range(len(names)), names, fontsize=6)
+        moved = (self.counts[:, :used] / spans).numpy()
+        axes.imshow(moved, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_ylabel("block")
         axes.set_xlabel("step")
+        many = f" (a column is {self.span} steps: paler where it moved in some)" if self.span > 1 else ""
+        axes.set_title(f"when each block moved{many}", fontsize=9)
+        for panel, (title, shares) in zip(others, beside.items(), strict=True):
+            panel.barh(range(len(names)), (100 * shares).tolist(), color="C0")
+            panel.set_title(title, fontsize=9)
+            panel.spines[["top", "right"]].set_visible(False)
+        for panel in (axes, *others):
+            panel.set_yticks([row - 0.5 for row in range(len(names) + 1)], minor=True)
+            panel.grid(axis="y", which="minor", color="#dddddd", linewidth=0.5)
+            panel.tick_params(axis="y", which="minor", length=0)
         return figure
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,9 +34,10 @@ class BlockCoordinateDescent(Callback):
     MeZO-BCD (arXiv 2501.19099) is ``RandomPermutation`` with an interval of 100 under MeZO, LeZO is ``Uniform`` with an
     interval of 1, and B-PDF and FOCUS are ``Cyclic`` and ``Bandit`` under HiZOO.
 
-    In TensorBoard: the picture ``blocks/active``, blocks over steps, at validations and at the end; ``blocks/score/*``
-    and ``blocks/probability/*`` where the order has them; ``zo/prefix_share``, the share of a step's layer evaluations
-    that were spared because other evaluations had made them.
+    In TensorBoard: the picture ``blocks/active``, at validations and at the end: when each block moved, its share of
+    all steps, and how likely it is drawn next; ``blocks/score/*`` and ``blocks/probability/*`` where the order has
+    them; ``zo/prefix_share``, the share of a step's layer evaluations that were spared because other evaluations had
+    made them.
 
     Args:
         order: which blocks come next: ``Cyclic()``, which is the default, ``RandomPermutation()``, ``Uniform()``,
@@ -206,7 +207,7 @@ class BlockCoordinateDescent(Callback):
                 and self.schedule
                 and self.timeline.steps
             ):
-                figure = self.timeline.figure(self.schedule.blocks.names)
+                figure = self.timeline.figure(self.schedule.blocks.names, getattr(self.order, "probabilities", ()))
                 logger.experiment.add_figure("blocks/active", figure, trainer.global_step)
 
     def _detach(self) -> None:
