@@ -83,10 +83,9 @@ class ZerothOrder(Callback):
             evaluation, so leave it off where only late layers train.
 
     With the method's ``estimator=PerExample()`` each example of a batch has a direction of its own, in the same two
-    forwards. What ``training_step`` returns for a batch must then be a mean over its examples (by ``"num_terms"``, as
-    for micro-batches): it is called for the batch, in which the network runs, and for each example as a batch of one,
-    in which one submodule with all trainable parameters returns the example's rows of that run. A network whose rows
-    are not the examples', or not independent, runs once an example instead, after a warning.
+    forwards. The loss of a batch must be a mean over its examples, as for micro-batches: ``training_step`` is called
+    for the batch, in which the network runs, and for each example as a batch of one, in which it has that run's rows.
+    Where rows are not the examples', or not independent, the network runs once an example, after a warning.
 
     Raises:
         MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules with which

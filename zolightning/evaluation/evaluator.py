@@ -184,7 +184,7 @@ class Evaluator:
             self.graphs.begin_step(generators)
         if micro_batches is not None:
             self.is_first = leaves_traces
-            return self._of_examples(evaluate, micro_batches, contexts, generators), []
+            return self._of_examples(evaluate, micro_batches, contexts, generators, leaves_traces), []
         if self._stack is not None and not contexts[0].in_place:
             self.is_first = leaves_traces
             try:
@@ -210,6 +210,7 @@ class Evaluator:
         micro_batches: Sequence[MicroBatch],
         contexts: Sequence[Perturbed],
         generators: Generators,
+        leaves_traces: bool,
     ) -> list[tuple[Tensor, Tensor]]:
         """Losses of each example in turn, as often as there are contexts for them."""
         results: list[tuple[Tensor, Tensor]] = []
@@ -225,7 +226,8 @@ class Evaluator:
                     if not self._is_apart:
                         rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
                     self._is_apart = True
-                    if self.is_first:  # the one whose traces stay is of all examples
+                    if not results and leaves_traces:  # those that stay are of all examples
+                        self.is_first = True
                         with own[0]:
                             evaluate(loss=micro_batches[0].loss)
                     for batch in micro_batches:

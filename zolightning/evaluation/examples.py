@@ -178,6 +178,8 @@ class _Run(NetworkRun):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = tensors_in((args, kwargs))
+        if torch.is_grad_enabled():
+            raise CannotStack("`training_step` differentiates")
         if not self.is_whole:
             return self.output_for(inputs)
         self.run(inputs, args, kwargs)
