@@ -154,13 +154,10 @@ class ZerothOrderDDP(DDPStrategy):
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
         """One collective, where that of ``ddp`` waits at a barrier first, which on a GPU stops the host."""
-        if (
-            not isinstance(tensor, Tensor)
-            or reduce_op not in ("sum", ReduceOp.SUM)
-            or not torch.distributed.is_initialized()
-        ):
+        op = getattr(ReduceOp, reduce_op.upper(), None) if isinstance(reduce_op, str) else reduce_op
+        if not isinstance(tensor, Tensor) or op in (None, ReduceOp.AVG) or not torch.distributed.is_initialized():
             return super().reduce(tensor, group, reduce_op)
-        torch.distributed.all_reduce(tensor, group=group)
+        torch.distributed.all_reduce(tensor, op, group)
         return tensor
 
     @classmethod
