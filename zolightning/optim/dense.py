@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
-from zolightning.optim.precision import State, as_contiguous
+from zolightning.optim.precision import State, all_contiguous
 from zolightning.optim.record import StepRecord
 
 
@@ -89,7 +88,6 @@ class DenseDescent(DenseOptimizer):
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
             gradients = self.directions(group, record.seed, record.step, coefficients)
-            with ExitStack() as stack:
-                weights = [stack.enter_context(as_contiguous(p, self.slices.get(p))) for p in gradients]
-                states = [self.state[parameter] for parameter in gradients]
+            states = [self.state[parameter] for parameter in gradients]
+            with all_contiguous(gradients, self.slices) as weights:
                 self.update_parameters(weights, states, list(gradients.values()), group, lr)

@@ -25,12 +25,12 @@ which cannot know of the write and is at most half a unit in the last place of t
 """
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zolightning import kernels
 from zolightning.directions.dense import Direction
@@ -65,6 +65,18 @@ def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tens
     yield weight
     if weight is not data:
         data.copy_(weight)
+
+
+@contextmanager
+def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parameter, Slice]) -> Iterator[list[Tensor]]:
+    """:func:`as_contiguous` of several parameters: `slices` are of those that train in part."""
+    with ExitStack() as stack:
+        yield [
+            parameter.detach()
+            if parameter not in slices and parameter.is_contiguous()
+            else stack.enter_context(as_contiguous(parameter, slices.get(parameter)))
+            for parameter in parameters
+        ]
 
 
 def add_direction(

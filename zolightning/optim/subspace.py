@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, on_device
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_directions, add_tensors, as_contiguous
+from zolightning.optim.precision import State, add_directions, add_tensors, all_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
 from zolightning.optim.subspace_weights import TRANSPORTS, SubspaceWeights
@@ -261,8 +260,7 @@ class SubspaceOptimizer(SubspaceWeights):
         scaled = {query: (1.0 if is_smoothed else -lr) * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         states, moves = [self.state[parameter] for parameter in vectors.values()], list(gradients.values())
-        with ExitStack() as stack:
-            weights = [stack.enter_context(as_contiguous(p, self.slices.get(p))) for p in vectors.values()]
+        with all_contiguous(vectors.values(), self.slices) as weights:
             if not is_smoothed:
                 add_directions(weights, states, moves, "exact", [1.0] * len(weights))
                 return
