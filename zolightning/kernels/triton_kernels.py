@@ -1,93 +1,19 @@
-"""Kernels in Triton, with the arithmetic of ``noise.py``, ``torch_loops.py`` and ``bfloat16.py``, which explain it.
+"""Kernels in Triton, with the arithmetic of ``torch_loops.py`` and ``bfloat16.py``, which explain it.
 
-A program makes the noise of ``BLOCK`` neighbouring elements, hashing each pair once, and reads and writes every tensor
-once. ``start``, even, is the index of a tensor's first element, and ``numel`` the number of elements. ``QUERIES`` is
-the number of queries, or 0 for a loop over ``queries``. With ``POPC`` an instruction counts bits, without it masks do:
-the interpreter (``INTERPRETED``) and AMD's devices do not have it.
+A program makes the noise of ``BLOCK`` neighbouring elements (``triton_noise.py``), and reads and writes every tensor
+once. ``start``, even, is the index of a tensor's first element, and ``numel`` the number of elements. ``INTERPRETED``
+says that Triton's interpreter runs it, which rounds otherwise.
+
+Several tensors of one dtype take one launch. ``tensors``, int64, then has a row for each of them: its address, that of
+a second tensor, the number of elements, and the place of its keys in ``keys`` or the address of a third tensor. And
+``chunks``, int32, has a row for each ``CHUNK`` programs: a tensor, and which chunk of it. These tensors have memory
+aligned to 16 bytes and multiples of 16 elements, without which a thread would read and write one element at a time.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _popcount(bits):
-    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _codes(pair, key, RADEMACHER: tl.constexpr, POPC: tl.constexpr):
-    """The codes of elements ``2 * pair`` and ``2 * pair + 1``, float32: see ``noise.codes``."""
-    key0 = tl.load(key).to(tl.uint32, bitcast=True)
-    key1 = tl.load(key + 1).to(tl.uint32, bitcast=True)
-    bits = (pair * 0x9E3779B1) ^ key0
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) + key1
-    bits = bits * 0x846CA68B
-    bits = bits ^ (bits >> 16)
-    if RADEMACHER:  # 1.0, whose sign bit is the code's bit
-        even, odd = ((bits << 16) & 0x80000000) | 0x3F800000, (bits & 0x80000000) | 0x3F800000
-        return even.to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True)
-    if POPC:
-        even, odd = _popcount(bits & 0xFFFF), _popcount(bits >> 16)
-    else:
-        bits -= (bits >> 1) & 0x55555555
-        bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-        bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-        bits = (bits + (bits >> 8)) & 0x001F001F
-        even, odd = bits & 0xFFFF, bits >> 16
-    # 0x4B000000 is 2.0**23, whose last bits count ones: exact, and cheaper than a conversion of integers.
-    even, odd = (even | 0x4B000000).to(tl.float32, bitcast=True), (odd | 0x4B000000).to(tl.float32, bitcast=True)
-    return even - 8388616.0, odd - 8388616.0
-
-
-@triton.jit
-def _noise(
-    pair,
-    keys,
-    coefficients,
-    queries,
-    QUERIES: tl.constexpr,
-    RADEMACHER: tl.constexpr,
-    POPC: tl.constexpr,
-    squares=None,
-    shift=None,
-):
-    """The noise of the elements of consecutive pairs, see ``noise.noise_sum``, and ``shift + sum(square * code**2)``.
-
-    Without `squares`, the noise again in the place of the latter.
-    """
-    even, odd = _codes(pair, keys, RADEMACHER, POPC)
-    even_change, odd_change = even, odd
-    if squares is not None:
-        square = tl.load(squares)
-        even_change, odd_change = shift + square * (even * even), shift + square * (odd * odd)
-    coefficient = tl.load(coefficients)
-    even, odd = coefficient * even, coefficient * odd
-    if QUERIES > 0:
-        for query in tl.static_range(1, QUERIES):
-            coefficient = tl.load(coefficients + query)
-            next_even, next_odd = _codes(pair, keys + 2 * query, RADEMACHER, POPC)
-            even, odd = even + coefficient * next_even, odd + coefficient * next_odd
-            if squares is not None:
-                square = tl.load(squares + query)
-                even_change += square * (next_even * next_even)
-                odd_change += square * (next_odd * next_odd)
-    else:
-        query = 1
-        while query < queries:  # a range would need a number, which the interpreter of Triton 3.6 has not
-            coefficient = tl.load(coefficients + query)
-            next_even, next_odd = _codes(pair, keys + 2 * query, RADEMACHER, POPC)
-            even, odd = even + coefficient * next_even, odd + coefficient * next_odd
-            if squares is not None:
-                square = tl.load(squares + query)
-                even_change += square * (next_even * next_even)
-                odd_change += square * (next_odd * next_odd)
-            query += 1
-    noise = tl.interleave(even, odd)
-    if squares is None:
-        return noise, noise
-    return noise, tl.interleave(even_change, odd_change)
+from zolightning.kernels.triton_noise import noise_of, pairs_from
 
 
 @triton.jit
@@ -98,12 +24,6 @@ def _shaped(noise, value, curvature, threshold, at, inside):
     if threshold is not None:
         return tl.where(tl.abs(value) <= threshold, noise, -0.0)  # which changes no number
     return noise
-
-
-@triton.jit
-def _pairs(first, BLOCK: tl.constexpr):
-    """The numbers of the pairs of a block of elements, of which `first`, int64, is even."""
-    return (first >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)
 
 
 @triton.jit
@@ -170,7 +90,7 @@ def perturb(
             weight = _address(row + 1, weight)
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
-    noise, _ = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    noise, _ = noise_of(pairs_from(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     if weight is not None:
         value = _wide(tl.load(weight + at, mask=inside), INTERPRETED)
     else:
@@ -207,7 +127,7 @@ def perturb_rows(
     column = first + tl.arange(0, BLOCK)
     inside = column < columns
     index = row * columns
-    noise, _ = _noise(_pairs(index + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    noise, _ = noise_of(pairs_from(index + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     # A row that does not exist is not read: it becomes NaN, and so does the loss.
     rows_of = tl.broadcast_to(row, (BLOCK,))
     exists = inside & (rows_of >= 0) & (rows_of < count)
@@ -285,7 +205,7 @@ def add(
             rest = _address(row + 1, rest)
         numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
     at = first + tl.arange(0, BLOCK)
-    noise, _ = _noise(_pairs(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    noise, _ = noise_of(pairs_from(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED, threshold)
 
 
@@ -318,8 +238,8 @@ def add_curved(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
-    pairs = _pairs(start + first, BLOCK)
-    noise, change = _noise(pairs, keys, coefficients, queries, QUERIES, RADEMACHER, POPC, squares, shift)
+    pairs = pairs_from(start + first, BLOCK)
+    noise, change = noise_of(pairs, keys, coefficients, queries, QUERIES, RADEMACHER, POPC, squares, shift)
     curved = tl.load(curvature + at, mask=inside, other=1.0)
     curved = tl.minimum(tl.maximum(curved + curved * change, floor), ceiling)
     tl.store(curvature + at, curved, mask=inside)
