@@ -306,7 +306,7 @@ class Logging(L.LightningModule):
         return {"loss": F.mse_loss(self.net(inputs)[kept], targets[kept]), "num_terms": kept.sum(), "size": len(inputs)}
 
     def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
-        self.outputs.append((outputs["size"], self.trainer.callback_metrics["size"].item()))
+        self.outputs.append((outputs["size"], self.trainer.callback_metrics.get("size")))
 
     def configure_optimizers(self) -> None:
         return None
@@ -359,3 +359,26 @@ def test_a_step_that_differentiates_runs_example_by_example(make_trainer: Callab
     trainer = make_trainer(max_steps=2, callbacks=[ZerothOrder(method)])
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(6, 4)), batch_size=3))
     assert trainer.global_step == 2 and not torch.equal(module.net[0].weight, before)
+
+
+class TwoNetworks(Logging):
+    """Of which no submodule holds all parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        inputs, targets = batch
+        return {"loss": F.mse_loss(self.net(inputs) + self.other(inputs), targets), "size": len(inputs)}
+
+
+def test_modules_without_one_network_run_example_by_example(make_trainer: Callable[..., L.Trainer]) -> None:
+    module = TwoNetworks()
+    callback = ZerothOrder(partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=2))
+    with pytest.warns(
+        UserWarning, match="once an example .*: no submodule of TwoNetworks holds all parameters that train"
+    ):
+        make_trainer(max_steps=1, callbacks=[callback]).fit(
+            module, DataLoader(TensorDataset(torch.randn(2, 4), torch.randn(2, 1)), batch_size=2)
+        )

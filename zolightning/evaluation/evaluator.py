@@ -247,9 +247,14 @@ class Evaluator:
             raise CannotStack("some parameters are perturbed in place, which no example has to itself")
         if self._examples is None:
             try:
-                self._examples = ExampleNetwork(network_of(self.module, context.perturbations, "PerExample()"))
-            except ValueError as error:
-                raise CannotStack(str(error).rstrip(".")) from error
+                network = network_of(self.module, context.perturbations)
+            except ValueError:
+                own = type(self.module).forward  # in a plain loop the module is the network
+                if own is nn.Module.forward or own.__qualname__ == "LightningModule.forward":
+                    name = type(self.module).__name__
+                    raise CannotStack(f"no submodule of {name} holds all parameters that train") from None
+                network = self.module
+            self._examples = ExampleNetwork(network)
         return self._examples
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
