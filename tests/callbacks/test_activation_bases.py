@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.pytorch_utils import Conv1D
 
 from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, SubspaceResampling, ZerothOrder
+from zolightning.directions.basis import Basis
 from zolightning.directions.moments import SecondMoment, scaled
 from zolightning.directions.slices import Slice
 from zolightning.optim import LOZO, ZOMOPI, SubspaceMeZO, SubZero, ZOMuon
@@ -247,9 +248,10 @@ def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier
     module = fit(METHODS["zo-mopi"], ActivationBases(), Keep(), max_steps=5)
     optimizer, replayed = module.trainer.optimizers[0], Classifier()
     replay = METHODS["zo-mopi"](replayed.named_parameters())
-    for twin, parameter in zip(replayed.parameters(), module.parameters(), strict=True):
-        given = {f"given_{side}": factor for side, factor in optimizer.given(parameter).items()}
-        replay.state[twin].update(given)
+    with pytest.raises(ValueError, match="has bases that were given, and no record has these"):
+        METHODS["zo-mopi"](Classifier().named_parameters()).apply(records[0])
+    pairs = zip(replayed.parameters(), module.parameters(), strict=True)
+    replay.recorded[1] = {twin: Basis(**given) for twin, p in pairs if (given := optimizer.given(p))}
     for record in records:
         replay.apply(record)
     replay.detach()

@@ -14,14 +14,22 @@ from torch import Tensor
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die
 from zolightning.blocks import Bandit, GaussSouthwellSweep
-from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import (
+    ActivationBases,
+    BlockCoordinateDescent,
+    MomentumTransport,
+    SubspaceResampling,
+    ZerothOrder,
+)
+from zolightning.checkpoints.checkpoint_io import DamagedCheckpointError
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
-from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam
+from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam, SubZero
 
 pytestmark = AS_EXPECTED
 MakeRun = Callable[..., Run]
 MOPI = partial(ZOMOPI, lr=0.05, rank=3, power_rank=1, vector_lr=0.04, momentum=0.8, eps=0.3)
+LOW_RANK = partial(SubZero, lr=0.03, rank=2, momentum=0.9)
 BLOCKS = {"patterns": [r"net\.0", r"net\.2"], "interval": 3}
 
 
@@ -68,8 +76,10 @@ def steps_evaluated(run: Run) -> set[int]:
         # An order that measures does so again, at the beginning of a visit
         (MEZO, lambda: [BlockCoordinateDescent(GaussSouthwellSweep(), **BLOCKS, left_state="keep")], {}, {6, 9}),
         (MOPI, lambda: [SubspaceResampling(4, anchor=1), MomentumTransport("keep")], {"precision": "bf16-true"}, set()),
+        # Bases from inputs are looked for again, and are those that were found before
+        (LOW_RANK, lambda: [SubspaceResampling(4, bases=ActivationBases(examples="batch", refresh=True))], {}, set()),
     ],
-    ids=["mezo", "adam", "hizoo-bandit", "measured-blocks", "zo-mopi"],
+    ids=["mezo", "adam", "hizoo-bandit", "measured-blocks", "zo-mopi", "activations"],
 )
 def test_it_goes_on_where_it_was(
     ledger_run: MakeRun,
@@ -101,6 +111,7 @@ def test_it_goes_on_where_it_was(
     assert killed.watch.validated | resumed.watch.validated == whole.watch.validated
     assert resumed.counts.seen == whole.counts.seen
     assert resumed.keep.path.read_bytes() == whole.keep.path.read_bytes()
+    assert replay(resumed.keep.path, Validated(), method) == Replayed(20, True)
 
 
 class Counting(Validated):
@@ -188,3 +199,25 @@ def test_from_another_checkpoint_than_the_last_it_begins_there(ledger_run: MakeR
     resumed.fit(older)
     assert evaluated == set(range(4, 20))
     resumed.assert_ends_as(make_whole())
+
+
+def test_bases_lie_beside_the_ledger(ledger_run: MakeRun, tmp_path: Path) -> None:
+    """In a copy too; where one is missing, changed or of another run, nothing is replayed."""
+    bases = [SubspaceResampling(3, bases=ActivationBases(examples="batch", refresh=True)) for _ in range(2)]
+    first = ledger_run(method=LOW_RANK, callbacks=bases[:1], max_steps=5).fit()
+    names = ["ledger-bases-1.pt", "ledger-bases-2.pt"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == names
+    second = ledger_run("other", method=LOW_RANK, callbacks=bases[1:]).fit(first.path.rename(tmp_path / "run/a.ckpt"))
+    assert replay(second.keep.path, Validated(), LOW_RANK) == Replayed(20, True)
+
+    files = [tmp_path / "other" / name for name in names]
+    (tmp_path / "other/ledger-bases-9.pt").write_bytes(content := files[1].read_bytes())
+    torch.save(torch.load(files[1], weights_only=True) | {"ledger": 1}, files[1])
+    with pytest.raises(ValueError, match="are of another run than"):
+        replay(second.keep.path, Validated(), LOW_RANK)
+    files[1].write_bytes(content[:-9])
+    with pytest.raises(DamagedCheckpointError, match=r"ledger-bases-2.pt is damaged: it is cut off"):
+        replay(second.keep.path, Validated(), LOW_RANK)
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"ledger-bases-2.pt does not exist"):
+        replay(second.keep.path, Validated(), LOW_RANK)

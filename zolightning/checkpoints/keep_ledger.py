@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.checkpoints.given_bases import load_bases, save_bases
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.replay import describe
 from zolightning.checkpoints.resume import LAST, LEDGER
@@ -24,12 +25,12 @@ from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
-from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.optim.subspace_bases import SubspaceBases
+from zolightning.optim.subspace_weights import SubspaceWeights
 
 _KEY = "zolightning.KeepLedger"
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
 _RECORDED = {"params", "lr", "seed"}
-_GIVEN_BASES = "This run keeps no ledger: its bases are given to the method, and records do not have them."
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -48,9 +49,9 @@ class KeepLedger(Callback):
     copy. The ledger thus always describes the steps that led to the present weights. One that is in the way of a new
     run is kept, and the new one called ``ledger-v1.bin``.
 
-    A run whose bases are taken from activations keeps none. What else a record does not say ends the ledger, with a
-    warning: hyperparameters other than the learning rate that change in mid-run, or other parameters that train. With
-    several ranks, the first one writes.
+    Bases that are given to a method, such as those from activations, lie beside it as ``ledger-bases-REFRESH.pt``. What
+    else a record does not say ends the ledger, with a warning: hyperparameters other than the learning rate that change
+    in mid-run, or other parameters that train. With several ranks, the first one writes.
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
@@ -119,8 +120,16 @@ class KeepLedger(Callback):
             self._constants = (constructor_arguments(optimizer) | _SET_LATER) - _RECORDED
             self._groups = self._constant(optimizer)
             self._hook = optimizer.register_step_post_hook(self._note)
-        taken = trainer.strategy.broadcast(taken)
+        given = {record.refresh for record in taken if record.given and record.refresh != self._refresh}
+        bases = {refresh: load_bases(self.ledger, refresh) for refresh in given if self.ledger is not None}
+        taken, bases = trainer.strategy.broadcast((taken, bases))
         optimizer.expect(taken)
+        if isinstance(optimizer, SubspaceWeights):
+            parameters = dict(pl_module.named_parameters())
+            optimizer.recorded = {
+                refresh: {parameters[name]: basis for name, basis in of_names.items()}
+                for refresh, of_names in bases.items()
+            }
         if self._saved is not None or self.go_on is not None:
             log_once(trainer)
         if taken:
@@ -178,15 +187,8 @@ class KeepLedger(Callback):
             what = f"`{names[0]}` of a parameter group changed" if names else "a parameter group was added"
             self._give_up(f"{what} before step {record.step}, which no record says")
             return
-        if record.refresh != self._refresh and _has_given_bases(optimizer):
-            if len(self.ledger):
-                self._give_up(f"bases were given to the method before step {record.step}, which no record says")
-                return
-            path, self.path = self.ledger.path, None
-            self._close()
-            path.unlink()
-            rank_zero_info(_GIVEN_BASES)
-            return
+        if record.given and record.refresh != self._refresh and isinstance(optimizer, SubspaceBases):
+            save_bases(self.ledger, record.refresh, optimizer)
         self._pending, self._refresh = record, record.refresh
 
     def _write(self) -> None:
@@ -235,9 +237,6 @@ class KeepLedger(Callback):
 
     def _open(self, optimizer: ZerothOrderOptimizer, module: L.LightningModule) -> list[StepRecord]:
         """Opens this run's ledger; returns the records of the steps that were taken before and come next."""
-        if _has_given_bases(optimizer):  # of a checkpoint
-            rank_zero_info(_GIVEN_BASES)
-            return []
         if self._saved is not None:
             return self._continued(optimizer.param_groups[0]["step"])
         path, header = Path(self.go_on or ""), describe(optimizer, module)
@@ -306,10 +305,6 @@ class KeepLedger(Callback):
     @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
         return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
-
-
-def _has_given_bases(optimizer: ZerothOrderOptimizer) -> bool:
-    return isinstance(optimizer, SubspaceOptimizer) and optimizer.has_given
 
 
 def _free(folder: Path) -> Path:

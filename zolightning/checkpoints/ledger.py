@@ -13,6 +13,7 @@ Layout, all numbers little-endian (``zolightning/README.md`` has the table):
 import fcntl
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ _START = struct.Struct("<8sII")
 _SEAL = struct.Struct("<I32s")
 _CHECKSUM = struct.Struct("<I")
 _MAGIC = b"zoledger"
-_ESTIMATED, _TRACES = 1, 2  # bits of an entry's `flags`
+_ESTIMATED, _TRACES, _GIVEN = 1, 2, 4  # bits of an entry's `flags`
 _CODES = {"u1": "B", "u4": "I", "f8": "d"}  # NumPy's names of types, in those of `struct`
 
 
@@ -216,12 +217,14 @@ class Ledger:
         return False
 
     def copy(self, path: Path, steps: int) -> "Ledger":
-        """Writes a ledger of the first `steps` steps at `path`."""
+        """Writes a ledger of the first `steps` steps at `path`, and beside it the files of bases that are beside it."""
         with self.path.open("rb") as file, replacing(path) as copy:
             copy.write(file.read(self._seal_at))
             copy.write(bytes(_SEAL.size + _CHECKSUM.size))
             file.seek(self._entries_at)
             copy.write(file.read(steps * self.entry_size))
+        for bases in self.path.parent.glob(f"{self.path.stem}-bases-*.pt"):
+            shutil.copyfile(bases, path.parent / bases.name.replace(self.path.stem, path.stem, 1))
         return Ledger(path)
 
     # Writing
@@ -300,7 +303,9 @@ class Ledger:
             bits[block // 8] |= 1 << block % 8
         found: dict[str, tuple[Any, ...]] = {
             **{name: (getattr(record, name),) for name in ("step", "refresh", "folds", "forward_passes")},
-            "flags": (_ESTIMATED * bool(record.projected_grads) | _TRACES * record.leaves_traces,),
+            "flags": (
+                _ESTIMATED * bool(record.projected_grads) | _TRACES * record.leaves_traces | _GIVEN * record.given,
+            ),
             "lr": record.lr,
             "projected_grads": (*record.projected_grads, *skipped),
             "losses": record.losses,
@@ -327,6 +332,7 @@ class Ledger:
             forward_passes=values["forward_passes"][0],
             refresh=values.get("refresh", (0,))[0],
             folds=values.get("folds", (0,))[0],
+            given=bool(values["flags"][0] & _GIVEN),
             leaves_traces=bool(values["flags"][0] & _TRACES),
             blocks=tuple(block for block in range(8 * len(bits)) if bits[block // 8] >> block % 8 & 1),
         )

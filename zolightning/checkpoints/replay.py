@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from zolightning.checkpoints.given_bases import load_bases
 from zolightning.checkpoints.ledger import Header, Ledger
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.directions.slices import Slice
@@ -18,6 +19,7 @@ from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
+from zolightning.optim.subspace_weights import SubspaceWeights
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _APART = ("param_names", "blocks", "block_weight", "lr_scale")
@@ -135,8 +137,13 @@ class Replay:
 
         Raises:
             DamagedLedgerError: if one was changed; the module is then of no use.
+            FileNotFoundError, DamagedCheckpointError, ValueError: if bases that a record needs are not there whole.
         """
+        parameters = dict(self._module.named_parameters())
         for record in self.ledger.records(steps, self.steps):
+            if record.given and record.refresh > self.optimizer.param_groups[0]["refresh"]:
+                bases = {parameters[name]: basis for name, basis in load_bases(self.ledger, record.refresh).items()}
+                cast(SubspaceWeights, self.optimizer).recorded[record.refresh] = bases
             self.optimizer.apply(record)
             self.steps += 1
 

@@ -156,6 +156,7 @@ class Estimating(BlockwiseParameters, ABC):
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
             blocks=self.active,
+            given="given" in group and group["given"] == group["refresh"] != 0,
             leaves_traces=self.evaluator.left_traces,
         )
 

@@ -25,6 +25,7 @@ class StepRecord:
         refresh: index of the subspace's basis, for methods that have one.
         folds: how often updates that such methods keep beside the weights were added to them before the step.
         blocks: indices of the blocks that moved; none where all parameters did.
+        given: whether the bases of `refresh` were given to the method, which no record has.
         leaves_traces: whether the loss wrote to the module (a metric, a counter, an average of the weights), which no
             record has.
     """
@@ -38,6 +39,7 @@ class StepRecord:
     refresh: int = 0
     folds: int = 0
     blocks: tuple[int, ...] = ()
+    given: bool = False
     leaves_traces: bool = False
 
     @property

@@ -61,7 +61,8 @@ class SubspaceOptimizer(SubspaceWeights):
 
     * ``transport``: "project", "reset" or "keep", what :meth:`resample` does to the momentum;
     * ``anchor``: how many dominant directions of the momentum stay in the new basis;
-    * ``refresh``, the index of the basis, and ``folds``, how often cores were added to the weights.
+    * ``refresh``, the index of the basis, ``given``, the last one for which factors were given, and ``folds``, how
+      often cores were added to the weights.
 
     Under a Trainer :class:`~zolightning.callbacks.SubspaceResampling` and
     :class:`~zolightning.callbacks.MomentumTransport` set the first two.
@@ -96,6 +97,7 @@ class SubspaceOptimizer(SubspaceWeights):
             "anchor": 0,
             "refresh": 0,
             "folds": 0,
+            "given": 0,
             "normalize": normalize,
             "clip": clip,
             "rms_decay": rms_decay,

@@ -46,6 +46,10 @@ class SubspaceWeights(SubspaceBases):
             `fold_every_step` to be False. A run may go on from a checkpoint of one with the other setting.
         **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
 
+    Attributes:
+        recorded: bases by their refresh index, which take the place of those that :meth:`resample` is given, or is not:
+            of a run that is replayed.
+
     Raises:
         ValueError: if `offload_low_words` is set and `update_precision` keeps nothing.
     """
@@ -55,6 +59,7 @@ class SubspaceWeights(SubspaceBases):
     ) -> None:
         self.fold_every_step = True
         self.offload_low_words = offload_low_words
+        self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)
         self._hooks: list[Any] = []
         super().__init__(params, defaults, **common)
@@ -77,6 +82,10 @@ class SubspaceWeights(SubspaceBases):
                 group["seed"] = record.seed
         while self.param_groups[0]["refresh"] < record.refresh:
             self.resample()
+        if record.given and self.param_groups[0]["given"] != record.refresh:
+            raise ValueError(
+                f"Step {record.step} has bases that were given, and no record has these: put them in `recorded`."
+            )
         if self.param_groups[0]["folds"] != record.folds:
             self.fold()
         for group in self.param_groups:
@@ -102,7 +111,7 @@ class SubspaceWeights(SubspaceBases):
         Raises:
             ValueError: if a matrix has momentum in a basis of the other side.
         """
-        given = given or {}
+        given = self.recorded.pop(self.param_groups[0]["refresh"] + 1, given or {})
         for parameter, basis in given.items():
             if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
                 continue
@@ -125,6 +134,8 @@ class SubspaceWeights(SubspaceBases):
             self._give(parameter, self._as_long_as_drawn(parameter, basis) if self.normalize_directions else basis)
         for group in self.param_groups:
             group["refresh"] += 1
+            if given:
+                group["given"] = group["refresh"]
         before = after = 0.0
         for group, parameter, old, core in moving:
             state, new = self.state[parameter], self._draw(parameter)

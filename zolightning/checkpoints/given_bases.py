@@ -1,0 +1,41 @@
+"""Bases that were given to a method: beside the run's ledger, whose records do not have them."""
+
+from pathlib import Path
+
+import torch
+
+from zolightning.checkpoints.checkpoint_io import replacing, require_whole
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.directions.basis import Basis
+from zolightning.optim.subspace_bases import SubspaceBases
+
+
+def save_bases(ledger: Ledger, refresh: int, optimizer: SubspaceBases) -> None:
+    """Writes the factors that a method was given at a refresh to ``ledger-bases-REFRESH.pt``.
+
+    Raises:
+        OSError: if the file cannot be written, with the path and the reason.
+    """
+    factors = {name: optimizer.given(parameter) for _, name, parameter in optimizer.trainable()}
+    with replacing(_path(ledger, refresh)) as file:
+        torch.save({"ledger": ledger.stored_checksum(0), "bases": factors}, file)
+
+
+def load_bases(ledger: Ledger, refresh: int) -> dict[str, Basis]:
+    """Reads what :func:`save_bases` wrote, by name of the parameter.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedCheckpointError: if it is empty, cut off or changed.
+        ValueError: if it is of another run.
+    """
+    path = _path(ledger, refresh)
+    require_whole(path)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved["ledger"] != ledger.stored_checksum(0):
+        raise ValueError(f"The bases {path} are of another run than {ledger.path}.")
+    return {name: Basis(**factors) for name, factors in saved["bases"].items() if factors}
+
+
+def _path(ledger: Ledger, refresh: int) -> Path:
+    return ledger.path.with_name(f"{ledger.path.stem}-bases-{refresh}.pt")
