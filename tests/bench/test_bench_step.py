@@ -21,6 +21,7 @@ from zolightning.bench.prompts import check_same_loss, our_loss
 from zolightning.bench.published import PublishedMeZO, published_batch, published_loss
 from zolightning.bench.rows import DENSE, FORWARD, PUBLISHED, PUBLISHED_ANSWERS, ROWS, SUBSPACE, state_bytes
 from zolightning.data.encoding import Example, collate
+from zolightning.models.attention_masks import causal_mask
 
 RANDOM_TOKEN_COLUMNS = [
     "seconds",
@@ -173,6 +174,18 @@ def test_every_row_evaluates_and_moves_what_it_should(model: PreTrainedModel, dt
         if row.name in expected:  # state of subspace methods has its own tests
             completing = expected[row.name] if dtype == torch.bfloat16 else 0
             assert state_bytes(made) == completing + curvature.get(row.name, 0), row.name
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama"])
+def test_a_mask_as_on_a_gpu_changes_nothing(
+    architecture: str, write_tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path, architecture)).eval()
+    monkeypatch.setattr(step, "attention_mask_for", lambda network, mask: causal_mask(mask))
+    tokens = torch.randint(100, (2, 9))
+    inputs = step.mask_inputs(model, tokens)
+    assert inputs["attention_mask"].shape == (2, 1, 9, 9)
+    torch.testing.assert_close(model(tokens, **inputs).logits, model(tokens).logits)
 
 
 def test_rows_are_chosen_by_name() -> None:

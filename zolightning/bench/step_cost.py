@@ -163,13 +163,17 @@ def measure_costs(settings: Settings, names: Sequence[str]) -> dict[str, Cost]:
 
 
 def random_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean loss of predicting every token but the first, from all logits.
-
-    Off the CPU with a mask, without which a network of Hugging Face's waits for the device at each forward.
-    """
-    mask = None if tokens.is_cpu else attention_mask_for(model, torch.ones_like(tokens))
-    logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
+    """Mean loss of predicting every token but the first, from all logits."""
+    inputs = {} if tokens.is_cpu else mask_inputs(model, tokens)
+    logits = model(input_ids=tokens, use_cache=False, **inputs).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def mask_inputs(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """A mask, without which a network of Hugging Face's waits for its device, and positions if it cannot count them."""
+    mask = attention_mask_for(model, torch.ones_like(tokens))
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return {"attention_mask": mask, "position_ids": positions} if mask.ndim == 4 else {"attention_mask": mask}
 
 
 def measure_memory(settings: Settings, name: str) -> Memory:
