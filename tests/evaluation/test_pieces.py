@@ -58,9 +58,16 @@ def test_a_row_that_is_larger_than_a_piece() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("host", ["cpu", "another"])  # as on a GPU, where products write to columns of the output
 def test_the_output_is_that_of_the_perturbed_matrix(
-    dtype: torch.dtype, bias: bool, autocast: bool, starts: list[tuple[int, int]]
+    dtype: torch.dtype,
+    bias: bool,
+    autocast: bool,
+    host: str,
+    starts: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(pieces_file, "HOST", host)
     layer, inputs = nn.Linear(7, 21, bias).to(dtype), values(2, 3, 7).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with written_to_the_weights(layer):

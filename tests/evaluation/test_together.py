@@ -35,12 +35,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perturbed, "_HOST", "none")
+    monkeypatch.setattr(perturbed, "HOST", "none")
 
 
-def trained(method: Callable[..., ZerothOrderOptimizer], steps: int = 3) -> tuple[list[StepRecord], list[Tensor]]:
+def trained(
+    method: Callable[..., ZerothOrderOptimizer], steps: int = 3, rows: int = 3
+) -> tuple[list[StepRecord], list[Tensor]]:
     torch.manual_seed(0)
-    net, inputs = mlp().bfloat16(), values(3, 4).bfloat16()
+    net, inputs = mlp().bfloat16(), values(rows, 4).bfloat16()
     optimizer = method(net.named_parameters(), lr=1e-2, seed=0)
     optimizer.attach(net)
     records = []
@@ -75,6 +77,14 @@ def test_a_step_has_the_same_bits_in_fewer_launches(
     calls.clear()
     trained(method, 2)
     assert three - calls == Counter(launches)
+
+
+def test_low_rank_weights_that_are_built_have_the_same_bits(request: pytest.FixtureRequest) -> None:
+    records, weights = trained(partial(LOZO, rank=2), rows=100)
+    request.getfixturevalue("as_on_a_gpu")
+    same_records, same_weights = trained(partial(LOZO, rank=2), rows=100)
+    assert [vars(record) for record in same_records] == [vars(record) for record in records]
+    assert all(map(torch.equal, same_weights, weights))
 
 
 class ReturnsItsBias(nn.Module):

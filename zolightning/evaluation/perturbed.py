@@ -26,12 +26,11 @@ from torch.overrides import TorchFunctionMode
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.buffer import Buffer
-from zolightning.evaluation.pieces import ByRows, is_cut, linear_in_pieces
+from zolightning.evaluation.pieces import HOST, ByRows, is_cut, linear_in_pieces
 from zolightning.evaluation.scratch import Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
-_HOST = "cpu"  # the device whose loops cost no launch
 _CONTAINERS = (list, tuple)  # that a function may be handed parameters in
 # Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
 _VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -220,7 +219,7 @@ class Perturbed(TorchFunctionMode):
                 perturbed = torch.empty_like(stored)
                 perturbation.add_to(stored, perturbed)
                 return nn.Parameter(perturbed, weight.requires_grad)
-        made = self._made(weight)
+        made = None if isinstance(perturbation, LowRank) else self._made(weight)  # of which it would be the core
         if made is not None:
             return made
         taken.append(buffer := self.scratch.take(weight.device))
@@ -234,7 +233,7 @@ class Perturbed(TorchFunctionMode):
         Not in a recording of a CUDA graph, where a launch costs the host nothing.
         """
         device = parameter.device
-        if self._together is None or device.type == _HOST or torch.is_grad_enabled():
+        if self._together is None or device.type == HOST or torch.is_grad_enabled():
             return None
         if device not in self._together:
             is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()

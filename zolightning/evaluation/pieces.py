@@ -5,6 +5,8 @@ Kernels for fewer columns may add in another order, so the product's bits may di
 they are the same for equal weights, and both signs of a direction are cut alike.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
+HOST = "cpu"  # the device on which a launch costs nothing
 ByRows = Direction | LowRank | FlippedBit  # changes that can be written to some rows of a matrix
 
 
@@ -36,14 +39,33 @@ def linear_in_pieces(
         change: of the weight.
         buffer: what the pieces lie in, one after the other.
     """
-    output = None
-    for part in pieces(weight, PIECE_BYTES):
-        rows = weight[part]
-        piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
-        change.add_to(rows, piece, start=part.start * weight.shape[1])
+    device, output = inputs.device.type, None
+    if device != HOST and inputs.dtype == weight.dtype and not torch.is_autocast_enabled(device):
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        output = rows.new_empty(len(rows), len(weight))
+        for part, piece in _changed(weight, change, buffer):
+            multiply(rows, piece.T, None if bias is None else bias[part], output[:, part])
+        return output.view(*inputs.shape[:-1], -1)
+    for part, piece in _changed(weight, change, buffer):
         columns = F.linear(inputs, piece, None if bias is None else bias[part])
         if output is None:  # whose dtype autocast chooses
             output = columns.new_empty(*inputs.shape[:-1], len(weight))
         output[..., part] = columns
     assert output is not None
     return output
+
+
+def _changed(weight: nn.Parameter, change: ByRows, buffer: Buffer) -> Iterator[tuple[slice, Tensor]]:
+    for part in pieces(weight, PIECE_BYTES):
+        rows = weight[part]
+        piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
+        change.add_to(rows, piece, start=part.start * weight.shape[1])
+        yield part, piece
+
+
+def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = rows @ matrix + bias``; `out` may be some columns of a matrix."""
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)

@@ -17,7 +17,7 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
-from zolightning.evaluation.pieces import ByRows
+from zolightning.evaluation.pieces import ByRows, multiply
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
@@ -127,10 +127,10 @@ class RowGroups(Perturbed):
         for piece in cut:
             for index, matrix in self._matrices(weight, changes, piece):
                 if not is_linear:
-                    _multiply(parts[index], matrix, biases[index], columns[index])
+                    multiply(parts[index], matrix, biases[index], columns[index])
                 else:
                     own = biases[index]
-                    _multiply(parts[index], matrix.T, None if own is None else own[piece], columns[index][:, piece])
+                    multiply(parts[index], matrix.T, None if own is None else own[piece], columns[index][:, piece])
         return output.view(*inputs.shape[:-1], -1)
 
     def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -219,13 +219,6 @@ def _perturbed(
     else:
         change.add_to(stored, outs[0])
     return outs
-
-
-def _multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, matrix, out=out)
-    else:
-        torch.addmm(bias, rows, matrix, out=out)
 
 
 def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbation]:
