@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.folding import is_validation_next
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
+from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.optim.deferred import deferring
 
@@ -28,7 +29,9 @@ class SaveLast(ModelCheckpoint):
     * on SIGTERM and Ctrl-C: after the step that is being taken. The process then ends with status 143 or 130, and a
       line says how to go on. All ranks stop after the same step, whichever of them was told. A second Ctrl-C ends the
       process at once, without saving.
-    * on an exception, if the weights are those of the last complete step and there is one rank.
+    * on an exception, if the weights are those of the last complete step and there is one rank. Where a
+      :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has the steps since the last time, nothing is saved: they
+      are taken from there, and the batch that failed comes again.
 
     A validation that was due when the run stopped comes first when it goes on. ``Trainer.fit(ckpt_path="last")`` finds
     the file where `dirpath` is the same in both runs. Use it beside the ModelCheckpoint of the best weights, and with
@@ -155,7 +158,12 @@ class SaveLast(ModelCheckpoint):
         self._end_training()
         if not is_training or not isinstance(exception, Exception) or trainer.world_size > 1:
             return
-        if self._last_global_step_saved != trainer.global_step and self._is_between_steps(trainer):
+        if self._last_global_step_saved == trainer.global_step:
+            return
+        if self._has_ledger(trainer) and (self._last_global_step_saved or self._resumed):
+            self.last_model_path = self.format_checkpoint_name({})
+            rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice(trainer)}")
+        elif self._is_between_steps(trainer):
             self._validation_due = trainer.validating
             self._save(trainer)
             rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")
@@ -163,6 +171,12 @@ class SaveLast(ModelCheckpoint):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end_training()
         vars(trainer.strategy).pop("lightning_module_state_dict", None)
+
+    @staticmethod
+    def _has_ledger(trainer: L.Trainer) -> bool:
+        """Whether a checkpoint from before an error is enough: a loader may have gone on to the batch that failed."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # as in `setup`
+        return any(isinstance(callback, KeepLedger) and callback.ledger is not None for callback in callbacks)
 
     # What it saves
 

@@ -1,0 +1,91 @@
+"""What goes wrong in the middle of a run: it ends with one line, and goes on as if nothing had happened."""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Run, Validated
+from zolightning.checkpoints.replay import Replayed, replay
+from zolightning.optim import MeZO, StepRecord
+
+pytestmark = AS_EXPECTED
+MakeRun = Callable[..., Run]
+FAULT_AT = 9  # the third step after a validation and a checkpoint
+
+
+def no_memory() -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def fail_in_update(patch: pytest.MonkeyPatch) -> None:
+    """Step FAULT_AT moves some of the weights, and not the others."""
+    own_update = MeZO.update
+
+    def update(self: MeZO, record: StepRecord) -> None:
+        if record.step == FAULT_AT:
+            self.param_groups[0]["params"][0].add_(1.0)
+            raise RuntimeError("half an update")
+        own_update(self, record)
+
+    patch.setattr(MeZO, "update", update)
+
+
+def refuse_writing(patch: pytest.MonkeyPatch, run: Run, what: str, number: int) -> None:
+    """From step FAULT_AT on, `what`, a ledger or checkpoints, cannot be written."""
+    error = OSError(number, os.strerror(number))
+    own_pwrite, own_save = os.pwrite, torch.save
+
+    def pwrite(file: int, content: bytes, place: int) -> int:
+        if run.trainer.global_step > FAULT_AT and what == "ledger":
+            own_pwrite(file, content[:20], place)
+            raise error
+        return own_pwrite(file, content, place)
+
+    def save(content: Any, file: Any) -> None:
+        if run.trainer.global_step > FAULT_AT and what == "checkpoint":
+            file.write(b"half a checkpoint")
+            raise error
+        own_save(content, file)
+
+    patch.setattr(os, "pwrite", pwrite)
+    patch.setattr(torch, "save", save)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("memory", "out of memory"),
+        ("update", "half an update"),
+        (("ledger", errno.ENOSPC), r"ledger.bin could not be written at step 9 \(No space left on device\)"),
+        (("checkpoint", errno.ENOSPC), r"last.ckpt could not be written \(No space left on device\)"),
+        (("checkpoint", errno.EROFS), r"last.ckpt could not be written \(Read-only file system\)"),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_after(
+    ledger_run: MakeRun, make_whole: MakeRun, monkeypatch: pytest.MonkeyPatch, fault: Any, words: str
+) -> None:
+    run = ledger_run(**EVERY_6, last={"every_n_train_steps": 5})
+    if fault == "memory":
+        run.module.in_step.at[FAULT_AT] = no_memory
+    with monkeypatch.context() as patch:
+        if fault == "update":
+            fail_in_update(patch)
+        if isinstance(fault, tuple):
+            refuse_writing(patch, run, *fault)
+        with pytest.raises((RuntimeError, OSError), match=words):
+            run.fit()
+    if fault == "memory":
+        replayed = Validated()
+        replay(run.path.with_name("ledger.bin"), replayed, MEZO)
+        for weight, other in zip(run.module.parameters(), replayed.parameters(), strict=True):
+            assert torch.equal(weight, other)
+    resumed = ledger_run(**EVERY_6).fit("last")
+    resumed.assert_ends_as(make_whole(**EVERY_6))
+    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
+    assert min(resumed.watch.grads) > 5, "it did not begin anew"
+    assert not list(run.path.parent.glob(".*")), "no half a file is left"
