@@ -109,7 +109,10 @@ def test_a_validation_file_under_another_name_is_not_passed_over(
     write_rows: Callable[..., Path], make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
 ) -> None:
     data = PromptDataModule("sst2", str(write_rows(train=20, val=5)), num_validation=5)
-    with pytest.raises(ValueError, match=r"no validation\.jsonl, but found val\.jsonl: rename it to validation\.jsonl"):
+    with pytest.raises(
+        ValueError,
+        match=r"no file validation\.jsonl, .csv or .parquet, but found val\.jsonl: rename it to validation\.jsonl",
+    ):
         make_trainer(max_epochs=1).fit(spectator, datamodule=data)
 
 
@@ -130,7 +133,7 @@ def test_files_are_checked_without_a_model(write_rows: Callable[..., Path]) -> N
     data.check_rows("train")
     with pytest.raises(ValueError, match=r"Task sst2, .*test\.jsonl, line 2: .*field `sentence` is \['rain'\]"):
         data.check_rows("train", "test")
-    with pytest.raises(ValueError, match=r"validation\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"validation\.jsonl, .csv or .parquet does not exist"):
         data.check_rows("validation")
 
 

@@ -30,7 +30,7 @@ def test_each_stage_reads_what_it_needs(
     data = PromptDataModule("sst2", str(folder), batch_size=4)
     make_trainer().test(spectator, data, verbose=False)
     assert sorted(flat(spectator.eval_ids)) == list(range(9))
-    with pytest.raises(ValueError, match=r"train.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"train.jsonl, .csv or .parquet does not exist"):
         make_trainer().validate(spectator, data, verbose=False)
     write_rows(train=20)
     spectator.eval_ids.clear()

@@ -79,15 +79,16 @@ def test_a_file_in_utf16(tmp_path: Path, task: Task) -> None:
     [
         ("val.jsonl", "validation", "rename it to validation.jsonl"),
         ("dev.jsonl", "validation", "rename it to validation.jsonl"),
-        ("Train.csv", "train", "write its rows to train.jsonl, one JSON object a line"),
+        ("Train.csv", "train", "rename it to train.csv"),
+        ("dev.ndjson", "validation", "rename it to validation.jsonl"),
         ("test.json", "test", "write its rows to test.jsonl, one JSON object a line"),
-        ("test.jsonl.gz", "test", "write its rows to test.jsonl, one JSON object a line"),
+        ("test.csv.zip", "test", "write its rows to test.jsonl, one JSON object a line"),
     ],
 )
 def test_a_file_under_another_name_is_named(tmp_path: Path, task: Task, file: str, split: str, advice: str) -> None:
     (tmp_path / file).touch()
     (tmp_path / "README.md").touch()
-    with pytest.raises(ValueError, match=rf"no {split}\.jsonl, but found {file}: {advice}"):
+    with pytest.raises(ValueError, match=rf"no file {split}\.jsonl, .csv or .parquet, but found {file}: {advice}"):
         read_folder(tmp_path, split, task)
 
 
@@ -100,7 +101,7 @@ def test_rows_without_labels(write_rows: Callable[..., Path], task: Task) -> Non
 
 
 def test_a_missing_file(tmp_path: Path, task: Task) -> None:
-    with pytest.raises(ValueError, match=r"test.jsonl does not exist: `data.path` must be a folder with train.jsonl"):
+    with pytest.raises(ValueError, match=r"test.jsonl, .csv or .parquet does not exist: `data.path` must be a folder"):
         read_folder(tmp_path, "test", task)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.data.classification import Classification
+from zolightning.data.files import find_rows
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
-from zolightning.data.source import NO_LABEL, Split, misnamed, read_folder, read_hub
+from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
 
 
@@ -67,9 +68,7 @@ class Rows:
     def train_and_validation(self) -> dict[str, list[Row]]:
         """The sampled rows by the name of their split."""
         train = self.read("train")
-        own = self.folder is not None and (self.folder / "validation.jsonl").exists()
-        if self.folder is not None and not own and (advice := misnamed(self.folder, "validation")):
-            raise ValueError(advice)
+        own = self.folder is not None and find_rows(self.folder, "validation") is not None
         validation = self.read("validation") if own else train
         chosen = self._chosen_of_two(train, validation) if own else self._chosen_of_one(train)
         return {"train": self._write(train, chosen[0]), "validation": self._write(validation, chosen[1])}

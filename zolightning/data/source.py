@@ -1,11 +1,11 @@
-"""Where rows come from: a folder of JSON lines, or the Hugging Face hub."""
+"""Where rows come from: a folder of files, or the Hugging Face hub."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from zolightning.data.files import Unit, find_rows, read_rows, unit_of
 from zolightning.data.task import HubDataset, Task
 
 
@@ -22,7 +22,7 @@ class Split:
     """
 
     origin: str
-    unit: Literal["line", "row"]
+    unit: Unit
     ids: Sequence[int]
     candidates: Sequence[int]
     rows: Any
@@ -40,13 +40,9 @@ class Split:
 
 NO_LABEL = -1  # the candidate of a row without one
 
-# Other names of a split's file, and the endings of files that hold rows.
-_ALIASES = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
-_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
-
 
 def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> Split:
-    """Reads ``<folder>/<name>.jsonl`` and checks every row against the task.
+    """Reads the file of a split in a folder, such as ``train.jsonl``, and checks every row against the task.
 
     Args:
         folder: Where the file is.
@@ -55,42 +51,27 @@ def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> S
         labelled: Whether every row needs a label. Otherwise the candidate of one without is `NO_LABEL`.
 
     Raises:
-        ValueError: The file is missing or empty, or a line of it does not fit the task; says which line.
+        ValueError: The file is missing or empty, or a row of it does not fit the task; says which.
     """
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
+    path = find_rows(folder, name)
+    if path is None:
         raise ValueError(
-            misnamed(folder, name)
-            or f"{path} does not exist: `data.path` must be a folder with train.jsonl, test.jsonl and, unless "
-            "validation rows are to be taken from train.jsonl, validation.jsonl."
+            f"{folder / name}.jsonl, .csv or .parquet does not exist: `data.path` must be a folder with files train, "
+            "test and, unless validation rows are to be taken from train, validation."
         )
+    unit = unit_of(path)
     rows: dict[int, Mapping[str, Any]] = {}
     candidates: list[int] = []
-    with path.open("rb") as file:
-        for id, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = _parse(line, min(task.label_fields))
-                task.check_fields(row, task.fields if labelled else task.template_fields)
-                candidate = _candidate(row, task, labelled)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {id + 1}: {error}.") from None
-            if candidate is not None:
-                rows[id] = row
-                candidates.append(candidate)
-    return _not_empty(Split(str(path), "line", list(rows), candidates, rows), task)
-
-
-def misnamed(folder: Path, name: str) -> str | None:
-    """What to do about files in the folder that look like this split under another name, or None if there are none."""
-    files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(_ENDINGS))
-    found = [file for file in files if file.split(".")[0].lower() in _ALIASES[name] and file != f"{name}.jsonl"]
-    if not found:
-        return None
-    rename = found[0].endswith((".jsonl", ".ndjson"))
-    advice = f"rename it to {name}.jsonl" if rename else f"write its rows to {name}.jsonl, one JSON object a line"
-    return f"{folder} has no {name}.jsonl, but found {found[0]}: {advice}."
+    for id, row in read_rows(path, min(task.fields)):
+        try:
+            task.check_fields(row, task.fields if labelled else task.template_fields)
+            candidate = _candidate(row, task, labelled)
+        except ValueError as error:
+            raise ValueError(f"{path}, {unit} {id + (unit == 'line')}: {error}.") from None
+        if candidate is not None:
+            rows[id] = row
+            candidates.append(candidate)
+    return _not_empty(Split(str(path), unit, list(rows), candidates, rows), task)
 
 
 def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
@@ -120,34 +101,6 @@ def _candidate(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int
         return NO_LABEL
     right = task.right(row)
     return right if right is None else right[0]
-
-
-def _parse(line: bytes, label: str) -> Mapping[str, Any]:
-    if b"\0" in line:
-        raise ValueError("not UTF-8 (it looks like UTF-16): save the file as UTF-8")
-    try:
-        row = json.loads(line)
-        if b"\\ud" in line or b"\\uD" in line:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no character") from None
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"not JSON ({error}){_advice(line)}") from None
-    if not isinstance(row, dict):
-        start = line.decode().strip()[:80]
-        raise ValueError(f'must be an object like {{"{label}": ...}}, got {start}{_advice(line)}')
-    return row
-
-
-def _advice(line: bytes) -> str:
-    text = line.strip()
-    if text.startswith(b"["):
-        return "; write each object of the array on a line of its own, without the brackets around them"
-    if text.endswith(b","):
-        return "; there is no comma between the lines of a JSON lines file"
-    return ""
 
 
 def _not_empty(split: Split, task: Task) -> Split:

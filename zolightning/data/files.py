@@ -1,0 +1,134 @@
+"""Files of rows: JSON lines, CSV and Parquet."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+Unit = Literal["line", "row"]
+
+# by what the file's name ends with; JSON lines may be compressed
+_OPEN: dict[str, Callable[..., Any]] = {
+    ".jsonl": open,
+    ".jsonl.gz": gzip.open,
+    ".jsonl.bz2": bz2.open,
+    ".jsonl.xz": lzma.open,
+}
+_DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+ENDINGS = (*_OPEN, *_DELIMITERS, ".parquet")
+
+# Other names of a split's file, and other endings of files that hold rows.
+_ALIASES = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
+_OTHER_ENDINGS = (".ndjson", ".json", ".xlsx", ".txt", ".gz", ".zst", ".zip")
+
+
+def find_rows(folder: Path, name: str) -> Path | None:
+    """The file of a split in a folder: its name, "train", "validation" or "test", with one of `ENDINGS`.
+
+    Raises:
+        ValueError: There are two, or one of another name that looks like it.
+    """
+    found = [path for ending in ENDINGS if (path := folder / f"{name}{ending}").is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {found[0].name} and {found[1].name}: which of them? Keep one.")
+    if found:
+        return found[0]
+    if advice := _misnamed(folder, name):
+        raise ValueError(advice)
+    return None
+
+
+def unit_of(path: Path) -> Unit:
+    """What a row is called in messages: a line that an editor shows, or a row of a table."""
+    return "line" if ".jsonl" in path.name else "row"
+
+
+def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yields the rows of a file with their numbers, counted from 0. Empty lines of JSON are left out.
+
+    CSV and Parquet files are read by pyarrow, which finds out the type of each column of a CSV file.
+
+    Args:
+        path: One that :func:`find_rows` found.
+        example: A field that rows have, for messages.
+
+    Raises:
+        ValueError: The file, or a line of it, cannot be read; says which.
+    """
+    opened = next((open_file for ending, open_file in _OPEN.items() if path.name.endswith(ending)), None)
+    if opened is None:
+        yield from enumerate(_read_table(path))
+        return
+    number = -1
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file):
+                if line.strip():
+                    yield number, _parse(line, example)
+    except (EOFError, OSError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read after line {number + 1}: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number + 1}: {error}.") from None
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa  # as long to import as a small file to read
+    from pyarrow import csv, parquet
+
+    delimiter = next((mark for ending, mark in _DELIMITERS.items() if path.name.endswith(ending)), None)
+    try:
+        if delimiter is None:
+            table = parquet.read_table(path)
+        else:
+            options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+            table = csv.read_csv(path, parse_options=options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+    for field in table.schema:
+        if pa.types.is_binary(field.type):
+            raise ValueError(f"{path}, column `{field.name}`: not UTF-8.")
+    return table.to_pylist()
+
+
+def _misnamed(folder: Path, name: str) -> str | None:
+    """What to do about files in the folder that look like this split under another name, or None if there are none."""
+    files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS)))
+    found = [file for file in files if file.split(".")[0].lower() in _ALIASES[name]]
+    if not found:
+        return None
+    known = next((ending for ending in ENDINGS if found[0].lower().endswith(ending)), None)
+    if found[0].endswith(".ndjson"):
+        known = ".jsonl"
+    advice = f"rename it to {name}{known}" if known else f"write its rows to {name}.jsonl, one JSON object a line"
+    return f"{folder} has no file {name}.jsonl, .csv or .parquet, but found {found[0]}: {advice}."
+
+
+def _parse(line: bytes, field: str) -> Mapping[str, Any]:
+    if b"\0" in line:
+        raise ValueError("not UTF-8 (it looks like UTF-16): save the file as UTF-8")
+    try:
+        row = json.loads(line)
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no character") from None
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"not JSON ({error}){_advice(line)}") from None
+    if not isinstance(row, dict):
+        start = line.decode().strip()[:80]
+        raise ValueError(f'must be an object like {{"{field}": ...}}, got {start}{_advice(line)}')
+    return row
+
+
+def _advice(line: bytes) -> str:
+    text = line.strip()
+    if text.startswith(b"["):
+        return "; write each object of the array on a line of its own, without the brackets around them"
+    if text.endswith(b","):
+        return "; there is no comma between the lines of a JSON lines file"
+    return ""
