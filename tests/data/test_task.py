@@ -56,6 +56,15 @@ def test_unknown_task() -> None:
     [
         ("- name", "a task must be a mapping"),
         ("name: [", "while parsing"),
+        (
+            GOOD.replace("answers", "references"),
+            "a task has no key `labels`; its keys are name, prompt, references, num",
+        ),
+        (
+            "name: x\nprompt: y\nreference: z\n",
+            r"no key `reference`; its keys .*\(unless one of `choices`, `references`",
+        ),
+        ("name: x\nmessages: turns\nprompt: y\n", "a task has no key `prompt`; its keys are name, num_train"),
         (GOOD + "lables: [0, 1]\n", "a task has no key `lables`; its keys are name, prompt, answers, labels"),
         (GOOD.replace("answers", "answrs"), "a task has no key `answrs`"),
         ("name: weather\nprompt: x\nlabels: [0, 1]\n", "a task needs the key `answers`"),

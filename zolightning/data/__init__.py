@@ -1,11 +1,25 @@
 """Tasks, rows and batches."""
 
 from zolightning.data.classification import Classification
+from zolightning.data.completion import Completion
+from zolightning.data.conversation import Conversation
 from zolightning.data.datamodule import PromptDataModule
 from zolightning.data.encoding import Batch
 from zolightning.data.generation import Generation
 from zolightning.data.multiple_choice import MultipleChoice
+from zolightning.data.plain_text import PlainText
 from zolightning.data.task import Task
 from zolightning.data.task_files import load_task
 
-__all__ = ["Batch", "Classification", "Generation", "MultipleChoice", "PromptDataModule", "Task", "load_task"]
+__all__ = [
+    "Batch",
+    "Classification",
+    "Completion",
+    "Conversation",
+    "Generation",
+    "MultipleChoice",
+    "PlainText",
+    "PromptDataModule",
+    "Task",
+    "load_task",
+]

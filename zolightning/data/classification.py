@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
-from zolightning.data.task import Label, Objective, Task
+from zolightning.data.task import Label, Objective, PromptTask
 from zolightning.data.templates import check_template, fill, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
+class Classification(PromptTask):
     """A prompt whose candidate answers stand for the values of a label.
 
     Args:

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
 from zolightning.data.classification import Classification
-from zolightning.data.encoding import Batch, Example, check_tokens, collate, encode
+from zolightning.data.encoding import Batch, Example, check_tokens, collate
+from zolightning.data.examples import example_of
 from zolightning.data.generation import Generation
 from zolightning.data.rows import Row, Rows
-from zolightning.data.source import NO_LABEL
+from zolightning.data.task import PromptTask
 from zolightning.data.task_files import chosen_task
 from zolightning.packaged import packaged
 
@@ -23,17 +24,17 @@ from zolightning.packaged import packaged
 class PromptDataModule(L.LightningDataModule):
     """Batches of prompts with candidate answers, tokenized for the model that the Trainer runs.
 
-    Rows come from the Hugging Face hub or from a folder of JSON lines, and are sampled as in MeZO: training
+    Rows come from the Hugging Face hub or from a folder of files, and are sampled as in MeZO: training
     and validation rows from the official training split, test rows from the official validation split. A
-    folder may have a ``validation.jsonl`` of its own.
+    folder may have a file ``validation`` of its own.
 
     The LightningModule must have a `tokenizer` and a `context_length`.
 
     Args:
         task: Name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
             :class:`~zolightning.data.Task` themselves.
-        path: Folder with ``train.jsonl``, ``test.jsonl`` and optionally ``validation.jsonl``, instead of the
-            hub.
+        path: Folder with the files ``train``, ``test`` and optionally ``validation``, each as JSON lines (``.jsonl``,
+            or compressed), ``.csv``, ``.tsv`` or ``.parquet``, instead of the hub.
         batch_size: Training examples a batch, on each rank.
         eval_batch_size: Examples a batch otherwise; `batch_size` if not given.
         num_train: Training rows to sample; the task's number, mostly 1000, if not given.
@@ -49,6 +50,9 @@ class PromptDataModule(L.LightningDataModule):
         pad_to_multiple_of: What the length of a training batch is a multiple of, so that there are few lengths, for
             `cuda_graphs` of the ZerothOrder callback.
         num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
+        num_demonstrations: In-context examples: training rows, which are not trained on then, that stand with their
+            right answers before every prompt. MeZO shows 32.
+        chat: Whether to write prompts as the user's turn in the tokenizer's chat template.
         prompt: Jinja2 template instead of the task's.
         answers: Jinja2 templates of the candidates instead of the task's, in the same order.
 
@@ -75,6 +79,8 @@ class PromptDataModule(L.LightningDataModule):
         fixed_batches: bool = False,
         pad_to_multiple_of: int = 1,
         num_workers: int = 0,
+        num_demonstrations: int = 0,
+        chat: bool = False,
         prompt: str | None = None,
         answers: list[str] | None = None,
     ) -> None:
@@ -92,6 +98,7 @@ class PromptDataModule(L.LightningDataModule):
         self.fixed_batches = fixed_batches
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
+        self.chat = chat
         self._examples: dict[str, list[Example]] = {}
 
         counts = ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length")
@@ -102,14 +109,30 @@ class PromptDataModule(L.LightningDataModule):
             if not isinstance(self.task, Classification):
                 raise ValueError(f"`data.examples_per_class` needs classes, of which task {self.task.name} has none.")
         _check_at_least(0, "num_workers", num_workers)
+        _check_at_least(0, "num_demonstrations", num_demonstrations)
+        if num_demonstrations and not isinstance(self.task, PromptTask):
+            raise ValueError(f"`data.num_demonstrations` needs prompts and answers; task {self.task.name} has none.")
+        if num_demonstrations and examples_per_class is not None:
+            raise ValueError("`data.num_demonstrations` and `data.examples_per_class` exclude each other.")
+        if num_demonstrations >= self.num_train:
+            raise ValueError(
+                f"`data.num_demonstrations` {num_demonstrations} leaves nothing of `data.num_train` {self.num_train}."
+            )
         if not 0 <= seed < 2**32:
             raise ValueError(f"`data.seed` must be at least 0 and below 2**32, got {seed}.")
         if self.folder is None and self.task.hub is None:
             raise ValueError(f"`data.path` must be a folder of rows, because task {self.task.name} names no source.")
         if self.folder is not None and not self.folder.is_dir():
-            raise ValueError(f"`data.path` must be a folder of JSON lines, got {str(self.folder)!r}, which is none.")
+            raise ValueError(f"`data.path` must be a folder of files, got {str(self.folder)!r}, which is none.")
         self._rows = Rows(
-            self.task, self.folder, self.num_train, self.num_validation, self.num_test, examples_per_class, seed
+            self.task,
+            self.folder,
+            self.num_train,
+            self.num_validation,
+            self.num_test,
+            examples_per_class,
+            num_demonstrations,
+            seed,
         )
 
     @property
@@ -207,15 +230,7 @@ class PromptDataModule(L.LightningDataModule):
         examples = []
         for row in rows:
             try:
-                example = encode(
-                    module.tokenizer,
-                    row.prompt,
-                    row.answers,
-                    label=row.right[0] if row.right else NO_LABEL,
-                    id=row.id,
-                    max_length=max_length,
-                    room_for_answer=self.generation.max_new_tokens if self.generation else 0,
-                )
+                example = example_of(self.task, row, module.tokenizer, max_length, self.chat)
                 if num_embeddings is not None:
                     check_tokens(example, num_embeddings, module.tokenizer)
             except ValueError as error:

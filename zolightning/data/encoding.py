@@ -163,6 +163,21 @@ def encode(
     )
 
 
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: int, max_length: int) -> Example:
+    """Turns a whole text into tokens, all but the first of which are the answer. A long one loses its end.
+
+    Raises:
+        ValueError: The text is less than two tokens, or `max_length` is.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 2 or max_length < 2:
+        raise ValueError(f"a text needs two tokens or more, got {min(len(ids), max_length)}")
+    kept = ids[:max_length]
+    return Example(
+        id=id, prompt_ids=kept[:1], answer_ids=[kept[1:]], label=0, text=text, truncated=len(ids) > max_length
+    )
+
+
 def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises ValueError if an example has a token that is in the tokenizer, but not in the model."""
     largest = max(max(ids) for ids in (example.prompt_ids, *example.answer_ids))

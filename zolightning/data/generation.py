@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from zolightning.data.task import Task
+from zolightning.data.task import PromptTask
 from zolightning.data.templates import check_template, fill, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation(Task):
+class Generation(PromptTask):
     """A prompt that the model continues; validation compares what it writes with the references.
 
     The first reference is trained by its likelihood, as MeZO trains SQuAD and DROP. Evaluation writes the likeliest

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from zolightning.data.task import Task
+from zolightning.data.task import PromptTask
 from zolightning.data.templates import check_template, fill, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoice(Task):
+class MultipleChoice(PromptTask):
     """A prompt whose candidate answers are made of a list in the row; any of several may be right.
 
     The first right one is trained by its likelihood, as MeZO trains ReCoRD; a choice counts if it is any of them.

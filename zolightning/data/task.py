@@ -41,22 +41,16 @@ class HubDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A prompt and where the rows come from, as declared in a config file; what the answers are, a subclass says.
-
-    The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
-    space it ends with goes to the front of each answer, so the text of prompt and answer together is what was
-    written.
+    """Where the rows come from, as declared in a config file; what becomes of them, a subclass says.
 
     Args:
         name: Name of the task.
-        prompt: Jinja2 template over the fields of a row.
         num_train, num_validation, num_test: How many rows to take unless the user says otherwise.
         hub: Where to download the rows.
         folder: Folder of JSON lines with the rows.
     """
 
     name: str
-    prompt: str
     num_train: int = 1000
     num_validation: int = 500
     num_test: int = 1000
@@ -64,13 +58,12 @@ class Task(ABC):
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        self._check_strings("name", "prompt")
+        self._check_strings("name")
         for key in ("num_train", "num_validation", "num_test"):
             if not isinstance(number := getattr(self, key), int) or number < 1:
                 raise ValueError(f"`{key}` must be at least 1, got {number!r}.")
         if self.hub and self.folder:
             raise ValueError("`hub` and `folder` exclude each other: rows come from one of them.")
-        check_template("prompt", self.prompt)
 
     @property
     @abstractmethod
@@ -112,8 +105,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-        """The answers to compare, or to train on, of a row whose `template_fields` are `values`."""
+    def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """Returns the prompt and the answers of a row.
+
+        Raises:
+            ValueError: A field is missing, or a template does not fit this row, or writes a list, a mapping or a truth
+                value as it stands.
+        """
 
     def reference_texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The texts that a generated one is compared with; none where nothing is generated."""
@@ -133,21 +131,39 @@ class Task(ABC):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"field `{field}` is {value}, which is no value")
 
-    def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """Returns the prompt and the answers of a row.
+    def _check_strings(self, *keys: str) -> None:
+        for key in keys:
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"`{key}` must be a string, got {getattr(self, key)!r}.")
 
-        Raises:
-            ValueError: A field is missing, or a template does not fit this row, or writes a list, a mapping or a truth
-                value as it stands.
-        """
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTask(Task):
+    """A task whose prompt is a template.
+
+    The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
+    space it ends with goes to the front of each answer, so the text of prompt and answer together is what was
+    written.
+
+    Args:
+        prompt: Jinja2 template over the fields of a row.
+    """
+
+    prompt: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_strings("prompt")
+        check_template("prompt", self.prompt)
+
+    @abstractmethod
+    def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+        """The answers to compare, or to train on, of a row whose `template_fields` are `values`."""
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
         self.check_fields(row, self.template_fields)
         values = guarded(row, self.template_fields)
         prompt = fill(self.prompt, values)
         answers = self.answers_to(row, values)
         space = prompt[len(prompt.rstrip(" ")) :]
         return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]
-
-    def _check_strings(self, *keys: str) -> None:
-        for key in keys:
-            if not isinstance(getattr(self, key), str):
-                raise ValueError(f"`{key}` must be a string, got {getattr(self, key)!r}.")

@@ -9,10 +9,23 @@ from typing import Any
 import yaml
 
 from zolightning.data.classification import Classification
+from zolightning.data.completion import Completion
+from zolightning.data.conversation import Conversation
 from zolightning.data.generation import Generation
 from zolightning.data.multiple_choice import MultipleChoice
-from zolightning.data.task import HubDataset, Task
+from zolightning.data.plain_text import PlainText
+from zolightning.data.task import HubDataset, PromptTask, Task
 from zolightning.packaged import configs, packaged
+
+# by the field that no other kind has; checked in this order
+KINDS: dict[str, type[Task]] = {
+    "answers": Classification,
+    "choices": MultipleChoice,
+    "references": Generation,
+    "answer": Completion,
+    "messages": Conversation,
+    "text": PlainText,
+}
 
 
 def load_task(name: str) -> Task:
@@ -43,16 +56,14 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     """Makes a task of plain values.
 
     Args:
-        values: The fields of a MultipleChoice if `choices` is one of them, of a Generation if `references` is, else of
-            a Classification; ``hub`` as a mapping of its own.
+        values: The fields of one of the kinds of tasks; ``hub`` as a mapping of its own.
         beside: What a relative ``folder`` starts from; the working directory if not given.
 
     Raises:
         ValueError: A field is unknown, missing or wrong; says which.
     """
-    kind: type[Task] = Classification
-    if isinstance(values, Mapping):
-        kind = MultipleChoice if "choices" in values else Generation if "references" in values else Classification
+    named = [kind for field, kind in KINDS.items() if isinstance(values, Mapping) and field in values]
+    kind = named[0] if named else Classification
     _check_keys(kind, values, "a task")
     settings = dict(values)
     for key in ("answers", "labels", "skip_labels"):
@@ -82,6 +93,8 @@ def chosen_task(task: str | Mapping[str, Any], prompt: str | None, answers: Sequ
     """
     found = load_task(task) if isinstance(task, str) else _made("task", partial(task_of, task))
     if prompt is not None:
+        if not isinstance(found, PromptTask):
+            raise ValueError(f"`data.prompt` does not go with task {found.name}, which has no prompt.")
         found = _made("prompt", partial(replace, found, prompt=prompt))
     if answers is not None:
         if not isinstance(found, Classification):
@@ -102,9 +115,10 @@ def _check_keys(cls: type, values: object, what: str) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a mapping of keys to values, got {values!r}.")
     known = {field.name: field.default is MISSING for field in fields(cls)}
+    others = "`, `".join(list(KINDS)[1:])
+    hint = f" (unless one of `{others}` makes it one of another kind)" if cls is Classification else ""
     if unknown := [str(key) for key in values if key not in known]:
         keys = sorted(known, key=lambda key: not known[key])  # those it needs first
-        others = "; with `choices` or `references` it is another kind of task" if cls is Classification else ""
-        raise ValueError(f"{what} has no key `{'`, `'.join(unknown)}`; its keys are {', '.join(keys)}{others}.")
+        raise ValueError(f"{what} has no key `{'`, `'.join(unknown)}`; its keys are {', '.join(keys)}{hint}.")
     if missing := [key for key, required in known.items() if required and key not in values]:
-        raise ValueError(f"{what} needs the key `{'`, `'.join(missing)}`.")
+        raise ValueError(f"{what} needs the key `{'`, `'.join(missing)}`{hint}.")

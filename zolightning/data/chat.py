@@ -1,0 +1,47 @@
+"""Conversations in the words of a tokenizer's chat template."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zolightning.data.conversation import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def chat_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> str:
+    """The text after which the assistant's next turn begins.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or one that refuses these turns.
+    """
+    return _written(tokenizer, turns, add_generation_prompt=True)
+
+
+def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> tuple[str, str]:
+    """A conversation in two parts, the second of which is the last turn with what the template ends it by.
+
+    Raises:
+        ValueError: As :func:`chat_prompt`; or the template writes earlier turns differently once there is an answer.
+    """
+    prompt = chat_prompt(tokenizer, turns[:-1])
+    whole = _written(tokenizer, turns, add_generation_prompt=False)
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template writes the turns before the last in another way without it")
+    return prompt, whole[len(prompt) :]
+
+
+def _written(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], add_generation_prompt: bool) -> str:
+    if tokenizer.chat_template is None:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ValueError(f"the tokenizer {name} has no chat template: use a model that was trained to chat")
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # Jinja2's, and whatever a template raises
+        raise ValueError(f"the chat template refuses this conversation: {error}") from None
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,46 @@
+"""Plain text: language modelling of whole texts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from zolightning.data.task import Task
+from zolightning.data.templates import check_template, fill, guarded, template_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainText(Task):
+    """Texts of which every token but the first is trained; validation reports the loss, the mean over tokens.
+
+    A text that is too long loses its end. Nothing is appended.
+
+    Args:
+        text: Jinja2 template over the fields of a row, such as ``{{ text }}``.
+    """
+
+    text: str
+
+    objective = "language_modeling"
+    num_classes = 1
+    validation_metrics = ()
+    label_fields = frozenset[str]()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_strings("text")
+        check_template("text", self.text)
+
+    @cached_property
+    def template_fields(self) -> frozenset[str]:
+        return template_fields([self.text])
+
+    def right(self, row: Mapping[str, Any]) -> tuple[int]:
+        return (0,)
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        self.check_fields(row, self.template_fields)
+        text = fill(self.text, guarded(row, self.template_fields))
+        if not text.strip():
+            raise ValueError("the text is empty")
+        return "", [text]
