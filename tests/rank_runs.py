@@ -158,7 +158,7 @@ def train(name: str, ranks: int, folder: Path) -> None:
     if "activations" in options:
         callbacks += [SubspaceResampling(interval=4, bases=ActivationBases(examples="batch", refresh=True))]
     if "blocks" in options:
-        callbacks += [BlockCoordinateDescent(Bandit(step_size=0.5), interval=2, patterns=options["blocks"])]
+        callbacks += [BlockCoordinateDescent(Bandit(step_size=0.5, queries=1), interval=2, patterns=options["blocks"])]
     trainer = make_trainer(
         ranks,
         [*callbacks, recorder, ledger, RunOverview()],
