@@ -70,6 +70,10 @@ class Estimating(BlockwiseParameters, ABC):
         For every trainable parameter, as a tensor of :meth:`trainable_shape`.
         """
 
+    def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
+        """:meth:`perturbations` of several queries."""
+        return {query: self.perturbations(query, sign) for query in queries}
+
     def offsets(self) -> dict[nn.Parameter, Perturbation]:
         """What the network computes with beside the stored weights, also where nothing is perturbed."""
         return {}

@@ -84,14 +84,16 @@ class GRZO(SubspaceOptimizer):
     def direction_scale(self, matrix: Matrix) -> float:
         return self.unit_rms_scale(matrix)
 
-    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        found = super().perturbations(query, sign)
+    def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
+        found = super().perturbations_of(queries, sign)
         for group in self.param_groups:
+            run = group["seed"], group["step"]
             for name, (parameter, matrix) in self.split(group)[0].items():
-                core, signs = self._parts(parameter, name, matrix, (group["seed"], group["step"]), query)
                 pending = self.state.get(parameter, {}).get("core")
                 factor = sign * group["eps"] * self.direction_scale(matrix)
-                found[parameter] = Signed(self.basis(parameter), matrix[:2], pending, core, signs, factor)
+                for query, changes in found.items():
+                    core, signs = self._parts(parameter, name, matrix, run, query)
+                    changes[parameter] = Signed(self.basis(parameter), matrix[:2], pending, core, signs, factor)
         return found
 
     def update(self, record: StepRecord) -> None:

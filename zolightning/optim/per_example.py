@@ -54,8 +54,9 @@ def evaluate_examples(
     perturbations: list[dict[nn.Parameter, Perturbation]] = []
     for place in own:
         sign = probes[place].sign
-        found = {q: of_whole_parameters(optimizer, optimizer.perturbations(q, sign)) for q in dict.fromkeys(queries)}
-        perturbations += [found[query] for query in queries]
+        found = optimizer.perturbations_of(dict.fromkeys(queries), sign)
+        whole = {query: of_whole_parameters(optimizer, changes) for query, changes in found.items()}
+        perturbations += [whole[query] for query in queries]
     results = []
     if own:
         results = optimizer.evaluator.evaluate(

@@ -163,17 +163,26 @@ class SubspaceOptimizer(SubspaceWeights):
         }
 
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        found = self.offsets()
+        return self.perturbations_of([query], sign)[query]
+
+    def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
+        """As :meth:`perturbations`, which is this of one query: what queries have in common is looked up once."""
+        offsets = self.offsets()
+        found = {query: dict(offsets) for query in queries}
         for group in self.param_groups:
             matrices, vectors = self.split(group)
-            coefficients = {query: sign * group["eps"]}
-            if group["vector_lr_ratio"]:
-                dense = directions(vectors, group["seed"], group["step"], coefficients, self.noise)
-                found |= {parameter: dense[name] for name, parameter in vectors.items()}
-            cores = self._core_directions(matrices, group["seed"], group["step"], coefficients)
-            for name, (parameter, matrix) in matrices.items():
-                pending = self.state.get(parameter, {}).get("core")
-                found[parameter] = LowRank(self.basis(parameter), matrix[:2], pending, cores[name])
+            shared = {
+                name: (parameter, self.basis(parameter), matrix[:2], self.state.get(parameter, {}).get("core"))
+                for name, (parameter, matrix) in matrices.items()
+            }
+            for query, changes in found.items():
+                coefficients = {query: sign * group["eps"]}
+                if group["vector_lr_ratio"]:
+                    dense = directions(vectors, group["seed"], group["step"], coefficients, self.noise)
+                    changes |= {parameter: dense[name] for name, parameter in vectors.items()}
+                cores = self._core_directions(matrices, group["seed"], group["step"], coefficients)
+                for name, (parameter, basis, shape, pending) in shared.items():
+                    changes[parameter] = LowRank(basis, shape, pending, cores[name])
         return found
 
     def update(self, record: StepRecord) -> None:
