@@ -22,9 +22,10 @@ from zolightning.optim.checks import loss_and_terms, require_positive
 from zolightning.optim.record import StepRecord
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 
-_ROUNDS = 10  # pairs of evaluations at most
-_FARTHER = 10.0  # at most from one pair to the next
-_NEAR = 1.15  # a distance within this factor of the one that was found is near enough
+_FEW = 4  # walks that lead near
+_ROUNDS = 12  # distances that are tried
+_FARTHER = 10.0  # at most from one to the next
+_NEAR = 2.0  # a distance within this factor of the one that was found is near
 
 
 class LearningRateProbe(Callback):
@@ -103,24 +104,24 @@ class LearningRateProbe(Callback):
         if len(self._records) < self.num_steps:
             return
         batches = calibration_batches(trainer, pl_module, self.num_examples)
-        walk = Walk(pl_module, optimizer, self._records, batches)
+        walks = Walks(pl_module, optimizer, self._records, batches)
         self._records = []
-        found = trainer.strategy.broadcast(find_scale(walk.losses, self.noise))
-        optimizer.count(walk.forwards)
+        found = trainer.strategy.broadcast(find_scale(walks.rises, len(walks), walks.loss, self.noise))
+        optimizer.count(walks.forwards)
         if found is None:
             set_lr_scale(optimizer, 1.0)
             rank_zero_warn(
-                f"LearningRateProbe: `lr` stays {walk.lr[0]:g}, because no walk of {walk.num_steps} steps made the "
-                f"loss of {self.num_examples} examples rise by {self.noise:g} of it. Set `lr` yourself."
+                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, made the loss of "
+                f"{self.num_examples} examples rise by {self.noise:g} of it. Set `lr` yourself."
             )
             return
         steps = self._steps_left(trainer)
-        scale = found.scale * math.sqrt(walk.num_steps / _at_full_rate(trainer, int(steps)))
+        scale = found.scale * math.sqrt(walks.length / _at_full_rate(trainer, int(steps)))
         set_lr_scale(optimizer, scale)
         summary = (
-            f"LearningRateProbe: `lr` is {scale * walk.lr[0]:.3g} for {steps:g} steps. {walk.num_steps} steps at "
-            f"{found.scale * walk.lr[0]:.3g} walk as far, which made the loss of {self.num_examples} examples rise "
-            f"from {found.loss:.4f} by {found.rise:.4f} ({found.error:.4f} standard error); {walk.forwards} forwards."
+            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {steps:g} steps. Walks about as far as theirs "
+            f"made the loss of {self.num_examples} examples rise from {found.loss:.4f} by {found.rise:.4f} (standard "
+            f"error {found.error:.4f}); {walks.forwards} forwards."
         )
         rank_zero_info(summary)
         for logger in trainer.loggers:
@@ -145,13 +146,13 @@ class LearningRateProbe(Callback):
 
 @dataclass(frozen=True)
 class Found:
-    """A distance along a walk, in multiples of the method's learning rates.
+    """How far steps may go.
 
     Attributes:
-        scale: where the loss has risen by the wanted share.
-        loss: where the walk begins.
+        scale: multiple of the method's learning rates at which walks make the loss rise by the wanted share.
+        loss: before.
         rise: measured near there.
-        error: standard error of `rise`; 0 for a single batch.
+        error: standard error of `rise`.
     """
 
     scale: float
@@ -160,53 +161,49 @@ class Found:
     error: float
 
 
-def find_scale(losses: Callable[[float], Tensor], share: float) -> Found | None:
-    """Finds how far to walk until the loss rises by a share of itself, as a mean over both directions.
+def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> Found | None:
+    """Finds how far to walk until the loss rises by a share of itself, on average over walks.
+
+    A rise goes with the square of the distance, so that a few walks soon lead near, where all of them are taken.
 
     Args:
-        losses: (batches,), the loss of each batch at a distance, which may be negative.
-        share: of the loss at 0.
+        rises: (walks,), of the loss after walks of a distance; so many of them.
+        num_walks: how many there are.
+        loss: before.
+        share: of it.
 
     Returns:
-        None if it does not rise so much within a factor of 10^7.
+        None if it does not rise so much within a factor of 10^9.
     """
-    start, scale = losses(0.0), 1.0
-    wanted = share * abs(start.mean().item())
-    if not wanted > 0:
-        return None
-    low, high = 0.0, math.inf  # where it rises by less, and by more
+    scale, count, wanted = 1.0, min(_FEW, num_walks), share * abs(loss)
     for _ in range(_ROUNDS):
-        rises = (losses(scale) + losses(-scale)) / 2 - start
-        rise, count = rises.mean().item(), len(rises)
-        error = rises.std().item() / math.sqrt(count) if count > 1 else 0.0
-        if rise < wanted:
-            low = max(low, scale)
-        else:  # or it is not finite
-            high = min(high, scale)
-        # It goes with the square of the distance, unless the loss is no parabola.
-        factor = math.sqrt(wanted / max(rise, wanted / _FARTHER**2)) if math.isfinite(rise) else 0.0
-        found = scale * max(factor, 1 / _FARTHER)
-        if not low <= found <= high:
-            found = math.sqrt(low * high)
-        if found / _NEAR <= scale <= found * _NEAR:
-            return Found(found, start.mean().item(), rise, error)
-        scale = found
+        found = rises(scale, count)
+        rise, error = found.mean().item(), found.std().item() / math.sqrt(count) if count > 1 else 0.0
+        factor = math.sqrt(wanted / max(rise, wanted / _FARTHER**2)) if math.isfinite(rise) and wanted else 0.0
+        scale *= max(factor, 1 / _FARTHER)
+        if 1 / _NEAR <= factor <= _NEAR and count == num_walks:
+            return Found(scale, loss, rise, error)
+        if 1 / _NEAR <= factor <= _NEAR:
+            count = num_walks
     return None
 
 
-class Walk:
-    """Where recorded steps would lead from the present weights, at other learning rates and with random signs.
+class Walks:
+    """Where recorded steps would lead from the present weights, at other learning rates.
 
+    Each step is a walk of its own, for one direction is as random as a sum of them. Where a method has momentum, by
+    which steps go on in the next ones, a walk has all of them, with random signs, so that no descent is among them.
     Steps of an earlier subspace or block do not count: what they measured is along no direction of the present ones.
 
     Args:
         module: whose ``training_step`` gives the loss.
         optimizer: whose steps they were.
         records: of the steps.
-        batches: to evaluate the loss of.
+        batches: to evaluate the loss of: for each walk the next one.
 
     Attributes:
         lr: of each group of the method, on which distances are based.
+        length: steps of each walk.
         forwards: evaluated batches.
     """
 
@@ -217,44 +214,65 @@ class Walk:
         records: Sequence[StepRecord],
         batches: Sequence[Any],
     ) -> None:
-        last = records[-1]
+        last, groups = records[-1], optimizer.param_groups
         usable = [record for record in records if (record.refresh, record.blocks) == (last.refresh, last.blocks)]
-        generator = torch.Generator().manual_seed(last.seed % 2**63)
-        signs = (2 * torch.randint(2, (len(usable),), generator=generator) - 1).tolist()
-        weight = optimizer.param_groups[0].get("block_weight", 1.0)
-        self.lr = [weight * group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        self.forwards = 0
-        self._steps = list(zip(usable, signs, strict=True))
+        has_momentum = any(group.get("momentum") or group.get("betas") for group in groups)
+        self._walks = [[record] for record in usable] if not has_momentum else _signed(usable, last.seed)
+        self.length = len(self._walks[0])
+        self.lr = [group.get("initial_lr", group["lr"]) * groups[0].get("block_weight", 1.0) for group in groups]
         self._module, self._optimizer, self._batches = module, optimizer, batches
         self._weights = {parameter: _to_host(parameter) for _, _, parameter in optimizer.trainable()}
         self._state = tree_map_only(Tensor, _to_host, optimizer.state_dict())
+        self.forwards = 0
+        self._before = torch.stack([self._loss_after([], 0.0, batch) for batch in batches])
+
+    def __len__(self) -> int:
+        return len(self._walks)
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the walk."""
-        return len(self._steps)
+    def loss(self) -> float:
+        """At the present weights, the mean over batches."""
+        return self._before.mean().item()
+
+    def rises(self, scale: float, count: int) -> Tensor:
+        """By how much the loss rises on the first `count` walks, (count,): the mean of each and its opposite."""
+        found = []
+        for number, walk in enumerate(self._walks[:count]):
+            place = number % len(self._batches)
+            both = [self._loss_after(walk, sign * scale, self._batches[place]) for sign in (1, -1)]
+            found.append((both[0] + both[1]) / 2 - self._before[place])
+        return torch.stack(found)
 
     @torch.no_grad()
-    def losses(self, scale: float) -> Tensor:
-        """The loss of each batch, float64, after all steps with `scale` times the method's learning rates."""
+    def _loss_after(self, walk: Sequence[StepRecord], scale: float, batch: Any) -> Tensor:
+        """The loss of a batch, float64, where a walk at `scale` times the method's learning rates ends."""
         optimizer, lr = self._optimizer, tuple(scale * lr for lr in self.lr)
+        precision = self._module.trainer.precision_plugin
+        self.forwards += 1
         try:
-            for record, sign in self._steps if scale else ():
-                grads = tuple(sign * g for g in record.projected_grads)
-                optimizer.apply(replace(record, lr=lr, projected_grads=grads))
+            for record in walk:
+                optimizer.apply(replace(record, lr=lr))
             optimizer.fold()
-            self.forwards += len(self._batches)
-            return torch.stack([self._loss(batch) for batch in self._batches])
+            with isolate_rng(), precision.train_step_context():  # the same random numbers each time
+                loss, _ = loss_and_terms(calibration_forward(self._module, batch))
+            return loss.double().cpu()
         finally:
             optimizer.load_state_dict(self._state)
             for parameter, values in self._weights.items():
                 parameter.copy_(values)
 
-    def _loss(self, batch: Any) -> Tensor:
-        precision = self._module.trainer.precision_plugin
-        with isolate_rng(), precision.train_step_context():  # the same random numbers each time
-            loss, _ = loss_and_terms(calibration_forward(self._module, batch))
-        return loss.double().cpu()
+
+def _signed(records: Sequence[StepRecord], seed: int) -> list[list[StepRecord]]:
+    """A few walks of all these steps, each step forwards or backwards by a draw."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    signs = (2 * torch.randint(2, (2 * _FEW, len(records)), generator=generator) - 1).tolist()
+    return [
+        [
+            replace(record, projected_grads=tuple(sign * grad for grad in record.projected_grads))
+            for record, sign in zip(records, row, strict=True)
+        ]
+        for row in signs
+    ]
 
 
 def zeroth_order_optimizer(trainer: L.Trainer, callback: str) -> ZerothOrderOptimizer:

@@ -1,0 +1,133 @@
+"""What a block of parameters promises, from forward passes: its gradient's size against its curvature."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.optim import MeZO
+from zolightning.optim.checks import Loss
+from zolightning.optim.estimators import ThreePoint
+from zolightning.scopes.parts import ChosenParameters
+
+
+@dataclass(frozen=True)
+class BlockSignal:
+    """Estimates for one block b, of gradient g and Hessian H, each with its standard error.
+
+    Attributes:
+        name: of the block.
+        size: numbers that would train.
+        squared_grad: ``|g|^2``, unbiased and so sometimes below 0.
+        squared_grad_error: of it.
+        curvature: ``tr H``, likewise.
+        curvature_error: of it.
+    """
+
+    name: str
+    size: int
+    squared_grad: float
+    squared_grad_error: float
+    curvature: float
+    curvature_error: float
+
+    @property
+    def ratio(self) -> float:
+        """``|g|^2 / tr H``: twice what the best step ``-lr g z`` within the block takes off the loss, at ``1 / tr H``.
+
+        A curvature within two standard errors of 0 counts as these, so that noise is not taken for flatness.
+        """
+        curvature = max(self.curvature, 2 * self.curvature_error)
+        return self.squared_grad / curvature if curvature > 0 else 0.0
+
+
+def measure_signal(
+    module: nn.Module,
+    blocks: Mapping[str, ChosenParameters],
+    losses: Sequence[Callable[[], Loss]],
+    num_queries: int,
+    eps: float = 1e-3,
+    seed: int | None = None,
+) -> list[BlockSignal]:
+    """Perturbs one block after the other along `num_queries` directions, and nothing else.
+
+    Along a direction z each of B batches has a projected gradient ``z' g_i``. The square of their mean would count the
+    batches' noise as signal, ``|g|^2 + N / B``; products of different batches do not: the mean of ``(z' g_i)(z' g_j)``
+    over all pairs has the expectation ``|g|^2``. Second differences have that of ``tr H``.
+
+    Costs ``B (2 num_queries + 1)`` evaluations a block, and three or four that find out where parameters are read.
+    Evaluate in float32 where that can be: in half precision a perturbation also changes how the forward rounds.
+
+    Args:
+        module: owns the parameters, which are as before afterwards.
+        blocks: the parameters of each, with their slices, by name; no parameter is in two.
+        losses: of at least two batches that have no example in common.
+        num_queries: directions a block.
+        eps: standard deviation of the perturbation of each weight.
+        seed: of the directions; None takes that of ``seed_everything``.
+
+    Raises:
+        ValueError: if there are less than two batches.
+        NonFiniteLossError: if a loss is not finite.
+    """
+    if len(losses) < 2:
+        raise ValueError(f"A signal is told from noise by at least two batches, got {len(losses)}.")
+    chosen = {parameter: part for block in blocks.values() for parameter, part in block.items()}
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter in chosen]
+    found = []
+    with _unfrozen(chosen):
+        estimator = ThreePoint()
+        optimizer = MeZO(named, eps=eps, seed=seed, num_queries=num_queries, estimator=estimator)
+        optimizer.attach(module)
+        try:
+            optimizer.restrict({parameter: part for parameter, part in chosen.items() if part is not None})
+            optimizer.set_blocks([list(block) for block in blocks.values()])
+            for index, (name, block) in enumerate(blocks.items()):
+                optimizer.activate([index])
+                records = [optimizer.estimate(loss) for loss in losses]
+                grads = torch.tensor([record.projected_grads for record in records], dtype=torch.float64)
+                bends = [estimator.second_differences(record.losses) for record in records]
+                size = sum(math.prod(optimizer.trainable_shape(parameter)) for parameter in block)
+                squared, curvatures = pair_products(grads), torch.tensor(bends, dtype=torch.float64).mean(0) / eps**2
+                found.append(BlockSignal(name, size, *_mean(squared), *_mean(curvatures)))
+        finally:
+            optimizer.detach()
+    return found
+
+
+def pair_products(grads: Tensor) -> Tensor:
+    """The mean product of the entries of two different rows, for each column: (rows, columns) to (columns,)."""
+    count = len(grads)
+    return (grads.sum(0).square() - grads.square().sum(0)) / (count * (count - 1))
+
+
+def table(signals: Iterable[BlockSignal]) -> str:
+    """One line a block."""
+    lines = ["block                        numbers          |g|^2      (error)           tr H      (error)      ratio"]
+    lines += [
+        f"{s.name:24} {s.size:11,} {s.squared_grad:14.4g} {s.squared_grad_error:12.2g} {s.curvature:14.4g} "
+        f"{s.curvature_error:12.2g} {s.ratio:10.3g}"
+        for s in signals
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _unfrozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    flags = {parameter: parameter.requires_grad for parameter in parameters}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean and its standard error, infinite for one value."""
+    count = len(values)
+    return values.mean().item(), values.std().item() / math.sqrt(count) if count > 1 else math.inf

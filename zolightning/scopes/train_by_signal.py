@@ -1,0 +1,131 @@
+"""Training where the gradient is large and the curvature small."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from zolightning.blocks.partition import find_blocks, require_patterns
+from zolightning.layers import find_layers
+from zolightning.optim.checks import require_positive
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.parts import ChosenParameters, Part, WholeLayer
+from zolightning.scopes.scope import Scope, Selection
+from zolightning.scopes.signal import measure_signal, table
+
+
+class TrainBySignal(Scope):
+    """Trains the blocks with the largest ``|g|^2 / tr H``, which forward passes estimate before training starts.
+
+    A zeroth-order step in a block of gradient g and Hessian H takes at most ``|g|^2 / (2 tr H)`` off the loss, whatever
+    the block's size (:class:`~zolightning.scopes.signal.BlockSignal`). Blocks are layers, or the same part of each, or
+    what patterns name, such as all query maps. Sizes of gradients are estimated without bias, by products of different
+    batches; so the training data must have two batches at least in `num_prompts` examples.
+
+    Costs about ``B (2 num_queries + 1)`` forwards a block, B the number of batches; a line says how many before they
+    are run. They need no gradients and no optimizer, and are run once: a run that goes on from a checkpoint trains what
+    it says without looking again. In TensorBoard the text ``scope`` shows the estimates of all blocks.
+
+    Args:
+        num_blocks: how many blocks train.
+        part: what of each layer is looked at, and trains; all of it by default.
+        patterns: regular expressions, one a block, instead of layers: a parameter belongs to the first that matches
+            somewhere in its name.
+        num_queries: directions a block. The relative error of ``|g|^2`` is about ``sqrt(2 / num_queries)``.
+        num_prompts: training examples to look at.
+        eps: standard deviation of the perturbation of each weight.
+        layers_name: where the layers are; found by structure if not given.
+
+    Raises:
+        ValueError: naming the argument, before anything trains.
+
+    Example::
+
+        callbacks = [TrainBySignal(num_blocks=3), ZerothOrder(partial(MeZO, lr=1e-5))]
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 1,
+        part: Part | None = None,
+        patterns: Sequence[str] | None = None,
+        num_queries: int = 8,
+        num_prompts: int = 32,
+        eps: float = 1e-3,
+        layers_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"num_blocks": num_blocks, "num_queries": num_queries, "num_prompts": num_prompts}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer, at least 1, got {value!r}.")
+        require_positive("eps", eps)
+        require_patterns(patterns)
+        if patterns is not None and part is not None:
+            raise ValueError(
+                f"`part` is {part!r}, of layers, and `patterns` name blocks of their own: give one of them."
+            )
+        self.num_blocks = num_blocks
+        self.part = WholeLayer() if part is None else part
+        self.patterns = patterns
+        self.num_queries = num_queries
+        self.num_prompts = num_prompts
+        self.eps = eps
+        self.layers_name = layers_name
+
+    def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        pl_module.to(trainer.strategy.root_device)
+        batches = calibration_batches(trainer, pl_module, self.num_prompts)
+        blocks = self._blocks(pl_module, batches)
+        if self.num_blocks > len(blocks):
+            raise ValueError(
+                f"`num_blocks` must be at most {len(blocks)}, the number of blocks, got {self.num_blocks}."
+            )
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        if trainer.ckpt_path is not None:  # which says what trains
+            chosen = {names[p]: part for block in blocks.values() for p, part in block.items()}
+            return Selection(chosen, "whatever the checkpoint says")
+        if len(batches) < 2:
+            raise ValueError(
+                f"`num_prompts` is {self.num_prompts}, which is one batch of the training data, and a signal is told "
+                "from noise by two at least. Set it to twice the batch size, or more."
+            )
+        rank_zero_info(
+            f"TrainBySignal: {len(blocks) * len(batches) * (2 * self.num_queries + 1):,} forwards over {len(blocks)} "
+            f"blocks, and a few a block that find out where parameters are read."
+        )
+        losses = [partial(calibration_forward, pl_module, batch) for batch in batches]
+        signals = measure_signal(pl_module, blocks, losses, self.num_queries, self.eps)
+        best = sorted(signals, key=lambda signal: -signal.ratio)[: self.num_blocks]
+        found = ", ".join(f"{signal.name} ({signal.ratio:.2g})" for signal in best)
+        parameters = {names[p]: part for signal in best for p, part in blocks[signal.name].items()}
+        return Selection(
+            parameters, f"of {len(blocks)} blocks those of largest |g|^2 / tr H: {found}", (), table(signals)
+        )
+
+    def _blocks(self, pl_module: L.LightningModule, batches: Sequence[Any]) -> dict[str, ChosenParameters]:
+        """What may train, by block."""
+        if self.patterns is not None:
+            trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+            blocks = find_blocks(pl_module, trainable, self.patterns, "never").parameters
+            return {name: dict.fromkeys(block) for name, block in blocks.items()}
+
+        def calibrate() -> None:
+            for batch in batches:
+                calibration_forward(pl_module, batch)
+
+        stack = find_layers(pl_module, self.layers_name)
+        chosen = self.part.select(pl_module, stack, range(len(stack)), calibrate)
+        before = self._trainable
+        found: dict[str, ChosenParameters] = {}
+        taken: set[nn.Parameter] = set()
+        for index in range(len(stack)):
+            own = [
+                p for p in stack.parameters(index).values() if p in chosen and p not in taken and before.get(p, True)
+            ]
+            if own:  # layers may share parameters: these are the first one's
+                found[f"layer {index}"] = {parameter: chosen[parameter] for parameter in own}
+                taken.update(own)
+        return found
