@@ -16,6 +16,7 @@ from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.save_last import SaveLast
 from zolightning.scopes.dominant_layer import DominantLayer
 from zolightning.scopes.random_layer import RandomLayer
+from zolightning.scopes.train_by_signal import TrainBySignal
 from zolightning.scopes.train_layers import TrainLayers
 from zolightning.scopes.train_parameters import TrainParameters
 
@@ -35,6 +36,7 @@ __all__ = [
     "Spectra",
     "StepProgressBar",
     "SubspaceResampling",
+    "TrainBySignal",
     "TrainLayers",
     "TrainParameters",
     "ZerothOrder",

@@ -33,15 +33,14 @@ class LearningRateProbe(Callback):
 
     Zeroth-order steps are nearly all noise: of ``-lr g z`` hardly anything points downhill, and the rest is a random
     walk, which after T steps has cost ``T lr^2 C / 2`` of the loss, where C is the mean of ``g^2 z' H z`` over steps, H
-    the Hessian. Ghadimi and Lan (arXiv 1309.5549) balance this against the loss there is to win, D, and find the best
-    constant rate ``sqrt(2 D / (T C))``. Here the cost may be `noise` times the loss at the beginning, and it is
-    measured where the walk will end, since no Hessian holds that far:
+    the Hessian. Ghadimi and Lan (arXiv 1309.5549) balance this against the loss D there is to win, which makes the
+    best constant rate ``sqrt(2 D / (T C))``. Here the cost is to be `noise` times the loss at the beginning.
 
     The first `num_steps` steps of a run are taken with a learning rate of 0. They measure projected gradients and fill
-    the method's momentum or running means. Then they are replayed from their records, with random signs, so that no
-    descent is among them, at rates at which so few steps go as far as all T would, ``sqrt(T / num_steps)`` times the
-    rate of the run; how much the loss of `num_examples` examples rises, as a mean of both opposite walks, is the cost.
-    Two to four such pairs find the rate.
+    the method's momentum or running means. Then each is replayed from its record, at rates so large that it goes as far
+    as many would, forwards and backwards, until the loss of `num_examples` examples is twice what it was on average.
+    There a rise is seen in spite of how unlike each other directions are; the cost of shorter walks goes with the
+    square of their length, and the length with the root of the number of steps.
 
     Any method can be probed, with its momentum, normalisation and subspaces, for the method itself replays. Its own
     ``lr`` is where the search begins, and what groups have is kept in proportion. A schedule scales what is found, and
@@ -50,7 +49,7 @@ class LearningRateProbe(Callback):
     first one's result. It is kept with the method's hyperparameters, as ``lr_scale``, so that a resumed run does not
     probe again.
 
-    Costs the first steps, and about seven forwards over the examples, which the next step counts. In TensorBoard
+    Costs the first steps, and about 60 forwards, which the next step counts. In TensorBoard
     ``zo/lr`` is 0, then the rate; the text ``learning_rate`` says what was found.
 
     Args:
@@ -70,7 +69,7 @@ class LearningRateProbe(Callback):
     """
 
     def __init__(
-        self, num_steps: int = 16, num_examples: int = 64, noise: float = 0.03, total_steps: int | None = None
+        self, num_steps: int = 16, num_examples: int = 64, noise: float = 0.01, total_steps: int | None = None
     ) -> None:
         counts = {"num_steps": num_steps, "num_examples": num_examples}
         for name, value in (counts if total_steps is None else counts | {"total_steps": total_steps}).items():
@@ -106,22 +105,22 @@ class LearningRateProbe(Callback):
         batches = calibration_batches(trainer, pl_module, self.num_examples)
         walks = Walks(pl_module, optimizer, self._records, batches)
         self._records = []
-        found = trainer.strategy.broadcast(find_scale(walks.rises, len(walks), walks.loss, self.noise))
+        found = trainer.strategy.broadcast(find_scale(walks.rises, len(walks), walks.loss))
         optimizer.count(walks.forwards)
         if found is None:
             set_lr_scale(optimizer, 1.0)
             rank_zero_warn(
-                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, made the loss of "
-                f"{self.num_examples} examples rise by {self.noise:g} of it. Set `lr` yourself."
+                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, doubled the loss of "
+                f"{self.num_examples} examples. Set `lr` yourself."
             )
             return
         steps = self._steps_left(trainer)
-        scale = found.scale * math.sqrt(walks.length / _at_full_rate(trainer, int(steps)))
+        scale = found.scale * math.sqrt(self.noise * walks.length / _at_full_rate(trainer, int(steps)))
         set_lr_scale(optimizer, scale)
         summary = (
-            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {steps:g} steps. Walks about as far as theirs "
-            f"made the loss of {self.num_examples} examples rise from {found.loss:.4f} by {found.rise:.4f} (standard "
-            f"error {found.error:.4f}); {walks.forwards} forwards."
+            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {steps:g} steps, which go {self.noise**0.5:.2g} "
+            f"times as far as what doubles the loss of {self.num_examples} examples (from {found.loss:.4f}, measured "
+            f"near a rise of {found.rise:.4f}, standard error {found.error:.4f}; {walks.forwards} forwards)."
         )
         rank_zero_info(summary)
         for logger in trainer.loggers:
@@ -149,7 +148,7 @@ class Found:
     """How far steps may go.
 
     Attributes:
-        scale: multiple of the method's learning rates at which walks make the loss rise by the wanted share.
+        scale: multiple of the method's learning rates at which walks double the loss.
         loss: before.
         rise: measured near there.
         error: standard error of `rise`.
@@ -161,8 +160,8 @@ class Found:
     error: float
 
 
-def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> Found | None:
-    """Finds how far to walk until the loss rises by a share of itself, on average over walks.
+def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float) -> Found | None:
+    """Finds how far to walk until the loss is twice what it was, on average over walks.
 
     A rise goes with the square of the distance, so that a few walks soon lead near, where all of them are taken.
 
@@ -170,12 +169,11 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
         rises: (walks,), of the loss after walks of a distance; so many of them.
         num_walks: how many there are.
         loss: before.
-        share: of it.
 
     Returns:
-        None if it does not rise so much within a factor of 10^9.
+        None if it does not rise so much within a factor of 10^11.
     """
-    scale, count, wanted = 1.0, min(_FEW, num_walks), share * abs(loss)
+    scale, count, wanted = 1.0, min(_FEW, num_walks), abs(loss)
     for _ in range(_ROUNDS):
         found = rises(scale, count)
         rise, error = found.mean().item(), found.std().item() / math.sqrt(count) if count > 1 else 0.0

@@ -5,6 +5,7 @@ from zolightning.scopes.massive_direction import MassiveDirection
 from zolightning.scopes.parts import MLP, LoRA, OutlierChannels, Part, WholeLayer, WithoutOutlierChannels
 from zolightning.scopes.random_layer import RandomLayer
 from zolightning.scopes.scope import Scope
+from zolightning.scopes.train_by_signal import TrainBySignal
 from zolightning.scopes.train_layers import TrainLayers
 from zolightning.scopes.train_parameters import TrainParameters
 
@@ -17,6 +18,7 @@ __all__ = [
     "Part",
     "RandomLayer",
     "Scope",
+    "TrainBySignal",
     "TrainLayers",
     "TrainParameters",
     "WholeLayer",

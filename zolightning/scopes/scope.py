@@ -59,8 +59,7 @@ class Scope(Callback, ABC):
             return
         refuse_two_scopes(trainer)
         self._trainable = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
-        # A choice from the same prompts is the same everywhere, but for the last bits of different processors.
-        self._apply(pl_module, trainer.strategy.broadcast(self.select(trainer, pl_module)))
+        self._choose(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -118,6 +117,10 @@ class Scope(Callback, ABC):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._give_back()  # Lightning calls no teardown after an exception or an interrupt
+
+    def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A choice from the same prompts is the same everywhere, but for the last bits of different processors.
+        self._apply(pl_module, trainer.strategy.broadcast(self.select(trainer, pl_module)))
 
     def _apply(self, pl_module: L.LightningModule, selection: Selection) -> None:
         gone = unquantize(pl_module, selection.parameters)

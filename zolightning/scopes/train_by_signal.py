@@ -84,9 +84,6 @@ class TrainBySignal(Scope):
                 f"`num_blocks` must be at most {len(blocks)}, the number of blocks, got {self.num_blocks}."
             )
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        if trainer.ckpt_path is not None:  # which says what trains
-            chosen = {names[p]: part for block in blocks.values() for p, part in block.items()}
-            return Selection(chosen, "whatever the checkpoint says")
         if len(batches) < 2:
             raise ValueError(
                 f"`num_prompts` is {self.num_prompts}, which is one batch of the training data, and a signal is told "
@@ -94,7 +91,7 @@ class TrainBySignal(Scope):
             )
         rank_zero_info(
             f"TrainBySignal: {len(blocks) * len(batches) * (2 * self.num_queries + 1):,} forwards over {len(blocks)} "
-            f"blocks, and a few a block that find out where parameters are read."
+            "blocks, and a few a block that find out where parameters are read."
         )
         losses = [partial(calibration_forward, pl_module, batch) for batch in batches]
         signals = measure_signal(pl_module, blocks, losses, self.num_queries, self.eps)
@@ -104,6 +101,20 @@ class TrainBySignal(Scope):
         return Selection(
             parameters, f"of {len(blocks)} blocks those of largest |g|^2 / tr H: {found}", (), table(signals)
         )
+
+    def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Chooses unless a checkpoint does: Lightning restores one after ``setup`` and before the strategy's own."""
+        self._selection = None
+        strategy, choose = trainer.strategy, super()._choose
+        set_up = strategy.setup
+
+        def choose_and_set_up(trainer: L.Trainer) -> None:
+            del vars(strategy)["setup"]
+            if self._selection is None:
+                choose(trainer, pl_module)
+            set_up(trainer)
+
+        vars(strategy)["setup"] = choose_and_set_up
 
     def _blocks(self, pl_module: L.LightningModule, batches: Sequence[Any]) -> dict[str, ChosenParameters]:
         """What may train, by block."""

@@ -1,0 +1,135 @@
+"""What blocks promise, measured by forwards, against autograd; and the scope that goes by it."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from training import moved, zeroth_order
+from zolightning.directions.slices import Slice
+from zolightning.scopes import TrainBySignal, train_by_signal
+from zolightning.scopes.parts import OutlierChannels
+from zolightning.scopes.signal import measure_signal
+
+SLOPES, CURVATURES = (3.0, 1.0, 0.0), (10.0, 0.5, 2.0)  # ratios of 0.9, 2 and 0
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(50, dtype=torch.float64))
+
+
+class Layers(L.LightningModule):
+    """A quadratic in the weights of three layers; a batch adds its mean to every gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in SLOPES])
+
+    def training_step(self, batch: Tensor, batch_idx: int = 0) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float64)
+        for layer, slope, curvature in zip(self.layers, SLOPES, CURVATURES, strict=True):
+            loss = loss + ((slope + batch.mean(0)) * layer.weight).sum() + curvature * layer.weight.square().sum() / 2
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def examples() -> DataLoader:
+    """Batches whose gradients differ by three times the slope of the second layer, and are right on average."""
+    return DataLoader(3 * torch.randn(8, 50, dtype=torch.float64), batch_size=1)
+
+
+def test_estimates_agree_with_autograd(examples: DataLoader) -> None:
+    module, batches = Layers(), list(examples)[:3]
+    blocks = {f"layer {index}": {layer.weight: None} for index, layer in enumerate(module.layers)}
+    losses = [partial(module.training_step, batch) for batch in batches]
+    found = measure_signal(module, blocks, losses, num_queries=100, eps=1e-2, seed=1)
+
+    for signal, layer in zip(found, module.layers, strict=True):
+        grads = torch.stack([torch.autograd.grad(loss(), layer.weight)[0] for loss in losses])
+        pairs = [one @ other for i, one in enumerate(grads) for j, other in enumerate(grads) if i != j]
+        assert abs(signal.squared_grad - sum(pairs).item() / len(pairs)) < 5 * signal.squared_grad_error
+        (gradient,) = torch.autograd.grad(losses[0](), layer.weight, create_graph=True)
+        trace = sum(
+            torch.autograd.grad(entry, layer.weight, retain_graph=True)[0][i] for i, entry in enumerate(gradient)
+        )
+        assert abs(signal.curvature - trace.item()) < 5 * signal.curvature_error
+        assert signal.size == 50 and not layer.weight.any()
+    # Squares would count the batches' noise, which is as large in the layer without a slope.
+    assert abs(found[2].squared_grad) < 200 < grads.square().sum().item() / len(grads)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"patterns": ["layers.2", "layers.1", "layers.0"]}], ids=["layers", "patterns"]
+)
+def test_the_block_of_the_largest_ratio_trains(settings: Any, make_trainer: Any, examples: DataLoader) -> None:
+    examples.dataset.div_(3)
+    module = Layers()
+    scope = TrainBySignal(num_queries=16, num_prompts=8, **settings)
+    make_trainer(max_steps=2, callbacks=[scope, zeroth_order()], precision="64-true").fit(module, examples)
+    assert [bool(layer.weight.any()) for layer in module.layers] == [False, True, False]
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_channels_of_a_layer(make_module: Any, make_loader: Any, make_trainer: Any) -> None:
+    module = make_module("llama")
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    scope = TrainBySignal(2, OutlierChannels(0.1), num_queries=2, num_prompts=6)
+    trainer = make_trainer(max_steps=2, callbacks=[scope, zeroth_order()])
+    trainer.fit(module, make_loader())
+    counts = moved(before, module)
+    assert trainer.optimizers[0].num_trainable() == 2 * 3 * 5 * 16  # five of 48 channels in three maps of two layers
+    assert all(0 < count <= 5 * 16 for count in counts.values()) and len(counts) == 6
+    assert len({name.split(".mlp")[0] for name in counts}) == 2
+    assert all(isinstance(part, Slice) for part in trainer.optimizers[0].slices.values())
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+def test_a_resumed_run_does_not_look_again(
+    make_trainer: Any, examples: DataLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "four.ckpt")
+
+    def fit(ckpt_path: Path | None = None) -> L.LightningModule:
+        module = Layers()
+        callbacks = [TrainBySignal(num_queries=16, num_prompts=2), zeroth_order(), Save()]
+        trainer = make_trainer(max_steps=8, callbacks=callbacks, precision="64-true")
+        trainer.fit(module, StatefulDataLoader(examples.dataset, batch_size=1), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit()
+
+    def look(*_: Any, **__: Any) -> None:
+        raise AssertionError("looked again")
+
+    monkeypatch.setattr(train_by_signal, "measure_signal", look)
+    resumed = fit(tmp_path / "four.ckpt")
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_refusals(make_trainer: Any, examples: DataLoader) -> None:
+    def fit(scope: TrainBySignal) -> None:
+        make_trainer(max_steps=1, callbacks=[scope, zeroth_order()], precision="64-true").fit(Layers(), examples)
+
+    with pytest.raises(ValueError, match="`num_prompts` is 1, which is one batch"):
+        fit(TrainBySignal(num_prompts=1))
+    with pytest.raises(ValueError, match="`num_blocks` must be at most 3, the number of blocks, got 4"):
+        fit(TrainBySignal(num_blocks=4))
+    with pytest.raises(ValueError, match="give one of them"):
+        TrainBySignal(part=OutlierChannels(), patterns=["mlp"])
+    with pytest.raises(ValueError, match="`num_queries` must be an integer, at least 1, got 0"):
+        TrainBySignal(num_queries=0)
