@@ -51,6 +51,27 @@ def test_the_interpreter_gives_the_bits_of_the_cpu() -> None:
     assert int(count) > 180
 
 
+_TABLES = """
+import torch
+from zolightning.directions.dense import accumulate_each, directions
+from zolightning.kernels import triton_loops
+from zolightning import kernels
+
+kernels.add_to_each = triton_loops.add_to_each
+vectors, cores, others = {name: torch.zeros(32) for name in "ab"}, {"c": torch.zeros(32)}, []
+for step in range(4):
+    found = [directions(part, 0, step, {0: 0.1}, "gaussian") for part in (vectors, cores)]  # a table of keys each
+    accumulate_each([*found[0].values(), *found[1].values()], [*vectors.values(), *cores.values()])
+    others.append(torch.empty(100 * step))  # so that tables are elsewhere at each step
+print(triton_loops._tables.cache_info().misses)
+"""
+
+
+@needs_triton
+def test_tables_of_several_tensors_are_made_once() -> None:
+    assert run(["-c", _TABLES], TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "2\n"
+
+
 _COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget

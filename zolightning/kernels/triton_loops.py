@@ -57,11 +57,11 @@ def perturb_each(
     coefficients: Sequence[Tensor],
     kind: NoiseKind,
 ) -> None:
-    groups, others = _grouped(zip(outs, weights, keys, coefficients, strict=True))
-    for out, weight, key, table in others:
+    groups, others = _grouped(zip(outs, weights, keys, coefficients, map(_table_of, keys), strict=True))
+    for out, weight, key, table, _ in others:
         perturb(out, weight, key, table, kind)
     for members in groups:
-        first, beside, key, table = members[0]
+        first, beside, key, table, _ = members[0]
         noise = (key, table, key.shape[0], 0, 0)
         arguments = (first, beside, *_tables_of(members, _places), None, None, None, *noise)
         _launch_for_each(triton_kernels.perturb, arguments, **_constants(key.shape[0], kind))
@@ -128,11 +128,11 @@ def add_to_each(
     rests: Sequence[Tensor | None],
     kind: NoiseKind,
 ) -> None:
-    groups, others = _grouped(zip(weights, rests, keys, coefficients, decays, strict=True))
-    for weight, rest, key, table, decay in others:
+    groups, others = _grouped(zip(weights, rests, keys, coefficients, decays, map(_table_of, keys), strict=True))
+    for weight, rest, key, table, decay, _ in others:
         add(weight, key, table, kind, decay, rest)
     for members in groups:
-        first, beside, key, table, decay = members[0]
+        first, beside, key, table, decay, _ = members[0]
         noise = (key, table, key.shape[0], 0, 0)
         arguments = (first, beside, *_tables_of(members, _places), decay, None, *noise)
         _launch_for_each(triton_kernels.add, arguments, **_constants(key.shape[0], kind), DECAYS=decay != 1.0)
@@ -224,8 +224,13 @@ def _grouped(each: Iterable[_Member]) -> tuple[list[list[_Member]], list[_Member
     return list(groups.values()), others
 
 
+def _table_of(keys: Tensor) -> int:
+    """Of which table keys are a row, if they are."""
+    return id(keys._base)
+
+
 def _places(keys: Sequence[Tensor]) -> list[int]:
-    """Where keys are, counted in words from the first ones: the same at each step, if they are rows of a table."""
+    """Where keys are, counted in words from the first ones: rows of one table are at the same places at each step."""
     first = keys[0].data_ptr()
     return [(key.data_ptr() - first) // key.element_size() for key in keys]
 
