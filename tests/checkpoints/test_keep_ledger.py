@@ -186,6 +186,13 @@ def test_what_records_do_not_say_ends_it(
     assert len(Ledger(run.keep.path)) == 5 and run.trainer.global_step == 7
 
 
+def test_another_number_of_queries_ends_it(ledger_run: Callable[..., Run]) -> None:
+    run = ledger_run(callbacks=[Changes(lambda optimizer, _: setattr(optimizer, "num_queries", 2))], max_steps=7)
+    with pytest.warns(UserWarning, match=r"ledger.bin cannot take step 5: it has 2 of `projected_grads`.*room for 1"):
+        run.fit()
+    assert len(Ledger(run.keep.path)) == 5 and run.trainer.global_step == 7
+
+
 def test_weights_that_somebody_else_changed_are_told_from_the_run_s(ledger_run: Callable[..., Run]) -> None:
     def clamp(_: Any, module: nn.Module) -> None:
         with torch.no_grad():

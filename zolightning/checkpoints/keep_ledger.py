@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.checkpoints.find_ledger import NoLedgerError, free_path, ledger_of, ledger_to, whole_records
 from zolightning.checkpoints.given_bases import load_bases, save_bases
-from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
+from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import describe
-from zolightning.checkpoints.resume import LAST, LEDGER
+from zolightning.checkpoints.resume import LAST
 from zolightning.checkpoints.run_logs import Muted, log_once
 from zolightning.checkpoints.weights_digest import weights_digest
-from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
@@ -51,7 +51,7 @@ class KeepLedger(Callback):
 
     Bases that are given to a method, such as those from activations, lie beside it as ``ledger-bases-REFRESH.pt``. What
     else a record does not say ends the ledger, with a warning: hyperparameters other than the learning rate that change
-    in mid-run, or other parameters that train. With several ranks, the first one writes.
+    in mid-run, another number of queries, or other parameters that train. With several ranks, the first one writes.
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
@@ -193,7 +193,10 @@ class KeepLedger(Callback):
 
     def _write(self) -> None:
         if self.ledger is not None and self._pending is not None:
-            self.ledger.append(self._pending)
+            try:
+                self.ledger.append(self._pending)
+            except ValueError as error:
+                self._give_up(str(error))
             self._pending = None
 
     def _constant(self, optimizer: ZerothOrderOptimizer) -> list[dict[str, Any]]:
@@ -237,80 +240,32 @@ class KeepLedger(Callback):
 
     def _open(self, optimizer: ZerothOrderOptimizer, module: L.LightningModule) -> list[StepRecord]:
         """Opens this run's ledger; returns the records of the steps that were taken before and come next."""
-        if self._saved is not None:
-            return self._continued(optimizer.param_groups[0]["step"])
-        path, header = Path(self.go_on or ""), describe(optimizer, module)
-        if not path.is_file():
-            self.ledger = Ledger.create(_free(self._folder), header)
+        if self._saved is None and (self.go_on is None or not Path(self.go_on).is_file()):
+            self.ledger = Ledger.create(free_path(self._folder), describe(optimizer, module))
             self.ledger.go_on(0)
             return []
-        ledger = Ledger(path)
-        own, found = asdict(header), asdict(ledger.header)
-        other = [name for name in own if own[name] != found[name] and name != "zolightning"]
-        if other:
-            raise MisconfigurationException(
-                f"The ledger {path} is of another run: it has other {some([f'`{name}`' for name in other])}. Go on "
-                "with the model and the settings of that run, or start a new one."
-            )
-        if path.parent.resolve() != self._folder.resolve():
-            ledger = ledger.copy(_free(self._folder), len(ledger))
-        return self._taken(ledger, 0, go_on=True)
-
-    def _continued(self, step: int) -> list[StepRecord]:
-        """Opens the ledger that leads to a checkpoint of `step`; none, with a warning, if there is none."""
-        if not self._saved:
-            self._give_up("the checkpoint is of a run without one")
-            return []
-        saved, checkpoint = Path(self._saved["path"]), self._checkpoint
-        near = [] if checkpoint is None else [checkpoint.parents[1] / saved.name, checkpoint.parent / saved.name]
-        reason = f"there is no {saved}"
-        for path in dict.fromkeys([self._folder / saved.name, saved, *near]):
-            if not path.is_file():
-                continue
+        steps, is_last = 0, True
+        if self._saved is None:
+            found = ledger_of(Path(str(self.go_on)), describe(optimizer, module))
+        else:
             try:
-                ledger = Ledger(path)
-                steps = step - ledger.header.first_step
-                written = steps - (self._saved["pending"] is not None)
-                if not 0 <= written <= len(ledger):
-                    reason = f"{path} has {len(ledger)} steps, and the checkpoint is of step {step}"
-                    continue
-                if ledger.checksum_after(written) != self._saved["checksum"]:
-                    reason = f"{path} is of another run than the checkpoint"
-                    continue
-                is_own = path.parent.resolve() == self._folder.resolve()
-                if not is_own:
-                    ledger = ledger.copy(_free(self._folder), min(steps, len(ledger)))
-                if len(ledger) < steps:  # killed before the step of the checkpoint was over
-                    ledger.go_on(written)
-                    ledger.append(StepRecord(**self._saved["pending"]))
-                    ledger.close()
-                return self._taken(ledger, steps, is_own and checkpoint is not None and checkpoint.name == LAST)
-            except (DamagedLedgerError, ValueError) as error:
-                reason = str(error).rstrip(".")
-        self._give_up(reason)
-        return []
-
-    def _taken(self, ledger: Ledger, steps: int, go_on: bool) -> list[StepRecord]:
-        """Opens a ledger after some steps, and returns the later ones if the run is to go on after these."""
-        records: list[StepRecord] = []
-        try:
-            for record in ledger.records() if go_on else ():
-                records.append(record)
-        except DamagedLedgerError as error:
-            rank_zero_warn(f"{error} The run goes on after these.")
-        ledger.go_on(steps, keep=len(records[steps:]))
-        self.ledger = ledger
-        return records[steps:]
+                found, steps = ledger_to(self._saved, optimizer.param_groups[0]["step"], self._folder, self._checkpoint)
+            except NoLedgerError as error:
+                self._give_up(str(error))
+                return []
+            is_last = self._checkpoint is not None and self._checkpoint.name == LAST
+        records = whole_records(found) if is_last else list(found.records(min(steps, len(found))))
+        is_own = found.path.parent.resolve() == self._folder.resolve()
+        # In another folder, the steps after a checkpoint stay with the run that took them.
+        taken = records[steps:] if is_last and (is_own or self._saved is None) else []
+        if not is_own:
+            found = found.copy(free_path(self._folder), min(steps + len(taken), len(records)))
+        found.go_on(min(steps, len(records)), keep=len(taken))
+        self.ledger = found
+        if len(records) < steps and self._saved is not None:  # killed before the step of the checkpoint was over
+            found.append(StepRecord(**self._saved["pending"]))
+        return taken
 
     @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
         return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
-
-
-def _free(folder: Path) -> Path:
-    """The path of a new ledger in a folder: no other one's."""
-    path, version = folder / LEDGER, 0
-    while path.exists():
-        version += 1
-        path = path.with_name(f"ledger-v{version}.bin")
-    return path

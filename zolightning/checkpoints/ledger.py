@@ -16,12 +16,13 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from zolightning.checkpoints.checkpoint_io import replacing
+from zolightning.checkpoints.ledger_entry import EntryCodec
 from zolightning.optim.record import StepRecord
 
 VERSION = 2
@@ -29,8 +30,6 @@ _START = struct.Struct("<8sII")
 _SEAL = struct.Struct("<I32s")
 _CHECKSUM = struct.Struct("<I")
 _MAGIC = b"zoledger"
-_ESTIMATED, _TRACES, _GIVEN = 1, 2, 4  # bits of an entry's `flags`
-_CODES = {"u1": "B", "u4": "I", "f8": "d"}  # NumPy's names of types, in those of `struct`
 
 
 class DamagedLedgerError(RuntimeError):
@@ -107,7 +106,7 @@ class Ledger:
         if checksum != _CHECKSUM.pack(self._header_checksum):
             raise DamagedLedgerError(f"The ledger {path} is damaged: its header is cut off or changed.")
         self.header = Header(**json.loads(header))
-        self._entry = struct.Struct("<" + "".join(f"{n}{_CODES[kind[1:]]}" for _, kind, n in self.header.fields[:-1]))
+        self._codec = EntryCodec(self.header.fields[:-1], self.header.seed)
         self._seal_at = _START.size + length + _CHECKSUM.size
         self._entries_at = self._seal_at + _SEAL.size + _CHECKSUM.size
         self._file: Any = None
@@ -131,7 +130,7 @@ class Ledger:
     @property
     def entry_size(self) -> int:
         """Bytes a step."""
-        return self._entry.size + _CHECKSUM.size
+        return self._codec.size + _CHECKSUM.size
 
     @property
     def checksum(self) -> int:
@@ -161,23 +160,21 @@ class Ledger:
         """
         if steps is not None and steps > len(self):
             raise ValueError(f"The ledger {self.path} has {len(self)} steps, and {steps} were asked for.")
-        checksum, counts = self.stored_checksum(start), [n for _, _, n in self.header.fields[:-1]]
-        names = [name for name, *_ in self.header.fields[:-1]]
+        checksum = self.stored_checksum(start)
         with self.path.open("rb") as file:
             file.seek(self._place(start))
             for number in range(start, len(self) if steps is None else steps):
                 entry = file.read(self.entry_size)
-                body, stored = entry[: self._entry.size], entry[self._entry.size :]
+                body, stored = entry[: self._codec.size], entry[self._codec.size :]
                 checksum = zlib.crc32(body, checksum)
-                numbers = iter(self._entry.unpack(body) if len(entry) == self.entry_size else ())
-                values = {name: tuple(next(numbers) for _ in range(n)) for name, n in zip(names, counts, strict=True)}
                 step = self.header.first_step + number
-                if stored != _CHECKSUM.pack(checksum) or values["step"] != (step,):
+                record = self._codec.unpack(body) if stored == _CHECKSUM.pack(checksum) else None
+                if record is None or record.step != step:
                     raise DamagedLedgerError(
                         f"The ledger {self.path} is damaged: the entry of step {step}, at byte "
                         f"{self._place(number)}, was changed. The {number} before it are whole."
                     )
-                yield self._record(values)
+                yield record
 
     def checksum_after(self, steps: int) -> int:
         """What the entry of the last of the first `steps` steps ends with; all of them are checked.
@@ -265,7 +262,10 @@ class Ledger:
         step = self.header.first_step + self._length
         if record.step != step:
             raise ValueError(f"The ledger {self.path} goes on with step {step}, and step {record.step} was taken.")
-        body = self._entry.pack(*self._numbers(record))
+        try:
+            body = self._codec.pack(record)
+        except ValueError as error:
+            raise ValueError(f"{self.path} cannot take step {step}: {error}") from None
         checksum = zlib.crc32(body, self._checksum)
         entry = body + _CHECKSUM.pack(checksum)
         try:
@@ -293,49 +293,3 @@ class Ledger:
         while content:  # a disk that is nearly full takes a part of it first
             written = os.pwrite(self._file.fileno(), content, place)
             place, content = place + written, content[written:]
-
-    # Entries
-
-    def _numbers(self, record: StepRecord) -> list[float]:
-        skipped = [0.0] * (0 if record.projected_grads else self._count("projected_grads"))
-        bits = bytearray(self._count("blocks"))
-        for block in record.blocks:
-            bits[block // 8] |= 1 << block % 8
-        found: dict[str, tuple[Any, ...]] = {
-            **{name: (getattr(record, name),) for name in ("step", "refresh", "folds", "forward_passes")},
-            "flags": (
-                _ESTIMATED * bool(record.projected_grads) | _TRACES * record.leaves_traces | _GIVEN * record.given,
-            ),
-            "lr": record.lr,
-            "projected_grads": (*record.projected_grads, *skipped),
-            "losses": record.losses,
-            "blocks": tuple(bits),
-        }
-        numbers: list[float] = []
-        for name, _, count in self.header.fields[:-1]:
-            if len(found[name]) != count:
-                raise ValueError(
-                    f"Step {record.step} has {len(found[name])} of `{name}`, and the run's ledger {self.path} has "
-                    f"entries of {count}: leave KeepLedger out where that changes in mid-run."
-                )
-            numbers += found[name]
-        return numbers
-
-    def _record(self, values: Mapping[str, tuple[Any, ...]]) -> StepRecord:
-        bits = values.get("blocks", ())
-        return StepRecord(
-            step=values["step"][0],
-            seed=self.header.seed,
-            lr=values["lr"],
-            projected_grads=values["projected_grads"] if values["flags"][0] & _ESTIMATED else (),
-            losses=values["losses"],
-            forward_passes=values["forward_passes"][0],
-            refresh=values.get("refresh", (0,))[0],
-            folds=values.get("folds", (0,))[0],
-            given=bool(values["flags"][0] & _GIVEN),
-            leaves_traces=bool(values["flags"][0] & _TRACES),
-            blocks=tuple(block for block in range(8 * len(bits)) if bits[block // 8] >> block % 8 & 1),
-        )
-
-    def _count(self, name: str) -> int:
-        return next((count for field, _, count in self.header.fields if field == name), 0)

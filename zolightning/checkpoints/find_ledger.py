@@ -1,0 +1,90 @@
+"""Which ledger leads to a checkpoint, or belongs to a run that begins again from its first step."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.checkpoints.ledger import DamagedLedgerError, Header, Ledger
+from zolightning.checkpoints.resume import LEDGER
+from zolightning.messages import some
+from zolightning.optim.record import StepRecord
+
+
+class NoLedgerError(RuntimeError):
+    """No ledger leads to a checkpoint; the message is the reason, as a clause."""
+
+
+def ledger_to(saved: Mapping[str, Any], step: int, folder: Path, checkpoint: Path | None) -> tuple[Ledger, int]:
+    """The ledger that leads to a checkpoint, and how many steps do, of which it may lack a last one that is pending.
+
+    Args:
+        saved: what the checkpoint says of the ledger: ``path``, ``checksum``, and ``pending``, the record of a step
+            that was not over and so not written, or None. Empty if the run had none.
+        step: of the checkpoint, as the method counts.
+        folder: where to look first; then where it was, and near the checkpoint, which may have been moved.
+        checkpoint: path of it, if it is a file.
+
+    Raises:
+        NoLedgerError: if there is none.
+    """
+    if not saved:
+        raise NoLedgerError("the checkpoint is of a run without one")
+    was, near = Path(saved["path"]), [] if checkpoint is None else checkpoint.absolute().parents[:2]
+    reason = f"there is no {was}"
+    for path in dict.fromkeys([folder / was.name, was, *(place / was.name for place in reversed(near))]):
+        if path.is_file():
+            try:
+                ledger = Ledger(path)
+                steps = step - ledger.header.first_step
+                written = steps - (saved["pending"] is not None)
+                if not 0 <= written <= len(ledger):
+                    reason = f"{path} has {len(ledger)} steps, and the checkpoint is of step {step}"
+                elif ledger.checksum_after(written) != saved["checksum"]:
+                    reason = f"{path} is of another run than the checkpoint"
+                else:
+                    return ledger, steps
+            except (DamagedLedgerError, ValueError) as error:
+                reason = str(error).rstrip(".")
+    raise NoLedgerError(reason)
+
+
+def ledger_of(path: Path, header: Header) -> Ledger:
+    """The ledger of a run that begins with what `header` says.
+
+    Raises:
+        DamagedLedgerError, ValueError: if the file is none.
+        MisconfigurationException: if it is of a run with another model or other settings; naming them.
+    """
+    ledger = Ledger(path)
+    own, found = asdict(header), asdict(ledger.header)
+    other = [f"`{name}`" for name in own if own[name] != found[name] and name != "zolightning"]
+    if other:
+        raise MisconfigurationException(
+            f"The ledger {path} is of another run: it has other {some(other)}. Go on with the model and the settings "
+            "of that run, or start a new one."
+        )
+    return ledger
+
+
+def whole_records(ledger: Ledger) -> list[StepRecord]:
+    """The records up to the first one that was changed, of which a warning tells."""
+    records: list[StepRecord] = []
+    try:
+        for record in ledger.records():
+            records.append(record)
+    except DamagedLedgerError as error:
+        rank_zero_warn(f"{error} The run goes on after these.")
+    return records
+
+
+def free_path(folder: Path) -> Path:
+    """The path of a new ledger in a folder: no other one's."""
+    path, version = folder / LEDGER, 0
+    while path.exists():
+        version += 1
+        path = path.with_name(f"ledger-v{version}.bin")
+    return path
