@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stacked_runs import LanguageModel
 from tape import Tape
+from zolightning import kernels
 from zolightning.callbacks import ZerothOrder
 from zolightning.directions.dense import standard
+from zolightning.evaluation import row_groups
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key
 from zolightning.optim import GRZO, LOZO, ZOMOPI, MeZO, SubZero, ZerothOrderOptimizer
@@ -146,6 +148,29 @@ class Noting(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         self.runs.append(len(x))
         return super().forward(x)
+
+
+def test_cores_of_all_examples_are_made_in_one_launch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of a launch for each; what is too large has launches of its own."""
+    found, launches = [], []
+    own = kernels.perturb_each
+
+    def perturb_each(outs: Any, *arguments: Any) -> None:
+        launches.append(len(outs))
+        own(outs, *arguments)
+
+    monkeypatch.setattr(kernels, "perturb_each", perturb_each)
+    for host in ("cpu", "none"):
+        monkeypatch.setattr(row_groups, "HOST", host)
+        net = Tokens(dtype=torch.bfloat16)
+        optimizer = attached(net, "lozo-matrices")
+        for _ in range(2):
+            launches.clear()
+            found.append(optimizer.estimate(net.loss, micro_batches=net.in_examples()))
+            optimizer.step()
+        matrices = sum(p.ndim == 2 for n, p in net.named_parameters() if "embed" not in n)
+        assert launches == ([] if host == "cpu" else [6 * (matrices + 1)] * 2)
+    assert found[:2] == found[2:]
 
 
 def test_losses_are_means_over_the_batch_and_terms_weigh_examples() -> None:

@@ -17,8 +17,9 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
-from zolightning.evaluation.pieces import ByRows, multiply
+from zolightning.evaluation.pieces import HOST, ByRows, multiply
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
+from zolightning.evaluation.together import cores_of_groups
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 
@@ -42,6 +43,7 @@ class RowGroups(Perturbed):
         self.rows = rows
         self.held = held
         self.cuts: list[tuple[Any, ...]] = []  # which parameter was read, and which arguments beside it were cut
+        self._cores: dict[int, Tensor] | None = None  # of all groups, made at the first read of one, by id
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C.DisableTorchFunction():  # the contexts around this one have nothing to do with it
@@ -93,7 +95,17 @@ class RowGroups(Perturbed):
         found = [p for group in self.groups if isinstance(p := group.perturbations.get(weight), LowRank)]
         if kwargs or len(found) < len(self.groups) or not self._has_rows(inputs):
             return None
-        return stacked_product(found, func, inputs, weight.detach(), self._vectors(bias))
+        return stacked_product(found, func, inputs, weight.detach(), self._vectors(bias), self._cores_of(weight))
+
+    def _cores_of(self, weight: nn.Parameter) -> Tensor | None:
+        """The cores of all groups, made together with those of other small matrices where launches take time."""
+        device = weight.device.type
+        is_recorded = device == "cuda" and torch.cuda.is_current_stream_capturing()
+        if device == HOST or is_recorded or torch.is_grad_enabled():
+            return None
+        if self._cores is None:
+            self._cores = cores_of_groups({parameter: self._changes(parameter) for parameter in self.perturbations})
+        return self._cores.get(id(weight))
 
     def _product_of_each(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -5,7 +5,7 @@ language model are vectors. So are, nearly, the cores of low-rank perturbations.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,36 @@ class Together(Buffer):
         self._layout, self._tensors = layout, []
         for part, size, (shape, dtype, requires_grad) in zip(self._bytes.split(places), sizes, layout, strict=True):
             self._tensors.append(nn.Parameter(part[:size].view(dtype).view(shape), requires_grad))
+
+
+def cores_of_groups(changes: Mapping[nn.Parameter, Sequence[Perturbation | None]]) -> dict[int, Tensor]:
+    """Small cores of low-rank perturbations that groups of rows have of their own, made together.
+
+    Args:
+        changes: of each group, by parameter. Noise is of one kind.
+
+    Returns:
+        By the id of their parameter, (groups, *core shape), in its dtype; of matrices with a plain direction each.
+    """
+    found: dict[int, Tensor] = {}
+    outs: list[Tensor] = []
+    sources: list[Tensor | None] = []
+    directions: list[Direction] = []
+    for parameter, each in changes.items():
+        plain = [(c, c.direction) for c in each if isinstance(c, LowRank) and type(c.direction) is Direction]
+        if not plain or len(plain) < len(each):
+            continue
+        shape = plain[0][0].basis.core_shape(plain[0][0].shape)
+        if len(each) * math.prod(shape) <= _MOST:
+            cores = torch.empty(len(each), *shape, dtype=parameter.dtype, device=parameter.device)
+            found[id(parameter)] = cores
+            outs += cores.unbind()
+            sources += [change.pending for change, _ in plain]
+            directions += [direction for _, direction in plain]
+    if directions:
+        keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
+        kernels.perturb_each(outs, sources, keys, coefficients, directions[0].kind)
+    return found
 
 
 def _small(
