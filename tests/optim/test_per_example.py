@@ -37,11 +37,11 @@ MAKERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
 class Tokens(LanguageModel):
     """Predicts sequences of tokens, of which the first ones are padding; the loss is a mean over sequences."""
 
-    def __init__(self, architecture: str = "llama", dtype: torch.dtype = torch.float64, count: int = 6) -> None:
-        super().__init__(architecture, dtype)
+    def __init__(self, architecture: str = "llama", dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
+        super().__init__(architecture, dtype, device)
         draw = torch.Generator().manual_seed(8)
-        self.ids = torch.randint(2, 13, (count, 7), generator=draw)
-        self.mask = (torch.arange(7) >= torch.randint(0, 4, (count, 1), generator=draw)).long()
+        self.ids = torch.randint(2, 13, (6, 7), generator=draw).to(device)
+        self.mask = (torch.arange(7) >= torch.randint(0, 4, (6, 1), generator=draw)).long().to(device)
 
     def loss(self, rows: Any = slice(None)) -> Tensor:
         ids, mask = self.ids[rows], self.mask[rows]
@@ -171,6 +171,17 @@ def test_cores_of_all_examples_are_made_in_one_launch_on_a_gpu(monkeypatch: pyte
         matrices = sum(p.ndim == 2 for n, p in net.named_parameters() if "embed" not in n)
         assert launches == ([] if host == "cpu" else [6 * (matrices + 1)] * 2)
     assert found[:2] == found[2:]
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_loop_over_examples_finds() -> None:
+    net = Tokens(dtype=torch.float32, device="cuda")
+    optimizer = attached(net, "lozo", eps=0.05)
+    for _ in range(3):
+        expected = in_a_loop(net, optimizer, list(range(6)), eps=0.05)
+        record = optimizer.estimate(net.loss, micro_batches=net.in_examples(size=4))
+        assert record.projected_grads == pytest.approx(expected, rel=1e-2, abs=1e-2)
+        optimizer.step()
 
 
 def test_losses_are_means_over_the_batch_and_terms_weigh_examples() -> None:
