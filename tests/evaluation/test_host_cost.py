@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import mlp, perturbations, values
+from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
 from zolightning.kernels import native
@@ -62,11 +63,13 @@ def test_a_weight_is_read_without_an_operation_beside_the_noise(with_readers: bo
 
 
 def step_of(
-    method: Callable[..., ZerothOrderOptimizer], device: str = "cpu", **settings: Any
+    method: Callable[..., ZerothOrderOptimizer], device: str = "cpu", part: Slice | None = None, **settings: Any
 ) -> Callable[[], ZerothOrderOptimizer]:
     net, inputs = mlp().to(device), values(3, 4).to(device)
     optimizer = method(net.parameters(), seed=0, **settings)
     optimizer.attach(net)
+    if part is not None:
+        optimizer.restrict({net[0].weight: part})
 
     def step() -> ZerothOrderOptimizer:
         optimizer.estimate(lambda: net(inputs).square().mean())
@@ -109,13 +112,21 @@ def waiting_is_an_error(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> 
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_indices_of_a_slice_lie_where_its_parameter_does() -> None:
+    weight = nn.Parameter(torch.empty(4, 3, device="meta"))
+    optimizer = MeZO([weight])
+    optimizer.restrict({weight: Slice(0, torch.tensor([1, 2]))})
+    assert optimizer.slices[weight].index.device.type == "meta"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", [MeZO, LOZO])
 @pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("part", [None, Slice(0, torch.arange(1, 4))])
 def test_a_step_waits_for_the_gpu_once(
-    method: Callable[..., Any], num_queries: int, monkeypatch: pytest.MonkeyPatch
+    method: Callable[..., Any], num_queries: int, part: Slice | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, allowed = step_of(method, "cuda", num_queries=num_queries), []
+    step, allowed = step_of(method, "cuda", part, num_queries=num_queries), []
     with waiting_is_an_error(monkeypatch, allowed):
         step()
     assert len(allowed) == 1

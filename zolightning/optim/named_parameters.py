@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class NamedParameters(torch.optim.Optimizer):
             part.check(name, parameter)
             if self.state.get(parameter):
                 raise ValueError(f"`{name}` has been trained as a whole already: restrict it before the first step.")
-        self.slices |= slices
+        # Indices lie where they are used: a copy from the host would be waited for at each read.
+        self.slices |= {p: replace(part, index=part.index.to(p.device)) for p, part in slices.items()}
 
     def trainable_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Shape of a parameter, or of the slice of it that trains."""
