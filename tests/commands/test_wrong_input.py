@@ -31,7 +31,7 @@ pytestmark = [
         (("--trainer.accumulate_grad_batches", "2"), "`trainer.accumulate_grad_batches` is 2"),
         (("--trainer.gradient_clip_val", "1.0"), "`trainer.gradient_clip_val` is 1.0"),
         (("--data.init_args.task", "sst3"), "`data.task` must be one of agnews, "),
-        (("--data.init_args.path", "no/such/folder"), "`data.path` must be a folder of JSON lines"),
+        (("--data.init_args.path", "no/such/folder"), "`data.path` must be a folder of files"),
         (("--data.init_args.batch_size", "0"), "`data.batch_size` must be at least 1, got 0"),
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
         (
@@ -118,7 +118,7 @@ METHODS = "MeZO, MeZOAdam, "
         ("--method Mezo", METHODS),
         ("--method no.such.Method", METHODS),
         ("--method torch.optim.SGD", "`method` is 'torch.optim.SGD', which is no class of that kind; accepted: "),
-        ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: clip, eps, estimator, lr"),
+        ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
         ("--method.momentm 3", "`method.momentm` is no setting of MeZO (did you mean momentum?)"),
         ("--method.lr abc", "`method.lr` is 'abc'; accepted: a number."),
         ("--method.noise gausian", "is 'gausian' (did you mean gaussian?); accepted: 'gaussian', 'rademacher'."),
@@ -207,7 +207,7 @@ def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
         (["fit", "--scope.help", "DominantLayer"], ["--scope.part", "--scope.profile"]),
         (["sweep-layers", "--help"], ["--first_order", "--method"]),
         (["fit", "--model.help", "CausalLM"], ["--model.model_name", "GGUF"]),
-        (["fit", "--data.help", "PromptDataModule"], ["--data.task", "train.jsonl"]),
+        (["fit", "--data.help", "PromptDataModule"], ["--data.task", ".parquet"]),
         (["export", "--help"], ["--folder", "--ckpt_path"]),
     ],
 )

@@ -47,6 +47,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "save_last.every_n_train_steps",
         "save_last.every_n_minutes",
         "ckpt_path",
+        "weights_only",
+        "keep_ledger",
     ),
 }
 _WORDS = {
@@ -64,6 +66,7 @@ _WORDS = {
     "checkpoint.monitor": "metric of the best checkpoint",
     "ckpt_path": "checkpoint to go on from: a file, last or best",
     "weights_only": "false to unpickle a checkpoint of a source that you trust",
+    "keep_ledger": "append each step to ledger.bin, of which `zolightning replay` makes the model again",
     "save_last.every_n_minutes": "save the last step this often",
     "save_last.every_n_train_steps": "save the last step this often",
     "config": "file of settings; later files and flags win; `zolightning configs` lists those of the package",

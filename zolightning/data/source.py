@@ -131,5 +131,5 @@ def _load_dataset(hub: HubDataset, name: str, task: Task) -> Any:
         reason = str(error).splitlines()[0]
     raise ConnectionError(
         f"Task {task.name} takes its rows, {hub.path}, from the Hugging Face hub: {reason} "
-        "Without the hub, `--data.path` takes a folder with rows as JSON lines."
+        "Without the hub, `--data.path` takes a folder with files of rows."
     )

@@ -47,7 +47,7 @@ class Task(ABC):
         name: Name of the task.
         num_train, num_validation, num_test: How many rows to take unless the user says otherwise.
         hub: Where to download the rows.
-        folder: Folder of JSON lines with the rows.
+        folder: Folder with files of rows.
     """
 
     name: str
