@@ -30,7 +30,7 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
-from zolightning.checkpoints.resume import find_checkpoint, go_on_in_folder, is_ledger, take_name
+from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
 from zolightning.commands import configs
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
 from zolightning.commands.help import HelpAll
@@ -174,6 +174,9 @@ class ZerothOrderCLI(LightningCLI):
         self.datamodule = self._get(self.config_init, "data")
         check_data(config[name], self.datamodule, name)
         self.trainer = self.instantiate_trainer()
+        blocks, path = (self.config_init[name].get(field) for field in ("blocks", "ckpt_path"))
+        if name == "fit" and blocks is not None and path is not None:
+            blocks.check_resume(callback_states(path))
         only_model = Namespace({name: Namespace(model=model), "subcommand": name})
         self.model = self.parser.instantiate_classes(only_model)[name].model
 

@@ -64,6 +64,11 @@ def test_the_config_of_a_resumed_run_starts_a_new_one(resumed: tuple[Runs, str])
     assert config["ckpt_path"] is None and config["trainer"]["logger"]["init_args"]["version"] is None
 
 
+def test_other_blocks_are_refused_before_a_model_is_loaded(resumed: tuple[Runs, str]) -> None:
+    blocks = ("--blocks", "BlockCoordinateDescent", "--model.init_args.model_name", "./no-model")
+    assert "a run without BlockCoordinateDescent" in resumed[0].refused("fit", "--ckpt_path", "last", *blocks)
+
+
 def test_a_new_run_of_the_same_name_and_then_last(runs: Runs) -> None:
     """The newest version with a checkpoint, and numbers are not sorted as words."""
     for steps, version in ((1, 2), (2, 10)):

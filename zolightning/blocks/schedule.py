@@ -1,7 +1,7 @@
 """Block coordinate descent by an optimizer: whose turn it is, and when it ends."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,25 +112,30 @@ class BlockSchedule:
         Raises:
             ValueError: if it is of a schedule with other settings; naming one.
         """
-        for name, value in self._settings().items():
-            if (there := state["settings"].get(name)) != value:
-                raise ValueError(
-                    f"The checkpoint's run has other blocks: `{name}` is {value!r}, there {there!r}. "
-                    "Resume with the checkpoint's, or start a new run."
-                )
+        require_same_settings(self._settings(), state["settings"])
         self.visit, self._squares = state["visit"], list(state["squares"])
         self.order.load_state_dict(state["order"])
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "order": type(self.order).__name__,
-            **{f"order.{name}": value for name, value in self.order.settings().items()},
-            "interval": self.interval,
-            "blocks_per_step": self.blocks_per_step,
-            "left_state": self.left_state,
-            "others": "never" if self.blocks.never else "moving",
-            "blocks": list(self.blocks.names),
-        }
+        of_blocks = {"others": "never" if self.blocks.never else "moving", "blocks": list(self.blocks.names)}
+        return schedule_settings(self.order, self.interval, self.blocks_per_step, self.left_state) | of_blocks
+
+
+def schedule_settings(order: Order, interval: int, blocks_per_step: int, left_state: LeftState) -> dict[str, Any]:
+    """The settings of a schedule that are no matter of the network, by name."""
+    of_order = {f"order.{name}": value for name, value in order.settings().items()}
+    own = {"interval": interval, "blocks_per_step": blocks_per_step, "left_state": left_state}
+    return {"order": type(order).__name__} | of_order | own
+
+
+def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names a setting of a schedule which a checkpoint has otherwise, or has not."""
+    for name, value in own.items():
+        if (there := saved.get(name)) != value:
+            raise ValueError(
+                f"The checkpoint's run has other blocks: `{name}` is {value!r}, there {there!r}. "
+                "Resume with the checkpoint's, or start a new run."
+            )
 
 
 def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> None:

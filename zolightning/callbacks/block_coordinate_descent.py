@@ -1,7 +1,7 @@
 """Blocks of parameters that move in turn, under any zeroth-order method."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,7 +14,7 @@ from torch import nn
 
 from zolightning.blocks.orders import Cyclic, Order
 from zolightning.blocks.partition import OTHERS, Others, find_blocks, require_patterns
-from zolightning.blocks.schedule import BlockSchedule, require_schedule
+from zolightning.blocks.schedule import BlockSchedule, require_same_settings, require_schedule, schedule_settings
 from zolightning.blocks.timeline import Timeline
 from zolightning.callbacks.subspace_resampling import callbacks_of
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -165,11 +165,25 @@ class BlockCoordinateDescent(Callback):
         self._restored = state_dict
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not checkpoint.get("callbacks", {}).get(self.state_key):
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.check_resume(checkpoint.get("callbacks", {}))
+
+    def check_resume(self, states: Mapping[str, Any]) -> None:
+        """Refuses to go on from the states of another run's callbacks, as far as they tell without a network.
+
+        Raises:
+            MisconfigurationException: naming what that run has otherwise.
+        """
+        if not states.get(self.state_key):
             raise MisconfigurationException(
                 "`ckpt_path` is a checkpoint of a run without BlockCoordinateDescent, in which all parameters moved. "
                 "Resume it without, or start a new run from its weights."
             )
+        own = schedule_settings(self.order, self.interval, self.blocks_per_step, self.left_state)
+        try:
+            require_same_settings(own, states[self.state_key]["schedule"]["settings"])
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
     def _make_schedule(self, pl_module: L.LightningModule, trainable: Sequence[nn.Parameter]) -> BlockSchedule:
         try:

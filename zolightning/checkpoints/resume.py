@@ -117,14 +117,19 @@ def _last_of_a_run(config: "Namespace", of_ledgers: bool) -> Path:
 def _best_checkpoint(last: Path, config: "Namespace") -> Path:
     if not last.is_file():
         raise MisconfigurationException(f"`ckpt_path` is 'best', and {last}, which names it, is not a file.")
-    callbacks: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
-    for state in callbacks.values():
+    for state in callback_states(last).values():
         if state.get("monitor") == config.checkpoint.monitor and state.get("best_model_path"):
             return last.parent / Path(state["best_model_path"]).name  # the folder may have been moved
     raise MisconfigurationException(
         f"`ckpt_path` is 'best', and {last} knows of no best one by `{config.checkpoint.monitor}`: the run has not "
         "validated yet. Use 'last'."
     )
+
+
+def callback_states(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint has of the run's callbacks; its weights are not read."""
+    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
+    return states
 
 
 def _versions_folder(config: "Namespace") -> Path:
