@@ -77,6 +77,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
         {"size": 2, "blocks": ["net.0", "net.1", "net.4"]},
         (2,),
     ),
+    "activations_queries": (partial(LOZO, lr=1e-2, rank=2, num_queries=2), {"size": 2, "activations": True}, (2,)),
     "two_dimensions": (partial(MeZO, lr=1e-2), {"size": 2}, (4,)),
     "signs_of_examples": (partial(MeZO, lr=1e-2, num_queries=8, estimator=PerExample()), {"size": 2}, (2,)),
 }

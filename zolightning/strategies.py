@@ -26,10 +26,10 @@ class ZerothOrderDDP(DDPStrategy):
     Each rank evaluates its share of a step, one sum of a few numbers is exchanged, and every rank then makes the same
     update. `perturbation_parallel_size` says what a share is. At 1 ranks split the batch (data-parallel). At the number
     of devices all ranks read the same rows, and split the queries (query-parallel) or, where there are not as many, the
-    two signs of each as well (sign-parallel): with losses that have the bits of a single process. In between, groups
-    of that many neighbours do this with rows of their own: 8 devices and 2 are 4 parts of the batch by 2 of the
-    evaluations. Evaluations that cannot be split evenly leave some ranks with one less. Validation splits its rows over
-    all ranks.
+    two signs of each as well (the perturbation parallelism of DistZO2, arXiv 2507.03211); losses, and so weights, have
+    the bits of a single process, where no other evaluations share a forward. In between, groups of that many neighbours
+    do this with rows of their own: 8 devices and 2 are 4 parts of the batch by 2 of the evaluations. Where evaluations
+    cannot be split evenly, some ranks have one less. Validation splits its rows over all ranks.
 
     Devices, nodes, launchers, samplers and collectives are those of ``ddp``, on CPUs (gloo) and GPUs (NCCL). What
     ``ddp`` has beside is left out: its DistributedDataParallel allocates buckets for gradients, as large as the
