@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
+LAST = "last.ckpt"  # the name of the last one of a run
 _UNFINISHED = ".unfinished"
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.checkpoints.ledger import DamagedLedgerError, Header, Ledger
-from zolightning.checkpoints.resume import LEDGER
+from zolightning.checkpoints.ledger import LEDGER, DamagedLedgerError, Header, Ledger
 from zolightning.messages import some
 from zolightning.optim.record import StepRecord
 

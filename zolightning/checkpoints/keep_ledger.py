@@ -14,12 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.checkpoints.checkpoint_io import LAST, require_writable
 from zolightning.checkpoints.find_ledger import NoLedgerError, free_path, ledger_of, ledger_to, whole_records
 from zolightning.checkpoints.given_bases import load_bases, save_bases
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import describe
-from zolightning.checkpoints.resume import LAST
 from zolightning.checkpoints.run_logs import Muted, log_once
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim.base import ZerothOrderOptimizer

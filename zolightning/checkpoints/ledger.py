@@ -25,6 +25,7 @@ from zolightning.checkpoints.checkpoint_io import replacing
 from zolightning.checkpoints.ledger_entry import EntryCodec
 from zolightning.optim.record import StepRecord
 
+LEDGER = "ledger.bin"  # its name in the folder of a run
 VERSION = 2
 _START = struct.Struct("<8sII")
 _SEAL = struct.Struct("<I32s")

@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 
 class Muted:
@@ -32,6 +31,10 @@ def log_once(trainer: L.Trainer) -> None:
 
     That is of the step in which a process was killed, after it was logged and before it was over.
     """
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    except ModuleNotFoundError:  # of a process without such a logger
+        return
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
             files = sorted(Path(logger.log_dir).glob("events.out.tfevents.*"))

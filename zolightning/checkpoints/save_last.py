@@ -16,6 +16,7 @@ from zolightning.callbacks.folding import is_validation_next
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
+from zolightning.checkpoints.training_loop import count_epoch_once, is_between_steps, validate
 from zolightning.optim.deferred import deferring
 
 _KEY = "zolightning.SaveLast"
@@ -104,9 +105,9 @@ class SaveLast(ModelCheckpoint):
         self._stopping = 0
         self._is_training = True
         self._signal.listen()
-        self._count_epoch_once(trainer)
+        count_epoch_once(trainer)
         if self._resumed.get("validation_due"):
-            self._validate(trainer)
+            validate(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._stop_here(trainer)
@@ -163,7 +164,7 @@ class SaveLast(ModelCheckpoint):
         if self._has_ledger(trainer) and (self._last_global_step_saved or self._resumed):
             self.last_model_path = self.format_checkpoint_name({})
             rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice(trainer)}")
-        elif self._is_between_steps(trainer):
+        elif is_between_steps(trainer, self._step_before_batch):
             self._validation_due = trainer.validating
             self._save(trainer)
             rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")
@@ -254,41 +255,6 @@ class SaveLast(ModelCheckpoint):
             raise SystemExit(exit_status(trainer, self._stopping))
 
     @staticmethod
-    def _validate(trainer: L.Trainer) -> None:
-        """The validation that was due when the run stopped, as the training loop would have run it."""
-        connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
-        first_loop_iter = connector._first_loop_iter
-        loop.restarting = False
-        loop.reset_restart_stage()
-        trainer.validating = True
-        loop.run()
-        loop._has_run = False  # the training loop takes its first turn for the validation and passes over it
-        trainer.training = True
-        connector._first_loop_iter = first_loop_iter
-
-    @staticmethod
-    def _count_epoch_once(trainer: L.Trainer) -> None:
-        """Lightning counts an epoch that was saved at its last batch when it restores it, and again when it ends it."""
-        loop = trainer.fit_loop
-        is_at_last_batch = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-        if loop.restarted_mid_epoch and is_at_last_batch:
-            for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-                progress.processed -= 1  # type: ignore[attr-defined]  # declared as a tracker of less
-                progress.completed -= 1
-
-    def _is_between_steps(self, trainer: L.Trainer) -> bool:
-        """Whether the weights are those after ``trainer.global_step`` steps, and so is all else that is saved."""
-        loop = trainer.fit_loop.epoch_loop
-        progress = (
-            loop.automatic_optimization.optim_progress.optimizer.step
-            if trainer.lightning_module.automatic_optimization
-            else loop.manual_optimization.optim_step_progress
-        )
-        if progress.total.ready != progress.total.completed:
-            return False
-        return not _is_mid_step(trainer) or trainer.global_step == self._step_before_batch
-
-    @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
         return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
 
@@ -301,8 +267,3 @@ class _OnException(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.save_last.save_after_error(trainer, exception)
-
-
-def _is_mid_step(trainer: L.Trainer) -> bool:
-    progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    return progress.ready != progress.processed  # type: ignore[attr-defined]  # declared as a tracker of less
