@@ -22,6 +22,7 @@ from zolightning.optim.checks import loss_and_terms, require_positive
 from zolightning.optim.record import StepRecord
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 
+_SHARES = (1.0, 0.2)  # of the loss: rises that are looked for; the second one where it is bounded
 _FEW = 4  # walks that lead near
 _ROUNDS = 12  # distances that are tried
 _FARTHER = 10.0  # at most from one to the next
@@ -38,9 +39,9 @@ class LearningRateProbe(Callback):
 
     The first `num_steps` steps of a run are taken with a learning rate of 0. They measure projected gradients and fill
     the method's momentum or running means. Then each is replayed from its record, at rates so large that it goes as far
-    as many would, forwards and backwards, until the loss of `num_examples` examples is twice what it was on average.
-    There a rise is seen in spite of how unlike each other directions are; the cost of shorter walks goes with the
-    square of their length, and the length with the root of the number of steps.
+    as many would, forwards and backwards, until the loss of `num_examples` examples is twice what it was, on average
+    (or, where nothing doubles it, a fifth more). There a rise is seen in spite of how unlike each other directions are;
+    the cost of shorter walks goes with the square of their length, and the length with the root of the number of steps.
 
     Any method can be probed, with its momentum, normalisation and subspaces, for the method itself replays. Its own
     ``lr`` is where the search begins, and what groups have is kept in proportion. A schedule scales what is found, and
@@ -49,8 +50,8 @@ class LearningRateProbe(Callback):
     first one's result. It is kept with the method's hyperparameters, as ``lr_scale``, so that a resumed run does not
     probe again.
 
-    Costs the first steps, and about 60 forwards, which the next step counts. In TensorBoard
-    ``zo/lr`` is 0, then the rate; the text ``learning_rate`` says what was found.
+    Costs the first steps, and about 60 forwards, which the next step counts. In TensorBoard ``zo/lr`` is 0, then the
+    rate; the text ``learning_rate`` says what was found.
 
     Args:
         num_steps: steps to measure with.
@@ -105,22 +106,24 @@ class LearningRateProbe(Callback):
         batches = calibration_batches(trainer, pl_module, self.num_examples)
         walks = Walks(pl_module, optimizer, self._records, batches)
         self._records = []
-        found = trainer.strategy.broadcast(find_scale(walks.rises, len(walks), walks.loss))
+        tries = (find_scale(walks.rises, len(walks), walks.loss, share) for share in _SHARES)
+        found = trainer.strategy.broadcast(next(filter(None, tries), None))
         optimizer.count(walks.forwards)
         if found is None:
             set_lr_scale(optimizer, 1.0)
             rank_zero_warn(
-                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, doubled the loss of "
-                f"{self.num_examples} examples. Set `lr` yourself."
+                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, made the loss of "
+                f"{self.num_examples} examples rise by {_SHARES[-1]:g} of it. Set `lr` yourself."
             )
             return
         steps = self._steps_left(trainer)
-        scale = found.scale * math.sqrt(self.noise * walks.length / _at_full_rate(trainer, int(steps)))
+        share = math.sqrt(self.noise / found.share)  # of the distance
+        scale = share * found.scale * math.sqrt(walks.length / _at_full_rate(trainer, int(steps)))
         set_lr_scale(optimizer, scale)
         summary = (
-            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {steps:g} steps, which go {self.noise**0.5:.2g} "
-            f"times as far as what doubles the loss of {self.num_examples} examples (from {found.loss:.4f}, measured "
-            f"near a rise of {found.rise:.4f}, standard error {found.error:.4f}; {walks.forwards} forwards)."
+            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {steps:g} steps, which go {share:.2g} times as "
+            f"far as what raises the loss of {self.num_examples} examples, {found.loss:.4f}, by {found.share:.0%} "
+            f"(measured near a rise of {found.rise:.4f}, standard error {found.error:.4f}; {walks.forwards} forwards)."
         )
         rank_zero_info(summary)
         for logger in trainer.loggers:
@@ -148,20 +151,22 @@ class Found:
     """How far steps may go.
 
     Attributes:
-        scale: multiple of the method's learning rates at which walks double the loss.
+        scale: multiple of the method's learning rates at which walks make the loss rise by the share.
+        share: of the loss.
         loss: before.
         rise: measured near there.
         error: standard error of `rise`.
     """
 
     scale: float
+    share: float
     loss: float
     rise: float
     error: float
 
 
-def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float) -> Found | None:
-    """Finds how far to walk until the loss is twice what it was, on average over walks.
+def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> Found | None:
+    """Finds how far to walk until the loss rises by a share of itself, on average over walks.
 
     A rise goes with the square of the distance, so that a few walks soon lead near, where all of them are taken.
 
@@ -169,18 +174,19 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
         rises: (walks,), of the loss after walks of a distance; so many of them.
         num_walks: how many there are.
         loss: before.
+        share: of it.
 
     Returns:
         None if it does not rise so much within a factor of 10^11.
     """
-    scale, count, wanted = 1.0, min(_FEW, num_walks), abs(loss)
+    scale, count, wanted = 1.0, min(_FEW, num_walks), share * abs(loss)
     for _ in range(_ROUNDS):
         found = rises(scale, count)
         rise, error = found.mean().item(), found.std().item() / math.sqrt(count) if count > 1 else 0.0
         factor = math.sqrt(wanted / max(rise, wanted / _FARTHER**2)) if math.isfinite(rise) and wanted else 0.0
         scale *= max(factor, 1 / _FARTHER)
         if 1 / _NEAR <= factor <= _NEAR and count == num_walks:
-            return Found(scale, loss, rise, error)
+            return Found(scale, share, loss, rise, error)
         if 1 / _NEAR <= factor <= _NEAR:
             count = num_walks
     return None
