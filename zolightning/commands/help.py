@@ -100,7 +100,8 @@ def short_help(parser: argparse.ArgumentParser) -> str:
         if dest not in grouped | whole_groups and "." not in dest and not isinstance(action, HelpAll)
     )
     lines = [f"usage: {parser.usage}", "", *textwrap.wrap(parser.description or "", _WIDTH)]
-    for title, names in {f"{parser.prog.split()[-1]} only": own, **_GROUPS}.items():
+    groups = {f"{parser.prog.split()[-1]} only": own, **_GROUPS} if own else _GROUPS
+    for title, names in groups.items():
         entries = [_entry(actions[name]) if name in actions else [f"  {name}"] for name in names]
         lines += ["", f"{title}:", *(line for entry in entries for line in entry)]
     lines += ["", "--help_all lists every option, of Lightning's Trainer too."]
