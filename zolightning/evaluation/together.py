@@ -99,6 +99,6 @@ def _small(
     """What a direction is added to (zeros where None), the direction if there is a tensor to be made, and its shape."""
     if type(change) is Direction and parameter.ndim < 2 and parameter.is_contiguous():
         return parameter, change, tuple(parameter.shape), parameter.requires_grad
-    if isinstance(change, LowRank) and change.direction is not None:
+    if isinstance(change, LowRank) and type(change.direction) is Direction:
         return change.pending, change.direction, change.basis.core_shape(change.shape), False
     return None, None, (), False

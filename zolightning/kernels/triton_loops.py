@@ -57,7 +57,7 @@ def perturb_each(
     coefficients: Sequence[Tensor],
     kind: NoiseKind,
 ) -> None:
-    groups, others = _grouped(zip(outs, weights, keys, coefficients, map(_table_of, keys), strict=True))
+    groups, others = _grouped(zip(outs, weights, keys, coefficients, map(_base_of, keys), strict=True))
     for out, weight, key, table, _ in others:
         perturb(out, weight, key, table, kind)
     for members in groups:
@@ -128,7 +128,7 @@ def add_to_each(
     rests: Sequence[Tensor | None],
     kind: NoiseKind,
 ) -> None:
-    groups, others = _grouped(zip(weights, rests, keys, coefficients, decays, map(_table_of, keys), strict=True))
+    groups, others = _grouped(zip(weights, rests, keys, coefficients, decays, map(_base_of, keys), strict=True))
     for weight, rest, key, table, decay, _ in others:
         add(weight, key, table, kind, decay, rest)
     for members in groups:
@@ -224,8 +224,8 @@ def _grouped(each: Iterable[_Member]) -> tuple[list[list[_Member]], list[_Member
     return list(groups.values()), others
 
 
-def _table_of(keys: Tensor) -> int:
-    """Of which table keys are a row, if they are."""
+def _base_of(keys: Tensor) -> int:
+    """Of which table keys are a view, if they are."""
     return id(keys._base)
 
 
