@@ -80,6 +80,28 @@ def test_where_the_search_begins_does_not_matter(examples: DataLoader, make_trai
     assert rate(1e-6) == pytest.approx(rate(0.1), rel=1e-3)
 
 
+def test_momentum_changes_no_rate(make_trainer: Any) -> None:
+    """In the end a gradient moves the weights as far with momentum as without, and walks are long enough to show it."""
+
+    class Bowl(Quadratic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(200, dtype=torch.float64))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return (self.w - batch).square().sum(1).mean() / 2
+
+    def rate(momentum: float) -> float:
+        records, method = Records(), partial(MeZO, lr=0.1, momentum=momentum, seed=3)
+        callbacks = [LearningRateProbe(32, 4), ZerothOrder(method), records]
+        data = DataLoader(rows, batch_size=4)
+        make_trainer(max_steps=33, callbacks=callbacks, precision="64-true").fit(Bowl(), data)
+        return records.records[-1].lr[0]
+
+    rows = torch.randn(132, 200, dtype=torch.float64)
+    assert rate(0.5) == pytest.approx(rate(0.0), rel=0.25)
+
+
 def test_a_schedule_counts(examples: DataLoader, make_trainer: Any) -> None:
     """A walk is as long as the root of the sum of the squares of its steps."""
 
