@@ -35,18 +35,20 @@ MAKERS: dict[str, Callable[..., ZerothOrderOptimizer]] = {
 
 
 class Tokens(LanguageModel):
-    """Predicts sequences of tokens, of which the first ones are padding; the loss is a mean over sequences."""
+    """Predicts the last tokens of sequences that begin with padding; the loss is a mean, weighted by `terms`."""
 
     def __init__(self, architecture: str = "llama", dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         super().__init__(architecture, dtype, device)
         draw = torch.Generator().manual_seed(8)
         self.ids = torch.randint(2, 13, (6, 7), generator=draw).to(device)
+        self.terms = torch.ones(6, dtype=torch.float64, device=device)
         self.mask = (torch.arange(7) >= torch.randint(0, 4, (6, 1), generator=draw)).long().to(device)
 
     def loss(self, rows: Any = slice(None)) -> Tensor:
         ids, mask = self.ids[rows], self.mask[rows]
         logits = self.net(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -2]
-        return F.cross_entropy(logits.double(), ids[:, -1])
+        losses = F.cross_entropy(logits.double(), ids[:, -1], reduction="none")
+        return (losses * self.terms[rows]).sum() / self.terms[rows].sum()
 
     def in_examples(self, numbers: Mapping[int, int] | None = None, size: int = 6) -> list[MicroBatch]:
         """Micro-batches of some examples: by number, the row of each."""
@@ -188,16 +190,20 @@ def test_losses_are_means_over_the_batch_and_terms_weigh_examples() -> None:
     net = Tokens()
     optimizer = attached(net, "lozo", eps=1e-6)
     terms = [1.0, 2.0, 0.0, 5.0, 1.0, 3.0]
+    net.terms = torch.tensor(terms).double()
+
+    def weighed(loss: Callable[[], Tensor], terms: float) -> tuple[Tensor, float]:
+        return loss(), terms
+
     (batch,) = net.in_examples()
-    weighted = MicroBatch(
-        batch.loss, {i: partial(lambda f, w: (f(), w), batch.examples[i], terms[i]) for i in range(6)}
-    )
+    own = {e: partial(weighed, loss, terms[e]) for e, loss in batch.examples.items()}
+    weighted = MicroBatch(partial(weighed, batch.loss, sum(terms)), own)
     with torch.no_grad():
-        mean = sum(w * net.loss(slice(i, i + 1)).item() for i, w in enumerate(terms)) / sum(terms)
+        mean = sum(w * net.loss(slice(i, i + 1)).item() for i, w in enumerate(terms) if w) / sum(terms)
     moves = in_a_loop(net, optimizer, list(range(6)), eps=1e-6)
     record = optimizer.estimate(net.loss, micro_batches=[weighted])
     assert record.losses == pytest.approx((mean, mean), rel=1e-4)
-    expected = [6 * w / sum(terms) * move for w, move in zip(terms, moves, strict=True)]
+    expected = [6 * w / sum(terms) * move if w else 0.0 for w, move in zip(terms, moves, strict=True)]
     assert record.projected_grads == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
@@ -318,6 +324,9 @@ def test_refusals() -> None:
         optimizer.estimate(net.loss)
     optimizer.attach(net)
     own = {e: partial(net.loss, slice(e, e + 1)) for e in range(8)}
+    whole = MicroBatch(lambda: net.loss() + 1, own)
+    with pytest.raises(ValueError, match=r"the loss of a batch, .*, is not the mean of those of its examples"):
+        optimizer.estimate(net.loss, micro_batches=[whole])
     bad = [MicroBatch(net.loss, own | {0: lambda: (own[0](), -1.0)})]
     with pytest.raises(ValueError, match=r"`num_terms`.* must not be negative, got -1"):
         optimizer.estimate(net.loss, micro_batches=bad)

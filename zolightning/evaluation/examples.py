@@ -44,6 +44,20 @@ class MicroBatch(NamedTuple):
     examples: Mapping[int, Callable[[], Any]]
 
 
+class _Found(NamedTuple):
+    """What a run of the network has found.
+
+    Attributes:
+        losses: of each example, with their weights.
+        whole: that of all of them, from the same run.
+        cuts: where tensors were cut; None where none was: for one example, or losses without a network or terms.
+    """
+
+    losses: Losses
+    whole: tuple[Tensor, Tensor]
+    cuts: tuple[Any, ...] | None
+
+
 class ExampleNetwork:
     """Evaluates the losses of a batch's examples at once.
 
@@ -80,16 +94,17 @@ class ExampleNetwork:
 
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
+            ValueError: if the loss of a batch is not the mean of those of its examples.
         """
         shares = [contexts[start:stop] for start, stop in pairwise([0, *accumulate(len(b.examples) for b in batches)])]
-        found: list[tuple[Losses, tuple[Any, ...] | None]] = []
+        found: list[_Found] = []
 
         def run(_: Perturbed, within: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:
             with within:
                 arguments = generators, graphs
                 found[:] = [self._together(evaluate, *pair, *arguments) for pair in zip(batches, shares, strict=True)]
             losses, terms = (
-                torch.stack(values) for values in zip(*(one for all, _ in found for one in all), strict=True)
+                torch.stack(values) for values in zip(*(pair for each in found for pair in each.losses), strict=True)
             )
             return losses.sum(), terms.sum()
 
@@ -98,8 +113,9 @@ class ExampleNetwork:
         else:
             prefix.evaluate(run, contexts[0])
         results: Losses = []
-        for batch, own, (losses, cuts) in zip(batches, shares, found, strict=True):
+        for batch, own, (losses, whole, cuts) in zip(batches, shares, found, strict=True):
             if cuts is not None and cuts not in self._trusted:
+                self._require_mean(losses, whole)
                 if self._agrees(evaluate, batch, own, generators):
                     self._trusted.add(cuts)
                 else:
@@ -114,14 +130,14 @@ class ExampleNetwork:
         contexts: Sequence[Perturbed],
         generators: Generators,
         graphs: GraphedNetwork | None,
-    ) -> tuple[Losses, tuple[Any, ...] | None]:
-        """Losses, and where tensors were cut; None where nothing was: one example, or none with terms and a network."""
+    ) -> "_Found":
         if len(contexts) == 1:
-            return one_by_one(evaluate, batch, contexts), None
+            losses = one_by_one(evaluate, batch, contexts)
+            return _Found(losses, losses[0], None)
         run = _Run(self.network, contexts, generators, graphs)
         with replaced_forward(self.network, run.forward):
             with contexts[0]:
-                evaluate(loss=batch.loss)
+                whole = evaluate(loss=batch.loss)
             run.is_whole = False
             for context, loss in zip(contexts, batch.examples.values(), strict=True):
                 with context:
@@ -129,10 +145,26 @@ class ExampleNetwork:
                     run.losses.append(evaluate(loss=loss))
         run.finish()
         if not run.calls and not any(terms for _, terms in run.losses):
-            return run.losses, None
+            return _Found(run.losses, whole, None)
         if not run.calls:
             raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
-        return run.losses, (len(contexts), *run.cuts)
+        return _Found(run.losses, whole, (len(contexts), *run.cuts))
+
+    def _require_mean(self, losses: Losses, whole: tuple[Tensor, Tensor]) -> None:
+        """Raises a ValueError unless the loss of a batch is the mean of those of its examples, from one output."""
+        terms = torch.stack([terms for _, terms in losses])
+        mean = torch.stack([torch.where(terms == 0, 0, loss * terms) for loss, terms in losses]).sum() / terms.sum()
+        tolerance = 1e-2 if self._is_half(mean.device) else 1e-3
+        if (mean - whole[0]).abs() > tolerance * whole[0].abs() and (terms >= 0).all():
+            raise ValueError(
+                f"`estimator` is PerExample(), and the loss of a batch, {whole[0].item():g}, is not the mean of those "
+                f"of its examples, {mean.item():g}. Return the number of terms that it averages as `num_terms`, or, "
+                "if it compares examples with each other, choose TwoSided()."
+            )
+
+    def _is_half(self, device: torch.device) -> bool:
+        autocast = torch.is_autocast_enabled(device.type)
+        return autocast or any(parameter.element_size() == 2 for parameter in self.network.parameters())
 
     def _agrees(
         self, evaluate: Evaluate, batch: MicroBatch, contexts: Sequence[Perturbed], generators: Generators
@@ -153,12 +185,11 @@ class ExampleNetwork:
             torch.stack([loss for loss, _ in one_by_one(evaluate, few, [c] * len(compared))]) for c in (plain, flipped)
         ]
         expected = torch.where(torch.arange(len(compared), device=alone[0].device) % 2 == 0, alone[1], alone[0])
-        losses = [loss for loss, _ in self._together(evaluate, batch, changed, generators, None)[0]]
+        losses = [loss for loss, _ in self._together(evaluate, batch, changed, generators, None).losses]
         found = torch.stack([losses[place] for place in compared])
         if not torch.isfinite(torch.stack(alone)).all():
             return False
-        autocast = torch.is_autocast_enabled(found.device.type)
-        half = autocast or any(parameter.element_size() == 2 for parameter in self.network.parameters())
+        half = self._is_half(found.device)
         # Kernels round in another way for another number of rows.
         tolerance = (5e-3 if half else 1e-5) * alone[0].norm() + (0.2 if half else 0.05) * (alone[1] - alone[0]).norm()
         if not (found - expected).norm() <= tolerance:
