@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -160,6 +161,27 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, length: int) -> None
     with pytest.raises(DamagedCheckpointError) as raised:
         AtomicCheckpointIO().load_checkpoint(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+class Executes:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "pickle"])
+@pytest.mark.parametrize("weights_only", [None, True])
+def test_loading_executes_nothing(tmp_path: Path, weights_only: bool | None, is_zip: bool) -> None:
+    """As Lightning loads, where nobody says otherwise."""
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": Executes(tmp_path / "executed")}, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
