@@ -22,6 +22,8 @@ from zolightning.callbacks import (
     ActivationBases,
     BlockCoordinateDescent,
     KeepLedger,
+    LearningRateControl,
+    LearningRateProbe,
     MomentumTransport,
     RunOverview,
     SubspaceResampling,
@@ -78,6 +80,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
         (2,),
     ),
     "activations_queries": (partial(LOZO, lr=1e-2, rank=2, num_queries=2), {"size": 2, "activations": True}, (2,)),
+    "probed": (partial(MeZO, lr=1e-2, num_queries=2), {"size": 2, "probe": True}, (2,)),
     "two_dimensions": (partial(MeZO, lr=1e-2), {"size": 2}, (4,)),
     "signs_of_examples": (partial(MeZO, lr=1e-2, num_queries=8, estimator=PerExample()), {"size": 2}, (2,)),
 }
@@ -160,6 +163,8 @@ def train(name: str, ranks: int, folder: Path) -> None:
         callbacks += [SubspaceResampling(interval=4, bases=ActivationBases(examples="batch", refresh=True))]
     if "blocks" in options:
         callbacks += [BlockCoordinateDescent(Bandit(step_size=0.5, queries=1), interval=2, patterns=options["blocks"])]
+    if "probe" in options:
+        callbacks += [LearningRateProbe(num_steps=3, num_examples=16), LearningRateControl(interval=2, patience=1)]
     trainer = make_trainer(
         ranks,
         [*callbacks, recorder, ledger, RunOverview()],
