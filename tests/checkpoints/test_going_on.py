@@ -49,6 +49,18 @@ class Counts(Callback):
         self.seen = state["seen"]
 
 
+class Monitors(Callback):
+    """What an EarlyStopping of the training loss sees."""
+
+    monitor = "train/loss"
+
+    def __init__(self) -> None:
+        self.found: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.found[trainer.global_step] = float(trainer.callback_metrics[self.monitor])
+
+
 def with_schedule(run: Run) -> Run:
     (zeroth_order,) = (callback for callback in run.trainer.callbacks if isinstance(callback, ZerothOrder))
     zeroth_order.lr_scheduler = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
@@ -144,6 +156,27 @@ def test_a_loss_that_writes_to_the_module_is_evaluated_for_that(ledger_run: Make
     assert evaluated == {6, *range(9, 20)}
     resumed.assert_ends_as(whole)
     assert torch.equal(resumed.module.mean, whole.module.mean)
+
+
+def test_a_callback_that_waits_for_a_metric_of_training_has_it(ledger_run: MakeRun) -> None:
+    def run(folder: str = "run", **options: Any) -> Run:
+        made = ledger_run(folder, callbacks=[Monitors()], last={"every_n_train_steps": 4}, max_steps=10, **options)
+        made.monitors = next(callback for callback in made.trainer.callbacks if isinstance(callback, Monitors))
+        return made
+
+    whole, killed = run("whole").fit(validate=False), run()
+    killed.module.in_step.at[7] = die
+    with pytest.raises(Killed):
+        killed.fit(validate=False)
+    resumed = run()
+    evaluated = steps_evaluated(resumed)
+    resumed.fit("last", validate=False)
+    assert evaluated == set(range(4, 10))
+    resumed.assert_ends_as(whole)
+    assert resumed.monitors.found == {step: loss for step, loss in whole.monitors.found.items() if step > 4}
+    resumed.trainer.fit_loop.epoch_loop.max_steps = 12  # a second fit
+    resumed.fit(validate=False)
+    assert Ledger(resumed.keep.path).header.first_step == 10
 
 
 @pytest.mark.parametrize("kill", [0, 1, 5])

@@ -44,9 +44,10 @@ class KeepLedger(Callback):
     A run that goes on from the ``last.ckpt`` of its folder takes the steps after it from the ledger: batches,
     schedulers and callbacks take their turn as ever, but losses are not evaluated, loggers are left out, and the
     weights are those of the killed run. A loss that writes to the module (metrics, counters) is evaluated for what it
-    leaves there. From any other checkpoint, the steps after it are cut off; in another folder the ledger begins with a
-    copy. The ledger thus always describes the steps that led to the present weights. One that is in the way of a new
-    run is kept, and the new one called ``ledger-v1.bin``.
+    leaves there, and each one where a callback monitors a metric of training. From any other checkpoint, the steps
+    after it are cut off; in another folder the ledger begins with a copy. The ledger thus always describes the steps
+    that led to the present weights. One that is in the way of a new run is kept, and the new one called
+    ``ledger-v1.bin``.
 
     Bases that are given to a method, such as those from activations, lie beside it as ``ledger-bases-REFRESH.pt``. What
     else a record does not say ends the ledger, with a warning: hyperparameters other than the learning rate that change
@@ -54,8 +55,8 @@ class KeepLedger(Callback):
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
-        go_on: a ledger whose steps are taken first where a fit begins without a checkpoint: for a run that was killed
-            before there was one, or whose checkpoints are lost. If there is no such file, the run begins anew.
+        go_on: a ledger whose steps are taken first where the first fit begins without a checkpoint: for a run that was
+            killed before there was one, or whose checkpoints are lost. If there is no such file, the run begins anew.
 
     Attributes:
         path: of the last fit's ledger; None where there is none, as on all ranks but the first.
@@ -122,7 +123,8 @@ class KeepLedger(Callback):
         given = {record.refresh for record in taken if record.given and record.refresh != self._refresh}
         bases = {refresh: load_bases(self.ledger, refresh) for refresh in given if self.ledger is not None}
         taken, bases = trainer.strategy.broadcast((taken, bases))
-        optimizer.expect(taken)
+        waits = _waits_for_training(trainer)
+        optimizer.expect(taken, evaluate=waits)
         if isinstance(optimizer, SubspaceWeights):
             parameters = dict(pl_module.named_parameters())
             optimizer.recorded = {
@@ -131,10 +133,11 @@ class KeepLedger(Callback):
             }
         if self._saved is not None or self.go_on is not None:
             log_once(trainer)
+        self.go_on = None  # a second fit goes on from the first one
         if taken:
             self._muted = Muted(trainer, until=taken[-1].step + 1)
-            evaluated = sum(not record.says_all for record in taken)
-            forwards = f", {evaluated} of which run the network for what its loss leaves in it" if evaluated else ""
+            evaluated = sum(waits or not record.says_all for record in taken)
+            forwards = f", {evaluated} of which run the network for what they leave in it or log" if evaluated else ""
             rank_zero_info(f"{len(taken)} steps are taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -268,3 +271,10 @@ class KeepLedger(Callback):
     @staticmethod
     def _writes(trainer: L.Trainer) -> bool:
         return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
+
+
+def _waits_for_training(trainer: L.Trainer) -> bool:
+    """Whether a callback may go by a metric that training steps log."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer's
+    monitors = (getattr(callback, "monitor", None) for callback in callbacks)
+    return any(monitor is not None and not str(monitor).startswith("val") for monitor in monitors)

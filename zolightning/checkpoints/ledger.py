@@ -287,6 +287,7 @@ class Ledger:
         if digest is not None:
             body = _SEAL.pack(self._length, bytes.fromhex(digest))
             self._write_at(self._seal_at, body + _CHECKSUM.pack(zlib.crc32(body)))
+            self._file.truncate(self._place(self._length))  # steps of before that a shorter run did not come to
         self.sync()
         self._file.close()
 

@@ -73,6 +73,7 @@ class SaveLast(ModelCheckpoint):
         self._step_before_batch = 0
         self._validation_due = False
         self._resumed: dict[str, Any] = {}
+        self._folder = ""  # of the run's logs
         self._first = _OnException(self)
 
     @property
@@ -90,6 +91,7 @@ class SaveLast(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
         super().setup(trainer, pl_module, stage)
+        self._folder = trainer.log_dir or trainer.default_root_dir
         self._resumed = {}
         if stage == "fit":
             self._defer_folding(trainer)
@@ -195,8 +197,7 @@ class SaveLast(ModelCheckpoint):
         return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
 
     def _advice(self, trainer: L.Trainer) -> str:
-        folder = trainer.log_dir or trainer.default_root_dir
-        return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=folder)}"
+        return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=self._folder)}"
 
     @staticmethod
     def _defer_folding(trainer: L.Trainer) -> None:

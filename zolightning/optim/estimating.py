@@ -119,11 +119,15 @@ class Estimating(BlockwiseParameters, ABC):
         last.record, last.is_pending, last.measured = record, True, 0
         return record
 
-    def expect(self, records: Iterable[StepRecord]) -> None:
+    def expect(self, records: Iterable[StepRecord], evaluate: bool = False) -> None:
         """Has the next estimates return these records, of steps that the run has taken before.
 
         A loss is evaluated only where a record does not say all that its step did, for what it leaves in the module.
         Whatever else happens in a step happens as ever, so that a run goes on where its records end.
+
+        Args:
+            records: of the steps that come next.
+            evaluate: whether to evaluate all losses, for what is logged of them.
 
         Raises:
             ValueError: if they are not those of the steps that come next.
@@ -133,11 +137,13 @@ class Estimating(BlockwiseParameters, ABC):
             raise ValueError(f"Step {step} comes next, and the records begin with step {known[0].step} or have gaps.")
         self._estimate.known.clear()
         self._estimate.known.extend(known)
+        self._estimate.evaluates_known = evaluate
 
     @property
     def is_replaying(self) -> bool:
         """Whether the next estimate returns a record of before, and evaluates no loss."""
-        return bool(self._estimate.known) and self._estimate.known[0].says_all
+        last = self._estimate
+        return bool(last.known) and last.known[0].says_all and not last.evaluates_known
 
     def _evaluated(
         self, evaluate: Evaluate, share: Share, skip_nonfinite: bool, micro_batches: Sequence[MicroBatch] | None

@@ -64,6 +64,7 @@ class Estimate:
         nonfinite_in_a_row: how many estimates up to this one had a loss that is not finite.
         measured: evaluations since then that no step has counted yet.
         known: the records of the steps that come next, where these were taken before.
+        evaluates_known: whether their losses are evaluated nevertheless.
     """
 
     record: StepRecord | None = None
@@ -72,3 +73,4 @@ class Estimate:
     nonfinite_in_a_row: int = 0
     measured: int = 0
     known: deque[StepRecord] = field(default_factory=deque)
+    evaluates_known: bool = False
