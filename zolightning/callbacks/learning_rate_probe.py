@@ -30,10 +30,11 @@ class LearningRateProbe(Callback):
     best constant rate ``sqrt(2 D / (T C))``. Here the cost is to be `noise` times the loss at the beginning.
 
     The first `num_steps` steps of a run are taken with a learning rate of 0. They measure projected gradients and fill
-    the method's momentum or running means. Then each is replayed from its record, at rates so large that it goes as far
-    as many would, forwards and backwards, until the loss of `num_examples` examples is twice what it was, on average
-    (or, where nothing doubles it, a fifth more). There a rise is seen in spite of how unlike each other directions are;
-    the cost of shorter walks goes with the square of their length, and the length with the root of the number of steps.
+    the method's momentum or running means. Then they are replayed from their records, with random signs, at rates so
+    large that they go as far as many would, forwards and backwards, until the loss of `num_examples` examples is twice
+    what it was, on average (or, where nothing doubles it, a fifth more). There a rise is seen in spite of how unlike
+    each other directions are; the cost of shorter walks goes with the square of their length, and the length with the
+    root of the number of steps.
 
     Any method can be probed, with its momentum, normalisation and subspaces, for the method itself replays. Its own
     ``lr`` is where the search begins, and what groups have is kept in proportion. A schedule scales what is found, and

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import loss_and_terms
 from zolightning.optim.record import StepRecord
+from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_forward
 
 _FEW = 4  # walks that lead near
@@ -71,8 +72,9 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
 class ReplayedWalks:
     """Where recorded steps would lead from the present weights, at other learning rates.
 
-    Each step is a walk of its own, for one direction is as random as a sum of them. Where a method has momentum, by
-    which steps go on in the next ones, a walk has all of them, with random signs, so that no descent is among them.
+    A walk has all steps, with random signs, so that no descent is among them. Of a dense method without momentum each
+    step is a walk of its own, which costs less: one dense direction is much like another, and like a sum of them, while
+    those of low rank differ widely, and with momentum a step goes on in the next ones.
     Steps of an earlier subspace or block do not count: what they measured is along no direction of the present ones.
 
     Args:
@@ -97,14 +99,16 @@ class ReplayedWalks:
         last, groups = records[-1], optimizer.param_groups
         usable = [record for record in records if (record.refresh, record.blocks) == (last.refresh, last.blocks)]
         has_momentum = any(group.get("momentum") or group.get("betas") for group in groups)
-        self._walks = [[record] for record in usable] if not has_momentum else _signed(usable, last.seed)
+        is_single = not has_momentum and not isinstance(optimizer, SubspaceOptimizer)
+        self._walks = [[record] for record in usable] if is_single else _signed(usable, last.seed)
         self.length = len(self._walks[0])
         self.lr = [group.get("initial_lr", group["lr"]) * groups[0].get("block_weight", 1.0) for group in groups]
-        self._module, self._optimizer, self._batches = module, optimizer, batches
+        self._module, self._optimizer, self._precision = module, optimizer, module.trainer.precision_plugin
+        self._batches = [self._precision.convert_input(batch) for batch in batches]
         self._weights = {parameter: _to_host(parameter) for _, _, parameter in optimizer.trainable()}
         self._state = tree_map_only(Tensor, _to_host, optimizer.state_dict())
         self.forwards = 0
-        self._before = torch.stack([self._loss_after([], 0.0, batch) for batch in batches])
+        self._before = torch.stack([self._loss_after([], 0.0, batch) for batch in self._batches])
 
     def __len__(self) -> int:
         return len(self._walks)
@@ -127,13 +131,12 @@ class ReplayedWalks:
     def _loss_after(self, walk: Sequence[StepRecord], scale: float, batch: Any) -> Tensor:
         """The loss of a batch, float64, where a walk at `scale` times the method's learning rates ends."""
         optimizer, lr = self._optimizer, tuple(scale * lr for lr in self.lr)
-        precision = self._module.trainer.precision_plugin
         self.forwards += 1
         try:
             for record in walk:
                 optimizer.apply(replace(record, lr=lr))
             optimizer.fold()
-            with isolate_rng(), precision.train_step_context():  # the same random numbers each time
+            with isolate_rng(), self._precision.train_step_context():  # the same random numbers each time
                 loss, _ = loss_and_terms(calibration_forward(self._module, batch))
             return loss.double().cpu()
         finally:

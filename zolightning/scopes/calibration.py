@@ -46,7 +46,7 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 
 
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
-    """The first examples of the training data as they are stored, in batches on the module's device, in its dtype.
+    """The first examples of the training data as they are stored, in batches on the module's device.
 
     A loader that has a method ``first_batches(num_examples)`` is asked for them; of others the data set is read.
     Neither the order of the run's batches nor torch's generators take notice. Every rank gets the same examples.
@@ -62,8 +62,8 @@ def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_promp
             f"`num_prompts` is {num_prompts}, but the training data ({type(loader).__name__}) hold no example to "
             "calibrate on: at least one is needed."
         )
-    handler, convert = module._apply_batch_transfer_handler, trainer.precision_plugin.convert_input
-    return [handler(convert(module._on_before_batch_transfer(batch)), module.device) for batch in batches]
+    handler = module._apply_batch_transfer_handler
+    return [handler(module._on_before_batch_transfer(batch), module.device) for batch in batches]
 
 
 def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:

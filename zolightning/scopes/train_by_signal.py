@@ -106,6 +106,7 @@ class TrainBySignal(Scope):
         """Chooses unless a checkpoint does: Lightning restores one after ``setup`` and before the strategy's own."""
         self._selection = None
         strategy, choose = trainer.strategy, super()._choose
+        vars(strategy).pop("setup", None)  # of a fit that failed before it was called
         set_up = strategy.setup
 
         def choose_and_set_up(trainer: L.Trainer) -> None:
