@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from zolightning.callbacks import PredictionWriter
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
-from zolightning.models.generation import exact_match, generate, token_f1
+from zolightning.models.generation import generate
+from zolightning.rewards import exact_match, token_f1
 
 # several tokens hold a line break beside other characters, as those of today's large vocabularies do
 PIECES = [

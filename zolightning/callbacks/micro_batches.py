@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.checks import loss_and_terms
+
+Rows = TypeVar("Rows", Tensor, np.ndarray)
 
 
 def batch_size(batch: Any) -> int | None:
@@ -20,7 +23,7 @@ def batch_size(batch: Any) -> int | None:
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of at most `size` examples; what is not a tensor of its length goes into every part.
+    """The batch in parts of at most `size` examples; what is no tensor or array of its length goes into every part.
 
     Raises:
         ValueError: if nothing in the batch can be cut.
@@ -33,10 +36,10 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
 
     for start in range(0, total, size):
 
-        def cut(tensor: Tensor, start: int = start) -> Tensor:
-            return tensor[start : start + size] if tensor.ndim and len(tensor) == total else tensor
+        def cut(array: Rows, start: int = start) -> Rows:
+            return array[start : start + size] if array.ndim and len(array) == total else array
 
-        yield apply_to_collection(batch, Tensor, cut)
+        yield apply_to_collection(batch, (Tensor, np.ndarray), cut)
 
 
 def with_num_terms(output: Any, batch: Any, device: torch.device | None = None) -> dict[str, Any]:

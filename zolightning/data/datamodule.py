@@ -181,7 +181,9 @@ class PromptDataModule(L.LightningDataModule):
         lengths = [example.length for example in examples]
         order = LengthBuckets(lengths, self.batch_size, self.seed, fixed=self.fixed_batches, **self._replicas())
         only_gold = self.task.objective == "language_modeling"
-        batches = Batches(examples, order, self._collate(only_gold, self.pad_to_multiple_of))
+        with_prompts = self.generation is not None  # rewards are of generated texts
+        collate = self._collate(only_gold, self.pad_to_multiple_of, with_prompts)
+        batches = Batches(examples, order, collate)
         sampler = BatchNumbers(batches, start=self._batches_trained)
         return TrainLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
 

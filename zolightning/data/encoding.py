@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,7 @@ class Batch(TypedDict):
     right: NotRequired[Tensor]  # (B, C), all candidates that are right, where that can be several
     prompt_ids: NotRequired[Tensor]  # (B, P), padded on the left: what a text is generated from
     prompt_mask: NotRequired[Tensor]  # (B, P), 0 on padding
-    references: NotRequired[list[tuple[str, ...]]]  # of each example, what the generated text is compared with
+    references: NotRequired[np.ndarray]  # (B,), of each example a tuple of what the generated text is compared with
 
 
 def encode(
@@ -238,7 +239,8 @@ def collate(
         prompts = [[example.prompt_ids] for example in examples]
         batch["prompt_ids"] = _stack(prompts, pad_id)[:, 0]
         batch["prompt_mask"] = _stack([[[1] * len(row) for row in group] for group in prompts], 0)[:, 0]
-        batch["references"] = [example.references for example in examples]
+        batch["references"] = np.empty(len(examples), dtype=object)  # so that it is cut as a tensor is
+        batch["references"][:] = [example.references for example in examples]
     return batch
 
 

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
 from zolightning.data import Batch, Generation
-from zolightning.models.generation import exact_match, generate, token_f1
+from zolightning.models.generation import generate
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
     answer_log_probs,
@@ -35,6 +35,8 @@ from zolightning.quantization import (
     require_quantization,
     restore_quantization,
 )
+from zolightning.rewards.reward import Reward, rewards_of
+from zolightning.rewards.text import exact_match, token_f1
 
 
 class CausalLM(L.LightningModule):
@@ -53,6 +55,8 @@ class CausalLM(L.LightningModule):
             convert. Set it for a model that does not fit into memory in float32.
         attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
             sdpa where the architecture supports it, otherwise eager.
+        reward: What a generated text is worth: a function of (text, references) -> number, which a zeroth-order method
+            raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
 
@@ -71,6 +75,7 @@ class CausalLM(L.LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attention: str | None = None,
         quantization: Quantization | None = None,
+        reward: Reward | None = None,
     ) -> None:
         super().__init__()
         if quantization is not None:
@@ -80,6 +85,7 @@ class CausalLM(L.LightningModule):
             quantize(self.model, quantization)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.reward = reward
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
         self._generation: Generation | None = None  # how answers are generated, if they are
         self._compares_choices = False  # each row its own
@@ -96,10 +102,10 @@ class CausalLM(L.LightningModule):
         """The number of tokens that the model knows; the tokenizer may have more, which no text should contain."""
         return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
-    @staticmethod
-    def validation_metrics(datamodule: Any) -> tuple[str, ...]:
+    def validation_metrics(self, datamodule: Any) -> tuple[str, ...]:
         """What a checkpoint or early stopping can wait for."""
-        return ("val/loss", *(f"val/{name}" for name in getattr(datamodule, "validation_metrics", ("accuracy", "f1"))))
+        names = getattr(datamodule, "validation_metrics", ("accuracy", "f1"))
+        return ("val/loss", *(["val/reward"] if self.reward else []), *(f"val/{name}" for name in names))
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
@@ -108,6 +114,8 @@ class CausalLM(L.LightningModule):
             )
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self._generation = getattr(datamodule, "generation", None)
+        if stage == "fit" and self.reward is not None:
+            self._check_reward()
         if stage == "predict":
             return
         if not hasattr(datamodule, "num_classes"):
@@ -141,6 +149,8 @@ class CausalLM(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
+        if self.reward is not None and self._generation is not None:
+            return self._rewarded(batch, self.reward, self._generation)
         loss, num_terms, scores = self._evaluate(batch)
         if self.automatic_optimization:
             self.log("train/loss", loss, prog_bar=True)
@@ -148,6 +158,13 @@ class CausalLM(L.LightningModule):
             accuracy = (scores.argmax(dim=-1) == batch["label"]).float().mean()
             self.log("train/accuracy", accuracy, on_step=True, prog_bar=True)
         return {"loss": loss, "num_terms": num_terms}
+
+    def _rewarded(self, batch: Batch, reward: Reward, generation: Generation) -> dict[str, Tensor]:
+        """The loss is minus the mean reward of the texts that the model writes, which has no gradient."""
+        rewards = rewards_of(reward, self.generate(batch, generation), batch["references"])
+        values = torch.tensor(rewards, dtype=torch.float32, device=self.device)
+        self.log("train/reward", values.mean(), on_step=True, prog_bar=True)
+        return {"loss": -values.mean(), "num_terms": torch.full((), float(len(rewards)), device=self.device)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val")
@@ -212,6 +229,16 @@ class CausalLM(L.LightningModule):
             save_adapter(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
+    def _check_reward(self) -> None:
+        if self._generation is None:
+            raise MisconfigurationException(
+                "`model.reward` is of generated texts, and the task generates none: give it `references`."
+            )
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                "`model.reward` has no gradient: name a zeroth-order `method`, or add the callback `ZerothOrder`."
+            )
+
     def _refuse_all_of_a_quantized_base(self) -> None:
         settings = quantization_settings(self.model)
         if settings is None:
@@ -256,11 +283,11 @@ class CausalLM(L.LightningModule):
     def _means(self, batch: Batch, prediction: Tensor) -> dict[str, float | Tensor]:
         """Means over the examples where there are no classes: of right choices, or of how well texts match."""
         if self._generation is not None:
-            pairs = list(zip(self.generate(batch, self._generation), batch["references"], strict=True))
-            return {
-                "f1": fmean(token_f1(text, references) for text, references in pairs),
-                "exact_match": fmean(exact_match(text, references) for text, references in pairs),
-            }
+            measures: dict[str, Reward] = {"f1": token_f1, "exact_match": exact_match}
+            if self.reward is not None:
+                measures["reward"] = self.reward
+            texts = self.generate(batch, self._generation)
+            return {name: fmean(rewards_of(measure, texts, batch["references"])) for name, measure in measures.items()}
         if not self._compares_choices:
             return {}
         if "right" not in batch:

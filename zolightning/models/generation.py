@@ -1,11 +1,9 @@
-"""Texts that a causal language model writes, and how well they match their references."""
+"""Texts that a causal language model writes."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.text import squad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,19 +56,3 @@ def generate(
     )
     texts = tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)
     return [text.split(stop)[0].strip() for text in texts]
-
-
-def token_f1(text: str, references: Sequence[str]) -> float:
-    """F1 of the words, SQuAD's: without case, punctuation and articles, against the best reference; 0 to 1."""
-    return _squad(text, references)["f1"]
-
-
-def exact_match(text: str, references: Sequence[str]) -> float:
-    """1 if the text is one of the references, but for case, punctuation and articles, as for SQuAD; else 0."""
-    return _squad(text, references)["exact_match"]
-
-
-def _squad(text: str, references: Sequence[str]) -> dict[str, float]:
-    target: Any = {"id": "0", "answers": {"text": list(references), "answer_start": [0] * len(references)}}
-    scores = squad([{"id": "0", "prediction_text": text}], [target])
-    return {name: score.item() / 100 for name, score in scores.items()}

@@ -1,0 +1,8 @@
+"""What a generated text is worth: functions of (text, references) -> number, to report or to train on."""
+
+from zolightning.rewards.pattern import Pattern
+from zolightning.rewards.processes import InProcesses
+from zolightning.rewards.reward import Reward
+from zolightning.rewards.text import exact_match, token_f1
+
+__all__ = ["InProcesses", "Pattern", "Reward", "exact_match", "token_f1"]
