@@ -41,6 +41,9 @@ class HiZOO(DenseOptimizer):
     Where parameters move in blocks (:mod:`zolightning.optim.blocks`), those in no block move as by MeZO, without a
     curvature, as FOCUS and B-PDF have it for embeddings and head.
 
+    It has no counterpart in a subspace: the diagonal of a Hessian in the coordinates of one basis says nothing about
+    those of the next. What keeps few numbers is curvature of adapters (``configs/scopes/lora.yaml``) or of blocks.
+
     Second differences are divided by ``eps**2``: what rounds the losses of half-precision weights enters the curvature
     that much enlarged. Where the curvature runs to its upper bound, take a larger `eps` or a smaller `smoothing`.
 
