@@ -158,4 +158,6 @@ def _is_local(path: str | Path) -> bool:
 
 
 def _damaged(path: Path, what: str) -> str:
-    return f"The checkpoint {path} is damaged: {what}. Take another one of the run, such as its best or its last."
+    return (
+        f"The checkpoint {path} is damaged: {what}. Take another file of the run: its best or its last, or its ledger."
+    )
