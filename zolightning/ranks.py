@@ -1,5 +1,6 @@
 """The ranks of a run: which part of a step each of them has, the losses they exchange, and whether they still agree."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from zolightning.directions.shards import is_sharded
 from zolightning.optim import ZerothOrderOptimizer
 
 CHECK_INTERVAL = 100  # steps; reading all weights once takes less than one of them
@@ -183,10 +185,10 @@ def _sum_of_words(tensor: Tensor) -> Tensor:
 
 
 def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterator[Tensor]:
-    """Parameters and the state of a method, in an order that does not depend on the rank."""
-    yield from module.parameters()
+    """Parameters and the state of a method, in an order that does not depend on the rank, but for what is sharded."""
+    yield from itertools.filterfalse(is_sharded, module.parameters())
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in itertools.filterfalse(is_sharded, group["params"]):
             state = optimizer.state.get(parameter, {})
             yield from (state[name] for name in sorted(state) if isinstance(state[name], Tensor))
 

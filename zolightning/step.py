@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import zolightning.strategies  # noqa: F401  # registers `zo_ddp`: whoever can take a step can name it
+import zolightning.sharded
+import zolightning.strategies  # noqa: F401  # they register `zo_ddp` and `zo_fsdp`: whoever takes a step can name them
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim import StepRecord, ZerothOrderOptimizer

@@ -13,9 +13,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.nn.parameter import is_lazy
 
 _WHOLE_PARAMETERS = ("SingleDeviceStrategy", "DDPStrategy")  # strategies under which each rank holds all of them
+_SHARDING = ("zo_fsdp", "ZerothOrderFSDP")  # strategies under which each rank holds some rows
+_ACCEPTED = "'auto', 'ddp', 'zo_ddp' or, where ranks are to share the weights, 'zo_fsdp'"
 _UNFIT_STRATEGIES = {  # part of a name, lower-case and without underscores: why not
-    "fsdp": "shards parameters, and zeroth-order training needs them whole on every rank",
-    "modelparallel": "shards parameters, and zeroth-order training needs them whole on every rank",
+    "fsdp": "wraps parameters for gradients, and zeroth-order training has none",
+    "modelparallel": "saves the states of optimizers that read gradients, and zeroth-order training has others",
     "deepspeed": "shards optimizer states and runs the optimizer itself, and zeroth-order training has its own",
     "xla": "compiles what a step does, which has not been tried with weights that change between evaluations",
 }
@@ -54,6 +56,8 @@ def refuse_unsupported(trainer: Any) -> None:
         )
     if methods and methods[0].cuda_graphs:
         refuse_graphs(trainer.strategy.root_device)
+    if methods and any(name in _SHARDING for name in bases(trainer.strategy)):
+        refuse_with_shards(methods[0])
 
 
 def refuse_strategy(strategy: Any) -> None:
@@ -64,16 +68,18 @@ def refuse_strategy(strategy: Any) -> None:
     """
     names = [strategy] if isinstance(strategy, str) else bases(strategy)
     found = repr(strategy) if isinstance(strategy, str) else names[0]
+    if any(name in _SHARDING for name in names):
+        return
     for name in names:
         for part, reason in _UNFIT_STRATEGIES.items():
             if part in name.lower().replace("_", ""):
                 raise MisconfigurationException(
-                    f"`trainer.strategy` is {found}, which {reason}. Use 'auto', 'ddp' or 'zo_ddp'."
+                    f"`trainer.strategy` is {found}, which {reason}. Use {_ACCEPTED}."
                 )
     if not isinstance(strategy, str) and not any(name in _WHOLE_PARAMETERS for name in names):
         raise MisconfigurationException(
-            f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp', 'zo_ddp' and "
-            "strategies derived from SingleDeviceStrategy or DDPStrategy."
+            f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp', 'zo_ddp', 'zo_fsdp' "
+            "and strategies derived from SingleDeviceStrategy or DDPStrategy."
         )
 
 
@@ -94,6 +100,21 @@ def refuse_precision(precision: Any) -> None:
         raise MisconfigurationException(
             f"`trainer.precision` is {value!r}, which is not supported by zeroth-order training. Use {_PRECISIONS}."
         )
+
+
+def refuse_with_shards(callback: Any) -> None:
+    """Refuses options of ZerothOrder with which ranks that share weights would run other forwards than the others.
+
+    Raises:
+        MisconfigurationException: naming the option and its value.
+    """
+    defaults = {"micro_batch_size": None, "evaluations_per_forward": 1, "keep_prefix_gib": 0.0, "cuda_graphs": False}
+    for name, default in defaults.items():
+        if (value := getattr(callback, name)) != default:
+            raise MisconfigurationException(
+                f"`{name}` is {value}, and under 'zo_fsdp' all ranks must run the same forwards of the whole network. "
+                f"Leave it at {default}, or use a strategy under which every rank holds all weights ('zo_ddp')."
+            )
 
 
 def refuse_module(module: L.LightningModule) -> None:

@@ -17,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from zolightning.checkpoints.checkpoint_io import LAST, require_writable
 from zolightning.checkpoints.find_ledger import NoLedgerError, free_path, ledger_of, ledger_to, whole_records
 from zolightning.checkpoints.given_bases import load_bases, save_bases
-from zolightning.checkpoints.ledger import Ledger
+from zolightning.checkpoints.ledger import Header, Ledger
 from zolightning.checkpoints.replay import describe
 from zolightning.checkpoints.run_logs import Muted, log_once
 from zolightning.checkpoints.weights_digest import weights_digest
+from zolightning.directions.shards import is_sharded
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
@@ -112,8 +113,12 @@ class KeepLedger(Callback):
             )
         self._optimizer = optimizer = optimizers[0]
         taken: list[StepRecord] = []
-        if trainer.is_global_zero and self._writes(trainer):
-            taken = self._open(optimizer, pl_module)
+        if self._writes(trainer):
+            is_writer = trainer.is_global_zero
+            # Of weights that ranks share, all of them have a part in the description.
+            is_new = self._saved is None and (is_writer or any(map(is_sharded, pl_module.parameters())))
+            header = describe(optimizer, pl_module) if is_new else None
+            taken = self._open(optimizer, header) if is_writer else []
         if self.ledger is not None:
             self.path = self.ledger.path
             self._refresh = optimizer.param_groups[0].get("refresh", 0)
@@ -164,10 +169,15 @@ class KeepLedger(Callback):
             }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.ledger is not None and self._optimizer is not None:
+        if self._optimizer is None or not self._writes(trainer):
+            return
+        parameters = dict(pl_module.named_parameters())
+        if self.ledger is not None or any(map(is_sharded, parameters.values())):
             self._optimizer.fold()  # whoever else does it now may come later
-            self.ledger.close(weights_digest(dict(pl_module.named_parameters())))
-            self._stop()
+            digest = weights_digest(parameters)
+            if self.ledger is not None:
+                self.ledger.close(digest)
+                self._stop()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end(trainer)
@@ -240,15 +250,20 @@ class KeepLedger(Callback):
 
     # Going on
 
-    def _open(self, optimizer: ZerothOrderOptimizer, module: L.LightningModule) -> list[StepRecord]:
-        """Opens this run's ledger; returns the records of the steps that were taken before and come next."""
-        if self._saved is None and (self.go_on is None or not Path(self.go_on).is_file()):
-            self.ledger = Ledger.create(free_path(self._folder), describe(optimizer, module))
+    def _open(self, optimizer: ZerothOrderOptimizer, header: Header | None) -> list[StepRecord]:
+        """Opens this run's ledger; returns the records of the steps that were taken before and come next.
+
+        Args:
+            optimizer: the run's.
+            header: of this run; None where it goes on from a checkpoint.
+        """
+        if header is not None and (self.go_on is None or not Path(self.go_on).is_file()):
+            self.ledger = Ledger.create(free_path(self._folder), header)
             self.ledger.go_on(0)
             return []
         steps, is_last = 0, True
-        if self._saved is None:
-            found = ledger_of(Path(str(self.go_on)), describe(optimizer, module))
+        if header is not None:
+            found = ledger_of(Path(str(self.go_on)), header)
         else:
             try:
                 found, steps = ledger_to(self._saved, optimizer.param_groups[0]["step"], self._folder, self._checkpoint)

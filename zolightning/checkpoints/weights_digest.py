@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.shards import is_sharded, whole
+
 
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     """All parameters of a module by name, shared ones once, and the buffers that are saved with it."""
@@ -19,9 +21,11 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the names, dtypes, shapes and bits of tensors: 64 hexadecimal digits.
 
     Each tensor is hashed by itself, several at once: that takes as long as reading them does, about 2 GB/s a core.
+    Where some are sharded over ranks, all ranks must call this: they are gathered one by one.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = pool.map(_hash, tensors.values())
+        one_by_one = any(map(is_sharded, tensors.values()))
+        hashes = map(_hash, tensors.values()) if one_by_one else pool.map(_hash, tensors.values())
         lines = [
             f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
             for (name, tensor), digest in zip(tensors.items(), hashes, strict=True)
@@ -30,5 +34,5 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _hash(tensor: Tensor) -> str:
-    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    data = whole(tensor).contiguous().cpu().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()

@@ -19,22 +19,33 @@ class Direction:
             parameters: the dtype of the arithmetic.
         kind: distribution of the noise.
         values: the coefficients again, where the host knows them.
+        first: index, in the whole parameter, of the first element of what it is added to: not 0 for a rank's rows.
     """
 
     def __init__(
-        self, keys: Tensor, coefficients: Tensor, kind: NoiseKind, values: tuple[float, ...] | None = None
+        self,
+        keys: Tensor,
+        coefficients: Tensor,
+        kind: NoiseKind,
+        values: tuple[float, ...] | None = None,
+        first: int = 0,
     ) -> None:
         self.keys = keys
         self.coefficients = coefficients
         self.kind = kind
         self.values = values
+        self.first = first
+
+    def of_rows(self, first: int) -> "Direction":
+        """This direction for a part of the parameter that begins with element `first`."""
+        return Direction(self.keys, self.coefficients, self.kind, self.values, first) if first else self
 
     def times(self, factor: float) -> "Direction":
         """`factor` times this direction, whose coefficients the host knows."""
         assert self.values is not None
         values = tuple(coefficient(value * factor / CODE_SCALE[self.kind], self.kind) for value in self.values)
         coefficients = table(values, self.coefficients.dtype, self.coefficients.device)
-        return Direction(self.keys, coefficients, self.kind, values)
+        return Direction(self.keys, coefficients, self.kind, values, self.first)
 
     def is_opposite(self, other: object) -> bool:
         """Whether `other` is this direction with negated coefficients, as far as the host knows without a look."""
@@ -53,14 +64,14 @@ class Direction:
 
         The dtype of `out` may be narrower than that of `weight`.
         """
-        kernels.perturb(out, weight, self.keys, self.coefficients, self.kind, start)
+        kernels.perturb(out, weight, self.keys, self.coefficients, self.kind, self.first + start)
 
     def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
         """Writes ``weight + direction`` to `plus` and ``weight - direction`` to `minus`, reading the weight once.
 
         The same bits as :meth:`add_to` of this direction and of that with negated coefficients.
         """
-        kernels.perturb_both(plus, minus, weight, self.keys, self.coefficients, self.kind, start)
+        kernels.perturb_both(plus, minus, weight, self.keys, self.coefficients, self.kind, self.first + start)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes ``(table + direction)[rows]`` to `out`, reading and generating these rows only.
@@ -83,17 +94,20 @@ class Direction:
         """
         noise = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
         one = table((coefficient(1.0, self.kind),), torch.float32, weight.device)
-        Direction(self.keys, one, self.kind).accumulate(noise, start=start)
+        Direction(self.keys, one, self.kind, first=self.first).accumulate(noise, start=start)
         return noise
 
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
-        kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=start)
+        kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=self.first + start)
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:
     """:meth:`Direction.accumulate` of each to a total of its own: in few launches on a GPU. Noise is of one kind."""
-    if directions:
+    if any(direction.first for direction in directions):
+        for direction, total in zip(directions, totals, strict=True):
+            direction.accumulate(total, decay)
+    elif directions:
         keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
         count, flat = len(directions), [total.view(-1) for total in totals]
         kernels.add_to_each(flat, keys, coefficients, [decay] * count, [None] * count, directions[0].kind)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
+from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.reads import Readers, find_readers, find_unseen
+from zolightning.evaluation.reads import Readers, find_readers, find_unread, find_unseen
 from zolightning.evaluation.row_groups import CannotStack
 from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
@@ -57,6 +58,7 @@ class Evaluator:
         self._is_apart = False  # whether examples run one by one
         self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
         self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
+        self._gathered = Gathered(nn.Module())
 
     def attach(self, module: nn.Module, parameters: Iterable[nn.Parameter], evaluations_per_forward: int = 1) -> None:
         """Evaluates losses of `module` from now on.
@@ -73,7 +75,8 @@ class Evaluator:
         self.module = module
         self._structure, self._held = ([], [], []), {}
         self._is_watched = False
-        self.prefix = SharedPrefix(layers_of(module))
+        self._gathered = Gathered(module)
+        self.prefix = SharedPrefix(self._layers())
         self._readers.clear()
         if evaluations_per_forward > 1:
             self._stack = StackedNetwork(network_of(module, parameters), evaluations_per_forward)
@@ -83,6 +86,7 @@ class Evaluator:
         self.module = None
         self._structure, self._held = ([], [], []), {}
         self.graphs = None
+        self._gathered = Gathered(nn.Module())
 
     def evaluate(
         self,
@@ -109,6 +113,7 @@ class Evaluator:
                 of each example in turn, as often as there are any.
         """
         resting = resting or {}
+        self._gathered.give_back()  # what others' forwards have left
         generators = Generators(parameter.device for parameter in trainable)
         moving = {id(parameter) for changes in (trainable, resting, *perturbations) for parameter in changes}
         with ExitStack() as stack:
@@ -123,6 +128,7 @@ class Evaluator:
                     with ExitStack() as stack:
                         for context in (*within, *(() if self._is_watched else (traces.watched(),))):
                             stack.enter_context(context)
+                        stack.callback(self._gathered.give_back)
                         return loss()
 
                 rewind()
@@ -135,6 +141,12 @@ class Evaluator:
                 self.forget()
             arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
             results, unread = self._losses(*arguments)
+            if unread and self._gathered:  # other ranks would not know that it is to be found out anew
+                raise RuntimeError(
+                    f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this "
+                    f"one, of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters "
+                    "are sharded over ranks, the same must be read in each step."
+                )
             if unread:  # at least where they were
                 self._readers.clear()
                 for parameter in unread:
@@ -149,7 +161,7 @@ class Evaluator:
         self._readers.clear()
         self._is_watched = False
         if self.module is not None:
-            self.prefix = SharedPrefix(layers_of(self.module), self.prefix.keep_bytes)
+            self.prefix = SharedPrefix(self._layers(), self.prefix.keep_bytes)
         if self._stack is not None:
             self._stack = StackedNetwork(self._stack.network, self._stack.size)
         if self._examples is not None:
@@ -257,18 +269,32 @@ class Evaluator:
             self._examples = ExampleNetwork(network)
         return self._examples
 
+    def _layers(self) -> Sequence[nn.Module]:
+        """Those that evaluations may pass over: none where ranks share parameters, and must run the same forwards."""
+        return () if self._gathered or self.module is None else layers_of(self.module)
+
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
         watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}
+        if self._gathered:
+            read = {self._gathered.read(p): c for p, c in watched.items() if not self._in_place.get(p, False)}
+            return Perturbed(read, (), self._scratch)
         in_place = [parameter for parameter in watched if self._in_place.get(parameter, True)]
         return Perturbed(watched, in_place, self._scratch)
 
     def _find_unseen(self, trainable: Mapping[nn.Parameter, str], evaluate: Evaluate) -> None:
         """Tries parameters that take part for the first time; all are perturbed in place until that succeeds."""
         new = {parameter: name for parameter, name in trainable.items() if parameter not in self._in_place}
-        unseen = find_unseen(new, lambda: evaluate()[0]) if new else None
+        if not new:
+            return
+        if self._gathered:
+            unseen = find_unread(new, self._gathered, lambda: self._gathered.sum(evaluate()[0]))
+        else:
+            unseen = find_unseen(new, lambda: evaluate()[0])
         if unseen is None:
             return
         self._in_place |= {parameter: parameter in unseen for parameter in new}
+        if self._gathered:
+            return
         if unseen:
             names = some([name for parameter, name in new.items() if parameter in unseen])
             rank_zero_warn(
@@ -284,9 +310,10 @@ class Evaluator:
     ) -> tuple[nn.Module, ...] | None:
         """The modules that read the parameters of a context, found once for these and all resting ones."""
         parameters = frozenset(context.perturbations).difference(context.in_place)
-        tried = parameters.union(p for p in resting if not self._in_place.get(p, True))
+        read = self._gathered.read
+        tried = parameters.union(read(p) for p in resting if not self._in_place.get(p, True))
         if parameters and self.module is not None and tried not in self._readers:
-            self._readers[tried] = find_readers(self.module, tried, lambda: evaluate()[0])
+            self._readers[tried] = find_readers(self.module, tried, lambda: evaluate()[0], read)
         readers = self._readers.get(tried)
         return None if readers is None else tuple(m for m, read in readers.items() if not parameters.isdisjoint(read))
 

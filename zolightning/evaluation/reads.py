@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from zolightning.directions.dense import directions
 from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.shards import own_rows
+from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
 
 # Modules, and the parameters that each owns, or has read in its own forward
@@ -52,24 +54,73 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
     unseen = {p for p in parameters if id(p) not in exchanged.seen}
     with Perturbed(dict.fromkeys(parameters, flip), in_place=unseen):
         loss_exchanged = evaluate() if unseen else loss_exchanged
-    flipped: list[nn.Parameter] = []
-    try:
-        for parameter in parameters:
-            flip.flip_(parameter.detach())
-            flipped.append(parameter)
-        torch.clear_autocast_cache()
-        loss_in_place = evaluate()
-    finally:
-        for parameter in flipped:
-            flip.flip_(parameter.detach())
-        torch.clear_autocast_cache()
-    # Kernels that add in varying order differ in the last bits: small against what the change itself did.
-    agree = (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
-    return unseen if agree else set(parameters)
+    loss_in_place = _flipped([parameter.detach() for parameter in parameters], evaluate)
+    return unseen if _agree(loss, loss_exchanged, loss_in_place) else set(parameters)
 
 
 @torch.no_grad()
-def find_readers(module: nn.Module, parameters: Set[nn.Parameter], evaluate: Callable[[], Tensor]) -> Readers | None:
+def find_unread(
+    parameters: Iterable[nn.Parameter], gathered: Gathered, evaluate: Callable[[], Tensor]
+) -> set[nn.Parameter] | None:
+    """The parameters that no loss reads, where ranks share them, found with three evaluations.
+
+    A shared parameter cannot be perturbed in place, so that :class:`Perturbed` must see all that the loss depends on.
+
+    Args:
+        parameters: those to be perturbed, as they are stored.
+        gathered: what is read in their place.
+        evaluate: the sum of all ranks' losses; must be deterministic.
+
+    Returns:
+        The parameters, or None where the loss is not finite, so that nothing can be compared.
+
+    Raises:
+        ValueError: if the loss depends on parameters that are read unseen.
+    """
+    parameters = list(parameters)
+    loss = evaluate()
+    if not torch.isfinite(loss):
+        return None
+    read = {gathered.read(parameter): parameter for parameter in parameters}
+    with Perturbed(dict.fromkeys(read, FlippedBit())) as exchanged:
+        loss_exchanged = evaluate()
+    loss_in_place = _flipped([own_rows(parameter) for parameter in parameters], evaluate)
+    if not _agree(loss, loss_exchanged, loss_in_place):
+        raise ValueError(
+            "The loss reads parameters where torch's Python functions do not see it (a compiled network, TorchScript, "
+            "kernels of its own), and they are sharded over ranks, so that they cannot be perturbed in place. Leave "
+            "that out, or use a strategy under which every rank holds all of them ('zo_ddp')."
+        )
+    return {parameter for whole, parameter in read.items() if id(whole) not in exchanged.seen}
+
+
+def _flipped(tensors: Iterable[Tensor], evaluate: Callable[[], Tensor]) -> Tensor:
+    """The loss with all tensors changed in place, which are restored."""
+    flip, flipped = FlippedBit(), []
+    try:
+        for tensor in tensors:
+            flip.flip_(tensor)
+            flipped.append(tensor)
+        torch.clear_autocast_cache()
+        return evaluate()
+    finally:
+        for tensor in flipped:
+            flip.flip_(tensor)
+        torch.clear_autocast_cache()
+
+
+def _agree(loss: Tensor, loss_exchanged: Tensor, loss_in_place: Tensor) -> Tensor:
+    # Kernels that add in varying order differ in the last bits: small against what the change itself did.
+    return (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
+
+
+@torch.no_grad()
+def find_readers(
+    module: nn.Module,
+    parameters: Set[nn.Parameter],
+    evaluate: Callable[[], Tensor],
+    read: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+) -> Readers | None:
     """The submodules that own some of `parameters`, and which ones each may read, if these are read nowhere else.
 
     Found by two evaluations along one random direction, one with all functions watched: their losses must agree in
@@ -79,17 +130,14 @@ def find_readers(module: nn.Module, parameters: Set[nn.Parameter], evaluate: Cal
         module: what owns all of the parameters.
         parameters: none that :func:`find_unseen` returns.
         evaluate: the loss of one batch, a scalar; must be deterministic.
+        read: what forwards read in the place of a parameter that the module owns now; `parameters` are such.
 
     Returns:
         None if they are read elsewhere too.
     """
-    owners = tuple(
-        submodule
-        for submodule in module.modules()
-        if not isinstance(submodule, torch.jit.ScriptModule)
-        and any(parameter in parameters for parameter in submodule._parameters.values())
-    )
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter in parameters}
+    owned = {m: {read(p) for p in m._parameters.values() if p is not None} for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)}
+    owners = tuple(owner for owner, own in owned.items() if not parameters.isdisjoint(own))
+    named = {name: read(p) for name, p in module.named_parameters() if read(p) in parameters}
     # Not flipped bits: these do not move zeros, and equal changes of a few elements cancel in a sum. Nor one direction,
     # whose small integers cancel in a mean of four elements once in ten times.
     changes = directions(
@@ -122,5 +170,4 @@ def find_readers(module: nn.Module, parameters: Set[nn.Parameter], evaluate: Cal
     # What is left in `in_owners` was read in the forward of an owner that somebody has called past its hooks.
     if in_owners.seen or found != everywhere.seen or not torch.equal(loss, same_loss):
         return None
-    own = {owner: {id(parameter) for parameter in owner._parameters.values()} for owner in owners}
-    return {owner: frozenset(p for p in parameters if id(p) in seen[owner] | own[owner]) for owner in owners}
+    return {owner: frozenset(p for p in parameters if id(p) in seen[owner] or p in owned[owner]) for owner in owners}

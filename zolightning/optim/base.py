@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zolightning.directions.shards import first_element, is_sharded, require_rows
 from zolightning.kernels.noise import key as noise_key
 from zolightning.messages import some
 from zolightning.optim.checks import (
@@ -56,6 +57,8 @@ class ZerothOrderOptimizer(Estimating):
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
+
+    takes_shards = False  # whether updates are made element by element, so that a rank can make those of its own
 
     def __init__(
         self,
@@ -156,8 +159,11 @@ class ZerothOrderOptimizer(Estimating):
         for _, name, parameter in self.trainable():
             count += 1
             require_trainable(name, parameter)
+            require_rows(name, parameter)
             if parameter.dtype in (torch.bfloat16, torch.float16) and self.update_precision == "native":
                 half.append(name)
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            self._refuse_with_shards(evaluations_per_forward)
         if not count:
             raise ValueError("No parameter is trainable: all of the optimizer's have `requires_grad=False`.")
         self.evaluator.attach(module, [parameter for _, _, parameter in self.trainable()], evaluations_per_forward)
@@ -167,6 +173,21 @@ class ZerothOrderOptimizer(Estimating):
                 "none, for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
             )
 
+    def _refuse_with_shards(self, evaluations_per_forward: int) -> None:
+        """Raises a ValueError that names what has not been made for parameters that ranks share."""
+        refused: dict[str, tuple[object, object, str]] = {
+            "method": (type(self).__name__, self.takes_shards, "MeZO or MeZOAdam"),
+            "estimator": (f"{type(self.estimator).__name__}()", not isinstance(self.estimator, PerExample), "TwoSided()"),
+            "align_queries": (self.align_queries, not self.align_queries, "False"),
+            "evaluations_per_forward": (evaluations_per_forward, evaluations_per_forward == 1, "1"),
+        }
+        for name, (value, is_accepted, accepted) in refused.items():
+            if not is_accepted:
+                raise ValueError(
+                    f"`{name}` is {value}, which has not been made for parameters that are sharded over ranks. Use "
+                    f"{accepted}, or a strategy under which every rank holds all of them ('zo_ddp')."
+                )
+
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Half-precision weights are rounded first, in a way that depends on the step's number and their names."""
         parameters = list(parameters)
@@ -174,7 +195,7 @@ class ZerothOrderOptimizer(Estimating):
             if rest := {name: t.to(parameter.device) for name, t in self._kept(parameter).items() if name in RESTS}:
                 key = noise_key(0, self.param_groups[0]["step"], -1, self._names[parameter])
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                    round_stochastically(weight, rest, self.update_precision, key)
+                    round_stochastically(weight, rest, self.update_precision, key, first_element(parameter))
         super().release(parameters)
 
     def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.dense import Direction, directions
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
@@ -63,6 +64,8 @@ class DenseOptimizer(ZerothOrderOptimizer):
 class DenseDescent(DenseOptimizer):
     """Abstract: hands on the estimated gradients of all parameters, each with all queries in one direction."""
 
+    takes_shards = True
+
     @abstractmethod
     def update_parameters(
         self,
@@ -89,5 +92,6 @@ class DenseDescent(DenseOptimizer):
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
             gradients = self.directions(group, record.seed, record.step, coefficients)
             states = [self.state[parameter] for parameter in gradients]
+            own = [gradient.of_rows(first_element(parameter)) for parameter, gradient in gradients.items()]
             with all_contiguous(gradients, self.slices) as weights:
-                self.update_parameters(weights, states, list(gradients.values()), group, lr)
+                self.update_parameters(weights, states, own, group, lr)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.shards import is_sharded
 from zolightning.directions.slices import Slice
 from zolightning.optim.settings import require_same_settings, settings_of
 
@@ -42,6 +43,11 @@ class NamedParameters(torch.optim.Optimizer):
         """
         for parameter, part in slices.items():
             name = self._names[parameter]
+            if is_sharded(parameter):
+                raise ValueError(
+                    f"A slice of `{name}` is to train, and its rows are sharded over ranks: train whole parameters, or "
+                    "use a strategy under which every rank holds all of them ('zo_ddp')."
+                )
             part.check(name, parameter)
             if self.state.get(parameter):
                 raise ValueError(f"`{name}` has been trained as a whole already: restrict it before the first step.")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from zolightning import kernels
 from zolightning.directions.dense import Direction
+from zolightning.directions.shards import own_rows
 from zolightning.directions.slices import Slice
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.curvature import Change
@@ -54,8 +55,11 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
 
 @contextmanager
 def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tensor]:
-    """A parameter's data, or a slice of it, as a contiguous tensor to write to, copied back where it is a copy."""
-    data = parameter.detach()
+    """A parameter's data, or a slice of it, as a contiguous tensor to write to, copied back where it is a copy.
+
+    Of a parameter that ranks share, that is this rank's rows.
+    """
+    data = own_rows(parameter)
     if part is not None:
         compact = part.take(data)
         yield compact
@@ -72,7 +76,7 @@ def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parame
     """:func:`as_contiguous` of several parameters: `slices` are of those that train in part."""
     with ExitStack() as stack:
         yield [
-            parameter.detach()
+            own_rows(parameter)
             if parameter not in slices and parameter.is_contiguous()
             else stack.enter_context(as_contiguous(parameter, slices.get(parameter)))
             for parameter in parameters
@@ -100,7 +104,7 @@ def add_direction(
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     noise = direction.keys, direction.coefficients, direction.kind
-    kernels.add(flat, *noise, decay, rest, threshold=threshold)
+    kernels.add(flat, *noise, decay, rest, direction.first, threshold)
 
 
 def add_directions(
@@ -111,7 +115,10 @@ def add_directions(
     decays: Sequence[float],
 ) -> None:
     """:func:`add_direction` to each of several weights: in few launches on a GPU. All directions are of one kind."""
-    if weights:
+    if any(direction.first for direction in directions):
+        for weight, state, direction, decay in zip(weights, states, directions, decays, strict=True):
+            add_direction(weight, state, direction, precision, decay)
+    elif weights:
         flat = [weight.view(-1) for weight in weights]
         rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
         keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
@@ -183,7 +190,7 @@ def add_tensors(
     kernels.add_delta_to_each(flat, [delta.view(-1) for delta in deltas], decays, rests, scale)
 
 
-def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key) -> None:
+def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key, first: int = 0) -> None:
     """Rounds a half-precision weight to its dtype, so that what completes it can be dropped without a bias.
 
     Each element becomes one of the two nearest numbers, the nearer one more often: its mean is the unrounded one.
@@ -193,10 +200,11 @@ def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision
         rest: the one of ``RESTS`` that completes it, by name; means nothing afterwards.
         precision: with which updates have been added.
         key: of the random numbers.
+        first: index of the first element in the whole parameter.
     """
     flat = weight.view(-1)
     for part in chunks(flat.numel(), chunk_size(flat)):
-        add_tensor(weight, rest, _dither(flat[part], part.start, key), precision, start=part.start)
+        add_tensor(weight, rest, _dither(flat[part], first + part.start, key), precision, start=part.start)
 
 
 def _dither(weight: Tensor, start: int, key: Key) -> Tensor:

@@ -1,0 +1,189 @@
+"""Program: runs on ranks that share their weights, and on one; writes what each leaves.
+
+``python shard_runs.py FOLDER`` writes ``NAME-RUN-RANK.pt`` and ``NAME-RUN.ckpt``. Rank r of n takes every n-th example.
+"""
+
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+from forked_ranks import fork_ranks
+from rank_runs import BATCH, Recorder, loader, make_trainer
+from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, SubspaceResampling, ZerothOrder
+from zolightning.checkpoints.replay import replay
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam
+from zolightning.optim.estimators import OneSided, PerExample
+from zolightning.sharded import ZerothOrderFSDP
+from zolightning.strategies import ZerothOrderDDP
+
+EPOCHS, BATCHES = 3, 2
+STEPS = EPOCHS * BATCHES
+WORDS, WIDTH = 7, 3  # rows that two ranks cannot share evenly, and shards that begin with an odd element
+
+# By name: the method, and what is special about the run
+RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mezo": (partial(MeZO, lr=1e-2, num_queries=2), {"frozen": "0.up"}),
+    "blocks": (
+        partial(MeZO, lr=1e-2, momentum=0.5, weight_decay=0.1),
+        {"precision": "bf16-true", "blocks": ["net.layers.0", "net.layers.1"]},
+    ),
+    "own_shards": (partial(MeZOAdam, lr=1e-2, estimator=OneSided()), {"own": True}),
+}
+REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "LOZO": (partial(LOZO, lr=1e-2), {"resample": True}),
+    "HiZOO": (partial(HiZOO, lr=1e-2), {}),
+    "PerExample": (partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=8), {}),
+    "align_queries": (partial(MeZO, lr=1e-2, num_queries=2, align_queries=True), {}),
+    "micro_batch_size": (partial(MeZO, lr=1e-2), {"micro_batch_size": 2}),
+    "evaluations_per_forward": (partial(MeZO, lr=1e-2), {"evaluations_per_forward": 2}),
+    "keep_prefix_gib": (partial(MeZO, lr=1e-2), {"keep_prefix_gib": 1.0}),
+}
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 5), nn.Linear(5, WIDTH)
+        self.gate = nn.Parameter(torch.ones(1))  # one row: a rank has none of it
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.gate * self.down(torch.tanh(self.up(self.norm(inputs))))
+
+
+class Network(nn.Module):
+    """Tied embeddings around a stack of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.register_buffer("mask", torch.ones(WIDTH, dtype=torch.bool), persistent=False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.embedding(words)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        self.seen += 1
+        return F.linear(hidden, self.embedding.weight)
+
+
+class Module(L.LightningModule):
+    def __init__(self, own: bool = False, frozen: str | None = None, **_: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0 if own else int(os.environ.get("LOCAL_RANK", 0)))  # other ranks are given those of rank 0
+        self.net, self.own = Network(), own
+        for name, parameter in self.net.layers.named_parameters():
+            parameter.requires_grad_(frozen is None or not name.startswith(frozen))
+
+    def configure_model(self) -> None:
+        if self.own and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for layer in self.net.layers:  # only these; embeddings are whole on every rank
+                fully_shard(layer, mesh=self.trainer.strategy.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def loss(self, batch: Any) -> Tensor:
+        words = (batch[0] * 10).long() % WORDS
+        return F.cross_entropy(self.net(words[:, :-1]).flatten(0, 1).float(), words[:, 1:].flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> None:
+        return None  # of its own: all parameters train
+
+
+class Begun(L.Callback):
+    """Saves what a run is after two thirds of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == EPOCHS - 2:
+            trainer.save_checkpoint(self.path)
+
+
+def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: str | None = None) -> None:
+    """Trains, from the checkpoint of another run if `begun` names one, and writes what was left by each rank."""
+    method, options = RUNS[name]
+    module, recorder, ledger = Module(**options), Recorder(), KeepLedger(folder / f"{name}-{run}")
+    callbacks: list[Any] = [ZerothOrder(method), recorder, ledger, Begun(folder / f"{name}-{run}-begun.ckpt")]
+    if "blocks" in options:
+        callbacks.append(BlockCoordinateDescent(interval=1, patterns=options["blocks"]))
+    trainer = make_trainer(
+        ranks,
+        callbacks,
+        strategy,
+        max_steps=STEPS,
+        precision=options.get("precision", "32-true"),
+        use_distributed_sampler=False,
+        limit_val_batches=1,
+        num_sanity_val_steps=1,
+    )
+    part = loader(trainer.global_rank, ranks, BATCHES * BATCH)
+    trainer.fit(module, part, part, ckpt_path=None if begun is None else folder / f"{name}-{begun}-begun.ckpt")
+    trainer.save_checkpoint(folder / f"{name}-{run}.ckpt")
+    held = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in module.parameters()]
+    left: dict[str, Any] = {
+        "steps": recorder.steps,
+        "held": sum(tensor.numel() for tensor in held),
+        "loss": trainer.callback_metrics["val/loss"],
+    }
+    if ledger.path is not None:
+        base = Module(**options)
+        left["replayed"] = [replay(ledger.path, base, method).sealed, base.state_dict()]
+    torch.save(left, folder / f"{name}-{run}-{trainer.global_rank}.pt")
+
+
+def refuse(folder: Path) -> None:
+    """Runs that end before the first step."""
+    refused = {}
+    for name, (method, options) in REFUSED.items():
+        resampling = [SubspaceResampling()] if options.pop("resample", False) else []
+        trainer = make_trainer(2, [ZerothOrder(method, **options), *resampling], ZerothOrderFSDP())
+        try:
+            trainer.fit(Module(), loader(0, 1))
+        except Exception as error:
+            refused[name] = [str(error), trainer.global_step]
+    torch.save(refused, folder / f"refused-{trainer.global_rank}.pt")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+    def two() -> None:
+        for name in RUNS:
+            train(name, "ddp", 2, ZerothOrderDDP(), folder)
+            train(name, "fsdp", 2, ZerothOrderFSDP(), folder)
+            train(name, "fsdp-after-ddp", 2, ZerothOrderFSDP(), folder, "ddp")
+            train(name, "ddp-after-fsdp", 2, ZerothOrderDDP(), folder, "fsdp")
+        refuse(folder)
+
+    def one() -> None:
+        for name in RUNS:
+            train(name, "one", 1, "auto", folder)
+            train(name, "one-after-fsdp", 1, "auto", folder, "fsdp")
+
+    for ranks, do in ((2, two), (1, one)):
+        codes = fork_ranks(ranks, do, folder / f"error-{ranks}", 60)
+        if any(codes):
+            raise SystemExit("\n".join(path.read_text() for path in folder.glob("error-*.txt")) or str(codes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

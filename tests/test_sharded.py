@@ -1,0 +1,83 @@
+"""Ranks that share their weights do what ranks do that hold all of them, to the last bit."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import shard_runs
+from forked_ranks import run_program
+from shard_runs import REFUSED, RUNS
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank of each run left, and the checkpoints, by the names of files."""
+    folder = run_program(shard_runs.__file__, tmp_path_factory.mktemp("shards"))
+    found = {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    return found | {path.name: torch.load(path, weights_only=False) for path in folder.glob("*.ckpt")}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Of checkpoints' states: tensors to the last bit."""
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", RUNS)
+class TestShards:
+    def test_give_the_bits_of_whole_weights(self, results: Results, name: str) -> None:
+        shards, whole = results[f"{name}-fsdp-0"], results[f"{name}-ddp-0"]
+        assert repr(shards["steps"]) == repr(whole["steps"]) == repr(results[f"{name}-fsdp-1"]["steps"])
+        assert len(shards["steps"]) == shard_runs.STEPS and torch.equal(shards["loss"], whole["loss"])
+        for part in ("state_dict", "optimizer_states"):
+            assert_same(results[f"{name}-fsdp.ckpt"][part], results[f"{name}-ddp.ckpt"][part])
+
+    def test_are_of_a_part_of_the_weights(self, results: Results, name: str) -> None:
+        total = results[f"{name}-ddp-0"]["held"]
+        held = [results[f"{name}-fsdp-{rank}"]["held"] for rank in range(2)]
+        # Each row once, and embeddings that are not sharded twice. A parameter of one row is on the first rank.
+        twice = shard_runs.WORDS * shard_runs.WIDTH if name == "own_shards" else 0
+        assert sum(held) == total + twice and min(held) > 0.3 * total
+
+    def test_are_close_to_one_process(self, results: Results, name: str) -> None:
+        shards, one = results[f"{name}-fsdp-0"], results[f"{name}-one-0"]
+        for found, expected in zip(shards["steps"], one["steps"], strict=True):
+            torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+        for key, tensor in results[f"{name}-fsdp.ckpt"]["state_dict"].items():
+            torch.testing.assert_close(tensor, results[f"{name}-one.ckpt"]["state_dict"][key], atol=1e-3, rtol=1e-2)
+
+    def test_go_on_from_whole_weights_and_the_reverse(self, results: Results, name: str) -> None:
+        for run in ("fsdp-after-ddp", "ddp-after-fsdp"):
+            assert len(results[f"{name}-{run}-0"]["steps"]) == shard_runs.BATCHES
+            for part in ("state_dict", "optimizer_states"):
+                assert_same(results[f"{name}-{run}.ckpt"][part], results[f"{name}-ddp.ckpt"][part])
+
+    def test_are_gone_on_with_by_one_rank(self, results: Results, name: str) -> None:
+        steps = results[f"{name}-one-after-fsdp-0"]["steps"]
+        for found, expected in zip(steps, results[f"{name}-fsdp-0"]["steps"][-len(steps) :], strict=True):
+            torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+
+    def test_leave_a_ledger_that_replays_to_the_weights(self, results: Results, name: str) -> None:
+        sealed, weights = results[f"{name}-fsdp-0"]["replayed"]
+        assert sealed
+        assert_same(weights, dict(results[f"{name}-fsdp.ckpt"]["state_dict"]))
+        assert "replayed" not in results[f"{name}-fsdp-1"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_not_been_made_is_refused_before_the_first_step(results: Results, name: str) -> None:
+    for rank in range(2):
+        message, step = results[f"refused-{rank}"][name]
+        assert name in message and "'zo_ddp'" in message and "\n" not in message and step == 0

@@ -1,0 +1,90 @@
+"""Rows of a parameter that a rank holds, where ranks share parameters: those of ``fully_shard`` (FSDP2).
+
+Such a parameter is a ``DTensor``: it has the shape of the whole, and the numbers of one rank. Elements are counted in
+the whole, so that noise does not depend on who holds them.
+"""
+
+import math
+from typing import TYPE_CHECKING, TypeGuard
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # importing it takes half a second, and where nobody has done so there is none
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether this is a tensor whose elements are spread over ranks."""
+    return hasattr(tensor, "placements")
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """The data that this rank holds, to be read or written to: all of it where nothing is spread."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+
+
+def first_element(tensor: Tensor) -> int:
+    """Index of the first element of :func:`own_rows` in the whole tensor."""
+    if not is_sharded(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0] * math.prod(tensor.shape[1:]) if offset else 0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All elements, of which every rank gets a copy: to be called on all ranks."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+
+
+def gathered(own: Tensor, parameter: Tensor) -> Tensor:
+    """What all ranks keep for the elements of a parameter: to be called on all ranks.
+
+    Args:
+        own: what this one keeps, (k,), for the k elements of :func:`own_rows`.
+        parameter: of n elements.
+
+    Returns:
+        (n,), of the dtype of `own`.
+    """
+    if not is_sharded(parameter):
+        return own
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    # Nothing is computed, and collectives know no int16.
+    sent = own.view(torch.bfloat16) if own.dtype == torch.int16 else own
+    spread = DTensor.from_local(
+        sent.view(own_rows(parameter).shape),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return spread.full_tensor().flatten().view(own.dtype)
+
+
+def own_part(kept: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of what :func:`gathered` has collected."""
+    if not is_sharded(parameter):
+        return kept
+    start = first_element(parameter)
+    return kept[start : start + own_rows(parameter).numel()]
+
+
+def require_rows(name: str, parameter: nn.Parameter) -> None:
+    """Raises a ValueError that names a parameter which is spread in another way than by rows."""
+    if not is_sharded(parameter):
+        return
+    own = own_rows(parameter)
+    if parameter.ndim == 0 or own.shape[1:] != parameter.shape[1:] or not own.is_contiguous():
+        raise ValueError(
+            f"Parameter `{name}` is sharded as {parameter.placements} over {tuple(parameter.device_mesh.shape)} ranks, "
+            "and zeroth-order methods train shards of rows: `Shard(0)`, as `fully_shard` makes them."
+        )
+    if own.device.type != parameter.device_mesh.device_type:
+        raise ValueError(
+            f"Parameter `{name}` is on '{own.device}' and computed with on '{parameter.device_mesh.device_type}': "
+            "leave out the `offload_policy` of `fully_shard`."
+        )

@@ -1,0 +1,175 @@
+"""Weights that ranks share (FSDP2): the strategy ``zo_fsdp``; importing this file registers it."""
+
+from datetime import timedelta
+from itertools import chain
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies.model_parallel import _materialize_distributed_module
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
+
+from zolightning.directions.shards import gathered, is_sharded, own_part
+from zolightning.evaluation.stacked import network_of
+from zolightning.layers import find_layers
+from zolightning.optim import ZerothOrderOptimizer
+
+
+class ZerothOrderFSDP(ModelParallelStrategy):
+    """Ranks that hold a part of each weight, and gather a layer's as it runs: ``Trainer(strategy="zo_fsdp")``.
+
+    Ranks split the batch and exchange losses, as under ``zo_ddp``, with the same losses, records and weights, up to the
+    order in which losses are summed. Beside that, each forward gathers the weights of a layer at a time
+    (``torch.distributed.fsdp.fully_shard``), which are perturbed whole, on every rank, and freed again. Updates and
+    the method's state are of a rank's own rows.
+
+    The layers of the network are sharded one by one, and what the network has beside them together, from the states of
+    rank 0. A module whose ``configure_model`` has applied ``fully_shard`` is left as it is; its ranks must have begun
+    with equal weights.
+
+    Every rank must run as many forwards as the others: batches of ``training_step`` that return None on one rank only
+    let the others wait until `timeout`.
+
+    Checkpoints are those of a single process, written by rank 0 from whole tensors: a run goes on from one on any
+    number of ranks, under any strategy.
+
+    Args:
+        process_group_backend: gloo, nccl or another of ``torch.distributed``; by the devices if None.
+        timeout: after which a rank that waits for another fails.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found if None.
+
+    Raises:
+        ValueError: before the first step, if there are no layers, or the method is one for whole weights.
+        MisconfigurationException: before the first step, if an optimizer reads gradients.
+    """
+
+    def __init__(
+        self,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        layers_name: str | None = None,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.layers_name = layers_name
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        module, accelerator = self.lightning_module, self.accelerator
+        assert module is not None and accelerator is not None
+        accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(module)
+        if any(isinstance(submodule, FSDPModule) for submodule in module.modules()):
+            _materialize_distributed_module(module, self.root_device)
+        else:
+            self._shard(module)
+        for submodule in module.modules():
+            if isinstance(submodule, FSDPModule):  # else the outermost ones wait for a backward
+                submodule.set_reshard_after_forward(True, recurse=False)
+        self.model_to_device()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        for optimizer in self.optimizers if trainer.state.fn == TrainerFn.FITTING else ():
+            if not isinstance(optimizer, ZerothOrderOptimizer):
+                raise MisconfigurationException(
+                    f"`trainer.strategy` is 'zo_fsdp', and the optimizer is {type(optimizer).__name__}. Use Lightning's "
+                    "ModelParallelStrategy, or a zeroth-order method (the ZerothOrder callback)."
+                )
+
+    def _shard(self, module: L.LightningModule) -> None:
+        """Shards the layers, and the network around them, one after the other."""
+        layers = find_layers(module, self.layers_name).layers
+        parts: list[nn.Module] = [*layers]
+        try:
+            parts.append(network_of(module, chain(*(layer.parameters() for layer in layers))))
+        except ValueError:  # layers of the module itself: what is beside them stays whole
+            pass
+        for part in (*parts, module):
+            part.to(self.root_device)
+            for tensor in chain(part.parameters(), part.buffers()):
+                if not is_sharded(tensor):
+                    torch.distributed.broadcast(tensor.detach(), src=0)
+            if part is not module:
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    # Checkpoints: those of Lightning's base class, with whole tensors
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Where the module shards itself, its weights may have no memory before."""
+        module = self.lightning_module
+        return module is not None and any(isinstance(submodule, FSDPModule) for submodule in module.modules())
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if any(map(is_sharded, module.parameters())):
+            options = StateDictOptions(full_state_dict=True, strict=strict)
+            set_model_state_dict(module, checkpoint["state_dict"], options=options)
+        else:
+            module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of a method with whole tensors; empty on all ranks but the first. To be called on all."""
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        saved, state = own.state_dict(), {}
+        for index, parameter in _numbered(own, saved):
+            if index in saved["state"]:
+                kept = {name: _whole(value, parameter) for name, value in saved["state"][index].items()}
+                if self.is_global_zero:
+                    state[index] = kept
+        return saved | {"state": state} if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            state = {
+                index: {
+                    name: own_part(value, parameter) if isinstance(value, Tensor) else value
+                    for name, value in saved["state"][index].items()
+                }
+                for index, parameter in _numbered(optimizer, saved)
+                if index in saved["state"]
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register("zo_fsdp", cls, description="ranks that share weights and exchange losses")
+
+
+def _numbered(optimizer: Optimizer, saved: dict[str, Any]) -> list[tuple[int, nn.Parameter]]:
+    """The parameters of an optimizer by their numbers in a saved state."""
+    numbers = (number for group in saved["param_groups"] for number in group["params"])
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return list(zip(numbers, parameters, strict=True))
+
+
+def _whole(value: Any, parameter: nn.Parameter) -> Any:
+    return gathered(value, parameter).cpu() if isinstance(value, Tensor) else value
+
+
+ZerothOrderFSDP.register_strategies(StrategyRegistry)
