@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import nn
 
+from zolightning.directions.shards import is_sharded
 from zolightning.layers import is_conv1d
 
 if TYPE_CHECKING:
@@ -44,7 +45,16 @@ def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
 
     Which of the other parameters are trainable is as before. The adapter's values depend on the seed of
     ``seed_everything`` (or 0), and torch's generators take no notice.
+
+    Raises:
+        ValueError: if the model's weights are sharded over ranks already.
     """
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "A LoRA adapter is to be added to a model whose weights are sharded over ranks already, as they are from a "
+            "validation on: set `validate_first` to False, or use a strategy under which every rank holds all of them "
+            "('zo_ddp')."
+        )
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = settings["target_modules"]

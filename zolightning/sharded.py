@@ -1,5 +1,6 @@
 """Weights that ranks share (FSDP2): the strategy ``zo_fsdp``; importing this file registers it."""
 
+from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -13,7 +14,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
@@ -89,18 +89,16 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         for optimizer in self.optimizers if trainer.state.fn == TrainerFn.FITTING else ():
             if not isinstance(optimizer, ZerothOrderOptimizer):
                 raise MisconfigurationException(
-                    f"`trainer.strategy` is 'zo_fsdp', and the optimizer is {type(optimizer).__name__}. Use Lightning's "
-                    "ModelParallelStrategy, or a zeroth-order method (the ZerothOrder callback)."
+                    f"`trainer.strategy` is 'zo_fsdp', and the optimizer is {type(optimizer).__name__}. Use "
+                    "ModelParallelStrategy of Lightning, or a zeroth-order method (the ZerothOrder callback)."
                 )
 
     def _shard(self, module: L.LightningModule) -> None:
         """Shards the layers, and the network around them, one after the other."""
         layers = find_layers(module, self.layers_name).layers
         parts: list[nn.Module] = [*layers]
-        try:
+        with suppress(ValueError):  # there is none around layers of the module itself: what is beside them stays whole
             parts.append(network_of(module, chain(*(layer.parameters() for layer in layers))))
-        except ValueError:  # layers of the module itself: what is beside them stays whole
-            pass
         for part in (*parts, module):
             part.to(self.root_device)
             for tensor in chain(part.parameters(), part.buffers()):
@@ -128,6 +126,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if any(map(is_sharded, module.parameters())):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # takes a second
+
             options = StateDictOptions(full_state_dict=True, strict=strict)
             set_model_state_dict(module, checkpoint["state_dict"], options=options)
         else:

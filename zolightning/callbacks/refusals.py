@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 _WHOLE_PARAMETERS = ("SingleDeviceStrategy", "DDPStrategy")  # strategies under which each rank holds all of them
 _SHARDING = ("zo_fsdp", "ZerothOrderFSDP")  # strategies under which each rank holds some rows
-_ACCEPTED = "'auto', 'ddp', 'zo_ddp' or, where ranks are to share the weights, 'zo_fsdp'"
+_ACCEPTED = "'auto', 'ddp' or 'zo_ddp', or 'zo_fsdp' for ranks that share the weights"
 _UNFIT_STRATEGIES = {  # part of a name, lower-case and without underscores: why not
-    "fsdp": "wraps parameters for gradients, and zeroth-order training has none",
-    "modelparallel": "saves the states of optimizers that read gradients, and zeroth-order training has others",
+    "fsdp": "shards parameters as flat tensors without names, and directions depend on names",
+    "modelparallel": "shards parameters, and saves the states of optimizers that read gradients only",
     "deepspeed": "shards optimizer states and runs the optimizer itself, and zeroth-order training has its own",
     "xla": "compiles what a step does, which has not been tried with weights that change between evaluations",
 }
@@ -73,9 +73,7 @@ def refuse_strategy(strategy: Any) -> None:
     for name in names:
         for part, reason in _UNFIT_STRATEGIES.items():
             if part in name.lower().replace("_", ""):
-                raise MisconfigurationException(
-                    f"`trainer.strategy` is {found}, which {reason}. Use {_ACCEPTED}."
-                )
+                raise MisconfigurationException(f"`trainer.strategy` is {found}, which {reason}. Use {_ACCEPTED}.")
     if not isinstance(strategy, str) and not any(name in _WHOLE_PARAMETERS for name in names):
         raise MisconfigurationException(
             f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp', 'zo_ddp', 'zo_fsdp' "

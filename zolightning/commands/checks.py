@@ -14,6 +14,7 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.sharded import ZerothOrderFSDP
 from zolightning.strategies import ZerothOrderDDP
 
 _MOST_QUERIES = 10_000
@@ -97,9 +98,11 @@ def check_strategy(trainer: L.Trainer, model: L.LightningModule) -> None:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
     is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks)
-    if isinstance(trainer.strategy, ZerothOrderDDP) and not is_zeroth_order and model.automatic_optimization:
+    ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)
+    if ours and not is_zeroth_order and model.automatic_optimization:
+        name = "zo_ddp" if isinstance(trainer.strategy, ZerothOrderDDP) else "zo_fsdp"
         raise MisconfigurationException(
-            "`trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and `method` is not given. Use "
+            f"`trainer.strategy` is '{name}', under which no gradients are averaged, and `method` is not given. Use "
             "'ddp', or name a method."
         )
 

@@ -20,7 +20,8 @@ def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
 
 def own_rows(tensor: Tensor) -> Tensor:
     """The data that this rank holds, to be read or written to: all of it where nothing is spread."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    data = tensor.detach()
+    return data.to_local() if is_sharded(data) else data
 
 
 def first_element(tensor: Tensor) -> int:
@@ -35,7 +36,8 @@ def first_element(tensor: Tensor) -> int:
 
 def whole(tensor: Tensor) -> Tensor:
     """All elements, of which every rank gets a copy: to be called on all ranks."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+    data = tensor.detach()
+    return data.full_tensor() if is_sharded(data) else data
 
 
 def gathered(own: Tensor, parameter: Tensor) -> Tensor:

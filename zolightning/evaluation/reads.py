@@ -135,7 +135,11 @@ def find_readers(
     Returns:
         None if they are read elsewhere too.
     """
-    owned = {m: {read(p) for p in m._parameters.values() if p is not None} for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)}
+    owned = {
+        m: {read(p) for p in m._parameters.values() if p is not None}
+        for m in module.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
+    }
     owners = tuple(owner for owner, own in owned.items() if not parameters.isdisjoint(own))
     named = {name: read(p) for name, p in module.named_parameters() if read(p) in parameters}
     # Not flipped bits: these do not move zeros, and equal changes of a few elements cancel in a sum. Nor one direction,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -116,6 +117,12 @@ class CausalLM(L.LightningModule):
         self._generation = getattr(datamodule, "generation", None)
         if stage == "fit" and self.reward is not None:
             self._check_reward()
+        if self._generation is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"`trainer.strategy` is {type(self.trainer.strategy).__name__}, under which ranks must run as many "
+                "forwards, and answers that are generated have different lengths. Use 'zo_ddp', or a task with "
+                "candidate answers."
+            )
         if stage == "predict":
             return
         if not hasattr(datamodule, "num_classes"):

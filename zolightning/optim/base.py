@@ -177,7 +177,11 @@ class ZerothOrderOptimizer(Estimating):
         """Raises a ValueError that names what has not been made for parameters that ranks share."""
         refused: dict[str, tuple[object, object, str]] = {
             "method": (type(self).__name__, self.takes_shards, "MeZO or MeZOAdam"),
-            "estimator": (f"{type(self.estimator).__name__}()", not isinstance(self.estimator, PerExample), "TwoSided()"),
+            "estimator": (
+                f"{type(self.estimator).__name__}()",
+                not isinstance(self.estimator, PerExample),
+                "TwoSided()",
+            ),
             "align_queries": (self.align_queries, not self.align_queries, "False"),
             "evaluations_per_forward": (evaluations_per_forward, evaluations_per_forward == 1, "1"),
         }
