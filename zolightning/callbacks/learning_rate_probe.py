@@ -43,7 +43,7 @@ class LearningRateProbe(Callback):
     first one's result. It is kept with the method's hyperparameters, as ``lr_scale``, so that a resumed run does not
     probe again.
 
-    Costs the first steps, and about 60 forwards, which the next step counts. In TensorBoard ``zo/lr`` is 0, then the
+    Costs the first steps, and 50 to 70 forwards, which the next step counts. In TensorBoard ``zo/lr`` is 0, then the
     rate; the text ``learning_rate`` says what was found.
 
     Args:
