@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from zolightning.bench import block_time, gpu, learn, memory_table, scale, step_command
+from zolightning.bench import block_time, gpu, gradient_signal, learn, memory_table, scale, step_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -13,6 +13,7 @@ def parser() -> argparse.ArgumentParser:
     step_command.add_command(commands)
     gpu.add_command(commands)
     learn.add_command(commands)
+    gradient_signal.add_command(commands)
     memory_table.add_command(commands)
     block_time.add_command(commands)
     scale.add_command(commands)
