@@ -36,7 +36,15 @@ from zolightning.commands.checks import check_data, check_monitors, check_seed, 
 from zolightning.commands.help import HelpAll
 from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
-from zolightning.commands.slots import add_slots, from_package, replacing, slot_callbacks, trial, up_to_help
+from zolightning.commands.slots import (
+    add_slots,
+    from_package,
+    replacing,
+    slot_callbacks,
+    trial,
+    up_to_help,
+    with_switches,
+)
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
@@ -136,7 +144,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
-            words = up_to_help(sys.argv[1:] if args is None else args)
+            words = with_switches(up_to_help(sys.argv[1:] if args is None else args))
             self.config = parser.parse_args(replacing(from_package(words)))
         else:
             self.config = parser.parse_object(args)

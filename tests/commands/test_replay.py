@@ -44,7 +44,7 @@ def test_a_run_is_replayed_from_its_folder(runs: Runs) -> None:
     for name, weight in replayed.items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name.split("layers.1.")[1]]), name
 
-    seen = printed([*words[:-1], "--follow", "true"]).splitlines()
+    seen = printed([*words[:-1], "--follow"]).splitlines()
     assert re.match(r"step 4: val/accuracy \d\.\d+, .*val/loss \d\.\d+$", seen[0]) and len(seen) == 2
     assert seen[1] == "the run ended after 4 steps" and not runs.version(1).exists()
 

@@ -266,7 +266,9 @@ class KeepLedger(Callback):
             found = ledger_of(Path(str(self.go_on)), header)
         else:
             try:
-                found, steps = ledger_to(self._saved, optimizer.param_groups[0]["step"], self._folder, self._checkpoint)
+                found, steps = ledger_to(
+                    self._saved or {}, optimizer.param_groups[0]["step"], self._folder, self._checkpoint
+                )
             except NoLedgerError as error:
                 self._give_up(str(error))
                 return []
@@ -274,7 +276,7 @@ class KeepLedger(Callback):
         records = whole_records(found) if is_last else list(found.records(min(steps, len(found))))
         is_own = found.path.parent.resolve() == self._folder.resolve()
         # In another folder, the steps after a checkpoint stay with the run that took them.
-        taken = records[steps:] if is_last and (is_own or self._saved is None) else []
+        taken = records[steps:] if is_last and (is_own or header is not None) else []
         if not is_own:
             found = found.copy(free_path(self._folder), min(steps + len(taken), len(records)))
         found.go_on(min(steps, len(records)), keep=len(taken))

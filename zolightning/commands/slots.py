@@ -99,6 +99,15 @@ def up_to_help(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+def with_switches(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments in which ``--follow`` alone is ``--follow true``: jsonargparse asks for a value."""
+    following = [*arguments[1:], "--"]
+    return [
+        f"{word}=true" if word == "--follow" and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
+
+
 def replacing(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments in which whoever names a class inherits no setting of an earlier one.
 
