@@ -32,21 +32,19 @@ WORDS, WIDTH = 7, 3  # rows that two ranks cannot share evenly, and shards that 
 
 # By name: the method, and what is special about the run
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "mezo": (partial(MeZO, lr=1e-2, num_queries=2), {"frozen": "0.up"}),
     "blocks": (
-        partial(MeZO, lr=1e-2, momentum=0.5, weight_decay=0.1),
-        {"precision": "bf16-true", "blocks": ["net.layers.0", "net.layers.1"]},
+        partial(MeZO, lr=1e-2, num_queries=2, momentum=0.5, weight_decay=0.1),
+        {"precision": "bf16-true", "blocks": ["net.layers.0", "net.layers.1"], "bad_step": 0},
     ),
-    "own_shards": (partial(MeZOAdam, lr=1e-2, estimator=OneSided()), {"own": True}),
+    "own_shards": (partial(MeZOAdam, lr=1e-2, estimator=OneSided()), {"own": True, "frozen": "0.up"}),
 }
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "perturbed in place": (partial(MeZO, lr=1e-2), {"unseen": True}),
     "LOZO": (partial(LOZO, lr=1e-2), {"resample": True}),
     "HiZOO": (partial(HiZOO, lr=1e-2), {}),
     "PerExample": (partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=8), {}),
     "align_queries": (partial(MeZO, lr=1e-2, num_queries=2, align_queries=True), {}),
     "micro_batch_size": (partial(MeZO, lr=1e-2), {"micro_batch_size": 2}),
-    "evaluations_per_forward": (partial(MeZO, lr=1e-2), {"evaluations_per_forward": 2}),
-    "keep_prefix_gib": (partial(MeZO, lr=1e-2), {"keep_prefix_gib": 1.0}),
 }
 
 
@@ -56,6 +54,7 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 5), nn.Linear(5, WIDTH)
         self.gate = nn.Parameter(torch.ones(1))  # one row: a rank has none of it
+        self.unused = nn.Parameter(torch.ones(2, 2))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs + self.gate * self.down(torch.tanh(self.up(self.norm(inputs))))
@@ -80,10 +79,10 @@ class Network(nn.Module):
 
 
 class Module(L.LightningModule):
-    def __init__(self, own: bool = False, frozen: str | None = None, **_: Any) -> None:
+    def __init__(self, own: bool = False, frozen: str | None = None, bad_step: int | None = None, **_: Any) -> None:
         super().__init__()
         torch.manual_seed(0 if own else int(os.environ.get("LOCAL_RANK", 0)))  # other ranks are given those of rank 0
-        self.net, self.own = Network(), own
+        self.net, self.own, self.bad_step = Network(), own, bad_step
         for name, parameter in self.net.layers.named_parameters():
             parameter.requires_grad_(frozen is None or not name.startswith(frozen))
 
@@ -93,7 +92,10 @@ class Module(L.LightningModule):
                 fully_shard(layer, mesh=self.trainer.strategy.device_mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch)
+        loss = self.loss(batch)
+        if batch_idx == self.bad_step and self.current_epoch == 0 and self.global_rank == self.trainer.world_size - 1:
+            return loss * float("nan")
+        return loss
 
     def loss(self, batch: Any) -> Tensor:
         words = (batch[0] * 10).long() % WORDS
@@ -104,6 +106,14 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self) -> None:
         return None  # of its own: all parameters train
+
+
+class Unseen(Module):
+    """Reads parameters where torch's Python functions do not see it."""
+
+    def loss(self, batch: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return super().loss(batch)
 
 
 class Begun(L.Callback):
@@ -121,7 +131,12 @@ def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: s
     """Trains, from the checkpoint of another run if `begun` names one, and writes what was left by each rank."""
     method, options = RUNS[name]
     module, recorder, ledger = Module(**options), Recorder(), KeepLedger(folder / f"{name}-{run}")
-    callbacks: list[Any] = [ZerothOrder(method), recorder, ledger, Begun(folder / f"{name}-{run}-begun.ckpt")]
+    callbacks: list[Any] = [
+        ZerothOrder(method, skip_nonfinite=True),
+        recorder,
+        ledger,
+        Begun(folder / f"{name}-{run}-begun.ckpt"),
+    ]
     if "blocks" in options:
         callbacks.append(BlockCoordinateDescent(interval=1, patterns=options["blocks"]))
     trainer = make_trainer(
@@ -153,10 +168,11 @@ def refuse(folder: Path) -> None:
     """Runs that end before the first step."""
     refused = {}
     for name, (method, options) in REFUSED.items():
+        unseen = options.pop("unseen", False)
         resampling = [SubspaceResampling()] if options.pop("resample", False) else []
         trainer = make_trainer(2, [ZerothOrder(method, **options), *resampling], ZerothOrderFSDP())
         try:
-            trainer.fit(Module(), loader(0, 1))
+            trainer.fit(Unseen() if unseen else Module(), loader(0, 1))
         except Exception as error:
             refused[name] = [str(error), trainer.global_step]
     torch.save(refused, folder / f"refused-{trainer.global_rank}.pt")

@@ -55,7 +55,7 @@ class TestShards:
         shards, one = results[f"{name}-fsdp-0"], results[f"{name}-one-0"]
         for found, expected in zip(shards["steps"], one["steps"], strict=True):
             torch.testing.assert_close(
-                torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0
+                torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0, equal_nan=True
             )
         for key, tensor in results[f"{name}-fsdp.ckpt"]["state_dict"].items():
             torch.testing.assert_close(tensor, results[f"{name}-one.ckpt"]["state_dict"][key], atol=1e-3, rtol=1e-2)
@@ -70,7 +70,7 @@ class TestShards:
         steps = results[f"{name}-one-after-fsdp-0"]["steps"]
         for found, expected in zip(steps, results[f"{name}-fsdp-0"]["steps"][-len(steps) :], strict=True):
             torch.testing.assert_close(
-                torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0
+                torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0, equal_nan=True
             )
 
     def test_leave_a_ledger_that_replays_to_the_weights(self, results: Results, name: str) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.refusals import refuse_strategy, refuse_unsupported
 from zolightning.optim import MeZO
+from zolightning.sharded import ZerothOrderFSDP
 
 MakeTrainer = Callable[..., L.Trainer]
 MakeData = Callable[..., DataLoader]
@@ -61,7 +62,7 @@ class TestRefusals:
             MisconfigurationException, match=f"`trainer.strategy` is '{name}', which .*'auto', 'ddp' or 'zo_ddp'"
         ):
             refuse_strategy(name)
-        refuse_strategy("ddp_spawn"), refuse_strategy("auto"), refuse_strategy("zo_ddp")
+        refuse_strategy("ddp_spawn"), refuse_strategy("auto"), refuse_strategy("zo_ddp"), refuse_strategy("zo_fsdp")
 
     def test_a_strategy_of_ones_own_from_scratch(self) -> None:
         class Odd(ParallelStrategy): ...
@@ -80,6 +81,18 @@ class TestRefusals:
             MisconfigurationException, match=f"`trainer.strategy` is {strategy.__name__}.*'auto', 'ddp' or 'zo_ddp'"
         ):
             refuse_unsupported(self.surroundings(strategy=made))
+
+    @pytest.mark.parametrize(
+        "option",
+        [{"micro_batch_size": 2}, {"evaluations_per_forward": 2}, {"keep_prefix_gib": 1.0}],
+        ids=lambda option: next(iter(option)),
+    )
+    def test_other_forwards_than_those_of_other_ranks(self, option: dict[str, Any]) -> None:
+        strategy = ZerothOrderFSDP()
+        refuse_unsupported(self.surroundings(strategy=strategy, callbacks=[ZerothOrder(MeZO)]))
+        ((name, value),) = option.items()
+        with pytest.raises(MisconfigurationException, match=f"`{name}` is {value}, and under 'zo_fsdp' .*'zo_ddp'"):
+            refuse_unsupported(self.surroundings(strategy=strategy, callbacks=[ZerothOrder(MeZO, **option)]))
 
     def test_scaled_gradients(self) -> None:
         # By hand: on a CPU, the Trainer silently takes bf16-mixed for it

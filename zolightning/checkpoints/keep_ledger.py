@@ -265,6 +265,7 @@ class KeepLedger(Callback):
         if header is not None:
             found = ledger_of(Path(str(self.go_on)), header)
         else:
+            assert self._saved is not None, "only for a run without a checkpoint is there a header"
             try:
                 found, steps = ledger_to(
                     self._saved or {}, optimizer.param_groups[0]["step"], self._folder, self._checkpoint

@@ -141,6 +141,8 @@ class Evaluator:
                 self.forget()
             arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
             results, unread = self._losses(*arguments)
+            if self._gathered and not self._in_place.keys() >= trainable.keys():
+                unread = []  # the loss was not finite, so that it is not known yet which are read at all
             if unread and self._gathered:  # other ranks would not know that it is to be found out anew
                 raise RuntimeError(
                     f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this "
