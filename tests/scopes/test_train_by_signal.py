@@ -15,7 +15,7 @@ from training import moved, zeroth_order
 from zolightning.directions.slices import Slice
 from zolightning.scopes import TrainBySignal, train_by_signal
 from zolightning.scopes.parts import OutlierChannels
-from zolightning.scopes.signal import measure_signal
+from zolightning.scopes.signal import BlockSignal, measure_signal
 
 SLOPES, CURVATURES = (3.0, 1.0, 0.0), (10.0, 0.5, 2.0)  # ratios of 0.9, 2 and 0
 
@@ -67,6 +67,12 @@ def test_estimates_agree_with_autograd(examples: DataLoader) -> None:
         assert signal.size == 50 and not layer.weight.any()
     # Squares would count the batches' noise, which is as large in the layer without a slope.
     assert abs(found[2].squared_grad) < 200 < grads.square().sum().item() / len(grads)
+
+
+def test_a_curvature_that_noise_makes_small_is_no_flatness() -> None:
+    flat = BlockSignal("flat", 1, 1.0, 0.1, -30.0, 1.0, least_curvature=20.0)
+    steep = BlockSignal("steep", 1, 4.0, 0.1, 40.0, 1.0, least_curvature=20.0)
+    assert (flat.ratio, steep.ratio) == (0.05, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -131,5 +137,5 @@ def test_refusals(make_trainer: Any, examples: DataLoader) -> None:
         fit(TrainBySignal(num_blocks=4))
     with pytest.raises(ValueError, match="give one of them"):
         TrainBySignal(part=OutlierChannels(), patterns=["mlp"])
-    with pytest.raises(ValueError, match="`num_queries` must be an integer, at least 1, got 0"):
-        TrainBySignal(num_queries=0)
+    with pytest.raises(ValueError, match="`num_queries` must be an integer, at least 2, got 1"):
+        TrainBySignal(num_queries=1)

@@ -1,6 +1,7 @@
 """What a block of parameters promises, from forward passes: its gradient's size against its curvature."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class BlockSignal:
         squared_grad_error: of it.
         curvature: ``tr H``, likewise.
         curvature_error: of it.
+        least_curvature: what a smaller one counts as: twice the median error of all blocks' curvatures, so that noise
+            is not taken for flatness.
     """
 
     name: str
@@ -33,14 +36,12 @@ class BlockSignal:
     squared_grad_error: float
     curvature: float
     curvature_error: float
+    least_curvature: float
 
     @property
     def ratio(self) -> float:
-        """``|g|^2 / tr H``: twice what the best step ``-lr g z`` within the block takes off the loss, at ``1 / tr H``.
-
-        A curvature within two standard errors of 0 counts as these, so that noise is not taken for flatness.
-        """
-        curvature = max(self.curvature, 2 * self.curvature_error)
+        """``|g|^2 / tr H``: twice what the best step ``-lr g z`` in the block takes off the loss, at ``1 / tr H``."""
+        curvature = max(self.curvature, self.least_curvature)
         return self.squared_grad / curvature if curvature > 0 else 0.0
 
 
@@ -65,7 +66,7 @@ def measure_signal(
         module: owns the parameters, which are as before afterwards.
         blocks: the parameters of each, with their slices, by name; no parameter is in two.
         losses: of at least two batches that have no example in common.
-        num_queries: directions a block.
+        num_queries: directions a block, at least 2, whose spread gives errors.
         eps: standard deviation of the perturbation of each weight.
         seed: of the directions; None takes that of ``seed_everything``.
 
@@ -77,7 +78,7 @@ def measure_signal(
         raise ValueError(f"A signal is told from noise by at least two batches, got {len(losses)}.")
     chosen = {parameter: part for block in blocks.values() for parameter, part in block.items()}
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter in chosen]
-    found = []
+    found: list[tuple[str, int, Tensor, Tensor]] = []
     with _unfrozen(chosen):
         estimator = ThreePoint()
         optimizer = MeZO(named, eps=eps, seed=seed, num_queries=num_queries, estimator=estimator)
@@ -91,11 +92,14 @@ def measure_signal(
                 grads = torch.tensor([record.projected_grads for record in records], dtype=torch.float64)
                 bends = [estimator.second_differences(record.losses) for record in records]
                 size = sum(math.prod(optimizer.trainable_shape(parameter)) for parameter in block)
-                squared, curvatures = pair_products(grads), torch.tensor(bends, dtype=torch.float64).mean(0) / eps**2
-                found.append(BlockSignal(name, size, *_mean(squared), *_mean(curvatures)))
+                curvatures = torch.tensor(bends, dtype=torch.float64).mean(0) / eps**2
+                found.append((name, size, pair_products(grads), curvatures))
         finally:
             optimizer.detach()
-    return found
+    least = 2 * statistics.median(_mean(curvatures)[1] for *_, curvatures in found)
+    return [
+        BlockSignal(name, size, *_mean(squared), *_mean(curvatures), least) for name, size, squared, curvatures in found
+    ]
 
 
 def pair_products(grads: Tensor) -> Tensor:

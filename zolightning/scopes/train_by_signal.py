@@ -58,9 +58,13 @@ class TrainBySignal(Scope):
         layers_name: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"num_blocks": num_blocks, "num_queries": num_queries, "num_prompts": num_prompts}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer, at least 1, got {value!r}.")
+        for name, value, least in (
+            ("num_blocks", num_blocks, 1),
+            ("num_queries", num_queries, 2),  # their spread says how exact they are
+            ("num_prompts", num_prompts, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
         require_positive("eps", eps)
         require_patterns(patterns)
         if patterns is not None and part is not None:
