@@ -31,7 +31,7 @@ from zolightning.callbacks import (
 )
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
-from zolightning.commands import configs
+from zolightning.commands import configs, run_report
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
 from zolightning.commands.help import HelpAll
 from zolightning.commands.output import hush
@@ -66,7 +66,8 @@ _SUBCOMMANDS = {
     **{name: {"model", "datamodule"} for name in ("profile", "sweep-layers", "export", "replay")},
 }
 _PARSER_KWARGS: dict[str, Any] = {
-    "description": "Fine-tunes language models by forward passes only.",
+    "description": "Fine-tunes language models by forward passes only. Two more commands have a `--help`: "
+    "`configs` lists the config files of the package, `report` compares runs on a page.",
     # argparse would list a hundred options, here and before every error.
     **{
         name: {"usage": f"zolightning {name} --config FILE [--config FILE ...] [--OPTION VALUE ...]"}
@@ -295,6 +296,8 @@ def main(args: ArgsType = None) -> None:
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list) and words[:1] == ["configs"]:
             configs.main(words[1:])
+        elif isinstance(words, list) and words[:1] == ["report"]:
+            run_report.main(words[1:])
         else:
             ZerothOrderCLI(args)
     except Exception as error:

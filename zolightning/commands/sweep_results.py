@@ -83,7 +83,7 @@ class SweepResults:
             draft.write_text(json.dumps(settings, indent=2) + "\n")
             draft.replace(path)
             return
-        there, here = (dict(_flat(s)) for s in (json.loads(path.read_text()), settings))
+        there, here = (dict(flat(s)) for s in (json.loads(path.read_text()), settings))
         changed = [key for key in there | here if there.get(key) != here.get(key)]
         if changed:
             shown = "; ".join(f"`{key}` {there.get(key)!r} there, {here.get(key)!r} now" for key in changed[:5])
@@ -108,7 +108,7 @@ class SweepResults:
             self.rows[row.layer] = row
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested dictionaries and lists, by dotted name."""
     if isinstance(value, Mapping) and value:
         items: Any = value.items()
@@ -118,4 +118,4 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
         return
     for key, inner in items:
-        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,194 @@
+"""``zolightning report``: what it reads of runs, and the files that it writes."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from cli_runs import NAME, Runs, printed, refused
+from zolightning.commands.run_folder import read_run
+from zolightning.commands.run_report import differing_settings
+
+pytestmark = [
+    # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_process"),
+]
+LOCK = (
+    "import fcntl, sys; file = open(sys.argv[1], 'r+b'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+)
+
+
+class Reader(HTMLParser):
+    """Tags, texts and the identifiers of a page; every tag is closed where it must be."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, write_tiny_model: Callable[..., Path], fresh_process: None) -> Runs:
+    """Version 0 is by MeZO, 1 by backpropagation, and 2 like that of a validation."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_tiny_model(folder / "model")
+    runs = Runs(folder)
+    runs("fit", "--test_last", "true")
+    runs("fit", "--method", "null", "--trainer.precision", "32-true")
+    runs.version(2).mkdir()
+    shutil.copy(runs.version(0) / "config.yaml", runs.version(2))
+    with SummaryWriter(str(runs.version(2))) as writer:
+        writer.add_scalar("val/accuracy", 0.5, 0)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def files(runs: Runs) -> tuple[dict[str, Any], list[dict[str, str]], str]:
+    """Metrics, curves and page of the two runs that trained."""
+    output = runs.folder / "made/page.html"
+    said = printed(["report", str(runs.folder / "logs" / NAME), "--output", str(output), "--title", "A <b> & c"])
+    assert f"left out: {runs.version(2)} has no curve of a training yet" in said and "page.csv" in said
+    with output.with_suffix(".csv").open() as file:
+        curves = list(csv.DictReader(file))
+    return json.loads(output.with_suffix(".json").read_text()), curves, output.read_text()
+
+
+def test_curves_are_those_of_tensorboard(runs: Runs, files: Any) -> None:
+    _, curves, _ = files
+    for version in (0, 1):
+        logged = runs.scalars(version)
+        found = [row for row in curves if row["run"] == str(runs.version(version)) and row["metric"] == "train/loss"]
+        assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 5, 6]
+        assert [float(row["value"]) for row in found] == pytest.approx(list(logged["train/loss"].values()), rel=1e-6)
+        validated = [row for row in curves if row["run"] == found[0]["run"] and row["metric"] == "val/accuracy"]
+        assert [int(row["step"]) for row in validated] == [0, 3, 6]
+        assert [row["forward_passes"] for row in validated] == (["0", "6", "12"] if version == 0 else ["", "", ""])
+        times = [float(row["seconds"]) for row in validated]
+        assert times[0] == 0 < times[1] < times[2]
+        expected = [logged["val/accuracy"][step] for step in (0, 2, 5)]
+        assert [float(row["value"]) for row in validated] == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_of_a_finished_run(runs: Runs, files: Any) -> None:
+    run, logged = files[0]["runs"][0], runs.scalars(0)
+    accuracies = {step + 1: value for step, value in logged["val/accuracy"].items() if step}
+    assert run["best"]["val/accuracy"] == pytest.approx(max(accuracies.values()))
+    assert accuracies[run["best"]["step"]] == pytest.approx(run["best"]["val/accuracy"])
+    assert Path(run["best_checkpoint"]).is_file()
+    assert run["best_checkpoint"].endswith(f"best-step={run['best']['step']}.ckpt")
+    assert run["test"] == {tag: pytest.approx(*values.values()) for tag, values in logged.items() if "test/" in tag}
+    assert run["peak_memory_gib"] == pytest.approx(max(logged["run/peak_memory_gib"].values()))
+    assert (run["state"], run["step"], run["forward_passes"]) == ("finished", 6, 12)
+    assert run["overview"]["method"].startswith("MeZO, lr 0.1")
+    assert run["overview"]["scope"].startswith("all parameters: ")
+    assert run["commands"] == ["zolightning"]
+    assert "method.lr" in run["settings"] and "method.lr" not in files[0]["runs"][1]["settings"]
+    assert "trainer.max_steps" not in run["settings"]
+
+
+def test_the_page_holds_all_that_it_shows(runs: Runs, files: Any) -> None:
+    page = Reader(files[2])
+    assert page.open == [] and not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)
+    assert page.tags.count("svg") == 2 * 3 + 3 + 4  # accuracy, F1 and loss by three axes; and of training
+    text = " ".join(page.texts)
+    for expected in ("A <b> & c", str(runs.version(0)), str(runs.version(1)), "AdamW", "method.lr", "6 of 6"):
+        assert expected in text, expected
+
+
+def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs.version(0), tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("max_steps: 6", "max_steps: 600"))
+    assert (read_run(folder).step, read_run(folder).state) == (6, "ended")
+    ledger = str(folder / "ledger.bin")
+    with subprocess.Popen([sys.executable, "-c", LOCK, ledger], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert read_run(folder).state == "running"
+        process.communicate("\n")
+    events = sorted(folder.glob("events.*"))
+    for file in events[2:]:
+        file.unlink()
+    events[1].write_bytes(events[1].read_bytes()[:-300])  # in the middle of the last record: as a kill leaves it
+    assert (read_run(folder).step, read_run(folder).state) == (6, "interrupted")
+    (folder / "ledger.bin").write_bytes(b"no ledger")
+    with pytest.warns(UserWarning, match="is no ledger of a run"):
+        assert read_run(folder).state == "not finished"
+
+
+def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> None:
+    config = {"checkpoint": {"monitor": "val/loss", "mode": "min"}, "trainer": {"max_steps": 90}}
+    for name, lr in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({**config, "method": {"init_args": {"lr": lr}}}))
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            writer.add_scalar("val/loss", 3.0, 0, walltime=1000)
+            for start, values in ((1010, {9: 2.0, 19: 1.5}), (5000, {19: 1.0, 29: float("nan")})):
+                writer.add_text("run", "| | |\n|-|-|\n| command | zolightning fit |", walltime=start)
+                for step, value in values.items():
+                    writer.add_scalar("val/loss", value, step, walltime=start + step)
+    run, other = (read_run(tmp_path / name) for name in "ab")
+    found = [(point.step, point.seconds, point.value) for point in run.curves["val/loss"]]
+    assert found[:3] == [(0, 0, 3.0), (10, 9, 2.0), (20, 19 + 19, 1.0)]
+    assert found[3][:2] == (30, 19 + 29)
+    assert run.best is not None and run.best.step == 20
+    assert (run.state, run.commands) == ("not finished", ["zolightning fit"])
+    assert differing_settings([run, other]) == {"method.lr": [1, 2]}
+    printed(["report", str(tmp_path / "a"), "--output", str(tmp_path / "page.html")])
+    assert json.loads((tmp_path / "page.json").read_text())["runs"][0]["last"] == {"val/loss": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such"], "There is no folder no/such."),
+        (["empty"], "empty is no folder of a run: it has no config.yaml"),
+        (["silent"], "silent has no curve of a training yet"),
+        (["versions"], "versions holds 1 versions, and none that has trained."),
+        (["run", "--output", "page.txt"], "`--output` is page.txt, and must end with .html."),
+        (["run", "--output", "/proc/x/page.html"], "`--output` is /proc/x, where no file can be written: "),
+    ],
+)
+def test_wrong_folders_take_one_line(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "silent", "versions/version_0"):
+        Path(name).mkdir(parents=True)
+    Path("silent/config.yaml").write_text("trainer: {max_steps: 6}\n")
+    Path("run").symlink_to(runs.version(0))
+    error = refused(["report", *arguments])
+    assert error.startswith(f"error: {message}") and "\n" not in error
+    assert not list(tmp_path.glob("*.html")) + list(tmp_path.glob("*.json"))

@@ -1,0 +1,215 @@
+"""What the folder of a run says of it: its settings, its curves, how far it is."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from lightning.pytorch.utilities import rank_zero_warn
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
+
+from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
+
+_OVERVIEW = "run/text_summary"  # RunOverview writes it when training starts, and again when it is resumed
+_END = "_hparams_/session_end_info"  # RunOverview's last words
+_SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/forward_passes")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value of a metric, and what had been spent when it was logged.
+
+    Attributes:
+        step: steps that had been taken; 0 is before training.
+        forward_passes: of training; None where backpropagation trains.
+        seconds: since training started, validations included; pauses between a stop and going on are not.
+        value: of the metric.
+    """
+
+    step: int
+    forward_passes: int | None
+    seconds: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that trains or has trained.
+
+    Attributes:
+        folder: of the run.
+        config: its ``config.yaml``.
+        overview: what the run said of itself when it started, by name: ``method``, ``scope``, ``memory`` and others.
+        commands: that started it, and that it went on by.
+        curves: by metric, in the order of steps.
+        test: metrics of its test, if there was one.
+        step: how many steps have been taken.
+        state: ``finished`` (it has taken ``max_steps``), ``running``, ``ended`` (before these, by a callback, a signal,
+            epochs or time), ``interrupted``, or ``not finished`` where a run without a ledger does not show whether it
+            still runs.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    overview: dict[str, str]
+    commands: list[str]
+    curves: dict[str, list[Point]]
+    test: dict[str, float]
+    step: int
+    state: str
+
+    @property
+    def monitor(self) -> str | None:
+        """The metric by which the best checkpoint is chosen."""
+        name: str | None = (self.config.get("checkpoint") or {}).get("monitor")
+        return name
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what its validations measure, the monitored one first."""
+        names = [name for name in self.curves if name.startswith("val")]
+        return sorted(names, key=lambda name: name != self.monitor)
+
+    @property
+    def best(self) -> Point | None:
+        """The validation in which the monitored metric was best, and the first of several that are; None before one."""
+        points = [p for p in self.curves.get(self.monitor or "", []) if p.step > 0 and not np.isnan(p.value)]
+        choose = min if (self.config.get("checkpoint") or {}).get("mode") == "min" else max
+        return choose(points, key=lambda point: point.value, default=None)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The file of :attr:`best`, as long as it exists and its name has the step."""
+        dirpath = (self.config.get("checkpoint") or {}).get("dirpath")
+        folder = self.folder / "checkpoints" if dirpath is None else Path(dirpath)
+        for path in sorted(folder.glob("*.ckpt")):
+            found = re.search(r"step=(\d+)", path.stem)
+            if found and self.best is not None and int(found[1]) == self.best.step:
+                return path
+        return None
+
+    def at(self, metric: str, step: int) -> float | None:
+        """The value of a metric after a step, if one was logged."""
+        return next((point.value for point in self.curves.get(metric, []) if point.step == step), None)
+
+    def last(self, metric: str) -> Point | None:
+        """The latest value of a metric."""
+        return self.curves[metric][-1] if metric in self.curves else None
+
+    def peak(self, metric: str) -> float | None:
+        """The largest value of a metric."""
+        return max((point.value for point in self.curves.get(metric, [])), default=None)
+
+    @property
+    def spent(self) -> Point:
+        """Step, forward passes and seconds at the latest value of any metric."""
+        return max((points[-1] for points in self.curves.values()), key=lambda point: (point.step, point.seconds))
+
+
+def read_run(folder: Path) -> Run:
+    """The run of a folder.
+
+    Raises:
+        ValueError: if it is none, or has not logged anything of its training.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} is no folder of a run: it has no config.yaml, which `zolightning fit` writes there."
+        )
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / 'config.yaml'} is no YAML: {' '.join(str(error).split())}") from None
+    overviews, curves, test, ended = _logged(folder)
+    if not overviews or not any(point.step for points in curves.values() for point in points):
+        raise ValueError(
+            f"{folder} has no curve of a training yet: its events (events.out.tfevents.*) hold no step. TensorBoard's "
+            "logger writes every two minutes, and at the end of a run."
+        )
+    commands = [overview.pop("command") for overview in overviews if "command" in overview]
+    step, state = _progress(folder, config, max(points[-1].step for points in curves.values()), ended)
+    return Run(folder, config, overviews[-1], list(dict.fromkeys(commands)), curves, test, step, state)
+
+
+def _logged(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[Point]], dict[str, float], bool]:
+    """Overviews, curves, metrics of a test and whether training has ended, from files that a run may be writing."""
+    overviews: list[dict[str, str]] = []
+    values: dict[str, dict[int, tuple[float, float]]] = {}  # by metric and step: seconds and value; the latest one
+    test: dict[str, float] = {}
+    forward_passes: dict[int, int] = {}  # by step
+    before = started = now = 0.0  # seconds of training until the run last stopped; when it last started; the latest
+    step, ended = 0, False
+    for event, value in _summaries(folder):
+        if value.tag == _OVERVIEW:
+            before, started, now = before + now - started, event.wall_time, event.wall_time
+            overviews.append(_overview(make_ndarray(value.tensor).item().decode()))
+            ended = False
+        ended = ended or value.tag == _END
+        if value.metadata.plugin_data.plugin_name != "scalars":
+            continue
+        number = make_ndarray(value.tensor).item()
+        if value.tag.startswith("test"):
+            test[value.tag] = number
+        elif value.tag.startswith("by_forward_passes/"):  # follows the metrics of its validation
+            forward_passes[step] = event.step
+        elif value.tag == "zo/forward_passes":
+            forward_passes[event.step + 1] = int(number)
+        if value.tag.startswith(("test", *_SHOWN_OTHERWISE)):
+            continue
+        # Lightning counts from 0 what it logs after a step, and so the validation before the first one.
+        step, seconds = 0, 0.0
+        if overviews:
+            now = event.wall_time
+            step, seconds = event.step + 1, before + now - started
+        values.setdefault(value.tag, {})[step] = seconds, number
+    return overviews, {metric: _curve(found, forward_passes) for metric, found in values.items()}, test, ended
+
+
+def _summaries(folder: Path) -> Iterator[tuple[Any, Any]]:
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                yield event, value
+
+
+def _curve(values: Mapping[int, tuple[float, float]], forward_passes: Mapping[int, int]) -> list[Point]:
+    """Points by step; forward passes between two steps that have logged them are interpolated."""
+    steps = sorted(values)
+    known = sorted({0: 0, **forward_passes}.items())
+    passes = np.interp(steps, [step for step, _ in known], [count for _, count in known]).round()
+    return [
+        Point(step, int(count) if forward_passes else None, *values[step])
+        for step, count in zip(steps, passes, strict=True)
+    ]
+
+
+def _overview(table: str) -> dict[str, str]:
+    """Lines of RunOverview's table in Markdown, ``| name | value |``, by name."""
+    rows = (line[2:-2].split(" | ", 1) for line in table.splitlines()[2:])
+    return {name: value for name, value in rows}
+
+
+def _progress(folder: Path, config: Mapping[str, Any], logged: int, ended: bool) -> tuple[int, str]:
+    """Steps that have been taken, and the state; the ledger knows both to the step, the curves do not."""
+    ledger, step = None, logged
+    files = sorted(folder.glob("ledger*.bin"), key=lambda path: path.stat().st_mtime)
+    try:
+        ledger = Ledger(files[-1]) if files else None
+    except (DamagedLedgerError, ValueError) as error:
+        rank_zero_warn(f"{error} How far the run is, is read from its curves.")
+    if ledger is not None:
+        step = max(logged, ledger.header.first_step + len(ledger))
+    if 0 < max_steps(config) <= step:
+        return step, "finished"
+    if ledger is not None and ledger.is_written():
+        return step, "running"
+    return step, "ended" if ended else "not finished" if ledger is None else "interrupted"
+
+
+def max_steps(config: Mapping[str, Any]) -> int:
+    """The steps that a run is to take; -1 where epochs or time end it."""
+    return (config.get("trainer") or {}).get("max_steps") or -1

@@ -1,0 +1,166 @@
+"""``zolightning report``: runs side by side, as a page, a file of metrics and a table of curves."""
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.commands.report import print_table
+from zolightning.commands.run_folder import Run, read_run
+from zolightning.commands.run_page import page
+from zolightning.commands.sweep_results import flat
+
+# Settings of where a run's files go, in which all runs differ.
+_PLACES = ("trainer.default_root_dir", "trainer.logger.", "checkpoint.dirpath", "save_last.dirpath", "ckpt_path")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command on its arguments.
+
+    Raises:
+        ValueError: if a folder is that of no run or has no curve yet, or `--output` is no page, or cannot be
+            written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="zolightning report",
+        description="Compares runs, finished or not: writes report.html (one page: results, curves against steps, "
+        "forward passes and time, memory, the settings that differ, the commands), report.json (the numbers of its "
+        "tables) and report.csv (all curves).",
+        epilog="zolightning report logs/sst2-mezo/version_0 logs/sst2-lozo/version_0",
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="RUN", help="folder of a run, or one that holds version_0, version_1, ..."
+    )
+    parser.add_argument(
+        "--output", default="report.html", metavar="FILE", help="the page (default: report.html); the others beside it"
+    )
+    parser.add_argument("--title", help="heading of the page")
+    given = parser.parse_args(arguments)
+    output = Path(given.output)
+    if output.suffix != ".html":
+        raise ValueError(f"`--output` is {output}, and must end with .html.")
+    require_writable("--output", output.parent)
+    runs = [run for folder in dict.fromkeys(map(Path, given.folders)) for run in _runs_in(folder)]
+    if len(runs) > len(ascii_uppercase):
+        raise ValueError(f"{len(runs)} runs are given, and a page shows at most {len(ascii_uppercase)}.")
+    differences = differing_settings(runs)
+    files = {
+        output: page(runs, differences, given.title or _title(runs)),
+        output.with_suffix(".json"): json.dumps(_finite(metrics(runs, differences)), indent=2) + "\n",
+        output.with_suffix(".csv"): _curves(runs),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+    print_table("runs", [_row(run) for run in runs])
+    print(f"\nwritten: {', '.join(map(str, files))}")
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """By dotted name the value of each run, of those that are not the same in all; ``...`` where a run has none."""
+    settings = [dict(flat(run.config)) for run in runs]
+    names = dict.fromkeys(name for of_run in settings for name in of_run)
+    found = {name: [of_run.get(name, ...) for of_run in settings] for name in names if not name.startswith(_PLACES)}
+    return {
+        name.replace(".init_args", "").removesuffix(".class_path"): _short(values) if "class_path" in name else values
+        for name, values in sorted(found.items())
+        if any(value != values[0] for value in values)
+    }
+
+
+def _short(class_paths: Sequence[Any]) -> list[Any]:
+    return [path.rpartition(".")[2] if isinstance(path, str) else path for path in class_paths]
+
+
+def metrics(runs: Sequence[Run], differences: dict[str, list[Any]]) -> dict[str, Any]:
+    """What the page's tables say, as plain values."""
+    return {
+        "runs": [
+            {
+                "folder": str(run.folder),
+                "state": run.state,
+                "step": run.step,
+                "forward_passes": run.spent.forward_passes,
+                "seconds": run.spent.seconds,
+                "peak_memory_gib": run.peak("run/peak_memory_gib"),
+                "monitor": run.monitor,
+                "before_training": {name: run.at(name, 0) for name in run.metrics},
+                "best": run.best and {"step": run.best.step, **{m: run.at(m, run.best.step) for m in run.metrics}},
+                "best_checkpoint": run.best_checkpoint and str(run.best_checkpoint),
+                "last": {name: run.curves[name][-1].value for name in run.metrics},
+                "test": run.test,
+                "overview": run.overview,
+                "commands": run.commands,
+                "settings": {name: values[i] for name, values in differences.items() if values[i] is not ...},
+            }
+            for i, run in enumerate(runs)
+        ]
+    }
+
+
+def _runs_in(folder: Path) -> list[Run]:
+    """The run of a folder; or those of its versions that have trained, where it holds versions only."""
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    versions = sorted(folder.glob("version_*"), key=lambda path: (len(path.name), path.name))
+    if not versions or (folder / "config.yaml").exists():
+        return [read_run(folder)]
+    runs = []
+    for version in versions:
+        try:
+            runs.append(read_run(version))
+        except ValueError as error:  # of `zolightning test`, or of a run that ended before its first step
+            print(f"left out: {error}")
+    if not runs:
+        raise ValueError(f"{folder} holds {len(versions)} versions, and none that has trained.")
+    return runs
+
+
+def _title(runs: Sequence[Run]) -> str:
+    tasks = [((run.config.get("data") or {}).get("init_args") or {}).get("task") for run in runs]
+    names = dict.fromkeys(str(task["name"] if isinstance(task, dict) else task) for task in tasks if task)
+    return f"{', '.join(names) or 'Training'}: {len(runs)} run{'s' * (len(runs) > 1)}"
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """A line of the table on the screen."""
+    best = run.best
+    return {
+        "run": str(run.folder),
+        "state": run.state,
+        "step": str(run.step),
+        "forwards": None if run.spent.forward_passes is None else str(run.spent.forward_passes),
+        "seconds": run.spent.seconds,
+        "monitor": run.monitor,
+        "before": run.at(run.monitor or "", 0),
+        "best": best and best.value,
+        "at step": best and str(best.step),
+        "test": run.test.get((run.monitor or "").replace("val", "test", 1)),
+    }
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "metric", "step", "forward_passes", "seconds", "value"])
+    for run in runs:
+        for metric, points in run.curves.items():
+            for point in points:
+                row = [point.step, point.forward_passes, f"{point.seconds:.3f}", f"{point.value:.7g}"]
+                writer.writerow([run.folder, metric, *row])
+    return text.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
