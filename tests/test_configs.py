@@ -174,7 +174,7 @@ def test_two_steps(
     checkpoint, folder = train(
         compose(f"tasks/{task}", f"methods/{method}", f"models/{model}"),
         write_tiny_model(write_rows(task) / "model", ARCHITECTURES[model]),
-        "--model.init_args.optimizer.init_args.lr" if method == "adamw" else LR,
+        "--model.init_args.optimizer.init_args.lr" if method in ("adamw", "sgd") else LR,
     )
     assert changed(checkpoint, folder / "model")
 
@@ -244,7 +244,7 @@ def test_two_steps_of_a_scope(
     checkpoint, _ = train(
         [*files, "--trainer.precision", "32-true"],  # in bfloat16 the outlier would drown all else
         folder,
-        "--model.init_args.optimizer.init_args.lr" if method == "adamw" else LR,
+        "--model.init_args.optimizer.init_args.lr" if method in ("adamw", "sgd") else LR,
     )
 
     assert_only_moved(checkpoint, folder, pattern)
@@ -285,7 +285,7 @@ def moved(checkpoint: dict[str, Any], folder: Path) -> list[str]:
 
 
 ORDERS = ("Cyclic", "RandomPermutation", "Uniform", "WeightNorm", "GaussSouthwellSweep", "Bandit", "AdaLeZO")
-ZEROTH_ORDER = [name for name in names("methods") if name != "adamw"]
+ZEROTH_ORDER = [name for name in names("methods") if name not in ("adamw", "sgd")]
 
 
 @pytest.mark.slow
