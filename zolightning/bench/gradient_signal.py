@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zolightning.bench.figures import append
+from zolightning.bench.figures import Value, append
 from zolightning.bench.learn_entries import model_arguments, read
 from zolightning.commands.report import Record, print_table
 from zolightning.data import PromptDataModule
@@ -241,7 +241,7 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         print_table(f"{sum(counts)} examples, {kind}", records)
     if arguments.output:
-        lines = [
+        lines: list[dict[str, Value]] = [
             {"map": name, "searched": kind, "S": one.signal, "N": one.noise}
             for name, of in each.items()
             for kind, one in of.items()
