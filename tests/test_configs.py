@@ -185,6 +185,13 @@ def test_quickstart_two_steps(write_tiny_model: Callable[..., Path], write_rows:
     assert changed(checkpoint, folder / "model")
 
 
+def test_recommended_two_steps(write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]) -> None:
+    folder = write_rows("sentiment")
+    arguments = [*compose("recommended"), "--scope.patterns", r"['layers\.1\..*proj']"]  # its own layers are not there
+    checkpoint, _ = train(arguments, write_tiny_model(folder / "model", "llama"), LR)
+    assert_only_moved(checkpoint, folder / "model", r"layers\.1\..*proj")
+
+
 def test_a_scope_and_a_method_in_one_file(
     write_tiny_model: Callable[..., Path], write_rows: Callable[..., Path]
 ) -> None:
