@@ -127,8 +127,8 @@ def read_run(folder: Path) -> Run:
     overviews, curves, test, ended = _logged(folder)
     if not overviews or not any(point.step for points in curves.values() for point in points):
         raise ValueError(
-            f"{folder} has no curve of a training yet: its events (events.out.tfevents.*) hold no step. TensorBoard's "
-            "logger writes every two minutes, and at the end of a run."
+            f"{folder} has no curve of a training yet: its event files (events.out.tfevents.*) hold no step. A run "
+            "writes to them every `trainer.log_every_n_steps` steps."
         )
     commands = [overview.pop("command") for overview in overviews if "command" in overview]
     step, state = _progress(folder, config, max(points[-1].step for points in curves.values()), ended)

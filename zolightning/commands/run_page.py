@@ -122,9 +122,10 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
             "pass is none.</p>"
         )
     yield "<h2>Training</h2>"
-    shown = {"train/loss": 10, "train/accuracy": 10, "run/peak_memory_gib": 1, "run/steps_per_second": 1}
+    trained = dict.fromkeys(name for run in runs for name in run.curves if name.startswith("train"))
+    shown = {**dict.fromkeys(trained, 10), "run/peak_memory_gib": 1, "run/steps_per_second": 1}
     yield from _plots(runs, [(name, "steps", axes["steps"], mean_of) for name, mean_of in shown.items()])
-    yield '<p class="note">Losses and accuracies of training batches are means of the latest 10 values.</p>'
+    yield '<p class="note">Metrics of training batches are means of the latest 10 values.</p>'
 
 
 def _plots(
@@ -140,7 +141,7 @@ def _plots(
             if pairs:
                 lines.append(Line(number, ascii_uppercase[number], [x for x, _ in pairs], [y for _, y in pairs]))
         if lines:
-            yield f"<figure>{curves_svg(lines, x, metric, mean_of)}</figure>"
+            yield f"<figure>{curves_svg(lines, x, metric, mean_of, metric.startswith('run/'))}</figure>"
     yield "</div>"
 
 

@@ -28,7 +28,7 @@ class Line:
     ys: Sequence[float]
 
 
-def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1) -> str:
+def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1, from_zero: bool = False) -> str:
     """An ``<svg>`` element, whose texts are texts and which has no identifiers of groups that pages could hold twice.
 
     Args:
@@ -36,6 +36,7 @@ def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1) -> str:
         x: what the horizontal axis shows.
         y: what the curves show.
         mean_of: draw the mean of so many latest values, and the values themselves faintly behind it.
+        from_zero: begin the vertical axis at 0.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zolightning", "font.size": 10}):
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")  # 317 units wide: as large as texts on a phone
@@ -52,6 +53,8 @@ def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1) -> str:
             axes.plot(line.xs, ys, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=3)
             drawn.append(replace(line, ys=ys))
         axes.margins(x=0.06)
+        if from_zero:
+            axes.set_ylim(bottom=0)
         figure.draw_without_rendering()  # makes the layout, which letters follow
         figure.set_layout_engine("none")
         _letters(axes, drawn, figure.dpi)
