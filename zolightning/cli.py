@@ -63,7 +63,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
-    **{name: {"model", "datamodule"} for name in ("profile", "sweep-layers", "export", "replay")},
+    **{name: {"model", "datamodule"} for name in ("doctor", "profile", "sweep-layers", "export", "replay")},
 }
 _PARSER_KWARGS: dict[str, Any] = {
     "description": "Fine-tunes language models by forward passes only. Two more commands have a `--help`: "

@@ -69,6 +69,26 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
     return None
 
 
+class WeightsAndState:
+    """What trains and the state of a method, as they are now: a copy in host memory, to be put back.
+
+    Args:
+        optimizer: the method.
+    """
+
+    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
+        self._optimizer = optimizer
+        self._weights = {parameter: _to_host(parameter) for _, _, parameter in optimizer.trainable()}
+        self._state = tree_map_only(Tensor, _to_host, optimizer.state_dict())
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Has the method and its parameters be as they were, to the bit; as often as it is called."""
+        self._optimizer.load_state_dict(self._state)
+        for parameter, values in self._weights.items():
+            parameter.copy_(values)
+
+
 class ReplayedWalks:
     """Where recorded steps would lead from the present weights, at other learning rates.
 
@@ -105,8 +125,7 @@ class ReplayedWalks:
         self.lr = [group.get("initial_lr", group["lr"]) * groups[0].get("block_weight", 1.0) for group in groups]
         self._module, self._optimizer, self._precision = module, optimizer, module.trainer.precision_plugin
         self._batches = [self._precision.convert_input(batch) for batch in batches]
-        self._weights = {parameter: _to_host(parameter) for _, _, parameter in optimizer.trainable()}
-        self._state = tree_map_only(Tensor, _to_host, optimizer.state_dict())
+        self._start = WeightsAndState(optimizer)
         self.forwards = 0
         self._before = torch.stack([self._loss_after([], 0.0, batch) for batch in self._batches])
 
@@ -140,9 +159,7 @@ class ReplayedWalks:
                 loss, _ = loss_and_terms(calibration_forward(self._module, batch))
             return loss.double().cpu()
         finally:
-            optimizer.load_state_dict(self._state)
-            for parameter, values in self._weights.items():
-                parameter.copy_(values)
+            self._start.put_back()
 
 
 def _signed(records: Sequence[StepRecord], seed: int) -> list[list[StepRecord]]:

@@ -63,7 +63,7 @@ class RunOverview(Callback):
         self._settings: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        lines = dict(_overview(trainer, pl_module))
+        lines = overview(trainer, pl_module)
         if self.command is not None and "goes to" in lines:
             lines["goes on"] = f"zolightning fit --config {lines['goes to']}/config.yaml --ckpt_path last"
         width = max(map(len, lines))
@@ -92,6 +92,15 @@ class RunOverview(Callback):
         metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
         for logger in _tensorboards(trainer):
             logger.log_hyperparams(self._settings, metrics)
+
+
+def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+    """What a run is, by what is said of it.
+
+    Raises:
+        MisconfigurationException: if weights, state and scratch are more than a GPU has free.
+    """
+    return dict(_overview(trainer, module))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,6 +9,12 @@ from tempfile import TemporaryFile
 
 import lightning as L
 import lightning_utilities.core.rank_zero as rank_zero
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+
+from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview
+
+_OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, RunOverview, SaveConfigCallback)
 
 
 def output_folder(trainer: L.Trainer, output: str | None, name: str) -> Path:
@@ -34,6 +40,12 @@ def _run_folder(trainer: L.Trainer) -> Path:
     if logger is None or logger.save_dir is None:
         return Path(trainer.default_root_dir)
     return Path(logger.save_dir) / (logger.name or "")
+
+
+def silent_callbacks(trainer: L.Trainer) -> list[Callback]:
+    """The callbacks that take part in training, without those that show or write."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
+    return [callback for callback in callbacks if not isinstance(callback, _OF_A_RUN)]
 
 
 @contextmanager

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview, TrainLayers, ZerothOrder
+from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
-from zolightning.commands.output import quiet
+from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.plots import save_figure, sweep_figure
 from zolightning.commands.report import print_table
 from zolightning.commands.slots import SLOTS
@@ -31,8 +30,6 @@ from zolightning.scopes.scope import Scope
 
 if TYPE_CHECKING:
     from zolightning.commands.trainer import Trainer
-
-_OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, RunOverview, SaveConfigCallback)
 
 
 class LayerSweep:
@@ -210,8 +207,7 @@ class _Progress(Callback):
 
 def _callbacks(trainer: "Trainer", module: L.LightningModule, first_order: bool) -> list[Callback]:
     """The callbacks that take part in training, checked as far as that is possible before it."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
-    kept = [callback for callback in callbacks if not isinstance(callback, _OF_A_RUN)]
+    kept = silent_callbacks(trainer)
     for callback in kept:
         if isinstance(callback, Scope):
             raise MisconfigurationException(

@@ -8,7 +8,9 @@ import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from zolightning.callbacks import LearningRateProbe
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.commands.doctor import examine
 from zolightning.commands.output import output_folder, quiet
 from zolightning.commands.profile import LayerProfile
 from zolightning.commands.replay import follow_run, replay_to_folder
@@ -16,7 +18,7 @@ from zolightning.commands.sweep_layers import LayerSweep
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also profile and compare layers, and export and replay what it trained.
+    """Lightning's Trainer, which can also examine runs, profile and compare layers, and export and replay models.
 
     Attributes:
         run_config: the configuration of the command line as plain values; empty without a command line.
@@ -67,6 +69,37 @@ class Trainer(L.Trainer):
         """
         profile = LayerProfile(num_prompts, sensitivity_queries, time_model, layers_name)
         profile.run(self, model, datamodule, output_folder(self, output, "profile"))
+
+    def doctor(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        num_steps: int = 8,
+        num_examples: int = 32,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Says what a run would be, and what stands in its way, before it begins; trains and writes nothing.
+
+        Takes the first steps of the run that the configuration describes, at a learning rate of 0, and prints for each
+        kind of parameter the share of perturbations and of updates that survives rounding; how large the differences
+        of losses are beside the rounding of a loss; the largest output; the time of a step, and memory; a range of
+        learning rates (LearningRateProbe); and what to change.
+
+        Args:
+            model: any module that could be trained.
+            datamodule: to train on.
+            num_steps: steps to measure with, unless the run has a LearningRateProbe, which says so itself.
+            num_examples: examples that learning rates are tried on, likewise; the default takes about 100 forwards.
+            ckpt_path: not used, like the next; there because the config.yaml of a run has them.
+            weights_only: not used.
+
+        Raises:
+            ValueError: naming the argument, its value and what is accepted.
+            MisconfigurationException: if there is no `method`, the first loss is not finite, or the number of steps is
+                not known.
+        """
+        examine(self, model, datamodule, LearningRateProbe(num_steps, num_examples))
 
     def sweep_layers(
         self,

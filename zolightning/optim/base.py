@@ -24,6 +24,7 @@ from zolightning.optim.precision import (
     UPDATE_PRECISIONS,
     UpdatePrecision,
     as_contiguous,
+    completed,
     round_stochastically,
 )
 from zolightning.optim.record import StepRecord
@@ -201,6 +202,14 @@ class ZerothOrderOptimizer(Estimating):
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     round_stochastically(weight, rest, self.update_precision, key, first_element(parameter))
         super().release(parameters)
+
+    def completed(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What updates are added to: what trains of a parameter, flat, in as many bits as are kept of it.
+
+        May be the weight itself, which the next step changes.
+        """
+        part, weight = self.slices.get(parameter), parameter.detach()
+        return completed(weight if part is None else part.take(weight), self._kept(parameter))
 
     def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """The tensors kept of a parameter."""

@@ -36,6 +36,7 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.shards import own_rows
 from zolightning.directions.slices import Slice
+from zolightning.kernels.bfloat16 import read_split
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import Key, counter, hash_bits, start_of
@@ -81,6 +82,23 @@ def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parame
             else stack.enter_context(as_contiguous(parameter, slices.get(parameter)))
             for parameter in parameters
         ]
+
+
+def completed(weight: Tensor, rests: Mapping[str, Tensor]) -> Tensor:
+    """A weight with what `rests`, by the names in ``RESTS``, have of it beyond its dtype: what updates are added to.
+
+    Args:
+        weight: the parameter's data, any shape.
+        rests: flat, on any device.
+
+    Returns:
+        Flat: a master or float32 numbers where there are any, otherwise the weight.
+    """
+    flat = weight.reshape(-1)
+    if "master" in rests:
+        return rests["master"]
+    low = next((rests[name] for name in RESTS if name in rests), None)
+    return flat if low is None else read_split(flat, low.to(flat.device))
 
 
 def add_direction(

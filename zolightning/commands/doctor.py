@@ -1,0 +1,271 @@
+"""``zolightning doctor``: what a run would be, and what stands in its way, before it begins."""
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from zolightning.callbacks import LearningRateProbe, ZerothOrder
+from zolightning.callbacks.learning_rate_probe import zeroth_order_optimizer
+from zolightning.callbacks.refusals import refuse_unsupported
+from zolightning.callbacks.run_overview import overview
+from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
+from zolightning.commands.output import quiet, silent_callbacks
+from zolightning.commands.report import print_table
+from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
+from zolightning.optim import StepRecord, ZerothOrderOptimizer
+from zolightning.optim.checks import Loss, loss_and_terms
+from zolightning.scopes.calibration import calibration_batches, calibration_forward
+
+if TYPE_CHECKING:
+    from zolightning.commands.trainer import Trainer
+
+
+def examine(
+    trainer: "Trainer",
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    probe: LearningRateProbe,
+) -> None:
+    """Takes the first steps of a run at a learning rate of 0, on one device, and prints what they show.
+
+    Nothing is written; weights are afterwards as they were, to the bit.
+
+    Args:
+        trainer: whose settings and callbacks are those of the run.
+        module: that it would train.
+        datamodule: on these data.
+        probe: measures the learning rate, unless the run has one that does.
+
+    Raises:
+        MisconfigurationException: if the run has no zeroth-order method, or its first loss is not finite.
+    """
+    callbacks = silent_callbacks(trainer)
+    if not any(isinstance(callback, ZerothOrder) for callback in callbacks):
+        raise MisconfigurationException(
+            "`method` is not given, and `doctor` looks at zeroth-order methods. Name one, such as MeZO."
+        )
+    refuse_unsupported(trainer)
+    probes = [callback for callback in callbacks if isinstance(callback, LearningRateProbe)]
+    probe = probes[0] if probes else probe
+    with quiet(), tqdm(desc="steps", total=probe.num_steps, disable=trainer.progress_bar_callback is None) as bar:
+        doctor = _Doctor(probe, bool(probes), bar)
+        runner = trainer.with_settings(
+            callbacks=[*callbacks, *([] if probes else [probe]), doctor],
+            min_steps=None,  # the steps after those that measure would train
+            min_epochs=None,
+            limit_val_batches=0,
+            fast_dev_run=False,
+            devices=1,
+            num_nodes=1,
+            strategy="auto",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        runner.fit(module, datamodule)
+    _report(doctor.overview, doctor.examination)
+
+
+class _Doctor(Callback):
+    """Looks on while another callback measures the learning rate in steps in which nothing moves, and then further.
+
+    Args:
+        probe: that callback, which comes before this one.
+        sets_lr: whether it is one of the run.
+        bar: of its steps.
+    """
+
+    overview: dict[str, str]
+    examination: Examination
+
+    def __init__(self, probe: LearningRateProbe, sets_lr: bool, bar: "tqdm[Any]") -> None:
+        self._probe, self._sets_lr, self._bar = probe, sets_lr, bar
+        self._records: list[StepRecord] = []
+        self._seconds: list[float] = []
+        self._began = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.overview = overview(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batch = calibration_batches(trainer, pl_module, self._probe.num_examples)[0]
+        self._evaluate = partial(_evaluated, trainer, pl_module, trainer.precision_plugin.convert_input(batch))
+        self._output = _largest_output(pl_module, self._evaluate)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._began = _now(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        self._bar.update()
+        if optimizer.record is not None and optimizer.record.projected_grads:
+            self._records.append(optimizer.record)
+        if not optimizer.param_groups[0]["lr_scale"]:
+            self._seconds.append(_now(trainer) - self._began)
+            return
+        trainer.should_stop = True
+        self.examination = self._examined(trainer, optimizer)
+
+    def _examined(self, trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Examination:
+        groups = optimizer.param_groups
+        scale = groups[0]["lr_scale"]
+        rates = [group.get("initial_lr", group["lr"]) * (scale if self._sets_lr else 1.0) for group in groups]
+        squares = [g * g for record in self._records for g in record.projected_grads]
+        size = math.sqrt(sum(squares) / len(squares))
+        last = self._records[-1]
+        typical = replace(last, projected_grads=tuple(math.copysign(size, g) for g in last.projected_grads))
+        read, kept = perturbation_survival(optimizer), update_survival(optimizer, typical, rates)
+        begins = groups[0].get("initial_lr", groups[0]["lr"])
+        return Examination(
+            groups=_in_groups({name: parameter for _, name, parameter in optimizer.trainable()}, read, kept),
+            eps=groups[0]["eps"],
+            update_precision=optimizer.update_precision,
+            loss=last.loss,
+            difference=2 * groups[0]["eps"] * size,
+            noise=loss_noise(optimizer, self._evaluate),
+            output=self._output,
+            step_seconds=statistics.median(self._seconds[1:] or self._seconds or [math.nan]),  # the first one finds out
+            steps=trainer.estimated_stepping_batches if self._probe.total_steps is None else self._probe.total_steps,
+            lr=rates[0],
+            measured_lr=None if scale == 1.0 else begins * scale,  # the probe leaves it where it has found none
+            cost=self._probe.noise,
+            sets_lr=self._sets_lr,
+        )
+
+
+def _evaluated(trainer: L.Trainer, module: L.LightningModule, batch: Any) -> Loss:
+    with trainer.precision_plugin.train_step_context():
+        return loss_and_terms(calibration_forward(module, batch))
+
+
+def _largest_output(module: nn.Module, evaluate: Any) -> Output:
+    """The largest output of all submodules in one evaluation of the loss.
+
+    Raises:
+        MisconfigurationException: if the loss is not finite, with the submodule that is the first to put out what is
+            not.
+    """
+    names = {submodule: name or type(module).__name__ for name, submodule in module.named_modules()}
+    seen: list[Output] = []
+
+    def look(submodule: nn.Module, _: Any, outputs: Any) -> None:
+        for output in tree_leaves(outputs):
+            if submodule in names and isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+                seen.append(Output(output.abs().max().item(), names[submodule], output.dtype))
+
+    handle = register_module_forward_hook(look)
+    try:
+        loss, _ = evaluate()
+    finally:
+        handle.remove()
+    if not loss.isfinite():
+        first = next((output for output in seen if not math.isfinite(output.value)), None)
+        where = "" if first is None else f", and {first.name} is the first to put out {first.value:g} ({first.dtype})"
+        raise MisconfigurationException(
+            f"The loss is {loss.item():g} before the first step{where}. In float16 try --trainer.precision bf16-true; "
+            "in other precisions look at the model and the data."
+        )
+    finite = [output for output in seen if math.isfinite(output.value)]  # a mask may be infinite
+    return max(finite, default=Output(0.0, type(module).__name__, torch.float32))
+
+
+def _in_groups(
+    parameters: Mapping[str, nn.Parameter], read: Mapping[str, Survival], kept: Mapping[str, Survival]
+) -> list[ParameterGroup]:
+    """Parameters whose names differ in numbers only, which are those of layers, and whose dtype is the same."""
+    members: dict[tuple[str, torch.dtype], list[str]] = {}
+    for name, parameter in parameters.items():
+        short = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        members.setdefault((short, parameter.dtype), []).append(name)
+    return [
+        ParameterGroup(
+            name=group,
+            dtype=dtype,
+            numel=sum(parameters[name].numel() for name in names),
+            largest=max(parameters[name].detach().abs().max().item() for name in names),
+            spacing=max(spacing(parameters[name]) for name in names),
+            perturbation=_total(read[name] for name in names if name in read),
+            update=_total(kept[name] for name in names),
+        )
+        for (group, dtype), names in members.items()
+    ]
+
+
+def _total(survivals: Iterable[Survival]) -> Survival:
+    return sum(survivals, Survival())
+
+
+def _report(overview: Mapping[str, str], seen: Examination) -> None:
+    width = max(map(len, overview))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in overview.items()))
+    rows = [
+        {
+            "parameters": group.name,
+            "number": f"{group.numel:,}",
+            "dtype": group.dtype_name,
+            "max |w|": group.largest,
+            "eps z": _percent(group.perturbation.share),
+            "size": _percent(group.perturbation.size),
+            "lr g z": _percent(group.update.share),
+            "size ": _percent(group.update.size),
+        }
+        for group in seen.groups
+    ]
+    print_table(
+        f"What rounding leaves of a perturbation eps z ({seen.eps:g}) and of an update lr g z ({seen.lr:.2g}, "
+        f"{seen.update_precision}):\nshare of the elements that move, and size of the move along what was meant",
+        rows,
+    )
+    seconds = seen.step_seconds
+    lines = {
+        "loss": f"{seen.loss:.4f}; two losses of a step differ by {seen.difference:.2g}, rounding moves each by "
+        f"{seen.noise:.2g}",
+        "largest output": f"{seen.output.value:,.4g} of {seen.output.name}; float16 ends at 65,504",
+        "a step takes": f"{seconds:.2g} s, {seen.steps:g} steps {_duration(seconds * seen.steps)}, without validations",
+        "learning rate": _rate(seen),
+    }
+    width = max(map(len, lines))
+    print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
+    found = list(findings(seen))
+    print("\n" + "\n".join(f"* {line}" for line in found or ["Nothing was found that stands in the way of this run."]))
+
+
+def _rate(seen: Examination) -> str:
+    if seen.measured_lr is None:
+        return f"{seen.lr:.3g}; none could be measured"
+    low, high = (seen.measured_lr * math.sqrt(factor) for factor in (0.1, 10.0))
+    return (
+        f"{seen.measured_lr:.2g} measured for {seen.steps:g} steps, try {low:.2g} to {high:.2g}; the noise of the run "
+        f"costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss there. Set: {seen.lr:.2g}"
+    )
+
+
+def _percent(share: float) -> str | None:
+    return None if math.isnan(share) else f"{share:.1%}"
+
+
+def _now(trainer: L.Trainer) -> float:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,162 @@
+"""What stands in the way of a run, in words, from what was measured before it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from zolightning.commands.rounding import Survival
+from zolightning.messages import some
+
+_LARGEST_Z = 4.0  # of a perturbation, in standard deviations
+_ROOM = 4.0  # how many times as large numbers may become in training
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters whose names differ in numbers only.
+
+    Attributes:
+        name: of them, with ``*`` in the place of numbers.
+        dtype: theirs.
+        numel: of all of them.
+        largest: element, without its sign.
+        spacing: of numbers of this dtype at an average element, at most.
+        perturbation: what is read of ``eps z``.
+        update: what is kept of ``lr g z``.
+    """
+
+    name: str
+    dtype: torch.dtype
+    numel: int
+    largest: float
+    spacing: float
+    perturbation: Survival
+    update: Survival
+
+    @property
+    def dtype_name(self) -> str:
+        return _name(self.dtype)
+
+
+class Output(NamedTuple):
+    """The largest number that a submodule puts out for a batch."""
+
+    value: float
+    name: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was measured of a run before it.
+
+    Attributes:
+        groups: of parameters that train.
+        eps: perturbation scale.
+        update_precision: how updates are added to weights.
+        loss: of the last step.
+        difference: RMS of the difference of two losses, ``2 eps |g|``.
+        noise: standard deviation of what rounding adds to a loss.
+        output: the largest one.
+        step_seconds: of a step.
+        steps: of the run.
+        lr: at which the run would begin.
+        measured_lr: by LearningRateProbe; None where it found none.
+        cost: of the run's random walk at that rate, as a share of the loss.
+        sets_lr: whether the run itself begins with that rate.
+    """
+
+    groups: Sequence[ParameterGroup]
+    eps: float
+    update_precision: str
+    loss: float
+    difference: float
+    noise: float
+    output: Output
+    step_seconds: float
+    steps: float
+    lr: float
+    measured_lr: float | None
+    cost: float
+    sets_lr: bool
+
+
+def findings(seen: Examination) -> Iterator[str]:
+    """What to change, the most important first; nothing where nothing stands in the way."""
+    yield from _of_numbers(seen)
+    yield from _of_the_loss(seen)
+    yield from _of_the_rate(seen)
+    unread = [group for group in seen.groups if group.perturbation.share < 0.5]
+    if unread:
+        said = [f"{g.name} ({g.perturbation.share:.0%} move; {g.dtype_name} steps by {g.spacing:.1g})" for g in unread]
+        yield (
+            f"Perturbations are lost: with `method.eps` {seen.eps:g} most elements of {some(said)} are read as if "
+            "nothing had been added. What does not move is not learned: raise `method.eps`, use --trainer.precision "
+            "32-true, or leave them out of the `scope`."
+        )
+    lost = [group for group in seen.groups if group.update.size < 0.9 or group.update.share < 0.5]
+    if lost:
+        said = [f"{group.name} ({group.update.size:.0%} is kept)" for group in lost]
+        advice = "set `method.update_precision` to exact"
+        if seen.update_precision == "exact":
+            advice = "steps are that small: raise `method.lr`, or `method.vector_lr` where norms and biases have theirs"
+        yield f"Updates are lost with `method.update_precision` {seen.update_precision}: {some(said)}; {advice}."
+
+
+def _of_numbers(seen: Examination) -> Iterator[str]:
+    for group in seen.groups:
+        largest, most = group.largest + _LARGEST_Z * seen.eps, torch.finfo(group.dtype).max
+        if largest * _ROOM > most:
+            yield (
+                f"{group.name} reaches {largest:,.0f} when perturbed, and {group.dtype_name} ends at {most:,.0f}: use "
+                "--trainer.precision bf16-true."
+            )
+    most = torch.finfo(seen.output.dtype).max
+    if seen.output.value * _ROOM > most:
+        yield (
+            f"{seen.output.name} puts out {seen.output.value:,.0f}, and {_name(seen.output.dtype)} ends at "
+            f"{most:,.0f}: the loss may become NaN. Use --trainer.precision bf16-true."
+        )
+
+
+def _of_the_loss(seen: Examination) -> Iterator[str]:
+    if not seen.difference:
+        yield (
+            "The loss is the same whatever is added to the weights: it does not depend on what trains, or "
+            f"`method.eps` ({seen.eps:g}) is too small. Nothing can be learned."
+        )
+    elif math.sqrt(2) * seen.noise > seen.difference / 2:  # a quarter of the variance of projected gradients
+        yield (
+            f"Rounding moves each loss by {seen.noise:.2g}, and two losses of a step differ by {seen.difference:.2g}: "
+            "much of each projected gradient is noise. Raise `method.eps`, or use --trainer.precision 32-true."
+        )
+
+
+def _of_the_rate(seen: Examination) -> Iterator[str]:
+    if seen.measured_lr is None:
+        yield (
+            "No learning rate was found: however large steps were, the loss did not rise. Look at what trains, and at "
+            "the loss."
+        )
+    elif seen.sets_lr:
+        return
+    elif seen.lr > 3 * seen.measured_lr:
+        times = seen.lr / seen.measured_lr
+        yield (
+            f"`method.lr` {seen.lr:.2g} is {times:,.0f} times what was measured for {seen.steps:g} steps: the noise of "
+            f"the run would cost {seen.cost * times**2:.2g} times the loss. Try {seen.measured_lr:.2g}, or --lr_probe "
+            "LearningRateProbe."
+        )
+    elif seen.lr < seen.measured_lr / 10:
+        yield (
+            f"`method.lr` {seen.lr:.2g} is {seen.measured_lr / seen.lr:,.0f} times smaller than what was measured for "
+            f"{seen.steps:g} steps, in which little will be learned. Try {seen.measured_lr:.2g}, or --lr_probe "
+            "LearningRateProbe."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

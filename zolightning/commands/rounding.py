@@ -1,0 +1,160 @@
+"""What rounding leaves of a zeroth-order step: of perturbations, of updates, and of differences of the loss."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.callbacks.replayed_walks import WeightsAndState
+from zolightning.optim import StepRecord, ZerothOrderOptimizer
+from zolightning.optim.estimators import TwoSided
+from zolightning.optim.precision import UpdatePrecision
+from zolightning.optim.probing import Evaluate, evaluate_probes
+from zolightning.optim.share import WHOLE
+
+_SAMPLE = 2**16  # elements of a tensor that are looked at; all of a smaller one
+_LARGER = 2.0**20  # an update so many times as large is not lost
+_POINTS, _SPACING, _ORDER = 8, 0.05, 4  # at which the loss is looked at; order of their differences
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Sums over elements, of changes that were meant and of what they came to in a number format.
+
+    Attributes:
+        meant: number of elements that should change.
+        changed: number of those that do.
+        product: sum of the products of both changes.
+        square: sum of squares of changes that were meant.
+    """
+
+    meant: int = 0
+    changed: int = 0
+    product: float = 0.0
+    square: float = 0.0
+
+    @classmethod
+    def of(cls, meant: Tensor, real: Tensor) -> "Survival":
+        """Compares changes, both (n,), float64."""
+        should = meant != 0
+        changed = int((should & (real != 0)).sum())
+        return cls(int(should.sum()), changed, (meant * real).sum().item(), meant.square().sum().item())
+
+    def __add__(self, other: "Survival") -> "Survival":
+        return Survival(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def share(self) -> float:
+        """Of the elements that should change, how many do; NaN where none should."""
+        return self.changed / self.meant if self.meant else math.nan
+
+    @property
+    def size(self) -> float:
+        """How far they move in the direction that was meant: 1 for all of the way, on average."""
+        return self.product / self.square if self.square else math.nan
+
+
+@torch.no_grad()
+def perturbation_survival(optimizer: ZerothOrderOptimizer) -> dict[str, Survival]:
+    """What is read of ``W + eps z`` for one direction, by parameter.
+
+    Low-rank perturbations are looked at as they are where the weight is built; where they are added to the outputs of
+    a layer instead, only those are rounded.
+    """
+    changes = optimizer.perturbations(0, 1)
+    larger = max(1.0, 2.0 ** -math.floor(math.log2(optimizer.param_groups[0]["eps"])))
+    with _eps_times(optimizer, larger):
+        large = optimizer.perturbations(0, 1)
+    found = {}
+    for _, name, parameter in optimizer.trainable():
+        if parameter not in changes:
+            continue
+        part, whole = optimizer.slices.get(parameter), parameter.detach()
+        weight = whole.contiguous() if part is None else part.take(whole)
+        before, (real, meant) = _sample(weight), (torch.empty_like(weight) for _ in range(2))
+        changes[parameter].add_to(weight, real)
+        large[parameter].add_to(weight, meant)
+        found[name] = Survival.of((_sample(meant) - before) / larger, _sample(real) - before)
+    return found
+
+
+@torch.no_grad()
+def update_survival(optimizer: ZerothOrderOptimizer, record: StepRecord, lr: Sequence[float]) -> dict[str, Survival]:
+    """What is kept of the update of a step, by parameter, in weights and what the method keeps beside them.
+
+    What was meant is known from a step with learning rates that are a million times as large, in which nothing is
+    lost: methods are linear in them. Weights and state are afterwards as they were.
+
+    Args:
+        optimizer: the method.
+        record: of the step, in the present subspaces.
+        lr: of each of the method's groups.
+    """
+    start, chosen = WeightsAndState(optimizer), optimizer.update_precision
+    names = {name: parameter for _, name, parameter in optimizer.trainable()}
+
+    def changes(precision: UpdatePrecision, factor: float) -> dict[str, Tensor]:
+        before = {name: _sample(optimizer.completed(parameter)) for name, parameter in names.items()}
+        try:
+            optimizer.update_precision = precision
+            optimizer.apply(replace(record, lr=tuple(factor * rate for rate in lr)))
+            optimizer.fold()
+            return {name: _sample(optimizer.completed(p)) - before[name] for name, p in names.items()}
+        finally:
+            optimizer.update_precision = chosen
+            start.put_back()
+
+    real, meant = changes(chosen, 1.0), changes("exact", _LARGER)
+    return {name: Survival.of(meant[name] / _LARGER, real[name]) for name in names}
+
+
+@torch.no_grad()
+def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: Evaluate) -> float:
+    """Standard deviation of what rounding adds to the loss of a batch.
+
+    The loss is evaluated at weights that lie close to each other on a line, W plus and minus 0.65 to 1 times ``eps z``.
+    Differences of order 4 of a smooth function are next to nothing there, those of independent noise of variance s^2
+    have a variance of 70 s^2: 70 is the sum of squares of their coefficients, (8 over 4) (Moré and Wild, "Estimating
+    Computational Noise", SIAM J. Sci. Comput. 33, 2011).
+
+    Args:
+        optimizer: attached to a module.
+        evaluate: the loss of one batch, always the same; 16 times.
+    """
+    estimator, losses = TwoSided(), []
+    for point in range(_POINTS):
+        with _eps_times(optimizer, 1 - _SPACING * point):
+            losses.append(evaluate_probes(optimizer, estimator, estimator.probes(1), evaluate, WHOLE, False).losses)
+    differences = torch.tensor(losses, dtype=torch.float64).diff(n=_ORDER, dim=0)
+    return math.sqrt(differences.square().mean().item() / math.comb(2 * _ORDER, _ORDER))
+
+
+def spacing(weight: nn.Parameter) -> float:
+    """The distance of numbers of a weight's dtype at the RMS of its elements."""
+    rms = math.sqrt(_sample(weight.detach()).square().mean().item())
+    info = torch.finfo(weight.dtype)
+    return math.ldexp(info.eps, math.frexp(max(rms, info.tiny))[1] - 1)
+
+
+@contextmanager
+def _eps_times(optimizer: ZerothOrderOptimizer, factor: float) -> Iterator[None]:
+    before = [group["eps"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["eps"] *= factor
+        yield
+    finally:
+        for group, eps in zip(optimizer.param_groups, before, strict=True):
+            group["eps"] = eps
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Elements of a tensor, the same ones of all tensors of a size: a copy, float64, in host memory."""
+    flat = tensor.reshape(-1)
+    if len(flat) > _SAMPLE:
+        index = torch.randint(len(flat), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+        flat = flat[index.to(flat.device)]
+    return flat.to("cpu", torch.float64, copy=True)
