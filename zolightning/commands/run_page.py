@@ -42,6 +42,8 @@ code { font: 0.9em/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monosp
   th, td { border: 0; padding: 2px 0; min-width: 0; }
   td { display: grid; grid-template-columns: 8.5em 1fr; } td small { grid-column: 2; }
   td::before { content: attr(data-label); color: #555; grid-row: span 2; overflow-wrap: anywhere; padding-right: 8px; }
+  .settings td { display: inline-flex; gap: 0.5em; align-items: baseline; margin-right: 1.2em; }
+  .settings td::before { padding: 0; font-weight: 700; }
   dl { display: block; } dt { margin-top: 6px; }
 }
 """
@@ -54,7 +56,7 @@ def page(runs: Sequence[Run], differences: Mapping[str, Sequence[Any]], title: s
 
     Args:
         runs: at most 26, which are called A, B, C and so on.
-        differences: settings that are not the same in all runs, with the value of each; ``...`` where it has none.
+        differences: settings that are not the same in all runs, with the value of each; None where it has none.
         title: its heading.
     """
     when = f"{datetime.now():%d %B %Y, %H:%M}"
@@ -159,7 +161,7 @@ def _settings(runs: Sequence[Run], differences: Mapping[str, Sequence[Any]]) -> 
         )
         yield f"<tr><th>{escape(name)}</th>{cells}</tr>"
     yield "</tbody></table></div>"
-    yield '<p class="note">Of config.yaml, but for folders that runs write to. A dash: there is no such setting.</p>'
+    yield '<p class="note">Of config.yaml, but for folders that runs write to. A dash: null, or no such setting.</p>'
 
 
 def _making(number: int, run: Run) -> Iterator[str]:
@@ -178,7 +180,7 @@ def _letter(number: int) -> str:
 
 
 def _name(number: int, run: Run) -> str:
-    return f"{_letter(number)} {escape(str(run.folder))}"
+    return f"{_letter(number)} {escape(str(run.folder)).replace('/', '/<wbr>')}"
 
 
 def _state(run: Run) -> str:
@@ -228,4 +230,4 @@ def _unbroken(text: str) -> str:
 
 
 def _setting(value: Any) -> str:
-    return "-" if value is ... else value if isinstance(value, str) else json.dumps(value)
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)

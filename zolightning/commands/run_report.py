@@ -63,10 +63,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """By dotted name the value of each run, of those that are not the same in all; ``...`` where a run has none."""
+    """By dotted name the value of each run, of those that are not the same in all; None where a run has none."""
     settings = [dict(flat(run.config)) for run in runs]
     names = dict.fromkeys(name for of_run in settings for name in of_run)
-    found = {name: [of_run.get(name, ...) for of_run in settings] for name in names if not name.startswith(_PLACES)}
+    found = {name: [of_run.get(name) for of_run in settings] for name in names if not name.startswith(_PLACES)}
     return {
         name.replace(".init_args", "").removesuffix(".class_path"): _short(values) if "class_path" in name else values
         for name, values in sorted(found.items())
@@ -97,7 +97,7 @@ def metrics(runs: Sequence[Run], differences: dict[str, list[Any]]) -> dict[str,
                 "test": run.test,
                 "overview": run.overview,
                 "commands": run.commands,
-                "settings": {name: values[i] for name, values in differences.items() if values[i] is not ...},
+                "settings": {name: values[i] for name, values in differences.items()},
             }
             for i, run in enumerate(runs)
         ]
