@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_process"),
 ]
 BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # significant ones
-KEPT = {"native": 8, "low_byte": 16, "exact": 24}  # of an updated bfloat16 weight
 
 
 class Net(nn.Module):
@@ -72,16 +71,26 @@ def test_what_is_read_of_perturbations(dtype: torch.dtype, eps: float) -> None:
     assert optimizer.param_groups[0]["eps"] == eps
 
 
-@pytest.mark.parametrize(("precision", "scale"), [("native", 2e-4), ("low_byte", 1e-6), ("exact", 3e-9)])
-def test_what_is_kept_of_updates(precision: Any, scale: float) -> None:
-    net = Net(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "scale", "bits"),
+    [
+        (torch.bfloat16, "native", 2e-4, 8),
+        (torch.bfloat16, "low_byte", 1e-6, 16),
+        (torch.bfloat16, "exact", 3e-9, 24),
+        (torch.float16, "native", 3e-5, 11),
+        (torch.float16, "exact", 3e-9, 24),
+        (torch.float32, "exact", 3e-9, 24),
+    ],
+)
+def test_what_is_kept_of_updates(dtype: torch.dtype, precision: Any, scale: float, bits: int) -> None:
+    net = Net(dtype)
     optimizer = MeZO(net.named_parameters(), seed=0, update_precision=precision)
     optimizer.attach(net)
     record = replace(optimizer.estimate(net), projected_grads=(10.0,))
     before = [parameter.detach().clone() for parameter in net.parameters()]
     found = update_survival(optimizer, record, [scale / 10])
     for name, parameter in net.named_parameters():
-        share, size = survived(parameter, name, -scale, KEPT[precision])
+        share, size = survived(parameter, name, -scale, bits)
         assert (found[name].share, found[name].size) == pytest.approx((share, size), abs=0.01)
     assert found["gains"].share < 0.5 < found["matrix"].share < 0.99
     assert optimizer.update_precision == precision and not optimizer.state and optimizer.param_groups[0]["step"] == 0

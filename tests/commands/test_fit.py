@@ -33,7 +33,7 @@ def finished(
     return runs, runs("fit", "--test_last", "true")
 
 
-@pytest.mark.parametrize("subcommand", ["profile", "sweep-layers"])
+@pytest.mark.parametrize("subcommand", ["doctor", "profile", "sweep-layers"])
 def test_other_commands_take_the_config_of_a_run(finished: tuple[Runs, str], subcommand: str) -> None:
     arguments = [subcommand, "--config", str(finished[0].version(0) / "config.yaml")]
     assert parsed(arguments)[subcommand].trainer.max_steps == 6

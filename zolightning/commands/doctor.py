@@ -231,11 +231,12 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
         f"{seen.update_precision}):\nshare of the elements that move, and size of the move along what was meant",
         rows,
     )
-    seconds = seen.step_seconds
+    seconds, output = seen.step_seconds, seen.output.value
+    largest = f"{output:,.0f}" if output >= 1000 else f"{output:.3g}"
     lines = {
         "loss": f"{seen.loss:.4f}; two losses of a step differ by {seen.difference:.2g}, rounding moves each by "
         f"{seen.noise:.2g}",
-        "largest output": f"{seen.output.value:,.4g} of {seen.output.name}; float16 ends at 65,504",
+        "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
         "a step takes": f"{seconds:.2g} s, {seen.steps:g} steps {_duration(seconds * seen.steps)}, without validations",
         "learning rate": _rate(seen),
     }
