@@ -210,6 +210,7 @@ SCOPES: dict[str, tuple[str, str, str]] = {
     "dominant_layer": (SECOND, "mezo", "smollm2_135m"),
     "dominant_layer_and_others": (SECOND, "mezo_adam", "qwen3_0.6b"),
     "dominant_layer_lora": (SECOND + r".*\.lora_", "mezo_momentum", "gpt2"),
+    "dominant_layer_massive_direction": (SECOND + r".*\.lora_B", "mezo", "llama3_8b"),
     "dominant_layer_mlp": (CHANNELS, "adamw", "opt_125m"),
     "dominant_layer_mlp_without_outlier_channels": (CHANNELS, "mezo_population", "mistral_7b"),
     "dominant_layer_outlier_channels": (CHANNELS + "(?!bias)", "mezo_normalized", "smollm2_135m"),
@@ -236,7 +237,7 @@ for name in ("lozo_activations", "lozo_per_example"):  # which refuse a single c
 
 
 def test_scopes_below_are_all_files() -> None:
-    assert set(SCOPES) == set(names("scopes"))
+    assert set(SCOPES) == set(names("scopes")) - {"by_signal"}  # three layers, of which these models have two
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -255,7 +256,7 @@ def test_two_steps_of_a_scope(
     )
 
     assert_only_moved(checkpoint, folder, pattern)
-    assert {".lora_" in name for name in checkpoint["state_dict"]} == {False} | {"lora" in scope}
+    assert {".lora_" in name for name in checkpoint["state_dict"]} == {False} | {"lora_" in pattern}
 
 
 def assert_only_moved(checkpoint: dict[str, Any], folder: Path, pattern: str) -> None:
