@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cli_runs import NAME, Runs
 from zolightning.callbacks import LearningRateProbe, ZerothOrder
@@ -63,7 +64,7 @@ def survived(weight: Tensor, name: str, scale: float, bits: int) -> tuple[float,
 def test_what_is_read_of_perturbations(dtype: torch.dtype, eps: float) -> None:
     net = Net(dtype)
     optimizer = MeZO(net.named_parameters(), eps=eps, seed=0)
-    found = perturbation_survival(optimizer)
+    found = perturbation_survival(optimizer, net)
     for name, parameter in net.named_parameters():
         share, size = survived(parameter, name, eps, BITS[dtype])
         assert (found[name].share, found[name].size) == pytest.approx((share, size), abs=0.01)
@@ -107,11 +108,17 @@ def test_low_rank_directions_are_looked_at_in_built_weights() -> None:
     left, right = (factor.double() for factor in basis.factors(1e-3 * core.bfloat16()))
     before, meant = net.matrix.detach().double().numpy(), (left @ right.T).numpy()
     real = rounded(before + meant, 8) - before
-    found = perturbation_survival(optimizer)["matrix"]
+    found = perturbation_survival(optimizer, net)["matrix"]
     assert found.size == pytest.approx((real * meant).sum() / (meant * meant).sum(), abs=0.01)
     assert found.share == pytest.approx(np.mean(real[meant != 0] != 0), abs=0.01)
     kept = update_survival(optimizer, record, [1e-3])
     assert kept["matrix"].size == pytest.approx(1, abs=1e-3) and not optimizer.state[net.matrix].get("low_word", 0)
+
+    few = torch.ones(1, 40, dtype=torch.bfloat16)  # rows: their product with the weight is perturbed, not the weight
+    found = perturbation_survival(
+        optimizer, lambda: F.linear(few, net.matrix).double().sum() + net.gains.double().sum()
+    )
+    assert list(found) == ["gains"]
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-2])

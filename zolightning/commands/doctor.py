@@ -129,7 +129,7 @@ class _Doctor(Callback):
         size = math.sqrt(sum(squares) / len(squares))
         last = self._records[-1]
         typical = replace(last, projected_grads=tuple(math.copysign(size, g) for g in last.projected_grads))
-        read, kept = perturbation_survival(optimizer), update_survival(optimizer, typical, rates)
+        read, kept = perturbation_survival(optimizer, self._evaluate), update_survival(optimizer, typical, rates)
         begins = groups[0].get("initial_lr", groups[0]["lr"])
         return Examination(
             groups=_in_groups({name: parameter for _, name, parameter in optimizer.trainable()}, read, kept),
@@ -228,7 +228,8 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
     ]
     print_table(
         f"What rounding leaves of a perturbation eps z ({seen.eps:g}) and of an update lr g z ({seen.lr:.2g}, "
-        f"{seen.update_precision}):\nshare of the elements that move, and size of the move along what was meant",
+        f"{seen.update_precision}):\nshare of the elements that move, and size of the move along what was meant\n"
+        "(-: does not move, or is of low rank and added to outputs, so that no weight is rounded)",
         rows,
     )
     seconds, output = seen.step_seconds, seen.output.value

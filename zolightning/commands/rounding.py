@@ -1,7 +1,7 @@
 """What rounding leaves of a zeroth-order step: of perturbations, of updates, and of differences of the loss."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.callbacks.replayed_walks import WeightsAndState
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.perturbation import Perturbation
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
+from zolightning.optim.checks import loss_and_terms
 from zolightning.optim.estimators import TwoSided
 from zolightning.optim.precision import UpdatePrecision
-from zolightning.optim.probing import Evaluate, evaluate_probes
+from zolightning.optim.probing import Evaluate, evaluate_probes, of_whole_parameters
 from zolightning.optim.share import WHOLE
 
 _SAMPLE = 2**16  # elements of a tensor that are looked at; all of a smaller one
@@ -57,20 +60,37 @@ class Survival:
         return self.product / self.square if self.square else math.nan
 
 
+class _Watched(LowRank):
+    """A low-rank perturbation that knows whether a weight, or rows of it, were built with it."""
+
+    is_built = False
+
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        self.is_built = True
+        super().add_to(weight, out, start)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        self.is_built = True
+        super().add_to_rows(table, rows, out)
+
+
 @torch.no_grad()
-def perturbation_survival(optimizer: ZerothOrderOptimizer) -> dict[str, Survival]:
+def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: Evaluate) -> dict[str, Survival]:
     """What is read of ``W + eps z`` for one direction, by parameter.
 
-    Low-rank perturbations are looked at as they are where the weight is built; where they are added to the outputs of
-    a layer instead, only those are rounded.
+    Left out are low-rank perturbations that are added to the outputs of a layer, where no perturbed weight is rounded.
+
+    Args:
+        optimizer: attached to a module.
+        evaluate: the loss of one batch; once, where perturbations are of low rank.
     """
     changes = optimizer.perturbations(0, 1)
     larger = max(1.0, 2.0 ** -math.floor(math.log2(optimizer.param_groups[0]["eps"])))
     with _eps_times(optimizer, larger):
         large = optimizer.perturbations(0, 1)
-    found = {}
+    rounded, found = _rounded(optimizer, changes, evaluate), {}
     for _, name, parameter in optimizer.trainable():
-        if parameter not in changes:
+        if parameter not in rounded:
             continue
         part, whole = optimizer.slices.get(parameter), parameter.detach()
         weight = whole.contiguous() if part is None else part.take(whole)
@@ -137,6 +157,28 @@ def spacing(weight: nn.Parameter) -> float:
     rms = math.sqrt(_sample(weight.detach()).square().mean().item())
     info = torch.finfo(weight.dtype)
     return math.ldexp(info.eps, math.frexp(max(rms, info.tiny))[1] - 1)
+
+
+def _rounded(
+    optimizer: ZerothOrderOptimizer, changes: Mapping[nn.Parameter, Perturbation], evaluate: Evaluate
+) -> set[nn.Parameter]:
+    """The parameters of which perturbed weights are made in an evaluation."""
+    watched = {
+        parameter: _Watched(change.basis, change.shape, change.pending, change.direction)
+        for parameter, change in changes.items()
+        if isinstance(change, LowRank)
+    }
+    if watched:
+        group = optimizer.param_groups[0]
+        optimizer.evaluator.evaluate(
+            lambda: loss_and_terms(evaluate()),
+            {parameter: name for _, name, parameter in optimizer.trainable()},
+            [of_whole_parameters(optimizer, {**changes, **watched})],
+            (group["seed"], group["step"], 0),
+            {parameter: name for name, parameter in optimizer.at_rest()},
+            leaves_traces=False,
+        )
+    return {parameter for parameter in changes if parameter not in watched or watched[parameter].is_built}
 
 
 @contextmanager
