@@ -94,7 +94,7 @@ def findings(seen: Examination) -> Iterator[str]:
         said = [f"{g.name} ({g.perturbation.share:.0%} move; {g.dtype_name} steps by {g.spacing:.1g})" for g in unread]
         yield (
             f"Perturbations are lost: with `method.eps` {seen.eps:g} most elements of {some(said)} are read as if "
-            "nothing had been added. Their gradients are not measured, and their updates are noise: raise "
+            "nothing had been added. Their gradients are hardly measured, their updates mostly noise: raise "
             "`method.eps`, use --trainer.precision 32-true, or leave them out of the `scope`."
         )
     lost = [group for group in seen.groups if group.update.size < 0.9 or group.update.share < 0.5]

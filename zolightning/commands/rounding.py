@@ -79,6 +79,7 @@ def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: Evaluate) -
     """What is read of ``W + eps z`` for one direction, by parameter.
 
     Left out are low-rank perturbations that are added to the outputs of a layer, where no perturbed weight is rounded.
+    A weight that is read in two ways, as a tied embedding is, counts where one of them rounds.
 
     Args:
         optimizer: attached to a module.
