@@ -60,7 +60,7 @@ _WORDS = {
     "evaluation.cuda_graphs": "launch the network's forward by one call, on a CUDA device",
     "trainer.precision": "32-true, bf16-true, 16-true, bf16-mixed or 64-true",
     "trainer.accelerator": "cpu, gpu or auto",
-    "trainer.strategy": "auto, zo_ddp (ranks exchange losses only), zo_fsdp (and share the weights) or ddp",
+    "trainer.strategy": "auto, ddp, zo_ddp (sends losses only) or zo_fsdp (shards too)",
     "trainer.default_root_dir": "folder of runs: curves, config, checkpoints",
     "trainer.val_check_interval": "training batches between two validations",
     "checkpoint.monitor": "metric of the best checkpoint",
