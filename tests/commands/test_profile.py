@@ -123,7 +123,7 @@ def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer:
         (("--sensitivity_queries", -1), "`sensitivity_queries` must be 0 for no scan, or more, got -1"),
         (("--layers_name", "no.such.layers"), "`layers_name` is 'no.such.layers', which matches nothing"),
         (("--output", "{folder}/model/config.json/x"), "`output` is {folder}/model/config.json/x, where no file can"),
-        (("--data.init_args.path", "{folder}"), "{folder}/train.jsonl does not exist"),
+        (("--data.init_args.path", "{folder}"), "{folder}/train.jsonl, .csv or .parquet does not exist"),
     ],
 )
 def test_wrong_input_takes_one_line(runs: Runs, options: tuple[str, Any], message: str) -> None:
