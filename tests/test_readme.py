@@ -207,12 +207,12 @@ def commands(document: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], Any]]:
-    """The real parser, without what comes after it, in a folder where the quickstart has been run."""
+    """The real parser, without what comes after it, in a folder where the recommended recipe has been run."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").symlink_to(ROOT / "configs")
-    run = folder / "logs/quickstart/version_0"
+    run = folder / "logs/recommended/version_0"
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text((ROOT / "configs/quickstart.yaml").read_text())
+    (run / "config.yaml").write_text((ROOT / "configs/recommended.yaml").read_text())
     for document, name in (("README.md", "my_task.yaml"), (PACKAGE, "mood.yaml")):
         ((_, task),) = blocks(document, "yaml")
         (folder / name).write_text(task)
