@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from optimizer_steps import MakeProblem, Method, assert_same, attached, weights
+from zolightning.checkpoints.find_ledger import ledger_of
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.replay import describe, replay
 from zolightning.optim import MeZO, MeZOAdam, StepRecord
@@ -163,3 +165,14 @@ class TestRefused:
             replay(ledger[0].path, module, method, **step)
         assert "\n" not in str(error.value)
         assert_same(weights(module), before)
+
+
+def test_a_run_knows_its_own_ledger(tmp_path: Path, make_problem: MakeProblem, method: Method) -> None:
+    """With every method: settings that are tuples, schedules by step among them, are lists in the file."""
+    problem = make_problem()
+    Ledger.create(tmp_path / "ledger.bin", describe(attached(method, problem), problem))
+    again = make_problem()
+    assert len(ledger_of(tmp_path / "ledger.bin", describe(attached(method, again), again))) == 0
+    other = attached(method, again, seed=17)
+    with pytest.raises(MisconfigurationException, match="is of another run: it has other `seed`"):
+        ledger_of(tmp_path / "ledger.bin", describe(other, again))

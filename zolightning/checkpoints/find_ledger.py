@@ -1,5 +1,6 @@
 """Which ledger leads to a checkpoint, or belongs to a run that begins again from its first step."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,8 @@ def ledger_of(path: Path, header: Header) -> Ledger:
         MisconfigurationException: if it is of a run with another model or other settings; naming them.
     """
     ledger = Ledger(path)
-    own, found = asdict(header), asdict(ledger.header)
+    # as they are in a file, where a tuple is a list
+    own, found = json.loads(json.dumps(asdict(header))), asdict(ledger.header)
     other = [f"`{name}`" for name in own if own[name] != found[name] and name != "zolightning"]
     if other:
         raise MisconfigurationException(
