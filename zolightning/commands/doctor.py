@@ -63,19 +63,11 @@ def examine(
     probe = probes[0] if probes else probe
     with quiet(), tqdm(desc="steps", total=probe.num_steps, disable=trainer.progress_bar_callback is None) as bar:
         doctor = _Doctor(probe, bool(probes), bar)
-        runner = trainer.with_settings(
+        runner = trainer.without_traces(
             callbacks=[*callbacks, *([] if probes else [probe]), doctor],
             min_steps=None,  # the steps after those that measure would train
             min_epochs=None,
             limit_val_batches=0,
-            fast_dev_run=False,
-            devices=1,
-            num_nodes=1,
-            strategy="auto",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         runner.fit(module, datamodule)
     _report(doctor.overview, doctor.examination)

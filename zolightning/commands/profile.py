@@ -71,19 +71,7 @@ class LayerProfile:
 
         # A fit that ends before its first step: it prepares data, device and precision as any other does.
         with quiet():
-            runner = trainer.with_settings(
-                callbacks=[_OnceReady(look)],
-                max_epochs=-1,
-                limit_train_batches=0,
-                fast_dev_run=False,
-                devices=1,
-                num_nodes=1,
-                strategy="auto",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            runner = trainer.without_traces(callbacks=[_OnceReady(look)], max_epochs=-1, limit_train_batches=0)
             runner.fit(module, datamodule)
         print(f"\nwritten to {folder}")
 

@@ -2,16 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zolightning.layers import LayerStack
 from zolightning.optim import MeZO
+from zolightning.scopes.signal import unfrozen
 
 Evaluate = Callable[[], Tensor]
 
@@ -87,26 +87,13 @@ def scan_sensitivity(
     layers = []
     for index in range(len(stack)):
         named = stack.parameters(index)
-        with _trainable(named.values()):
+        with unfrozen(named.values()):
             record = MeZO(named.items(), eps=eps, seed=seed, num_queries=num_queries).estimate(evaluate)
         rms = math.sqrt(sum(g * g for g in record.projected_grads) / num_queries)
         plus = record.losses[::2]  # the losses of a query and its opposite come in turns
         layers.append(LayerSensitivity(index, rms, sum(abs(p - loss) for p in plus) / num_queries))
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     return Sensitivity(loss, eps, num_queries, dtype, tuple(layers))
-
-
-@contextmanager
-def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Unfreezes parameters for now: a method passes over those that are frozen."""
-    flags = {parameter: parameter.requires_grad for parameter in parameters}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _number(loss: Tensor) -> float:

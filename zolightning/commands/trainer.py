@@ -35,6 +35,13 @@ class Trainer(L.Trainer):
         """A fresh Trainer with the same arguments, but for `changes`."""
         return L.Trainer(**self._settings | changes)
 
+    def without_traces(self, **changes: Any) -> L.Trainer:
+        """A fresh Trainer with the same arguments, but for `changes`, on one device, that writes and shows nothing."""
+        silent = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "fast_dev_run"), False
+        )
+        return self.with_settings(**silent, devices=1, num_nodes=1, strategy="auto", **changes)
+
     def profile(
         self,
         model: L.LightningModule,

@@ -79,7 +79,7 @@ def measure_signal(
     chosen = {parameter: part for block in blocks.values() for parameter, part in block.items()}
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter in chosen]
     found: list[tuple[str, int, Tensor, Tensor]] = []
-    with _unfrozen(chosen):
+    with unfrozen(chosen):
         estimator = ThreePoint()
         optimizer = MeZO(named, eps=eps, seed=seed, num_queries=num_queries, estimator=estimator)
         optimizer.attach(module)
@@ -120,7 +120,8 @@ def table(signals: Iterable[BlockSignal]) -> str:
 
 
 @contextmanager
-def _unfrozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def unfrozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Unfreezes parameters for now: a method passes over those that are frozen."""
     flags = {parameter: parameter.requires_grad for parameter in parameters}
     try:
         for parameter in flags:
