@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from zolightning.data.single_answer import SingleAnswer
 from zolightning.data.task import PromptTask
 from zolightning.data.templates import check_template, fill, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(PromptTask):
+class Completion(SingleAnswer, PromptTask):
     """A prompt whose right continuation is trained by its likelihood; validation reports the loss.
 
     Args:
@@ -18,11 +19,6 @@ class Completion(PromptTask):
     """
 
     answer: str
-
-    objective = "language_modeling"
-    num_classes = 1
-    validation_metrics = ()
-    label_fields = frozenset[str]()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,9 +28,6 @@ class Completion(PromptTask):
     @cached_property
     def template_fields(self) -> frozenset[str]:
         return template_fields((self.prompt, self.answer))
-
-    def right(self, row: Mapping[str, Any]) -> tuple[int]:
-        return (0,)
 
     def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         return [fill(self.answer, values)]

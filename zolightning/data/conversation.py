@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from zolightning.data.task import Task
+from zolightning.data.single_answer import SingleAnswer
 
 
 class Message(TypedDict):
@@ -15,7 +15,7 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversation(Task):
+class Conversation(SingleAnswer):
     """Conversations that the tokenizer's chat template writes; the last turn, the assistant's, is trained.
 
     Args:
@@ -24,11 +24,6 @@ class Conversation(Task):
 
     messages: str = "messages"
 
-    objective = "language_modeling"
-    num_classes = 1
-    validation_metrics = ()
-    label_fields = frozenset[str]()
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_strings("messages")
@@ -36,9 +31,6 @@ class Conversation(Task):
     @property
     def template_fields(self) -> frozenset[str]:
         return frozenset([self.messages])
-
-    def right(self, row: Mapping[str, Any]) -> tuple[int]:
-        return (0,)
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
         *turns, answer = self.turns(row)

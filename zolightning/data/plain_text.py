@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from zolightning.data.task import Task
+from zolightning.data.single_answer import SingleAnswer
 from zolightning.data.templates import check_template, fill, guarded, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainText(Task):
+class PlainText(SingleAnswer):
     """Texts of which every token but the first is trained; validation reports the loss, the mean over tokens.
 
     A text that is too long loses its end. Nothing is appended.
@@ -21,11 +21,6 @@ class PlainText(Task):
 
     text: str
 
-    objective = "language_modeling"
-    num_classes = 1
-    validation_metrics = ()
-    label_fields = frozenset[str]()
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_strings("text")
@@ -34,9 +29,6 @@ class PlainText(Task):
     @cached_property
     def template_fields(self) -> frozenset[str]:
         return template_fields([self.text])
-
-    def right(self, row: Mapping[str, Any]) -> tuple[int]:
-        return (0,)
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
         self.check_fields(row, self.template_fields)
