@@ -123,6 +123,7 @@ def test_losses_are_those_without_a_shared_prefix(fit: Fit, monkeypatch: pytest.
     assert shared == alone and len({record.blocks for record in shared}) == 5
 
 
+@pytest.mark.filterwarnings("ignore:`queries` of Bandit is 0")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize(
     ("method", "order", "passes"),
@@ -160,6 +161,13 @@ def test_resumed_and_replayed(
     optimizer.detach()
     assert_equal(weights(replayed), weights(module))
     assert [record.forward_passes for record in records] == passes
+
+
+@pytest.mark.parametrize("company", [{"others": "always"}, {"blocks_per_step": 2}])
+def test_scores_of_blocks_in_company_are_warned_about(fit: Fit, company: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="`queries` of Bandit is 0, and no block moves alone"):
+        fit(MEZO, BlockCoordinateDescent(Bandit(), **company), max_steps=1)
+    fit(MEZO, BlockCoordinateDescent(Bandit(queries=1), **company), max_steps=1)
 
 
 def test_a_plain_loop_does_the_same(fit: Fit, regression_data: Callable[..., DataLoader]) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from zolightning.blocks.bandit import LearnedProbabilities
 from zolightning.blocks.orders import Cyclic, Order, Turn
 from zolightning.blocks.partition import Blocks
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LEFT_STATES, LeftState
 from zolightning.optim.checks import require_choice
+from zolightning.rank_zero import rank_zero_warn
 
 
 class BlockSchedule:
@@ -66,6 +68,13 @@ class BlockSchedule:
         """Divides the optimizer's parameters, and activates blocks by its steps from now on."""
         never = [self.blocks.never] if self.blocks.never else []  # a block that no order knows of
         optimizer.set_blocks([*self.blocks.parameters.values(), *never], self.left_state)
+        in_blocks = {parameter for block in (*self.blocks.parameters.values(), *never) for parameter in block}
+        company = self.blocks_per_step > 1 or any(p not in in_blocks for _, _, p in optimizer.trainable())
+        if company and isinstance(self.order, LearnedProbabilities) and not self.order.queries:
+            rank_zero_warn(
+                f"`queries` of {type(self.order).__name__} is 0, and no block moves alone: its score has the others' "
+                "part of the projected gradient in it. Use 1, which probes each block alone when its visit ends."
+            )
         self._hooks += [
             optimizer.register_estimate_pre_hook(self.begin),
             optimizer.register_step_post_hook(self._end),
