@@ -11,25 +11,25 @@ from zolightning.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
+CAUSAL = "AutoModelForCausalLM"
 ADAPTER = (
     "it is a LoRA adapter, not a model. Merge it into its base model first "
     "(peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER))."
 )
 
 
-def load_model(source: Path | str, **options: Any) -> "PreTrainedModel":
-    """``AutoModelForCausalLM.from_pretrained(source, **options)``, complete or not at all.
+def load_model(source: Path | str, network_class: str = CAUSAL, **options: Any) -> "PreTrainedModel":
+    """``from_pretrained(source, **options)`` of a class of transformers, complete or not at all.
 
     No code of the folder or repository is run.
 
     Raises:
         ValueError: A weight is missing from the file, or has another shape there, or `source` is an adapter.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with _without_reports():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, network_class).from_pretrained(
             source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
     model, info = loaded
@@ -58,7 +58,7 @@ def _explain(missing: list[str], unused: list[str]) -> str:
         prefix, _, rest = name.partition(".")
         if rest in wanted:
             return f"its names begin with '{prefix}.', which has to go"
-    return "it does not fit config.json, or has no language modelling head"
+    return "it does not fit config.json, or has no head of this kind"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pretrained causal language models with their tokenizers, from wherever they are kept."""
+"""Pretrained networks with their tokenizers, from wherever they are kept."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zolightning.models.gguf import load_gguf
-from zolightning.models.loading import ADAPTER, load_model
+from zolightning.models.loading import ADAPTER, CAUSAL, load_model
 from zolightning.models.pypi import cached_pypi_model
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_pretrained(
-    name: str, dtype: str | None = None, attention: str | None = None
+    name: str, dtype: str | None = None, attention: str | None = None, network_class: str = CAUSAL
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Loads a causal language model, in eval mode, and its tokenizer, which pads on the left.
+    """Loads a network, in eval mode, and its tokenizer, which pads on the left for a causal language model.
 
     Args:
         name: What to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
@@ -27,6 +27,7 @@ def load_pretrained(
             precision never takes the memory of float32. Default: float32.
         attention: Hugging Face's attention implementation, such as "sdpa", "eager" or "flash_attention_2".
             Default: "sdpa" where the architecture supports it, otherwise "eager".
+        network_class: Name of the class of transformers that loads the network.
 
     Raises:
         FileNotFoundError: If `name` is a path and nothing is there.
@@ -49,9 +50,11 @@ def load_pretrained(
 
     try:
         if path.is_file():
+            if network_class != CAUSAL:
+                raise ValueError(f"a file holds a causal language model, and {network_class} loads another kind.")
             model, tokenizer = load_gguf(path, torch_dtype, attention)
         else:
-            model, tokenizer = _load_hugging_face(source, torch_dtype, attention)
+            model, tokenizer = _load_hugging_face(source, torch_dtype, attention, network_class)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, SafetensorError):
@@ -61,20 +64,21 @@ def load_pretrained(
         setting = "" if attention is None else f" with `attention` {attention!r}"
         raise ValueError(f"Cannot load `model_name` {name!r}{setting}: {reason}") from None
 
-    tokenizer.padding_side = "left"
+    if network_class == CAUSAL:
+        tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
 def _load_hugging_face(
-    source: Path | str, dtype: torch.dtype, attention: str | None
+    source: Path | str, dtype: torch.dtype, attention: str | None, network_class: str
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoTokenizer
 
     if isinstance(source, Path) and (source / "adapter_config.json").is_file():
         raise ValueError(ADAPTER)
-    model = load_model(source, dtype=dtype, attn_implementation=attention)
+    model = load_model(source, network_class, dtype=dtype, attn_implementation=attention)
     return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 

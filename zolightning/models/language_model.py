@@ -1,0 +1,43 @@
+"""What LightningModules have in common that choose among the candidate answers to a prompt by likelihood."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolightning.data.encoding import Batch
+from zolightning.models.pretrained_module import Evaluation
+from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
+from zolightning.models.text_module import TextModule
+
+
+class LanguageModel(TextModule):
+    """A pretrained network that says how likely the tokens of an answer are."""
+
+    @abstractmethod
+    def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the log-probability of each answer token, (B, C, A), in float32, and the mask of those that exist."""
+
+    def score(self, batch: Batch) -> Tensor:
+        return candidate_scores(*self.answer_log_probs(batch))
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        label = batch["label"]
+        log_probs, mask = self.answer_log_probs(batch)
+        scores = candidate_scores(log_probs, mask)
+        if batch["objective"] == "language_modeling":
+            gold_tokens = mask[torch.arange(len(label), device=label.device), label].sum()
+            return Evaluation(language_modeling_loss(log_probs, mask, label), gold_tokens.float(), scores)
+        examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
+        return Evaluation(classification_loss(scores, label), examples, scores)
+
+    def means(self, batch: Batch, scores: Tensor) -> dict[str, float | Tensor]:
+        """The share of right choices, where there are no classes: each row brings its own candidates."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule.num_classes is not None:
+            return {}
+        prediction = scores.argmax(dim=-1)
+        if "right" not in batch:
+            return {"accuracy": (prediction == batch["label"]).float().mean()}
+        return {"accuracy": batch["right"].gather(1, prediction[:, None]).float().mean()}

