@@ -59,7 +59,7 @@ def test_a_model_without_a_limit(
         ({"num_workers": -1}, "`data.num_workers` must be at least 0"),
         ({"seed": -1}, r"`data.seed` must be at least 0 and below 2\*\*32, got -1"),
         ({"task": "sst-2"}, "`data.task` must be one of"),
-        ({"task": {"prompt": "x"}}, "`data.task`: a task needs the key `name`, `answers`, `labels`"),
+        ({"task": {"prompt": "x"}}, "`data.task`: a task needs the key `name`, `labels`, `answers`"),
         ({"task": {"promt": "x"}}, "`data.task`: a task has no key `promt`"),
         ({"path": "no/such/folder"}, "`data.path` must be a folder of files, got 'no/such/folder'"),
         ({"prompt": "{{"}, "`data.prompt`: `prompt` is not a Jinja2 template"),

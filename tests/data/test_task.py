@@ -65,7 +65,7 @@ def test_unknown_task() -> None:
             r"no key `reference`; its keys .*\(unless one of `choices`, `references`",
         ),
         ("name: x\nmessages: turns\nprompt: y\n", "a task has no key `prompt`; its keys are name, num_train"),
-        (GOOD + "lables: [0, 1]\n", "a task has no key `lables`; its keys are name, prompt, answers, labels"),
+        (GOOD + "lables: [0, 1]\n", "a task has no key `lables`; its keys are name, prompt, labels, answers"),
         (GOOD.replace("answers", "answrs"), "a task has no key `answrs`"),
         ("name: weather\nprompt: x\nlabels: [0, 1]\n", "a task needs the key `answers`"),
         (GOOD.replace("[dry, wet]", "[dry]"), r"`labels` must name one label for each of the 2 `answers`, got 1"),

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
-from zolightning.data.classification import Classification
 from zolightning.data.encoding import Batch, Example, check_tokens, collate
 from zolightning.data.examples import example_of
 from zolightning.data.generation import Generation
+from zolightning.data.labelled import LabelledTask
 from zolightning.data.rows import Row, Rows
 from zolightning.data.task import PromptTask
 from zolightning.data.task_files import chosen_task
@@ -106,7 +106,7 @@ class PromptDataModule(L.LightningDataModule):
             _check_at_least(1, name, getattr(self, name))
         if examples_per_class is not None:
             _check_at_least(1, "examples_per_class", examples_per_class)
-            if not isinstance(self.task, Classification):
+            if not isinstance(self.task, LabelledTask):
                 raise ValueError(f"`data.examples_per_class` needs classes, of which task {self.task.name} has none.")
         _check_at_least(0, "num_workers", num_workers)
         _check_at_least(0, "num_demonstrations", num_demonstrations)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from zolightning.data.classification import Classification
 from zolightning.data.conversation import Conversation, Message
 from zolightning.data.files import find_rows
+from zolightning.data.labelled import LabelledTask
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
@@ -121,7 +121,7 @@ class Rows:
         return (train, chosen[0]), (train, chosen[1])
 
     def _per_class(self, split: Split, count: int, num_parts: int) -> list[list[int]]:
-        assert isinstance(self.task, Classification), "other tasks have no classes"
+        assert isinstance(self.task, LabelledTask), "other tasks have no classes"
         return sample_per_class(split, count, self.task.labels, num_parts, self.seed)
 
     def _sample(self, split: Split, count: int) -> list[int]:
