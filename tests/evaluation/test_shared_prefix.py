@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import chain, repeat
 
 import lightning as L
 import pytest
@@ -17,6 +18,9 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.evaluation.shared_prefix import layers_of
 from zolightning.optim import MeZO, StepRecord
 from zolightning.optim.estimators import Estimator, OneSided, Population, TwoSided
+
+
+GREEDILY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 class Layers(nn.Module):
@@ -133,6 +137,41 @@ def test_losses_of_language_models_keep_all_their_bits(architecture: str, device
     (records, runs), (expected, all_runs) = step_twice(share=True), step_twice(share=False)
     assert (runs, all_runs) == (1, 2)
     assert records == expected
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 10**6])
+@pytest.mark.parametrize("first", [1, 6])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_evaluations_that_write_texts_share_nothing(architecture: str, first: int, keep_bytes: int) -> None:
+    """Each goes on from its own tokens, also where the first one, of one token, has not shown that it would."""
+
+    def texts_and_records(share: bool) -> tuple[list[list[int]], list[StepRecord]]:
+        module, texts = LanguageModel(architecture, torch.float32), []
+        module.requires_grad_(False)
+        layers_of(module)[1].requires_grad_(True)
+
+        def loss(length: int) -> Tensor:
+            text = module.net.generate(
+                input_ids=module.ids, attention_mask=torch.ones_like(module.ids), max_new_tokens=length, **GREEDILY
+            )
+            texts.append(text.tolist())
+            return text.double().mean()
+
+        optimizer = MeZO(module.parameters(), lr=1e-3, eps=0.5, num_queries=2, seed=1)
+        optimizer.attach(module)
+        optimizer.evaluator.prefix.keep_bytes = keep_bytes
+        if not share:
+            optimizer.evaluator.prefix.layers = ()
+        records = []
+        for lengths in (repeat(1), chain([first], repeat(6)), repeat(6)):
+            records.append(optimizer.estimate(lambda lengths=lengths: loss(next(lengths))))
+            optimizer.step()
+        return texts[-4:], records
+
+    with pytest.warns(UserWarning, match="each writes a text of its own"):
+        texts, records = texts_and_records(share=True)
+    assert len({str(text) for text in texts}) > 2
+    assert (texts, records) == texts_and_records(share=False)
 
 
 @pytest.mark.parametrize(

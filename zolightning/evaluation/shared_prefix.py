@@ -11,7 +11,7 @@ the second epoch on, nothing below the first trained layer is computed at all.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight, within contexts
+
+_WRITES = ", because each writes a text of its own"
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
@@ -77,25 +79,31 @@ class SharedPrefix:
 
         The first call of a step computes everything. Where it finds more to share than any step before, it repeats
         the evaluation with that, and shares nothing from then on unless the loss is the same, bit for bit: a
-        network may do more with its layers than run one after the other.
+        network may do more with its layers than run one after the other. Nothing is shared by evaluations that write
+        texts either: each goes on from its own tokens, with keys and values of all layers.
         """
-        if self.depth is not None:
-            return evaluate(perturbed, self._replay())
         moving = frozenset(map(id, perturbed.perturbations))
-        if moving != self._kept_for:
+        if self.depth is None and moving != self._kept_for:
             self.kept, self._kept_bytes, self._kept_depth, self._kept_for = {}, 0, 0, moving
-        if self.keep_bytes and self._kept_depth:
-            return evaluate(perturbed, self._recall(self._kept_depth))
+        if self.depth is not None or (self.keep_bytes and self._kept_depth):
+            try:
+                return evaluate(perturbed, self._recall(self._kept_depth) if self.depth is None else self._replay())
+            except _Continues:
+                self._give_up(_WRITES)
+                return evaluate(perturbed, nullcontext())
         result = evaluate(perturbed, self._record(perturbed))
         if self.depth and self.depth > self._proven and torch.isfinite(result[0]):
             again = evaluate(perturbed, self._replay())
             if torch.equal(again[0], result[0]):
                 self._proven = self.depth
             else:
-                self.layers, self.depth = (), 0
-                rank_zero_warn("The layers below the first trained one cannot be shared by the forwards of a step.")
+                self._give_up("")
         self._kept_depth = min(self.depth or 0, self._proven)
         return result
+
+    def _give_up(self, reason: str) -> None:
+        self.layers, self.depth = (), 0
+        rank_zero_warn(f"The layers below the first trained one cannot be shared by the forwards of a step{reason}.")
 
     @contextmanager
     def one_step(self, generators: Generators) -> Iterator[None]:
@@ -113,11 +121,13 @@ class SharedPrefix:
 
     @contextmanager
     def _record(self, perturbed: Perturbed) -> Iterator[None]:
-        depth, runs = 0, 0
+        depth, runs, caches, continues = 0, 0, _Caches(), False
 
-        def keep(index: int, output: Any) -> None:
-            nonlocal depth, runs
-            runs += index == 0
+        def keep(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal depth, runs, continues
+            if index == 0:
+                runs += 1
+                continues = caches.come_again(args, kwargs) or continues
             if runs == 1 and index == depth and not perturbed.has_touched_any():
                 depth, self._outputs = index + 1, [(output, self._generators.states())]
                 watch(depth)
@@ -129,21 +139,27 @@ class SharedPrefix:
             def watch(index: int) -> None:
                 # Hooks of others on a layer must see it run.
                 if index < len(self.layers) and not _is_hooked(self.layers[index]):
-                    hook = self.layers[index].register_forward_hook(lambda _, __, output: keep(index, output))
+                    hook = self.layers[index].register_forward_hook(
+                        lambda _, *arguments: keep(index, *arguments), with_kwargs=True
+                    )
                     stack.callback(hook.remove)
 
             watch(0)
             yield
         self.depth = depth
+        if depth and continues:
+            self._give_up(_WRITES)
 
     @contextmanager
     def _recall(self, depth: int) -> Iterator[None]:
         """A step's first evaluation, in which the shared layers run on inputs only that no step has had before."""
-        digest, is_kept, before = b"", False, self._generators.states()
+        digest, is_kept, before, caches = b"", False, self._generators.states(), _Caches()
 
         def forward(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal digest, is_kept, before
             if index == 0:
+                if caches.come_again(args, kwargs):
+                    raise _Continues
                 digest, before = _digest((args, kwargs)), self._generators.states()
                 is_kept = digest in self.kept
                 if is_kept:
@@ -166,17 +182,20 @@ class SharedPrefix:
 
     @contextmanager
     def _replay(self) -> Iterator[None]:
-        run = -1
+        run, caches = -1, _Caches()
 
-        def kept(index: int) -> Any:
+        def kept(index: int, *args: Any, **kwargs: Any) -> Any:
             nonlocal run
-            run += index == 0
+            if index == 0:
+                run += 1
+                if caches.come_again(args, kwargs):
+                    raise _Continues
             output, states = self._outputs[run]
             if index + 1 == self.depth and states is not None:
                 self._generators.set(states)
             return output
 
-        with self._forwards(lambda index, _: lambda *_, **__: kept(index), self.depth or 0):
+        with self._forwards(lambda index, _: partial(kept, index), self.depth or 0):
             yield
 
     @contextmanager
@@ -186,6 +205,24 @@ class SharedPrefix:
             for index, layer in enumerate(self.layers[:depth]):
                 stack.enter_context(replaced_forward(layer, make(index, layer.forward)))
             yield
+
+
+class _Continues(Exception):
+    """A network goes on from a text that another evaluation may have written otherwise."""
+
+
+class _Caches:
+    """The caches of keys and values that a layer has been called with: of transformers' kind."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Any] = {}  # by id, which is theirs for as long as they are kept
+
+    def come_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has one that an earlier call had: the network writes a text, token by token."""
+        found = {id(value): value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")}
+        has_come = not self._seen.keys().isdisjoint(found)
+        self._seen |= found
+        return has_come
 
 
 def _is_hooked(layer: nn.Module) -> bool:
