@@ -19,7 +19,6 @@ from zolightning.evaluation.shared_prefix import layers_of
 from zolightning.optim import MeZO, StepRecord
 from zolightning.optim.estimators import Estimator, OneSided, Population, TwoSided
 
-
 GREEDILY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
