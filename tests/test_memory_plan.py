@@ -15,11 +15,7 @@ from zolightning.adapters import AdapterSettings, add_adapter
 from zolightning.directions.moments import SecondMoment
 from zolightning.evaluation.static import Parts
 from zolightning.memory import (
-    LORA_RANK,
     BatchShape,
-    alternatives,
-    layer,
-    on_quantized,
     plan,
     size,
     sketch_bytes,
@@ -27,6 +23,12 @@ from zolightning.memory import (
     trained_by,
     weight_bytes,
     whole,
+)
+from zolightning.memory_alternatives import (
+    LORA_RANK,
+    alternatives,
+    layer,
+    on_quantized,
     with_lora,
 )
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer

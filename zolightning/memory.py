@@ -9,8 +9,7 @@ low-rank perturbations are made of. Not counted: attention that makes a matrix o
 what models and cards are said to have.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -20,16 +19,12 @@ from torch import Tensor, nn
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.moments import moment_bytes
 from zolightning.evaluation.scratch import scratch_bytes
-from zolightning.layers import FeedForward, find_layers, is_conv1d, mlp_of
+from zolightning.layers import FeedForward, find_layers, mlp_of
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.lozo import LOZO
-from zolightning.optim.precision import UPDATE_PRECISIONS
 from zolightning.optim.record import StepRecord
-from zolightning.optim.subspace_weights import SubspaceWeights
-from zolightning.quantization import Quantization, quantized_linears
+from zolightning.quantization import quantized_linears
 
 Method = Callable[..., ZerothOrderOptimizer]
-LORA_RANK = 8
 
 
 class Trained(NamedTuple):
@@ -129,7 +124,7 @@ def plan(
     """
     trained = list(trained)
     found = _state_bytes(trained, method, **changes)
-    scratch = max(scratch_bytes(one.weight for one in trained), _unpacked_bytes(module))
+    scratch = max(scratch_bytes(one.weight for one in trained), unpacked_bytes(module))
     activations, logits = _forward_bytes(module, batch)
     graphs: int | None = 0
     if cuda_graphs:
@@ -210,7 +205,7 @@ def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dic
     )
 
 
-def _unpacked_bytes(module: nn.Module) -> int:
+def unpacked_bytes(module: nn.Module) -> int:
     """Of the largest quantised map while it runs."""
     maps = (linear for _, linear in quantized_linears(module))
     return max((m.in_features * m.out_features * m.weight_scale.element_size() for m in maps), default=0)
@@ -221,7 +216,7 @@ def _forward_bytes(module: nn.Module, batch: BatchShape | None) -> tuple[int | N
 
     The states are those that the first layer and this one were given, the residual and the input of the MLP.
     """
-    mlp, head = _mlp(module), next(filter(None, map(_output_layer, module.modules())), None)
+    mlp, head = first_mlp(module), next(filter(None, map(_output_layer, module.modules())), None)
     if batch is None or mlp is None or head is None:
         return None, None
     bytes_each = head.weight.element_size()
@@ -233,10 +228,11 @@ def _forward_bytes(module: nn.Module, batch: BatchShape | None) -> tuple[int | N
     return states + mask, logits
 
 
-def _mlp(module: nn.Module) -> FeedForward | None:
+def first_mlp(module: nn.Module) -> FeedForward | None:
+    """Of the first layer; None where there are no layers, or it is a mixture of experts."""
     try:
         return mlp_of(find_layers(module).layers[0])
-    except ValueError:  # no layers, or a mixture of experts
+    except ValueError:
         return None
 
 
@@ -244,76 +240,3 @@ def _output_layer(module: nn.Module) -> Any:
     """What makes the logits of a model of transformers; None of anything else."""
     getter: Any = getattr(module, "get_output_embeddings", None)
     return None if getter is None else getter()
-
-
-# Other ways to train
-
-
-def alternatives(
-    module: nn.Module,
-    trained: Iterable[Trained],
-    method: Method,
-    batch: BatchShape | None = None,
-    cuda_graphs: bool = False,
-) -> dict[str, MemoryPlan]:
-    """What the same network takes otherwise, without CUDA graphs, by the settings that say so."""
-    trained, trial = list(trained), method([nn.Parameter(torch.zeros(1, 1))])
-    found = {"evaluation.cuda_graphs false": plan(module, trained, method, batch)} if cuda_graphs else {}
-    found |= {
-        f"method.update_precision {precision}": plan(module, trained, method, batch, update_precision=precision)
-        for precision in UPDATE_PRECISIONS
-        if precision != trial.update_precision
-    }
-    if isinstance(trial, SubspaceWeights):
-        found["method.offload_low_words true"] = plan(module, trained, method, batch, offload_low_words=True)
-    else:
-        found["method LOZO, offload_low_words true"] = plan(module, trained, LOZO, batch, offload_low_words=True)
-    if _mlp(module) is not None and not _unpacked_bytes(module):
-        one_layer = plan(module, layer(module), method, batch)
-        found["one layer (scope DominantLayer)"] = one_layer
-        found["one layer, model.quantization int8"] = on_quantized(one_layer, module, "int8", layer(module))
-        found["adapters (configs/scopes/lora.yaml)"] = adapters = with_lora(module, method, batch)
-        found["adapters, model.quantization nf4"] = on_quantized(adapters, module, "nf4")
-    return found
-
-
-def layer(module: nn.Module) -> list[Trained]:
-    """The parameters of the first of a module's layers."""
-    return whole(find_layers(module).parameters(0).values())
-
-
-def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None) -> MemoryPlan:
-    """Adapters train, of rank 8 and on all linear maps of the layers."""
-    adapters = [
-        torch.empty(shape, dtype=weight.dtype, device="meta")
-        for weight in _linears(module)
-        for shape in ((LORA_RANK, weight.shape[1]), (weight.shape[0], LORA_RANK))
-    ]
-    found = plan(module, whole(adapters), method, batch)
-    return replace(found, weights=found.weights + sum(adapter.nbytes for adapter in adapters))
-
-
-def on_quantized(
-    planned: MemoryPlan, module: nn.Module, quantization: Quantization, trained: Iterable[Trained] = ()
-) -> MemoryPlan:
-    """A plan with the linear maps of the layers quantised, but those that train themselves."""
-    own = {id(one.weight) for one in trained}
-    base = [weight for weight in _linears(module) if id(weight) not in own]
-    saved = sum(weight.nbytes - _quantized_bytes(weight, quantization) for weight in base)
-    unpacked = max(weight.nbytes for weight in base)
-    return replace(planned, weights=planned.weights - saved, scratch=max(planned.scratch, unpacked))
-
-
-def _quantized_bytes(weight: Tensor, quantization: Quantization) -> int:
-    """Codes and 16-bit scales: one a row, or one for each 64 codes."""
-    if quantization == "int8":
-        return weight.numel() + 2 * weight.shape[0]
-    return math.ceil(weight.numel() / 2) + 2 * math.ceil(weight.numel() / 64)
-
-
-def _linears(module: nn.Module) -> Iterator[Tensor]:
-    """Weights of the linear maps in the layers."""
-    for one in find_layers(module).layers:
-        for submodule in one.modules():
-            if isinstance(submodule, nn.Linear) or is_conv1d(submodule):
-                yield submodule.weight

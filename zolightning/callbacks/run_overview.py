@@ -24,13 +24,15 @@ from zolightning.callbacks.zeroth_order import ZerothOrder
 from zolightning.memory import (
     BatchShape,
     MemoryPlan,
-    alternatives,
     plan,
     size,
     sketch_bytes,
     state_bytes,
     trained_by,
     weight_bytes,
+)
+from zolightning.memory_alternatives import (
+    alternatives,
 )
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
