@@ -1,6 +1,8 @@
 """Runs of the command ``zolightning`` on a tiny model, what it prints, and what they leave in a folder."""
 
+import csv
 import io
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -69,6 +71,19 @@ class Runs:
             for tag in events.Tags()["scalars"]:
                 values.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
         return values
+
+    def curves(self, version: int) -> dict[str, dict[int, float]]:
+        """Those of ``curves.csv``, by metric and step; each step is there once."""
+        found: dict[str, dict[int, float]] = {}
+        for row in csv.DictReader((self.version(version) / "curves.csv").read_text().splitlines()):
+            of_metric = found.setdefault(row["metric"], {})
+            assert int(row["step"]) not in of_metric
+            of_metric[int(row["step"])] = float(row["value"])
+        return found
+
+    def metrics(self, version: int) -> dict[str, Any]:
+        read: dict[str, Any] = json.loads((self.version(version) / "metrics.json").read_text())
+        return read
 
     def texts(self, version: int) -> dict[str, str]:
         texts = {}

@@ -34,6 +34,7 @@ from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_
 from zolightning.commands import configs, run_report
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
 from zolightning.commands.help import HelpAll
+from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.slots import (
@@ -200,7 +201,10 @@ class ZerothOrderCLI(LightningCLI):
         is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in made.trainer.callbacks)
         if self.subcommand == "fit" and made.keep_ledger and is_zeroth_order:
             made.trainer.callbacks.append(KeepLedger(go_on=self._ledger))
-        made.trainer.callbacks.append(RunOverview(shlex.join(["zolightning", *sys.argv[1:]])))
+        command = shlex.join(["zolightning", *sys.argv[1:]])
+        made.trainer.callbacks.append(RunOverview(command))
+        if self.subcommand in ("fit", "validate", "test"):
+            made.trainer.callbacks.append(MetricsFiles(self.subcommand, command, made.ckpt_path))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's, of a strategy, accelerator or devices that are none

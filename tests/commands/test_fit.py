@@ -105,6 +105,9 @@ def test_test_reads_a_checkpoint(finished: tuple[Runs, str]) -> None:
     tested = {tag: list(values.values()) for tag, values in runs.scalars(latest(runs)).items() if "test/" in tag}
     at_the_end = {tag: list(values.values()) for tag, values in runs.scalars(0).items() if "test/" in tag}
     assert tested == at_the_end
+    of_file = runs.metrics(latest(runs))
+    assert of_file["state"] == "tested" and of_file["checkpoint"] == str(best)
+    assert of_file["test"] == {tag: pytest.approx(value) for tag, (value,) in tested.items()}
 
 
 def test_predict_writes_a_line_an_example(finished: tuple[Runs, str], tmp_path: Path) -> None:

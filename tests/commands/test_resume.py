@@ -45,6 +45,19 @@ def test_a_resumed_run_goes_on_in_its_folder(resumed: tuple[Runs, str]) -> None:
     assert last_of(runs)["global_step"] == 6
 
 
+def test_the_files_of_metrics_have_each_step_once(resumed: tuple[Runs, str]) -> None:
+    runs, _ = resumed
+    logged, curves, metrics = runs.scalars(0), runs.curves(0), runs.metrics(0)
+    for name in ("train/loss", "zo/projected_grad", "run/steps_per_second"):
+        assert list(curves[name]) == [1, 2, 3, 4, 5, 6]
+        assert list(curves[name].values()) == pytest.approx(list(logged[name].values()), rel=1e-6)
+    assert list(curves["val/accuracy"]) == [0, 1, 2, 3, 4, 5, 6]
+    assert (metrics["state"], metrics["step"], metrics["forward_passes"]) == ("finished", 6, 12)
+    assert metrics["best"]["val/accuracy"] == max(value for step, value in curves["val/accuracy"].items() if step)
+    assert metrics["test"] == {tag: pytest.approx(*of.values()) for tag, of in logged.items() if "test/" in tag}
+    assert {"zolightning", "torch", "lightning", "transformers"} <= metrics["versions"].keys()
+
+
 def test_the_best_is_that_of_the_whole_run(resumed: tuple[Runs, str]) -> None:
     runs, output = resumed
     accuracies = {step: value for step, value in runs.scalars(0)["val/accuracy"].items()}

@@ -1,7 +1,7 @@
 """What the folder of a run says of it: its settings, its curves, how far it is."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,31 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 from lightning.pytorch.utilities import rank_zero_warn
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.util.tensor_util import make_ndarray
 
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
-
-_OVERVIEW = "run/text_summary"  # RunOverview writes it when training starts, and again when it is resumed
-_END = "_hparams_/session_end_info"  # RunOverview's last words
-_SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/forward_passes")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A value of a metric, and what had been spent when it was logged.
-
-    Attributes:
-        step: steps that had been taken; 0 is before training.
-        forward_passes: of training; None where backpropagation trains.
-        seconds: since training started, validations included; pauses between a stop and going on are not.
-        value: of the metric.
-    """
-
-    step: int
-    forward_passes: int | None
-    seconds: float
-    value: float
+from zolightning.commands.event_log import EventLog, Point
 
 
 @dataclass(frozen=True)
@@ -124,73 +102,24 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{folder / 'config.yaml'} is no YAML: {' '.join(str(error).split())}") from None
-    overviews, curves, test, ended = _logged(folder)
-    if not overviews or not any(point.step for points in curves.values() for point in points):
+    log = EventLog(folder)
+    log.read()
+    curves = log.curves
+    if not log.overviews or not any(point.step for points in curves.values() for point in points):
         raise ValueError(
             f"{folder} has no curve of a training yet: its event files (events.out.tfevents.*) hold no step. A run "
             "writes to them every `trainer.log_every_n_steps` steps."
         )
+    step, state = _progress(folder, config, max(points[-1].step for points in curves.values()), log.ended)
+    return run_of(log, config, step, state)
+
+
+def run_of(log: EventLog, config: dict[str, Any], step: int, state: str) -> Run:
+    """The run that has logged what `log` has read."""
+    overviews = [dict(overview) for overview in log.overviews]
     commands = [overview.pop("command") for overview in overviews if "command" in overview]
-    step, state = _progress(folder, config, max(points[-1].step for points in curves.values()), ended)
-    return Run(folder, config, overviews[-1], list(dict.fromkeys(commands)), curves, test, step, state)
-
-
-def _logged(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[Point]], dict[str, float], bool]:
-    """Overviews, curves, metrics of a test and whether training has ended, from files that a run may be writing."""
-    overviews: list[dict[str, str]] = []
-    values: dict[str, dict[int, tuple[float, float]]] = {}  # by metric and step: seconds and value; the latest one
-    test: dict[str, float] = {}
-    forward_passes: dict[int, int] = {}  # by step
-    before = started = now = 0.0  # seconds of training until the run last stopped; when it last started; the latest
-    step, ended = 0, False
-    for event, value in _summaries(folder):
-        if value.tag == _OVERVIEW:
-            before, started, now = before + now - started, event.wall_time, event.wall_time
-            overviews.append(_overview(make_ndarray(value.tensor).item().decode()))
-            ended = False
-        ended = ended or value.tag == _END
-        if value.metadata.plugin_data.plugin_name != "scalars":
-            continue
-        number = make_ndarray(value.tensor).item()
-        if value.tag.startswith("test"):
-            test[value.tag] = number
-        elif value.tag.startswith("by_forward_passes/"):  # follows the metrics of its validation
-            forward_passes[step] = event.step
-        elif value.tag == "zo/forward_passes":
-            forward_passes[event.step + 1] = int(number)
-        if value.tag.startswith(("test", *_SHOWN_OTHERWISE)):
-            continue
-        # Lightning counts from 0 what it logs after a step, and so the validation before the first one.
-        step, seconds = 0, 0.0
-        if overviews:
-            now = event.wall_time
-            step, seconds = event.step + 1, before + now - started
-        values.setdefault(value.tag, {})[step] = seconds, number
-    return overviews, {metric: _curve(found, forward_passes) for metric, found in values.items()}, test, ended
-
-
-def _summaries(folder: Path) -> Iterator[tuple[Any, Any]]:
-    for file in sorted(folder.glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                yield event, value
-
-
-def _curve(values: Mapping[int, tuple[float, float]], forward_passes: Mapping[int, int]) -> list[Point]:
-    """Points by step; forward passes between two steps that have logged them are interpolated."""
-    steps = sorted(values)
-    known = sorted({0: 0, **forward_passes}.items())
-    passes = np.interp(steps, [step for step, _ in known], [count for _, count in known]).round()
-    return [
-        Point(step, int(count) if forward_passes else None, *values[step])
-        for step, count in zip(steps, passes, strict=True)
-    ]
-
-
-def _overview(table: str) -> dict[str, str]:
-    """Lines of RunOverview's table in Markdown, ``| name | value |``, by name."""
-    rows = (line[2:-2].split(" | ", 1) for line in table.splitlines()[2:])
-    return {name: value for name, value in rows}
+    overview = overviews[-1] if overviews else {}
+    return Run(log.folder, config, overview, list(dict.fromkeys(commands)), log.curves, log.test, step, state)
 
 
 def _progress(folder: Path, config: Mapping[str, Any], logged: int, ended: bool) -> tuple[int, str]:

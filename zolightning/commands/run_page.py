@@ -7,7 +7,8 @@ from html import escape
 from string import ascii_uppercase
 from typing import Any
 
-from zolightning.commands.run_folder import Point, Run, max_steps
+from zolightning.commands.event_log import Point
+from zolightning.commands.run_folder import Run, max_steps
 from zolightning.commands.run_plots import COLORS, Line, curves_svg
 
 _STYLE = """

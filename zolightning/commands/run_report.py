@@ -1,16 +1,13 @@
 """``zolightning report``: runs side by side, as a page, a file of metrics and a table of curves."""
 
 import argparse
-import csv
-import io
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.commands.metrics_files import as_json, curves_csv, run_metrics
 from zolightning.commands.report import print_table
 from zolightning.commands.run_folder import Run, read_run
 from zolightning.commands.run_page import page
@@ -52,8 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     differences = differing_settings(runs)
     files = {
         output: page(runs, differences, given.title or _title(runs)),
-        output.with_suffix(".json"): json.dumps(_finite(metrics(runs, differences)), indent=2) + "\n",
-        output.with_suffix(".csv"): _curves(runs),
+        output.with_suffix(".json"): as_json(metrics(runs, differences)),
+        output.with_suffix(".csv"): curves_csv(runs),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
@@ -80,28 +77,11 @@ def _short(class_paths: Sequence[Any]) -> list[Any]:
 
 def metrics(runs: Sequence[Run], differences: dict[str, list[Any]]) -> dict[str, Any]:
     """What the page's tables say, as plain values."""
-    return {
-        "runs": [
-            {
-                "folder": str(run.folder),
-                "state": run.state,
-                "step": run.step,
-                "forward_passes": run.spent.forward_passes,
-                "seconds": run.spent.seconds,
-                "peak_memory_gib": run.peak("run/peak_memory_gib"),
-                "monitor": run.monitor,
-                "before_training": {name: run.at(name, 0) for name in run.metrics},
-                "best": run.best and {"step": run.best.step, **{m: run.at(m, run.best.step) for m in run.metrics}},
-                "best_checkpoint": run.best_checkpoint and str(run.best_checkpoint),
-                "last": {name: run.curves[name][-1].value for name in run.metrics},
-                "test": run.test,
-                "overview": run.overview,
-                "commands": run.commands,
-                "settings": {name: values[i] for name, values in differences.items()},
-            }
-            for i, run in enumerate(runs)
-        ]
-    }
+    found = [
+        run_metrics(run) | {"settings": {name: values[i] for name, values in differences.items()}}
+        for i, run in enumerate(runs)
+    ]
+    return {"runs": found}
 
 
 def _runs_in(folder: Path) -> list[Run]:
@@ -143,24 +123,3 @@ def _row(run: Run) -> dict[str, Any]:
         "at step": best and str(best.step),
         "test": run.test.get((run.monitor or "").replace("val", "test", 1)),
     }
-
-
-def _curves(runs: Sequence[Run]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "metric", "step", "forward_passes", "seconds", "value"])
-    for run in runs:
-        for metric, points in run.curves.items():
-            for point in points:
-                row = [point.step, point.forward_passes, f"{point.seconds:.3f}", f"{point.value:.7g}"]
-                writer.writerow([run.folder, metric, *row])
-    return text.getvalue()
-
-
-def _finite(value: Any) -> Any:
-    """The same with null in the place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
