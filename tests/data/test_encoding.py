@@ -169,3 +169,10 @@ def test_a_slice_of_a_batch_is_a_batch() -> None:
 @pytest.mark.filterwarnings("error")
 def test_lightning_can_tell_the_batch_size() -> None:
     assert extract_batch_size(collate(ONE_TOKEN, pad_id=5, objective="classification")) == 2
+
+
+def test_prompts_may_be_padded_on_the_right() -> None:
+    examples = [Example(0, [5, 6, 7], [[1], [2]], 0, ""), Example(1, [8], [[1], [2]], 1, "")]
+    batch = collate(examples, pad_id=9, objective="classification", multiple=4, padding_side="right")
+    assert batch["input_ids"].tolist() == [[[5, 6, 7, 9]], [[8, 9, 9, 9]]]
+    assert batch["attention_mask"].tolist() == [[[1, 1, 1, 0]], [[1, 0, 0, 0]]]

@@ -28,7 +28,9 @@ class PromptDataModule(L.LightningDataModule):
     and validation rows from the official training split, test rows from the official validation split. A
     folder may have a file ``validation`` of its own.
 
-    The LightningModule must have a `tokenizer` and a `context_length`.
+    The LightningModule must have a `tokenizer` and a `context_length`. It may have a method `encode`, which is called
+    with what :func:`~zolightning.data.examples.example_of` is, but for the tokenizer, and in its place; and a
+    `padding_side`, of prompts, which is "left" otherwise.
 
     Args:
         task: Name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
@@ -229,10 +231,11 @@ class PromptDataModule(L.LightningDataModule):
                 )
         max_length = min(self.max_length, module.context_length or self.max_length)
         num_embeddings = getattr(module, "num_embeddings", None)
+        encode = getattr(module, "encode", partial(example_of, tokenizer=module.tokenizer))
         examples = []
         for row in rows:
             try:
-                example = example_of(self.task, row, module.tokenizer, max_length, self.chat)
+                example: Example = encode(task=self.task, row=row, max_length=max_length, chat=self.chat)
                 if num_embeddings is not None:
                     check_tokens(example, num_embeddings, module.tokenizer)
             except ValueError as error:
@@ -266,6 +269,7 @@ class PromptDataModule(L.LightningDataModule):
             gold_only=gold_only,
             multiple=multiple,
             with_prompts=with_prompts,
+            padding_side=getattr(module, "padding_side", "left"),
         )
 
     def _replicas(self) -> dict[str, int]:

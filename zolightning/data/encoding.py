@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class Batch(TypedDict):
 
     objective: Objective
     answer_index: NotRequired[AnswerIndex]
-    input_ids: Tensor  # (B, R, T), padded on the left
+    input_ids: Tensor  # (B, R, T), padded on the left, or for bidirectional networks as their tokenizer does
     attention_mask: Tensor  # (B, R, T), 0 on padding
     answer_ids: Tensor  # (B, C, A), padded on the left with -1
     label: Tensor  # (B,), index of the right candidate
@@ -196,16 +196,18 @@ def collate(
     gold_only: bool = False,
     multiple: int = 1,
     with_prompts: bool = False,
+    padding_side: Literal["left", "right"] = "left",
 ) -> Batch:
     """Stacks examples into a batch.
 
     Args:
         examples: At least one.
-        pad_id: Token on the left of short rows. It is masked out; any valid token will do.
+        pad_id: Token beside short rows. It is masked out; any valid token will do.
         objective: Passed on.
         gold_only: Whether to leave out the wrong candidates.
         multiple: What the length of a row is a multiple of.
         with_prompts: Whether to add what texts are generated from, and compared with.
+        padding_side: Of the rows of `input_ids`.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
@@ -225,8 +227,8 @@ def collate(
         # first, because Lightning infers the batch size from the entries that follow what has no size
         objective=objective,
         answer_index=AnswerIndex.of(answer_ids),
-        input_ids=_stack(rows, pad_id, multiple),
-        attention_mask=_stack(masks, 0, multiple),
+        input_ids=_stack(rows, pad_id, multiple, padding_side),
+        attention_mask=_stack(masks, 0, multiple, padding_side),
         answer_ids=answer_ids,
         label=torch.tensor(labels),
         id=torch.tensor([example.id for example in examples]),
@@ -244,9 +246,14 @@ def collate(
     return batch
 
 
-def _stack(groups: Iterable[Sequence[list[int]]], fill: int, multiple: int = 1) -> Tensor:
-    """Stacks lists of equally many lists into a tensor of three dimensions, filled up on the left."""
+def _stack(groups: Iterable[Sequence[list[int]]], fill: int, multiple: int = 1, side: str = "left") -> Tensor:
+    """Stacks lists of equally many lists into a tensor of three dimensions, filled up on one side."""
     groups = list(groups)
     width = max(len(row) for group in groups for row in group)
     width += -width % multiple
-    return torch.tensor([[[fill] * (width - len(row)) + row for row in group] for group in groups])
+
+    def filled(row: list[int]) -> list[int]:
+        missing = [fill] * (width - len(row))
+        return missing + row if side == "left" else row + missing
+
+    return torch.tensor([[filled(row) for row in group] for group in groups])

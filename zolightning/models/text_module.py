@@ -1,6 +1,6 @@
 """What LightningModules around networks that read text have in common: what PromptDataModule asks them for."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from zolightning.models.pretrained_module import PretrainedModule
 
@@ -15,6 +15,11 @@ class TextModule(PretrainedModule):
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's."""
         return cast("PreTrainedTokenizerBase", self.preprocessor)
+
+    @property
+    def padding_side(self) -> Literal["left", "right"]:
+        """Where prompts are padded: as the tokenizer does."""
+        return "left" if self.tokenizer.padding_side == "left" else "right"
 
     @property
     def context_length(self) -> int:
