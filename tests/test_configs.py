@@ -215,6 +215,7 @@ SCOPES: dict[str, tuple[str, str, str]] = {
     "dominant_layer_mlp_without_outlier_channels": (CHANNELS, "mezo_population", "mistral_7b"),
     "dominant_layer_outlier_channels": (CHANNELS + "(?!bias)", "mezo_normalized", "smollm2_135m"),
     "dominant_layer_without_outlier_channels": (SECOND, "mezo_rademacher", "opt_1.3b"),
+    "head": (r"lm_head", "zo_muon", "gpt2"),
     "layers": (LAYERS, "mezo_one_sided", "llama3_8b"),
     "lora": (r"\.lora_", "adamw", "mistral_7b"),
     "parameters": ("attn", "mezo", "gpt2"),

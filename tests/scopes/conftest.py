@@ -1,6 +1,7 @@
 """Tiny random networks of seven architectures with an outlier planted in one layer, and prompts to run them on."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from zolightning import CausalLM
+from zolightning.callbacks import ZerothOrder
+from zolightning.data import PromptDataModule
+from zolightning.optim import MeZO
 
 VOCABULARY, LAYERS = 50, 6
 HIDDEN, WIDTH = 16, 48
@@ -138,5 +144,51 @@ def fit(make_trainer: Callable[..., L.Trainer], make_loader: Callable[..., DataL
         trainer = make_trainer(**{"max_steps": 3, "callbacks": list(callbacks)} | options)
         trainer.fit(module, make_loader(), ckpt_path=ckpt_path)
         return trainer
+
+    return run
+
+
+class SaveTwo(L.Callback):
+    """Saves after the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Path:
+    for split in ("train", "test"):
+        lines = [f'{{"sentence": "soup number {i}", "label": {i % 2}}}' for i in range(20)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    write_tiny_model(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.fixture
+def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[..., tuple[CausalLM, L.Trainer, Any]]:
+    """Four steps on the model of the folder; the second one is saved as `two.ckpt`."""
+
+    def run(
+        *callbacks: Any,
+        method: Any = partial(MeZO, lr=1e-2),
+        ckpt_path: Path | None = None,
+        precision: str = "32-true",
+        **evaluation: Any,
+    ) -> Any:
+        model = CausalLM(str(folder / "model"), optimizer=partial(torch.optim.SGD, lr=0.1))
+        data = PromptDataModule("sst2", path=str(folder), num_train=12, num_validation=4, num_test=8, batch_size=4)
+        trainer = make_trainer(
+            max_steps=4,
+            max_epochs=-1,
+            precision=precision,
+            limit_val_batches=0,
+            callbacks=[*callbacks, *([] if method is None else [ZerothOrder(method, **evaluation)]), SaveTwo(folder / "two.ckpt")],
+        )
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        return model, trainer, data
 
     return run

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from zolightning import CausalLM
 from zolightning.adapters import adapter_settings, remove_adapter
 from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
-from zolightning.data import PromptDataModule
 from zolightning.layers import find_layers, mlp_of
 from zolightning.models import answer_log_probs
 from zolightning.optim import MeZO
@@ -140,44 +139,6 @@ def test_a_second_fit_goes_on_with_the_same_adapter_and_refuses_another(
     assert {name for name in first if not torch.equal(first[name], second[name])} == {n for n in first if ".lora_" in n}
     with pytest.raises(ValueError, match=r"`part` is LoRA\(rank=5.*has another adapter already: .*'rank': 4"):
         fit(callbacks=[TrainLayers("all", LoRA(5)), zeroth_order()]).fit(module, make_loader())
-
-
-class SaveTwo(L.Callback):
-    """Saves after the second step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Path:
-    for split in ("train", "test"):
-        lines = [f'{{"sentence": "soup number {i}", "label": {i % 2}}}' for i in range(20)]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    write_tiny_model(tmp_path / "model")
-    return tmp_path
-
-
-@pytest.fixture
-def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[..., tuple[CausalLM, L.Trainer, Any]]:
-    def run(*callbacks: Any, ckpt_path: Path | None = None, precision: str = "32-true") -> Any:
-        model = CausalLM(str(folder / "model"), optimizer=partial(torch.optim.SGD, lr=0.1))
-        data = PromptDataModule("sst2", path=str(folder), num_train=12, num_validation=4, num_test=8, batch_size=4)
-        trainer = make_trainer(
-            max_steps=4,
-            max_epochs=-1,
-            precision=precision,
-            limit_val_batches=0,
-            callbacks=[*callbacks, zeroth_order(), SaveTwo(folder / "two.ckpt")],
-        )
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
-        return model, trainer, data
-
-    return run
 
 
 def lora(layer: int = 1, rank: int = RANK) -> TrainLayers:

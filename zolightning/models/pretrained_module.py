@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
+from zolightning.head import has_untied_head, restore_head
 from zolightning.models.pretrained import load_pretrained
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.quantization import (
@@ -197,10 +198,15 @@ class PretrainedModule(L.LightningModule):
 
     def structure_dict(self) -> dict[str, Any]:
         """What the run made of the pretrained network, beside its weights: plain values."""
-        return {"adapter": adapter_settings(self.model), "quantization": quantization_settings(self.model)}
+        return {
+            "adapter": adapter_settings(self.model),
+            "quantization": quantization_settings(self.model),
+            "untied_head": has_untied_head(self.model),
+        }
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
         """Makes the network one of the structure that :meth:`structure_dict` described."""
+        restore_head(self.model, saved.get("untied_head", False))
         restore_adapter(self.model, saved.get("adapter"))
         restore_quantization(self.model, saved.get("quantization"))
 

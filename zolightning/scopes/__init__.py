@@ -6,6 +6,7 @@ from zolightning.scopes.parts import MLP, LoRA, OutlierChannels, Part, WholeLaye
 from zolightning.scopes.random_layer import RandomLayer
 from zolightning.scopes.scope import Scope
 from zolightning.scopes.train_by_signal import TrainBySignal
+from zolightning.scopes.train_head import TrainHead
 from zolightning.scopes.train_layers import TrainLayers
 from zolightning.scopes.train_parameters import TrainParameters
 
@@ -19,6 +20,7 @@ __all__ = [
     "RandomLayer",
     "Scope",
     "TrainBySignal",
+    "TrainHead",
     "TrainLayers",
     "TrainParameters",
     "WholeLayer",

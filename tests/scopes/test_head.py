@@ -1,0 +1,104 @@
+"""The head alone: untied where it is tied, trained, resumed, exported."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zolightning import CausalLM
+from zolightning.callbacks import TrainLayers, ZerothOrder
+from zolightning.head import has_untied_head
+from zolightning.models import answer_log_probs
+from zolightning.optim import MeZO
+from zolightning.scopes import LoRA, TrainHead
+
+TIED = {"opt": "model.decoder.embed_tokens", "gpt2": "transformer.wte", "gemma3_text": "model.embed_tokens"}
+HEADS = {"bert": {"classifier.weight", "classifier.bias"}}
+
+
+def zeroth_order() -> ZerothOrder:
+    return ZerothOrder(partial(MeZO, lr=1e-2))
+
+
+@pytest.mark.parametrize("untie", [True, False])
+def test_the_head_trains_and_nothing_else(
+    architecture: str, untie: bool, make_module: Any, make_loader: Any, make_trainer: Any
+) -> None:
+    module = make_module(architecture)
+    before = {name: weight.clone() for name, weight in module.network.state_dict().items()}
+    trainer = make_trainer(max_steps=2, callbacks=[TrainHead(untie=untie), zeroth_order()])
+    trainer.fit(module, make_loader())
+
+    after = module.network.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    tied = {f"{TIED[architecture]}.weight"} if architecture in TIED and not untie else set()
+    assert moved == HEADS.get(architecture, {"lm_head.weight"}) | tied
+    assert trainer.optimizers[0].num_trainable() == sum(after[name].numel() for name in moved - tied)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_what_lies_below_runs_once_a_step(make_module: Any, make_loader: Any, make_trainer: Any) -> None:
+    def runs_of_the_first_layer(steps: int) -> int:
+        module, runs = make_module("gpt2"), []
+        first = module.network.transformer.h[0]
+        own = first.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            runs.append(1)
+            return own(*args, **kwargs)
+
+        first.forward = counted
+        callbacks = [TrainHead(), ZerothOrder(partial(MeZO, lr=1e-2, num_queries=3))]  # 6 evaluations
+        make_trainer(max_steps=steps, callbacks=callbacks).fit(module, make_loader())
+        return len(runs)
+
+    assert runs_of_the_first_layer(4) - runs_of_the_first_layer(1) == 3
+
+
+def test_a_tied_head_is_untied_in_checkpoints_and_exports(
+    train: Callable[..., Any], folder: Path, make_trainer: Callable[..., L.Trainer], write_tiny_model: Any
+) -> None:
+    write_tiny_model(folder / "model", "opt")
+    model, trainer, data = train(TrainHead(), precision="bf16-true")
+    resumed, *_ = train(TrainHead(), ckpt_path=folder / "two.ckpt", precision="bf16-true")
+    expected = model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.state_dict().items())
+
+    trainer.save_checkpoint(folder / "end.ckpt")
+    (expected_metrics,) = trainer.test(model, data, verbose=False)
+    fresh = CausalLM(str(folder / "model"))
+    plain = make_trainer(precision="bf16-true")
+    (found,) = plain.test(fresh, data, ckpt_path=folder / "end.ckpt", verbose=False)
+    assert found == expected_metrics
+    fresh.load_structure_dict({})  # as of a checkpoint of a run that trained something else
+    assert not has_untied_head(fresh.model)
+    assert fresh.model.lm_head.weight is fresh.model.get_input_embeddings().weight
+
+    model.export(folder / "export")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+    assert not loaded.config.tie_word_embeddings
+    assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        assert torch.equal(answer_log_probs(loaded, batch)[0], answer_log_probs(model.model.eval(), batch)[0])
+
+
+def test_what_is_refused(make_module: Any, make_loader: Any, make_trainer: Any, make_regression: Any) -> None:
+    def fit(module: L.LightningModule) -> None:
+        make_trainer(max_steps=1, callbacks=[TrainHead(), zeroth_order()]).fit(module, make_loader())
+
+    with pytest.raises(ValueError, match="`scope` is TrainHead, which needs a PreTrainedModel of transformers"):
+        fit(make_regression())
+    module = make_module()
+    module.network = module.network.base_model
+    with pytest.raises(ValueError, match="LlamaModel has no parameters beyond its base model. Name some"):
+        fit(module)
+    module = make_module()
+    make_trainer(max_steps=1, callbacks=[TrainLayers("all", LoRA(2)), zeroth_order()]).fit(module, make_loader())
+    with pytest.raises(ValueError, match="`scope` is TrainHead, and the model has an adapter"):
+        fit(module)

@@ -1,0 +1,64 @@
+"""The output layer of a model of transformers, and its weight where the embeddings are that too."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from zolightning.directions.shards import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_UNTIED = "has_untied_head"  # attribute of a model whose head was tied when it was loaded
+
+
+def is_tied(model: "PreTrainedModel") -> bool:
+    """Whether one matrix embeds the tokens and scores them."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is embeddings.weight
+
+
+def has_untied_head(model: "PreTrainedModel") -> bool:
+    """Whether :func:`untie_head` gave the model the head that it has."""
+    return bool(getattr(model, _UNTIED, False))
+
+
+def untie_head(model: "PreTrainedModel") -> None:
+    """Gives a model with tied embeddings a head of its own, a copy of them; its config says so from then on.
+
+    Raises:
+        ValueError: if weights are sharded over ranks already, or the model scales its outputs because they are tied.
+    """
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "The head is to be untied from the embeddings of a model whose weights are sharded over ranks already, as "
+            "they are from a validation on: set `validate_first` to False, or use a strategy under which every rank "
+            "holds all of them ('zo_ddp')."
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"The head of {type(model).__name__} cannot be untied from its embeddings: such a model scales what a tied "
+            "head reads, and would compute something else."
+        )
+    head = model.get_output_embeddings()
+    tied = head.weight
+    head.weight = nn.Parameter(tied.detach().clone(), tied.requires_grad)
+    _set_config(model, tied=False)
+    setattr(model, _UNTIED, True)
+
+
+def restore_head(model: "PreTrainedModel", untied: bool) -> None:
+    """Makes the model one that weights saved with or without an untied head fit."""
+    if untied == has_untied_head(model):
+        return
+    if untied:
+        untie_head(model)
+        return
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    _set_config(model, tied=True)
+    delattr(model, _UNTIED)
+
+
+def _set_config(model: "PreTrainedModel", tied: bool) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied

@@ -1,0 +1,64 @@
+"""Training the head only."""
+
+from typing import Any
+
+import lightning as L
+
+from zolightning.adapters import adapter_settings
+from zolightning.head import is_tied, untie_head
+from zolightning.scopes.scope import Scope, Selection
+
+
+class TrainHead(Scope):
+    """Trains what a model of transformers has beyond its base model: the output layer of a language model.
+
+    Everything below is the same for all evaluations of a step, and computed once. Where the head is tied to the
+    embeddings, it becomes a copy of them first; checkpoints and exports then hold both.
+
+    Args:
+        untie: False trains the matrix of a tied head as it is, as embeddings too.
+    """
+
+    def __init__(self, untie: bool = True) -> None:
+        super().__init__()
+        self.untie = untie
+
+    def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        model = pretrained_model(self, pl_module)
+        if (adapter := adapter_settings(model)) is not None:
+            raise ValueError(
+                f"`scope` is TrainHead, and the model has an adapter ({adapter}), beside which nothing is exported. "
+                "Merge it into the model first, or leave the scope out."
+            )
+        tied = is_tied(model)
+        if tied and self.untie:
+            untie_head(model)
+        below = set() if model.base_model is model else set(model.base_model.parameters())
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        chosen = [names[parameter] for parameter in model.parameters() if parameter not in below] if below else []
+        if tied and not self.untie:
+            chosen.append(names[model.get_output_embeddings().weight])
+        if not chosen:
+            raise ValueError(
+                f"`scope` is TrainHead, and {type(model).__name__} has no parameters beyond its base model. Name some "
+                "by TrainParameters."
+            )
+        reason = "the head" if not tied else "the head, untied" if self.untie else "the head, which embeds tokens too"
+        return Selection(dict.fromkeys(chosen), reason)
+
+
+def pretrained_model(scope: Scope, module: L.LightningModule) -> Any:
+    """The outermost model of transformers in a module.
+
+    Raises:
+        ValueError: if there is none, naming the scope that needs one.
+    """
+    from transformers import PreTrainedModel
+
+    for submodule in module.modules():
+        if isinstance(submodule, PreTrainedModel):
+            return submodule
+    raise ValueError(
+        f"`scope` is {type(scope).__name__}, which needs a PreTrainedModel of transformers, and "
+        f"{type(module).__name__} has none."
+    )
