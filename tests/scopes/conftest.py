@@ -148,6 +148,9 @@ def fit(make_trainer: Callable[..., L.Trainer], make_loader: Callable[..., DataL
     return run
 
 
+MEZO = partial(MeZO, lr=1e-2)
+
+
 class SaveTwo(L.Callback):
     """Saves after the second step."""
 
@@ -174,11 +177,12 @@ def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[...,
 
     def run(
         *callbacks: Any,
-        method: Any = partial(MeZO, lr=1e-2),
+        method: Any = MEZO,
         ckpt_path: Path | None = None,
         precision: str = "32-true",
         **evaluation: Any,
     ) -> Any:
+        trains = [] if method is None else [ZerothOrder(method, **evaluation)]
         model = CausalLM(str(folder / "model"), optimizer=partial(torch.optim.SGD, lr=0.1))
         data = PromptDataModule("sst2", path=str(folder), num_train=12, num_validation=4, num_test=8, batch_size=4)
         trainer = make_trainer(
@@ -186,7 +190,7 @@ def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[...,
             max_epochs=-1,
             precision=precision,
             limit_val_batches=0,
-            callbacks=[*callbacks, *([] if method is None else [ZerothOrder(method, **evaluation)]), SaveTwo(folder / "two.ckpt")],
+            callbacks=[*callbacks, *trains, SaveTwo(folder / "two.ckpt")],
         )
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
         return model, trainer, data
