@@ -63,6 +63,7 @@ def test_numbers_of_a_line() -> None:
     assert Signal(-1.0, 5.0).record("x", 16)["progress"] == "0.00e+00"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 with jsonargparse 4.49
 def test_command(write_tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = packaged("zolightning/data/sentiment")
     words = [

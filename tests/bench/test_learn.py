@@ -1,32 +1,33 @@
 """The comparison of methods in miniature: limits, the grid, seeds, stopping, going on, tables and curves."""
 
 import csv
-from collections import defaultdict, deque
+import math
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 
-from cli_runs import parsed, parser
 from zolightning.bench import learn_run
 from zolightning.bench.__main__ import main
 from zolightning.bench.learn import PAPERS
-from zolightning.bench.learn_entries import callbacks, learning_rate, model_arguments, read, with_learning_rate
+from zolightning.bench.learn_entries import callbacks, described, learning_rate, read, with_learning_rate
 from zolightning.bench.learn_results import Curve, Line
-from zolightning.callbacks import ZerothOrder
-from zolightning.commands.slots import SLOTS, slot_callbacks
-from zolightning.optim import ZerothOrderOptimizer
 from zolightning.packaged import packaged
 
 ROWS = {"train": 24, "validation": 8, "test": 8}
 Command = Callable[..., dict[tuple[str, str, str], list[dict[str, str]]]]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Lightning 2.6 with jsonargparse 4.49
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def test_every_kind_of_entry_is_tuned_seeded_and_cut_at_its_limit(
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (*MEZO, "--forwards", "12", "--validations", "2")
+    falling = f"{MEZO[1]} lr_scheduler=WarmupDecay"
+    arguments = ("--entry", falling, "--forwards", "12", "--validations", "2")
     (whole,) = command(*arguments, output="whole.csv").values()
     (begun,) = command(*arguments, "--time-limit", "0.01").values()
     assert [line["step"] for line in begun] == ["0"]
@@ -139,8 +141,40 @@ def test_one_run_serves_both_limits(command: Command, monkeypatch: pytest.Monkey
     ]
 
 
-def test_a_run_whose_loss_is_not_finite_is_tested_where_it_was_best(command: Command) -> None:
-    (lines,) = command("--entry", "MeZO: configs/methods/mezo.yaml method.lr=1e45", "--forwards", "40").values()
+@pytest.mark.parametrize("limit", [("--forwards", "60"), ("--seconds", "32")])
+def test_a_schedule_ends_where_the_run_does(
+    command: Command, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, str]
+) -> None:
+    ticks, rates = iter(range(10**6)), []
+    monkeypatch.setitem(learn_run.CLOCKS, "wall", lambda: float(next(ticks)))  # a step takes a second
+    watch = LambdaCallback(on_train_batch_end=lambda trainer, *_: rates.append(trainer.optimizers[0].record.lr[0]))
+    monkeypatch.setattr(learn_run, "callbacks", lambda config: [*callbacks(config), watch])
+    command("--entry", f"{MEZO[1]} lr_scheduler=WarmupDecay", *limit, "--validations", "1")
+    length, taken = (30, 30) if limit[0] == "--forwards" else (32, 31)  # one that took longer must fit in
+    assert rates[2:] == pytest.approx([1e-3 * (1 - step / length) for step in range(2, taken)])
+
+
+def test_a_rate_that_is_measured_has_no_grid_and_is_paid_for(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = "configs/learning_rates/probe.yaml lr_probe.num_steps=2 lr_probe.num_examples=8 trainer.precision=32-true"
+    found = command("--entry", f"{MEZO[1]} {probe}", "--forwards", "150", "--validations", "2", "--grid", "1", "10")
+    assert list(found) == [("MeZO", "0.001", "0")]
+    *_, last, tested = found["MeZO", "0.001", "0"]
+    probed = int(last["forwards"]) - 2 * int(last["step"])
+    assert 20 <= probed <= 100
+    assert tested["split"] == "test"
+    assert re.search(r"lr now (?!0\.001,)\d", capsys.readouterr().out)
+
+
+def test_a_run_whose_loss_is_not_finite_is_tested_where_it_was_best(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        next(module.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(learn_run, "callbacks", lambda c: [LambdaCallback(on_train_batch_start=spoil), *callbacks(c)])
+    (lines,) = command(*MEZO, "--forwards", "40").values()
     assert [line["split"] for line in lines][-2:] == ["diverged", "test"]
     assert lines[-1]["step"] == "0"
 
@@ -163,71 +197,42 @@ def test_what_a_run_repeats_after_a_kill_counts_once() -> None:
     assert curve.best("forwards", 9).step == 3
 
 
-def by_command_line(*files: str) -> list[Callback]:
-    """The callbacks that ``zolightning fit`` makes of files."""
-    config = parsed(["fit", *(f"--config={path}" for path in (*files, *OTHERS))])["fit"]
-    given = Namespace({slot: config[slot] for slot in SLOTS})
-    given["trainer"] = Namespace(callbacks=None)
-    return slot_callbacks(config, parser().instantiate_classes(Namespace(fit=given, subcommand="fit"))["fit"])
+GIVEN = "configs/tasks/sentiment.yaml model.model_name=nowhere"
 
 
-def described(value: Any) -> Any:
-    """Classes and settings, all the way down."""
-    if isinstance(value, list | tuple | deque):
-        return [described(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, ZerothOrderOptimizer):
-        return type(value), [{**group, "params": None} for group in value.param_groups], described(value.estimator)
-    if isinstance(value, ZerothOrder):
-        made = value.method([nn.Parameter(torch.zeros(2, 2))])
-        return described(made), {**vars(value), "method": None}
-    if type(value).__module__.startswith("zolightning"):
-        return type(value), {name: described(item) for name, item in vars(value).items()}
-    return value
+def test_files_and_settings_mean_what_they_mean_to_the_command_line() -> None:
+    words = "configs/blocks/adalezo.yaml blocks.order.decay=0.5 method.lr=1e-3 lr_scheduler=LinearLR"
+    adalezo = read(f"{GIVEN} configs/methods/lozo.yaml {words}")
+    found: list[Any] = callbacks(adalezo)
+    blocks, zeroth_order = found
+    assert (blocks.order.decay, blocks.others) == (0.5, "never")
+    assert zeroth_order.lr_scheduler is not None and learning_rate(adalezo) == 1e-3
+    found += callbacks(with_learning_rate(adalezo, 0.5))
+    rates = [one.method([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["lr"] for one in found[1::2]]
+    assert rates == [1e-3, 0.5]
+    recommended = read(
+        f"configs/recommended.yaml configs/learning_rates/probe.yaml {GIVEN} lr_control=LearningRateControl"
+    )
+    kinds = [type(callback).__name__ for callback in callbacks(recommended)]
+    expected = "TrainParameters LearningRateProbe LearningRateControl SubspaceResampling ZerothOrder"
+    assert sorted(kinds) == sorted(expected.split())
+    adamw = read(f"{GIVEN} configs/methods/mezo.yaml configs/methods/adamw.yaml")
+    assert callbacks(adamw) == [] and learning_rate(adamw) == 2e-5
 
 
-OTHERS = ("configs/tasks/sentiment.yaml", "configs/models/smollm2_135m.yaml")
-FILES = [
-    "methods/mezo_adam",
-    "methods/zo_mopi_one_sided",
-    "methods/subzero methods/lozo_momentum scopes/dominant_layer_mlp_without_outlier_channels",
-    "methods/mezo blocks/adalezo scopes/lora",
-    "methods/mezo blocks/focus",
-    "methods/aim_zo",
-]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 calls what jsonargparse 4.49 deprecates
-@pytest.mark.parametrize("files", FILES)
-def test_files_mean_what_they_mean_to_the_command_line(files: str) -> None:
-    paths = [f"configs/{file}.yaml" for file in files.split()]
-    ours = callbacks(read(" ".join(paths)))
-    assert described(ours) == described(by_command_line(*paths))
-
-
-def test_settings_reach_into_classes() -> None:
-    words = "configs/blocks/adalezo.yaml blocks.order.decay=0.5 blocks.interval=7 method.lr=1e-3 lr_scheduler=LinearLR"
-    config = read(words)
-    blocks, zeroth_order = callbacks(config)
-    assert (blocks.order.decay, blocks.interval, blocks.others) == (0.5, 7, "never")
-    assert zeroth_order.lr_scheduler is not None
-    assert learning_rate(config) == 1e-3
-    (_, changed) = callbacks(with_learning_rate(config, 0.5))
-    assert changed.method.keywords["lr"] == 0.5
-    assert zeroth_order.method.keywords["lr"] == 1e-3
-    adamw = read("configs/methods/mezo.yaml configs/methods/adamw.yaml")
-    assert callbacks(adamw) == []
-    assert model_arguments(adamw)["optimizer"].keywords == {"lr": 2e-5}
-
-
-GIVEN = ("--config", "model.model_name=nowhere data.task=sst2")
+def test_what_a_run_depends_on() -> None:
+    """Rows of a file stay those of the same command when a field gets added, or a run is longer in a file."""
+    same = (read(f"{GIVEN} configs/methods/mezo.yaml {other}") for other in ("trainer.max_steps=3", "method.clip=null"))
+    assert len({described(config) for config in same}) == 1
+    assert described(read(f"{GIVEN} configs/methods/mezo.yaml method.clip=2")) != described(
+        read(f"{GIVEN} method=MeZO")
+    )
 
 
 @pytest.mark.parametrize("words", PAPERS.values(), ids=PAPERS)
 def test_entries_of_the_papers_can_be_made(words: str) -> None:
-    config = read(words)
-    assert bool(callbacks(config)) == (config["method"] is not None)
+    config = read(f"{GIVEN} {words}")
+    assert bool(callbacks(config)) == (config.method is not None)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +242,15 @@ def test_entries_of_the_papers_can_be_made(words: str) -> None:
         ([*MEZO], "`--forwards` or `--seconds` must be given"),
         ([*MEZO, "--forwards", "0"], "`--forwards` must be positive, got 0"),
         (["--entry", "MeZO", "--forwards", "2"], "got 'MeZO'"),
-        (["--entry", "A: configs/nothing.yaml", "--forwards", "2"], "'configs/nothing.yaml' is neither a YAML file"),
-        (["--entry", "A: configs/methods/mezo.yaml metod.lr=1", "--forwards", "2"], "`metod` is a field that no run"),
-        (["--entry", "A: method=MeZO", "--forwards", "2"], "`method.lr`"),
-        ([*GIVEN, "--entry", "A: configs/methods/mezo.yaml method.lrr=1", "--forwards", "2"], "'A': .*'lrr'"),
+        (["--entry", "A: configs/nothing.yaml", "--forwards", "2"], "'A': .*'configs/nothing.yaml', which is no file"),
+        (["--entry", "A: data.task=sst2", "--forwards", "2"], "`model.model_name` must be given"),
         (
-            [*GIVEN, "--entry", "A: configs/methods/mezo.yaml scope=Layers", "--forwards", "2"],
-            "'Layers' names no class",
+            ["--entry", f"A: {GIVEN} model=lightning.pytorch.demos.boring_classes.BoringModel", "--forwards", "2"],
+            "`method.lr`, or",
         ),
+        (["--entry", f"A: {GIVEN} metod.lr=1", "--forwards", "2"], "`--metod.lr` is no setting"),
+        (["--entry", f"A: {GIVEN} method=MeZO method.lrr=1", "--forwards", "2"], "'A': .*did you mean lr"),
+        (["--entry", f"A: {GIVEN} method=MeZO resampling.interval=2", "--forwards", "2"], "`resampling` is given, and"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments: list[str], said: str) -> None:

@@ -37,9 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolightning.bench.figures import Value, append
-from zolightning.bench.learn_entries import model_arguments, read
+from zolightning.bench.learn_entries import make, read
 from zolightning.commands.report import Record, print_table
-from zolightning.data import PromptDataModule
 from zolightning.directions.moments import SecondMoment, scaled
 from zolightning.layers import find_layers
 from zolightning.models import CausalLM
@@ -221,11 +220,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
-    config = read(shlex.join(arguments.config))
-    L.seed_everything(0, verbose=False)
-    module = CausalLM(**model_arguments(config))
     size = max(1, min(16, arguments.examples // PARTS))
-    data = PromptDataModule(**config["data"] | {"num_validation": arguments.examples, "eval_batch_size": size})
+    own = [f"data.num_validation={arguments.examples}", f"data.eval_batch_size={size}"]
+    config = read(shlex.join([*arguments.config, *own]))
+    L.seed_everything(0, verbose=False)
+    made = make(config, "model", "data")
+    module, data = made.model, made.data
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, limit_val_batches=1)
     trainer.validate(module, data, verbose=False)
     found, counts = measure(module, list(data.val_dataloader()), not arguments.without_bias)

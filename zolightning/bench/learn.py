@@ -1,12 +1,17 @@
 """Which method learns most: ``python -m zolightning.bench learn``.
 
-Entries are files of ``configs/`` and settings as for ``zolightning fit``: any method, scope, blocks, or combination.
+Entries are files of ``configs/`` and settings as for ``zolightning fit``: any model, method, scope, or combination.
 Each is trained with every learning rate of a grid, of the same size for all, then with further seeds at the learning
 rate of the least validation loss: found at equal forwards for the table at equal forwards, at equal seconds of training
-for the table at equal time. A run goes on until it has used up both, so one run mostly serves both tables. What is
-tested is the weights with the least validation loss within the limit. Lines are appended to a CSV file as they are
-known; the same command again passes over finished runs and goes on with the others from their last checkpoint. At the
-end it prints the tables and draws all curves beside the file.
+for the table at equal time. An entry that measures its learning rate (``lr_probe``) has no grid, and pays for what it
+measures. A run goes on until it has used up both limits, so one run mostly serves both tables. What is tested is the
+weights with the least validation loss within the limit. Lines are appended to a CSV file as they are known; the same
+command again passes over finished runs and goes on with the others from their last checkpoint. At the end it prints the
+tables and draws all curves beside the file.
+
+The length of a run is estimated after each step: the steps that what is left of its limits will do for, at the mean
+cost of a step so far. ``WarmupDecay`` and ``lr_probe`` go by it, so that a rate that falls to 0 does so where the run
+ends. Under two limits that is the later one, and the table of the other shows a rate that has not fallen yet.
 
   python -m zolightning.bench learn --forwards 600 --seconds 120 --grid 0.3 1 3 --seeds 0 1 \\
     --config "configs/tasks/sst2.yaml configs/models/smollm2_135m.yaml data.path=SST2" \\
@@ -26,14 +31,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.bench.learn_entries import callbacks, learning_rate, read, with_learning_rate
+from zolightning.bench.learn_entries import callbacks, described, learning_rate, make, read, with_learning_rate
 from zolightning.bench.learn_report import draw, print_tables
 from zolightning.bench.learn_results import Entry, Key, Unit
 from zolightning.bench.learn_results import read as read_curves
 from zolightning.bench.learn_run import CLOCKS, Limits, Stopped, train
 from zolightning.bench.measure import require
 from zolightning.commands.output import quiet
+from zolightning.data import PromptDataModule
 
 # One layer gains more where what lies below it is computed once a step, which leaves both out.
 _ONE_LAYER = "evaluation.cuda_graphs=false evaluation.evaluations_per_forward=1"
@@ -100,17 +107,15 @@ def entry(settings: Settings, name: str, words: str) -> Entry:
     try:
         config = read(f"{settings.config} {words}")
         lr = learning_rate(config)
-        for section, field in (("model", "model_name"), ("data", "task")):
-            if field not in config.get(section, {}):
-                raise ValueError(f"`{section}.{field}` must be given, there or in `--config`.")
         callbacks(config)  # what is wrong with them is said before the first run
-    except (TypeError, ValueError) as error:
+        data = make(config, "data").data
+    except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"`--entry` {name!r}: {error}") from None
-    depends_on = [config, settings.limits(), settings.validations, settings.clock, settings.device]
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    task = config["data"]["task"]
-    task = Path(task).stem if isinstance(task, str) else task["name"]
-    keys = [Key(digest, task, name, float(f"{lr * factor:.6g}"), settings.seeds[0]) for factor in settings.grid]
+    depends_on = [described(config), settings.limits(), settings.validations, settings.clock, settings.device]
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:8]
+    task = data.task.name if isinstance(data, PromptDataModule) else type(data).__name__
+    grid = settings.grid if config.lr_probe is None else (1.0,)
+    keys = [Key(digest, task, name, float(f"{lr * factor:.6g}"), settings.seeds[0]) for factor in grid]
     return Entry(name, config, tuple(keys))
 
 
@@ -148,8 +153,9 @@ def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[
     """The runs of the grid, and when all of an entry's are finished, those of further seeds."""
     for number in range(len(settings.grid)):
         for one in entries:
-            if not read_curves(settings.output)[one.keys[number]].tested:
-                yield one, one.keys[number]
+            for key in one.keys[number : number + 1]:
+                if not read_curves(settings.output)[key].tested:
+                    yield one, key
     for seed in settings.seeds[1:]:
         for one in entries:
             for unit, limit in settings.limits().items():

@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from zolightning.bench.figures import append
-from zolightning.bench.learn_entries import Config
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 Unit = Literal["forwards", "seconds"]
 
@@ -104,7 +106,7 @@ class Entry:
     """
 
     name: str
-    config: Config
+    config: "Namespace"
     keys: tuple[Key, ...]
 
     def finished(self, curves: Mapping[Key, Curve]) -> list[Key]:

@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-from zolightning.bench.learn_entries import Config, callbacks, model_arguments
+from zolightning.bench.learn_entries import callbacks, make
 from zolightning.bench.learn_results import Key, Line, Unit, write
 from zolightning.callbacks import SaveLast
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
-from zolightning.data import PromptDataModule
-from zolightning.models import CausalLM
-from zolightning.optim import NonFiniteLossError, ZerothOrderOptimizer
+from zolightning.checkpoints.resume import callback_states
+from zolightning.optim import NonFiniteLossError, WarmupDecay, ZerothOrderOptimizer
 
-_NEVER = 2**62  # batches
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+_NEVER = 2**62  # batches or steps
 _BACKPROPAGATION = 3  # forwards a step: the backward takes about two of them
-_BY_PROTOCOL = ("max_steps", "max_epochs", "val_check_interval")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -47,7 +48,7 @@ class Stopped(Exception):
     """The command's time is over, and the run's last step is saved."""
 
 
-def train(key: Key, config: Config, limits: Limits, device: str, output: Path, folder: Path) -> None:
+def train(key: Key, config: "Namespace", limits: Limits, device: str, output: Path, folder: Path) -> None:
     """Makes a run, from its last checkpoint where there is one, and appends what it finds to a file.
 
     Args:
@@ -62,23 +63,30 @@ def train(key: Key, config: Config, limits: Limits, device: str, output: Path, f
         Stopped: the command's time was over first.
     """
     L.seed_everything(key.seed, verbose=False)
-    data = PromptDataModule(**{"eval_batch_size": 64} | config.get("data", {}) | {"seed": key.seed})
-    module = CausalLM(**model_arguments(config))
-    settings = {name: value for name, value in config.get("trainer", {}).items() if name not in _BY_PROTOCOL}
-    settings |= {"accelerator": "gpu" if device == "cuda" else "cpu", "devices": 1, "logger": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "plugins": [AtomicCheckpointIO()]}
-    evaluator = L.Trainer(**settings, enable_checkpointing=False)
+    config = config.clone()
+    if "seed" in config.data.init_args:
+        config.data.init_args.seed = key.seed
+    made = make(config, "model", "data", "trainer")
+    module, data = made.model, made.data
+    settings = made.trainer.as_dict() | {"accelerator": "gpu" if device == "cuda" else "cpu"}
+    settings |= {"enable_model_summary": False, "plugins": [AtomicCheckpointIO()], "callbacks": []}
+    evaluator = L.Trainer(**settings | {"enable_checkpointing": False})
     meter, last = Meter(key, limits, output, folder), folder / "last.ckpt"
     deadline = Deadline(limits.end)
-    trainer = L.Trainer(
-        **settings,
-        max_steps=-1,
-        max_epochs=-1,
-        val_check_interval=_NEVER,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        callbacks=[*callbacks(config), meter, deadline, SaveLast(folder, every_n_minutes=3)],
-    )
+    settings |= {
+        "max_steps": callback_states(last)[meter.state_key]["length"] if last.exists() else meter.length,
+        "val_check_interval": _NEVER,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "callbacks": [
+            LambdaCallback(on_train_batch_start=meter.start),  # before others find bases or draw subspaces
+            *callbacks(config),
+            meter,
+            deadline,
+            SaveLast(folder, every_n_minutes=3),
+        ],
+    }
+    trainer = L.Trainer(**settings)
     if not last.exists():
         meter.add(None, 0, evaluator.validate(module, data, verbose=False)[0])
     try:
@@ -94,7 +102,7 @@ def train(key: Key, config: Config, limits: Limits, device: str, output: Path, f
     tests = []
     for found in meter.found():
         if found.step == 0:  # without adapters and whatever else came later
-            module = CausalLM(**model_arguments(config))
+            module = make(config, "model").model
         path = meter.path(found.step) if found.step else None
         metrics = evaluator.test(module, data, ckpt_path=path, verbose=False, weights_only=True)[0]
         quality = (round(metrics[f"test/{name}"], 6) for name in ("loss", "accuracy"))
@@ -105,6 +113,8 @@ def train(key: Key, config: Config, limits: Limits, device: str, output: Path, f
 
 class Meter(Callback):
     """Counts what a run uses, says when to validate and when to stop, and keeps the best weights within each limit.
+
+    Tells the Trainer and its :class:`~zolightning.optim.WarmupDecay` after each step how many steps the run will have.
 
     Args:
         key: of the run.
@@ -121,13 +131,16 @@ class Meter(Callback):
         self.spent: dict[Unit, float] = {"forwards": 0, "seconds": 0.0}
         self.best: dict[Unit, tuple[int, int, float, float]] = {}  # step, forwards, seconds and loss
         self.used_up: list[Unit] = []
+        self.length = _NEVER
+        self._first: dict[Unit, float] = {}  # what the first step took, and what is done once before it
         self._clock: Callable[[], float] = CLOCKS[limits.clock]
         self._started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = len(self.used_up) == len(self.limits.limits)  # and only the tests are left
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def start(self, *_: Any) -> None:
+        """A step begins."""
         self._started = self._clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -150,8 +163,23 @@ class Meter(Callback):
             if unit not in self.used_up and self.spent[unit] + next_step[unit] > limit:
                 self.used_up.append(unit)
                 is_due = True
+        self._estimate_length(trainer)
         trainer.val_check_batch = 1 if is_due else _NEVER
         trainer.should_stop = trainer.should_stop or len(self.used_up) == len(self.limits.limits)
+
+    def _estimate_length(self, trainer: L.Trainer) -> None:
+        step, before = trainer.global_step, self.length
+        self._first = self._first or dict(self.spent)
+        left = 1
+        for unit, limit in self.limits.limits.items():
+            of_steps = self.spent[unit] if step == 1 else (self.spent[unit] - self._first[unit]) * step / (step - 1)
+            if of_steps > 0:
+                left = max(left, math.ceil((limit - self.spent[unit]) * step / of_steps))
+        self.length = step + left
+        trainer.fit_loop.epoch_loop.max_steps = self.length
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, WarmupDecay) and config.scheduler.total_steps == before:
+                config.scheduler.total_steps = self.length
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -161,9 +189,11 @@ class Meter(Callback):
         """Keeps a validation, and where it is the best yet the weights of `trainer`, which is None at step 0."""
         line = self.line("val", step, metrics["val/loss"], metrics["val/accuracy"])
         write(self.output, self.key, line)
+        group = {} if trainer is None else trainer.optimizers[0].param_groups[0]
+        rate = group.get("lr_scale", 1.0) * group.get("lr", self.key.lr)
         print(
             f"{self.key.task}, {self.key.entry}, lr {self.key.lr:g}, seed {self.key.seed}: {line.forwards} forwards, "
-            f"{line.seconds:.0f} s, val/loss {line.loss:.4f}, val/accuracy {line.accuracy:.4f}",
+            f"{line.seconds:.0f} s, lr now {rate:.2g}, val/loss {line.loss:.4f}, val/accuracy {line.accuracy:.4f}",
             flush=True,
         )
         better = [
@@ -193,7 +223,7 @@ class Meter(Callback):
         return self.folder / f"step-{step}.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent": self.spent, "best": self.best, "used_up": self.used_up}
+        return {name: getattr(self, name) for name in ("spent", "best", "used_up", "length", "_first")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
