@@ -77,12 +77,12 @@ class MetricsFiles(Callback):
         folder = self._log.folder
         try:
             if self.subcommand != "fit":
-                _replace(folder / METRICS, as_json(self._evaluated(trainer) | {"versions": _versions()}))
+                _replace(folder / METRICS, as_json(self._evaluated(trainer) | {"versions": library_versions()}))
                 return
             self._log.read()
             run = run_of(self._log, dict(getattr(trainer, "run_config", {})), trainer.global_step, self._state)
             if run.curves:
-                _replace(folder / METRICS, as_json(run_metrics(run) | {"versions": _versions()}))
+                _replace(folder / METRICS, as_json(run_metrics(run) | {"versions": library_versions()}))
                 _replace(folder / CURVES, curves_csv([run]))
         except OSError as error:  # a full disk, for one: the run goes on
             rank_zero_warn(f"{METRICS} and {CURVES} of {folder} are not up to date: {error}")
@@ -144,7 +144,7 @@ def _replace(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     found = {}
     for library in _LIBRARIES:
         with suppress(PackageNotFoundError):  # run from a folder, not installed

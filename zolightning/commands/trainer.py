@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from zolightning.callbacks import LearningRateProbe
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.doctor import examine
+from zolightning.commands.export import export_model
 from zolightning.commands.output import output_folder, quiet
 from zolightning.commands.profile import LayerProfile
 from zolightning.commands.replay import follow_run, replay_to_folder
@@ -150,36 +151,29 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         folder: str = "exported",
+        push_to_hub: str | None = None,
+        private: bool = True,
         weights_only: bool | None = None,
     ) -> None:
-        """Writes a fine-tuned model as a Hugging Face folder.
+        """Writes a fine-tuned model as a Hugging Face folder, with a model card, and uploads it on request.
+
+        Of a run that trained adapters it is PEFT's folder of them. With a checkpoint come ``README.md``, the card, with
+        method, settings and metrics of the run, and ``training.yaml``, the settings to repeat it by.
 
         Args:
             model: a module with an ``export`` method, such as CausalLM.
-            datamodule: not used; there because every subcommand reads the same configuration.
+            datamodule: whose task the card names.
             ckpt_path: checkpoint of the run; without it the pretrained weights are written.
             folder: where to write config, weights and tokenizer; must not exist, or be empty.
+            push_to_hub: repository of the Hugging Face hub, ``owner/name``, to upload the folder to, as who is logged
+                in there (``hf auth login``); nothing is uploaded if not given.
+            private: whether a repository that has to be made is private.
             weights_only: False to unpickle a checkpoint that holds more than tensors; only if you trust its source.
 
         Raises:
-            ValueError: naming `ckpt_path` or `folder`.
+            ValueError: naming `ckpt_path`, `folder` or `push_to_hub`.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise ValueError(f"`folder` is {folder}, which is not empty. Name a new folder.")
-        export = getattr(model, "export", None)
-        if not callable(export):
-            raise ValueError(f"{type(model).__name__} has no `export` method.")
-        if ckpt_path is not None:
-            if not Path(ckpt_path).is_file():
-                raise ValueError(f"`ckpt_path` is {ckpt_path}, which is not a file.")
-            checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=weights_only is not False)
-            model.on_load_checkpoint(checkpoint)
-            weights = checkpoint["state_dict"]
-            for name, parameter in model.named_parameters():
-                parameter.data = parameter.data.to(weights[name].dtype)
-            model.load_state_dict(weights)
-        export(target)
+        export_model(self, model, datamodule, ckpt_path, Path(folder), push_to_hub, private, weights_only is not False)
 
     def replay(
         self,
