@@ -1,5 +1,6 @@
 """From rows in words to examples in tokens, as each kind of task has it."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from zolightning.data.chat import chat_prompt, chat_prompt_and_answer
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def example_of(task: Task, row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, chat: bool) -> Example:
+def example_of(
+    task: Task,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    chat: bool,
+    encode: Callable[..., Example] = encode,
+) -> Example:
     """Turns a row into tokens, at most `max_length` of them.
 
     Args:
@@ -24,6 +32,7 @@ def example_of(task: Task, row: Row, tokenizer: "PreTrainedTokenizerBase", max_l
         tokenizer: The model's.
         max_length: Tokens of prompt and answer together.
         chat: Whether a prompt is a user's turn in the tokenizer's chat template.
+        encode: Makes tokens of a prompt and its answers.
 
     Raises:
         ValueError: The tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
