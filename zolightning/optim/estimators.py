@@ -132,7 +132,7 @@ class Population(Estimator):
 
 
 class ZScores(Population):
-    """Each query by its standard score among all (arXiv 2509.24372): an estimate without units, for rewards of any scale.
+    """Each query by its standard score among all: without units, so for rewards of any scale (arXiv 2509.24372).
 
     A query's loss is its mean over the examples of the batch, and these means are standardised over the queries, as
     "Evolution Strategies at Scale" and its code do it: with the population's standard deviation (of N, not N - 1), and
