@@ -1,5 +1,6 @@
 """Tokenizers trained on a few sentences, folders of invented rows, and a module that only looks at its batches."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from zolightning.data import PromptDataModule
+from zolightning.data.encoding import Example
 
 SENTENCES = [
     "the harbour was quiet and the soup was great",
@@ -132,3 +136,50 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         return L.Trainer(**{**quiet, **kwargs})
 
     return make
+
+
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<s>{{ turn.role }}\n{{ turn.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def encoded(
+    tmp_path: Path, make_trainer: Callable[..., L.Trainer], make_spectator: Callable[..., Any]
+) -> Callable[..., list[Example]]:
+    """The rows of a split in tokens, by their id; every split has the same rows."""
+
+    def read(
+        task: dict[str, Any], rows: list[dict], tokenizer: Any, split: str = "train", **settings: Any
+    ) -> list[Example]:
+        for name in ("train", "validation", "test"):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = PromptDataModule(task, str(tmp_path), batch_size=1, num_train=len(rows), **settings)
+        trainer = make_trainer(max_steps=1, limit_val_batches=0)
+        module = make_spectator(tokenizer=tokenizer, context_length=None)
+        (trainer.test(module, data, verbose=False) if split == "test" else trainer.fit(module, data))
+        return sorted(data._examples[split], key=lambda example: example.id)
+
+    return read
+
+
+@pytest.fixture
+def texts(encoded: Callable[..., list[Example]]) -> Callable[..., list[tuple[str, str]]]:
+    """Prompts and right answers of the rows of a split, decoded from their tokens, by their id."""
+
+    def read(task: dict[str, Any], rows: list[dict], tokenizer: Any, **settings: Any) -> list[tuple[str, str]]:
+        decode = tokenizer.decode
+        return [
+            (decode(example.prompt_ids), decode(example.answer_ids[example.label]))
+            for example in encoded(task, rows, tokenizer, **settings)
+        ]
+
+    return read

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from zolightning.data.candidates import CandidatesTask
 from zolightning.data.classification import Classification
 from zolightning.data.task_files import load_task
 from zolightning.packaged import configs
@@ -123,6 +124,25 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 }
 
 
+# What is left of the prompts without their content, as in MeZO's templates; generated answers have none.
+CONTENT_FREE = {
+    **dict.fromkeys(("sst2", "sst5", "mr", "imdb", "sentiment"), "It was"),
+    **dict.fromkeys(("rte", "cb", "boolq", "wsc", "wic", "multirc", "snli", "mnli"), ""),
+    "copa": "so",
+    "record": "-",
+    "trec": "Type:",
+    "agnews": "Topic:",
+}
+
+
+@pytest.mark.parametrize("name", CONTENT_FREE)
+def test_content_free_prompt_and_answers(name: str) -> None:
+    row, _, answers = CASES[name]
+    task = load_task(name)
+    assert isinstance(task, CandidatesTask)
+    assert task.render_content_free(row) == (CONTENT_FREE[name], answers)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_prompt_and_answers(name: str) -> None:
     row, prompt, answers = CASES[name]
@@ -141,6 +161,13 @@ def test_every_file_of_the_package_has_a_case() -> None:
 def test_boolq_keeps_a_question_mark() -> None:
     prompt, _ = load_task("boolq").render({"passage": "P.", "question": "Is it?", "label": 0})
     assert prompt == "P. Is it?\n"
+
+
+def test_calibration_of_copa_has_the_row_s_conjunction() -> None:
+    row = {"premise": "I slept.", "choice1": "A", "choice2": "B", "question": "cause", "label": 0}
+    task = load_task("copa")
+    assert isinstance(task, CandidatesTask)
+    assert task.render_content_free(row) == ("because", [" a", " b"])
 
 
 def test_copa_asks_for_a_cause() -> None:

@@ -135,6 +135,26 @@ def test_evaluation_logs_loss_accuracy_and_f1_over_all_examples(tiny_folder, bat
     assert metrics == pytest.approx(expected, abs=1e-6)
 
 
+def test_calibration_decides_the_choice_and_leaves_the_loss(tiny_folder, batches, make_batch, make_trainer):
+    module = CausalLM(str(tiny_folder))
+    (plain,) = make_trainer().test(module, datamodule=Batches(batches[:1]), verbose=False)
+    free = make_batch([([4], [[6], [11]])], [0], prompt_only=True)
+    batch = batches[0] | {"content_free": free, "content_free_place": torch.zeros(3, dtype=torch.long)}
+    scores = scores_of(module, batches[0]) - scores_of(module, free)
+    batch["label"] = scores.argmax(dim=-1)
+    data = Batches([batch])
+    (calibrated,) = make_trainer().test(module, datamodule=data, verbose=False)
+    assert calibrated["test/accuracy"] == 1.0
+    (predicted,) = make_trainer().predict(module, datamodule=data)
+    torch.testing.assert_close(predicted["scores"], scores)
+    assert torch.equal(predicted["prediction"], batch["label"])
+    # the answers' prior is what tips the balance, or this test would say nothing
+    assert not torch.equal(scores_of(module, batches[0]).argmax(dim=-1), batch["label"])
+    batch["label"] = batches[0]["label"]
+    (calibrated,) = make_trainer().test(module, datamodule=data, verbose=False)
+    assert calibrated["test/loss"] == plain["test/loss"]
+
+
 def test_evaluation_loss_of_answers_is_the_mean_over_all_tokens(tiny_folder, make_batch, make_trainer):
     batches = [
         make_batch([([5, 9], [[6, 2, 8], [4]])], [0], objective="language_modeling"),

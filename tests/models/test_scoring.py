@@ -16,6 +16,7 @@ from zolightning.models import (
     classification_loss,
     language_modeling_loss,
 )
+from zolightning.models.scoring import calibrated_scores
 
 # prompts of different lengths, answers of one to three tokens, and an example with a candidate less
 EXAMPLES = [
@@ -128,6 +129,19 @@ def test_permuting_candidates_permutes_scores_and_keeps_the_loss(make_model, mak
         classification_loss(after, torch.tensor([1, 0, 0])),
         classification_loss(before, torch.tensor([0, 1, 1])),
     )
+
+
+def test_calibrated_scores_by_hand(make_batch):
+    """Sums over tokens, with the prompt and without its content."""
+    model = Bigram()
+    batch = make_batch([([3, 5], [[7, 8, 9], [4], [4, 5]]), ([6], [[2], [1, 5, 3]])], labels=[0, 0])
+    free = make_batch([([10], [[7, 8, 9], [4], [4, 5]]), ([11], [[2], [1, 5, 3]])], labels=[0, 0])
+    scores = calibrated_scores(*answer_log_probs(model, batch), answer_log_probs(model, free)[0])
+    p = model.log_prob
+    # what follows a first token is as likely after either prompt
+    expected = [[p(5, 7) - p(10, 7), p(5, 4) - p(10, 4), p(5, 4) - p(10, 4)]]
+    expected.append([p(6, 2) - p(11, 2), p(6, 1) - p(11, 1), -float("inf")])
+    torch.testing.assert_close(scores, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("prompt_only", [True, False])

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
+from zolightning.data.candidates import CandidatesTask
 from zolightning.data.labelled import LabelledTask
-from zolightning.data.task import Objective, PromptTask
+from zolightning.data.task import Objective
 from zolightning.data.templates import check_template, fill, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(LabelledTask, PromptTask):
+class Classification(LabelledTask, CandidatesTask):
     """A prompt whose candidate answers stand for the values of a label.
 
     Args:
@@ -42,7 +43,7 @@ class Classification(LabelledTask, PromptTask):
 
     @cached_property
     def template_fields(self) -> frozenset[str]:
-        return template_fields((self.prompt, *self.answers))
+        return template_fields((*self.prompts, *self.answers))
 
     def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
         return [fill(answer, values) for answer in self.answers]

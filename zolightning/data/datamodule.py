@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
 from zolightning.data.encoding import Batch, Example, check_tokens, collate
-from zolightning.data.examples import example_of
+from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
 from zolightning.data.labelled import LabelledTask
 from zolightning.data.rows import Row, Rows
@@ -53,7 +52,11 @@ class PromptDataModule(L.LightningDataModule):
             `cuda_graphs` of the ZerothOrder callback.
         num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
         num_demonstrations: In-context examples: training rows, which are not trained on then, that stand with their
-            right answers before every prompt. MeZO shows 32.
+            right answers before every prompt, as many of them as fit. MeZO shows 32.
+        demonstrations_per_row: Draw others for every row, as MeZO does without ``--train_set_seed``.
+        calibration: Compare candidates by how much the prompt raises their likelihood over the task's
+            `content_free_prompt`, which stands alone (`zero_shot`, MeZO's ``--sfc``) or after the demonstrations
+            (`in_context`, ``--icl_sfc``). For accuracies and predictions; losses stay as they are.
         chat: Whether to write prompts as the user's turn in the tokenizer's chat template.
         prompt: Jinja2 template instead of the task's.
         answers: Jinja2 templates of the candidates instead of the task's, in the same order.
@@ -82,6 +85,8 @@ class PromptDataModule(L.LightningDataModule):
         pad_to_multiple_of: int = 1,
         num_workers: int = 0,
         num_demonstrations: int = 0,
+        demonstrations_per_row: bool = False,
+        calibration: Calibration | None = None,
         chat: bool = False,
         prompt: str | None = None,
         answers: list[str] | None = None,
@@ -100,6 +105,7 @@ class PromptDataModule(L.LightningDataModule):
         self.fixed_batches = fixed_batches
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
+        self.calibration = calibration
         self.chat = chat
         self._examples: dict[str, list[Example]] = {}
 
@@ -120,6 +126,14 @@ class PromptDataModule(L.LightningDataModule):
             raise ValueError(
                 f"`data.num_demonstrations` {num_demonstrations} leaves nothing of `data.num_train` {self.num_train}."
             )
+        if demonstrations_per_row and not num_demonstrations:
+            raise ValueError("`data.demonstrations_per_row` is True, and `data.num_demonstrations` is 0.")
+        if calibration is not None and calibration not in get_args(Calibration):
+            raise ValueError(f"`data.calibration` must be one of {get_args(Calibration)}, got {calibration!r}.")
+        if calibration is not None and getattr(self.task, "content_free_prompt", None) is None:
+            raise ValueError(
+                f"`data.calibration` needs a `content_free_prompt`, of which task {self.task.name} has none."
+            )
         if not 0 <= seed < 2**32:
             raise ValueError(f"`data.seed` must be at least 0 and below 2**32, got {seed}.")
         if self.folder is None and self.task.hub is None:
@@ -134,6 +148,7 @@ class PromptDataModule(L.LightningDataModule):
             self.num_test,
             examples_per_class,
             num_demonstrations,
+            demonstrations_per_row,
             seed,
         )
 
@@ -202,20 +217,17 @@ class PromptDataModule(L.LightningDataModule):
         """What a forward pass over `num_examples` training examples, or a whole batch, reads at most.
 
         Returns:
-            Rows, tokens a row, and at how many places of it logits are read: 1 where all answers are single tokens,
-            else one more than the longest answer has, or with a decoder as many as all of its answers have.
+            Rows, tokens a row, and at how many of them logits are read: 1 where all answers are single tokens, else one
+            more than the longest answer has.
         """
         examples = self._examples["train"]
         rows = min(self.batch_size if num_examples is None else num_examples, self.batch_size, len(examples))
         longest_answer = max(len(answer) for example in examples for answer in example.answer_ids)
-        choices = 1 if self.task.objective == "language_modeling" else self.num_classes or 1
-        if examples[0].has_decoder:
-            tokens = max(len(example.prompt_ids) for example in examples)
-            return rows, tokens + -tokens % self.pad_to_multiple_of, choices * longest_answer
         is_single = longest_answer == 1
         tokens = max(example.length for example in examples) - is_single
         tokens += -tokens % self.pad_to_multiple_of
-        return rows * (1 if is_single else choices), tokens, 1 if is_single else longest_answer + 1
+        candidates = 1 if is_single or self.task.objective == "language_modeling" else self.num_classes or 1
+        return rows * candidates, tokens, 1 if is_single else longest_answer + 1
 
     def sample_text(self) -> str:
         """Returns an example to look at: the prompt, then the right answer in double brackets."""
@@ -234,7 +246,12 @@ class PromptDataModule(L.LightningDataModule):
                 )
         max_length = min(self.max_length, module.context_length or self.max_length)
         num_embeddings = getattr(module, "num_embeddings", None)
-        encode = getattr(module, "encode", partial(example_of, tokenizer=module.tokenizer))
+        encode = getattr(module, "encode", None)
+        if encode is None:
+            calibration = None if name == "train" else self.calibration
+            encode = partial(example_of, tokenizer=module.tokenizer, calibration=calibration)
+        elif self.calibration is not None:
+            raise ValueError(f"`data.calibration` does not go with {type(module).__name__}, which encodes rows itself.")
         examples = []
         for row in rows:
             try:
@@ -244,11 +261,8 @@ class PromptDataModule(L.LightningDataModule):
             except ValueError as error:
                 raise ValueError(f"Task {self.task.name}, {row.where}: {error}.") from None
             examples.append(replace(example, right=row.right, references=row.references))
-        if num_cut := sum(example.truncated for example in examples):
-            limit = "`data.max_length`" if max_length == self.max_length else "the model's context length"
-            rank_zero_warn(
-                f"{num_cut} of {len(examples)} prompts of the {name} split were cut to {max_length} tokens ({limit})."
-            )
+        limit = "`data.max_length`" if max_length == self.max_length else "the model's context length"
+        warn_of_cuts(examples, name, f"{max_length} tokens ({limit})", self._rows.num_demonstrations)
         return examples
 
     def _eval_dataloader(self, name: str) -> DataLoader[Batch]:

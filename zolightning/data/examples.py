@@ -1,10 +1,14 @@
 """From rows in words to examples in tokens, as each kind of task has it."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from zolightning.data.chat import chat_prompt, chat_prompt_and_answer
-from zolightning.data.conversation import Conversation
+from zolightning.data.conversation import Conversation, Message
 from zolightning.data.encoding import Example, encode, encode_text
 from zolightning.data.generation import Generation
 from zolightning.data.plain_text import PlainText
@@ -15,6 +19,8 @@ from zolightning.data.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Calibration = Literal["zero_shot", "in_context"]
+
 
 def example_of(
     task: Task,
@@ -22,9 +28,11 @@ def example_of(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     chat: bool,
-    encode: Callable[..., Example] = encode,
+    calibration: Calibration | None = None,
 ) -> Example:
-    """Turns a row into tokens, at most `max_length` of them.
+    """Turns a row and its demonstrations into tokens, at most `max_length` of them.
+
+    Where they do not all fit, as many demonstrations are left out as it takes, the first ones.
 
     Args:
         task: The row's task.
@@ -32,11 +40,46 @@ def example_of(
         tokenizer: The model's.
         max_length: Tokens of prompt and answer together.
         chat: Whether a prompt is a user's turn in the tokenizer's chat template.
-        encode: Makes tokens of a prompt and its answers.
+        calibration: Whether the row is to be encoded without its content, too: with its demonstrations (`in_context`)
+            or without.
 
     Raises:
         ValueError: The tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
     """
+    example = _example(task, row, tokenizer, max_length, chat)
+    if example.truncated and row.shown:
+
+        def fits(num_left_out: int) -> bool:
+            return not _example(task, row.without_first(num_left_out), tokenizer, max_length, chat).truncated
+
+        num_left_out = bisect_left(range(len(row.shown)), True, key=fits)
+        row = row.without_first(num_left_out)
+        example = replace(_example(task, row, tokenizer, max_length, chat), num_left_out=num_left_out)
+    if calibration is None:
+        return example
+    assert row.content_free is not None, "the data module checks that there is one"
+    prompt, answers = row.content_free
+    shown = row.shown if calibration == "in_context" else ()
+    if not (prompt or shown or chat):
+        prompt = _beginning(tokenizer)
+    free = replace(row, prompt=prompt, answers=answers, turns=[Message(role="user", content=prompt)]).after(shown)
+    return replace(example, content_free=_example(task, free, tokenizer, max_length, chat))
+
+
+def warn_of_cuts(examples: Sequence[Example], split: str, limit: str, num_demonstrations: int) -> None:
+    """Says once, of a split, how many prompts were cut, and how many show fewer demonstrations, to fit in a limit."""
+    if num_cut := sum(example.truncated for example in examples):
+        rank_zero_warn(f"{num_cut} of {len(examples)} prompts of the {split} split were cut to {limit}.")
+    if left_out := [example.num_left_out for example in examples if example.num_left_out]:
+        rank_zero_warn(
+            f"{len(left_out)} of {len(examples)} prompts of the {split} split show fewer than {num_demonstrations} "
+            f"demonstrations, {num_demonstrations - max(left_out)} at least: the first ones are left out, so that "
+            f"{limit} hold them."
+        )
+
+
+def _example(task: Task, row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, chat: bool) -> Example:
+    """A row with all of its demonstrations, cut on the left where that is too long."""
     if isinstance(task, PlainText):
         return encode_text(tokenizer, row.answers[0], id=row.id, max_length=max_length)
     prompt, answers = row.prompt, row.answers
@@ -54,3 +97,16 @@ def example_of(
         max_length=max_length,
         room_for_answer=task.max_new_tokens if isinstance(task, Generation) else 0,
     )
+
+
+def _beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A prompt for an answer that nothing comes before: what the tokenizer begins a text with, or could."""
+    if tokenizer("")["input_ids"]:
+        return ""
+    token = tokenizer.bos_token or tokenizer.eos_token
+    if token is None:
+        raise ValueError(
+            "the content-free prompt is empty, and the tokenizer has no token that a text begins with: write "
+            "`content_free_prompt`"
+        )
+    return token

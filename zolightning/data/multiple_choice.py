@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from zolightning.data.task import PromptTask
+from zolightning.data.candidates import CandidatesTask
 from zolightning.data.templates import check_template, fill, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoice(PromptTask):
+class MultipleChoice(CandidatesTask):
     """A prompt whose candidate answers are made of a list in the row; any of several may be right.
 
     The first right one is trained by its likelihood, as MeZO trains ReCoRD; a choice counts if it is any of them.
@@ -44,7 +44,7 @@ class MultipleChoice(PromptTask):
 
     @cached_property
     def template_fields(self) -> frozenset[str]:
-        return (template_fields((self.prompt, self.answer)) - {"choice"}) | {self.choices}
+        return (template_fields((*self.prompts, self.answer)) - {"choice"}) | {self.choices}
 
     def right(self, row: Mapping[str, Any]) -> tuple[int, ...]:
         choices, right = self._choices(row), row[self.right_choices]

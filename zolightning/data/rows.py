@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
+from zolightning.data.candidates import CandidatesTask
 from zolightning.data.conversation import Conversation, Message
 from zolightning.data.files import find_rows
 from zolightning.data.labelled import LabelledTask
@@ -21,11 +23,13 @@ class Row:
     Args:
         id: Where the row stands in its source, counted from 0.
         where: The same for messages, with the source.
-        prompt: The prompt.
+        prompt: The prompt, after its demonstrations.
         answers: The candidates.
         right: Indices of those that are right, the one to train on first; none if that is not known.
         references: What a generated text is compared with.
         turns: The same for a chat template: the user's turn, or all turns of a conversation.
+        shown: The demonstrations, rows that stand before the prompt, each with its first right answer.
+        content_free: Prompt and answers without the row's content, where the task says what that is.
     """
 
     id: int
@@ -35,6 +39,27 @@ class Row:
     right: tuple[int, ...]
     references: tuple[str, ...]
     turns: list[Message]
+    shown: tuple["Row", ...] = ()
+    content_free: tuple[str, list[str]] | None = None
+
+    @property
+    def demonstration(self) -> str:
+        """What is shown of it before others, of a row whose label is known."""
+        return f"{(self.prompt + self.answers[self.right[0]]).strip()}\n\n"
+
+    def after(self, shown: Sequence["Row"]) -> "Row":
+        """This row with others before its prompt."""
+        prompt, turns = "", list[Message]()
+        for one in shown:
+            prompt += one.demonstration
+            answer = Message(role="assistant", content=one.answers[one.right[0]].strip())
+            turns += [*one.turns, answer]
+        return replace(self, prompt=prompt + self.prompt, turns=[*turns, *self.turns], shown=tuple(shown))
+
+    def without_first(self, count: int) -> "Row":
+        """This row without so many of its demonstrations, from the first one on."""
+        length = sum(len(one.demonstration) for one in self.shown[:count])
+        return replace(self, prompt=self.prompt[length:], turns=self.turns[2 * count :], shown=self.shown[count:])
 
 
 class Rows:
@@ -46,8 +71,8 @@ class Rows:
         folder: Where files of rows are; the task's data set on the hub if None.
         num_train, num_validation, num_test: How many rows to sample.
         examples_per_class: How many rows of each class to sample for training, and again for validation, instead.
-        num_demonstrations: How many of the sampled training rows are not trained on, but stand before the prompt of
-            every other row, each with its right answer and an empty line after it.
+        num_demonstrations: How many of the sampled training rows are not trained on, but shown before every other row.
+        demonstrations_per_row: Whether each row is shown others, drawn for it from the training split.
         seed: Decides which.
     """
 
@@ -60,6 +85,7 @@ class Rows:
         num_test: int,
         examples_per_class: int | None,
         num_demonstrations: int,
+        demonstrations_per_row: bool,
         seed: int,
     ) -> None:
         self.task = task
@@ -69,31 +95,30 @@ class Rows:
         self.num_test = num_test
         self.examples_per_class = examples_per_class
         self.num_demonstrations = num_demonstrations
+        self.demonstrations_per_row = demonstrations_per_row
         self.seed = seed
         self._fewer: set[str] = set()  # origins of splits of which it was said that they have fewer rows than asked for
 
     def train_and_validation(self) -> dict[str, list[Row]]:
         """The sampled rows by the name of their split."""
         (train, chosen), (validation, validated) = self._sampled()
-        shown = self._write(train, chosen[: self.num_demonstrations])
+        trained = chosen if self.demonstrations_per_row else chosen[self.num_demonstrations :]
         return {
-            "train": self._write(train, chosen[self.num_demonstrations :], shown),
-            "validation": self._write(validation, validated, shown),
+            "train": self._write(train, trained, (train, chosen)),
+            "validation": self._write(validation, validated, (train, chosen)),
         }
 
     def test(self, labelled: bool) -> list[Row]:
         """The sampled rows to test on, or to predict, where a row need not be `labelled`."""
         split = self.read("test", labelled)
-        shown = []
-        if self.num_demonstrations:
-            (train, chosen), _ = self._sampled()
-            shown = self._write(train, chosen[: self.num_demonstrations])
-        return self._write(split, self._sample(split, self.num_test), shown)
+        examples = self._sampled()[0] if self.num_demonstrations else (split, [])
+        return self._write(split, self._sample(split, self.num_test), examples)
 
     def check(self, name: str) -> None:
         """Writes every row of a split, and raises ValueError where one does not fit."""
         split = self.read(name)
-        self._write(split, range(len(split)))
+        for index in range(len(split)):
+            self._row(split, index)
 
     def read(self, name: str, labelled: bool = True) -> Split:
         """Reads "train", "validation" or "test"."""
@@ -134,18 +159,23 @@ class Rows:
             self._fewer.add(split.origin)
             rank_zero_info(f"{split.origin}: {len(split)} rows, fewer than the {count} asked for; all are used.")
 
-    def _write(self, split: Split, chosen: Sequence[int], shown: Sequence[Row] = ()) -> list[Row]:
-        """Rows in words, those that are `shown` before each of them."""
-        before = "".join(f"{row.prompt}{row.answers[row.right[0]]}\n\n" for row in shown)
-        turns = [
-            turn
-            for row in shown
-            for turn in (*row.turns, Message(role="assistant", content=row.answers[row.right[0]].strip()))
-        ]
-        rows = []
-        for index in chosen:
-            row = self._row(split, index)
-            rows.append(replace(row, prompt=before + row.prompt, turns=[*turns, *row.turns]))
+    def _write(self, split: Split, chosen: Sequence[int], sampled: tuple[Split, Sequence[int]]) -> list[Row]:
+        """Rows in words, each with its demonstrations out of the sampled training rows."""
+        rows = [self._row(split, index) for index in chosen]
+        if not self.num_demonstrations:
+            return rows
+        train, of_all = sampled
+        if not self.demonstrations_per_row:
+            shown = [self._row(train, index) for index in of_all[: self.num_demonstrations]]
+            return [row.after(shown) for row in rows]
+        # the seeds of MeZO's `sample_train_sets`
+        seeds = np.random.RandomState(self.seed).randint(0, 10_000, len(rows)).tolist()
+        written: dict[int, Row] = {}
+        for place, (index, seed) in enumerate(zip(chosen, seeds, strict=True)):
+            drawn = sample(train, self.num_demonstrations + 1, seed)
+            others = [other for other in drawn if split is not train or other != index][: self.num_demonstrations]
+            written |= {other: self._row(train, other) for other in others if other not in written}
+            rows[place] = rows[place].after([written[other] for other in others])
         return rows
 
     def _row(self, split: Split, index: int) -> Row:
@@ -156,7 +186,8 @@ class Rows:
             right = (self.task.right(row) or ()) if labelled else ()
             references = self.task.reference_texts(row) if labelled else ()
             turns = self.task.turns(row) if isinstance(self.task, Conversation) else []
+            content_free = self.task.render_content_free(row) if isinstance(self.task, CandidatesTask) else None
         except ValueError as error:
             raise ValueError(f"Task {self.task.name}, {where}: {error}.") from None
         turns = turns or [Message(role="user", content=prompt)]
-        return Row(split.ids[index], where, prompt, answers, right, references, turns)
+        return Row(split.ids[index], where, prompt, answers, right, references, turns, (), content_free)

@@ -161,9 +161,13 @@ class PromptTask(Task):
         """The answers to compare, or to train on, of a row whose `template_fields` are `values`."""
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        return self.written(self.prompt, row)
+
+    def written(self, template: str, row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """Returns what a template of the prompt makes of a row, and the answers."""
         self.check_fields(row, self.template_fields)
         values = guarded(row, self.template_fields)
-        prompt = fill(self.prompt, values)
+        prompt = fill(template, values)
         answers = self.answers_to(row, values)
         space = prompt[len(prompt.rstrip(" ")) :]
         return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from zolightning.data.encoding import Batch
 from zolightning.models.pretrained_module import Evaluation
-from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
+from zolightning.models.scoring import (
+    calibrated_scores,
+    candidate_scores,
+    classification_loss,
+    language_modeling_loss,
+)
 from zolightning.models.text_module import TextModule
 
 
@@ -20,17 +25,26 @@ class LanguageModel(TextModule):
         """Returns the log-probability of each answer token, (B, C, A), in float32, and the mask of those that exist."""
 
     def score(self, batch: Batch) -> Tensor:
-        return candidate_scores(*self.answer_log_probs(batch))
+        log_probs, mask = self.answer_log_probs(batch)
+        if "content_free" not in batch:
+            return candidate_scores(log_probs, mask)
+        return self._calibrated(batch, log_probs, mask)
 
     def evaluate(self, batch: Batch) -> Evaluation:
         label = batch["label"]
         log_probs, mask = self.answer_log_probs(batch)
-        scores = candidate_scores(log_probs, mask)
+        choice = scores = candidate_scores(log_probs, mask)
+        if "content_free" in batch:
+            choice = self._calibrated(batch, log_probs, mask)
         if batch["objective"] == "language_modeling":
             gold_tokens = mask[torch.arange(len(label), device=label.device), label].sum()
-            return Evaluation(language_modeling_loss(log_probs, mask, label), gold_tokens.float(), scores)
+            return Evaluation(language_modeling_loss(log_probs, mask, label), gold_tokens.float(), choice)
         examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
-        return Evaluation(classification_loss(scores, label), examples, scores)
+        return Evaluation(classification_loss(scores, label), examples, choice)
+
+    def _calibrated(self, batch: Batch, log_probs: Tensor, mask: Tensor) -> Tensor:
+        free, _ = self.answer_log_probs(batch["content_free"])
+        return calibrated_scores(log_probs, mask, free[batch["content_free_place"]])
 
     def means(self, batch: Batch, scores: Tensor) -> dict[str, float | Tensor]:
         """The share of right choices, where there are no classes: each row brings its own candidates."""

@@ -38,9 +38,9 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = last_logits(model, input_ids, attention_mask, count=answer_length + 1)
     # an answer token is predicted one position before it stands
     if index.tokens is None:
-        return token_log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
+        return _log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
     rows, places, slots = index.tokens
-    log_probs = token_log_probs(logits[rows, places], answer_ids.flatten()[slots])
+    log_probs = _log_probs(logits[rows, places], answer_ids.flatten()[slots])
     return log_probs.new_zeros(mask.numel()).scatter(0, slots, log_probs).view_as(mask), mask
 
 
@@ -48,6 +48,22 @@ def candidate_scores(log_probs: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean log-likelihood of each candidate's tokens, (B, C); -inf for absent candidates."""
     length = mask.sum(dim=-1)
     return (log_probs.sum(dim=-1) / length.clamp(min=1)).masked_fill(length == 0, float("-inf"))
+
+
+def calibrated_scores(log_probs: Tensor, mask: Tensor, free: Tensor) -> Tensor:
+    """Returns by how much the prompt raises the log-likelihood of each candidate, (B, C); -inf for absent ones.
+
+    The prompt without its content is what it is compared with (surface form competition, Holtzman et al. 2021,
+    arXiv:2104.08315, domain conditional PMI). As in MeZO's ``--sfc`` and ``--icl_sfc``, log-probabilities are summed
+    over a candidate's tokens, not averaged.
+
+    Args:
+        log_probs: Of the tokens of each candidate after the prompt, (B, C, A).
+        mask: Which of these tokens exist.
+        free: The same after the content-free prompt, (B, C, any number).
+    """
+    gains = log_probs.sum(dim=-1) - free.sum(dim=-1)
+    return gains.masked_fill(~mask.any(dim=-1), float("-inf"))
 
 
 def classification_loss(scores: Tensor, label: Tensor) -> Tensor:
@@ -61,7 +77,7 @@ def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Te
     return -log_probs[rows, label].sum() / mask[rows, label].sum()
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """The log-probability of each token, (K,), by logits of (K, vocabulary)."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
