@@ -1,5 +1,6 @@
 """Ranks of a run as forks of one process that has imported everything: that takes seconds, a fork none."""
 
+import atexit
 import os
 import socket
 import subprocess
@@ -8,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 import zolightning
 
@@ -49,6 +52,12 @@ def fork_ranks(ranks: int, function: Callable[[], None], errors: Path, seconds: 
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def end_process() -> None:
+    """Does what a process does at its end, which a fork leaves out, and looks whether it has left its group."""
+    atexit._run_exitfuncs()
+    assert not torch.distributed.is_initialized()
 
 
 def _run(rank: int, port: int, function: Callable[[], None], errors: Path) -> None:

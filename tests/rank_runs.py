@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from forked_ranks import fork_ranks
+from forked_ranks import end_process, fork_ranks
 from zolightning.blocks import Bandit
 from zolightning.callbacks import (
     ActivationBases,
@@ -235,6 +235,7 @@ def main(folder: Path) -> None:
                 train_with_lightnings_sampler(ranks, folder)
             else:
                 refuse(folder)
+            end_process()
 
         codes = fork_ranks(ranks, run, folder / f"error-{ranks}")
         if any(codes):

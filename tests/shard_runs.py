@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from forked_ranks import fork_ranks
+from forked_ranks import end_process, fork_ranks
 from rank_runs import BATCH, Recorder, loader, make_trainer
 from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.replay import replay
@@ -189,6 +189,7 @@ def main(folder: Path) -> None:
             train(name, "fsdp-after-ddp", 2, ZerothOrderFSDP(), folder, "ddp")
             train(name, "ddp-after-fsdp", 2, ZerothOrderDDP(), folder, "fsdp")
         refuse(folder)
+        end_process()
 
     def one() -> None:
         for name in RUNS:

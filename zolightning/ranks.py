@@ -1,5 +1,6 @@
 """The ranks of a run: which part of a step each of them has, the losses they exchange, and whether they still agree."""
 
+import atexit
 import itertools
 import re
 from collections import Counter
@@ -161,6 +162,21 @@ def one_line_errors(trainer: L.Trainer) -> Iterator[None]:
             f"Rank {trainer.global_rank} waited in vain for the other ranks after step {trainer.global_step}: one of "
             f"them has ended or hangs ({reason}). Go on from the last checkpoint, on any number of ranks."
         ) from error
+
+
+def leave_at_exit() -> None:
+    """Has this process leave the process group when it ends; Lightning does so under NCCL only.
+
+    The interpreter does not wait for gloo's threads, and now and then a process that has done all it should is aborted
+    by them: "terminate called without an active exception", status 134.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:

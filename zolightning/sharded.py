@@ -21,6 +21,7 @@ from zolightning.directions.shards import gathered, is_sharded, own_part
 from zolightning.evaluation.stacked import network_of
 from zolightning.layers import find_layers
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.ranks import leave_at_exit
 
 
 class ZerothOrderFSDP(ModelParallelStrategy):
@@ -68,6 +69,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        leave_at_exit()
 
     def setup(self, trainer: L.Trainer) -> None:
         module, accelerator = self.lightning_module, self.accelerator

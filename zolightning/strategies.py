@@ -17,7 +17,7 @@ from torch import Tensor, device
 from torch.distributed import ReduceOp
 
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.ranks import CHECK_INTERVAL, Layout
+from zolightning.ranks import CHECK_INTERVAL, Layout, leave_at_exit
 
 
 class ZerothOrderDDP(DDPStrategy):
@@ -112,6 +112,10 @@ class ZerothOrderDDP(DDPStrategy):
                 "(`trainer.devices` times `trainer.num_nodes`)."
             )
         super().set_world_ranks()
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        leave_at_exit()
 
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)

@@ -184,6 +184,7 @@ def _measure(settings: Settings, rank: int, sender: Any) -> None:
         rows = [row for item in counted.items() for row in _exchanged(*item)]
         sender.send({"scale": _scale(found), "exchanges": rows})
     dist.barrier()
+    dist.destroy_process_group()
 
 
 def _measure_ways(settings: Settings, rank: int) -> dict[str, list[Any]]:
