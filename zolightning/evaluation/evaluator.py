@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
-from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.known_reads import KnownReads, Perturbations
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.reads import Readers, find_readers, find_unread, find_unseen
 from zolightning.evaluation.row_groups import CannotStack
-from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.snapshot import Held
 from zolightning.evaluation.stacked import StackedNetwork, network_of
@@ -26,7 +23,6 @@ from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]  # a loss and the number of terms it averages, both wide scalars
-Perturbations = Mapping[nn.Parameter, Perturbation]
 # Submodules at the last step, the names of the parameters that each had itself, and all these parameters
 _Structure = tuple[list[nn.Module], list[tuple[str, ...]], list[nn.Parameter | None]]
 
@@ -47,7 +43,7 @@ class Evaluator:
         self.prefix = SharedPrefix(())
         self.graphs: GraphedNetwork | None = None
         self.is_first = self.left_traces = False
-        self._scratch = Scratch()
+        self._reads = KnownReads()
         self._structure: _Structure = [], [], []
         self._held: dict[int, Held] = {}  # what submodules held before the last step, see `Traces`
         self._moving: set[int] = set()  # the parameters that moved in it
@@ -56,9 +52,6 @@ class Evaluator:
         self._stack: StackedNetwork | None = None
         self._examples: ExampleNetwork | None = None
         self._is_apart = False  # whether examples run one by one
-        self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
-        self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
-        self._gathered = Gathered(nn.Module())
 
     def attach(self, module: nn.Module, parameters: Iterable[nn.Parameter], evaluations_per_forward: int = 1) -> None:
         """Evaluates losses of `module` from now on.
@@ -75,9 +68,8 @@ class Evaluator:
         self.module = module
         self._structure, self._held = ([], [], []), {}
         self._is_watched = False
-        self._gathered = Gathered(module)
+        self._reads = KnownReads(module)
         self.prefix = SharedPrefix(self._layers())
-        self._readers.clear()
         if evaluations_per_forward > 1:
             self._stack = StackedNetwork(network_of(module, parameters), evaluations_per_forward)
 
@@ -86,7 +78,7 @@ class Evaluator:
         self.module = None
         self._structure, self._held = ([], [], []), {}
         self.graphs = None
-        self._gathered = Gathered(nn.Module())
+        self._reads = KnownReads()
 
     def evaluate(
         self,
@@ -113,7 +105,8 @@ class Evaluator:
                 of each example in turn, as often as there are any.
         """
         resting = resting or {}
-        self._gathered.give_back()  # what others' forwards have left
+        gathered = self._reads.gathered
+        gathered.give_back()  # what others' forwards have left
         generators = Generators(parameter.device for parameter in trainable)
         moving = {id(parameter) for changes in (trainable, resting, *perturbations) for parameter in changes}
         with ExitStack() as stack:
@@ -128,7 +121,7 @@ class Evaluator:
                     with ExitStack() as stack:
                         for context in (*within, *(() if self._is_watched else (traces.watched(),))):
                             stack.enter_context(context)
-                        stack.callback(self._gathered.give_back)
+                        stack.callback(gathered.give_back)
                         return loss()
 
                 rewind()
@@ -141,26 +134,23 @@ class Evaluator:
                 self.forget()
             arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
             results, unread = self._losses(*arguments)
-            if self._gathered and not self._in_place.keys() >= trainable.keys():
+            if gathered and not self._reads.knows(trainable):
                 unread = []  # the loss was not finite, so that it is not known yet which are read at all
-            if unread and self._gathered:  # other ranks would not know that it is to be found out anew
+            if unread and gathered:  # other ranks would not know that it is to be found out anew
                 raise RuntimeError(
                     f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this "
                     f"one, of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters "
                     "are sharded over ranks, the same must be read in each step."
                 )
             if unread:  # at least where they were
-                self._readers.clear()
-                for parameter in unread:
-                    self._in_place.pop(parameter, None)
+                self._reads.forget(unread)
                 results, _ = self._losses(*arguments)
             self._held, self.left_traces = traces.finish(), traces.found
         return results
 
     def forget(self) -> None:
         """Discards what is known of where parameters are read and what evaluations share: the next step finds out."""
-        self._in_place.clear()
-        self._readers.clear()
+        self._reads.forget()
         self._is_watched = False
         if self.module is not None:
             self.prefix = SharedPrefix(self._layers(), self.prefix.keep_bytes)
@@ -189,11 +179,10 @@ class Evaluator:
         micro_batches: Sequence[MicroBatch] | None,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[nn.Parameter]]:
         """Losses, and the parameters that were to be perturbed where they are read, and have not been read there."""
-        self._find_unseen({**trainable, **resting}, evaluate)
-        contexts = [self._perturbed(trainable, changes) for changes in perturbations]
-        readers = self._find_readers(contexts[0], resting, evaluate)
-        for context in contexts:
-            context.readers = readers
+        contexts = self._reads.contexts(trainable, resting, perturbations, lambda: evaluate()[0])
+        if self._stack is not None and self._reads.has_unseen:
+            self._stack = None
+            rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")
         if self.graphs is not None:
             self.graphs.begin_step(generators)
         if micro_batches is not None:
@@ -273,51 +262,7 @@ class Evaluator:
 
     def _layers(self) -> Sequence[nn.Module]:
         """Those that evaluations may pass over: none where ranks share parameters, and must run the same forwards."""
-        return () if self._gathered or self.module is None else layers_of(self.module)
-
-    def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
-        watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}
-        if self._gathered:
-            read = {self._gathered.read(p): c for p, c in watched.items() if not self._in_place.get(p, False)}
-            return Perturbed(read, (), self._scratch)
-        in_place = [parameter for parameter in watched if self._in_place.get(parameter, True)]
-        return Perturbed(watched, in_place, self._scratch)
-
-    def _find_unseen(self, trainable: Mapping[nn.Parameter, str], evaluate: Evaluate) -> None:
-        """Tries parameters that take part for the first time; all are perturbed in place until that succeeds."""
-        new = {parameter: name for parameter, name in trainable.items() if parameter not in self._in_place}
-        if not new:
-            return
-        if self._gathered:
-            unseen = find_unread(new, self._gathered, lambda: self._gathered.sum(evaluate()[0]))
-        else:
-            unseen = find_unseen(new, lambda: evaluate()[0])
-        if unseen is None:
-            return
-        self._in_place |= {parameter: parameter in unseen for parameter in new}
-        if self._gathered:
-            return
-        if unseen:
-            names = some([name for parameter, name in new.items() if parameter in unseen])
-            rank_zero_warn(
-                f"{len(unseen)} parameters are unused or read where torch's Python functions do not see it, and are "
-                f"perturbed in place from a copy, which costs their size in memory: {names}."
-            )
-            if self._stack is not None:
-                self._stack = None
-                rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")
-
-    def _find_readers(
-        self, context: Perturbed, resting: Iterable[nn.Parameter], evaluate: Evaluate
-    ) -> tuple[nn.Module, ...] | None:
-        """The modules that read the parameters of a context, found once for these and all resting ones."""
-        parameters = frozenset(context.perturbations).difference(context.in_place)
-        read = self._gathered.read
-        tried = parameters.union(read(p) for p in resting if not self._in_place.get(p, True))
-        if parameters and self.module is not None and tried not in self._readers:
-            self._readers[tried] = find_readers(self.module, tried, lambda: evaluate()[0], read)
-        readers = self._readers.get(tried)
-        return None if readers is None else tuple(m for m, read in readers.items() if not parameters.isdisjoint(read))
+        return () if self._reads.gathered or self.module is None else layers_of(self.module)
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -1,0 +1,107 @@
+"""What is known of where losses read parameters: found out when one takes part in a step for the first time."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.gathered import Gathered
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.reads import Readers, find_readers, find_unread, find_unseen
+from zolightning.evaluation.scratch import Scratch
+from zolightning.messages import some
+from zolightning.rank_zero import rank_zero_warn
+
+Perturbations = Mapping[nn.Parameter, Perturbation]
+Names = Mapping[nn.Parameter, str]
+
+
+class KnownReads:
+    """Makes the contexts in which losses see perturbed parameters, from what it knows and finds out of these.
+
+    Args:
+        module: what owns the parameters; None for parameters on their own.
+
+    Attributes:
+        gathered: what forwards read in the place of parameters that ranks share.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.gathered = Gathered(nn.Module() if module is None else module)
+        self._module = module
+        self._scratch = Scratch()
+        self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
+        self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
+
+    @property
+    def has_unseen(self) -> bool:
+        """Whether some parameters are perturbed in place."""
+        return any(self._in_place.values())
+
+    def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether all of them have been tried."""
+        return all(parameter in self._in_place for parameter in parameters)
+
+    def forget(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Discards what is known of some parameters, or of all."""
+        self._readers.clear()
+        for parameter in list(self._in_place) if parameters is None else parameters:
+            self._in_place.pop(parameter, None)
+
+    def contexts(
+        self, trainable: Names, resting: Names, perturbations: Sequence[Perturbations], loss: Callable[[], Tensor]
+    ) -> list[Perturbed]:
+        """A context for each evaluation of a step.
+
+        Parameters that are new are tried; until that succeeds, which takes a finite loss, all are perturbed in place.
+
+        Args:
+            trainable: the parameters that train, and their names.
+            resting: those that train in other steps.
+            perturbations: what each evaluation changes.
+            loss: evaluates the batch's loss, a scalar.
+        """
+        self._find_unseen({**trainable, **resting}, loss)
+        found = [self._perturbed(trainable, changes) for changes in perturbations]
+        readers = self._find_readers(found[0], resting, loss)
+        for context in found:
+            context.readers = readers
+        return found
+
+    def _find_unseen(self, parameters: Names, loss: Callable[[], Tensor]) -> None:
+        new = {parameter: name for parameter, name in parameters.items() if parameter not in self._in_place}
+        if not new:
+            return
+        if self.gathered:
+            unseen = find_unread(new, self.gathered, lambda: self.gathered.sum(loss()))
+        else:
+            unseen = find_unseen(new, loss)
+        if unseen is None:
+            return
+        self._in_place |= {parameter: parameter in unseen for parameter in new}
+        if unseen and not self.gathered:
+            names = some([name for parameter, name in new.items() if parameter in unseen])
+            rank_zero_warn(
+                f"{len(unseen)} parameters are unused or read where torch's Python functions do not see it, and are "
+                f"perturbed in place from a copy, which costs their size in memory: {names}."
+            )
+
+    def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
+        watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}
+        if self.gathered:
+            read = {self.gathered.read(p): c for p, c in watched.items() if not self._in_place.get(p, False)}
+            return Perturbed(read, (), self._scratch)
+        in_place = [parameter for parameter in watched if self._in_place.get(parameter, True)]
+        return Perturbed(watched, in_place, self._scratch)
+
+    def _find_readers(
+        self, context: Perturbed, resting: Iterable[nn.Parameter], loss: Callable[[], Tensor]
+    ) -> tuple[nn.Module, ...] | None:
+        """The modules that read the parameters of a context, found once for these and all resting ones."""
+        parameters = frozenset(context.perturbations).difference(context.in_place)
+        read = self.gathered.read
+        tried = parameters.union(read(p) for p in resting if not self._in_place.get(p, True))
+        if parameters and self._module is not None and tried not in self._readers:
+            self._readers[tried] = find_readers(self._module, tried, loss, read)
+        readers = self._readers.get(tried)
+        return None if readers is None else tuple(m for m, read in readers.items() if not parameters.isdisjoint(read))
