@@ -9,11 +9,11 @@ import lightning as L
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from zolightning.kernels.compiled import _Compiler
 from zolightning.optim import (
@@ -208,7 +208,9 @@ _TINY: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA_SIZES,
     "gemma3_text": _LLAMA_SIZES,
     "mistral": _LLAMA_SIZES,
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
 }
+_CLASSES = {"t5": AutoModelForSeq2SeqLM}
 
 
 @pytest.fixture(scope="session")
@@ -219,12 +221,15 @@ def write_tiny_model() -> Callable[..., Path]:
         alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
         tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if architecture == "t5":
+            ends = [("</s>", alphabet.index("</s>"))]
+            tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=ends)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
         special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
         config = AutoConfig.for_model(architecture, vocab_size=len(alphabet), **special, **_TINY[architecture])
         with torch.random.fork_rng():
             torch.manual_seed(11)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            _CLASSES.get(architecture, AutoModelForCausalLM).from_config(config).save_pretrained(folder)
         return folder
 
     return write

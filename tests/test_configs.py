@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "opt_125m": "opt",
     "qwen3_0.6b": "qwen3",
     "smollm2_135m": "llama",
+    "t5_small": "t5",
 }
 
 # An invented row of each task, with the fields that its data set has on the hub; the label goes through its values.
@@ -139,15 +140,16 @@ def test_header_has_a_command_that_parses_and_ends(file: str) -> None:
     assert trainer.check_val_every_n_epoch is None
 
 
-@pytest.mark.parametrize("method", ["mezo", "adamw"])
-def test_order_of_files_does_not_matter(method: str) -> None:
-    files = ("tasks/cb", f"methods/{method}", "models/llama3_8b", "strategies/ddp_cpu")
+@pytest.mark.parametrize(("method", "model"), [("mezo", "llama3_8b"), ("adamw", "llama3_8b"), ("adamw", "t5_small")])
+def test_order_of_files_does_not_matter(method: str, model: str) -> None:
+    files = ("tasks/cb", f"methods/{method}", f"models/{model}", "strategies/ddp_cpu")
     configs = [parse(compose(*order)) for order in permutations(files)]
     for config in configs:
         del config["config"]
     assert all(config == configs[0] for config in configs)
     assert configs[0].data.init_args.task["name"] == "cb"
-    assert configs[0].model.init_args.dtype == "bfloat16"
+    assert configs[0].model.init_args.dtype == ("bfloat16" if model == "llama3_8b" else None)
+    assert configs[0].model.class_path.rpartition(".")[2] == ("CausalLM" if model == "llama3_8b" else "Seq2SeqLM")
     assert configs[0].trainer.strategy == "ddp"
     assert configs[0].trainer.max_steps == (500 if method == "adamw" else 2000)
 

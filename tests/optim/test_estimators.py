@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from zolightning.directions.dense import standard
 from zolightning.kernels.noise import NoiseKind, key
-from zolightning.optim.estimators import Estimator, OneSided, Population, Probe, TwoSided
+from zolightning.optim import MeZO
+from zolightning.optim.estimators import Estimator, OneSided, Population, Probe, TwoSided, ZScores
 
 DIM = 24
 EPS = 1e-2
@@ -79,6 +81,38 @@ class TestClosedForms:
         for estimator in (TwoSided(), OneSided(), Population()):
             found, shifted = (estimator.projected_grads(v, EPS) for v in (values, values + shift))
             torch.testing.assert_close(found, shifted, rtol=0, atol=1e-10)
+
+
+class TestZScores:
+    def test_a_step_is_that_of_the_paper(self) -> None:
+        """``W + alpha / N sum_i (R_i - mean R) / std R noise_i``, for rewards R that are the negative losses."""
+        alpha, sigma, population = 0.3, 0.1, 5
+        weight = torch.nn.Parameter(POINT.clone())
+        optimizer = MeZO([("x", weight)], lr=alpha, eps=sigma, num_queries=population, estimator=ZScores(), seed=0)
+        optimizer.estimate(lambda: loss(weight + 0.0))
+        optimizer.step()
+        noise = np.stack([z(query).numpy() for query in range(population)])
+        rewards = np.array([-loss(POINT + sigma * torch.from_numpy(row)).item() for row in noise])
+        scores = (rewards - rewards.mean()) / np.std(rewards)
+        np.testing.assert_allclose(weight.detach(), POINT.numpy() + alpha / population * scores @ noise, rtol=1e-5)
+
+    @given(losses=st.lists(st.floats(-100, 100), min_size=2, max_size=8), scale=st.floats(0.1, 10))
+    def test_scale_and_shift_do_not_matter(self, losses: list[float], scale: float) -> None:
+        values = torch.tensor(losses, dtype=torch.float64)
+        if values.std() > 1e-3:
+            found, scaled = (ZScores().projected_grads(v, EPS) for v in (values, scale * values + 7))
+            torch.testing.assert_close(found, scaled, rtol=1e-3, atol=1e-6)
+
+    @pytest.mark.parametrize("value", [0.0, -0.1, 1e3])
+    def test_equal_losses_move_nothing(self, value: float) -> None:
+        assert ZScores().projected_grads(torch.full((30,), value, dtype=torch.float64), EPS).abs().max() < 1e-3
+
+    def test_a_mean_of_each_example_changes_nothing(self) -> None:
+        """Rewards less their own prompt's mean over the population: the same after the mean over prompts."""
+        rewards = torch.rand(6, 9, dtype=torch.float64)  # of 6 members, for 9 prompts
+        of_prompts = (rewards - rewards.mean(0)).mean(1)
+        found = ZScores().projected_grads(-rewards.mean(1), EPS)
+        torch.testing.assert_close(found, -of_prompts / of_prompts.square().mean().sqrt(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])

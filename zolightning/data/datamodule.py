@@ -217,17 +217,20 @@ class PromptDataModule(L.LightningDataModule):
         """What a forward pass over `num_examples` training examples, or a whole batch, reads at most.
 
         Returns:
-            Rows, tokens a row, and at how many of them logits are read: 1 where all answers are single tokens, else one
-            more than the longest answer has.
+            Rows, tokens a row, and at how many places of it logits are read: 1 where all answers are single tokens,
+            else one more than the longest answer has, or with a decoder as many as all of its answers have.
         """
         examples = self._examples["train"]
         rows = min(self.batch_size if num_examples is None else num_examples, self.batch_size, len(examples))
         longest_answer = max(len(answer) for example in examples for answer in example.answer_ids)
+        choices = 1 if self.task.objective == "language_modeling" else self.num_classes or 1
+        if examples[0].has_decoder:
+            tokens = max(len(example.prompt_ids) for example in examples)
+            return rows, tokens + -tokens % self.pad_to_multiple_of, choices * longest_answer
         is_single = longest_answer == 1
         tokens = max(example.length for example in examples) - is_single
         tokens += -tokens % self.pad_to_multiple_of
-        candidates = 1 if is_single or self.task.objective == "language_modeling" else self.num_classes or 1
-        return rows * candidates, tokens, 1 if is_single else longest_answer + 1
+        return rows * (1 if is_single else choices), tokens, 1 if is_single else longest_answer + 1
 
     def sample_text(self) -> str:
         """Returns an example to look at: the prompt, then the right answer in double brackets."""

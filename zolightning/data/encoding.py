@@ -27,6 +27,7 @@ class Example:
         truncated: Whether the prompt lost its beginning.
         right: Indices of all candidates that are right.
         references: What a generated answer is compared with.
+        has_decoder: Whether answers are read by a decoder and the prompt by an encoder, not one after the other.
         num_left_out: How many demonstrations do not fit.
         content_free: The same candidates after the prompt without its content, where scores are calibrated by it.
     """
@@ -39,6 +40,7 @@ class Example:
     truncated: bool = False
     right: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
+    has_decoder: bool = False
     num_left_out: int = 0
     content_free: "Example | None" = None
 
@@ -92,17 +94,19 @@ class Batch(TypedDict):
     Otherwise R is C and row c is the prompt followed by candidate c, so the row's last tokens are the answer.
     Where an example has fewer than C candidates, the others have no answer tokens and their rows hold the
     prompt alone. The index is that of the whole batch, also in a slice.
+
+    For a model with a decoder, which reads the answers, R is 1 whatever A is, and all padding is on the right.
     """
 
     objective: Objective
     answer_index: NotRequired[AnswerIndex]
     input_ids: Tensor  # (B, R, T), padded on the left, or for bidirectional networks as their tokenizer does
     attention_mask: Tensor  # (B, R, T), 0 on padding
-    answer_ids: Tensor  # (B, C, A), padded on the left with -1
+    answer_ids: Tensor  # (B, C, A), padded with -1, on the left unless there is a decoder
     label: Tensor  # (B,), index of the right candidate
     id: Tensor  # (B,), where the example stands in its source
     right: NotRequired[Tensor]  # (B, C), all candidates that are right, where that can be several
-    prompt_ids: NotRequired[Tensor]  # (B, P), padded on the left: what a text is generated from
+    prompt_ids: NotRequired[Tensor]  # (B, P), padded as `input_ids`: what a text is generated from
     prompt_mask: NotRequired[Tensor]  # (B, P), 0 on padding
     references: NotRequired[np.ndarray]  # (B,), of each example a tuple of what the generated text is compared with
     content_free: NotRequired["Batch"]  # U examples: those after whose prompts without content candidates are scored
@@ -213,14 +217,15 @@ def collate(
         gold_only: Whether to leave out the wrong candidates.
         multiple: What the length of a row is a multiple of.
         with_prompts: Whether to add what texts are generated from, and compared with.
-        padding_side: Of the rows of `input_ids`.
+        padding_side: Of prompts.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
     num_candidates = max(map(len, candidates))
     # an absent candidate has no tokens
     padded = [answers + [[]] * (num_candidates - len(answers)) for answers in candidates]
-    if all(len(answer) == 1 for answers in candidates for answer in answers):
+    has_decoder = examples[0].has_decoder
+    if has_decoder or all(len(answer) == 1 for answers in candidates for answer in answers):
         rows = [[example.prompt_ids] for example in examples]
     else:
         rows = [
@@ -228,7 +233,7 @@ def collate(
             for example, answers in zip(examples, padded, strict=True)
         ]
     masks = [[[1] * len(row) for row in group] for group in rows]
-    answer_ids = _stack(padded, -1)
+    answer_ids = _stack(padded, -1, side="right" if has_decoder else "left")
     batch = Batch(
         # first, because Lightning infers the batch size from the entries that follow what has no size
         objective=objective,
@@ -248,12 +253,13 @@ def collate(
         distinct = {(tuple(one.prompt_ids), *map(tuple, one.answer_ids)): one for one in free}
         places = {key: place for place, key in enumerate(distinct)}
         keys = [(tuple(one.prompt_ids), *map(tuple, one.answer_ids)) for one in free]
-        batch["content_free"] = collate(list(distinct.values()), pad_id, objective)
+        batch["content_free"] = collate(list(distinct.values()), pad_id, objective, padding_side=padding_side)
         batch["content_free_place"] = torch.tensor([places[key] for key in keys])
     if with_prompts:
         prompts = [[example.prompt_ids] for example in examples]
-        batch["prompt_ids"] = _stack(prompts, pad_id)[:, 0]
-        batch["prompt_mask"] = _stack([[[1] * len(row) for row in group] for group in prompts], 0)[:, 0]
+        prompt_masks = [[[1] * len(row) for row in group] for group in prompts]
+        batch["prompt_ids"] = _stack(prompts, pad_id, side=padding_side)[:, 0]
+        batch["prompt_mask"] = _stack(prompt_masks, 0, side=padding_side)[:, 0]
         batch["references"] = np.empty(len(examples), dtype=object)  # so that it is cut as a tensor is
         batch["references"][:] = [example.references for example in examples]
     return batch

@@ -1,8 +1,9 @@
 """From rows in words to examples in tokens, as each kind of task has it."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,6 +29,7 @@ def example_of(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     chat: bool,
+    encode: Callable[..., Example] = encode,
     calibration: Calibration | None = None,
 ) -> Example:
     """Turns a row and its demonstrations into tokens, at most `max_length` of them.
@@ -40,21 +42,20 @@ def example_of(
         tokenizer: The model's.
         max_length: Tokens of prompt and answer together.
         chat: Whether a prompt is a user's turn in the tokenizer's chat template.
+        encode: Makes tokens of a prompt and its answers.
         calibration: Whether the row is to be encoded without its content, too: with its demonstrations (`in_context`)
             or without.
 
     Raises:
         ValueError: The tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
     """
-    example = _example(task, row, tokenizer, max_length, chat)
+    encoded = partial(_example, task, tokenizer=tokenizer, max_length=max_length, chat=chat, encode=encode)
+    example = encoded(row)
     if example.truncated and row.shown:
-
-        def fits(num_left_out: int) -> bool:
-            return not _example(task, row.without_first(num_left_out), tokenizer, max_length, chat).truncated
-
-        num_left_out = bisect_left(range(len(row.shown)), True, key=fits)
+        counts = range(len(row.shown))
+        num_left_out = bisect_left(counts, True, key=lambda count: not encoded(row.without_first(count)).truncated)
         row = row.without_first(num_left_out)
-        example = replace(_example(task, row, tokenizer, max_length, chat), num_left_out=num_left_out)
+        example = replace(encoded(row), num_left_out=num_left_out)
     if calibration is None:
         return example
     assert row.content_free is not None, "the data module checks that there is one"
@@ -63,7 +64,7 @@ def example_of(
     if not (prompt or shown or chat):
         prompt = _beginning(tokenizer)
     free = replace(row, prompt=prompt, answers=answers, turns=[Message(role="user", content=prompt)]).after(shown)
-    return replace(example, content_free=_example(task, free, tokenizer, max_length, chat))
+    return replace(example, content_free=encoded(free))
 
 
 def warn_of_cuts(examples: Sequence[Example], split: str, limit: str, num_demonstrations: int) -> None:
@@ -78,7 +79,14 @@ def warn_of_cuts(examples: Sequence[Example], split: str, limit: str, num_demons
         )
 
 
-def _example(task: Task, row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, chat: bool) -> Example:
+def _example(
+    task: Task,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    chat: bool,
+    encode: Callable[..., Example],
+) -> Example:
     """A row with all of its demonstrations, cut on the left where that is too long."""
     if isinstance(task, PlainText):
         return encode_text(tokenizer, row.answers[0], id=row.id, max_length=max_length)

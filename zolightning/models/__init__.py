@@ -1,4 +1,4 @@
-"""Pretrained causal language models and how they score the answers of a batch."""
+"""Pretrained models and how they score the answers of a batch."""
 
 from zolightning.models.causal_lm import CausalLM
 from zolightning.models.pretrained import load_pretrained
@@ -8,9 +8,11 @@ from zolightning.models.scoring import (
     classification_loss,
     language_modeling_loss,
 )
+from zolightning.models.seq2seq_lm import Seq2SeqLM
 
 __all__ = [
     "CausalLM",
+    "Seq2SeqLM",
     "answer_log_probs",
     "candidate_scores",
     "classification_loss",

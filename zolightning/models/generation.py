@@ -1,4 +1,4 @@
-"""Texts that a causal language model writes."""
+"""Texts that a language model writes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ def generate(
     Args:
         model: One of transformers' that generates.
         tokenizer: The model's.
-        prompt_ids: (B, P), padded on the left.
+        prompt_ids: (B, P), padded on the left, or where an encoder reads them on the right.
         prompt_mask: (B, P), 0 on padding.
         max_new_tokens: Tokens to write, at most.
         stop: What ends a text; it is cut off.
@@ -37,7 +37,7 @@ def generate(
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    start = prompt_ids.shape[1]
+    start = 1 if model.config.is_encoder_decoder else prompt_ids.shape[1]  # a decoder's texts begin with one token
 
     def has_stopped(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         # by the text: a token that merges a line break with other characters has a number of its own

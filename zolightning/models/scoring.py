@@ -38,9 +38,9 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = last_logits(model, input_ids, attention_mask, count=answer_length + 1)
     # an answer token is predicted one position before it stands
     if index.tokens is None:
-        return _log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
+        return token_log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
     rows, places, slots = index.tokens
-    log_probs = _log_probs(logits[rows, places], answer_ids.flatten()[slots])
+    log_probs = token_log_probs(logits[rows, places], answer_ids.flatten()[slots])
     return log_probs.new_zeros(mask.numel()).scatter(0, slots, log_probs).view_as(mask), mask
 
 
@@ -77,7 +77,7 @@ def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Te
     return -log_probs[rows, label].sum() / mask[rows, label].sum()
 
 
-def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """The log-probability of each token, (K,), by logits of (K, vocabulary)."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 

@@ -48,8 +48,8 @@ class ZerothOrderOptimizer(Estimating):
         align_queries: take the projection of the gradient on the span of these directions in the place of the average,
             which has less variance where not many more numbers are searched than directions drawn; see
             :mod:`zolightning.optim.alignment`.
-        estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()``, ``Population()`` or
-            ``PerExample()`` (:mod:`zolightning.optim.estimators`).
+        estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()``, ``Population()``,
+            ``ZScores()`` or ``PerExample()`` (:mod:`zolightning.optim.estimators`).
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
         update_precision: how updates are added to half-precision weights: "exact", as if they were fp32, for 2 bytes a
             bfloat16 parameter or 4 a float16 one; "low_byte", rounded to 24 bits, for 1 byte a bfloat16 parameter; or

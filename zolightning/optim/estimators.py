@@ -1,7 +1,7 @@
 """Which losses a step asks for, and the projected gradients they give.
 
 With directions z_1..z_N of unit variance and F the loss of one batch, every estimator turns losses into numbers
-g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient:
+g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient (with ``ZScores`` its direction):
 
 =============  ===========  ====================================================  ==============================
 estimator      forwards     g_i                                                   bias for a quadratic
@@ -10,6 +10,7 @@ estimator      forwards     g_i                                                 
 ``OneSided``   N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
 ``ThreePoint`` 2 N + 1      that of ``TwoSided``, and second differences              none
 ``Population`` N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
+``ZScores``    N (>= 2)     (F(W + eps z_i) - their mean) / their standard deviation      its mean cancels
 ``PerExample`` 2            that of ``TwoSided`` for F_i, the examples of query i alone   none
 =============  ===========  ====================================================  ==============================
 """
@@ -28,6 +29,7 @@ class Probe(NamedTuple):
     sign: int  # +1, -1, or 0 for the unperturbed weights
 
 
+_TINY = 1e-8  # far above the rounding of equal losses, far below differences that say something
 EACH = -1  # in the place of a query: each example of the batch is evaluated along its own
 
 
@@ -127,3 +129,18 @@ class Population(Estimator):
         """Of the directions less their mean."""
         rows = directions - directions.mean(0)
         return rows - rows.mean(1, keepdim=True)
+
+
+class ZScores(Population):
+    """Each query by its standard score among all: without units, so for rewards of any scale (arXiv 2509.24372).
+
+    A query's loss is its mean over the examples of the batch, and these means are standardised over the queries, as
+    "Evolution Strategies at Scale" and its code do it: with the population's standard deviation (of N, not N - 1), and
+    without a division by `eps`, so that `lr` is their alpha: about ``lr / sqrt(N)`` is the RMS move of a weight a step.
+    To subtract each example's own mean over the queries first, as others do, changes nothing after the mean over
+    examples. Where all losses are equal, nothing moves.
+    """
+
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        centered = losses - losses.mean()
+        return centered / (centered.square().mean().sqrt() + _TINY)

@@ -1,0 +1,108 @@
+"""The LightningModule that fine-tunes an encoder-decoder, such as T5, on prompts with candidate answers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from zolightning.data.encoding import AnswerIndex, Batch, Example
+from zolightning.data.examples import example_of
+from zolightning.data.plain_text import PlainText
+from zolightning.data.rows import Row
+from zolightning.data.seq2seq import encode_pair
+from zolightning.data.task import Task
+from zolightning.models.causal_lm import CausalLM
+from zolightning.models.scoring import token_log_probs
+
+
+class Seq2SeqLM(CausalLM):
+    """A pretrained encoder-decoder, such as T5, of which the encoder reads prompts and the decoder writes answers.
+
+    It trains, chooses, generates and is rewarded as :class:`~zolightning.models.CausalLM` is, by the same settings. An
+    answer is a text by itself, which ends with the token that the tokenizer ends one with; the score of a candidate is
+    the mean log-probability of its tokens, this one included. Each prompt is encoded once, whatever the number of its
+    candidates.
+    """
+
+    network_class = "AutoModelForSeq2SeqLM"
+    padding_side = "right"
+
+    def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
+        """A row in tokens.
+
+        Raises:
+            ValueError: There is no prompt, or the tokenizer makes nothing of a part of the row.
+        """
+        if isinstance(task, PlainText):
+            raise ValueError("Seq2SeqLM needs a prompt and an answer, and plain text has none: use CausalLM")
+        return example_of(task, row, self.tokenizer, max_length, chat, encode_pair)
+
+    def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return target_log_probs(self.model, batch)
+
+    def refuse_unsuitable(self) -> None:
+        config = self.model.config
+        if self.model.dtype is torch.float16 and "t5" in config.model_type:
+            raise MisconfigurationException(
+                f"`model_name` is a {type(self.model).__name__}, whose values float16 cannot hold: use bfloat16 or "
+                "float32 (`trainer.precision`)."
+            )
+        if getattr(config, "decoder_start_token_id", None) is None:
+            raise MisconfigurationException(
+                f"`model_name` is a {type(self.model).__name__} without `decoder_start_token_id` in config.json, which "
+                "its decoder begins an answer with."
+            )
+
+
+def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the log-probability of each answer token, (B, C, A), and the mask of those that exist.
+
+    Args:
+        model: One of transformers' with an encoder and a decoder.
+        batch: Its rows are prompts, so R is 1; prompts and answers are padded on the right.
+    """
+    answer_ids = batch["answer_ids"]
+    mask = answer_ids >= 0
+    index = batch.get("answer_index")
+    if index is None or index.size != len(answer_ids):  # a part of a batch
+        index = AnswerIndex.of(answer_ids)
+
+    # each token is predicted from those before it, the first one from the token that all answers start with
+    read = answer_ids.clamp(min=0).roll(1, dims=-1)
+    read[..., 0] = model.config.decoder_start_token_id
+    with _candidates_of_a_prompt(model.get_decoder(), answer_ids.shape[1]):
+        logits = model(
+            input_ids=batch["input_ids"][:, 0],
+            attention_mask=batch["attention_mask"][:, 0],
+            decoder_input_ids=read,
+            use_cache=False,
+        ).logits.flatten(0, 1)
+    if index.tokens is None:
+        return token_log_probs(logits, answer_ids.flatten()).view_as(mask), mask
+    slots = index.tokens[2]
+    log_probs = token_log_probs(logits[slots], answer_ids.flatten()[slots])
+    return log_probs.new_zeros(mask.numel()).scatter(0, slots, log_probs).view_as(mask), mask
+
+
+@contextmanager
+def _candidates_of_a_prompt(decoder: nn.Module, count: int) -> Iterator[None]:
+    """Within this context a decoder takes ids of (B, count, A), and repeats what the encoder returns for B prompts.
+
+    So the network is called once, with inputs of B rows, which is what lets evaluations share a run of it.
+    """
+
+    def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = {"input_ids": kwargs["input_ids"].flatten(0, 1)}
+        if count > 1:
+            encoded = ("encoder_hidden_states", "encoder_attention_mask")
+            rows |= {name: kwargs[name].repeat_interleave(count, dim=0) for name in encoded}
+        return args, kwargs | rows
+
+    hook = decoder.register_forward_pre_hook(spread, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
