@@ -1,6 +1,7 @@
 """Pretrained models and how they score the answers of a batch."""
 
 from zolightning.models.causal_lm import CausalLM
+from zolightning.models.image_classifier import ImageClassifier
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
     answer_log_probs,
@@ -12,6 +13,7 @@ from zolightning.models.seq2seq_lm import Seq2SeqLM
 
 __all__ = [
     "CausalLM",
+    "ImageClassifier",
     "Seq2SeqLM",
     "answer_log_probs",
     "candidate_scores",

@@ -1,12 +1,15 @@
 """Loading weights so that none of them is random without a word."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zolightning.messages import some
-from zolightning.rank_zero import rank_zero_warn
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,23 +21,37 @@ ADAPTER = (
 )
 
 
-def load_model(source: Path | str, network_class: str = CAUSAL, **options: Any) -> "PreTrainedModel":
+def load_model(
+    source: Path | str, network_class: str = CAUSAL, num_classes: int | None = None, **options: Any
+) -> "PreTrainedModel":
     """``from_pretrained(source, **options)`` of a class of transformers, complete or not at all.
 
     No code of the folder or repository is run.
+
+    Args:
+        source: A folder, or the name of a repository.
+        network_class: Name of the class of transformers.
+        num_classes: Of a classifier. Where the file has no head for so many classes, the head is a new one, whose
+            weights depend on the seed of ``seed_everything`` (or 0); torch's generators take no notice.
+        **options: Of ``from_pretrained``.
 
     Raises:
         ValueError: A weight is missing from the file, or has another shape there, or `source` is an adapter.
     """
     import transformers
 
-    with _without_reports():
+    if num_classes is not None:
+        options["num_labels"] = num_classes
+    with _without_reports(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         loaded: Any = getattr(transformers, network_class).from_pretrained(
             source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
     model, info = loaded
     if getattr(model, "peft_config", None):
         raise ValueError(ADAPTER)
+    if num_classes is not None:
+        _take_new_head(model, info)
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise ValueError(
@@ -50,6 +67,22 @@ def load_model(source: Path | str, network_class: str = CAUSAL, **options: Any) 
     if unused:
         rank_zero_warn(f"{source} has {len(unused)} weights that {type(model).__name__} does not use: {some(unused)}.")
     return model
+
+
+def _take_new_head(model: "PreTrainedModel", info: dict[str, Any]) -> None:
+    """Takes a classifier's head off what the file lacks, or has in another shape, and says that it is new."""
+
+    def is_head(name: str) -> bool:
+        return not name.startswith(f"{model.base_model_prefix}.")
+
+    new = {name for name in info["missing_keys"] if is_head(name)}
+    new |= {name for name, *_ in info["mismatched_keys"] if is_head(name)}
+    info["missing_keys"] = {name for name in info["missing_keys"] if name not in new}
+    info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in new}
+    if new:
+        rank_zero_info(
+            f"{type(model).__name__} has a new head of {model.config.num_labels} classes: {some(sorted(new))}."
+        )
 
 
 def _explain(missing: list[str], unused: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Pretrained networks with their tokenizers, from wherever they are kept."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,14 +10,19 @@ from zolightning.models.loading import ADAPTER, CAUSAL, load_model
 from zolightning.models.pypi import cached_pypi_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pretrained(
-    name: str, dtype: str | None = None, attention: str | None = None, network_class: str = CAUSAL
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    name: str,
+    dtype: str | None = None,
+    attention: str | None = None,
+    network_class: str = CAUSAL,
+    preprocessor_class: str = "AutoTokenizer",
+    **options: Any,
+) -> "tuple[PreTrainedModel, Any]":
     """Loads a network, in eval mode, and its tokenizer, which pads on the left for a causal language model.
 
     Args:
@@ -28,6 +33,8 @@ def load_pretrained(
         attention: Hugging Face's attention implementation, such as "sdpa", "eager" or "flash_attention_2".
             Default: "sdpa" where the architecture supports it, otherwise "eager".
         network_class: Name of the class of transformers that loads the network.
+        preprocessor_class: Name of the class of transformers that loads the tokenizer, or another maker of inputs.
+        **options: Of :func:`~zolightning.models.loading.load_model`.
 
     Raises:
         FileNotFoundError: If `name` is a path and nothing is there.
@@ -52,9 +59,10 @@ def load_pretrained(
         if path.is_file():
             if network_class != CAUSAL:
                 raise ValueError(f"a file holds a causal language model, and {network_class} loads another kind.")
-            model, tokenizer = load_gguf(path, torch_dtype, attention)
+            model, preprocessor = load_gguf(path, torch_dtype, attention)
         else:
-            model, tokenizer = _load_hugging_face(source, torch_dtype, attention, network_class)
+            options |= {"dtype": torch_dtype, "attn_implementation": attention}
+            model, preprocessor = _load_hugging_face(source, network_class, preprocessor_class, options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, SafetensorError):
@@ -65,21 +73,21 @@ def load_pretrained(
         raise ValueError(f"Cannot load `model_name` {name!r}{setting}: {reason}") from None
 
     if network_class == CAUSAL:
-        tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+        preprocessor.padding_side = "left"
+    if preprocessor_class == "AutoTokenizer" and preprocessor.pad_token is None:
+        preprocessor.pad_token = preprocessor.eos_token
+    return model, preprocessor
 
 
 def _load_hugging_face(
-    source: Path | str, dtype: torch.dtype, attention: str | None, network_class: str
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from transformers import AutoTokenizer
+    source: Path | str, network_class: str, preprocessor_class: str, options: dict[str, Any]
+) -> "tuple[PreTrainedModel, Any]":
+    import transformers
 
     if isinstance(source, Path) and (source / "adapter_config.json").is_file():
         raise ValueError(ADAPTER)
-    model = load_model(source, network_class, dtype=dtype, attn_implementation=attention)
-    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = load_model(source, network_class, **options)
+    return model, getattr(transformers, preprocessor_class).from_pretrained(source, trust_remote_code=False)
 
 
 def _hub_source(name: str) -> str:

@@ -29,7 +29,7 @@ from zolightning.quantization import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 class Evaluation(NamedTuple):
@@ -67,10 +67,14 @@ class PretrainedModule(L.LightningModule):
             sdpa where the architecture supports it, otherwise eager.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+        num_classes: Of a classifier: how many classes there are. Where the model has another number, its head is a new
+            one, whose weights depend on `seed_everything`. Default: those that the model has.
     """
 
     network_class: ClassVar[str]
     """Name of the class of transformers that loads the network, such as ``AutoModelForCausalLM``."""
+    preprocessor_class: ClassVar[str] = "AutoTokenizer"
+    """Name of the class of transformers that loads what makes the network's inputs."""
 
     def __init__(
         self,
@@ -80,21 +84,20 @@ class PretrainedModule(L.LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attention: str | None = None,
         quantization: Quantization | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         if quantization is not None:
             require_quantization(quantization)
-        self.model, self.preprocessor = self.load(model_name, dtype, attention)
+        self.model, self.preprocessor = load_pretrained(
+            model_name, dtype, attention, self.network_class, self.preprocessor_class, num_classes=num_classes
+        )
         if quantization is not None:
             quantize(self.model, quantization)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
         self._suitable = False  # not known yet
-
-    def load(self, model_name: str, dtype: str | None, attention: str | None) -> "tuple[PreTrainedModel, Any]":
-        """The network, in eval mode, and what makes its inputs: a tokenizer, or a processor of images."""
-        return load_pretrained(model_name, dtype, attention, self.network_class)
 
     @abstractmethod
     def score(self, batch: Any) -> Tensor:

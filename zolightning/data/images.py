@@ -1,0 +1,103 @@
+"""Images: from files, or the bytes that data sets hold, to what a network reads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from zolightning.data.task import Objective
+
+
+@dataclass(frozen=True)
+class ImageExample:
+    """An image that is read when a batch needs it.
+
+    Args:
+        id: Where its row stands in its source, counted from 0.
+        where: The same for messages, with the source.
+        image: The file, or what is in it.
+        label: Index of its class; -1 if it is not known.
+    """
+
+    id: int
+    where: str
+    image: Path | bytes
+    label: int
+
+
+class ImageBatch(TypedDict):
+    """B images."""
+
+    objective: Objective
+    pixel_values: Tensor  # (B, channels, height, width), float32, as the model's processor makes them
+    label: Tensor  # (B,), index of the class, -1 if it is not known
+    id: Tensor  # (B,), where the image stands in its source
+
+
+def require_pillow() -> None:
+    """Raises MisconfigurationException unless Pillow is installed, which reads images."""
+    if find_spec("PIL") is None:
+        raise MisconfigurationException("Images need Pillow, which is not installed: pip install 'zolightning[images]'")
+
+
+def image_of(value: Any, folder: Path | None) -> Path | bytes:
+    """The file of an image, or what is in it, by the value of a row's field.
+
+    Args:
+        value: A path, bytes, or one of both as data sets of ``datasets`` hold them, ``{"bytes": ..., "path": ...}``.
+        folder: What a relative path starts from; the working directory if None.
+
+    Raises:
+        ValueError: It is none of these, or there is no such file.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"must be the path of an image, or its bytes, got {value!r}")
+    path = (folder or Path()) / value
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+def read_image(example: ImageExample) -> Any:
+    """The image as one of Pillow's, in RGB and the right way up.
+
+    Raises:
+        ValueError: It cannot be read; says which.
+    """
+    from PIL import Image, ImageOps
+
+    source, name = example.image, f" ({example.image})" if isinstance(example.image, Path) else ""
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{example.where}: the image{name} cannot be read: {error}.") from None
+
+
+def collate_images(examples: Sequence[ImageExample], processor: Callable[..., Any]) -> ImageBatch:
+    """Reads images into a batch.
+
+    Args:
+        examples: At least one.
+        processor: The model's image processor.
+
+    Raises:
+        ValueError: An image cannot be read; says which.
+    """
+    return ImageBatch(
+        # first, because Lightning infers the batch size from the entries that follow what has no size
+        objective="classification",
+        pixel_values=processor(images=list(map(read_image, examples)), return_tensors="pt")["pixel_values"],
+        label=torch.tensor([example.label for example in examples]),
+        id=torch.tensor([example.id for example in examples]),
+    )

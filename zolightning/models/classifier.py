@@ -1,0 +1,40 @@
+"""What LightningModules around networks with a head of classes have in common."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from zolightning.models.pretrained_module import Evaluation, PretrainedModule
+from zolightning.models.scoring import classification_loss
+
+
+class Classifier(PretrainedModule):
+    """A pretrained network whose head has a logit for each class, trained by the cross-entropy."""
+
+    @abstractmethod
+    def logits(self, batch: Any) -> Tensor:
+        """Returns the logits of a batch, (B, classes)."""
+
+    def score(self, batch: Any) -> Tensor:
+        return self.logits(batch).float()
+
+    def evaluate(self, batch: Any) -> Evaluation:
+        scores, label = self.score(batch), batch["label"]
+        examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
+        return Evaluation(classification_loss(scores, label), examples, scores)
+
+    def setup(self, stage: str) -> None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        wanted, found = getattr(datamodule, "num_classes", None), self.model.config.num_labels
+        if hasattr(datamodule, "num_classes") and wanted != found:
+            raise MisconfigurationException(
+                f"The head of `model_name` has {found} classes, and the task {wanted or 'other ones in each row'}: set "
+                "`model.num_classes` to the number of the task's `labels`."
+            )
+        super().setup(stage)
+        if (labels := getattr(getattr(datamodule, "task", None), "labels", None)) is not None:
+            self.model.config.id2label = dict(enumerate(map(str, labels)))
+            self.model.config.label2id = {str(label): number for number, label in enumerate(labels)}
