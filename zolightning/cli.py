@@ -37,6 +37,7 @@ from zolightning.commands.help import HelpAll
 from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
+from zolightning.commands.seeds import run_seeds
 from zolightning.commands.slots import (
     add_slots,
     from_package,
@@ -108,6 +109,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--help_all", action=HelpAll)
+        parser.add_argument("--seeds", type=int, nargs="+", help="fit, validate, test: once for each of these seeds")
         add_slots(parser)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -163,6 +165,10 @@ class ZerothOrderCLI(LightningCLI):
         if self.subcommand == "fit":
             take_name(config)
         _name_run(config)
+        if config.seeds:
+            parser = self._parser(self.subcommand)
+            run_seeds(str(self.subcommand), config, parser.dump(config, skip_none=False))
+            sys.exit()
         find_checkpoint(config, of_ledgers=self.subcommand == "fit" and config.keep_ledger)
         check_settings(config, str(self.subcommand))
         _refuse_gradients(config)

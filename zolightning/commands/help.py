@@ -9,7 +9,7 @@ _WIDTH, _COLUMN = 118, 39
 
 # What people use, by what it is about; words without a leading dash are lines of their own.
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "config": ("config", "print_config", "seed_everything"),
+    "config": ("config", "print_config", "seed_everything", "seeds"),
     "method": (
         "method",
         "lr_scheduler",
