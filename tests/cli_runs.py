@@ -14,7 +14,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from zolightning.cli import ZerothOrderCLI, main
+from zolightning.__main__ import main
+from zolightning.cli import ZerothOrderCLI
 from zolightning.commands.slots import from_package, replacing
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cli_runs import parsed
-from zolightning.cli import main
+from zolightning.__main__ import main
 from zolightning.data.classification import Classification
 from zolightning.data.task_files import load_task
 from zolightning.layers import find_layers, mlp_of

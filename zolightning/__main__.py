@@ -1,6 +1,74 @@
-"""``python -m zolightning`` is the command ``zolightning``."""
+"""The command ``zolightning``, also as ``python -m zolightning``: runs it, and says in one line what cannot work."""
 
-from zolightning.cli import console
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from pickle import UnpicklingError
+
+from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.cli import ZerothOrderCLI
+from zolightning.commands import configs, run_report
+from zolightning.commands.output import hush
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs the command line; `args` stands in for ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: with one line, for input that cannot work.
+    """
+    hush()
+    try:
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list) and words[:1] == ["configs"]:
+            configs.main(words[1:])
+        elif isinstance(words, list) and words[:1] == ["report"]:
+            run_report.main(words[1:])
+        else:
+            ZerothOrderCLI(args)
+    except Exception as error:
+        if (advice := _advice(error)) is None:
+            raise
+        raise SystemExit(f"error: {advice}") from error
+
+
+def console() -> None:
+    """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``)."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        raise SystemExit(1) from None
+
+
+def _advice(error: BaseException) -> str | None:
+    """What to tell the user instead of a traceback, or None for anything that may be a bug.
+
+    That is the message of a `raise` statement in this package, and of Lightning's exception for wrong settings.
+    jsonargparse wraps what a constructor raises into its own account of the types it tried.
+    """
+    package = Path(__file__).parent
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MisconfigurationException):
+            return str(cause)
+        if isinstance(cause, UnpicklingError):
+            found = re.search(r"GLOBAL:? (\S+)", str(cause))
+            what = f", {found[1]}," if found else ""
+            return f"`ckpt_path` holds something else than tensors and plain values{what} and was not loaded."
+        for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
+            if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
+                return str(cause)
+        cause = cause.__cause__
+    return None
+
 
 if __name__ == "__main__":
     console()

@@ -1,15 +1,11 @@
 """The command ``zolightning``: LightningCLI with this project's defaults."""
 
 import json
-import os
-import re
 import shlex
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from jsonargparse import Namespace
@@ -31,11 +27,9 @@ from zolightning.callbacks import (
 )
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
-from zolightning.commands import configs, run_report
 from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
 from zolightning.commands.help import HelpAll
 from zolightning.commands.metrics_files import MetricsFiles
-from zolightning.commands.output import hush
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.seeds import run_seeds
 from zolightning.commands.slots import (
@@ -293,58 +287,3 @@ def _refuse_gradients(config: Any) -> None:
         refuse_strategy(config.trainer.strategy)
     if config.trainer.precision is not None:
         refuse_precision(config.trainer.precision)
-
-
-def main(args: ArgsType = None) -> None:
-    """Runs the command line; `args` stands in for ``sys.argv[1:]``.
-
-    Raises:
-        SystemExit: with one line, for input that cannot work.
-    """
-    hush()
-    try:
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list) and words[:1] == ["configs"]:
-            configs.main(words[1:])
-        elif isinstance(words, list) and words[:1] == ["report"]:
-            run_report.main(words[1:])
-        else:
-            ZerothOrderCLI(args)
-    except Exception as error:
-        if (advice := _advice(error)) is None:
-            raise
-        raise SystemExit(f"error: {advice}") from error
-
-
-def console() -> None:
-    """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``)."""
-    try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
-        raise SystemExit(1) from None
-
-
-def _advice(error: BaseException) -> str | None:
-    """What to tell the user instead of a traceback, or None for anything that may be a bug.
-
-    That is the message of a `raise` statement in this package, and of Lightning's exception for wrong settings.
-    jsonargparse wraps what a constructor raises into its own account of the types it tried.
-    """
-    package = Path(__file__).parent
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MisconfigurationException):
-            return str(cause)
-        if isinstance(cause, UnpicklingError):
-            found = re.search(r"GLOBAL:? (\S+)", str(cause))
-            what = f", {found[1]}," if found else ""
-            return f"`ckpt_path` holds something else than tensors and plain values{what} and was not loaded."
-        for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
-            if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
-                return str(cause)
-        cause = cause.__cause__
-    return None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cli_runs import NAME, Runs
-from zolightning.cli import main
+from zolightning.__main__ import main
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
 pytestmark = [

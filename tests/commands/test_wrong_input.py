@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cli_runs import Runs, parsed, refused
-from zolightning.cli import console, main
+from zolightning.__main__ import console, main
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
