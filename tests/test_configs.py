@@ -221,6 +221,7 @@ SCOPES: dict[str, tuple[str, str, str]] = {
     "layers": (LAYERS, "mezo_one_sided", "llama3_8b"),
     "lora": (r"\.lora_", "adamw", "mistral_7b"),
     "parameters": ("attn", "mezo", "gpt2"),
+    "prefix": ("prompt_encoder", "mezo", "opt_1.3b"),
     "random_layer": (r"\.(layers|h)\.0\.", "mezo", "opt_125m"),
 }
 # A method and a model under which each file in configs/blocks moves some blocks and leaves others

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from live_bytes import LiveBytes
-from zolightning.adapters import AdapterSettings, add_adapter
+from zolightning.adapters import add_adapter, lora_settings
 from zolightning.directions.moments import SecondMoment
 from zolightning.evaluation.static import Parts
 from zolightning.memory import (
@@ -182,7 +182,7 @@ def test_other_ways_to_train() -> None:
 
     adapted = model()
     targets = [name for name, m in adapted.named_modules() if isinstance(m, nn.Linear) and "layers" in name]
-    add_adapter(adapted, AdapterSettings(rank=LORA_RANK, alpha=16, target_modules=sorted(targets)))
+    add_adapter(adapted, lora_settings(LORA_RANK, 16, list(targets)))
     adapters = [p for name, p in adapted.named_parameters() if "lora" in name]
     lora = with_lora(network, MeZO, batch)
     assert lora.weights == whole_plan.weights + 2 * sum(p.numel() for p in adapters)

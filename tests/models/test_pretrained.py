@@ -185,7 +185,7 @@ def test_a_damaged_file_is_refused(tiny_folder, keep):
 
 def test_an_adapter_is_refused_with_what_to_do_instead(tiny_folder):
     (tiny_folder / "adapter_config.json").write_text("{}")
-    assert_refused(tiny_folder, "LoRA adapter", "merge_and_unload")
+    assert_refused(tiny_folder, "it is an adapter, not a model. Name its base model here, and the adapter as `adapter`")
 
 
 def test_no_code_of_a_folder_is_run_and_nobody_is_asked(tiny_folder, monkeypatch):

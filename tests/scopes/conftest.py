@@ -180,10 +180,10 @@ def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[...,
         method: Any = MEZO,
         ckpt_path: Path | None = None,
         precision: str = "32-true",
-        **evaluation: Any,
+        adapter: str | None = None,
     ) -> Any:
-        trains = [] if method is None else [ZerothOrder(method, **evaluation)]
-        model = CausalLM(str(folder / "model"), optimizer=partial(torch.optim.SGD, lr=0.1))
+        trains = [] if method is None else [ZerothOrder(method)]
+        model = CausalLM(str(folder / "model"), optimizer=partial(torch.optim.SGD, lr=0.1), adapter=adapter)
         data = PromptDataModule("sst2", path=str(folder), num_train=12, num_validation=4, num_test=8, batch_size=4)
         trainer = make_trainer(
             max_steps=4,

@@ -106,6 +106,7 @@ class Replay:
                 f"{_release()}. Replay it with that release."
             )
         if header.structure is not None:
+            _cast(self.ledger, module)  # what a prefix begins with depends on it
             cast(Any, module).load_structure_dict(header.structure)
         _take_dtypes(self.ledger, module)
         if weights_digest(base_tensors(module)) != header.weights:
@@ -204,8 +205,14 @@ def _take_dtypes(ledger: Ledger, module: nn.Module) -> None:
             f"The ledger {ledger.path} is of another model: {len(differ)} weights have other names or shapes, or are "
             f"missing there or here ({some(differ)})."
         )
-    for name, tensor in tensors.items():
-        tensor.data = tensor.data.to(getattr(torch, saved[name][0].removeprefix("torch.")))
+    _cast(ledger, module)
+
+
+def _cast(ledger: Ledger, module: nn.Module) -> None:
+    for name, tensor in base_tensors(module).items():
+        if name in ledger.header.tensors:
+            dtype, _ = ledger.header.tensors[name]
+            tensor.data = tensor.data.to(getattr(torch, dtype.removeprefix("torch.")))
 
 
 def _rebuild(

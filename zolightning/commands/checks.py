@@ -43,8 +43,9 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             )
         if trainer.max_steps == 0:
             raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
-    quantization = config.model.get("init_args", {}).get("quantization")
-    if subcommand == "fit" and quantization is not None and config.scope is None and not trainer.callbacks:
+    model = config.model.get("init_args", {})
+    quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
+    if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:
         raise ValueError(
             f"`model.quantization` is {quantization!r}, which freezes weights, and no `scope` says what trains beside "
             "them. Name one (TrainLayers, or its `part` LoRA), or leave `quantization` out."

@@ -39,6 +39,8 @@ class CausalLM(LanguageModel):
             raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+        adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
+            alone trains. Default: none.
 
     Example::
 
@@ -58,8 +60,9 @@ class CausalLM(LanguageModel):
         attention: str | None = None,
         quantization: Quantization | None = None,
         reward: Reward | None = None,
+        adapter: str | None = None,
     ) -> None:
-        super().__init__(model_name, optimizer, lr_scheduler, dtype, attention, quantization)
+        super().__init__(model_name, optimizer, lr_scheduler, dtype, attention, quantization, adapter=adapter)
         self.reward = reward
         self._generation: Generation | None = None  # how answers are generated, if they are
 

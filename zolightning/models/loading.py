@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CAUSAL = "AutoModelForCausalLM"
-ADAPTER = (
-    "it is a LoRA adapter, not a model. Merge it into its base model first "
-    "(peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER))."
-)
+ADAPTER = "it is an adapter, not a model. Name its base model here, and the adapter as `adapter`."
 
 
 def load_model(

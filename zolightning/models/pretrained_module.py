@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from zolightning.adapters import adapter_settings, restore_adapter, save_adapter
+from zolightning.adapters import adapter_settings, load_adapter, restore_adapter, save_adapter
 from zolightning.head import has_untied_head, restore_head
 from zolightning.models.pretrained import load_pretrained
 from zolightning.optim.schedules import WarmupDecay
@@ -69,6 +69,8 @@ class PretrainedModule(L.LightningModule):
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
         num_classes: Of a classifier: how many classes there are. Where the model has another number, its head is a new
             one, whose weights depend on `seed_everything`. Default: those that the model has.
+        adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
+            alone trains. Default: none.
     """
 
     network_class: ClassVar[str]
@@ -85,6 +87,7 @@ class PretrainedModule(L.LightningModule):
         attention: str | None = None,
         quantization: Quantization | None = None,
         num_classes: int | None = None,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         if quantization is not None:
@@ -94,6 +97,8 @@ class PretrainedModule(L.LightningModule):
         )
         if quantization is not None:
             quantize(self.model, quantization)
+        if adapter is not None:
+            load_adapter(self.model, adapter)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
@@ -216,9 +221,9 @@ class PretrainedModule(L.LightningModule):
     def export(self, folder: str | Path) -> None:
         """Writes the model, and what makes its inputs, in Hugging Face's format, for ``from_pretrained``.
 
-        A model with a LoRA adapter is written in PEFT's format, for ``AutoPeftModelForCausalLM.from_pretrained`` and
-        the like: the adapter only, and where its base model is. Any other model with quantised weights is written as
-        the ordinary one that computes the same.
+        A model with a LoRA adapter or a prefix is written in PEFT's format, for
+        ``AutoPeftModelForCausalLM.from_pretrained`` and the like: the adapter only, and where its base model is. Any
+        other model with quantised weights is written as the ordinary one that computes the same.
         """
         if adapter_settings(self.model) is None:
             self.model.save_pretrained(folder, state_dict=dequantized_state_dict(self.model))

@@ -3,6 +3,7 @@
 from zolightning.scopes.dominant_layer import DominantLayer
 from zolightning.scopes.massive_direction import MassiveDirection
 from zolightning.scopes.parts import MLP, LoRA, OutlierChannels, Part, WholeLayer, WithoutOutlierChannels
+from zolightning.scopes.prefix_tuning import PrefixTuning
 from zolightning.scopes.random_layer import RandomLayer
 from zolightning.scopes.scope import Scope
 from zolightning.scopes.train_by_signal import TrainBySignal
@@ -17,6 +18,7 @@ __all__ = [
     "MassiveDirection",
     "OutlierChannels",
     "Part",
+    "PrefixTuning",
     "RandomLayer",
     "Scope",
     "TrainBySignal",

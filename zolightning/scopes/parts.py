@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.adapters import AdapterSettings, adaptable, adapter_settings, add_adapter, default_targets
+from zolightning.adapters import (
+    adaptable,
+    adapter_parameters,
+    adapter_settings,
+    add_adapter,
+    default_targets,
+    differences,
+    lora_settings,
+)
 from zolightning.directions.slices import Slice
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.scopes.token_mask import TokenMask
@@ -143,7 +151,7 @@ class LoRA(Part):
         targets = self.target_modules or default_targets(model.config.model_type)
         names = [name for index in indices for name in _find_targets(stack, index, targets, model.config.model_type)]
         require_adapter(self, model, self.rank, self.alpha, [name.removeprefix(path) for name in names])
-        return {parameter: None for name, parameter in model.named_parameters() if ".lora_" in name}
+        return dict.fromkeys(adapter_parameters(model))
 
 
 def outlier_channels(
@@ -201,14 +209,14 @@ def require_adapter(part: Part, model: Any, rank: int, alpha: float, targets: Se
     Raises:
         ValueError: if it has another one.
     """
-    wanted = AdapterSettings(rank=rank, alpha=alpha, target_modules=sorted(targets))
+    wanted = lora_settings(rank, alpha, list(targets))
     present = adapter_settings(model)
     if present is None:
         add_adapter(model, wanted)
     elif present != wanted:
         raise ValueError(
-            f"`part` is {part!r}, but the model has another adapter already: {present}. Wanted is {wanted}. Load "
-            "the model anew, or train the adapter that it has."
+            f"`part` is {part!r}, but the model has another adapter already: {differences(present, wanted)}. Load the "
+            "model anew, or train the adapter that it has, without a scope."
         )
 
 

@@ -1,0 +1,48 @@
+"""Training a prefix only."""
+
+import lightning as L
+from lightning.pytorch.plugins.precision import HalfPrecision
+
+from zolightning.adapters import PREFIX, adapter_settings, add_adapter, differences
+from zolightning.prefix import prefix_of
+from zolightning.scopes.scope import Scope, Selection
+from zolightning.scopes.train_head import pretrained_model
+
+
+class PrefixTuning(Scope):
+    """Trains keys and values that every layer attends to before those of the text (Li & Liang 2021, arXiv 2101.00190).
+
+    As MeZO does it (arXiv 2305.17333): keys and values are the parameters, no network makes them, and they begin as
+    those that the model computes for random tokens. For decoders of transformers. PEFT reads what is exported.
+
+    Args:
+        num_virtual_tokens: length of the prefix.
+    """
+
+    def __init__(self, num_virtual_tokens: int = 5) -> None:
+        super().__init__()
+        if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+            raise ValueError(f"`num_virtual_tokens` must be an integer, at least 1, got {num_virtual_tokens!r}.")
+        self.num_virtual_tokens = num_virtual_tokens
+
+    def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        model = pretrained_model(self, pl_module)
+        wanted = {"peft_type": PREFIX, "num_virtual_tokens": self.num_virtual_tokens}
+        present = adapter_settings(model)
+        if present is None:
+            # The first values are those that the network computes as it will run.
+            if isinstance(trainer.precision_plugin, HalfPrecision):
+                trainer.precision_plugin.convert_module(pl_module)
+            pl_module.to(trainer.strategy.root_device)
+            add_adapter(model, wanted)
+        elif differ := differences({name: present.get(name) for name in wanted}, wanted):
+            raise ValueError(
+                f"`scope` is PrefixTuning, but the model has another adapter already: {differ}. Load the model anew, "
+                "or train the adapter that it has, without a scope."
+            )
+        prefix = prefix_of(model)
+        assert prefix is not None
+        weight = prefix.embedding.weight.data
+        weight.copy_(trainer.strategy.broadcast(weight.cpu()))  # processors of different kinds differ in the last bits
+        name = next(name for name, parameter in pl_module.named_parameters() if parameter is prefix.embedding.weight)
+        return Selection({name: None}, f"a prefix of {prefix.num_tokens} tokens in all {prefix.num_layers} layers")
