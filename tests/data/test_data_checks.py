@@ -98,7 +98,7 @@ def test_the_module_must_say_how_to_tokenize(
     write_rows: Callable[..., Path], make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
 ) -> None:
     data = PromptDataModule("sst2", str(write_rows(test=3)))
-    with pytest.raises(RuntimeError, match=r"tokenizes for a model: give both to `Trainer.fit`"):
+    with pytest.raises(RuntimeError, match=r"PromptDataModule makes batches for a model: give both to `Trainer.fit`"):
         data.setup("test")
     del spectator.context_length
     with pytest.raises(TypeError, match=r"Spectator must have .*`context_length` is missing"):

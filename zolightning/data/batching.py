@@ -8,8 +8,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from zolightning.data.encoding import Batch, Example
-
 
 class LengthBuckets:
     """Training batches of examples of similar length: a pure function of the seed and the batch's number.
@@ -121,14 +119,14 @@ def even_batches(lengths: Sequence[int], batch_size: int, num_replicas: int = 1,
 Order = TypeVar("Order", LengthBuckets, list[list[int]])
 
 
-class Batches(Dataset[Batch], Generic[Order]):
+class Batches(Dataset[Any], Generic[Order]):
     """The batches of a run by their number."""
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         order: Order,
-        collate: Callable[[Sequence[Example]], Batch],
+        collate: Callable[[Sequence[Any]], Any],
     ) -> None:
         self.examples = examples
         self.order: Order = order
@@ -137,7 +135,7 @@ class Batches(Dataset[Batch], Generic[Order]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         return self.collate([self.examples[example] for example in self.order[index]])
 
 
@@ -167,7 +165,7 @@ class BatchNumbers(DistributedSampler):
         return iter(range(start, start + len(self)))
 
 
-class TrainLoader(DataLoader[Batch]):
+class TrainLoader(DataLoader[Any]):
     """A loader whose place in the data the Trainer's progress tells.
 
     A checkpoint holds the settings of the order, to warn if a resumed run has others. That there are a
@@ -176,7 +174,7 @@ class TrainLoader(DataLoader[Batch]):
 
     dataset: Batches[LengthBuckets]
 
-    def first_batches(self, num_examples: int) -> Iterator[Batch]:
+    def first_batches(self, num_examples: int) -> Iterator[Any]:
         """The first examples as they are stored, whatever the order of training, in batches of the usual size."""
         examples, size = self.dataset.examples[:num_examples], len(self.dataset.order[0])
         for start in range(0, len(examples), size):

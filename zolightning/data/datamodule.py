@@ -6,21 +6,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
-import lightning as L
-from torch.utils.data import DataLoader
-
-from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
 from zolightning.data.encoding import Batch, Example, check_tokens, collate
 from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
-from zolightning.data.labelled import LabelledTask
-from zolightning.data.rows import Row, Rows
+from zolightning.data.rows import Row
 from zolightning.data.task import PromptTask
+from zolightning.data.task_datamodule import TaskDataModule, check_at_least
 from zolightning.data.task_files import chosen_task
-from zolightning.packaged import packaged
 
 
-class PromptDataModule(L.LightningDataModule):
+class PromptDataModule(TaskDataModule):
     """Batches of prompts with candidate answers, tokenized for the model that the Trainer runs.
 
     Rows come from the Hugging Face hub or from a folder of files, and are sampled as in MeZO: training
@@ -91,33 +86,30 @@ class PromptDataModule(L.LightningDataModule):
         prompt: str | None = None,
         answers: list[str] | None = None,
     ) -> None:
-        super().__init__()
-        self.task = chosen_task(task, prompt, answers)
-        self.folder = packaged(path) if path is not None else self.task.folder
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_train = self.task.num_train if num_train is None else num_train
-        self.num_validation = self.task.num_validation if num_validation is None else num_validation
-        self.num_test = self.task.num_test if num_test is None else num_test
-        self.examples_per_class = examples_per_class
-        self.seed = seed
+        super().__init__(
+            chosen_task(task, prompt, answers),
+            path,
+            batch_size,
+            eval_batch_size,
+            num_train,
+            num_validation,
+            num_test,
+            examples_per_class,
+            seed,
+            fixed_batches,
+            num_workers,
+            num_demonstrations,
+            demonstrations_per_row,
+        )
         self.max_length = max_length
-        self.fixed_batches = fixed_batches
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.num_workers = num_workers
+        self.num_demonstrations = num_demonstrations
         self.calibration = calibration
         self.chat = chat
-        self._examples: dict[str, list[Example]] = {}
 
-        counts = ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test", "max_length")
-        for name in (*counts, "pad_to_multiple_of"):
-            _check_at_least(1, name, getattr(self, name))
-        if examples_per_class is not None:
-            _check_at_least(1, "examples_per_class", examples_per_class)
-            if not isinstance(self.task, LabelledTask):
-                raise ValueError(f"`data.examples_per_class` needs classes, of which task {self.task.name} has none.")
-        _check_at_least(0, "num_workers", num_workers)
-        _check_at_least(0, "num_demonstrations", num_demonstrations)
+        check_at_least(1, "max_length", max_length)
+        check_at_least(1, "pad_to_multiple_of", pad_to_multiple_of)
+        check_at_least(0, "num_demonstrations", num_demonstrations)
         if num_demonstrations and not isinstance(self.task, PromptTask):
             raise ValueError(f"`data.num_demonstrations` needs prompts and answers; task {self.task.name} has none.")
         if num_demonstrations and examples_per_class is not None:
@@ -134,84 +126,11 @@ class PromptDataModule(L.LightningDataModule):
             raise ValueError(
                 f"`data.calibration` needs a `content_free_prompt`, of which task {self.task.name} has none."
             )
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"`data.seed` must be at least 0 and below 2**32, got {seed}.")
-        if self.folder is None and self.task.hub is None:
-            raise ValueError(f"`data.path` must be a folder of rows, because task {self.task.name} names no source.")
-        if self.folder is not None and not self.folder.is_dir():
-            raise ValueError(f"`data.path` must be a folder of files, got {str(self.folder)!r}, which is none.")
-        self._rows = Rows(
-            self.task,
-            self.folder,
-            self.num_train,
-            self.num_validation,
-            self.num_test,
-            examples_per_class,
-            num_demonstrations,
-            demonstrations_per_row,
-            seed,
-        )
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many candidates there are, if they are the same for all rows; 1 if none are compared."""
-        return self.task.num_classes
 
     @property
     def generation(self) -> Generation | None:
         """How answers are generated, if the task says so."""
         return self.task if isinstance(self.task, Generation) else None
-
-    @property
-    def validation_metrics(self) -> tuple[str, ...]:
-        """What a validation reports of this task, beside the loss."""
-        return self.task.validation_metrics
-
-    def prepare_data(self) -> None:
-        if self.folder is None:
-            self._rows.read("train")
-
-    def setup(self, stage: str | None = None) -> None:
-        if stage in ("fit", "validate", None):
-            for name, rows in self._rows.train_and_validation().items():
-                if name == "validation" or stage != "validate":
-                    self._examples[name] = self._encode(name, rows)
-        if stage in ("test", "predict", None):
-            self._examples["test"] = self._encode("test", self._rows.test(labelled=stage != "predict"))
-
-    def check_rows(self, *names: str) -> None:
-        """Reads splits and fills in the templates of all their rows, which needs no model and takes a moment.
-
-        So what is wrong with the rows of a test is known before training, for one.
-
-        Args:
-            names: Of "train", "validation" and "test".
-
-        Raises:
-            ValueError: A row does not fit the task, or a file is missing; says which line or file.
-        """
-        for name in names:
-            self._rows.check(name)
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        examples = self._examples["train"]
-        lengths = [example.length for example in examples]
-        order = LengthBuckets(lengths, self.batch_size, self.seed, fixed=self.fixed_batches, **self._replicas())
-        only_gold = self.task.objective == "language_modeling"
-        with_prompts = self.generation is not None  # rewards are of generated texts
-        collate = self._collate(only_gold, self.pad_to_multiple_of, with_prompts)
-        batches = Batches(examples, order, collate)
-        sampler = BatchNumbers(batches, start=self._batches_trained)
-        return TrainLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._eval_dataloader("validation")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._eval_dataloader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        return self._eval_dataloader("test")
 
     def largest_batch(self, num_examples: int | None = None) -> tuple[int, int, int]:
         """What a forward pass over `num_examples` training examples, or a whole batch, reads at most.
@@ -239,8 +158,8 @@ class PromptDataModule(L.LightningDataModule):
             raise RuntimeError("There is no example before `setup`.")
         return examples[0].text
 
-    def _encode(self, name: str, rows: Sequence[Row]) -> list[Example]:
-        module = self._module()
+    def encode(self, name: str, rows: Sequence[Row]) -> list[Example]:
+        module = self.module()
         for attribute in ("tokenizer", "context_length"):
             if not hasattr(module, attribute):
                 raise TypeError(
@@ -265,19 +184,11 @@ class PromptDataModule(L.LightningDataModule):
                 raise ValueError(f"Task {self.task.name}, {row.where}: {error}.") from None
             examples.append(replace(example, right=row.right, references=row.references))
         limit = "`data.max_length`" if max_length == self.max_length else "the model's context length"
-        warn_of_cuts(examples, name, f"{max_length} tokens ({limit})", self._rows.num_demonstrations)
+        warn_of_cuts(examples, name, f"{max_length} tokens ({limit})", self.num_demonstrations)
         return examples
 
-    def _eval_dataloader(self, name: str) -> DataLoader[Batch]:
-        examples = self._examples[name]
-        lengths = [example.length for example in examples]
-        order = even_batches(lengths, self.eval_batch_size, **self._replicas())
-        batches = Batches(examples, order, self._collate(gold_only=False, with_prompts=self.generation is not None))
-        sampler = BatchNumbers(batches)
-        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
-
-    def _collate(self, gold_only: bool, multiple: int = 1, with_prompts: bool = False) -> partial[Batch]:
-        module = self._module()
+    def collate(self, for_training: bool) -> partial[Batch]:
+        module = self.module()
         # A token for padding that was added to the tokenizer and not to the model can be any other: it is masked out.
         num_embeddings = getattr(module, "num_embeddings", None) or math.inf
         pad_ids = (module.tokenizer.pad_token_id, module.tokenizer.eos_token_id, 0)
@@ -286,29 +197,8 @@ class PromptDataModule(L.LightningDataModule):
             collate,
             pad_id=pad_id,
             objective=self.task.objective,
-            gold_only=gold_only,
-            multiple=multiple,
-            with_prompts=with_prompts,
+            gold_only=for_training and self.task.objective == "language_modeling",
+            multiple=self.pad_to_multiple_of if for_training else 1,
+            with_prompts=self.generation is not None,  # rewards are of generated texts
             padding_side=getattr(module, "padding_side", "left"),
         )
-
-    def _replicas(self) -> dict[str, int]:
-        """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""
-        return self._trainer().distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-
-    def _batches_trained(self) -> int:
-        return self._trainer().fit_loop.epoch_loop.batch_progress.total.processed
-
-    def _module(self) -> Any:
-        """The LightningModule that runs, whatever attributes it has."""
-        return self._trainer().lightning_module
-
-    def _trainer(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError("PromptDataModule tokenizes for a model: give both to `Trainer.fit` or the like.")
-        return self.trainer
-
-
-def _check_at_least(minimum: int, name: str, value: int) -> None:
-    if value < minimum:
-        raise ValueError(f"`data.{name}` must be at least {minimum}, got {value}.")

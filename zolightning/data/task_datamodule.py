@@ -1,0 +1,192 @@
+"""What data modules of tasks have in common: rows, and batches of what they become, on each rank."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
+from zolightning.data.labelled import LabelledTask
+from zolightning.data.rows import Row, Rows
+from zolightning.data.task import Task
+from zolightning.packaged import packaged
+
+
+class TaskDataModule(L.LightningDataModule):
+    """Batches of a task's examples.
+
+    Rows come from the Hugging Face hub or from a folder of files, and are sampled as in MeZO: training and validation
+    rows from the official training split, test rows from the official validation split. A folder may have a
+    ``validation`` of its own.
+
+    Args:
+        task: The task.
+        path: Folder of rows, instead of the hub.
+        batch_size: Training examples a batch, on each rank.
+        eval_batch_size: Examples a batch otherwise; `batch_size` if None.
+        num_train: Training rows to sample; the task's number if None. So are `num_validation` and `num_test`.
+        num_validation: Validation rows to sample.
+        num_test: Test rows to sample.
+        examples_per_class: Sample this many rows of each class for training, and again for validation, instead.
+        seed: Decides which rows are sampled and the order of the training batches.
+        fixed_batches: Whether every epoch has the same training batches, in an order of its own.
+        num_workers: Processes that build batches.
+        num_demonstrations: Training rows that stand before every other one.
+        demonstrations_per_row: Whether others are drawn for every row.
+
+    Raises:
+        ValueError: An argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        path: str | None,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_train: int | None,
+        num_validation: int | None,
+        num_test: int | None,
+        examples_per_class: int | None,
+        seed: int,
+        fixed_batches: bool,
+        num_workers: int,
+        num_demonstrations: int = 0,
+        demonstrations_per_row: bool = False,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.folder = packaged(path) if path is not None else task.folder
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_train = task.num_train if num_train is None else num_train
+        self.num_validation = task.num_validation if num_validation is None else num_validation
+        self.num_test = task.num_test if num_test is None else num_test
+        self.examples_per_class = examples_per_class
+        self.seed = seed
+        self.fixed_batches = fixed_batches
+        self.num_workers = num_workers
+        self._examples: dict[str, list[Any]] = {}  # by the name of their split
+
+        for name in ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test"):
+            check_at_least(1, name, getattr(self, name))
+        check_at_least(0, "num_workers", num_workers)
+        if examples_per_class is not None:
+            check_at_least(1, "examples_per_class", examples_per_class)
+            if not isinstance(task, LabelledTask):
+                raise ValueError(f"`data.examples_per_class` needs classes, of which task {task.name} has none.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"`data.seed` must be at least 0 and below 2**32, got {seed}.")
+        if self.folder is None and task.hub is None:
+            raise ValueError(f"`data.path` must be a folder of rows, because task {task.name} names no source.")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"`data.path` must be a folder of files, got {str(self.folder)!r}, which is none.")
+        self._rows = Rows(
+            task,
+            self.folder,
+            self.num_train,
+            self.num_validation,
+            self.num_test,
+            examples_per_class,
+            num_demonstrations,
+            demonstrations_per_row,
+            seed,
+        )
+
+    @abstractmethod
+    def encode(self, name: str, rows: Sequence[Row]) -> list[Any]:
+        """Makes examples of the rows of a split, each with a `length`.
+
+        Raises:
+            ValueError: One does not fit the model; says which.
+        """
+
+    @abstractmethod
+    def collate(self, for_training: bool) -> Callable[[Sequence[Any]], Any]:
+        """What makes a batch of examples."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes or candidates there are, if they are the same for all rows; 1 if none are compared."""
+        return self.task.num_classes
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """What a validation reports of this task, beside the loss."""
+        return self.task.validation_metrics
+
+    def prepare_data(self) -> None:
+        if self.folder is None:
+            self._rows.read("train")
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage in ("fit", "validate", None):
+            for name, rows in self._rows.train_and_validation().items():
+                if name == "validation" or stage != "validate":
+                    self._examples[name] = self.encode(name, rows)
+        if stage in ("test", "predict", None):
+            self._examples["test"] = self.encode("test", self._rows.test(labelled=stage != "predict"))
+
+    def check_rows(self, *names: str) -> None:
+        """Reads splits and all that can be known of their rows without a model, which takes a moment.
+
+        So what is wrong with the rows of a test is known before training, for one.
+
+        Args:
+            names: Of "train", "validation" and "test".
+
+        Raises:
+            ValueError: A row does not fit the task, or a file is missing; says which line or file.
+        """
+        for name in names:
+            self._rows.check(name)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        examples = self._examples["train"]
+        lengths = [example.length for example in examples]
+        order = LengthBuckets(lengths, self.batch_size, self.seed, fixed=self.fixed_batches, **self._replicas())
+        batches = Batches(examples, order, self.collate(for_training=True))
+        sampler = BatchNumbers(batches, start=self._batches_trained)
+        return TrainLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._eval_dataloader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._eval_dataloader("test")
+
+    def module(self) -> Any:
+        """The LightningModule that runs, whatever attributes it has."""
+        return self._trainer().lightning_module
+
+    def _eval_dataloader(self, name: str) -> DataLoader[Any]:
+        examples = self._examples[name]
+        lengths = [example.length for example in examples]
+        order = even_batches(lengths, self.eval_batch_size, **self._replicas())
+        batches = Batches(examples, order, self.collate(for_training=False))
+        return DataLoader(batches, batch_size=None, sampler=BatchNumbers(batches), num_workers=self.num_workers)
+
+    def _replicas(self) -> dict[str, int]:
+        """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""
+        return self._trainer().distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+    def _batches_trained(self) -> int:
+        return self._trainer().fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError(
+                f"{type(self).__name__} makes batches for a model: give both to `Trainer.fit` or the like."
+            )
+        return self.trainer
+
+
+def check_at_least(minimum: int, name: str, value: int) -> None:
+    """Raises ValueError for a setting of a data module that is too small."""
+    if value < minimum:
+        raise ValueError(f"`data.{name}` must be at least {minimum}, got {value}.")
