@@ -6,6 +6,8 @@ from zolightning.data.conversation import Conversation
 from zolightning.data.datamodule import PromptDataModule
 from zolightning.data.encoding import Batch
 from zolightning.data.generation import Generation
+from zolightning.data.image_classification import ImageClassification
+from zolightning.data.image_datamodule import ImageDataModule
 from zolightning.data.multiple_choice import MultipleChoice
 from zolightning.data.plain_text import PlainText
 from zolightning.data.task import Task
@@ -17,6 +19,8 @@ __all__ = [
     "Completion",
     "Conversation",
     "Generation",
+    "ImageClassification",
+    "ImageDataModule",
     "MultipleChoice",
     "PlainText",
     "PromptDataModule",

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from zolightning.data.encoding import Batch, Example, check_tokens, collate
 from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
+from zolightning.data.image_classification import ImageClassification
 from zolightning.data.rows import Row
 from zolightning.data.task import PromptTask
 from zolightning.data.task_datamodule import TaskDataModule, check_at_least
@@ -101,6 +102,8 @@ class PromptDataModule(TaskDataModule):
             num_demonstrations,
             demonstrations_per_row,
         )
+        if isinstance(self.task, ImageClassification):
+            raise ValueError(f"Task {self.task.name} is of images: `data.class_path` must be ImageDataModule.")
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_demonstrations = num_demonstrations

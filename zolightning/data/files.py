@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, CSV and Parquet."""
+"""Files of rows: JSON lines, CSV and Parquet; and folders of images."""
 
 import bz2
 import gzip
@@ -20,6 +20,8 @@ _OPEN: dict[str, Callable[..., Any]] = {
 _DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 ENDINGS = (*_OPEN, *_DELIMITERS, ".parquet")
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+
 # Other names of a split's file, and other endings of files that hold rows.
 _ALIASES = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
 _OTHER_ENDINGS = (".ndjson", ".json", ".xlsx", ".txt", ".gz", ".zst", ".zip")
@@ -27,6 +29,8 @@ _OTHER_ENDINGS = (".ndjson", ".json", ".xlsx", ".txt", ".gz", ".zst", ".zip")
 
 def find_rows(folder: Path, name: str) -> Path | None:
     """The file of a split in a folder: its name, "train", "validation" or "test", with one of `ENDINGS`.
+
+    Where there is none, it is the folder of that name, which holds images.
 
     Raises:
         ValueError: There are two, or one of another name that looks like it.
@@ -36,6 +40,8 @@ def find_rows(folder: Path, name: str) -> Path | None:
         raise ValueError(f"{folder} has {found[0].name} and {found[1].name}: which of them? Keep one.")
     if found:
         return found[0]
+    if (folder / name).is_dir():
+        return folder / name
     if advice := _misnamed(folder, name):
         raise ValueError(advice)
     return None
@@ -49,7 +55,9 @@ def unit_of(path: Path) -> Unit:
 def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yields the rows of a file with their numbers, counted from 0. Empty lines of JSON are left out.
 
-    CSV and Parquet files are read by pyarrow, which finds out the type of each column of a CSV file.
+    CSV and Parquet files are read by pyarrow, which finds out the type of each column of a CSV file. Of a folder of
+    images, each is a row with the fields `image`, its path in the folder around, and `label`, the folder in which it
+    lies, if it lies in another one.
 
     Args:
         path: One that :func:`find_rows` found.
@@ -58,6 +66,9 @@ def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]
     Raises:
         ValueError: The file, or a line of it, cannot be read; says which.
     """
+    if path.is_dir():
+        yield from enumerate(_images(path))
+        return
     opened = next((open_file for ending, open_file in _OPEN.items() if path.name.endswith(ending)), None)
     if opened is None:
         yield from enumerate(_read_table(path))
@@ -72,6 +83,12 @@ def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]
         raise ValueError(f"{path} cannot be read after line {number + 1}: {error}.") from None
     except ValueError as error:
         raise ValueError(f"{path}, line {number + 1}: {error}.") from None
+
+
+def _images(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_ENDINGS):
+        row = {"image": str(path.relative_to(folder.parent))}
+        yield row if path.parent == folder else row | {"label": path.parent.name}
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
@@ -97,6 +114,9 @@ def _misnamed(folder: Path, name: str) -> str | None:
     """What to do about files in the folder that look like this split under another name, or None if there are none."""
     files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS)))
     found = [file for file in files if file.split(".")[0].lower() in _ALIASES[name]]
+    folders = [alias for alias in _ALIASES[name] if (folder / alias).is_dir()]
+    if folders and not found and (folder / "train").is_dir():
+        return f"{folder} has no folder {name}, but found {folders[0]}: rename it to {name}."
     if not found:
         return None
     known = next((ending for ending in ENDINGS if found[0].lower().endswith(ending)), None)

@@ -30,6 +30,11 @@ class ImageExample:
     image: Path | bytes
     label: int
 
+    @property
+    def length(self) -> int:
+        """All are as long."""
+        return 1
+
 
 class ImageBatch(TypedDict):
     """B images."""

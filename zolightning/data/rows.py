@@ -1,8 +1,9 @@
 """The rows of a task: read, checked, sampled, and written as prompts and answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,6 +30,7 @@ class Row:
         references: What a generated text is compared with.
         turns: The same for a chat template: the user's turn, or all turns of a conversation.
         shown: The demonstrations, rows that stand before the prompt, each with its first right answer.
+        fields: The row itself.
         content_free: Prompt and answers without the row's content, where the task says what that is.
     """
 
@@ -39,6 +41,7 @@ class Row:
     right: tuple[int, ...]
     references: tuple[str, ...]
     turns: list[Message]
+    fields: Mapping[str, Any]
     shown: tuple["Row", ...] = ()
     content_free: tuple[str, list[str]] | None = None
 
@@ -190,4 +193,4 @@ class Rows:
         except ValueError as error:
             raise ValueError(f"Task {self.task.name}, {where}: {error}.") from None
         turns = turns or [Message(role="user", content=prompt)]
-        return Row(split.ids[index], where, prompt, answers, right, references, turns, (), content_free)
+        return Row(split.ids[index], where, prompt, answers, right, references, turns, row, (), content_free)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zolightning.data.files import Unit, find_rows, read_rows, unit_of
+from zolightning.data.image_classification import ImageClassification
 from zolightning.data.task import HubDataset, Task
 
 
@@ -83,6 +84,8 @@ def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
     """
     origin = f"{hub.path}{f'/{hub.name}' if hub.name else ''}, split {name}"
     dataset = _load_dataset(hub, name, task)
+    if isinstance(task, ImageClassification):
+        dataset = _with_files(dataset, task.image)
     if missing := sorted(task.fields - set(dataset.column_names)):
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"{origin}: field `{missing[0]}` is missing; there are {columns}.")
@@ -101,6 +104,15 @@ def _candidate(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int
         return NO_LABEL
     right = task.right(row)
     return right if right is None else right[0]
+
+
+def _with_files(dataset: Any, column: str) -> Any:
+    """A data set that gives the files of its images, which take less memory than the images."""
+    import datasets
+
+    if not isinstance(dataset.features.get(column), datasets.Image):
+        return dataset
+    return dataset.cast_column(column, datasets.Image(decode=False))
 
 
 def _not_empty(split: Split, task: Task) -> Split:

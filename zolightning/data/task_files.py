@@ -12,6 +12,7 @@ from zolightning.data.classification import Classification
 from zolightning.data.completion import Completion
 from zolightning.data.conversation import Conversation
 from zolightning.data.generation import Generation
+from zolightning.data.image_classification import ImageClassification
 from zolightning.data.multiple_choice import MultipleChoice
 from zolightning.data.plain_text import PlainText
 from zolightning.data.task import HubDataset, PromptTask, Task
@@ -24,6 +25,7 @@ KINDS: dict[str, type[Task]] = {
     "references": Generation,
     "answer": Completion,
     "messages": Conversation,
+    "image": ImageClassification,
     "text": PlainText,
 }
 
