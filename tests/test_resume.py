@@ -16,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, WarmupDecay, ZerothOrderOptimizer
-from zolightning.optim.estimators import PerExample
+from zolightning.optim.estimators import ForwardGradient, PerExample
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
@@ -129,6 +129,14 @@ def test_a_direction_for_each_example(run: Callable[..., Run], tmp_path: Path) -
     whole = run(method, stop=6, precision="bf16-true")
     resumed = run(method, ckpt_path=tmp_path / "saved.ckpt", precision="bf16-true")
     assert [len(record.projected_grads) for record in whole.records] == [4] * 20
+    assert resumed.records == whole.records[6:]
+    resumed.assert_ends_as(whole)
+
+
+def test_derivatives_in_the_place_of_differences(run: Callable[..., Run], tmp_path: Path) -> None:
+    method = partial(MeZO, lr=0.01, momentum=0.5, estimator=ForwardGradient(), num_queries=2)
+    whole = run(method, stop=6, precision="bf16-true")
+    resumed = run(method, ckpt_path=tmp_path / "saved.ckpt", precision="bf16-true")
     assert resumed.records == whole.records[6:]
     resumed.assert_ends_as(whole)
 

@@ -142,7 +142,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             continue
         name = type(optimizer).__name__
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
-        forwards = len(optimizer.estimator.probes(optimizer.num_queries))
+        forwards = len(optimizer.estimator.probes(optimizer.num_queries)) * optimizer.estimator.forwards
         how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
         if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
             how += f", {-(-forwards // parts)} of them on the first rank"

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.pieces import HOST, ByRows, is_cut, linear_in_pieces
 from zolightning.evaluation.scratch import Scratch
@@ -213,6 +214,8 @@ class Perturbed(TorchFunctionMode):
         return self._copy(value, perturbation, taken)
 
     def _copy(self, weight: nn.Parameter, perturbation: Perturbation, taken: list[Buffer]) -> Tensor:
+        if isinstance(perturbation, Tangent):
+            return perturbation.dual(weight)
         if torch.is_grad_enabled():
             with torch.no_grad():
                 stored = weight.detach().contiguous()
@@ -274,7 +277,7 @@ class Perturbed(TorchFunctionMode):
             return None
         ids, table = args[:2]
         perturbation = self._perturbations.get(id(table))
-        if perturbation is None:
+        if perturbation is None or isinstance(perturbation, Tangent):
             return None
         self.seen.add(id(table))
         rows = ids.reshape(-1)

@@ -18,7 +18,7 @@ from zolightning.optim.checks import (
     require_trainable,
 )
 from zolightning.optim.estimating import Estimating
-from zolightning.optim.estimators import Estimator, PerExample, TwoSided
+from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample, TwoSided
 from zolightning.optim.precision import (
     RESTS,
     UPDATE_PRECISIONS,
@@ -49,7 +49,7 @@ class ZerothOrderOptimizer(Estimating):
             which has less variance where not many more numbers are searched than directions drawn; see
             :mod:`zolightning.optim.alignment`.
         estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()``, ``Population()``,
-            ``ZScores()`` or ``PerExample()`` (:mod:`zolightning.optim.estimators`).
+            ``ZScores()``, ``PerExample()`` or ``ForwardGradient()`` (:mod:`zolightning.optim.estimators`).
         seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
         update_precision: how updates are added to half-precision weights: "exact", as if they were fp32, for 2 bytes a
             bfloat16 parameter or 4 a float16 one; "low_byte", rounded to 24 bits, for 1 byte a bfloat16 parameter; or
@@ -155,6 +155,11 @@ class ZerothOrderOptimizer(Estimating):
                 f"`evaluations_per_forward` is {evaluations_per_forward}, and under PerExample() the examples of an "
                 "evaluation share a forward already. Leave it at 1."
             )
+        if evaluations_per_forward > 1 and isinstance(self.estimator, ForwardGradient):
+            raise ValueError(
+                f"`evaluations_per_forward` is {evaluations_per_forward}, and under ForwardGradient() each evaluation "
+                "is differentiated by itself. Leave it at 1."
+            )
         self._names |= {parameter: name for name, parameter in module.named_parameters()}
         count, half = 0, []
         for _, name, parameter in self.trainable():
@@ -180,7 +185,7 @@ class ZerothOrderOptimizer(Estimating):
             "method": (type(self).__name__, self.takes_shards, "MeZO or MeZOAdam"),
             "estimator": (
                 f"{type(self.estimator).__name__}()",
-                not isinstance(self.estimator, PerExample),
+                not isinstance(self.estimator, PerExample | ForwardGradient),
                 "TwoSided()",
             ),
             "align_queries": (self.align_queries, not self.align_queries, "False"),

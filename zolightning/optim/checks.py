@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from zolightning.kernels.noise import MAX_ELEMENTS
@@ -58,8 +59,16 @@ def require_trainable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
 
 
+def require_terms(terms: Sequence[float]) -> None:
+    """Raises a ValueError if a loss is said to average a negative number of terms."""
+    if min(terms) < 0:
+        raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {min(terms):g}.")
+
+
 def loss_and_terms(output: Loss) -> tuple[Tensor, Tensor]:
     """A loss and the number of terms it averages, both as wide scalars, from what was returned for it.
+
+    The loss keeps its derivative in forward mode, if it has one.
 
     Losses of micro-batches and of ranks are averaged by their numbers of terms, which is the loss of the whole batch
     where each is a mean over its own terms. A user's dictionary may hold whatever else it likes, ``"weight"`` included.
@@ -86,7 +95,11 @@ def loss_and_terms(output: Loss) -> tuple[Tensor, Tensor]:
             "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
             f"{getattr(terms, 'shape', repr(terms))}. Return the dictionary's own entry under another name."
         )
-    loss = loss.detach().view(()).to(torch.float32 if loss.device.type == "mps" else torch.float64)
+    wide = torch.float32 if loss.device.type == "mps" else torch.float64
+    loss, derivative = forward_ad.unpack_dual(loss)
+    loss = loss.detach().view(()).to(wide)
+    if derivative is not None:
+        loss = forward_ad.make_dual(loss, derivative.detach().view(()).to(wide))
     if isinstance(terms, Tensor):
         return loss, terms.detach().view(()).to(loss.device, loss.dtype, non_blocking=True)
     return loss, torch.full_like(loss, terms)  # a kernel's argument: a copy from the host would wait for the device

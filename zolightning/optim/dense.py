@@ -65,6 +65,13 @@ class DenseDescent(DenseOptimizer):
     """Abstract: hands on the estimated gradients of all parameters, each with all queries in one direction."""
 
     takes_shards = True
+    has_unit_directions = True
+
+    def unit_directions(self, query: int) -> dict[nn.Parameter, Perturbation]:
+        found: dict[nn.Parameter, Perturbation] = {}
+        for group in self.param_groups:
+            found |= self.directions(group, group["seed"], group["step"], {query: 1.0})
+        return found
 
     @abstractmethod
     def update_parameters(

@@ -16,7 +16,8 @@ from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.blocks import BlockwiseParameters
 from zolightning.optim.checks import require_queries
-from zolightning.optim.estimators import Estimator, PerExample, Probe, TwoSided
+from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample, Probe, TwoSided
+from zolightning.optim.forward_gradient import evaluate_derivatives
 from zolightning.optim.per_example import evaluate_examples
 from zolightning.optim.probing import Evaluate, evaluate_probes, evaluate_step
 from zolightning.optim.record import Estimate, StepRecord
@@ -31,6 +32,8 @@ class Estimating(BlockwiseParameters, ABC):
         num_queries, align_queries, estimator: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
+    has_unit_directions = False  # see `unit_directions`
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -44,6 +47,11 @@ class Estimating(BlockwiseParameters, ABC):
         if align_queries and isinstance(estimator, PerExample):
             raise ValueError(
                 "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
+            )
+        if isinstance(estimator, ForwardGradient) and not self.has_unit_directions:
+            raise ValueError(
+                f"`estimator` is ForwardGradient(), and {type(self).__name__} searches a subspace, or along directions "
+                "that depend on the weights: use MeZO or MeZOAdam."
             )
         self.num_queries = num_queries
         self.align_queries = align_queries
@@ -69,6 +77,10 @@ class Estimating(BlockwiseParameters, ABC):
 
         For every trainable parameter, as a tensor of :meth:`trainable_shape`.
         """
+
+    def unit_directions(self, query: int) -> dict[nn.Parameter, Perturbation]:
+        """The direction of `query` itself, for every trainable parameter, where that is the same for any weights."""
+        raise NotImplementedError("`has_unit_directions` says where there are such")
 
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
         """:meth:`perturbations` of several queries."""
@@ -153,6 +165,8 @@ class Estimating(BlockwiseParameters, ABC):
         look = partial(evaluate_probes, self, self.estimator, self.estimator.probes(self.num_queries), evaluate, share)
         if isinstance(self.estimator, PerExample):
             look = partial(evaluate_examples, self, self.estimator, evaluate, share, micro_batches)
+        elif isinstance(self.estimator, ForwardGradient):
+            look = partial(evaluate_derivatives, self, self.estimator, evaluate, share)
         found = evaluate_step(self, last, look, skip_nonfinite)
         weight = group.get("block_weight", 1.0)
         return StepRecord(
@@ -162,7 +176,7 @@ class Estimating(BlockwiseParameters, ABC):
             lr=tuple(float(group["lr"]) * group.get("lr_scale", 1.0) * weight for group in self.param_groups),
             projected_grads=tuple(found.projected_grads) if found.is_finite else (),
             losses=tuple(found.losses),
-            forward_passes=len(found.losses) + last.measured,
+            forward_passes=len(found.losses) * self.estimator.forwards + last.measured,
             refresh=group.get("refresh", 0),
             folds=group.get("folds", 0),
             blocks=self.active,

@@ -12,6 +12,7 @@ estimator      forwards     g_i                                                 
 ``Population`` N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
 ``ZScores``    N (>= 2)     (F(W + eps z_i) - their mean) / their standard deviation      its mean cancels
 ``PerExample`` 2            that of ``TwoSided`` for F_i, the examples of query i alone   none
+``ForwardGradient`` 2 N     the derivative of F along z_i, exact                          none, for any F
 =============  ===========  ====================================================  ==============================
 """
 
@@ -37,6 +38,7 @@ class Estimator(ABC):
     """A finite-difference formula. Stateless."""
 
     min_queries: int = 1
+    forwards: int = 1  # that an evaluation costs
 
     @abstractmethod
     def probes(self, num_queries: int) -> list[Probe]:
@@ -144,3 +146,23 @@ class ZScores(Population):
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
         centered = losses - losses.mean()
         return centered / (centered.square().mean().sqrt() + _TINY)
+
+
+class ForwardGradient(Estimator):
+    """No difference but a derivative: ``grad F' z_i``, exact, by forward-mode automatic differentiation.
+
+    The forward gradient of Baydin et al., "Gradients without Backpropagation" (arXiv 2202.08587): what the other
+    estimators come to where `eps`, which it does not use, goes to zero and no loss is rounded. An upper bound for them,
+    at the weights themselves, and a first-order method that keeps no activations. Differentiating along a direction
+    costs about as much as another forward, and is refused where one of the network's operations has no derivative in
+    forward mode. For methods with dense directions: MeZO and MeZOAdam.
+    """
+
+    forwards = 2
+
+    def probes(self, num_queries: int) -> list[Probe]:
+        return [Probe(query, 0) for query in range(num_queries)]
+
+    def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
+        """Of the derivatives, which are the projected gradients already."""
+        return losses

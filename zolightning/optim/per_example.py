@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.optim.checks import loss_and_terms
+from zolightning.optim.checks import loss_and_terms, require_terms
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters
 from zolightning.optim.share import Share
@@ -84,8 +84,7 @@ def evaluate_examples(
     grads = estimator.projected_grads(count * shares.T.flatten(), group["eps"])
     numbers = torch.cat([shares.sum(dim=1), terms.sum(dim=1), terms.amin()[None], grads]).tolist()
     losses, all_terms, (least, *projected_grads) = numbers[:2], numbers[2:4], numbers[4:]
-    if least < 0:
-        raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {least:g}.")
+    require_terms([least])
     return Probed(losses, projected_grads, 0 in all_terms)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.optim.alignment import aligned
-from zolightning.optim.checks import Loss, loss_and_terms
+from zolightning.optim.checks import Loss, loss_and_terms, require_terms
 from zolightning.optim.estimators import Estimator, Probe
 from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError
 from zolightning.optim.share import Share
@@ -41,8 +41,9 @@ class Probed(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether several losses are the same to the last bit."""
-        return len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
+        """Whether several losses are the same to the last bit, and say nothing."""
+        are_equal = len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
+        return are_equal and not any(self.projected_grads)
 
 
 def evaluate_step(optimizer: "Estimating", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool) -> Probed:
@@ -131,8 +132,7 @@ def evaluate_probes(
     losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
     numbers = torch.cat([losses, terms, estimator.projected_grads(losses, group["eps"])]).tolist()
     count = len(probes)
-    if min(numbers[count : 2 * count]) < 0:
-        raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {numbers[count]:g}.")
+    require_terms(numbers[count : 2 * count])
     return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
 
 

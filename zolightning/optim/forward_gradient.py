@@ -1,0 +1,105 @@
+"""The derivatives of a step's loss along its directions, each exact, by forward-mode automatic differentiation."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zolightning.directions.tangent import Tangent
+from zolightning.messages import some
+from zolightning.optim.checks import loss_and_terms, require_terms
+from zolightning.optim.estimators import ForwardGradient
+from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters
+from zolightning.optim.share import Share
+
+if TYPE_CHECKING:
+    from zolightning.optim.estimating import Estimating
+
+
+def evaluate_derivatives(
+    optimizer: "Estimating", estimator: ForwardGradient, evaluate: Evaluate, share: Share
+) -> Probed:
+    """Differentiates a loss along the direction of each query, at the stored weights.
+
+    Attention is computed by its formula, of which every operation has a derivative: the fused kernels have none.
+
+    Args:
+        optimizer: says what the directions are.
+        estimator: of the optimizer.
+        evaluate: the loss of one batch, and its number of terms if it is not 1.
+        share: which of the derivatives this rank computes, and how it learns of the others.
+
+    Returns:
+        The loss at the stored weights, once a query, and its derivatives. A loss whose derivative is not finite is not
+        finite here.
+
+    Raises:
+        ValueError: if the loss cannot be differentiated: an operation has no forward derivative, a parameter is read
+            where it cannot be exchanged, or the loss does not depend on the parameters by torch's operations; or if a
+            number of terms is negative.
+    """
+    if optimizer.evaluator.graphs is not None:
+        raise ValueError("`cuda_graphs` is True, and under ForwardGradient() no forward is recorded. Set it to False.")
+    count, group = optimizer.num_queries, optimizer.param_groups[0]
+    own = share.of(len(estimator.probes(count)))
+    trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
+    whole = [of_whole_parameters(optimizer, optimizer.unit_directions(query)) for query in own]
+    tangents = [{parameter: Tangent(direction) for parameter, direction in found.items()} for found in whole]
+    sums = torch.zeros(count, 3, dtype=torch.float64, device=next(iter(trainable)).device)
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        results = []
+        if own:
+            with _named_operation():
+                results = optimizer.evaluator.evaluate(
+                    lambda: loss_and_terms(evaluate()),
+                    trainable,
+                    tangents,
+                    (group["seed"], group["step"], share.stream),
+                    {parameter: name for name, parameter in optimizer.at_rest()},
+                )
+        for query, (dual, terms) in zip(own, results, strict=True):
+            loss, derivative = forward_ad.unpack_dual(dual)
+            hidden = [name for parameter, name in trainable.items() if tangents[0][parameter].is_hidden]
+            if (derivative is None or hidden) and terms > 0 and loss.isfinite():
+                raise ValueError(f"`estimator` is ForwardGradient(), and {_why_not(hidden)}, or choose TwoSided().")
+            # a loss over no terms says nothing: it is NaN where it is a mean
+            values = [loss, torch.zeros_like(loss) if derivative is None else derivative]
+            sums[query] = torch.stack([*(torch.where(terms == 0, 0, value * terms) for value in values), terms])
+    sums = sums if share.sum is None else share.sum(sums)
+    losses, derivatives, terms = (*(sums[:, :2] / sums[:, 2:]).unbind(1), sums[:, 2])
+    losses = torch.where(derivatives.isfinite(), losses, derivatives)
+    numbers = torch.cat([losses, terms, estimator.projected_grads(derivatives, group["eps"])]).tolist()
+    require_terms(numbers[count : 2 * count])
+    return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
+
+
+@contextmanager
+def _named_operation() -> Iterator[None]:
+    """Says in one line which operation has no derivative in forward mode."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        found = re.search(r"forward AD with (\S+)|(\w*jvp\w*)", str(error))
+        if found is None:
+            raise
+        operation = found[1] or "a function of its own"
+        raise ValueError(
+            f"`estimator` is ForwardGradient(), and the network uses {operation}, which has no derivative in forward "
+            "mode. Do without it, or choose TwoSided()."
+        ) from error
+
+
+def _why_not(hidden: list[str]) -> str:
+    if hidden:
+        return (
+            f"{len(hidden)} parameters are unused, or read where torch's Python functions do not see it (a compiled "
+            f"network): {some(hidden)}. Freeze them, or do not compile"
+        )
+    return (
+        "the loss carries no derivative: it is detached, or computed by other than torch's operations (`item()`, a "
+        "reward of generated texts). Do without that"
+    )
