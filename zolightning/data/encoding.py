@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zolightning.data.task import Objective
+from zolightning.data.templates import MASK, SEPARATOR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,9 +132,11 @@ def encode(
     appended. The prompt leaves room for at least `room_for_answer` tokens.
 
     Raises:
-        ValueError: A part has no tokens, two candidates are the same, or the answers leave no room for the
-            prompt.
+        ValueError: A part has no tokens, two candidates are the same, the answers leave no room for the prompt, or it
+            has a mask or a separator.
     """
+    if MASK in prompt or SEPARATOR in prompt:
+        raise ValueError("`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM and SequenceClassifier")
     name = tokenizer.name_or_path or type(tokenizer).__name__
     texts = [answers[0], prompt, *(prompt + answer for answer in answers)]
     first_ids, prompt_ids, *full_ids = tokenizer(texts, verbose=False)["input_ids"]

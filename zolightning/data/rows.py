@@ -15,6 +15,7 @@ from zolightning.data.labelled import LabelledTask
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
+from zolightning.data.templates import MASK, SEPARATOR
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Row:
     Args:
         id: Where the row stands in its source, counted from 0.
         where: The same for messages, with the source.
-        prompt: The prompt, after its demonstrations.
+        prompt: The prompt, with its demonstrations.
         answers: The candidates.
         right: Indices of those that are right, the one to train on first; none if that is not known.
         references: What a generated text is compared with.
         turns: The same for a chat template: the user's turn, or all turns of a conversation.
-        shown: The demonstrations, rows that stand before the prompt, each with its first right answer.
+        shown: The demonstrations, other rows in the prompt, each with its first right answer.
         fields: The row itself.
         content_free: Prompt and answers without the row's content, where the task says what that is.
     """
@@ -47,22 +48,30 @@ class Row:
 
     @property
     def demonstration(self) -> str:
-        """What is shown of it before others, of a row whose label is known."""
+        """What is shown of it before others, or behind a mask of theirs, of a row whose label is known."""
+        if MASK in self.prompt:
+            return SEPARATOR + self.prompt.replace(MASK, self.answers[self.right[0]])
         return f"{(self.prompt + self.answers[self.right[0]]).strip()}\n\n"
 
     def after(self, shown: Sequence["Row"]) -> "Row":
-        """This row with others before its prompt."""
-        prompt, turns = "", list[Message]()
+        """This row with others before its prompt, or behind it where a mask stands for the answer.
+
+        The latter as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
+        """
+        turns = list[Message]()
         for one in shown:
-            prompt += one.demonstration
             answer = Message(role="assistant", content=one.answers[one.right[0]].strip())
             turns += [*one.turns, answer]
-        return replace(self, prompt=prompt + self.prompt, turns=[*turns, *self.turns], shown=tuple(shown))
+        demonstrations = "".join(one.demonstration for one in shown)
+        prompt = self.prompt + demonstrations if MASK in self.prompt else demonstrations + self.prompt
+        return replace(self, prompt=prompt, turns=[*turns, *self.turns], shown=tuple(shown))
 
     def without_first(self, count: int) -> "Row":
         """This row without so many of its demonstrations, from the first one on."""
-        length = sum(len(one.demonstration) for one in self.shown[:count])
-        return replace(self, prompt=self.prompt[length:], turns=self.turns[2 * count :], shown=self.shown[count:])
+        whole, rest = ("".join(one.demonstration for one in shown) for shown in (self.shown, self.shown[count:]))
+        return replace(
+            self, prompt=self.prompt.replace(whole, rest, 1), turns=self.turns[2 * count :], shown=self.shown[count:]
+        )
 
 
 class Rows:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from zolightning.data.templates import check_template, fill, guarded
+from zolightning.data.templates import MASK, check_template, fill, guarded
 
 Objective = Literal["classification", "language_modeling"]
 Label = int | str
@@ -143,10 +143,11 @@ class PromptTask(Task):
 
     The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
     space it ends with goes to the front of each answer, so the text of prompt and answer together is what was
-    written.
+    written. So does a space before a mask, where the answer stands for masked language models.
 
     Args:
-        prompt: Jinja2 template over the fields of a row.
+        prompt: Jinja2 template over the fields of a row; `{{ mask }}` and `{{ sep }}` in it are the model's mask and
+            what it separates two texts by.
     """
 
     prompt: str
@@ -169,5 +170,7 @@ class PromptTask(Task):
         values = guarded(row, self.template_fields)
         prompt = fill(template, values)
         answers = self.answers_to(row, values)
+        if f" {MASK}" in prompt:
+            prompt, answers = prompt.replace(f" {MASK}", MASK), [f" {answer.lstrip(' ')}" for answer in answers]
         space = prompt[len(prompt.rstrip(" ")) :]
         return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]

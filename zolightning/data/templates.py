@@ -7,8 +7,12 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
+# What `{{ mask }}` and `{{ sep }}` write: characters that Unicode leaves to programs, and no text holds.
+MASK, SEPARATOR = "\ufdd0", "\ufdd1"
+
 # the final newline of a template belongs to the prompt
 _TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_TEMPLATES.globals |= {"mask": MASK, "sep": SEPARATOR}
 
 
 def check_template(key: str, source: str) -> None:

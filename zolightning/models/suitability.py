@@ -1,5 +1,6 @@
 """What scoring takes for granted of a model, tried out: no token sees a later one, and padding changes nothing."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from zolightning.evaluation.mode import evaluation_mode
 from zolightning.models.scoring import last_logits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LENGTH, _PADDING = 8, 3  # tokens
 
@@ -35,24 +36,68 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
         logits, logits_before_changed = last_logits(model, rows, torch.ones_like(rows), _LENGTH).float()
         (padded_logits,) = last_logits(model, padded, mask, _LENGTH).float()
 
+    _refuse_overflow(model, logits)
+    if _difference(logits[:-1], logits_before_changed[:-1]) > _tolerance(model):
+        raise MisconfigurationException(
+            f"`model_name` is a {type(model).__name__} whose tokens see those after them: it would read the answers "
+            "that it scores. Use a causal language model (here: `is_decoder` true in config.json, if it was trained "
+            "so), or MaskedLM."
+        )
+    _refuse_padding(model, logits, padded_logits)
+
+
+@torch.no_grad()
+def refuse_reading_padding(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", logits_of: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Runs a model of transformers that reads both ways with padding and without it, as :func:`refuse_unsuitable` does.
+
+    Args:
+        model: Run by `logits_of`.
+        tokenizer: The model's.
+        logits_of: Logits by tokens and their mask, both (rows, length).
+
+    Raises:
+        MisconfigurationException: The values exceed float16, or depend on the padding beside a text.
+    """
+    weight = model.get_input_embeddings().get_parameter("weight")
+    others = [id for id in range(len(weight)) if id not in tokenizer.all_special_ids]
+    chosen = [others[len(others) * i // _LENGTH] for i in range(_LENGTH)]
+    if tokenizer.mask_token_id is not None:
+        chosen[_LENGTH // 2] = tokenizer.mask_token_id
+    ids = torch.tensor([chosen], device=weight.device)
+    pad = torch.full((1, _PADDING), tokenizer.pad_token_id or 0, device=weight.device)
+
+    def beside(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([second, first] if tokenizer.padding_side == "left" else [first, second], dim=1)
+
+    with evaluation_mode(model):
+        logits = logits_of(ids, torch.ones_like(ids)).float()
+        padded_logits = logits_of(beside(ids, pad), beside(torch.ones_like(ids), torch.zeros_like(pad))).float()
+    _refuse_overflow(model, logits)
+    _refuse_padding(model, logits, padded_logits)
+
+
+def _refuse_overflow(model: "PreTrainedModel", logits: Tensor) -> None:
+    if model.dtype is torch.float16 and not torch.isfinite(logits).all():
+        raise MisconfigurationException(
+            f"`model_name` is a {type(model).__name__} whose values float16 cannot hold: use bfloat16 or float32 "
+            "(`trainer.precision`)."
+        )
+
+
+def _refuse_padding(model: "PreTrainedModel", logits: Tensor, padded_logits: Tensor) -> None:
+    if _difference(logits, padded_logits) > _tolerance(model):
+        raise MisconfigurationException(
+            f"`model_name` is a {type(model).__name__}, which does not mask padding: its scores would depend on the "
+            "other examples of a batch. Use a model that honours `attention_mask`."
+        )
+
+
+def _tolerance(model: "PreTrainedModel") -> float:
     # Rounding makes 1e-6 (float32) or 1e-3 (bfloat16, SmolLM2-135M). Random weights of a BERT make 9e-4 and 6e-3,
     # trained ones, and padding of an RWKV, about 1.
-    tolerance = 0.1 if weight.dtype.itemsize < 4 else 1e-4
-    name = type(model).__name__
-    if weight.dtype is torch.float16 and not torch.isfinite(logits).all():
-        raise MisconfigurationException(
-            f"`model_name` is a {name} whose values float16 cannot hold: use bfloat16 or float32 (`trainer.precision`)."
-        )
-    if _difference(logits[:-1], logits_before_changed[:-1]) > tolerance:
-        raise MisconfigurationException(
-            f"`model_name` is a {name} whose tokens see those after them: it would read the answers that it scores. "
-            "Use a causal language model (here: `is_decoder` true in config.json, if it was trained so)."
-        )
-    if _difference(logits, padded_logits) > tolerance:
-        raise MisconfigurationException(
-            f"`model_name` is a {name}, which does not mask padding: its scores would depend on the other examples "
-            "of a batch. Use a model that honours `attention_mask`."
-        )
+    return 0.1 if model.dtype.itemsize < 4 else 1e-4
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -25,6 +25,9 @@ class TextModule(PretrainedModule):
     def context_length(self) -> int:
         """The longest sequence, in tokens, that model and tokenizer are made for."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for name, module in self.model.named_modules() if longest else ():
+            if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                longest -= module.padding_idx + 1  # RoBERTa's and its kin's begin after the one of padding
         return min(longest or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
 
     @property

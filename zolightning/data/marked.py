@@ -1,0 +1,108 @@
+"""Prompts for networks that read both ways: a mask where the answer stands, and separators between texts.
+
+In a template these are ``{{ mask }}`` and ``{{ sep }}``; in its text, until a tokenizer puts its own tokens there, two
+characters that Unicode keeps for a program's own use.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zolightning.data.encoding import Example
+from zolightning.data.templates import MASK, SEPARATOR
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_masked(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    answers: Sequence[str],
+    *,
+    label: int,
+    id: int,
+    max_length: int,
+    room_for_answer: int = 0,
+) -> Example:
+    """Turns a prompt with a mask into at most `max_length` tokens, and each of its candidate answers into one.
+
+    A separator becomes the tokenizer's separating token. A prompt that is too long loses its beginning, and where that
+    is the mask its end, but nothing that the tokenizer puts around a text. No answer is generated (`room_for_answer`).
+
+    Raises:
+        ValueError: There is not one mask, an answer is not one token that the tokenizer knows, or two are the same.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    mask, mask_id, separator = tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.sep_token
+    if prompt.count(MASK) != 1:
+        raise ValueError(f"a masked language model needs one `{{{{ mask }}}}` in the prompt, got {prompt.count(MASK)}")
+    if mask is None or separator is None or not isinstance(mask_id, int):
+        raise ValueError(f"the tokenizer {name} has no token for a mask, or none to separate texts")
+    text = prompt.replace(MASK, mask).replace(SEPARATOR, separator)
+    ids, body = (tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False))
+    if body.count(mask_id) != 1:
+        raise ValueError(f"the text holds the mask of the tokenizer {name} itself, {mask}")
+
+    around = len(ids) - len(body)
+    start = next(start for start in range(around + 1) if ids[start : start + len(body)] == body)
+    room = max_length - around
+    if room < 1:
+        raise ValueError(
+            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a mask: at least "
+            f"{around + 1} are needed"
+        )
+    return Example(
+        id=id,
+        prompt_ids=[*ids[:start], *_cut(body, room, mask_id), *ids[start + len(body) :]],
+        answer_ids=[[token] for token in _tokens(tokenizer, answers)],
+        label=label,
+        text=text if label < 0 else text.replace(mask, f"[[{answers[label]}]]"),
+        truncated=len(body) > room,
+    )
+
+
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, num_classes: int, *, label: int, id: int, max_length: int
+) -> Example:
+    """Turns a text, or two with a separator between them, into at most `max_length` tokens as the tokenizer does.
+
+    The longer one loses its end. The answers are the numbers of the classes.
+
+    Raises:
+        ValueError: There are more texts than two, or a mask.
+    """
+    texts = prompt.split(SEPARATOR)
+    if len(texts) > 2 or MASK in prompt:
+        raise ValueError("a classifier reads a text, or two with `{{ sep }}` between them, and no `{{ mask }}`")
+    ids = tokenizer(*texts, verbose=False)["input_ids"]
+    kept = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+    return Example(
+        id=id,
+        prompt_ids=kept,
+        answer_ids=[[number] for number in range(num_classes)],
+        label=label,
+        text=f"{' | '.join(texts)} [[{label}]]",
+        truncated=len(kept) < len(ids),
+    )
+
+
+def _cut(body: list[int], room: int, mask: int) -> list[int]:
+    """At most `room` of the tokens, the mask among them."""
+    start = min(body.index(mask), max(0, len(body) - room))
+    return body[start : start + room]
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]) -> list[int]:
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    tokens = []
+    for answer in answers:
+        ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            found = ", ".join(tokenizer.convert_ids_to_tokens(ids)) or "none"
+            raise ValueError(
+                f"a mask stands for one token, and the tokenizer {name} makes others of the answer {answer!r}: {found}"
+            )
+        tokens += ids
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"the tokenizer {name} gives two of the answers {list(answers)!r} the same token")
+    return tokens

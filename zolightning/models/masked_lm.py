@@ -1,0 +1,88 @@
+"""The LightningModule that fine-tunes a masked language model on prompts with a mask where the answer stands."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.data.encoding import Batch, Example
+from zolightning.data.examples import example_of
+from zolightning.data.marked import encode_masked
+from zolightning.data.rows import Row
+from zolightning.data.task import Task
+from zolightning.models.bidirectional import run_on_prompts
+from zolightning.models.language_model import LanguageModel
+from zolightning.models.suitability import refuse_reading_padding
+
+
+class MaskedLM(LanguageModel):
+    """A pretrained masked language model, such as BERT or RoBERTa, that chooses among words to put in a prompt.
+
+    The task's prompt has a ``{{ mask }}``, and its answers are one token each, as in LM-BFF (Gao et al., 2021,
+    arXiv:2012.15723) and in MeZO's experiments with RoBERTa (Malladi et al., 2023, arXiv:2305.17333, appendix E).
+
+    Example::
+
+        model = MaskedLM("FacebookAI/roberta-large")
+        data = PromptDataModule("sst2", prompt="{{ sentence | trim }} It was {{ mask }}.", examples_per_class=16)
+        Trainer(max_steps=1000).fit(model, datamodule=data)
+    """
+
+    network_class = "AutoModelForMaskedLM"
+
+    def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
+        """A row in tokens.
+
+        Raises:
+            ValueError: The prompt has no mask or several, or an answer is not one token.
+        """
+        if chat:
+            raise ValueError("`data.chat` is true, and a masked language model does not chat")
+        return example_of(task, row, self.tokenizer, max_length, chat, encode=encode_masked)
+
+    def refuse_unsuitable(self) -> None:
+        refuse_reading_padding(self.model, self.tokenizer, self._logits)
+
+    def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
+        answer_ids = batch["answer_ids"]
+        mask = answer_ids >= 0
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        return log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1).masked_fill(~mask, 0.0), mask
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Those at the mask of each row, (rows, vocabulary)."""
+        mask_id = cast(int, self.tokenizer.mask_token_id)
+        with _hidden_states_at(self.model.base_model, mask_id):
+            logits = run_on_prompts(self.model, self.tokenizer, input_ids, attention_mask).logits
+        return logits.squeeze(1)
+
+
+@contextmanager
+def _hidden_states_at(network: nn.Module, token: int) -> Iterator[None]:
+    """Lets a network return, for a while, nothing but the hidden states of a token that each row has once.
+
+    Logits that nobody reads would cost more than the layers below them. The token is looked for in what the network is
+    called with, which may be the rows of several evaluations.
+    """
+
+    def select(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        if isinstance(output, tuple):
+            return (_at(output[0], ids == token), *output[1:])
+        output.last_hidden_state = _at(output.last_hidden_state, ids == token)
+        return output
+
+    hook = network.register_forward_hook(select, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Of values of (rows, length, width) those at the first true place of each row, (rows, 1, width)."""
+    place = places.int().argmax(dim=-1)
+    return values[torch.arange(len(values), device=values.device), place].unsqueeze(1)
