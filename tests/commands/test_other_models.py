@@ -1,7 +1,6 @@
 """The subcommands on models that are no causal language models."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from cli_runs import CONFIGS, printed, refused
+from cli_runs import CONFIGS, printed
 from masked_models import write_tiny
 
 pytestmark = [
@@ -100,14 +99,3 @@ def test_a_masked_model_is_resumed_and_replayed(tmp_path: Path) -> None:
     assert "equal to the last bit" in said
     replayed = load_file(tmp_path / "replayed/model.safetensors")
     assert all(weight.equal(trained[f"model.{name}"]) for name, weight in replayed.items())
-
-
-def test_models_and_tasks_that_do_not_go_together(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> None:
-    write_tiny(tmp_path / "model")
-    unknown = refused(["fit", *arguments(tmp_path, "masked/sst2", "roberta_large")])
-    assert "makes others of the answer ' terrible': Ġ, t, e, r" in unknown and "\n" not in unknown
-    maskless = refused(["fit", *arguments(tmp_path, "sst2", "roberta_large")])
-    assert "a masked language model needs one `{{ mask }}` in the prompt, got 0" in maskless
-    write_tiny_model(tmp_path / "model")
-    causal = refused(["fit", *arguments(tmp_path, "masked/sst2", "gpt2")])
-    assert "`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM" in causal

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from masked_models import ARCHITECTURES, WORDS, tiny_tokenizer, write_tiny
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
-from zolightning.data.encoding import collate
+from zolightning.data.encoding import collate, encode
 from zolightning.data.examples import example_of
 from zolightning.data.marked import encode_masked
 from zolightning.data.rows import Row
@@ -166,7 +166,7 @@ class TestEncoding:
 
     def test_demonstrations_that_do_not_fit_are_left_out(self) -> None:
         """From the first one on, as before prompts."""
-        row, *shown = (Row(i, "", f"{text}{MASK}.", WORDS, (1,), (), []) for i, text in enumerate(["ab", "cdef", "gh"]))
+        row, *shown = (Row(i, "", f"{text}{MASK}.", WORDS, (1,), (), [], {}) for i, text in enumerate(["ab", "cdef", "gh"]))
         task = task_of(TASK | {"hub": {"path": "nowhere"}})
         text = "ab<mask>.</s>gh good."
         example = example_of(task, row.after(shown), tiny_tokenizer(), len(self.ids(text)), False, encode_masked)
@@ -188,12 +188,15 @@ class TestEncoding:
     def test_what_cannot_be_is_refused(self, prompt: str, answers: list[str], line: str) -> None:
         with pytest.raises(ValueError, match=line):
             self.encode(prompt, answers)
+        with pytest.raises(ValueError, match=r"`\{\{ mask \}\}` and .* are for MaskedLM"):
+            encode(tiny_tokenizer(), f"It was{MASK}", WORDS, label=1, id=0, max_length=64)
         with pytest.raises(ValueError, match="do not hold a mask: at least 3 are needed"):
             self.encode(f"It was{MASK}", WORDS, max_length=2)
 
 
 NLI = ({"premise": "Ann left.", "hypothesis": "Someone left."}, ["Ann left", "?", None, ",", " someone left."])
 FILM = ({"text": " a warm film "}, ["a warm film", " It was", None, "."])
+KINDS = ["Expression", "Entity", "Description", "Human", "Location", "Number"]
 TEMPLATES = {
     "sst2": ({"sentence": "a warm film "}, FILM[1], ["terrible", "great"]),
     "sst5": (*FILM, ["terrible", "bad", "okay", "good", "great"]),
