@@ -166,7 +166,9 @@ class TestEncoding:
 
     def test_demonstrations_that_do_not_fit_are_left_out(self) -> None:
         """From the first one on, as before prompts."""
-        row, *shown = (Row(i, "", f"{text}{MASK}.", WORDS, (1,), (), [], {}) for i, text in enumerate(["ab", "cdef", "gh"]))
+        row, *shown = (
+            Row(i, "", f"{text}{MASK}.", WORDS, (1,), (), [], {}) for i, text in enumerate(["ab", "cdef", "gh"])
+        )
         task = task_of(TASK | {"hub": {"path": "nowhere"}})
         text = "ab<mask>.</s>gh good."
         example = example_of(task, row.after(shown), tiny_tokenizer(), len(self.ids(text)), False, encode_masked)
