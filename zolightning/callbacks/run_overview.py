@@ -164,7 +164,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         device = trainer.strategy.root_device
         if device.type == "cuda":
             others = partial(alternatives, module, trained, zeroth_order.method, batch, cuda_graphs)
-            refuse_too_large(planned, free_bytes(device), others)
+            devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
+            refuse_too_large(planned, sum(map(free_bytes, devices)), others)
         yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
     scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"

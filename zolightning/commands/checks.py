@@ -9,10 +9,12 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
+from zolightning.models.spread import refuse_misplaced
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.sharded import ZerothOrderFSDP
 from zolightning.strategies import ZerothOrderDDP
@@ -94,9 +96,13 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
 def check_strategy(trainer: L.Trainer, model: L.LightningModule) -> None:
     """Checks that a strategy that averages no gradients is not to train by them, before anything is written.
 
+    Nor are weights to train that are offloaded.
+
     Raises:
-        MisconfigurationException: naming the strategy.
+        MisconfigurationException: naming the strategy, or the device map.
     """
+    if isinstance(network := getattr(model, "model", None), nn.Module):
+        refuse_misplaced(network, trainer, "fit")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
     is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks)
     ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)

@@ -13,6 +13,7 @@ from zolightning.data import Batch, Generation
 from zolightning.models.generation import generate
 from zolightning.models.language_model import LanguageModel
 from zolightning.models.scoring import answer_log_probs
+from zolightning.models.spread import DeviceMap
 from zolightning.models.suitability import refuse_unsuitable
 from zolightning.quantization import Quantization
 from zolightning.rewards.reward import Reward, rewards_of
@@ -41,6 +42,8 @@ class CausalLM(LanguageModel):
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains. Default: none.
+        device_map: Spreads the layers over several devices: "auto", or a device by the dotted name of a module, see
+            :class:`~zolightning.models.pretrained_module.PretrainedModule`. Default: all on the Trainer's device.
 
     Example::
 
@@ -61,8 +64,10 @@ class CausalLM(LanguageModel):
         quantization: Quantization | None = None,
         reward: Reward | None = None,
         adapter: str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
-        super().__init__(model_name, optimizer, lr_scheduler, dtype, attention, quantization, adapter=adapter)
+        others: dict[str, Any] = {"adapter": adapter, "device_map": device_map}
+        super().__init__(model_name, optimizer, lr_scheduler, dtype, attention, quantization, **others)
         self.reward = reward
         self._generation: Generation | None = None  # how answers are generated, if they are
 

@@ -8,6 +8,7 @@ import torch
 from zolightning.models.gguf import load_gguf
 from zolightning.models.loading import ADAPTER, CAUSAL, load_model
 from zolightning.models.pypi import cached_pypi_model
+from zolightning.models.spread import DeviceMap, check_devices, keep_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,8 @@ def load_pretrained(
     attention: str | None = None,
     network_class: str = CAUSAL,
     preprocessor_class: str = "AutoTokenizer",
-    **options: Any,
+    device_map: DeviceMap | None = None,
+    num_classes: int | None = None,
 ) -> "tuple[PreTrainedModel, Any]":
     """Loads a network, in eval mode, and its tokenizer, which pads on the left for a causal language model.
 
@@ -34,7 +36,8 @@ def load_pretrained(
             Default: "sdpa" where the architecture supports it, otherwise "eager".
         network_class: Name of the class of transformers that loads the network.
         preprocessor_class: Name of the class of transformers that loads the tokenizer, or another maker of inputs.
-        **options: Of :func:`~zolightning.models.loading.load_model`.
+        device_map: Over which devices to spread the network; None for one.
+        num_classes: Of a classifier, see :func:`~zolightning.models.loading.load_model`.
 
     Raises:
         FileNotFoundError: If `name` is a path and nothing is there.
@@ -59,9 +62,20 @@ def load_pretrained(
         if path.is_file():
             if network_class != CAUSAL:
                 raise ValueError(f"a file holds a causal language model, and {network_class} loads another kind.")
+            if device_map is not None:
+                raise ValueError(
+                    "a GGUF file is loaded on one device. Export it as a folder first (`zolightning export`)."
+                )
             model, preprocessor = load_gguf(path, torch_dtype, attention)
         else:
-            options |= {"dtype": torch_dtype, "attn_implementation": attention}
+            options: dict[str, Any] = {
+                "dtype": torch_dtype,
+                "attn_implementation": attention,
+                "num_classes": num_classes,
+            }
+            if device_map is not None:
+                check_devices(device_map)
+                options["device_map"] = device_map
             model, preprocessor = _load_hugging_face(source, network_class, preprocessor_class, options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -70,8 +84,11 @@ def load_pretrained(
         elif "trust_remote_code" in str(error):
             reason = "it brings code of its own (`auto_map` in config.json), and no code of a model is run."
         setting = "" if attention is None else f" with `attention` {attention!r}"
+        setting += "" if device_map is None else f" with `device_map` {device_map!r}"
         raise ValueError(f"Cannot load `model_name` {name!r}{setting}: {reason}") from None
 
+    if device_map is not None:
+        keep_in_place(model)
     if network_class == CAUSAL:
         preprocessor.padding_side = "left"
     if preprocessor_class == "AutoTokenizer" and preprocessor.pad_token is None:

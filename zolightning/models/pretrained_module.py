@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from zolightning.adapters import adapter_settings, load_adapter, restore_adapter, save_adapter
 from zolightning.head import has_untied_head, restore_head
 from zolightning.models.pretrained import load_pretrained
+from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.quantization import (
     Quantization,
@@ -67,6 +68,10 @@ class PretrainedModule(L.LightningModule):
             sdpa where the architecture supports it, otherwise eager.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+        device_map: Spreads the layers over several devices, for a model that is too large for one: accelerate's "auto",
+            "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
+            a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
+            evaluated, not trained. Default: all on the Trainer's device.
         num_classes: Of a classifier: how many classes there are. Where the model has another number, its head is a new
             one, whose weights depend on `seed_everything`. Default: those that the model has.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
@@ -88,14 +93,16 @@ class PretrainedModule(L.LightningModule):
         quantization: Quantization | None = None,
         num_classes: int | None = None,
         adapter: str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
         super().__init__()
         if quantization is not None:
             require_quantization(quantization)
         self.model, self.preprocessor = load_pretrained(
-            model_name, dtype, attention, self.network_class, self.preprocessor_class, num_classes=num_classes
+            model_name, dtype, attention, self.network_class, self.preprocessor_class, device_map, num_classes
         )
         if quantization is not None:
+            refuse_offloaded(self.model, "they cannot be quantised")
             quantize(self.model, quantization)
         if adapter is not None:
             load_adapter(self.model, adapter)
@@ -131,6 +138,7 @@ class PretrainedModule(L.LightningModule):
         return ("val/loss", *(f"val/{name}" for name in names))
 
     def setup(self, stage: str) -> None:
+        refuse_misplaced(self.model, self.trainer, stage)
         if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
             raise MisconfigurationException(
                 "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
@@ -201,6 +209,7 @@ class PretrainedModule(L.LightningModule):
         checkpoint.update(self.structure_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_offloaded(self.model, "no checkpoint can be loaded into them")
         # so that its weights find the parameters they belong to, whatever callbacks this run has
         self.load_structure_dict(checkpoint)
 
@@ -225,6 +234,7 @@ class PretrainedModule(L.LightningModule):
         ``AutoPeftModelForCausalLM.from_pretrained`` and the like: the adapter only, and where its base model is. Any
         other model with quantised weights is written as the ordinary one that computes the same.
         """
+        refuse_offloaded(self.model, "they cannot be written")
         if adapter_settings(self.model) is None:
             self.model.save_pretrained(folder, state_dict=dequantized_state_dict(self.model))
         else:

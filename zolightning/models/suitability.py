@@ -29,7 +29,8 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
     ids = torch.linspace(1, len(weight) - 1, _LENGTH).long()
     changed = ids.clone()
     changed[-1] = ids[-2]
-    rows = torch.stack([ids, changed]).to(weight.device)
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), "cpu")
+    rows = torch.stack([ids, changed]).to(device)  # offloaded weights are fetched to where the inputs go
     pad = rows.new_zeros(1, _PADDING)
     padded, mask = torch.cat([pad, rows[:1]], dim=1), torch.cat([pad, torch.ones_like(rows[:1])], dim=1)
     with evaluation_mode(model):

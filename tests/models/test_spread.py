@@ -1,0 +1,115 @@
+"""Networks that are spread over devices: over the CPU and the disk here, and with all of accelerate's hooks on one."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from accelerate import dispatch_model
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from zolightning.callbacks import SubspaceResampling, ZerothOrder
+from zolightning.data import PromptDataModule
+from zolightning.models import CausalLM
+from zolightning.models.spread import keep_in_place
+from zolightning.optim import LOZO, MeZO
+
+ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | dict.fromkeys(
+    ("model.norm", "model.rotary_emb", "lm_head"), "cpu"
+)
+
+
+@pytest.fixture
+def folder(write_tiny_model: Callable[..., Path], tmp_path: Path) -> str:
+    return str(write_tiny_model(tmp_path / "model"))
+
+
+@pytest.fixture
+def data() -> PromptDataModule:
+    return PromptDataModule("sentiment", batch_size=4, num_train=24, num_validation=8, num_test=8)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = dict.fromkeys(silent, False) | {"accelerator": "cpu", "default_root_dir": tmp_path}
+    return partial(L.Trainer, **options)
+
+
+def hooked(folder: str, place: Callable[[str], Any] = lambda name: "cpu") -> CausalLM:
+    """A module whose network has the hooks of one that is spread over devices."""
+    module = CausalLM(folder)
+    names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {name: place(name) for name in names}
+    dispatch_model(module.model, device_map, main_device="cpu", force_hooks=True)
+    keep_in_place(module.model)
+    return module
+
+
+def test_weights_on_the_disk_are_evaluated(folder: str, data: PromptDataModule, make_trainer: Any) -> None:
+    spread = CausalLM(folder, device_map=ON_DISK)
+    assert {p.is_meta for p in spread.model.model.layers[1].parameters()} == {True}
+    expected = make_trainer().validate(CausalLM(folder), data, verbose=False)
+    assert make_trainer().validate(spread, data, verbose=False) == expected
+
+
+@pytest.mark.parametrize("method", [partial(MeZO, lr=0.05), partial(LOZO, lr=0.05, rank=2), None])
+def test_training_takes_the_same_steps(folder: str, data: PromptDataModule, make_trainer: Any, method: Any) -> None:
+    trained = []
+    for module in (CausalLM(folder), hooked(folder)):
+        callbacks = [] if method is None else [ZerothOrder(method)]
+        callbacks += [SubspaceResampling(2)] if method is not None and method.func is LOZO else []
+        make_trainer(max_steps=3, callbacks=callbacks).fit(module, datamodule=copy.deepcopy(data))
+        trained.append(module.state_dict())
+    plain, spread = trained
+    assert plain.keys() == spread.keys()
+    assert all(torch.equal(spread[name], weight) for name, weight in plain.items())
+    before = CausalLM(folder).state_dict()
+    assert not torch.equal(before["model.lm_head.weight"], plain["model.lm_head.weight"])
+
+
+def test_a_strategy_changes_dtypes_and_no_places(folder: str) -> None:
+    module = CausalLM(folder, device_map="auto")
+    again = copy.deepcopy(module)
+    for each in (module, again):
+        each.to("meta", torch.bfloat16)
+        weights = list(each.parameters())
+        assert {(w.device.type, w.dtype) for w in weights} == {("cpu", torch.bfloat16)} and len(weights) == 21
+    assert not {id(w) for w in module.parameters()} & {id(w) for w in again.parameters()}
+
+
+def test_what_does_not_work_is_refused(folder: str, data: PromptDataModule, make_trainer: Any, tmp_path: Path) -> None:
+    spread = CausalLM(folder, device_map=ON_DISK)
+    with pytest.raises(MisconfigurationException, match=r"leaves 9 weights \(model\.layers\.1\..*cannot be trained"):
+        make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=0.05))]).fit(spread, data)
+    with pytest.raises(MisconfigurationException, match="they cannot be quantised"):
+        CausalLM(folder, device_map=ON_DISK, quantization="int8")
+    with pytest.raises(MisconfigurationException, match="no checkpoint can be loaded into them"):
+        spread.on_load_checkpoint({})
+    with pytest.raises(MisconfigurationException, match="cannot be written"):
+        spread.export(tmp_path / "exported")
+    with pytest.raises(MisconfigurationException, match=r"bfloat16, and `model\.device_map` leaves some .* Set"):
+        make_trainer(precision="bf16-true").validate(spread, data)
+    with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy, of 1 processes"):
+        make_trainer(strategy="ddp").validate(CausalLM(folder, device_map="auto"), data, verbose=False)
+    with pytest.raises(ValueError, match=r"with `device_map` \{'': 7\}: there is no GPU 7, of"):
+        CausalLM(folder, device_map={"": 7})
+    with pytest.raises(ValueError, match=r"with `device_map` 'everywhere': .*'auto'"):
+        CausalLM(folder, device_map="everywhere")
+
+
+@pytest.mark.gpu
+def test_two_devices_take_the_steps_of_one(folder: str, data: PromptDataModule, make_trainer: Any) -> None:
+    def place(name: str) -> Any:
+        return 0 if name in ("model.layers.1", "lm_head") else "cpu"
+
+    losses = []
+    for module in (CausalLM(folder), hooked(folder, place)):
+        make_trainer(max_steps=3, callbacks=[ZerothOrder(partial(MeZO, lr=0.05))]).fit(module, datamodule=data)
+        losses.append(make_trainer().validate(module, data, verbose=False)[0]["val/loss"])
+    assert {p.device.type for p in module.parameters()} == {"cpu", "cuda"}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

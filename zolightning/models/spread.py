@@ -1,0 +1,83 @@
+"""Networks that are too large for one device: spread over several by accelerate's device maps.
+
+Transformers loads each layer where it belongs, and accelerate's hooks bring the inputs of a layer to its device. Noise
+and updates are made on the device of each parameter, so a zeroth-order step needs nothing more.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from zolightning.messages import some
+
+DeviceMap = str | dict[str, int | str]
+"""A rule of accelerate's, such as ``auto``, or the device of each module by its dotted name."""
+
+
+def keep_in_place(network: nn.Module) -> None:
+    """Keeps a network from being moved as a whole, as Lightning's strategies do; dtypes can be changed."""
+    network._apply = MethodType(_apply_in_place, network)  # type: ignore[method-assign]  # what `nn.Module.to` calls
+
+
+def refuse_misplaced(network: nn.Module, trainer: L.Trainer, stage: str) -> None:
+    """Refuses what cannot be done with a network that is spread over devices.
+
+    Raises:
+        MisconfigurationException: if there are several processes or a strategy that places weights itself, or if
+            offloaded weights are to train.
+    """
+    if not is_spread(network):
+        return
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"`model.device_map` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, of "
+            f"{trainer.world_size} processes: with a device map one process has all devices. Set `trainer.devices` to "
+            "1 and `trainer.strategy` to 'auto', or leave `device_map` out."
+        )
+    if stage == "fit":
+        refuse_offloaded(network, "they cannot be trained")
+
+
+def refuse_offloaded(network: nn.Module, consequence: str) -> None:
+    """Raises MisconfigurationException if weights of the network are offloaded, and says what follows from it."""
+    offloaded = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    if offloaded and is_spread(network):
+        raise MisconfigurationException(
+            f"`model.device_map` leaves {len(offloaded)} weights ({some(offloaded)}) in the host's memory or on the "
+            f"disk, from where each forward pass fetches them: {consequence}. More or larger devices, or `model.dtype` "
+            "bfloat16, may hold them."
+        )
+
+
+def is_spread(network: nn.Module) -> bool:
+    """Whether a network was loaded with a device map."""
+    return "_apply" in vars(network)
+
+
+def check_devices(device_map: DeviceMap) -> None:
+    """Raises ValueError if a device map names a GPU that is not there."""
+    count = torch.cuda.device_count()
+    for place in device_map.values() if isinstance(device_map, dict) else ():
+        if isinstance(place, int) and not 0 <= place < count:
+            raise ValueError(f"there is no GPU {place}, of {count} that are visible.")
+
+
+def _apply_in_place(network: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """What ``to`` does with the parts of a network, but for their devices."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        dtype = convert(torch.empty(0, dtype=tensor.dtype)).dtype
+        if tensor.is_meta and dtype != tensor.dtype:
+            raise MisconfigurationException(
+                f"`trainer.precision` makes weights {dtype}, and `model.device_map` leaves some in the host's memory "
+                f"or on the disk as {tensor.dtype}. Set `model.dtype` to that of `trainer.precision`."
+            )
+        return tensor.to(dtype)
+
+    return type(network)._apply(network, converted, recurse)
