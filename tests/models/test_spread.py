@@ -4,18 +4,20 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from accelerate import dispatch_model
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
-from zolightning.models.spread import keep_in_place
+from zolightning.models.spread import keep_in_place, refuse_misplaced
 from zolightning.optim import LOZO, MeZO
 
 ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | dict.fromkeys(
@@ -94,8 +96,9 @@ def test_what_does_not_work_is_refused(folder: str, data: PromptDataModule, make
         spread.export(tmp_path / "exported")
     with pytest.raises(MisconfigurationException, match=r"bfloat16, and `model\.device_map` leaves some .* Set"):
         make_trainer(precision="bf16-true").validate(spread, data)
-    with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy, of 1 processes"):
-        make_trainer(strategy="ddp").validate(CausalLM(folder, device_map="auto"), data, verbose=False)
+    ranks: Any = SimpleNamespace(strategy=DDPStrategy(), world_size=2)
+    with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy, of 2 processes"):
+        refuse_misplaced(CausalLM(folder, device_map="auto").model, ranks, "validate")
     with pytest.raises(ValueError, match=r"with `device_map` \{'': 7\}: there is no GPU 7, of"):
         CausalLM(folder, device_map={"": 7})
     with pytest.raises(ValueError, match=r"with `device_map` 'everywhere': .*'auto'"):

@@ -66,8 +66,16 @@ class CausalLM(LanguageModel):
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
     ) -> None:
-        others: dict[str, Any] = {"adapter": adapter, "device_map": device_map}
-        super().__init__(model_name, optimizer, lr_scheduler, dtype, attention, quantization, **others)
+        super().__init__(
+            model_name,
+            optimizer,
+            lr_scheduler,
+            dtype,
+            attention,
+            quantization,
+            adapter=adapter,
+            device_map=device_map,
+        )
         self.reward = reward
         self._generation: Generation | None = None  # how answers are generated, if they are
 
