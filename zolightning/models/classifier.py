@@ -1,6 +1,7 @@
 """What LightningModules around networks with a head of classes have in common."""
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ class Classifier(PretrainedModule):
                 "`model.num_classes` to the number of the task's `labels`."
             )
         super().setup(stage)
-        if (labels := getattr(getattr(datamodule, "task", None), "labels", None)) is not None:
+        self._name_classes(getattr(getattr(datamodule, "task", None), "labels", ()))
+
+    def structure_dict(self) -> dict[str, Any]:
+        names: Any = self.model.config.id2label
+        return super().structure_dict() | {"labels": [names[number] for number in sorted(names)]}
+
+    def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
+        super().load_structure_dict(saved)
+        self._name_classes(saved.get("labels", ()))
+
+    def _name_classes(self, labels: Sequence[Any]) -> None:
+        """Writes down the labels of the task, if there are any, for whoever loads the model that is exported."""
+        if labels:
             self.model.config.id2label = dict(enumerate(map(str, labels)))
             self.model.config.label2id = {str(label): number for number, label in enumerate(labels)}
