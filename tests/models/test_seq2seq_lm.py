@@ -128,3 +128,34 @@ def test_evaluations_of_a_step_share_a_run_of_the_network(
     assert (rows, apart) == ([6], [3, 3])
     assert stacked.losses == pytest.approx(plain.losses, rel=1e-5)
     assert stacked.projected_grads == pytest.approx(plain.projected_grads, rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize(("trained", "runs"), [("decoder.block.1", [1, 1]), ("encoder.block.1", [1, 2])])
+@pytest.mark.filterwarnings("ignore:`update_precision`")
+def test_encoder_layers_below_what_trains_run_once_a_step(trained: str, runs: list[int]) -> None:
+    def two_steps(share: bool) -> tuple[list[StepRecord], list[int]]:
+        holder, found = torch.nn.Module(), [0, 0]
+        holder.net = make_model()
+        for name, parameter in holder.named_parameters():
+            parameter.requires_grad_(name.startswith(f"net.{trained}."))
+        for index, block in enumerate(holder.net.encoder.block):
+
+            def counted(*args: Any, own: Callable[..., Any] = block.forward, at: int = index, **kwargs: Any) -> Any:
+                found[at] += 1
+                return own(*args, **kwargs)
+
+            block.forward = counted
+        optimizer = MeZO(holder.parameters(), lr=1e-3, seed=0)
+        optimizer.attach(holder)
+        if not share:
+            optimizer.evaluator.prefix.layers = ()
+        records = []
+        for _ in range(2):
+            found[:] = [0, 0]
+            records.append(optimizer.estimate(partial(losses, holder.net, make_batch())))
+            optimizer.step()
+        return records, found
+
+    (records, found), (expected, all_runs) = two_steps(True), two_steps(False)
+    assert (found, all_runs) == (runs, [2, 2])
+    assert records == expected

@@ -30,7 +30,15 @@ _WRITES = ", because each writes a text of its own"
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
-    """The layers of a module that :class:`SharedPrefix` may pass over; none where it has no list of layers."""
+    """The layers of a module that :class:`SharedPrefix` may pass over; none where it has no list of layers.
+
+    Of an encoder-decoder of transformers these are the encoder's, which read the longer texts.
+    """
+    for submodule in module.modules():
+        is_pair = getattr(getattr(submodule, "config", None), "is_encoder_decoder", False)
+        if is_pair and hasattr(submodule, "get_encoder"):
+            module = submodule.get_encoder()  # type: ignore[operator]  # torch takes it for a module
+            break
     try:
         return find_layers(module).layers
     except ValueError:
