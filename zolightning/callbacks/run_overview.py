@@ -137,7 +137,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
     count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, ZerothOrderOptimizer):
-            yield "method", f"backpropagation by {type(optimizer).__name__}, lr {optimizer.param_groups[0]['lr']:g}"
+            name, lr = type(optimizer).__name__, optimizer.param_groups[0].get("lr")
+            yield "method", name if lr is None else f"backpropagation by {name}, lr {lr:g}"
             yield "memory", f"weights {size(weight_bytes(module))}, gradients and the optimizer's state, activations"
             continue
         name = type(optimizer).__name__
@@ -224,7 +225,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
             settings["cuda_graphs"] = optimizer.evaluator.graphs is not None
             settings |= {"method": found.pop("class")} | {f"method.{key}": value for key, value in found.items()}
         else:
-            settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0]["lr"]}
+            settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0].get("lr")}
     return {key: value for key, value in settings.items() if value is not None}
 
 

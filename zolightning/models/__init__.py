@@ -2,6 +2,7 @@
 
 from zolightning.models.causal_lm import CausalLM
 from zolightning.models.image_classifier import ImageClassifier
+from zolightning.models.linear_probe import LinearProbe
 from zolightning.models.masked_lm import MaskedLM
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
@@ -15,6 +16,7 @@ from zolightning.models.seq2seq_lm import Seq2SeqLM
 __all__ = [
     "CausalLM",
     "ImageClassifier",
+    "LinearProbe",
     "MaskedLM",
     "Seq2SeqLM",
     "answer_log_probs",
