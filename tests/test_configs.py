@@ -318,6 +318,7 @@ def test_any_order_under_any_method(
 # What moves where files of different folders meet, in the network of two layers whose second has an outlier
 COMPOSED = {
     ("blocks/focus", "scopes/lora"): r"\.lora_",
+    ("methods/forward_gradient", "scopes/lora"): r"\.lora_",
     ("methods/hizoo", "scopes/lora"): r"\.lora_",
     ("methods/sparse_mezo", "scopes/dominant_layer"): SECOND,
 }

@@ -3,17 +3,17 @@
 With directions z_1..z_N of unit variance and F the loss of one batch, every estimator turns losses into numbers
 g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient (with ``ZScores`` its direction):
 
-=============  ===========  ====================================================  ==============================
-estimator      forwards     g_i                                                   bias for a quadratic
-=============  ===========  ====================================================  ==============================
-``TwoSided``   2 N          (F(W + eps z_i) - F(W - eps z_i)) / (2 eps)           none
-``OneSided``   N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
-``ThreePoint`` 2 N + 1      that of ``TwoSided``, and second differences              none
-``Population`` N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
-``ZScores``    N (>= 2)     (F(W + eps z_i) - their mean) / their standard deviation      its mean cancels
-``PerExample`` 2            that of ``TwoSided`` for F_i, the examples of query i alone   none
-``ForwardGradient`` 2 N     the derivative of F along z_i, exact                          none, for any F
-=============  ===========  ====================================================  ==============================
+===================  ===========  ====================================================  ==============================
+estimator            forwards     g_i                                                   bias for a quadratic
+===================  ===========  ====================================================  ==============================
+``TwoSided``         2 N          (F(W + eps z_i) - F(W - eps z_i)) / (2 eps)           none
+``OneSided``         N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
+``ThreePoint``       2 N + 1      that of ``TwoSided``, and second differences              none
+``Population``       N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
+``ZScores``          N (>= 2)     (F(W + eps z_i) - their mean) / their standard deviation      its mean cancels
+``PerExample``       2            that of ``TwoSided`` for F_i, the examples of query i alone   none
+``ForwardGradient``  3 N          the derivative of F along z_i, exact                  none, for any F
+===================  ===========  ====================================================  ==============================
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ EACH = -1  # in the place of a query: each example of the batch is evaluated alo
 
 
 class Estimator(ABC):
-    """A finite-difference formula. Stateless."""
+    """What is asked of a loss, and how projected gradients follow. Stateless."""
 
     min_queries: int = 1
     forwards: int = 1  # that an evaluation costs
@@ -153,12 +153,11 @@ class ForwardGradient(Estimator):
 
     The forward gradient of Baydin et al., "Gradients without Backpropagation" (arXiv 2202.08587): what the other
     estimators come to where `eps`, which it does not use, goes to zero and no loss is rounded. An upper bound for them,
-    at the weights themselves, and a first-order method that keeps no activations. Differentiating along a direction
-    costs about as much as another forward, and is refused where one of the network's operations has no derivative in
-    forward mode. For methods with dense directions: MeZO and MeZOAdam.
+    at the weights themselves, and a first-order method that keeps no activations. It is refused where one of the
+    network's operations has no derivative in forward mode. For methods with dense directions: MeZO and MeZOAdam.
     """
 
-    forwards = 2
+    forwards = 3  # beside ``W x`` the products ``W dx`` and ``dW x``
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(query, 0) for query in range(num_queries)]
