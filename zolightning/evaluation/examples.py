@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.network_run import Call, NetworkRun
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.reads import FlippedBit
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
 from zolightning.evaluation.shared_prefix import SharedPrefix, replaced_forward
-from zolightning.evaluation.stacked import Call, NetworkRun
 
 Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight; `loss` says of which
 Losses = list[tuple[Tensor, Tensor]]

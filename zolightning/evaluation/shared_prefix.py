@@ -12,7 +12,7 @@ the second epoch on, nothing below the first trained layer is computed at all.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -47,9 +47,9 @@ def layers_of(module: nn.Module) -> Sequence[nn.Module]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives a module another ``forward`` for a while."""
+    """Gives a module another ``forward`` for a while, in the signature of its own: transformers' ``generate`` reads it."""
     own = vars(module).get("forward")
-    module.forward = forward
+    module.forward = wraps(module.forward)(lambda *args, **kwargs: forward(*args, **kwargs))
     try:
         yield
     finally:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 _SMALL = 4096  # elements up to which copying costs less than finding out
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _NUMBERS = frozenset({bool, int, float, str, type(None)})  # which cannot change behind an attribute
-# Bookkeeping of nn.Module. `forward` is ours while weights are perturbed.
-_SKIPPED = frozenset(vars(nn.Module())) | {"forward"}
+_OURS = frozenset({"forward", "generate"})  # while weights are perturbed
+_SKIPPED = frozenset(vars(nn.Module())) | _OURS  # with the bookkeeping of nn.Module
 
 
 class HeldTensor:
@@ -197,7 +197,7 @@ def _same(now: Any, saved: Any) -> bool:
 
 
 def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:
-    if len(now) == len(saved) + 1 and "forward" in now and "forward" not in saved:
+    if len(now) > len(saved) and now.keys() - saved.keys() <= _OURS:
         try:
             return saved.items() <= now.items()
         except Exception:  # as below
@@ -206,10 +206,10 @@ def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:
 
 
 def _restore_attributes(attributes: dict[str, Any], saved: dict[str, Any]) -> None:
-    for name in attributes.keys() - saved.keys() - {"forward"}:
+    for name in attributes.keys() - saved.keys() - _OURS:
         del attributes[name]
     for name, value in saved.items():
-        if name != "forward" and attributes.get(name, attributes) is not value:
+        if name not in _OURS and attributes.get(name, attributes) is not value:
             attributes[name] = value
 
 

@@ -1,0 +1,175 @@
+"""The calls of a network whose rows belong to several evaluations of a step."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.row_groups import CannotStack, RowGroups, tensors_in
+
+_OTHER_INPUTS = "the network is called with other inputs in each evaluation"
+
+
+class Call(NamedTuple):
+    """A call of a network, which ran for all evaluations at once."""
+
+    inputs: list[Tensor]
+    versions: list[int | None]  # of the inputs: how often each had been written to
+    output: Any
+    rows: int  # of the output, all evaluations together
+
+
+class NetworkRun:
+    """The calls of a network during some evaluations: in the first of them it runs for all, each with rows of its own.
+
+    :meth:`forward` and :meth:`generate` stand in the place of the network's.
+
+    Args:
+        network: whose calls they are.
+        contexts: how each evaluation sees parameters.
+        generators: what evaluations draw from.
+        graphs: the network's forward as CUDA graphs, if any.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None,
+    ) -> None:
+        self.losses: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[Call] = []
+        self.cuts: list[Any] = []  # decisions taken on the way
+        self._contexts = contexts
+        self._generators = generators
+        self._network = network
+        self._network_forward = network.forward
+        self._network_generate = getattr(network, "generate", None)
+        self._is_writing = False
+        self.prompts: list[dict[str, Tensor]] = []  # of what `generate` has written, by a decoder
+        self._graphs = graphs
+        self._held = {id(buffer): name for name, buffer in network.named_buffers()}
+        self._held |= {id(parameter): name for name, parameter in network.named_parameters()}
+        self._call = 0
+        self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
+
+    def begin(self) -> None:
+        """Starts an evaluation; those finished so far are in `losses`."""
+        self._call = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_writing:
+            return self._network_forward(*args, **kwargs)
+        inputs = tensors_in((args, kwargs))
+        if not self.losses:
+            self.run(inputs, args, kwargs)
+        return self.output_for(inputs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network's ``generate`` returns in this evaluation: its texts of all evaluations grow together."""
+        inputs = tensors_in((args, kwargs))
+        if not self.losses:
+            self._is_writing = True
+            try:
+                self.run(inputs, args, kwargs)
+            finally:
+                self._is_writing = False
+            if not getattr(getattr(self._network, "config", None), "is_encoder_decoder", False):
+                self.prompts.append({name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs})
+        return self.output_for(inputs)
+
+    def output_for(self, inputs: list[Tensor]) -> Any:
+        """What the network returns in this evaluation, which calls it with `inputs`."""
+        if self._call >= len(self.calls):
+            raise CannotStack("the network is called more often in one evaluation than in another")
+        call = self.calls[self._call]
+        expected = [self.given(tensor, call) for tensor in call.inputs]
+        if list(map(_layout, inputs)) != list(map(_layout, expected)):
+            raise CannotStack(_OTHER_INPUTS)
+        if list(map(_version, call.inputs)) != call.versions:
+            raise CannotStack("an input of the network is changed in place between evaluations")
+        self._differ += [(one != other).any() for one, other in zip(inputs, expected, strict=True) if one is not other]
+        self._call += 1
+        return _part(call.output, len(self.losses), len(self._contexts), call.rows)
+
+    def given(self, tensor: Tensor, call: "Call") -> Tensor:
+        """What this evaluation calls the network with, where the first one has called it with `tensor`."""
+        return tensor
+
+    def count_rows(self, rows: int) -> int:
+        """Rows of the run, given those of a call."""
+        return len(self._contexts) * rows
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """Rows of the run, given those of a call."""
+        return tensor.repeat(len(self._contexts), *[1] * (tensor.ndim - 1))
+
+    def finish(self) -> None:
+        """Ends the last evaluation: the only place that waits for a device, and only where inputs were made anew.
+
+        Raises:
+            CannotStack: if the inputs of an evaluation had other values than those of the first.
+        """
+        if self._differ and torch.stack([differ.to(self._differ[0].device) for differ in self._differ]).any():
+            raise CannotStack(_OTHER_INPUTS)
+
+    def run(self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs the network for all evaluations."""
+        rows = next((len(tensor) for tensor in inputs if tensor.ndim), 0)
+        if not rows:
+            raise CannotStack("the network is called without a tensor that has rows")
+
+        def spread(tensor: Tensor) -> Tensor:
+            is_rows = bool(tensor.ndim) and len(tensor) == rows
+            self.cuts.append(is_rows)
+            return self.spread(tensor) if is_rows else tensor
+
+        args, kwargs = apply_to_collection((args, kwargs), Tensor, spread)
+        total = self.count_rows(rows)
+        stacked = RowGroups(self._contexts, total, self._held)
+        if stacked.readers is not None and self._network in stacked.readers:
+            stacked.readers = None  # its own forward runs, past the one that would watch
+        function: Any = self._network_generate if self._is_writing else self._network_forward
+        if self._graphs is not None and not self._is_writing:
+            function = partial(self._graphs.run, function, stacked)
+        before = self._generators.states()
+        try:
+            with self._contexts[0].paused(), stacked:
+                output = function(*args, **kwargs)
+        except CannotStack:
+            raise
+        except Exception as error:  # the same network without repeated rows will tell if it is to blame
+            raise CannotStack(f"the network fails on stacked rows: {type(error).__name__}: {error}") from error
+        if not self._generators.states().equal(before):
+            raise CannotStack("the network draws random numbers, and stacked rows would not draw the same ones")
+        # Texts have different lengths, and the same cuts at every token.
+        self.cuts += [frozenset(stacked.cuts)] if self._is_writing else stacked.cuts
+        self.calls.append(Call(inputs, list(map(_version, inputs)), output, total))
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Grows with each write to a tensor's memory; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _part(output: Any, index: int, count: int, rows: int) -> Any:
+    def part(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) % rows:
+            raise CannotStack(
+                f"the network returns a tensor of shape {tuple(tensor.shape)} for {rows} rows, which cannot be split; "
+                "a loss must be computed outside of the network"
+            )
+        return tensor.chunk(count)[index]
+
+    return apply_to_collection(output, Tensor, part)
