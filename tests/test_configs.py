@@ -61,6 +61,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "answers_spans": {"spans": ["8"], "types": ["number"]},
     },
     "imdb": {"text": "A boat.<br /><br />It sinks."},
+    "countdown": {"numbers": "3 7 5", "target": 6, "solution": "3 * (7 - 5)"},
     "mr": {"text": "a warm and clever little soup ."},
     "record": {
         "passage": "Ada sold it.\n@highlight\nBen bought it",

@@ -3,10 +3,12 @@
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -14,13 +16,16 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import zolightning
 from tests.training import Records
 from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
+from zolightning.models.generation import Decoding
 from zolightning.optim import MeZO
-from zolightning.rewards import InProcesses, Pattern
+from zolightning.rewards import Countdown, InProcesses, Pattern, UnitTests
+from zolightning.rewards.reward import rewards_of
 
 TASK = {"name": "letters", "prompt": "{{ text }}", "references": "answer", "max_new_tokens": 4, "stop": "\n"}
 
@@ -36,7 +41,13 @@ def unruly(text: str, references: Sequence[str]) -> float:
         time.sleep(60)
     if text == "die":
         os._exit(3)
+    if text == "nan":
+        return float("nan")
     return len(text)
+
+
+def fails(text: str, references: Sequence[str]) -> float:
+    raise KeyError("a reason")
 
 
 @pytest.mark.parametrize(
@@ -60,10 +71,76 @@ def test_a_pattern_that_is_none() -> None:
 
 def test_a_reward_that_fails_is_zero_and_counted() -> None:
     reward = InProcesses(unruly, processes=2, timeout=2.0)
-    texts = ["four", "raise", "hang", "die", "sixsix", "raise"]
-    assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0]
-    assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1}
+    texts = ["four", "raise", "hang", "die", "sixsix", "raise", "nan", ""]
+    with pytest.warns(UserWarning, match="A reward failed, which is counted and makes it 0: ") as warned:
+        assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0]
+    assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1}
+    assert len(warned) == 4  # one of each kind
+    assert copy.deepcopy(reward)("seven77", []) == 7  # in processes of its own
     assert reward("seven77", []) == 7  # in a new process
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "0.5", [1.0], torch.ones(2)])
+def test_a_reward_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"`model\.reward` must return a finite number, got .* for the text 'six'"):
+        rewards_of(lambda text, references: value, ["six"], [["6"]])
+
+
+@pytest.mark.parametrize("value", [True, 1, np.float32(1), torch.ones(())])
+def test_a_reward_that_is_a_number(value: Any) -> None:
+    assert rewards_of(lambda text, references: value, ["", "six"], [["6"]] * 2) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3 * (7 - 5)", 1),
+        ("(7-5)*3 = 6", 1),  # what follows an equals sign is not read
+        ("7 * 3 - 5 * 3", 0.1),  # 6, with a number twice
+        ("3 + 7 - 5", 0.1),  # 5
+        ("6", 0.1),
+        ("3 / (7 - 5) / 0", 0.1),
+        ("3 * 7 - (5 * 3", 0),
+        ("9 ** 9 ** 9", 0),
+        ("7 // 3", 0),
+        ("3(7 - 5)", 0),
+        ("__import__('os').getcwd()", 0),
+        ("1+" * 500 + "1", 0),
+        ("(" * 150 + "1" + ")" * 40, 0),
+        ("", 0),
+    ],
+)
+def test_countdown(text: str, expected: float) -> None:
+    assert Countdown(format_reward=0.1)(text, ["3 * (7 - 5)"]) == expected
+
+
+def test_the_rows_of_countdown_are_what_their_program_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(zolightning.__file__).parent / "data" / "countdown"
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1], {})
+    for split in ("train", "validation", "test"):
+        assert Path(f"{split}.jsonl").read_text() == (folder / f"{split}.jsonl").read_text()
+        for row in map(json.loads, Path(f"{split}.jsonl").read_text().splitlines()):
+            assert sorted(re.findall(r"\d+", row["solution"])) == sorted(row["numbers"].split())
+            assert eval(row["solution"]) == row["target"]
+
+
+def test_unit_tests() -> None:
+    """What ends itself, hangs, or leaves a process behind passes nothing, and is gone afterwards."""
+    reward = UnitTests(timeout=2.0, processes=3)
+    tests = ["assert double(3) == 6", "assert double('ab') == 'abab'"]
+    texts = {
+        "def double(x): return 2 * x": 1,
+        "So:\n```python\ndef double(x):\n    return x + 3\n```\nDone.": 0.5,
+        "def double(x: return": 0,
+        "import os; os._exit(0)": 0,
+        "while True: print('x' * 1000)": 0,
+        "x = 'x' * 10**11": 0,
+    }
+    assert reward.all_of([(text, tests) for text in texts]) == list(texts.values())
+    expected = {"TypeError": 1, "SyntaxError": 2, "exit status 0": 2, "timeout": 2, "MemoryError": 2}
+    assert reward.failures == expected
+    assert reward("", []) == 0  # no tests, nothing passed
 
 
 @pytest.fixture
@@ -112,6 +189,50 @@ def test_the_loss_is_minus_the_mean_reward_of_what_moved_weights_write(
         assert projected_grad == pytest.approx((losses[0] - losses[1]) / (2 * eps))
     assert moved
     assert "train/reward" in trainer.logged_metrics
+
+
+def test_failed_rewards_are_logged(
+    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    folder, data = rewarded
+    module = CausalLM(str(folder), reward=InProcesses(fails, processes=1))
+    trainer = make_trainer(max_steps=2, limit_val_batches=0, callbacks=[ZerothOrder(partial(MeZO, lr=0.1))])
+    with pytest.warns(UserWarning, match="A reward failed, .* KeyError: 'a reason'"):
+        trainer.fit(module, data)
+    assert trainer.logged_metrics["train/failed_rewards"] == module.reward.failures["KeyError"] - 3 > 3
+
+
+def sampled_run(
+    folder: Path, data: PromptDataModule, make_trainer: Callable[..., L.Trainer], steps: int, **options: Any
+) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+    """The texts of each evaluation of the last step, and the weights after it."""
+    module = CausalLM(str(folder), reward=letters, decoding=Decoding(do_sample=True, top_k=20, temperature=2.0))
+    written: list[list[str]] = []
+    generate = module.generate
+    module.generate = lambda *args: written.append(generate(*args)) or written[-1]
+    callbacks = [ZerothOrder(partial(MeZO, lr=0.1, eps=options.pop("eps", 0.1)))]
+    trainer = make_trainer(max_steps=steps, limit_val_batches=0, callbacks=callbacks)
+    trainer.fit(module, data, ckpt_path=options.get("resume"))
+    if "save" in options:
+        trainer.save_checkpoint(options["save"])
+    return written[-2:], module.state_dict()
+
+
+def test_sampled_texts_are_a_function_of_seed_and_step(
+    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """Both evaluations draw the same numbers, the next step others, and a resumed run those of one that went on."""
+    run = partial(sampled_run, *rewarded, make_trainer)
+    (plus, minus), _ = run(1, eps=1e-9)
+    assert plus == minus and len(set(plus)) > 1
+    assert run(2, eps=1e-9)[0] != [plus, minus]
+    torch.rand(5)  # whatever was drawn before
+    texts, weights = run(3)
+    run(2, save=tmp_path / "saved.ckpt")
+    torch.rand(3)
+    resumed_texts, resumed = run(3, resume=tmp_path / "saved.ckpt")
+    assert resumed_texts == texts
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
 def test_a_validation_reports_the_reward(

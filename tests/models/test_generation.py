@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from zolightning.callbacks import PredictionWriter
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
-from zolightning.models.generation import generate
+from zolightning.models.generation import Decoding, generate
 from zolightning.rewards import exact_match, token_f1
 
 # several tokens hold a line break beside other characters, as those of today's large vocabularies do
@@ -63,6 +64,60 @@ def test_a_padded_batch_writes_what_each_prompt_alone_does(
     assert texts == expected
     lengths = list(map(len, expected))
     assert min(lengths) < 3 and max(lengths) == 12  # some stopped early, some at the limit
+
+
+@torch.no_grad()
+def test_beams_find_the_likeliest_text(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Of all texts of two tokens, by whole forward passes; a text that ends with its first token competes by its mean."""
+    model, width = make_model(), len(PIECES)
+    ids = torch.tensor([[7, 9, 12], [20, 8, 30]])
+    mask = torch.ones_like(ids)
+    beams = Decoding(num_beams=width)
+    texts = generate(model, tokenizer, ids, mask, max_new_tokens=2, stop="\n", decoding=beams)
+    for row, text in zip(ids, texts, strict=True):
+        first = model(row[None]).logits[0, -1].log_softmax(-1)
+        two = torch.cat([row.expand(width, -1), torch.arange(width)[:, None]], dim=1)
+        second = model(two).logits[:, -1].log_softmax(-1)
+        scores = {"" if one == 1 else PIECES[one]: first[one].item() for one in (1, 2, 3, 4)}
+        for one in [0, *range(5, width)]:
+            best = second[one].argmax().item()
+            scores[PIECES[one] + PIECES[best]] = (first[one] + second[one, best]).item() / 2
+        likeliest = max(scores, key=scores.__getitem__)
+        clean = likeliest.replace("\u010a", "\n").replace("<unk>", "").replace("</s>", "")
+        assert text == clean.split("\n")[0].strip()
+
+
+def test_sampled_texts_are_drawn_from_the_models_distribution(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """One token for each of many equal prompts, from the three likeliest: their shares are the probabilities."""
+    model, count = make_model(), 4000
+    ids = torch.tensor([[7, 9, 12]]).expand(count, -1)
+    drawn = Decoding(do_sample=True, top_k=3, temperature=1.5)
+    texts = generate(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens=1, stop="@", decoding=drawn)
+    with torch.no_grad():
+        values, places = model(ids[:1]).logits[0, -1].topk(3)
+    shares = (values / 1.5).softmax(0).tolist()
+    names = [tokenizer.decode([place], skip_special_tokens=True).strip() for place in places]
+    for name, share in zip(names, shares, strict=True):
+        assert abs(texts.count(name) / count - share) < 5 * (share * (1 - share) / count) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, r"`decoding\.temperature` must be above 0, got 0\.0"),
+        ({"do_sample": True, "top_p": 1.5}, r"`decoding\.top_p` must be above 0 and at most 1, got 1\.5"),
+        ({"do_sample": True, "top_k": -1}, r"`decoding\.top_k` must be at least 1, or 0 for all tokens, got -1"),
+        ({"num_beams": 0}, r"`decoding\.num_beams` must be at least 1, got 0"),
+        ({"temperature": 0.7}, r"`decoding\.do_sample` is False, so that .* have no effect"),
+    ],
+)
+def test_decoding_that_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoding(**fields)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def layers_of(module: nn.Module) -> Sequence[nn.Module]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives a module another ``forward`` for a while, in the signature of its own: transformers' ``generate`` reads it."""
+    """Gives a module another ``forward`` for a while, with the signature of its own, which ``generate`` reads."""
     own = vars(module).get("forward")
     module.forward = wraps(module.forward)(lambda *args, **kwargs: forward(*args, **kwargs))
     try:

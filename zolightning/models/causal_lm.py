@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from zolightning.data import Batch, Generation
-from zolightning.models.generation import generate
+from zolightning.models.generation import Decoding, drawn_from, generate
 from zolightning.models.language_model import LanguageModel
 from zolightning.models.scoring import answer_log_probs
 from zolightning.models.spread import DeviceMap
@@ -40,6 +40,9 @@ class CausalLM(LanguageModel):
             raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+        decoding: How texts are written: by the likeliest token, sampled, or by beams. All evaluations of a step draw
+            the same random numbers, which are a function of the run's seed and the step; a validation draws the same
+            each time. Default: by the likeliest token.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains. Default: none.
         device_map: Spreads the layers over several devices: "auto", or a device by the dotted name of a module, see
@@ -65,6 +68,7 @@ class CausalLM(LanguageModel):
         reward: Reward | None = None,
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         super().__init__(
             model_name,
@@ -77,6 +81,7 @@ class CausalLM(LanguageModel):
             device_map=device_map,
         )
         self.reward = reward
+        self.decoding = decoding
         self._generation: Generation | None = None  # how answers are generated, if they are
 
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -110,7 +115,7 @@ class CausalLM(LanguageModel):
         """Returns the examples' ids and the text generated for each, or the scores of its candidates and the index of
         the best one."""
         if self._generation is not None:
-            return {"id": batch["id"], "text": self.generate(batch, self._generation)}
+            return {"id": batch["id"], "text": self._written(batch, self._generation)}
         return super().predict_step(batch, batch_idx)
 
     def means(self, batch: Batch, scores: Tensor) -> dict[str, float | Tensor]:
@@ -120,11 +125,11 @@ class CausalLM(LanguageModel):
         measures: dict[str, Reward] = {"f1": token_f1, "exact_match": exact_match}
         if self.reward is not None:
             measures["reward"] = self.reward
-        texts = self.generate(batch, self._generation)
+        texts = self._written(batch, self._generation)
         return {name: fmean(rewards_of(measure, texts, batch["references"])) for name, measure in measures.items()}
 
     def generate(self, batch: Batch, generation: Generation) -> list[str]:
-        """Continues the prompts of a batch by the likeliest tokens."""
+        """Continues the prompts of a batch as `decoding` says; what is sampled is drawn from torch's generators."""
         return generate(
             self.model,
             self.tokenizer,
@@ -132,7 +137,13 @@ class CausalLM(LanguageModel):
             batch["prompt_mask"],
             max_new_tokens=generation.max_new_tokens,
             stop=generation.stop,
+            decoding=self.decoding,
         )
+
+    def _written(self, batch: Batch, generation: Generation) -> list[str]:
+        """The texts outside of training, the same each time where they are sampled."""
+        with drawn_from(int(batch["id"][0]), self.device):
+            return self.generate(batch, generation)
 
     def _check_reward(self) -> None:
         if self._generation is None:
@@ -149,4 +160,6 @@ class CausalLM(LanguageModel):
         rewards = rewards_of(reward, self.generate(batch, generation), batch["references"])
         values = torch.tensor(rewards, dtype=torch.float32, device=self.device)
         self.log("train/reward", values.mean(), on_step=True, prog_bar=True)
+        if (failures := getattr(reward, "failures", None)) is not None:  # in all evaluations of the run so far
+            self.log("train/failed_rewards", float(sum(failures.values())), on_step=True)
         return {"loss": -values.mean(), "num_terms": torch.full((), float(len(rewards)), device=self.device)}

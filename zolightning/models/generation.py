@@ -1,12 +1,71 @@
 """Texts that a language model writes."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from zolightning.evaluation.randomness import Generators
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Which token comes next: fields of transformers' GenerationConfig. As it stands, the likeliest one.
+
+    Args:
+        do_sample: Draw each token from what the model gives it, instead of taking the likeliest.
+        temperature: Divides the scores that tokens are drawn by.
+        top_k: Draw among this many of the likeliest tokens; 0 among all.
+        top_p: Draw among the likeliest tokens that make up this share of the probability.
+        num_beams: Texts that are continued side by side, of which the likeliest is taken in the end.
+
+    Raises:
+        ValueError: A field is out of range, or would have no effect.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"`decoding.temperature` must be above 0, got {self.temperature}.")
+        if self.top_k < 0:
+            raise ValueError(f"`decoding.top_k` must be at least 1, or 0 for all tokens, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`decoding.top_p` must be above 0 and at most 1, got {self.top_p}.")
+        if self.num_beams < 1:
+            raise ValueError(f"`decoding.num_beams` must be at least 1, got {self.num_beams}.")
+        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError(
+                "`decoding.do_sample` is False, so that `temperature`, `top_k` and `top_p` have no effect: set it to "
+                "True, or leave them out."
+            )
+
+    def fields(self) -> dict[str, Any]:
+        """Those that say something, for transformers' GenerationConfig."""
+        found: dict[str, Any] = {"do_sample": self.do_sample, "num_beams": self.num_beams}
+        if self.do_sample:
+            found |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return found
+
+
+@contextmanager
+def drawn_from(number: int, device: torch.device) -> Iterator[None]:
+    """Within this context random numbers are a function of the run's seed and `number`, whatever was drawn before."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    with Generators([device]).rewound(seed, number) as start:
+        start()
+        yield
 
 
 @torch.no_grad()
@@ -18,8 +77,9 @@ def generate(
     *,
     max_new_tokens: int,
     stop: str,
+    decoding: Decoding | None = None,
 ) -> list[str]:
-    """Continues prompts by the likeliest token, all of a batch together.
+    """Continues prompts, all of a batch together.
 
     A row ends with the token whose text contains `stop`, also one that merges it with other characters, or with the
     model's own end of a text.
@@ -31,6 +91,7 @@ def generate(
         prompt_mask: (B, P), 0 on padding.
         max_new_tokens: Tokens to write, at most.
         stop: What ends a text; it is cut off.
+        decoding: Which token comes next; the likeliest if None. Sampling draws from torch's generators.
 
     Returns:
         B texts without outer spaces.
@@ -50,7 +111,7 @@ def generate(
         input_ids=prompt_ids,
         attention_mask=prompt_mask,
         generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad
+            max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **(decoding or Decoding()).fields()
         ),
         stopping_criteria=StoppingCriteriaList([has_stopped]),
     )

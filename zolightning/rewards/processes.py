@@ -4,9 +4,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
+from zolightning.rank_zero import rank_zero_warn
+from zolightning.rewards.reward import as_number
+
 
 class InProcesses:
     """Runs a reward in other processes; an error, a crash or too long a run is a reward of 0, and counted.
+
+    So is what is no finite number. The first failure of each kind is warned of.
 
     Needs pebble: ``pip install 'zolightning[rewards]'``. Such a process is no sandbox: what a model writes and a reward
     runs can read and delete your files.
@@ -32,15 +37,17 @@ class InProcesses:
         if not timeout > 0:
             raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
         try:
-            import pebble
+            import pebble  # noqa: F401
         except ImportError:
             raise ImportError("`InProcesses` needs pebble: pip install 'zolightning[rewards]'") from None
         self.reward = reward
         self.processes = processes
         self.timeout = timeout
         self.failures: dict[str, int] = {}
-        self._make_pool: Callable[[], Any] = lambda: pebble.ProcessPool(max_workers=processes)
         self._pool: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_pool": None}  # a copy has processes of its own
 
     def __call__(self, text: str, references: Sequence[str]) -> float:
         return self.all_of([(text, references)])[0]
@@ -48,16 +55,20 @@ class InProcesses:
     def all_of(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
         """The rewards of several texts, evaluated together."""
         if self._pool is None:  # in the process that uses it, after ranks have been made
-            self._pool = self._make_pool()
-        futures = [self._pool.schedule(self.reward, args=list(pair), timeout=self.timeout) for pair in pairs]
-        return [self._value(future) for future in futures]
+            from pebble import ProcessPool
 
-    def _value(self, future: Any) -> float:
+            self._pool = ProcessPool(max_workers=self.processes)
+        futures = [self._pool.schedule(self.reward, args=list(pair), timeout=self.timeout) for pair in pairs]
+        return [self._value(future, text) for future, (text, _) in zip(futures, pairs, strict=True)]
+
+    def _value(self, future: Any, text: str) -> float:
         try:
-            return float(future.result())
+            return as_number(future.result(), text)
         except FutureTimeoutError:
-            name = "timeout"
+            name, reason = "timeout", f"no reward within {self.timeout:g} seconds"
         except Exception as error:  # whatever a user's function raises, or its process dies of
-            name = type(error).__name__
+            name, reason = type(error).__name__, str(error)
+        if name not in self.failures:
+            rank_zero_warn(f"A reward failed, which is counted and makes it 0: {name}: {reason}.")
         self.failures[name] = self.failures.get(name, 0) + 1
         return 0.0

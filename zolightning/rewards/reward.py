@@ -1,13 +1,35 @@
 """What a reward is."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 Reward = Callable[[str, Sequence[str]], float]
 
 
 def rewards_of(reward: Reward, texts: Iterable[str], references: Iterable[Sequence[str]]) -> list[float]:
-    """The rewards of several texts, together if `reward` has a method `all_of`, as InProcesses has."""
+    """The rewards of several texts, together if `reward` has a method `all_of`, as InProcesses has.
+
+    Raises:
+        ValueError: One of them is no finite number.
+    """
     pairs = list(zip(texts, references, strict=True))
     together = getattr(reward, "all_of", None)
     values = [reward(*pair) for pair in pairs] if together is None else together(pairs)
-    return [float(value) for value in values]
+    return [as_number(value, text) for value, (text, _) in zip(values, pairs, strict=True)]
+
+
+def as_number(value: Any, text: str) -> float:
+    """The reward of a text as a float; a truth value is 1 or 0.
+
+    Raises:
+        ValueError: It is no finite number.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):  # None, a list, a tensor of several elements
+        number = math.nan
+    if not math.isfinite(number):
+        start = text if len(text) <= 60 else text[:60] + "..."
+        raise ValueError(f"`model.reward` must return a finite number, got {value!r} for the text {start!r}.")
+    return number

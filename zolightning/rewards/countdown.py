@@ -1,0 +1,83 @@
+"""Countdown: an equation of given numbers that reaches a target."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+_LONGEST = 200  # characters of an expression; nobody needs more, and deep ones exhaust the parser
+_LETTERS = re.compile(r"[0-9+\-*/() ]+")
+
+
+class Countdown:
+    """What an expression such as ``3 * (7 - 5)`` is worth: 1 if it is right, less if it is only an expression.
+
+    It is right if it has the value of the reference, and each of the reference's numbers as often as that. A text is
+    read up to an ``=``. Values are exact fractions, and nothing is executed.
+
+    Args:
+        format_reward: Of a text that is an expression of whole numbers, ``+ - * /`` and parentheses, and not right.
+
+    Example:
+        >>> reward = Countdown()
+        >>> [reward(text, ["3 * (7 - 5)"]) for text in ("7*3 - 5*3", "3 * (7 - 5) = 6", "7 - 3 + 5", "six")]
+        [0.1, 1.0, 0.1, 0.0]
+
+    Raises:
+        ValueError: `format_reward` is not from 0 to 1.
+    """
+
+    def __init__(self, format_reward: float = 0.1) -> None:
+        if not 0 <= format_reward <= 1:
+            raise ValueError(f"`format_reward` must be from 0 to 1, got {format_reward}.")
+        self.format_reward = format_reward
+
+    def __call__(self, text: str, references: Sequence[str]) -> float:
+        tree = _expression(text.split("=")[0])
+        if tree is None:
+            return 0.0
+        rights = [right for reference in references if (right := _expression(reference)) is not None]
+        if not rights:
+            raise ValueError(f"A reference of Countdown must be an expression, got {list(references)!r}.")
+        # only expressions of the given numbers are worth their value: others may have a million digits
+        is_right = any(_numbers(tree) == _numbers(right) and _value(tree) == _value(right) for right in rights)
+        return 1.0 if is_right else self.format_reward
+
+
+def _expression(text: str) -> ast.expr | None:
+    """The expression that a text is; None if it is none."""
+    text = text.strip()
+    if len(text) > _LONGEST or not _LETTERS.fullmatch(text):
+        return None
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError):
+        return None
+    is_arithmetic = all(
+        isinstance(node, ast.BinOp | ast.Constant | ast.Add | ast.Sub | ast.Mult | ast.Div) for node in ast.walk(tree)
+    )
+    return tree if is_arithmetic else None
+
+
+def _numbers(tree: ast.expr) -> Counter[object]:
+    return Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+
+
+def _value(tree: ast.expr) -> Fraction | None:
+    """None where something is divided by 0."""
+    if isinstance(tree, ast.Constant):
+        return Fraction(str(tree.value))
+    assert isinstance(tree, ast.BinOp)
+    left, right = _value(tree.left), _value(tree.right)
+    if left is None or right is None:
+        return None
+    match tree.op:
+        case ast.Add():
+            return left + right
+        case ast.Sub():
+            return left - right
+        case ast.Mult():
+            return left * right
+        case _:
+            return left / right if right else None

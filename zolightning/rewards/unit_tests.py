@@ -1,0 +1,126 @@
+"""Whether a program that a model has written passes its tests."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+_BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+_LIMITS = """\
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, ({memory},) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({file},) * 2)
+except (ImportError, ValueError, OSError):
+    pass
+"""
+_FILE_BYTES = 2**20  # that a program may write, its traceback among them
+
+
+class UnitTests:
+    """The share of its tests that a text passes as a Python program, each run in a process of its own.
+
+    A reference is the code of a test, asserts for the most part, and follows the program in one file: the text, or the
+    first fenced block in it. A test is passed if the end of the file is reached: a program that ends itself before that
+    passes nothing. What fails is worth 0, and counted by the name of the error.
+
+    **This executes what a model writes, with your rights.** A time limit, a memory limit, an empty working directory
+    and an interpreter without your environment's variables keep accidents small, and no malice: for models or data
+    that you do not trust, start the run in a container without network and secrets.
+
+    Args:
+        timeout: Seconds for one test; its process, and what that has started, is then killed.
+        processes: How many tests run at once.
+        memory_mib: Address space of a process, in MiB, where the system knows such limits.
+
+    Attributes:
+        failures: How many tests failed, by the name of the error.
+
+    Example:
+        >>> reward = UnitTests()
+        >>> reward("def double(x): return 2 * x", ["assert double(3) == 6", "assert double([]) is None"])
+        0.5
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, timeout: float = 10.0, processes: int = 2, memory_mib: int = 1024) -> None:
+        if not timeout > 0:
+            raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
+        if processes < 1:
+            raise ValueError(f"`processes` must be at least 1, got {processes}.")
+        if memory_mib < 64:
+            raise ValueError(f"`memory_mib` must be at least 64, which Python itself needs, got {memory_mib}.")
+        self.timeout = timeout
+        self.processes = processes
+        self.memory_mib = memory_mib
+        self.failures: dict[str, int] = {}
+
+    def __call__(self, text: str, references: Sequence[str]) -> float:
+        return self.all_of([(text, references)])[0]
+
+    def all_of(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
+        """The rewards of several texts, whose tests run side by side."""
+        programs = [(_program(text), test) for text, tests in pairs for test in tests]
+        with ThreadPoolExecutor(self.processes) as pool:  # of threads that wait for processes
+            errors = list(pool.map(self._error, programs))
+        for name in filter(None, errors):
+            self.failures[name] = self.failures.get(name, 0) + 1
+        left = iter(errors)
+        return [sum(next(left) is None for _ in tests) / max(1, len(tests)) for _, tests in pairs]
+
+    def _error(self, program_and_test: tuple[str, str]) -> str | None:
+        """The name of the error that ended a test; None if it was passed."""
+        program, test = program_and_test
+        passed = 64 + secrets.randbelow(64)  # an exit status that the program does not know
+        limits = _LIMITS.format(memory=self.memory_mib * 2**20, file=_FILE_BYTES)
+        ending = f"import os as _os\n_os._exit({passed})\n"
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder, "stderr"), "wb") as stderr:
+            file = Path(folder, "program.py")
+            file.write_text(f"{limits}\n{program}\n{test}\n{ending}", encoding="utf-8", errors="replace")
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(file)],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(self.timeout)
+            except subprocess.TimeoutExpired:
+                return "timeout"
+            finally:
+                _kill(process)
+            if status == passed:
+                return None
+            lines = Path(folder, "stderr").read_text(encoding="utf-8", errors="replace").splitlines()
+        return _name(lines, status)
+
+
+def _program(text: str) -> str:
+    """The first fenced block of a text, or all of it."""
+    found = _BLOCK.search(text)
+    return found[1] if found else text
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and what it has started, if any of that runs."""
+    with suppress(ProcessLookupError, PermissionError):  # all have ended, or are not ours
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _name(lines: Sequence[str], status: int) -> str:
+    """What ended a program: the last line of a traceback begins with the error's name."""
+    found = re.match(r"[A-Za-z_][\w.]*", lines[-1]) if lines and status == 1 else None
+    return found[0] if found else f"exit status {status}"
