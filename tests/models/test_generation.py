@@ -70,7 +70,7 @@ def test_a_padded_batch_writes_what_each_prompt_alone_does(
 def test_beams_find_the_likeliest_text(
     make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Of all texts of two tokens, by whole forward passes; a text that ends with its first token competes by its mean."""
+    """Of all texts of two tokens, by whole forward passes; one that ends with its first token competes by its mean."""
     model, width = make_model(), len(PIECES)
     ids = torch.tensor([[7, 9, 12], [20, 8, 30]])
     mask = torch.ones_like(ids)
