@@ -131,6 +131,22 @@ def remove_adapter(model: "PreTrainedModel") -> None:
     del model.peft_config
 
 
+def merge_adapter(model: "PreTrainedModel") -> None:
+    """Adds what a LoRA adapter has learnt to the weights beside it, rounded to their dtype, and takes it out.
+
+    Raises:
+        ValueError: if the model has none, or a sum is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if _config(model) is None or prefix_of(model) is not None:
+        raise ValueError("`merge` is for LoRA adapters, and the model has none.")
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+    remove_adapter(model)
+
+
 def save_adapter(model: "PreTrainedModel", folder: str | Path) -> None:
     """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``."""
     from safetensors.torch import save_file

@@ -85,7 +85,7 @@ class Exported(L.LightningModule):
 
 
 def push(folder: Path, name: str) -> None:
-    export_model(Trainer(logger=False), Exported(), None, None, folder, name, private=False, weights_only=True)
+    export_model(Trainer(logger=False), Exported(), None, None, folder, False, name, private=False, weights_only=True)
 
 
 def test_a_hub_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

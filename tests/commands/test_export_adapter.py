@@ -4,8 +4,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from cli_runs import Runs
+from zolightning.adapters import merge_adapter
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -31,3 +33,21 @@ def test_export_writes_the_adapter_of_the_checkpoint(runs: Runs) -> None:
     assert written.keys() == expected.keys() and len(expected) > 0
     for name, weight in expected.items():
         assert torch.equal(written[name], weight)
+
+    merged = runs.folder / "merged"
+    runs("export", "--ckpt_path", checkpoint, "--folder", merged, "--merge", "true")
+    assert ModelCard.load(merged / "README.md").data.library_name == "transformers"
+    whole, base = (load_file(path / "model.safetensors") for path in (merged, runs.folder / "model"))
+    name = "model.layers.1.self_attn.q_proj"
+    first, second = (trained[f"model.{name}.lora_{letter}.default.weight"].float() for letter in "AB")
+    scaled = 16 / 2 * second @ first
+    assert scaled.any()
+    found = {name: weight.float() for name, weight in whole.items()}
+    before = {name: weight.to(whole[name].dtype).float() for name, weight in base.items()}
+    torch.testing.assert_close(found[f"{name}.weight"], before[f"{name}.weight"] + scaled, atol=1e-3, rtol=8e-3)
+    kept = {name for name, weight in before.items() if torch.equal(found[name], weight)}
+    assert {name.split("layers.1.")[-1] for name in base.keys() - kept} == {
+        f"{module.split('.lora')[0]}.weight" for module in expected
+    }
+    with pytest.raises(ValueError, match="`merge` is for LoRA adapters, and the model has none"):
+        merge_adapter(AutoModelForCausalLM.from_pretrained(merged))

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
+from zolightning.adapters import merge_adapter
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.model_card import write_card
+from zolightning.quantization import refuse_quantized
 
 if TYPE_CHECKING:
     from zolightning.commands.trainer import Trainer
@@ -19,6 +21,7 @@ def export_model(
     datamodule: L.LightningDataModule | None,
     ckpt_path: str | None,
     folder: Path,
+    merge: bool,
     push_to_hub: str | None,
     private: bool,
     weights_only: bool,
@@ -26,8 +29,8 @@ def export_model(
     """Writes the model of a checkpoint, and its model card, to a new folder; uploads that if `push_to_hub` is given.
 
     Raises:
-        ValueError: naming what of `ckpt_path`, `folder` or `push_to_hub` cannot be, before anything is written; or
-            saying why the hub did not take the folder.
+        ValueError: naming what of `ckpt_path`, `folder`, `merge` or `push_to_hub` cannot be, before anything is
+            written; or saying why the hub did not take the folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` is {folder}, which is not empty. Name a new folder.")
@@ -41,6 +44,9 @@ def export_model(
     if ckpt_path is not None:
         checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=weights_only)
         _load(module, checkpoint)
+    if merge:
+        refuse_quantized(module, "`merge`")
+        merge_adapter(module.model)  # type: ignore[arg-type]  # modules that are exported have a network of that name
     export(folder)
     if ckpt_path is not None and getattr(module, "model", None) is not None:
         run_folder = Path(ckpt_path).absolute().parents[1]

@@ -151,6 +151,7 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         folder: str = "exported",
+        merge: bool = False,
         push_to_hub: str | None = None,
         private: bool = True,
         weights_only: bool | None = None,
@@ -165,15 +166,17 @@ class Trainer(L.Trainer):
             datamodule: whose task the card names.
             ckpt_path: checkpoint of the run; without it the pretrained weights are written.
             folder: where to write config, weights and tokenizer; must not exist, or be empty.
+            merge: add LoRA adapters to the weights beside them, and write the whole model.
             push_to_hub: repository of the Hugging Face hub, ``owner/name``, to upload the folder to, as who is logged
                 in there (``hf auth login``); nothing is uploaded if not given.
             private: whether a repository that has to be made is private.
             weights_only: False to unpickle a checkpoint that holds more than tensors; only if you trust its source.
 
         Raises:
-            ValueError: naming `ckpt_path`, `folder` or `push_to_hub`.
+            ValueError: naming `ckpt_path`, `folder`, `merge` or `push_to_hub`.
         """
-        export_model(self, model, datamodule, ckpt_path, Path(folder), push_to_hub, private, weights_only is not False)
+        only_tensors = weights_only is not False
+        export_model(self, model, datamodule, ckpt_path, Path(folder), merge, push_to_hub, private, only_tensors)
 
     def replay(
         self,
