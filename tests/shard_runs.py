@@ -6,9 +6,11 @@
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -19,9 +21,17 @@ from torch.nn import functional as F
 
 from forked_ranks import end_process, fork_ranks
 from rank_runs import BATCH, Recorder, loader, make_trainer
-from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import (
+    ActivationBases,
+    BlockCoordinateDescent,
+    KeepLedger,
+    SubspaceResampling,
+    ZerothOrder,
+    folding,
+)
 from zolightning.checkpoints.replay import replay
-from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, SubZero
+from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import OneSided, PerExample
 from zolightning.sharded import ZerothOrderFSDP
 from zolightning.strategies import ZerothOrderDDP
@@ -30,18 +40,36 @@ EPOCHS, BATCHES = 3, 2
 STEPS = EPOCHS * BATCHES
 WORDS, WIDTH = 7, 3  # rows that two ranks cannot share evenly, and shards that begin with an odd element
 
+
+class Foreign(DenseOptimizer):
+    """A method of somebody's own, which moves all of a weight."""
+
+    def update(self, record: StepRecord) -> None:
+        raise NotImplementedError
+
+
 # By name: the method, and what is special about the run
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks": (
         partial(MeZO, lr=1e-2, num_queries=2, momentum=0.5, weight_decay=0.1),
         {"precision": "bf16-true", "blocks": ["net.layers.0", "net.layers.1"], "bad_step": 0},
     ),
+    "factors": (
+        partial(LOZO, lr=1e-2, rank=2, momentum=0.5, vector_lr=1e-3),
+        {"precision": "bf16-true", "resample": 1, "waits": True},
+    ),
+    "both_sides": (partial(SubZero, lr=1e-2, rank=2, betas=(0.9, 0.95)), {"resample": 0}),
+    "curvature": (partial(HiZOO, lr=1e-2, smoothing=0.1), {"precision": "bf16-true", "bad_step": 1}),
+    "small_weights": (partial(SparseMeZO, lr=1e-2, sparsity=0.5), {"precision": "bf16-true"}),
+    "random_weights": (partial(SparseMeZO, lr=1e-2, mask="random"), {}),
     "own_shards": (partial(MeZOAdam, lr=1e-2, estimator=OneSided()), {"own": True, "frozen": "0.up"}),
 }
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "perturbed in place": (partial(MeZO, lr=1e-2), {"unseen": True}),
-    "LOZO": (partial(LOZO, lr=1e-2), {"resample": True}),
-    "HiZOO": (partial(HiZOO, lr=1e-2), {}),
+    "offload_low_words": (partial(LOZO, lr=1e-2, offload_low_words=True), {"resample": SubspaceResampling()}),
+    "`bases`": (partial(LOZO, lr=1e-2), {"resample": SubspaceResampling(bases=ActivationBases())}),
+    "row_column": (partial(HiZOO, lr=1e-2, curvature="row_column"), {}),
+    "Foreign": (partial(Foreign, defaults={"lr": 1e-2, "eps": 1e-3}), {}),
     "PerExample": (partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=8), {}),
     "align_queries": (partial(MeZO, lr=1e-2, num_queries=2, align_queries=True), {}),
     "micro_batch_size": (partial(MeZO, lr=1e-2), {"micro_batch_size": 2}),
@@ -117,14 +145,18 @@ class Unseen(Module):
 
 
 class Begun(L.Callback):
-    """Saves what a run is after two thirds of it."""
+    """Saves what a run is after two thirds of it, and, with updates pending, in the middle of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == STEPS // 2:
+            trainer.save_checkpoint(f"{self.path}-middle.ckpt")
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == EPOCHS - 2:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(f"{self.path}-begun.ckpt")
 
 
 def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: str | None = None) -> None:
@@ -135,10 +167,12 @@ def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: s
         ZerothOrder(method, skip_nonfinite=True),
         recorder,
         ledger,
-        Begun(folder / f"{name}-{run}-begun.ckpt"),
+        Begun(folder / f"{name}-{run}"),
     ]
     if "blocks" in options:
         callbacks.append(BlockCoordinateDescent(interval=1, patterns=options["blocks"]))
+    if "resample" in options:
+        callbacks.append(SubspaceResampling(interval=2, anchor=options["resample"]))
     trainer = make_trainer(
         ranks,
         callbacks,
@@ -150,7 +184,9 @@ def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: s
         num_sanity_val_steps=1,
     )
     part = loader(trainer.global_rank, ranks, BATCHES * BATCH)
-    trainer.fit(module, part, part, ckpt_path=None if begun is None else folder / f"{name}-{begun}-begun.ckpt")
+    nobody = patch.object(folding, "hook_between_steps", lambda *_: None) if "waits" in options else nullcontext()
+    with nobody:  # looks between steps
+        trainer.fit(module, part, part, ckpt_path=None if begun is None else folder / f"{name}-{begun}.ckpt")
     trainer.save_checkpoint(folder / f"{name}-{run}.ckpt")
     held = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in module.parameters()]
     left: dict[str, Any] = {
@@ -169,7 +205,7 @@ def refuse(folder: Path) -> None:
     refused = {}
     for name, (method, options) in REFUSED.items():
         unseen = options.pop("unseen", False)
-        resampling = [SubspaceResampling()] if options.pop("resample", False) else []
+        resampling = [options.pop("resample")] if "resample" in options else []
         trainer = make_trainer(2, [ZerothOrder(method, **options), *resampling], ZerothOrderFSDP())
         try:
             trainer.fit(Unseen() if unseen else Module(), loader(0, 1))
@@ -186,18 +222,20 @@ def main(folder: Path) -> None:
         for name in RUNS:
             train(name, "ddp", 2, ZerothOrderDDP(), folder)
             train(name, "fsdp", 2, ZerothOrderFSDP(), folder)
-            train(name, "fsdp-after-ddp", 2, ZerothOrderFSDP(), folder, "ddp")
-            train(name, "ddp-after-fsdp", 2, ZerothOrderDDP(), folder, "fsdp")
+            train(name, "fsdp-after-ddp", 2, ZerothOrderFSDP(), folder, "ddp-begun")
+            train(name, "ddp-after-fsdp", 2, ZerothOrderDDP(), folder, "fsdp-begun")
+        for run, strategy in (("fsdp", ZerothOrderFSDP()), ("ddp", ZerothOrderDDP())):
+            train("factors", f"{run}-after-middle", 2, strategy, folder, "ddp-middle")
         refuse(folder)
         end_process()
 
     def one() -> None:
         for name in RUNS:
             train(name, "one", 1, "auto", folder)
-            train(name, "one-after-fsdp", 1, "auto", folder, "fsdp")
+            train(name, "one-after-fsdp", 1, "auto", folder, "fsdp-begun")
 
     for ranks, do in ((2, two), (1, one)):
-        codes = fork_ranks(ranks, do, folder / f"error-{ranks}", 60)
+        codes = fork_ranks(ranks, do, folder / f"error-{ranks}", 200)
         if any(codes):
             raise SystemExit("\n".join(path.read_text() for path in folder.glob("error-*.txt")) or str(codes))
 

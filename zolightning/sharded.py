@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
-from zolightning.directions.shards import gathered, is_sharded, own_part
+from zolightning.directions.shards import gathered, is_sharded, own_part, whole
 from zolightning.evaluation.stacked import network_of
 from zolightning.layers import find_layers
 from zolightning.optim import ZerothOrderOptimizer
@@ -30,7 +30,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     Ranks split the batch and exchange losses, as under ``zo_ddp``, with the same losses, records and weights, up to the
     order in which losses are summed. Beside that, each forward gathers the weights of a layer at a time
     (``torch.distributed.fsdp.fully_shard``), which are perturbed whole, on every rank, and freed again. Updates and
-    the method's state are of a rank's own rows.
+    what a method keeps of each weight are of a rank's own rows; bases and cores of subspaces are whole on every rank.
 
     The layers of the network are sharded one by one, and what the network has beside them together, from the states of
     rank 0. A module whose ``configure_model`` has applied ``fully_shard`` is left as it is; its ranks must have begun
@@ -48,7 +48,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found if None.
 
     Raises:
-        ValueError: before the first step, if there are no layers, or the method is one for whole weights.
+        ValueError: before the first step, if there are no layers, or the method or one of its arguments needs whole
+            weights.
         MisconfigurationException: before the first step, if an optimizer reads gradients.
     """
 
@@ -137,20 +138,24 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of a method with whole tensors; empty on all ranks but the first. To be called on all."""
-        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        own: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         saved, state = own.state_dict(), {}
         for index, parameter in _numbered(own, saved):
             if index in saved["state"]:
-                kept = {name: _whole(value, parameter) for name, value in saved["state"][index].items()}
+                kept = {
+                    name: _whole(value, parameter, own.is_by_element(parameter, name))
+                    for name, value in saved["state"][index].items()
+                }
                 if self.is_global_zero:
                     state[index] = kept
         return saved | {"state": state} if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        optimizers: list[Any] = self.optimizers
+        for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"], strict=True):
             state = {
                 index: {
-                    name: own_part(value, parameter) if isinstance(value, Tensor) else value
+                    name: _own(value, parameter, optimizer.is_by_element(parameter, name))
                     for name, value in saved["state"][index].items()
                 }
                 for index, parameter in _numbered(optimizer, saved)
@@ -170,8 +175,20 @@ def _numbered(optimizer: Optimizer, saved: dict[str, Any]) -> list[tuple[int, nn
     return list(zip(numbers, parameters, strict=True))
 
 
-def _whole(value: Any, parameter: nn.Parameter) -> Any:
-    return gathered(value, parameter).cpu() if isinstance(value, Tensor) else value
+def _whole(value: Any, parameter: nn.Parameter, is_by_element: bool) -> Any:
+    """An entry of a parameter's state as a single process would have it."""
+    if not isinstance(value, Tensor):
+        return value
+    if is_by_element and not is_sharded(value):  # stored weights, which some methods save, are
+        value = gathered(value, parameter)
+    return whole(value).cpu()
+
+
+def _own(value: Any, parameter: nn.Parameter, is_by_element: bool) -> Any:
+    """The reverse: what this rank has of an entry, flat where it is of some rows."""
+    if not (isinstance(value, Tensor) and is_by_element and is_sharded(parameter)):
+        return value
+    return own_part(value.flatten(), parameter)
 
 
 ZerothOrderFSDP.register_strategies(StrategyRegistry)

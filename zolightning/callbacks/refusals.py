@@ -58,6 +58,12 @@ def refuse_unsupported(trainer: Any) -> None:
         refuse_graphs(trainer.strategy.root_device)
     if methods and any(name in _SHARDING for name in bases(trainer.strategy)):
         refuse_with_shards(methods[0])
+        if any("SubspaceResampling" in bases(callback) and callback.bases for callback in trainer.callbacks):
+            raise MisconfigurationException(
+                "`bases` of SubspaceResampling are taken from activations, and under 'zo_fsdp' it is not known what "
+                "reads a weight. Leave it at None, or use a strategy under which every rank holds all weights "
+                "('zo_ddp')."
+            )
 
 
 def refuse_strategy(strategy: Any) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.perturbation import InPlace
+from zolightning.directions.shards import gathered, is_sharded
 from zolightning.kernels.compiled import CHUNK, chunk_size
 
 Part = tuple[slice, Tensor]  # some elements of a flat tensor, and their curvature
@@ -19,18 +20,24 @@ class FullCurvature:
 
     Args:
         values: (n,), positive, float32, or float64 for double-precision parameters.
+        parameter: of n elements, if ranks may share it: `values` are then of this rank's rows, and those of the others
+            are gathered whenever they are used, which all ranks must do at once.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, parameter: Tensor | None = None) -> None:
         self.values = InPlace(values)
+        self.parameter = parameter if parameter is not None and is_sharded(parameter) else None
+
+    def _whole(self) -> Tensor:
+        return self.values.tensor if self.parameter is None else gathered(self.values.tensor, self.parameter)
 
     def parts(self, start: int, numel: int) -> Iterator[Part]:
         """That of `numel` elements from `start` on, in slices that count from there."""
-        yield slice(0, numel), self.values.tensor[start : start + numel]
+        yield slice(0, numel), self._whole()[start : start + numel]
 
     def at_rows(self, rows: Tensor, columns: int) -> Tensor:
         """That of some rows of a matrix, (k, columns), given their indices, (k,)."""
-        return F.embedding(rows, self.values.tensor.view(-1, columns))
+        return F.embedding(rows, self._whole().view(-1, columns))
 
 
 class FactoredCurvature:

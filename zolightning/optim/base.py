@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class ZerothOrderOptimizer(Estimating):
         ValueError: naming the argument, its value and what is accepted.
     """
 
-    takes_shards = False  # whether updates are made element by element, so that a rank can make those of its own
+    takes_shards = False  # whether `update` moves a rank's own rows, by `of_rows` of what a whole weight would move by
 
     def __init__(
         self,
@@ -179,24 +179,23 @@ class ZerothOrderOptimizer(Estimating):
                 "none, for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
             )
 
+    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
+        """What of this optimizer has not been made for parameters that ranks share: name, value, and what has been."""
+        if not self.takes_shards:
+            yield "method", type(self).__name__, "MeZO, for one"
+        if isinstance(self.estimator, PerExample | ForwardGradient):
+            yield "estimator", f"{type(self.estimator).__name__}()", "TwoSided()"
+        if self.align_queries:
+            yield "align_queries", True, "False"
+
     def _refuse_with_shards(self, evaluations_per_forward: int) -> None:
         """Raises a ValueError that names what has not been made for parameters that ranks share."""
-        refused: dict[str, tuple[object, object, str]] = {
-            "method": (type(self).__name__, self.takes_shards, "MeZO or MeZOAdam"),
-            "estimator": (
-                f"{type(self.estimator).__name__}()",
-                not isinstance(self.estimator, PerExample | ForwardGradient),
-                "TwoSided()",
-            ),
-            "align_queries": (self.align_queries, not self.align_queries, "False"),
-            "evaluations_per_forward": (evaluations_per_forward, evaluations_per_forward == 1, "1"),
-        }
-        for name, (value, is_accepted, accepted) in refused.items():
-            if not is_accepted:
-                raise ValueError(
-                    f"`{name}` is {value}, which has not been made for parameters that are sharded over ranks. Use "
-                    f"{accepted}, or a strategy under which every rank holds all of them ('zo_ddp')."
-                )
+        several = [("evaluations_per_forward", evaluations_per_forward, "1")] if evaluations_per_forward > 1 else []
+        for name, value, accepted in (*self.needs_whole(), *several):
+            raise ValueError(
+                f"`{name}` is {value}, which has not been made for parameters that are sharded over ranks. Use "
+                f"{accepted}, or a strategy under which every rank holds all of them ('zo_ddp')."
+            )
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Half-precision weights are rounded first, in a way that depends on the step's number and their names."""

@@ -92,14 +92,23 @@ def relative_change(
     return RelativeChange(_limited(shift), tuple(map(_limited, ratios)), bounds)
 
 
-def scaled(direction: Direction, state: State, bounds: tuple[float, float]) -> Direction:
-    """``direction / sqrt(H)``; the direction itself where the state has no curvature yet."""
+def scaled(
+    direction: Direction, state: State, bounds: tuple[float, float], parameter: Tensor | None = None
+) -> Direction:
+    """``direction / sqrt(H)``; the direction itself where the state has no curvature yet.
+
+    Args:
+        direction: of a whole parameter.
+        state: the parameter's entry in the optimizer's state.
+        bounds: the least and the largest curvature.
+        parameter: given where ranks may share it, each with the curvature of its own rows.
+    """
     if "curvature_rows" in state:
         factored = FactoredCurvature(state["curvature_rows"], state["curvature_columns"], *bounds)
         return ScaledDirection(direction, factored)
     curvature = state.get("curvature", 1.0)
     if isinstance(curvature, Tensor):
-        return ScaledDirection(direction, FullCurvature(curvature))
+        return ScaledDirection(direction, FullCurvature(curvature, parameter))
     return direction if curvature == 1.0 else direction.times(1 / math.sqrt(curvature))
 
 

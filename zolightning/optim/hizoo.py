@@ -1,12 +1,13 @@
 """HiZOO: zeroth-order descent that is scaled by an estimated diagonal curvature."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.shards import first_element
 from zolightning.optim.checks import require_choice, require_fraction
 from zolightning.optim.curvature import (
     CURVATURE_ESTIMATES,
@@ -68,6 +69,7 @@ class HiZOO(DenseOptimizer):
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
+    takes_shards = True
     estimator: ThreePoint
 
     def __init__(
@@ -118,7 +120,8 @@ class HiZOO(DenseOptimizer):
             directions = self.directions(group, group["seed"], group["step"], {query: sign * group["eps"]})
             for parameter, direction in directions.items():
                 # Not through the dictionary's default: an estimate makes no state.
-                found[parameter] = scaled(direction, self.state.get(parameter, {}), group["curvature_bounds"])
+                state = self.state.get(parameter, {})
+                found[parameter] = scaled(direction, state, group["curvature_bounds"], parameter)
         return found
 
     def update(self, record: StepRecord) -> None:
@@ -133,7 +136,8 @@ class HiZOO(DenseOptimizer):
                 group["curvature_bounds"],
             )
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
-            for parameter, direction in self.directions(group, record.seed, record.step, coefficients).items():
+            for parameter, whole in self.directions(group, record.seed, record.step, coefficients).items():
+                direction = whole.of_rows(first_element(parameter))
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
                     state = self.state[parameter]
@@ -141,6 +145,11 @@ class HiZOO(DenseOptimizer):
                         add_direction(weight, state, direction, self.update_precision, decay)
                         continue
                     update_(weight, state, direction, change, self.curvature, self.update_precision, decay)
+
+    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
+        yield from super().needs_whole()
+        if self.curvature == "row_column":
+            yield "curvature", self.curvature, "'full' or 'scalar'"
 
     def measurements(self) -> dict[str, float]:
         """Quantiles of the curvature, by a sample of each parameter."""

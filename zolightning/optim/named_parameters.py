@@ -78,6 +78,13 @@ class NamedParameters(torch.optim.Optimizer):
                 "of one module's `named_parameters()`, or pass parameters without names."
             )
 
+    def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
+        """Whether a tensor of a parameter's state, by its name there, has a number for each element of it.
+
+        Where ranks share the parameter, each has those of its own rows, and of other tensors all that every rank has.
+        """
+        return True
+
     def state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state now, beside the weights on their device."""
         tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))

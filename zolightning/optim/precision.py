@@ -165,7 +165,8 @@ def add_curved(
     rest = _rest(flat, state, precision)
     part = slice(start, start + curvature.numel())
     noise = direction.keys, direction.coefficients, direction.kind
-    kernels.add_curved(flat[part], curvature, *noise, change, decay, None if rest is None else rest[part], start)
+    own_rest, first = None if rest is None else rest[part], direction.first + start
+    kernels.add_curved(flat[part], curvature, *noise, change, decay, own_rest, first)
 
 
 def add_tensor(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zolightning.directions.dense import Direction
 from zolightning.directions.masked import MagnitudeMasked, Masked, PackedMask, RandomMask, packed
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.shards import first_element, own_rows, whole
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_choice
@@ -50,6 +51,8 @@ class SparseMeZO(DenseOptimizer):
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
+    takes_shards = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -83,17 +86,18 @@ class SparseMeZO(DenseOptimizer):
         for group, lr in zip(self.param_groups, record.lr, strict=True):
             coefficients = {q: -lr * g / self.num_queries for q, g in enumerate(record.projected_grads)}
             for parameter, direction in self.directions(group, record.seed, record.step, coefficients).items():
-                kept, state = self._mask_of(parameter, group), self.state[parameter]
+                kept, state, first = self._mask_of(parameter, group), self.state[parameter], first_element(parameter)
                 masked = self._masked(direction, kept, group)
                 state.update(kept)
                 self._first.pop(parameter, None)
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     if not isinstance(masked, Masked):
                         threshold = masked.threshold if isinstance(masked, MagnitudeMasked) else None
-                        add_direction(weight, state, direction, self.update_precision, threshold=threshold)
+                        own = direction.of_rows(first)
+                        add_direction(weight, state, own, self.update_precision, threshold=threshold)
                         continue
                     for part in chunks(weight.numel(), chunk_size(weight)):
-                        noise = masked.of_elements(part.stop - part.start, part.start)
+                        noise = masked.of_elements(part.stop - part.start, first + part.start)
                         add_tensor(weight, state, noise, self.update_precision, start=part.start)
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -105,13 +109,16 @@ class SparseMeZO(DenseOptimizer):
             if mask:
                 self.state[parameter].update(mask)
 
+    def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
+        return name not in _KEPT
+
     def measurements(self) -> dict[str, float]:
         """Of a dynamic mask the share that moves of the weights with a threshold, by a sample of each parameter."""
         moving = total = 0.0
         for _, _, parameter in self.trainable():
             threshold = self.state.get(parameter, {}).get("threshold", math.inf)
             if threshold < math.inf:
-                moves = strided(parameter.detach()).abs() <= threshold
+                moves = strided(own_rows(parameter)).abs() <= threshold
                 moving, total = moving + float(moves.double().mean()) * parameter.numel(), total + parameter.numel()
         return {"share_moving": moving / total} if total else {}
 
@@ -131,7 +138,7 @@ class SparseMeZO(DenseOptimizer):
         if self.mask == "random":
             words = key(group["seed"], -1, 0, self._names[parameter])  # of no step
             return {"mask": torch.tensor(words, dtype=torch.int32, device=parameter.device)}
-        with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+        with as_contiguous(whole(parameter), self.slices.get(parameter)) as weight:
             least = max(round((1 - group["sparsity"]) * weight.numel()), 1)
             threshold = kth_smallest_magnitude(weight, least) or math.inf
             if self.mask == "dynamic" or threshold == math.inf:

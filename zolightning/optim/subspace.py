@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zolightning.directions.dense import Direction, accumulate_each, arithmetic, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, on_device
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
@@ -67,6 +68,8 @@ class SubspaceOptimizer(SubspaceWeights):
     Under a Trainer :class:`~zolightning.callbacks.SubspaceResampling` and
     :class:`~zolightning.callbacks.MomentumTransport` set the first two.
     """
+
+    takes_shards = True
 
     def __init__(
         self,
@@ -270,7 +273,8 @@ class SubspaceOptimizer(SubspaceWeights):
         is_smoothed = group["momentum"] or group["betas"]
         scaled = {query: (1.0 if is_smoothed else -lr) * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
-        states, moves = [self.state[parameter] for parameter in vectors.values()], list(gradients.values())
+        states = [self.state[parameter] for parameter in vectors.values()]
+        moves = [gradients[name].of_rows(first_element(parameter)) for name, parameter in vectors.items()]
         with all_contiguous(vectors.values(), self.slices) as weights:
             if not is_smoothed:
                 add_directions(weights, states, moves, "exact", [1.0] * len(weights))

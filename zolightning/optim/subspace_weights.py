@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import arithmetic
+from zolightning.directions.shards import first_element, is_sharded, own_rows
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.messages import some
 from zolightning.optim.deferred import defer
@@ -216,6 +217,10 @@ class SubspaceWeights(SubspaceBases):
 
     # Saving
 
+    def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
+        is_vector = self.matrix(parameter, self._group_of(parameter)["rank"]) is None
+        return is_vector or name in (*RESTS, "base")
+
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; where updates are pending also the stored weights, ``base``, that they add to."""
         saved = super().state_dict()
@@ -241,10 +246,16 @@ class SubspaceWeights(SubspaceBases):
         self._bases.clear()
         for parameter, entries in apart.items():
             if "base" in entries:
-                parameter.copy_(entries.pop("base"))
+                own = own_rows(parameter)
+                own.copy_(entries.pop("base").view(own.shape))
             self._offloaded[parameter] = {name: to_host(rest, parameter.device) for name, rest in entries.items()}
         if self.fold_every_step and self.attached:  # else the bases' names may not be known yet
             self.fold()
+
+    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
+        yield from super().needs_whole()
+        if self.offload_low_words:
+            yield "offload_low_words", True, "False"
 
     def host_bytes(self) -> int:
         return sum(rest.nbytes for state in self._offloaded.values() for rest in state.values())
@@ -253,7 +264,8 @@ class SubspaceWeights(SubspaceBases):
         """A ``state_dict`` hook: whoever saves weights in the middle of an interval gets all of the training."""
         for name, parameter in _own(module):
             if "core" in self.state.get(parameter, {}) and prefix + name in state_dict:
-                state_dict[prefix + name] = defer(partial(self._folded, parameter), like=parameter)
+                compute = partial(self._folded, parameter)
+                state_dict[prefix + name] = compute() if is_sharded(parameter) else defer(compute, like=parameter)
 
     @torch.no_grad()
     def _folded(self, parameter: nn.Parameter) -> Tensor:
@@ -264,12 +276,10 @@ class SubspaceWeights(SubspaceBases):
         return folded
 
     def _add_lift(self, weight: Tensor, parameter: nn.Parameter, state: State) -> None:
+        """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
         one, other = self.basis(parameter).factors(self.state[parameter]["core"])
-        columns = other.shape[0]
-        pieces = (
-            (part.start * columns, (one[part] @ other.T).flatten())
-            for part in chunks(one.shape[0], max(1, max(CHUNK, chunk_size(weight)) // columns))
-        )
+        columns, first = other.shape[0], first_element(parameter)
+        pieces = _pieces(one, other, range(first, first + weight.numel()), max(CHUNK, chunk_size(weight)) // columns)
         if self.offload_low_words:
             add_offloaded(weight, state, pieces, self.update_precision)
             return
@@ -287,6 +297,20 @@ class SubspaceWeights(SubspaceBases):
         """The parameters, each after its number in a ``state_dict``."""
         numbers = (number for group in saved["param_groups"] for number in group["params"])
         return zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=False)  # torch checks
+
+
+def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Some elements of ``one @ other.T``, flat, each piece after its place among them.
+
+    So many rows are multiplied at a time, and the same ones whichever elements are wanted: a product may round a row in
+    another way beside others.
+    """
+    columns = len(other)
+    for part in chunks(len(one), max(1, rows)):
+        start, stop = (min(max(row * columns, elements.start), elements.stop) for row in (part.start, part.stop))
+        if start < stop:
+            product = (one[part] @ other.T).flatten()
+            yield start - elements.start, product[start - part.start * columns : stop - part.start * columns]
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
