@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from cli_runs import CONFIGS, printed
 from masked_models import write_tiny
@@ -99,3 +99,25 @@ def test_a_masked_model_is_resumed_and_replayed(tmp_path: Path) -> None:
     assert "equal to the last bit" in said
     replayed = load_file(tmp_path / "replayed/model.safetensors")
     assert all(weight.equal(trained[f"model.{name}"]) for name, weight in replayed.items())
+
+
+def test_a_classifier_is_trained_and_predicts_after_its_export(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model")
+    words = arguments(tmp_path, "sst2", "roberta_base_classifier", **{"data.prompt": "{{ sentence }}"})
+    printed(["fit", *words, "--method", "LOZO", "--method.lr", "0.01", "--evaluation.evaluations_per_forward", "2"])
+    run, trained = run_of(tmp_path)
+    before = load_file(tmp_path / "model/model.safetensors")
+    assert not trained["model.roberta.encoder.layer.0.output.dense.weight"].equal(
+        before["roberta.encoder.layer.0.output.dense.weight"]
+    )
+    end = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints/last.ckpt")]
+    printed(["export", *end, "--folder", str(tmp_path / "exported")])
+    printed(["predict", *end, "--predictions.path", str(tmp_path / "predictions.jsonl")])
+    texts = [json.loads(line)["sentence"] for line in (SENTIMENT / "test.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    for line in (tmp_path / "predictions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        with torch.no_grad():
+            logits = model(**tokenizer(texts[row["id"]], return_tensors="pt")).logits[0]
+        assert row["scores"] == pytest.approx(logits.tolist(), abs=1e-4)

@@ -12,6 +12,7 @@ from zolightning.models.scoring import (
     language_modeling_loss,
 )
 from zolightning.models.seq2seq_lm import Seq2SeqLM
+from zolightning.models.sequence_classifier import SequenceClassifier
 
 __all__ = [
     "CausalLM",
@@ -19,6 +20,7 @@ __all__ = [
     "LinearProbe",
     "MaskedLM",
     "Seq2SeqLM",
+    "SequenceClassifier",
     "answer_log_probs",
     "candidate_scores",
     "classification_loss",

@@ -69,14 +69,15 @@ def load_model(
 def _take_new_head(model: "PreTrainedModel", info: dict[str, Any]) -> None:
     """Takes a classifier's head off what the file lacks, or has in another shape, and says that it is new."""
 
-    def is_head(name: str) -> bool:
-        return not name.startswith(f"{model.base_model_prefix}.")
+    def is_head(name: str) -> bool:  # the pooler of a BERT is inside its base model, and of use to classifiers alone
+        return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
     new = {name for name in info["missing_keys"] if is_head(name)}
     new |= {name for name, *_ in info["mismatched_keys"] if is_head(name)}
     info["missing_keys"] = {name for name in info["missing_keys"] if name not in new}
     info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in new}
     if new:
+        info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_head(name)}  # the old one
         rank_zero_info(
             f"{type(model).__name__} has a new head of {model.config.num_labels} classes: {some(sorted(new))}."
         )
@@ -88,7 +89,7 @@ def _explain(missing: list[str], unused: list[str]) -> str:
         prefix, _, rest = name.partition(".")
         if rest in wanted:
             return f"its names begin with '{prefix}.', which has to go"
-    return "it does not fit config.json, or has no head of this kind"
+    return "it does not fit config.json, or has no head of this kind (`num_classes` gives a classifier a new one)"
 
 
 @contextmanager

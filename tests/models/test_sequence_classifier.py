@@ -1,0 +1,111 @@
+"""Classifiers of texts: scores and losses are those that transformers computes for each text alone."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from masked_models import ARCHITECTURES, tiny_tokenizer, write_tiny
+from zolightning.callbacks import ZerothOrder
+from zolightning.data import PromptDataModule
+from zolightning.data.encoding import collate
+from zolightning.data.marked import encode_texts
+from zolightning.data.templates import MASK, SEPARATOR
+from zolightning.models import SequenceClassifier
+from zolightning.optim import MeZO
+
+TASK = {"name": "nli", "prompt": "{{ one }}{{ sep }}{{ two }}", "answers": ["no", "yes", "maybe"], "labels": [0, 1, 2]}
+ROWS = [("Ann left.", "Someone left."), ("It rains, and it rains on and on.", "It is dry."), ("No.", "Who?")]
+HEAD = "AutoModelForSequenceClassification"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Callable[..., PromptDataModule]:
+    def make(**task: Any) -> PromptDataModule:
+        rows = [{"one": one, "two": two, "label": label} for label, (one, two) in enumerate(ROWS)]
+        for split in ("train", "validation", "test"):
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return PromptDataModule(TASK | task, str(tmp_path), batch_size=3)
+
+    return make
+
+
+def logits_of(folder: Path, *texts: str) -> torch.Tensor:
+    """Those of one text, or two, by transformers alone."""
+    inputs = AutoTokenizer.from_pretrained(folder)(*texts, return_tensors="pt")
+    with torch.no_grad():
+        return AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs).logits[0]
+
+
+def write_llama(folder: Path) -> Path:
+    """One that reads from left to right, and whose config knows no token for padding."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, initializer_range=0.3, num_labels=3)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "llama"])
+def test_logits_of_a_batch_are_those_of_each_pair_alone(architecture: str, tmp_path: Path) -> None:
+    is_llama = architecture == "llama"
+    folder = write_llama(tmp_path) if is_llama else write_tiny(tmp_path, architecture, HEAD, num_labels=3)
+    module = SequenceClassifier(str(folder))
+    examples = [encode_texts(module.tokenizer, SEPARATOR.join(row), 3, label=1, id=0, max_length=256) for row in ROWS]
+    batch = collate(examples, 1, "classification", padding_side=module.padding_side)
+    module.refuse_unsuitable()
+    module.model.eval()
+    with torch.no_grad():
+        scores = module.score(batch)
+    expected = torch.stack([logits_of(folder, *row) for row in ROWS])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_new_head_is_drawn_said_and_trained(
+    tmp_path: Path,
+    data: Callable[..., PromptDataModule],
+    make_trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_tiny(tmp_path / "model", "bert")  # a masked language model, without a pooler
+    said: list[str] = []
+    monkeypatch.setattr("zolightning.models.loading.rank_zero_info", said.append)
+    module, again = (SequenceClassifier(str(folder), num_classes=3) for _ in range(2))
+    assert said[0].startswith("BertForSequenceClassification has a new head of 3 classes: bert.pooler.dense.bias")
+    assert all(map(torch.equal, module.state_dict().values(), again.state_dict().values()))
+    module.export(tmp_path / "exported")
+    expected = torch.stack([logits_of(tmp_path / "exported", *row) for row in ROWS])
+    labels = torch.arange(3)
+    trainer = make_trainer(max_steps=2, callbacks=[ZerothOrder(partial(MeZO, lr=0.01))], limit_val_batches=0)
+    (metrics,) = make_trainer().validate(module, data(), verbose=False)
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(expected, labels).item(), rel=1e-4)
+    assert metrics["val/accuracy"] == pytest.approx((expected.argmax(-1) == labels).float().mean().item())
+    trainer.fit(module, data())
+    assert not module.model.classifier.weight.equal(again.model.classifier.weight)
+
+
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    folder = write_tiny(tmp_path / "model", "roberta", HEAD, num_labels=2)
+    validate = partial(make_trainer().validate, SequenceClassifier(str(folder)), verbose=False)
+    with pytest.raises(MisconfigurationException, match="head of `model_name` has 2 classes, and the task 3"):
+        validate(data())
+    with pytest.raises(ValueError, match="needs a task with `answers` and the objective classification"):
+        validate(data(objective="language_modeling"))
+    for prompt in (f"a{SEPARATOR}b{SEPARATOR}c", f"a{MASK}"):
+        with pytest.raises(ValueError, match="reads a text, or two"):
+            encode_texts(tiny_tokenizer(), prompt, 2, label=0, id=0, max_length=64)
+    long = encode_texts(tiny_tokenizer(), "abcd" * 9, 2, label=0, id=0, max_length=8)
+    assert long.truncated and long.prompt_ids == tiny_tokenizer()("abcdab")["input_ids"]
+    with pytest.raises(ValueError, match=r"lacks 4 weights of RobertaForSequenceClassification .*num_classes"):
+        SequenceClassifier(str(write_tiny(tmp_path / "headless")))
