@@ -39,10 +39,17 @@ def _parser() -> "OneLineParser":
         def parse_arguments(self, *_: Any) -> None:
             self.config = Namespace(subcommand="fit", fit=Namespace(seed_everything=False))
 
-        def _nothing(self, *_: Any) -> None:
+        def _add_instantiators(self) -> None:
             pass
 
-        _add_instantiators = before_instantiate_classes = instantiate_classes = _run_subcommand = _nothing
+        def before_instantiate_classes(self) -> None:
+            pass
+
+        def instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
 
     parser = WithoutArguments()._parser("fit")
     assert isinstance(parser, OneLineParser)
