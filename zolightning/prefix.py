@@ -95,11 +95,11 @@ def remove_prefix(model: "PreTrainedModel") -> None:
 def _keys_and_values(model: "PreTrainedModel", num_tokens: int) -> Tensor:
     """(layers, 2, heads, tokens, head size) of some tokens, in the model's dtype and on its device."""
     name = type(model).__name__
-    embeddings = model.get_input_embeddings().get_parameter("weight")
-    generator = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
-    ids = torch.randint(len(embeddings), (1, num_tokens), generator=generator).to(embeddings.device)
+    embeddings = model.get_input_embeddings()
     cache = None
-    if not model.config.is_encoder_decoder:
+    if isinstance(embeddings, nn.Embedding) and not model.config.is_encoder_decoder:
+        generator = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        ids = torch.randint(len(embeddings.weight), (1, num_tokens), generator=generator).to(embeddings.weight.device)
         with evaluation_mode(model):
             cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     layers: list[Any] = getattr(cache, "layers", [])

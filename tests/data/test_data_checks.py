@@ -61,6 +61,7 @@ def test_a_model_without_a_limit(
         ({"task": "sst-2"}, "`data.task` must be one of"),
         ({"task": {"prompt": "x"}}, "`data.task`: a task needs the key `name`, `labels`, `answers`"),
         ({"task": {"promt": "x"}}, "`data.task`: a task has no key `promt`"),
+        ({"task": {"name": "own", "text": "body"}}, r"`data.task`: `text` must name a field, such as {{ text }}, got"),
         ({"path": "no/such/folder"}, "`data.path` must be a folder of files, got 'no/such/folder'"),
         ({"prompt": "{{"}, "`data.prompt`: `prompt` is not a Jinja2 template"),
         ({"answers": ["a", "b", "c"]}, "`data.answers`: `labels` must name one label for each of the 3 `answers`"),

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from zolightning.models import ImageClassifier
+from zolightning.prefix import add_prefix
 
 
 @pytest.fixture
@@ -108,3 +109,8 @@ def test_without_pillow_a_line_says_how_to_install_it(folder: Path, monkeypatch:
     monkeypatch.setattr("zolightning.data.images.find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match=r"Images need Pillow.*pip install 'zolightning\[images\]'"):
         ImageClassifier(str(folder))
+
+
+def test_an_image_classifier_takes_no_prefix(folder: Path) -> None:
+    with pytest.raises(ValueError, match="a decoder attends to, and ViTForImageClassification keeps none"):
+        add_prefix(ImageClassifier(str(folder)).model, 4)

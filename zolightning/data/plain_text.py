@@ -25,6 +25,8 @@ class PlainText(SingleAnswer):
         super().__post_init__()
         self._check_strings("text")
         check_template("text", self.text)
+        if not self.template_fields:
+            raise ValueError(f"`text` must name a field, such as {{{{ text }}}}, got {self.text!r}.")
 
     @cached_property
     def template_fields(self) -> frozenset[str]:
