@@ -24,6 +24,7 @@ from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
 from zolightning.models.generation import Decoding
 from zolightning.optim import MeZO
+from zolightning.optim.estimators import ZScores
 from zolightning.rewards import Countdown, InProcesses, Pattern, UnitTests
 from zolightning.rewards.reward import rewards_of
 
@@ -200,6 +201,29 @@ def test_failed_rewards_are_logged(
     with pytest.warns(UserWarning, match="A reward failed, .* KeyError: 'a reason'"):
         trainer.fit(module, data)
     assert trainer.logged_metrics["train/failed_rewards"] == module.reward.failures["KeyError"] - 3 > 3
+
+
+@pytest.mark.filterwarnings("error:.*evaluations_per_forward")
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_members_that_share_forwards_train_the_same_weights(
+    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer], micro_batch_size: int | None
+) -> None:
+    """To the bit: rewards of equal texts are equal."""
+    folder, data = rewarded
+
+    def fit(size: int) -> tuple[dict[str, torch.Tensor], list[int], list[float]]:
+        module, rows, records = CausalLM(str(folder), reward=letters), [], Records()
+        method = partial(MeZO, lr=0.05, eps=0.2, num_queries=5, estimator=ZScores())
+        callback = ZerothOrder(method, evaluations_per_forward=size, micro_batch_size=micro_batch_size)
+        layer = module.model.model.layers[0]
+        layer.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        make_trainer(max_steps=3, limit_val_batches=0, callbacks=[callback, records]).fit(module, data)
+        return module.state_dict(), rows, [loss for record in records.records for loss in record.losses]
+
+    (alone, few, losses), (together, many, same_losses) = fit(1), fit(5)
+    assert losses == same_losses and len(set(losses)) > 5
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+    assert len(many) < len(few) and max(many) == 5 * max(few)
 
 
 def sampled_run(
