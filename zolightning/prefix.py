@@ -43,17 +43,27 @@ class Prefix(nn.Module):
         return values.expand(rows, -1, -1).view(rows, *sizes).permute(2, 3, 0, 4, 1, 5)
 
     def prepend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Is a pre-hook of the decoder: its cache begins with the prefix, and its tokens come after that."""
+        """Is a pre-hook of the decoder: its cache begins with the prefix, and its tokens come after that.
+
+        Raises:
+            ValueError: if prefix and text together are longer than the model's context.
+        """
         from transformers import DynamicCache
 
         inputs = args[0] if args else kwargs.get("input_ids")
-        rows = len(kwargs["inputs_embeds"] if inputs is None else inputs)
+        rows, length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = DynamicCache(config=decoder.config)
         if not cache.get_seq_length():  # else a text is being written, and the prefix is there
             for layer, (keys, values) in enumerate(self(rows)):
                 cache.update(keys, values, layer)
+        longest = getattr(decoder.config, "max_position_embeddings", None)
+        if longest is not None and (needed := cache.get_seq_length() + length) > longest:
+            raise ValueError(
+                f"A text of {needed - self.num_tokens} tokens after a prefix of {self.num_tokens} is longer than the "
+                f"model's context of {longest}: set `data.max_length` to {longest - self.num_tokens} at most."
+            )
         changed = {"past_key_values": cache}
         if (mask := kwargs.get("attention_mask")) is not None:  # (rows, length) or (rows, 1, length, length)
             changed["attention_mask"] = F.pad(mask, (self.num_tokens, 0), value=1)
@@ -62,8 +72,8 @@ class Prefix(nn.Module):
         return args, kwargs | changed
 
 
-def prefix_of(model: "PreTrainedModel") -> Prefix | None:
-    """The prefix that a model reads, if any."""
+def prefix_of(model: nn.Module) -> Prefix | None:
+    """The prefix that a model of transformers reads, if any."""
     found = getattr(model, _NAME, None)
     return found if isinstance(found, Prefix) else None
 

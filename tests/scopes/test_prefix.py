@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from zolightning import CausalLM
 from zolightning.adapters import adapter_settings, remove_adapter
 from zolightning.callbacks import SubspaceResampling, TrainLayers, ZerothOrder
+from zolightning.models.attention_masks import causal_mask
 from zolightning.models.scoring import last_logits
 from zolightning.optim import LOZO, MeZO, ZOMuon
 from zolightning.prefix import add_prefix, prefix_of, remove_prefix
@@ -52,7 +53,11 @@ def test_a_prefix_is_what_tokens_before_the_text_would_be(
         longer, longer_mask = torch.cat([before, ids], 1), torch.cat([torch.ones_like(before), mask], 1)
         expected = last_logits(network, longer, longer_mask, count=2)
         add_prefix(network, TOKENS)
-        torch.testing.assert_close(last_logits(network, ids, mask, count=2), expected, rtol=1e-4, atol=1e-4)
+        found = last_logits(network, ids, mask, count=2)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # as on a GPU
+        as_on_gpu = network(input_ids=ids, attention_mask=causal_mask(mask), position_ids=positions).logits[:, -2:]
+        torch.testing.assert_close(as_on_gpu, found, rtol=1e-4, atol=1e-4)
         remove_prefix(network)
         assert torch.equal(last_logits(network, ids, mask, count=2), plain)
     assert torch.equal(torch.get_rng_state(), state)
@@ -163,6 +168,10 @@ def test_what_is_refused(make_module: Any, make_loader: Any, make_trainer: Any) 
         fit(make_module("bert"), PrefixTuning())
     module = make_module()
     fit(module, PrefixTuning(TOKENS))
+    ids = torch.ones(1, 62, dtype=torch.long)  # of 64 positions
+    with pytest.raises(ValueError, match=r"A text of 62 tokens after a prefix of 3 is longer than .* context of 64"):
+        last_logits(module.network, ids, torch.ones_like(ids), count=1)
+    last_logits(module.network, ids[:, :61], torch.ones_like(ids)[:, :61], count=1)
     with pytest.raises(ValueError, match="another adapter already: num_virtual_tokens 3, not 4"):
         fit(module, PrefixTuning(4))
     with pytest.raises(

@@ -5,8 +5,12 @@ where there is no mask: either way the host waits for the device once a forward 
 for one answer. A mask of four dimensions they hand on to their attention as it is.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from zolightning.prefix import prefix_of
 
 # Architectures that do nothing else with such a mask, each tested. Others derive positions or biases from it.
 TAKE_CAUSAL_MASKS = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
@@ -24,14 +28,15 @@ def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
         :data:`TAKE_CAUSAL_MASKS`, another attention than sdpa, both ways or in a window that is shorter than the rows;
         and on a CPU, where nobody waits: without padding, its kernels for causal attention do half the work.
     """
-    config = getattr(network, "config", None)
+    config, prefix = getattr(network, "config", None), prefix_of(network)
+    window = getattr(config, "sliding_window", None)
     if (
         mask.device.type == "cpu"
         or getattr(config, "model_type", None) not in TAKE_CAUSAL_MASKS
         or getattr(config, "_attn_implementation", None) != "sdpa"
         or not getattr(config, "is_causal", True)
         or getattr(config, "use_bidirectional_attention", False)
-        or mask.shape[1] > (getattr(config, "sliding_window", None) or mask.shape[1])
+        or mask.shape[1] + (0 if prefix is None else prefix.num_tokens) > (window or math.inf)
     ):
         return mask
     return causal_mask(mask)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Literal, cast
 
 from zolightning.models.pretrained_module import PretrainedModule
+from zolightning.prefix import prefix_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,9 @@ class TextModule(PretrainedModule):
         for name, module in self.model.named_modules() if longest else ():
             if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 longest -= module.padding_idx + 1  # RoBERTa's and its kin's begin after the one of padding
-        return min(longest or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        prefix = prefix_of(self.model)
+        taken = 0 if prefix is None else prefix.num_tokens
+        return min(longest or self.tokenizer.model_max_length, self.tokenizer.model_max_length) - taken
 
     @property
     def num_embeddings(self) -> int:
