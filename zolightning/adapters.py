@@ -233,7 +233,10 @@ def _config(model: "PreTrainedModel") -> Any:
 
 
 def _task_type(model: "PreTrainedModel") -> str | None:
-    return "CAUSAL_LM" if model.can_generate() and not model.config.is_encoder_decoder else None
+    """What tells PEFT's own loaders which class of transformers the base model is of."""
+    if not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _inject(model: "PreTrainedModel", config: Any) -> None:

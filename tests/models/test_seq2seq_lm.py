@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForSeq2SeqLM
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, T5Config
 
+from zolightning.adapters import add_adapter, lora_settings, save_adapter
 from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
 from zolightning.models.seq2seq_lm import target_log_probs
@@ -159,3 +162,15 @@ def test_encoder_layers_below_what_trains_run_once_a_step(trained: str, runs: li
     (records, found), (expected, all_runs) = two_steps(True), two_steps(False)
     assert (found, all_runs) == (runs, [2, 2])
     assert records == expected
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
+def test_peft_finds_the_base_model_of_an_adapter_by_itself(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    targets = [name for name, _ in model.named_modules() if name.endswith(".q")]
+    add_adapter(model, lora_settings(2, 4.0, targets))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter")
+    found = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    assert sum("lora_A" in name for name, _ in found.named_parameters()) == len(targets) > 0
