@@ -7,6 +7,7 @@ ask for a version of PEFT that may not be out yet.
 import json
 import os
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,13 +148,23 @@ def merge_adapter(model: "PreTrainedModel") -> None:
     remove_adapter(model)
 
 
-def save_adapter(model: "PreTrainedModel", folder: str | Path) -> None:
-    """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``."""
+def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``.
+
+    Args:
+        model: one with an adapter.
+        folder: where to write it.
+        head: what else of the model has been trained, by its names there.
+    """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    _config(model).save_pretrained(str(folder))
-    weights = {name: weight.detach().contiguous() for name, weight in _saved_weights(model).items()}
+    folder, head = Path(folder), head or {}
+    config = copy(_config(model))
+    if head:
+        config.modules_to_save = sorted({"pooler" if ".pooler." in name else name.partition(".")[0] for name in head})
+    config.save_pretrained(str(folder))
+    saved = {**_saved_weights(model), **{f"base_model.model.{name}": weight for name, weight in head.items()}}
+    weights = {name: weight.detach().contiguous() for name, weight in saved.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

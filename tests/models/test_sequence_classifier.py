@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -21,6 +22,7 @@ from zolightning.data.marked import encode_texts
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import SequenceClassifier
 from zolightning.optim import MeZO
+from zolightning.scopes import LoRA, TrainLayers
 
 TASK = {"name": "nli", "prompt": "{{ one }}{{ sep }}{{ two }}", "answers": ["no", "yes", "maybe"], "labels": [0, 1, 2]}
 ROWS = [("Ann left.", "Someone left."), ("It rains, and it rains on and on.", "It is dry."), ("No.", "Who?")]
@@ -109,3 +111,26 @@ def test_what_does_not_go_together_is_refused(
     assert long.truncated and long.prompt_ids == tiny_tokenizer()("abcdab")["input_ids"]
     with pytest.raises(ValueError, match=r"lacks 4 weights of RobertaForSequenceClassification .*num_classes"):
         SequenceClassifier(str(write_tiny(tmp_path / "headless")))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
+def test_the_head_trains_with_adapters_and_is_exported_with_them(
+    tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    folder = write_tiny(tmp_path / "model", "bert")
+    module = SequenceClassifier(str(folder), num_classes=3)
+    before = {name: weight.clone() for name, weight in module.model.state_dict().items()}
+    callbacks = [TrainLayers("all", part=LoRA(rank=2)), ZerothOrder(partial(MeZO, lr=0.01))]
+    make_trainer(max_steps=2, callbacks=callbacks, limit_val_batches=0).fit(module, data())
+    after = {name.replace(".base_layer", ""): weight for name, weight in module.model.state_dict().items()}
+    moved = {name for name, weight in before.items() if not weight.equal(after[name])}
+    assert moved == set(module.head_parameters) > {"classifier.weight", "bert.pooler.dense.weight"}
+
+    module.export(tmp_path / "exported")
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    elsewhere = PeftModel.from_pretrained(base, tmp_path / "exported").eval()
+    module.model.eval()
+    for row in ROWS:
+        inputs = module.tokenizer(*row, return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(elsewhere(**inputs).logits, module.model(**inputs).logits)

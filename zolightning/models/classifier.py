@@ -2,18 +2,30 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
+from zolightning.adapters import save_adapter
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.models.scoring import classification_loss
 
 
 class Classifier(PretrainedModule):
     """A pretrained network whose head has a logit for each class, trained by the cross-entropy."""
+
+    @property
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters beyond the base model, and of a pooler in it, by their names in the model."""
+        prefix = f"{self.model.base_model_prefix}."
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(prefix) or ".pooler." in name
+        }
 
     @abstractmethod
     def logits(self, batch: Any) -> Tensor:
@@ -26,6 +38,9 @@ class Classifier(PretrainedModule):
         scores, label = self.score(batch), batch["label"]
         examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
         return Evaluation(classification_loss(scores, label), examples, scores)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        save_adapter(self.model, folder, self.head_parameters)  # which trains with it
 
     def setup(self, stage: str) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)

@@ -33,10 +33,13 @@ def load_model(
         **options: Of ``from_pretrained``.
 
     Raises:
-        ValueError: A weight is missing from the file, or has another shape there, or `source` is an adapter.
+        ValueError: A weight is missing from the file, or has another shape there, `source` is an adapter, or classes
+            are asked of another kind of network.
     """
     import transformers
 
+    if num_classes is not None and not network_class.endswith("Classification"):
+        raise ValueError(f"`num_classes` {num_classes} is for classifiers, and {network_class} loads none.")
     if num_classes is not None:
         options["num_labels"] = num_classes
     with _without_reports(), torch.random.fork_rng(devices=[]):

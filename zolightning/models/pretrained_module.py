@@ -238,8 +238,12 @@ class PretrainedModule(L.LightningModule):
         if adapter_settings(self.model) is None:
             self.model.save_pretrained(folder, state_dict=dequantized_state_dict(self.model))
         else:
-            save_adapter(self.model, folder)
+            self.save_adapter(folder)
         self.preprocessor.save_pretrained(folder)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the model's adapter in PEFT's format."""
+        save_adapter(self.model, folder)
 
     def _refuse_all_of_a_quantized_base(self) -> None:
         settings = quantization_settings(self.model)

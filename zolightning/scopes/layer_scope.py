@@ -2,10 +2,11 @@
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
+from torch import nn
 
 from zolightning.layers import LayerStack, find_layers
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
@@ -24,6 +25,8 @@ class ChosenLayers(NamedTuple):
 
 class LayerScope(Scope):
     """Abstract base of the scopes that choose layers, and of each layer the same part.
+
+    The head of a classifier (:class:`~zolightning.models.classifier.Classifier`) trains with them: mostly it is new.
 
     Args:
         part: what of the layers trains; all of it by default.
@@ -59,9 +62,11 @@ class LayerScope(Scope):
         layers = sorted(set(choice.layers))
         parts = self.part.select(pl_module, stack, layers, calibrate)
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        head: Mapping[str, nn.Parameter] = getattr(pl_module, "head_parameters", {})
+        also = ", and the head" if head else ""
         return Selection(
-            parameters={names[parameter]: part for parameter, part in parts.items()},
-            reason=f"{self.part!r} of {_name(layers, len(stack))} (`{stack.name}`), {choice.reason}",
+            parameters={names[parameter]: part for parameter, part in (parts | dict.fromkeys(head.values())).items()},
+            reason=f"{self.part!r} of {_name(layers, len(stack))} (`{stack.name}`), {choice.reason}{also}",
             layers=tuple(layers),
             details=choice.details,
         )
