@@ -49,8 +49,9 @@ class MetricsFiles(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # a broadcast: on every rank
-        if folder is not None and self._log is None and any(_tensorboards(trainer)):
-            self._log = EventLog(Path(folder))
+        is_local = folder is not None and "://" not in folder
+        if is_local and self._log is None and any(_tensorboards(trainer)):
+            self._log = EventLog(Path(str(folder)))
             remove_unfinished(self._log.folder)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -118,7 +118,7 @@ def _card(
     reported = _eval_results(results, task, kind and _PIPELINES[kind])
     card_data = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
-        base_model_relation="adapter" if is_adapter else "finetune",
+        base_model_relation=("adapter" if is_adapter else "finetune") if _is_hub_id(base) else None,
         datasets=None if hub is None else [hub.path],
         eval_results=reported or None,
         library_name="peft" if is_adapter else "transformers",
