@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSeq2SeqLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.nn import functional as F
-from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, T5Config
+from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
 from zolightning.adapters import add_adapter, lora_settings, save_adapter
 from zolightning.callbacks.micro_batches import micro_batches
+from zolightning.models.generation import generate
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
 from zolightning.models.seq2seq_lm import target_log_probs
 from zolightning.optim import LOZO, MeZO, StepRecord, ZerothOrderOptimizer
@@ -39,6 +42,7 @@ CONFIGS = {
         encoder_ffn_dim=24,
         decoder_ffn_dim=24,
         max_position_embeddings=32,
+        forced_eos_token_id=None,
         init_std=0.3,
     ),
 }
@@ -174,3 +178,24 @@ def test_peft_finds_the_base_model_of_an_adapter_by_itself(tmp_path: Path) -> No
     save_adapter(model, tmp_path / "adapter")
     found = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
     assert sum("lora_A" in name for name, _ in found.named_parameters()) == len(targets) > 0
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+@torch.no_grad()
+def test_a_padded_batch_writes_what_each_prompt_alone_does(architecture: str) -> None:
+    model = make_model(architecture)
+    words = Tokenizer(WordLevel({"</s>": 1} | {f"w{number}": number for number in (0, *range(2, 37))}, unk_token="w2"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="w0")
+    prompts = [prompt for prompt, _ in EXAMPLES]
+    width = max(map(len, prompts))
+    ids, mask = padded(prompts, 0, width), padded([[1] * len(prompt) for prompt in prompts], 0, width)
+    texts = generate(model, tokenizer, ids, mask, max_new_tokens=5, stop="\n")
+    expected = []
+    for prompt in prompts:
+        written = [0]
+        while len(written) < 6 and written[-1] != 1:
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([written])).logits
+            written.append(logits[0, -1].argmax().item())
+        expected.append(tokenizer.decode(written[1:], skip_special_tokens=True).strip())
+    assert texts == expected
+    assert len(set(expected)) > 1
