@@ -24,6 +24,7 @@ from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM
 from zolightning.optim import LOZO, MeZO
 from zolightning.packaged import configs
+from zolightning.scopes import TrainLayers
 
 PROMPT = "{{ text }} It was {{ mask }}."
 TASK = {"name": "mood", "prompt": PROMPT, "answers": ["bad", "good"], "labels": ["sad", "glad"], "label": "mood"}
@@ -141,6 +142,20 @@ def test_evaluations_are_stacked_and_batches_cut(
         torch.testing.assert_close(
             move, expected[name], rtol=1e-2, atol=1e-3 * expected[name].abs().max().item() + 1e-9
         )
+
+
+def test_what_lies_below_the_trained_layer_is_computed_once_a_step(
+    tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    module = MaskedLM(str(write_tiny(tmp_path / "model")))
+    first = module.model.get_submodule("roberta.encoder.layer.0.attention.self")
+    runs: list[int] = []
+    forward = first.forward  # a hook on the layer would keep it from being passed over
+    first.forward = lambda *args, **kwargs: (runs.append(trainer.global_step), forward(*args, **kwargs))[1]
+    callbacks = [TrainLayers([1]), ZerothOrder(partial(MeZO, lr=1e-3, num_queries=2))]
+    trainer = make_trainer(max_steps=3, callbacks=callbacks, limit_val_batches=0)
+    trainer.fit(module, data())
+    assert [runs.count(step) for step in (1, 2)] == [1, 1]  # the first one finds out
 
 
 def test_classes_are_not_for_masked_models(tmp_path: Path) -> None:
