@@ -38,7 +38,7 @@ def untie_head(model: "PreTrainedModel") -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"The head of {type(model).__name__} cannot be untied from its embeddings: such a model scales what a tied "
-            "head reads, and would compute something else."
+            "head reads, and would compute something else. Train it as it is (TrainHead: `untie` False)."
         )
     head = model.get_output_embeddings()
     tied = head.weight

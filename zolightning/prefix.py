@@ -84,7 +84,7 @@ def add_prefix(model: "PreTrainedModel", num_tokens: int) -> Prefix:
     The tokens depend on the seed of ``seed_everything`` (or 0); torch's generators take no notice.
 
     Raises:
-        ValueError: if the network keeps no keys and values, or others in each layer.
+        ValueError: if the network keeps no keys and values, or others in each layer, or on several devices.
     """
     prefix = Prefix(_keys_and_values(model, num_tokens))
     setattr(model, _NAME, prefix)
@@ -124,4 +124,6 @@ def _keys_and_values(model: "PreTrainedModel", num_tokens: int) -> Tensor:
             f"A prefix of {num_tokens} tokens needs keys and values of one shape (heads, tokens, head size), and those "
             f"of {name} have {', '.join(map(str, sorted(shapes)))}."
         )
+    if len({pair.device for pair in found}) > 1:
+        raise ValueError(f"A prefix needs all layers of {name} on one device, and they are spread over several.")
     return torch.stack(found)
