@@ -101,6 +101,7 @@ def test_a_masked_model_is_resumed_and_replayed(tmp_path: Path) -> None:
     assert all(weight.equal(trained[f"model.{name}"]) for name, weight in replayed.items())
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_and_predicts_after_its_export(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     words = arguments(tmp_path, "sst2", "roberta_base_classifier", **{"data.prompt": "{{ sentence }}"})
