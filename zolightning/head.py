@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 _UNTIED = "has_untied_head"  # attribute of a model whose head was tied when it was loaded
 
 
+def belongs_to_head(model: "PreTrainedModel", name: str) -> bool:
+    """Whether the weight of this name is of a classifier's head: beyond the base model, or of a pooler in it.
+
+    The pooler of a BERT is inside its base model, and of use to classifiers alone.
+    """
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
 def is_tied(model: "PreTrainedModel") -> bool:
     """Whether one matrix embeds the tokens and scores them."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()

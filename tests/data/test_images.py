@@ -146,6 +146,11 @@ def test_what_is_wrong_is_said_in_a_line(pets: Path, make_trainer: Callable[...,
         ImageDataModule("sst2", str(pets))
     with pytest.raises(ValueError, match=r"pets is of images: `data.class_path` must be ImageDataModule"):
         PromptDataModule(PETS, str(pets))
+    (pets / "empty/test").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"empty/test is a folder without images .* no file of rows, such as test\.jsonl"
+    ):
+        look(ImageDataModule(PETS, str(pets / "empty")), make_trainer)
     (pets / "test").rename(pets / "val")
     (pets / "test.jsonl").unlink()
     with pytest.raises(ValueError, match="has no folder validation, but found val: rename it to validation"):

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -22,7 +22,7 @@ from zolightning.data.marked import encode_texts
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import SequenceClassifier
 from zolightning.optim import MeZO
-from zolightning.scopes import LoRA, TrainLayers
+from zolightning.scopes import LoRA, TrainHead, TrainLayers
 
 TASK = {"name": "nli", "prompt": "{{ one }}{{ sep }}{{ two }}", "answers": ["no", "yes", "maybe"], "labels": [0, 1, 2]}
 ROWS = [("Ann left.", "Someone left."), ("It rains, and it rains on and on.", "It is dry."), ("No.", "Who?")]
@@ -109,6 +109,10 @@ def test_what_does_not_go_together_is_refused(
             encode_texts(tiny_tokenizer(), prompt, 2, label=0, id=0, max_length=64)
     long = encode_texts(tiny_tokenizer(), "abcd" * 9, 2, label=0, id=0, max_length=8)
     assert long.truncated and long.prompt_ids == tiny_tokenizer()("abcdab")["input_ids"]
+    with pytest.raises(ValueError, match=r"3 tokens .* do not hold a token of the text: at least 5 are needed"):
+        encode_texts(tiny_tokenizer(), f"a{SEPARATOR}b", 2, label=0, id=0, max_length=3)
+    with pytest.raises(ValueError, match="`num_classes` must be at least 2, got 1"):
+        SequenceClassifier(str(folder), num_classes=1)
     with pytest.raises(ValueError, match=r"lacks 4 weights of RobertaForSequenceClassification .*num_classes"):
         SequenceClassifier(str(write_tiny(tmp_path / "headless")))
 
@@ -134,3 +138,25 @@ def test_the_head_trains_with_adapters_and_is_exported_with_them(
         inputs = module.tokenizer(*row, return_tensors="pt")
         with torch.no_grad():
             torch.testing.assert_close(elsewhere(**inputs).logits, module.model(**inputs).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
+def test_the_head_trains_with_an_adapter_to_start_from(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "bert")
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+    module = SequenceClassifier(str(folder), num_classes=3, adapter=str(tmp_path / "adapter"))
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    assert module.head_parameters.keys() < trained
+    assert all(".lora_" in name for name in trained - module.head_parameters.keys())
+
+
+def test_the_head_is_the_same_for_every_scope(
+    tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    module = SequenceClassifier(str(write_tiny(tmp_path / "model", "bert")), num_classes=3)
+    before = {name: weight.clone() for name, weight in module.model.state_dict().items()}
+    callbacks = [TrainHead(), ZerothOrder(partial(MeZO, lr=0.01))]
+    make_trainer(max_steps=1, callbacks=callbacks, limit_val_batches=0).fit(module, data())
+    moved = {name for name, weight in module.model.state_dict().items() if not weight.equal(before[name])}
+    assert moved == module.head_parameters.keys() > {"bert.pooler.dense.weight"}

@@ -86,7 +86,13 @@ def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]
 
 
 def _images(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_ENDINGS):
+    paths = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if not paths:
+        raise ValueError(
+            f"{folder} is a folder without images ({', '.join(IMAGE_ENDINGS)}), and there is no file of rows, such as "
+            f"{folder.name}.jsonl, beside it."
+        )
+    for path in paths:
         row = {"image": str(path.relative_to(folder.parent))}
         yield row if path.parent == folder else row | {"label": path.parent.name}
 

@@ -69,11 +69,17 @@ def encode_texts(
     The longer one loses its end. The answers are the numbers of the classes.
 
     Raises:
-        ValueError: There are more texts than two, or a mask.
+        ValueError: There are more texts than two, or a mask; or `max_length` holds no token of a text.
     """
     texts = prompt.split(SEPARATOR)
     if len(texts) > 2 or MASK in prompt:
         raise ValueError("a classifier reads a text, or two with `{{ sep }}` between them, and no `{{ mask }}`")
+    around = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+    if max_length <= around:  # where tokenizers cut nothing, or everything
+        raise ValueError(
+            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a token of the text: "
+            f"at least {around + 1} are needed"
+        )
     ids = tokenizer(*texts, verbose=False)["input_ids"]
     kept = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
     return Example(
@@ -81,7 +87,7 @@ def encode_texts(
         prompt_ids=kept,
         answer_ids=[[number] for number in range(num_classes)],
         label=label,
-        text=f"{' | '.join(texts)} [[{label}]]",
+        text=" | ".join(texts) if label < 0 else f"{' | '.join(texts)} [[{label}]]",
         truncated=len(kept) < len(ids),
     )
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from zolightning.adapters import save_adapter
+from zolightning.head import belongs_to_head
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.models.scoring import classification_loss
 
@@ -20,12 +21,7 @@ class Classifier(PretrainedModule):
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters beyond the base model, and of a pooler in it, by their names in the model."""
-        prefix = f"{self.model.base_model_prefix}."
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if not name.startswith(prefix) or ".pooler." in name
-        }
+        return {name: weight for name, weight in self.model.named_parameters() if belongs_to_head(self.model, name)}
 
     @abstractmethod
     def logits(self, batch: Any) -> Tensor:

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zolightning.head import belongs_to_head
 from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -34,12 +36,14 @@ def load_model(
 
     Raises:
         ValueError: A weight is missing from the file, or has another shape there, `source` is an adapter, or classes
-            are asked of another kind of network.
+            are asked of another kind of network, or fewer than two.
     """
     import transformers
 
     if num_classes is not None and not network_class.endswith("Classification"):
         raise ValueError(f"`num_classes` {num_classes} is for classifiers, and {network_class} loads none.")
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
     if num_classes is not None:
         options["num_labels"] = num_classes
     with _without_reports(), torch.random.fork_rng(devices=[]):
@@ -71,10 +75,7 @@ def load_model(
 
 def _take_new_head(model: "PreTrainedModel", info: dict[str, Any]) -> None:
     """Takes a classifier's head off what the file lacks, or has in another shape, and says that it is new."""
-
-    def is_head(name: str) -> bool:  # the pooler of a BERT is inside its base model, and of use to classifiers alone
-        return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
-
+    is_head = partial(belongs_to_head, model)
     new = {name for name in info["missing_keys"] if is_head(name)}
     new |= {name for name, *_ in info["mismatched_keys"] if is_head(name)}
     info["missing_keys"] = {name for name in info["missing_keys"] if name not in new}

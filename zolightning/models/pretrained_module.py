@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -28,9 +28,6 @@ from zolightning.quantization import (
     require_quantization,
     restore_quantization,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evaluation(NamedTuple):
@@ -75,7 +72,7 @@ class PretrainedModule(L.LightningModule):
         num_classes: Of a classifier: how many classes there are. Where the model has another number, its head is a new
             one, whose weights depend on `seed_everything`. Default: those that the model has.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
-            alone trains. Default: none.
+            alone trains, or with the head of a classifier. Default: none.
     """
 
     network_class: ClassVar[str]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zolightning.adapters import adapter_settings
 from zolightning.data.classification import Classification
 from zolightning.data.encoding import Batch, Example
 from zolightning.data.marked import encode_texts
@@ -35,6 +36,9 @@ class SequenceClassifier(TextModule, Classifier):
         super().__init__(*args, **settings)
         # networks that read from left to right look for the last token that is no padding
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        if adapter_settings(self.model) is not None:  # which froze the head, though it may be a new one
+            for parameter in self.head_parameters.values():
+                parameter.requires_grad_(True)
 
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
         """A row in tokens.

@@ -10,7 +10,8 @@ from zolightning.scopes.scope import Scope, Selection
 
 
 class TrainHead(Scope):
-    """Trains what a model of transformers has beyond its base model: the output layer of a language model.
+    """Trains what a model of transformers has beyond its base model: the output layer of a language model,
+    or a classifier's head with its pooler.
 
     Everything below is the same for all evaluations of a step, and computed once. Where the head is tied to the
     embeddings, it becomes a copy of them first; checkpoints and exports then hold both.
@@ -33,7 +34,10 @@ class TrainHead(Scope):
         tied = is_tied(model)
         if tied and self.untie:
             untie_head(model)
-        below = set() if model.base_model is model else set(model.base_model.parameters())
+        pooler = set(
+            getattr(pl_module, "head_parameters", {}).values()
+        )  # of a classifier of ours: inside the base model
+        below = set() if model.base_model is model else set(model.base_model.parameters()) - pooler
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         chosen = [names[parameter] for parameter in model.parameters() if parameter not in below] if below else []
         if tied and not self.untie:
