@@ -158,6 +158,15 @@ def test_what_lies_below_the_trained_layer_is_computed_once_a_step(
     assert [runs.count(step) for step in (1, 2)] == [1, 1]  # the first one finds out
 
 
+def test_plain_text_is_not_for_masked_models(tmp_path: Path, make_trainer: Callable[..., L.Trainer]) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"text": "It was good."}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "It was good."}\n')
+    module = MaskedLM(str(write_tiny(tmp_path / "model")))
+    data = PromptDataModule({"name": "texts", "text": "{{ text }}"}, str(tmp_path))
+    with pytest.raises(ValueError, match="MaskedLM needs a prompt with a mask, and plain text has none: use CausalLM"):
+        make_trainer().validate(module, data, verbose=False)
+
+
 def test_classes_are_not_for_masked_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`num_classes` 3 is for classifiers, and AutoModelForMaskedLM loads none"):
         MaskedLM(str(write_tiny(tmp_path)), num_classes=3)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zolightning.data.encoding import Batch, Example
 from zolightning.data.examples import example_of
 from zolightning.data.marked import encode_masked
+from zolightning.data.plain_text import PlainText
 from zolightning.data.rows import Row
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts
@@ -36,10 +37,12 @@ class MaskedLM(LanguageModel):
         """A row in tokens.
 
         Raises:
-            ValueError: The prompt has no mask or several, or an answer is not one token.
+            ValueError: There is no prompt, or it has no mask or several, or an answer is not one token.
         """
         if chat:
             raise ValueError("`data.chat` is true, and a masked language model does not chat")
+        if isinstance(task, PlainText):
+            raise ValueError("MaskedLM needs a prompt with a mask, and plain text has none: use CausalLM")
         return example_of(task, row, self.tokenizer, max_length, chat, encode=encode_masked)
 
     def refuse_unsuitable(self) -> None:
