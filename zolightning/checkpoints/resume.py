@@ -3,19 +3,21 @@
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import LAST
 from zolightning.checkpoints.ledger import LEDGER
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace  # a package of the command line, which others do without
+
 _FOLDER = "checkpoints"  # of a run, beside its config.yaml
 
 
-def find_checkpoint(config: Namespace, of_ledgers: bool) -> None:
+def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
     """Puts the path of a file in the place of ``last`` and ``best`` in ``ckpt_path``.
 
     They mean the run whose ``config.yaml`` is among the config files; else ``checkpoint.dirpath``; else the newest
@@ -55,7 +57,7 @@ def is_ledger(path: Any) -> bool:
     return path is not None and Path(str(path)).name == LEDGER
 
 
-def take_name(config: Namespace) -> None:
+def take_name(config: "Namespace") -> None:
     """Calls a run that has no name, and goes on from the last step of another, by that one's name and folder."""
     folder, settings = _folder_of(config.get("ckpt_path")), getattr(config.trainer.logger, "init_args", None)
     if folder is None or settings is None or settings.get("name") not in (None, "lightning_logs"):
@@ -63,7 +65,7 @@ def take_name(config: Namespace) -> None:
     settings.save_dir, settings.name = str(folder.parent.parent), folder.parent.name
 
 
-def go_on_in_folder(config: Namespace) -> bool:
+def go_on_in_folder(config: "Namespace") -> bool:
     """Makes a run that goes on from the ``last.ckpt`` or the ledger of a folder write its logs and checkpoints there.
 
     It becomes the same version of TensorBoard's logger, unless the command gives another name or version. From any
@@ -92,7 +94,7 @@ def _folder_of(path: Any) -> Path | None:
     return None
 
 
-def _last_of_a_run(config: Namespace, of_ledgers: bool) -> Path:
+def _last_of_a_run(config: "Namespace", of_ledgers: bool) -> Path:
     for file in reversed(config.get("config") or []):
         folder = Path(str(file)).absolute().parent
         is_early = of_ledgers and re.fullmatch(r"version_\d+", folder.name) is not None  # killed before any checkpoint
@@ -113,7 +115,7 @@ def _last_of_a_run(config: Namespace, of_ledgers: bool) -> Path:
     return found[max(found)]
 
 
-def _best_checkpoint(last: Path, config: Namespace) -> Path:
+def _best_checkpoint(last: Path, config: "Namespace") -> Path:
     if not last.is_file():
         raise MisconfigurationException(f"`ckpt_path` is 'best', and {last}, which names it, is not a file.")
     for state in callback_states(last).values():
@@ -131,8 +133,8 @@ def callback_states(path: str | Path) -> dict[str, Any]:
     return states
 
 
-def _versions_folder(config: Namespace) -> Path:
-    settings = getattr(config.trainer.logger, "init_args", None) or Namespace()
+def _versions_folder(config: "Namespace") -> Path:
+    settings = getattr(config.trainer.logger, "init_args", None) or {}
     return Path(settings.get("save_dir") or config.trainer.default_root_dir) / str(settings.get("name") or "")
 
 
