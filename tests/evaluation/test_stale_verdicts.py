@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize, prune
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.optim import MeZO, ZerothOrderOptimizer
+from zolightning.optim.estimators import Estimator, Population, ZScores
+from zolightning.optim.probing import Probed
 from zolightning.optim.record import FLAT_IN_A_ROW
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
@@ -159,6 +161,11 @@ class TestEqualLosses:
             with expected if step == FLAT_IN_A_ROW - 1 else nullcontext():  # another warning would be an error
                 assert optimizer.estimate(net.loss).projected_grads == (0.0,)
             optimizer.step()
+
+    @pytest.mark.parametrize("estimator", [Population(), ZScores()])
+    def test_are_equal_though_their_mean_is_rounded(self, estimator: Estimator) -> None:
+        losses = torch.full((3,), 0.1, dtype=torch.float64)
+        assert Probed(losses.tolist(), estimator.projected_grads(losses, EPS).tolist(), is_empty=False).is_flat
 
     def test_have_the_verdicts_renewed(self) -> None:
         net = Net()

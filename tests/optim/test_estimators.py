@@ -103,9 +103,9 @@ class TestZScores:
             found, scaled = (ZScores().projected_grads(v, EPS) for v in (values, scale * values + 7))
             torch.testing.assert_close(found, scaled, rtol=1e-3, atol=1e-6)
 
-    @pytest.mark.parametrize("value", [0.0, -0.1, 1e3])
+    @pytest.mark.parametrize("value", [0.0, -1 / 3, 1e3])
     def test_equal_losses_move_nothing(self, value: float) -> None:
-        assert ZScores().projected_grads(torch.full((30,), value, dtype=torch.float64), EPS).abs().max() < 1e-3
+        assert not ZScores().projected_grads(torch.full((30,), value, dtype=torch.float64), EPS).any()
 
     def test_a_mean_of_each_example_changes_nothing(self) -> None:
         """Rewards less their own prompt's mean over the population: the same after the mean over prompts."""

@@ -144,7 +144,8 @@ class ZScores(Population):
     """
 
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
-        centered = losses - losses.mean()
+        centered = losses - losses[0]  # exactly 0 for equal losses, whose mean may be rounded
+        centered = centered - centered.mean()
         return centered / (centered.square().mean().sqrt() + _TINY)
 
 

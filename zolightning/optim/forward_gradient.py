@@ -74,7 +74,7 @@ def evaluate_derivatives(
     losses = torch.where(derivatives.isfinite(), losses, derivatives)
     numbers = torch.cat([losses, terms, estimator.projected_grads(derivatives, group["eps"])]).tolist()
     require_terms(numbers[count : 2 * count])
-    return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
+    return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count], at_one_point=True)
 
 
 @contextmanager

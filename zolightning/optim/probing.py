@@ -29,11 +29,13 @@ class Probed(NamedTuple):
         losses: of each probe; NaN where there was no term to average.
         projected_grads: one a query.
         is_empty: whether there was no term.
+        at_one_point: whether all losses are of the same weights, and equal for that reason.
     """
 
     losses: list[float]
     projected_grads: list[float]
     is_empty: bool
+    at_one_point: bool = False
 
     @property
     def is_finite(self) -> bool:
@@ -43,7 +45,7 @@ class Probed(NamedTuple):
     def is_flat(self) -> bool:
         """Whether several losses are the same to the last bit, and say nothing."""
         are_equal = len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
-        return are_equal and not any(self.projected_grads)
+        return are_equal and not (self.at_one_point and any(self.projected_grads))
 
 
 def evaluate_step(optimizer: "Estimating", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool) -> Probed:
