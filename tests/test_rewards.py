@@ -133,6 +133,7 @@ def test_unit_tests() -> None:
     texts = {
         "def double(x): return 2 * x": 1,
         "So:\n```python\ndef double(x):\n    return x + 3\n```\nDone.": 0.5,
+        "from __future__ import annotations\ndef double(x: int): return 2 * x": 1,
         "def double(x: return": 0,
         "import os; os._exit(0)": 0,
         "while True: print('x' * 1000)": 0,

@@ -13,13 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 
 _BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
-_LIMITS = """\
+_RUN = """\
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, ({memory},) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, ({file},) * 2)
 except (ImportError, ValueError, OSError):
     pass
+import runpy
+runpy.run_path("program.py", run_name="__main__")
 """
 _FILE_BYTES = 2**20  # that a program may write, its traceback among them
 
@@ -81,13 +83,12 @@ class UnitTests:
         """The name of the error that ended a test; None if it was passed."""
         program, test = program_and_test
         passed = 64 + secrets.randbelow(64)  # an exit status that the program does not know
-        limits = _LIMITS.format(memory=self.memory_mib * 2**20, file=_FILE_BYTES)
+        run = _RUN.format(memory=self.memory_mib * 2**20, file=_FILE_BYTES)
         ending = f"import os as _os\n_os._exit({passed})\n"
         with tempfile.TemporaryDirectory() as folder, open(Path(folder, "stderr"), "wb") as stderr:
-            file = Path(folder, "program.py")
-            file.write_text(f"{limits}\n{program}\n{test}\n{ending}", encoding="utf-8", errors="replace")
+            Path(folder, "program.py").write_text(f"{program}\n{test}\n{ending}", encoding="utf-8", errors="replace")
             process = subprocess.Popen(
-                [sys.executable, "-I", str(file)],
+                [sys.executable, "-I", "-c", run],
                 cwd=folder,
                 env={},
                 stdin=subprocess.DEVNULL,
