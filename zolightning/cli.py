@@ -27,7 +27,14 @@ from zolightning.callbacks import (
 )
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
-from zolightning.commands.checks import check_data, check_monitors, check_seed, check_settings, check_strategy
+from zolightning.commands.checks import (
+    check_data,
+    check_groups,
+    check_monitors,
+    check_seed,
+    check_settings,
+    check_strategy,
+)
 from zolightning.commands.help import HelpAll
 from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.parser import OneLineParser
@@ -153,6 +160,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_groups(config, ("trainer", "model", "data", "evaluation", *self._parser(self.subcommand).callback_keys))
         if self.subcommand != "fit":
             # True, and of no interest where nothing is saved.
             warnings.filterwarnings("ignore", "The dirpath has changed.*")

@@ -69,6 +69,11 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert "before training" not in output.getvalue()  # not after minutes of validation
 
 
+def test_a_group_of_settings_that_is_null(runs: Runs) -> None:
+    (runs.folder / "null.yaml").write_text("checkpoint: null\n")
+    assert runs.refused("fit", "--config", runs.folder / "null.yaml").startswith("error: `checkpoint` is null, and ")
+
+
 @pytest.mark.filterwarnings("ignore:Discarding init_args")
 def test_a_module_that_trains_by_itself_is_refused_before_the_validation(runs: Runs) -> None:
     with redirect_stdout(io.StringIO()) as output:

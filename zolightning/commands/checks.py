@@ -30,6 +30,16 @@ def check_seed(seed: int | bool) -> None:
         raise ValueError(f"`seed_everything` must be at least 0 and below 2**32, got {seed}.")
 
 
+def check_groups(config: Namespace, names: Iterable[str]) -> None:
+    """Raises a ValueError where a group of settings, by its name, is null: it has defaults, and cannot be left away."""
+    for name in names:
+        if config[name] is None:
+            raise ValueError(
+                f"`{name}` is null, and holds settings. Leave it out to have the defaults; without checkpoints a run "
+                "is made by `trainer.enable_checkpointing: false`."
+            )
+
+
 def check_settings(config: Namespace, subcommand: str) -> None:
     """Checks what needs no object at all.
 

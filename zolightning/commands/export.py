@@ -49,7 +49,7 @@ def export_model(
         merge_adapter(module.model)  # type: ignore[arg-type]  # modules that are exported have a network of that name
     export(folder)
     if ckpt_path is not None and getattr(module, "model", None) is not None:
-        run_folder = Path(ckpt_path).absolute().parents[1]
+        run_folder = Path(ckpt_path).absolute().parent.parent
         write_card(folder, module, datamodule, trainer.run_config, run_folder, checkpoint["global_step"])
     if push_to_hub is not None:
         _upload(folder, push_to_hub, private)

@@ -52,7 +52,8 @@ class MetricsFiles(Callback):
         is_local = folder is not None and "://" not in folder
         if is_local and self._log is None and any(_tensorboards(trainer)):
             self._log = EventLog(Path(str(folder)))
-            remove_unfinished(self._log.folder)
+            if trainer.is_global_zero:
+                remove_unfinished(self._log.folder)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -51,7 +51,7 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
     failed = {}
     for place, seed in enumerate(seeds, start=1):
         folder = _folder(group, seed)
-        if _is_done(folder, config.test_last):
+        if _is_done(folder, subcommand == "fit" and config.test_last):
             continue
         print(f"\nseed {seed}, {place} of {len(seeds)}: {folder}", flush=True)
         words = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
@@ -115,10 +115,10 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return read
 
 
-def _is_done(folder: Path, test_last: bool) -> bool:
+def _is_done(folder: Path, is_tested: bool) -> bool:
     metrics = _metrics(folder)
     is_over = metrics.get("state") in ("finished", "ended", "tested", "validated")
-    return is_over and (bool(metrics.get("test")) or not test_last)
+    return is_over and (bool(metrics.get("test")) or not is_tested)
 
 
 def _can_go_on(folder: Path) -> bool:
