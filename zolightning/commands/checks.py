@@ -33,7 +33,7 @@ def check_seed(seed: int | bool) -> None:
 def check_groups(config: Namespace, names: Iterable[str]) -> None:
     """Raises a ValueError where a group of settings, by its name, is null: it has defaults, and cannot be left away."""
     for name in names:
-        if config[name] is None:
+        if name in config and config[name] is None:  # a class without arguments has no group
             raise ValueError(
                 f"`{name}` is null, and holds settings. Leave it out to have the defaults; without checkpoints a run "
                 "is made by `trainer.enable_checkpointing: false`."
