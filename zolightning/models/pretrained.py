@@ -25,7 +25,7 @@ def load_pretrained(
     device_map: DeviceMap | None = None,
     num_classes: int | None = None,
 ) -> "tuple[PreTrainedModel, Any]":
-    """Loads a network, in eval mode, and its tokenizer, which pads on the left for a causal language model.
+    """Loads a network, in eval mode, and what makes its inputs; a causal language model's tokenizer pads on the left.
 
     Args:
         name: What to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or

@@ -21,7 +21,7 @@ class SequenceClassifier(TextModule, Classifier):
     """A pretrained network that says which class a text is of, by a head over all of it, trained by the cross-entropy.
 
     It reads the prompt of a task, two texts where there is a ``{{ sep }}`` between them; the task's answers stand for
-    its classes and are not read.
+    its classes and are not read. With an `adapter` to start from, the head trains too.
 
     Example::
 
