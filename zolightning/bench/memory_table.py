@@ -11,18 +11,8 @@ from torch import nn
 
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.layers import find_layers
-from zolightning.memory import (
-    BatchShape,
-    MemoryPlan,
-    Trained,
-    plan,
-    whole,
-)
-from zolightning.memory_alternatives import (
-    layer,
-    on_quantized,
-    with_lora,
-)
+from zolightning.memory import BatchShape, MemoryPlan, Trained, plan, whole
+from zolightning.memory_alternatives import layer, on_quantized, with_lora
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubZero
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
