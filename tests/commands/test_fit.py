@@ -161,6 +161,14 @@ def test_export_is_a_hugging_face_folder(finished: tuple[Runs, str], tmp_path: P
     message = refused(["export", "--config", str(config), "--folder", str(folder)])
     assert message.startswith("error: `folder` is ") and "not empty" in message
 
+    other = load(checkpoint)
+    del other["state_dict"]["model.lm_head.weight"]
+    torch.save(other, tmp_path / "other.ckpt")
+    words = ["--config", str(config), "--ckpt_path", str(tmp_path / "other.ckpt"), "--folder", str(tmp_path / "new")]
+    message = refused(["export", *words])
+    assert message.startswith("error: `ckpt_path` is of another model: 1 weights") and "lm_head" in message
+    assert not (tmp_path / "new").exists()
+
 
 def test_manual_optimization_warning_is_off(runs: Runs) -> None:
     # A warning would be an error here.

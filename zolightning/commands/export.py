@@ -9,6 +9,7 @@ import lightning as L
 from zolightning.adapters import merge_adapter
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.model_card import write_card
+from zolightning.messages import some
 from zolightning.quantization import refuse_quantized
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def _load(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Loads a checkpoint's weights in the dtypes that they have there."""
     module.on_load_checkpoint(dict(checkpoint))
     weights = checkpoint["state_dict"]
+    own, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (module.state_dict(), weights))
+    if different := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
+        raise ValueError(
+            f"`ckpt_path` is of another model: {len(different)} weights have other names or shapes, or are missing "
+            f"there or here ({some(different)})."
+        )
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(weights[name].dtype)
     module.load_state_dict(weights)
