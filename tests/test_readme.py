@@ -217,7 +217,8 @@ def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[s
         ((_, task),) = blocks(document, "yaml")
         (folder / name).write_text(task)
     classes = [code for _, code in blocks(PACKAGE, "python") if "class " in code and ".fit(" not in code]
-    (folder / "my_file.py").write_text("\n".join(classes))
+    reward = "def my_reward(text, references): return 0.0"
+    (folder / "my_file.py").write_text("\n".join([*classes, reward]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)

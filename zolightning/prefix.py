@@ -4,6 +4,7 @@ Prefix tuning is Li & Liang 2021 (arXiv 2101.00190). Here, as in MeZO (arXiv 230
 train as they are, without a network that makes them, and begin as those of real tokens.
 """
 
+import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "prompt_encoder"  # of the module in the model, as in PEFT's own
+_CACHES = ("cache", "past_key_values")  # what transformers calls the cache, from 5.24 on and before
 
 
 class Prefix(nn.Module):
@@ -52,7 +54,8 @@ class Prefix(nn.Module):
 
         inputs = args[0] if args else kwargs.get("input_ids")
         rows, length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
-        cache = kwargs.get("past_key_values")
+        others = {name: value for name, value in kwargs.items() if name not in _CACHES}
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         if cache is None:
             cache = DynamicCache(config=decoder.config)
         if not cache.get_seq_length():  # else a text is being written, and the prefix is there
@@ -64,12 +67,13 @@ class Prefix(nn.Module):
                 f"A text of {needed - self.num_tokens} tokens after a prefix of {self.num_tokens} is longer than the "
                 f"model's context of {longest}: set `data.max_length` to {longest - self.num_tokens} at most."
             )
-        changed = {"past_key_values": cache}
+        takes = inspect.signature(type(decoder).forward).parameters
+        changed = {next((name for name in _CACHES if name in takes), _CACHES[0]): cache}
         if (mask := kwargs.get("attention_mask")) is not None:  # (rows, length) or (rows, 1, length, length)
             changed["attention_mask"] = F.pad(mask, (self.num_tokens, 0), value=1)
         if (positions := kwargs.get("position_ids")) is not None:
             changed["position_ids"] = positions + self.num_tokens
-        return args, kwargs | changed
+        return args, others | changed
 
 
 def prefix_of(model: nn.Module) -> Prefix | None:
@@ -111,7 +115,8 @@ def _keys_and_values(model: "PreTrainedModel", num_tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         ids = torch.randint(len(embeddings.weight), (1, num_tokens), generator=generator).to(embeddings.weight.device)
         with evaluation_mode(model):
-            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+            output = model(input_ids=ids, use_cache=True)
+            cache = next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
     layers: list[Any] = getattr(cache, "layers", [])
     found = [
         torch.cat([layer.keys, layer.values]) for layer in layers if isinstance(getattr(layer, "keys", None), Tensor)

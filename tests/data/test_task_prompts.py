@@ -121,6 +121,11 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         [" 8\n"],
     ),
     "sentiment": ({"sentence": "The soup was cold.", "label": 0}, "The soup was cold. It was", [" terrible", " great"]),
+    "countdown": (
+        {"numbers": "9 8 2", "target": 1, "solution": "8 + (2 - 9)"},
+        "Write 1 as an equation of 9, 8, 2, with + - * and parentheses.\n1 =",
+        [" 8 + (2 - 9)\n"],
+    ),
 }
 
 
@@ -177,7 +182,7 @@ def test_copa_asks_for_a_cause() -> None:
 
 def test_tasks_that_train_on_the_right_answer_alone() -> None:
     trained = {name for name in CASES if load_task(name).objective == "language_modeling"}
-    assert trained == {"copa", "record", "squad", "drop"}
+    assert trained == {"copa", "record", "squad", "drop", "countdown"}
 
 
 def test_record_counts_every_right_entity() -> None:
@@ -193,7 +198,7 @@ def test_the_references_of_squad_and_drop() -> None:
 
 def test_validation_sizes_that_differ() -> None:
     sizes = {name: load_task(name).num_validation for name in CASES}
-    assert {name for name, size in sizes.items() if size != 500} == {"cb", "copa", "wsc", "sentiment"}
+    assert {name for name, size in sizes.items() if size != 500} == {"cb", "copa", "wsc", "sentiment", "countdown"}
     assert {sizes[name] for name in ("cb", "copa", "wsc")} == {100}
 
 

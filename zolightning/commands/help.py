@@ -69,7 +69,7 @@ _WORDS = {
     "keep_ledger": "append each step to ledger.bin, of which `zolightning replay` makes the model again",
     "save_last.every_n_minutes": "save the last step this often",
     "save_last.every_n_train_steps": "save the last step this often",
-    "config": "file of settings; later files and flags win; `zolightning configs` lists those of the package",
+    "config": "file of settings; later files and flags win (list: `zolightning configs`)",
     "print_config": "print the settings that files and flags come to, and exit",
     "seed_everything": "seed of the run",
     "data": "class of the data module",
