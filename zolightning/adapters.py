@@ -168,12 +168,13 @@ def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load_adapter(model: "PreTrainedModel", adapter: str) -> None:
+def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tensor] | None = None) -> None:
     """Puts the adapter of a PEFT folder into a model without one, and freezes all else, as PEFT does.
 
     Args:
         model: the one that the adapter is for.
         adapter: a folder in PEFT's format, or an id on the Hugging Face hub: LoRA, or a prefix.
+        head: what else of the model may be in the folder (PEFT's ``modules_to_save``), by its names in the model.
 
     Raises:
         ValueError: if it is none, of another kind, or does not fit the model; in one line.
@@ -188,6 +189,8 @@ def load_adapter(model: "PreTrainedModel", adapter: str) -> None:
     except Exception as error:  # of JSON, safetensors, pickle or PEFT, for a file that is damaged or of another version
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"`adapter` {adapter!r} cannot be read: {reason}.") from None
+    if head:
+        config.modules_to_save = None  # PEFT would keep the head twice, beside what it was
     _refuse_kinds(adapter, config)
     misfit = f"`adapter` {adapter!r} does not fit {type(model).__name__} {model.name_or_path!r}"
     if config.peft_type == PREFIX:
@@ -199,7 +202,8 @@ def load_adapter(model: "PreTrainedModel", adapter: str) -> None:
             _inject(model, config)
         except ValueError as error:  # PEFT's, of names that the model does not have
             raise ValueError(f"{misfit}: {str(error).partition(chr(10))[0]}") from None
-    own = _saved_weights(model)
+    others = {f"base_model.model.{name}": weight.detach() for name, weight in (head or {}).items()}
+    own = {**_saved_weights(model), **{name: others[name] for name in others.keys() & weights.keys()}}
     shapes, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (own, weights))
     if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
         raise ValueError(
@@ -245,6 +249,8 @@ def _config(model: "PreTrainedModel") -> Any:
 
 def _task_type(model: "PreTrainedModel") -> str | None:
     """What tells PEFT's own loaders which class of transformers the base model is of."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
     if not model.can_generate():
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -20,7 +20,7 @@ from zolightning.data import PromptDataModule
 from zolightning.data.encoding import collate
 from zolightning.data.marked import encode_texts
 from zolightning.data.templates import MASK, SEPARATOR
-from zolightning.models import SequenceClassifier
+from zolightning.models import MaskedLM, SequenceClassifier
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
 
@@ -111,8 +111,8 @@ def test_what_does_not_go_together_is_refused(
     assert long.truncated and long.prompt_ids == tiny_tokenizer()("abcdab")["input_ids"]
     with pytest.raises(ValueError, match=r"3 tokens .* do not hold a token of the text: at least 5 are needed"):
         encode_texts(tiny_tokenizer(), f"a{SEPARATOR}b", 2, label=0, id=0, max_length=3)
-    with pytest.raises(ValueError, match="`num_classes` must be at least 2, got 1"):
-        SequenceClassifier(str(folder), num_classes=1)
+    with pytest.raises(ValueError, match="`num_classes` must be at least 2, or 1 for a number, got 0"):
+        SequenceClassifier(str(folder), num_classes=0)
     with pytest.raises(ValueError, match=r"lacks 4 weights of RobertaForSequenceClassification .*num_classes"):
         SequenceClassifier(str(write_tiny(tmp_path / "headless")))
 
@@ -133,6 +133,12 @@ def test_the_head_trains_with_adapters_and_is_exported_with_them(
     module.export(tmp_path / "exported")
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     elsewhere = PeftModel.from_pretrained(base, tmp_path / "exported").eval()
+    assert elsewhere.peft_config["default"].task_type == "SEQ_CLS"
+    again = SequenceClassifier(str(folder), num_classes=3, adapter=str(tmp_path / "exported"))
+    assert all(weight.equal(again.model.state_dict()[name]) for name, weight in module.model.state_dict().items())
+    assert {name for name, p in again.model.named_parameters() if p.requires_grad} > module.head_parameters.keys()
+    with pytest.raises(ValueError, match=r"does not fit BertForSequenceClassification .*: 2 weights .*classifier.bias"):
+        SequenceClassifier(str(folder), num_classes=2, adapter=str(tmp_path / "exported"))
     module.model.eval()
     for row in ROWS:
         inputs = module.tokenizer(*row, return_tensors="pt")
@@ -149,6 +155,70 @@ def test_the_head_trains_with_an_adapter_to_start_from(tmp_path: Path) -> None:
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     assert module.head_parameters.keys() < trained
     assert all(".lora_" in name for name in trained - module.head_parameters.keys())
+
+
+def test_a_head_of_one_output_says_a_number(
+    tmp_path: Path, make_trainer: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, targets = write_tiny(tmp_path / "model", "bert"), [0.5, "3.75", 2]
+    for split, rows in {"train": ROWS, "validation": ROWS, "test": ROWS}.items():
+        lines = [{"one": one, "two": two, "how": how} for (one, two), how in zip(rows, targets, strict=True)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {"name": "likeness", "prompt": "{{ one }}{{ sep }}{{ two }}", "target": "how"}
+    data = partial(PromptDataModule, task, str(tmp_path), batch_size=3)
+    module = SequenceClassifier(str(folder), num_classes=1)
+    module.export(tmp_path / "exported")
+    said = torch.cat([logits_of(tmp_path / "exported", *row) for row in ROWS]).double()
+    right = torch.tensor([0.5, 3.75, 2]).double()
+    (metrics,) = make_trainer().validate(module, data(), verbose=False)
+    assert metrics["val/loss"] == pytest.approx((said - right).square().mean().item(), rel=1e-4)
+    assert metrics["val/pearson"] == pytest.approx(torch.corrcoef(torch.stack([said, right]))[0, 1].item(), abs=1e-4)
+    ranks = torch.stack([said.argsort().argsort(), right.argsort().argsort()])
+    assert metrics["val/spearman"] == pytest.approx(torch.corrcoef(ranks.double())[0, 1].item(), abs=1e-4)
+    (outputs,) = make_trainer().predict(module, data())
+    assert sorted(outputs["prediction"].tolist()) == pytest.approx(sorted(said.tolist()), rel=1e-3)
+
+    callbacks = [ZerothOrder(partial(MeZO, lr=0.01, num_queries=2), evaluations_per_forward=2)]
+    trainer, fitted = make_trainer(max_steps=3, callbacks=callbacks, limit_val_batches=0), data()
+    trainer.fit(module, fitted)
+    assert fitted.sample_text().endswith("Who? [[2]]")
+    assert trainer.callback_metrics["train/loss"] < metrics["val/loss"]
+    assert module.model.config.problem_type == "regression"
+
+    with pytest.raises(MisconfigurationException, match=r"has 3 classes, and the task 1: set `model.num_classes`"):
+        make_trainer().validate(SequenceClassifier(str(folder), num_classes=3), data(), verbose=False)
+    with pytest.raises(ValueError, match=r"likeness, .*`target` is a number, which SequenceClassifier says"):
+        make_trainer().validate(MaskedLM(str(folder)), data(), verbose=False)
+    (tmp_path / "test.jsonl").write_text('{"one": "a", "two": "b", "how": "much"}\n')
+    with pytest.raises(ValueError, match=r"test.jsonl, line 1: field `how` must be a number, got 'much'"):
+        make_trainer().test(module, data(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("own", "answers", "labels", "expected"),
+    [
+        (None, ["no", "yes", "maybe"], [0, 1, 2], ["no", "yes", "maybe"]),
+        (None, ["{{ one }}", "yes", "maybe"], [0, 1, 2], ["0", "1", "2"]),
+        (["against", "for", "neither"], ["no", "yes", "maybe"], [0, 1, 2], ["against", "for", "neither"]),
+        (["against", "for", "neither"], ["no", "yes", "maybe"], ["N", "Y", "M"], ["N", "Y", "M"]),
+    ],
+)
+def test_classes_keep_the_names_of_the_data_or_the_checkpoint(
+    own: list[str] | None, answers: list[str], labels: list[Any], expected: list[str], tmp_path: Path
+) -> None:
+    names = {} if own is None else {"id2label": dict(enumerate(own))}
+    module = SequenceClassifier(str(write_tiny(tmp_path, "roberta", HEAD, num_labels=3, **names)))
+    module._name_classes(PromptDataModule(TASK | {"answers": answers, "labels": labels}, str(tmp_path)).task)
+    module.load_structure_dict(module.structure_dict())
+    assert module.model.config.id2label == dict(enumerate(expected))
+
+
+def test_labels_in_another_order_than_the_classes_of_the_head_are_warned_of(tmp_path: Path) -> None:
+    names = dict(enumerate(["against", "for", "neither"]))
+    module = SequenceClassifier(str(write_tiny(tmp_path, "roberta", HEAD, num_labels=3, id2label=names)))
+    task = PromptDataModule(TASK | {"labels": ["For", "Neither", "Against"]}, str(tmp_path)).task
+    with pytest.warns(UserWarning, match=r"the same in another order, .*: they are numbered in the latter"):
+        module._name_classes(task)
 
 
 def test_the_head_is_the_same_for_every_scope(

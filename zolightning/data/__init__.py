@@ -10,6 +10,7 @@ from zolightning.data.image_classification import ImageClassification
 from zolightning.data.image_datamodule import ImageDataModule
 from zolightning.data.multiple_choice import MultipleChoice
 from zolightning.data.plain_text import PlainText
+from zolightning.data.regression import Regression
 from zolightning.data.task import Task
 from zolightning.data.task_files import load_task
 
@@ -24,6 +25,7 @@ __all__ = [
     "MultipleChoice",
     "PlainText",
     "PromptDataModule",
+    "Regression",
     "Task",
     "load_task",
 ]

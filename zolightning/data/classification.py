@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 from zolightning.data.candidates import CandidatesTask
 from zolightning.data.labelled import LabelledTask
 from zolightning.data.task import Objective
 from zolightning.data.templates import check_template, fill, template_fields
+
+_OBJECTIVES: tuple[Objective, ...] = ("classification", "language_modeling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Classification(LabelledTask, CandidatesTask):
                 f"`labels` must name one label for each of the {len(self.answers)} `answers`, "
                 f"got {len(self.labels)}: {list(self.labels)!r}."
             )
-        if self.objective not in get_args(Objective):
-            raise ValueError(f"`objective` must be one of {get_args(Objective)}, got {self.objective!r}.")
+        if self.objective not in _OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {_OBJECTIVES}, got {self.objective!r}.")
         for answer in self.answers:
             check_template("answers", answer)
 

@@ -1,5 +1,6 @@
 """From text to tensors: one row to token ids, several rows to a batch."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
@@ -31,6 +32,7 @@ class Example:
         has_decoder: Whether answers are read by a decoder and the prompt by an encoder, not one after the other.
         num_left_out: How many demonstrations do not fit.
         content_free: The same candidates after the prompt without its content, where scores are calibrated by it.
+        target: Of a regression the number that is right, if it is known.
     """
 
     id: int
@@ -44,6 +46,7 @@ class Example:
     has_decoder: bool = False
     num_left_out: int = 0
     content_free: "Example | None" = None
+    target: float | None = None
 
     @property
     def length(self) -> int:
@@ -104,7 +107,7 @@ class Batch(TypedDict):
     input_ids: Tensor  # (B, R, T), padded on the left, or for bidirectional networks as their tokenizer does
     attention_mask: Tensor  # (B, R, T), 0 on padding
     answer_ids: Tensor  # (B, C, A), padded with -1, on the left unless there is a decoder
-    label: Tensor  # (B,), index of the right candidate
+    label: Tensor  # (B,), index of the right candidate; of a regression the right number, in float32
     id: Tensor  # (B,), where the example stands in its source
     right: NotRequired[Tensor]  # (B, C), all candidates that are right, where that can be several
     prompt_ids: NotRequired[Tensor]  # (B, P), padded as `input_ids`: what a text is generated from
@@ -247,6 +250,8 @@ def collate(
         label=torch.tensor(labels),
         id=torch.tensor([example.id for example in examples]),
     )
+    if objective == "regression":
+        batch["label"] = torch.tensor([math.nan if example.target is None else example.target for example in examples])
     if any(len(example.right) > 1 for example in examples) and not gold_only:
         batch["right"] = torch.tensor(
             [[index in example.right for index in range(num_candidates)] for example in examples]

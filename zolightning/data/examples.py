@@ -13,6 +13,7 @@ from zolightning.data.conversation import Conversation, Message
 from zolightning.data.encoding import Example, encode, encode_text
 from zolightning.data.generation import Generation
 from zolightning.data.plain_text import PlainText
+from zolightning.data.regression import Regression
 from zolightning.data.rows import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
@@ -88,6 +89,8 @@ def _example(
     encode: Callable[..., Example],
 ) -> Example:
     """A row with all of its demonstrations, cut on the left where that is too long."""
+    if isinstance(task, Regression):
+        raise ValueError("`target` is a number, which SequenceClassifier says by a head, and this model has none")
     if isinstance(task, PlainText):
         return encode_text(tokenizer, row.answers[0], id=row.id, max_length=max_length)
     prompt, answers = row.prompt, row.answers

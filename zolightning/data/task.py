@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from zolightning.data.templates import MASK, check_template, fill, guarded
 
-Objective = Literal["classification", "language_modeling"]
+Objective = Literal["classification", "language_modeling", "regression"]
 Label = int | str
 
 
@@ -69,7 +69,7 @@ class Task(ABC):
     @abstractmethod
     def objective(self) -> Objective:
         """What is trained: `classification` compares the candidates, `language_modeling` raises the likelihood of the
-        right one."""
+        right one, and `regression` says a number."""
 
     @property
     @abstractmethod

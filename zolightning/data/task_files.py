@@ -15,6 +15,7 @@ from zolightning.data.generation import Generation
 from zolightning.data.image_classification import ImageClassification
 from zolightning.data.multiple_choice import MultipleChoice
 from zolightning.data.plain_text import PlainText
+from zolightning.data.regression import Regression
 from zolightning.data.task import HubDataset, PromptTask, Task
 from zolightning.packaged import configs, packaged
 
@@ -27,6 +28,7 @@ KINDS: dict[str, type[Task]] = {
     "messages": Conversation,
     "image": ImageClassification,
     "text": PlainText,
+    "target": Regression,
 }
 
 

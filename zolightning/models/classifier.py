@@ -9,14 +9,26 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.adapters import save_adapter
+from zolightning.adapters import adapter_settings, load_adapter, save_adapter
 from zolightning.head import belongs_to_head
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.models.scoring import classification_loss
+from zolightning.rank_zero import rank_zero_warn
 
 
 class Classifier(PretrainedModule):
-    """A pretrained network whose head has a logit for each class, trained by the cross-entropy."""
+    """A pretrained network whose head has a logit for each class, trained by the cross-entropy.
+
+    With an `adapter` to start from, the head trains too.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        config = self.model.config
+        config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+        if adapter_settings(self.model) is not None:  # which froze the head, though it may be a new one
+            for parameter in self.head_parameters.values():
+                parameter.requires_grad_(True)
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
@@ -33,7 +45,14 @@ class Classifier(PretrainedModule):
     def evaluate(self, batch: Any) -> Evaluation:
         scores, label = self.score(batch), batch["label"]
         examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
-        return Evaluation(classification_loss(scores, label), examples, scores)
+        return Evaluation(self.loss(scores, label), examples, scores)
+
+    def loss(self, scores: Tensor, label: Tensor) -> Tensor:
+        """Returns the mean loss of the scores of a batch, (B, classes), by its labels, (B,)."""
+        return classification_loss(scores, label)
+
+    def load_adapter(self, adapter: str) -> None:
+        load_adapter(self.model, adapter, self.head_parameters)
 
     def save_adapter(self, folder: str | Path) -> None:
         save_adapter(self.model, folder, self.head_parameters)  # which trains with it
@@ -44,21 +63,42 @@ class Classifier(PretrainedModule):
         if hasattr(datamodule, "num_classes") and wanted != found:
             raise MisconfigurationException(
                 f"The head of `model_name` has {found} classes, and the task {wanted or 'other ones in each row'}: set "
-                "`model.num_classes` to the number of the task's `labels`."
+                "`model.num_classes` to the number of the task's `labels`, or to 1 for a `target`."
             )
         super().setup(stage)
-        self._name_classes(getattr(getattr(datamodule, "task", None), "labels", ()))
+        self._name_classes(getattr(datamodule, "task", None))
 
     def structure_dict(self) -> dict[str, Any]:
-        names: Any = self.model.config.id2label
-        return super().structure_dict() | {"labels": [names[number] for number in sorted(names)]}
+        return super().structure_dict() | {"labels": self._class_names()}
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_structure_dict(saved)
-        self._name_classes(saved.get("labels", ()))
+        self._set_class_names(saved.get("labels", ()))
 
-    def _name_classes(self, labels: Sequence[Any]) -> None:
-        """Writes down the labels of the task, if there are any, for whoever loads the model that is exported."""
-        if labels:
-            self.model.config.id2label = dict(enumerate(map(str, labels)))
-            self.model.config.label2id = {str(label): number for number, label in enumerate(labels)}
+    def _class_names(self) -> list[str]:
+        names: Any = self.model.config.id2label
+        return [names[number] for number in sorted(names)]
+
+    def _name_classes(self, task: Any) -> None:
+        """Gives the classes names, for whoever loads the model that is exported.
+
+        They are the task's labels, where these are words, else those that the model has, or else the task's answers.
+        """
+        present, labels = self._class_names(), getattr(task, "labels", ())
+        is_named = present != [f"LABEL_{number}" for number in range(len(present))]
+        if any(isinstance(label, str) and not label.isdecimal() for label in labels):
+            names = list(map(str, labels))
+            if is_named and names != present and sorted(map(str.lower, names)) == sorted(map(str.lower, present)):
+                rank_zero_warn(
+                    f"The head of `model_name` has the classes {present}, and the task's `labels` the same in another "
+                    f"order, {labels}: they are numbered in the latter. Change the order for what the head has learnt."
+                )
+            self._set_class_names(names)
+        elif labels and not is_named:
+            answers = [answer.strip() for answer in getattr(task, "answers", ())]
+            self._set_class_names(labels if any("{" in answer for answer in answers) else answers or labels)
+
+    def _set_class_names(self, names: Sequence[Any]) -> None:
+        if names:
+            self.model.config.id2label = dict(enumerate(map(str, names)))
+            self.model.config.label2id = {str(name): number for number, name in enumerate(names)}

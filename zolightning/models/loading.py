@@ -36,14 +36,14 @@ def load_model(
 
     Raises:
         ValueError: A weight is missing from the file, or has another shape there, `source` is an adapter, or classes
-            are asked of another kind of network, or fewer than two.
+            are asked of another kind of network, or fewer than one.
     """
     import transformers
 
     if num_classes is not None and not network_class.endswith("Classification"):
         raise ValueError(f"`num_classes` {num_classes} is for classifiers, and {network_class} loads none.")
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"`num_classes` must be at least 2, or 1 for a number, got {num_classes}.")
     if num_classes is not None:
         options["num_labels"] = num_classes
     with _without_reports(), torch.random.fork_rng(devices=[]):
@@ -82,9 +82,8 @@ def _take_new_head(model: "PreTrainedModel", info: dict[str, Any]) -> None:
     info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in new}
     if new:
         info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_head(name)}  # the old one
-        rank_zero_info(
-            f"{type(model).__name__} has a new head of {model.config.num_labels} classes: {some(sorted(new))}."
-        )
+        size = "1 number" if model.config.num_labels == 1 else f"{model.config.num_labels} classes"
+        rank_zero_info(f"{type(model).__name__} has a new head of {size}: {some(sorted(new))}.")
 
 
 def _explain(missing: list[str], unused: list[str]) -> str:

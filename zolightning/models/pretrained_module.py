@@ -69,8 +69,9 @@ class PretrainedModule(L.LightningModule):
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
             a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
             evaluated, not trained. Default: all on the Trainer's device.
-        num_classes: Of a classifier: how many classes there are. Where the model has another number, its head is a new
-            one, whose weights depend on `seed_everything`. Default: those that the model has.
+        num_classes: Of a classifier: how many classes there are (Hugging Face's `num_labels`). Where the model has
+            another number, its head is a new one, whose weights depend on `seed_everything`. Default: those that the
+            model has.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains, or with the head of a classifier. Default: none.
     """
@@ -102,7 +103,7 @@ class PretrainedModule(L.LightningModule):
             refuse_offloaded(self.model, "they cannot be quantised")
             quantize(self.model, quantization)
         if adapter is not None:
-            load_adapter(self.model, adapter)
+            self.load_adapter(adapter)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
@@ -118,6 +119,10 @@ class PretrainedModule(L.LightningModule):
     @abstractmethod
     def evaluate(self, batch: Any) -> Evaluation:
         """Returns the loss of a batch with its scores."""
+
+    def prediction(self, scores: Tensor) -> Tensor:
+        """Returns what metrics compare with the labels, (B,): the index of the best class or candidate."""
+        return scores.argmax(dim=-1)
 
     def means(self, batch: Any, scores: Tensor) -> dict[str, float | Tensor]:
         """What else a validation or test reports of a batch, beside loss and metrics: means over its examples."""
@@ -191,7 +196,7 @@ class PretrainedModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Returns the examples' ids, the scores of their classes or candidates and the index of the best one."""
         scores = self.score(batch)
-        return {"id": batch["id"], "scores": scores, "prediction": scores.argmax(dim=-1)}
+        return {"id": batch["id"], "scores": scores, "prediction": self.prediction(scores)}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
@@ -238,6 +243,10 @@ class PretrainedModule(L.LightningModule):
             self.save_adapter(folder)
         self.preprocessor.save_pretrained(folder)
 
+    def load_adapter(self, adapter: str) -> None:
+        """Puts the adapter of a folder in PEFT's format, or of an id on the hub, into the model; it alone trains."""
+        load_adapter(self.model, adapter)
+
     def save_adapter(self, folder: str | Path) -> None:
         """Writes the model's adapter in PEFT's format."""
         save_adapter(self.model, folder)
@@ -263,7 +272,7 @@ class PretrainedModule(L.LightningModule):
     def _evaluation_step(self, batch: Any, stage: Literal["val", "test"]) -> None:
         loss, num_terms, scores = self.evaluate(batch)
         self.log(f"{stage}/loss", loss, batch_size=int(num_terms), sync_dist=True)
-        prediction, size = scores.argmax(dim=-1), len(batch["label"])
+        prediction, size = self.prediction(scores), len(batch["label"])
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
             metric.update(prediction, batch["label"])

@@ -1,13 +1,18 @@
 """The LightningModule that fine-tunes a network with a head of classes over a text, or over two."""
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import ModuleDict
+from torch.nn import functional as F
+from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
 
-from zolightning.adapters import adapter_settings
 from zolightning.data.classification import Classification
 from zolightning.data.encoding import Batch, Example
 from zolightning.data.marked import encode_texts
+from zolightning.data.regression import Regression
 from zolightning.data.rows import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
@@ -21,7 +26,8 @@ class SequenceClassifier(TextModule, Classifier):
     """A pretrained network that says which class a text is of, by a head over all of it, trained by the cross-entropy.
 
     It reads the prompt of a task, two texts where there is a ``{{ sep }}`` between them; the task's answers stand for
-    its classes and are not read. With an `adapter` to start from, the head trains too.
+    its classes and are not read. With `num_classes` 1 it says a number instead, the `target` of a task, trained by the
+    mean squared error. With an `adapter` to start from, the head trains too.
 
     Example::
 
@@ -36,26 +42,51 @@ class SequenceClassifier(TextModule, Classifier):
         super().__init__(*args, **settings)
         # networks that read from left to right look for the last token that is no padding
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        if adapter_settings(self.model) is not None:  # which froze the head, though it may be a new one
-            for parameter in self.head_parameters.values():
-                parameter.requires_grad_(True)
+
+    @property
+    def says_number(self) -> bool:
+        """Whether the head has one output, which is a number and no class."""
+        return self.model.config.num_labels == 1
 
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
         """A row in tokens.
 
         Raises:
-            ValueError: The task has no classes, or another objective; or the prompt is of more than two texts.
+            ValueError: The task has neither classes nor a number, or another objective; or the prompt is of more than
+                two texts.
         """
-        if not isinstance(task, Classification) or task.objective != "classification" or chat or row.shown:
+        is_known = isinstance(task, Regression) or (
+            isinstance(task, Classification) and task.objective == "classification"
+        )
+        if not is_known or chat or row.shown:
             raise ValueError(
-                "a classifier with a head needs a task with `answers` and the objective classification, without "
-                "`data.chat` and `data.num_demonstrations`"
+                "a classifier with a head needs a task with `answers` and the objective classification, or with a "
+                "`target`, without `data.chat` and `data.num_demonstrations`"
             )
         label = row.right[0] if row.right else NO_LABEL
-        return encode_texts(self.tokenizer, row.prompt, task.num_classes, label=label, id=row.id, max_length=max_length)
+        example = encode_texts(
+            self.tokenizer, row.prompt, task.num_classes or 1, label=label, id=row.id, max_length=max_length
+        )
+        if isinstance(task, Regression) and row.right:
+            number = task.number(row.fields)
+            example = replace(example, target=number, text=f"{example.text.removesuffix('[[0]]')}[[{number:g}]]")
+        return example
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.says_number and stage != "predict":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Metric `SpearmanCorr.* will save all targets")  # two numbers a row
+                self.metrics = ModuleDict({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
 
     def logits(self, batch: Batch) -> Tensor:
         return self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
+
+    def loss(self, scores: Tensor, label: Tensor) -> Tensor:
+        return F.mse_loss(scores[:, 0], label) if self.says_number else super().loss(scores, label)
+
+    def prediction(self, scores: Tensor) -> Tensor:
+        return scores[:, 0] if self.says_number else super().prediction(scores)
 
     def refuse_unsuitable(self) -> None:
         refuse_reading_padding(self.model, self.tokenizer, self._logits)

@@ -66,8 +66,8 @@ def refuse_reading_padding(
     chosen = [others[len(others) * i // _LENGTH] for i in range(_LENGTH)]
     if tokenizer.mask_token_id is not None:
         chosen[_LENGTH // 2] = tokenizer.mask_token_id
-    ids = torch.tensor([chosen], device=weight.device)
-    pad = torch.full((1, _PADDING), tokenizer.pad_token_id or 0, device=weight.device)
+    ids = torch.tensor([chosen[i:] + chosen[:i] for i in range(_PADDING)], device=weight.device)
+    pad = torch.full((len(ids), _PADDING), tokenizer.pad_token_id or 0, device=weight.device)
 
     def beside(first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([second, first] if tokenizer.padding_side == "left" else [first, second], dim=1)
@@ -102,5 +102,6 @@ def _tolerance(model: "PreTrainedModel") -> float:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Root mean square of the difference of logits, in standard deviations of the logits."""
-    return ((one - other).square().mean().sqrt() / one.std()).item()
+    """Root mean square of the difference of logits, in standard deviations of the logits, or in that of a number."""
+    scale = one.std() if one.shape[-1] > 1 else one.square().mean().sqrt()
+    return ((one - other).square().mean().sqrt() / scale).item()

@@ -1,0 +1,61 @@
+"""Regression: a text, or two, and the number that it should be given."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from zolightning.data.task import PromptTask
+from zolightning.data.templates import template_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(PromptTask):
+    """A text whose number a network with a head of one output says, such as how similar two sentences are.
+
+    It is trained by the mean squared error; validation reports the correlations of Pearson and of Spearman.
+
+    Args:
+        target: The field with the number.
+    """
+
+    target: str
+
+    objective = "regression"
+    num_classes = 1
+    validation_metrics = ("pearson", "spearman")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_strings("target")
+
+    @property
+    def label_fields(self) -> frozenset[str]:
+        return frozenset([self.target])
+
+    @cached_property
+    def template_fields(self) -> frozenset[str]:
+        return template_fields((self.prompt,))
+
+    def right(self, row: Mapping[str, Any]) -> tuple[int]:
+        self.number(row)
+        return (0,)
+
+    def number(self, row: Mapping[str, Any]) -> float:
+        """The number of a row.
+
+        Raises:
+            ValueError: It is none.
+        """
+        value = row[self.target]
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"field `{self.target}` must be a number, got {value!r}")
+        return number
+
+    def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+        return [str(row.get(self.target))]
