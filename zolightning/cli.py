@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,10 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks import (
     BlockCoordinateDescent,
     KeepLedger,
-    PredictionWriter,
-    RunMonitor,
     RunOverview,
-    SaveLast,
     StepProgressBar,
     ZerothOrder,
 )
@@ -35,12 +32,11 @@ from zolightning.commands.checks import (
     check_settings,
     check_strategy,
 )
-from zolightning.commands.help import HelpAll
 from zolightning.commands.metrics_files import MetricsFiles
+from zolightning.commands.options import CLASS_DEFAULTS, LOGS, SEED, TRAINER_DEFAULTS, add_options
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.seeds import run_seeds
 from zolightning.commands.slots import (
-    add_slots,
     from_package,
     replacing,
     slot_callbacks,
@@ -51,18 +47,6 @@ from zolightning.commands.slots import (
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.scope import refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
-
-_LOGS = "logs"
-_TRAINER_DEFAULTS: dict[str, Any] = {
-    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": _LOGS}},
-    "default_root_dir": _LOGS,
-    "log_every_n_steps": 10,
-    # Validation is counted in batches across epochs, and Lightning's own two-batch check would only repeat
-    # what `validate_first` does in full.
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,  # RunOverview says what of it means something here
-}
 
 _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
@@ -88,11 +72,11 @@ class ZerothOrderCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=Trainer,
-            trainer_defaults=_TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            seed_everything_default=0,
+            seed_everything_default=SEED,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=_PARSER_KWARGS,
             parser_class=OneLineParser,
@@ -101,47 +85,10 @@ class ZerothOrderCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
-        parser.set_defaults(
-            {
-                "model": {"class_path": "zolightning.CausalLM"},
-                "data": {"class_path": "zolightning.data.PromptDataModule"},
-            }
-        )
+        parser.set_defaults(CLASS_DEFAULTS)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--help_all", action=HelpAll)
-        parser.add_argument("--seeds", type=int, nargs="+", help="fit, validate, test: once for each of these seeds")
-        add_slots(parser)
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/accuracy",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best-{step}",
-                "checkpoint.enable_version_counter": False,  # the same step again is that of a run that was killed
-            }
-        )
-        parser.add_lightning_class_args(SaveLast, "save_last")
-        parser.set_defaults(
-            {"save_last.how_to_go_on": "zolightning fit --config {folder}/config.yaml --ckpt_path last"}
-        )
-        parser.add_argument(
-            "--keep_ledger",
-            type=bool,
-            default=True,
-            help="fit: append each step to ledger.bin in the run's folder, of which `replay` makes the model again",
-        )
-        parser.add_lightning_class_args(RunMonitor, "monitor")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_argument(
-            "--validate_first",
-            type=bool,
-            default=True,
-            help="fit: validate before the first step (unless resuming), so that the gain can be seen",
-        )
-        parser.add_argument(
-            "--test_last", type=bool, default=False, help="fit: test the best checkpoint when training is over"
-        )
+        add_options(parser)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -275,7 +222,7 @@ def _name_run(config: Any) -> None:
     """
     logger = config.trainer.logger
     init_args = getattr(logger, "init_args", None)
-    if init_args is not None and init_args.get("save_dir") == _LOGS and config.trainer.default_root_dir is not None:
+    if init_args is not None and init_args.get("save_dir") == LOGS and config.trainer.default_root_dir is not None:
         init_args["save_dir"] = str(config.trainer.default_root_dir)
     if init_args is not None and init_args.get("name") in (None, "lightning_logs"):
         stems = [Path(str(path)).stem for path in config.get("config") or []]

@@ -27,34 +27,10 @@ _BY_PROTOCOL = {  # of the Trainer, whatever files say
 
 @cache
 def _parser() -> "OneLineParser":
-    """Of ``fit``; built once, for that takes seconds."""
-    from jsonargparse import Namespace
+    """Built once, for that takes seconds."""
+    from zolightning.commands.options import fit_parser
 
-    from zolightning.cli import ZerothOrderCLI
-    from zolightning.commands.parser import OneLineParser
-
-    class WithoutArguments(ZerothOrderCLI):
-        """The command line up to where it would read its arguments."""
-
-        def parse_arguments(self, *_: Any) -> None:
-            self.config = Namespace(subcommand="fit", fit=Namespace(seed_everything=False))
-
-        def _add_instantiators(self) -> None:
-            pass
-
-        def before_instantiate_classes(self) -> None:
-            pass
-
-        def instantiate_classes(self) -> None:
-            pass
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
-
-    parser = WithoutArguments()._parser("fit")
-    assert isinstance(parser, OneLineParser)
-    parser.exit_on_error = False
-    return parser
+    return fit_parser()
 
 
 def read(words: str) -> "Namespace":
@@ -79,7 +55,7 @@ def read(words: str) -> "Namespace":
     try:
         config: Namespace = _parser().parse_args(replacing(from_package(arguments)))
     except ArgumentError as error:
-        raise ValueError(explain(str(error), _parser()._option_names(error))) from None
+        raise ValueError(explain(str(error), _parser().option_names(error))) from None
     for name, value in _BY_PROTOCOL.items():
         config.trainer[name] = value
     return config

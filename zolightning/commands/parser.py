@@ -49,10 +49,11 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser of an inner class, whose message becomes a part of the outer one's
             super().error(message, ex)
-        sys.stderr.write(f"error: {explain(message, self._option_names(ex))}\n")
+        sys.stderr.write(f"error: {explain(message, self.option_names(ex))}\n")
         self.exit(2)
 
-    def _option_names(self, ex: Exception | None) -> list[str]:
+    def option_names(self, ex: Exception | None) -> list[str]:
+        """The options there are where an error was raised: in a subcommand, or in all of them."""
         parser = getattr(ex, "subcommand_parser", None) or self
         parsers = [parser, *getattr(parser._subcommands_action, "choices", {}).values()] if parser is self else [parser]
         return [option for other in parsers for action in other._actions for option in action.option_strings]
