@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from zolightning.adapters import add_adapter, lora_settings
 from zolightning.models import ImageClassifier
 from zolightning.prefix import add_prefix
 
@@ -75,7 +76,7 @@ def test_a_new_head_depends_on_the_seed_alone(folder: Path, monkeypatch: pytest.
     def head(seed: int, num_classes: int) -> torch.Tensor:
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
         state = torch.get_rng_state()
-        module = ImageClassifier(str(folder), num_classes)
+        module = ImageClassifier(str(folder), num_classes=num_classes)
         assert torch.equal(state, torch.get_rng_state())
         assert module.model.config.num_labels == num_classes
         return module.model.classifier.weight
@@ -109,6 +110,30 @@ def test_without_pillow_a_line_says_how_to_install_it(folder: Path, monkeypatch:
     monkeypatch.setattr("zolightning.data.images.find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match=r"Images need Pillow.*pip install 'zolightning\[images\]'"):
         ImageClassifier(str(folder))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
+def test_it_starts_from_the_adapter_it_exports_with_its_head(folder: Path) -> None:
+    module = ImageClassifier(str(folder), num_classes=2)
+    targets = [name for name, part in module.model.named_modules() if isinstance(part, torch.nn.Linear)][:2]
+    add_adapter(module.model, lora_settings(2, 4.0, targets))
+    for parameter in module.model.parameters():
+        torch.nn.init.normal_(parameter)
+    module.export(folder / "adapter")
+    again = ImageClassifier(str(folder), num_classes=2, adapter=str(folder / "adapter"))
+    found = again.model.state_dict()
+    trained = {name for name, parameter in again.model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in found if ".lora_" in name} | module.head_parameters.keys()
+    assert all(found[name].equal(module.model.state_dict()[name]) for name in trained)
+
+
+def test_layers_on_the_disk_are_evaluated(folder: Path) -> None:
+    parts = [name for name, _ in ImageClassifier(str(folder)).model.vit.named_children()]
+    layers = next(name for name in ("layers", "encoder") if name in parts)  # by the version of transformers
+    device_map = {f"vit.{name}": "cpu" for name in parts} | {"classifier": "cpu", f"vit.{layers}": "disk"}
+    spread = ImageClassifier(str(folder), device_map=device_map)
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    assert validate(spread, Images()) == validate(ImageClassifier(str(folder)), Images())
 
 
 def test_an_image_classifier_takes_no_prefix(folder: Path) -> None:
