@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from zolightning import CausalLM
 from zolightning.callbacks import TrainLayers, ZerothOrder
+from zolightning.data import PromptDataModule
 from zolightning.head import has_untied_head
-from zolightning.models import answer_log_probs
+from zolightning.models import Seq2SeqLM, answer_log_probs
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead
 
@@ -102,3 +103,25 @@ def test_what_is_refused(make_module: Any, make_loader: Any, make_trainer: Any, 
     make_trainer(max_steps=1, callbacks=[TrainLayers("all", LoRA(2)), zeroth_order()]).fit(module, make_loader())
     with pytest.raises(ValueError, match="`scope` is TrainHead, and the model has an adapter"):
         fit(module)
+
+
+def test_an_encoder_decoder_trains_a_head_that_it_does_not_share(
+    folder: Path, make_trainer: Callable[..., L.Trainer], write_tiny_model: Any
+) -> None:
+    tied, untied = str(write_tiny_model(folder / "model", "t5")), str(folder / "untied")  # as of T5, and of FLAN-T5
+    config = AutoConfig.from_pretrained(tied, tie_word_embeddings=False)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(untied)
+    AutoTokenizer.from_pretrained(tied).save_pretrained(untied)
+    data = PromptDataModule("sst2", path=str(folder), num_train=12, num_validation=4, num_test=8, batch_size=4)
+
+    def moved(name: str, **scope: Any) -> set[str]:
+        module = Seq2SeqLM(name)
+        before = {name: weight.clone() for name, weight in module.model.named_parameters()}
+        callbacks = [TrainHead(**scope), zeroth_order()]
+        make_trainer(max_steps=1, limit_val_batches=0, callbacks=callbacks).fit(module, data)
+        return {name for name, weight in module.model.named_parameters() if not weight.equal(before[name])}
+
+    assert moved(untied) == {"lm_head.weight"}
+    assert moved(tied, untie=False) == {"shared.weight"}
+    with pytest.raises(ValueError, match="head of T5ForConditionalGeneration cannot be untied from its embeddings"):
+        moved(tied)

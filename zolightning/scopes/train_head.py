@@ -34,12 +34,12 @@ class TrainHead(Scope):
         tied = is_tied(model)
         if tied and self.untie:
             untie_head(model)
-        pooler = set(
-            getattr(pl_module, "head_parameters", {}).values()
-        )  # of a classifier of ours: inside the base model
-        below = set() if model.base_model is model else set(model.base_model.parameters()) - pooler
+        inside = set(getattr(pl_module, "head_parameters", {}).values())  # the pooler of a classifier of ours
+        if model.base_model is model and (head := model.get_output_embeddings()) is not None:
+            inside.update(head.parameters())  # of a T5, which keeps no base model apart
+        below = set(model.base_model.parameters()) - inside
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        chosen = [names[parameter] for parameter in model.parameters() if parameter not in below] if below else []
+        chosen = [names[parameter] for parameter in model.parameters() if parameter not in below]
         if tied and not self.untie:
             chosen.append(names[model.get_output_embeddings().weight])
         if not chosen:
