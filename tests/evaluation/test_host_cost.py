@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import mlp, perturbations, values
+from optimizer_steps import MakeProblem, Method, attached
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
 from zolightning.kernels import native
-from zolightning.optim import LOZO, MeZO, ZerothOrderOptimizer
+from zolightning.optim import LOZO, MeZO, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.estimators import OneSided
 
 READS = {"item", "tolist", "numpy", "cpu", "equal", "nonzero", "is_nonzero", "allclose", "__contains__"}
@@ -33,16 +34,20 @@ class Operations(TorchDispatchMode):
 
 
 class Reads(TorchFunctionMode):
-    """Functions by which a host asks for what is in a tensor."""
+    """Functions by which a host asks for what is in a tensor, unless that has been copied to the host before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.copies: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.__name__ in READS:
+        found = func(*args, **(kwargs or {}))
+        if func is Tensor.to and "cpu" in args and "non_blocking" in (kwargs or {}):
+            self.copies.append(found)
+        elif func.__name__ in READS and not any(args[0] is copy for copy in self.copies):
             self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+        return found
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -91,12 +96,43 @@ def test_a_step_reads_from_the_device_once(method: Callable[..., Any], settings:
     assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(operations.names)
 
 
+def bfloat16_step_of(method: Method, device: str, make_problem: MakeProblem) -> Callable[[], ZerothOrderOptimizer]:
+    """A step in which cores of subspaces wait, and may have become too large for that."""
+    problem = make_problem(torch.bfloat16).to(device)
+    optimizer = attached(method, problem, seed=0)
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.fold_every_step = False
+
+    def step() -> ZerothOrderOptimizer:
+        optimizer.estimate(problem)
+        optimizer.step()
+        return optimizer
+
+    for _ in range(2):
+        step()
+    return step
+
+
+@pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
+def test_a_step_of_every_method_reads_from_the_device_once(method: Method, make_problem: MakeProblem) -> None:
+    step = bfloat16_step_of(method, "cpu", make_problem)
+    with Operations() as operations, Reads() as reads:
+        step()  # copies what the next one reads
+        reads.names.clear(), operations.names.clear()
+        optimizer = step()
+    aligned = ["cpu", "tolist"] if optimizer.align_queries else []  # by numbers that the host has
+    assert reads.names == ["tolist", *aligned]
+    assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(operations.names)
+
+
 @contextmanager
 def waiting_is_an_error(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> Iterator[None]:
-    """But for ``Tensor.tolist``, whose calls are noted in `allowed`."""
+    """But for ``Tensor.tolist``, whose calls are noted in `allowed` where it waits."""
     own = Tensor.tolist
 
     def tolist(tensor: Tensor) -> Any:
+        if not tensor.is_cuda:
+            return own(tensor)
         torch.cuda.set_sync_debug_mode("default")
         allowed.append(tensor.numel())
         try:
@@ -127,6 +163,20 @@ def test_a_step_waits_for_the_gpu_once(
     method: Callable[..., Any], num_queries: int, part: Slice | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, allowed = step_of(method, "cuda", part, num_queries=num_queries), []
+    with waiting_is_an_error(monkeypatch, allowed):
+        step()
+    assert len(allowed) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
+def test_a_step_of_every_method_waits_for_the_gpu_once(
+    method: Method, make_problem: MakeProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, allowed = bfloat16_step_of(method, "cuda", make_problem), []
+    optimizer = step()
+    if optimizer.align_queries or getattr(optimizer, "orthogonalization", "") == "svd":
+        pytest.skip("eigenvectors and singular vectors are computed on the host, or by waiting for it")
     with waiting_is_an_error(monkeypatch, allowed):
         step()
     assert len(allowed) == 1

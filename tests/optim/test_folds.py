@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -149,7 +150,9 @@ class TestLargeCores:
             optimizer.estimate(lambda: w.double().sum())
             record = optimizer.record
             object.__setattr__(record, "projected_grads", (1.0,))  # a step of `rms` in each element
-            optimizer.step() if folding else optimizer.apply(record)
+            optimizer.step()
+            if folding:
+                optimizer.estimate(lambda: w.double().sum())
         sides = []
         for sign in (1, -1):
             change = optimizer.perturbations(0, sign)[w]
@@ -176,7 +179,8 @@ class TestLargeCores:
             optimizer.fold_every_step = False
             optimizer.estimate(lambda w=w: w.double().sum())
             optimizer.step()
-            assert optimizer.param_groups[0]["folds"] == folds
+            assert optimizer.param_groups[0]["folds"] == 0
+            assert optimizer.estimate(lambda w=w: w.double().sum()).folds == folds
 
     def test_stacked_evaluations_see_the_same_directions(self) -> None:
         """After a large step nothing is pending, and losses are those of separate evaluations in a plain loop."""
@@ -192,11 +196,60 @@ class TestLargeCores:
         stacked.fold_every_step = False
         stacked.estimate(partial(loss, net))
         stacked.step()
-        assert stacked.param_groups[0]["folds"] == 1 and not stacked.offsets()
         plain.load_state_dict(net.state_dict())
         separate.load_state_dict(stacked.state_dict())
         found, expected = stacked.estimate(partial(loss, net)), separate.estimate(partial(loss, plain))
+        assert found.folds == 1 and not stacked.offsets()
         assert found.losses == pytest.approx(expected.losses, rel=0.01)
+
+    def test_whether_one_is_large_is_found_again(self) -> None:
+        """By a run that is resumed, one that has the records of the steps, and a replay: the same folds and bits."""
+        make = partial(SubspaceMeZO, lr=0.02, eps=1e-3, rank=4, seed=2)
+        net = Net(torch.bfloat16)
+        optimizer = attached(make, net)
+        optimizer.fold_every_step = False
+        records, saved = [], []
+        for step in range(12):
+            saved.append(deepcopy((net.state_dict(), optimizer.state_dict())))
+            records += train(net, optimizer, range(step, step + 1))
+        counts = [record.folds for record in records]
+        assert 1 < counts[-1] < 10  # some steps are followed by a fold, others are not
+        trained = deepcopy(net.state_dict())
+        for stop in range(12):
+            resumed = Net(torch.bfloat16)
+            fresh = attached(make, resumed)
+            fresh.fold_every_step = False
+            resumed.load_state_dict(saved[stop][0])
+            fresh.load_state_dict(saved[stop][1])
+            fresh.expect(records[stop : stop + 3])
+            assert train(resumed, fresh, range(stop, 12)) == records[stop:]
+            for name, value in trained.items():
+                assert torch.equal(resumed.state_dict()[name], value)
+        replayed = Net(torch.bfloat16)
+        fresh = attached(make, replayed)
+        for record in records:
+            fresh.apply(record)
+        for name, value in trained.items():
+            assert torch.equal(replayed.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_autocast_is_for_the_network(method: Any, every_step: bool) -> None:
+    """Where no operation of the loss is one that autocast changes, it changes no bit of bases, updates and folds."""
+    found = []
+    for enabled in (True, False):
+        net = Net()
+        optimizer = attached(method, net, lr=1e-4, num_queries=2, align_queries=True)
+        optimizer.fold_every_step = every_step
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for step in range(6):
+                if step == 3:
+                    optimizer.resample()
+                optimizer.estimate(lambda net=net: sum(p.double().square().sum() for p in net.parameters()))
+                optimizer.step()
+            found.append({name: value.clone() for name, value in net.state_dict().items()})
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]) and value.isfinite().all(), name
 
 
 class TestTheScaleOfTheLoss:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import Direction
 
@@ -50,10 +51,11 @@ class LowRank:
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         """As any perturbation; of an (m, n) parameter `weight` may be some rows, from element `start` on."""
-        left, right = self.factors(weight)
         columns = self.shape[1]
         rows, first = weight.view(-1, columns), start // columns
-        torch.addmm(rows, left[first : first + len(rows)], right.T, out=out.view(-1, columns))
+        with without_autocast(weight.device):
+            left, right = self.factors(weight)
+            torch.addmm(rows, left[first : first + len(rows)], right.T, out=out.view(-1, columns))
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         if table.shape != self.shape:
@@ -61,8 +63,9 @@ class LowRank:
             self.add_to(table, perturbed)
             torch.index_select(perturbed, 0, rows, out=out)
             return
-        left, right = self.factors(table)
-        torch.addmm(F.embedding(rows, table), F.embedding(rows, left), right.T, out=out)
+        with without_autocast(table.device):
+            left, right = self.factors(table)
+            torch.addmm(F.embedding(rows, table), F.embedding(rows, left), right.T, out=out)
 
     def product(
         self,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.autocast import without_autocast
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
@@ -84,7 +85,8 @@ def _products(
     """Inner products of the noise in some perturbations of a parameter, (q, q), float64."""
     size = max(2, min(_CHUNK, 2**22 // len(changes) // 2 * 2))  # noise comes in pairs of elements
     total = torch.zeros(len(changes), len(changes), dtype=torch.float64, device=parameter.device)
-    with as_contiguous(parameter, optimizer.slices.get(parameter)) as weight:
+    part_of = optimizer.slices.get(parameter)
+    with as_contiguous(parameter, part_of) as weight, without_autocast(parameter.device):
         for part in chunks(math.prod(shape), size):
             noise = torch.stack([_direction(change).noise(weight.view(-1)[part], part.start) for change in changes])
             total += noise @ noise.T

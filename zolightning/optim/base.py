@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zolightning.directions.autocast import without_autocast
 from zolightning.directions.shards import first_element, is_sharded, require_rows
 from zolightning.kernels.noise import key as noise_key
 from zolightning.messages import some
@@ -132,7 +133,8 @@ class ZerothOrderOptimizer(Estimating):
         if tuple(record.blocks) != self.active:  # of another run
             self.activate(record.blocks)
         if record.projected_grads:
-            self.update(record)
+            with without_autocast(self.param_groups[0]["params"][0].device):
+                self.update(record)
             torch.clear_autocast_cache()  # casts of the weights as they were
         for group in self.param_groups:
             group["step"] = record.step + 1

@@ -1,6 +1,5 @@
 """Methods that search in a subspace of each weight matrix: probing, and what becomes of the projected gradients."""
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ from zolightning.directions.dense import Direction, accumulate_each, arithmetic,
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element
-from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, on_device
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
 from zolightning.optim.normalization import STATE, normalized, require_normalization
 from zolightning.optim.precision import State, add_directions, add_tensors, all_contiguous
+from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
 from zolightning.optim.subspace_weights import TRANSPORTS, SubspaceWeights
@@ -107,6 +107,7 @@ class SubspaceOptimizer(SubspaceWeights):
         }
         self.noise: NoiseKind = noise
         self.normalize_directions = normalize_directions
+        self._largest = LargestElements()  # one object, since wrappers copy an optimizer's attributes (Fabric does)
         super().__init__(params, shared | STATE | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -148,13 +149,29 @@ class SubspaceOptimizer(SubspaceWeights):
 
     # A step
 
+    def estimate(self, *args: Any, **kwargs: Any) -> StepRecord:
+        """As any method's; first folds where a core has become too large to be perturbed finely."""
+        cores, limits = self._perturbed_cores()
+        if any(size > limit for size, limit in zip(self._largest.of(cores), limits, strict=True)):
+            self.fold()
+        return super().estimate(*args, **kwargs)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As any method's; then folds, at every step or where a core has become too large to be perturbed finely."""
+        """As any method's; then folds, if that is to be done at every step."""
         result = super().step(closure)
-        if self.fold_every_step or self._is_core_large():
+        if self.fold_every_step:
             self.fold()
         return result
+
+    def apply(self, record: StepRecord) -> None:
+        super().apply(record)
+        if not self.fold_every_step:
+            self._largest.ask(self._perturbed_cores()[0])
+
+    def fold(self) -> None:
+        super().fold()
+        self._largest.forget()
 
     def offsets(self) -> dict[nn.Parameter, Perturbation]:
         """The lifts of pending cores, those of frozen parameters too."""
@@ -224,11 +241,12 @@ class SubspaceOptimizer(SubspaceWeights):
         direction.accumulate(gradient)
         return gradient
 
-    def _is_core_large(self) -> bool:
-        """Whether ``core + eps * z``, rounded to the dtype that the network computes with, would lose much of z.
+    def _perturbed_cores(self) -> tuple[list[Tensor], list[float]]:
+        """The cores that a network computes with in half precision, and how large an element of each may be.
 
-        That is where the spacing of numbers as large as the core reaches the size of ``eps * z``. The largest element
-        decides, because its size does not depend on the order in which a device or rank goes through them.
+        That is where the spacing of numbers as large as the core reaches the size of ``eps * z``: ``core + eps * z``
+        would then lose much of z. The largest element decides, because its size does not depend on the order in which a
+        device or rank goes through them.
         """
         cores, limits = [], []
         for group in self.param_groups:
@@ -239,11 +257,7 @@ class SubspaceOptimizer(SubspaceWeights):
                 if core is not None and dtype.itemsize == 2:
                     cores.append(core)
                     limits.append(group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps)
-        if not cores:
-            return False
-        device = cores[0].device
-        largest = torch.stack([norm.to(device) for norm in torch._foreach_norm(cores, ord=math.inf)])
-        return bool((largest / on_device(torch.tensor(limits, dtype=largest.dtype), device) > 1).any())
+        return cores, limits
 
     def _smooth(
         self, states: list[State], moved: Sequence[Tensor], gradients: list[Direction], group: dict[str, Any]

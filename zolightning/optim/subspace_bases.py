@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
 from zolightning.directions.dense import arithmetic
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -165,7 +166,8 @@ class SubspaceBases(ZerothOrderOptimizer):
                 return None
             drawn = gaussian(size, matrix.rank, group["seed"], group["refresh"], f"{name}/{side}", parameter.device)
             drawn = drawn.to(arithmetic(parameter.dtype))
-            return (orthonormal(drawn) if self.unit else drawn).to(parameter.dtype)
+            with without_autocast(parameter.device):
+                return (orthonormal(drawn) if self.unit else drawn).to(parameter.dtype)
 
         return Basis(factor("left", matrix.rows), factor("right", matrix.columns))
 

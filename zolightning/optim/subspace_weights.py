@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import arithmetic
 from zolightning.directions.shards import first_element, is_sharded, own_rows
@@ -139,19 +140,20 @@ class SubspaceWeights(SubspaceBases):
                 group["given"] = group["refresh"]
         before = after = 0.0
         for group, parameter, old, core in moving:
-            state, new = self.state[parameter], self._draw(parameter)
-            if group["anchor"]:
-                new = new.anchored(old, core, min(group["anchor"], *core.shape), self.unit)
-                state |= {side: f for side in ("left", "right") if (f := getattr(new, side)) is not None}
-            self._bases[parameter] = new
-            before += old.squared_norm(core)
-            if group["transport"] == "reset":
-                for entry in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step"):
-                    state.pop(entry, None)
-                continue
-            if group["transport"] == "project":
-                core.copy_(old.transport(core.clone(), new))
-            after += new.squared_norm(core)
+            with without_autocast(parameter.device):
+                state, new = self.state[parameter], self._draw(parameter)
+                if group["anchor"]:
+                    new = new.anchored(old, core, min(group["anchor"], *core.shape), self.unit)
+                    state |= {side: f for side in ("left", "right") if (f := getattr(new, side)) is not None}
+                self._bases[parameter] = new
+                before += old.squared_norm(core)
+                if group["transport"] == "reset":
+                    for entry in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step"):
+                        state.pop(entry, None)
+                    continue
+                if group["transport"] == "project":
+                    core.copy_(old.transport(core.clone(), new))
+                after += new.squared_norm(core)
         self.param_groups[0]["momentum_kept"] = after / before if before else None
 
     # Pending updates
@@ -277,14 +279,16 @@ class SubspaceWeights(SubspaceBases):
 
     def _add_lift(self, weight: Tensor, parameter: nn.Parameter, state: State) -> None:
         """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
-        one, other = self.basis(parameter).factors(self.state[parameter]["core"])
-        columns, first = other.shape[0], first_element(parameter)
-        pieces = _pieces(one, other, range(first, first + weight.numel()), max(CHUNK, chunk_size(weight)) // columns)
-        if self.offload_low_words:
-            add_offloaded(weight, state, pieces, self.update_precision)
-            return
-        for start, delta in pieces:
-            add_tensor(weight, state, delta, self.update_precision, start=start)
+        with without_autocast(weight.device):
+            one, other = self.basis(parameter).factors(self.state[parameter]["core"])
+            rows = max(CHUNK, chunk_size(weight)) // len(other)
+            first = first_element(parameter)
+            pieces = _pieces(one, other, range(first, first + weight.numel()), rows)
+            if self.offload_low_words:
+                add_offloaded(weight, state, pieces, self.update_precision)
+                return
+            for start, delta in pieces:
+                add_tensor(weight, state, delta, self.update_precision, start=start)
 
     def _rests(self, parameter: nn.Parameter) -> State:
         """Where that is kept which completes a half-precision matrix."""
