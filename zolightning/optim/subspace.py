@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.autocast import autocast_dtype
 from zolightning.directions.dense import Direction, accumulate_each, arithmetic, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
@@ -252,8 +253,7 @@ class SubspaceOptimizer(SubspaceWeights):
         for group in self.param_groups:
             for parameter, matrix in self.split(group, frozen=True)[0].values():
                 core = self.state.get(parameter, {}).get("core")
-                device = parameter.device.type
-                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+                dtype = autocast_dtype(parameter.device) or parameter.dtype
                 if core is not None and dtype.itemsize == 2:
                     cores.append(core)
                     limits.append(group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps)
