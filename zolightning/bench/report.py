@@ -4,13 +4,13 @@ import csv
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from zolightning.bench.measure import CPU
 from zolightning.commands.report import Record
+from zolightning.versions import installed_version
 
 
 def write_csv(path: Path, tables: Mapping[str, Sequence[Record]], context: Record) -> None:
@@ -40,7 +40,7 @@ def machine(device: torch.device = CPU) -> dict[str, str | int | None]:
         "gpu_free_gib": f"{free / 2**30:.1f}",
         "driver": _driver(),
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
     }
 
 
@@ -49,13 +49,6 @@ def _driver() -> str | None:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
 from zolightning.optim.subspace_weights import SubspaceWeights
+from zolightning.versions import installed_version
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _APART = ("param_names", "blocks", "block_weight", "lr_scale")
@@ -243,10 +243,7 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _release() -> str:
-    try:
-        return version("zolightning")
-    except PackageNotFoundError:  # run from a folder, not installed
-        return "of no release"
+    return installed_version("zolightning") or "of no release"
 
 
 def _first_numbers() -> list[int]:

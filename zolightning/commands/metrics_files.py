@@ -5,8 +5,6 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from zolightning.checkpoints.checkpoint_io import remove_unfinished, replacing
 from zolightning.commands.event_log import EventLog
 from zolightning.commands.run_folder import Run, run_of
 from zolightning.rank_zero import rank_zero_warn
+from zolightning.versions import installed_version
 
 METRICS, CURVES = "metrics.json", "curves.csv"
 _LIBRARIES = ("zolightning", "torch", "lightning", "transformers")
@@ -147,11 +146,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    found = {}
-    for library in _LIBRARIES:
-        with suppress(PackageNotFoundError):  # run from a folder, not installed
-            found[library] = version(library)
-    return found
+    return {library: found for library in _LIBRARIES if (found := installed_version(library)) is not None}
 
 
 def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
