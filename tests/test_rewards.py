@@ -142,7 +142,9 @@ def test_unit_tests() -> None:
     assert reward.all_of([(text, tests) for text in texts]) == list(texts.values())
     expected = {"TypeError": 1, "SyntaxError": 2, "exit status 0": 2, "timeout": 2, "MemoryError": 2}
     assert reward.failures == expected
-    assert reward("", []) == 0  # no tests, nothing passed
+    with pytest.warns(UserWarning, match="UnitTests got a row without references, its tests"):
+        assert reward("", []) == 0  # no tests, nothing passed
+    assert reward.failures == expected | {"no tests": 1}
 
 
 @pytest.fixture
@@ -278,8 +280,24 @@ def test_micro_batches_keep_each_text_with_its_references() -> None:
     assert [part["references"].tolist() for part in parts] == [[("0",), ("1",)], [("2",), ("3",)], [("4",)]]
 
 
+@pytest.mark.parametrize(
+    ("reward", "references", "message"),
+    [
+        (Countdown(), ["six", "3 / (5 - 5)"], r"must be an expression with a value, got \['six', '3 / \(5 - 5\)'\]"),
+        (InProcesses(Countdown()), ["six"], "must be an expression with a value"),
+        (UnitTests(), [" "], "UnitTests needs a test in each row"),
+        (Pattern("is {reference}"), [], "needs a reference, and the row has none"),
+    ],
+)
+def test_references_that_a_reward_cannot_do_with_are_refused(reward: Any, references: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward.check(references)
+
+
 def test_what_a_reward_needs(rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer]) -> None:
     folder, data = rewarded
+    with pytest.raises(ValueError, match=r"Task letters, .*train.jsonl, line \d: a reference of Countdown must be"):
+        make_trainer(max_steps=1).fit(CausalLM(str(folder), reward=Countdown()), data)
     with pytest.raises(MisconfigurationException, match=r"`model\.reward` has no gradient: name a zeroth-order"):
         make_trainer(max_steps=1).fit(CausalLM(str(folder), reward=letters), data)
     method = ZerothOrder(partial(MeZO, lr=0.1))

@@ -135,6 +135,11 @@ def test_what_is_wrong_is_said_in_a_line(pets: Path, make_trainer: Callable[...,
             look(ImageDataModule(PETS, str(pets)), make_trainer)
 
     (pets / "test/cat/00.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"pets, .*test, row 0, field `image`: the image \(.*00\.png\) cannot be read"):
+        ImageDataModule(PETS, str(pets)).check_rows("test")
+    refused(r"test, row 0, field `image`: the image \(.*00\.png\) cannot be read")
+    whole = draw(pets / "test/cat/00.png", 7, (90, 90)).read_bytes()
+    (pets / "test/cat/00.png").write_bytes(whole[:-40])  # not seen by its first bytes
     refused(r"test, row 0: the image \(.*00\.png\) cannot be read")
     draw(pets / "test/bird/0.png", 7)
     refused(r"test, row 0: label 'bird' in field `label` must be one of")

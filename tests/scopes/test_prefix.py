@@ -1,6 +1,7 @@
 """Prefix tuning: keys and values before the text, trained, resumed, exported, read by PEFT."""
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,14 @@ def test_an_export_loads_with_peft_and_as_a_starting_point(
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         remove_adapter(model.model)
         assert not torch.allclose(last_logits(model.model, ids, mask, count=1), expected, atol=1e-3)
+
+
+@pytest.mark.filterwarnings(r"ignore:.* split were cut to 19 tokens \(the model's context length\)")
+def test_texts_leave_room_for_it(train: Callable[..., Any], folder: Path) -> None:
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 22}))
+    model, _, data = train(PrefixTuning(TOKENS))
+    assert data.largest_batch()[1] == 19 and model.context_length == 19
 
 
 def test_what_is_refused(make_module: Any, make_loader: Any, make_trainer: Any) -> None:

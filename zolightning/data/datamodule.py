@@ -24,8 +24,9 @@ class PromptDataModule(TaskDataModule):
     folder may have a file ``validation`` of its own.
 
     The LightningModule must have a `tokenizer` and a `context_length`. It may have a method `encode`, which is called
-    with what :func:`~zolightning.data.examples.example_of` is, but for the tokenizer, and in its place; and a
-    `padding_side`, of prompts, which is "left" otherwise.
+    with what :func:`~zolightning.data.examples.example_of` is, but for the tokenizer, and in its place; a
+    `check_references`, called with those of a row that texts are generated for; and a `padding_side`, of prompts, which
+    is "left" otherwise.
 
     Args:
         task: Name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
@@ -171,7 +172,7 @@ class PromptDataModule(TaskDataModule):
                 )
         max_length = min(self.max_length, module.context_length or self.max_length)
         num_embeddings = getattr(module, "num_embeddings", None)
-        encode = getattr(module, "encode", None)
+        encode, check_references = (getattr(module, name, None) for name in ("encode", "check_references"))
         if encode is None:
             calibration = None if name == "train" else self.calibration
             encode = partial(example_of, tokenizer=module.tokenizer, calibration=calibration)
@@ -183,6 +184,8 @@ class PromptDataModule(TaskDataModule):
                 example: Example = encode(task=self.task, row=row, max_length=max_length, chat=self.chat)
                 if num_embeddings is not None:
                     check_tokens(example, num_embeddings, module.tokenizer)
+                if check_references is not None and self.generation is not None and row.right:
+                    check_references(row.references)
             except ValueError as error:
                 raise ValueError(f"Task {self.task.name}, {row.where}: {error}.") from None
             examples.append(replace(example, right=row.right, references=row.references))

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from zolightning.data.image_classification import ImageClassification
-from zolightning.data.images import ImageBatch, ImageExample, collate_images, image_of, require_pillow
+from zolightning.data.images import ImageBatch, ImageExample, collate_images, image_of, opened, require_pillow
 from zolightning.data.rows import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task_datamodule import TaskDataModule
@@ -17,7 +17,7 @@ class ImageDataModule(TaskDataModule):
 
     Images come from the Hugging Face hub or from a folder, and are sampled as rows of text are. In the folder, `train`,
     `test` and optionally `validation` are folders that have a folder of images for each class, or files of rows with
-    paths of images. An image is read when a batch needs it.
+    paths of images. An image is read when a batch needs it; that it is one is seen by its first bytes before training.
 
     The LightningModule must have a `preprocessor`.
 
@@ -80,6 +80,9 @@ class ImageDataModule(TaskDataModule):
             num_workers,
         )
 
+    def check_row(self, row: Row) -> None:
+        self._example(row)
+
     def encode(self, name: str, rows: Sequence[Row]) -> list[ImageExample]:
         module = self.module()
         if "pixel_values" not in getattr(getattr(module, "preprocessor", None), "model_input_names", ()):
@@ -97,6 +100,8 @@ class ImageDataModule(TaskDataModule):
         field = self.task.image
         try:
             image = image_of(row.fields[field], self.folder)
+            with opened(image):
+                pass
         except ValueError as error:
             raise ValueError(f"Task {self.task.name}, {row.where}, field `{field}`: {error}.") from None
         return ImageExample(row.id, row.where, image, row.right[0] if row.right else NO_LABEL)

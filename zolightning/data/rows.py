@@ -1,6 +1,6 @@
 """The rows of a task: read, checked, sampled, and written as prompts and answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,10 @@ class Rows:
         examples = self._sampled()[0] if self.num_demonstrations else (split, [])
         return self._write(split, self._sample(split, self.num_test), examples)
 
-    def check(self, name: str) -> None:
+    def all_of(self, name: str) -> Iterator[Row]:
         """Writes every row of a split, and raises ValueError where one does not fit."""
         split = self.read(name)
-        for index in range(len(split)):
-            self._row(split, index)
+        return (self._row(split, index) for index in range(len(split)))
 
     def read(self, name: str, labelled: bool = True) -> Split:
         """Reads "train", "validation" or "test"."""

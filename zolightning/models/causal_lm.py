@@ -1,5 +1,6 @@
 """The LightningModule that fine-tunes a causal language model on prompts with candidate answers."""
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from zolightning.models.scoring import answer_log_probs
 from zolightning.models.spread import DeviceMap
 from zolightning.models.suitability import refuse_unsuitable
 from zolightning.quantization import Quantization
-from zolightning.rewards.reward import Reward, rewards_of
+from zolightning.rewards.reward import Reward, check_references, rewards_of
 from zolightning.rewards.text import exact_match, token_f1
 
 
@@ -92,6 +93,11 @@ class CausalLM(LanguageModel):
 
     def validation_metrics(self, datamodule: Any) -> tuple[str, ...]:
         return (*super().validation_metrics(datamodule), *(["val/reward"] if self.reward else []))
+
+    def check_references(self, references: Sequence[str]) -> None:
+        """Raises a ValueError where the reward cannot do with the references of a row."""
+        if self.reward is not None:
+            check_references(self.reward, references)
 
     def setup(self, stage: str) -> None:
         self._generation = getattr(getattr(self.trainer, "datamodule", None), "generation", None)

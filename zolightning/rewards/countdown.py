@@ -34,15 +34,24 @@ class Countdown:
         self.format_reward = format_reward
 
     def __call__(self, text: str, references: Sequence[str]) -> float:
+        self.check(references)
         tree = _expression(text.split("=")[0])
         if tree is None:
             return 0.0
-        rights = [right for reference in references if (right := _expression(reference)) is not None]
-        if not rights:
-            raise ValueError(f"A reference of Countdown must be an expression, got {list(references)!r}.")
+        rights = _rights(references)
         # only expressions of the given numbers are worth their value: others may have a million digits
         is_right = any(_numbers(tree) == _numbers(right) and _value(tree) == _value(right) for right in rights)
         return 1.0 if is_right else self.format_reward
+
+    def check(self, references: Sequence[str]) -> None:
+        """Raises a ValueError if none of the references is an expression with a value."""
+        if not _rights(references):
+            raise ValueError(f"a reference of Countdown must be an expression with a value, got {list(references)!r}")
+
+
+def _rights(references: Sequence[str]) -> list[ast.expr]:
+    found = filter(None, map(_expression, references))
+    return [tree for tree in found if _value(tree) is not None]
 
 
 def _expression(text: str) -> ast.expr | None:

@@ -31,5 +31,10 @@ class Pattern:
         found = (re.search(self._with(re.escape(reference)), text) for reference in references or [""])
         return float(any(found))
 
+    def check(self, references: Sequence[str]) -> None:
+        """Raises a ValueError if the pattern has a place for a reference, and there is none."""
+        if "{reference}" in self.pattern and not references:
+            raise ValueError(f"the pattern {self.pattern!r} needs a reference, and the row has none")
+
     def _with(self, reference: str) -> str:
         return self.pattern.replace("{reference}", reference)

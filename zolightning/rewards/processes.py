@@ -5,7 +5,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from zolightning.rank_zero import rank_zero_warn
-from zolightning.rewards.reward import as_number
+from zolightning.rewards.reward import as_number, check_references
 
 
 class InProcesses:
@@ -60,6 +60,10 @@ class InProcesses:
             self._pool = ProcessPool(max_workers=self.processes)
         futures = [self._pool.schedule(self.reward, args=list(pair), timeout=self.timeout) for pair in pairs]
         return [self._value(future, text) for future, (text, _) in zip(futures, pairs, strict=True)]
+
+    def check(self, references: Sequence[str]) -> None:
+        """Raises what the reward's own ``check`` does, if it has one."""
+        check_references(self.reward, references)
 
     def _value(self, future: Any, text: str) -> float:
         try:

@@ -5,6 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Reward = Callable[[str, Sequence[str]], float]
+"""Of a text and the references of its row. One that cannot do with some references may have a method ``check`` of them,
+which raises a ValueError: it is called for every row before the first step."""
+
+
+def check_references(reward: Reward, references: Sequence[str]) -> None:
+    """Raises a ValueError where `reward` has a method ``check`` that says these references will not do."""
+    check = getattr(reward, "check", None)
+    if check is not None:
+        check(references)
 
 
 def rewards_of(reward: Reward, texts: Iterable[str], references: Iterable[Sequence[str]]) -> list[float]:

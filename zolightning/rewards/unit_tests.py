@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from zolightning.rank_zero import rank_zero_warn
+
 _BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 _RUN = """\
 try:
@@ -43,7 +45,7 @@ class UnitTests:
         memory_mib: Address space of a process, in MiB, where the system knows such limits.
 
     Attributes:
-        failures: How many tests failed, by the name of the error.
+        failures: How many tests failed, by the name of the error, and how many texts came with `no tests`.
 
     Example:
         >>> reward = UnitTests()
@@ -71,6 +73,10 @@ class UnitTests:
 
     def all_of(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
         """The rewards of several texts, whose tests run side by side."""
+        if bare := sum(not tests for _, tests in pairs):
+            if "no tests" not in self.failures:
+                rank_zero_warn("UnitTests got a row without references, its tests: that is counted, and worth 0.")
+            self.failures["no tests"] = self.failures.get("no tests", 0) + bare
         programs = [(_program(text), test) for text, tests in pairs for test in tests]
         with ThreadPoolExecutor(self.processes) as pool:  # of threads that wait for processes
             errors = list(pool.map(self._error, programs))
@@ -78,6 +84,11 @@ class UnitTests:
             self.failures[name] = self.failures.get(name, 0) + 1
         left = iter(errors)
         return [sum(next(left) is None for _ in tests) / max(1, len(tests)) for _, tests in pairs]
+
+    def check(self, references: Sequence[str]) -> None:
+        """Raises a ValueError if there are no tests, without which every program is worth 0."""
+        if not any(test.strip() for test in references):
+            raise ValueError("UnitTests needs a test in each row, as its references")
 
     def _error(self, program_and_test: tuple[str, str]) -> str | None:
         """The name of the error that ended a test; None if it was passed."""
