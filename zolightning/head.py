@@ -1,8 +1,12 @@
 """The output layer of a model of transformers, and its weight where the embeddings are that too."""
 
-from typing import TYPE_CHECKING
+import base64
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from zolightning.directions.shards import is_sharded
 
@@ -65,6 +69,27 @@ def restore_head(model: "PreTrainedModel", untied: bool) -> None:
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     _set_config(model, tied=True)
     delattr(model, _UNTIED)
+
+
+@torch.no_grad()
+def set_rows(head: nn.Linear, rows: Tensor, weights: Tensor) -> None:
+    """Replaces some rows of an output layer, (K,) of them by (K, H); a bias becomes 0 there."""
+    places = rows.to(head.weight.device)
+    head.weight[places] = weights.to(head.weight)
+    if head.bias is not None:
+        head.bias[places] = 0
+
+
+def rows_dict(head: nn.Linear, rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of an output layer as plain values, without loss."""
+    weights = head.weight.detach()[list(rows)].float().cpu().contiguous()
+    return {"rows": list(rows), "float32": base64.b64encode(weights.numpy().tobytes()).decode("ascii")}
+
+
+def load_rows_dict(head: nn.Linear, saved: Mapping[str, Any]) -> None:
+    """Puts back what :func:`rows_dict` described."""
+    numbers = np.frombuffer(base64.b64decode(saved["float32"]), np.float32).copy()
+    set_rows(head, torch.tensor(saved["rows"]), torch.from_numpy(numbers).reshape(len(saved["rows"]), -1))
 
 
 def _set_config(model: "PreTrainedModel", tied: bool) -> None:

@@ -17,8 +17,8 @@ from cli_runs import CONFIGS, Runs
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
 from zolightning.data.task_files import load_task
+from zolightning.logistic_regression import choose_c, fit
 from zolightning.models import LinearProbe
-from zolightning.models.logistic_regression import choose_c, fit
 
 
 def test_a_fit_is_where_the_gradient_vanishes() -> None:
@@ -80,13 +80,13 @@ def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_train
 
     model.eval()
     batches = list(rows.train_dataloader().first_batches(24))  # 24 is no multiple of the batch size
-    read = [model.features(batch) for batch in batches]
+    read = [model.head_features(batch) for batch in batches]
     features, tokens = (torch.cat(parts) for parts in zip(*read, strict=True))
     classes, targets = tokens.unique(return_inverse=True)
     expected = fit(features.double(), targets, len(classes), c=1.0, tolerance=1e-8)
     torch.testing.assert_close(head[classes], expected.float(), rtol=1e-3, atol=1e-4)
     batch = next(iter(rows.train_dataloader()))
-    features, tokens = model.features(batch)
+    features, tokens = model.head_features(batch)
     # the features are what the module's own forward pass reads
     log_probs, mask = model.answer_log_probs(batch)
     gold = torch.arange(len(batch["label"])), batch["label"]

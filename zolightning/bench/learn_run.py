@@ -79,7 +79,8 @@ def train(key: Key, config: "Namespace", limits: Limits, device: str, output: Pa
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "callbacks": [
-            LambdaCallback(on_train_batch_start=meter.start),  # before others find bases or draw subspaces
+            # before others probe, find bases or draw subspaces
+            LambdaCallback(on_fit_start=meter.start, on_train_batch_start=meter.start),
             *callbacks(config),
             meter,
             deadline,
@@ -140,8 +141,11 @@ class Meter(Callback):
         trainer.should_stop = len(self.used_up) == len(self.limits.limits)  # and only the tests are left
 
     def start(self, *_: Any) -> None:
-        """A step begins."""
+        """A step begins, or what comes before the first one."""
         self._started = self._clock()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.spent["seconds"] += self._clock() - self._started
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         before = dict(self.spent)

@@ -4,6 +4,7 @@ from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.learning_rate_control import LearningRateControl
 from zolightning.callbacks.learning_rate_probe import LearningRateProbe
+from zolightning.callbacks.linear_probing import LinearProbing
 from zolightning.callbacks.momentum_transport import MomentumTransport
 from zolightning.callbacks.prediction_writer import PredictionWriter
 from zolightning.callbacks.run_monitor import RunMonitor
@@ -27,6 +28,7 @@ __all__ = [
     "KeepLedger",
     "LearningRateControl",
     "LearningRateProbe",
+    "LinearProbing",
     "MomentumTransport",
     "PredictionWriter",
     "RandomLayer",

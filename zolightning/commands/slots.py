@@ -1,8 +1,8 @@
 """The fields of the command line's config that choose a method and what belongs to it, and the callbacks they become.
 
-``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback; ``scope``, ``blocks``, ``lr_probe``,
-``lr_control``, ``resampling`` and ``transport`` are callbacks themselves. A field holds one thing, so a later file or
-flag replaces it.
+``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback; ``linear_probing``, ``scope``,
+``blocks``, ``lr_probe``, ``lr_control``, ``resampling`` and ``transport`` are callbacks themselves. A field holds one
+thing, so a later file or flag replaces it.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from zolightning.callbacks import (
     BlockCoordinateDescent,
     LearningRateControl,
     LearningRateProbe,
+    LinearProbing,
     MomentumTransport,
     SubspaceResampling,
     ZerothOrder,
@@ -33,7 +34,7 @@ from zolightning.scopes import Scope
 _OF_A_METHOD = ("lr_scheduler", "resampling", "transport")
 _OF_ANY_METHOD = ("blocks", "lr_probe", "lr_control")
 _NEED_A_METHOD = (*_OF_ANY_METHOD, *_OF_A_METHOD)
-_CLASSES = ("method", "scope", *_NEED_A_METHOD)
+_CLASSES = ("method", "scope", "linear_probing", *_NEED_A_METHOD)
 SLOTS = (*_CLASSES, "evaluation")
 _FILES = ("--config", "-c")
 _EVALUATION = {name: parameter.default for name, parameter in inspect.signature(ZerothOrder).parameters.items()}
@@ -53,6 +54,11 @@ def add_slots(parser: LightningArgumentParser) -> None:
         "--scope",
         type=Scope | None,
         help="which parameters train: DominantLayer, TrainLayers, ...; all of them if none",
+    )
+    parser.add_argument(
+        "--linear_probing",
+        type=LinearProbing | None,
+        help="fit the head by logistic regression before the first step",
     )
     parser.add_argument(
         "--blocks", type=BlockCoordinateDescent | None, help="which of them move when: block coordinate descent"
@@ -157,7 +163,8 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
         raise MisconfigurationException(
             f"`trainer.callbacks` holds {schedules} BlockCoordinateDescent: blocks have one order. Keep one."
         )
-    callbacks: list[Callback] = [] if made.scope is None else [made.scope]
+    # The probe first: the head that it unties is there when a scope chooses.
+    callbacks: list[Callback] = [made[slot] for slot in ("linear_probing", "scope") if made[slot] is not None]
     if made.method is None:
         given = [slot for slot in _NEED_A_METHOD if config[slot] is not None]
         given += [f"evaluation.{key}" for key, value in config.evaluation.items() if value != _EVALUATION[key]]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zolightning.data import Batch, Generation
 from zolightning.models.generation import Decoding, drawn_from, generate
+from zolightning.models.head_features import answer_features
 from zolightning.models.language_model import LanguageModel
 from zolightning.models.scoring import answer_log_probs
 from zolightning.models.spread import DeviceMap
@@ -87,6 +88,11 @@ class CausalLM(LanguageModel):
 
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return answer_log_probs(self.model, batch)
+
+    @torch.no_grad()
+    def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the head reads before each token of the right answers, (K, H), and these tokens, (K,)."""
+        return answer_features(self.model, self.head, batch)
 
     def refuse_unsuitable(self) -> None:
         refuse_unsuitable(self.model)

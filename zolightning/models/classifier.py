@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zolightning.adapters import adapter_settings, load_adapter, save_adapter
 from zolightning.head import belongs_to_head
+from zolightning.models.head_features import inputs_of
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.models.scoring import classification_loss
 from zolightning.rank_zero import rank_zero_warn
@@ -34,6 +35,32 @@ class Classifier(PretrainedModule):
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters beyond the base model, and of a pooler in it, by their names in the model."""
         return {name: weight for name, weight in self.model.named_parameters() if belongs_to_head(self.model, name)}
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer of the head.
+
+        Raises:
+            ValueError: It is no ``nn.Linear``.
+        """
+        modules = {name.rpartition(".")[0]: None for name in self.head_parameters}
+        found = [self.model.get_submodule(name) for name in modules]
+        last = found[-1] if found else None
+        if not isinstance(last, nn.Linear) or last.out_features != self.model.config.num_labels:
+            raise ValueError(f"`model_name` is a {type(self.model).__name__}, whose head does not end in an nn.Linear.")
+        return last
+
+    @torch.no_grad()
+    def head_features(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """What the last layer of the head reads of each example, (B, H), and the examples' classes, (B,)."""
+        with inputs_of(self.head) as read:
+            self.logits(batch)
+        features = read[0]
+        if features.dim() == 3:  # it reads every token, of which the last one that is no padding counts
+            mask = batch["attention_mask"][:, 0]
+            place = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+            features = features[torch.arange(len(mask), device=mask.device), place]
+        return features, batch["label"]
 
     @abstractmethod
     def logits(self, batch: Any) -> Tensor:

@@ -1,26 +1,19 @@
 """Linear probing: the rows of a frozen model's head that stand for answers, fitted by logistic regression."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zolightning.callbacks.linear_probing import head_features
 from zolightning.data.encoding import Batch
-from zolightning.evaluation.mode import evaluation_mode
-from zolightning.head import is_tied, untie_head
+from zolightning.head import is_tied, set_rows, untie_head
+from zolightning.logistic_regression import CS, accuracy, check_probe, probe
 from zolightning.models.causal_lm import CausalLM
-from zolightning.models.logistic_regression import choose_c, fit
-from zolightning.models.scoring import last_logits
 from zolightning.quantization import Quantization
-from zolightning.scopes.calibration import calibration_batches
-
-CS = tuple(10 ** (-4 + 8 * i / 9) for i in range(10))
-"""Ten values from 1e-4 to 1e4, evenly spaced by their logarithms: scikit-learn's."""
 
 
 class LinearProbe(CausalLM):
@@ -47,10 +40,7 @@ class LinearProbe(CausalLM):
         cs: Sequence[float] = CS,
         tolerance: float = 1e-4,
     ) -> None:
-        if not cs or not all(c > 0 for c in cs):
-            raise ValueError(f"`cs` must be at least one number above 0, got {cs!r}.")
-        if not tolerance > 0:
-            raise ValueError(f"`tolerance` must be above 0, got {tolerance!r}.")
+        check_probe(cs, tolerance)
         super().__init__(model_name, dtype=dtype, attention=attention, quantization=quantization)
         self.automatic_optimization = False
         self.cs = tuple(cs)
@@ -58,7 +48,7 @@ class LinearProbe(CausalLM):
         if is_tied(self.model):
             untie_head(self.model)
         for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter is self._head.weight)
+            parameter.requires_grad_(parameter is self.head.weight)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer.max_steps != 1:
@@ -68,46 +58,13 @@ class LinearProbe(CausalLM):
         super().setup(stage)
 
     def configure_optimizers(self) -> Any:
-        return LogisticRegression(self._head, self.cs, self.tolerance)
+        return LogisticRegression(self.head, self.cs, self.tolerance)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # it optimizes by itself
         """Fits the head to all examples, whichever the batch."""
         optimizer: Any = self.optimizers()
-        accuracy = optimizer.step(self._all_features)
-        self.log("train/accuracy", accuracy, prog_bar=True)
-
-    @torch.no_grad()
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the head reads before each token of the right answers, (K, H), and these tokens, (K,)."""
-        label = batch["label"]
-        examples = torch.arange(len(label), device=label.device)
-        answer = batch["answer_ids"][examples, label]  # (B, A), at the end of the row
-        row = label if batch["input_ids"].shape[1] > 1 else torch.zeros_like(label)
-        input_ids, attention_mask = (batch[name][examples, row] for name in ("input_ids", "attention_mask"))
-        is_prompt = batch["input_ids"].shape[1] == 1 and answer.shape[1] == 1  # else the answer is in the row
-        count = answer.shape[1] + (not is_prompt)
-        read: list[Tensor] = []
-        hook = self._head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-        try:
-            last_logits(self.model, input_ids, attention_mask, count)
-        finally:
-            hook.remove()
-        hidden = read[0][:, -count:][:, : answer.shape[1]]
-        is_token = answer >= 0
-        return hidden[is_token], answer[is_token]
-
-    @property
-    def _head(self) -> nn.Linear:
-        head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"`model_name` is a {type(self.model).__name__}, which has no head to probe.")
-        return head
-
-    def _all_features(self) -> tuple[Tensor, Tensor]:
-        with evaluation_mode(self.model):
-            found = [self.features(batch) for batch in calibration_batches(self.trainer, self, sys.maxsize)]
-        features, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return features, tokens
+        found = optimizer.step(lambda: head_features(self.trainer, self)[:2])
+        self.log("train/accuracy", found, prog_bar=True)
 
 
 class LogisticRegression(Optimizer):
@@ -129,19 +86,8 @@ class LogisticRegression(Optimizer):
             The share of features of which the fitted rows say the right one.
         """
         features, rows = closure()
-        # By the host in float64: it takes less than the forward passes, and says the same on every device.
-        found, (classes, targets) = features.double().cpu(), rows.cpu().unique(return_inverse=True)
         cs, tolerance = (self.param_groups[0][name] for name in ("cs", "tolerance"))
-        c = cs[0] if len(cs) == 1 else choose_c(found, targets, len(classes), cs, tolerance)
-        weights = fit(found, targets, len(classes), c, tolerance)
-        places = classes.to(self._head.weight.device)
-        with torch.no_grad():
-            self._head.weight[places] = weights.to(self._head.weight)
-            if self._head.bias is not None:
-                self._head.bias[places] = 0
-        accuracy = ((found @ weights.T).argmax(dim=1) == targets).double().mean().item()
-        rank_zero_info(
-            f"Linear probing: {len(found):,} features of {found.shape[1]:,} numbers, {len(classes):,} classes, C "
-            f"{c:.3g}; {100 * accuracy:.1f} % are fitted."
-        )
-        return accuracy
+        found = probe(features, rows, cs, tolerance, accuracy)
+        set_rows(self._head, found.rows, found.weights)
+        rank_zero_info(f"Linear probing: {found}")
+        return found.accuracy

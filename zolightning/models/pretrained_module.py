@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapters import adapter_settings, load_adapter, restore_adapter, save_adapter
-from zolightning.head import has_untied_head, restore_head
+from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
 from zolightning.optim.schedules import WarmupDecay
@@ -108,6 +108,7 @@ class PretrainedModule(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
         self._suitable = False  # not known yet
+        self._rows_set: list[int] = []  # of the head, in place of the pretrained ones
 
     @abstractmethod
     def score(self, batch: Any) -> Tensor:
@@ -215,12 +216,31 @@ class PretrainedModule(L.LightningModule):
         # so that its weights find the parameters they belong to, whatever callbacks this run has
         self.load_structure_dict(checkpoint)
 
+    @property
+    def head(self) -> nn.Linear:
+        """The output layer.
+
+        Raises:
+            ValueError: There is none, or it is no ``nn.Linear``.
+        """
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"`model_name` is a {type(self.model).__name__}, which has no head to probe.")
+        return head
+
+    def set_head_rows(self, rows: Tensor, weights: Tensor) -> None:
+        """Replaces rows of the head, (K,) of them by (K, H), before a run: its ledger then says so."""
+        set_rows(self.head, rows, weights)
+        self._rows_set = rows.tolist()
+
     def structure_dict(self) -> dict[str, Any]:
         """What the run made of the pretrained network, beside its weights: plain values."""
+        rows = {"head_rows": rows_dict(self.head, self._rows_set)} if self._rows_set else {}
         return {
             "adapter": adapter_settings(self.model),
             "quantization": quantization_settings(self.model),
             "untied_head": has_untied_head(self.model),
+            **rows,
         }
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
@@ -228,6 +248,9 @@ class PretrainedModule(L.LightningModule):
         restore_head(self.model, saved.get("untied_head", False))
         restore_adapter(self.model, saved.get("adapter"))
         restore_quantization(self.model, saved.get("quantization"))
+        if "head_rows" in saved:
+            load_rows_dict(self.head, saved["head_rows"])
+            self._rows_set = saved["head_rows"]["rows"]
 
     def export(self, folder: str | Path) -> None:
         """Writes the model, and what makes its inputs, in Hugging Face's format, for ``from_pretrained``.

@@ -1,0 +1,126 @@
+"""Beginning at a linear probe: what of a task is in a network's features already is fitted, not searched."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from zolightning.evaluation.mode import evaluation_mode
+from zolightning.head import is_tied, untie_head
+from zolightning.logistic_regression import CS, check_probe, log_likelihood, probe
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.scopes.calibration import calibration_batches
+
+
+class LinearProbing(Callback):
+    """Fits the rows of the head that stand for answers before the first step, by logistic regression.
+
+    Linear probing, then fine-tuning (LP-FT: Kumar et al. 2022, arXiv:2202.10054). A zeroth-order method takes hundreds
+    of forwards to find how a network's features tell the answers apart, which is a convex problem: each training
+    example is read once, and what is left to the method is to change the features.
+
+    Each token of an answer, or each class of a classifier, is a class of the regression, and its row of the head
+    becomes the class's weights, without a bias. The penalty is the one with the best likelihood in five-fold
+    cross-validation. Where the head is tied to the embeddings, it becomes a copy of them first. Whether it trains on
+    is for the scope to say. A run that goes on from a checkpoint is not probed again; a replay takes the rows from the
+    ledger. Costs a forward pass for each batch of examples, which the first step counts.
+
+    The module has what :class:`~zolightning.CausalLM` and the classifiers have: ``head_features(batch)``, which returns
+    what the head reads, (N, H), and the right rows, (N,), and ``set_head_rows(rows, weights)``. One without a
+    ``structure_dict`` that describes these rows is replayed from the probed weights, not from the pretrained ones.
+
+    Args:
+        num_examples: of the training data, as they are stored; None takes all.
+        cs: weights of the data against the penalty to choose from, as scikit-learn's ``C``; one alone is taken without
+            cross-validation.
+        tolerance: the largest entry of the gradient at which a fit ends.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+        MisconfigurationException: when training starts, if the module cannot be probed, its weights are sharded, or it
+            has an adapter, beside which no head is saved.
+
+    Example::
+
+        callbacks = [LinearProbing(), TrainLayers([28, 29]), ZerothOrder(partial(MeZO, lr=1e-6))]
+    """
+
+    def __init__(self, num_examples: int | None = None, cs: Sequence[float] = CS, tolerance: float = 1e-4) -> None:
+        if num_examples is not None and num_examples < 1:
+            raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
+        check_probe(cs, tolerance)
+        self.num_examples = num_examples
+        self.cs = tuple(cs)
+        self.tolerance = tolerance
+        self._goes_on = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != TrainerFn.FITTING:
+            return
+        self._goes_on = False
+        for name in ("head_features", "set_head_rows"):
+            if not hasattr(pl_module, name):
+                raise MisconfigurationException(
+                    f"`linear_probing` needs a module with `{name}`, as CausalLM and the classifiers have it, got "
+                    f"{type(pl_module).__name__}."
+                )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"`linear_probing` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, under which "
+                "no rank has all of the head. Use 'zo_ddp', or leave `linear_probing` out."
+            )
+        for model in _pretrained_models(pl_module):
+            if is_tied(model):  # before there is an optimizer, or a scope chooses
+                untie_head(model)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._goes_on = True
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._goes_on:
+            return
+        adapters = [type(model).__name__ for model in _pretrained_models(pl_module) if hasattr(model, "peft_config")]
+        if adapters:
+            raise MisconfigurationException(
+                f"`linear_probing` is given, and {adapters[0]} has an adapter, beside which no head is saved. Leave "
+                "one out, or probe first (configs/scopes/linear_probing.yaml), export that model and start from it."
+            )
+        features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
+        found = probe(features, rows, self.cs, self.tolerance, log_likelihood)
+        found = trainer.strategy.broadcast(found)  # the last bits differ between processors
+        pl_module.set_head_rows(found.rows, found.weights)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, ZerothOrderOptimizer):
+                optimizer.count(forward_passes)
+        rank_zero_info(f"LinearProbing: {found}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_text("linear_probing", str(found), trainer.global_step)
+
+
+def head_features(
+    trainer: L.Trainer, module: L.LightningModule, num_examples: int | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """What the head reads of the first training examples, (N, H), which of its rows are right, (N,), and the number of
+    forward passes that took."""
+    model: Any = module
+    batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
+    with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():
+        found = [model.head_features(batch) for batch in batches]
+    features, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return features, rows, len(batches)
+
+
+def _pretrained_models(module: L.LightningModule) -> list[Any]:
+    from transformers import PreTrainedModel
+
+    return [submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel)][:1]

@@ -1,0 +1,132 @@
+"""Multinomial logistic regression without intercept, and its penalty by cross-validation, as scikit-learn has them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CS = tuple(10 ** (-4 + 8 * i / 9) for i in range(10))
+"""Ten values from 1e-4 to 1e4, evenly spaced by their logarithms: scikit-learn's."""
+
+_FOLDS = 5
+_MOST_ITERATIONS = 5000
+
+
+class Probe(NamedTuple):
+    """Rows of a head.
+
+    Attributes:
+        rows: which, (K,).
+        weights: (K, H), float64.
+        accuracy: the share of the features of which they say the right row.
+        num_features: of how many.
+        c: the weight of the data against the penalty.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    accuracy: float
+    num_features: int
+    c: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_features:,} features of {self.weights.shape[1]:,} numbers, {len(self.rows):,} classes, C "
+            f"{self.c:.3g}; {100 * self.accuracy:.1f} % are fitted."
+        )
+
+
+def probe(
+    features: Tensor,
+    rows: Tensor,
+    cs: Sequence[float],
+    tolerance: float,
+    quality: Callable[[Tensor, Tensor], Tensor],
+) -> Probe:
+    """Fits the rows of a head that `rows`, (N,), names to `features`, (N, H), with the best of `cs`.
+
+    By the host in float64: it takes less than the forward passes, and says the same on every device.
+    """
+    found, (classes, targets) = features.double().cpu(), rows.cpu().unique(return_inverse=True)
+    c = choose_c(found, targets, len(classes), cs, tolerance, quality)
+    weights = fit(found, targets, len(classes), c, tolerance)
+    return Probe(classes, weights, accuracy(found @ weights.T, targets).item(), len(found), c)
+
+
+def check_probe(cs: Sequence[float], tolerance: float) -> None:
+    """Raises a ValueError that names what :func:`probe` cannot work with."""
+    if not cs or not all(c > 0 for c in cs):
+        raise ValueError(f"`cs` must be at least one number above 0, got {cs!r}.")
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` must be above 0, got {tolerance!r}.")
+
+
+def fit(features: Tensor, targets: Tensor, num_classes: int, c: float, tolerance: float) -> Tensor:
+    """The weights (K, H) that minimise ``mean cross-entropy + |W|^2 / (2 c N)``, by L-BFGS.
+
+    Args:
+        features: (N, H).
+        targets: (N,), from 0 to K - 1.
+        num_classes: K.
+        c: Weight of the data against the penalty, scikit-learn's ``C``.
+        tolerance: The largest entry of the gradient at which it ends.
+    """
+    weights = features.new_zeros(num_classes, features.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=_MOST_ITERATIONS,
+        tolerance_grad=tolerance,
+        tolerance_change=64 * torch.finfo(features.dtype).eps,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            penalty = weights.square().sum() / (2 * c * len(features))
+            loss = F.cross_entropy(features @ weights.T, targets) + penalty
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
+    """The share of rows whose largest score, of (N, K), is the right one."""
+    return (scores.argmax(dim=1) == targets).double().mean()
+
+
+def log_likelihood(scores: Tensor, targets: Tensor) -> Tensor:
+    """The mean log-probability of the right class."""
+    return -F.cross_entropy(scores, targets)
+
+
+def choose_c(
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    cs: Sequence[float],
+    tolerance: float,
+    quality: Callable[[Tensor, Tensor], Tensor] = accuracy,
+) -> float:
+    """The value of ``c`` with the best mean quality on five folds left out in turn; of equal ones the first.
+
+    Each fold has its share of each class, in the order of the rows, as scikit-learn's ``StratifiedKFold`` deals them.
+    """
+    if len(cs) == 1:
+        return cs[0]
+    same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1  # how many came before
+    fold = same % _FOLDS
+    means = []
+    for c in cs:
+        found = []
+        for left_out in range(_FOLDS):
+            is_out = fold == left_out
+            if is_out.any() and not is_out.all():
+                weights = fit(features[~is_out], targets[~is_out], num_classes, c, tolerance)
+                found.append(quality(features[is_out] @ weights.T, targets[is_out]))
+        means.append(torch.stack(found).mean() if found else torch.zeros(()))
+    return cs[int(torch.stack(means).argmax())]

@@ -1,0 +1,38 @@
+"""What a network's head reads: the features of a linear probe."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.data.encoding import Batch
+from zolightning.models.scoring import last_logits
+
+
+@contextmanager
+def inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a module is called with."""
+    read: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
+def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the head of a causal language model reads before each token of the right answers, (K, H), and these tokens,
+    (K,)."""
+    label = batch["label"]
+    examples = torch.arange(len(label), device=label.device)
+    answer = batch["answer_ids"][examples, label]  # (B, A), at the end of the row
+    row = label if batch["input_ids"].shape[1] > 1 else torch.zeros_like(label)
+    input_ids, attention_mask = (batch[name][examples, row] for name in ("input_ids", "attention_mask"))
+    is_prompt = batch["input_ids"].shape[1] == 1 and answer.shape[1] == 1  # else the answer is in the row
+    count = answer.shape[1] + (not is_prompt)
+    with inputs_of(head) as read:
+        last_logits(model, input_ids, attention_mask, count)
+    hidden = read[0][:, -count:][:, : answer.shape[1]]
+    is_token = answer >= 0
+    return hidden[is_token], answer[is_token]
