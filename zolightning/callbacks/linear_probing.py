@@ -97,7 +97,8 @@ class LinearProbing(Callback):
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
         found = probe(features, rows, self.cs, self.tolerance, log_likelihood)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
-        pl_module.set_head_rows(found.rows, found.weights)
+        module: Any = pl_module
+        module.set_head_rows(found.rows, found.weights)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, ZerothOrderOptimizer):
                 optimizer.count(forward_passes)

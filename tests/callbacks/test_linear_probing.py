@@ -1,0 +1,163 @@
+"""A fit that begins at a linear probe: what it sets, what stays, and what a resumed or replayed run makes of it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from masked_models import write_tiny
+from zolightning import CausalLM
+from zolightning.callbacks import KeepLedger, LinearProbing, SaveLast, ZerothOrder
+from zolightning.checkpoints.replay import replay
+from zolightning.data import PromptDataModule
+from zolightning.logistic_regression import choose_c, fit, log_likelihood
+from zolightning.models import SequenceClassifier
+from zolightning.optim import MeZO
+from zolightning.scopes import LoRA, TrainHead, TrainLayers
+from zolightning.strategies import ZerothOrderDDP
+
+METHOD = partial(MeZO, lr=1e-2)
+CS = (1e-3, 1.0, 1e3)
+
+
+@pytest.fixture
+def model(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Callable[[], CausalLM]:
+    folder = write_tiny_model(tmp_path / "model", "gpt2")  # whose head is tied
+    return lambda: CausalLM(str(folder))
+
+
+def data(**settings: Any) -> PromptDataModule:
+    sizes: dict[str, Any] = {"num_train": 30, "num_validation": 8, "num_test": 8, "batch_size": 7}
+    return PromptDataModule("sentiment", **sizes | settings)
+
+
+def head_of(module: CausalLM) -> torch.Tensor:
+    return module.model.get_output_embeddings().weight.detach().clone()
+
+
+class Watch(L.Callback):
+    """Keeps the head and the network's other weights as the first step finds them."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+def test_the_first_step_finds_the_fitted_rows(
+    model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    module, watch = model(), Watch()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    head = head_of(module)
+    method = ZerothOrder(METHOD)
+    trainer = make_trainer(
+        max_steps=1, limit_val_batches=0, callbacks=[LinearProbing(24, CS, 1e-7), TrainLayers([1]), method, watch]
+    )
+    rows = data()
+    trainer.fit(module, datamodule=rows)
+    loader: Any = rows.train_dataloader()
+
+    plain = model().eval()
+    found = [plain.head_features(batch) for batch in loader.first_batches(24)]
+    features, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+    classes, targets = tokens.unique(return_inverse=True)
+    c = choose_c(features.double(), targets, len(classes), CS, 1e-7, log_likelihood)
+    expected = head.index_copy(0, classes, fit(features.double(), targets, len(classes), c, 1e-8).float())
+    torch.testing.assert_close(watch.weights.pop("model.lm_head.weight"), expected, rtol=1e-2, atol=1e-3)
+    assert watch.weights.keys() == before.keys()  # the head was one with the embeddings, and these stay
+    assert all(torch.equal(weight, before[name]) for name, weight in watch.weights.items())
+    trained = {name for name, p in module.named_parameters() if not torch.equal(p, watch.weights.get(name, p))}
+    assert trained and all(name.startswith("model.transformer.h.1.") for name in trained)
+    (optimizer,) = trainer.optimizers
+    assert optimizer.param_groups[0]["forward_passes"] == 4 + 2  # 24 rows in batches of 7, and the step's
+
+
+def test_the_likelihood_asks_for_a_stronger_penalty_than_the_accuracy_does() -> None:
+    """Rows whose classes overlap: all penalties say much the same classes, and weak ones are too sure of them."""
+    targets = torch.arange(60) % 2
+    features = torch.cat([(2.0 * targets - 1)[:, None] + torch.randn(60, 1), torch.randn(60, 40)], 1).double()
+    cs = (1e-2, 1e4)
+    weights = [fit(features[:30], targets[:30], 2, c, 1e-6) for c in cs]
+    losses = [-log_likelihood(features[30:] @ w.T, targets[30:]) for w in weights]
+    assert losses[0] < losses[1]
+    assert choose_c(features, targets, 2, cs, 1e-6, log_likelihood) == 1e-2
+
+
+def test_a_run_goes_on_and_is_replayed_as_it_was(
+    model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """In one go, resumed from a checkpoint, resumed from the ledger alone, and replayed: the same bits."""
+
+    def run(folder: Path, steps: int, ckpt_path: Path | None = None, **keep: Any) -> dict[str, torch.Tensor]:
+        module = model()
+        callbacks = [LinearProbing(cs=[1.0]), TrainHead(), ZerothOrder(METHOD), KeepLedger(folder, **keep)]
+        trainer = make_trainer(
+            max_steps=steps, limit_val_batches=0, callbacks=[*callbacks, SaveLast(folder)], enable_checkpointing=True
+        )
+        trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path, weights_only=True)
+        return {name: weight.clone() for name, weight in module.state_dict().items()}
+
+    whole = run(tmp_path / "whole", 5)
+    run(tmp_path / "stopped", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("zolightning.callbacks.linear_probing.probe", None)  # which nobody calls a second time
+        resumed = run(tmp_path / "stopped", 5, tmp_path / "stopped/last.ckpt")
+        module = model()
+        assert replay(tmp_path / "whole/ledger.bin", module, METHOD).sealed
+    again = run(tmp_path / "again", 5, go_on=tmp_path / "stopped/ledger.bin")
+    for weights in (resumed, module.state_dict(), again):
+        assert weights.keys() == whole.keys()
+        assert all(torch.equal(weight, whole[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
+def test_what_the_head_of_a_classifier_reads(
+    architecture: str, tmp_path: Path, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    """Of each text, short or long: the head's last layer makes the module's own logits of it."""
+    if architecture == "llama":
+        from models.test_sequence_classifier import write_llama
+
+        folder = write_llama(tmp_path)
+    else:
+        folder = write_tiny(tmp_path, architecture, "AutoModelForSequenceClassification")
+    module = SequenceClassifier(str(folder), num_classes=2)
+    rows = PromptDataModule("sentiment", num_train=9, num_validation=2, num_test=2, batch_size=4)
+    make_trainer(max_steps=1, limit_val_batches=0, callbacks=[ZerothOrder(METHOD)]).fit(module, rows)
+    module.eval()
+    for batch in rows.train_dataloader():
+        features, labels = module.head_features(batch)
+        assert torch.equal(labels, batch["label"])
+        torch.testing.assert_close(module.head(features), module.logits(batch))
+
+
+def test_what_is_refused(model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer]) -> None:
+    with pytest.raises(ValueError, match="`num_examples` must be at least 1, got 0"):
+        LinearProbing(0)
+    with pytest.raises(ValueError, match="`cs` must be at least one number above 0, got"):
+        LinearProbing(cs=[0.0])
+
+    callbacks = [LinearProbing(cs=[1.0]), TrainLayers([0], part=LoRA(rank=2)), ZerothOrder(METHOD)]
+    with pytest.raises(MisconfigurationException, match="has an adapter, beside which no head is saved"):
+        make_trainer(max_steps=1, callbacks=callbacks).fit(model(), datamodule=data())
+    with pytest.raises(MisconfigurationException, match=r"needs a module with `head_features`, .* got BoringModel"):
+        make_trainer(max_steps=1, callbacks=[LinearProbing()]).fit(BoringModel())
+
+
+def test_ranks_begin_alike(model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer]) -> None:
+    """The rows are the first rank's: under a strategy that hands out others, these are set."""
+
+    class Other(ZerothOrderDDP):
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            return obj._replace(weights=torch.zeros_like(obj.weights)) if hasattr(obj, "num_features") else obj
+
+    module, watch = model(), Watch()
+    callbacks = [LinearProbing(cs=[1.0]), ZerothOrder(METHOD), watch]
+    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=callbacks, strategy=Other())
+    trainer.fit(module, datamodule=data())
+    assert (watch.weights["model.lm_head.weight"] == 0).all(dim=1).sum() > 1
