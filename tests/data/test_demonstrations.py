@@ -102,6 +102,31 @@ def test_demonstrations_of_a_row_s_own(texts: Texts, tokenizer: PreTrainedTokeni
         assert prompt.count(f"soup {index} ") == 1
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_demonstrations_out_of_a_few_rows_of_each_class(
+    texts: Texts, tokenizer: PreTrainedTokenizerFast, per_row: bool
+) -> None:
+    """As many of each class, and of no other rows than those that are sampled for training."""
+    rows = [{"text": f"soup {index}", "label": index % 2} for index in range(20)]
+    settings: dict[str, Any] = {"examples_per_class": 3, "seed": 5}
+    sampled = [prompt for prompt, _ in texts(SENTIMENT, rows, tokenizer, **settings)]
+    settings |= {"num_demonstrations": 4, "demonstrations_per_row": per_row}
+    trained, tested = (
+        [prompt for prompt, _ in texts(SENTIMENT, rows, tokenizer, split=split, **settings)]
+        for split in ("train", "test")
+    )
+    assert len(trained) == (6 if per_row else 2) and len(tested) == 20
+    few = {prompt.partition(" It")[0]: prompt for prompt in sampled}
+    for prompt in trained + tested:
+        *demonstrations, own = prompt.split("\n\n")
+        answers = [text.rpartition(" ")[2] for text in demonstrations]
+        names = [text.partition(" It")[0] for text in demonstrations]
+        assert sorted(answers) == ["great", "great", "terrible", "terrible"]
+        assert len({*names}) == 4 and {*names} <= few.keys()
+        assert prompt in tested or (own in sampled and own not in {few[name] for name in names})
+    assert (len({prompt.rpartition("\n\n")[0] for prompt in tested}) > 1) == per_row
+
+
 @pytest.mark.parametrize("calibration", ["zero_shot", "in_context"])
 def test_the_prompt_without_its_content(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, calibration: str) -> None:
     settings: dict[str, Any] = {"num_demonstrations": 2, "seed": 5, "calibration": calibration}
@@ -157,7 +182,8 @@ def test_calibration_of_a_module_that_encodes_rows_itself(
     ("task", "settings", "message"),
     [
         (SENTIMENT, {"num_demonstrations": 3, "num_train": 3}, "`data.num_demonstrations` 3 leaves nothing of"),
-        (SENTIMENT, {"num_demonstrations": 1, "examples_per_class": 2}, "exclude each other"),
+        (SENTIMENT, {"num_demonstrations": 3, "examples_per_class": 2}, "3 must be a multiple of the 2 classes, fewer"),
+        (SENTIMENT, {"num_demonstrations": 4, "examples_per_class": 2}, "4 must be a multiple of the 2 classes, fewer"),
         (SENTIMENT, {"num_demonstrations": -1}, "`data.num_demonstrations` must be at least 0"),
         (SENTIMENT, {"demonstrations_per_row": True}, "`data.demonstrations_per_row` is True, and"),
         (SENTIMENT, {"calibration": "zero_shot"}, "needs a `content_free_prompt`, of which task own has none"),

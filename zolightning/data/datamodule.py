@@ -49,8 +49,10 @@ class PromptDataModule(TaskDataModule):
             `cuda_graphs` of the ZerothOrder callback.
         num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
         num_demonstrations: In-context examples: training rows, which are not trained on then, that stand with their
-            right answers before every prompt, as many of them as fit. MeZO shows 32.
-        demonstrations_per_row: Draw others for every row, as MeZO does without ``--train_set_seed``.
+            right answers before every prompt, as many of them as fit. MeZO shows 32. With `examples_per_class` as many
+            of each class are shown.
+        demonstrations_per_row: Draw others for every row, as MeZO does without ``--train_set_seed``; all rows are
+            trained on then. With `examples_per_class` they are drawn from the sampled rows, as in LM-BFF.
         calibration: Compare candidates by how much the prompt raises their likelihood over the task's
             `content_free_prompt`, which stands alone (`zero_shot`, MeZO's ``--sfc``) or after the demonstrations
             (`in_context`, ``--icl_sfc``). For accuracies and predictions; losses stay as they are.
@@ -117,8 +119,13 @@ class PromptDataModule(TaskDataModule):
         if num_demonstrations and not isinstance(self.task, PromptTask):
             raise ValueError(f"`data.num_demonstrations` needs prompts and answers; task {self.task.name} has none.")
         if num_demonstrations and examples_per_class is not None:
-            raise ValueError("`data.num_demonstrations` and `data.examples_per_class` exclude each other.")
-        if num_demonstrations >= self.num_train:
+            classes = self.num_classes or 1
+            if num_demonstrations % classes or num_demonstrations >= classes * examples_per_class:
+                raise ValueError(
+                    f"`data.num_demonstrations` {num_demonstrations} must be a multiple of the {classes} classes, "
+                    f"fewer than `data.examples_per_class` {examples_per_class} of each: all classes are shown alike."
+                )
+        elif num_demonstrations >= self.num_train:
             raise ValueError(
                 f"`data.num_demonstrations` {num_demonstrations} leaves nothing of `data.num_train` {self.num_train}."
             )

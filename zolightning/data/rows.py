@@ -83,8 +83,10 @@ class Rows:
         folder: Where files of rows are; the task's data set on the hub if None.
         num_train, num_validation, num_test: How many rows to sample.
         examples_per_class: How many rows of each class to sample for training, and again for validation, instead.
-        num_demonstrations: How many of the sampled training rows are not trained on, but shown before every other row.
-        demonstrations_per_row: Whether each row is shown others, drawn for it from the training split.
+        num_demonstrations: How many of the sampled training rows are not trained on, but shown before every other row;
+            with `examples_per_class` as many of each class.
+        demonstrations_per_row: Whether each row is shown others, drawn for it: from the training split as in MeZO, or
+            with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
         seed: Decides which.
     """
 
@@ -148,9 +150,10 @@ class Rows:
                 chosen = [self._sample(train, self.num_train), self._sample(validation, self.num_validation)]
             else:
                 chosen = [self._per_class(split, self.examples_per_class, 1)[0] for split in (train, validation)]
-            return (train, chosen[0]), (validation, chosen[1])
+            return (train, self._classes_in_turn(chosen[0])), (validation, chosen[1])
         if self.examples_per_class is not None:
             chosen = self._per_class(train, self.examples_per_class, 2)
+            chosen[0] = self._classes_in_turn(chosen[0])
         else:
             self._say_if_fewer(train, self.num_train + self.num_validation)
             chosen = list(sample_train_and_validation(train, self.num_train, self.num_validation, self.seed))
@@ -159,6 +162,14 @@ class Rows:
     def _per_class(self, split: Split, count: int, num_parts: int) -> list[list[int]]:
         assert isinstance(self.task, LabelledTask), "other tasks have no classes"
         return sample_per_class(split, count, self.task.labels, num_parts, self.seed)
+
+    def _classes_in_turn(self, chosen: list[int]) -> list[int]:
+        """Training rows of which the first ones, to be shown, are as many of each class; else as they are."""
+        if self.examples_per_class is None or not self.num_demonstrations:
+            return chosen
+        return [
+            index for number in range(self.examples_per_class) for index in chosen[number :: self.examples_per_class]
+        ]
 
     def _sample(self, split: Split, count: int) -> list[int]:
         self._say_if_fewer(split, count)
@@ -183,11 +194,21 @@ class Rows:
         seeds = np.random.RandomState(self.seed).randint(0, 10_000, len(rows)).tolist()
         written: dict[int, Row] = {}
         for place, (index, seed) in enumerate(zip(chosen, seeds, strict=True)):
-            drawn = sample(train, self.num_demonstrations + 1, seed)
-            others = [other for other in drawn if split is not train or other != index][: self.num_demonstrations]
+            others = self._drawn(train, of_all, seed, index if split is train else None)
             written |= {other: self._row(train, other) for other in others if other not in written}
             rows[place] = rows[place].after([written[other] for other in others])
         return rows
+
+    def _drawn(self, train: Split, sampled: Sequence[int], seed: int, own: int | None) -> list[int]:
+        """The rows to show before another one, whose own index is not among them if it is a training row."""
+        if self.examples_per_class is None:
+            drawn = sample(train, self.num_demonstrations + 1, seed)
+            return [other for other in drawn if other != own][: self.num_demonstrations]
+        by_class: dict[int, list[int]] = {candidate: [] for candidate in range(self.task.num_classes or 0)}
+        for other in np.random.RandomState(seed).permutation(sampled).tolist():
+            if other != own:
+                by_class[train.candidates[other]].append(other)
+        return [other for members in by_class.values() for other in members[: self.num_demonstrations // len(by_class)]]
 
     def _row(self, split: Split, index: int) -> Row:
         row, where = split.row(index), split.where(index)
