@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from masked_models import write_tiny
@@ -20,7 +21,6 @@ from zolightning.logistic_regression import choose_c, fit, log_likelihood
 from zolightning.models import SequenceClassifier
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
-from zolightning.strategies import ZerothOrderDDP
 
 METHOD = partial(MeZO, lr=1e-2)
 CS = (1e-3, 1.0, 1e3)
@@ -136,7 +136,9 @@ def test_what_the_head_of_a_classifier_reads(
         torch.testing.assert_close(module.head(features), module.logits(batch))
 
 
-def test_what_is_refused(model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer]) -> None:
+def test_what_is_refused(
+    model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="`num_examples` must be at least 1, got 0"):
         LinearProbing(0)
     with pytest.raises(ValueError, match="`cs` must be at least one number above 0, got"):
@@ -145,6 +147,10 @@ def test_what_is_refused(model: Callable[[], CausalLM], make_trainer: Callable[.
     callbacks = [LinearProbing(cs=[1.0]), TrainLayers([0], part=LoRA(rank=2)), ZerothOrder(METHOD)]
     with pytest.raises(MisconfigurationException, match="has an adapter, beside which no head is saved"):
         make_trainer(max_steps=1, callbacks=callbacks).fit(model(), datamodule=data())
+    callbacks = [LinearProbing(cs=[1.0]), ZerothOrder(METHOD)]
+    monkeypatch.setattr("zolightning.callbacks.linear_probing._MOST_ROWS", 8)  # letters of good and bad: 9
+    with pytest.raises(MisconfigurationException, match="are 9 different tokens: at most 8 classes are accepted"):
+        make_trainer(max_steps=1, callbacks=callbacks).fit(model(), datamodule=data())
     with pytest.raises(MisconfigurationException, match=r"needs a module with `head_features`, .* got BoringModel"):
         make_trainer(max_steps=1, callbacks=[LinearProbing()]).fit(BoringModel())
 
@@ -152,12 +158,12 @@ def test_what_is_refused(model: Callable[[], CausalLM], make_trainer: Callable[.
 def test_ranks_begin_alike(model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer]) -> None:
     """The rows are the first rank's: under a strategy that hands out others, these are set."""
 
-    class Other(ZerothOrderDDP):
+    class Other(SingleDeviceStrategy):
         def broadcast(self, obj: Any, src: int = 0) -> Any:
             return obj._replace(weights=torch.zeros_like(obj.weights)) if hasattr(obj, "num_features") else obj
 
     module, watch = model(), Watch()
     callbacks = [LinearProbing(cs=[1.0]), ZerothOrder(METHOD), watch]
-    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=callbacks, strategy=Other())
+    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=callbacks, strategy=Other("cpu"))
     trainer.fit(module, datamodule=data())
     assert (watch.weights["model.lm_head.weight"] == 0).all(dim=1).sum() > 1

@@ -20,6 +20,8 @@ from zolightning.logistic_regression import CS, check_probe, log_likelihood, pro
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
+_MOST_ROWS = 1000  # which the header of a ledger holds
+
 
 class LinearProbing(Callback):
     """Fits the rows of the head that stand for answers before the first step, by logistic regression.
@@ -46,8 +48,8 @@ class LinearProbing(Callback):
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
-        MisconfigurationException: when training starts, if the module cannot be probed, its weights are sharded, or it
-            has an adapter, beside which no head is saved.
+        MisconfigurationException: when training starts, if the module cannot be probed, its weights are sharded, it has
+            an adapter, beside which no head is saved, or answers are numbers or free text.
 
     Example::
 
@@ -95,6 +97,13 @@ class LinearProbing(Callback):
                 "one out, or probe first (configs/scopes/linear_probing.yaml), export that model and start from it."
             )
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
+        num_rows = len(rows.unique())
+        if rows.is_floating_point() or num_rows > _MOST_ROWS:
+            found_ones = "numbers" if rows.is_floating_point() else f"{num_rows:,} different tokens"
+            raise MisconfigurationException(
+                f"`linear_probing` fits a row of the head for each class, and the answers of the training data are "
+                f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave it out."
+            )
         found = probe(features, rows, self.cs, self.tolerance, log_likelihood)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
         module: Any = pl_module
