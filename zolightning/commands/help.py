@@ -17,7 +17,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "lr_control",
         "`--method.help MeZO` lists the settings of one, such as --method.lr",
     ),
-    "scope": ("scope", "`--scope.help DominantLayer` lists the settings of one"),
+    "scope": ("scope", "linear_probing", "`--scope.help DominantLayer` lists the settings of one"),
     "blocks": ("blocks", "`--blocks BlockCoordinateDescent --blocks.order RandomPermutation --blocks.interval 100`"),
     "subspaces": ("resampling", "transport", "`--resampling.interval 50`, `--transport.how reset`"),
     "evaluation": (
