@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from masked_models import ARCHITECTURES, WORDS, tiny_tokenizer, write_tiny
-from zolightning.callbacks import SubspaceResampling, ZerothOrder
+from zolightning.callbacks import LinearProbing, SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.data.encoding import collate, encode
 from zolightning.data.examples import example_of
@@ -24,7 +24,7 @@ from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM
 from zolightning.optim import LOZO, MeZO
 from zolightning.packaged import configs
-from zolightning.scopes import TrainLayers
+from zolightning.scopes import TrainHead, TrainLayers
 
 PROMPT = "{{ text }} It was {{ mask }}."
 TASK = {"name": "mood", "prompt": PROMPT, "answers": ["bad", "good"], "labels": ["sad", "glad"], "label": "mood"}
@@ -257,3 +257,22 @@ def test_prompts_of_the_package_are_those_of_mezo(name: str) -> None:
     example = encode_masked(tokenizer, *load_task(f"masked/{name}").render(row), label=0, id=0, max_length=99)
     assert example.prompt_ids == [tokenizer.cls_token_id, *expected, tokenizer.sep_token_id]
     assert example.answer_ids == [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] for answer in answers]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert"])
+def test_a_fit_begins_at_a_linear_probe(
+    architecture: str, tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    """The words' rows tell the training rows apart, and are what an exported model says without us."""
+    module = MaskedLM(str(write_tiny(tmp_path / "model", architecture)))
+    embeddings = module.model.get_input_embeddings().weight.detach().clone()
+    callbacks = [LinearProbing(cs=[100.0]), TrainHead(), ZerothOrder(partial(MeZO, lr=1e-12))]
+    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=callbacks)
+    rows = data()
+    trainer.fit(module, datamodule=rows)
+    (found,) = make_trainer().test(module, rows, verbose=False)
+    assert found["test/accuracy"] == 1
+    assert torch.equal(module.model.get_input_embeddings().weight, embeddings)
+    module.export(tmp_path / "export")
+    exported = MaskedLM(str(tmp_path / "export"))
+    assert make_trainer().test(exported, rows, verbose=False) == [found]

@@ -36,7 +36,7 @@ class LinearProbing(Callback):
     is for the scope to say. A run that goes on from a checkpoint is not probed again; a replay takes the rows from the
     ledger. Costs a forward pass for each batch of examples, which the first step counts.
 
-    The module has what :class:`~zolightning.CausalLM` and the classifiers have: ``head_features(batch)``, which returns
+    The module has what causal and masked models and the classifiers have: ``head_features(batch)``, which returns
     what the head reads, (N, H), and the right rows, (N,), and ``set_head_rows(rows, weights)``. One without a
     ``structure_dict`` that describes these rows is replayed from the probed weights, not from the pretrained ones.
 
@@ -72,7 +72,7 @@ class LinearProbing(Callback):
         for name in ("head_features", "set_head_rows"):
             if not hasattr(pl_module, name):
                 raise MisconfigurationException(
-                    f"`linear_probing` needs a module with `{name}`, as CausalLM and the classifiers have it, got "
+                    f"`linear_probing` needs a module with `{name}`, as CausalLM and classifiers have it, got "
                     f"{type(pl_module).__name__}."
                 )
         if isinstance(trainer.strategy, ModelParallelStrategy):

@@ -14,6 +14,7 @@ from zolightning.data.plain_text import PlainText
 from zolightning.data.rows import Row
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts
+from zolightning.models.head_features import inputs_of
 from zolightning.models.language_model import LanguageModel
 from zolightning.models.suitability import refuse_reading_padding
 
@@ -54,6 +55,14 @@ class MaskedLM(LanguageModel):
         mask = answer_ids >= 0
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         return log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1).masked_fill(~mask, 0.0), mask
+
+    @torch.no_grad()
+    def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the output layer reads at the mask of each row, (B, H), and the tokens that belong there, (B,)."""
+        with inputs_of(self.head) as read:
+            self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
+        label = batch["label"]
+        return read[0].squeeze(1), batch["answer_ids"][torch.arange(len(label), device=label.device), label, 0]
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Those at the mask of each row, (rows, vocabulary)."""

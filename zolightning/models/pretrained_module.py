@@ -261,7 +261,11 @@ class PretrainedModule(L.LightningModule):
         """
         refuse_offloaded(self.model, "they cannot be written")
         if adapter_settings(self.model) is None:
-            self.model.save_pretrained(folder, state_dict=dequantized_state_dict(self.model))
+            state = dequantized_state_dict(self.model)
+            if has_untied_head(self.model) and self.head.bias is not None:
+                # BERT and its kin have it by two names, of which transformers would leave one out, and miss it later
+                state |= {name: t.clone() for name, t in state.items() if t.data_ptr() == self.head.bias.data_ptr()}
+            self.model.save_pretrained(folder, state_dict=state)
         else:
             self.save_adapter(folder)
         self.preprocessor.save_pretrained(folder)
