@@ -1,5 +1,6 @@
 """Multinomial logistic regression without intercept, and its penalty by cross-validation, as scikit-learn has them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -43,14 +44,20 @@ def probe(
     rows: Tensor,
     cs: Sequence[float],
     tolerance: float,
-    quality: Callable[[Tensor, Tensor], Tensor],
+    choose: Callable[[Tensor, Tensor, int, Sequence[float], float], float],
 ) -> Probe:
-    """Fits the rows of a head that `rows`, (N,), names to `features`, (N, H), with the best of `cs`.
+    """Fits the rows of a head that `rows`, (N,), names to `features`, (N, H).
 
     By the host in float64: it takes less than the forward passes, and says the same on every device.
+
+    Args:
+        features, rows: as said.
+        cs: weights of the data against the penalty, of which `choose` chooses one.
+        tolerance: the largest entry of the gradient at which a fit ends.
+        choose: :func:`most_accurate_c` or :func:`strongest_penalty`.
     """
     found, (classes, targets) = features.double().cpu(), rows.cpu().unique(return_inverse=True)
-    c = choose_c(found, targets, len(classes), cs, tolerance, quality)
+    c = choose(found, targets, len(classes), cs, tolerance)
     weights = fit(found, targets, len(classes), c, tolerance)
     return Probe(classes, weights, accuracy(found @ weights.T, targets).item(), len(found), c)
 
@@ -99,34 +106,57 @@ def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores.argmax(dim=1) == targets).double().mean()
 
 
-def log_likelihood(scores: Tensor, targets: Tensor) -> Tensor:
-    """The mean log-probability of the right class."""
-    return -F.cross_entropy(scores, targets)
-
-
-def choose_c(
-    features: Tensor,
-    targets: Tensor,
-    num_classes: int,
-    cs: Sequence[float],
-    tolerance: float,
-    quality: Callable[[Tensor, Tensor], Tensor] = accuracy,
+def most_accurate_c(
+    features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
 ) -> float:
-    """The value of ``c`` with the best mean quality on five folds left out in turn; of equal ones the first.
+    """The value of ``c`` with the best mean accuracy on five folds left out in turn; of equal ones the first.
 
     Each fold has its share of each class, in the order of the rows, as scikit-learn's ``StratifiedKFold`` deals them.
     """
     if len(cs) == 1:
         return cs[0]
-    same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1  # how many came before
-    fold = same % _FOLDS
-    means = []
-    for c in cs:
-        found = []
-        for left_out in range(_FOLDS):
-            is_out = fold == left_out
-            if is_out.any() and not is_out.all():
-                weights = fit(features[~is_out], targets[~is_out], num_classes, c, tolerance)
-                found.append(quality(features[is_out] @ weights.T, targets[is_out]))
-        means.append(torch.stack(found).mean() if found else torch.zeros(()))
+    means = [_over_folds(accuracy, features, targets, num_classes, c, tolerance).mean() for c in cs]
     return cs[int(torch.stack(means).argmax())]
+
+
+def strongest_penalty(
+    features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
+) -> float:
+    """The smallest ``c`` whose loss on the folds is within one standard error of the least.
+
+    The rule of Breiman et al. (1984, *Classification and Regression Trees*, 3.4.3): of fits that tell unknown rows
+    apart about equally well, the one that is least sure of the known ones. Values are tried from the smallest on, until
+    the loss is a standard error above the least.
+    """
+    if len(cs) == 1:
+        return cs[0]
+    tried: list[tuple[float, float]] = []
+    least = limit = math.inf
+    for c in sorted(cs):
+        losses = _over_folds(F.cross_entropy, features, targets, num_classes, c, tolerance)
+        mean = losses.mean().item()
+        error = losses.std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+        tried.append((c, mean))
+        if mean < least:
+            least, limit = mean, mean + error
+        elif mean > limit:
+            break
+    return next(c for c, mean in tried if mean <= limit)
+
+
+def _over_folds(
+    quality: Callable[[Tensor, Tensor], Tensor],
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    c: float,
+    tolerance: float,
+) -> Tensor:
+    """What fits to the other folds are worth on each, (folds,); folds that nothing is in, or all, are left out."""
+    same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1  # how many came before
+    found = []
+    for is_out in (same % _FOLDS == fold for fold in range(_FOLDS)):
+        if is_out.any() and not is_out.all():
+            weights = fit(features[~is_out], targets[~is_out], num_classes, c, tolerance)
+            found.append(quality(features[is_out] @ weights.T, targets[is_out]))
+    return torch.stack(found) if found else features.new_zeros(1)

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import functional as F
 
 from masked_models import write_tiny
 from zolightning import CausalLM
 from zolightning.callbacks import KeepLedger, LinearProbing, SaveLast, ZerothOrder
 from zolightning.checkpoints.replay import replay
 from zolightning.data import PromptDataModule
-from zolightning.logistic_regression import choose_c, fit, log_likelihood
+from zolightning.logistic_regression import fit, strongest_penalty
 from zolightning.models import SequenceClassifier
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
@@ -66,7 +67,7 @@ def test_the_first_step_finds_the_fitted_rows(
     found = [plain.head_features(batch) for batch in loader.first_batches(24)]
     features, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
     classes, targets = tokens.unique(return_inverse=True)
-    c = choose_c(features.double(), targets, len(classes), CS, 1e-7, log_likelihood)
+    c = strongest_penalty(features.double(), targets, len(classes), CS, 1e-7)
     expected = head.index_copy(0, classes, fit(features.double(), targets, len(classes), c, 1e-8).float())
     torch.testing.assert_close(watch.weights.pop("model.lm_head.weight"), expected, rtol=1e-2, atol=1e-3)
     assert watch.weights.keys() == before.keys()  # the head was one with the embeddings, and these stay
@@ -77,15 +78,26 @@ def test_the_first_step_finds_the_fitted_rows(
     assert optimizer.param_groups[0]["forward_passes"] == 4 + 2  # 24 rows in batches of 7, and the step's
 
 
-def test_the_likelihood_asks_for_a_stronger_penalty_than_the_accuracy_does() -> None:
-    """Rows whose classes overlap: all penalties say much the same classes, and weak ones are too sure of them."""
-    targets = torch.arange(60) % 2
-    features = torch.cat([(2.0 * targets - 1)[:, None] + torch.randn(60, 1), torch.randn(60, 40)], 1).double()
-    cs = (1e-2, 1e4)
-    weights = [fit(features[:30], targets[:30], 2, c, 1e-6) for c in cs]
-    losses = [-log_likelihood(features[30:] @ w.T, targets[30:]) for w in weights]
-    assert losses[0] < losses[1]
-    assert choose_c(features, targets, 2, cs, 1e-6, log_likelihood) == 1e-2
+def test_of_fits_as_good_the_least_sure_one_is_taken() -> None:
+    """By the definition, fold for fold; noise beside one feature that tells the classes apart."""
+    targets = torch.arange(100) % 2
+    cs = [10.0 ** (i / 4) for i in range(-16, 5)]
+    out = [torch.arange(100) // 2 % 5 == i for i in range(5)]  # pairs of rows, one of each class
+    best_ones, taken = [], []
+    for _ in range(4):
+        features = torch.cat([(2.0 * targets - 1)[:, None] + torch.randn(100, 1), torch.randn(100, 30)], 1).double()
+        found = torch.stack(
+            [
+                torch.stack([F.cross_entropy(features[o] @ w.T, targets[o]) for o, w in zip(out, weights, strict=True)])
+                for weights in ([fit(features[~o], targets[~o], 2, c, 1e-7) for o in out] for c in cs)
+            ]
+        )
+        best = int(found.mean(1).argmin())
+        limit = found[best].mean() + found[best].std() / 5**0.5
+        best_ones.append(cs[best])
+        taken.append(next(c for c, losses in zip(cs, found, strict=True) if losses.mean() <= limit))
+        assert strongest_penalty(features, targets, 2, cs[::-1], 1e-7) == taken[-1]
+    assert sum(taken) < sum(best_ones)
 
 
 def test_a_run_goes_on_and_is_replayed_as_it_was(

@@ -17,7 +17,7 @@ from cli_runs import CONFIGS, Runs
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
 from zolightning.data.task_files import load_task
-from zolightning.logistic_regression import choose_c, fit
+from zolightning.logistic_regression import fit, most_accurate_c
 from zolightning.models import LinearProbe
 
 
@@ -46,7 +46,7 @@ def test_the_penalty_is_chosen_by_folds_left_out() -> None:
             right += int(((features[is_out] @ weights.T).argmax(1) == targets[is_out]).sum())
         return right / 50
 
-    assert choose_c(features, targets, 2, cs, 1e-6) == max(cs, key=accuracy)
+    assert most_accurate_c(features, targets, 2, cs, 1e-6) == max(cs, key=accuracy)
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.head import is_tied, untie_head
-from zolightning.logistic_regression import CS, check_probe, log_likelihood, probe
+from zolightning.logistic_regression import check_probe, probe, strongest_penalty
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
+_CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # from 1e-4 to 1
 _MOST_ROWS = 1000  # which the header of a ledger holds
 
 
@@ -31,10 +32,13 @@ class LinearProbing(Callback):
     example is read once, and what is left to the method is to change the features.
 
     Each token of an answer, or each class of a classifier, is a class of the regression, and its row of the head
-    becomes the class's weights, without a bias. The penalty is the one with the best likelihood in five-fold
-    cross-validation. Where the head is tied to the embeddings, it becomes a copy of them first. Whether it trains on
-    is for the scope to say. A run that goes on from a checkpoint is not probed again; a replay takes the rows from the
-    ledger. Costs a forward pass for each batch of examples, which the first step counts.
+    becomes the class's weights, without a bias. The penalty is the strongest one whose loss in five-fold
+    cross-validation is within a standard error of the least: a head that is too sure of the training examples leaves a
+    method little to learn from them, and makes more of its noise. Where the head is tied to the embeddings, it becomes
+    a copy of them first. Whether it trains on is for the scope to say.
+
+    A run that goes on from a checkpoint is not probed again; a replay takes the rows from the ledger. Costs a forward
+    pass for each batch of examples, which the first step counts.
 
     The module has what causal and masked models and the classifiers have: ``head_features(batch)``, which returns
     what the head reads, (N, H), and the right rows, (N,), and ``set_head_rows(rows, weights)``. One without a
@@ -56,7 +60,7 @@ class LinearProbing(Callback):
         callbacks = [LinearProbing(), TrainLayers([28, 29]), ZerothOrder(partial(MeZO, lr=1e-6))]
     """
 
-    def __init__(self, num_examples: int | None = None, cs: Sequence[float] = CS, tolerance: float = 1e-4) -> None:
+    def __init__(self, num_examples: int | None = None, cs: Sequence[float] = _CS, tolerance: float = 1e-4) -> None:
         if num_examples is not None and num_examples < 1:
             raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
         check_probe(cs, tolerance)
@@ -104,7 +108,7 @@ class LinearProbing(Callback):
                 f"`linear_probing` fits a row of the head for each class, and the answers of the training data are "
                 f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave it out."
             )
-        found = probe(features, rows, self.cs, self.tolerance, log_likelihood)
+        found = probe(features, rows, self.cs, self.tolerance, strongest_penalty)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
         module: Any = pl_module
         module.set_head_rows(found.rows, found.weights)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from zolightning.callbacks.linear_probing import head_features
 from zolightning.data.encoding import Batch
 from zolightning.head import is_tied, set_rows, untie_head
-from zolightning.logistic_regression import CS, accuracy, check_probe, probe
+from zolightning.logistic_regression import CS, check_probe, most_accurate_c, probe
 from zolightning.models.causal_lm import CausalLM
 from zolightning.quantization import Quantization
 
@@ -87,7 +87,7 @@ class LogisticRegression(Optimizer):
         """
         features, rows = closure()
         cs, tolerance = (self.param_groups[0][name] for name in ("cs", "tolerance"))
-        found = probe(features, rows, cs, tolerance, accuracy)
+        found = probe(features, rows, cs, tolerance, most_accurate_c)
         set_rows(self._head, found.rows, found.weights)
         rank_zero_info(f"Linear probing: {found}")
         return found.accuracy
