@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.cli import ZerothOrderCLI
 from zolightning.commands import configs, run_report
 from zolightning.commands.output import hush
+from zolightning.malloc import keep_freed_memory
 
 
 def main(args: ArgsType = None) -> None:
@@ -38,6 +39,7 @@ def main(args: ArgsType = None) -> None:
 
 def console() -> None:
     """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``)."""
+    keep_freed_memory()
     try:
         try:
             main()

@@ -24,6 +24,7 @@ from zolightning.callbacks import (
 )
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
+from zolightning.checkpoints.run_logs import log_once
 from zolightning.commands.checks import (
     check_data,
     check_groups,
@@ -68,6 +69,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self._ledger: Path | None = None  # of a run that goes on without a checkpoint
+        self._begins_anew = False  # in the folder of a run that was killed before its first step
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -132,7 +134,8 @@ class ZerothOrderCLI(LightningCLI):
             if is_ledger(config[name].ckpt_path):
                 ledger, config[name].ckpt_path = Path(config[name].ckpt_path), None
                 self._ledger = ledger if ledger.is_file() else None
-                if self._ledger is None:
+                self._begins_anew = self._ledger is None
+                if self._begins_anew:
                     rank_zero_info(f"{ledger.parent} has no step yet: the run begins anew.")
         model = config[name].pop("model")
         self.config_init = self.parser.instantiate_classes(config)
@@ -181,6 +184,8 @@ class ZerothOrderCLI(LightningCLI):
                 self.trainer.strategy.check(trial(callback.method))
         check_strategy(self.trainer, self.model)
         check_monitors(self.trainer, self.model, self.datamodule)
+        if self._begins_anew:
+            log_once(self.trainer)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
             self._say("before training", self.trainer.validate(self.model, self.datamodule, verbose=False))
 

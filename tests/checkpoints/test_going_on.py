@@ -9,7 +9,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die
@@ -22,6 +24,7 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.checkpoints.checkpoint_io import DamagedCheckpointError
+from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
 from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam, SubZero
@@ -254,3 +257,35 @@ def test_bases_lie_beside_the_ledger(ledger_run: MakeRun, tmp_path: Path) -> Non
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"ledger-bases-2.pt does not exist"):
         replay(second.keep.path, Validated(), LOW_RANK)
+
+
+def test_a_step_that_was_saved_and_not_logged_is_logged_when_the_run_goes_on(
+    ledger_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning logs a step after the last hook in which it can be saved."""
+
+    def tensorboard() -> TensorBoardLogger:
+        return TensorBoardLogger(tmp_path / "run", name="", version="")
+
+    options: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 1, "last": {"every_n_train_steps": 5}}
+    logger = tensorboard()
+    own = logger.log_metrics
+    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step: die() if step == 4 else own(metrics, step))
+    with pytest.raises(Killed):
+        ledger_run(**options, logger=logger).fit(validate=False)
+    for _ in range(2):  # the second one finds it there
+        ledger_run(**options, logger=tensorboard()).fit("last", validate=False)
+        events = [EventAccumulator(str(file)).Reload() for file in sorted((tmp_path / "run").glob("events.*"))]
+        for tag in ("zo/lr", "zo/projected_grad", "train/loss"):
+            scalars = [event for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
+            assert [event.step for event in scalars] == list(range(8)), tag
+
+
+def test_a_run_that_was_killed_before_its_seal_gets_one(ledger_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ledger_run(max_steps=5)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(KeepLedger, "on_fit_end", lambda *_: die())
+        run.fit(validate=False)
+    assert replay(run.path.with_name("ledger.bin"), Validated(), MEZO) == Replayed(5, None)
+    resumed = ledger_run(max_steps=5).fit("last", validate=False)
+    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(5, True)

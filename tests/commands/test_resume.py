@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli_runs import Runs, printed, refused
+from zolightning.checkpoints.keep_ledger import KeepLedger
+from zolightning.commands.parser import OneLineParser
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_process"),
@@ -31,6 +34,24 @@ def resumed(
     config = runs.version(0) / "config.yaml"
     arguments = ["--ckpt_path", "last", "--trainer.max_steps", "6", "--test_last", "true"]
     return runs, printed(["fit", "--config", str(config), *arguments])
+
+
+def test_a_config_file_is_as_it_was_until_the_next_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser, path = OneLineParser(), tmp_path / "config.yaml"
+    parser.add_argument("--steps", type=int)
+
+    def save(steps: int) -> None:
+        parser.save(parser.parse_args(["--steps", str(steps)]), path, skip_none=False, overwrite=True, multifile=False)
+
+    save(3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parser, "dump", Mock(side_effect=KeyboardInterrupt))
+        save(4)
+    assert path.read_text() == "steps: 3\n" and list(tmp_path.iterdir()) == [path]
+    save(4)
+    assert path.read_text() == "steps: 4\n"
 
 
 def last_of(runs: Runs, version: int = 0) -> dict[str, Any]:
@@ -159,6 +180,21 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(
     for tag in ("train/loss", "zo/lr"):
         steps = [event.step for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
         assert steps == [0, 1, 2, 3, 4, 5], tag
+
+
+def test_a_run_that_was_killed_before_its_ledger_begins_anew_in_its_folder(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the validation before training is logged once."""
+    with monkeypatch.context() as patch, pytest.raises(GeneratorExit):
+        patch.setattr(KeepLedger, "on_train_start", Mock(side_effect=GeneratorExit))
+        runs("fit", "--trainer.max_steps", 2, "--trainer.val_check_interval", 2)
+    output = printed(["fit", "--config", str(runs.version(0) / "config.yaml"), "--ckpt_path", "last"])
+    assert "before training" in output and not runs.version(1).exists()
+    events = [EventAccumulator(str(file)).Reload() for file in sorted(runs.version(0).glob("events.*"))]
+    for tag in ("val/loss", "train/loss"):  # a validation after step 2 is at 1
+        steps = [event.step for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
+        assert steps == [0, 1], tag
 
 
 def test_a_run_without_a_validation_ends_with_its_last_step(runs: Runs) -> None:

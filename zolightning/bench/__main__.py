@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from zolightning.bench import block_time, gpu, gradient_signal, learn, memory_table, scale, step_command
+from zolightning.malloc import keep_freed_memory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,4 +28,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -33,6 +33,7 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.commands.output import hush, quiet
 from zolightning.commands.report import Record, print_table
+from zolightning.malloc import keep_freed_memory
 from zolightning.optim import MeZO
 from zolightning.strategies import ZerothOrderDDP
 
@@ -174,6 +175,7 @@ def _in_two_processes(settings: Settings) -> dict[str, list[Record]]:
 
 
 def _measure(settings: Settings, rank: int, sender: Any) -> None:
+    keep_freed_memory()
     hush()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)

@@ -84,10 +84,11 @@ class SubspaceResampling(Callback):
                 )
             optimizer.resample(found.given)
             optimizer.count(found.forward_passes)
-            pl_module.log("zo/input_energy", found.share)
             if is_first:
                 rank_zero_info(str(found))
             for logger in trainer.loggers:
+                # Not by the module's `log`, which repeats it at every step until the epoch ends or the process does.
+                logger.log_metrics({"zo/input_energy": found.share}, trainer.global_step)
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                     lines = [str(found), *found.table().splitlines()]  # indented: shown as it is
                     logger.experiment.add_text("bases", "\n".join(f"    {line}" for line in lines), trainer.global_step)

@@ -117,7 +117,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, Exception) and isinstance(reason, OSError):
             raise OSError(
                 reason.errno,
-                f"The checkpoint {path} could not be written ({reason.strerror}); the last one is as it was",
+                f"{path} could not be written ({reason.strerror}); what was there is as it was",
             ) from error
         raise
 

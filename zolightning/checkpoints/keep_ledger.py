@@ -19,7 +19,7 @@ from zolightning.checkpoints.find_ledger import NoLedgerError, free_path, ledger
 from zolightning.checkpoints.given_bases import load_bases, save_bases
 from zolightning.checkpoints.ledger import Header, Ledger
 from zolightning.checkpoints.replay import describe
-from zolightning.checkpoints.run_logs import Muted, log_once
+from zolightning.checkpoints.run_logs import Muted, log_once, not_yet_logged
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.directions.shards import is_sharded
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -137,7 +137,8 @@ class KeepLedger(Callback):
                 for refresh, of_names in bases.items()
             }
         if self._saved is not None or self.go_on is not None:
-            log_once(trainer)
+            is_own = self._checkpoint is not None and self._folder.resolve() in self._checkpoint.resolve().parents
+            log_once(trainer, (self._saved or {}).get("not_logged") if is_own else None)
         self.go_on = None  # a second fit goes on from the first one
         if taken:
             self._muted = Muted(trainer, until=taken[-1].step + 1)
@@ -166,9 +167,12 @@ class KeepLedger(Callback):
                 "path": str(self.ledger.path.absolute()),
                 "checksum": self.ledger.checksum,
                 "pending": None if self._pending is None else asdict(self._pending),
+                "not_logged": None if self._pending is None else not_yet_logged(trainer),
             }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._optimizer is None and self._saved:  # no step was left to take: its process was killed before the seal
+            self.on_train_start(trainer, pl_module)
         if self._optimizer is None or not self._writes(trainer):
             return
         parameters = dict(pl_module.named_parameters())

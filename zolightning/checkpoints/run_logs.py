@@ -1,9 +1,11 @@
 """What a Trainer's loggers are told when steps come again that were logged before."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -26,10 +28,22 @@ class Muted:
         trainer.loggers = self._loggers
 
 
-def log_once(trainer: L.Trainer) -> None:
-    """Has TensorBoard's loggers leave out what their folders have, of the steps from now on.
+def not_yet_logged(trainer: L.Trainer) -> dict[str, float]:
+    """What the step that has just been taken will log when it is over; nothing outside of ``on_train_batch_end``."""
+    connector = trainer._logger_connector
+    if connector._first_loop_iter is None or not connector.should_update_logs:  # None: between batches
+        return {}
+    return {"epoch": trainer.current_epoch, **convert_tensors_to_scalars(connector.metrics["log"])}
 
-    That is of the step in which a process was killed, after it was logged and before it was over.
+
+def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
+    """Has TensorBoard's loggers leave out what their folders have, of the last step and those from now on.
+
+    That is of a step or a validation in which a process was killed, after it was logged and before it was over.
+
+    Args:
+        trainer: that goes on.
+        rest: what :func:`not_yet_logged` said of the last step; logged now, where it is not there.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -39,16 +53,24 @@ def log_once(trainer: L.Trainer) -> None:
         if isinstance(logger, TensorBoardLogger):
             files = sorted(Path(logger.log_dir).glob("events.out.tfevents.*"))
             events = (event for file in files for event in EventFileLoader(str(file)).Load())
-            later = (event for event in events if event.step >= trainer.global_step)
-            _leave_out(logger.experiment, {(value.tag, event.step) for event in later for value in event.summary.value})
+            last = trainer.global_step - 1
+            later = (event for event in events if event.step >= last)
+            _leave_out(logger.experiment, Counter((v.tag, event.step) for event in later for v in event.summary.value))
+            if rest:
+                logger.log_metrics(rest, last)
+                logger.save()
 
 
-def _leave_out(writer: Any, there: set[tuple[str, int]]) -> None:
+def _leave_out(writer: Any, there: Counter[tuple[str, int]]) -> None:
+    """Has a writer leave out what is there, as often as it is: a first validation has the step of a later one."""
     file_writer = writer._get_file_writer()
     add_summary = file_writer.add_summary
 
     def add_new(summary: Any, global_step: int | None = None, walltime: float | None = None) -> None:
-        if any((value.tag, global_step) not in there for value in summary.value):
+        values = [(value.tag, global_step) for value in summary.value]
+        is_new = any(there[value] <= 0 for value in values)
+        there.subtract(values)
+        if is_new:
             add_summary(summary, global_step, walltime)
 
     file_writer.add_summary = add_new

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
+from os import PathLike
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from zolightning.checkpoints.checkpoint_io import replacing
 from zolightning.commands.help import HelpAll, short_help
 
 _TYPES = {
@@ -45,6 +48,25 @@ class OneLineParser(LightningArgumentParser):
         """What jsonargparse says of every option."""
         text: str = super().format_help()
         return text
+
+    def save(
+        self,
+        namespace: Namespace,
+        path: str | PathLike[str],
+        *args: Any,
+        overwrite: bool = False,
+        multifile: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Writes a file whole, or leaves the one that was there: a killed run goes on by its ``config.yaml``.
+
+        jsonargparse empties the file first, and then takes its time to find out what to write.
+        """
+        if args or multifile or not overwrite or "://" in str(path):
+            super().save(namespace, path, *args, overwrite=overwrite, multifile=multifile, **kwargs)
+            return
+        with replacing(Path(path)) as file:
+            file.write(self.dump(namespace, **kwargs).encode())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser of an inner class, whose message becomes a part of the outer one's
