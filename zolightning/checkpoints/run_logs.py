@@ -55,13 +55,16 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
             events = (event for file in files for event in EventFileLoader(str(file)).Load())
             last = trainer.global_step - 1
             later = (event for event in events if event.step >= last)
-            _leave_out(logger.experiment, Counter((v.tag, event.step) for event in later for v in event.summary.value))
+            there: Counter[tuple[str, int | None]] = Counter(
+                (value.tag, event.step) for event in later for value in event.summary.value
+            )
+            _leave_out(logger.experiment, there)
             if rest:
                 logger.log_metrics(rest, last)
                 logger.save()
 
 
-def _leave_out(writer: Any, there: Counter[tuple[str, int]]) -> None:
+def _leave_out(writer: Any, there: Counter[tuple[str, int | None]]) -> None:
     """Has a writer leave out what is there, as often as it is: a first validation has the step of a later one."""
     file_writer = writer._get_file_writer()
     add_summary = file_writer.add_summary
