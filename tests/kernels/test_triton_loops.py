@@ -17,7 +17,7 @@ from zolightning.bench import bits
 from zolightning.directions.dense import accumulate_each, directions
 from zolightning.kernels import compiled, native, torch_loops
 from zolightning.kernels.compiled import _Compiler
-from zolightning.optim import MeZO, StepRecord
+from zolightning.optim import HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, ZerothOrderOptimizer
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -77,6 +77,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from types import SimpleNamespace
 from zolightning.kernels import triton_loops
+from zolightning.kernels.adam import adam_step
 from zolightning.kernels.curvature import Change
 
 triton.runtime.driver.set_active(SimpleNamespace(
@@ -105,6 +106,10 @@ triton_loops.perturb(plus, bf16, *noise, threshold=0.5)
 triton_loops.perturb(plus, bf16, *noise, curvature=fp32)
 change = Change(0.0, torch.ones(1), 0.1, 9.0)
 triton_loops.add_curved(bf16, fp32, *noise, change, rest=torch.empty(4096, dtype=torch.int16))
+moments, step = torch.empty(2, 4096).split(1), adam_step((0.9, 0.999), 2, 1e-8, 0.1)
+means, squares = ([moment.view(-1)] for moment in moments)
+triton_loops.add_adam(bf16, *means, *squares, *noise, step, 0.9, torch.empty(4096, dtype=torch.int16))
+triton_loops.add_adam_to_each([bf16], means, squares, [keys], [table], [0.9], [None], kind, step)
 """
 
 
@@ -114,7 +119,7 @@ def test_compiled_for_a_device_nothing_is_fused_and_accesses_are_of_16_bytes(tmp
     """For an H100, by Triton's own compiler, which needs no device."""
     lines = run(["-c", _COMPILE], TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     without_noise = lines.pop(5)
-    assert without_noise == "False True True False" and lines == ["False True True True"] * 9
+    assert without_noise == "False True True False" and lines == ["False True True True"] * 11
 
 
 class TestChoice:
@@ -190,15 +195,20 @@ class TestOnADevice:
         assert torch.equal(weight[-tail:].cpu(), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_a_record_made_here_replays_to_the_same_weights_on_a_cpu(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("method", [MeZO, MeZOAdam, HiZOO, SparseMeZO])
+    def test_a_record_made_here_replays_to_the_same_weights_on_a_cpu(
+        self, method: type[ZerothOrderOptimizer], dtype: torch.dtype
+    ) -> None:
+        """Also with moments, curvatures and thresholds, whose roots and quotients are rounded alike."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net = torch.nn.Linear(33, 17)
+        options = {} if method is SparseMeZO else {"weight_decay": 0.1}
         nets = {device: torch.nn.Linear(33, 17).to(device, dtype) for device in ("cuda", "cpu")}
         optimizers = {}
         for device, copy in nets.items():
             copy.load_state_dict(net.state_dict())
-            optimizers[device] = MeZO(copy.named_parameters(), lr=1e-3, weight_decay=0.1, momentum=0.0)
+            optimizers[device] = method(copy.named_parameters(), lr=1e-3, **options)
         inputs = torch.randn(8, 33, device="cuda", dtype=dtype)
         for _ in range(5):
             record: StepRecord = optimizers["cuda"].estimate(lambda: nets["cuda"](inputs).float().square().mean())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zolightning import kernels
 from zolightning.bench.measure import CPU
+from zolightning.kernels.adam import adam_step
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind, coefficient, key
 
@@ -25,6 +26,7 @@ STORED: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
 )
 DECAYS = (1.0, 1 - 1e-4)
 _DECAYS_OF_EACH = (1.0, 1.0, 0.9, 0.9, 0.9, 1.0, 1.0, 0.9)  # of several weights
+_ADAM = adam_step((0.9, 0.999), 3, 1e-8, -1e-3)
 HUGE = 2**31 + 16  # elements: more than int32 counts
 TAIL = 1008
 
@@ -88,6 +90,9 @@ def _cases() -> Iterator[tuple[Any, ...]]:
     for stored, decay in product(STORED, DECAYS):
         yield _add, *stored, decay, 2, "gaussian", "masked"
         yield from ((_add_curved, *stored, decay, queries, kind) for queries, kind in few)
+    for stored in STORED:
+        yield _add_adam, *stored, DECAYS[1], 3, "rademacher"
+        yield _add_adam_to_each, *stored, 1, "gaussian"
 
 
 def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-3, name: str = "w") -> dict[str, Any]:
@@ -210,6 +215,23 @@ def _add_curved(
     return (weight, alone, curvature) if low is None else (weight, alone, curvature, low)
 
 
+def _add_adam(
+    loops: Any,
+    device: torch.device,
+    numel: int,
+    dtype: torch.dtype,
+    rest: torch.dtype | None,
+    decay: float,
+    queries: int,
+    kind: NoiseKind,
+) -> Outputs:
+    weight, low = _stored(numel, dtype, rest, device)
+    mean, square = _moments(numel, device)
+    options = noise(queries, kind, device) | {"decay": decay, "rest": low, "start": 2}
+    loops.add_adam(weight, mean, square, **options, step=_ADAM)
+    return (weight, mean, square) if low is None else (weight, mean, square, low)
+
+
 def _add_delta(
     loops: Any, device: torch.device, numel: int, dtype: torch.dtype, rest: torch.dtype | None, decay: float
 ) -> Outputs:
@@ -249,6 +271,28 @@ def _add_to_each(
     noises = _noise_of_each(_sizes(numel), queries, kind, device)
     loops.add_to_each(weights, *noises, _DECAYS_OF_EACH, rests, kind)
     return [*weights, *(low for low in rests if low is not None)]
+
+
+def _add_adam_to_each(
+    loops: Any,
+    device: torch.device,
+    numel: int,
+    dtype: torch.dtype,
+    rest: torch.dtype | None,
+    queries: int,
+    kind: NoiseKind,
+) -> Outputs:
+    weights, rests = _several(numel, dtype, rest, device)
+    means, squares = zip(*(_moments(len(weight), device) for weight in weights), strict=True)
+    noises = _noise_of_each(_sizes(numel), queries, kind, device)
+    loops.add_adam_to_each(weights, means, squares, *noises, _DECAYS_OF_EACH, rests, kind, _ADAM)
+    return [*weights, *means, *squares, *(low for low in rests if low is not None)]
+
+
+def _moments(numel: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As large as gradients of a thousandth make them, zeros among them."""
+    mean = torch.linspace(-1e-3, 1e-3, numel).to(device)
+    return mean, mean.square().flip(0)
 
 
 def _add_delta_to_each(

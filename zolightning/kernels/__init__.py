@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from zolightning.kernels import compiled, native, torch_loops
+from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind
 
@@ -218,6 +219,56 @@ def add_curved(
         weight.copy_(rest)
         return
     backend.add_curved(weight, curvature, keys, coefficients, kind, change, decay, rest, start)
+
+
+def add_adam(
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    step: AdamStep,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    """Moves moments by the noise, and ``weight = decay * weight + what they make of it``, all (n,), in one pass.
+
+    Args:
+        weight: as for :func:`add`; `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`, too.
+        mean: the first moment, float32, or float64 for double-precision weights; `square`, the second, too.
+        step: what becomes of them.
+    """
+    backend = _backend(weight, mean, start=start)
+    if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
+        torch_loops.take_over(weight, rest)
+        add_adam(rest, mean, square, keys, coefficients, kind, step, decay, start=start)
+        weight.copy_(rest)
+        return
+    backend.add_adam(weight, mean, square, keys, coefficients, kind, step, decay, rest, start)
+
+
+def add_adam_to_each(
+    weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    decays: Sequence[float],
+    rests: Sequence[Tensor | None],
+    kind: NoiseKind,
+    step: AdamStep,
+) -> None:
+    """:func:`add_adam` to each of several weights, as :func:`add_to_each` does."""
+
+    def alone(
+        weight: Tensor, mean: Tensor, square: Tensor, key: Tensor, table: Tensor, decay: float, rest: Tensor | None
+    ) -> None:
+        add_adam(weight, mean, square, key, table, kind, step, decay, rest)
+
+    each = zip(weights, means, squares, keys, coefficients, decays, rests, strict=True)
+    _each("add_adam_to_each", alone, each, kind=kind, step=step)
 
 
 def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:

@@ -186,6 +186,17 @@ static inline float changed(float curvature, float change, float floor, float ce
 
 #define CURVATURE_ARGS float *restrict curvature, float shift, const float *restrict squares, float floor, float ceiling
 
+/* kernels/adam.py: both moments move, and what they make of a weight's gradient is returned. */
+typedef struct {
+    float keep_mean, take_mean, keep_square, take_square, mean_correction, square_correction, eps, scale;
+} AdamStep;
+
+static inline float adam(float *restrict mean, float *restrict square, float gradient, const AdamStep *step) {
+    *mean = step->keep_mean * *mean + step->take_mean * gradient;
+    *square = step->keep_square * *square + (step->take_square * gradient) * gradient;
+    return step->scale * ((*mean / step->mean_correction) / (sqrtf(*square / step->square_correction) + step->eps));
+}
+
 #define ADD_ALL(NAME, ADD, WIDE, ...)                                                                          \
     void add_##NAME(__VA_ARGS__, float decay, NOISE_ARGS) {                                                    \
         FOR_EACH_BLOCK({ ADD(decay, noise[j - base]); })                                                       \
@@ -200,6 +211,13 @@ static inline float changed(float curvature, float change, float floor, float ce
         FOR_EACH_BLOCK_WITH(squares, shift, {                                                                  \
             curvature[j] = changed(curvature[j], change[j - base], floor, ceiling);                            \
             ADD(decay, noise[j - base] / sqrtf(curvature[j]));                                                 \
+        })                                                                                                     \
+    }                                                                                                          \
+    void add_##NAME##_adam(__VA_ARGS__, float decay, float *restrict mean, float *restrict square,             \
+                           AdamStep step, NOISE_ARGS) {                                                        \
+        FOR_EACH_BLOCK({                                                                                       \
+            const float delta = adam(mean + j, square + j, noise[j - base], &step);                            \
+            ADD(decay, delta);                                                                                 \
         })                                                                                                     \
     }
 

@@ -20,9 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind
 from zolightning.rank_zero import rank_zero_warn
+
+
+class _AdamStep(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in AdamStep._fields]
+
 
 _SOURCE = Path(__file__).with_name("native.c")
 # Contraction would change bits; the widest vectors halve the time and are known to x86 compilers only; a square root
@@ -46,7 +52,12 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     **{
         f"add_{stored}{shape}": (*[_POINTER] * tensors, ctypes.c_float, *more)
         for stored, tensors in _STORED.items()
-        for shape, more in (("", ()), ("_masked", (ctypes.c_float,)), ("_curved", _CURVATURE_ARGUMENTS))
+        for shape, more in (
+            ("", ()),
+            ("_masked", (ctypes.c_float,)),
+            ("_curved", _CURVATURE_ARGUMENTS),
+            ("_adam", (_POINTER, _POINTER, _AdamStep)),
+        )
     },
     "curve": _CURVATURE_ARGUMENTS,
 }
@@ -153,6 +164,23 @@ def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, star
     library = _library()
     assert library is not None
     library.curve(*_curvature(curvature, change), *noise)
+
+
+def add_adam(
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    step: AdamStep,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
+    function = getattr(_library(), f"add_{_stored(weight, rest)}_adam")
+    function(*_pointers(weight, rest), decay, mean.data_ptr(), square.data_ptr(), _AdamStep(*step), *noise)
 
 
 def add_delta(

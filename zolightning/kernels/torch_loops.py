@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zolightning.kernels import bfloat16
+from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.compiled import Kernel, chunk_size, chunks, kernel
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind, codes, counter, noise_sum, start_of
@@ -109,6 +110,30 @@ def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, star
         torch.clamp(moved.add_(curvature[part]), change.floor, change.ceiling, out=curvature[part])
 
 
+def add_adam(
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    step: AdamStep,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    # Tensors, because a device multiplies by the reciprocal of a number that it is to divide by.
+    corrections = torch.tensor([step.mean_correction, step.square_correction], dtype=mean.dtype).to(weight.device)
+    for part in chunks(weight.numel(), chunk_size(weight)):
+        index = counter(weight[part], start_of(start + part.start, weight.device))
+        noise = noise_sum(index, keys, coefficients, kind)
+        mean[part].mul_(step.keep_mean).add_(step.take_mean * noise)
+        square[part].mul_(step.keep_square).add_((step.take_square * noise) * noise)
+        root = _root(square[part] / corrections[1])
+        delta = (mean[part] / corrections[0]) / (root + step.eps)
+        add_delta(weight[part], delta, decay, None if rest is None else rest[part], step.scale)
+
+
 def add_delta(
     weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
 ) -> None:
@@ -173,10 +198,12 @@ def _shaped(noise: Tensor, weight: Tensor, curvature: Tensor | None, threshold: 
 
 
 def _over_root(noise: Tensor, curvature: Tensor) -> Tensor:
-    """With a root that is rounded correctly: MKL's, which torch takes on CPUs, is not, but for rounded wider ones."""
-    if curvature.device.type == "cpu":
-        return noise / curvature.double().sqrt().to(curvature.dtype)
-    return noise / curvature.sqrt()
+    return noise / _root(curvature)
+
+
+def _root(values: Tensor) -> Tensor:
+    """Rounded correctly: MKL's, which torch takes on CPUs, are not, but for rounded wider ones."""
+    return values.double().sqrt().to(values.dtype) if values.device.type == "cpu" else values.sqrt()
 
 
 def _perturb(

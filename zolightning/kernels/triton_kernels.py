@@ -5,9 +5,10 @@ once. ``start``, even, is the index of a tensor's first element, and ``numel`` t
 says that Triton's interpreter runs it, which rounds otherwise.
 
 Several tensors of one dtype take one launch. ``tensors``, int64, then has a row for each of them: its address, that of
-a second tensor, the number of elements, and the place of its keys in ``keys`` or the address of a third tensor. And
-``chunks``, int32, has a row for each ``CHUNK`` programs: a tensor, and which chunk of it. These tensors have memory
-aligned to 16 bytes and multiples of 16 elements, without which a thread would read and write one element at a time.
+a second tensor, the number of elements, the place of its keys in ``keys`` or the address of a third tensor, and those
+of more. And ``chunks``, int32, has a row for each ``CHUNK`` programs: a tensor, and which chunk of it. These tensors
+have memory aligned to 16 bytes and multiples of 16 elements, without which a thread would read and write one element at
+a time.
 """
 
 import triton
@@ -27,11 +28,11 @@ def _shaped(noise, value, curvature, threshold, at, inside):
 
 
 @triton.jit
-def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr = 4):
     """Of the several tensors of a launch the row in `tensors` of the one that a program works on, and where there."""
     program = tl.program_id(0)
     chunk = chunks + program // CHUNK * 2
-    row = tensors + tl.load(chunk).to(tl.int64) * 4
+    row = tensors + tl.load(chunk).to(tl.int64) * COLUMNS
     return row, (tl.load(chunk + 1).to(tl.int64) * CHUNK + program % CHUNK) * BLOCK
 
 
@@ -245,6 +246,63 @@ def add_curved(
     tl.store(curvature + at, curved, mask=inside)
     if weight is not None:
         _update(weight, rest, decay, tl.div_rn(noise, tl.sqrt_rn(curved)), at, inside, DECAYS, INTERPRETED)
+
+
+_NUMBERS_OF_ADAM = ["keep_mean", "take_mean", "keep_square", "take_square", "mean_correction", "square_correction"]
+
+
+@triton.jit(
+    do_not_specialize=[*_NUMBERS_OF_ADAM, "eps", "scale", "queries", "start"],
+    do_not_specialize_on_alignment=["keys", "coefficients"],
+)
+def add_adam(
+    weight,
+    rest,
+    tensors,
+    chunks,
+    decay,
+    mean,
+    square,
+    keep_mean,
+    take_mean,
+    keep_square,
+    take_square,
+    mean_correction,
+    square_correction,
+    eps,
+    scale,
+    keys,
+    coefficients,
+    queries,
+    start,
+    numel,
+    DECAYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    RADEMACHER: tl.constexpr,
+    POPC: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """With `tensors`, the weight, the rest and the moments given are the first of them, for their types."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if tensors is not None:
+        row, first = _place(tensors, chunks, CHUNK, BLOCK, 6)
+        weight = _address(row, weight)
+        if rest is not None:
+            rest = _address(row + 1, rest)
+        numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
+        mean, square = _address(row + 4, mean), _address(row + 5, square)
+    at = first + tl.arange(0, BLOCK)
+    inside = at < numel
+    gradient, _ = noise_of(pairs_from(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
+    m = keep_mean * tl.load(mean + at, mask=inside) + take_mean * gradient
+    v = keep_square * tl.load(square + at, mask=inside) + (take_square * gradient) * gradient
+    tl.store(mean + at, m, mask=inside)
+    tl.store(square + at, v, mask=inside)
+    root = tl.sqrt_rn(tl.div_rn(v, square_correction)) + eps
+    delta = scale * tl.div_rn(tl.div_rn(m, mean_correction), root)
+    _update(weight, rest, decay, delta, at, inside, DECAYS, INTERPRETED)
 
 
 @triton.jit

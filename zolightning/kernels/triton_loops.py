@@ -11,7 +11,7 @@ before the import, the same source runs on CPU tensors, slowly, in NumPy.
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from zolightning.kernels import triton_kernels
+from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind, on_device
 
@@ -63,7 +64,8 @@ def perturb_each(
     for members in groups:
         first, beside, key, table, _ = members[0]
         noise = (key, table, key.shape[0], 0, 0)
-        arguments = (first, beside, *_tables_of(members, _places), None, None, None, *noise)
+        tables = _tables_of(members, _places([member[2] for member in members]))
+        arguments = (first, beside, *tables, None, None, None, *noise)
         _launch_for_each(triton_kernels.perturb, arguments, **_constants(key.shape[0], kind))
 
 
@@ -134,7 +136,8 @@ def add_to_each(
     for members in groups:
         first, beside, key, table, decay, _ = members[0]
         noise = (key, table, key.shape[0], 0, 0)
-        arguments = (first, beside, *_tables_of(members, _places), decay, None, *noise)
+        tables = _tables_of(members, _places([member[2] for member in members]))
+        arguments = (first, beside, *tables, decay, None, *noise)
         _launch_for_each(triton_kernels.add, arguments, **_constants(key.shape[0], kind), DECAYS=decay != 1.0)
 
 
@@ -151,6 +154,50 @@ def add_curved(
 ) -> None:
     arguments = (weight, rest, decay, curvature, *change)
     _run(triton_kernels.add_curved, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0)
+
+
+def add_adam(
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    keys: Tensor,
+    coefficients: Tensor,
+    kind: NoiseKind,
+    step: AdamStep,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    start: int = 0,
+) -> None:
+    arguments = (weight, rest, None, None, decay, mean, square, *step)
+    constants = {"DECAYS": decay != 1.0, "CHUNK": _CHUNK}
+    _run(triton_kernels.add_adam, weight, arguments, keys, coefficients, kind, start, **constants)
+
+
+def add_adam_to_each(
+    weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    decays: Sequence[float],
+    rests: Sequence[Tensor | None],
+    kind: NoiseKind,
+    step: AdamStep,
+) -> None:
+    thirds = zip(keys, means, squares, strict=True)
+    groups, others = _grouped(zip(weights, rests, thirds, coefficients, decays, map(_base_of, keys), strict=True))
+    for members in list(groups):
+        if any((mean.data_ptr() | square.data_ptr()) % 16 for _, _, (_, mean, square), *_ in members):
+            groups.remove(members)
+            others += members
+    for weight, rest, (key, mean, square), table, decay, _ in others:
+        add_adam(weight, mean, square, key, table, kind, step, decay, rest)
+    for members in groups:
+        first, beside, (key, mean, square), table, decay, _ = members[0]
+        own_keys, own_means, own_squares = zip(*(member[2] for member in members), strict=True)
+        tables = _tables_of(members, _places(own_keys), _addresses(own_means), _addresses(own_squares))
+        arguments = (first, beside, *tables, decay, mean, square, *step, key, table, key.shape[0], 0, 0)
+        _launch_for_each(triton_kernels.add_adam, arguments, **_constants(key.shape[0], kind), DECAYS=decay != 1.0)
 
 
 def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
@@ -185,7 +232,8 @@ def add_delta_to_each(
         add_delta(weight, delta, decay, rest, scale)
     for members in groups:
         first, beside, delta, decay = members[0]
-        arguments = (first, beside, *_tables_of(members, _addresses), delta, decay, scale, 0)
+        tables = _tables_of(members, _addresses([member[2] for member in members]))
+        arguments = (first, beside, *tables, delta, decay, scale, 0)
         _launch_for_each(triton_kernels.add_delta, arguments, DECAYS=decay != 1.0, INTERPRETED=_INTERPRETED)
 
 
@@ -239,10 +287,10 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _tables_of(members: Sequence[_Member], last: Callable[[Sequence[Tensor]], Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """``tensors`` and ``chunks`` of the kernels; `last` says what the last column is of the third of each member."""
-    tensors, beside, third, *_ = zip(*members, strict=True)
-    columns = _addresses(tensors), _addresses(beside), [tensor.numel() for tensor in tensors], last(third)
+def _tables_of(members: Sequence[_Member], *last: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``tensors`` and ``chunks`` of the kernels, the former with these last columns."""
+    tensors, beside, *_ = zip(*members, strict=True)
+    columns = _addresses(tensors), _addresses(beside), [tensor.numel() for tensor in tensors], *last
     return _tables(tuple(zip(*columns, strict=True)), tensors[0].device)
 
 

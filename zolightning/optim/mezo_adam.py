@@ -9,7 +9,7 @@ from zolightning.directions.dense import Direction
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import adam_
-from zolightning.optim.precision import State, add_tensor
+from zolightning.optim.precision import State
 
 
 class MeZOAdam(DenseDescent):
@@ -64,7 +64,6 @@ class MeZOAdam(DenseDescent):
         group: dict[str, Any],
         lr: float,
     ) -> None:
-        for weight, state, gradient in zip(weights, states, gradients, strict=True):
-            decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
-            step = adam_(state, weight, gradient, group["betas"], group["denominator_eps"])
-            add_tensor(weight, state, step, self.update_precision, decay, scale=-lr)
+        decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
+        betas, denominator_eps = group["betas"], group["denominator_eps"]
+        adam_(states, weights, gradients, betas, denominator_eps, -lr, self.update_precision, decays)

@@ -1,19 +1,17 @@
 """Running moments of an estimated gradient, kept in fp32 (4 bytes an element each).
 
-The gradient comes as a :class:`~zolightning.directions.dense.Direction`, which adds itself to a tensor: it is generated
-where it is needed.
+The gradient comes as a :class:`~zolightning.directions.dense.Direction`: it is generated where it is needed.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from zolightning.directions.dense import Direction, accumulate_each, arithmetic
-from zolightning.kernels.compiled import chunk_size, chunks
-from zolightning.optim.precision import State
-
-CHUNK = 2**20
+from zolightning.kernels.adam import adam_step
+from zolightning.optim.precision import State, UpdatePrecision, add_adam
 
 
 def momentum_(
@@ -36,32 +34,41 @@ def momentum_(
 
 
 def adam_(
-    state: State, weight: Tensor, gradient: Direction, betas: tuple[float, float], denominator_eps: float
-) -> Tensor:
-    """One step of Adam's moments (Kingma and Ba, arXiv 1412.6980, algorithm 1).
+    states: Sequence[State],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Direction],
+    betas: tuple[float, float],
+    denominator_eps: float,
+    scale: float,
+    precision: UpdatePrecision,
+    decays: Sequence[float],
+) -> None:
+    """One step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1): moves moments and weights in one pass.
 
     Args:
-        state: the parameter's entry in the optimizer's state; ``exp_avg`` and ``exp_avg_sq``, (n,), are made there, of
-            zeros, if needed, and ``step`` counts.
-        weight: what the gradient is of, n elements in any shape.
-        gradient: as it is estimated.
+        states: entries in the optimizer's state; ``exp_avg`` and ``exp_avg_sq``, (n,) each, are made there, of zeros,
+            if needed, and ``step`` counts.
+        weights: n elements each in any shape, contiguous.
+        gradients: as they are estimated.
         betas: decays of the first and second moment.
         denominator_eps: added to the root of the second moment.
-
-    Returns:
-        The step per learning rate, (n,), float32 or wider: a new tensor.
+        scale: minus the learning rate.
+        precision: how sums are rounded.
+        decays: multiply the weights first.
     """
-    mean, square = _moment(state, "exp_avg", weight), _moment(state, "exp_avg_sq", weight)
-    state["step"] = state.get("step", 0) + 1
-    mean_correction, square_correction = (1 - beta ** state["step"] for beta in betas)
-    step = torch.zeros_like(mean)
-    gradient.accumulate(step)
-    for part in chunks(weight.numel(), max(CHUNK, chunk_size(weight))):
-        mean[part].lerp_(step[part], 1 - betas[0])
-        square[part].mul_(betas[1]).addcmul_(step[part], step[part], value=1 - betas[1])
-        denominator = (square[part] / square_correction).sqrt_().add_(denominator_eps)
-        torch.div(mean[part] / mean_correction, denominator, out=step[part])
-    return step
+    by_count: defaultdict[int, list[int]] = defaultdict(list)  # parameters of blocks have counts of their own
+    for place, state in enumerate(states):
+        state["step"] = state.get("step", 0) + 1
+        by_count[state["step"]].append(place)
+    for count, places in by_count.items():
+        moved = [weights[place] for place in places]
+        own, directions = [states[place] for place in places], [gradients[place] for place in places]
+        moments = [
+            (_moment(state, "exp_avg", weight), _moment(state, "exp_avg_sq", weight))
+            for state, weight in zip(own, moved, strict=True)
+        ]
+        step = adam_step(betas, count, denominator_eps, scale)
+        add_adam(moved, own, moments, directions, step, precision, [decays[place] for place in places])
 
 
 def _moment(state: State, name: str, weight: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.shards import own_rows
 from zolightning.directions.slices import Slice
+from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.bfloat16 import read_split
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.curvature import Change
@@ -141,6 +142,37 @@ def add_directions(
         rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
         keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
         kernels.add_to_each(flat, keys, coefficients, decays, rests, directions[0].kind)
+
+
+def add_adam(
+    weights: Sequence[Tensor],
+    states: Sequence[State],
+    moments: Sequence[tuple[Tensor, Tensor]],
+    gradients: Sequence[Direction],
+    step: AdamStep,
+    precision: UpdatePrecision,
+    decays: Sequence[float],
+) -> None:
+    """Moves the moments of several weights by their gradients and adds what they make of them, in one pass.
+
+    Args:
+        weights: as for :func:`add_directions`; `states`, `precision` and `decays`, too.
+        moments: the first and the second of each, (n,), float32, or float64 for double-precision weights.
+        gradients: of one kind.
+        step: what becomes of the moments.
+    """
+    if not weights:
+        return
+    flat = [weight.view(-1) for weight in weights]
+    rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
+    kind = gradients[0].kind
+    if any(gradient.first for gradient in gradients):
+        for weight, (mean, square), g, decay, rest in zip(flat, moments, gradients, decays, rests, strict=True):
+            kernels.add_adam(weight, mean, square, g.keys, g.coefficients, kind, step, decay, rest, g.first)
+        return
+    means, squares = zip(*moments, strict=True)
+    keys, coefficients = [g.keys for g in gradients], [g.coefficients for g in gradients]
+    kernels.add_adam_to_each(flat, means, squares, keys, coefficients, decays, rests, kind, step)
 
 
 def add_curved(

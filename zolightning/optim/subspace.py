@@ -262,18 +262,29 @@ class SubspaceOptimizer(SubspaceWeights):
     def _smooth(
         self, states: list[State], moved: Sequence[Tensor], gradients: list[Direction], group: dict[str, Any]
     ) -> list[Tensor]:
-        """The gradients of some cores or weights, `moved`, after momentum or Adam: of their shapes, fp32 or wider."""
-        if group["betas"]:
-            each = zip(states, moved, gradients, strict=True)
-            found = [adam_(state, one, change, group["betas"], _DENOMINATOR_EPS) for state, one, change in each]
-        elif group["momentum"]:
+        """The gradients of cores of one dtype, `moved`, after momentum or Adam: of their shapes."""
+        if group["momentum"] and not group["betas"]:
             found = momentum_(states, moved, gradients, group["momentum"])
         else:
             sizes = [one.numel() for one in moved]
             zeros = torch.zeros(sum(sizes), dtype=moved[0].dtype, device=moved[0].device)
             found = list(zeros.split(sizes))
-            accumulate_each(gradients, found)
+            if group["betas"]:
+                self._adam(states, found, gradients, group, 1.0)
+            else:
+                accumulate_each(gradients, found)
         return [gradient.view(one.shape) for gradient, one in zip(found, moved, strict=True)]
+
+    def _adam(
+        self,
+        states: list[State],
+        moved: Sequence[Tensor],
+        gradients: list[Direction],
+        group: dict[str, Any],
+        scale: float,
+    ) -> None:
+        """Adds `scale` times a step of Adam."""
+        adam_(states, moved, gradients, group["betas"], _DENOMINATOR_EPS, scale, "exact", [1.0] * len(moved))
 
     def _update_vectors(
         self,
@@ -293,7 +304,10 @@ class SubspaceOptimizer(SubspaceWeights):
             if not is_smoothed:
                 add_directions(weights, states, moves, "exact", [1.0] * len(weights))
                 return
-            steps = self._smooth(states, weights, moves, group)
+            if group["betas"]:
+                self._adam(states, weights, moves, group, -lr)
+                return
+            steps = momentum_(states, weights, moves, group["momentum"])
             add_tensors(weights, states, steps, "exact", [1.0] * len(weights), -lr)
 
     def _core_directions(

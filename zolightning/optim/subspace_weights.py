@@ -15,13 +15,13 @@ from zolightning.directions.shards import first_element, is_sharded, own_rows
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.messages import some
 from zolightning.optim.deferred import defer
-from zolightning.optim.moments import CHUNK
 from zolightning.optim.offload import add_offloaded, to_host
 from zolightning.optim.precision import RESTS, State, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix, SubspaceBases
 from zolightning.rank_zero import rank_zero_info
 
+_CHUNK = 2**20  # elements of a lift at a time, at least
 Transport = Literal["project", "reset", "keep"]
 TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")
 
@@ -281,7 +281,7 @@ class SubspaceWeights(SubspaceBases):
         """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
         with without_autocast(weight.device):
             one, other = self.basis(parameter).factors(self.state[parameter]["core"])
-            rows = max(CHUNK, chunk_size(weight)) // len(other)
+            rows = max(_CHUNK, chunk_size(weight)) // len(other)
             first = first_element(parameter)
             pieces = _pieces(one, other, range(first, first + weight.numel()), rows)
             if self.offload_low_words:
