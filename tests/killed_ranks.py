@@ -29,15 +29,23 @@ from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.replay import replay
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim import MeZO
+from zolightning.sharded import ZerothOrderFSDP
 from zolightning.strategies import ZerothOrderDDP
 
 STEPS, BATCH = 20, 8
-METHOD = partial(MeZO, lr=1e-2, momentum=0.9)
+WAIT = timedelta(seconds=30)
 STRATEGIES: dict[str, Callable[[], Any]] = {
-    "ddp": lambda: DDPStrategy(timeout=timedelta(seconds=30)),
-    "zo_ddp": lambda: ZerothOrderDDP(timeout=timedelta(seconds=30)),
-    "zo_ddp, evaluations shared": lambda: ZerothOrderDDP(timeout=timedelta(seconds=30), perturbation_parallel_size=2),
+    "ddp": lambda: DDPStrategy(timeout=WAIT),
+    "zo_ddp": lambda: ZerothOrderDDP(timeout=WAIT),
+    "zo_ddp, signs shared": lambda: ZerothOrderDDP(timeout=WAIT, perturbation_parallel_size=2),
+    "zo_ddp, queries shared": lambda: ZerothOrderDDP(timeout=WAIT, perturbation_parallel_size=2),
+    "zo_fsdp": lambda: ZerothOrderFSDP(timeout=WAIT, layers_name="net"),
 }
+
+
+def method_of(strategy: str) -> Any:
+    """One query, of which ranks can share the signs, or two."""
+    return partial(MeZO, lr=1e-2, momentum=0.9, num_queries=2 if "queries" in strategy else 1)
 
 
 def fit(folder: Path, strategy: str, ranks: int, kill: tuple[str, int, tuple[int, ...]] | None = None) -> None:
@@ -64,20 +72,21 @@ def fit(folder: Path, strategy: str, ranks: int, kill: tuple[str, int, tuple[int
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
         callbacks=[
-            ZerothOrder(METHOD),
+            ZerothOrder(method_of(strategy)),
             KeepLedger(folder, folder / "ledger.bin"),
             SaveLast(folder, every_n_train_steps=4),
         ],
     )
     loaders = [StatefulDataLoader(data, batch_size=BATCH // parts) for _ in range(2)]
     trainer.fit(module, *loaders, ckpt_path="last" if (folder / "last.ckpt").exists() else None)
+    digest = weights_digest(dict(module.named_parameters()))  # of weights that ranks share, by all of them
     if trainer.is_global_zero:
-        (folder / f"{ranks}.txt").write_text(weights_digest(dict(module.named_parameters())))
+        (folder / f"{ranks}.txt").write_text(digest)
 
 
-def replayed(ledger: Path, step: int) -> list[Any]:
+def replayed(ledger: Path, strategy: str, step: int) -> list[Any]:
     module = Validated()
-    found = replay(ledger, module, METHOD, step)
+    found = replay(ledger, module, method_of(strategy), step)
     return [weights_digest(dict(module.named_parameters())), found.sealed]
 
 
@@ -99,10 +108,10 @@ def main(folder: Path) -> None:
         hashes[strategy] = {
             "codes": codes,
             "trained": (run / "1.txt").read_text(),
-            "replayed": replayed(ledgers[0], STEPS),
-            "killed last": replayed(ledgers[0], 12)[0],
+            "replayed": replayed(ledgers[0], strategy, STEPS),
+            "killed last": replayed(ledgers[0], strategy, 12)[0],
             "whole": (whole / "2.txt").read_text(),
-            "whole at 12": replayed(ledgers[1], 12)[0],
+            "whole at 12": replayed(ledgers[1], strategy, 12)[0],
         }
     (folder / "hashes.json").write_text(json.dumps(hashes))
 

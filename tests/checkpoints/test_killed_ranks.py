@@ -10,8 +10,9 @@ from forked_ranks import run_program
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks_killed_three_times_and_resumed_by_one(tmp_path: Path) -> None:
-    folder = run_program(killed_ranks.__file__, tmp_path)
+    folder = run_program(killed_ranks.__file__, tmp_path, seconds=850)
     found = json.loads((folder / "hashes.json").read_text())
     for strategy in killed_ranks.STRATEGIES:
         run = found[strategy]
@@ -19,4 +20,6 @@ def test_two_ranks_killed_three_times_and_resumed_by_one(tmp_path: Path) -> None
         assert run["replayed"] == [run["trained"], True]
         assert run["killed last"] == run["whole at 12"]
         # Ranks that share a batch sum its losses in another order than one does.
-        assert (run["trained"] == run["whole"]) == (strategy == "zo_ddp, evaluations shared")
+        assert (run["trained"] == run["whole"]) == strategy.endswith("shared")
+        if strategy == "zo_fsdp":  # with whole weights the two ranks did the same
+            assert run["whole"] == found["zo_ddp"]["whole"]
