@@ -55,9 +55,9 @@ def test_every_part_runs_in_miniature(tmp_path: Path, device: str) -> None:
     found = read(path)
     assert list(found) == [part.name for part in parts(MINIATURE)]
     assert {name: part["part"] for name, part in found.items()} == {name: {"finished": "1"} for name in found}
-    assert found["bits"]["all"] == {"cases": "206", "equal": "206"}
-    sofar = {f"the first {count}": {"equal": str(count)} for count in range(25, 207, 25)}
-    assert found["bits"].keys() == {"machine", "all", "part", *sofar}, "a case differs from the CPU's"
+    assert found["bits"]["all from 0"] == {"cases": "206", "equal": "206"}
+    sofar = {f"the first {count} from 0": {"equal": str(count)} for count in range(10, 207, 10)}
+    assert found["bits"].keys() == {"machine", "all from 0", "part", *sofar}, "a case differs from the CPU's"
     assert {name: found["bits"][name] for name in sofar} == sofar
     assert found["bits"]["machine"]["torch"] == torch.__version__
     assert ("gpu" in found["bits"]["machine"]) == (device == "cuda")
@@ -134,8 +134,21 @@ def stuck(device: torch.device, figures: Figures) -> None:
 
 
 def test_a_part_that_takes_too_long_leaves_a_line(tmp_path: Path) -> None:
-    run_part(Part("slow", 0.05, stuck), CPU, tmp_path / "gpu.csv")
-    assert read(tmp_path / "gpu.csv") == {"slow": {"part": {"out_of_time": "0.05"}}}
+    run_part(Part("slow", 0.05, (stuck, stuck)), CPU, tmp_path / "gpu.csv")
+    ((part, names),) = read(tmp_path / "gpu.csv").items()
+    assert (part, names.keys()) == ("slow", {"part"})
+    assert names["part"]["out_of_time"] == "0.05" and float(names["part"]["seconds"]) >= 0.05
+    assert (tmp_path / "gpu.csv").read_text().count("out_of_time") == 2
+
+
+def test_every_comparison_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    known = [(str(number), lambda device, number=number: seen.append(number)) for number in range(11)]
+    monkeypatch.setattr(gpu, "comparisons", lambda *_: iter(known))
+    part, *_ = parts(Sizes())
+    for place in range(len(part.runs)):
+        run_here(part, CPU, tmp_path / "gpu.csv", place)
+    assert len(part.runs) > 1 and sorted(seen) == list(range(11))
 
 
 def failing(message: str, device: torch.device, figures: Figures) -> None:
@@ -145,7 +158,7 @@ def failing(message: str, device: torch.device, figures: Figures) -> None:
 
 def test_a_part_that_fails_leaves_its_figures_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.csv"
-    run_here(Part("one", 1, partial(failing, "out of memory\nmore")), CPU, path)
+    run_here(Part("one", 1, (partial(failing, "out of memory\nmore"),)), CPU, path)
     Figures(path, "two").write("next", seconds=None, gb=2)
     assert read(path) == {
         "one": {"before": {"seconds": "1.5"}, "part": {"failed": "RuntimeError: out of memory"}},

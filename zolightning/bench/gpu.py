@@ -3,22 +3,24 @@
 What is known least comes first: do the loops over parameters write the bits of the CPU's; what do whole steps take, in
 time and memory, on models by shape, with CUDA graphs and without, ours and published; is a run the same twice, and when
 it is resumed; how near do the loops come to the bandwidth of the card, and what do they cost without Triton. Each part
-runs in a process of its own and has a time limit. Its figures are appended to one CSV file as soon as they are there, a
+runs in processes of its own and has a time limit. Its figures are appended to one CSV file as soon as they are there, a
 line each; what fails or runs out of time leaves a line that says so, and what comes next goes on.
 """
 
 import argparse
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from zolightning.bench.bits import HUGE, comparisons
-from zolightning.bench.figures import Figures
+from zolightning.bench.figures import COLUMNS, Figures, append
 from zolightning.bench.floors import Ceilings, floor_table
 from zolightning.bench.kernel_cost import measure_kernels
 from zolightning.bench.measure import environment, release, require
@@ -29,7 +31,7 @@ from zolightning.bench.step_cost import Settings, load, measure_costs, measure_m
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
 from zolightning.commands.report import Record
 
-_CASES = 25  # comparisons of bits to a line
+_CASES = 10  # comparisons of bits to a line
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Sizes:
 
     Attributes:
         bits: elements of the tensors whose bits are compared.
+        bits_processes: among which the comparisons are dealt out: the host compiles a loop or two for each.
         huge: elements of a tensor that int32 cannot count; none where None.
         kernels: elements of the weights that kernels are timed on.
         steps: what steps are measured of; the last model is that on which Triton is done without.
@@ -62,6 +65,7 @@ class Sizes:
     """
 
     bits: int = 100_003
+    bits_processes: int = 6
     huge: int | None = HUGE
     kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
     steps: tuple[Steps, ...] = (
@@ -94,7 +98,7 @@ _TINY = Steps(
     ("forward", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4", "published", "published, answer logits"),
     60,
 )
-MINIATURE = Sizes(1003, None, (5000,), (_TINY,), "tiny", 2)
+MINIATURE = Sizes(1003, 1, None, (5000,), (_TINY,), "tiny", 2)
 
 
 @dataclass(frozen=True)
@@ -104,54 +108,62 @@ class Part:
     Attributes:
         name: as in the file.
         limit: seconds that it may take.
-        run: writes its figures.
-        environment: variables of its process.
+        runs: write its figures, each in a process of its own, all at once.
+        environment: variables of its processes.
     """
 
     name: str
     limit: float
-    run: Callable[[torch.device, Figures], None]
+    runs: tuple[Callable[[torch.device, Figures], None], ...]
     environment: tuple[tuple[str, str], ...] = ()
 
 
 def parts(sizes: Sizes) -> list[Part]:
     """The parts, the most important first: eight minutes, if each of them takes all of its time."""
+    parity = sizes.steps[-1].settings  # beside the row MeZO of the same model, whose loops are in Triton
     return [
-        Part("bits", 75, partial(_bits, sizes)),
-        *(Part(f"steps of {steps.settings.model}", steps.limit, partial(_steps, steps)) for steps in sizes.steps),
-        Part("resume", 70, partial(_resume, sizes)),
-        Part("kernels", 25, partial(_kernels, sizes)),
-        # Beside the row MeZO of the same model, whose loops are in Triton
-        *(Part(row.name, 10, partial(_parity, sizes.steps[-1].settings, row.name), row.environment) for row in PARITY),
+        Part("bits", 50, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
+        *(Part(f"steps of {steps.settings.model}", steps.limit, (partial(_steps, steps),)) for steps in sizes.steps),
+        Part("resume", 70, (partial(_resume, sizes),)),
+        Part("kernels", 30, (partial(_kernels, sizes),)),
+        *(Part(row.name, 20, (partial(_parity, parity, row.name),), row.environment) for row in PARITY),
     ]
 
 
 def run_part(part: Part, device: torch.device, path: Path) -> None:
-    """Runs a part in a process of its own, which is killed when its time is over."""
-    process = get_context("spawn").Process(target=run_here, args=(part, device, path))
+    """Runs a part in processes of its own, which are killed when its time is over, and writes how long they took."""
+    begin, figures = time.monotonic(), Figures(path, part.name)
+    append(path, COLUMNS, [])  # the head, which each of several processes would write
+    context = get_context("spawn")
+    processes = [context.Process(target=run_here, args=(part, device, path, place)) for place in range(len(part.runs))]
     with environment(part.environment):
-        process.start()
-    process.join(part.limit)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        Figures(path, part.name).write("part", out_of_time=part.limit)
-    elif process.exitcode:
-        Figures(path, part.name).write("part", failed=f"exit status {process.exitcode}")
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(max(0.0, begin + part.limit - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            figures.write("part", out_of_time=part.limit)
+        elif process.exitcode:
+            figures.write("part", failed=f"exit status {process.exitcode}")
+    figures.write("part", seconds=time.monotonic() - begin)
 
 
-def run_here(part: Part, device: torch.device, path: Path) -> None:
-    """Runs a part in this process, and writes whether it came to its end."""
+def run_here(part: Part, device: torch.device, path: Path, place: int = 0) -> None:
+    """Runs one of a part's runs in this process, and writes whether it came to its end."""
     figures = Figures(path, part.name)
     with figures.guarded("part"):
-        part.run(device, figures)
+        part.runs[place](device, figures)
         figures.write("part", finished=1)
 
 
-def _bits(sizes: Sizes, device: torch.device, figures: Figures) -> None:
-    figures.write("machine", **machine(device))
+def _bits(sizes: Sizes, place: int, device: torch.device, figures: Figures) -> None:
+    """Every so many comparisons, beginning with number `place`."""
+    if place == 0:
+        figures.write("machine", **machine(device))
     cases = equal = 0
-    for name, differing in comparisons(sizes.bits, sizes.huge):
+    for name, differing in islice(comparisons(sizes.bits, sizes.huge), place, None, sizes.bits_processes):
         cases += 1
         with figures.guarded(name):
             if count := differing(device):
@@ -159,8 +171,8 @@ def _bits(sizes: Sizes, device: torch.device, figures: Figures) -> None:
             else:
                 equal += 1
         if cases % _CASES == 0:  # the part may not come to its end
-            figures.write(f"the first {cases}", equal=equal)
-    figures.write("all", cases=cases, equal=equal)
+            figures.write(f"the first {cases} from {place}", equal=equal)
+    figures.write(f"all from {place}", cases=cases, equal=equal)
 
 
 def _kernels(sizes: Sizes, device: torch.device, figures: Figures) -> None:

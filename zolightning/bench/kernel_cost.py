@@ -13,6 +13,7 @@ from zolightning.bench.floors import Ceilings
 from zolightning.bench.measure import kernel_seconds
 from zolightning.commands.report import Record
 from zolightning.kernels import torch_loops
+from zolightning.kernels.adam import adam_step
 from zolightning.kernels.noise import NoiseKind
 
 ROWS_READ = 4096  # of a table of as many elements
@@ -56,6 +57,13 @@ def _measure(
         "update native": (4 * size, partial(loops.add, weight, **arguments)),
         "rows": (4 * read.numel(), partial(loops.perturb_rows, read, table, rows, **arguments)),
     }
+    if loops is kernels and arguments["keys"].shape[0] == 1:
+        moments = torch.zeros(2, size, device=device).unbind()
+        step = adam_step((0.9, 0.999), 1, 1e-8, -1e-6)
+        work["update exact, Adam"] = (
+            24 * size,
+            partial(loops.add_adam, weight, *moments, **arguments, step=step, rest=low_word),
+        )
     for kernel, (moved, call) in work.items():
         seconds = kernel_seconds(call, device)
         yield {
