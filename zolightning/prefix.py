@@ -116,7 +116,7 @@ def _keys_and_values(model: "PreTrainedModel", num_tokens: int) -> Tensor:
         ids = torch.randint(len(embeddings.weight), (1, num_tokens), generator=generator).to(embeddings.weight.device)
         with evaluation_mode(model):
             output = model(input_ids=ids, use_cache=True)
-            cache = next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
+            cache = next((output[name] for name in _CACHES if name in output), None)
     layers: list[Any] = getattr(cache, "layers", [])
     found = [
         torch.cat([layer.keys, layer.values]) for layer in layers if isinstance(getattr(layer, "keys", None), Tensor)

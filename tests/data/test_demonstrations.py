@@ -102,6 +102,19 @@ def test_demonstrations_of_a_row_s_own(texts: Texts, tokenizer: PreTrainedTokeni
         assert prompt.count(f"soup {index} ") == 1
 
 
+@pytest.mark.parametrize("settings", [{"num_demonstrations": 4}, {"num_demonstrations": 2, "examples_per_class": 1}])
+def test_all_training_rows_may_be_shown_in_a_test(
+    texts: Texts, tokenizer: PreTrainedTokenizerFast, settings: dict[str, int]
+) -> None:
+    """As MeZO's in-context runs have it, whose number of training examples is that of demonstrations."""
+    tested = texts(SENTIMENT, ROWS, tokenizer, split="test", **settings)
+    assert {prompt.count("It was") for prompt, _ in tested} == {settings["num_demonstrations"] + 1}
+    with pytest.raises(
+        ValueError, match=r"`data.num_demonstrations` \d leaves nothing of the \d training rows to train"
+    ):
+        texts(SENTIMENT, ROWS, tokenizer, **settings)
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 def test_demonstrations_out_of_a_few_rows_of_each_class(
     texts: Texts, tokenizer: PreTrainedTokenizerFast, per_row: bool
@@ -181,9 +194,9 @@ def test_calibration_of_a_module_that_encodes_rows_itself(
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        (SENTIMENT, {"num_demonstrations": 3, "num_train": 3}, "`data.num_demonstrations` 3 leaves nothing of"),
-        (SENTIMENT, {"num_demonstrations": 3, "examples_per_class": 2}, "3 must be a multiple of the 2 classes, fewer"),
-        (SENTIMENT, {"num_demonstrations": 4, "examples_per_class": 2}, "4 must be a multiple of the 2 classes, fewer"),
+        (SENTIMENT, {"num_demonstrations": 4, "num_train": 3}, "is 4, and 3 training rows are sampled"),
+        (SENTIMENT, {"num_demonstrations": 3, "examples_per_class": 2}, "3 must be a multiple of the 2 classes"),
+        (SENTIMENT, {"num_demonstrations": 6, "examples_per_class": 2}, "is 6, and 4 training rows are sampled"),
         (SENTIMENT, {"num_demonstrations": -1}, "`data.num_demonstrations` must be at least 0"),
         (SENTIMENT, {"demonstrations_per_row": True}, "`data.demonstrations_per_row` is True, and"),
         (SENTIMENT, {"calibration": "zero_shot"}, "needs a `content_free_prompt`, of which task own has none"),

@@ -99,6 +99,8 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
             f"`evaluation.keep_prefix_gib` is {config.evaluation.keep_prefix_gib}, and `data.fixed_batches` is false: "
             "what is kept of a batch is of use when the same batch comes again. Set `data.fixed_batches` to true."
         )
+    if subcommand == "fit" and hasattr(datamodule, "check_training"):
+        datamodule.check_training()
     if subcommand == "fit" and config.test_last and hasattr(datamodule, "check_rows"):
         datamodule.check_rows("test")
 

@@ -118,16 +118,18 @@ class PromptDataModule(TaskDataModule):
         check_at_least(0, "num_demonstrations", num_demonstrations)
         if num_demonstrations and not isinstance(self.task, PromptTask):
             raise ValueError(f"`data.num_demonstrations` needs prompts and answers; task {self.task.name} has none.")
-        if num_demonstrations and examples_per_class is not None:
+        self._num_sampled = self.num_train
+        if examples_per_class is not None:
             classes = self.num_classes or 1
-            if num_demonstrations % classes or num_demonstrations >= classes * examples_per_class:
+            self._num_sampled = classes * examples_per_class
+            if num_demonstrations % classes:
                 raise ValueError(
-                    f"`data.num_demonstrations` {num_demonstrations} must be a multiple of the {classes} classes, "
-                    f"fewer than `data.examples_per_class` {examples_per_class} of each: all classes are shown alike."
+                    f"`data.num_demonstrations` {num_demonstrations} must be a multiple of the {classes} classes: with "
+                    "`data.examples_per_class` as many of each are shown."
                 )
-        elif num_demonstrations >= self.num_train:
+        if num_demonstrations > self._num_sampled:
             raise ValueError(
-                f"`data.num_demonstrations` {num_demonstrations} leaves nothing of `data.num_train` {self.num_train}."
+                f"`data.num_demonstrations` is {num_demonstrations}, and {self._num_sampled} training rows are sampled."
             )
         if demonstrations_per_row and not num_demonstrations:
             raise ValueError("`data.demonstrations_per_row` is True, and `data.num_demonstrations` is 0.")
@@ -137,6 +139,19 @@ class PromptDataModule(TaskDataModule):
             raise ValueError(
                 f"`data.calibration` needs a `content_free_prompt`, of which task {self.task.name} has none."
             )
+
+    def check_training(self) -> None:
+        """Raises ValueError where all training rows are shown as demonstrations, as they may be for a test."""
+        if self.num_demonstrations == self._num_sampled:
+            raise ValueError(
+                f"`data.num_demonstrations` {self.num_demonstrations} leaves nothing of the {self._num_sampled} "
+                "training rows to train on: raise `data.num_train`, or `data.examples_per_class`."
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.check_training()
+        super().setup(stage)
 
     @property
     def generation(self) -> Generation | None:

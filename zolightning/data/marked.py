@@ -35,7 +35,10 @@ def encode_masked(
     name = tokenizer.name_or_path or type(tokenizer).__name__
     mask, mask_id, separator = tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.sep_token
     if prompt.count(MASK) != 1:
-        raise ValueError(f"a masked language model needs one `{{{{ mask }}}}` in the prompt, got {prompt.count(MASK)}")
+        raise ValueError(
+            f"a masked language model needs one `{{{{ mask }}}}` in the prompt, got {prompt.count(MASK)} (as those of "
+            "configs/tasks/masked have)"
+        )
     if mask is None or separator is None or not isinstance(mask_id, int):
         raise ValueError(f"the tokenizer {name} has no token for a mask, or none to separate texts")
     text = prompt.replace(MASK, mask).replace(SEPARATOR, separator)
