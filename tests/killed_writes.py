@@ -232,20 +232,21 @@ def main(folder: Path, share: int, offset: int) -> None:
     restore(stopped / "nothing")
     fork(first(place))
     made, expected = calls_made(), ended(place)
-    kills = [("nothing", *moment) for moment in moments(made)]
+    calls = {"nothing": made}
 
     third = [at for at, (what, _) in enumerate(made) if what == "pwrite"][2]
     restore(stopped / "nothing")
     fork(first(place), third, True)
     shutil.copytree(place, stopped / "in a step")
     fork(go_on(place))
-    kills += [("in a step", *moment) for moment in moments(calls_made())]
+    calls["in a step"] = calls_made()
 
     found: list[dict[str, Any]] = []
+    kills = [(begun, *moment) for begun, made in calls.items() for moment in moments(made)]
     for begun, at, half in kills[offset::share]:
         restore(stopped / begun)
         code = fork(go_on(place), at, half)
-        outcome: dict[str, Any] = {"begun": begun, "at": at, "half": half, "code": code}
+        outcome: dict[str, Any] = {"begun": begun, "at": at, "call": calls[begun][at], "half": half, "code": code}
         if code:
             outcome["left"] = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
             words = go_on(place)
