@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,16 @@ from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
 from zolightning.kernels import native
-from zolightning.optim import LOZO, MeZO, SubspaceOptimizer, ZerothOrderOptimizer
+from zolightning.optim import (
+    LOZO,
+    HiZOO,
+    MeZO,
+    MeZOAdam,
+    SparseMeZO,
+    SubspaceMeZO,
+    SubspaceOptimizer,
+    ZerothOrderOptimizer,
+)
 from zolightning.optim.estimators import OneSided
 
 READS = {"item", "tolist", "numpy", "cpu", "equal", "nonzero", "is_nonzero", "allclose", "__contains__"}
@@ -204,3 +214,24 @@ def test_all_losses_are_asked_for_before_one_is_read(num_queries: int) -> None:
     with Noting():
         optimizer.estimate(loss)
     assert events == ["loss"] * (2 * num_queries) + ["read"]
+
+
+@pytest.mark.parametrize(
+    "method", [MeZO, MeZOAdam, HiZOO, SparseMeZO, LOZO, partial(SubspaceMeZO, rank=2, betas=(0.9, 0.99))]
+)
+def test_operations_of_an_update_do_not_grow_with_the_weights(method: Callable[..., Any]) -> None:
+    if not native.available(torch.empty(2)):
+        pytest.skip("torch's own loops are operations of torch")
+    counts = []
+    for layers in (2, 6):
+        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        optimizer = attached(method, net, seed=0)
+        if isinstance(optimizer, SubspaceOptimizer):
+            optimizer.fold_every_step = False
+        for _ in range(2):
+            optimizer.estimate(lambda net=net: net(torch.ones(2, 4)).square().mean())
+            with Operations() as operations:
+                optimizer.step()
+        views = {"promote_types", "view", "detach", "unbind", "split", "slice", "as_strided", "transpose"}
+        counts.append([name for name in operations.names if name not in views])
+    assert counts[0] == counts[1]
