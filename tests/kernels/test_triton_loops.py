@@ -36,7 +36,7 @@ from zolightning.kernels import triton_loops
 
 triton_loops._BLOCK, triton_loops._CHUNK = 512, 2  # a program costs as much with any block
 missing = torch.empty(2, 4)
-triton_loops.perturb_rows(missing, torch.ones(3, 4), torch.tensor([-1, 3]), **bits.noise(1, "gaussian", bits.CPU))
+triton_loops.perturb_rows(missing, torch.ones(3, 4), torch.tensor([-1, 3]), **noise(1, "gaussian", bits.CPU))
 assert missing.isnan().all(), "a row that does not exist was read"
 names = [name for name, differing in bits.comparisons(549, None, triton_loops) if differing(bits.CPU)]
 print(*names, sum(1 for _ in bits.comparisons(549, None, triton_loops)), sep="\\n")

@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 
 from zolightning import kernels
-from zolightning.bench.bits import noise
 from zolightning.bench.floors import Ceilings
+from zolightning.bench.loop_runs import noise
 from zolightning.bench.measure import kernel_seconds
 from zolightning.commands.report import Record
 from zolightning.kernels import torch_loops

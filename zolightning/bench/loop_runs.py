@@ -1,0 +1,227 @@
+"""Runs of the loops over parameters, on numbers of any bit pattern."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zolightning.bench.measure import CPU
+from zolightning.kernels.adam import adam_step
+from zolightning.kernels.curvature import Change
+from zolightning.kernels.noise import NoiseKind, coefficient, key
+
+DECAYS = (1.0, 1 - 1e-4)
+_DECAYS_OF_EACH = (1.0, 1.0, 0.9, 0.9, 0.9, 1.0, 1.0, 0.9)  # of several weights
+_ADAM = adam_step((0.9, 0.999), 3, 1e-8, -1e-3)
+
+Shape = Literal["scaled", "masked"] | None
+Outputs = Sequence[Tensor]
+
+
+def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-3, name: str = "w") -> dict[str, Any]:
+    """Keys, coefficients of alternating signs, which cancel where two queries have one code, and kind."""
+    keys = [key(0, 1, query, name) for query in range(queries)]
+    coefficients = [coefficient(size * (-1) ** query, kind) for query in range(queries)]
+    return {
+        "keys": torch.tensor(keys, dtype=torch.int32, device=device),
+        "coefficients": torch.tensor(coefficients, dtype=torch.float32, device=device),
+        "kind": kind,
+    }
+
+
+def any_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Numbers of any bit pattern: zeros of both signs, subnormal numbers, infinities and NaNs among them."""
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(limits.min, limits.max + 1, (numel,), generator=generator, dtype=torch.int64).to(integer)
+    bits[::5] &= 2 ** (8 * dtype.itemsize - 10) - 1  # subnormal numbers and zeros
+    values = bits.view(dtype)
+    values[1::7], values[2::11], values[3::53] = -0.0, 0.0, float("nan")
+    values[4::3] = torch.randn(values[4::3].shape, generator=generator).to(dtype) * 0.02
+    return values
+
+
+@dataclass(frozen=True)
+class LoopRuns:
+    """Each method runs the loop of its name, and returns what that has written.
+
+    Arguments: ``dtype`` of the weights, ``out`` of perturbed ones, ``rest`` of what completes weights to float32; the
+    number of ``queries`` and the ``kind`` of their noise; the ``decay`` of weights; what gives noise its ``shape``.
+
+    Attributes:
+        loops: a backend, or the choice among them.
+        device: of the tensors.
+        numel: of a tensor; some have fewer, or three times as many.
+    """
+
+    loops: Any
+    device: torch.device
+    numel: int
+
+    def perturb(
+        self,
+        dtype: torch.dtype,
+        out: torch.dtype,
+        queries: int,
+        kind: NoiseKind,
+        start: int,
+        shape: Shape = None,
+    ) -> Outputs:
+        weight = any_bits(self.numel, dtype).to(self.device)
+        one, plus, minus = torch.empty(3, self.numel + 3, dtype=out, device=self.device)[:, : self.numel].unbind()
+        options = noise(queries, kind, self.device) | {"start": start} | self._shaped(shape, self.numel)
+        self.loops.perturb(one, weight, **options)
+        self.loops.perturb_both(plus, minus, weight, **options)
+        return one, plus, minus
+
+    def perturb_rows(
+        self,
+        dtype: torch.dtype,
+        queries: int,
+        kind: NoiseKind,
+        shape: Shape = None,
+    ) -> Outputs:
+        count = self.numel // 70
+        table = any_bits(count * 38, dtype).view(count, 38).to(self.device)
+        rows = (torch.arange(5 * (count // 5) + 5) * 6 % count).to(self.device)  # not in order, and some twice
+        out = torch.empty(len(rows), 38, dtype=dtype, device=self.device)
+        self.loops.perturb_rows(
+            out, table, rows, **noise(queries, kind, self.device), **self._shaped(shape, len(rows), 38)
+        )
+        return (out,)
+
+    def add(
+        self,
+        dtype: torch.dtype,
+        rest: torch.dtype | None,
+        decay: float,
+        queries: int,
+        kind: NoiseKind,
+        shape: Shape = None,
+    ) -> Outputs:
+        weight, low = self._stored(self.numel, dtype, rest)
+        options = noise(queries, kind, self.device) | {"decay": decay, "rest": low, "start": 2}
+        self.loops.add(weight, **options, **self._shaped(shape, self.numel))
+        return (weight,) if low is None else (weight, low)
+
+    def add_curved(
+        self,
+        dtype: torch.dtype,
+        rest: torch.dtype | None,
+        decay: float,
+        queries: int,
+        kind: NoiseKind,
+    ) -> Outputs:
+        """A curvature that grows, shrinks and comes to both ends of its range; by itself, too."""
+        weight, low = self._stored(self.numel, dtype, rest)
+        alone, curvature = torch.linspace(1e-4, 3.7, 2 * self.numel).to(self.device).view(2, self.numel).unbind()
+        squares = torch.tensor([1e-3 * (-1) ** query * 7**query for query in range(queries)], device=self.device)
+        change, options = Change(-1e-3, squares, 0.01, 3.6), noise(queries, kind, self.device)
+        self.loops.add_curved(weight, curvature, **options, change=change, decay=decay, rest=low, start=2)
+        self.loops.curve(alone, options["keys"], kind, change, start=4)
+        return (weight, alone, curvature) if low is None else (weight, alone, curvature, low)
+
+    def add_adam(
+        self, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
+    ) -> Outputs:
+        weight, low = self._stored(self.numel, dtype, rest)
+        mean, square = self._moments(self.numel)
+        options = noise(queries, kind, self.device) | {"decay": decay, "rest": low, "start": 2}
+        self.loops.add_adam(weight, mean, square, **options, step=_ADAM)
+        return (weight, mean, square) if low is None else (weight, mean, square, low)
+
+    def add_delta(self, dtype: torch.dtype, rest: torch.dtype | None, decay: float) -> Outputs:
+        weight, low = self._stored(self.numel, dtype, rest)
+        self.loops.add_delta(weight, any_bits(self.numel, torch.float32, 2).to(self.device), decay, low, scale=-1.7e-3)
+        return (weight,) if low is None else (weight, low)
+
+    def perturb_each(
+        self,
+        dtype: torch.dtype,
+        out: torch.dtype,
+        queries: int,
+        kind: NoiseKind,
+    ) -> Outputs:
+        """Of the tensors every second one is zero."""
+        weights = [any_bits(size + 60, dtype, size)[:size].to(self.device) for size in self._sizes()]
+        outs = [torch.empty_like(weight, dtype=out) for weight in weights]
+        given = [None if place % 2 else weight for place, weight in enumerate(weights)]
+        self.loops.perturb_each(outs, given, *self._noise_of_each(queries, kind), kind)
+        return outs
+
+    def add_to_each(
+        self,
+        dtype: torch.dtype,
+        rest: torch.dtype | None,
+        queries: int,
+        kind: NoiseKind,
+    ) -> Outputs:
+        weights, rests = self._several(dtype, rest)
+        noises = self._noise_of_each(queries, kind)
+        self.loops.add_to_each(weights, *noises, _DECAYS_OF_EACH, rests, kind)
+        return [*weights, *(low for low in rests if low is not None)]
+
+    def add_adam_to_each(self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind) -> Outputs:
+        weights, rests = self._several(dtype, rest)
+        means, squares = zip(*(self._moments(len(weight)) for weight in weights), strict=True)
+        noises = self._noise_of_each(queries, kind)
+        self.loops.add_adam_to_each(weights, means, squares, *noises, _DECAYS_OF_EACH, rests, kind, _ADAM)
+        return [*weights, *means, *squares, *(low for low in rests if low is not None)]
+
+    def add_delta_to_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> Outputs:
+        weights, rests = self._several(dtype, rest)
+        deltas = [
+            any_bits(len(weight) + 60, torch.float32, len(weight))[: len(weight)].to(self.device) for weight in weights
+        ]
+        self.loops.add_delta_to_each(weights, deltas, _DECAYS_OF_EACH, rests, -1.7e-3)
+        return [*weights, *(low for low in rests if low is not None)]
+
+    def _moments(self, numel: int) -> tuple[Tensor, Tensor]:
+        """As large as gradients of a thousandth make them, zeros among them."""
+        mean = torch.linspace(-1e-3, 1e-3, numel).to(self.device)
+        return mean, mean.square().flip(0)
+
+    def _stored(self, numel: int, dtype: torch.dtype, rest: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """A weight and what completes it, some elements of which somebody has written since."""
+        weight = any_bits(numel, dtype)
+        if rest is None:
+            return weight.to(self.device), None
+        if rest.is_floating_point:
+            low = weight.to(rest)
+            low[::2] += 1e-6
+        else:
+            limits = torch.iinfo(rest)
+            low = torch.randint(limits.min, limits.max + 1, (numel,), generator=torch.Generator().manual_seed(1)).to(
+                rest
+            )
+        return weight.to(self.device), low.to(self.device)
+
+    def _several(self, dtype: torch.dtype, rest: torch.dtype | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weights and what completes them; one is not aligned."""
+        weights, rests = [], []
+        for place, size in enumerate(self._sizes()):
+            first = int(place == 4)
+            weight, low = self._stored(size + 60, dtype, rest)
+            weights.append(weight[first : first + size])
+            rests.append(None if low is None else low[first : first + size])
+        return weights, rests
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Of several tensors: none, some and many elements, multiples of 16 and not."""
+        return 32, 0, 3 * self.numel // 16 * 16, 37, 16, self.numel, 2 * self.numel // 16 * 16, 48
+
+    def _noise_of_each(self, queries: int, kind: NoiseKind) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Keys, rows of one table, and one table of coefficients."""
+        each = [noise(queries, kind, CPU, name=str(size)) for size in self._sizes()]
+        keys = torch.stack([one["keys"] for one in each]).to(self.device)
+        return keys.unbind(), [each[0]["coefficients"].to(self.device)] * len(each)
+
+    def _shaped(self, shape: Shape, *size: int) -> dict[str, Any]:
+        """What becomes of noise: nothing; it is divided by roots, some of which are no fp32 numbers; or left out."""
+        if shape == "scaled":
+            return {"curvature": torch.linspace(1e-4, 3.7, math.prod(size)).view(size).to(self.device)}
+        return {} if shape is None else {"threshold": 0.019999999552965164}  # of the numbers' standard deviation
