@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.subspace_resampling import callbacks_of, subspace_optimizer
 from zolightning.optim.checks import require_choice
-from zolightning.optim.subspace_weights import TRANSPORTS, Transport
+from zolightning.optim.momentum_transport import TRANSPORTS, Transport
 
 
 class MomentumTransport(Callback):

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from zolightning.callbacks.subspace_resampling import subspace_optimizer
+from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_bases import Matrix
-from zolightning.optim.subspace_weights import momentum_of
 from zolightning.scopes.calibration import own_loss
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.checks import require_choice, require_fraction, require_positive
 from zolightning.optim.moments import adam_, momentum_
+from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import STATE, normalized, require_normalization
 from zolightning.optim.precision import State, add_directions, add_tensors, all_contiguous
 from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
-from zolightning.optim.subspace_weights import TRANSPORTS, SubspaceWeights
+from zolightning.optim.subspace_weights import SubspaceWeights
 
 _DENOMINATOR_EPS = 1e-8
 

@@ -2,28 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import arithmetic
-from zolightning.directions.shards import first_element, is_sharded, own_rows
+from zolightning.directions.shards import first_element, own_rows
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.messages import some
-from zolightning.optim.deferred import defer
+from zolightning.optim.momentum_transport import momentum_of, transport_momentum
 from zolightning.optim.offload import add_offloaded, to_host
 from zolightning.optim.precision import RESTS, State, add_tensor, as_contiguous
 from zolightning.optim.record import StepRecord
+from zolightning.optim.state_dicts import substitute_in_state_dicts
 from zolightning.optim.subspace_bases import Matrix, SubspaceBases
 from zolightning.rank_zero import rank_zero_info
 
 _CHUNK = 2**20  # elements of a lift at a time, at least
-Transport = Literal["project", "reset", "keep"]
-TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")
 
 
 class SubspaceWeights(SubspaceBases):
@@ -63,7 +62,7 @@ class SubspaceWeights(SubspaceBases):
         self.offload_low_words = offload_low_words
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []  # in whoever saves weights
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
             raise ValueError(
@@ -146,14 +145,8 @@ class SubspaceWeights(SubspaceBases):
                     new = new.anchored(old, core, min(group["anchor"], *core.shape), self.unit)
                     state |= {side: f for side in ("left", "right") if (f := getattr(new, side)) is not None}
                 self._bases[parameter] = new
-                before += old.squared_norm(core)
-                if group["transport"] == "reset":
-                    for entry in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step"):
-                        state.pop(entry, None)
-                    continue
-                if group["transport"] == "project":
-                    core.copy_(old.transport(core.clone(), new))
-                after += new.squared_norm(core)
+                norms = transport_momentum(state, old, core, new, group["transport"])
+            before, after = before + norms[0], after + norms[1]
         self.param_groups[0]["momentum_kept"] = after / before if before else None
 
     # Pending updates
@@ -195,19 +188,16 @@ class SubspaceWeights(SubspaceBases):
             thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
             if thin:
                 rank_zero_info(f"`rank` is {group['rank']}, and less in {len(thin)} thin matrices: {some(thin)}.")
-        for submodule in module.modules():
-            # TorchScript takes no hooks: what its modules own is written by the one around them.
-            if not isinstance(submodule, torch.jit.ScriptModule) and any(p in self._names for _, p in _own(submodule)):
-                # A partial object, for torch marks the hook with an attribute.
-                self._hooks.append(submodule.register_state_dict_post_hook(partial(self._write_folded)))
+        self._hooks += substitute_in_state_dicts(module, self._names, self._lacks_updates, self._folded)
         if self.fold_every_step:
             self.fold()  # what a checkpoint, restored before, has pending
 
     def detach(self) -> None:
         super().detach()
         self.fold()
-        while self._hooks:
-            self._hooks.pop().remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Also what is in host memory."""
@@ -262,12 +252,8 @@ class SubspaceWeights(SubspaceBases):
     def host_bytes(self) -> int:
         return sum(rest.nbytes for state in self._offloaded.values() for rest in state.values())
 
-    def _write_folded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        """A ``state_dict`` hook: whoever saves weights in the middle of an interval gets all of the training."""
-        for name, parameter in _own(module):
-            if "core" in self.state.get(parameter, {}) and prefix + name in state_dict:
-                compute = partial(self._folded, parameter)
-                state_dict[prefix + name] = compute() if is_sharded(parameter) else defer(compute, like=parameter)
+    def _lacks_updates(self, parameter: nn.Parameter) -> bool:
+        return "core" in self.state.get(parameter, {})
 
     @torch.no_grad()
     def _folded(self, parameter: nn.Parameter) -> Tensor:
@@ -315,19 +301,3 @@ def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[
         if start < stop:
             product = (one[part] @ other.T).flatten()
             yield start - elements.start, product[start - part.start * columns : stop - part.start * columns]
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that no other module with hooks owns: a module's own, and those of TorchScript within."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, parameter
-    for name, child in module._modules.items():
-        if isinstance(child, torch.jit.ScriptModule):
-            for rest, parameter in child.named_parameters(remove_duplicate=False):
-                yield f"{name}.{rest}", parameter
-
-
-def momentum_of(state: State) -> Tensor | None:
-    """The mean of core gradients in the state of a matrix, flat, if there is one."""
-    return state.get("momentum_buffer", state.get("exp_avg"))
