@@ -46,6 +46,7 @@ from zolightning.commands.slots import (
     with_switches,
 )
 from zolightning.commands.trainer import Trainer
+from zolightning.partners import callbacks_of
 from zolightning.scopes.scope import refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
 
@@ -177,7 +178,7 @@ class ZerothOrderCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None and self._ledger is None
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it, undeclared
+        for callback in callbacks_of(self.trainer):
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent):
                 callback.check(self.trainer, self.model)
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
@@ -207,7 +208,7 @@ class ZerothOrderCLI(LightningCLI):
         config = f"--config {Path(folder) / 'config.yaml'}"
         if best:
             print(f"export it:  zolightning export {config} --ckpt_path {best} --folder NEW_FOLDER")
-        ledgers = [callback.path for callback in self.trainer.callbacks if isinstance(callback, KeepLedger)]  # type: ignore[attr-defined]  # as in `before_fit`
+        ledgers = [callback.path for callback in callbacks_of(self.trainer) if isinstance(callback, KeepLedger)]
         if ledgers and ledgers[0] is not None:
             print(f"replay it:  zolightning replay {config} --ledger {ledgers[0]} --output NEW_FOLDER")
         if Path(folder, "checkpoints/last.ckpt").is_file():

@@ -14,6 +14,7 @@ import zolightning.sharded
 import zolightning.strategies  # noqa: F401  # they register `zo_ddp` and `zo_fsdp`: whoever takes a step can name them
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
+from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss
 from zolightning.optim.share import WHOLE, Share
@@ -108,21 +109,8 @@ def logged_once(
         has_logged = has_logged or is_logging
         return loss()
 
-    with replaced_log(module, log):
+    with replaced(module, "log", log):
         yield evaluate, names
-
-
-@contextmanager
-def replaced_log(module: L.LightningModule, log: Callable[..., None]) -> Iterator[None]:
-    """Calls `log` where the module calls ``self.log``; afterwards that is what it was."""
-    own_log = vars(module).get("log")
-    vars(module)["log"] = log
-    try:
-        yield
-    finally:
-        del vars(module)["log"]
-        if own_log is not None:
-            vars(module)["log"] = own_log
 
 
 def _share(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Share:

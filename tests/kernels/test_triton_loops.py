@@ -32,6 +32,7 @@ def run(program: list[str], **environment: str) -> str:
 _INTERPRET = """
 import torch
 from zolightning.bench import bits
+from zolightning.bench.loop_runs import noise
 from zolightning.kernels import triton_loops
 
 triton_loops._BLOCK, triton_loops._CHUNK = 512, 2  # a program costs as much with any block

@@ -63,13 +63,7 @@ class LoopRuns:
     numel: int
 
     def perturb(
-        self,
-        dtype: torch.dtype,
-        out: torch.dtype,
-        queries: int,
-        kind: NoiseKind,
-        start: int,
-        shape: Shape = None,
+        self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind, start: int, shape: Shape = None
     ) -> Outputs:
         weight = any_bits(self.numel, dtype).to(self.device)
         one, plus, minus = torch.empty(3, self.numel + 3, dtype=out, device=self.device)[:, : self.numel].unbind()
@@ -78,13 +72,7 @@ class LoopRuns:
         self.loops.perturb_both(plus, minus, weight, **options)
         return one, plus, minus
 
-    def perturb_rows(
-        self,
-        dtype: torch.dtype,
-        queries: int,
-        kind: NoiseKind,
-        shape: Shape = None,
-    ) -> Outputs:
+    def perturb_rows(self, dtype: torch.dtype, queries: int, kind: NoiseKind, shape: Shape = None) -> Outputs:
         count = self.numel // 70
         table = any_bits(count * 38, dtype).view(count, 38).to(self.device)
         rows = (torch.arange(5 * (count // 5) + 5) * 6 % count).to(self.device)  # not in order, and some twice
@@ -109,12 +97,7 @@ class LoopRuns:
         return (weight,) if low is None else (weight, low)
 
     def add_curved(
-        self,
-        dtype: torch.dtype,
-        rest: torch.dtype | None,
-        decay: float,
-        queries: int,
-        kind: NoiseKind,
+        self, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
     ) -> Outputs:
         """A curvature that grows, shrinks and comes to both ends of its range; by itself, too."""
         weight, low = self._stored(self.numel, dtype, rest)
@@ -139,13 +122,7 @@ class LoopRuns:
         self.loops.add_delta(weight, any_bits(self.numel, torch.float32, 2).to(self.device), decay, low, scale=-1.7e-3)
         return (weight,) if low is None else (weight, low)
 
-    def perturb_each(
-        self,
-        dtype: torch.dtype,
-        out: torch.dtype,
-        queries: int,
-        kind: NoiseKind,
-    ) -> Outputs:
+    def perturb_each(self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind) -> Outputs:
         """Of the tensors every second one is zero."""
         weights = [any_bits(size + 60, dtype, size)[:size].to(self.device) for size in self._sizes()]
         outs = [torch.empty_like(weight, dtype=out) for weight in weights]
@@ -153,13 +130,7 @@ class LoopRuns:
         self.loops.perturb_each(outs, given, *self._noise_of_each(queries, kind), kind)
         return outs
 
-    def add_to_each(
-        self,
-        dtype: torch.dtype,
-        rest: torch.dtype | None,
-        queries: int,
-        kind: NoiseKind,
-    ) -> Outputs:
+    def add_to_each(self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind) -> Outputs:
         weights, rests = self._several(dtype, rest)
         noises = self._noise_of_each(queries, kind)
         self.loops.add_to_each(weights, *noises, _DECAYS_OF_EACH, rests, kind)
@@ -174,9 +145,7 @@ class LoopRuns:
 
     def add_delta_to_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> Outputs:
         weights, rests = self._several(dtype, rest)
-        deltas = [
-            any_bits(len(weight) + 60, torch.float32, len(weight))[: len(weight)].to(self.device) for weight in weights
-        ]
+        deltas = [any_bits(size + 60, torch.float32, size)[:size].to(self.device) for size in self._sizes()]
         self.loops.add_delta_to_each(weights, deltas, _DECAYS_OF_EACH, rests, -1.7e-3)
         return [*weights, *(low for low in rests if low is not None)]
 

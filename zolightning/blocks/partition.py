@@ -9,7 +9,7 @@ from torch import nn
 
 from zolightning.layers import find_layers
 from zolightning.messages import some
-from zolightning.optim.checks import require_choice
+from zolightning.optim.checks import require_choice, require_patterns
 
 Others = Literal["blocks", "always", "never"]
 OTHERS: tuple[str, ...] = ("blocks", "always", "never")
@@ -34,19 +34,6 @@ class Blocks:
     def names(self) -> tuple[str, ...]:
         """Of the blocks."""
         return tuple(self.parameters)
-
-
-def require_patterns(patterns: Sequence[str] | None) -> None:
-    """Raises a ValueError unless these are regular expressions, or None."""
-    if patterns is None:
-        return
-    if isinstance(patterns, str) or not patterns:
-        raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
 
 
 def find_blocks(
@@ -76,7 +63,8 @@ def find_blocks(
             or there are less than two blocks.
     """
     require_choice("others", others, OTHERS)
-    require_patterns(patterns)
+    if patterns is not None:
+        require_patterns(patterns)
     wanted = set(trainable)
     named = {name: parameter for name, parameter in module.named_parameters() if parameter in wanted}
     blocks = _of_layers(module, named, layers_name) if patterns is None else _of_patterns(named, patterns)

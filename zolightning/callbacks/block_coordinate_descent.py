@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from zolightning.blocks.orders import Cyclic, Order
-from zolightning.blocks.partition import OTHERS, Others, find_blocks, require_patterns
+from zolightning.blocks.partition import OTHERS, Others, find_blocks
 from zolightning.blocks.schedule import BlockSchedule, require_same_settings, require_schedule, schedule_settings
 from zolightning.blocks.timeline import Timeline
-from zolightning.callbacks.subspace_resampling import callbacks_of
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
-from zolightning.optim.checks import require_choice
+from zolightning.optim.checks import require_choice, require_patterns
+from zolightning.partners import callbacks_of, zeroth_order_optimizer
 from zolightning.scopes.scope import Scope
 
 
@@ -69,7 +69,8 @@ class BlockCoordinateDescent(Callback):
         layers_name: str | None = None,
     ) -> None:
         require_schedule(interval, blocks_per_step, left_state)
-        require_patterns(patterns)
+        if patterns is not None:
+            require_patterns(patterns)
         require_choice("others", others, OTHERS)
         self.order = Cyclic() if order is None else order
         self.interval = interval
@@ -115,7 +116,7 @@ class BlockCoordinateDescent(Callback):
             self._make_schedule(pl_module, [p for p in pl_module.parameters() if p.requires_grad])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = self._optimizer(trainer)
+        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         self.schedule = self._make_schedule(pl_module, [parameter for _, _, parameter in optimizer.trainable()])
         blocks = self.schedule.blocks
         self.timeline = Timeline(len(blocks), start=optimizer.param_groups[0]["step"])
@@ -130,7 +131,7 @@ class BlockCoordinateDescent(Callback):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer, schedule = self._optimizer(trainer), self.schedule
+        optimizer, schedule = zeroth_order_optimizer(trainer, type(self).__name__), self.schedule
         assert schedule is not None, "`on_fit_start` makes it"
         record = optimizer.record
         if record is None:
@@ -194,15 +195,6 @@ class BlockCoordinateDescent(Callback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         return schedule
-
-    def _optimizer(self, trainer: L.Trainer) -> ZerothOrderOptimizer:
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, ZerothOrderOptimizer):
-                return optimizer
-        raise MisconfigurationException(
-            "BlockCoordinateDescent needs a zeroth-order method (the ZerothOrder callback), got "
-            f"{', '.join(type(optimizer).__name__ for optimizer in trainer.optimizers) or 'no optimizer'}."
-        )
 
     def _log_scores(self, trainer: L.Trainer, step: int) -> None:
         found = {"score": self.order.scores, "probability": getattr(self.order, "probabilities", [])}

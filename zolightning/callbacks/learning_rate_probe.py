@@ -16,6 +16,7 @@ from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_positive
 from zolightning.optim.record import StepRecord
+from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
 
 _SHARES = (1.0, 0.2)  # of the loss: rises that are looked for; the second one where it is bounded
@@ -137,19 +138,6 @@ class LearningRateProbe(Callback):
                 "`total_steps` of LearningRateProbe."
             )
         return total - trainer.global_step
-
-
-def zeroth_order_optimizer(trainer: L.Trainer, callback: str) -> ZerothOrderOptimizer:
-    """The zeroth-order method that a Trainer runs.
-
-    Raises:
-        MisconfigurationException: if it runs none; the message names the `callback` that needs one.
-    """
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, ZerothOrderOptimizer):
-            return optimizer
-    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
-    raise MisconfigurationException(f"{callback} needs a zeroth-order method (the ZerothOrder callback), got {found}.")
 
 
 def set_lr_scale(optimizer: ZerothOrderOptimizer, scale: float) -> None:

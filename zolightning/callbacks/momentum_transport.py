@@ -6,9 +6,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks.subspace_resampling import callbacks_of, subspace_optimizer
 from zolightning.optim.checks import require_choice
 from zolightning.optim.momentum_transport import TRANSPORTS, Transport
+from zolightning.partners import callbacks_of, subspace_optimizer
 
 
 class MomentumTransport(Callback):

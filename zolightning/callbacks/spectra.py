@@ -13,10 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from zolightning.callbacks.subspace_resampling import subspace_optimizer
+from zolightning.optim.checks import require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_bases import Matrix
+from zolightning.partners import subspace_optimizer
 from zolightning.scopes.calibration import own_loss
 
 if TYPE_CHECKING:
@@ -49,13 +50,7 @@ class Spectra(Callback):
     def __init__(
         self, patterns: Sequence[str], every_n_steps: int = 100, sources: Sequence[Source] = ("estimate",)
     ) -> None:
-        if isinstance(patterns, str) or not patterns:
-            raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
+        require_patterns(patterns)
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
         if isinstance(sources, str) or not sources or not set(sources) <= set(SOURCES):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.messages import some
 from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.partners import callbacks_of, subspace_optimizer
 
 
 class SubspaceResampling(Callback):
@@ -105,24 +106,3 @@ def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callbac
             f"{type(optimizer).__name__} needs the callback SubspaceResampling beside ZerothOrder, "
             "`zolightning.callbacks.SubspaceResampling` in `trainer.callbacks`: it says when new subspaces are drawn."
         )
-
-
-def callbacks_of(trainer: L.Trainer) -> list[Callback]:
-    """The callbacks of a Trainer, all of them."""
-    return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
-
-
-def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:
-    """The subspace method that a Trainer runs.
-
-    Raises:
-        MisconfigurationException: if it runs none; the message names the `callback` that needs one.
-    """
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, SubspaceOptimizer):
-            return optimizer
-    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
-    raise MisconfigurationException(
-        f"{callback} needs a subspace method (LOZO, GRZO, SubZero, SubspaceMeZO, ZOMuon, ZOMOPI), got {found}. "
-        f"Choose one of them, or leave {callback} out."
-    )

@@ -19,7 +19,7 @@ from zolightning.callbacks.folding import choose_folding, is_validation_next
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
-from zolightning.callbacks.subspace_resampling import callbacks_of, require_resampling
+from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.stacked import network_of
@@ -27,6 +27,7 @@ from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrder
 from zolightning.optim.checks import Loss
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
+from zolightning.partners import callbacks_of
 from zolightning.ranks import layout_of
 from zolightning.step import zeroth_order_step
 

@@ -10,7 +10,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +26,7 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
 from zolightning.optim.subspace_bases import SubspaceBases
 from zolightning.optim.subspace_weights import SubspaceWeights
+from zolightning.partners import callbacks_of, zeroth_order_optimizer
 
 _KEY = "zolightning.KeepLedger"
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
@@ -105,13 +105,7 @@ class KeepLedger(Callback):
             self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]
-        if not optimizers:
-            raise MisconfigurationException(
-                "KeepLedger needs a zeroth-order method (the ZerothOrder callback), got "
-                f"{', '.join(type(optimizer).__name__ for optimizer in trainer.optimizers) or 'no optimizer'}."
-            )
-        self._optimizer = optimizer = optimizers[0]
+        self._optimizer = optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         taken: list[StepRecord] = []
         if self._writes(trainer):
             is_writer = trainer.is_global_zero
@@ -297,6 +291,5 @@ class KeepLedger(Callback):
 
 def _waits_for_training(trainer: L.Trainer) -> bool:
     """Whether a callback may go by a metric that training steps log."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer's
-    monitors = (getattr(callback, "monitor", None) for callback in callbacks)
+    monitors = (getattr(callback, "monitor", None) for callback in callbacks_of(trainer))
     return any(monitor is not None and not str(monitor).startswith("val") for monitor in monitors)

@@ -18,6 +18,7 @@ from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.checkpoints.training_loop import count_epoch_once, is_between_steps, validate
 from zolightning.optim.deferred import deferring
+from zolightning.partners import callbacks_of
 
 _KEY = "zolightning.SaveLast"
 
@@ -83,9 +84,10 @@ class SaveLast(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # After the other ModelCheckpoints, whose state is to be in the file. On an error, before anybody cleans up.
         # (Lightning goes on through the old list.)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer's
-        others = [callback for callback in callbacks if callback is not self and callback is not self._first]
-        trainer.callbacks = [self._first, *others, self]  # type: ignore[attr-defined]
+        others = [
+            callback for callback in callbacks_of(trainer) if callback is not self and callback is not self._first
+        ]
+        trainer.callbacks = [self._first, *others, self]  # type: ignore[attr-defined]  # as in `callbacks_of`
         if len(trainer.checkpoint_callbacks) == 2:  # of which one has a best
             warnings.filterwarnings("ignore", ".* is called with Trainer configured with multiple `ModelCheckpoint`")
         if self.dirpath is None:
@@ -178,8 +180,9 @@ class SaveLast(ModelCheckpoint):
     @staticmethod
     def _has_ledger(trainer: L.Trainer) -> bool:
         """Whether a checkpoint from before an error is enough: a loader may have gone on to the batch that failed."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # as in `setup`
-        return any(isinstance(callback, KeepLedger) and callback.ledger is not None for callback in callbacks)
+        return any(
+            isinstance(callback, KeepLedger) and callback.ledger is not None for callback in callbacks_of(trainer)
+        )
 
     # What it saves
 

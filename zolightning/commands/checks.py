@@ -16,6 +16,7 @@ from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
 from zolightning.models.spread import refuse_misplaced
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.partners import callbacks_of
 from zolightning.sharded import ZerothOrderFSDP
 from zolightning.strategies import ZerothOrderDDP
 
@@ -115,8 +116,7 @@ def check_strategy(trainer: L.Trainer, model: L.LightningModule) -> None:
     """
     if isinstance(network := getattr(model, "model", None), nn.Module):
         refuse_misplaced(network, trainer, "fit")
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
-    is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks)
+    is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks_of(trainer))
     ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)
     if ours and not is_zeroth_order and model.automatic_optimization:
         name = "zo_ddp" if isinstance(trainer.strategy, ZerothOrderDDP) else "zo_fsdp"
@@ -135,7 +135,7 @@ def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
     Raises:
         MisconfigurationException: naming a metric that nothing logs, its callback and the metrics that there are.
     """
-    monitors = _monitors(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    monitors = _monitors(callbacks_of(trainer))
     if not monitors or trainer.limit_val_batches == 0:
         return
     named = getattr(model, "validation_metrics", None)

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from zolightning.callbacks import LearningRateProbe, ZerothOrder
-from zolightning.callbacks.learning_rate_probe import zeroth_order_optimizer
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.callbacks.run_overview import overview
 from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
@@ -28,6 +27,7 @@ from zolightning.commands.report import print_table
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.checks import Loss, loss_and_terms
+from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 
 if TYPE_CHECKING:

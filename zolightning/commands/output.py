@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, Prog
 from lightning.pytorch.cli import SaveConfigCallback
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview
+from zolightning.partners import callbacks_of
 
 _OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, RunOverview, SaveConfigCallback)
 
@@ -44,8 +45,7 @@ def _run_folder(trainer: L.Trainer) -> Path:
 
 def silent_callbacks(trainer: L.Trainer) -> list[Callback]:
     """The callbacks that take part in training, without those that show or write."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
-    return [callback for callback in callbacks if not isinstance(callback, _OF_A_RUN)]
+    return [callback for callback in callbacks_of(trainer) if not isinstance(callback, _OF_A_RUN)]
 
 
 @contextmanager

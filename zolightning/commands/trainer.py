@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
 
 from zolightning.callbacks import LearningRateProbe
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
@@ -16,6 +15,7 @@ from zolightning.commands.output import output_folder, quiet
 from zolightning.commands.profile import LayerProfile
 from zolightning.commands.replay import follow_run, replay_to_folder
 from zolightning.commands.sweep_layers import LayerSweep
+from zolightning.partners import callbacks_of
 
 
 class Trainer(L.Trainer):
@@ -209,7 +209,7 @@ class Trainer(L.Trainer):
             ValueError: naming what of `ledger`, `output` or `step` cannot be.
         """
         model.to(self.strategy.root_device)
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it, undeclared
+        callbacks = callbacks_of(self)
         if not follow:
             replay_to_folder(model, callbacks, ledger, output, step)
             return

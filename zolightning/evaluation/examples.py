@@ -23,8 +23,9 @@ from zolightning.evaluation.network_run import Call, NetworkRun
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.reads import FlippedBit
+from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
-from zolightning.evaluation.shared_prefix import SharedPrefix, replaced_forward
+from zolightning.evaluation.shared_prefix import SharedPrefix
 
 Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight; `loss` says of which
 Losses = list[tuple[Tensor, Tensor]]

@@ -32,9 +32,9 @@ from zolightning.evaluation.capture import Capture, describe_failure
 from zolightning.evaluation.network_state import NetworkState, snapshot_of
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import RowGroups
 from zolightning.evaluation.scratch import Scratch
-from zolightning.evaluation.shared_prefix import replaced_forward
 from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Perturbations, Tables, copy_into, static_copy
 from zolightning.rank_zero import rank_zero_warn
 

@@ -12,7 +12,7 @@ the second epoch on, nothing below the first trained layer is computed at all.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators, States
+from zolightning.evaluation.replaced import replaced_forward
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
@@ -43,19 +44,6 @@ def layers_of(module: nn.Module) -> Sequence[nn.Module]:
         return find_layers(module).layers
     except ValueError:
         return ()
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives a module another ``forward`` for a while, with the signature of its own, which ``generate`` reads."""
-    own = vars(module).get("forward")
-    module.forward = wraps(module.forward)(lambda *args, **kwargs: forward(*args, **kwargs))
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 class SharedPrefix:

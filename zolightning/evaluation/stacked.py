@@ -14,8 +14,8 @@ evaluations grow together, each from tokens of its own, as long as they are the 
 other ones in each group of rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.network_run import NetworkRun
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
-from zolightning.evaluation.shared_prefix import replaced_forward
 
 Evaluate = Callable[[], tuple[Tensor, Tensor]]
 
@@ -107,7 +107,10 @@ class StackedNetwork:
     def _run(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> NetworkRun:
         """Evaluates losses by calls of the network for all contexts at once; none for a batch without terms."""
         run = NetworkRun(self.network, contexts, self._generators, self._graphs)
-        with replaced_forward(self.network, run.forward), _replaced_generate(self.network, run.generate):
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forward(self.network, run.forward))
+            if hasattr(self.network, "generate"):
+                stack.enter_context(replaced(self.network, "generate", run.generate))
             for context in contexts:
                 with context:
                     run.begin()
@@ -154,19 +157,3 @@ def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple
         with context:
             results.append(evaluate())
     return results
-
-
-@contextmanager
-def _replaced_generate(network: nn.Module, generate: Callable[..., Any]) -> Iterator[None]:
-    """Gives a network that writes texts another ``generate`` for a while."""
-    if not hasattr(network, "generate"):
-        yield
-        return
-    own = vars(network).get("generate")
-    vars(network)["generate"] = generate
-    try:
-        yield
-    finally:
-        del vars(network)["generate"]
-        if own is not None:
-            vars(network)["generate"] = own

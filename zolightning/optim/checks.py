@@ -1,6 +1,7 @@
 """Checks of what a method is given: hyperparameters, parameters, losses."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -31,6 +32,17 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises a ValueError that names the argument unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+
+
+def require_patterns(patterns: Sequence[str]) -> None:
+    """Raises a ValueError unless these are regular expressions, one at least."""
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
 
 
 def require_queries(num_queries: int, estimator: Estimator) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from zolightning.evaluation.mode import evaluation_mode
-from zolightning.step import Loss, replaced_log
+from zolightning.evaluation.replaced import replaced
+from zolightning.step import Loss
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def own_loss(module: L.LightningModule, batch: Any) -> Loss:
         )
     step: Any = type(module).training_step
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # beside `self`, as Lightning counts
-    with evaluation_mode(module), replaced_log(module, _say_nothing):
+    with evaluation_mode(module), replaced(module, "log", _say_nothing):
         return step(module, batch, 0) if takes_index else step(module, batch)
 
 

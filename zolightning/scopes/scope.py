@@ -14,6 +14,7 @@ from torch import nn
 
 from zolightning.directions.slices import Slice
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.partners import callbacks_of
 from zolightning.quantization import num_weights, unquantize
 
 _KEY = "scope"
@@ -143,8 +144,7 @@ class Scope(Callback, ABC):
 
 def refuse_two_scopes(trainer: L.Trainer) -> None:
     """Raises a MisconfigurationException where callbacks of a Trainer would freeze what others train."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer's
-    scopes = [type(callback).__name__ for callback in callbacks if isinstance(callback, Scope)]
+    scopes = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, Scope)]
     if len(scopes) > 1:
         raise MisconfigurationException(
             f"`trainer.callbacks` has {len(scopes)} scopes, {', '.join(scopes)}: each would freeze what the others "

@@ -8,9 +8,9 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from zolightning.blocks.partition import find_blocks, require_patterns
+from zolightning.blocks.partition import find_blocks
 from zolightning.layers import find_layers
-from zolightning.optim.checks import require_positive
+from zolightning.optim.checks import require_patterns, require_positive
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import ChosenParameters, Part, WholeLayer
 from zolightning.scopes.scope import Scope, Selection
@@ -66,7 +66,8 @@ class TrainBySignal(Scope):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
         require_positive("eps", eps)
-        require_patterns(patterns)
+        if patterns is not None:
+            require_patterns(patterns)
         if patterns is not None and part is not None:
             raise ValueError(
                 f"`part` is {part!r}, of layers, and `patterns` name blocks of their own: give one of them."

@@ -6,6 +6,7 @@ from itertools import islice
 
 import lightning as L
 
+from zolightning.optim.checks import require_patterns
 from zolightning.scopes.scope import Scope, Selection
 
 
@@ -22,13 +23,7 @@ class TrainParameters(Scope):
 
     def __init__(self, patterns: Sequence[str]) -> None:
         super().__init__()
-        if isinstance(patterns, str) or not patterns:
-            raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
+        require_patterns(patterns)
         self.patterns = tuple(patterns)
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
