@@ -27,18 +27,13 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.buffer import Buffer
+from zolightning.evaluation.descriptions import describes
 from zolightning.evaluation.pieces import HOST, ByRows, is_cut, linear_in_pieces
 from zolightning.evaluation.scratch import Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
 _CONTAINERS = (list, tuple)  # that a function may be handed parameters in
-# Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
-_VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
-_DESCRIPTIONS = frozenset(
-    {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "__len__"}
-    | {"is_floating_point", "is_complex", "__hash__", "get_device", "storage_offset"}
-)
 
 
 class Perturbed(TorchFunctionMode):
@@ -65,9 +60,9 @@ class Perturbed(TorchFunctionMode):
         super().__init__()
         self.perturbations = perturbations
         self.in_place = {parameter: perturbations[parameter] for parameter in in_place}
-        self._perturbations = {id(p): w for p, w in perturbations.items()}
+        self._by_id = {id(p): w for p, w in perturbations.items()}  # of those that functions are watched for
         for parameter in self.in_place:
-            del self._perturbations[id(parameter)]
+            del self._by_id[id(parameter)]
         self.scratch = scratch or Scratch()
         self.readers = readers
         self._restore = ExitStack()
@@ -84,7 +79,7 @@ class Perturbed(TorchFunctionMode):
 
     def unread(self) -> list[nn.Parameter]:
         """Those that no function has read so far, among the parameters that are not perturbed in place."""
-        if self._perturbations.keys() <= self.seen:
+        if self._by_id.keys() <= self.seen:
             return []
         return [p for p in self.perturbations if p not in self.in_place and id(p) not in self.seen]
 
@@ -169,7 +164,7 @@ class Perturbed(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if not self._reads(args) and not (kwargs and self._reads(kwargs.values())):
             return func(*args, **kwargs) if kwargs else func(*args)
-        if _describes(func):
+        if describes(func):
             return func(*args, **(kwargs or {}))
         return self.run(func, args, kwargs or {})
 
@@ -192,7 +187,7 @@ class Perturbed(TorchFunctionMode):
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
-        perturbations = self._perturbations
+        perturbations = self._by_id
         for value in values:
             if id(value) in perturbations or (isinstance(value, _CONTAINERS) and self._reads(value)):
                 return True
@@ -205,10 +200,10 @@ class Perturbed(TorchFunctionMode):
         """
         if isinstance(value, _CONTAINERS):
             return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
-        if id(value) not in self._perturbations:
+        if id(value) not in self._by_id:
             return value
         self.seen.add(id(value))
-        perturbation = self._perturbations[id(value)]
+        perturbation = self._by_id[id(value)]
         if perturbation is None:
             return value
         return self._copy(value, perturbation, taken)
@@ -240,22 +235,22 @@ class Perturbed(TorchFunctionMode):
             return None
         if device not in self._together:
             is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            watched = ((p, change) for p, change in self.perturbations.items() if id(p) in self._perturbations)
+            watched = ((p, change) for p, change in self.perturbations.items() if id(p) in self._by_id)
             self._together[device] = {} if is_recorded else self.scratch.together(device).make(watched)
         return self._together[device].get(id(parameter))
 
     def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
         """``F.linear`` of perturbed tensors, the function that is called most often."""
-        perturbations = self._perturbations
-        perturbation = perturbations.get(id(weight))
+        by_id = self._by_id
+        perturbation = by_id.get(id(weight))
         if isinstance(perturbation, LowRank):
             output = self._product(F.linear, (inputs, weight, bias), {})
             if output is not None:
                 return output
         taken: list[Buffer] = []
-        if id(inputs) in perturbations:
+        if id(inputs) in by_id:
             inputs = self.exchange(inputs, taken)
-        if id(bias) in perturbations:
+        if id(bias) in by_id:
             bias = self.exchange(bias, taken)
         if perturbation is None:
             output = F.linear(inputs, self.exchange(weight, taken), bias)
@@ -276,7 +271,7 @@ class Perturbed(TorchFunctionMode):
         if len(args) < 2 or max_norm is not None:
             return None
         ids, table = args[:2]
-        perturbation = self._perturbations.get(id(table))
+        perturbation = self._by_id.get(id(table))
         if perturbation is None or isinstance(perturbation, Tangent):
             return None
         self.seen.add(id(table))
@@ -288,8 +283,8 @@ class Perturbed(TorchFunctionMode):
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The output of a perturbation that can do without the perturbed weight; None for all other calls."""
         weight, inputs, bias = factors_of(func, args)
-        perturbation = self._perturbations.get(id(weight))
-        if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._perturbations:
+        perturbation = self._by_id.get(id(weight))
+        if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._by_id:
             return None
         taken: list[Buffer] = []
         bias = self.exchange(bias, taken)
@@ -304,10 +299,3 @@ def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, An
     """Weight, input and bias of one of :data:`PRODUCTS`, None where they are not given by position."""
     weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
     return weight, inputs, bias
-
-
-def _describes(func: Callable[..., Any]) -> bool:
-    name = func.__name__
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", None) not in _VALUE_GETTERS
-    return name in _DESCRIPTIONS

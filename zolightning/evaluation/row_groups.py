@@ -54,7 +54,7 @@ class RowGroups(Perturbed):
         cut = [self._has_rows(tensor) for tensor in tensors]
         held = [id(tensor) for tensor in tensors if id(tensor) in self.held]
         self.cuts.append((func, *held, *cut))
-        self.groups[0].seen.update(name for name in held if name in self._perturbations)
+        self.groups[0].seen.update(name for name in held if name in self._by_id)
         if func in PRODUCTS and (output := self._stacked_product(func, args, kwargs)) is not None:
             return output
         if func in PRODUCTS and (output := self._product_of_each(func, args, kwargs)) is not None:
@@ -118,7 +118,7 @@ class RowGroups(Perturbed):
         weight, inputs, bias = factors_of(func, args)
         if (
             kwargs
-            or id(weight) not in self._perturbations
+            or id(weight) not in self._by_id
             or not self._has_rows(inputs)
             or inputs.ndim < 2
             or weight.ndim != 2
@@ -148,7 +148,7 @@ class RowGroups(Perturbed):
     def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Rows of an embedding as each group sees them; None where more is asked for, as for one group."""
         max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-        if len(args) < 2 or max_norm is not None or id(args[1]) not in self._perturbations:
+        if len(args) < 2 or max_norm is not None or id(args[1]) not in self._by_id:
             return None
         ids, table = args[:2]
         if not self._has_rows(ids):
@@ -191,7 +191,7 @@ class RowGroups(Perturbed):
 
     def _vectors(self, value: Any) -> list[Any]:
         """What each group sees of a small parameter; `value` itself if it is none."""
-        if id(value) not in self._perturbations:
+        if id(value) not in self._by_id:
             return [value] * len(self.groups)
         stored, changes = value.detach().contiguous(), self._changes(value)
         found: dict[int, Tensor] = {}

@@ -55,9 +55,13 @@ class DenseOptimizer(ZerothOrderOptimizer):
         return {parameter: found[name] for name, parameter in named.items()}
 
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
+        return self.multiples(query, sign * self.param_groups[0]["eps"])  # which all groups have
+
+    def multiples(self, query: int, coefficient: float) -> dict[nn.Parameter, Perturbation]:
+        """A number times the direction of `query`, for every trainable parameter, at the step that comes next."""
         found: dict[nn.Parameter, Perturbation] = {}
         for group in self.param_groups:
-            found |= self.directions(group, group["seed"], group["step"], {query: sign * group["eps"]})
+            found |= self.directions(group, group["seed"], group["step"], {query: coefficient})
         return found
 
 
@@ -68,10 +72,7 @@ class DenseDescent(DenseOptimizer):
     has_unit_directions = True
 
     def unit_directions(self, query: int) -> dict[nn.Parameter, Perturbation]:
-        found: dict[nn.Parameter, Perturbation] = {}
-        for group in self.param_groups:
-            found |= self.directions(group, group["seed"], group["step"], {query: 1.0})
-        return found
+        return self.multiples(query, 1.0)
 
     @abstractmethod
     def update_parameters(

@@ -1,19 +1,20 @@
 """Which losses a step asks for, and the projected gradients they give.
 
 With directions z_1..z_N of unit variance and F the loss of one batch, every estimator turns losses into numbers
-g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient (with ``ZScores`` its direction):
+g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient (with ``ZScores`` its direction). The bias is that of g_i;
+H is the Hessian:
 
-===================  ===========  ====================================================  ==============================
-estimator            forwards     g_i                                                   bias for a quadratic
-===================  ===========  ====================================================  ==============================
-``TwoSided``         2 N          (F(W + eps z_i) - F(W - eps z_i)) / (2 eps)           none
-``OneSided``         N + 1        (F(W + eps z_i) - F(W)) / eps                         (eps / 2) z_i' H z_i in g_i
-``ThreePoint``       2 N + 1      that of ``TwoSided``, and second differences              none
-``Population``       N (>= 2)     (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps   its mean cancels
-``ZScores``          N (>= 2)     (F(W + eps z_i) - their mean) / their standard deviation      its mean cancels
-``PerExample``       2            that of ``TwoSided`` for F_i, the examples of query i alone   none
-``ForwardGradient``  3 N          the derivative of F along z_i, exact                  none, for any F
-===================  ===========  ====================================================  ==============================
+===================  ========  ===========================================================  ====================
+estimator            forwards  g_i                                                          bias for a quadratic
+===================  ========  ===========================================================  ====================
+``TwoSided``         2 N       (F(W + eps z_i) - F(W - eps z_i)) / (2 eps)                  none
+``OneSided``         N + 1     (F(W + eps z_i) - F(W)) / eps                                (eps / 2) z_i' H z_i
+``ThreePoint``       2 N + 1   that of ``TwoSided``, and second differences                 none
+``Population``       N (>= 2)  (F(W + eps z_i) - mean over j != i of F(W + eps z_j)) / eps  its mean cancels
+``ZScores``          N (>= 2)  (F(W + eps z_i) - their mean) / their standard deviation     its mean cancels
+``PerExample``       2         that of ``TwoSided`` for F_i, the examples of query i alone  none
+``ForwardGradient``  3 N       the derivative of F along z_i, exact                         none, for any F
+===================  ========  ===========================================================  ====================
 """
 
 from abc import ABC, abstractmethod

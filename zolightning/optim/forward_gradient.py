@@ -13,7 +13,7 @@ from zolightning.directions.tangent import Tangent
 from zolightning.messages import some
 from zolightning.optim.checks import loss_and_terms, require_terms
 from zolightning.optim.estimators import ForwardGradient
-from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters
+from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ def evaluate_derivatives(
             hidden = [name for parameter, name in trainable.items() if tangents[0][parameter].is_hidden]
             if (derivative is None or hidden) and terms > 0 and loss.isfinite():
                 raise ValueError(f"`estimator` is ForwardGradient(), and {_why_not(hidden)}, or choose TwoSided().")
-            # a loss over no terms says nothing: it is NaN where it is a mean
-            values = [loss, torch.zeros_like(loss) if derivative is None else derivative]
-            sums[query] = torch.stack([*(torch.where(terms == 0, 0, value * terms) for value in values), terms])
+            sums[query] = sums_of(terms, loss, torch.zeros_like(loss) if derivative is None else derivative)
     sums = sums if share.sum is None else share.sum(sums)
     losses, derivatives, terms = (*(sums[:, :2] / sums[:, 2:]).unbind(1), sums[:, 2])
     losses = torch.where(derivatives.isfinite(), losses, derivatives)

@@ -12,7 +12,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.checks import loss_and_terms, require_terms
 from zolightning.optim.estimators import PerExample
-from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters
+from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def evaluate_examples(
     device = results[0][0].device if results else next(iter(trainable)).device
     table = torch.zeros(len(probes), count, 2, dtype=torch.float64, device=device)
     for (place, query), (loss, terms) in zip(product(own, queries), results, strict=True):
-        # A loss over no terms says nothing: it is NaN where it is a mean.
-        table[place, query] += torch.stack([torch.where(terms == 0, 0, loss * terms), terms]).to(table)
+        table[place, query] += sums_of(terms, loss).to(table)
     table = table if share.sum is None else share.sum(table)
     sums, terms = table.unbind(-1)  # of each evaluation and query
     shares = sums / terms.sum(dim=1, keepdim=True)  # of the batch's loss

@@ -14,11 +14,14 @@ A ZO update is often far below the spacing of half-precision numbers: rounded to
 For fp32 and fp64 weights the three are the same. What 500 random updates of RMS `s` move a bf16 weight of standard
 deviation 0.02, as a share of what they were meant to move it (and the cosine between the two):
 
-========  ============  ============  =====s         1e-5          1e-6          1e-7
-========  ============  ============  =====exact     1.00 (1.00)   1.00 (1.00)   1.00 (1.00)
+========  ============  ============  ============
+s         1e-5          1e-6          1e-7
+========  ============  ============  ============
+exact     1.00 (1.00)   1.00 (1.00)   1.00 (1.00)
 low_byte  1.00 (1.00)   0.99 (0.99)   0.62 (0.69)
 native    0.23 (0.44)   0.04 (0.16)   0.00 (0.05)
-========  ============  ============  =====
+========  ============  ============  ============
+
 Whoever writes to a weight between updates (a clamp, an average) is heard. The next update starts from the written
 value: in fp16 from exactly that, where it is not the rounded master; in bf16 from that plus the low word or byte,
 which cannot know of the write and is at most half a unit in the last place of the written value.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
@@ -122,8 +122,7 @@ def evaluate_probes(
             resting,
             leaves_traces,
         )
-    # A loss over no terms says nothing: it is NaN where it is a mean.
-    sums = [torch.stack([torch.where(terms == 0, 0, loss * terms), terms]) for loss, terms in results]
+    sums = [sums_of(terms, loss) for loss, terms in results]
     if len(own) == len(probes):
         totals = torch.stack(sums)
     else:  # zeros in the places of the others' evaluations
@@ -136,6 +135,11 @@ def evaluate_probes(
     count = len(probes)
     require_terms(numbers[count : 2 * count])
     return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
+
+
+def sums_of(terms: Tensor, *means: Tensor) -> Tensor:
+    """Sums over a number of terms, and that number. Over no terms a mean says nothing, and may be NaN: its sum is 0."""
+    return torch.stack([*(torch.where(terms == 0, 0, mean * terms) for mean in means), terms])
 
 
 def of_whole_parameters(
