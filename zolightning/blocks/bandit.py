@@ -7,6 +7,7 @@ from typing import Any
 
 from zolightning.blocks.orders import Order, Turn
 from zolightning.kernels.noise import key
+from zolightning.optim.checks import require_integer
 
 
 def project_to_simplex(weights: Sequence[float], p_min: float) -> list[float]:
@@ -45,8 +46,7 @@ class LearnedProbabilities(Order):
 
     def __init__(self, p_min: float | None = None, queries: int = 0) -> None:
         super().__init__()
-        if isinstance(queries, bool) or not isinstance(queries, int) or queries < 0:
-            raise ValueError(f"`queries` must be an integer, at least 0, got {queries!r}.")
+        require_integer("queries", queries, least=0)
         self.queries = queries
         if p_min is not None and not 0 < p_min <= 0.5:
             raise ValueError(f"`p_min` must be above 0 and at most 1 over the number of blocks, got {p_min!r}.")

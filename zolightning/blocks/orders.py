@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zolightning.kernels.noise import key
+from zolightning.optim.checks import require_integer
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,7 @@ class GaussSouthwellSweep(Order):
 
     def __init__(self, queries: int = 1) -> None:
         super().__init__()
-        if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
-            raise ValueError(f"`queries` must be an integer, at least 1, got {queries!r}.")
+        require_integer("queries", queries)
         self.queries = queries
 
     def choose(self, turn: Turn) -> Sequence[int]:

@@ -13,7 +13,7 @@ from zolightning.blocks.orders import Cyclic, Order, Turn
 from zolightning.blocks.partition import Blocks
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LEFT_STATES, LeftState
-from zolightning.optim.checks import require_choice
+from zolightning.optim.checks import require_choice, require_integer
 from zolightning.rank_zero import rank_zero_warn
 
 
@@ -149,9 +149,8 @@ def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> None:
     """Raises a ValueError for arguments of :class:`BlockSchedule` that fit no blocks."""
-    for name, value in (("interval", interval), ("blocks_per_step", blocks_per_step)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an integer, at least 1, got {value!r}.")
+    require_integer("interval", interval)
+    require_integer("blocks_per_step", blocks_per_step)
     require_choice("left_state", left_state, LEFT_STATES)
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.callbacks.learning_rate_probe import set_lr_scale
-from zolightning.optim.checks import require_positive
+from zolightning.optim.checks import require_integer, require_positive
 from zolightning.partners import zeroth_order_optimizer
 
 _RISEN = 3.0  # standard errors of the difference of two means
@@ -43,9 +43,8 @@ class LearningRateControl(Callback):
     """
 
     def __init__(self, interval: int = 50, patience: int = 5, factor: float = 0.5, min_scale: float = 0.01) -> None:
-        for name, value, least in (("interval", interval, 2), ("patience", patience, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
+        require_integer("interval", interval, least=2)
+        require_integer("patience", patience)
         for name, share in {"factor": factor, "min_scale": min_scale}.items():
             require_positive(name, share)
             if share >= 1:

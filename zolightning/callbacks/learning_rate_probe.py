@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.checks import require_positive
+from zolightning.optim.checks import require_integer, require_positive
 from zolightning.optim.record import StepRecord
 from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
@@ -66,10 +66,10 @@ class LearningRateProbe(Callback):
     def __init__(
         self, num_steps: int = 16, num_examples: int = 64, noise: float = 0.01, total_steps: int | None = None
     ) -> None:
-        counts = {"num_steps": num_steps, "num_examples": num_examples}
-        for name, value in (counts if total_steps is None else counts | {"total_steps": total_steps}).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer, at least 1, got {value!r}.")
+        require_integer("num_steps", num_steps)
+        require_integer("num_examples", num_examples)
+        if total_steps is not None:
+            require_integer("total_steps", total_steps)
         require_positive("noise", noise)
         self.num_steps = num_steps
         self.num_examples = num_examples

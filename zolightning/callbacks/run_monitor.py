@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.callbacks.refusals import bases
 from zolightning.memory import size
-from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.partners import methods_of
 
 
 class RunMonitor(Callback):
@@ -54,23 +54,19 @@ class RunMonitor(Callback):
         pl_module.log("run/steps_per_second", len(self._seconds) / sum(self._seconds))
         pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
         if trainer.global_step % max(getattr(trainer, "log_every_n_steps", 1), 1) == 0:
-            for optimizer in trainer.optimizers:
-                if isinstance(optimizer, ZerothOrderOptimizer):
-                    for name, value in optimizer.measurements().items():
-                        pl_module.log(f"method/{name}", value)
+            for method in methods_of(trainer):
+                for name, value in method.measurements().items():
+                    pl_module.log(f"method/{name}", value)
 
     @staticmethod
     def _say_state(trainer: L.Trainer) -> None:
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, ZerothOrderOptimizer):
-                weights = sum(
-                    math.prod(optimizer.trainable_shape(p)) * p.element_size() for _, _, p in optimizer.trainable()
-                )
-                host = f" and {size(optimizer.host_bytes())} in host memory" if optimizer.host_bytes() else ""
-                rank_zero_info(
-                    f"{type(optimizer).__name__} keeps {size(optimizer.state_bytes())} of state{host} for "
-                    f"{size(weights)} of trainable weights."
-                )
+        for method in methods_of(trainer):
+            weights = sum(math.prod(method.trainable_shape(p)) * p.element_size() for _, _, p in method.trainable())
+            host = f" and {size(method.host_bytes())} in host memory" if method.host_bytes() else ""
+            rank_zero_info(
+                f"{type(method).__name__} keeps {size(method.state_bytes())} of state{host} for "
+                f"{size(weights)} of trainable weights."
+            )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -31,11 +31,10 @@ from zolightning.memory import (
     trained_by,
     weight_bytes,
 )
-from zolightning.memory_alternatives import (
-    alternatives,
-)
+from zolightning.memory_alternatives import alternatives
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
+from zolightning.partners import callbacks_of, methods_of
 from zolightning.quantization import num_weights
 from zolightning.ranks import layout_of
 
@@ -80,16 +79,15 @@ class RunOverview(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, ZerothOrderOptimizer):
-                forwards = optimizer.param_groups[0]["forward_passes"]
-                for logger in _tensorboards(trainer):
-                    for name, value in trainer.callback_metrics.items():
-                        if name.startswith("val"):
-                            logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
+        for method in methods_of(trainer):
+            forwards = method.param_groups[0]["forward_passes"]
+            for logger in _tensorboards(trainer):
+                for name, value in trainer.callback_metrics.items():
+                    if name.startswith("val"):
+                        logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = next((callback for callback in _callbacks(trainer) if isinstance(callback, ModelCheckpoint)), None)
+        best = next((callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)), None)
         score = None if best is None else best.best_model_score
         metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
         for logger in _tensorboards(trainer):
@@ -168,7 +166,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
             refuse_too_large(planned, sum(map(free_bytes, devices)), others)
         yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
-    scopes = [type(callback).__name__ for callback in _callbacks(trainer) if "Scope" in bases(callback)]
+    scopes = [type(callback).__name__ for callback in callbacks_of(trainer) if "Scope" in bases(callback)]
     yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
     for blocks in _block_callbacks(trainer):
         yield "blocks", blocks.describe()
@@ -183,7 +181,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
 
 def _looked_for(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Iterator[int]:
     """How many leading directions of what layers read are looked for, where bases are made of them."""
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, SubspaceResampling) and callback.bases is not None:
             yield callback.bases.skip + max(group["rank"] for group in optimizer.param_groups)
 
@@ -209,7 +207,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         "max_steps": trainer.max_steps,
         "trainable": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
     }
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if "Scope" in bases(callback):
             settings["scope"] = type(callback).__name__
         if isinstance(callback, SubspaceResampling):
@@ -230,7 +228,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
 
 
 def _zeroth_order(trainer: L.Trainer) -> ZerothOrder:
-    return next(callback for callback in _callbacks(trainer) if isinstance(callback, ZerothOrder))
+    return next(callback for callback in callbacks_of(trainer) if isinstance(callback, ZerothOrder))
 
 
 def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape | None:
@@ -243,12 +241,7 @@ def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape 
 
 
 def _block_callbacks(trainer: L.Trainer) -> list[BlockCoordinateDescent]:
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, BlockCoordinateDescent)]
-
-
-def _callbacks(trainer: Any) -> list[Callback]:
-    found: list[Callback] = trainer.callbacks
-    return found
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, BlockCoordinateDescent)]
 
 
 def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:

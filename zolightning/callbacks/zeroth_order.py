@@ -27,7 +27,7 @@ from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrder
 from zolightning.optim.checks import Loss
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
-from zolightning.partners import callbacks_of
+from zolightning.partners import callbacks_of, methods_of
 from zolightning.ranks import layout_of
 from zolightning.step import zeroth_order_step
 
@@ -188,7 +188,7 @@ class ZerothOrder(Callback):
     def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._replaced:
             return
-        for optimizer in _methods(trainer):
+        for optimizer in methods_of(trainer):
             optimizer.detach()
             self._counters = {name: optimizer.param_groups[0].get(name, 0) for name in _COUNTERS}
         for name, own in self._replaced.items():
@@ -244,7 +244,7 @@ class ZerothOrder(Callback):
     ) -> Any:
         """Trains on a batch, and returns what `training_step` returned when it was first evaluated."""
         first: Any = None
-        (optimizer, *_) = _methods(pl_module.trainer)
+        (optimizer, *_) = methods_of(pl_module.trainer)
         evaluator, is_replaying = optimizer.evaluator, optimizer.is_replaying
 
         def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> Loss:
@@ -300,10 +300,5 @@ class ZerothOrder(Callback):
 
 
 def _fold(trainer: L.Trainer) -> None:
-    for optimizer in _methods(trainer):
+    for optimizer in methods_of(trainer):
         optimizer.fold()
-
-
-def _methods(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:
-    """Those of a Trainer's optimizers that are zeroth-order methods."""
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.network_run import Call, NetworkRun
+from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.reads import FlippedBit
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
 from zolightning.evaluation.shared_prefix import SharedPrefix
@@ -131,7 +131,7 @@ class ExampleNetwork:
         contexts: Sequence[Perturbed],
         generators: Generators,
         graphs: GraphedNetwork | None,
-    ) -> "_Found":
+    ) -> _Found:
         if len(contexts) == 1:
             losses = one_by_one(evaluate, batch, contexts)
             return _Found(losses, losses[0], None)
@@ -155,17 +155,13 @@ class ExampleNetwork:
         """Raises a ValueError unless the loss of a batch is the mean of those of its examples, from one output."""
         terms = torch.stack([terms for _, terms in losses])
         mean = torch.stack([torch.where(terms == 0, 0, loss * terms) for loss, terms in losses]).sum() / terms.sum()
-        tolerance = 1e-2 if self._is_half(mean.device) else 1e-3
+        tolerance = 1e-2 if computes_in_half(self.network, mean.device) else 1e-3
         if (mean - whole[0]).abs() > tolerance * whole[0].abs() and (terms >= 0).all():
             raise ValueError(
                 f"`estimator` is PerExample(), and the loss of a batch, {whole[0].item():g}, is not the mean of those "
                 f"of its examples, {mean.item():g}. Return the number of terms that it averages as `num_terms`, or, "
                 "if it compares examples with each other, choose TwoSided()."
             )
-
-    def _is_half(self, device: torch.device) -> bool:
-        autocast = torch.is_autocast_enabled(device.type)
-        return autocast or any(parameter.element_size() == 2 for parameter in self.network.parameters())
 
     def _agrees(
         self, evaluate: Evaluate, batch: MicroBatch, contexts: Sequence[Perturbed], generators: Generators
@@ -190,7 +186,7 @@ class ExampleNetwork:
         found = torch.stack([losses[place] for place in compared])
         if not torch.isfinite(torch.stack(alone)).all():
             return False
-        half = self._is_half(found.device)
+        half = computes_in_half(self.network, found.device)
         # Kernels round in another way for another number of rows.
         tolerance = (5e-3 if half else 1e-5) * alone[0].norm() + (0.2 if half else 0.05) * (alone[1] - alone[0]).norm()
         if not (found - expected).norm() <= tolerance:

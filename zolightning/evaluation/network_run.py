@@ -99,7 +99,7 @@ class NetworkRun:
         self._call += 1
         return _part(call.output, len(self.losses), len(self._contexts), call.rows)
 
-    def given(self, tensor: Tensor, call: "Call") -> Tensor:
+    def given(self, tensor: Tensor, call: Call) -> Tensor:
         """What this evaluation calls the network with, where the first one has called it with `tensor`."""
         return tensor
 
@@ -152,6 +152,12 @@ class NetworkRun:
         # Texts have different lengths, and the same cuts at every token.
         self.cuts += [frozenset(stacked.cuts)] if self._is_writing else stacked.cuts
         self.calls.append(Call(inputs, list(map(_version, inputs)), output, total))
+
+
+def computes_in_half(network: nn.Module, device: torch.device) -> bool:
+    """Whether some products of a network may be in half precision, where kernels round in ways that depend on rows."""
+    is_autocast = torch.is_autocast_enabled(device.type)
+    return is_autocast or any(parameter.element_size() == 2 for parameter in network.parameters())
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.network_run import NetworkRun
+from zolightning.evaluation.network_run import NetworkRun, computes_in_half
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
@@ -139,10 +139,9 @@ class StackedNetwork:
         expected = torch.stack([flipped if i % 2 else plain for i in range(len(changed))])
         if not torch.isfinite(expected).all():
             return False
-        autocast = torch.is_autocast_enabled(plain.device.type)
-        half = autocast or any(parameter.element_size() == 2 for parameter in self.network.parameters())
         # Kernels round in another way for another number of rows.
-        tolerance = (5e-3 if half else 1e-5) * plain.abs() + 0.05 * (flipped - plain).abs()
+        rounding = 5e-3 if computes_in_half(self.network, plain.device) else 1e-5
+        tolerance = rounding * plain.abs() + 0.05 * (flipped - plain).abs()
         if not (found - expected).abs().le(tolerance).all():
             raise CannotStack(
                 f"the losses of {type(self.network).__name__} for repeated rows, {found.tolist()}, are not those of "

@@ -28,6 +28,12 @@ def require_fraction(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be at least 0 and below 1, got {value!r}.")
 
 
+def require_integer(name: str, value: int, least: int = 1) -> None:
+    """Raises a ValueError that names the argument unless `value` is an integer, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
+
+
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises a ValueError that names the argument unless `value` is one of `choices`."""
     if value not in choices:

@@ -12,7 +12,7 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
-from zolightning.optim.checks import require_choice, require_fraction, require_positive
+from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.moments import adam_, momentum_
 from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import STATE, normalized, require_normalization
@@ -88,8 +88,7 @@ class SubspaceOptimizer(SubspaceWeights):
         **common: Any,
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` must be an integer, at least 1, got {rank!r}.")
+        require_integer("rank", rank)
         require_positive("lr", defaults["lr"])
         if not vector_lr >= 0:
             raise ValueError(f"`vector_lr` must not be negative, got {vector_lr!r}.")

@@ -9,6 +9,7 @@ import lightning as L
 from torch import nn
 
 from zolightning.layers import LayerStack, find_layers
+from zolightning.optim.checks import require_integer
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import Part, WholeLayer
@@ -36,8 +37,7 @@ class LayerScope(Scope):
 
     def __init__(self, part: Part | None = None, layers_name: str | None = None, num_prompts: int = 32) -> None:
         super().__init__()
-        if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
-            raise ValueError(f"`num_prompts` must be an integer, at least 1, got {num_prompts!r}.")
+        require_integer("num_prompts", num_prompts)
         self.part = WholeLayer() if part is None else part
         self.layers_name = layers_name
         self.num_prompts = num_prompts

@@ -20,6 +20,7 @@ from zolightning.adapters import (
 )
 from zolightning.directions.slices import Slice
 from zolightning.layers import LayerStack, mlp_of
+from zolightning.optim.checks import require_integer
 from zolightning.scopes.token_mask import TokenMask
 
 ChosenParameters = dict[nn.Parameter, Slice | None]
@@ -134,8 +135,7 @@ class LoRA(Part):
     """
 
     def __init__(self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` must be an integer, at least 1, got {rank!r}.")
+        require_integer("rank", rank)
         if not alpha > 0:
             raise ValueError(f"`alpha` must be above 0, got {alpha!r}.")
         if target_modules is not None and not target_modules:

@@ -4,6 +4,7 @@ import lightning as L
 from lightning.pytorch.plugins.precision import HalfPrecision
 
 from zolightning.adapters import PREFIX, adapter_settings, add_adapter, differences
+from zolightning.optim.checks import require_integer
 from zolightning.prefix import prefix_of
 from zolightning.scopes.scope import Scope, Selection
 from zolightning.scopes.train_head import pretrained_model
@@ -21,8 +22,7 @@ class PrefixTuning(Scope):
 
     def __init__(self, num_virtual_tokens: int = 5) -> None:
         super().__init__()
-        if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
-            raise ValueError(f"`num_virtual_tokens` must be an integer, at least 1, got {num_virtual_tokens!r}.")
+        require_integer("num_virtual_tokens", num_virtual_tokens)
         self.num_virtual_tokens = num_virtual_tokens
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:

@@ -10,7 +10,7 @@ from torch import nn
 
 from zolightning.blocks.partition import find_blocks
 from zolightning.layers import find_layers
-from zolightning.optim.checks import require_patterns, require_positive
+from zolightning.optim.checks import require_integer, require_patterns, require_positive
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import ChosenParameters, Part, WholeLayer
 from zolightning.scopes.scope import Scope, Selection
@@ -58,13 +58,9 @@ class TrainBySignal(Scope):
         layers_name: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("num_blocks", num_blocks, 1),
-            ("num_queries", num_queries, 2),  # their spread says how exact they are
-            ("num_prompts", num_prompts, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
+        require_integer("num_blocks", num_blocks)
+        require_integer("num_queries", num_queries, least=2)  # their spread says how exact they are
+        require_integer("num_prompts", num_prompts)
         require_positive("eps", eps)
         if patterns is not None:
             require_patterns(patterns)
