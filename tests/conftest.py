@@ -148,6 +148,13 @@ def cold_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def at_project_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that runs where ``configs/`` is, with a seed."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+@pytest.fixture
 def make_trainer(tmp_path: Any) -> Callable[..., L.Trainer]:
     def make(**kwargs: Any) -> L.Trainer:
         quiet = {
