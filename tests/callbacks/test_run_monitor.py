@@ -1,9 +1,9 @@
 """RunMonitor: what it logs, when, and that it asks for nothing a module or data module may lack."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from zolightning.callbacks import RunMonitor, ZerothOrder
+from zolightning.callbacks import RunMonitor, ZerothOrder, run_monitor
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.directions.slices import Slice
 from zolightning.optim import HiZOO, MeZO, MeZOAdam, SparseMeZO, ZerothOrderOptimizer
@@ -94,14 +94,18 @@ def test_speed_leaves_out_validation(
     make_trainer: Callable[..., L.Trainer],
     make_regression: Callable[..., L.LightningModule],
     regression_data: Callable[..., DataLoader],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    clock = {"training": 0.0, "validation": 0.0}
+    monkeypatch.setattr(run_monitor, "time", SimpleNamespace(perf_counter=lambda: sum(clock.values())))
+
     class Slow(type(make_regression())):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            time.sleep(0.01)  # twice a step
+            clock["training"] += 0.01
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            time.sleep(0.5)
+            clock["validation"] += 0.5
 
     recorder = Recorder()
     trainer = make_trainer(
@@ -113,7 +117,8 @@ def test_speed_leaves_out_validation(
         num_sanity_val_steps=0,
     )
     trainer.fit(Slow(), regression_data(), regression_data(num_batches=1))
-    assert 10 < recorder.logged("run/steps_per_second")[3] < 50
+    assert clock["validation"] == 1.0
+    assert recorder.logged("run/steps_per_second")[3] == pytest.approx(4 / clock["training"])
 
 
 @pytest.mark.parametrize(("method", "state"), [(partial(MeZO, lr=0.01), "0.0"), (partial(MeZOAdam, lr=0.01), "2.1")])
