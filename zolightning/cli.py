@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks import (
     BlockCoordinateDescent,
     KeepLedger,
+    LinearProbing,
     RunOverview,
     StepProgressBar,
     ZerothOrder,
@@ -179,7 +180,7 @@ class ZerothOrderCLI(LightningCLI):
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None and self._ledger is None
         for callback in callbacks_of(self.trainer):
-            if isinstance(callback, ZerothOrder | BlockCoordinateDescent):
+            if isinstance(callback, ZerothOrder | BlockCoordinateDescent | LinearProbing):
                 callback.check(self.trainer, self.model)
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
                 self.trainer.strategy.check(trial(callback.method))

@@ -73,6 +73,13 @@ class LinearProbing(Callback):
         if stage != TrainerFn.FITTING:
             return
         self._goes_on = False
+        self.check(trainer, pl_module)
+        for model in _pretrained_models(pl_module):
+            if is_tied(model):  # before there is an optimizer, or a scope chooses
+                untie_head(model)
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what ``setup`` refuses; for whoever has something long to do before a fit."""
         for name in ("head_features", "set_head_rows"):
             if not hasattr(pl_module, name):
                 raise MisconfigurationException(
@@ -84,9 +91,6 @@ class LinearProbing(Callback):
                 f"`linear_probing` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, under which "
                 "no rank has all of the head. Use 'zo_ddp', or leave `linear_probing` out."
             )
-        for model in _pretrained_models(pl_module):
-            if is_tied(model):  # before there is an optimizer, or a scope chooses
-                untie_head(model)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._goes_on = True
