@@ -128,30 +128,33 @@ def test_a_run_that_was_killed_before_its_test_is_only_tested(
 
 def test_one_run_serves_both_limits(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**6))
-    monkeypatch.setitem(learn_run.CLOCKS, "wall", lambda: float(next(ticks)))  # a step takes a second
-    by_time = ("--forwards", "4", "--seconds", "7", "--validations", "1")
+    # a step takes a second, and so does what is before the first one
+    monkeypatch.setitem(learn_run.CLOCKS, "wall", lambda: float(next(ticks)))
+    by_time = ("--forwards", "4", "--seconds", "9", "--validations", "1")
     (lines,) = command(*MEZO, *by_time).values()
     # The run ends two steps before it might take too long, and then with room for the first limit.
     spent = [(line["split"], int(line["forwards"]), float(line["seconds"])) for line in lines]
     assert [entry for entry in spent if entry[0] == "val"] == [
         ("val", 0, 0),
-        ("val", 4, 2),
-        ("val", 8, 4),
-        ("val", 12, 6),
+        ("val", 4, 3),
+        ("val", 8, 5),
+        ("val", 12, 7),
     ]
 
 
-@pytest.mark.parametrize("limit", [("--forwards", "60"), ("--seconds", "32")])
+@pytest.mark.parametrize("limit", [("--forwards", "60"), ("--seconds", "33")])
 def test_a_schedule_ends_where_the_run_does(
     command: Command, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, str]
 ) -> None:
     ticks, rates = iter(range(10**6)), []
-    monkeypatch.setitem(learn_run.CLOCKS, "wall", lambda: float(next(ticks)))  # a step takes a second
+    # a step takes a second, and so does what is before the first one
+    monkeypatch.setitem(learn_run.CLOCKS, "wall", lambda: float(next(ticks)))
     watch = LambdaCallback(on_train_batch_end=lambda trainer, *_: rates.append(trainer.optimizers[0].record.lr[0]))
     monkeypatch.setattr(learn_run, "callbacks", lambda config: [*callbacks(config), watch])
     command("--entry", f"{MEZO[1]} lr_scheduler=WarmupDecay", *limit, "--validations", "1")
-    length, taken = (30, 30) if limit[0] == "--forwards" else (32, 31)  # one that took longer must fit in
-    assert rates[2:] == pytest.approx([1e-3 * (1 - step / length) for step in range(2, taken)])
+    length, taken = (30, 30) if limit[0] == "--forwards" else (32, 30)  # one that took longer must fit in
+    # what is before the first step is told apart from it after the second one
+    assert rates[3:] == pytest.approx([1e-3 * (1 - step / length) for step in range(3, taken)])
 
 
 def test_a_rate_that_is_measured_has_no_grid_and_is_paid_for(
@@ -214,7 +217,7 @@ def test_files_and_settings_mean_what_they_mean_to_the_command_line() -> None:
         f"configs/recommended.yaml configs/learning_rates/probe.yaml {GIVEN} lr_control=LearningRateControl"
     )
     kinds = [type(callback).__name__ for callback in callbacks(recommended)]
-    expected = "TrainParameters LearningRateProbe LearningRateControl SubspaceResampling ZerothOrder"
+    expected = "LinearProbing TrainParameters LearningRateProbe LearningRateControl SubspaceResampling ZerothOrder"
     assert sorted(kinds) == sorted(expected.split())
     adamw = read(f"{GIVEN} configs/methods/mezo.yaml configs/methods/adamw.yaml")
     assert callbacks(adamw) == [] and learning_rate(adamw) == 2e-5

@@ -59,7 +59,7 @@ def add_options(parser: LightningArgumentParser) -> None:
         "--validate_first",
         type=bool,
         default=True,
-        help="fit: validate before the first step (unless resuming), so that the gain can be seen",
+        help="fit: validate before the first step, unless resuming",
     )
     parser.add_argument(
         "--test_last", type=bool, default=False, help="fit: test the best checkpoint when training is over"
