@@ -21,7 +21,7 @@ from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
 _CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # from 1e-4 to 1
-_MOST_ROWS = 1000  # which the header of a ledger holds
+_MOST_ROWS = 256  # which the header of a ledger holds
 
 
 class LinearProbing(Callback):
