@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
-from zolightning.adapters import add_adapter, lora_settings, save_adapter
+from zolightning.adapter_folders import save_adapter
+from zolightning.adapters import add_adapter, lora_settings
 from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.models.generation import generate
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss

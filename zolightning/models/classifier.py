@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.adapters import adapter_settings, load_adapter, save_adapter
+from zolightning.adapter_folders import load_adapter, save_adapter
+from zolightning.adapters import adapter_settings
 from zolightning.head import belongs_to_head
 from zolightning.models.head_features import inputs_of
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from zolightning.adapters import adapter_settings, load_adapter, restore_adapter, save_adapter
+from zolightning.adapter_folders import load_adapter, save_adapter
+from zolightning.adapters import adapter_settings, restore_adapter
 from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded

@@ -1,0 +1,146 @@
+"""Folders in PEFT's format: what an adapter is saved as, and what a model can start from."""
+
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from zolightning.adapters import (
+    ADAPTER,
+    LORA,
+    PREFIX,
+    adapter_config,
+    adapter_parameters,
+    add_adapter,
+    inject_lora,
+    refuse_sharded,
+)
+from zolightning.messages import some
+from zolightning.prefix import prefix_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CONFIG = "adapter_config.json"
+
+
+def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``.
+
+    Args:
+        model: one with an adapter.
+        folder: where to write it.
+        head: what else of the model has been trained, by its names there.
+    """
+    from safetensors.torch import save_file
+
+    folder, head = Path(folder), head or {}
+    config = copy(adapter_config(model))
+    if head:
+        config.modules_to_save = sorted({"pooler" if ".pooler." in name else name.partition(".")[0] for name in head})
+    config.save_pretrained(str(folder))
+    saved = {**_saved_weights(model), **{f"base_model.model.{name}": weight for name, weight in head.items()}}
+    weights = {name: weight.detach().contiguous() for name, weight in saved.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tensor] | None = None) -> None:
+    """Puts the adapter of a PEFT folder into a model without one, and freezes all else, as PEFT does.
+
+    Args:
+        model: the one that the adapter is for.
+        adapter: a folder in PEFT's format, or an id on the Hugging Face hub: LoRA, or a prefix.
+        head: what else of the model may be in the folder (PEFT's ``modules_to_save``), by its names in the model.
+
+    Raises:
+        ValueError: if it is none, of another kind, or does not fit the model; in one line.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    folder = _folder_of(adapter)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        weights = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # of JSON, safetensors, pickle or PEFT, for a file that is damaged or of another version
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"`adapter` {adapter!r} cannot be read: {reason}.") from None
+    if head:
+        config.modules_to_save = None  # PEFT would keep the head twice, beside what it was
+    _refuse_kinds(adapter, config)
+    misfit = f"`adapter` {adapter!r} does not fit {type(model).__name__} {model.name_or_path!r}"
+    if config.peft_type == PREFIX:
+        add_adapter(model, {"peft_type": PREFIX, "num_virtual_tokens": config.num_virtual_tokens})
+    else:
+        refuse_sharded(model)
+        config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
+        try:
+            inject_lora(model, config)
+        except ValueError as error:  # PEFT's, of names that the model does not have
+            raise ValueError(f"{misfit}: {str(error).partition(chr(10))[0]}") from None
+    others = {f"base_model.model.{name}": weight.detach() for name, weight in (head or {}).items()}
+    own = {**_saved_weights(model), **{name: others[name] for name in others.keys() & weights.keys()}}
+    shapes, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (own, weights))
+    if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise ValueError(
+            f"{misfit}: {len(different)} weights have other names or shapes, or are missing there or here "
+            f"({some(different)})."
+        )
+    for name, weight in own.items():
+        weight.copy_(weights[name])
+    trained = set(adapter_parameters(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+
+
+def _saved_weights(model: "PreTrainedModel") -> Mapping[str, Tensor]:
+    """The adapter's weights by the names that they have in PEFT's files; they share memory with the model's."""
+    if (prefix := prefix_of(model)) is not None:
+        return {"prompt_embeddings": prefix.embedding.weight.detach()}
+    from peft import get_peft_model_state_dict
+
+    # Without the embeddings: no adapter changes them, and to see that they are the base model's PEFT would ask the hub.
+    weights = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {f"base_model.model.{name}": weight for name, weight in weights.items()}
+
+
+def _folder_of(adapter: str) -> Path:
+    """A local folder with an adapter, fetched from the hub if need be."""
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir() and not folder.is_absolute() and not adapter.startswith((".", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns="adapter_*"))
+        except Exception:  # those of the HTTP library, which one depends on the version of the hub client
+            raise ValueError(f"`adapter` {adapter!r} is no local folder, and the hub does not give it.") from None
+    if not folder.is_dir():
+        raise ValueError(f"`adapter` {adapter!r} is a path, but no folder is there.")
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    if not (folder / _CONFIG).is_file() or not any((folder / name).is_file() for name in weights):
+        raise ValueError(
+            f"`adapter` {adapter!r} is no folder of PEFT's: it needs {_CONFIG} and {weights[0]} (or {weights[1]})."
+        )
+    return folder
+
+
+def _refuse_kinds(adapter: str, config: Any) -> None:
+    """Raises a ValueError for what would be trained, saved or computed in part only."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in (LORA, PREFIX):
+        raise ValueError(f"`adapter` {adapter!r} is of PEFT's type {kind}; {LORA} and {PREFIX} are supported.")
+    refused = {"modules_to_save": None, "trainable_token_indices": None, "target_parameters": None, "bias": "none"}
+    for name, default in refused.items():
+        if kind == LORA and (value := getattr(config, name, default)) not in (default, []):
+            raise ValueError(
+                f"`adapter` {adapter!r} has {name} {value!r}: it changes more than LoRA adds, which is not supported. "
+                "Merge it into its model (peft: merge_and_unload), and start from that."
+            )
+    initial = getattr(config, "init_lora_weights", True)
+    if kind == LORA and not isinstance(initial, bool) and initial != "gaussian":
+        raise ValueError(
+            f"`adapter` {adapter!r} has init_lora_weights {initial!r}, which changes the weights beside it. Save it "
+            "for the original model first (peft: path_initial_model_for_weight_conversion)."
+        )
