@@ -199,7 +199,7 @@ def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
     assert len(events.Scalars("zo/prefix_share")) == 12
     (overview,) = events.Tensors("run/text_summary")[0].tensor_proto.string_val
     assert b"| blocks | 4 blocks by Bandit, others after every 2 steps |" in overview
-    assert b"| scope | all parameters: 120 of 151 parameters train |" in overview
+    assert b"| scope | what is not frozen: 120 of 151 parameters train |" in overview
 
 
 def test_what_moves_at_once_at_most() -> None:

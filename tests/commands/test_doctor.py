@@ -217,7 +217,7 @@ def test_nothing_is_trained_and_nothing_written(
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
     assert module.training and "training_step" not in vars(module) and not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
-    assert "all parameters: 26 of 31 parameters train" in printed and "40 steps" in printed
+    assert "what is not frozen: 26 of 31 parameters train" in printed and "40 steps" in printed
     (matrices,) = (line for line in printed.splitlines() if line.startswith("net.*.weight"))
     assert matrices.split()[1:3] == ["25", "bfloat16"] and matrices.split()[-2:] == ["100.0%", "100.0%"]
     assert ("times smaller than what was measured" in printed) == (not probes)

@@ -167,7 +167,9 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             refuse_too_large(planned, sum(map(free_bytes, devices)), others)
         yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
     scopes = [type(callback).__name__ for callback in callbacks_of(trainer) if "Scope" in bases(callback)]
-    yield "scope", f"{', '.join(scopes) or 'all parameters'}: {count:,} of {num_weights(module):,} parameters train"
+    total = num_weights(module)
+    chosen = ", ".join(scopes) or ("all parameters" if count == total else "what is not frozen")
+    yield "scope", f"{chosen}: {count:,} of {total:,} parameters train"
     for blocks in _block_callbacks(trainer):
         yield "blocks", blocks.describe()
     if trainer.world_size > 1:
