@@ -139,6 +139,7 @@ def head_features(
 
 
 def _pretrained_models(module: L.LightningModule) -> list[Any]:
+    """The outermost model of transformers in a module, if there is one."""
     from transformers import PreTrainedModel
 
     return [submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel)][:1]

@@ -24,6 +24,9 @@ class LinearProbe(CausalLM):
     is frozen. As MeZO's ``--linear_probing`` (Malladi et al. 2023, arXiv:2305.17333), with scikit-learn's
     ``LogisticRegressionCV`` in place: no intercept, and the penalty that does best in five-fold cross-validation.
 
+    The probe alone, as a baseline. For training that begins at one see
+    :class:`~zolightning.callbacks.LinearProbing`.
+
     Args:
         model_name, dtype, attention, quantization: As of :class:`CausalLM`.
         cs: Weights of the data against the penalty to choose from; one alone is taken without cross-validation, which
