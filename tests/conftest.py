@@ -1,5 +1,6 @@
 """The table of methods, and the small networks, modules and Trainers that several test files use."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,9 @@ from zolightning.optim.estimators import OneSided, Population, TwoSided
 pytest.register_assert_rewrite(
     "checkpoint_runs", "cli_runs", "graph_runs", "networks", "optimizer_steps", "stacked_runs", "training"
 )
+
+# Lightning turns it off where nobody listens when it is imported, which depends on the release of pytest
+logging.getLogger("lightning.pytorch").propagate = True
 
 torch.set_num_threads(1)  # on tensors as small as these, threads only wait for each other
 

@@ -8,11 +8,22 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from zolightning.adapters import add_adapter, lora_settings
 from zolightning.models import ImageClassifier
 from zolightning.prefix import add_prefix
+
+pytestmark = pytest.mark.skipif(
+    "torchvision" in getattr(AutoImageProcessor, "_backends", ()),
+    reason="this release of transformers processes images by torchvision alone, which is not installed",
+)
 
 
 @pytest.fixture
