@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 
@@ -163,6 +164,9 @@ def test_what_is_refused(
     monkeypatch.setattr("zolightning.callbacks.linear_probing._MOST_ROWS", 8)  # letters of good and bad: 9
     with pytest.raises(MisconfigurationException, match="are 9 different tokens: at most 8 classes are accepted"):
         make_trainer(max_steps=1, callbacks=callbacks).fit(model(), datamodule=data())
+    sharding: Any = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(MisconfigurationException, match="is ModelParallelStrategy, under which no rank has all of"):
+        LinearProbing().check(sharding, model())
     with pytest.raises(MisconfigurationException, match=r"needs a module with `head_features`, .* got BoringModel"):
         make_trainer(max_steps=1, callbacks=[LinearProbing()]).fit(BoringModel())
 
