@@ -82,6 +82,16 @@ def test_a_module_that_trains_by_itself_is_refused_before_the_validation(runs: R
     assert "before training" not in output.getvalue()
 
 
+def test_a_head_that_cannot_be_probed_is_refused_before_the_validation(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("zolightning.models.causal_lm.CausalLM.head_features")
+    with redirect_stdout(io.StringIO()) as output:
+        error = runs.refused("fit", "--linear_probing", "LinearProbing")
+    assert error.startswith("error: `linear_probing` needs a module with `head_features`")
+    assert "before training" not in output.getvalue()
+
+
 def test_test_rows_are_read_before_training(runs: Runs) -> None:
     for split in ("train", "validation"):
         (runs.folder / f"{split}.jsonl").write_text('{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 1}\n')

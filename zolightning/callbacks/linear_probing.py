@@ -102,7 +102,7 @@ class LinearProbing(Callback):
         if adapters:
             raise MisconfigurationException(
                 f"`linear_probing` is given, and {adapters[0]} has an adapter, beside which no head is saved. Leave "
-                "one out, or probe first (configs/scopes/linear_probing.yaml), export that model and start from it."
+                "one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from that."
             )
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
         num_rows = len(rows.unique())

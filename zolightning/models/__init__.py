@@ -2,7 +2,7 @@
 
 from zolightning.models.causal_lm import CausalLM
 from zolightning.models.image_classifier import ImageClassifier
-from zolightning.models.linear_probe import LinearProbe
+from zolightning.models.logistic_regression_lm import LogisticRegressionLM
 from zolightning.models.masked_lm import MaskedLM
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.scoring import (
@@ -17,7 +17,7 @@ from zolightning.models.sequence_classifier import SequenceClassifier
 __all__ = [
     "CausalLM",
     "ImageClassifier",
-    "LinearProbe",
+    "LogisticRegressionLM",
     "MaskedLM",
     "Seq2SeqLM",
     "SequenceClassifier",

@@ -1,4 +1,4 @@
-"""Linear probing: logistic regression on what the head reads, and what becomes of the head."""
+"""Linear probing as a baseline: logistic regression on what the head reads, and what becomes of the head."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from zolightning import CausalLM
 from zolightning.data import PromptDataModule
 from zolightning.data.task_files import load_task
 from zolightning.logistic_regression import fit, most_accurate_c
-from zolightning.models import LinearProbe
+from zolightning.models import LogisticRegressionLM
 
 
 def test_a_fit_is_where_the_gradient_vanishes() -> None:
@@ -66,7 +66,7 @@ def data(folder: Path, **settings: Any) -> PromptDataModule:
 @pytest.mark.parametrize("objective", ["classification", "language_modeling"])
 def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_trainer: Callable[..., L.Trainer]) -> None:
     before = AutoModelForCausalLM.from_pretrained(folder / "model").lm_head.weight.detach()
-    model = LinearProbe(str(folder / "model"), cs=[1.0], tolerance=1e-6)
+    model = LogisticRegressionLM(str(folder / "model"), cs=[1.0], tolerance=1e-6)
     rows = data(folder, task=asdict(load_task("sst2")) | {"objective": objective})
     trainer = make_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(model, datamodule=rows)
@@ -99,7 +99,7 @@ def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_train
 def test_the_command_fits_and_a_causal_model_is_exported(folder: Path, make_trainer: Callable[..., L.Trainer]) -> None:
     runs = Runs(folder)
     once = ("--trainer.max_steps", 1, "--trainer.val_check_interval", 1, "--validate_first", "false")
-    runs("fit", "--config", CONFIGS / "scopes/linear_probing.yaml", *once, "--model.cs", "[1.0]", method=None)
+    runs("fit", "--config", CONFIGS / "scopes/logistic_regression.yaml", *once, "--model.cs", "[1.0]", method=None)
     (best,) = (folder / "logs").rglob("best-step=1.ckpt")
     metrics = ("val/accuracy", "val/loss")
     checkpoint = torch.load(best, weights_only=True)
@@ -119,10 +119,12 @@ def test_the_command_fits_and_a_causal_model_is_exported(folder: Path, make_trai
 
 
 def test_what_is_refused(folder: Path, make_trainer: Callable[..., L.Trainer]) -> None:
-    make = partial(LinearProbe, str(folder / "model"))
+    make = partial(LogisticRegressionLM, str(folder / "model"))
     with pytest.raises(ValueError, match="`cs` must be at least one number above 0, got"):
         make(cs=[])
     with pytest.raises(ValueError, match="`tolerance` must be above 0, got 0"):
         make(tolerance=0)
-    with pytest.raises(MisconfigurationException, match=r"`trainer.max_steps` is 2, and one step fits a LinearProbe"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`trainer.max_steps` is 2, and LogisticRegressionLM is fitted in one step"
+    ):
         make_trainer(max_steps=2).fit(make(), datamodule=data(folder))

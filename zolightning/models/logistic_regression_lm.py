@@ -1,4 +1,4 @@
-"""Linear probing: the rows of a frozen model's head that stand for answers, fitted by logistic regression."""
+"""Linear probing as a baseline: a frozen model whose head is fitted by logistic regression."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,16 +16,16 @@ from zolightning.models.causal_lm import CausalLM
 from zolightning.quantization import Quantization
 
 
-class LinearProbe(CausalLM):
-    """A causal language model of which one step fits the head, by logistic regression on all training examples.
+class LogisticRegressionLM(CausalLM):
+    """A frozen causal language model whose head is fitted by logistic regression, in one training step.
 
-    Features are what the head reads before each token of the right answers; classes are these tokens. Each class's row
-    of the head becomes its weights; where the head is tied to the embeddings, it becomes a copy of them first. All else
-    is frozen. As MeZO's ``--linear_probing`` (Malladi et al. 2023, arXiv:2305.17333), with scikit-learn's
-    ``LogisticRegressionCV`` in place: no intercept, and the penalty that does best in five-fold cross-validation.
+    This is linear probing alone, the baseline of MeZO's ``--linear_probing`` (Malladi et al. 2023, arXiv:2305.17333).
+    The callback :class:`~zolightning.callbacks.LinearProbing` begins a fit of any module at such a head instead.
 
-    The probe alone, as a baseline. For training that begins at one see
-    :class:`~zolightning.callbacks.LinearProbing`.
+    The features are the hidden states from which the head predicts each token of the right answers, and the classes
+    are these tokens. The weights of a class become its row of the head; a head that is tied to the embeddings becomes
+    a copy of them first. The fit is that of scikit-learn's ``LogisticRegressionCV`` without an intercept: the penalty
+    is the one with the best accuracy in five-fold cross-validation.
 
     Args:
         model_name, dtype, attention, quantization: As of :class:`CausalLM`.
@@ -56,7 +56,8 @@ class LinearProbe(CausalLM):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer.max_steps != 1:
             raise MisconfigurationException(
-                f"`trainer.max_steps` is {self.trainer.max_steps}, and one step fits a LinearProbe: set it to 1."
+                f"`trainer.max_steps` is {self.trainer.max_steps}, and LogisticRegressionLM is fitted in one step: set it "
+                "to 1."
             )
         super().setup(stage)
 
@@ -71,11 +72,11 @@ class LinearProbe(CausalLM):
 
 
 class LogisticRegression(Optimizer):
-    """Fits some rows of a linear map in one step.
+    """An optimizer whose one step fits rows of a linear map by logistic regression.
 
     Args:
         head: The map; its bias, if any, becomes 0 for these rows.
-        cs, tolerance: As of :class:`LinearProbe`.
+        cs, tolerance: As of :class:`LogisticRegressionLM`.
     """
 
     def __init__(self, head: nn.Linear, cs: Sequence[float], tolerance: float) -> None:
@@ -83,10 +84,10 @@ class LogisticRegression(Optimizer):
         self._head = head
 
     def step(self, closure: Callable[[], tuple[Tensor, Tensor]]) -> float:  # type: ignore[override]
-        """Fits the rows that the closure's second tensor, (K,), names to the first one, (K, H).
+        """Fits the head to what the closure returns: features, (N, H), and the right row for each, (N,).
 
         Returns:
-            The share of features of which the fitted rows say the right one.
+            The accuracy on these features.
         """
         features, rows = closure()
         cs, tolerance = (self.param_groups[0][name] for name in ("cs", "tolerance"))
