@@ -56,8 +56,8 @@ class LogisticRegressionLM(CausalLM):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer.max_steps != 1:
             raise MisconfigurationException(
-                f"`trainer.max_steps` is {self.trainer.max_steps}, and LogisticRegressionLM is fitted in one step: set it "
-                "to 1."
+                f"`trainer.max_steps` is {self.trainer.max_steps}, and LogisticRegressionLM is fitted in one step: set "
+                "it to 1."
             )
         super().setup(stage)
 
