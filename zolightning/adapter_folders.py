@@ -17,6 +17,7 @@ from zolightning.adapters import (
     inject_lora,
     refuse_sharded,
 )
+from zolightning.early_exit import early_exit
 from zolightning.messages import some
 from zolightning.prefix import prefix_of
 
@@ -33,8 +34,17 @@ def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str
         model: one with an adapter.
         folder: where to write it.
         head: what else of the model has been trained, by its names there.
+
+    Raises:
+        ValueError: if the model has an early exit, of which PEFT's format does not tell.
     """
     from safetensors.torch import save_file
+
+    if (num_layers := early_exit(model)) is not None:
+        raise ValueError(
+            f"`num_layers` is {num_layers}, and a folder of an adapter does not say so: it would be put into a model "
+            "with all layers. Export the merged model (`zolightning export --merge`)."
+        )
 
     folder, head = Path(folder), head or {}
     config = copy(adapter_config(model))

@@ -49,6 +49,9 @@ class CausalLM(LanguageModel):
             alone trains. Default: none.
         device_map: Spreads the layers over several devices: "auto", or a device by the dotted name of a module, see
             :class:`~zolightning.models.pretrained_module.PretrainedModule`. Default: all on the Trainer's device.
+        num_layers: Keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
+            of a task, for less. What such a model says means little before its head is fitted (`LinearProbing`).
+            Default: all layers.
 
     Example::
 
@@ -71,6 +74,7 @@ class CausalLM(LanguageModel):
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
         decoding: Decoding | None = None,
+        num_layers: int | None = None,
     ) -> None:
         super().__init__(
             model_name,
@@ -81,6 +85,7 @@ class CausalLM(LanguageModel):
             quantization,
             adapter=adapter,
             device_map=device_map,
+            num_layers=num_layers,
         )
         self.reward = reward
         self.decoding = decoding

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapter_folders import load_adapter, save_adapter
 from zolightning.adapters import adapter_settings, restore_adapter
+from zolightning.early_exit import early_exit, keep_first_layers, restore_early_exit
 from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
@@ -75,6 +76,9 @@ class PretrainedModule(L.LightningModule):
             model has.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains, or with the head of a classifier. Default: none.
+        num_layers: Keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
+            of a task, for less. What such a model says means little before its head is fitted (`LinearProbing`).
+            Default: all layers.
     """
 
     network_class: ClassVar[str]
@@ -93,6 +97,7 @@ class PretrainedModule(L.LightningModule):
         num_classes: int | None = None,
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
+        num_layers: int | None = None,
     ) -> None:
         super().__init__()
         if quantization is not None:
@@ -100,6 +105,8 @@ class PretrainedModule(L.LightningModule):
         self.model, self.preprocessor = load_pretrained(
             model_name, dtype, attention, self.network_class, self.preprocessor_class, device_map, num_classes
         )
+        if num_layers is not None:
+            keep_first_layers(self.model, num_layers)
         if quantization is not None:
             refuse_offloaded(self.model, "they cannot be quantised")
             quantize(self.model, quantization)
@@ -241,11 +248,13 @@ class PretrainedModule(L.LightningModule):
             "adapter": adapter_settings(self.model),
             "quantization": quantization_settings(self.model),
             "untied_head": has_untied_head(self.model),
+            "num_layers": early_exit(self.model),
             **rows,
         }
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
         """Makes the network one of the structure that :meth:`structure_dict` described."""
+        restore_early_exit(self.model, saved.get("num_layers"))
         restore_head(self.model, saved.get("untied_head", False))
         restore_adapter(self.model, saved.get("adapter"))
         restore_quantization(self.model, saved.get("quantization"))
