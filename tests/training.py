@@ -1,5 +1,6 @@
 """What a run under a Trainer did to a module: its records, its weights before and after, and which of them moved."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,12 @@ class Records(Callback):
 
 def zeroth_order(method: Callable[..., Any] | None = None) -> ZerothOrder:
     return ZerothOrder(method or partial(MeZO, lr=1e-2))
+
+
+def num_trained(trainer: L.Trainer) -> int:
+    """How many numbers a Trainer's method moves."""
+    (method,) = trainer.optimizers
+    return sum(math.prod(method.trainable_shape(parameter)) for _, _, parameter in method.trainable())
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

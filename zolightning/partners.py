@@ -1,4 +1,6 @@
-"""What a callback works with: the method that a Trainer runs, and the callbacks beside it."""
+"""What a callback works with: the method that a Trainer runs, the callbacks beside it, and TensorBoard."""
+
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -43,3 +45,24 @@ def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:
 def callbacks_of(trainer: L.Trainer) -> list[Callback]:
     """The callbacks of a Trainer, all of them."""
     return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
+
+
+def is_dry_run(trainer: L.Trainer) -> bool:
+    """Whether a Trainer has ``fast_dev_run`` set, and nothing is to be kept of its run."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # as above
+
+
+def tensorboards(trainer: L.Trainer) -> list[Any]:
+    """The loggers of a Trainer that write to TensorBoard; none on ranks other than the first.
+
+    They are recognised by name: those of ``pytorch_lightning`` are another class than those of ``lightning``.
+    """
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger for logger in loggers if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)]
+
+
+def add_text(trainer: L.Trainer, tag: str, text: str) -> None:
+    """Shows a text in TensorBoard as it is, line breaks included, where Markdown would join its lines."""
+    indented = "\n".join(f"    {line}" for line in text.split("\n"))
+    for logger in tensorboards(trainer):
+        logger.experiment.add_text(tag, indented, trainer.global_step)

@@ -140,7 +140,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         """The state of a method with whole tensors; empty on all ranks but the first. To be called on all."""
         own: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         saved, state = own.state_dict(), {}
-        for index, parameter in _numbered(own, saved):
+        for index, parameter in own.numbered(saved):
             if index in saved["state"]:
                 kept = {
                     name: _whole(value, parameter, own.is_by_element(parameter, name))
@@ -158,7 +158,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
                     name: _own(value, parameter, optimizer.is_by_element(parameter, name))
                     for name, value in saved["state"][index].items()
                 }
-                for index, parameter in _numbered(optimizer, saved)
+                for index, parameter in optimizer.numbered(saved)
                 if index in saved["state"]
             }
             optimizer.load_state_dict({**saved, "state": state})
@@ -166,13 +166,6 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register("zo_fsdp", cls, description="ranks that share weights and exchange losses")
-
-
-def _numbered(optimizer: Optimizer, saved: dict[str, Any]) -> list[tuple[int, nn.Parameter]]:
-    """The parameters of an optimizer by their numbers in a saved state."""
-    numbers = (number for group in saved["param_groups"] for number in group["params"])
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return list(zip(numbers, parameters, strict=True))
 
 
 def _whole(value: Any, parameter: nn.Parameter, is_by_element: bool) -> Any:

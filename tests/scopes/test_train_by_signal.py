@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training import moved, zeroth_order
+from training import moved, num_trained, zeroth_order
 from zolightning.directions.slices import Slice
 from zolightning.scopes import TrainBySignal, train_by_signal
 from zolightning.scopes.parts import OutlierChannels
@@ -94,7 +94,7 @@ def test_channels_of_a_layer(make_module: Any, make_loader: Any, make_trainer: A
     trainer = make_trainer(max_steps=2, callbacks=[scope, zeroth_order()])
     trainer.fit(module, make_loader())
     counts = moved(before, module)
-    assert trainer.optimizers[0].num_trainable() == 2 * 3 * 5 * 16  # five of 48 channels in three maps of two layers
+    assert num_trained(trainer) == 2 * 3 * 5 * 16  # five of 48 channels in three maps of two layers
     assert all(0 < count <= 5 * 16 for count in counts.values()) and len(counts) == 6
     assert len({name.split(".mlp")[0] for name in counts}) == 2
     assert all(isinstance(part, Slice) for part in trainer.optimizers[0].slices.values())

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,7 +18,7 @@ from zolightning.blocks.timeline import Timeline
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.checks import require_choice, require_patterns
-from zolightning.partners import callbacks_of, zeroth_order_optimizer
+from zolightning.partners import callbacks_of, tensorboards, zeroth_order_optimizer
 from zolightning.scopes.scope import Scope
 
 
@@ -206,15 +205,11 @@ class BlockCoordinateDescent(Callback):
                 logger.log_metrics(named, step)
 
     def _draw(self, trainer: L.Trainer) -> None:
-        for logger in trainer.loggers:
-            if (
-                isinstance(logger, TensorBoardLogger)
-                and trainer.is_global_zero
-                and self.schedule
-                and self.timeline.steps
-            ):
-                figure = self.timeline.figure(self.schedule.blocks.names, getattr(self.order, "probabilities", ()))
-                logger.experiment.add_figure("blocks/active", figure, trainer.global_step)
+        if self.schedule is None or not self.timeline.steps:
+            return
+        for logger in tensorboards(trainer):
+            figure = self.timeline.figure(self.schedule.blocks.names, getattr(self.order, "probabilities", ()))
+            logger.experiment.add_figure("blocks/active", figure, trainer.global_step)
 
     def _detach(self) -> None:
         if self.schedule is not None:

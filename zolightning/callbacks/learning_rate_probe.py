@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -16,7 +15,7 @@ from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_positive
 from zolightning.optim.record import StepRecord
-from zolightning.partners import zeroth_order_optimizer
+from zolightning.partners import tensorboards, zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
 
 _SHARES = (1.0, 0.2)  # of the loss: rises that are looked for; the second one where it is bounded
@@ -120,9 +119,8 @@ class LearningRateProbe(Callback):
             f"(measured near a rise of {found.rise:.4f}, standard error {found.error:.4f}; {walks.forwards} forwards)."
         )
         rank_zero_info(summary)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("learning_rate", summary, trainer.global_step)
+        for logger in tensorboards(trainer):
+            logger.experiment.add_text("learning_rate", summary, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"records": [asdict(record) for record in self._records]}

@@ -12,9 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from zolightning.callbacks.refusals import bases
 from zolightning.memory import size
-from zolightning.partners import methods_of
+from zolightning.partners import add_text, methods_of, tensorboards
 
 
 class RunMonitor(Callback):
@@ -35,14 +34,8 @@ class RunMonitor(Callback):
         # Lightning sets what a Trainer has in other places than its class.
         self._seconds = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
         sample_text = getattr(getattr(trainer, "datamodule", None), "sample_text", None)
-        if sample_text is None:
-            return
-        loggers: list[Any] = list(trainer.loggers)
-        for logger in loggers:
-            if "TensorBoardLogger" in bases(logger) and trainer.is_global_zero:
-                # An indented block is shown by TensorBoard as it is, line breaks included.
-                text = "\n".join("    " + line for line in sample_text().split("\n"))
-                logger.experiment.add_text("prompt", text, trainer.global_step)
+        if sample_text is not None and tensorboards(trainer):
+            add_text(trainer, "prompt", sample_text())
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._started = time.perf_counter()

@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,7 +33,7 @@ from zolightning.memory import (
 from zolightning.memory_alternatives import alternatives
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
-from zolightning.partners import callbacks_of, methods_of
+from zolightning.partners import callbacks_of, methods_of, tensorboards
 from zolightning.quantization import num_weights
 from zolightning.ranks import layout_of
 
@@ -72,7 +71,7 @@ class RunOverview(Callback):
         if self.command is not None:
             lines["command"] = self.command
         self._settings = _settings(trainer, pl_module)
-        for logger in _tensorboards(trainer):
+        for logger in tensorboards(trainer):
             table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
             logger.experiment.add_text("run", f"| | |\n|-|-|\n{table}", trainer.global_step)
 
@@ -81,7 +80,7 @@ class RunOverview(Callback):
             return
         for method in methods_of(trainer):
             forwards = method.param_groups[0]["forward_passes"]
-            for logger in _tensorboards(trainer):
+            for logger in tensorboards(trainer):
                 for name, value in trainer.callback_metrics.items():
                     if name.startswith("val"):
                         logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
@@ -90,7 +89,7 @@ class RunOverview(Callback):
         best = next((callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)), None)
         score = None if best is None else best.best_model_score
         metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
-        for logger in _tensorboards(trainer):
+        for logger in tensorboards(trainer):
             logger.log_hyperparams(self._settings, metrics)
 
 
@@ -177,7 +176,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
         yield "goes to", folder
-        if _tensorboards(trainer):
+        if tensorboards(trainer):
             yield "watch it", f"tensorboard --logdir {Path(folder).parent}"
 
 
@@ -244,8 +243,3 @@ def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape 
 
 def _block_callbacks(trainer: L.Trainer) -> list[BlockCoordinateDescent]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, BlockCoordinateDescent)]
-
-
-def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    loggers = trainer.loggers if trainer.is_global_zero else []
-    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]

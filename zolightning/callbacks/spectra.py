@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from zolightning.optim.checks import require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_bases import Matrix
-from zolightning.partners import subspace_optimizer
+from zolightning.partners import subspace_optimizer, tensorboards
 from zolightning.scopes.calibration import own_loss
 
 if TYPE_CHECKING:
@@ -97,10 +96,9 @@ class Spectra(Callback):
                 spectra["gradient"] = self._gradients[name]
             for source, values in spectra.items():
                 pl_module.log(f"spectra/{source}/{name}", stable_rank(values))
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    figure = spectra_figure(spectra, f"{name}, step {record.step}")
-                    logger.experiment.add_figure(f"spectra/{name}", figure, record.step)
+            for logger in tensorboards(trainer):
+                figure = spectra_figure(spectra, f"{name}, step {record.step}")
+                logger.experiment.add_figure(f"spectra/{name}", figure, record.step)
         self._gradients = {}
 
     def _chosen(self, optimizer: SubspaceOptimizer) -> dict[str, tuple[nn.Parameter, Matrix]]:

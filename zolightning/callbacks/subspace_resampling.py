@@ -5,14 +5,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.messages import some
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.partners import callbacks_of, subspace_optimizer
+from zolightning.partners import add_text, callbacks_of, subspace_optimizer
 
 
 class SubspaceResampling(Callback):
@@ -90,9 +89,7 @@ class SubspaceResampling(Callback):
             for logger in trainer.loggers:
                 # Not by the module's `log`, which repeats it at every step until the epoch ends or the process does.
                 logger.log_metrics({"zo/input_energy": found.share}, trainer.global_step)
-                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    lines = [str(found), *found.table().splitlines()]  # indented: shown as it is
-                    logger.experiment.add_text("bases", "\n".join(f"    {line}" for line in lines), trainer.global_step)
+            add_text(trainer, "bases", f"{found}\n{found.table()}")
         elif is_due:
             optimizer.resample()
         # At every step, so that a resumed run shows it from its first one.

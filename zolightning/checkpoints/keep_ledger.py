@@ -26,7 +26,7 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
 from zolightning.optim.subspace_bases import SubspaceBases
 from zolightning.optim.subspace_weights import SubspaceWeights
-from zolightning.partners import callbacks_of, zeroth_order_optimizer
+from zolightning.partners import callbacks_of, is_dry_run, zeroth_order_optimizer
 
 _KEY = "zolightning.KeepLedger"
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
@@ -96,7 +96,7 @@ class KeepLedger(Callback):
         self._saved = self.path = self._pending = None
         # `log_dir` is a broadcast: on every rank.
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        if trainer.is_global_zero and self._writes(trainer):
+        if trainer.is_global_zero and not is_dry_run(trainer):
             require_writable("dirpath", self._folder)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class KeepLedger(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._optimizer = optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         taken: list[StepRecord] = []
-        if self._writes(trainer):
+        if not is_dry_run(trainer):
             is_writer = trainer.is_global_zero
             # Of weights that ranks share, all of them have a part in the description.
             is_new = self._saved is None and (is_writer or any(map(is_sharded, pl_module.parameters())))
@@ -167,7 +167,7 @@ class KeepLedger(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._optimizer is None and self._saved:  # no step was left to take: its process was killed before the seal
             self.on_train_start(trainer, pl_module)
-        if self._optimizer is None or not self._writes(trainer):
+        if self._optimizer is None or is_dry_run(trainer):
             return
         parameters = dict(pl_module.named_parameters())
         if self.ledger is not None or any(map(is_sharded, parameters.values())):
@@ -283,10 +283,6 @@ class KeepLedger(Callback):
         if len(records) < steps and self._saved is not None:  # killed before the step of the checkpoint was over
             found.append(StepRecord(**self._saved["pending"]))
         return taken
-
-    @staticmethod
-    def _writes(trainer: L.Trainer) -> bool:
-        return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
 
 
 def _waits_for_training(trainer: L.Trainer) -> bool:

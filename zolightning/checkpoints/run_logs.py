@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
+
+from zolightning.partners import tensorboards
 
 
 class Muted:
@@ -49,19 +51,18 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     except ModuleNotFoundError:  # of a process without such a logger
         return
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, TensorBoardLogger):
-            files = sorted(Path(logger.log_dir).glob("events.out.tfevents.*"))
-            events = (event for file in files for event in EventFileLoader(str(file)).Load())
-            last = trainer.global_step - 1
-            later = (event for event in events if event.step >= last)
-            there: Counter[tuple[str, int | None]] = Counter(
-                (value.tag, event.step) for event in later for value in event.summary.value
-            )
-            _leave_out(logger.experiment, there)
-            if rest:
-                logger.log_metrics(rest, last)
-                logger.save()
+    for logger in tensorboards(trainer):
+        files = sorted(Path(logger.log_dir).glob("events.out.tfevents.*"))
+        events = (event for file in files for event in EventFileLoader(str(file)).Load())
+        last = trainer.global_step - 1
+        later = (event for event in events if event.step >= last)
+        there: Counter[tuple[str, int | None]] = Counter(
+            (value.tag, event.step) for event in later for value in event.summary.value
+        )
+        _leave_out(logger.experiment, there)
+        if rest:
+            logger.log_metrics(rest, last)
+            logger.save()
 
 
 def _leave_out(writer: Any, there: Counter[tuple[str, int | None]]) -> None:

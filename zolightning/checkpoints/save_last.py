@@ -18,7 +18,7 @@ from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.checkpoints.training_loop import count_epoch_once, is_between_steps, validate
 from zolightning.optim.deferred import deferring
-from zolightning.partners import callbacks_of
+from zolightning.partners import callbacks_of, is_dry_run
 
 _KEY = "zolightning.SaveLast"
 
@@ -97,7 +97,7 @@ class SaveLast(ModelCheckpoint):
         self._resumed = {}
         if stage == "fit":
             self._defer_folding(trainer)
-        if stage == "fit" and self._writes(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
+        if stage == "fit" and not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
             require_writable("dirpath", folder)
             remove_unfinished(folder)
@@ -187,7 +187,7 @@ class SaveLast(ModelCheckpoint):
     # What it saves
 
     def _save(self, trainer: L.Trainer) -> None:
-        if self._writes(trainer):
+        if not is_dry_run(trainer):
             self.last_model_path = self.format_checkpoint_name({})
             self._save_checkpoint(trainer, self.last_model_path)
         if self._stopping:
@@ -257,10 +257,6 @@ class SaveLast(ModelCheckpoint):
     def _stop_here(self, trainer: L.Trainer) -> None:
         if self._stopping:
             raise SystemExit(exit_status(trainer, self._stopping))
-
-    @staticmethod
-    def _writes(trainer: L.Trainer) -> bool:
-        return not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a function of the Trainer's module
 
 
 class _OnException(Callback):

@@ -1,6 +1,5 @@
 """The parameters of a method: their names, which of them and which parts of them train, and their state."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -59,10 +58,6 @@ class NamedParameters(torch.optim.Optimizer):
         part = self.slices.get(parameter)
         return tuple(parameter.shape) if part is None else part.shape(parameter)
 
-    def num_trainable(self) -> int:
-        """Elements that may move."""
-        return sum(math.prod(self.trainable_shape(parameter)) for _, _, parameter in self.trainable())
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, named by the module the optimizer is attached to, if it is."""
         super().add_param_group(param_group)
@@ -94,6 +89,12 @@ class NamedParameters(torch.optim.Optimizer):
         """Bytes of state now that are in host memory instead."""
         return 0
 
+    def numbered(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
+        """The parameters, each after its number in a ``state_dict``, by which torch refers to it there."""
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        return zip(numbers, parameters, strict=False)  # torch compares their numbers itself, and says so better
+
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and ``method``: the class and its constructor's arguments."""
         return super().state_dict() | {"method": settings_of(self)}
@@ -107,9 +108,7 @@ class NamedParameters(torch.optim.Optimizer):
         require_same_settings(self, state_dict.get("method"))
         # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.
         super().load_state_dict({**state_dict, "state": {}})
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        for index, parameter in zip(saved, parameters, strict=True):
+        for index, parameter in self.numbered(state_dict):
             for name, value in state_dict["state"].get(index, {}).items():
                 is_tensor = isinstance(value, Tensor)
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value

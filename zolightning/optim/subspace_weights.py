@@ -216,7 +216,7 @@ class SubspaceWeights(SubspaceBases):
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; where updates are pending also the stored weights, ``base``, that they add to."""
         saved = super().state_dict()
-        for index, parameter in self._numbered(saved):
+        for index, parameter in self.numbered(saved):
             entries = saved["state"].get(index, {}) | self._offloaded.get(parameter, {})
             if "core" in entries:
                 entries["base"] = parameter.detach()
@@ -228,7 +228,7 @@ class SubspaceWeights(SubspaceBases):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores all of a run, the stored weights too where the checkpoint's module has them folded."""
         state, apart = dict(state_dict["state"]), {}  # apart: what would be a second model on the device
-        for index, parameter in self._numbered(state_dict):
+        for index, parameter in self.numbered(state_dict):
             entries = dict(state.get(index, {}))
             is_offloaded = self.offload_low_words and self.matrix(parameter, 1) is not None
             names = {"base", *RESTS} if is_offloaded else {"base"}
@@ -282,11 +282,6 @@ class SubspaceWeights(SubspaceBases):
 
     def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         return {**super()._kept(parameter), **self._offloaded.get(parameter, {})}
-
-    def _numbered(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
-        """The parameters, each after its number in a ``state_dict``."""
-        numbers = (number for group in saved["param_groups"] for number in group["params"])
-        return zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=False)  # torch checks
 
 
 def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +13,7 @@ from torch import nn
 
 from zolightning.directions.slices import Slice
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.partners import callbacks_of
+from zolightning.partners import add_text, callbacks_of
 from zolightning.quantization import num_weights, unquantize
 
 _KEY = "scope"
@@ -107,11 +106,8 @@ class Scope(Callback, ABC):
             f"({100 * count / total:.3g} %)."
         )
         rank_zero_info(summary)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                # An indented block is shown by TensorBoard as it is, line breaks included.
-                lines = [summary, *selection.details.splitlines(), *map(_describe, chosen, chosen.values())]
-                logger.experiment.add_text("scope", "\n".join(f"    {line}" for line in lines), trainer.global_step)
+        lines = [summary, *selection.details.splitlines(), *map(_describe, chosen, chosen.values())]
+        add_text(trainer, "scope", "\n".join(lines))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._give_back()
