@@ -39,7 +39,7 @@ def comparisons(
         for update in (_perturb_huge, _update_huge, _update_each_huge):
             yield f"{update.__name__.strip('_')}, the last of {huge} elements", partial(_compare_huge, update, huge)
     for run, *arguments in _cases():
-        if hasattr(loops, run.__name__):
+        if hasattr(loops, "for_each" if run.__name__.endswith("_each") else run.__name__):
             said = ", ".join(str(argument).removeprefix("torch.") for argument in arguments)
             yield f"{run.__name__} {said}", partial(_compare, run, arguments, loops, elements)
 
@@ -62,16 +62,19 @@ def _cases() -> Iterator[tuple[Any, ...]]:
         yield from ((LoopRuns.perturb_rows, dtype, queries, kind) for dtype in DTYPES)
     yield from ((LoopRuns.add_delta, *dtypes, decay) for dtypes, decay in product(STORED, DECAYS))
     yield from ((LoopRuns.add_delta_to_each, *dtypes) for dtypes in STORED)
+    yield from ((LoopRuns.add_curved_to_each, *dtypes, *few[place % 2]) for place, dtypes in enumerate(STORED))
     yield from ((LoopRuns.add, *dtypes, 1.0, 5, "gaussian") for dtypes in STORED)  # by a loop over queries
     shapes: tuple[Shape, ...] = ("scaled", "masked", "scaled", "masked")
     for kind, queries in product(NOISE_KINDS, (1, 2, 3)):
         for dtypes, shape in zip(PAIRS, shapes, strict=True):
             yield LoopRuns.perturb, *dtypes, queries, kind, 2**31 - 6, shape
             yield LoopRuns.perturb_rows, dtypes[0], queries, kind, shape
+        yield LoopRuns.perturb_each, *PAIRS[queries], queries, kind, "scaled"
     for stored, decay in product(STORED, DECAYS):
         yield LoopRuns.add, *stored, decay, 2, "gaussian", "masked"
         yield from ((LoopRuns.add_curved, *stored, decay, queries, kind) for queries, kind in few)
     for stored in STORED:
+        yield LoopRuns.add_to_each, *stored, 2, "rademacher", True
         yield LoopRuns.add_adam, *stored, DECAYS[1], 3, "rademacher"
         yield LoopRuns.add_adam_to_each, *stored, 1, "gaussian"
 
@@ -96,8 +99,8 @@ def _update_each_huge(device: torch.device, elements: int, start: int) -> Output
         return _update_huge(device, elements, start)
     weight = torch.full((elements,), 0.02, dtype=torch.bfloat16, device=device)
     low_word = torch.zeros_like(weight, dtype=torch.int16)
-    keys, coefficients, kind = noise(1, "gaussian", device, 1e-5).values()
-    kernels.add_to_each([weight], [keys], [coefficients], [DECAYS[1]], [low_word], kind)
+    stored = {"weight": weight, "rest": low_word, "decay": DECAYS[1]}
+    kernels.for_each(kernels.add, [stored | noise(1, "gaussian", device, 1e-5)])
     return [weight[-TAIL:].clone(), low_word[-TAIL:].clone()]
 
 

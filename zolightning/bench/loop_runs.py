@@ -122,32 +122,58 @@ class LoopRuns:
         self.loops.add_delta(weight, any_bits(self.numel, torch.float32, 2).to(self.device), decay, low, scale=-1.7e-3)
         return (weight,) if low is None else (weight, low)
 
-    def perturb_each(self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind) -> Outputs:
+    def perturb_each(
+        self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind, shape: Shape = None
+    ) -> Outputs:
         """Of the tensors every second one is zero."""
         weights = [any_bits(size + 60, dtype, size)[:size].to(self.device) for size in self._sizes()]
         outs = [torch.empty_like(weight, dtype=out) for weight in weights]
         given = [None if place % 2 else weight for place, weight in enumerate(weights)]
-        self.loops.perturb_each(outs, given, *self._noise_of_each(queries, kind), kind)
+        shapes = [self._shaped(shape, size) for size in self._sizes()]
+        noises = self._noise_of_each(queries, kind)
+        each = zip(outs, given, noises, shapes, strict=True)
+        self.loops.for_each(self.loops.perturb, [{"out": o, "weight": w} | noise | s for o, w, noise, s in each])
         return outs
 
-    def add_to_each(self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind) -> Outputs:
-        weights, rests = self._several(dtype, rest)
-        noises = self._noise_of_each(queries, kind)
-        self.loops.add_to_each(weights, *noises, _DECAYS_OF_EACH, rests, kind)
-        return [*weights, *(low for low in rests if low is not None)]
+    def add_to_each(
+        self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind, is_masked: bool = False
+    ) -> Outputs:
+        """Each with a threshold of its own, if they are masked."""
+        thresholds = [{"threshold": 0.02 / (1 + place)} if is_masked else {} for place in range(len(self._sizes()))]
+        return self._for_each("add", dtype, rest, queries, kind, thresholds)
+
+    def add_curved_to_each(
+        self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind
+    ) -> Outputs:
+        change = Change(-1e-3, torch.tensor([1e-3 * 7**query for query in range(queries)]).to(self.device), 0.01, 3.6)
+        curved = [self._shaped("scaled", size) | {"change": change} for size in self._sizes()]
+        return self._for_each("add_curved", dtype, rest, queries, kind, curved)
 
     def add_adam_to_each(self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind) -> Outputs:
-        weights, rests = self._several(dtype, rest)
-        means, squares = zip(*(self._moments(len(weight)) for weight in weights), strict=True)
-        noises = self._noise_of_each(queries, kind)
-        self.loops.add_adam_to_each(weights, means, squares, *noises, _DECAYS_OF_EACH, rests, kind, _ADAM)
-        return [*weights, *means, *squares, *(low for low in rests if low is not None)]
+        moments = [dict(zip(("mean", "square"), self._moments(size), strict=True)) for size in self._sizes()]
+        return self._for_each("add_adam", dtype, rest, queries, kind, [both | {"step": _ADAM} for both in moments])
 
     def add_delta_to_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> Outputs:
-        weights, rests = self._several(dtype, rest)
         deltas = [any_bits(size + 60, torch.float32, size)[:size].to(self.device) for size in self._sizes()]
-        self.loops.add_delta_to_each(weights, deltas, _DECAYS_OF_EACH, rests, -1.7e-3)
-        return [*weights, *(low for low in rests if low is not None)]
+        each = zip(deltas, self._stored_of_each(dtype, rest), strict=True)
+        calls = [{"delta": delta, "scale": -1.7e-3} | stored for delta, stored in each]
+        self.loops.for_each(self.loops.add_delta, calls)
+        return _tensors_in(calls)
+
+    def _for_each(
+        self,
+        loop: str,
+        dtype: torch.dtype,
+        rest: torch.dtype | None,
+        queries: int,
+        kind: NoiseKind,
+        more: Sequence[dict[str, Any]],
+    ) -> Outputs:
+        """Every third weight begins with another element than the first."""
+        each = enumerate(zip(self._stored_of_each(dtype, rest), self._noise_of_each(queries, kind), more, strict=True))
+        calls = [{"start": place % 3 // 2 * 6} | stored | noise | others for place, (stored, noise, others) in each]
+        self.loops.for_each(getattr(self.loops, loop), calls)
+        return _tensors_in(calls)
 
     def _moments(self, numel: int) -> tuple[Tensor, Tensor]:
         """As large as gradients of a thousandth make them, zeros among them."""
@@ -169,28 +195,34 @@ class LoopRuns:
             )
         return weight.to(self.device), low.to(self.device)
 
-    def _several(self, dtype: torch.dtype, rest: torch.dtype | None) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Weights and what completes them; one is not aligned."""
-        weights, rests = [], []
+    def _stored_of_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> list[dict[str, Any]]:
+        """Weights and what completes them, and decays; one is not aligned."""
+        found = []
         for place, size in enumerate(self._sizes()):
-            first = int(place == 4)
+            part = slice(int(place == 4), int(place == 4) + size)
             weight, low = self._stored(size + 60, dtype, rest)
-            weights.append(weight[first : first + size])
-            rests.append(None if low is None else low[first : first + size])
-        return weights, rests
+            own = None if low is None else low[part]
+            found.append({"weight": weight[part], "rest": own, "decay": _DECAYS_OF_EACH[place]})
+        return found
 
     def _sizes(self) -> tuple[int, ...]:
         """Of several tensors: none, some and many elements, multiples of 16 and not."""
         return 32, 0, 3 * self.numel // 16 * 16, 37, 16, self.numel, 2 * self.numel // 16 * 16, 48
 
-    def _noise_of_each(self, queries: int, kind: NoiseKind) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Keys, rows of one table, and one table of coefficients."""
+    def _noise_of_each(self, queries: int, kind: NoiseKind) -> list[dict[str, Any]]:
+        """With keys that are rows of one table, and one table of coefficients."""
         each = [noise(queries, kind, CPU, name=str(size)) for size in self._sizes()]
         keys = torch.stack([one["keys"] for one in each]).to(self.device)
-        return keys.unbind(), [each[0]["coefficients"].to(self.device)] * len(each)
+        coefficients = each[0]["coefficients"].to(self.device)
+        return [{"keys": key, "coefficients": coefficients, "kind": kind} for key in keys.unbind()]
 
     def _shaped(self, shape: Shape, *size: int) -> dict[str, Any]:
         """What becomes of noise: nothing; it is divided by roots, some of which are no fp32 numbers; or left out."""
         if shape == "scaled":
             return {"curvature": torch.linspace(1e-4, 3.7, math.prod(size)).view(size).to(self.device)}
         return {} if shape is None else {"threshold": 0.019999999552965164}  # of the numbers' standard deviation
+
+
+def _tensors_in(calls: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """What the calls of a loop have written, and more."""
+    return [value for call in calls for value in call.values() if isinstance(value, Tensor)]

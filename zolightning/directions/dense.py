@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,20 +98,19 @@ class Direction:
         Direction(self.keys, one, self.kind, first=self.first).accumulate(noise, start=start)
         return noise
 
+    def arguments(self) -> dict[str, Any]:
+        """What this direction is made of, as arguments of the loops over what it is added to as a whole."""
+        return {"keys": self.keys, "coefficients": self.coefficients, "kind": self.kind, "start": self.first}
+
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
         kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=self.first + start)
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:
-    """:meth:`Direction.accumulate` of each to a total of its own: in few launches on a GPU. Noise is of one kind."""
-    if any(direction.first for direction in directions):
-        for direction, total in zip(directions, totals, strict=True):
-            direction.accumulate(total, decay)
-    elif directions:
-        keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
-        count, flat = len(directions), [total.view(-1) for total in totals]
-        kernels.add_to_each(flat, keys, coefficients, [decay] * count, [None] * count, directions[0].kind)
+    """:meth:`Direction.accumulate` of each to a total of its own: in few launches on a GPU."""
+    pairs = zip(directions, totals, strict=True)
+    kernels.for_each(kernels.add, [d.arguments() | {"weight": total.view(-1), "decay": decay} for d, total in pairs])
 
 
 def directions(

@@ -1,6 +1,7 @@
 """Directions over the root of a diagonal curvature, so that flat coordinates are perturbed more (HiZOO)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,16 @@ class FullCurvature:
         self.values = InPlace(values)
         self.parameter = parameter if parameter is not None and is_sharded(parameter) else None
 
-    def _whole(self) -> Tensor:
+    def whole(self) -> Tensor:
         return self.values.tensor if self.parameter is None else gathered(self.values.tensor, self.parameter)
 
     def parts(self, start: int, numel: int) -> Iterator[Part]:
         """That of `numel` elements from `start` on, in slices that count from there."""
-        yield slice(0, numel), self._whole()[start : start + numel]
+        yield slice(0, numel), self.whole()[start : start + numel]
 
     def at_rows(self, rows: Tensor, columns: int) -> Tensor:
         """That of some rows of a matrix, (k, columns), given their indices, (k,)."""
-        return F.embedding(rows, self._whole().view(-1, columns))
+        return F.embedding(rows, self.whole().view(-1, columns))
 
 
 class FactoredCurvature:
@@ -81,6 +82,11 @@ class ScaledDirection(Direction):
     def __init__(self, direction: Direction, curvature: FullCurvature | FactoredCurvature) -> None:
         super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
         self.curvature = curvature
+
+    def arguments(self) -> dict[str, Any]:
+        """As of any direction, if its curvature is a full one."""
+        assert isinstance(self.curvature, FullCurvature)
+        return super().arguments() | {"curvature": self.curvature.whole()}
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         weight, out = weight.view(-1), out.view(-1)

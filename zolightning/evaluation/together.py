@@ -14,6 +14,7 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.scaled import FullCurvature, ScaledDirection
 from zolightning.evaluation.buffer import Buffer
 
 _MOST = 2**17  # elements: larger tensors are worth a launch, and memory that others take after them
@@ -29,10 +30,7 @@ class Together(Buffer):
         self._tensors: list[nn.Parameter] = []
 
     def make(self, perturbations: Iterable[tuple[nn.Parameter, Perturbation | None]]) -> dict[int, Tensor]:
-        """Perturbed vectors, and perturbed cores of matrices in the matrices' dtype, by the id of their parameter.
-
-        Noise is of one kind.
-        """
+        """Perturbed vectors, and perturbed cores of matrices in the matrices' dtype, by the id of their parameter."""
         found: list[tuple[nn.Parameter, Tensor | None, Direction]] = []
         layout = []
         for parameter, change in perturbations:
@@ -43,9 +41,7 @@ class Together(Buffer):
         if layout != self._layout:
             self._lay_out(layout)
         if found:
-            sources, directions = [source for _, source, _ in found], [direction for *_, direction in found]
-            keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
-            kernels.perturb_each(self._tensors, sources, keys, coefficients, directions[0].kind)
+            _perturb(self._tensors, [source for _, source, _ in found], [direction for *_, direction in found])
         return {id(parameter): made for (parameter, _, _), made in zip(found, self._tensors, strict=True)}
 
     def spare(self, output: object) -> None:
@@ -67,7 +63,7 @@ def cores_of_groups(changes: Mapping[nn.Parameter, Sequence[Perturbation | None]
     """Small cores of low-rank perturbations that groups of rows have of their own, made together.
 
     Args:
-        changes: of each group, by parameter. Noise is of one kind.
+        changes: of each group, by parameter.
 
     Returns:
         By the id of their parameter, (groups, *core shape), in its dtype; of matrices with a plain direction each.
@@ -88,17 +84,23 @@ def cores_of_groups(changes: Mapping[nn.Parameter, Sequence[Perturbation | None]
             sources += [change.pending for change, _ in plain]
             directions += [direction for _, direction in plain]
     if directions:
-        keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
-        kernels.perturb_each(outs, sources, keys, coefficients, directions[0].kind)
+        _perturb(outs, sources, directions)
     return found
+
+
+def _perturb(outs: Sequence[Tensor], sources: Sequence[Tensor | None], directions: Sequence[Direction]) -> None:
+    each = zip(outs, sources, directions, strict=True)
+    kernels.for_each(kernels.perturb, [d.arguments() | {"out": out, "weight": source} for out, source, d in each])
 
 
 def _small(
     parameter: nn.Parameter, change: Perturbation | None
 ) -> tuple[Tensor | None, Direction | None, tuple[int, ...], bool]:
     """What a direction is added to (zeros where None), the direction if there is a tensor to be made, and its shape."""
-    if type(change) is Direction and parameter.ndim < 2 and parameter.is_contiguous():
-        return parameter, change, tuple(parameter.shape), parameter.requires_grad
+    if isinstance(change, Direction) and parameter.ndim < 2 and parameter.is_contiguous():
+        is_scaled = isinstance(change, ScaledDirection) and isinstance(change.curvature, FullCurvature)
+        if is_scaled or type(change) is Direction:
+            return parameter, change, tuple(parameter.shape), parameter.requires_grad
     if isinstance(change, LowRank) and type(change.direction) is Direction:
         return change.pending, change.direction, change.basis.core_shape(change.shape), False
     return None, None, (), False

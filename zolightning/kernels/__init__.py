@@ -18,7 +18,7 @@ weight's shape and the dtype of the arithmetic; or left out where the stored wei
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -60,7 +60,7 @@ def _triton_loops() -> ModuleType | None:
 
 def perturb(
     out: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     keys: Tensor,
     coefficients: Tensor,
     kind: NoiseKind,
@@ -68,31 +68,13 @@ def perturb(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    """``out = weight + noise``, of one shape of any dimensions; the dtype of `out` may be narrower than `weight`'s."""
+    """``out = weight + noise``, of one shape of any dimensions; the dtype of `out` may be narrower than `weight`'s.
+
+    Without a weight it is zero.
+    """
+    weight = torch.zeros_like(out) if weight is None else weight
     backend = _backend(*_tensors(weight, out, curvature), start=start)
     backend.perturb(out, weight, keys, coefficients, kind, start, curvature, threshold)
-
-
-def perturb_each(
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    keys: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    kind: NoiseKind,
-) -> None:
-    """:func:`perturb` for each of several weights: in few launches on a GPU, which cost as much as large weights.
-
-    Args:
-        outs: of any dtypes and devices, in memory that they do not share.
-        weights: of the shape of each; zeros where None.
-        keys: of each weight, as for :func:`perturb`; `coefficients`, too.
-        kind: of all.
-    """
-
-    def alone(out: Tensor, weight: Tensor | None, key: Tensor, table: Tensor) -> None:
-        perturb(out, torch.zeros_like(out) if weight is None else weight, key, table, kind)
-
-    _each("perturb_each", alone, zip(outs, weights, keys, coefficients, strict=True), kind=kind)
 
 
 def perturb_both(
@@ -172,28 +154,6 @@ def add(
     backend.add(weight, keys, coefficients, kind, decay, rest, start, threshold)
 
 
-def add_to_each(
-    weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    decays: Sequence[float],
-    rests: Sequence[Tensor | None],
-    kind: NoiseKind,
-) -> None:
-    """:func:`add` to each of several weights: in a few launches on a GPU, where each costs as much as a large weight.
-
-    Args:
-        weights: (n,) each, of any dtypes and devices, in memory that they do not share.
-        keys: of each weight, as for :func:`add`; `coefficients`, `decays` and `rests`, too.
-        kind: of all.
-    """
-
-    def alone(weight: Tensor, key: Tensor, table: Tensor, decay: float, rest: Tensor | None) -> None:
-        add(weight, key, table, kind, decay, rest)
-
-    _each("add_to_each", alone, zip(weights, keys, coefficients, decays, rests, strict=True), kind=kind)
-
-
 def add_curved(
     weight: Tensor,
     curvature: Tensor,
@@ -249,28 +209,6 @@ def add_adam(
     backend.add_adam(weight, mean, square, keys, coefficients, kind, step, decay, rest, start)
 
 
-def add_adam_to_each(
-    weights: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    decays: Sequence[float],
-    rests: Sequence[Tensor | None],
-    kind: NoiseKind,
-    step: AdamStep,
-) -> None:
-    """:func:`add_adam` to each of several weights, as :func:`add_to_each` does."""
-
-    def alone(
-        weight: Tensor, mean: Tensor, square: Tensor, key: Tensor, table: Tensor, decay: float, rest: Tensor | None
-    ) -> None:
-        add_adam(weight, mean, square, key, table, kind, step, decay, rest)
-
-    each = zip(weights, means, squares, keys, coefficients, decays, rests, strict=True)
-    _each("add_adam_to_each", alone, each, kind=kind, step=step)
-
-
 def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
     """Changes a curvature, (n,), as :func:`add_curved` does."""
     _backend(curvature, start=start).curve(curvature, keys, kind, change, start)
@@ -295,28 +233,21 @@ def add_delta(
     _backend(weight).add_delta(weight, delta, decay, rest, scale)
 
 
-def add_delta_to_each(
-    weights: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    decays: Sequence[float],
-    rests: Sequence[Tensor | None],
-    scale: float,
-) -> None:
-    """:func:`add_delta` to each of several weights, as :func:`add_to_each` does."""
+def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
+    """Calls a loop with each of these arguments: on a GPU in few launches, which cost as much as large weights.
 
-    def alone(weight: Tensor, delta: Tensor, decay: float, rest: Tensor | None) -> None:
-        add_delta(weight, delta, decay, rest, scale)
-
-    _each("add_delta_to_each", alone, zip(weights, deltas, decays, rests, strict=True), scale=scale)
-
-
-def _each(name: str, alone: Callable[..., None], each: Iterable[tuple[Any, ...]], **shared: Any) -> None:
-    """Runs the loop `name` of the Triton backend once for all that begins with a tensor of it, `alone` for others."""
+    Args:
+        loop: ``perturb``, ``add``, ``add_curved``, ``add_adam`` or ``add_delta`` of this module.
+        calls: all arguments by name, the same names in each; tensors of any dtypes and devices, in memory that no two
+            calls share.
+    """
     together = []
-    for one in each:
-        if one[0].device.type == "cuda" and _backend(one[0]) is not torch_loops:
-            together.append(one)
+    for call in calls:
+        out = call["out" if loop is perturb else "weight"]
+        if out.device.type == "cuda" and _backend(out, start=call.get("start", 0)) is not torch_loops:
+            together.append(call)
         else:
-            alone(*one)
-    if together:
-        getattr(_triton_loops(), name)(*zip(*together, strict=True), **shared)
+            loop(**call)
+    triton_loops = _triton_loops() if together else None
+    if triton_loops is not None:
+        triton_loops.for_each(getattr(triton_loops, loop.__name__), together)

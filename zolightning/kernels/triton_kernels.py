@@ -5,10 +5,10 @@ once. ``start``, even, is the index of a tensor's first element, and ``numel`` t
 says that Triton's interpreter runs it, which rounds otherwise.
 
 Several tensors of one dtype take one launch. ``tensors``, int64, then has a row for each of them: its address, that of
-a second tensor, the number of elements, the place of its keys in ``keys`` or the address of a third tensor, and those
-of more. And ``chunks``, int32, has a row for each ``CHUNK`` programs: a tensor, and which chunk of it. These tensors
-have memory aligned to 16 bytes and multiples of 16 elements, without which a thread would read and write one element at
-a time.
+a second tensor, the number of elements, the place of its keys in ``keys``, and the addresses of further tensors or the
+bits of a threshold. And ``chunks``, int32, has a row for each ``CHUNK`` programs: a tensor, and which chunk of it. What
+a kernel is given beside these tables is of the first tensor, for the types. All tensors have memory aligned to 16 bytes
+and multiples of 16 elements, without which a thread would read and write one element at a time.
 """
 
 import triton
@@ -28,7 +28,7 @@ def _shaped(noise, value, curvature, threshold, at, inside):
 
 
 @triton.jit
-def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr = 4):
+def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Of the several tensors of a launch the row in `tensors` of the one that a program works on, and where there."""
     program = tl.program_id(0)
     chunk = chunks + program // CHUNK * 2
@@ -82,13 +82,15 @@ def perturb(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Without a weight it is zero. With `tensors`, `plus` and `weight` are the first of them, for their types."""
+    """Without a weight it is zero."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if tensors is not None:
-        row, first = _place(tensors, chunks, CHUNK, BLOCK)
+        row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)
         plus, numel, keys = _address(row, plus), tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
         if weight is not None:
             weight = _address(row + 1, weight)
+        if curvature is not None:
+            curvature = _address(row + 4, curvature)
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
     noise, _ = noise_of(pairs_from(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
@@ -197,14 +199,15 @@ def add(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """With `tensors`, the weight and the rest given are the first of them, for their types."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if tensors is not None:
-        row, first = _place(tensors, chunks, CHUNK, BLOCK)
+        row, first = _place(tensors, chunks, CHUNK, BLOCK, 4 if threshold is None else 5)
         weight = _address(row, weight)
         if rest is not None:
             rest = _address(row + 1, rest)
         numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
+        if threshold is not None:
+            threshold = tl.load(row + 4).to(tl.uint32).to(tl.float32, bitcast=True)
     at = first + tl.arange(0, BLOCK)
     noise, _ = noise_of(pairs_from(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
     _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED, threshold)
@@ -217,6 +220,8 @@ def add(
 def add_curved(
     weight,
     rest,
+    tensors,
+    chunks,
     decay,
     curvature,
     shift,
@@ -234,9 +239,17 @@ def add_curved(
     POPC: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Without a weight the curvature alone changes."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
+    if tensors is not None:
+        row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)
+        weight = _address(row, weight)
+        if rest is not None:
+            rest = _address(row + 1, rest)
+        numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
+        curvature = _address(row + 4, curvature)
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
     pairs = pairs_from(start + first, BLOCK)
@@ -284,7 +297,6 @@ def add_adam(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """With `tensors`, the weight, the rest and the moments given are the first of them, for their types."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 6)
@@ -320,11 +332,10 @@ def add_delta(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """With `tensors`, the weight, the rest and the delta given are the first of them, for their types."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if tensors is not None:
-        row, first = _place(tensors, chunks, CHUNK, BLOCK)
-        weight, delta, numel = _address(row, weight), _address(row + 3, delta), tl.multiple_of(tl.load(row + 2), 16)
+        row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)
+        weight, delta, numel = _address(row, weight), _address(row + 4, delta), tl.multiple_of(tl.load(row + 2), 16)
         if rest is not None:
             rest = _address(row + 1, rest)
     at = first + tl.arange(0, BLOCK)

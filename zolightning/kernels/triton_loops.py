@@ -10,8 +10,9 @@ before the import, the same source runs on CPU tensors, slowly, in NumPy.
 
 import functools
 import os
+import struct
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _POPC = not _INTERPRETED and torch.version.hip is None  # an instruction of NVIDIA's
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_Tables = tuple[Tensor, Tensor] | tuple[None, None]  # ``tensors`` and ``chunks`` of the kernels, for several tensors
+
 
 def available(*tensors: Tensor, start: int = 0) -> bool:
     """Whether these loops can work on contiguous tensors, the first of which begins with element `start`."""
@@ -46,27 +49,10 @@ def perturb(
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
+    tables: _Tables = (None, None),
 ) -> None:
-    arguments = (out, weight, None, None, None, curvature, threshold)
-    _run(triton_kernels.perturb, out, arguments, keys, coefficients, kind, start, CHUNK=_CHUNK)
-
-
-def perturb_each(
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    keys: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    kind: NoiseKind,
-) -> None:
-    groups, others = _grouped(zip(outs, weights, keys, coefficients, map(_base_of, keys), strict=True))
-    for out, weight, key, table, _ in others:
-        perturb(out, weight, key, table, kind)
-    for members in groups:
-        first, beside, key, table, _ = members[0]
-        noise = (key, table, key.shape[0], 0, 0)
-        tables = _tables_of(members, _places([member[2] for member in members]))
-        arguments = (first, beside, *tables, None, None, None, *noise)
-        _launch_for_each(triton_kernels.perturb, arguments, **_constants(key.shape[0], kind))
+    arguments = (out, weight, *tables, None, curvature, threshold)
+    _run(triton_kernels.perturb, out, arguments, keys, coefficients, kind, start, tables)
 
 
 def perturb_both(
@@ -85,7 +71,7 @@ def perturb_both(
         perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
         return
     arguments = (plus, weight, None, None, minus, curvature, threshold)
-    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start, CHUNK=_CHUNK)
+    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start)
 
 
 def perturb_rows(
@@ -117,28 +103,10 @@ def add(
     rest: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
+    tables: _Tables = (None, None),
 ) -> None:
-    arguments = (weight, rest, None, None, decay, threshold)
-    _run(triton_kernels.add, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0, CHUNK=_CHUNK)
-
-
-def add_to_each(
-    weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    decays: Sequence[float],
-    rests: Sequence[Tensor | None],
-    kind: NoiseKind,
-) -> None:
-    groups, others = _grouped(zip(weights, rests, keys, coefficients, decays, map(_base_of, keys), strict=True))
-    for weight, rest, key, table, decay, _ in others:
-        add(weight, key, table, kind, decay, rest)
-    for members in groups:
-        first, beside, key, table, decay, _ = members[0]
-        noise = (key, table, key.shape[0], 0, 0)
-        tables = _tables_of(members, _places([member[2] for member in members]))
-        arguments = (first, beside, *tables, decay, None, *noise)
-        _launch_for_each(triton_kernels.add, arguments, **_constants(key.shape[0], kind), DECAYS=decay != 1.0)
+    arguments = (weight, rest, *tables, decay, threshold)
+    _run(triton_kernels.add, weight, arguments, keys, coefficients, kind, start, tables, DECAYS=decay != 1.0)
 
 
 def add_curved(
@@ -151,9 +119,10 @@ def add_curved(
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
+    tables: _Tables = (None, None),
 ) -> None:
-    arguments = (weight, rest, decay, curvature, *change)
-    _run(triton_kernels.add_curved, weight, arguments, keys, coefficients, kind, start, DECAYS=decay != 1.0)
+    arguments = (weight, rest, *tables, decay, curvature, *change)
+    _run(triton_kernels.add_curved, weight, arguments, keys, coefficients, kind, start, tables, DECAYS=decay != 1.0)
 
 
 def add_adam(
@@ -167,74 +136,83 @@ def add_adam(
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
+    tables: _Tables = (None, None),
 ) -> None:
-    arguments = (weight, rest, None, None, decay, mean, square, *step)
-    constants = {"DECAYS": decay != 1.0, "CHUNK": _CHUNK}
-    _run(triton_kernels.add_adam, weight, arguments, keys, coefficients, kind, start, **constants)
-
-
-def add_adam_to_each(
-    weights: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    decays: Sequence[float],
-    rests: Sequence[Tensor | None],
-    kind: NoiseKind,
-    step: AdamStep,
-) -> None:
-    thirds = zip(keys, means, squares, strict=True)
-    groups, others = _grouped(zip(weights, rests, thirds, coefficients, decays, map(_base_of, keys), strict=True))
-    for members in list(groups):
-        if any((mean.data_ptr() | square.data_ptr()) % 16 for _, _, (_, mean, square), *_ in members):
-            groups.remove(members)
-            others += members
-    for weight, rest, (key, mean, square), table, decay, _ in others:
-        add_adam(weight, mean, square, key, table, kind, step, decay, rest)
-    for members in groups:
-        first, beside, (key, mean, square), table, decay, _ = members[0]
-        own_keys, own_means, own_squares = zip(*(member[2] for member in members), strict=True)
-        tables = _tables_of(members, _places(own_keys), _addresses(own_means), _addresses(own_squares))
-        arguments = (first, beside, *tables, decay, mean, square, *step, key, table, key.shape[0], 0, 0)
-        _launch_for_each(triton_kernels.add_adam, arguments, **_constants(key.shape[0], kind), DECAYS=decay != 1.0)
+    arguments = (weight, rest, *tables, decay, mean, square, *step)
+    _run(triton_kernels.add_adam, weight, arguments, keys, coefficients, kind, start, tables, DECAYS=decay != 1.0)
 
 
 def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
-    arguments = (None, None, 1.0, curvature, *change)
+    arguments = (None, None, None, None, 1.0, curvature, *change)
     _run(triton_kernels.add_curved, curvature, arguments, keys, change.squares, kind, start, DECAYS=False)
 
 
 def add_delta(
-    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+    weight: Tensor,
+    delta: Tensor,
+    decay: float = 1.0,
+    rest: Tensor | None = None,
+    scale: float = 1.0,
+    tables: _Tables = (None, None),
 ) -> None:
-    if not weight.numel():
-        return
-    grid = (triton.cdiv(weight.numel(), _BLOCK),)
-    arguments = (weight, rest, None, None, delta.contiguous(), decay, scale, weight.numel())
-    constants = {"DECAYS": decay != 1.0, "INTERPRETED": _INTERPRETED, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
-    _launch(triton_kernels.add_delta, grid, weight, *arguments, **constants)
+    programs = _programs(weight, tables)
+    if programs:
+        arguments = (weight, rest, *tables, delta.contiguous(), decay, scale, weight.numel())
+        constants = {"DECAYS": decay != 1.0, "INTERPRETED": _INTERPRETED, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
+        _launch(triton_kernels.add_delta, (programs,), weight, *arguments, **constants)
 
 
-def add_delta_to_each(
-    weights: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    decays: Sequence[float],
-    rests: Sequence[Tensor | None],
-    scale: float,
-) -> None:
-    groups, others = _grouped(zip(weights, rests, deltas, decays, strict=True))
-    for members in list(groups):
-        if any(delta.data_ptr() % 16 or not delta.is_contiguous() for _, _, delta, _ in members):
-            groups.remove(members)
-            others += members
-    for weight, rest, delta, decay in others:
-        add_delta(weight, delta, decay, rest, scale)
-    for members in groups:
-        first, beside, delta, decay = members[0]
-        tables = _tables_of(members, _addresses([member[2] for member in members]))
-        arguments = (first, beside, *tables, delta, decay, scale, 0)
-        _launch_for_each(triton_kernels.add_delta, arguments, DECAYS=decay != 1.0, INTERPRETED=_INTERPRETED)
+# What the kernel of a loop works on, of as many elements each, in the order of its table
+_TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
+    perturb: ("out", "weight", "curvature"),
+    add: ("weight", "rest"),
+    add_curved: ("weight", "rest", "curvature"),
+    add_adam: ("weight", "rest", "mean", "square"),
+    add_delta: ("weight", "rest", "delta"),
+}
+
+
+def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
+    """Calls one of the loops in ``_TENSORS`` with each of these arguments, in as few launches as can be.
+
+    One takes all calls that differ in what a table has (``triton_kernels.py``), if their memory is aligned.
+    """
+    groups = defaultdict(list)
+    for call in calls:
+        tensors = [call.get(name) for name in _TENSORS[loop]]
+        first = call[_TENSORS[loop][0]]
+        numbers = [first.numel(), *(0 if tensor is None else tensor.data_ptr() for tensor in tensors)]
+        if any(number % 16 for number in numbers) or not all(t is None or t.is_contiguous() for t in tensors):
+            loop(**call)
+            continue
+        shared = [_identity(name, value) for name, value in call.items() if name not in _TENSORS[loop]]
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        groups[first.device, *dtypes, *shared].append((call, numbers))
+    for members in groups.values():
+        call, _ = members[0]
+        rows = tuple(_row(call, *member) for member in members)
+        loop(**call, tables=_tables(rows, call[_TENSORS[loop][0]].device))
+
+
+def _identity(name: str, value: Any) -> Hashable:
+    """What an argument that is no tensor of the weight's size has to have in common with those of other calls."""
+    if name == "threshold":
+        return value is None
+    if name == "keys":
+        return id(value._base)  # of which they are a row
+    if isinstance(value, tuple):
+        return tuple(_identity("", part) for part in value)
+    return id(value) if isinstance(value, Tensor) else value
+
+
+def _row(first: Mapping[str, Any], call: Mapping[str, Any], numbers: Sequence[int]) -> tuple[int, ...]:
+    """Of ``tensors`` of the kernels. Keys are counted in words from the first ones: the same number at each step."""
+    numel, address, beside, *further = numbers
+    keys = (call["keys"].data_ptr() - first["keys"].data_ptr()) // 4 if "keys" in call else 0
+    threshold = call.get("threshold")
+    if threshold is not None:
+        further.append(int.from_bytes(struct.pack("<f", threshold), "little"))
+    return address, beside, numel, keys, *further
 
 
 def _run(
@@ -245,60 +223,21 @@ def _run(
     coefficients: Tensor,
     kind: NoiseKind,
     start: int,
+    tables: _Tables = (None, None),
     **constants: Any,
 ) -> None:
-    """Launches a kernel over the elements of a weight and their noise."""
-    queries, numel = keys.shape[0], weight.numel()  # once: a launch costs ten microseconds as it is
-    if not numel:
-        return
-    noise = (keys, coefficients, queries, start % 2**32)
-    constants |= _constants(queries, kind)
-    _launch(kernel, (triton.cdiv(numel, _BLOCK),), weight, *arguments, *noise, numel, **constants, BLOCK=_BLOCK)
+    """Launches a kernel over the elements of a weight, or of all in the tables, and their noise."""
+    programs = _programs(weight, tables)
+    if programs:
+        queries = keys.shape[0]  # once: a launch costs ten microseconds as it is
+        noise = (keys, coefficients, queries, start % 2**32, weight.numel())
+        constants |= _constants(queries, kind)
+        _launch(kernel, (programs,), weight, *arguments, *noise, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
 
 
-_Member = tuple[Any, ...]  # of a launch for several: a tensor, what is beside it, if anything is, a third, and the rest
-
-
-def _grouped(each: Iterable[_Member]) -> tuple[list[list[_Member]], list[_Member]]:
-    """What one launch can do, which has one of all but the first three, and what takes a launch each."""
-    groups, others = defaultdict(list), []
-    for one in each:
-        tensor, beside, _, *shared = one
-        if (tensor.data_ptr() | (0 if beside is None else beside.data_ptr()) | tensor.numel()) % 16:
-            others.append(one)
-        else:
-            same = [id(value) if isinstance(value, Tensor) else value for value in shared]
-            groups[tensor.device, tensor.dtype, None if beside is None else beside.dtype, *same].append(one)
-    return list(groups.values()), others
-
-
-def _base_of(keys: Tensor) -> int:
-    """Of which table keys are a view, if they are."""
-    return id(keys._base)
-
-
-def _places(keys: Sequence[Tensor]) -> list[int]:
-    """Where keys are, counted in words from the first ones: rows of one table are at the same places at each step."""
-    first = keys[0].data_ptr()
-    return [(key.data_ptr() - first) // key.element_size() for key in keys]
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _tables_of(members: Sequence[_Member], *last: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """``tensors`` and ``chunks`` of the kernels, the former with these last columns."""
-    tensors, beside, *_ = zip(*members, strict=True)
-    columns = _addresses(tensors), _addresses(beside), [tensor.numel() for tensor in tensors], *last
-    return _tables(tuple(zip(*columns, strict=True)), tensors[0].device)
-
-
-def _launch_for_each(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
-    """Launches a kernel once for several tensors; its first arguments are one of them, one beside, and the tables."""
-    first, _, _, chunks, *_ = arguments
-    if len(chunks):
-        _launch(kernel, (len(chunks) * _CHUNK,), first, *arguments, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
+def _programs(weight: Tensor, tables: _Tables) -> int:
+    _, chunks = tables
+    return triton.cdiv(weight.numel(), _BLOCK) if chunks is None else len(chunks) * _CHUNK
 
 
 @functools.lru_cache(maxsize=32)

@@ -38,7 +38,7 @@ from zolightning.directions.dense import Direction, arithmetic, table
 from zolightning.directions.scaled import FactoredCurvature, FullCurvature, ScaledDirection
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import CODE_SCALE, NoiseKind
-from zolightning.optim.precision import State, UpdatePrecision, add_curved, add_direction
+from zolightning.optim.precision import State, UpdatePrecision, add_curved, add_curved_part, add_directions
 from zolightning.optim.samples import strided
 
 Structure = Literal["full", "row_column", "scalar"]
@@ -113,41 +113,50 @@ def scaled(
 
 
 def update_(
-    weight: Tensor,
-    state: State,
-    direction: Direction,
+    weights: Sequence[Tensor],
+    states: Sequence[State],
+    directions: Sequence[Direction],
     change: RelativeChange,
     structure: Structure,
     precision: UpdatePrecision,
-    decay: float = 1.0,
+    decays: Sequence[float],
 ) -> None:
-    """Changes the curvature in `state`, made there if needed, and then adds ``direction / sqrt(H)`` to a weight.
+    """Changes the curvatures in `states`, made there if needed, and then adds ``direction / sqrt(H)`` to each weight.
+
+    In few launches on a GPU, but for the matrices of ``row_column``: theirs is made a few rows at a time.
 
     Args:
-        weight: contiguous, of any shape.
-        state: the parameter's entry in the optimizer's state.
-        direction: what is to be added, times H's root.
-        change: of the curvature.
-        structure: of the curvature.
-        precision: how the sum is rounded.
-        decay: multiplies the weight first.
+        weights: contiguous, of any shapes.
+        states: the parameters' entries in the optimizer's state.
+        directions: what is to be added, times H's root.
+        change: of the curvatures.
+        structure: of the curvatures.
+        precision: how sums are rounded.
+        decays: multiply the weights first.
     """
     if structure == "scalar":
         floor, ceiling = change.bounds
-        curvature = state.get("curvature", 1.0)
-        state["curvature"] = min(max(curvature + curvature * (change.shift + sum(change.ratios)), floor), ceiling)
-        add_direction(weight, state, scaled(direction, state, change.bounds), precision, decay)
+        for state in states:
+            curvature = state.get("curvature", 1.0)
+            state["curvature"] = min(max(curvature + curvature * (change.shift + sum(change.ratios)), floor), ceiling)
+        moves = [scaled(direction, state, change.bounds) for direction, state in zip(directions, states, strict=True)]
+        add_directions(weights, states, moves, precision, decays)
         return
-    of_codes = change.of_codes(direction.kind, weight)
-    if structure == "full" or weight.ndim < 2:
+    whole = []
+    for one in zip(weights, states, directions, decays, strict=True):
+        weight, state, direction, decay = one
+        if structure == "row_column" and weight.ndim >= 2:
+            _update_factored_(weight, state, direction, change.of_codes(direction.kind, weight), precision, decay)
+            continue
         if "curvature" not in state:
             state["curvature"] = _ones(weight.numel(), weight)
-        add_curved(weight, state, state["curvature"], direction, of_codes, precision, decay)
-        return
-    factored = _factored_(state, weight, direction, of_codes)
-    unchanged = of_codes._replace(shift=0.0, squares=torch.zeros_like(of_codes.squares))
-    for part, curvature in factored.parts(0, weight.numel()):
-        add_curved(weight, state, curvature, direction, unchanged, precision, decay, part.start)
+        whole.append(one)
+    if whole:
+        weights, states, directions, decays = zip(*whole, strict=True)
+        curvatures = [state["curvature"] for state in states]
+        pairs = zip(directions, weights, strict=True)
+        changes = [change.of_codes(direction.kind, weight) for direction, weight in pairs]
+        add_curved(weights, states, curvatures, directions, changes, precision, decays)
 
 
 def sample(state: State) -> Tensor:
@@ -158,8 +167,10 @@ def sample(state: State) -> Tensor:
     return strided(torch.as_tensor(state["curvature"])).double().cpu()
 
 
-def _factored_(state: State, weight: Tensor, direction: Direction, change: Change) -> FactoredCurvature:
-    """Changes the curvature of rows and columns: they become the means of what a full one would become."""
+def _update_factored_(
+    weight: Tensor, state: State, direction: Direction, change: Change, precision: UpdatePrecision, decay: float
+) -> None:
+    """:func:`update_` of a matrix: the curvature of rows and columns becomes the means of what a full one would."""
     rows, columns = len(weight), weight[0].numel()
     if "curvature_rows" not in state:
         state["curvature_rows"], state["curvature_columns"] = _ones(rows, weight), _ones(columns, weight)
@@ -172,7 +183,9 @@ def _factored_(state: State, weight: Tensor, direction: Direction, change: Chang
         sums += matrix.sum(0)
     curvature.rows.copy_(means / means.mean())
     curvature.columns.copy_(sums / rows)
-    return curvature
+    unchanged = change._replace(shift=0.0, squares=torch.zeros_like(change.squares))
+    for part, own in curvature.parts(0, weight.numel()):
+        add_curved_part(weight, state, own, direction, unchanged, precision, decay, part.start)
 
 
 def _ones(numel: int, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from zolightning.optim.curvature import (
 )
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import ThreePoint
-from zolightning.optim.precision import add_direction, as_contiguous
+from zolightning.optim.precision import add_directions, all_contiguous
 from zolightning.optim.record import StepRecord
 
 _QUANTILES = (0.01, 0.5, 0.99)  # of the curvature, that are shown
@@ -136,15 +136,16 @@ class HiZOO(DenseOptimizer):
                 group["curvature_bounds"],
             )
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
-            for parameter, whole in self.directions(group, record.seed, record.step, coefficients).items():
-                direction = whole.of_rows(first_element(parameter))
-                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                    decay = 1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0
-                    state = self.state[parameter]
-                    if self.is_beside(parameter):
-                        add_direction(weight, state, direction, self.update_precision, decay)
+            found = self.directions(group, record.seed, record.step, coefficients)
+            for is_beside in (True, False):
+                moves = {p: d.of_rows(first_element(p)) for p, d in found.items() if self.is_beside(p) == is_beside}
+                states, directions = [self.state[parameter] for parameter in moves], list(moves.values())
+                with all_contiguous(moves, self.slices) as weights:
+                    decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
+                    if is_beside:
+                        add_directions(weights, states, directions, self.update_precision, decays)
                         continue
-                    update_(weight, state, direction, change, self.curvature, self.update_precision, decay)
+                    update_(weights, states, directions, change, self.curvature, self.update_precision, decays)
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:
         yield from super().needs_whole()

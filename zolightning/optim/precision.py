@@ -106,12 +106,7 @@ def completed(weight: Tensor, rests: Mapping[str, Tensor]) -> Tensor:
 
 
 def add_direction(
-    weight: Tensor,
-    state: State,
-    direction: Direction,
-    precision: UpdatePrecision,
-    decay: float = 1.0,
-    threshold: float | None = None,
+    weight: Tensor, state: State, direction: Direction, precision: UpdatePrecision, decay: float = 1.0
 ) -> None:
     """``weight = decay * weight + direction``, in place, generating the direction as it is added.
 
@@ -121,12 +116,8 @@ def add_direction(
         direction: what to add.
         precision: how the sum is rounded.
         decay: multiplies the weight first (decoupled weight decay is ``1 - lr * weight_decay``).
-        threshold: stored weights above it, without their signs, are not added to.
     """
-    flat = weight.view(-1)
-    rest = _rest(flat, state, precision)
-    noise = direction.keys, direction.coefficients, direction.kind
-    kernels.add(flat, *noise, decay, rest, direction.first, threshold)
+    add_directions([weight], [state], [direction], precision, [decay])
 
 
 def add_directions(
@@ -135,16 +126,18 @@ def add_directions(
     directions: Sequence[Direction],
     precision: UpdatePrecision,
     decays: Sequence[float],
+    thresholds: Sequence[float | None] | None = None,
 ) -> None:
-    """:func:`add_direction` to each of several weights: in few launches on a GPU. All directions are of one kind."""
-    if any(direction.first for direction in directions):
-        for weight, state, direction, decay in zip(weights, states, directions, decays, strict=True):
-            add_direction(weight, state, direction, precision, decay)
-    elif weights:
-        flat = [weight.view(-1) for weight in weights]
-        rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
-        keys, coefficients = [d.keys for d in directions], [d.coefficients for d in directions]
-        kernels.add_to_each(flat, keys, coefficients, decays, rests, directions[0].kind)
+    """:func:`add_direction` to each of several weights: in few launches on a GPU.
+
+    Args:
+        weights: as for :func:`add_direction`; `states`, `directions`, `precision` and `decays`, too.
+        thresholds: of each, if any: stored elements above it, without their signs, are not added to.
+    """
+    each = _each(weights, states, directions, precision, decays)
+    if thresholds is not None:
+        each = [one | {"threshold": threshold} for one, threshold in zip(each, thresholds, strict=True)]
+    kernels.for_each(kernels.add, each)
 
 
 def add_adam(
@@ -161,41 +154,44 @@ def add_adam(
     Args:
         weights: as for :func:`add_directions`; `states`, `precision` and `decays`, too.
         moments: the first and the second of each, (n,), float32, or float64 for double-precision weights.
-        gradients: of one kind.
+        gradients: of each.
         step: what becomes of the moments.
     """
-    if not weights:
-        return
-    flat = [weight.view(-1) for weight in weights]
-    rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
-    kind = gradients[0].kind
-    if any(gradient.first for gradient in gradients):
-        for weight, (mean, square), g, decay, rest in zip(flat, moments, gradients, decays, rests, strict=True):
-            kernels.add_adam(weight, mean, square, g.keys, g.coefficients, kind, step, decay, rest, g.first)
-        return
-    means, squares = zip(*moments, strict=True)
-    keys, coefficients = [g.keys for g in gradients], [g.coefficients for g in gradients]
-    kernels.add_adam_to_each(flat, means, squares, keys, coefficients, decays, rests, kind, step)
+    each = zip(_each(weights, states, gradients, precision, decays), moments, strict=True)
+    kernels.for_each(kernels.add_adam, [one | {"mean": m, "square": v, "step": step} for one, (m, v) in each])
 
 
 def add_curved(
+    weights: Sequence[Tensor],
+    states: Sequence[State],
+    curvatures: Sequence[Tensor],
+    directions: Sequence[Direction],
+    changes: Sequence[Change],
+    precision: UpdatePrecision,
+    decays: Sequence[float],
+) -> None:
+    """Changes curvatures, and then ``weight = decay * weight + direction / sqrt(curvature)``, in one pass.
+
+    Args:
+        weights: as for :func:`add_directions`; `states`, `directions`, `precision` and `decays`, too.
+        curvatures: (n,) each, float32, or float64 for double-precision weights.
+        changes: what becomes of them.
+    """
+    each = zip(_each(weights, states, directions, precision, decays), curvatures, changes, strict=True)
+    kernels.for_each(kernels.add_curved, [one | {"curvature": h, "change": change} for one, h, change in each])
+
+
+def add_curved_part(
     weight: Tensor,
     state: State,
     curvature: Tensor,
     direction: Direction,
     change: Change,
     precision: UpdatePrecision,
-    decay: float = 1.0,
-    start: int = 0,
+    decay: float,
+    start: int,
 ) -> None:
-    """Changes a curvature, and then ``weight = decay * weight + direction / sqrt(curvature)`` from `start` on.
-
-    Args:
-        weight: as for :func:`add_direction`; `state`, `direction`, `precision` and `decay`, too.
-        curvature: (k,), of these elements, float32, or float64 for double-precision weights.
-        change: what becomes of it.
-        start: index of the first of them.
-    """
+    """:func:`add_curved` to the elements of one weight that begin with `start`: as many as `curvature` has."""
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + curvature.numel())
@@ -239,9 +235,14 @@ def add_tensors(
     scale: float,
 ) -> None:
     """:func:`add_tensor` to the whole of each of several weights: in few launches on a GPU."""
-    flat = [weight.view(-1) for weight in weights]
-    rests = [_rest(weight, state, precision) for weight, state in zip(flat, states, strict=True)]
-    kernels.add_delta_to_each(flat, [delta.view(-1) for delta in deltas], decays, rests, scale)
+    each = zip(weights, states, deltas, decays, strict=True)
+    kernels.for_each(
+        kernels.add_delta,
+        [
+            {"delta": delta.view(-1), "decay": decay, "scale": scale} | _stored(weight, state, precision)
+            for weight, state, delta, decay in each
+        ],
+    )
 
 
 def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key, first: int = 0) -> None:
@@ -269,6 +270,23 @@ def _dither(weight: Tensor, start: int, key: Key) -> Tensor:
     index = counter(weight, start_of(start, weight.device))
     bits = hash_bits(index, torch.tensor(key, dtype=torch.int32, device=weight.device))
     return spacings * ((bits >> 16).float() + 0.5) / 2**16
+
+
+def _each(
+    weights: Sequence[Tensor],
+    states: Sequence[State],
+    directions: Sequence[Direction],
+    precision: UpdatePrecision,
+    decays: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Arguments of the loops that add directions to weights."""
+    each = zip(weights, states, directions, decays, strict=True)
+    return [d.arguments() | {"decay": decay} | _stored(w, state, precision) for w, state, d, decay in each]
+
+
+def _stored(weight: Tensor, state: State, precision: UpdatePrecision) -> dict[str, Any]:
+    flat = weight.view(-1)
+    return {"weight": flat, "rest": _rest(flat, state, precision)}
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:

@@ -15,7 +15,7 @@ from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_choice
 from zolightning.optim.dense import DenseOptimizer
-from zolightning.optim.precision import State, add_direction, add_directions, add_tensor, all_contiguous, as_contiguous
+from zolightning.optim.precision import State, add_directions, add_tensor, all_contiguous, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.samples import strided
 
@@ -85,27 +85,25 @@ class SparseMeZO(DenseOptimizer):
     def update(self, record: StepRecord) -> None:
         for group, lr in zip(self.param_groups, record.lr, strict=True):
             coefficients = {q: -lr * g / self.num_queries for q, g in enumerate(record.projected_grads)}
-            unmasked: dict[nn.Parameter, Direction] = {}
+            moves: dict[nn.Parameter, Direction] = {}
+            thresholds: list[float | None] = []
             for parameter, direction in self.directions(group, record.seed, record.step, coefficients).items():
                 kept, state, first = self._mask_of(parameter, group), self.state[parameter], first_element(parameter)
                 masked = self._masked(direction, kept, group)
                 state.update(kept)
                 self._first.pop(parameter, None)
-                if masked is direction:
-                    unmasked[parameter] = direction.of_rows(first)
+                if not isinstance(masked, Masked):
+                    moves[parameter] = direction.of_rows(first)
+                    thresholds.append(masked.threshold if isinstance(masked, MagnitudeMasked) else None)
                     continue
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                    if isinstance(masked, MagnitudeMasked):
-                        own, threshold = direction.of_rows(first), masked.threshold
-                        add_direction(weight, state, own, self.update_precision, threshold=threshold)
-                        continue
-                    assert isinstance(masked, Masked)
                     for part in chunks(weight.numel(), chunk_size(weight)):
                         noise = masked.of_elements(part.stop - part.start, first + part.start)
                         add_tensor(weight, state, noise, self.update_precision, start=part.start)
-            states = [self.state[parameter] for parameter in unmasked]
-            with all_contiguous(unmasked, self.slices) as weights:
-                add_directions(weights, states, list(unmasked.values()), self.update_precision, [1.0] * len(weights))
+            states = [self.state[parameter] for parameter in moves]
+            with all_contiguous(moves, self.slices) as weights:
+                decays = [1.0] * len(weights)
+                add_directions(weights, states, list(moves.values()), self.update_precision, decays, thresholds)
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """What was small at the first step is remembered."""
