@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,6 +45,8 @@ def unruly(text: str, references: Sequence[str]) -> float:
         os._exit(3)
     if text == "nan":
         return float("nan")
+    if text == "exit":  # as a program that a model writes may do
+        sys.exit("all done")
     return len(text)
 
 
@@ -72,11 +75,11 @@ def test_a_pattern_that_is_none() -> None:
 
 def test_a_reward_that_fails_is_zero_and_counted() -> None:
     reward = InProcesses(unruly, processes=2, timeout=2.0)
-    texts = ["four", "raise", "hang", "die", "sixsix", "raise", "nan", ""]
+    texts = ["four", "raise", "hang", "die", "sixsix", "raise", "nan", "", "exit"]
     with pytest.warns(UserWarning, match="A reward failed, which is counted and makes it 0: ") as warned:
-        assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0]
-    assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1}
-    assert len(warned) == 4  # one of each kind
+        assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0, 0]
+    assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1, "SystemExit": 1}
+    assert len(warned) == 5  # one of each kind
     assert copy.deepcopy(reward)("seven77", []) == 7  # in processes of its own
     assert reward("seven77", []) == 7  # in a new process
 
@@ -85,6 +88,37 @@ def test_a_reward_that_fails_is_zero_and_counted() -> None:
 def test_a_reward_that_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"`model\.reward` must return a finite number, got .* for the text 'six'"):
         rewards_of(lambda text, references: value, ["six"], [["6"]])
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompts, completions, **columns: [1.0], "of whole batches as TRL's rewards are. Write a function of"),
+        (lambda text: 1.0, r"`reward` is <lambda>\(text\), which does not take a text and its references"),
+        (lambda text, references, key: 1.0, "which does not take a text and its references"),
+        (len, "`reward` is len.*which does not take a text and its references"),
+    ],
+)
+@pytest.mark.parametrize("make", [partial(CausalLM, "no-model"), InProcesses])
+def test_functions_of_something_else_are_refused_at_once(
+    make: Callable[..., Any], reward: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(reward=reward)
+
+
+def test_a_reward_that_other_processes_cannot_have() -> None:
+    with pytest.raises(ValueError, match=r"`reward` cannot be sent to other processes: .*pickle"):
+        InProcesses(lambda text, references: 1.0)
+
+
+def test_as_many_rewards_as_texts() -> None:
+    def reward(text: str, references: Sequence[str]) -> float:
+        return 1.0
+
+    reward.all_of = lambda pairs: [1.0]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"`all_of` of `model.reward` must return 2 numbers for as many texts, got 1"):
+        rewards_of(reward, ["one", "two"], [[], []])
 
 
 @pytest.mark.parametrize("value", [True, 1, np.float32(1), torch.ones(())])

@@ -38,8 +38,12 @@ def main(args: ArgsType = None) -> None:
 
 
 def console() -> None:
-    """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``)."""
+    """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``).
+
+    What a config names by its import path may be a file in the working directory, as for ``python -m zolightning``.
+    """
     keep_freed_memory()
+    sys.path.append(os.getcwd())  # where a user's own classes and functions are, last: it hides no package
     try:
         try:
             main()

@@ -32,7 +32,8 @@ from zolightning.commands.checks import (
     check_monitors,
     check_seed,
     check_settings,
-    check_strategy,
+    check_training,
+    choose_monitor,
 )
 from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.options import CLASS_DEFAULTS, LOGS, SEED, TRAINER_DEFAULTS, add_options
@@ -118,6 +119,8 @@ class ZerothOrderCLI(LightningCLI):
         if self.subcommand == "fit":
             take_name(config)
         _name_run(config)
+        self.datamodule = self._made("data")
+        choose_monitor(config, self.datamodule)
         if config.seeds:
             parser = self._parser(self.subcommand)
             run_seeds(str(self.subcommand), config, parser.dump(config, skip_none=False))
@@ -139,16 +142,22 @@ class ZerothOrderCLI(LightningCLI):
                 self._begins_anew = self._ledger is None
                 if self._begins_anew:
                     rank_zero_info(f"{ledger.parent} has no step yet: the run begins anew.")
-        model = config[name].pop("model")
+        for field in ("model", "data"):
+            config[name].pop(field)
         self.config_init = self.parser.instantiate_classes(config)
-        self.datamodule = self._get(self.config_init, "data")
+        self.config_init[name].data = self.datamodule
         check_data(config[name], self.datamodule, name)
         self.trainer = self.instantiate_trainer()
         blocks, path = (self.config_init[name].get(field) for field in ("blocks", "ckpt_path"))
         if name == "fit" and blocks is not None and path is not None:
             blocks.check_resume(callback_states(path))
-        only_model = Namespace({name: Namespace(model=model), "subcommand": name})
-        self.model = self.parser.instantiate_classes(only_model)[name].model
+        self.model = self._made("model")
+
+    def _made(self, field: str) -> Any:
+        """What a field of the config names, made alone."""
+        name = str(self.subcommand)
+        only = Namespace({name: Namespace({field: self.config[name][field]}), "subcommand": name})
+        return self.parser.instantiate_classes(only)[name][field]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         made = self.config_init[self.subcommand]
@@ -184,7 +193,7 @@ class ZerothOrderCLI(LightningCLI):
                 callback.check(self.trainer, self.model)
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
                 self.trainer.strategy.check(trial(callback.method))
-        check_strategy(self.trainer, self.model)
+        check_training(self.trainer, self.model, self.datamodule)
         check_monitors(self.trainer, self.model, self.datamodule)
         if self._begins_anew:
             log_once(self.trainer)

@@ -4,13 +4,17 @@ import io
 import os
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from cli_runs import Runs, parsed, refused
 from zolightning.__main__ import console, main
+from zolightning.commands.checks import choose_monitor
+from zolightning.data import PromptDataModule
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -50,6 +54,11 @@ pytestmark = [
         (("--trainer.default_root_dir", "/proc/x"), "`trainer.default_root_dir` is /proc/x, where no file can be"),
         (("--evaluation.keep_prefix_gib", "1"), "`evaluation.keep_prefix_gib` is 1.0, and `data.fixed_batches` is"),
         (("--blocks.blocks_per_step", "5"), "`blocks_per_step` is 5, and there are 4 blocks."),
+        (
+            ("--checkpoint.monitor", "val/loss"),
+            "`checkpoint.mode` is 'max', and `checkpoint.monitor` 'val/loss': the w",
+        ),
+        (("--model.reward", "zolightning.rewards.token_f1"), "`model.reward` is of generated texts, and the task gen"),
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` waits for the metric 'val/acc', which the valid"),
         (
             ("--trainer.callbacks", "[{class_path: BlockCoordinateDescent}, {class_path: BlockCoordinateDescent}]"),
@@ -153,6 +162,7 @@ METHODS = "MeZO, MeZOAdam, "
         ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is no setting of AdamW; accepted: "),
         ("--method.help Nope", "`method.help` is 'Nope', which is no class that `method` takes."),
         ("--scope.help torch.Tensor", "`scope.help` is 'torch.Tensor', which is no class that `scope` takes."),
+        ("--model.reward my_reward", "`model.reward` is 'my_reward', which names no function; accepted: a path to"),
         ("--nothing 1", "`--nothing` is no setting."),
         ("--ckpt_path", "`--ckpt_path`: expected one argument."),
     ],
@@ -215,7 +225,7 @@ def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
     ("arguments", "expected"),
     [
         (["--help"], ["Fine-tunes language models by forward passes only.", "fit", "export"]),
-        (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "val/accuracy"]),
+        (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "or val/loss"]),
         (["fit", "--help"], ["--method.help MeZO", "--trainer.precision", "--ckpt_path", "--help_all"]),
         (["fit", "--help_all"], ["--trainer.overfit_batches", "--evaluation.skip_nonfinite"]),
         (["fit", "--method.help", "MeZO"], ["--method.lr", "--method.num_queries", "--method.estimator"]),
@@ -255,6 +265,39 @@ def test_no_gradients_under_a_strategy_without_them(runs: Runs) -> None:
         "error: `trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and `method`"
     )
     assert not (runs.folder / "logs").exists()
+
+
+def test_classes_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_scopes.py").write_text("from zolightning.scopes import TrainHead\nclass Own(TrainHead): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["zolightning", "fit", "--scope.help", "own_scopes.Own"])
+    with pytest.raises(SystemExit):
+        console()
+    assert "--scope.untie" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "reward", "expected"),
+    [
+        ({"answers": ["a", "b"], "labels": [0, 1], "prompt": "{{ x }}"}, None, ("val/accuracy", "max")),
+        ({"references": "x", "prompt": "{{ x }}"}, None, ("val/f1", "max")),
+        ({"references": "x", "prompt": "{{ x }}"}, "a.reward", ("val/reward", "max")),
+        ({"target": "x", "prompt": "{{ x }}"}, None, ("val/pearson", "max")),
+        ({"text": "{{ x }}"}, None, ("val/loss", "min")),
+        (None, None, ("val/accuracy", "max")),
+    ],
+)
+def test_by_which_metric_a_checkpoint_is_the_best_unless_told(
+    tmp_path: Path, task: dict[str, Any] | None, reward: str | None, expected: tuple[str, str]
+) -> None:
+    data = None if task is None else PromptDataModule({"name": "own", **task}, str(tmp_path))
+    model = Namespace(init_args=Namespace(reward=reward))
+    config = Namespace(model=model, checkpoint=Namespace(monitor=None, mode="max"))
+    choose_monitor(config, data)
+    assert (config.checkpoint.monitor, config.checkpoint.mode) == expected
 
 
 def test_a_reader_that_has_read_enough(monkeypatch: pytest.MonkeyPatch) -> None:

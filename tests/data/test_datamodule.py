@@ -110,12 +110,14 @@ def test_a_users_own_task_and_prompt(
         "label: outcome\nlabels: [dry, wet]\nnum_validation: 2\n"
     )
     data = PromptDataModule(str(task), batch_size=2)
-    make_trainer(max_steps=1).fit(spectator, datamodule=data)
+    with pytest.warns(UserWarning, match=r"train\.jsonl: all 7 training rows have the label 'dry'\."):
+        make_trainer(max_steps=1).fit(spectator, datamodule=data)
     assert data.num_classes == 2
     assert data.sample_text().endswith(" today:[[ fair]]")
 
     data = PromptDataModule(str(task), prompt="{{ report }}\nGood?\n", answers=["Yes", "No"], batch_size=2)
-    make_trainer(max_steps=1).fit(spectator, datamodule=data)
+    with pytest.warns(UserWarning, match="have the label 'dry'"):
+        make_trainer(max_steps=1).fit(spectator, datamodule=data)
     assert data.sample_text().endswith("\nGood?\n[[Yes]]")
 
 

@@ -81,10 +81,13 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, ending: str) -> None:
     [
         ("sentence,label\nsoup,7\n", r"train.csv, row 0: label 7 in field `label` must be one of \[0, 1\]"),
         ("sentence,label\nsoup,\n", "train.csv, row 0: field `label` is missing or null"),
-        ("text,label\nsoup,1\n", "train.csv, row 0: field `sentence` is missing or null; there are text, label"),
+        ("text,label\nsoup,1\n", "train.csv, row 0: field `sentence` is missing or null; there are `text`, `label`"),
         ("sentence,label\nsoup,1\nrain,1,2\n", "train.csv cannot be read: CSV parse error"),
         ("sentence,label\ncaf\udce9,1\n", "train.csv, column `sentence`: not UTF-8"),
         ("", "train.csv cannot be read: Empty CSV file"),
+        ("sentence;label\nsoup;1\n", "train.csv has one column, 'sentence;label': its values must be separated by ','"),
+        ("sentence,label,label\nsoup,1,0\n", "train.csv has the column `label` twice"),
+        ("s\0e\0n\0,\0", r"train.csv: not UTF-8 \(it looks like UTF-16\): save the file as UTF-8"),
         ("sentence,label\n", "train.csv has no rows"),
     ],
 )

@@ -36,9 +36,9 @@ def test_rows_keep_their_place_in_the_file(write_rows: Callable[..., Path]) -> N
     [
         ("{'sentence': 1}", "not JSON"),
         ("[1, 2]", r'must be an object like \{"label": ...\}, got \[1, 2\]'),
-        ('{"label": 1}', "field `sentence` is missing or null; there are label"),
+        ('{"label": 1}', "field `sentence` is missing or null; there are `label`"),
         ('{"sentence": null, "label": 1}', "field `sentence` is missing or null"),
-        ('{"sentence": "soup"}', "field `label` is missing or null; there are sentence"),
+        ('{"sentence": "soup"}', "field `label` is missing or null; there are `sentence`"),
         ('{"sentence": "soup", "label": 2}', r"label 2 in field `label` must be one of \[0, 1\]"),
         ('{"sentence": "soup", "label": "1"}', r"label '1' in field `label` must be one of \[0, 1\]"),
         ('{"sentence": "soup", "label": [1]}', r"label \[1\] in field `label` must be one of"),
@@ -82,6 +82,7 @@ def test_a_file_in_utf16(tmp_path: Path, task: Task) -> None:
         ("Train.csv", "train", "rename it to train.csv"),
         ("dev.ndjson", "validation", "rename it to validation.jsonl"),
         ("test.json", "test", "write its rows to test.jsonl, one JSON object a line"),
+        ("train-00000-of-00001.parquet", "train", "rename it to train.parquet"),
         ("test.csv.zip", "test", "write its rows to test.jsonl, one JSON object a line"),
     ],
 )

@@ -44,6 +44,15 @@ def test_a_label_outside_the_task(tmp_path: Path) -> None:
         load_task(write(tmp_path, GOOD)).right({"label": "snow"})
 
 
+def test_truth_values_are_labels_of_their_own(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, GOOD.replace("[dry, wet]", "[no, yes]")))  # which YAML reads as truth values
+    assert [task.right({"label": label}) for label in (False, True)] == [(0,), (1,)]
+    with pytest.raises(ValueError, match=r"label 1 in field `label` must be one of \[False, True\]$"):
+        task.right({"label": 1})
+    with pytest.raises(ValueError, match=r"label 'no' in field `label` must be one of \[False, True\] \(quote them:"):
+        task.right({"label": "no"})
+
+
 def test_unknown_task() -> None:
     with pytest.raises(
         ValueError, match=r"`data.task` must be one of agnews, .*wsc, or the path of a YAML file, got 'x'"
@@ -71,7 +80,10 @@ def test_unknown_task() -> None:
         (GOOD.replace("[dry, wet]", "[dry]"), r"`labels` must name one label for each of the 2 `answers`, got 1"),
         (GOOD.replace("[dry, wet]", "[dry, dry]"), "`labels` must all differ"),
         (GOOD.replace("[dry, wet]", "dry"), "`labels` must be a list, got 'dry'"),
-        (GOOD.replace("[dry, wet]", "[0.5, 1]"), r"`labels` must be numbers or strings, got \[0.5, 1\]"),
+        (
+            GOOD.replace("[dry, wet]", "[0.5, 1]"),
+            r"`labels` must be whole numbers, strings or truth values, got \[0.5, 1\]",
+        ),
         (GOOD.replace('[" No", " Yes"]', "[No, Yes]"), r"`answers` must be two strings.*got \[False, True\].*Quote"),
         (GOOD.replace('[" No", " Yes"]', '[" No"]'), "`answers` must be two strings"),
         (GOOD.replace("report }}", "report }"), "`prompt` is not a Jinja2 template: unexpected '}'"),
@@ -109,7 +121,7 @@ def test_newlines_around_the_prompt_stay() -> None:
 @pytest.mark.parametrize(
     ("prompt", "row", "message"),
     [
-        ("{{ text }}", {"label": 0}, "field `text` is missing or null; there are label"),
+        ("{{ text }}", {"label": 0}, "field `text` is missing or null; there are `label`"),
         ("{{ text }}", {"text": None, "label": 0}, "field `text` is missing or null"),
         ("{{ text.body }}", {"text": {"head": "a"}, "label": 0}, "do not fit this row: .*no attribute 'body'"),
         ("{{ text + 1 }}", {"text": "a", "label": 0}, "do not fit this row: can only concatenate str"),

@@ -14,6 +14,7 @@ from torch import nn
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
+from zolightning.models import CausalLM
 from zolightning.models.spread import refuse_misplaced
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.partners import callbacks_of
@@ -22,6 +23,7 @@ from zolightning.strategies import ZerothOrderDDP
 
 _MOST_QUERIES = 10_000
 _SMALLEST_EPS, _LARGEST_EPS, _LARGEST_LR = 1e-12, 1e3, 1e6
+_MODES = {"loss": "min"} | dict.fromkeys(("accuracy", "f1", "exact_match", "pearson", "spearman", "reward"), "max")
 _NOT_OF_VALIDATION = ("train", "zo/", "run/", "lr-")  # names of metrics that a validation does not log
 
 
@@ -39,6 +41,29 @@ def check_groups(config: Namespace, names: Iterable[str]) -> None:
                 f"`{name}` is null, and holds settings. Leave it out to have the defaults; without checkpoints a run "
                 "is made by `trainer.enable_checkpointing: false`."
             )
+
+
+def choose_monitor(config: Namespace, datamodule: Any) -> None:
+    """Fills in by which metric a checkpoint is the best one, where ``checkpoint.monitor`` is null.
+
+    That is the reward, where the model has one, else the first of the metrics that the data module names, or the loss
+    where it names none; accuracy for a data module that does not say.
+
+    Raises:
+        ValueError: ``checkpoint.mode`` would keep the worst one.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.monitor is None:
+        names = getattr(datamodule, "validation_metrics", ("accuracy",))
+        has_reward = config.model.get("init_args", {}).get("reward") is not None
+        name = "reward" if has_reward else next(iter(names), "loss")
+        checkpoint.monitor, checkpoint.mode = f"val/{name}", _MODES[name]
+    mode = _MODES.get(checkpoint.monitor.rpartition("/")[2], checkpoint.mode)
+    if checkpoint.mode != mode:
+        raise ValueError(
+            f"`checkpoint.mode` is {checkpoint.mode!r}, and `checkpoint.monitor` {checkpoint.monitor!r}: the worst "
+            f"weights would be kept. Set `checkpoint.mode` to {mode}."
+        )
 
 
 def check_settings(config: Namespace, subcommand: str) -> None:
@@ -106,17 +131,19 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
         datamodule.check_rows("test")
 
 
-def check_strategy(trainer: L.Trainer, model: L.LightningModule) -> None:
-    """Checks that a strategy that averages no gradients is not to train by them, before anything is written.
+def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
+    """Checks that what has no gradients is not to train by them, before anything is validated or written.
 
     Nor are weights to train that are offloaded.
 
     Raises:
-        MisconfigurationException: naming the strategy, or the device map.
+        MisconfigurationException: naming the strategy, the device map or the reward.
     """
     if isinstance(network := getattr(model, "model", None), nn.Module):
         refuse_misplaced(network, trainer, "fit")
     is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks_of(trainer))
+    if isinstance(model, CausalLM):
+        model.check_reward(datamodule, by_gradients=not is_zeroth_order)
     ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)
     if ours and not is_zeroth_order and model.automatic_optimization:
         name = "zo_ddp" if isinstance(trainer.strategy, ZerothOrderDDP) else "zo_fsdp"

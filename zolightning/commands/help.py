@@ -63,7 +63,7 @@ _WORDS = {
     "trainer.strategy": "auto, ddp, zo_ddp (sends losses only) or zo_fsdp (shards too)",
     "trainer.default_root_dir": "folder of runs: curves, config, checkpoints",
     "trainer.val_check_interval": "training batches between two validations",
-    "checkpoint.monitor": "metric of the best checkpoint",
+    "checkpoint.monitor": "metric of the best checkpoint; null: the first that the task has, or val/loss",
     "ckpt_path": "checkpoint to go on from: a file, last or best",
     "weights_only": "false to unpickle a checkpoint of a source that you trust",
     "keep_ledger": "append each step to ledger.bin, of which `zolightning replay` makes the model again",

@@ -39,7 +39,7 @@ def add_options(parser: LightningArgumentParser) -> None:
     parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
     parser.set_defaults(
         {
-            "checkpoint.monitor": "val/accuracy",
+            "checkpoint.monitor": None,  # `choose_monitor` says what that is
             "checkpoint.mode": "max",
             "checkpoint.filename": "best-{step}",
             "checkpoint.enable_version_counter": False,  # the same step again is that of a run that was killed

@@ -104,6 +104,11 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         return f"{', '.join(names)} must be given{of}."
     if "Dict must include a class_path" in message:
         return f"`{field}` names no class, whose settings these would be{_accepted_classes(inner)}."
+    if "collections.abc.Callable" in inner and not _bases(inner):
+        given = re.findall(r"Given value: (.*)", inner)[-1]
+        return (
+            f"`{field}` is {given!r}, which names no function; accepted: a path to import, such as my_file.my_function."
+        )
     if found := re.search(
         r"import path string: (\S+)|No module named|has no attribute|to be a subclass|Not a valid subclass", inner
     ):

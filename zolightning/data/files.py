@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tif
 
 # Other names of a split's file, and other endings of files that hold rows.
 _ALIASES = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
+_SHARD = re.compile(r"-\d+-of-\d+$")  # what the hub ends the names of a split's files with
+_UTF16 = "not UTF-8 (it looks like UTF-16): save the file as UTF-8"
 _OTHER_ENDINGS = (".ndjson", ".json", ".xlsx", ".txt", ".gz", ".zst", ".zip")
 
 
@@ -106,20 +109,33 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         if delimiter is None:
             table = parquet.read_table(path)
         else:
+            _refuse_utf16(path)
             options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
             table = csv.read_csv(path, parse_options=options)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
     for field in table.schema:
         if pa.types.is_binary(field.type):
             raise ValueError(f"{path}, column `{field.name}`: not UTF-8.")
+    names = table.column_names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path} has the column `{twice[0]}` twice.")
+    if delimiter and len(names) == 1 and any(mark in names[0] for mark in ",;\t|"):
+        raise ValueError(f"{path} has one column, {names[0]!r}: its values must be separated by {delimiter!r}.")
     return table.to_pylist()
+
+
+def _refuse_utf16(path: Path) -> None:
+    if not path.name.endswith(".gz"):
+        with path.open("rb") as file:
+            if b"\0" in file.read(1000):
+                raise ValueError(f"{path}: {_UTF16}.")
 
 
 def _misnamed(folder: Path, name: str) -> str | None:
     """What to do about files in the folder that look like this split under another name, or None if there are none."""
     files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS)))
-    found = [file for file in files if file.split(".")[0].lower() in _ALIASES[name]]
+    found = [file for file in files if _SHARD.sub("", file.split(".")[0].lower()) in _ALIASES[name]]
     folders = [alias for alias in _ALIASES[name] if (folder / alias).is_dir()]
     if folders and not found and (folder / "train").is_dir():
         return f"{folder} has no folder {name}, but found {folders[0]}: rename it to {name}."
@@ -128,13 +144,15 @@ def _misnamed(folder: Path, name: str) -> str | None:
     known = next((ending for ending in ENDINGS if found[0].lower().endswith(ending)), None)
     if found[0].endswith(".ndjson"):
         known = ".jsonl"
-    advice = f"rename it to {name}{known}" if known else f"write its rows to {name}.jsonl, one JSON object a line"
-    return f"{folder} has no file {name}.jsonl, .csv or .parquet, but found {found[0]}: {advice}."
+    advice = f"write its rows to {name}.jsonl, one JSON object a line"
+    if known:
+        advice = f"{'rename it to' if len(found) == 1 else 'join their rows in'} {name}{known}"
+    return f"{folder} has no file {name}.jsonl, .csv or .parquet, but found {' and '.join(found[:2])}: {advice}."
 
 
 def _parse(line: bytes, field: str) -> Mapping[str, Any]:
     if b"\0" in line:
-        raise ValueError("not UTF-8 (it looks like UTF-16): save the file as UTF-8")
+        raise ValueError(_UTF16)
     try:
         row = json.loads(line)
         if b"\\ud" in line or b"\\uD" in line:

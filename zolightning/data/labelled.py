@@ -1,6 +1,6 @@
 """Tasks whose rows carry a label: one of a few values, each a class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ class LabelledTask(Task):
         self._check_strings("label")
         for key in ("labels", "skip_labels"):
             if not all(isinstance(label, Label) for label in getattr(self, key)):
-                raise ValueError(f"`{key}` must be numbers or strings, got {list(getattr(self, key))!r}.")
+                raise ValueError(
+                    f"`{key}` must be whole numbers, strings or truth values, got {list(getattr(self, key))!r}."
+                )
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"`labels` must all differ, got {list(self.labels)!r}.")
 
@@ -42,9 +44,17 @@ class LabelledTask(Task):
 
     def right(self, row: Mapping[str, Any]) -> tuple[int] | None:
         label = row[self.label]
-        if label in self.skip_labels:
+        if _place(label, self.skip_labels) is not None:
             return None
-        # `true` is equal to 1, but hardly meant as the second class.
-        if label not in self.labels or isinstance(label, bool):
-            raise ValueError(f"label {label!r} in field `{self.label}` must be one of {list(self.labels)!r}")
-        return (self.labels.index(label),)
+        place = _place(label, self.labels)
+        if place is None:
+            is_unquoted = isinstance(label, str) and any(isinstance(other, bool) for other in self.labels)
+            hint = " (quote them: YAML reads a bare yes or no as a truth value)" if is_unquoted else ""
+            raise ValueError(f"label {label!r} in field `{self.label}` must be one of {list(self.labels)!r}{hint}")
+        return (place,)
+
+
+def _place(label: Any, labels: Sequence[Label]) -> int | None:
+    """Where a label stands among others. `true` is equal to 1, but hardly meant as the second class."""
+    is_truth = isinstance(label, bool)
+    return next((i for i, other in enumerate(labels) if other == label and isinstance(other, bool) == is_truth), None)

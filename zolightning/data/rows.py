@@ -16,6 +16,7 @@ from zolightning.data.sampling import sample, sample_per_class, sample_train_and
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
 from zolightning.data.templates import MASK, SEPARATOR
+from zolightning.rank_zero import rank_zero_warn
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class Rows:
         """The sampled rows by the name of their split."""
         (train, chosen), (validation, validated) = self._sampled()
         trained = chosen if self.demonstrations_per_row else chosen[self.num_demonstrations :]
+        if isinstance(self.task, LabelledTask) and len(trained) > 1 == len({train.candidates[i] for i in trained}):
+            label = self.task.labels[train.candidates[trained[0]]]
+            rank_zero_warn(f"{train.origin}: all {len(trained)} training rows have the label {label!r}.")
         return {
             "train": self._write(train, trained, (train, chosen)),
             "validation": self._write(validation, validated, (train, chosen)),
@@ -179,7 +183,8 @@ class Rows:
         """Once, and not of the rows that come with a task, whose number anybody can know."""
         if len(split) < count and self.folder != self.task.folder and split.origin not in self._fewer:
             self._fewer.add(split.origin)
-            rank_zero_info(f"{split.origin}: {len(split)} rows, fewer than the {count} asked for; all are used.")
+            rows = f"{len(split)} row{'s' * (len(split) > 1)}"
+            rank_zero_info(f"{split.origin}: {rows}, fewer than the {count} asked for; all are used.")
 
     def _write(self, split: Split, chosen: Sequence[int], sampled: tuple[Split, Sequence[int]]) -> list[Row]:
         """Rows in words, each with its demonstrations out of the sampled training rows."""

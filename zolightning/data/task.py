@@ -127,7 +127,8 @@ class Task(ABC):
         for field in sorted(fields):
             value = row.get(field)
             if value is None:
-                raise ValueError(f"field `{field}` is missing or null; there are {', '.join(row) or 'none'}")
+                there = ", ".join(f"`{name}`" for name in row) or "none"
+                raise ValueError(f"field `{field}` is missing or null; there are {there}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"field `{field}` is {value}, which is no value")
 

@@ -18,7 +18,7 @@ from zolightning.models.scoring import answer_log_probs
 from zolightning.models.spread import DeviceMap
 from zolightning.models.suitability import refuse_unsuitable
 from zolightning.quantization import Quantization
-from zolightning.rewards.reward import Reward, check_references, rewards_of
+from zolightning.rewards.reward import Reward, check_references, check_signature, rewards_of
 from zolightning.rewards.text import exact_match, token_f1
 
 
@@ -76,6 +76,8 @@ class CausalLM(LanguageModel):
         decoding: Decoding | None = None,
         num_layers: int | None = None,
     ) -> None:
+        if reward is not None:
+            check_signature(reward)
         super().__init__(
             model_name,
             optimizer,
@@ -111,9 +113,10 @@ class CausalLM(LanguageModel):
             check_references(self.reward, references)
 
     def setup(self, stage: str) -> None:
-        self._generation = getattr(getattr(self.trainer, "datamodule", None), "generation", None)
-        if stage == "fit" and self.reward is not None:
-            self._check_reward()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self._generation = getattr(datamodule, "generation", None)
+        if stage == "fit":
+            self.check_reward(datamodule, self.automatic_optimization)
         if self._generation is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 f"`trainer.strategy` is {type(self.trainer.strategy).__name__}, under which ranks must run as many "
@@ -162,12 +165,15 @@ class CausalLM(LanguageModel):
         with drawn_from(int(batch["id"][0]), self.device):
             return self.generate(batch, generation)
 
-    def _check_reward(self) -> None:
-        if self._generation is None:
+    def check_reward(self, datamodule: Any, by_gradients: bool) -> None:
+        """Raises MisconfigurationException for a reward where nothing is generated, or a gradient would be taken."""
+        if self.reward is None:
+            return
+        if getattr(datamodule, "generation", None) is None:
             raise MisconfigurationException(
                 "`model.reward` is of generated texts, and the task generates none: give it `references`."
             )
-        if self.automatic_optimization:
+        if by_gradients:
             raise MisconfigurationException(
                 "`model.reward` has no gradient: name a zeroth-order `method`, or add the callback `ZerothOrder`."
             )

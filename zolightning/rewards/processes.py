@@ -1,11 +1,12 @@
 """Slow or unsafe rewards in processes of their own, with a time limit."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from zolightning.rank_zero import rank_zero_warn
-from zolightning.rewards.reward import as_number, check_references
+from zolightning.rewards.reward import as_number, check_references, check_signature
 
 
 class InProcesses:
@@ -26,7 +27,7 @@ class InProcesses:
 
     Raises:
         ImportError: pebble is not installed.
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or the reward is not such a function.
     """
 
     def __init__(
@@ -36,6 +37,11 @@ class InProcesses:
             raise ValueError(f"`processes` must be at least 1, got {processes}.")
         if not timeout > 0:
             raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
+        check_signature(reward)
+        try:
+            pickle.dumps(reward)
+        except Exception as error:  # whatever an object raises that does not go to another process
+            raise ValueError(f"`reward` cannot be sent to other processes: {error}.") from None
         try:
             import pebble  # noqa: F401
         except ImportError:
@@ -70,7 +76,7 @@ class InProcesses:
             return as_number(future.result(), text)
         except FutureTimeoutError:
             name, reason = "timeout", f"no reward within {self.timeout:g} seconds"
-        except Exception as error:  # whatever a user's function raises, or its process dies of
+        except (Exception, SystemExit) as error:  # whatever a user's function raises, or its process dies of
             name, reason = type(error).__name__, str(error)
         if name not in self.failures:
             rank_zero_warn(f"A reward failed, which is counted and makes it 0: {name}: {reason}.")

@@ -2,11 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any
 
 Reward = Callable[[str, Sequence[str]], float]
 """Of a text and the references of its row. One that cannot do with some references may have a method ``check`` of them,
 which raises a ValueError: it is called for every row before the first step."""
+
+
+def check_signature(reward: Reward) -> None:
+    """Raises a ValueError for a function that cannot be called with a text and its references, in this order."""
+    try:
+        wanted = signature(reward)
+    except ValueError:  # of functions in C that do not say
+        return
+    name = getattr(reward, "__name__", type(reward).__name__)
+    advice = "Write a function of (text, references) that returns the number of one text."
+    if "completions" in wanted.parameters:
+        raise ValueError(f"`reward` is {name}{wanted}, of whole batches as TRL's rewards are. {advice}")
+    try:
+        wanted.bind("", ())
+    except TypeError:
+        raise ValueError(
+            f"`reward` is {name}{wanted}, which does not take a text and its references. {advice}"
+        ) from None
 
 
 def check_references(reward: Reward, references: Sequence[str]) -> None:
@@ -20,11 +39,15 @@ def rewards_of(reward: Reward, texts: Iterable[str], references: Iterable[Sequen
     """The rewards of several texts, together if `reward` has a method `all_of`, as InProcesses has.
 
     Raises:
-        ValueError: One of them is no finite number.
+        ValueError: One of them is no finite number, or there are more or fewer than texts.
     """
     pairs = list(zip(texts, references, strict=True))
     together = getattr(reward, "all_of", None)
-    values = [reward(*pair) for pair in pairs] if together is None else together(pairs)
+    values = [reward(*pair) for pair in pairs] if together is None else list(together(pairs))
+    if len(values) != len(pairs):
+        raise ValueError(
+            f"`all_of` of `model.reward` must return {len(pairs)} numbers for as many texts, got {len(values)}."
+        )
     return [as_number(value, text) for value, (text, _) in zip(values, pairs, strict=True)]
 
 
