@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(results: Results, rank:
 
 @pytest.mark.parametrize(("name", "value"), [("perturbation_parallel_size", 0), ("check_interval", 0)])
 def test_sizes_are_checked(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer, at least 1, got 0"):
         ZerothOrderDDP(**{name: value})
 
 

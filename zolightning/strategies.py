@@ -17,6 +17,7 @@ from torch import Tensor, device
 from torch.distributed import ReduceOp
 
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.optim.checks import require_integer
 from zolightning.ranks import CHECK_INTERVAL, Layout, leave_at_exit
 
 
@@ -71,12 +72,8 @@ class ZerothOrderDDP(DDPStrategy):
         perturbation_parallel_size: int = 1,
         check_interval: int = CHECK_INTERVAL,
     ) -> None:
-        for name, value in {
-            "perturbation_parallel_size": perturbation_parallel_size,
-            "check_interval": check_interval,
-        }.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        require_integer("perturbation_parallel_size", perturbation_parallel_size)
+        require_integer("check_interval", check_interval)
         super().__init__(
             accelerator,
             parallel_devices,

@@ -126,5 +126,5 @@ class TestMicroBatches:
             assert (part.step, part.forward_passes) == (whole.step, whole.forward_passes)
 
     def test_bad_sizes(self) -> None:
-        with pytest.raises(ValueError, match="`micro_batch_size` must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`micro_batch_size` must be an integer, at least 1, got 0"):
             ZerothOrder(MeZO, micro_batch_size=0)

@@ -172,5 +172,5 @@ class TestUnderZerothOrder:
             make_trainer(max_steps=1, callbacks=[callback]).fit(TwoNetworks(), regression_data())
 
     def test_bad_values(self) -> None:
-        with pytest.raises(ValueError, match="`evaluations_per_forward` must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`evaluations_per_forward` must be an integer, at least 1, got 0"):
             ZerothOrder(MeZO, evaluations_per_forward=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from zolightning.blocks.orders import Order, Turn
 from zolightning.kernels.noise import key
-from zolightning.optim.checks import require_integer
+from zolightning.optim.checks import require_fraction, require_integer, require_positive
 
 
 def project_to_simplex(weights: Sequence[float], p_min: float) -> list[float]:
@@ -104,8 +104,7 @@ class Bandit(LearnedProbabilities):
 
     def __init__(self, step_size: float = 0.05, p_min: float | None = None, queries: int = 0) -> None:
         super().__init__(p_min, queries)
-        if not 0 < step_size < math.inf:
-            raise ValueError(f"`step_size` must be a positive number, got {step_size!r}.")
+        require_positive("step_size", step_size)
         self.step_size = step_size
         self.max_seen = 0.0
 
@@ -138,8 +137,7 @@ class AdaLeZO(LearnedProbabilities):
 
     def __init__(self, decay: float = 0.8, p_min: float | None = None, queries: int = 0) -> None:
         super().__init__(p_min, queries)
-        if not 0 <= decay < 1:
-            raise ValueError(f"`decay` must be at least 0 and below 1, got {decay!r}.")
+        require_fraction("decay", decay)
         self.decay = decay
         self.means: dict[int, float] = {}
 

@@ -1,4 +1,4 @@
-"""Bases of subspaces from what layers read, instead of at random."""
+"""Bases of subspaces from the inputs of layers, instead of at random."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.moments import SCALINGS, Leading, Scaling, SecondMoment, scaled
 from zolightning.layers import LayerStack, find_layers
 from zolightning.messages import some
-from zolightning.optim.checks import require_choice, require_fraction, require_positive
+from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.input_moments import INPUT_DIM, InputMoments, Side
@@ -27,20 +27,20 @@ Readers = list[tuple[str, Side]]  # names of matrices that read the same, and th
 
 
 class Searched(NamedTuple):
-    """A matrix that wants a basis of at most `rank` columns."""
+    """A matrix that needs a basis of at most `rank` columns."""
 
     parameter: nn.Parameter
     rank: int
 
 
 class InputBases(NamedTuple):
-    """What was found.
+    """The bases that were found.
 
     Attributes:
-        given: a factor on the side of the inputs, for each matrix that reads some.
-        shares: of each, by name, the share of its inputs' energy that the factor's columns hold.
-        without: names of matrices that keep the method's own factors.
-        forward_passes: how many it took.
+        given: for each matrix with known inputs, a factor on their side.
+        shares: for each of these, by name, the share of its inputs' energy in the span of the factor.
+        without: names of the matrices that keep the method's own factors.
+        forward_passes: the number of forward passes it took.
     """
 
     given: dict[nn.Parameter, Basis]
@@ -68,30 +68,30 @@ class InputBases(NamedTuple):
 class ActivationBases:
     """Bases from the leading directions of each layer's inputs (AGZO, arXiv 2601.17261; ZO-Act, arXiv 2607.01125).
 
-    Each matrix W of a product ``x W'`` gets a right factor: the leading eigenvectors of the mean of ``x x'``, scaled,
-    as many as the method's `rank`. (A ``Conv1D`` of transformers computes ``x W`` and gets a left one.) SubZero keeps
-    a random factor on the other side; ZO-Muon, ZO-MOPI and Subspace-MeZO search on the side of the inputs instead of
-    their own. Padding does not count. What no product reads alone (embeddings, convolutions), and inputs that are zero
-    or not finite, leave a matrix the random factors of the method.
+    For a matrix W that is used in a product ``x W'``, the right factor holds the leading eigenvectors of the mean of
+    ``x x'``, scaled, as many as the method's `rank`. (The ``Conv1D`` of transformers computes ``x W``; there it is the
+    left factor.) SubZero keeps a random factor on the other side; ZO-Muon, ZO-MOPI and Subspace-MeZO search on the side
+    of the inputs instead of their own. Padding is left out. Matrices that are used in other ways (embeddings,
+    convolutions), or whose inputs are zero or not finite, keep the method's random factors.
 
-    Sums are over all ranks, and the first rank's result is everyone's. The factors are part of the optimizer's state,
-    in the weight's dtype, so that a resumed run goes on with the same bits, and a replay from records needs them beside
-    the records. Their forward passes are counted with those of the next step.
+    Statistics are summed over all ranks, and all ranks use the first one's result. The factors are part of the
+    optimizer's state, in the weight's dtype, so a resumed run has the same bits; a replay needs them beside the
+    records. The forward passes are counted with those of the next step.
 
     Args:
-        scaling: lengths of the columns: "unit", "rms" or "whitened", see
-            :func:`~zolightning.directions.moments.scaled`. A learning rate belongs to one of them.
-        limit: of "rms".
-        skip: how many leading directions to leave out: the first is what all inputs share.
-        first_token: count the first token of each sequence, which in many models has massive activations.
-        examples: look at "prompts", the first examples of the training data as they are stored, or at the "batch" that
-            is trained on when bases are due.
-        num_prompts: how many of the former.
-        passes: over the examples; a second one makes the directions of wide inputs more exact.
-        refresh: look again whenever new subspaces are due, at the weights of then; otherwise once, before the first
-            step. Random factors are drawn anew each time.
-        decay: share of what was known that stays at a refresh, as far as its leading directions tell; the streaming
-            estimate of AIM-ZO. 0 forgets.
+        scaling: how columns are scaled: "unit", "rms" or "whitened", see
+            :func:`~zolightning.directions.moments.scaled`. Each needs a learning rate of its own.
+        limit: the limit of the scaling "rms".
+        skip: how many leading directions to leave out. The first one is often common to all inputs.
+        first_token: whether to count the first token of each sequence, whose activations are massive in many models.
+        examples: the examples to look at: "prompts", the first ones of the training data, or the "batch" that the next
+            step trains on.
+        num_prompts: number of "prompts".
+        passes: passes over the examples; a second one makes the directions of wide inputs more accurate.
+        refresh: whether to compute them anew whenever new subspaces are drawn; otherwise once, before the first step.
+            Random factors are drawn anew in either case.
+        decay: weight of the old statistics at a refresh, as far as their leading directions give them (the streaming
+            estimate of AIM-ZO); 0 uses new ones only.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -111,11 +111,10 @@ class ActivationBases:
         require_choice("scaling", self.scaling, SCALINGS)
         require_choice("examples", self.examples, EXAMPLES)
         require_positive("limit", self.limit)
-        require_positive("num_prompts", self.num_prompts)
-        require_positive("passes", self.passes)
+        require_integer("num_prompts", self.num_prompts)
+        require_integer("passes", self.passes)
+        require_integer("skip", self.skip, least=0)
         require_fraction("decay", self.decay)
-        if self.skip < 0:
-            raise ValueError(f"`skip` must not be negative, got {self.skip}.")
         if self.decay and not self.refresh:
             raise ValueError(
                 f"`decay` is {self.decay}, and without `refresh` nothing is looked at again. Set `refresh`."
@@ -124,13 +123,13 @@ class ActivationBases:
     def find(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: SubspaceOptimizer, batch: Any
     ) -> InputBases:
-        """Runs the module on examples, at its stored weights.
+        """Runs the module on examples at its stored weights and computes bases from the inputs of its matrices.
 
         Args:
-            trainer: whose training data and strategy are used.
-            pl_module: whose ``training_step`` is run, in evaluation mode and without gradients.
-            optimizer: whose matrices want bases; frozen ones do not.
-            batch: the training batch that comes next.
+            trainer: provides the training data and the strategy.
+            pl_module: its ``training_step`` is run, in evaluation mode and without gradients.
+            optimizer: the method; its frozen matrices get no bases.
+            batch: the training batch of the next step.
         """
         matrices = {
             name: Searched(parameter, matrix.rank)

@@ -1,4 +1,4 @@
-"""Blocks of parameters that move in turn, under any zeroth-order method."""
+"""Block coordinate descent with any zeroth-order method."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,33 +23,33 @@ from zolightning.scopes.scope import Scope
 
 
 class BlockCoordinateDescent(Callback):
-    """Trains a few blocks of the parameters at a time, and others after every `interval` steps.
+    """Trains a few blocks of the parameters at a time, and switches to other blocks every `interval` steps.
 
-    A scope says what trains at all; blocks take turns within that. What lies below the lowest active block is computed
-    once a step (:mod:`zolightning.evaluation.shared_prefix`), so leave ``evaluations_per_forward`` at 1. Learning
-    rates are not those of training everything: fewer numbers move, and rates of about ten times MeZO's were published
-    (B-PDF).
+    A scope chooses the parameters that train, and this callback divides them into blocks. Layers below the lowest
+    active block run only once per step (:mod:`zolightning.evaluation.shared_prefix`), so leave
+    ``evaluations_per_forward`` at 1. Learning rates differ from those of training everything, because fewer parameters
+    move at a time: rates of about ten times MeZO's were published (B-PDF).
 
     MeZO-BCD (arXiv 2501.19099) is ``RandomPermutation`` with an interval of 100 under MeZO, LeZO is ``Uniform`` with an
     interval of 1, and B-PDF and FOCUS are ``Cyclic`` and ``Bandit`` under HiZOO.
 
-    In TensorBoard: the picture ``blocks/active``, at validations and at the end: when each block moved, its share of
-    all steps, and how likely it is drawn next; ``blocks/score/*`` and ``blocks/probability/*`` where the order has
-    them; ``zo/prefix_share``, the share of a step's layer evaluations that were spared because other evaluations had
-    made them.
+    To TensorBoard it writes the picture ``blocks/active`` at validations and at the end: when each block moved, its
+    share of all steps, and its probability to be drawn next. It logs ``blocks/score/*`` and ``blocks/probability/*`` if
+    the order has them, and ``zo/prefix_share``, the share of a step's layer evaluations that were saved because an
+    earlier evaluation had made them.
 
     Args:
-        order: which blocks come next: ``Cyclic()``, which is the default, ``RandomPermutation()``, ``Uniform()``,
+        order: how the next blocks are chosen: ``Cyclic()`` (the default), ``RandomPermutation()``, ``Uniform()``,
             ``WeightNorm()``, ``GaussSouthwellSweep()``, ``Bandit()`` or ``AdaLeZO()`` (:mod:`zolightning.blocks`).
-        interval: steps until others move.
-        blocks_per_step: blocks that move at a time.
-        patterns: regular expressions, one a block; without them each layer is one.
-        others: what becomes of what lies around the layers, or matches no pattern: "blocks", it takes turns too, as
-            ``embeddings`` and ``head``; "always", it moves in every step beside the active blocks, and with the
-            embeddings nothing is left to be computed once; "never", it is frozen.
-        left_state: what becomes of the method's state of a block that is left. "reset" drops it, so that memory is that
-            of the active blocks; half-precision weights are rounded then, once a visit: stochastically, so that small
-            updates are not lost, but some noise is added. "keep" keeps it for the next visit.
+        interval: steps until other blocks move.
+        blocks_per_step: number of blocks that move at a time.
+        patterns: regular expressions, one for each block; without them each layer is a block.
+        others: what happens to parameters outside the layers, or that match no pattern: "blocks", they are blocks too,
+            ``embeddings`` and ``head``; "always", they move in every step, so that with embeddings among them no layer
+            can run just once; "never", they are frozen.
+        left_state: what happens to the state of a block that becomes inactive. "reset" drops it, so that the method's
+            memory is that of the active blocks; half-precision weights are then rounded stochastically, which loses no
+            small updates on average but adds some noise. "keep" keeps it for the next time.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
 
     Raises:
@@ -84,18 +84,18 @@ class BlockCoordinateDescent(Callback):
         self._shares: deque[float] = deque()  # of layer evaluations that were spared, in the latest steps
 
     def describe(self) -> str:
-        """What takes turns, in a few words."""
+        """The number of blocks and their order, in a few words."""
         count = f"{self.blocks_per_step} of " if self.blocks_per_step > 1 else ""
         number = "" if self.schedule is None else f"{len(self.schedule.blocks)} "
         return f"{count}{number}blocks by {type(self.order).__name__}, others after every {_steps(self.interval)}"
 
     @property
     def never(self) -> Sequence[nn.Parameter]:
-        """The parameters that a scope would let train, and that stay as they are."""
+        """The parameters that are frozen by ``others="never"``."""
         return () if self.schedule is None else self.schedule.blocks.never
 
     def largest(self, optimizer: ZerothOrderOptimizer) -> set[nn.Parameter]:
-        """The parameters that move at once, when these are most."""
+        """The parameters that move at a time, for the largest blocks."""
         if self.schedule is None:
             return {parameter for _, _, parameter in optimizer.trainable()}
         blocks = self.schedule.blocks
@@ -104,9 +104,9 @@ class BlockCoordinateDescent(Callback):
         return {parameter for _, _, parameter in optimizer.trainable() if parameter not in resting}
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses what ``on_fit_start`` refuses, unless a scope has yet to choose what trains.
+        """Raises what ``on_fit_start`` raises, unless a scope has yet to choose what trains.
 
-        For whoever has something long to do before a fit.
+        To be called before something long that comes before a fit.
 
         Raises:
             MisconfigurationException: naming the argument, what was found and what is accepted.
@@ -169,7 +169,7 @@ class BlockCoordinateDescent(Callback):
             self.check_resume(checkpoint.get("callbacks", {}))
 
     def check_resume(self, states: Mapping[str, Any]) -> None:
-        """Refuses to go on from the states of another run's callbacks, as far as they tell without a network.
+        """Refuses to resume a run with other blocks, as far as the saved states of its callbacks show.
 
         Raises:
             MisconfigurationException: naming what that run has otherwise.

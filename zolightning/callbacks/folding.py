@@ -1,4 +1,4 @@
-"""When the updates of a subspace method are added to the weights under a Trainer."""
+"""When a subspace method adds its pending updates to the weights ("folds" them) under a Trainer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,19 +9,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zolightning.optim.subspace import SubspaceOptimizer
 
-# Hooks that run between the first step and the end of the fit, where stored weights need not be the trained ones.
+# Hooks that run between the first step and the end of the fit, when stored weights may lack pending updates.
 _HOOKS = (
     *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
     *("on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step", "on_save_checkpoint"),
 )
-# Those of callbacks may also come before that of ZerothOrder, which folds.
+# In these ZerothOrder folds, but other callbacks may run before it.
 _CALLBACK_HOOKS = (*_HOOKS, "on_validation_start", "on_fit_end", "on_exception", "state_dict")
 _MODULE_HOOKS = (
     *_HOOKS,
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
     *("on_validation_model_zero_grad", "on_validation_model_eval"),
 )
-# Classes of Lightning whose hooks leave weights alone. Others, of later versions too, are not trusted.
+# Classes of Lightning whose hooks do not access weights. Others, also of later versions, are assumed to.
 _HARMLESS = frozenset(
     {"Callback", "LightningModule", "ModelHooks", "DataHooks", "CheckpointHooks"}
     | {"ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer", "ModelSummary", "RichModelSummary"}
@@ -31,10 +31,10 @@ _HARMLESS = frozenset(
 
 
 def hook_between_steps(callbacks: Sequence[Callback], module: L.LightningModule) -> str | None:
-    """The first hook found that may read or write weights between steps, such as ``MyCallback.on_train_batch_end``.
+    """The first hook found that may access weights between steps, such as ``MyCallback.on_train_batch_end``.
 
-    None where all hooks that run then are this package's, or known to leave weights alone. Hooks of a module around
-    and within validation do not count: weights are folded before.
+    None if all hooks that run between steps are this package's or known not to access weights. A module's hooks in and
+    around validation do not count, because updates are folded before.
     """
     hooks: list[tuple[Any, str]] = [(owner, name) for owner in callbacks for name in _CALLBACK_HOOKS]
     hooks += [(module, name) for name in _MODULE_HOOKS]
@@ -53,9 +53,9 @@ def is_validation_next(trainer: L.Trainer) -> bool:
 
 
 def choose_folding(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback], module: L.LightningModule) -> None:
-    """Has updates folded at every step if somebody may look at weights between steps, which a message says.
+    """Lets a method fold at every step if a hook may access weights between steps, with a message that names the hook.
 
-    Otherwise they wait for a resampling, a validation or the end of the fit.
+    Otherwise updates are folded before a resampling, a validation and the end of the fit.
     """
     hook = hook_between_steps(callbacks, module)
     optimizer.fold_every_step = hook is not None

@@ -15,17 +15,17 @@ _RISEN = 3.0  # standard errors of the difference of two means
 
 
 class LearningRateControl(Callback):
-    """Lowers the learning rate of a zeroth-order method where the training loss rises, or has ceased to fall.
+    """Lowers the learning rate of a zeroth-order method when the training loss rises or stops falling.
 
-    It looks at the losses that steps evaluate anyway, `interval` of them at a time. Where their mean is above that of
-    the best interval by three standard errors, the rate is multiplied by `factor` at once, and what is best begins
-    anew; likewise where `patience` intervals in a row were no better than the best one, as ``ReduceLROnPlateau`` of
-    torch does. Unlike that one it needs no metric and no threshold: the spread of an interval's losses says what a
-    difference means. Schedulers go on; their rate is multiplied.
+    It averages the losses that steps evaluate anyway over intervals of `interval` steps, and compares each interval
+    with the best one so far. The rate is multiplied by `factor` if an interval is worse by three standard errors, or if
+    `patience` intervals in a row are no better; the search for a best interval then starts anew. Unlike torch's
+    ``ReduceLROnPlateau`` it needs no metric and no threshold, because the spread of the losses within an interval gives
+    the standard error. The rates of a scheduler are multiplied as well.
 
-    The factor is kept with the method's hyperparameters, as ``lr_scale``, and what has been seen in the callback's
-    state, so that a resumed run goes on bit for bit. Losses are means over all ranks, so that all decide alike.
-    ``zo/lr`` shows the rate, and so do the records of a ledger.
+    The factor is kept with the method's hyperparameters, as ``lr_scale``, and the losses in the callback's state, so a
+    resumed run goes on bit for bit. Losses are means over all ranks, so all ranks decide alike. ``zo/lr`` shows the
+    rate, and so do the records of a ledger.
 
     Args:
         interval: steps whose losses are averaged.

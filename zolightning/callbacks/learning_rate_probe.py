@@ -1,4 +1,4 @@
-"""A learning rate that is measured before anything moves."""
+"""Measures a learning rate in the first steps of a run, before any weight moves."""
 
 import math
 from copy import deepcopy
@@ -22,35 +22,35 @@ _SHARES = (1.0, 0.2)  # of the loss: rises that are looked for; the second one w
 
 
 class LearningRateProbe(Callback):
-    """Sets the learning rate of a zeroth-order method from the noise that the whole run is to bear.
+    """Sets the learning rate of a zeroth-order method by the noise that it adds to the loss over the whole run.
 
-    Zeroth-order steps are nearly all noise: of ``-lr g z`` hardly anything points downhill, and the rest is a random
-    walk, which after T steps has cost ``T lr^2 C / 2`` of the loss, where C is the mean of ``g^2 z' H z`` over steps, H
-    the Hessian. Ghadimi and Lan (arXiv 1309.5549) balance this against the loss D there is to win, which makes the
-    best constant rate ``sqrt(2 D / (T C))``. Here the cost is to be `noise` times the loss at the beginning.
+    Zeroth-order steps are almost all noise: hardly any of ``-lr g z`` points downhill, and the rest is a random walk.
+    After T steps it has raised the loss by ``T lr^2 C / 2``, where C is the mean of ``g^2 z' H z`` over steps and H the
+    Hessian. Balancing this against the loss D that there is to gain gives the best constant rate, ``sqrt(2 D / (T C))``
+    (Ghadimi and Lan, arXiv 1309.5549). Here the rate is chosen so that the rise is `noise` times the initial loss.
 
-    The first `num_steps` steps of a run are taken with a learning rate of 0. They measure projected gradients and fill
-    the method's momentum or running means. Then they are replayed from their records, with random signs, at rates so
-    large that they go as far as many would, forwards and backwards, until the loss of `num_examples` examples is twice
-    what it was, on average (or, where nothing doubles it, a fifth more). There a rise is seen in spite of how unlike
-    each other directions are; the cost of shorter walks goes with the square of their length, and the length with the
-    root of the number of steps.
+    The first `num_steps` steps of the run are taken with a learning rate of 0. They measure projected gradients and
+    fill the method's momentum and running means. They are then replayed from their records with random signs, forwards
+    and backwards, at larger and larger learning rates, until the mean loss of `num_examples` examples has doubled (or,
+    if nothing doubles it, has risen by a fifth). A rise that large can be measured although directions differ much. The
+    rise of a shorter walk follows from it: it is proportional to the square of the distance, which grows with the root
+    of the number of steps.
 
-    Any method can be probed, with its momentum, normalisation and subspaces, for the method itself replays. Its own
-    ``lr`` is where the search begins, and what groups have is kept in proportion. A schedule scales what is found, and
-    counts: one that falls linearly to 0 makes a walk no longer than that of a third of the steps at its highest rate.
-    Weights and state are afterwards what they were, to the bit; host memory holds a copy meanwhile. All ranks take the
-    first one's result. It is kept with the method's hyperparameters, as ``lr_scale``, so that a resumed run does not
-    probe again.
+    This works for any method, with its momentum, normalization and subspaces, because the method itself replays the
+    steps. The search starts at the method's ``lr``, and the ratios between parameter groups are kept. A scheduler
+    scales the rate that was found, and is taken into account: with one that falls linearly to 0 the noise is that of a
+    third of the steps at the highest rate. Weights and state are restored to the bit from a copy in host memory. All
+    ranks use the result of the first one. It is kept with the hyperparameters, as ``lr_scale``, so a resumed run does
+    not probe again.
 
-    Costs the first steps, and 50 to 70 forwards, which the next step counts. In TensorBoard ``zo/lr`` is 0, then the
-    rate; the text ``learning_rate`` says what was found.
+    Costs the first steps, and 50 to 70 forwards, which the next step counts. In TensorBoard ``zo/lr`` is 0 at first,
+    and the text ``learning_rate`` says what was found.
 
     Args:
         num_steps: steps to measure with.
-        num_examples: of the training data, as they are stored, that the loss is averaged over.
-        noise: cost of the walk, as a share of their loss.
-        total_steps: of the run; None takes the Trainer's.
+        num_examples: training examples to average the loss over, the first ones of the data.
+        noise: rise of the loss by the noise of the whole run, as a share of the initial loss.
+        total_steps: length of the run in steps; None takes the Trainer's.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -139,13 +139,13 @@ class LearningRateProbe(Callback):
 
 
 def set_lr_scale(optimizer: ZerothOrderOptimizer, scale: float) -> None:
-    """Has the learning rates of all steps from now on multiplied by `scale`."""
+    """Multiplies the learning rates of all further steps by `scale`."""
     for group in optimizer.param_groups:
         group["lr_scale"] = scale
 
 
 def _at_full_rate(trainer: L.Trainer, steps: int) -> float:
-    """The number of steps at the initial rate that walk as far as the next `steps` of a run with its schedule."""
+    """The number of steps at the initial rate whose noise is that of the next `steps` of the run's schedule."""
     if not trainer.lr_scheduler_configs:
         return steps
     scheduler: Any = trainer.lr_scheduler_configs[0].scheduler

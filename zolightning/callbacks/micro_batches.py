@@ -1,4 +1,4 @@
-"""Batches in parts: how many examples a batch holds, how it is cut, and the loss of the parts together."""
+"""Batches in parts: how a batch is cut, and the loss of the parts together."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -11,19 +11,15 @@ from torch import Tensor
 
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.checks import loss_and_terms
+from zolightning.scopes.calibration import batch_size
 
 Rows = TypeVar("Rows", Tensor, np.ndarray)
 
 
-def batch_size(batch: Any) -> int | None:
-    """Length of the first tensor found that has a first dimension."""
-    lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
-    return lengths[0] if lengths else None
-
-
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of at most `size` examples; what is no tensor or array of its length goes into every part.
+    """Cuts a batch into parts of at most `size` examples.
+
+    Tensors and arrays with as many rows as the batch has examples are cut, and all else is part of every part.
 
     Raises:
         ValueError: if nothing in the batch can be cut.
@@ -45,8 +41,8 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
 def with_num_terms(output: Any, batch: Any, device: torch.device | None = None) -> dict[str, Any]:
     """What ``training_step`` returned for a batch, as a dictionary with ``"loss"`` and ``"num_terms"``.
 
-    The latter is the number of examples in the batch unless ``training_step`` returns one itself, and 0 where it
-    returns None to skip the batch, on a `device` where other evaluations may return a loss.
+    ``"num_terms"`` is the number of examples in the batch unless ``training_step`` returned another number. If it
+    returned None to skip the batch, it is 0, and the loss a NaN on `device`.
     """
     if output is None:
         return {"loss": torch.tensor(torch.nan, device=device), "num_terms": 0}
@@ -70,11 +66,11 @@ def in_examples(loss: Callable[[Any], Any], batch: Any, size: int | None, rank: 
     """A batch in parts, with the loss of each example.
 
     Args:
-        loss: of a part of the batch.
-        batch: of one rank.
-        size: examples in a part; None for one part.
-        rank: where the batch is, of so many `ranks`. Lightning's sampler deals examples to them in turn, so example k
-            of a rank is number ``k ranks + rank`` of the batch of all ranks.
+        loss: computes the loss of a part of the batch.
+        batch: the batch of one rank.
+        size: number of examples in a part; None for one part.
+        rank, ranks: the rank and how many there are. Lightning's sampler deals examples to ranks in turn, so example k
+            of a rank is number ``k ranks + rank`` in the batch of all ranks.
 
     Raises:
         ValueError: if nothing in the batch can be cut.

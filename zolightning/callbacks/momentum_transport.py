@@ -1,4 +1,4 @@
-"""What becomes of the momentum when a subspace method draws new subspaces."""
+"""Chooses what happens to the momentum when a subspace method draws new subspaces."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from zolightning.partners import callbacks_of, subspace_optimizer
 
 
 class MomentumTransport(Callback):
-    """Takes the momentum of a subspace method from one basis to the next.
+    """Chooses what happens to the momentum of a subspace method when it draws new subspaces.
 
-    * ``project``: to the nearest matrix in the new subspace (ZO-MOPI, arXiv 2605.09034, equation 11; LOZO-M). Without
-      this callback methods do that.
-    * ``reset``: to zero.
-    * ``keep``: its coordinates stay and mean other directions (the released code of ZO-MOPI).
+    * ``project``: it is projected onto the new subspace (ZO-MOPI, arXiv 2605.09034, equation 11; LOZO-M). This is what
+      methods do without this callback.
+    * ``reset``: it starts from zero.
+    * ``keep``: its coordinates stay, though they stand for other directions now (the released code of ZO-MOPI).
 
-    Adam's second moments are magnitudes of coordinates, not directions: they stay, except under ``reset``.
+    Adam's second moments are kept, except with ``reset``: they are magnitudes of coordinates, not directions.
 
-    Logs ``zo/momentum_kept``, the share of the momentum's squared norm that the last resampling left.
+    Logs ``zo/momentum_kept``, the share of the momentum's squared norm that is left after the last resampling.
 
     Args:
-        how: one of the three.
+        how: "project", "reset" or "keep".
 
     Raises:
         MisconfigurationException: when training starts, if the optimizer is no subspace method or keeps no momentum,

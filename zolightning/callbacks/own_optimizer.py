@@ -1,4 +1,4 @@
-"""What a module's own ``configure_optimizers`` says, and what of it a zeroth-order method can keep."""
+"""What a zeroth-order method takes over from a module's own ``configure_optimizers``."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _UNUSED_HOOKS = (
 
 @dataclass(frozen=True)
 class OwnOptimizer:
-    """The optimizer and the schedulers by which a module would train without ZerothOrder.
+    """The optimizer and the schedulers with which a module would train without ZerothOrder.
 
     Args:
         configured: what its ``configure_optimizers`` returned, in any of the forms that Lightning accepts.
@@ -48,11 +48,10 @@ class OwnOptimizer:
         return next(self._all(Optimizer), None)
 
     def groups(self, module: L.LightningModule) -> list[dict[str, Any]]:
-        """Parameter groups for a method: the module's trainable parameters that the optimizer holds, in their order.
+        """Parameter groups for a method: the trainable parameters that the optimizer holds, in the module's order.
 
-        Where the optimizer's groups differ in whether they have any ``weight_decay``, those without one keep 0, and
-        the others take the method's. Learning rates are left to the method: those of backpropagation mean nothing to
-        it.
+        If some of the optimizer's groups have ``weight_decay`` and others have none, the latter keep 0 and the former
+        get the method's. Learning rates are the method's, because those of backpropagation do not apply to it.
 
         Raises:
             MisconfigurationException: if there is no such parameter.
@@ -78,7 +77,7 @@ class OwnOptimizer:
         return [{"params": own}]
 
     def replaced(self, module: L.LightningModule) -> str:
-        """A clause for the user: the optimizer and schedulers that do not run, and hooks that are not called."""
+        """The end of a message: the optimizer and schedulers that do not run, and hooks that are not called."""
         names = [type(thing).__name__ for thing in (*self._all(Optimizer), *self._all(LRScheduler))]
         text = f" in place of {' and '.join(names)}" if names else ""
         if self.optimizer is not None and len({group["lr"] for group in self.optimizer.param_groups}) > 1:

@@ -1,4 +1,4 @@
-"""Predictions as a file."""
+"""Writes predictions to a file."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class PredictionWriter(Callback):
-    """During ``predict``, writes one JSON line an example.
+    """During ``predict``, writes a line of JSON for each example.
 
-    Each line holds what ``predict_step`` returns for the example: for CausalLM its id, and the scores of its candidates
-    and the index of the best one, or the generated text. The file is written anew by each run; with several
-    ranks, rank r > 0 writes to ``<path>.r``.
+    A line holds what ``predict_step`` returns for the example: for CausalLM its id, and either the scores of its
+    candidates with the index of the best one, or the generated text. Each run overwrites the file. With several ranks,
+    rank r > 0 writes to ``<path>.r``.
 
     Args:
         path: the file to write.

@@ -1,4 +1,4 @@
-"""Surroundings and modules in which forward-only training would be wrong: refused by name, before the first step.
+"""Refuses, before the first step, Trainer settings and modules that cannot be trained by forward passes.
 
 Classes are recognised by the names of their bases, because ``lightning`` and ``pytorch_lightning`` are one code base
 under two names, whose classes are not each other's.
@@ -26,7 +26,7 @@ _PRECISIONS = "'32-true', '64-true', 'bf16-true', '16-true' or 'bf16-mixed'"
 
 
 def refuse_unsupported(trainer: Any) -> None:
-    """Refuses what a Trainer is made of.
+    """Refuses a Trainer's strategy, precision, options and callbacks.
 
     Raises:
         MisconfigurationException: naming the option, the value found and what is accepted.
@@ -107,7 +107,7 @@ def refuse_precision(precision: Any) -> None:
 
 
 def refuse_with_shards(callback: Any) -> None:
-    """Refuses options of ZerothOrder with which ranks that share weights would run other forwards than the others.
+    """Refuses options of ZerothOrder with which ranks would run different forwards, under sharded weights (FSDP2).
 
     Raises:
         MisconfigurationException: naming the option and its value.

@@ -1,4 +1,4 @@
-"""What the loss would be where recorded steps lead at other learning rates, and how far they may lead."""
+"""Replays recorded steps at other learning rates, as random walks, to see how far they may go."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ class Found:
     """How far steps may go.
 
     Attributes:
-        scale: multiple of the method's learning rates at which walks make the loss rise by the share.
-        share: of the loss.
-        loss: before.
-        rise: measured near there.
+        scale: multiple of the method's learning rates at which walks raise the loss by `share` of itself.
+        share: the rise that was looked for, as a share of the loss.
+        loss: the loss before the walks.
+        rise: a rise that was measured, near the one looked for.
         error: standard error of `rise`.
     """
 
@@ -43,18 +43,19 @@ class Found:
 
 
 def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> Found | None:
-    """Finds how far to walk until the loss rises by a share of itself, on average over walks.
+    """Finds the distance at which walks raise the loss by a share of itself, on average.
 
-    A rise goes with the square of the distance, so that a few walks soon lead near, where all of them are taken.
+    The rise is about proportional to the square of the distance. A few walks find the right magnitude, and all of them
+    the result.
 
     Args:
-        rises: (walks,), of the loss after walks of a distance; so many of them.
-        num_walks: how many there are.
-        loss: before.
-        share: of it.
+        rises: called with a scale and a number of walks, returns the rise of the loss after each of them, (walks,).
+        num_walks: how many walks there are.
+        loss: the loss before the walks.
+        share: the rise to look for, as a share of `loss`.
 
     Returns:
-        None if it does not rise so much within a factor of 10^11.
+        None if the loss does not rise so much within a factor of 10^11.
     """
     scale, count, wanted = 1.0, min(_FEW, num_walks), share * abs(loss)
     for _ in range(_ROUNDS):
@@ -70,7 +71,7 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
 
 
 class WeightsAndState:
-    """What trains and the state of a method, as they are now: a copy in host memory, to be put back.
+    """A copy, in host memory, of the weights that train and of the method's state, to restore them from.
 
     Args:
         optimizer: the method.
@@ -83,30 +84,30 @@ class WeightsAndState:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Has the method and its parameters be as they were, to the bit; as often as it is called."""
+        """Restores the method and its parameters, to the bit; may be called again."""
         self._optimizer.load_state_dict(self._state)
         for parameter, values in self._weights.items():
             parameter.copy_(values)
 
 
 class ReplayedWalks:
-    """Where recorded steps would lead from the present weights, at other learning rates.
+    """Random walks from the present weights that consist of recorded steps at other learning rates.
 
-    A walk has all steps, with random signs, so that no descent is among them. Of a dense method without momentum each
-    step is a walk of its own, which costs less: one dense direction is much like another, and like a sum of them, while
-    those of low rank differ widely, and with momentum a step goes on in the next ones.
-    Steps of an earlier subspace or block do not count: what they measured is along no direction of the present ones.
+    A walk takes all the recorded steps with random signs, so that they do not descend. For dense methods without
+    momentum each step is a walk by itself, which is cheaper: one dense direction raises the loss much like another or
+    a sum of several, while low-rank directions differ widely, and with momentum a step continues in the next ones.
+    Steps in an earlier subspace or block are left out.
 
     Args:
-        module: whose ``training_step`` gives the loss.
-        optimizer: whose steps they were.
-        records: of the steps.
-        batches: to evaluate the loss of: for each walk the next one.
+        module: the module whose ``training_step`` computes the loss.
+        optimizer: the method that took the steps.
+        records: the records of the steps.
+        batches: batches to evaluate the loss on; each walk takes the next one.
 
     Attributes:
-        lr: of each group of the method, on which distances are based.
-        length: steps of each walk.
-        forwards: evaluated batches.
+        lr: the learning rate of each parameter group at a scale of 1.
+        length: the number of steps in a walk.
+        forwards: the number of batches evaluated so far.
     """
 
     def __init__(
@@ -134,11 +135,11 @@ class ReplayedWalks:
 
     @property
     def loss(self) -> float:
-        """At the present weights, the mean over batches."""
+        """The mean loss of the batches at the present weights."""
         return self._before.mean().item()
 
     def rises(self, scale: float, count: int) -> Tensor:
-        """By how much the loss rises on the first `count` walks, (count,): the mean of each and its opposite."""
+        """The rise of the loss after each of the first `count` walks and its opposite, on average, (count,)."""
         found = []
         for number, walk in enumerate(self._walks[:count]):
             place = number % len(self._batches)
@@ -148,7 +149,7 @@ class ReplayedWalks:
 
     @torch.no_grad()
     def _loss_after(self, walk: Sequence[StepRecord], scale: float, batch: Any) -> Tensor:
-        """The loss of a batch, float64, where a walk at `scale` times the method's learning rates ends."""
+        """The loss of a batch, float64, at the end of a walk at `scale` times the method's learning rates."""
         optimizer, lr = self._optimizer, tuple(scale * lr for lr in self.lr)
         self.forwards += 1
         try:
@@ -163,7 +164,7 @@ class ReplayedWalks:
 
 
 def _signed(records: Sequence[StepRecord], seed: int) -> list[list[StepRecord]]:
-    """A few walks of all these steps, each step forwards or backwards by a draw."""
+    """A few walks that consist of all these steps, with random signs."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     signs = (2 * torch.randint(2, (2 * _FEW, len(records)), generator=generator) - 1).tolist()
     return [

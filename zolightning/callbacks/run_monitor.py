@@ -1,4 +1,4 @@
-"""What a run costs, next to what it achieves."""
+"""Logs what a run costs: time and memory."""
 
 import math
 import resource
@@ -19,11 +19,11 @@ from zolightning.partners import add_text, methods_of, tensorboards
 class RunMonitor(Callback):
     """Logs speed, memory and one sample of the data.
 
-    Scalars: ``run/steps_per_second`` (mean of the last ``log_every_n_steps`` training steps; validation is not
-    counted), ``run/peak_memory_gib`` (of the process; of the device's allocator on CUDA) and, as ``method/...``, what
-    a method has to show of itself: quantiles of HiZOO's curvature, Sparse-MeZO's share of weights that move. Once, when
-    training starts: the text of one training example under ``prompt`` in TensorBoard, if the data module has
-    ``sample_text()``; and after the first step a line that says how much memory the method's state takes.
+    It logs ``run/steps_per_second`` (mean over the last ``log_every_n_steps`` training steps, without validation),
+    ``run/peak_memory_gib`` (of the process; on CUDA of the device's allocator) and, as ``method/...``, diagnostics of
+    the method, such as quantiles of HiZOO's curvature. When training starts, it writes the text of a training example
+    to TensorBoard, as ``prompt``, if the datamodule has ``sample_text()``. After the first step it prints how much
+    memory the method's state takes.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run is: said when it begins, and kept where its curves are."""
+"""A summary of a run, printed when it begins and kept beside its curves."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -39,17 +39,17 @@ from zolightning.ranks import layout_of
 
 
 class RunOverview(Callback):
-    """Says what a run is before its first step, and writes it to TensorBoard.
+    """Summarizes a run before its first step, on the screen and in TensorBoard.
 
     * Printed: the method and its settings, the scope, how many parameters train, the memory that the run will take
       (:mod:`zolightning.memory`), the forward passes of a step, and where the run goes.
     * The same as the text ``run`` in TensorBoard, and the settings as its hyperparameters, by which runs are compared:
       with the best value of the monitored metric where a ModelCheckpoint has one.
-    * Every validation's metrics once more under ``by_forward_passes/``, with the forward passes so far as the step:
-      the axis on which methods with different numbers of evaluations can be compared.
+    * The metrics of every validation are also logged under ``by_forward_passes/``, with the number of forward passes as
+      the step, to compare methods with different numbers of evaluations.
 
-    A run that cannot fit into the memory of its GPU is refused, with the sizes of what else could be done. How large a
-    forward pass becomes is known where the datamodule has ``largest_batch``, as PromptDataModule does.
+    A run that does not fit into the memory of its GPU is refused, with the sizes of alternatives. The size of a forward
+    pass is known if the datamodule has ``largest_batch``, as PromptDataModule does.
 
     Args:
         command: how the run was started, for the overview.

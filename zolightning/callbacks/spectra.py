@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from zolightning.optim.checks import require_patterns
+from zolightning.optim.checks import require_integer, require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_bases import Matrix
@@ -28,19 +28,19 @@ _TINY = 1e-30
 
 
 class Spectra(Callback):
-    """Shows how many directions of a matrix matter: the spectra of figure 1 of ZO-MOPI (arXiv 2605.09034).
+    """Shows the singular values of estimated gradients, as in figure 1 of ZO-MOPI (arXiv 2605.09034).
 
-    Of each chosen matrix, TensorBoard gets a plot ``spectra/<name>`` of the singular values over their index, each
-    source relative to its largest; all loggers get the stable rank, ``||M||_F^2 / ||M||_2^2``, as
-    ``spectra/<source>/<name>``. Training goes on with the same bits as without this callback.
+    For each chosen matrix it plots the singular values of each source over their index, relative to the largest, to
+    TensorBoard as ``spectra/<name>``, and logs the stable rank, ``||M||_F^2 / ||M||_2^2``, as
+    ``spectra/<source>/<name>``. It does not change the run by a bit.
 
     Args:
-        patterns: regular expressions; a matrix is looked at if one of them matches somewhere in its dotted name. It
-            must train in a subspace.
-        every_n_steps: steps between two looks; the first step is looked at too.
-        sources: "estimate", the step's estimated gradient, lifted; "momentum", if the method keeps one, lifted; and
-            "gradient", that of backpropagation on the step's batch. The last costs the memory of backpropagation, and
-            a copy of the weights that train.
+        patterns: regular expressions; a matrix is chosen if one of them matches somewhere in its dotted name. It must
+            be trained in a subspace.
+        every_n_steps: steps between two plots, from the first step on.
+        sources: "estimate", the estimated gradient of the step; "momentum", that of the method; and "gradient", the
+            gradient by backpropagation on the step's batch, which takes the memory of backpropagation and a copy of the
+            weights that train.
 
     Raises:
         MisconfigurationException: when training starts, if nothing matches, or there is no momentum to look at.
@@ -50,8 +50,7 @@ class Spectra(Callback):
         self, patterns: Sequence[str], every_n_steps: int = 100, sources: Sequence[Source] = ("estimate",)
     ) -> None:
         require_patterns(patterns)
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        require_integer("every_n_steps", every_n_steps)
         if isinstance(sources, str) or not sources or not set(sources) <= set(SOURCES):
             raise ValueError(f"`sources` must be a list of some of {SOURCES}, got {sources!r}.")
         self.patterns = tuple(patterns)

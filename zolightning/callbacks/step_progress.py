@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class StepProgressBar(TQDMProgressBar):
-    """One bar from the first step of a run to its last, where the run's length is given in steps.
+    """A single progress bar for all steps of a run whose length is given in steps.
 
-    Lightning's bars begin anew with every epoch, of which a run by steps has any number.
+    Lightning's own bar starts again in every epoch.
     """
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -30,5 +30,5 @@ class StepProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)  # of the folder, which the first words name
+        metrics.pop("v_num", None)  # part of the folder's name, which the run's overview says
         return metrics

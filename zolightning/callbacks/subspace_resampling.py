@@ -1,4 +1,4 @@
-"""When a subspace method draws new subspaces."""
+"""Draws new subspaces for a subspace method, every so many steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,25 +10,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.messages import some
+from zolightning.optim.checks import require_integer
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.partners import add_text, callbacks_of, subspace_optimizer
 
 
 class SubspaceResampling(Callback):
-    """Draws new bases for a subspace method, before the first forward of a step.
+    """Draws new subspaces for a subspace method every `interval` steps, before the first forward of a step.
 
-    At that moment what has gathered in the cores is added to the weights; what becomes of the momentum is for
-    :class:`~zolightning.callbacks.MomentumTransport` to say. Override :meth:`is_due` for a rule of your own.
+    The updates in the old subspaces are added to the weights first. What happens to the momentum is the choice of
+    :class:`~zolightning.callbacks.MomentumTransport`. Override :meth:`is_due` for a rule of your own.
 
-    Logs ``zo/refresh``, the number of bases after the first, random one. With `bases` also ``zo/input_energy``, the
-    mean share of the inputs' energy that they hold, and to TensorBoard that of each matrix, as the text ``bases``.
+    Logs ``zo/refresh``, how often new subspaces were drawn. With `bases`, also ``zo/input_energy``, the mean share of
+    the inputs' energy that lies in the bases, and to TensorBoard that share for each matrix, as the text ``bases``.
 
     Args:
         interval: steps between two draws.
-        anchor: how many dominant directions of the momentum stay in the new basis; the rest is drawn. 0 draws all
-            of it, independently of the old one: of a momentum of rank r in m rows about r / m of the energy is then
-            left. Anchored bases are saved in checkpoints, others are drawn again.
-        bases: where factors come from, if not from a draw.
+        anchor: how many dominant directions of the momentum stay in the new basis, the rest of which is drawn. At 0 the
+            new basis is independent of the old one, and about r / m of the energy of a momentum of rank r and m rows
+            is kept. Bases with such directions are saved in checkpoints; others need not be.
+        bases: takes the bases from activations instead of drawing them.
 
     Raises:
         MisconfigurationException: when training starts, if the optimizer is no subspace method, `anchor` is set for
@@ -36,16 +37,14 @@ class SubspaceResampling(Callback):
     """
 
     def __init__(self, interval: int = 100, anchor: int = 0, bases: ActivationBases | None = None) -> None:
-        if interval < 1:
-            raise ValueError(f"`interval` must be at least 1, got {interval}.")
-        if anchor < 0:
-            raise ValueError(f"`anchor` must not be negative, got {anchor}.")
+        require_integer("interval", interval)
+        require_integer("anchor", anchor, least=0)
         self.interval = interval
         self.anchor = anchor
         self.bases = bases
 
     def is_due(self, trainer: L.Trainer, optimizer: SubspaceOptimizer) -> bool:
-        """Whether new bases are drawn before the step that comes next; not asked before the first one."""
+        """Whether to draw new subspaces before the next step; not called before the first step."""
         return optimizer.param_groups[0]["step"] % self.interval == 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -75,7 +74,7 @@ class SubspaceResampling(Callback):
         is_due = bool(optimizer.param_groups[0]["step"]) and self.is_due(trainer, optimizer)
         is_first = self.bases is not None and not optimizer.has_given
         if self.bases is not None and (is_first or (is_due and self.bases.refresh)):
-            optimizer.fold()  # the network is to run with all of its training
+            optimizer.fold()  # so that the network runs with the trained weights
             found = self.bases.find(trainer, pl_module, optimizer, batch)
             if not found.given:
                 raise MisconfigurationException(
@@ -87,17 +86,17 @@ class SubspaceResampling(Callback):
             if is_first:
                 rank_zero_info(str(found))
             for logger in trainer.loggers:
-                # Not by the module's `log`, which repeats it at every step until the epoch ends or the process does.
+                # Not by `pl_module.log`, which would repeat it at every step to the end of the epoch.
                 logger.log_metrics({"zo/input_energy": found.share}, trainer.global_step)
             add_text(trainer, "bases", f"{found}\n{found.table()}")
         elif is_due:
             optimizer.resample()
-        # At every step, so that a resumed run shows it from its first one.
+        # At every step, so that a resumed run logs it from its first step on.
         pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))
 
 
 def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback]) -> None:
-    """Raises a MisconfigurationException unless a callback draws new subspaces: without, all of a run is in one."""
+    """Raises a MisconfigurationException unless a callback draws new subspaces, without which there is only one."""
     if not any(isinstance(callback, SubspaceResampling) for callback in callbacks):
         raise MisconfigurationException(
             f"{type(optimizer).__name__} needs the callback SubspaceResampling beside ZerothOrder, "

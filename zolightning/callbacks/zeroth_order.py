@@ -1,4 +1,4 @@
-"""Zeroth-order training of a LightningModule that knows nothing of it."""
+"""Zeroth-order training of any LightningModule."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,7 +24,7 @@ from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.stacked import network_of
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
-from zolightning.optim.checks import Loss
+from zolightning.optim.checks import Loss, require_integer
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
@@ -33,7 +33,7 @@ from zolightning.step import zeroth_order_step
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
 
-_COUNTERS = ("step", "refresh", "folds")  # of a method: they name its directions and bases
+_COUNTERS = ("step", "refresh", "folds")  # of a method, which determine its directions and bases
 _NOTE = (
     "(Raised in `training_step` while ZerothOrder evaluated it: in evaluation mode, without gradients, several times a "
     "batch. A network that returns losses in train mode only needs its `.train()` called in `training_step`.)"
@@ -41,56 +41,54 @@ _NOTE = (
 
 
 class ZerothOrder(Callback):
-    """Trains the module by a zeroth-order method: its ``training_step`` is evaluated, never differentiated.
+    """Trains a module by a zeroth-order method: its ``training_step`` is evaluated, but not differentiated.
 
-    During ``fit`` the module's optimizer is replaced by `method` over the same parameters, and each batch becomes one
-    :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own ``training_step``. That one runs several
-    times a batch, in evaluation mode, without gradients and on the same random numbers; what it logs, returns and
-    changes in the first run is what other callbacks see. Without this callback the same module trains by
+    During ``fit``, `method` replaces the module's optimizer, over the same parameters, and each batch is one
+    :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own ``training_step``. It is called several
+    times for each batch, in evaluation mode, without gradients and with the same random numbers. Other callbacks see
+    what it logs, returns and changes in the first of these calls. Without this callback the same module trains by
     backpropagation.
 
-    Outside a step's evaluations the module's weights are the trained ones, for whoever reads or writes them in a hook.
-    Subspace methods add their updates to them at every step, or, where nobody looks between steps, at a resampling, a
-    validation and the end (:mod:`zolightning.callbacks.folding`).
+    ``training_step`` returns what it returns for backpropagation: a scalar tensor, a dictionary with it as ``"loss"``,
+    or None to skip the batch. If the loss is a mean over something else than the batch's examples (tokens, for one),
+    the dictionary holds their number as ``"num_terms"``.
 
-    What ``training_step`` returns: a scalar tensor; or a dictionary with it as ``"loss"`` and, where the loss is a mean
-    over something else than the batch's examples (tokens), their number as ``"num_terms"``; or None, to skip the batch.
+    The module's ``configure_optimizers`` says which parameters train, and which of them have no weight decay. Its
+    optimizer and schedulers do not run, and the hooks around them (``optimizer_step``, ``lr_scheduler_step``,
+    ``on_before_zero_grad``) are not called; a message at the start says so.
 
-    ``configure_optimizers`` of the module says which parameters train and which of them have no weight decay. Its
-    optimizer and schedulers do not run, and hooks around them (``optimizer_step``, ``lr_scheduler_step``,
-    ``on_before_zero_grad``) are not called; a line at the start says so. A second fit with the same callback goes on
-    with new directions.
+    Hooks that run between steps see the trained weights and may change them. Subspace methods add their updates to the
+    weights at every step if there is such a hook, and otherwise only before a resampling, a validation and at the end
+    (:mod:`zolightning.callbacks.folding`). A second fit with the same callback continues with new directions.
 
     Args:
         method: makes the optimizer from the parameters: ``functools.partial(MeZO, lr=1e-6)`` in Python,
             ``class_path`` and ``init_args`` in YAML.
-        lr_scheduler: makes a scheduler from the optimizer; stepped after every optimizer step.
-        micro_batch_size: evaluate a batch in parts of this many examples, along the first dimension of each of its
-            tensors, under the same directions. The parts' losses are averaged as one batch's would be: by number
-            of examples, or by ``"num_terms"`` where ``training_step`` returns it beside ``"loss"``.
-        skip_nonfinite: skip a step whose loss is NaN or infinite, instead of stopping; more than 20 such steps in a
-            row stop the run nevertheless.
-        evaluations_per_forward: how many evaluations of a step share one run of the network, on the batch repeated
-            that often: faster where batches are small, for as many times the activations' memory. It needs one
-            submodule with all trainable parameters, whose outputs have one row an example
-            (:mod:`zolightning.evaluation.stacked`); where evaluations turn out to be inseparable, a warning says why
-            and each runs by itself. Leave it at 1 where only late layers train: what lies below them is computed once
-            a step then.
-        keep_prefix_gib: memory, in GiB, for what lies below the first trained layer to be computed once a run instead
-            of once a step; for training sets whose batches come again (``data.fixed_batches``).
-        cuda_graphs: on a CUDA device: launch the network's forward by one call instead of thousands, where a batch
-            has the shapes of an earlier one: for batches of few tokens. What cannot be recorded runs as ever, and a
-            warning says why (:mod:`zolightning.evaluation.graphs`). All of the network is then computed in each
-            evaluation, so leave it off where only late layers train.
+        lr_scheduler: makes a scheduler from the optimizer; it is stepped after every optimizer step.
+        micro_batch_size: evaluate each batch in parts of this many examples, cut along the first dimension of its
+            tensors, to save memory. Their losses are averaged by their numbers of examples, or by ``"num_terms"``.
+        skip_nonfinite: skip steps whose loss is NaN or infinite instead of raising; more than 20 in a row raise.
+        evaluations_per_forward: how many evaluations of a step run as one forward pass, over the batch repeated that
+            often: faster for small batches, at as many times the memory for activations. It needs a submodule that
+            holds all trainable parameters and whose outputs have one row per example
+            (:mod:`zolightning.evaluation.stacked`); otherwise each evaluation runs by itself, with a warning. Leave it
+            at 1 if only late layers train, because layers below them then run only once per step.
+        keep_prefix_gib: memory, in GiB, to keep the outputs of the layers below the first trained one for the whole
+            run, so that each batch passes through them only once. For data whose batches repeat
+            (``data.fixed_batches``).
+        cuda_graphs: record the network's forward as CUDA graphs and replay them for batches of the same shapes, which
+            is faster for batches of few tokens. What cannot be recorded runs as usual, with a warning
+            (:mod:`zolightning.evaluation.graphs`). Every evaluation then runs all layers, so leave it off if only late
+            layers train.
 
-    With the method's ``estimator=PerExample()`` each example of a batch has a direction of its own, in the same two
-    forwards. The loss of a batch must be a mean over its examples, as for micro-batches: ``training_step`` is called
-    for the batch, in which the network runs, and for each example as a batch of one, in which it has that run's rows.
-    Where rows are not the examples', or not independent, the network runs once an example, after a warning.
+    If the method has ``estimator=PerExample()``, each example of a batch has a direction of its own, and the loss of a
+    batch must be the mean of those of its examples. ``training_step`` is called once for the whole batch and once for
+    each example as a batch of one; the network runs in the first call only, whose rows the other calls get. If that is
+    not possible, the network runs once for each example, with a warning.
 
     Raises:
-        MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules with which
-            forward-only training would be wrong (:mod:`zolightning.callbacks.refusals`), with what to use instead.
+        MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules that cannot be
+            trained by forward passes (:mod:`zolightning.callbacks.refusals`), with what to use instead.
 
     Example::
 
@@ -108,10 +106,9 @@ class ZerothOrder(Callback):
         keep_prefix_gib: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"`micro_batch_size` must be at least 1, got {micro_batch_size}.")
-        if evaluations_per_forward < 1:
-            raise ValueError(f"`evaluations_per_forward` must be at least 1, got {evaluations_per_forward}.")
+        if micro_batch_size is not None:
+            require_integer("micro_batch_size", micro_batch_size)
+        require_integer("evaluations_per_forward", evaluations_per_forward)
         if not keep_prefix_gib >= 0:
             raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
         if cuda_graphs and keep_prefix_gib:
@@ -126,9 +123,9 @@ class ZerothOrder(Callback):
         self.evaluations_per_forward = evaluations_per_forward
         self.keep_prefix_gib = keep_prefix_gib
         self.cuda_graphs = cuda_graphs
-        self._replaced: dict[str, Any] = {}  # what the instance of the module had itself; None: its class's
+        self._replaced: dict[str, Any] = {}  # attributes of the module before the fit; None where its class had them
         self._differentiates = False
-        self._counters: dict[str, int] = {}  # where the last fit with this callback ended
+        self._counters: dict[str, int] = {}  # at the end of the last fit with this callback
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -159,11 +156,7 @@ class ZerothOrder(Callback):
         self._differentiates = False
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses what ``setup`` refuses; for whoever has something long to do before a fit.
-
-        Raises:
-            MisconfigurationException: naming the option or the module, what was found and what is accepted.
-        """
+        """Raises what ``setup`` raises; to be called before something long that comes before a fit."""
         refuse_unsupported(trainer)
         refuse_module(pl_module)
 
@@ -202,7 +195,7 @@ class ZerothOrder(Callback):
         pl_module.automatic_optimization = True
 
     def _configure(self, pl_module: L.LightningModule, configured: Any) -> Any:
-        """What Lightning is told instead of what the module's own ``configure_optimizers`` returned."""
+        """What the module's ``configure_optimizers`` returns to Lightning in place of `configured`."""
         own = OwnOptimizer(configured)
         groups = own.groups(pl_module)
         optimizer = self.method(groups if len(groups) > 1 else groups[0]["params"])
@@ -242,7 +235,7 @@ class ZerothOrder(Callback):
     def _step(
         self, pl_module: L.LightningModule, training_step: Callable[[Any], Any], batch: Any, batch_idx: int
     ) -> Any:
-        """Trains on a batch, and returns what `training_step` returned when it was first evaluated."""
+        """Trains on a batch, and returns what `training_step` returned in its first call."""
         first: Any = None
         (optimizer, *_) = methods_of(pl_module.trainer)
         evaluator, is_replaying = optimizer.evaluator, optimizer.is_replaying

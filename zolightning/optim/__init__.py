@@ -1,4 +1,4 @@
-"""Zeroth-order methods, each a ``torch.optim.Optimizer`` in a file of its own."""
+"""Zeroth-order methods: each is a ``torch.optim.Optimizer``, in a file of its own."""
 
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.grzo import GRZO

@@ -1,13 +1,13 @@
-"""The queries of a step together: least squares in the span of their directions, in the place of a mean.
+"""Combines the queries of a step by least squares instead of averaging them (projection alignment, arXiv 2509.15552).
 
-With the directions z_1..z_q, of unit variance, as the rows of Z, (q, d), a step learns ``g = Z gradient``. The mean of
-the ``g_i z_i`` is ``Z' g / q``; the projection of the gradient on the span is ``Z' (Z Z')^-1 g``, and d / q times it
-has the same expectation, the gradient, and less variance: its mean square is d / q times that of the gradient, that of
-the mean (d + q + 1) / q times (projection alignment, arXiv 2509.15552). For orthogonal directions of one length both
-are the same.
+Let the rows of Z, (q, d), be the directions z_1..z_q, of unit variance, and ``g = Z gradient`` the projected gradients.
+The usual estimate is the mean of the ``g_i z_i``, which is ``Z' g / q``. The alternative is the projection of the
+gradient on the span of the directions, ``Z' (Z Z')^-1 g``, times d / q. Both have the gradient as their expectation,
+but the second one has less variance: its mean square is d / q times that of the gradient, where that of the mean is
+(d + q + 1) / q times it. For orthogonal directions of equal length the two are the same.
 
-So there is something to gain where d is not much larger than q. d counts what is searched in all parameters together,
-of subspace methods the elements of cores: Z is the noise, in whose coordinates they search.
+There is something to gain where d is not much larger than q. Here d is the number of elements searched in all
+parameters together; for subspace methods these are the elements of the cores.
 """
 
 import math
@@ -28,23 +28,25 @@ from zolightning.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from zolightning.optim.estimating import Estimating
 
-MOST_NUMBERS = 1000  # a query: with more, Z Z' is its expectation but for what changes the variance by less than 0.1 %
-# Of the largest eigenvalue of Z Z': smaller ones would enlarge the rounding of losses as much. They occur where about
-# as many directions are drawn as numbers are searched, and a few hundredths of the gradient are left out with them.
+MOST_NUMBERS = 1000  # elements per query, above which less than 0.1 % of the variance can be gained
+# Eigenvalues of Z Z' below this share of the largest are dropped, because dividing by them amplifies rounding errors of
+# the losses. They occur where about as many directions are drawn as elements are searched, and cost a few hundredths of
+# the gradient.
 _LEAST = 1e-3
-_CHUNK = 2**18  # noise is made of halves of integers up to 8: the sum of so many products is exact in fp32
+_CHUNK = 2**18  # elements; noise is halves of integers up to 8, so fp32 sums so many products exactly
 
 
 def aligned(optimizer: "Estimating", projected_grads: Sequence[float], warns: bool) -> list[float]:
-    """Numbers c_i such that the mean of ``c_i z_i`` is d / q times the projection of the gradient on the span.
+    """Replaces projected gradients by numbers c_i whose mean of ``c_i z_i`` is the least-squares estimate.
 
-    With more than d queries it is the gradient. d is measured, by the mean square length of the directions. Where it
-    exceeds ``MOST_NUMBERS`` a query, the projected gradients are returned as they are.
+    With d queries or more that is the gradient itself. In the scale d / q, d is taken to be the mean squared norm of
+    the directions. With more than ``MOST_NUMBERS`` elements per query there is nothing to gain, and the projected
+    gradients are returned unchanged.
 
     Args:
-        optimizer: before the step.
-        projected_grads: one a query.
-        warns: say so if they are returned as they are.
+        optimizer: before its step.
+        projected_grads: one for each query.
+        warns: whether to warn if they are returned unchanged.
     """
     queries = [optimizer.perturbations(query, 1) for query in range(len(projected_grads))]
     shapes = {p: shape for p, change in queries[0].items() if (shape := _noise_shape(optimizer, p, change))}
@@ -73,7 +75,7 @@ def solve(gram: Tensor, projected_grads: Tensor) -> Tensor:
 
 
 def _noise_shape(optimizer: "Estimating", parameter: nn.Parameter, change: Perturbation) -> tuple[int, ...] | None:
-    """Shape of the noise in a perturbation; None where there is none."""
+    """The shape of the noise in a perturbation; None if it has none."""
     if isinstance(change, LowRank):
         return None if change.direction is None else change.basis.core_shape(change.shape)
     return optimizer.trainable_shape(parameter)
@@ -82,7 +84,7 @@ def _noise_shape(optimizer: "Estimating", parameter: nn.Parameter, change: Pertu
 def _products(
     changes: list[Perturbation], parameter: nn.Parameter, shape: tuple[int, ...], optimizer: "Estimating"
 ) -> Tensor:
-    """Inner products of the noise in some perturbations of a parameter, (q, q), float64."""
+    """Inner products of the noise in q perturbations of a parameter, (q, q), float64."""
     size = max(2, min(_CHUNK, 2**22 // len(changes) // 2 * 2))  # noise comes in pairs of elements
     total = torch.zeros(len(changes), len(changes), dtype=torch.float64, device=parameter.device)
     part_of = optimizer.slices.get(parameter)

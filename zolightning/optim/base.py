@@ -1,4 +1,4 @@
-"""What all zeroth-order methods share: names, blocks, estimates, and adding an update to the weights."""
+"""The base class of all zeroth-order methods."""
 
 import os
 from abc import abstractmethod
@@ -35,32 +35,32 @@ from zolightning.rank_zero import rank_zero_warn
 class ZerothOrderOptimizer(Estimating):
     """Abstract base of the methods: an optimizer that reads losses instead of gradients.
 
-    A step is two calls: :meth:`estimate` evaluates the loss at perturbed weights and leaves a
-    :class:`StepRecord`, :meth:`step` applies it. The weights change in :meth:`step` only.
+    A step is two calls: :meth:`estimate` evaluates the loss at perturbed weights and keeps the result as a
+    :class:`StepRecord`, and :meth:`step` applies that record. Weights change in :meth:`step` only.
 
-    ``param_groups`` carry the hyperparameters and the counters (``step``, ``seed``), ``state`` the tensors of each
-    parameter, so Lightning saves, restores, schedules and monitors a method like any optimizer.
+    Hyperparameters and counters (``step``, ``seed``) are in ``param_groups`` and the tensors kept for each parameter in
+    ``state``, so Lightning saves, restores, schedules and monitors a method like any other optimizer.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``.
-        defaults: hyperparameters of a group; ``lr`` (weight units per unit of estimated gradient) and ``eps``
-            (weight units per unit-variance direction) among them.
-        num_queries: directions a step, whose estimates are averaged.
-        align_queries: take the projection of the gradient on the span of these directions in the place of the average,
-            which has less variance where not many more numbers are searched than directions drawn; see
-            :mod:`zolightning.optim.alignment`.
-        estimator: which losses to ask for: ``TwoSided()``, which is the default, ``OneSided()``, ``Population()``,
-            ``ZScores()``, ``PerExample()`` or ``ForwardGradient()`` (:mod:`zolightning.optim.estimators`).
-        seed: of the run's directions; None takes the seed of ``lightning.seed_everything``, or 0.
-        update_precision: how updates are added to half-precision weights: "exact", as if they were fp32, for 2 bytes a
-            bfloat16 parameter or 4 a float16 one; "low_byte", rounded to 24 bits, for 1 byte a bfloat16 parameter; or
-            "native", see :mod:`zolightning.optim.precision`.
+        defaults: hyperparameters of a group, among them ``lr`` (weight units per unit of the estimated gradient) and
+            ``eps`` (weight units per unit-variance direction).
+        num_queries: number of random directions in a step; their gradient estimates are averaged.
+        align_queries: combine the directions by least squares instead of averaging, which has less variance if not
+            many more parameters are searched than directions drawn; see :mod:`zolightning.optim.alignment`.
+        estimator: which losses a step evaluates: ``TwoSided()`` (the default), ``OneSided()``, ``Population()``,
+            ``ZScores()``, ``PerExample()`` or ``ForwardGradient()``; see :mod:`zolightning.optim.estimators`.
+        seed: seed of the directions; None takes that of ``lightning.seed_everything``, or 0.
+        update_precision: how updates are added to half-precision weights: "exact", as to fp32 weights, for 2 extra
+            bytes per bfloat16 parameter or 4 per float16 one; "low_byte", as to 24-bit weights, for 1 extra byte per
+            bfloat16 parameter; or "native", in the weight's dtype, which loses small updates. See
+            :mod:`zolightning.optim.precision`.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
 
-    takes_shards = False  # whether `update` moves a rank's own rows, by `of_rows` of what a whole weight would move by
+    takes_shards = False  # whether `update` works for parameters of which a rank holds some rows only (FSDP2)
 
     def __init__(
         self,
@@ -89,10 +89,10 @@ class ZerothOrderOptimizer(Estimating):
 
     @abstractmethod
     def update(self, record: StepRecord) -> None:
-        """Moves the trainable parameters by a step with these projected gradients."""
+        """Moves the trainable parameters by the step that a record describes."""
 
     def measurements(self) -> dict[str, float]:
-        """What a method has to show of itself, by name: computed when it is asked for, every few dozen steps."""
+        """Diagnostics of the method to be logged, by name; called every few dozen steps."""
         return {}
 
     def check(self, group: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class ZerothOrderOptimizer(Estimating):
 
     @torch.no_grad()
     def apply(self, record: StepRecord) -> None:
-        """Applies a record, this run's or a replayed one: same weights before, same bits after."""
+        """Applies a record, of this run or of a replayed one: equal weights before it are equal to the bit after it."""
         if tuple(record.blocks) != self.active:  # of another run
             self.activate(record.blocks)
         if record.projected_grads:
@@ -141,16 +141,20 @@ class ZerothOrderOptimizer(Estimating):
             group["forward_passes"] += record.forward_passes
 
     def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
-        """Takes parameter names from `module`: directions depend on them, not on the parameters' order.
+        """Prepares for losses computed by `module`, and takes the names of the parameters from it.
+
+        Directions depend on parameter names, not on the order of parameters. To be called once before the first step.
 
         Args:
-            module: what owns the parameters.
-            evaluations_per_forward: how many evaluations of a step share a run of the network, see
-                :mod:`zolightning.evaluation.stacked`; those that do not share what lies below the first trained layer.
+            module: the module that owns the parameters and computes the loss.
+            evaluations_per_forward: how many evaluations of a step run as one batched forward pass, see
+                :mod:`zolightning.evaluation.stacked`. At 1, layers below the first trained one run once per step
+                instead.
 
         Raises:
-            ValueError: if there is nothing to train, or a parameter cannot be trained by forward passes; if
-                evaluations are to share runs and no submodule holds all parameters, or examples share one.
+            ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or
+                `evaluations_per_forward` is above 1 where no submodule holds all parameters or the estimator batches
+                in another way.
         """
         if evaluations_per_forward > 1 and isinstance(self.estimator, PerExample):
             raise ValueError(
@@ -182,7 +186,7 @@ class ZerothOrderOptimizer(Estimating):
             )
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:
-        """What of this optimizer has not been made for parameters that ranks share: name, value, and what has been."""
+        """The settings that do not work with sharded parameters (FSDP2): name, value, and a value that does."""
         if not self.takes_shards:
             yield "method", type(self).__name__, "MeZO, for one"
         if isinstance(self.estimator, PerExample | ForwardGradient):
@@ -191,7 +195,7 @@ class ZerothOrderOptimizer(Estimating):
             yield "align_queries", True, "False"
 
     def _refuse_with_shards(self, evaluations_per_forward: int) -> None:
-        """Raises a ValueError that names what has not been made for parameters that ranks share."""
+        """Raises a ValueError that names a setting which does not work with sharded parameters."""
         several = [("evaluations_per_forward", evaluations_per_forward, "1")] if evaluations_per_forward > 1 else []
         for name, value, accepted in (*self.needs_whole(), *several):
             raise ValueError(
@@ -200,7 +204,10 @@ class ZerothOrderOptimizer(Estimating):
             )
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Half-precision weights are rounded first, in a way that depends on the step's number and their names."""
+        """Drops the state of parameters; half-precision weights are rounded first, stochastically.
+
+        The random numbers are a function of the step and of the parameter's name.
+        """
         parameters = list(parameters)
         for parameter in parameters if self.drops_left_state else ():
             if rest := {name: t.to(parameter.device) for name, t in self._kept(parameter).items() if name in RESTS}:
@@ -210,17 +217,17 @@ class ZerothOrderOptimizer(Estimating):
         super().release(parameters)
 
     def completed(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What updates are added to: what trains of a parameter, flat, in as many bits as are kept of it.
+        """The trained values of a parameter with all the bits that are kept of them, flat.
 
-        May be the weight itself, which the next step changes.
+        For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
         """
         part, weight = self.slices.get(parameter), parameter.detach()
         return completed(weight if part is None else part.take(weight), self._kept(parameter))
 
     def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """The tensors kept of a parameter."""
+        """The tensors kept for a parameter, by name."""
         return self.state.get(parameter, {})
 
     def detach(self) -> None:
-        """Leaves the module for good, its stored weights being what was trained."""
+        """Undoes :meth:`attach`; the module's stored weights are the trained ones afterwards."""
         self.evaluator.detach()

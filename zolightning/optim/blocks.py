@@ -15,10 +15,10 @@ LEFT_STATES: tuple[str, ...] = ("reset", "keep")
 
 
 class BlockwiseParameters(NamedParameters):
-    """An optimizer that may move only some blocks of its parameters at a time; without blocks it moves them all.
+    """An optimizer that can be told to move only some blocks of its parameters; by default it moves all of them.
 
-    Blocks are given once, by :meth:`set_blocks`; then :meth:`activate` says which of them move. Parameters in no block
-    always move. In a plain loop::
+    :meth:`set_blocks` defines the blocks once, and :meth:`activate` says which of them move from then on. Parameters in
+    no block always move. In a plain loop::
 
         optimizer.attach(model)
         optimizer.set_blocks([layer.parameters() for layer in model.layers])
@@ -27,8 +27,8 @@ class BlockwiseParameters(NamedParameters):
             optimizer.estimate(lambda: loss_of(model, batch))
             optimizer.step()
 
-    The indices of the active blocks are saved with the hyperparameters, and each record has them, so that a replay
-    moves and drops the same.
+    The indices of the active blocks are saved with the hyperparameters and in each record, so a replay moves the same
+    blocks and drops the same state.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -39,27 +39,27 @@ class BlockwiseParameters(NamedParameters):
 
     @property
     def active(self) -> tuple[int, ...]:
-        """Indices of the blocks that move, in ascending order; none where all parameters do."""
+        """Indices of the blocks that move, in ascending order; empty if all parameters move."""
         return tuple(self.param_groups[0].get("blocks", ()))
 
     @property
     def drops_left_state(self) -> bool:
-        """Whether the state of a block is dropped when it is left."""
+        """Whether a block loses its state when it becomes inactive."""
         return bool(self.param_groups[0].get("left_state") != "keep")
 
     def set_blocks(self, blocks: Sequence[Iterable[nn.Parameter]], left_state: LeftState = "reset") -> None:
-        """Divides parameters into blocks; until :meth:`activate` all of them move.
+        """Divides parameters into blocks; all of them move until :meth:`activate` is called.
 
         Args:
-            blocks: the parameters of each block, of which none is in two.
-            left_state: what becomes of a block's state when others become active. "reset" drops it: momentum, moments,
-                curvature, and what completes half-precision weights to fp32, so that these are rounded once a visit,
-                stochastically: small updates are not lost, but some noise is added. A method's memory is then that of
-                the active blocks. "keep" keeps all of it for the next visit.
+            blocks: the parameters of each block; no parameter may be in two.
+            left_state: what happens to the state of a block that becomes inactive. "reset" drops it (momentum, moments,
+                curvature, and the extra bits of half-precision weights, which are then rounded stochastically: small
+                updates are not lost on average, but some noise is added), so that the method's memory is that of the
+                active blocks. "keep" keeps it for the next time.
 
         Raises:
-            ValueError: if a block has no parameter that trains, or one that is in another block or is not the
-                optimizer's; or if some are active already.
+            ValueError: if a block has no trainable parameter, shares one with another block, or has one that is not
+                the optimizer's; or if blocks are active already.
         """
         require_choice("left_state", left_state, LEFT_STATES)
         if self.active:
@@ -81,15 +81,15 @@ class BlockwiseParameters(NamedParameters):
         self.param_groups[0]["left_state"] = left_state
 
     def activate(self, blocks: Iterable[int], weight: float = 1.0) -> None:
-        """Moves only these blocks from now on; no index at all moves everything.
+        """Moves only these blocks from now on; without any index, all parameters.
 
-        What is pending is added to the weights first. The state of blocks that are left is dropped unless
-        :meth:`set_blocks` was told to keep it; that of blocks which stay active stays. To be called between steps, once
-        at most, because records have only what was active in a step.
+        Pending updates are added to the weights first. Blocks that become inactive lose their state, unless
+        :meth:`set_blocks` was told to keep it. Call it between two steps, and not more than once: a record only holds
+        the blocks that were active in its step.
 
         Args:
             blocks: indices of blocks.
-            weight: multiplies the learning rates meanwhile, which records have as they are then.
+            weight: multiplies the learning rates for as long as these blocks are active.
 
         Raises:
             ValueError: if there is no such block.
@@ -104,10 +104,10 @@ class BlockwiseParameters(NamedParameters):
             self.release(self._at_rest)
 
     def fold(self) -> None:
-        """Adds to the stored weights what a method keeps beside them: nothing, in most methods."""
+        """Adds pending updates to the stored weights; most methods have none."""
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Frees what is kept of parameters that do not move for a while."""
+        """Drops the state of parameters that do not move for a while."""
         if self.drops_left_state:
             for parameter in parameters:
                 self.state.pop(parameter, None)
@@ -116,19 +116,19 @@ class BlockwiseParameters(NamedParameters):
         return super().moves(parameter) and parameter not in self._at_rest
 
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of everything that trains, and does not move now."""
+        """Name and parameter of everything that is trainable but in no active block."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.requires_grad and parameter in self._at_rest:
                     yield self._names[parameter], parameter
 
     def is_beside(self, parameter: nn.Parameter) -> bool:
-        """Whether there are blocks and a parameter is in none of them: it moves whichever of them are active."""
+        """Whether there are blocks and the parameter is in none of them, so that it always moves."""
         return bool(self.blocks) and not any(parameter in block for block in self.blocks)
 
     @contextmanager
     def only(self, block: int) -> Iterator[None]:
-        """Within this context nothing but one block moves, to look at it: nothing is left and nothing dropped."""
+        """A context in which only one block moves, so that it can be probed; no state is dropped."""
         self._at_rest.update(p for group in self.param_groups for p in group["params"])
         self._at_rest.difference_update(self.blocks[block])
         try:

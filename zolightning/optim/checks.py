@@ -62,7 +62,7 @@ def require_queries(num_queries: int, estimator: Estimator) -> None:
 
 def require_seed(seed: int) -> None:
     """Raises a ValueError unless `seed` is an integer of at most 64 bits."""
-    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
 
 

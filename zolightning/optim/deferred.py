@@ -1,4 +1,4 @@
-"""Tensors that are computed when they are read, so that writing many of them to a file holds one at a time."""
+"""Tensors that are computed when they are read, so that saving many of them needs the memory of one at a time."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ _is_deferring = False
 
 @contextmanager
 def deferring() -> Iterator[None]:
-    """Within it, :func:`defer` defers. What is deferred is to be written or read before the next step."""
+    """A context in which :func:`defer` defers; its results must be read or saved before the next step."""
     global _is_deferring
     before, _is_deferring = _is_deferring, True
     try:
@@ -24,12 +24,12 @@ def deferring() -> Iterator[None]:
 
 
 def defer(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
-    """What `compute` returns, a tensor like `like`: now, or within :func:`deferring` when it is read."""
+    """The result of `compute`, a tensor like `like`, computed now or, within :func:`deferring`, when it is read."""
     return Deferred(compute, like) if _is_deferring else compute()
 
 
 class Deferred(Tensor):
-    """Computed anew by each operation that reads it, and by ``torch.save`` when it writes its storage.
+    """A tensor that is computed anew by each operation that reads it, and by ``torch.save`` when it is written.
 
     Args:
         compute: makes the tensor, in a storage of its own.
@@ -60,14 +60,14 @@ class Deferred(Tensor):
         return self.compute()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As that of a plain tensor, with a storage that torch asks for its bytes when it writes them."""
+        """Pickles as a plain tensor whose storage computes its bytes when torch writes them."""
         storage = torch.storage.TypedStorage(wrap_storage=_Storage(self), dtype=self.dtype, _internal=True)
         storage._fake_device = self.device  # where the tensor says it was, as that of a plain one would
         return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(self.shape), self.stride(), False, OrderedDict())
 
 
 class _Storage(torch.UntypedStorage):
-    """Of no memory: ``torch.save`` moves what is not on the CPU there when its turn comes."""
+    """A storage without memory: ``torch.save`` calls :meth:`cpu` on storages of other devices when it writes them."""
 
     tensor: Deferred
 

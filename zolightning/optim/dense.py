@@ -1,4 +1,4 @@
-"""Methods whose directions are dense: one unit-variance number for every element of every trainable parameter."""
+"""Base classes of methods with dense directions: a random number for every element of every parameter."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from zolightning.optim.record import StepRecord
 
 
 class DenseOptimizer(ZerothOrderOptimizer):
-    """Abstract: draws dense directions; a method says what becomes of them in :meth:`update`.
+    """Abstract: searches along dense directions of unit variance; a method defines :meth:`update`.
 
     Args:
         noise: "gaussian" (17-valued, see :mod:`zolightning.kernels.noise`) or "rademacher".
@@ -48,7 +48,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
             group: one of ``param_groups``.
             seed: of the run, as the step's record has it.
             step: number of the step.
-            coefficients: by query; those that are left out take no part.
+            coefficients: by query; queries that are left out have none.
         """
         named = {name: parameter for g, name, parameter in self.trainable() if g is group}
         found = directions(named, seed, step, coefficients, self.noise)
@@ -58,7 +58,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
         return self.multiples(query, sign * self.param_groups[0]["eps"])  # which all groups have
 
     def multiples(self, query: int, coefficient: float) -> dict[nn.Parameter, Perturbation]:
-        """A number times the direction of `query`, for every trainable parameter, at the step that comes next."""
+        """A multiple of the direction of `query` in the next step, for every trainable parameter."""
         found: dict[nn.Parameter, Perturbation] = {}
         for group in self.param_groups:
             found |= self.directions(group, group["seed"], group["step"], {query: coefficient})
@@ -66,7 +66,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
 
 
 class DenseDescent(DenseOptimizer):
-    """Abstract: hands on the estimated gradients of all parameters, each with all queries in one direction."""
+    """Abstract: estimates gradients; a method defines :meth:`update_parameters`, which moves weights by them."""
 
     takes_shards = True
     has_unit_directions = True
@@ -86,11 +86,11 @@ class DenseDescent(DenseOptimizer):
         """Moves the contiguous weights of a group, given their gradient estimates times :meth:`gradient_scale`."""
 
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
-        """What the gradient is multiplied by before it is handed on; saves a pass over the parameter."""
+        """A factor of the gradients handed to :meth:`update_parameters`, where it costs no extra pass."""
         return 1.0
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
-        """The projected gradients that enter the update: clipped or normalised, for example."""
+        """Replaces the projected gradients of a step before they are used: clips or normalizes them, for example."""
         return projected_grads
 
     def update(self, record: StepRecord) -> None:

@@ -1,4 +1,4 @@
-"""The first half of a step: losses at perturbed weights are asked for, and leave a record."""
+"""The first half of a step: losses are evaluated at perturbed weights and recorded."""
 
 import math
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from zolightning.optim.share import WHOLE, Share
 
 
 class Estimating(BlockwiseParameters, ABC):
-    """Abstract: an optimizer that estimates gradients from losses; weights stay as they are meanwhile.
+    """Abstract: an optimizer that estimates gradients from losses and leaves the weights unchanged.
 
     Args:
         params, defaults: of :class:`~zolightning.optim.blocks.BlockwiseParameters`.
@@ -63,7 +63,7 @@ class Estimating(BlockwiseParameters, ABC):
 
     @property
     def attached(self) -> bool:
-        """Whether a module has given the parameters their names, and is evaluated."""
+        """Whether :meth:`attach` has been called."""
         return self.evaluator.module is not None
 
     @property
@@ -73,21 +73,21 @@ class Estimating(BlockwiseParameters, ABC):
 
     @abstractmethod
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        """:meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
+        """What one evaluation adds to each trainable parameter, which it sees in its :meth:`trainable_shape`.
 
-        For every trainable parameter, as a tensor of :meth:`trainable_shape`.
+        It is :meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
         """
 
     def unit_directions(self, query: int) -> dict[nn.Parameter, Perturbation]:
-        """The direction of `query` itself, for every trainable parameter, where that is the same for any weights."""
-        raise NotImplementedError("`has_unit_directions` says where there are such")
+        """The direction of `query` for each trainable parameter; only where it does not depend on the weights."""
+        raise NotImplementedError("only methods with `has_unit_directions` have it")
 
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
         """:meth:`perturbations` of several queries."""
         return {query: self.perturbations(query, sign) for query in queries}
 
     def offsets(self) -> dict[nn.Parameter, Perturbation]:
-        """What the network computes with beside the stored weights, also where nothing is perturbed."""
+        """Pending updates, which every evaluation adds to the stored weights, an unperturbed one too."""
         return {}
 
     @torch.no_grad()
@@ -100,22 +100,22 @@ class Estimating(BlockwiseParameters, ABC):
     ) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 
-        The module that the optimizer is attached to is in evaluation mode meanwhile (no dropout; batch norms use their
-        stored statistics). All evaluations draw the same random numbers (torch's, NumPy's and Python's), and only the
-        first one leaves traces in the module, see :mod:`zolightning.evaluation.traces`.
+        The attached module is in evaluation mode during the evaluations (no dropout; batch norms use their stored
+        statistics). All of them see the same random numbers (of torch, NumPy and Python), and only the first one may
+        change the module (buffers, metrics), see :mod:`zolightning.evaluation.traces`.
 
         Args:
-            evaluate: the loss of one batch, computed anew at each call, always on the same batch and padding: a
-                scalar tensor (float32 or wider, so that differences survive), or a pair of it and the number of
-                terms it averages, for a mean over ranks that does not depend on how the batch was split; see
-                :func:`~zolightning.optim.checks.loss_and_terms`. Where there are no terms on any rank, the step is
-                recorded without projected gradients.
-            share: which of the step's evaluations this rank makes, and how it learns of the others.
-            skip_nonfinite: record a step without projected gradients instead of raising, up to
-                ``MAX_NONFINITE_IN_A_ROW`` times in a row.
-            micro_batches: the batch in parts, with the loss of each example by its number in the batch of all ranks;
-                the estimator ``PerExample()`` needs it, and others do not look at it. `evaluate` then finds out where
-                parameters are read, no more.
+            evaluate: computes the loss of the step's batch, anew at each call and always with the same padding. It
+                returns a scalar tensor (in float32 or wider, so that small differences survive), or a pair of it and
+                the number of terms it is the mean of, by which losses are averaged over ranks; see
+                :func:`~zolightning.optim.checks.loss_and_terms`. If no rank has any term, the step is recorded without
+                projected gradients and changes nothing.
+            share: which of the evaluations this rank makes, and how it gets the results of the others.
+            skip_nonfinite: whether to record a step without projected gradients if a loss is NaN or infinite, instead
+                of raising; at most ``MAX_NONFINITE_IN_A_ROW`` times in a row.
+            micro_batches: for the estimator ``PerExample()``, which needs it: the batch in parts, with the loss of each
+                example by its number in the batch of all ranks. `evaluate` then only serves to find where parameters
+                are read.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
@@ -132,17 +132,16 @@ class Estimating(BlockwiseParameters, ABC):
         return record
 
     def expect(self, records: Iterable[StepRecord], evaluate: bool = False) -> None:
-        """Has the next estimates return these records, of steps that the run has taken before.
+        """Has the next estimates return these records instead of new ones, to repeat steps of an interrupted run.
 
-        A loss is evaluated only where a record does not say all that its step did, for what it leaves in the module.
-        Whatever else happens in a step happens as ever, so that a run goes on where its records end.
+        The loss is not evaluated, except in steps in which it changed the module, which a record does not hold.
 
         Args:
-            records: of the steps that come next.
-            evaluate: whether to evaluate all losses, for what is logged of them.
+            records: of the steps that come next, in order.
+            evaluate: whether to evaluate the loss in all of these steps, for what it logs.
 
         Raises:
-            ValueError: if they are not those of the steps that come next.
+            ValueError: if they are not the records of the steps that come next.
         """
         known, step = list(records), self.param_groups[0]["step"]
         if [record.step for record in known] != list(range(step, step + len(known))):
@@ -153,7 +152,7 @@ class Estimating(BlockwiseParameters, ABC):
 
     @property
     def is_replaying(self) -> bool:
-        """Whether the next estimate returns a record of before, and evaluates no loss."""
+        """Whether the next estimate returns a record given to :meth:`expect` and evaluates no loss."""
         last = self._estimate
         return bool(last.known) and last.known[0].says_all and not last.evaluates_known
 
@@ -185,13 +184,13 @@ class Estimating(BlockwiseParameters, ABC):
         )
 
     def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Calls ``hook(optimizer, squared_grad)`` at the beginning of every :meth:`estimate`.
+        """Registers a hook that is called as ``hook(optimizer, squared_grad)`` before every :meth:`estimate`.
 
-        ``squared_grad(block, num_queries=1)`` is :meth:`squared_grad` with that estimate's loss. The hook may
-        :meth:`activate` blocks by what it finds.
+        ``squared_grad(block, num_queries=1)`` is :meth:`squared_grad` on the loss of that estimate. The hook may
+        :meth:`activate` blocks.
 
         Returns:
-            A handle whose ``remove()`` takes the hook away.
+            A handle whose ``remove()`` removes the hook.
         """
         handle = RemovableHandle(self._estimate_pre_hooks)
         self._estimate_pre_hooks[handle.id] = hook
@@ -199,12 +198,12 @@ class Estimating(BlockwiseParameters, ABC):
 
     @torch.no_grad()
     def squared_grad(self, block: int, num_queries: int = 1, *, evaluate: Evaluate, share: Share = WHOLE) -> float:
-        """Squared projected gradient of one block, nothing else being perturbed: a mean over `num_queries` directions.
+        """The mean squared projected gradient of one block along `num_queries` directions, all else being at rest.
 
-        Its expectation is the squared norm of the block's gradient in the metric of the method's directions:
-        ``grad' S grad`` for directions of covariance S, ``grad' H^-1 grad`` where they are scaled by ``H^-1/2``. One
-        query has a relative standard deviation of sqrt(2). Costs ``2 num_queries`` evaluations, which the next record
-        counts; their directions are none that a step uses.
+        Its expectation is ``grad' S grad``, where S is the covariance of the method's directions: the squared norm of
+        the block's gradient for MeZO, and ``grad' H^-1 grad`` for directions scaled by ``H^-1/2``. With one query the
+        relative standard deviation is sqrt(2). It costs ``2 num_queries`` evaluations, which the next record counts.
+        The directions are other ones than those of any step.
 
         Args:
             block: index of the block.
@@ -212,7 +211,7 @@ class Estimating(BlockwiseParameters, ABC):
             evaluate, share: as for :meth:`estimate`.
 
         Returns:
-            0 where a loss is not finite.
+            The mean, or 0 if a loss is not finite.
         """
         estimator = TwoSided()
         probes = [Probe(self.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]

@@ -1,8 +1,8 @@
-"""Which losses a step asks for, and the projected gradients they give.
+"""Which losses a step evaluates, and the projected gradients that follow from them.
 
-With directions z_1..z_N of unit variance and F the loss of one batch, every estimator turns losses into numbers
-g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient (with ``ZScores`` its direction). The bias is that of g_i;
-H is the Hessian:
+With directions z_1..z_N of unit variance and F the loss of one batch, an estimator turns losses into projected
+gradients g_1..g_N such that ``mean_i(g_i z_i)`` estimates the gradient (with ``ZScores``, its direction). The last
+column is the bias of g_i; H is the Hessian:
 
 ===================  ========  ===========================================================  ====================
 estimator            forwards  g_i                                                          bias for a quadratic
@@ -31,29 +31,33 @@ class Probe(NamedTuple):
     sign: int  # +1, -1, or 0 for the unperturbed weights
 
 
-_TINY = 1e-8  # far above the rounding of equal losses, far below differences that say something
-EACH = -1  # in the place of a query: each example of the batch is evaluated along its own
+_TINY = 1e-8  # far above the rounding of equal losses, far below differences that matter
+EACH = -1  # in place of a query's number: each example of the batch is evaluated along its own direction
 
 
 class Estimator(ABC):
-    """What is asked of a loss, and how projected gradients follow. Stateless."""
+    """Abstract base of the estimators, which have no state."""
 
     min_queries: int = 1
-    forwards: int = 1  # that an evaluation costs
+    forwards: int = 1  # cost of an evaluation, in forward passes
 
     @abstractmethod
     def probes(self, num_queries: int) -> list[Probe]:
-        """The evaluations a step needs, in order."""
+        """The evaluations of a step, in order."""
 
     @abstractmethod
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
         """The projected gradients (num_queries,) from the losses of :meth:`probes`, both float64.
 
-        On the device of the losses, which must not be waited for: no ``item()``, no ``if`` on a tensor.
+        Computed on the device of the losses without synchronizing with it: no ``item()``, no ``if`` on a tensor.
         """
 
     def gram(self, directions: Tensor) -> Tensor:
-        """Inner products of what projected gradients are measured along, given those of the directions, both (q, q)."""
+        """The Gram matrix (q, q) of the vectors along which projected gradients are measured.
+
+        Args:
+            directions: the Gram matrix (q, q) of the directions.
+        """
         return directions
 
 
@@ -69,7 +73,7 @@ class TwoSided(Estimator):
 
 
 class ThreePoint(TwoSided):
-    """Central differences and the loss between them, the same for all queries: what curvature shows in (HiZOO)."""
+    """Central differences, and the unperturbed loss once for all queries: second differences show curvature (HiZOO)."""
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(0, 0), *super().probes(num_queries)]
@@ -85,15 +89,15 @@ class ThreePoint(TwoSided):
 class PerExample(TwoSided):
     """Central differences of each example's own loss along its own direction, all in two forwards (arXiv 2606.02857).
 
-    Example number e of a step's batch, counted over all ranks, takes part in query ``e mod num_queries`` alone; so let
-    there be as many queries as examples. With F_i the mean loss of the examples of query i, and w_i their share of the
-    batch's terms (1 / N each, mostly)::
+    Example number e of a step's batch, counted over all ranks, belongs to query ``e mod num_queries``; use as many
+    queries as a batch has examples. With F_i the mean loss of the examples of query i, and w_i their share of the terms
+    of the batch (usually 1 / N)::
 
         g_i = N w_i (F_i(W + eps z_i) - F_i(W - eps z_i)) / (2 eps)
 
     and ``mean_i(g_i z_i)`` estimates the gradient of the batch's loss. With G_i the gradient of F_i, its variance is
-    that of one direction for all examples times ``mean_i(|G_i|^2) / (N |mean_i(G_i)|^2)``: N times less where examples
-    agree, and no less where they have nothing in common.
+    ``mean_i(|G_i|^2) / (N |mean_i(G_i)|^2)`` times that of one direction for all examples: N times less if all
+    gradients are equal, and the same if they are orthogonal.
     """
 
     min_queries = 2
@@ -113,10 +117,10 @@ class OneSided(Estimator):
 
 
 class Population(Estimator):
-    """Each query against the mean of the others: no baseline forward, and curvature common to all cancels.
+    """Each query's loss minus the mean of the others': no baseline forward, and curvature common to all cancels.
 
-    The leave-one-out form of population methods (AIM-ZO, FZOO), with the division by `eps` that some released
-    codes leave out: there `lr` silently means ``lr * eps``.
+    The leave-one-out form of population methods (AIM-ZO, FZOO). Unlike in some released codes it is divided by `eps`;
+    a learning rate of theirs, times `eps`, is the `lr` here.
     """
 
     min_queries = 2
@@ -129,19 +133,18 @@ class Population(Estimator):
         return (losses - others) / eps
 
     def gram(self, directions: Tensor) -> Tensor:
-        """Of the directions less their mean."""
+        """The Gram matrix of the directions minus their mean."""
         rows = directions - directions.mean(0)
         return rows - rows.mean(1, keepdim=True)
 
 
 class ZScores(Population):
-    """Each query by its standard score among all: without units, so for rewards of any scale (arXiv 2509.24372).
+    """The z-score of each query's loss among all queries, which suits rewards of any scale (arXiv 2509.24372).
 
-    A query's loss is its mean over the examples of the batch, and these means are standardised over the queries, as
-    "Evolution Strategies at Scale" and its code do it: with the population's standard deviation (of N, not N - 1), and
-    without a division by `eps`, so that `lr` is their alpha: about ``lr / sqrt(N)`` is the RMS move of a weight a step.
-    To subtract each example's own mean over the queries first, as others do, changes nothing after the mean over
-    examples. Where all losses are equal, nothing moves.
+    A query's loss is the mean over the examples of the batch. These means are standardised over the queries as in
+    "Evolution Strategies at Scale": by the standard deviation over N (not N - 1), and without a division by `eps`.
+    `lr` is that paper's alpha, and the RMS move of a weight in a step is about ``lr / sqrt(N)``. Subtracting each
+    example's mean over the queries first, as others do, gives the same result. If all losses are equal, nothing moves.
     """
 
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
@@ -151,19 +154,19 @@ class ZScores(Population):
 
 
 class ForwardGradient(Estimator):
-    """No difference but a derivative: ``grad F' z_i``, exact, by forward-mode automatic differentiation.
+    """The exact directional derivative ``grad F' z_i``, by forward-mode automatic differentiation.
 
-    The forward gradient of Baydin et al., "Gradients without Backpropagation" (arXiv 2202.08587): what the other
-    estimators come to where `eps`, which it does not use, goes to zero and no loss is rounded. An upper bound for them,
-    at the weights themselves, and a first-order method that keeps no activations. It is refused where one of the
-    network's operations has no derivative in forward mode. For methods with dense directions: MeZO and MeZOAdam.
+    The forward gradient of Baydin et al., "Gradients without Backpropagation" (arXiv 2202.08587): the limit of the
+    other estimators as `eps` goes to zero without rounding errors, and so an upper bound for them. It does not use
+    `eps` and keeps no activations. Networks with an operation that has no forward-mode derivative are refused. For
+    methods with dense directions: MeZO and MeZOAdam.
     """
 
-    forwards = 3  # beside ``W x`` the products ``W dx`` and ``dW x``
+    forwards = 3  # besides ``W x`` the products ``W dx`` and ``dW x``
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(query, 0) for query in range(num_queries)]
 
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
-        """Of the derivatives, which are the projected gradients already."""
+        """The derivatives themselves, which are given in place of losses."""
         return losses

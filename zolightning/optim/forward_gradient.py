@@ -1,4 +1,4 @@
-"""The derivatives of a step's loss along its directions, each exact, by forward-mode automatic differentiation."""
+"""Differentiates a step's loss along its directions by forward-mode automatic differentiation."""
 
 import re
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zolightning.directions.tangent import Tangent
 from zolightning.messages import some
-from zolightning.optim.checks import loss_and_terms, require_terms
+from zolightning.optim.checks import require_terms
 from zolightning.optim.estimators import ForwardGradient
-from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters, sums_of
+from zolightning.optim.probing import Evaluate, Probed, device_of, losses_at, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ def evaluate_derivatives(
 ) -> Probed:
     """Differentiates a loss along the direction of each query, at the stored weights.
 
-    Attention is computed by its formula, of which every operation has a derivative: the fused kernels have none.
+    Attention runs as separate operations, because its fused kernels have no forward-mode derivative.
 
     Args:
-        optimizer: says what the directions are.
-        estimator: of the optimizer.
-        evaluate: the loss of one batch, and its number of terms if it is not 1.
-        share: which of the derivatives this rank computes, and how it learns of the others.
+        optimizer: whose directions they are.
+        estimator: the optimizer's.
+        evaluate: computes the loss of one batch, and its number of terms if that is not 1.
+        share: which of the derivatives this rank computes, and how it gets those of the others.
 
     Returns:
-        The loss at the stored weights, once a query, and its derivatives. A loss whose derivative is not finite is not
-        finite here.
+        The loss at the stored weights, once for each query, and its derivatives. Where a derivative is not finite, it
+        stands in place of the loss.
 
     Raises:
         ValueError: if the loss cannot be differentiated: an operation has no forward derivative, a parameter is read
@@ -46,24 +46,15 @@ def evaluate_derivatives(
         raise ValueError("`cuda_graphs` is True, and under ForwardGradient() no forward is recorded. Set it to False.")
     count, group = optimizer.num_queries, optimizer.param_groups[0]
     own = share.of(len(estimator.probes(count)))
-    trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
     whole = [of_whole_parameters(optimizer, optimizer.unit_directions(query)) for query in own]
     tangents = [{parameter: Tangent(direction) for parameter, direction in found.items()} for found in whole]
-    sums = torch.zeros(count, 3, dtype=torch.float64, device=next(iter(trainable)).device)
+    sums = torch.zeros(count, 3, dtype=torch.float64, device=device_of(optimizer))
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        results = []
-        if own:
-            with _named_operation():
-                results = optimizer.evaluator.evaluate(
-                    lambda: loss_and_terms(evaluate()),
-                    trainable,
-                    tangents,
-                    (group["seed"], group["step"], share.stream),
-                    {parameter: name for name, parameter in optimizer.at_rest()},
-                )
+        with _named_operation():
+            results = losses_at(optimizer, tangents, evaluate, share) if own else []
         for query, (dual, terms) in zip(own, results, strict=True):
             loss, derivative = forward_ad.unpack_dual(dual)
-            hidden = [name for parameter, name in trainable.items() if tangents[0][parameter].is_hidden]
+            hidden = [name for _, name, parameter in optimizer.trainable() if tangents[0][parameter].is_hidden]
             if (derivative is None or hidden) and terms > 0 and loss.isfinite():
                 raise ValueError(f"`estimator` is ForwardGradient(), and {_why_not(hidden)}, or choose TwoSided().")
             sums[query] = sums_of(terms, loss, torch.zeros_like(loss) if derivative is None else derivative)
@@ -77,7 +68,7 @@ def evaluate_derivatives(
 
 @contextmanager
 def _named_operation() -> Iterator[None]:
-    """Says in one line which operation has no derivative in forward mode."""
+    """Turns torch's error about an operation without a forward-mode derivative into one line that names it."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""MeZO: zeroth-order SGD along dense seeded directions."""
+"""MeZO: zeroth-order SGD along dense random directions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,21 +8,23 @@ from torch import Tensor
 from zolightning.directions.dense import Direction
 from zolightning.optim.checks import require_fraction
 from zolightning.optim.dense import DenseDescent
-from zolightning.optim.moments import momentum_
+from zolightning.optim.moments import descend
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_directions, add_tensors
+from zolightning.optim.precision import State
 
 
 class MeZO(DenseDescent):
     """MeZO (Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333, algorithm 1).
 
     Each step evaluates one batch at ``W + eps z`` and ``W - eps z`` and moves the weights by ``-lr * g * z``, where
-    the *projected gradient* g is the difference of the losses over ``2 eps`` and z is regenerated, not stored.
-    Memory beyond inference: one layer of scratch; 2 bytes a bf16 parameter or 4 bytes an fp16 parameter for exact
-    updates (none with ``update_precision="native"``); 4 bytes a parameter with momentum.
+    the *projected gradient* g is the difference of the losses over ``2 eps``. The direction z is regenerated from its
+    seed and never stored.
 
-    Differs from the released code: weights are never perturbed in place (its half-precision restore drifts), and
-    weight decay is decoupled and goes by shape (matrices only), not by parameter names.
+    Memory beyond inference: the weights of one layer as scratch; for exact updates of half-precision weights 2 bytes
+    per bf16 parameter or 4 per fp16 one (none with ``update_precision="native"``); 4 bytes per parameter for momentum.
+
+    Differs from the released code: weights are never perturbed in place, where restoring half-precision weights makes
+    them drift; and weight decay is decoupled and applies to matrices, whatever their names.
 
     Args:
         params: parameters or parameter groups.
@@ -31,10 +33,10 @@ class MeZO(DenseDescent):
         momentum: decay of an exponential mean of the estimated gradients, ``m = momentum * m + (1 - momentum) * g``;
             0 keeps no state.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
-        normalize: divide projected gradients by their running RMS, so that `lr` is the RMS move of a weight a step, or
-            ``sqrt(num_queries)`` times it (MEAZO, arXiv 2605.03869: one scalar where Adam keeps a tensor).
+        normalize: divide projected gradients by their running RMS, one number where Adam keeps a tensor (MEAZO,
+            arXiv 2605.03869). The RMS move of a weight in a step is then ``lr / sqrt(num_queries)``.
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
-        rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
+        rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
         **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
@@ -78,12 +80,7 @@ class MeZO(DenseDescent):
         group: dict[str, Any],
         lr: float,
     ) -> None:
-        decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
-        if not group["momentum"]:
-            add_directions(weights, states, gradients, self.update_precision, decays)
-            return
-        means = momentum_(states, weights, gradients, group["momentum"])
-        add_tensors(weights, states, means, self.update_precision, decays, -lr)
+        descend(weights, states, gradients, group, lr, self.update_precision)
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
         return normalized(group, projected_grads)

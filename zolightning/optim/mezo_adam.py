@@ -8,17 +8,16 @@ from torch import Tensor
 from zolightning.directions.dense import Direction
 from zolightning.optim.checks import require_fraction, require_positive
 from zolightning.optim.dense import DenseDescent
-from zolightning.optim.moments import adam_
+from zolightning.optim.moments import descend
 from zolightning.optim.precision import State
 
 
 class MeZOAdam(DenseDescent):
     """MeZO-Adam (arXiv 2305.17333, appendix B): Adam with ``g z`` in the place of the gradient.
 
-    Memory: 8 bytes a parameter for the two moments, whatever the dtype of the weights, beside what
-    :class:`~zolightning.optim.MeZO` needs. In high dimension the second moment of ``g z`` is the same for all
-    coordinates, so ``MeZO(normalize=True)`` does the same with one number (arXiv 2605.03869); this class is here
-    to compare with.
+    Memory: 8 bytes per parameter for the two moments, besides what :class:`~zolightning.optim.MeZO` needs. In high
+    dimension the second moment of ``g z`` is nearly the same for all coordinates, so ``MeZO(normalize=True)`` does the
+    same with one number (arXiv 2605.03869). This class is here for comparison.
 
     Args:
         params: parameters or parameter groups.
@@ -64,6 +63,4 @@ class MeZOAdam(DenseDescent):
         group: dict[str, Any],
         lr: float,
     ) -> None:
-        decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
-        betas, denominator_eps = group["betas"], group["denominator_eps"]
-        adam_(states, weights, gradients, betas, denominator_eps, -lr, self.update_precision, decays)
+        descend(weights, states, gradients, group, lr, self.update_precision)

@@ -5,13 +5,72 @@ The gradient comes as a :class:`~zolightning.directions.dense.Direction`: it is 
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zolightning.directions.dense import Direction, accumulate_each, arithmetic
 from zolightning.kernels.adam import adam_step
-from zolightning.optim.precision import State, UpdatePrecision, add_adam
+from zolightning.optim.precision import State, UpdatePrecision, add_adam, add_directions, add_tensors
+
+_DENOMINATOR_EPS = 1e-8  # Adam's epsilon, where a method has no setting for it
+
+
+def descend(
+    weights: Sequence[Tensor],
+    states: Sequence[State],
+    gradients: Sequence[Direction],
+    group: dict[str, Any],
+    lr: float,
+    precision: UpdatePrecision,
+) -> None:
+    """Moves weights against their estimated gradients: by Adam, with momentum, or by a plain step of SGD.
+
+    Args:
+        weights: contiguous tensors of any shape.
+        states: their entries in the optimizer's state.
+        gradients: the estimates, scaled by what saves a pass over memory: by ``1 - momentum`` for a step with momentum,
+            by ``-lr`` for a plain one.
+        group: ``betas`` ask for Adam, with ``denominator_eps``; else ``momentum`` above 0 for momentum. Its
+            ``weight_decay``, if any, is decoupled and shrinks matrices only.
+        lr: learning rate of this step.
+        precision: how sums are rounded.
+    """
+    decay = 1 - lr * group.get("weight_decay", 0.0)
+    decays = [decay if weight.ndim >= 2 else 1.0 for weight in weights]
+    if group.get("betas"):
+        denominator_eps = group.get("denominator_eps", _DENOMINATOR_EPS)
+        adam_(states, weights, gradients, group["betas"], denominator_eps, -lr, precision, decays)
+    elif group.get("momentum"):
+        means = momentum_(states, weights, gradients, group["momentum"])
+        add_tensors(weights, states, means, precision, decays, -lr)
+    else:
+        add_directions(weights, states, gradients, precision, decays)
+
+
+def smoothed(
+    cores: Sequence[Tensor], states: Sequence[State], gradients: Sequence[Direction], group: dict[str, Any]
+) -> list[Tensor]:
+    """The gradients of cores after Adam or momentum, as :func:`descend` chooses them, in the shapes of the cores.
+
+    Args:
+        cores: tensors of one dtype and device; they are not changed.
+        states: their entries in the optimizer's state.
+        gradients: the estimates, times ``1 - momentum`` where there is momentum.
+        group: the settings, as for :func:`descend`.
+    """
+    if group["momentum"] and not group["betas"]:
+        found = momentum_(states, cores, gradients, group["momentum"])
+    else:
+        sizes = [core.numel() for core in cores]
+        zeros = torch.zeros(sum(sizes), dtype=cores[0].dtype, device=cores[0].device)
+        found = list(zeros.split(sizes))
+        if group["betas"]:
+            adam_(states, found, gradients, group["betas"], _DENOMINATOR_EPS, 1.0, "exact", [1.0] * len(found))
+        else:
+            accumulate_each(gradients, found)
+    return [gradient.view(core.shape) for gradient, core in zip(found, cores, strict=True)]
 
 
 def momentum_(

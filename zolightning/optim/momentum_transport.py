@@ -1,4 +1,4 @@
-"""What becomes of the momentum of a matrix when its basis changes."""
+"""Moves the momentum of a matrix from one basis to the next."""
 
 from typing import Literal
 
@@ -12,22 +12,22 @@ TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")
 
 
 def momentum_of(state: State) -> Tensor | None:
-    """The mean of core gradients in the state of a matrix, flat, if there is one."""
+    """The first moment in the state of a matrix, flat; None if there is none."""
     return state.get("momentum_buffer", state.get("exp_avg"))
 
 
 def transport_momentum(state: State, old: Basis, core: Tensor, new: Basis, how: Transport) -> tuple[float, float]:
-    """Takes the momentum along; :class:`~zolightning.callbacks.MomentumTransport` says in which ways.
+    """Expresses the momentum of a matrix in a new basis; see :class:`~zolightning.callbacks.MomentumTransport`.
 
     Args:
-        state: of the matrix; "reset" takes the momentum out.
-        old: the basis that it was gathered in.
-        core: the momentum, a view of what is in the state, of the bases' core shape; changed in place.
-        new: the basis that it is wanted in.
-        how: one of the three.
+        state: the matrix's entry in the optimizer's state, from which "reset" removes the momentum.
+        old: the basis in which the momentum was gathered.
+        core: the momentum in the shape of a core: a view of the tensor in the state, which is changed in place.
+        new: the basis to express it in.
+        how: "project", "reset" or "keep".
 
     Returns:
-        The squared norm of the momentum as a matrix, before and after.
+        The squared Frobenius norm of the momentum as a matrix (m, n), before and after.
     """
     before = old.squared_norm(core)
     if how == "reset":

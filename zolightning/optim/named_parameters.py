@@ -1,4 +1,4 @@
-"""The parameters of a method: their names, which of them and which parts of them train, and their state."""
+"""The parameters of a method: their names, which of them train, slices of them, and their state."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from zolightning.optim.settings import require_same_settings, settings_of
 
 
 class NamedParameters(torch.optim.Optimizer):
-    """An optimizer that knows its parameters by name, and may train only slices of them."""
+    """An optimizer that knows its parameters by name and can train slices of them."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._names: dict[nn.Parameter, str] = {}
@@ -24,7 +24,7 @@ class NamedParameters(torch.optim.Optimizer):
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
 
     def trainable(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
-        """Group, name and parameter of everything that may move: frozen parameters are passed over."""
+        """Group, name and parameter of everything that may move; frozen parameters are left out."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if self.moves(parameter):
@@ -35,7 +35,7 @@ class NamedParameters(torch.optim.Optimizer):
         return parameter.requires_grad
 
     def restrict(self, slices: Mapping[nn.Parameter, Slice]) -> None:
-        """Trains only these slices of these parameters: a method sees each as a compact tensor of its own.
+        """Trains only slices of some parameters; the method sees each slice as a compact tensor.
 
         Raises:
             ValueError: if a slice does not fit its parameter, or comes after a step of that parameter.
@@ -50,7 +50,7 @@ class NamedParameters(torch.optim.Optimizer):
             part.check(name, parameter)
             if self.state.get(parameter):
                 raise ValueError(f"`{name}` has been trained as a whole already: restrict it before the first step.")
-        # Indices lie where they are used: a copy from the host would be waited for at each read.
+        # Indices are kept on the device, because copying them at each use would synchronize with it.
         self.slices |= {p: replace(part, index=part.index.to(p.device)) for p, part in slices.items()}
 
     def trainable_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
@@ -74,19 +74,19 @@ class NamedParameters(torch.optim.Optimizer):
             )
 
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
-        """Whether a tensor of a parameter's state, by its name there, has a number for each element of it.
+        """Whether the tensor of this name in a parameter's state has one entry for each element of the parameter.
 
-        Where ranks share the parameter, each has those of its own rows, and of other tensors all that every rank has.
+        If the parameter is sharded (FSDP2), such a tensor is too; other tensors are whole on every rank.
         """
         return True
 
     def state_bytes(self) -> int:
-        """Bytes of tensors in the optimizer's state now, beside the weights on their device."""
+        """Bytes of the tensors that the method keeps at present on the devices of the weights."""
         tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def host_bytes(self) -> int:
-        """Bytes of state now that are in host memory instead."""
+        """Bytes of the tensors that it keeps in host memory instead."""
         return 0
 
     def numbered(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
@@ -96,14 +96,14 @@ class NamedParameters(torch.optim.Optimizer):
         return zip(numbers, parameters, strict=False)  # torch compares their numbers itself, and says so better
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, and ``method``: the class and its constructor's arguments."""
+        """As of any optimizer, and under ``method`` the class and its constructor's arguments."""
         return super().state_dict() | {"method": settings_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores hyperparameters, counters and tensors, these in their own dtype.
 
         Raises:
-            ValueError: if the state is of another class, or of one with other arguments.
+            ValueError: if the state is that of another class, or of the same class with other arguments.
         """
         require_same_settings(self, state_dict.get("method"))
         # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.

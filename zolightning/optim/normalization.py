@@ -1,11 +1,11 @@
-"""Projected gradients in units of their running RMS, and bounded by it: one number where Adam keeps a tensor."""
+"""Normalizes and clips projected gradients by their running RMS: one number where Adam keeps a tensor."""
 
 import math
 from typing import Any
 
 from zolightning.optim.checks import require_fraction, require_positive
 
-STATE = {"mean_square": 0.0, "mean_square_weight": 0.0}  # of a group, at its first step
+STATE = {"mean_square": 0.0, "mean_square_weight": 0.0}  # entries of a parameter group, before the first step
 
 
 def require_normalization(group: dict[str, Any]) -> None:
@@ -16,11 +16,12 @@ def require_normalization(group: dict[str, Any]) -> None:
 
 
 def normalized(group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
-    """Clipped against, and divided by, their running RMS, where the group asks for it (MEAZO, arXiv 2605.03869).
+    """Clips projected gradients at a multiple of their running RMS, and divides them by it (MEAZO, arXiv 2605.03869).
 
     Args:
-        group: with ``normalize``, ``clip``, ``rms_decay``, and what :data:`STATE` holds, which is brought up to date.
-        projected_grads: of a step, one a query.
+        group: a parameter group, whose ``normalize`` and ``clip`` say which of the two is done, with ``rms_decay`` and
+            the entries of :data:`STATE`, which are updated.
+        projected_grads: those of a step, one for each query.
     """
     if not group["normalize"] and group["clip"] is None:
         return projected_grads

@@ -1,9 +1,9 @@
-"""What completes half-precision weights, in host memory: on the device only piece by piece, while updates are added.
+"""Keeps the extra bits of half-precision weights in host memory.
 
-Low words (or fp16's fp32 masters) are read and written by updates alone. A method that adds updates every hundred steps
-can leave them where memory is cheap, and pay one transfer each way for it: 13.5 GB for the low words of a model of
-7 billion parameters, half a second at 25 GB/s. (Torch takes pinned memory in blocks of powers of two, so the host gives
-up to twice as much.)
+The low words of bf16 weights (or the fp32 masters of fp16 ones) are read and written by updates only. A method that
+adds its updates every hundred steps can keep them in host memory and move them to the device, piece by piece, while it
+does so: for a model of 7 billion bf16 parameters 13.5 GB each way, half a second at 25 GB/s. (Torch allocates pinned
+memory in powers of two, so up to twice as much of the host's memory is taken.)
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,13 @@ from zolightning.optim.precision import State, UpdatePrecision, add_tensor
 def add_offloaded(
     weight: Tensor, host: State, pieces: Iterable[tuple[int, Tensor]], precision: UpdatePrecision
 ) -> None:
-    """Adds pieces to a weight as :func:`~zolightning.optim.precision.add_tensor` does: the same bits.
+    """Adds an update to a weight piece by piece, with the bits of :func:`~zolightning.optim.precision.add_tensor`.
 
     Args:
         weight: the parameter's data, n elements in any shape, contiguous.
-        host: its low word or master, (n,), in host memory; made there, pinned where the weight is on a GPU, at the
-            first update.
-        pieces: index of the first element and what is added to it and those after it, (k,), float32; together all of
-            the weight. No more than one of them is on the device at a time.
+        host: its low word or master, (n,), in host memory; made there at the first update, pinned for a GPU.
+        pieces: for each piece the index of its first element and the update, (k,), float32. Together they cover the
+            weight. Only one of them is on the device at a time.
         precision: how sums are rounded.
     """
     before = dict(host)

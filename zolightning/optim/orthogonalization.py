@@ -1,6 +1,6 @@
-"""Matrices with the same singular vectors and other singular values, for batches of matrices of one shape.
+"""Orthogonalization: functions that keep the singular vectors of matrices and replace their singular values.
 
-All functions take float32 (or float64) tensors of shape (..., r, n) and expect n to be the longer side for speed only.
+All of them take batches of matrices, (..., r, n), in float32 or float64. They are fastest if n is the longer side.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The losses of single examples, each at weights perturbed along its own direction, summed over all ranks."""
+"""Evaluates each example of a batch at weights perturbed along its own direction (``PerExample()``)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.checks import loss_and_terms, require_terms
 from zolightning.optim.estimators import PerExample
-from zolightning.optim.probing import Evaluate, Probed, of_whole_parameters, sums_of
+from zolightning.optim.probing import Evaluate, Probed, device_of, losses_at, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ def evaluate_examples(
         optimizer: says how each query perturbs which parameters.
         estimator: makes projected gradients of the losses.
         evaluate: the loss of the batch.
-        share: which of the two evaluations this rank makes, and how it learns of the others.
+        share: which of the two evaluations this rank makes, and how it gets the results of the others.
         micro_batches: the batch in parts, with the loss of each example and its number.
 
     Returns:
-        The losses are means over the batch.
+        The projected gradients, and as losses the means over the batch for either sign.
 
     Raises:
         ValueError: if there are no `micro_batches`, or a number of terms is negative.
@@ -50,36 +50,25 @@ def evaluate_examples(
     probes = estimator.probes(count)
     own = share.of(len(probes))
     queries = [number % count for batch in micro_batches for number in batch.examples]
-    trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
     perturbations: list[dict[nn.Parameter, Perturbation]] = []
     for place in own:
         sign = probes[place].sign
         found = optimizer.perturbations_of(dict.fromkeys(queries), sign)
         whole = {query: of_whole_parameters(optimizer, changes) for query, changes in found.items()}
         perturbations += [whole[query] for query in queries]
-    results = []
-    if own:
-        results = optimizer.evaluator.evaluate(
-            lambda: loss_and_terms(evaluate()),
-            trainable,
-            perturbations,
-            (group["seed"], group["step"], share.stream),
-            {parameter: name for name, parameter in optimizer.at_rest()},
-            micro_batches=[
-                MicroBatch(
-                    partial(_evaluated, part.loss), {e: partial(_evaluated, f) for e, f in part.examples.items()}
-                )
-                for part in micro_batches
-            ],
-        )
-    # Zeros in the places of the others' evaluations and examples.
-    device = results[0][0].device if results else next(iter(trainable)).device
+    parts = [
+        MicroBatch(partial(_evaluated, part.loss), {e: partial(_evaluated, f) for e, f in part.examples.items()})
+        for part in micro_batches
+    ]
+    results = losses_at(optimizer, perturbations, evaluate, share, micro_batches=parts) if own else []
+    # Evaluations and examples of other ranks are zeros, to which the sum over ranks adds them.
+    device = results[0][0].device if results else device_of(optimizer)
     table = torch.zeros(len(probes), count, 2, dtype=torch.float64, device=device)
     for (place, query), (loss, terms) in zip(product(own, queries), results, strict=True):
         table[place, query] += sums_of(terms, loss).to(table)
     table = table if share.sum is None else share.sum(table)
-    sums, terms = table.unbind(-1)  # of each evaluation and query
-    shares = sums / terms.sum(dim=1, keepdim=True)  # of the batch's loss
+    sums, terms = table.unbind(-1)  # each (evaluations, queries)
+    shares = sums / terms.sum(dim=1, keepdim=True)  # what each query contributes to the batch's loss
     grads = estimator.projected_grads(count * shares.T.flatten(), group["eps"])
     numbers = torch.cat([shares.sum(dim=1), terms.sum(dim=1), terms.amin()[None], grads]).tolist()
     losses, all_terms, (least, *projected_grads) = numbers[:2], numbers[2:4], numbers[4:]

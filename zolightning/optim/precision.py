@@ -1,18 +1,19 @@
-"""Updates that are not lost in half precision.
+"""Adds updates to half-precision weights without losing them to rounding.
 
-A ZO update is often far below the spacing of half-precision numbers: rounded to nearest, a bf16 weight realises
-3 % of updates of RMS 1e-6. Three ways to add an update to a weight:
+A zeroth-order update is often far below the spacing of half-precision numbers: with rounding to nearest, a bf16 weight
+realises 3 % of updates of RMS 1e-6. There are three ways to add an update to a weight:
 
-* ``exact`` (the default): weights of every dtype take the same updates as fp32 weights would, bit for bit. A bf16
-  weight is the upper half of an fp32 number, so its *low word* (16 bits a parameter in the optimizer's state) makes it
-  whole again: 2 bytes a parameter buy what an fp32 master copy buys for 4. fp16 has another exponent and keeps a
-  master.
-* ``low_byte``: a bf16 weight and a byte beside it are the fp32 number rounded to 24 bits (16 significant ones) after
-  each update: half the memory of ``exact``, and all but the smallest updates. fp16 weights keep a master here, too.
-* ``native``: the weight is rounded to its dtype after each update; no memory, and most of a small update is lost.
+* ``exact`` (the default): weights of every dtype take the same updates as fp32 weights, bit for bit. A bf16 number is
+  the upper half of an fp32 number, and the optimizer's state keeps the lower half, its *low word*: 2 bytes a parameter
+  in place of the 4 of an fp32 master copy. fp16 numbers have another exponent, so fp16 weights have a master copy.
+* ``low_byte``: the state keeps one byte a parameter, and the fp32 number is rounded to 24 bits (16 significant ones)
+  after each update. That takes half the memory of ``exact`` and loses only the smallest updates. fp16 weights have a
+  master copy here as well.
+* ``native``: the weight is rounded to its dtype after each update. That takes no memory and loses most of a small
+  update.
 
-For fp32 and fp64 weights the three are the same. What 500 random updates of RMS `s` move a bf16 weight of standard
-deviation 0.02, as a share of what they were meant to move it (and the cosine between the two):
+For fp32 and fp64 weights the three are the same. The table shows how far 500 random updates of RMS `s` move a bf16
+weight of standard deviation 0.02, as a share of the intended distance (and the cosine between the two):
 
 ========  ============  ============  ============
 s         1e-5          1e-6          1e-7
@@ -22,9 +23,9 @@ low_byte  1.00 (1.00)   0.99 (0.99)   0.62 (0.69)
 native    0.23 (0.44)   0.04 (0.16)   0.00 (0.05)
 ========  ============  ============  ============
 
-Whoever writes to a weight between updates (a clamp, an average) is heard. The next update starts from the written
-value: in fp16 from exactly that, where it is not the rounded master; in bf16 from that plus the low word or byte,
-which cannot know of the write and is at most half a unit in the last place of the written value.
+If other code writes to a weight between updates (clamping or averaging it), the next update starts from the written
+value: in fp16 exactly, unless the value equals the rounded master; in bf16 plus the old low word or byte, which is at
+most half a unit in the last place.
 """
 
 import math
@@ -48,11 +49,11 @@ from zolightning.kernels.noise import Key, counter, hash_bits, start_of
 UpdatePrecision = Literal["exact", "low_byte", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
 State = MutableMapping[str, Any]
-RESTS = ("low_word", "low_byte", "master")  # what completes a weight, by its key in the optimizer's state
+RESTS = ("low_word", "low_byte", "master")  # extra bits of a weight, by their key in the optimizer's state
 
 
 def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
-    """Bytes of optimizer state that adding updates with `precision` costs for each element of a weight."""
+    """Bytes of optimizer state for each element of a weight that is updated with `precision`."""
     if precision == "native":
         return 0
     return {torch.bfloat16: 2 if precision == "exact" else 1, torch.float16: 4}.get(dtype, 0)
@@ -60,9 +61,9 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
 
 @contextmanager
 def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tensor]:
-    """A parameter's data, or a slice of it, as a contiguous tensor to write to, copied back where it is a copy.
+    """A parameter's data, or a slice of it, as a contiguous tensor; what is written to it reaches the parameter.
 
-    Of a parameter that ranks share, that is this rank's rows.
+    If the parameter is sharded (FSDP2), it is the rows of this rank.
     """
     data = own_rows(parameter)
     if part is not None:
@@ -78,7 +79,7 @@ def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tens
 
 @contextmanager
 def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parameter, Slice]) -> Iterator[list[Tensor]]:
-    """:func:`as_contiguous` of several parameters: `slices` are of those that train in part."""
+    """:func:`as_contiguous` of several parameters; `slices` holds those that train in part."""
     with ExitStack() as stack:
         yield [
             own_rows(parameter)
@@ -89,14 +90,14 @@ def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parame
 
 
 def completed(weight: Tensor, rests: Mapping[str, Tensor]) -> Tensor:
-    """A weight with what `rests`, by the names in ``RESTS``, have of it beyond its dtype: what updates are added to.
+    """A weight with its extra bits: the number that updates are added to.
 
     Args:
         weight: the parameter's data, any shape.
-        rests: flat, on any device.
+        rests: its extra bits by their names in ``RESTS``, flat, on any device; other entries are ignored.
 
     Returns:
-        Flat: a master or float32 numbers where there are any, otherwise the weight.
+        A flat tensor: the float32 numbers, or the weight itself if it has no extra bits.
     """
     flat = weight.reshape(-1)
     if "master" in rests:
@@ -128,11 +129,11 @@ def add_directions(
     decays: Sequence[float],
     thresholds: Sequence[float | None] | None = None,
 ) -> None:
-    """:func:`add_direction` to each of several weights: in few launches on a GPU.
+    """:func:`add_direction` for several weights, in few launches on a GPU.
 
     Args:
         weights: as for :func:`add_direction`; `states`, `directions`, `precision` and `decays`, too.
-        thresholds: of each, if any: stored elements above it, without their signs, are not added to.
+        thresholds: for each weight, elements with a larger absolute value are left unchanged; None for no threshold.
     """
     each = _each(weights, states, directions, precision, decays)
     if thresholds is not None:
@@ -149,13 +150,13 @@ def add_adam(
     precision: UpdatePrecision,
     decays: Sequence[float],
 ) -> None:
-    """Moves the moments of several weights by their gradients and adds what they make of them, in one pass.
+    """One step of Adam on several weights: updates the moments and the weights in one pass.
 
     Args:
         weights: as for :func:`add_directions`; `states`, `precision` and `decays`, too.
         moments: the first and the second of each, (n,), float32, or float64 for double-precision weights.
-        gradients: of each.
-        step: what becomes of the moments.
+        gradients: the estimated gradient of each.
+        step: Adam's coefficients in this step.
     """
     each = zip(_each(weights, states, gradients, precision, decays), moments, strict=True)
     kernels.for_each(kernels.add_adam, [one | {"mean": m, "square": v, "step": step} for one, (m, v) in each])
@@ -209,7 +210,7 @@ def add_tensor(
     start: int = 0,
     scale: float = 1.0,
 ) -> None:
-    """``weight = decay * weight + scale * delta`` from element `start` on, for a flat `delta` at hand.
+    """``weight = decay * weight + scale * delta``, in place, for the elements from `start` on.
 
     Args:
         weight: the parameter's data, any shape, contiguous.
@@ -234,7 +235,7 @@ def add_tensors(
     decays: Sequence[float],
     scale: float,
 ) -> None:
-    """:func:`add_tensor` to the whole of each of several weights: in few launches on a GPU."""
+    """:func:`add_tensor` for several whole weights, in few launches on a GPU."""
     each = zip(weights, states, deltas, decays, strict=True)
     kernels.for_each(
         kernels.add_delta,
@@ -246,14 +247,14 @@ def add_tensors(
 
 
 def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key, first: int = 0) -> None:
-    """Rounds a half-precision weight to its dtype, so that what completes it can be dropped without a bias.
+    """Rounds a half-precision weight to its dtype stochastically, so that its extra bits can be dropped without bias.
 
-    Each element becomes one of the two nearest numbers, the nearer one more often: its mean is the unrounded one.
+    Each element becomes one of the two nearest numbers, with probabilities that make the unrounded value its mean.
 
     Args:
         weight: the parameter's data, any shape, contiguous.
-        rest: the one of ``RESTS`` that completes it, by name; means nothing afterwards.
-        precision: with which updates have been added.
+        rest: its extra bits, by their name in ``RESTS``; of no use afterwards.
+        precision: the precision with which updates have been added.
         key: of the random numbers.
         first: index of the first element in the whole parameter.
     """
@@ -263,7 +264,7 @@ def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision
 
 
 def _dither(weight: Tensor, start: int, key: Key) -> Tensor:
-    """Numbers that are uniform between minus and plus half the spacing of numbers at each weight, (n,), float32."""
+    """Uniform random numbers within half a unit in the last place of each weight, (n,), float32."""
     info = torch.finfo(weight.dtype)
     exponents = torch.frexp(weight.float()).exponent.clamp_min(math.frexp(info.tiny)[1])
     spacings = torch.ldexp((weight != 0).float() * info.eps, exponents - 1)
@@ -290,7 +291,7 @@ def _stored(weight: Tensor, state: State, precision: UpdatePrecision) -> dict[st
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
-    """What completes a half-precision weight, (n,), made at its first update; None where nothing does."""
+    """The extra bits of a half-precision weight, (n,), made at its first update; None if it has none."""
     if precision == "native" or flat.dtype not in (torch.bfloat16, torch.float16):
         return None
     if flat.dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""The losses of a step's probes: each at weights perturbed in its own way, summed over all ranks, read once."""
+"""Evaluates the losses of a step at perturbed weights and makes projected gradients of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
+from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim.alignment import aligned
 from zolightning.optim.checks import Loss, loss_and_terms, require_terms
 from zolightning.optim.estimators import Estimator, Probe
@@ -23,13 +24,13 @@ Evaluate = Callable[[], Loss]
 
 
 class Probed(NamedTuple):
-    """What some probes have found.
+    """The result of some probes.
 
     Attributes:
-        losses: of each probe; NaN where there was no term to average.
-        projected_grads: one a query.
+        losses: one for each probe; NaN if there was no term to average.
+        projected_grads: one for each query.
         is_empty: whether there was no term.
-        at_one_point: whether all losses are of the same weights, and equal for that reason.
+        at_one_point: whether all losses are of the same weights and therefore equal.
     """
 
     losses: list[float]
@@ -43,24 +44,24 @@ class Probed(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether several losses are the same to the last bit, and say nothing."""
+        """Whether all losses are equal to the last bit though their weights differ, so that there is no signal."""
         are_equal = len(self.losses) > 1 and self.is_finite and all(loss == self.losses[0] for loss in self.losses)
         return are_equal and not (self.at_one_point and any(self.projected_grads))
 
 
 def evaluate_step(optimizer: "Estimating", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool) -> Probed:
-    """Evaluates a loss at the weights of a step's probes, and aligns the queries where the optimizer wants it.
+    """Evaluates the probes of a step, deals with losses that are not finite or all equal, and aligns the queries.
 
     Args:
         optimizer: whose step it is.
-        last: its last estimate, in which odd losses are counted.
-        look: evaluates the loss, the same at each call: :func:`evaluate_probes`, for one.
-        skip_nonfinite: of :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`, whose exceptions it raises.
+        last: its last estimate, which counts steps with such losses.
+        look: evaluates the probes, :func:`evaluate_probes` for example; gives the same result at each call.
+        skip_nonfinite: as of :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`, whose exceptions it raises.
     """
     group = optimizer.param_groups[0]
     found = look()
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
-    if last.flat_in_a_row == FLAT_IN_A_ROW:  # as if weights were read where the perturbations do not reach them
+    if last.flat_in_a_row == FLAT_IN_A_ROW:  # perhaps weights are now read where perturbations do not reach them
         optimizer.evaluator.forget()
         found = look()
         if not found.is_flat:
@@ -89,62 +90,79 @@ def evaluate_probes(
     share: Share,
     leaves_traces: bool = True,
 ) -> Probed:
-    """Evaluates a loss at the weights of each probe.
+    """Evaluates a loss at the perturbed weights of each probe.
 
-    Nothing before the last lines waits for the device: they read all numbers of a step at once.
+    It synchronizes with the device once, when it reads all results at the end.
 
     Args:
-        optimizer: says how each probe perturbs which parameters.
+        optimizer: defines the perturbations.
         estimator: makes projected gradients of the losses.
         probes: the evaluations, in the order that the estimator expects.
-        evaluate: the loss of one batch, and its number of terms if it is not 1.
-        share: which of the evaluations this rank makes, and how it learns of the others.
-        leaves_traces: whether the module keeps what the first evaluation writes.
+        evaluate: computes the loss of one batch, and its number of terms if that is not 1.
+        share: which of the evaluations this rank makes, and how it gets the results of the others.
+        leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
 
     Raises:
         ValueError: if a number of terms is negative.
     """
     own = share.of(len(probes))
-    group = optimizer.param_groups[0]
-    trainable = {parameter: name for _, name, parameter in optimizer.trainable()}
     perturbations = [
         of_whole_parameters(optimizer, optimizer.perturbations(*probe) if probe.sign else optimizer.offsets())
         for probe in probes[own.start : own.stop]
     ]
-    resting = {parameter: name for name, parameter in optimizer.at_rest()}
-    results = []
-    if own:
-        results = optimizer.evaluator.evaluate(
-            lambda: loss_and_terms(evaluate()),
-            trainable,
-            perturbations,
-            (group["seed"], group["step"], share.stream),
-            resting,
-            leaves_traces,
-        )
+    results = losses_at(optimizer, perturbations, evaluate, share, leaves_traces=leaves_traces) if own else []
     sums = [sums_of(terms, loss) for loss, terms in results]
     if len(own) == len(probes):
         totals = torch.stack(sums)
-    else:  # zeros in the places of the others' evaluations
-        totals = torch.zeros(len(probes), 2, dtype=torch.float64, device=next(iter(trainable)).device)
+    else:  # evaluations of other ranks are zeros, to which the sum over ranks adds them
+        totals = torch.zeros(len(probes), 2, dtype=torch.float64, device=device_of(optimizer))
         for place, values in zip(own, sums, strict=True):
             totals[place] = values
     totals = totals if share.sum is None else share.sum(totals)
     losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
-    numbers = torch.cat([losses, terms, estimator.projected_grads(losses, group["eps"])]).tolist()
-    count = len(probes)
+    grads = estimator.projected_grads(losses, optimizer.param_groups[0]["eps"])
+    numbers, count = torch.cat([losses, terms, grads]).tolist(), len(probes)
     require_terms(numbers[count : 2 * count])
     return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
 
 
+def losses_at(
+    optimizer: "Estimating",
+    perturbations: Sequence[Mapping[nn.Parameter, Perturbation]],
+    evaluate: Evaluate,
+    share: Share,
+    leaves_traces: bool = True,
+    micro_batches: Sequence[MicroBatch] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """The loss at each of some perturbations of whole parameters, and the number of terms that it averages.
+
+    Its arguments are those of :func:`evaluate_probes` and of ``Evaluator.evaluate``.
+    """
+    group = optimizer.param_groups[0]
+    return optimizer.evaluator.evaluate(
+        lambda: loss_and_terms(evaluate()),
+        {parameter: name for _, name, parameter in optimizer.trainable()},
+        perturbations,
+        (group["seed"], group["step"], share.stream),
+        {parameter: name for name, parameter in optimizer.at_rest()},
+        leaves_traces,
+        micro_batches,
+    )
+
+
+def device_of(optimizer: "Estimating") -> torch.device:
+    """The device of the first parameter that moves, where losses are collected."""
+    return next(parameter.device for _, _, parameter in optimizer.trainable())
+
+
 def sums_of(terms: Tensor, *means: Tensor) -> Tensor:
-    """Sums over a number of terms, and that number. Over no terms a mean says nothing, and may be NaN: its sum is 0."""
+    """The sums of which these are the means, and the number of terms; 0 for a mean over no terms, which may be NaN."""
     return torch.stack([*(torch.where(terms == 0, 0, mean * terms) for mean in means), terms])
 
 
 def of_whole_parameters(
     optimizer: "Estimating", perturbations: Mapping[nn.Parameter, Perturbation]
 ) -> dict[nn.Parameter, Perturbation]:
-    """Perturbations of whole parameters, from those of the slices that train."""
+    """Perturbations of whole parameters, given those of their trained slices."""
     parts = {parameter: part for parameter, part in optimizer.slices.items() if parameter in perturbations}
     return {**perturbations, **{p: SlicedPerturbation(perturbations[p], part) for p, part in parts.items()}}

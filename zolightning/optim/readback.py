@@ -1,4 +1,4 @@
-"""What the host will want to know of tensors on a device, copied early, so that it need not wait for the device."""
+"""Copies numbers from a device to the host before they are needed, so that the host need not wait for them."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class LargestElements:
-    """The largest absolute value of each of some tensors, on its way to the host.
+    """The largest absolute value of each of some tensors, copied to the host without waiting for it.
 
-    To read a number from a GPU at once is to wait until it has done all that it was told before. Asked for at the end
-    of a step, these have arrived when the next one begins.
+    Reading a number from a GPU waits for all the work queued before it. A copy that is started at the end of a step
+    has arrived when the next one begins.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class LargestElements:
         self._copied: torch.cuda.Event | None = None
 
     def ask(self, tensors: list[Tensor]) -> None:
-        """Begins to find out, of tensors that nobody writes to before :meth:`of` is called; forgets others."""
+        """Starts the copy for these tensors, which must not change before :meth:`of` is called; drops earlier ones."""
         self.forget()
         if tensors:
             device = tensors[0].device
@@ -30,7 +30,7 @@ class LargestElements:
                 self._copied.record(torch.cuda.current_stream(device))
 
     def of(self, tensors: list[Tensor]) -> list[float]:
-        """The largest element of each. Where others were asked for, or nothing was, the device is waited for."""
+        """The largest absolute value of each; waits for the device unless these tensors were asked for before."""
         if len(tensors) != len(self._tensors) or any(a is not b for a, b in zip(tensors, self._tensors, strict=True)):
             self.ask(tensors)
         if self._copied is not None:
@@ -38,5 +38,5 @@ class LargestElements:
         return [] if self._found is None else self._found.tolist()
 
     def forget(self) -> None:
-        """Lets go of the tensors."""
+        """Drops the tensors."""
         self._tensors, self._found, self._copied = [], None, None

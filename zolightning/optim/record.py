@@ -1,10 +1,10 @@
-"""What a step leaves behind, and the error of one that could not be taken."""
+"""The record of a step, and the error of a step that cannot be taken."""
 
 from collections import deque
 from dataclasses import dataclass, field
 
-MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped; a loss that is never finite trains nothing
-FLAT_IN_A_ROW = 3  # steps with equal losses after which it is asked why; rounded ones are equal now and then
+MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped before training stops
+FLAT_IN_A_ROW = 3  # steps with equal losses before it is looked into; rounding makes some of them equal
 
 
 class NonFiniteLossError(RuntimeError):
@@ -13,21 +13,20 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """All that a step depends on beside the weights: applying a run's records to its first weights replays it.
+    """Everything that determines a step besides the weights. Applying a run's records to its first weights replays it.
 
     Attributes:
-        step: number of the step, from 0; with `seed` it names the directions.
+        step: number of the step, from 0; together with `seed` it determines the directions.
         seed: the run's seed.
         lr: learning rate of each parameter group.
-        projected_grads: one a query, aligned where the method aligns them; empty for a step that was skipped.
+        projected_grads: one for each query, after `align_queries`; empty if the step was skipped.
         losses: of the step's evaluations, in the order of the estimator's probes.
-        forward_passes: evaluations of the loss.
-        refresh: index of the subspace's basis, for methods that have one.
-        folds: how often updates that such methods keep beside the weights were added to them before the step.
-        blocks: indices of the blocks that moved; none where all parameters did.
-        given: whether the bases of `refresh` were given to the method, which no record has.
-        leaves_traces: whether the loss wrote to the module (a metric, a counter, an average of the weights), which no
-            record has.
+        forward_passes: number of forward passes that the step took.
+        refresh: index of the basis, for subspace methods.
+        folds: how often a subspace method had added its pending updates to the weights before the step.
+        blocks: indices of the blocks that moved; empty if all parameters did.
+        given: whether the bases of `refresh` were given to the method. Records do not hold them.
+        leaves_traces: whether the loss changed the module (a metric, a counter). Records do not hold the change.
     """
 
     step: int
@@ -44,7 +43,7 @@ class StepRecord:
 
     @property
     def says_all(self) -> bool:
-        """Whether applying it does all that the step did."""
+        """Whether applying the record does everything that the step did."""
         return bool(self.projected_grads) and not self.leaves_traces
 
     @property
@@ -55,16 +54,16 @@ class StepRecord:
 
 @dataclass
 class Estimate:
-    """The last estimate of an optimizer: one object, since wrappers copy an optimizer's attributes (Fabric does).
+    """An optimizer's last estimate. It is one object because wrappers copy an optimizer's attributes (Fabric does).
 
     Attributes:
-        record: what it found; None before the first one.
+        record: the result; None before the first estimate.
         is_pending: whether it has yet to be applied.
-        flat_in_a_row: how many estimates up to this one had equal losses.
-        nonfinite_in_a_row: how many estimates up to this one had a loss that is not finite.
-        measured: evaluations since then that no step has counted yet.
-        known: the records of the steps that come next, where these were taken before.
-        evaluates_known: whether their losses are evaluated nevertheless.
+        flat_in_a_row: number of estimates up to this one with equal losses.
+        nonfinite_in_a_row: number of estimates up to this one with a loss that is not finite.
+        measured: evaluations since then that the next record will count.
+        known: records to be returned by the next estimates, see ``ZerothOrderOptimizer.expect``.
+        evaluates_known: whether the losses of these steps are evaluated nevertheless.
     """
 
     record: StepRecord | None = None

@@ -1,4 +1,4 @@
-"""A learning rate over a run of known length: up, constant, down to zero."""
+"""A learning rate schedule: linear warm-up, constant, linear decay."""
 
 import math
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from zolightning.optim.checks import require_integer
 from zolightning.rank_zero import rank_zero_warn
 
 _GIVEN = ("total_steps", "warmup", "decay", "final")
@@ -17,15 +18,15 @@ class WarmupDecay(LRScheduler):
     At a constant rate the noise of the estimates keeps the loss above its minimum by an amount proportional to the
     rate; a decay lets it settle. The default is linear decay over the whole run, to a rate of 0 after its last step.
 
-    In a run that goes on from a checkpoint, these arguments hold as they are given now, so that a longer run has a
-    longer schedule; a warning says where the checkpoint's run had others.
+    A resumed run uses the arguments given now, not those of its checkpoint, so that a longer run has a longer schedule;
+    a warning names the differences.
 
     Args:
-        optimizer: whose groups' ``lr`` is the highest rate.
-        total_steps: length of the run; None is that of the Trainer's.
-        warmup: share of the run in which the rate rises from above 0.
-        decay: share of the steps after that, the last ones, in which it falls.
-        final: what it falls to, as a multiple of the highest.
+        optimizer: the optimizer; the ``lr`` of each group is its highest rate.
+        total_steps: length of the run in steps; None takes the Trainer's.
+        warmup: share of the run in which the rate rises linearly.
+        decay: share of the remaining steps, at the end, in which it falls linearly.
+        final: the rate after the last step, as a multiple of the highest.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted; in the first :meth:`step`, if the length of the
@@ -40,8 +41,8 @@ class WarmupDecay(LRScheduler):
         decay: float = 1.0,
         final: float = 0.0,
     ) -> None:
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"`total_steps` must be at least 1, or None, got {total_steps!r}.")
+        if total_steps is not None:
+            require_integer("total_steps", total_steps)
         for name, share in (("warmup", warmup), ("decay", decay), ("final", final)):
             if not 0 <= share <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {share!r}.")
@@ -52,7 +53,7 @@ class WarmupDecay(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
-        """The rate of each group in the step that comes."""
+        """The rate of each group in the next step."""
         if self.total_steps is None:
             if self.last_epoch == 0:  # as a Trainer's scheduler is made, before its run is known
                 return list(self.base_lrs)
@@ -60,10 +61,10 @@ class WarmupDecay(LRScheduler):
         return [lr * self._factor(self.last_epoch, self.total_steps) for lr in self.base_lrs]
 
     def fit_to(self, trainer: Any) -> None:
-        """Takes the length of a Trainer's run where none was given.
+        """Sets `total_steps` to the length of a Trainer's run if it is None.
 
         Raises:
-            ValueError: if it has no end.
+            ValueError: if the run has no known length.
         """
         if self.total_steps is not None:
             return

@@ -1,4 +1,4 @@
-"""What a method was made with: saved with its state, and compared when a run goes on."""
+"""The arguments that a method was constructed with: saved with its state, and compared when a run is resumed."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from zolightning.rank_zero import rank_zero_warn
 
-# What a run takes from its checkpoint, whatever it was made with; where its state lies, which changes no bit; and what
-# torch adds when it restores an optimizer.
+# Values that a resumed run takes from its checkpoint, an argument that changes no bit, and what torch adds when it
+# restores an optimizer.
 _NOT_COMPARED = ("seed", "step", "forward_passes", "offload_low_words", "differentiable")
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def constructor_arguments(optimizer: torch.optim.Optimizer) -> set[str]:
-    """Names of what a method and its bases are made with."""
+    """The names of the arguments of a method's constructor and of those of its base classes."""
     constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
     return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
 
@@ -37,13 +37,12 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None) -> None:
-    """Compares a method with what :func:`settings_of` said of the one whose state it is to go on from.
+    """Compares a method with the settings saved by the run that it resumes.
 
-    Another learning rate is not refused: a warning says that the checkpoint's holds, as it does with any optimizer of
-    torch.
+    A different learning rate is not refused: as with any optimizer of torch the checkpoint's is used, with a warning.
 
     Raises:
-        ValueError: if there is nothing to compare with, or another class or argument; with both values.
+        ValueError: if nothing was saved, or the class or an argument differs; with both values.
     """
     name = type(optimizer).__name__
     if saved is None:

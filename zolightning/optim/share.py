@@ -1,4 +1,4 @@
-"""What a rank does of a step that it shares with others, and how it learns the rest."""
+"""Which part of a step a rank computes, and how it gets the results of the other ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Share:
     """A rank's share of a step: some of its evaluations, on some of its rows.
 
     Attributes:
-        sum: adds up a float64 tensor over all ranks, the same bits on each; None for a rank alone.
-        stream: what the loss draws is a function of the run's seed, the step and this number: equal on ranks that read
-            the same rows, another one where ranks have rows of their own.
-        index, count: the evaluations are cut into `count` parts, of which this rank makes number `index`.
+        sum: adds up a float64 tensor over all ranks, with the same bits on each; None for a single rank.
+        stream: selects the random numbers that the loss draws, together with the run's seed and the step: equal on
+            ranks that read the same rows, different on ranks with different rows.
+        index, count: the evaluations are divided into `count` parts, of which this rank makes number `index`.
     """
 
     sum: Callable[[Tensor], Tensor] | None = None
@@ -23,7 +23,7 @@ class Share:
     count: int = 1
 
     def of(self, evaluations: int) -> range:
-        """The places of this rank's evaluations; none for the last ranks where there are fewer than parts."""
+        """The indices of this rank's evaluations; empty for some ranks if there are fewer evaluations than parts."""
         start, stop = (-(-evaluations * index // self.count) for index in (self.index, self.index + 1))
         return range(start, stop)
 

@@ -1,4 +1,4 @@
-"""Sparse-MeZO: MeZO in the small weights only."""
+"""Sparse-MeZO: MeZO that trains the small weights only."""
 
 import math
 from collections.abc import Iterable
@@ -21,32 +21,30 @@ from zolightning.optim.samples import strided
 
 MaskKind = Literal["dynamic", "fixed", "random"]
 MASKS: tuple[str, ...] = ("dynamic", "fixed", "random")
-_KEPT = ("threshold", "mask")  # entries of the state that outlive a visit of a block
+_KEPT = ("threshold", "mask")  # entries of the state that stay when a block becomes inactive
 
 
 class SparseMeZO(DenseOptimizer):
     """Sparse-MeZO (Liu et al., "Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning",
-    arXiv 2402.15751, NeurIPS 2025): the weights of each matrix that are small are perturbed and moved, and no others.
+    arXiv 2402.15751, NeurIPS 2025): perturbs and moves the weights of small magnitude in each matrix, and no others.
 
-    Small are those whose absolute value is at most a threshold, which is taken from the matrix before its first step
-    and stays: the quantile that leaves out a share `sparsity` of it. Which weights that are is found anew in each step,
-    from the stored weights, in the pass that makes the noise; nothing is stored but the threshold. The paper's
-    pseudo-code compares signed weights; its text and figures have magnitudes, and so do we.
+    A weight is small if its absolute value is at most a threshold, which is set before the first step of the matrix so
+    that a share `sparsity` of its weights is larger, and then stays. The mask is computed anew in each step, from the
+    stored weights and in the same pass as the noise, so only the threshold is stored. (The paper's pseudo-code compares
+    signed weights; its text and figures use magnitudes, as we do.)
 
-    What is not a matrix (biases, norms) trains densely, and so does a matrix with so many zeros that its threshold
-    would be 0, as the B of LoRA adapters begins: its weights would stop as soon as they are no longer 0. Of equal
-    weights at the threshold all move.
+    Parameters that are no matrices (biases, norms) train densely. So do matrices whose threshold would be 0, such as
+    the B of a new LoRA adapter, whose weights would stop as soon as they are no longer 0.
 
     Args:
         params: parameters or parameter groups.
         lr: step size, as of :class:`~zolightning.optim.MeZO`; the paper's is larger than MeZO's.
         eps: perturbation scale: standard deviation of the perturbation of each weight that moves.
-        sparsity: share of a matrix that stays as it is, between 0 and 1.
-        mask: "dynamic", the paper's; "fixed", that of the first step for all steps, one bit a weight; or "random",
-            drawn once a run and stored nowhere, which is the paper's control (R-MeZO). The last two take several passes
+        sparsity: share of the weights of a matrix that do not train, between 0 and 1.
+        mask: "dynamic", as above; "fixed", the mask of the first step for all steps, at one bit per weight; or
+            "random", drawn once per run and not stored, the paper's control (R-MeZO). The last two take several passes
             over memory where the first takes one.
-        sparse_embeddings: whether the weights of ``nn.Embedding`` modules, of the module that the optimizer is attached
-            to, are masked too, output layers tied to them included.
+        sparse_embeddings: whether weights of ``nn.Embedding`` modules (and output layers tied to them) are masked too.
         **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
@@ -66,7 +64,7 @@ class SparseMeZO(DenseOptimizer):
         require_choice("mask", mask, MASKS)
         self.mask: MaskKind = mask
         self.sparse_embeddings = sparse_embeddings
-        self._first: dict[nn.Parameter, dict[str, Any]] = {}  # what will be kept, before a step has put it in the state
+        self._first: dict[nn.Parameter, dict[str, Any]] = {}  # masks of an estimate whose step has not stored them yet
         super().__init__(params, {"lr": lr, "eps": eps, "sparsity": sparsity}, **common)
 
     def check(self, group: dict[str, Any]) -> None:
@@ -106,7 +104,7 @@ class SparseMeZO(DenseOptimizer):
                 add_directions(weights, states, list(moves.values()), self.update_precision, decays, thresholds)
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """What was small at the first step is remembered."""
+        """Drops the state of parameters, except their thresholds or masks."""
         parameters = list(parameters)
         masks = {parameter: _mask_in(self.state.get(parameter, {})) for parameter in parameters}
         super().release(parameters)
@@ -118,7 +116,7 @@ class SparseMeZO(DenseOptimizer):
         return name not in _KEPT
 
     def measurements(self) -> dict[str, float]:
-        """Of a dynamic mask the share that moves of the weights with a threshold, by a sample of each parameter."""
+        """For a dynamic mask the share of masked weights that move, estimated from a sample of each parameter."""
         moving = total = 0.0
         for _, _, parameter in self.trainable():
             threshold = self.state.get(parameter, {}).get("threshold", math.inf)
@@ -128,7 +126,7 @@ class SparseMeZO(DenseOptimizer):
         return {"share_moving": moving / total} if total else {}
 
     def _mask_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
-        """What says which elements move, as the state has it or will have it; nothing where all do."""
+        """The threshold or mask of a parameter, as it is or will be in the state; empty if all elements move."""
         if len(self.trainable_shape(parameter)) < 2:
             return {}
         if mask := _mask_in(self.state.get(parameter, {})):
@@ -172,10 +170,10 @@ def _mask_in(state: State) -> dict[str, Any]:
 def kth_smallest_magnitude(weight: Tensor, k: int) -> float:
     """The k-th smallest absolute value of a contiguous floating-point tensor, k from 1 on; NaNs are the largest.
 
-    Exact, by two bytes of the numbers at a time: a sorted copy of a large embedding would take its memory again, and
+    An exact radix selection, two bytes at a time: sorting a large embedding would take its memory once more, and
     ``torch.quantile`` refuses more than 2**24 elements.
     """
-    if weight.is_meta:  # of shapes alone: any number, for what is kept by it
+    if weight.is_meta:  # only the size of the state is wanted: any number will do
         return torch.finfo(weight.dtype).max
     size = weight.element_size()
     bits = weight.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])

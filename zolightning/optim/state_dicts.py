@@ -1,4 +1,4 @@
-"""State dicts of a module that have other values than its parameters: weights with the updates that are pending."""
+"""Makes a module's ``state_dict()`` hold other values than its parameters: weights with their pending updates."""
 
 from collections.abc import Callable, Container, Iterator
 from functools import partial
@@ -18,17 +18,17 @@ def substitute_in_state_dicts(
     is_due: Callable[[nn.Parameter], bool],
     substitute: Callable[[nn.Parameter], Tensor],
 ) -> list[RemovableHandle]:
-    """Has ``state_dict()`` of a module, or of any part of it, hold other tensors in the place of some parameters.
+    """Registers hooks that replace some parameters in the ``state_dict()`` of a module and of its submodules.
 
     Args:
         module: the module.
-        parameters: those of its parameters that may have a substitute.
-        is_due: whether one of them has it now.
-        substitute: the tensor in the place of a parameter, of its shape and dtype; computed when it is read where that
-            is wanted (:func:`~zolightning.optim.deferred.deferring`).
+        parameters: its parameters that may be replaced.
+        is_due: whether a parameter is to be replaced now.
+        substitute: makes the tensor that replaces a parameter, of the same shape and dtype; within
+            :func:`~zolightning.optim.deferred.deferring` it is called when the tensor is read.
 
     Returns:
-        Handles, whose ``remove()`` undoes it.
+        Handles, whose ``remove()`` removes the hooks.
     """
 
     return [
@@ -55,7 +55,7 @@ def _write(
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that no other module with hooks owns: a module's own, and those of TorchScript within."""
+    """Names and parameters that a module owns itself, and those of the TorchScript modules in it."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield name, parameter

@@ -1,38 +1,37 @@
-"""Methods that search in a subspace of each weight matrix: probing, and what becomes of the projected gradients."""
+"""The base class of methods that search in a subspace of each weight matrix."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.autocast import autocast_dtype
-from zolightning.directions.dense import Direction, accumulate_each, arithmetic, directions
+from zolightning.directions.dense import Direction, arithmetic, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
-from zolightning.optim.moments import adam_, momentum_
+from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import STATE, normalized, require_normalization
-from zolightning.optim.precision import State, add_directions, add_tensors, all_contiguous
+from zolightning.optim.precision import State, all_contiguous
 from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_bases import Matrix
 from zolightning.optim.subspace_weights import SubspaceWeights
 
-_DENOMINATOR_EPS = 1e-8
-
 
 class SubspaceOptimizer(SubspaceWeights):
-    """Abstract: directions are lifts of random cores, and so are updates.
+    """Abstract base of the subspace methods: each matrix is perturbed and updated by ``left @ core @ right.T``.
 
-    Parameters of less than two dimensions, and matrices too thin for a subspace, move along dense directions with
-    ``vector_lr``; where that is 0 they stay as they are.
+    Only the small ``core`` is drawn at each step; the factors stay until new subspaces are drawn. Parameters with less
+    than two dimensions, and matrices too thin for a subspace, are searched along dense directions instead, with the
+    learning rate `vector_lr`; at 0 they do not train.
 
-    A plain training loop calls :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample` where it wants
-    new subspaces; without such calls all of training stays in the first one::
+    New subspaces are drawn by :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`, which a plain
+    training loop calls itself; otherwise all of training stays in the first subspace::
 
         optimizer = SubZero(model.named_parameters(), rank=16)
         optimizer.attach(model)
@@ -44,31 +43,26 @@ class SubspaceOptimizer(SubspaceWeights):
         optimizer.detach()
 
     Args:
-        rank: columns of a factor; where a matrix allows fewer, :meth:`attach` logs which.
-        vector_lr: learning rate of what moves along dense directions; schedulers scale it with `lr`.
-        noise: distribution of the cores and of dense directions.
-        normalize: divide projected gradients by their running RMS (arXiv 2605.03869): steps in proportion to them then
-            do not depend on the loss's scale; an orthogonalised step never does.
-        normalize_directions: scale directions so that the RMS of a weight's perturbation is `eps`, and that of its step
-            `lr` times the projected gradient (where a method orthogonalizes, or with Adam, `lr` itself; with several
-            queries or momentum, less by their mean), in matrices and vectors of every shape, whatever `rank` and the
-            bases are: as MeZO's are. Factors that are given are made as long as drawn ones, one number for all of
-            their columns. What a method's own formula divides or multiplies by is left out.
+        rank: columns of a factor; :meth:`attach` logs the matrices that are too small for so many.
+        vector_lr: learning rate along dense directions; None takes `lr`. Schedulers scale it with `lr`.
+        noise: distribution of the cores and of dense directions, "gaussian" or "rademacher".
+        normalize: divide projected gradients by their running RMS (arXiv 2605.03869), so that the step does not depend
+            on the scale of the loss. (The step of a method that orthogonalizes never does.)
+        normalize_directions: scale directions so that `eps` and `lr` mean what they mean for MeZO, whatever the shape
+            of a matrix, the `rank` and the factors: `eps` is the RMS of a weight's perturbation, and `lr` times the
+            projected gradient that of its step. With Adam or an orthogonalized step it is `lr` itself. Given factors
+            are scaled to the norm of drawn ones, and factors of a method's own formula, such as 1 / rank, are left out.
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
-        rms_decay: decay of the running mean of squared projected gradients, used by `normalize` and `clip`.
+        rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
 
     The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`, and `offload_low_words` of
-    :class:`~zolightning.optim.subspace_weights.SubspaceWeights`. In `defaults` may be ``momentum``, the decay of an
-    exponential mean of gradients (``m = momentum * m + (1 - momentum) * g``), or ``betas``, Adam's decays; cores and
-    what moves along dense directions alike have one of these. A group also has
-
-    * ``transport``: "project", "reset" or "keep", what :meth:`resample` does to the momentum;
-    * ``anchor``: how many dominant directions of the momentum stay in the new basis;
-    * ``refresh``, the index of the basis, ``given``, the last one for which factors were given, and ``folds``, how
-      often cores were added to the weights.
-
-    Under a Trainer :class:`~zolightning.callbacks.SubspaceResampling` and
-    :class:`~zolightning.callbacks.MomentumTransport` set the first two.
+    :class:`~zolightning.optim.subspace_weights.SubspaceWeights`. `defaults` may hold ``momentum``, the decay of an
+    exponential mean of gradients (``m = momentum * m + (1 - momentum) * g``), or ``betas``, Adam's decays; either
+    serves cores and dense directions alike. Of a parameter group, :class:`~zolightning.callbacks.MomentumTransport`
+    sets ``transport`` ("project", "reset" or "keep": what :meth:`resample` does to the momentum), and
+    :class:`~zolightning.callbacks.SubspaceResampling` sets ``anchor`` (how many dominant directions of the momentum
+    stay in the new basis). Its counters are ``refresh``, the index of the basis, ``given``, the last index for which
+    factors were given, and ``folds``, how often cores were added to the weights.
     """
 
     takes_shards = True
@@ -79,7 +73,7 @@ class SubspaceOptimizer(SubspaceWeights):
         defaults: dict[str, Any],
         *,
         rank: int,
-        vector_lr: float,
+        vector_lr: float | None,
         noise: NoiseKind = "gaussian",
         normalize: bool = False,
         normalize_directions: bool = False,
@@ -90,6 +84,7 @@ class SubspaceOptimizer(SubspaceWeights):
         require_choice("noise", noise, NOISE_KINDS)
         require_integer("rank", rank)
         require_positive("lr", defaults["lr"])
+        vector_lr = defaults["lr"] if vector_lr is None else vector_lr
         if not vector_lr >= 0:
             raise ValueError(f"`vector_lr` must not be negative, got {vector_lr!r}.")
         shared = {
@@ -108,7 +103,7 @@ class SubspaceOptimizer(SubspaceWeights):
         }
         self.noise: NoiseKind = noise
         self.normalize_directions = normalize_directions
-        self._largest = LargestElements()  # one object, since wrappers copy an optimizer's attributes (Fabric does)
+        self._largest = LargestElements()  # one object, because wrappers copy an optimizer's attributes (Fabric does)
         super().__init__(params, shared | STATE | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,21 +117,22 @@ class SubspaceOptimizer(SubspaceWeights):
     # What a method defines
 
     def direction_scale(self, matrix: Matrix) -> float:
-        """What unit-variance cores are multiplied by to give directions."""
+        """The factor between a core of unit variance and the core of a direction."""
         return self.unit_rms_scale(matrix) if self.normalize_directions else 1.0
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
-        """The step per `lr` of the cores of several matrices.
+        """The step of several cores at a learning rate of 1, given their gradients.
 
         Args:
-            gradients: (matrices, *core shape): smoothed core gradients of all matrices whose cores have one shape;
-                transposed where a basis was given on the other side than the method's own.
-            states: of each matrix its entry in the optimizer's state: ``core``, and what the method keeps there itself.
+            gradients: (matrices, *core shape), after momentum or Adam, of matrices whose cores have one shape.
+                Transposed where a factor was given on the other side than the method's own.
+            states: the entry of each matrix in the optimizer's state, with ``core`` and what the method keeps itself.
             group: their hyperparameters.
 
         Returns:
-            A tensor of the shape of `gradients`. With `normalize_directions` these are of unit-variance cores, and the
-            step is multiplied by :meth:`direction_scale`: one that does not go by their size has RMS 1 then.
+            The steps, of the shape of `gradients`. With `normalize_directions` the gradients are those of unit-variance
+            cores and the result is multiplied by :meth:`direction_scale`, so that a step whose size does not depend
+            on the gradient's must have RMS 1.
         """
         return gradients
 
@@ -151,7 +147,7 @@ class SubspaceOptimizer(SubspaceWeights):
     # A step
 
     def estimate(self, *args: Any, **kwargs: Any) -> StepRecord:
-        """As any method's; first folds where a core has become too large to be perturbed finely."""
+        """As of any method; folds first where a core has become too large for a perturbation in half precision."""
         cores, limits = self._perturbed_cores()
         if any(size > limit for size, limit in zip(self._largest.of(cores), limits, strict=True)):
             self.fold()
@@ -159,7 +155,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As any method's; then folds, if that is to be done at every step."""
+        """As of any method; then folds, if :attr:`fold_every_step` is set."""
         result = super().step(closure)
         if self.fold_every_step:
             self.fold()
@@ -175,7 +171,7 @@ class SubspaceOptimizer(SubspaceWeights):
         self._largest.forget()
 
     def offsets(self) -> dict[nn.Parameter, Perturbation]:
-        """The lifts of pending cores, those of frozen parameters too."""
+        """The updates in cores that have not been added to the weights, those of frozen parameters too."""
         return {
             parameter: LowRank(self.basis(parameter), matrix[:2], self.state[parameter]["core"], None)
             for group in self.param_groups
@@ -187,7 +183,7 @@ class SubspaceOptimizer(SubspaceWeights):
         return self.perturbations_of([query], sign)[query]
 
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
-        """As :meth:`perturbations`, which is this of one query: what queries have in common is looked up once."""
+        """As of any method; what all queries have in common is looked up once."""
         offsets = self.offsets()
         found = {query: dict(offsets) for query in queries}
         for group in self.param_groups:
@@ -225,29 +221,27 @@ class SubspaceOptimizer(SubspaceWeights):
                 parameters = [matrices[name][0] for name in names]
                 states = [self.state[parameter] for parameter in parameters]
                 moved = [state["core"] for state in states]
-                smoothed = self._smooth(states, moved, [cores[name] for name in names], group)
-                gradients, is_turned = torch.stack(smoothed), self._is_turned(parameters[0])
+                gradients = torch.stack(smoothed(moved, states, [cores[name] for name in names], group))
+                is_turned = self._is_turned(parameters[0])
                 steps = self.core_step(gradients.mT.contiguous() if is_turned else gradients, states, group)
                 torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr * scale)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
-        """What a record says of the gradient of a matrix, in the coordinates of the basis now: of the core's shape."""
-        matrices = self.split(self._group_of(parameter), frozen=True)[0]
-        named = {name: pair for name, pair in matrices.items() if pair[0] is parameter}
+        """The estimated gradient of a matrix with respect to its core in the present basis, of the core's shape."""
+        name, matrix = self._names[parameter], self._matrix_now(parameter)
+        assert matrix is not None, "it has a core"
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
-        (direction,) = self._core_directions(named, record.seed, record.step, coefficients).values()
-        ((_, matrix),) = named.values()
         shape = self.basis(parameter).core_shape(matrix[:2])
         gradient = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
-        direction.accumulate(gradient)
+        named = {name: (parameter, matrix)}
+        self._core_directions(named, record.seed, record.step, coefficients)[name].accumulate(gradient)
         return gradient
 
     def _perturbed_cores(self) -> tuple[list[Tensor], list[float]]:
-        """The cores that a network computes with in half precision, and how large an element of each may be.
+        """The cores that a network computes with in half precision, and the largest element that each may have.
 
-        That is where the spacing of numbers as large as the core reaches the size of ``eps * z``: ``core + eps * z``
-        would then lose much of z. The largest element decides, because its size does not depend on the order in which a
-        device or rank goes through them.
+        Above that limit the spacing of half-precision numbers exceeds ``eps * z``, and ``core + eps * z`` would lose
+        most of z. The limit is on the largest element because a maximum, unlike a sum, is the same in any order.
         """
         cores, limits = [], []
         for group in self.param_groups:
@@ -259,33 +253,6 @@ class SubspaceOptimizer(SubspaceWeights):
                     limits.append(group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps)
         return cores, limits
 
-    def _smooth(
-        self, states: list[State], moved: Sequence[Tensor], gradients: list[Direction], group: dict[str, Any]
-    ) -> list[Tensor]:
-        """The gradients of cores of one dtype, `moved`, after momentum or Adam: of their shapes."""
-        if group["momentum"] and not group["betas"]:
-            found = momentum_(states, moved, gradients, group["momentum"])
-        else:
-            sizes = [one.numel() for one in moved]
-            zeros = torch.zeros(sum(sizes), dtype=moved[0].dtype, device=moved[0].device)
-            found = list(zeros.split(sizes))
-            if group["betas"]:
-                self._adam(states, found, gradients, group, 1.0)
-            else:
-                accumulate_each(gradients, found)
-        return [gradient.view(one.shape) for gradient, one in zip(found, moved, strict=True)]
-
-    def _adam(
-        self,
-        states: list[State],
-        moved: Sequence[Tensor],
-        gradients: list[Direction],
-        group: dict[str, Any],
-        scale: float,
-    ) -> None:
-        """Adds `scale` times a step of Adam."""
-        adam_(states, moved, gradients, group["betas"], _DENOMINATOR_EPS, scale, "exact", [1.0] * len(moved))
-
     def _update_vectors(
         self,
         group: dict[str, Any],
@@ -294,21 +261,14 @@ class SubspaceOptimizer(SubspaceWeights):
         coefficients: dict[int, float],
         lr: float,
     ) -> None:
-        """Moves what has no subspace by the rule of the cores: momentum or Adam of its own, or a plain step."""
-        is_smoothed = group["momentum"] or group["betas"]
-        scaled = {query: (1.0 if is_smoothed else -lr) * value for query, value in coefficients.items()}
+        """Moves the parameters without a subspace, with momentum or Adam where cores have it."""
+        scale = 1.0 if group["momentum"] or group["betas"] else -lr
+        scaled = {query: scale * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         states = [self.state[parameter] for parameter in vectors.values()]
         moves = [gradients[name].of_rows(first_element(parameter)) for name, parameter in vectors.items()]
         with all_contiguous(vectors.values(), self.slices) as weights:
-            if not is_smoothed:
-                add_directions(weights, states, moves, "exact", [1.0] * len(weights))
-                return
-            if group["betas"]:
-                self._adam(states, weights, moves, group, -lr)
-                return
-            steps = momentum_(states, weights, moves, group["momentum"])
-            add_tensors(weights, states, steps, "exact", [1.0] * len(weights), -lr)
+            descend(weights, states, moves, group, lr, "exact")
 
     def _core_directions(
         self,
@@ -318,7 +278,7 @@ class SubspaceOptimizer(SubspaceWeights):
         coefficients: dict[int, float],
         as_drawn: bool = False,
     ) -> dict[str, Direction]:
-        """The sums over queries of coefficients times cores, by name; `as_drawn` without :meth:`direction_scale`."""
+        """The sum over queries of coefficient times core for each matrix; `as_drawn` leaves the scale out."""
         by_scale: dict[float, dict[str, Tensor]] = {}
         for name, (parameter, matrix) in matrices.items():
             by_scale.setdefault(1.0 if as_drawn else self.direction_scale(matrix), {})[name] = parameter

@@ -1,4 +1,4 @@
-"""Parameters that are searched in subspaces: which of them, seen as which matrices, in which bases."""
+"""Which parameters are searched in subspaces, as which matrices, and in which bases."""
 
 import math
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ _GIVEN = {"left": "given_left", "right": "given_right"}  # where the state has t
 
 
 class Matrix(NamedTuple):
-    """How a parameter is searched: viewed as a (rows, columns) matrix, by factors of `rank` columns.
+    """The shape (rows, columns) in which a parameter is searched, and the number of columns of its factors.
 
-    All dimensions after the first are columns, unless a method says otherwise; of a parameter that trains in part
-    (:class:`~zolightning.directions.slices.Slice`) only that part counts.
+    The dimensions after the first are flattened into columns, unless a method says otherwise. Of a parameter that
+    trains in part (:class:`~zolightning.directions.slices.Slice`), it is the shape of that part.
     """
 
     rows: int
@@ -30,22 +30,30 @@ class Matrix(NamedTuple):
 class SubspaceBases(ZerothOrderOptimizer):
     """Abstract: each matrix among the parameters has a basis, drawn when it is first asked for.
 
-    Bases are functions of (seed, refresh index, parameter name): a checkpoint holds none, unless `anchor` is used or
-    factors are given to :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`; those are state, which a
-    replay from records needs beside them. Bases have the dtype of the weight, so a bf16 run searches in a subspace that
-    is rounded to bf16, which is not quite that of an fp32 run.
+    A basis is a function of (seed, refresh index, parameter name), so checkpoints hold none. Exceptions are bases that
+    keep dominant directions (`anchor`) and factors given to
+    :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`: they are part of the state, and a replay from
+    records needs the latter beside the records.
+
+    Factors have the dtype of the weight. A bf16 run therefore searches in a slightly different subspace than an fp32
+    run, and with orthonormal factors ends 0.2 to 1.5 % of the distance moved beside it, even with the same losses.
     """
 
-    sides: ClassVar[Sides]  # which factors a basis has
-    unit: ClassVar[bool] = True  # columns are orthonormal, or Gaussian of unit variance
+    sides: ClassVar[Sides]  # the sides on which a basis has a factor
+    unit: ClassVar[bool] = True  # whether columns are orthonormal; if not, entries are Gaussian of unit variance
     normalize_directions: bool  # an argument of SubspaceOptimizer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bases: dict[nn.Parameter, Basis] = {}
         super().__init__(*args, **kwargs)
 
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        if group.get("weight_decay"):
+            raise ValueError(f"`weight_decay` is {group['weight_decay']!r}, and {type(self).__name__} has none: use 0.")
+
     def matrix(self, parameter: nn.Parameter, rank: int) -> Matrix | None:
-        """How a parameter is searched; None for dense directions."""
+        """The matrix that a parameter is searched as; None where it is searched along dense directions."""
         shape = self.trainable_shape(parameter)
         if len(shape) < 2:
             return None
@@ -56,11 +64,11 @@ class SubspaceBases(ZerothOrderOptimizer):
     def split(
         self, group: dict[str, Any], frozen: bool = False
     ) -> tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]:
-        """Sorts the trainable parameters of a group, or with `frozen` all of them.
+        """Divides the trainable parameters of a group, or with `frozen` all of them, by how they are searched.
 
         Returns:
-            By name: parameters that are searched in a subspace, each with the matrix that it is seen as; and the
-            others, of any shape, which move along dense directions.
+            Two mappings from names: to parameters that are searched in a subspace, each with its matrix; and to the
+            others, which are searched along dense directions.
         """
         matrices: dict[str, tuple[nn.Parameter, Matrix]] = {}
         vectors: dict[str, nn.Parameter] = {}
@@ -74,7 +82,7 @@ class SubspaceBases(ZerothOrderOptimizer):
         return matrices, vectors
 
     def basis(self, parameter: nn.Parameter) -> Basis:
-        """The basis of a matrix now: factors (rows, rank) and (columns, rank) in the dtype of its weight.
+        """The present basis of a matrix: factors (rows, rank) and (columns, rank), in the dtype of its weight.
 
         Raises:
             ValueError: if the parameter is not searched in a subspace.
@@ -88,12 +96,12 @@ class SubspaceBases(ZerothOrderOptimizer):
         return self._bases[parameter]
 
     def unit_rms_scale(self, matrix: Matrix) -> float:
-        """What makes the elements of a lift of mean square 1, if those of its core are, in bases as they are drawn."""
+        """The factor that gives ``left @ core @ right.T`` entries of mean square 1, for drawn bases and unit cores."""
         sides = ("left", "right") if self.sides == "both" else (self.sides,)
         return math.prod(self._mean_square(matrix, side) for side in sides) ** -0.5
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Their bases too, which are drawn again when they move again."""
+        """Frees their bases as well, which are drawn again when the parameters move again."""
         parameters = list(parameters)
         given = {parameter: self.given(parameter) for parameter in parameters}
         super().release(parameters)
@@ -128,12 +136,12 @@ class SubspaceBases(ZerothOrderOptimizer):
         }
 
     def _mean_square(self, matrix: Matrix, side: str) -> float:
-        """Squared length of a row of a drawn factor, on average."""
+        """Mean squared norm of a row of a drawn factor."""
         return matrix.rank / (matrix.rows if side == "left" else matrix.columns) if self.unit else float(matrix.rank)
 
     def _as_long_as_drawn(self, parameter: nn.Parameter, basis: Basis) -> Basis:
-        """A basis that is given, with factors of such a length that lifts are as large as in drawn ones."""
-        matrix = self.matrix(parameter, self._group_of(parameter)["rank"])
+        """A given basis, its factors scaled to the Frobenius norm that drawn ones have on average."""
+        matrix = self._matrix_now(parameter)
         if matrix is None:
             return basis
 
@@ -148,12 +156,11 @@ class SubspaceBases(ZerothOrderOptimizer):
         return Basis(rescaled("left", basis.left), rescaled("right", basis.right))
 
     def _is_turned(self, parameter: nn.Parameter) -> bool:
-        """Whether the factor of a matrix, of which the method has one, is on the other side than the method's own."""
+        """Whether the one factor of a matrix was given on the other side than the method's own."""
         return self.sides != "both" and getattr(self.basis(parameter), self.sides) is None
 
     def _draw(self, parameter: nn.Parameter) -> Basis:
-        group, name = self._group_of(parameter), self._names[parameter]
-        matrix = self.matrix(parameter, group["rank"])
+        group, name, matrix = self._group_of(parameter), self._names[parameter], self._matrix_now(parameter)
         if matrix is None:
             raise ValueError(f"`{name}` moves along dense directions and has no basis.")
 
@@ -170,6 +177,9 @@ class SubspaceBases(ZerothOrderOptimizer):
                 return (orthonormal(drawn) if self.unit else drawn).to(parameter.dtype)
 
         return Basis(factor("left", matrix.rows), factor("right", matrix.columns))
+
+    def _matrix_now(self, parameter: nn.Parameter) -> Matrix | None:
+        return self.matrix(parameter, self._group_of(parameter)["rank"])
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))

@@ -9,15 +9,12 @@ from zolightning.optim.subspace import SubspaceOptimizer
 class SubspaceMeZO(SubspaceOptimizer):
     """Subspace-MeZO, the baseline of ZO-Muon (arXiv 2602.17155): its directions without its orthogonalization.
 
-    Directions are ``P Psi``, P (m, r) Haar-orthonormal, drawn anew at each resampling, Psi (r, n) new at each step; the
-    weight moves by ``-lr * g * P Psi``, whose mean is ``-lr * P P' gradient``. Entries of a direction have variance
-    r / m.
+    Directions are ``P Psi`` with P (m, r) Haar-orthonormal, drawn anew at each resampling, and Psi (r, n) drawn at each
+    step. The weight moves by ``-lr * g * P Psi``, whose mean is ``-lr * P P' gradient``. Entries of a direction have
+    variance r / m.
 
-    State: P, (m, r) in the weight's dtype; while updates are pending the core, (r, n) in fp32; each moment, the same
+    State: P, (m, r) in the weight's dtype; the core, (r, n) in fp32, while it holds updates; each moment, the same
     again.
-
-    A basis is rounded to the weight's dtype, so a bf16 run does not follow an fp32 run bit for bit even with the same
-    losses: it ends 0.2 to 1.5 % of the distance moved beside it.
 
     Args:
         params: parameters or parameter groups.
@@ -46,5 +43,4 @@ class SubspaceMeZO(SubspaceOptimizer):
         **common: Any,
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
-        vector_lr = lr if vector_lr is None else vector_lr
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)

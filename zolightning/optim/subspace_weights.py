@@ -1,4 +1,4 @@
-"""Weights of which a part is pending in the cores of subspaces: resampling, folding, saving."""
+"""Updates that wait in the cores of subspaces: adding them to the weights, drawing new subspaces, saving."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,30 +26,31 @@ _CHUNK = 2**20  # elements of a lift at a time, at least
 
 
 class SubspaceWeights(SubspaceBases):
-    """Abstract: with ``W`` the stored weight, (m, n), a step's losses are those of ``W + lift(core)`` and around it.
+    """Abstract: keeps the updates of a matrix W, (m, n), in a core until they are *folded*, that is, added to W.
 
-    Updates gather in the core, in fp32, and are *folded*, their lift added to the stored weight:
+    The trained weight is ``W + left @ core @ right.T``, and losses are evaluated at and around that. Cores are fp32. A
+    core is folded
 
-    * at the end of each :meth:`step`, where :attr:`fold_every_step` is set, as it is unless somebody says otherwise.
-      Stored weights are then the trained ones between any two steps, for whoever reads or writes them.
-    * else by :meth:`fold`, :meth:`resample` and :meth:`detach`, which saves a pass over the weights at each step.
-      Nobody may then read or write weights in between, but by ``state_dict()``, which has them folded at any time;
-      the optimizer's own ``state_dict()`` has the stored ones beside, so that a resumed run goes on bit for bit.
+    * at the end of each :meth:`step` if :attr:`fold_every_step` is set, which is the default. The stored weights are
+      then the trained ones between any two steps, and may be read and written.
+    * otherwise by :meth:`fold`, :meth:`resample` and :meth:`detach` only, which saves a pass over the weights at each
+      step. Between these, stored weights must not be read or written, except through the module's ``state_dict()``,
+      which always holds the trained ones. The optimizer's ``state_dict()`` holds the stored ones as well, so that a
+      resumed run has the same bits.
 
-    Both ways lead to the same weights up to the rounding of sums. Records count the folds before a step, so that a
-    replay folds at the same steps. Under a Trainer :class:`~zolightning.callbacks.ZerothOrder` chooses the way.
+    Both ways give the same weights up to rounding. Records count the folds before a step, so that a replay folds at the
+    same steps. Under a Trainer, :class:`~zolightning.callbacks.ZerothOrder` chooses the way.
 
     Args:
-        params, defaults: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
-        offload_low_words: keep in host memory, pinned where weights are on a GPU, what completes half-precision
-            matrices for exact updates (2 bytes a bf16 weight, 4 an fp16 one). It is on the device piece by piece, while
-            cores are folded: the same bits, for one transfer each way a fold. Of use where folds are rare, which needs
-            `fold_every_step` to be False. A run may go on from a checkpoint of one with the other setting.
-        **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        params, defaults: as of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        offload_low_words: keep the extra bits of half-precision matrices (2 bytes per bf16 weight, 4 per fp16 one) in
+            host memory and move them to the device, piece by piece, when cores are folded. The bits are the same, at
+            the price of a transfer each way per fold, so it is meant for rare folds (`fold_every_step` False). It may
+            differ between a run and the checkpoint that it resumes.
+        **common: as of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
 
     Attributes:
-        recorded: bases by their refresh index, which take the place of those that :meth:`resample` is given, or is not:
-            of a run that is replayed.
+        recorded: in a replay, the given bases of the recorded run by their refresh index, which :meth:`resample` takes.
 
     Raises:
         ValueError: if `offload_low_words` is set and `update_precision` keeps nothing.
@@ -72,7 +73,7 @@ class SubspaceWeights(SubspaceBases):
 
     @property
     def momentum_kept(self) -> float | None:
-        """Share of the momentum's squared norm that the last resampling kept; None where there was none."""
+        """Share of the momentum's squared norm that the last resampling kept; None if there was no momentum."""
         return self.param_groups[0].get("momentum_kept")
 
     def apply(self, record: StepRecord) -> None:
@@ -95,22 +96,21 @@ class SubspaceWeights(SubspaceBases):
 
     @torch.no_grad()
     def resample(self, given: Mapping[nn.Parameter, Basis] | None = None) -> None:
-        """Folds the cores into the weights, draws the next bases and takes the momentum along.
+        """Folds the cores into the weights, draws the next bases and expresses the momentum in them.
 
-        Without a Trainer it is for the training loop to call, before the step of every 50th batch, say; otherwise
-        all of training stays in the first subspace. Under a Trainer
-        :class:`~zolightning.callbacks.SubspaceResampling` does.
+        Under a Trainer :class:`~zolightning.callbacks.SubspaceResampling` calls it. A plain training loop calls it
+        itself, every 50 steps for example; otherwise all of training stays in the first subspace.
 
-        ``momentum_kept`` is then the share of its squared norm that the momentum keeps as a matrix; None where there
-        is none. Adam's second moments stay as they are: those of ``g z`` are that of g, in whatever coordinates.
+        Sets :attr:`momentum_kept`. Adam's second moments are kept as they are: that of ``g z`` is the second moment of
+        g in any coordinates.
 
         Args:
-            given: factors of matrices that are not to be drawn from now on, in any dtype. A method with a factor on
-                one side searches on the side that is given; one with two draws the other. They stay until others are
-                given, and are saved with the state.
+            given: factors to use instead of drawn ones for some matrices, in any dtype. A method with a factor on one
+                side then searches on the side that is given, and one with factors on both sides draws the other. Given
+                factors stay until others are given, and are saved with the state.
 
         Raises:
-            ValueError: if a matrix has momentum in a basis of the other side.
+            ValueError: if a matrix has momentum in a basis with a factor on the other side than the given one.
         """
         given = self.recorded.pop(self.param_groups[0]["refresh"] + 1, given or {})
         for parameter, basis in given.items():
@@ -152,17 +152,17 @@ class SubspaceWeights(SubspaceBases):
     # Pending updates
 
     def core(self, parameter: nn.Parameter, matrix: Matrix) -> Tensor:
-        """What is pending of a matrix: of the basis' core shape, fp32 or wider; made of zeros where nothing is."""
+        """The core of a matrix, in the core shape of its basis, fp32 or wider; zeros if it had none."""
         state = self.state[parameter]
         if "core" not in state:
             shape = self.basis(parameter).core_shape(matrix[:2])
             state["core"] = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
         return state["core"]
 
-    @torch.inference_mode(False)  # a validation runs in it, and tensors of the state that are made there stay in it
+    @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
     @torch.no_grad()
     def fold(self) -> None:
-        """Adds the lifts of all cores to the stored weights, and counts it where there are any."""
+        """Adds the updates in all cores to the stored weights, and counts that if there were any."""
         found = False
         for group in self.param_groups:
             for parameter, _ in self.split(group, frozen=True)[0].values():
@@ -179,7 +179,7 @@ class SubspaceWeights(SubspaceBases):
 
     @property
     def has_pending(self) -> bool:
-        """Whether stored weights lack updates."""
+        """Whether any core holds updates that the stored weights lack."""
         return any("core" in state for state in self.state.values())
 
     def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
@@ -190,7 +190,7 @@ class SubspaceWeights(SubspaceBases):
                 rank_zero_info(f"`rank` is {group['rank']}, and less in {len(thin)} thin matrices: {some(thin)}.")
         self._hooks += substitute_in_state_dicts(module, self._names, self._lacks_updates, self._folded)
         if self.fold_every_step:
-            self.fold()  # what a checkpoint, restored before, has pending
+            self.fold()  # cores of a checkpoint that was restored before
 
     def detach(self) -> None:
         super().detach()
@@ -200,7 +200,7 @@ class SubspaceWeights(SubspaceBases):
         self._hooks = []
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Also what is in host memory."""
+        """Drops what is in host memory as well."""
         parameters = list(parameters)
         super().release(parameters)
         if self.drops_left_state:
@@ -210,11 +210,10 @@ class SubspaceWeights(SubspaceBases):
     # Saving
 
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
-        is_vector = self.matrix(parameter, self._group_of(parameter)["rank"]) is None
-        return is_vector or name in (*RESTS, "base")
+        return self._matrix_now(parameter) is None or name in (*RESTS, "base")
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's; where updates are pending also the stored weights, ``base``, that they add to."""
+        """As of any optimizer; for matrices with a core also ``base``, the stored weight that it adds to."""
         saved = super().state_dict()
         for index, parameter in self.numbered(saved):
             entries = saved["state"].get(index, {}) | self._offloaded.get(parameter, {})
@@ -226,8 +225,8 @@ class SubspaceWeights(SubspaceBases):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores all of a run, the stored weights too where the checkpoint's module has them folded."""
-        state, apart = dict(state_dict["state"]), {}  # apart: what would be a second model on the device
+        """Restores a run, including the stored weights of matrices with a core."""
+        state, apart = dict(state_dict["state"]), {}  # apart: tensors as large as weights, kept off the device
         for index, parameter in self.numbered(state_dict):
             entries = dict(state.get(index, {}))
             is_offloaded = self.offload_low_words and self.matrix(parameter, 1) is not None
@@ -277,7 +276,7 @@ class SubspaceWeights(SubspaceBases):
                 add_tensor(weight, state, delta, self.update_precision, start=start)
 
     def _rests(self, parameter: nn.Parameter) -> State:
-        """Where that is kept which completes a half-precision matrix."""
+        """The mapping that holds the extra bits of a half-precision matrix."""
         return self._offloaded[parameter] if self.offload_low_words else self.state[parameter]
 
     def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
@@ -285,10 +284,10 @@ class SubspaceWeights(SubspaceBases):
 
 
 def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Some elements of ``one @ other.T``, flat, each piece after its place among them.
+    """Computes some elements of ``one @ other.T`` in flat pieces, each with the index of its first element.
 
-    So many rows are multiplied at a time, and the same ones whichever elements are wanted: a product may round a row in
-    another way beside others.
+    `rows` rows are multiplied at a time, at the same places whichever elements are wanted, because the rounding of a
+    row may depend on the rows that are multiplied with it.
     """
     columns = len(other)
     for part in chunks(len(one), max(1, rows)):

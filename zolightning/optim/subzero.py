@@ -17,22 +17,19 @@ SCALINGS: tuple[str, ...] = ("code", "paper")
 class SubZero(SubspaceOptimizer):
     """SubZero (arXiv 2410.08989); with `betas` and many one-sided queries, SubZero+.
 
-    Directions are ``s U Z V'``, U (m, r) and V (n, r) Haar-orthonormal, drawn anew at each resampling, Z (r, r) new
-    at each step; the weight moves by ``-lr * g`` times that. With ``scaling="code"``, s is ``sqrt(m n) / r``, which
-    makes a direction as long as MeZO's, and published learning rates belong to it; with "paper", s is 1. No change of
-    `lr` turns one into the other: the perturbation changes by s, the step by s squared.
+    Directions are ``s U Z V'`` with U (m, r) and V (n, r) Haar-orthonormal, drawn anew at each resampling, and Z (r, r)
+    drawn at each step. The weight moves by ``-lr * g`` times the direction. With ``scaling="code"``, s is
+    ``sqrt(m n) / r``: directions have the norm of MeZO's, and published learning rates apply. With "paper", s is 1. The
+    two are not equivalent at any `lr`: s scales the perturbation, and its square the step.
 
-    A matrix with a side below `rank`, such as a LoRA factor, is searched in its most nearly square shape, and along
-    dense directions where it has none (a prime number of elements).
+    A matrix with a side below `rank`, such as a LoRA factor, is reshaped to be as nearly square as possible. Where that
+    cannot be done (a prime number of elements), it is searched along dense directions.
 
-    State: U, (m, r), and V, (n, r), in the weight's dtype; while updates are pending the core, (r, r) in fp32; each
+    State: U, (m, r), and V, (n, r), in the weight's dtype; the core, (r, r) in fp32, while it holds updates; each
     moment, the same again.
 
-    A basis is rounded to the weight's dtype, so a bf16 run does not follow an fp32 run bit for bit even with the same
-    losses: it ends 0.2 to 1.5 % of the distance moved beside it.
-
-    Differs from the released code: columns of the bases have the signs that make them Haar-distributed, and resuming
-    restores them.
+    Differs from the released code: the signs of the bases' columns make them Haar-distributed, and a resumed run has
+    the same bases.
 
     Args:
         params: parameters or parameter groups.
@@ -65,7 +62,6 @@ class SubZero(SubspaceOptimizer):
         require_choice("scaling", scaling, SCALINGS)
         self.scaling = scaling
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
-        vector_lr = lr if vector_lr is None else vector_lr
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def direction_scale(self, matrix: Matrix) -> float:

@@ -7,43 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolightning.optim.checks import require_positive
+from zolightning.optim.checks import require_integer
 from zolightning.optim.orthogonalization import power_iteration
 from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
 
 
 class ZOMOPI(SubspaceOptimizer):
-    """ZO-MOPI (arXiv 2605.09034): the k dominant directions of the momentum get equal steps, the others none.
+    """ZO-MOPI (arXiv 2605.09034): equal steps along the k dominant directions of the momentum, and none along others.
 
-    Directions are ``A B``, A (m, r) orthonormal, drawn anew at each resampling, B_i (r, n) new at each step. The core
-    gradient, the mean of ``g_i B_i``, enters a momentum M, one power iteration from the V of the step before gives an
-    ``U V'`` of rank k and Frobenius norm sqrt(k), and the weight moves by ``-lr * A U V'``. That step is
-    ``lr * sqrt(k)`` long: to compare values of k at steps of one length, scale `lr` with ``1 / sqrt(k)``.
+    Directions are ``A B_i`` with A (m, r) orthonormal, drawn anew at each resampling, and B_i (r, n) drawn at each
+    step. The core gradient, the mean of ``g_i B_i``, enters the momentum M. One power iteration, starting from the V of
+    the step before, gives a matrix ``U V'`` of rank k and Frobenius norm sqrt(k), and the weight moves by
+    ``-lr * A U V'``. The norm of that step is ``lr * sqrt(k)``: scale `lr` with ``1 / sqrt(k)`` to compare values of k.
 
-    The first V is that of the exact singular value decomposition of the first M (the paper starts from a random one);
-    from then on it is what the power iterations make of it.
+    The first V comes from the singular value decomposition of the first M (in the paper it is random).
 
-    State: A, (m, r) in the weight's dtype; M, (r, n), V, (n, k), and while updates are pending the core, (r, n), in
-    fp32.
+    State: A, (m, r) in the weight's dtype; in fp32 M, (r, n), V, (n, k), and the core, (r, n), while it holds updates.
 
-    A basis is rounded to the weight's dtype, so a bf16 run does not follow an fp32 run bit for bit even with the same
-    losses: it ends 0.2 to 1.5 % of the distance moved beside it.
-
-    Differs from the released code, by keeping to the paper: M starts from zero, is moved into the new subspace at
-    each resampling (equation 11) and keeps its V; the weights and the first query of a resampling step are not
-    corrupted. The estimator is the paper's two-sided one by default; ``OneSided()`` gives the code's.
+    Differs from the released code where that differs from the paper: M starts from zero, is projected onto the new
+    subspace at each resampling (equation 11) and keeps its V, and the weights and the first query of a resampling step
+    are not corrupted. The default estimator is the paper's, ``TwoSided()``; the code's is ``OneSided()``.
 
     Args:
         params: parameters or parameter groups.
-        lr: length of the step: each of the k singular values of a core's step, in weight units; with
-            `normalize_directions` the RMS of a weight's step, whatever k is.
+        lr: each of the k singular values of the step, in weight units; with `normalize_directions` the RMS of a
+            weight's step, for any k.
         eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
         rank: r.
-        power_rank: k, at most `rank`; less where a matrix has fewer columns. The step grows with its root.
+        power_rank: k, at most `rank`; fewer for a matrix with fewer columns.
         momentum: decay of the mean of core gradients, above 0 in the paper.
-        vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
-            gradients (or their mean, with `momentum`): unlike that of matrices their step grows with the loss's scale.
+        vector_lr: learning rate of biases and norms, which are searched along dense directions. Unlike the step of
+            matrices, theirs is proportional to the projected gradients, and so to the scale of the loss.
         num_queries: directions a step.
         **common: align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
             seed, update_precision, offload_low_words: see
@@ -69,7 +64,7 @@ class ZOMOPI(SubspaceOptimizer):
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
-        require_positive("power_rank", group["power_rank"])
+        require_integer("power_rank", group["power_rank"])
         if group["power_rank"] > group["rank"]:
             raise ValueError(f"`power_rank` must be at most `rank`, {group['rank']}, got {group['power_rank']}.")
 

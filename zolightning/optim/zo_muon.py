@@ -16,32 +16,29 @@ ORTHOGONALIZATIONS: tuple[str, ...] = ("newton_schulz", "svd")
 
 
 class ZOMuon(SubspaceOptimizer):
-    """ZO-Muon (arXiv 2602.17155): the core gradient's singular values are all made 1.
+    """ZO-Muon (arXiv 2602.17155): Muon on estimated gradients, in a random subspace.
 
-    Directions are ``P Psi``, P (m, r) Haar-orthonormal, drawn anew at each resampling, Psi_i (r, n) new at each step;
-    the core gradient is the mean of ``g_i Psi_i`` over queries, and the weight moves by ``-lr * P msign`` of it.
-    The scale of the loss does not matter, only the ratios of the projected gradients of a step: use several queries.
+    Directions are ``P Psi_i`` with P (m, r) Haar-orthonormal, drawn anew at each resampling, and Psi_i (r, n) drawn at
+    each step. The core gradient G is the mean of ``g_i Psi_i`` over the queries, and the weight moves by
+    ``-lr * P msign(G)``, where msign replaces all singular values by 1. The step does not depend on the scale of the
+    loss, only on the ratios of the projected gradients of a step: use several queries.
 
-    State: P, (m, r) in the weight's dtype; while updates are pending the core, (r, n) in fp32; momentum, the same
-    again.
+    State: P, (m, r) in the weight's dtype; the core, (r, n) in fp32, while it holds updates; momentum, the same again.
 
-    A basis is rounded to the weight's dtype, so a bf16 run does not follow an fp32 run bit for bit even with the same
-    losses: it ends 0.2 to 1.5 % of the distance moved beside it.
-
-    Differs from the released code: a basis is drawn once a step, not once an evaluation (there all but one query of
-    a resampling step are updated along other directions than they were evaluated at), Newton-Schulz runs in fp32
-    instead of the weight's dtype, and the learning rate of vectors is an argument and scheduled.
+    Differs from the released code: a resampling step uses one basis for all its evaluations (there, all queries but one
+    are updated along other directions than they were evaluated at), Newton-Schulz runs in fp32 instead of the weight's
+    dtype, and the learning rate of biases and norms is an argument that schedulers scale.
 
     Args:
         params: parameters or parameter groups.
-        lr: length of the step: each of the r singular values of a core's step, in weight units; with
-            `normalize_directions` the RMS of a weight's step.
+        lr: each of the r singular values of the step, in weight units; with `normalize_directions` the RMS of a
+            weight's step.
         eps: perturbation scale of the core; of a weight it is ``eps * sqrt(r / m)``.
         rank: r.
         orthogonalization: "newton_schulz" (five steps; singular values land in [0.68, 1.20]) or "svd" (exact).
         momentum: decay of the mean of core gradients, taken before orthogonalization; the paper has none.
-        vector_lr: learning rate of biases and norms, which move along dense directions in proportion to the projected
-            gradients: unlike that of matrices their step grows with the loss's scale.
+        vector_lr: learning rate of biases and norms, which are searched along dense directions. Unlike the step of
+            matrices, theirs is proportional to the projected gradients, and so to the scale of the loss.
         num_queries: directions a step.
         **common: align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
             seed, update_precision, offload_low_words: see

@@ -83,12 +83,13 @@ def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
     seen = 0
     for batch in loader:
         yield batch
-        seen += _num_examples(batch)
+        seen += batch_size(batch) or 1
         if seen >= num_prompts:
             return
 
 
-def _num_examples(batch: Any) -> int:
+def batch_size(batch: Any) -> int | None:
+    """The length of the first tensor found in a batch that has a first dimension."""
     lengths: list[int] = []
     apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
-    return lengths[0] if lengths else 1
+    return lengths[0] if lengths else None

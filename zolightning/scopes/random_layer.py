@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from zolightning.kernels.noise import key
 from zolightning.layers import LayerStack
+from zolightning.optim.checks import require_seed
 from zolightning.scopes.activation_profile import ActivationProfile
 from zolightning.scopes.layer_scope import ChosenLayers, LayerScope
 from zolightning.scopes.parts import Part
@@ -25,8 +26,7 @@ class RandomLayer(LayerScope):
         self, part: Part | None = None, seed: int = 0, layers_name: str | None = None, num_prompts: int = 32
     ) -> None:
         super().__init__(part, layers_name, num_prompts)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
+        require_seed(seed)
         self.seed = seed
 
     def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
