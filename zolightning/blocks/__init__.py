@@ -1,4 +1,4 @@
-"""Block coordinate descent: which parameters form a block, and which blocks move when."""
+"""Block coordinate descent: which parameters form a block, and when each block moves."""
 
 from zolightning.blocks.bandit import AdaLeZO, Bandit
 from zolightning.blocks.orders import Cyclic, GaussSouthwellSweep, Order, RandomPermutation, Turn, Uniform, WeightNorm

@@ -1,4 +1,4 @@
-"""Blocks drawn by probabilities that are learned: more often where gradients are large."""
+"""Orders that learn probabilities, so that blocks with large gradients move more often."""
 
 import math
 from abc import abstractmethod
@@ -11,9 +11,9 @@ from zolightning.optim.checks import require_fraction, require_integer, require_
 
 
 def project_to_simplex(weights: Sequence[float], p_min: float) -> list[float]:
-    """The probabilities, each at least `p_min`, that are nearest to some weights in Kullback-Leibler divergence.
+    """The Kullback-Leibler projection of some weights onto the probabilities that are all at least `p_min`.
 
-    These are the weights times a common factor, and `p_min` where that would be less.
+    The result is the weights times a common factor, or `p_min` where that is larger.
 
     Args:
         weights: positive; they need not sum to one.
@@ -33,15 +33,15 @@ def project_to_simplex(weights: Sequence[float], p_min: float) -> list[float]:
 
 
 class LearnedProbabilities(Order):
-    """Abstract: draws blocks by probabilities; a subclass says what becomes of these after a visit.
+    """Abstract: draws blocks with probabilities, which a subclass updates after each visit of a block.
 
     Args:
-        p_min: the least probability of a block; None for a tenth of what all have at first, ``0.1 / blocks``.
-        queries: directions to probe each block that moved with, alone, when its visit ends; 0 for none: the visit is
-            scored by its steps.
+        p_min: the least probability of a block; None for a tenth of the initial one, ``0.1 / blocks``.
+        queries: number of directions along which a block is probed alone at the end of its visit, to score it. At 0 the
+            projected gradients of the visit's steps are its score.
 
     Attributes:
-        probabilities: of each block, at the last choice.
+        probabilities: the probability of each block at the last choice.
     """
 
     def __init__(self, p_min: float | None = None, queries: int = 0) -> None:
@@ -55,7 +55,7 @@ class LearnedProbabilities(Order):
 
     @abstractmethod
     def reward(self, block: int, squared_grad: float) -> None:
-        """Changes the probabilities by the score of a block that moved."""
+        """Updates the probabilities by the score of a block that moved."""
 
     def learn(self, blocks: Sequence[int], squared_grad: float, alone: Callable[[int, int], float]) -> None:
         for block in blocks:
@@ -86,20 +86,22 @@ class LearnedProbabilities(Order):
 
 
 class Bandit(LearnedProbabilities):
-    """FOCUS (reconstructed): a bandit whose reward is the squared projected gradient of the block that moved.
+    """FOCUS (our reconstruction): a bandit whose reward is the squared projected gradient of the block that moved.
 
-    The paper's text is not public. After the form of AdamBS, with gains: of a visit with mean squared projected
-    gradient s, the reward is r = s / max s so far; the block's weight becomes ``p exp(step_size r / p)``, the others'
-    stay p; the new probabilities are the Kullback-Leibler projection of the weights on those of at least `p_min`. These
-    follow the block Gauss-Southwell rule without its sweep, by scores as old as a block's last visit.
+    The paper's text is not public. We follow AdamBS, with gains instead of losses. A visit with mean squared projected
+    gradient s has the reward r = s / (the largest s so far). The weight of its block is ``p exp(step_size r / p)``,
+    that of others p, and the new probabilities are the Kullback-Leibler projection of the weights onto probabilities of
+    at least `p_min`. It approximates the block Gauss-Southwell rule by scores from each block's last visit, without
+    probing all blocks.
 
-    Where others move beside a block (``others="always"``, or more than one a step) they share one projected gradient,
-    of which the block may be the smaller part: `queries` has each probed alone, for ``2 queries`` forwards a visit.
+    If other parameters move together with a block (``others="always"``, or several blocks at a time), the projected
+    gradient is that of all of them. `queries` then probes each block alone, for ``2 queries`` forwards a visit.
 
     Args:
-        step_size: how fast probabilities change: 0.02 for some 2,000 visits, 0.05 for 200.
+        step_size: how fast probabilities change: about 0.02 for 2,000 visits, 0.05 for 200.
         p_min: the least probability of a block; None for ``0.1 / blocks``.
-        queries: directions that a block is probed with alone when its visit ends; 0: its steps are its score.
+        queries: number of directions along which a block is probed alone at the end of its visit; at 0 the visit's
+            steps are its score.
     """
 
     def __init__(self, step_size: float = 0.05, p_min: float | None = None, queries: int = 0) -> None:
@@ -113,7 +115,7 @@ class Bandit(LearnedProbabilities):
         self.scores = list(self.scores) or [0.0] * len(self.probabilities)
         weights = list(self.probabilities)
         self.scores[block] = squared_grad / self.max_seen if self.max_seen else 0.0
-        # Weights count by their ratios: what would overflow leaves the others at the floor anyway.
+        # Only ratios of weights matter, and a weight this large leaves all others at the floor.
         weights[block] *= math.exp(min(self.step_size * self.scores[block] / weights[block], 500))
         self.probabilities = project_to_simplex(weights, self.floor())
 
@@ -122,17 +124,18 @@ class Bandit(LearnedProbabilities):
 
 
 class AdaLeZO(LearnedProbabilities):
-    """After AdaLeZO (arXiv 2604.18264, of which the abstract was read): a bandit that forgets, without bias.
+    """Importance sampling of blocks, after AdaLeZO (arXiv 2604.18264, of which we have only read the abstract).
 
-    A block's score is an exponential mean of its visits' squared projected gradients; of blocks not yet visited, the
-    mean of the others'. Probabilities are proportional to the root of the scores, which gives a sum of weighted
-    estimates the least variance, and at least `p_min`. The learning rate of a step is weighted by ``1 / (blocks * p)``,
-    so that on average each block moves as if all were drawn alike.
+    The score of a block is an exponential mean of the squared projected gradients of its visits; blocks not visited yet
+    have the mean score of the others. Probabilities are proportional to the root of the scores, which minimizes the
+    variance, and at least `p_min`. The learning rate of a step is multiplied by ``1 / (blocks * p)``, so that each
+    block moves, on average, as if all had the same probability.
 
     Args:
-        decay: of the exponential mean, from visit to visit of a block.
-        p_min: the least probability of a block, which bounds the weights; None for ``0.1 / blocks``: weights up to 10.
-        queries: directions that a block is probed with alone when its visit ends; 0: its steps are its score.
+        decay: decay of the exponential mean, per visit of a block.
+        p_min: the least probability of a block, which bounds the factor; None for ``0.1 / blocks``, a factor up to 10.
+        queries: number of directions along which a block is probed alone at the end of its visit; at 0 the visit's
+            steps are its score.
     """
 
     def __init__(self, decay: float = 0.8, p_min: float | None = None, queries: int = 0) -> None:
@@ -165,7 +168,7 @@ class AdaLeZO(LearnedProbabilities):
 
 
 def _drawn(probabilities: dict[int, float], uniform: float) -> int:
-    """The index whose share of the sum of probabilities holds `uniform`, of [0, 1)."""
+    """Draws an index with these probabilities, which need not sum to 1, by a number `uniform` in [0, 1)."""
     rest = uniform * math.fsum(probabilities.values())
     for index, probability in probabilities.items():
         rest -= probability

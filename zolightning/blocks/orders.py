@@ -1,4 +1,4 @@
-"""Which blocks move next."""
+"""Orders: how the blocks that move next are chosen."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -12,16 +12,17 @@ from zolightning.optim.checks import require_integer
 
 @dataclass(frozen=True)
 class Turn:
-    """What an order may go by when a visit of some blocks begins.
+    """What an order may base its choice on. A *visit* is the span of steps in which the chosen blocks move.
 
     Attributes:
         visit: number of the visit, from 0.
-        seed: of the run: the same on all ranks.
-        num_blocks: how many there are.
-        count: how many to choose.
-        norm: 2-norm of a block's weights, by its index.
-        squared_grad: squared projected gradient of a block alone, on the batch of the step that comes: a mean over so
-            many directions, of two evaluations each (:meth:`~zolightning.optim.ZerothOrderOptimizer.squared_grad`).
+        seed: the run's seed, which is the same on all ranks.
+        num_blocks: number of blocks.
+        count: number of blocks to choose.
+        norm: called with a block's index, returns the 2-norm of its weights.
+        squared_grad: called with a block's index and a number of directions, returns the mean squared projected
+            gradient of that block alone on the batch of the next step, at two evaluations per direction
+            (:meth:`~zolightning.optim.ZerothOrderOptimizer.squared_grad`).
     """
 
     visit: int
@@ -33,13 +34,13 @@ class Turn:
 
 
 class Order(ABC):
-    """Abstract: says which blocks move next.
+    """Abstract base of the orders, which choose the blocks that move next.
 
-    What it draws is a function of the run's seed and the visit's number, so that a resumed run draws the same and
-    ranks agree.
+    What an order draws should be a function of the run's seed and the number of the visit, so that a resumed run and
+    all ranks draw the same.
 
     Attributes:
-        scores: of each block, at the last choice; empty where the order has none.
+        scores: the score of each block at the last choice; empty if the order has no scores.
     """
 
     def __init__(self) -> None:
@@ -50,33 +51,33 @@ class Order(ABC):
         """Indices of the blocks that move in a visit."""
 
     def check(self, num_blocks: int, count: int) -> None:
-        """Raises a ValueError where so many blocks cannot be ordered, `count` of them at a time."""
+        """Raises a ValueError if the order cannot choose `count` of `num_blocks` blocks."""
         if count > num_blocks:
             raise ValueError(f"`blocks_per_step` is {count}, and there are {num_blocks} blocks.")
 
     def learn(  # noqa: B027  # most orders learn nothing
         self, blocks: Sequence[int], squared_grad: float, alone: Callable[[int, int], float]
     ) -> None:
-        """Takes note of a visit that is over.
+        """Called at the end of a visit, with what it showed.
 
         Args:
-            blocks: that moved.
-            squared_grad: mean of the steps' squared projected gradients.
-            alone: :attr:`Turn.squared_grad`, of one of the blocks.
+            blocks: the blocks that moved.
+            squared_grad: mean of the squared projected gradients of the visit's steps.
+            alone: :attr:`Turn.squared_grad`, to probe one of the blocks.
         """
 
     def weight(self, block: int) -> float:
-        """What the learning rate is multiplied by while a block moves."""
+        """A factor of the learning rate while a block moves."""
         return 1.0
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments that are kept under their names, to be compared when a run goes on."""
+        """The constructor's arguments with plain values, which are compared when a run is resumed."""
         names = inspect.signature(type(self).__init__).parameters
         plain = (bool, int, float, str, type(None))
         return {name: value for name, value in vars(self).items() if name in names and isinstance(value, plain)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What later choices depend on, in lists and numbers, none of which is changed later."""
+        """What later choices depend on, as numbers and lists, which must not be changed in place later."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -85,12 +86,12 @@ class Order(ABC):
 
 
 class Cyclic(Order):
-    """Block after block, from the input's to the output's: B-PDF's default.
+    """One block after the other, from the input to the output, the default of B-PDF.
 
-    Where `count` does not divide the number of blocks, the last visit of an epoch has fewer.
+    If `count` does not divide the number of blocks, the last visit of a cycle has fewer.
 
     Args:
-        descending: from the output's to the input's.
+        descending: whether to go from the output to the input instead.
     """
 
     def __init__(self, descending: bool = False) -> None:
@@ -103,23 +104,23 @@ class Cyclic(Order):
 
 
 class RandomPermutation(Order):
-    """Each block once an epoch, in an order drawn anew for every epoch: MeZO-BCD (arXiv 2501.19099)."""
+    """Cycles through the blocks in an order that is drawn anew for each cycle: MeZO-BCD (arXiv 2501.19099)."""
 
     def choose(self, turn: Turn) -> Sequence[int]:
         return _of_an_epoch(_shuffled(turn, turn.visit // _visits_an_epoch(turn)), turn)
 
 
 class Uniform(Order):
-    """Blocks drawn at each visit, all with the same probability: LeZO, with an interval of 1."""
+    """Draws blocks uniformly for each visit; with an interval of 1 this is LeZO."""
 
     def choose(self, turn: Turn) -> Sequence[int]:
         return _shuffled(turn, turn.visit)[: turn.count]
 
 
 class WeightNorm(Order):
-    """The blocks whose weights have the largest 2-norm, a mean over all visits so far: one of B-PDF's rules.
+    """The blocks with the largest 2-norm of their weights, averaged over all visits so far: one of B-PDF's rules.
 
-    Weights hardly change their norms in fine-tuning, so that the same blocks move for all of a run: a control.
+    Norms hardly change in fine-tuning, so the same blocks move for the whole run. It is of use as a control.
     """
 
     def __init__(self) -> None:
@@ -138,17 +139,19 @@ class WeightNorm(Order):
 
 
 class GaussSouthwellSweep(Order):
-    """The blocks with the largest gradients, measured at each visit: the block Gauss-Southwell-Diagonal rule.
+    """The blocks with the largest gradients, which are measured before each visit: the block Gauss-Southwell rule.
 
-    Each block is perturbed alone; the squared projected gradient g² has the mean ``grad' H^-1 grad`` where the method
-    scales its directions by ``H^-1/2`` (Nutini et al. 2017), and that of the gradient's squared norm where it does not.
-    Under ``left_state="reset"`` blocks that rest have no curvature estimate: their H is that of a new one.
+    Each block is perturbed alone. The expectation of its squared projected gradient is the squared norm of its
+    gradient, or ``grad' H^-1 grad`` if the method scales its directions by ``H^-1/2`` (the Gauss-Southwell-Diagonal
+    rule of Nutini et al. 2017). With ``left_state="reset"`` inactive blocks have no curvature estimate and count as new
+    ones.
 
-    A visit costs ``2 queries`` forwards a block, and one query is off by its mean times sqrt(2): of 24 blocks whose
-    gradients differ up to fourfold, one query finds the largest in a fifth of all visits, 20 in less than half.
+    Measuring costs ``2 queries`` forwards per block, and is noisy: with one query the relative standard deviation is
+    sqrt(2). Of 24 blocks whose gradients differ up to fourfold, one query finds the largest in a fifth of all visits,
+    and 20 queries in less than half.
 
     Args:
-        queries: directions to average over, for each block.
+        queries: number of directions to average over, for each block.
     """
 
     def __init__(self, queries: int = 1) -> None:

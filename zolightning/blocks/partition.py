@@ -1,4 +1,4 @@
-"""Which parameters form a block: each layer and what lies around the layers, or what patterns name."""
+"""Divides parameters into blocks: by layers, or by patterns."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +17,11 @@ OTHERS: tuple[str, ...] = ("blocks", "always", "never")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Trainable parameters, divided.
+    """Trainable parameters, divided into blocks.
 
     Attributes:
-        parameters: of each block, by its name.
-        never: parameters that do not move at all.
+        parameters: the parameters of each block, by its name.
+        never: parameters that never move.
     """
 
     parameters: Mapping[str, Sequence[nn.Parameter]]
@@ -32,7 +32,7 @@ class Blocks:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the blocks."""
+        """The names of the blocks."""
         return tuple(self.parameters)
 
 
@@ -43,24 +43,23 @@ def find_blocks(
     others: Others = "blocks",
     layers_name: str | None = None,
 ) -> Blocks:
-    """Divides the trainable parameters of a module into blocks, each tensor into one, tied ones too.
+    """Divides the trainable parameters of a module into blocks; a tied parameter is in one block only.
 
-    Without patterns every layer that holds something trainable is a block, ``layer_0`` and so on. Around the layers are
-    ``embeddings``, what ``nn.Embedding`` holds, and ``head``, all the rest: head, final norm; of a model whose head is
-    the table of its embeddings that is the norm alone.
+    Without patterns, every layer with trainable parameters is a block, ``layer_0`` and so on. Of the other parameters,
+    those of ``nn.Embedding`` are the block ``embeddings``, and the rest (head, final norm) are the block ``head``. A
+    head that is tied to the embeddings is in ``embeddings``.
 
     Args:
-        module: the network, or a module around it.
-        trainable: those of its parameters that train.
-        patterns: regular expressions, one a block: a parameter belongs to the first that matches somewhere in its
-            dotted name. What matches none is ``others``.
-        others: what becomes of what lies around the layers, or matches no pattern. "blocks": it takes turns, as blocks
-            of its own. "always": it moves in every step, beside the active blocks. "never": it is frozen.
+        module: the network, or a module around it. trainable: its parameters that train. patterns: regular expressions,
+        one for each block: a parameter belongs to the first one that matches somewhere in
+            its dotted name. Parameters that match none are the block ``others``.
+        others: what happens to parameters outside the layers, or that match no pattern. "blocks": they are blocks as
+            above. "always": they move in every step, besides the active blocks. "never": they are frozen.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
 
     Raises:
-        ValueError: if there are no layers, nothing in them trains, a pattern matches nothing that no earlier one does,
-            or there are less than two blocks.
+        ValueError: if there are no layers, nothing in them trains, a pattern matches no parameter that an earlier one
+            does not match too, or there are fewer than two blocks.
     """
     require_choice("others", others, OTHERS)
     if patterns is not None:

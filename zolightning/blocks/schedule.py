@@ -1,4 +1,4 @@
-"""Block coordinate descent by an optimizer: whose turn it is, and when it ends."""
+"""Has an optimizer move a few blocks at a time, and switches them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from zolightning.rank_zero import rank_zero_warn
 
 
 class BlockSchedule:
-    """Has a zeroth-order method move a few blocks at a time, and others after every `interval` steps.
+    """Has a zeroth-order method move a few blocks at a time, and switches to other blocks every `interval` steps.
 
     Under a Trainer :class:`~zolightning.callbacks.BlockCoordinateDescent` does this. In a plain loop::
 
@@ -27,19 +27,19 @@ class BlockSchedule:
         schedule = BlockSchedule(find_blocks(model, model.parameters()), RandomPermutation(), interval=100)
         schedule.attach(optimizer)
         for batch in batches:
-            optimizer.estimate(lambda: loss_of(model, batch))  # activates the next blocks when their turn comes
+            optimizer.estimate(lambda: loss_of(model, batch))  # activates other blocks every 100 steps
             optimizer.step()
 
     Args:
         blocks: see :func:`~zolightning.blocks.find_blocks`.
-        order: which blocks come next; :class:`~zolightning.blocks.Cyclic` if None.
-        interval: steps of a visit.
-        blocks_per_step: blocks that move at a time.
-        left_state: what becomes of the method's state of blocks that are left, "reset" or "keep"
+        order: how the next blocks are chosen; :class:`~zolightning.blocks.Cyclic` if None.
+        interval: number of steps until other blocks move.
+        blocks_per_step: number of blocks that move at a time.
+        left_state: what happens to the state of blocks that become inactive, "reset" or "keep"
             (:meth:`~zolightning.optim.blocks.BlockwiseParameters.set_blocks`).
 
     Attributes:
-        visit: number of the visit that goes on, ``step // interval``; -1 before the first step.
+        visit: number of the present visit, ``step // interval``; -1 before the first step.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -65,7 +65,7 @@ class BlockSchedule:
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, optimizer: ZerothOrderOptimizer) -> None:
-        """Divides the optimizer's parameters, and activates blocks by its steps from now on."""
+        """Divides the optimizer's parameters into blocks, and switches blocks during its further steps."""
         never = [self.blocks.never] if self.blocks.never else []  # a block that no order knows of
         optimizer.set_blocks([*self.blocks.parameters.values(), *never], self.left_state)
         in_blocks = {parameter for block in (*self.blocks.parameters.values(), *never) for parameter in block}
@@ -81,12 +81,12 @@ class BlockSchedule:
         ]
 
     def detach(self) -> None:
-        """Lets the optimizer be; what is active stays so."""
+        """Stops switching; the active blocks stay active."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def begin(self, optimizer: ZerothOrderOptimizer, squared_grad: Callable[[int, int], float]) -> None:
-        """Activates the blocks whose turn it is, before a step is estimated."""
+        """A hook before each estimate: activates the next blocks when a visit begins."""
         group = optimizer.param_groups[0]
         visit = group["step"] // self.interval
         if visit == self.visit and optimizer.active:
@@ -111,7 +111,7 @@ class BlockSchedule:
             self._squares.append(sum(g * g for g in found) / len(found))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs beside the optimizer's state; and the settings, to be compared."""
+        """What a resumed run needs besides the optimizer's state, and the settings, which are compared."""
         own = {"visit": self.visit, "squares": list(self._squares), "order": self.order.state_dict()}
         return own | {"settings": self._settings()}
 
@@ -131,14 +131,14 @@ class BlockSchedule:
 
 
 def schedule_settings(order: Order, interval: int, blocks_per_step: int, left_state: LeftState) -> dict[str, Any]:
-    """The settings of a schedule that are no matter of the network, by name."""
+    """The settings of a schedule that do not depend on the network, by name."""
     of_order = {f"order.{name}": value for name, value in order.settings().items()}
     own = {"interval": interval, "blocks_per_step": blocks_per_step, "left_state": left_state}
     return {"order": type(order).__name__} | of_order | own
 
 
 def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises a ValueError that names a setting of a schedule which a checkpoint has otherwise, or has not."""
+    """Raises a ValueError that names a setting of a schedule which differs from the checkpoint's."""
     for name, value in own.items():
         if (there := saved.get(name)) != value:
             raise ValueError(
@@ -148,7 +148,7 @@ def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 
 def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> None:
-    """Raises a ValueError for arguments of :class:`BlockSchedule` that fit no blocks."""
+    """Raises a ValueError for arguments of :class:`BlockSchedule` that are wrong for any blocks."""
     require_integer("interval", interval)
     require_integer("blocks_per_step", blocks_per_step)
     require_choice("left_state", left_state, LEFT_STATES)

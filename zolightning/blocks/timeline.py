@@ -1,4 +1,4 @@
-"""How often each block has moved as training went on, in a table of fixed size and as a picture."""
+"""Counts when each block moved, in a table of fixed size, and draws it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,19 +10,20 @@ if TYPE_CHECKING:
 
 
 class Timeline:
-    """Counts, for spans of equally many steps, the steps in which each block moved.
+    """Counts the steps in which each block moved, for spans of equally many steps.
 
-    Spans become twice as long when there are too many, so that a run of any length has one picture.
+    When the table is full, neighbouring spans are merged, so that it serves a run of any length.
 
     Args:
         num_blocks: rows of the table.
-        columns: spans at most; an even number.
+        columns: the largest number of spans, even.
+        start: number of the first step.
 
     Attributes:
         counts: (num_blocks, columns), int32.
-        span: steps of a column.
-        steps: how many have been counted.
-        start: number of the first of them.
+        span: number of steps in a column.
+        steps: number of steps counted so far.
+        start: number of the first step.
     """
 
     def __init__(self, num_blocks: int, columns: int = 512, start: int = 0) -> None:
@@ -41,11 +42,11 @@ class Timeline:
         self.steps += 1
 
     def figure(self, names: Sequence[str], probabilities: Sequence[float] = ()) -> "Figure":
-        """The picture: a row a block, steps from left to right, dark where the block moved; and its share of all steps.
+        """A figure with a row for each block: when it moved, its share of all steps, and its probability.
 
         Args:
-            names: of the blocks.
-            probabilities: that they are drawn by now, where their order has some.
+            names: names of the blocks.
+            probabilities: their present probabilities to be drawn, if their order has any.
         """
         from matplotlib.figure import Figure
 

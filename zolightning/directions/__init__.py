@@ -1,1 +1,1 @@
-"""Directions: what is added to a weight, as a function of integers, and the loops that make it."""
+"""Directions: what is added to a weight, as a function of integers."""

@@ -1,4 +1,4 @@
-"""Subspaces of a weight matrix: in which coordinates a low-rank method searches.
+"""Subspaces of a weight matrix, and the coordinates in which a low-rank method searches.
 
 A basis has a left factor (m, r), a right factor (n, r) or both. What moves is the *core*, and a core stands for the
 matrix ``left @ core @ right.T``; a side without a factor counts as the identity:
@@ -77,13 +77,14 @@ class Basis:
         return core
 
     def anchored(self, old: "Basis", core: Tensor, count: int, unit: bool) -> "Basis":
-        """A basis that spans the `count` dominant directions of a core in the old one, with columns of this beside.
+        """A basis whose first columns are dominant directions of a core in another basis, and the rest those of this
+        one.
 
         Args:
-            old: the basis of `core`; it has the sides that this one has.
-            core: whose directions are kept, the momentum.
-            count: how many, at most the rank.
-            unit: make columns orthonormal; otherwise they stay as long as they are.
+            old: the basis of `core`, with factors on the same sides as this one.
+            core: the matrix whose leading singular vectors are kept, the momentum for example.
+            count: how many are kept, at most the rank.
+            unit: whether to make columns orthonormal; otherwise their lengths stay.
         """
         u, _, vh = torch.linalg.svd(core, full_matrices=False)
 

@@ -1,4 +1,4 @@
-"""A direction of one parameter: regenerated wherever it is added, never stored."""
+"""Dense random directions, which are regenerated wherever they are added and never stored."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ class Direction:
         coefficients: shape (queries,), from :func:`coefficient`; float32, or float64 for double-precision
             parameters: the dtype of the arithmetic.
         kind: distribution of the noise.
-        values: the coefficients again, where the host knows them.
-        first: index, in the whole parameter, of the first element of what it is added to: not 0 for a rank's rows.
+        values: the coefficients as Python numbers, if they are known on the host.
+        first: index, in the whole parameter, of the first element that it is added to; not 0 for a rank's rows (FSDP2).
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Direction:
         self.first = first
 
     def of_rows(self, first: int) -> "Direction":
-        """This direction for a part of the parameter that begins with element `first`."""
+        """The part of this direction from element `first` on."""
         return Direction(self.keys, self.coefficients, self.kind, self.values, first) if first else self
 
     def times(self, factor: float) -> "Direction":
-        """`factor` times this direction, whose coefficients the host knows."""
+        """This direction times `factor`; its coefficients must be known on the host."""
         assert self.values is not None
         values = tuple(coefficient(value * factor / CODE_SCALE[self.kind], self.kind) for value in self.values)
         coefficients = table(values, self.coefficients.dtype, self.coefficients.device)
         return Direction(self.keys, coefficients, self.kind, values, self.first)
 
     def is_opposite(self, other: object) -> bool:
-        """Whether `other` is this direction with negated coefficients, as far as the host knows without a look."""
+        """Whether `other` is known to be this direction with negated coefficients, without reading from the device."""
         return (
             isinstance(other, Direction)
             and type(self) is type(other)
@@ -85,7 +85,7 @@ class Direction:
         kernels.perturb_rows(out, table, rows, self.keys, self.coefficients, self.kind)
 
     def noise(self, weight: Tensor, start: int = 0) -> Tensor:
-        """The noise of unit variance that this direction of one query is a multiple of.
+        """The unit-variance noise of this direction, which must be one of a single query.
 
         Args:
             weight: some stored elements, (n,), of which the first has index `start`.
@@ -108,7 +108,7 @@ class Direction:
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:
-    """:meth:`Direction.accumulate` of each to a total of its own: in few launches on a GPU."""
+    """:meth:`Direction.accumulate` of several directions, each to its own total, in few launches on a GPU."""
     pairs = zip(directions, totals, strict=True)
     kernels.for_each(kernels.add, [d.arguments() | {"weight": total.view(-1), "decay": decay} for d, total in pairs])
 
@@ -123,10 +123,10 @@ def directions(
     """One direction for each named parameter, the same combination of queries for all.
 
     Args:
-        parameters: names, which select the noise, and tensors, which say where and how wide to compute it.
+        parameters: parameters by name. Names select the noise, and tensors the device and the dtype of its arithmetic.
         seed: the run's seed.
         step: number of the step.
-        coefficients: the multiple of unit-variance noise of each query that takes part.
+        coefficients: by query, the multiple of its unit-variance noise.
         kind: distribution of the noise.
     """
     names, queries = tuple(parameters), tuple(coefficients)
@@ -143,7 +143,7 @@ def directions(
     return found
 
 
-# What one step asks for again and again: both signs of a query, and the update. Old steps drop out.
+# Cached because both signs of a query and the update of a step need the same keys.
 @functools.lru_cache(maxsize=64)
 def _keys(
     names: tuple[str, ...], seed: int, step: int, queries: tuple[int, ...], device: torch.device
@@ -153,7 +153,7 @@ def _keys(
     return on_device(table, device).unbind()
 
 
-# Those of the evaluations are the same in every step.
+# Cached because the evaluations of all steps need the same coefficients.
 @functools.lru_cache(maxsize=64)
 def table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of some coefficients, shape (queries,); not to be written to."""
@@ -167,7 +167,7 @@ def _keys_of_query(names: tuple[str, ...], seed: int, step: int, query: int) -> 
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which perturbations and updates of a weight are computed: at least float32."""
+    """The dtype in which perturbations and updates of a weight are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 

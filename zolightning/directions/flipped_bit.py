@@ -1,11 +1,11 @@
-"""A change of every element that can be taken back exactly, to see where a parameter is read."""
+"""An exactly reversible change of all elements of a parameter, to find where it is read."""
 
 import torch
 from torch import Tensor
 
 
 class FlippedBit:
-    """Changes every element by about 3 % by flipping one bit of its mantissa: exact to undo, and free of memory."""
+    """Changes every element by about 3 % by flipping one bit of its mantissa, which needs no memory to undo."""
 
     _MANTISSA = {torch.float64: (52, torch.int64), torch.float32: (23, torch.int32)} | {
         torch.bfloat16: (7, torch.int16),

@@ -1,8 +1,8 @@
 """Low-rank perturbations in activation space: ``x W' + (x B) A'`` instead of ``x (W + A B')'``.
 
-Nothing of the weight's size is written or generated. Where a layer has so many rows of input that the two thin
-products cost more than building ``W + A B'`` once, and where a weight is used in another way than by a product (a
-convolution, say), the perturbed weight is built in scratch memory as for dense directions.
+Nothing of the size of the weight is written or generated. The perturbed weight ``W + A B'`` is built in scratch memory,
+as for dense directions, only if the input has so many rows that the two thin products would cost more, or if the weight
+is used in another way than by a product (a convolution, for example).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ class LowRank:
     Args:
         basis: factors in the weight's dtype.
         shape: (m, n), the shape in which the weight is a matrix.
-        pending: a core at hand, float32 or wider.
-        direction: of the core's shape, added to it.
+        pending: the core with pending updates, float32 or wider; None if there are none.
+        direction: a direction of the core's shape, which is added to it; None for no perturbation.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LowRank:
         """Output of a product with the perturbed weight; see :func:`stacked_product`.
 
         Args:
-            core: what :meth:`write_core` writes, where somebody has it.
+            core: the result of :meth:`write_core`, if it is known already.
         """
         return stacked_product([self], func, inputs, weight, [bias], None if core is None else core[None])
 
@@ -91,20 +91,20 @@ def stacked_product(
     biases: Sequence[Tensor | None],
     cores: Tensor | None = None,
 ) -> Tensor | None:
-    """Output of a product whose rows come in groups of one size, each with a perturbation of its own.
+    """Output of a product whose input rows form groups of equal size, each with a perturbation of its own.
 
-    The weight is multiplied once, and so are the factors, which all groups share; only cores differ.
+    The products with the weight and the factors, which all groups share, are made once; only those with cores differ.
 
     Args:
-        groups: perturbations of one weight, in one basis and with one pending core.
+        groups: perturbations of one weight, with the same basis and the same pending core.
         func: ``F.linear``, or ``torch.addmm`` (as GPT-2's layers call it), whose weight is transposed.
         inputs: (..., n), or (k, m) for ``torch.addmm``.
         weight: (m, n), unperturbed.
-        biases: of each group, added if any.
-        cores: of each group, (groups, *core shape), of the weight's dtype; made here where None.
+        biases: the bias of each group, or None.
+        cores: the cores of all groups, (groups, *core shape), in the weight's dtype; computed here if None.
 
     Returns:
-        The output; None where building perturbed weights costs less.
+        The output, or None if building perturbed weights would cost less.
     """
     basis, shape = groups[0].basis, groups[0].shape
     rows = inputs.reshape(-1, inputs.shape[-1])
@@ -115,7 +115,7 @@ def stacked_product(
     first, second = (basis.right, basis.left) if is_linear else (basis.left, basis.right)
     is_same_bias = all(bias is biases[0] for bias in biases)
     bias = biases[0] if is_same_bias else None
-    # Rows, because for a strided batch torch would copy the weight once an example.
+    # As a matrix of rows, because torch would copy the weight for each example of a strided batch.
     if is_linear:
         output = F.linear(rows, weight, bias)
     else:
@@ -128,7 +128,7 @@ def stacked_product(
             group.write_core(core)
     cores = (cores.mT if is_linear else cores).to(dtype)
     thin = rows.to(dtype) if first is None else rows.to(dtype) @ first.to(dtype)
-    # One product of a batch, which takes a fraction of the time of a product for each group.
+    # One batched product, which is much faster than a product for each group.
     parts = thin.view(count, -1, thin.shape[-1])
     if second is None:
         output.view(count, -1, output.shape[-1]).baddbmm_(parts, cores)

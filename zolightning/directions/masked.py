@@ -1,4 +1,4 @@
-"""Directions of some elements of a parameter only; the others keep every bit."""
+"""Directions that leave some elements of a parameter unchanged to the bit."""
 
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from zolightning.kernels.noise import hash_bits
 
 
 class MagnitudeMasked(Direction):
-    """A direction without the elements at which the stored parameter is large: the mask is made where it is used.
+    """A direction restricted to small weights; the mask is computed from the stored parameter when it is used.
 
     Args:
         direction: to be masked.
@@ -47,7 +47,7 @@ class Mask(Protocol):
 
 
 class PackedMask:
-    """A mask in one bit an element.
+    """A mask that is stored with one bit per element.
 
     Args:
         bits: uint8, (n / 8,), from :func:`packed`.
@@ -69,7 +69,7 @@ def packed(moves: Tensor) -> Tensor:
 
 
 class RandomMask:
-    """A mask that is a hash of the element's index, and lies nowhere.
+    """A random mask that is computed by hashing indices, and not stored.
 
     Args:
         key: int32, (2,).
@@ -85,7 +85,7 @@ class RandomMask:
 
 
 class Masked(Direction):
-    """A direction without the elements that a mask leaves out, in several passes over memory."""
+    """A direction restricted to the elements of a mask; it takes several passes over memory."""
 
     def __init__(self, direction: Direction, mask: Mask) -> None:
         super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
@@ -110,7 +110,7 @@ class Masked(Direction):
         return super().noise(weight, start).where(self.mask.at(index), 0.0)
 
     def of_elements(self, numel: int, start: int) -> Tensor:
-        """The masked noise of some elements, (numel,): -0, which changes no number it is added to, where none is."""
+        """The direction at some elements, (numel,); -0.0, which no sum shows, where the mask leaves them out."""
         noise = torch.zeros(numel, dtype=self.coefficients.dtype, device=self.coefficients.device)
         self.accumulate(noise, start=start)
         return torch.where(self.mask.at(torch.arange(start, start + numel, device=noise.device)), noise, -0.0)

@@ -1,7 +1,7 @@
-"""Leading directions of what a layer reads, from forward passes, and how long the columns of a basis of them are.
+"""Leading directions of a layer's inputs, from forward passes, as a basis for its weight.
 
-The gradient of a linear map is a sum of products with its inputs, so its rows lie in their span: a few leading
-directions of the inputs' uncentred second moment hold much of it (AGZO, arXiv 2601.17261).
+The rows of the gradient of a linear map are linear combinations of its inputs. A few leading directions of the inputs'
+uncentred second moment therefore hold much of the gradient (AGZO, arXiv 2601.17261).
 """
 
 import math
@@ -24,8 +24,8 @@ class Leading(NamedTuple):
 
     Attributes:
         directions: (n, k), orthonormal columns, the leading one first; the largest element of each is positive.
-        values: (k,), the eigenvalues: mean squares of the inputs along them. Those below a millionth of the largest
-            are that.
+        values: (k,), the eigenvalues: mean squares of the inputs along the directions, at least a millionth of the
+            largest.
         energy: the mean squared norm of the inputs, the sum of all n eigenvalues.
     """
 
@@ -42,17 +42,16 @@ class Leading(NamedTuple):
 class SecondMoment:
     """The mean of ``x x'`` over rows x, streamed, in float32.
 
-    Of wide rows only its product with a Gaussian test matrix of k columns is kept, n k numbers instead of n^2, from
+    For wide rows only its product with a Gaussian test matrix of k columns is kept, n k numbers instead of n^2, from
     which eigenvectors are found by a Nystrom approximation (Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1706.05736,
-    algorithm 3). Its error is about the sum of the eigenvalues left out over k; a second pass over the same rows, see
-    :meth:`again`, about squares it. Of rows of at most 2 k numbers the moment is exact.
+    algorithm 3). The error is about the sum of the neglected eigenvalues over k, and a second pass over the same rows
+    (:meth:`again`) reduces it to about its square. For rows of at most 2 k numbers the moment is exact.
 
     Args:
-        size: n, numbers a row.
-        count: how many directions will be asked for.
-        seed: of the test matrix, with `name`.
-        name: likewise.
-        device: of the rows.
+        size: n, the length of a row.
+        count: the number of directions that will be asked for.
+        seed, name: determine the test matrix.
+        device: device of the rows.
     """
 
     def __init__(self, size: int, count: int, seed: int, name: str, device: torch.device) -> None:
@@ -71,14 +70,14 @@ class SecondMoment:
         self.totals += torch.stack([self.totals.new_tensor(len(rows)), rows.square().sum()])
 
     def again(self) -> None:
-        """Forgets all rows, so that the same ones can be added with what they have shown as the test matrix."""
+        """Begins another pass over the same rows, with a test matrix made of the result so far."""
         if self.test.shape[0] > self.test.shape[1] and bool(torch.isfinite(self.product).all()):
             self.test = torch.linalg.qr(self.product).Q
         self.product.zero_()
         self.totals.zero_()
 
     def blend(self, old: Leading, weight: float) -> None:
-        """Replaces the share `weight` of the mean by a moment of before, of which leading directions are known."""
+        """Mixes in an earlier moment, given by its leading directions, with the share `weight`."""
         count = self.totals[0].item()
         directions, values = old.directions.to(self.test), old.values.to(self.test)
         self.product.mul_(1 - weight)

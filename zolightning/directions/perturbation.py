@@ -1,4 +1,4 @@
-"""What any change of a weight must be able to do."""
+"""The interface of perturbations of a weight."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +18,6 @@ class Perturbation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class InPlace:
-    """A large tensor of a perturbation that is written to where it lies, so that CUDA graphs read it there, too."""
+    """Marks a large tensor of a perturbation that keeps its address, so that CUDA graphs can read it in place."""
 
     tensor: Tensor

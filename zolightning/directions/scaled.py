@@ -1,4 +1,4 @@
-"""Directions over the root of a diagonal curvature, so that flat coordinates are perturbed more (HiZOO)."""
+"""Directions divided by the root of a diagonal curvature, so that flat coordinates are perturbed more (HiZOO)."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,7 @@
-"""Rows of a parameter that a rank holds, where ranks share parameters: those of ``fully_shard`` (FSDP2).
+"""Parameters that are sharded over ranks by rows (``fully_shard``, FSDP2).
 
-Such a parameter is a ``DTensor``: it has the shape of the whole, and the numbers of one rank. Elements are counted in
-the whole, so that noise does not depend on who holds them.
+Such a parameter is a ``DTensor``, with the shape of the whole parameter and the data of one rank. Elements are numbered
+within the whole, so that noise does not depend on how it is sharded.
 """
 
 import math
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # importing it takes half a second, and where nobody has done so there is none
+if TYPE_CHECKING:  # importing it takes half a second, and no parameter is sharded unless it has been imported
     from torch.distributed.tensor import DTensor
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
-    """Whether this is a tensor whose elements are spread over ranks."""
+    """Whether a tensor is sharded over ranks."""
     return hasattr(tensor, "placements")
 
 
 def own_rows(tensor: Tensor) -> Tensor:
-    """The data that this rank holds, to be read or written to: all of it where nothing is spread."""
+    """The data that this rank holds, to read from or write to: all of it if the tensor is not sharded."""
     data = tensor.detach()
     return data.to_local() if is_sharded(data) else data
 
@@ -35,17 +35,17 @@ def first_element(tensor: Tensor) -> int:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All elements, of which every rank gets a copy: to be called on all ranks."""
+    """All elements, copied to every rank; to be called on all ranks."""
     data = tensor.detach()
     return data.full_tensor() if is_sharded(data) else data
 
 
 def gathered(own: Tensor, parameter: Tensor) -> Tensor:
-    """What all ranks keep for the elements of a parameter: to be called on all ranks.
+    """Gathers a tensor that has an entry for each element of a sharded parameter; to be called on all ranks.
 
     Args:
-        own: what this one keeps, (k,), for the k elements of :func:`own_rows`.
-        parameter: of n elements.
+        own: the entries of this rank, (k,), for the k elements of :func:`own_rows`.
+        parameter: the parameter, of n elements.
 
     Returns:
         (n,), of the dtype of `own`.
@@ -55,7 +55,7 @@ def gathered(own: Tensor, parameter: Tensor) -> Tensor:
     import torch
     from torch.distributed.tensor import DTensor
 
-    # Nothing is computed, and collectives know no int16.
+    # Collectives do not support int16; the bits are only moved.
     sent = own.view(torch.bfloat16) if own.dtype == torch.int16 else own
     spread = DTensor.from_local(
         sent.view(own_rows(parameter).shape),
@@ -68,7 +68,7 @@ def gathered(own: Tensor, parameter: Tensor) -> Tensor:
 
 
 def own_part(kept: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of what :func:`gathered` has collected."""
+    """This rank's part of the result of :func:`gathered`."""
     if not is_sharded(parameter):
         return kept
     start = first_element(parameter)
@@ -76,7 +76,7 @@ def own_part(kept: Tensor, parameter: Tensor) -> Tensor:
 
 
 def require_rows(name: str, parameter: nn.Parameter) -> None:
-    """Raises a ValueError that names a parameter which is spread in another way than by rows."""
+    """Raises a ValueError that names a parameter which is sharded in another way than by rows."""
     if not is_sharded(parameter):
         return
     own = own_rows(parameter)

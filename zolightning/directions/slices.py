@@ -1,4 +1,4 @@
-"""A part of a parameter that trains alone: some of its rows, or some of its columns."""
+"""Slices of parameters: some rows or some columns, which train alone."""
 
 from dataclasses import dataclass
 

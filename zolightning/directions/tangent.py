@@ -1,4 +1,4 @@
-"""A direction that a loss is differentiated along, instead of evaluated at a step in it."""
+"""Directions for forward-mode differentiation."""
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -8,17 +8,17 @@ from zolightning.directions.perturbation import Perturbation
 
 
 class Tangent:
-    """Makes a parameter a dual number: what is computed from it carries its derivative along a direction.
+    """Makes a parameter a dual number, so that what is computed from it carries its derivative along a direction.
 
-    In the place of a perturbation, where one level of :mod:`torch.autograd.forward_ad` is open. Memory is that of the
-    parameter, while it is read.
+    It takes the place of a perturbation within a level of :mod:`torch.autograd.forward_ad`. It needs the memory of the
+    parameter while that is read.
 
     Args:
-        direction: of unit variance, the same for any weight.
+        direction: the direction, of unit variance; it must not depend on the weight.
 
     Attributes:
-        is_hidden: whether the parameter was read, if at all, where it could not be exchanged, so that what was computed
-            from it carries no derivative.
+        is_hidden: whether the parameter was only read where it could not be replaced by a dual number, so that the
+            derivative is lost.
     """
 
     def __init__(self, direction: Perturbation) -> None:

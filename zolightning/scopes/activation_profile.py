@@ -1,4 +1,4 @@
-"""How large the outputs of each layer are, over a few prompts: the statistics by which a dominant layer is found."""
+"""Statistics of the outputs of each layer on a few prompts, by which a dominant layer is found."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ _KEPT = 4  # channels and token positions worth reporting: outliers sit in very 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Tells models of different shapes apart.
+    """Identifies the architecture that a profile was measured on.
 
     Attributes:
         layer_class: class of the layers.
-        num_layers: how many there are.
+        num_layers: number of layers.
         shapes: hash of the names and shapes of their parameters.
     """
 
@@ -51,7 +51,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Sizes of a layer's output, the residual stream after the layer; tokens only, float32.
+    """Statistics of a layer's output (the residual stream after it), without padding, in float32.
 
     Attributes:
         max: largest absolute value, median over the sequences.

@@ -1,4 +1,4 @@
-"""Forward passes of an untrained module over a few training prompts, to look before anything moves."""
+"""Forward passes of a module on a few training prompts, before training."""
 
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, cast
@@ -19,17 +19,17 @@ from zolightning.step import Loss
 
 @torch.no_grad()
 def calibration_forward(module: L.LightningModule, batch: Any) -> Loss:
-    """Runs the module's own ``training_step`` on a batch as :func:`own_loss` does, without gradients."""
+    """:func:`own_loss` without gradients."""
     return own_loss(module, batch)
 
 
 def own_loss(module: L.LightningModule, batch: Any) -> Loss:
-    """What the module's own ``training_step`` returns for a batch: in evaluation mode, logging nothing.
+    """What the module's own ``training_step`` returns for a batch, in evaluation mode and without logging.
 
     Raises:
-        MisconfigurationException: if that step would do more than compute a loss.
+        MisconfigurationException: if that step does not only compute a loss (manual optimization).
     """
-    # The ZerothOrder callback stands in for a step of its own, on the instance.
+    # Under the ZerothOrder callback the instance has a `training_step` of its own, and the class's is the module's.
     if not module.automatic_optimization and "training_step" not in vars(module):
         raise MisconfigurationException(
             f"{type(module).__name__} has `automatic_optimization=False`: its `training_step` trains, and is not "
@@ -49,8 +49,8 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
     """The first examples of the training data as they are stored, in batches on the module's device.
 
-    A loader that has a method ``first_batches(num_examples)`` is asked for them; of others the data set is read.
-    Neither the order of the run's batches nor torch's generators take notice. Every rank gets the same examples.
+    A loader with a method ``first_batches(num_examples)`` is asked for them; otherwise its data set is read. This does
+    not change the order of the run's batches or the state of torch's generators. All ranks get the same examples.
 
     Raises:
         ValueError: if there are none.

@@ -1,4 +1,4 @@
-"""Training the layer that the activations single out."""
+"""Trains the layer with abnormally large activations."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,21 +13,22 @@ from zolightning.scopes.rules import DEFAULT_RULES, Rule, select
 class DominantLayer(LayerScope):
     """Trains one layer only: the first whose output activations are abnormally large (arXiv 2606.05516).
 
-    When training starts, the still untrained network runs over a few training prompts, and the first of `rules` that
-    singles out a layer decides. Which layer that is belongs to a model more than to a task.
+    Before training the network runs on a few training prompts, and the first of `rules` that finds a layer decides.
+    Which layer it is depends more on the model than on the task.
 
     Args:
-        part: what of the layer trains; all of it by default.
-        extra_layers: layers that train beside it.
+        part: which parameters of the layer train; all of them by default.
+        extra_layers: indices of other layers that train too.
         rules: how to choose, in order of preference. Default: the first layer with massive activations (above 100 and
-            1000 times the median), or else the largest jump of the maximum in the first half, if it is fivefold.
-        num_prompts: training examples to look at.
-        layers_name: where the layers are; found by structure if not given.
-        profile: file written by ``zolightning profile``, instead of looking.
-        layer: index of the layer, from 0, instead of looking.
+            1000 times the median), or else the layer with the largest jump of the maximum in the first half of the
+            network, if that is at least fivefold.
+        num_prompts: number of training examples to run.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+        profile: a file written by ``zolightning profile``, to use instead of running the network.
+        layer: index of the layer, from 0, if it is known already.
 
     Raises:
-        ValueError: naming the argument, before anything trains; if no layer stands out, with the whole profile.
+        ValueError: before training, naming an argument; or with the whole profile if no rule finds a layer.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Watches, while a network runs, what its linear maps are given."""
+"""Gathers second moments of the inputs of linear maps while a network runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -18,19 +18,19 @@ INPUT_DIM: dict[Side, int] = {"left": 0, "right": 1}
 
 
 class InputMoments(TorchFunctionMode):
-    """A context in which the inputs of weights are summed up: second moments, no activation is kept.
+    """A context that gathers the second moments of the inputs of weights, without keeping activations.
 
-    Weights that read one tensor, as the query, key and value maps of a layer do, share a moment. What reads a weight
-    otherwise than by a product (an embedding, a convolution) has no inputs to look at.
+    Weights with the same input tensor, such as the query, key and value projections of a layer, share a moment. Weights
+    that are used in other ways than by a product (embeddings, convolutions) have none.
 
     Args:
-        weights: parameters to watch for, with the part of each that counts; None for all of it.
-        tokens: active with it; says which rows are padding.
+        weights: the parameters, each with the slice of it that trains, or None if all of it does.
+        tokens: the mask of tokens, which must be active as well.
         new: makes a moment for a weight and the side that its inputs are on.
-        first_token: count the first token of each sequence.
+        first_token: whether to count the first token of each sequence.
 
     Attributes:
-        moments: of each weight whose inputs were seen, by "right" for ``x W'`` or "left" for ``x W``.
+        moments: for weights whose inputs were seen, their side ("right" for ``x W'``, "left" for ``x W``) and moment.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class InputMoments(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def of(self, readers: Sequence[tuple[nn.Parameter, Side]]) -> SecondMoment:
-        """The moment that these weights are to share from now on: the first one's, made if its inputs were not seen."""
+        """The moment of the first of these weights, which all of them share from now on; made if there is none yet."""
         weight, side = readers[0]
         moment = self.moments[weight][1] if weight in self.moments else self._new(weight, side)
         self.moments |= {reader: (side, moment) for reader, side in readers}

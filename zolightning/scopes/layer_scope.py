@@ -1,4 +1,4 @@
-"""Training a few layers: what the callbacks that choose layers have in common."""
+"""The base class of the scopes that choose layers."""
 
 import functools
 from abc import abstractmethod
@@ -25,14 +25,14 @@ class ChosenLayers(NamedTuple):
 
 
 class LayerScope(Scope):
-    """Abstract base of the scopes that choose layers, and of each layer the same part.
+    """Abstract base of the scopes that choose layers and train the same part of each.
 
-    The head of a classifier (:class:`~zolightning.models.classifier.Classifier`) trains with them: mostly it is new.
+    The head of a classifier (:class:`~zolightning.models.classifier.Classifier`), usually a new one, trains as well.
 
     Args:
-        part: what of the layers trains; all of it by default.
+        part: which parameters of the layers train; all of them by default.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
-        num_prompts: training examples to look at, where the choice depends on activations.
+        num_prompts: number of training examples to run if the choice depends on activations.
     """
 
     def __init__(self, part: Part | None = None, layers_name: str | None = None, num_prompts: int = 32) -> None:

@@ -1,4 +1,4 @@
-"""The one direction in which the massive activations of a layer lie, as a part of it."""
+"""Trains a layer along the direction of its massive activations only."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -14,17 +14,17 @@ from zolightning.scopes.token_mask import TokenMask
 
 
 class MassiveDirection(Part):
-    """What a layer writes along the leading direction of its channels: as many numbers as the layer is wide.
+    """The response of a layer's MLP to the leading direction of its down projection's inputs: one number per output.
 
-    Massive activations (Sun et al. 2024, arXiv 2402.17762) arise where one direction v of what the down projection
-    reads becomes larger than all else on a single token. In the dominant layer of SmolLM2-135M, v holds 0.9997 of the
-    energy of its inputs on SST-2 prompts (the first token's, in two of 1,536 channels), and so nearly all of the
-    gradient of its weight W, whose rows are sums of inputs. This part trains b in ``W + b v'``: 576 numbers there.
+    Massive activations (Sun et al. 2024, arXiv 2402.17762) arise where the inputs of a down projection are very large
+    along one direction v, on a single token. In the dominant layer of SmolLM2-135M, v has 0.9997 of the energy of the
+    inputs on SST-2 prompts (of the first token, in two of 1,536 channels). Rows of the gradient of the weight W are
+    sums of inputs, so nearly all of it lies along v. This part trains b in ``W + b v'``: 576 numbers in that model.
 
-    v, of length 1, is the leading eigenvector of the mean of x x' over the tokens of the calibration prompts. It stays,
-    as the first matrix of a rank-one LoRA adapter whose second one is b; so `eps` and `lr` mean what they do for W, any
-    optimizer trains it, backpropagation too, and checkpoints and ``zolightning export`` treat it as an adapter. For
-    models of transformers only.
+    v is the leading unit eigenvector of the mean of ``x x'`` over the tokens of the calibration prompts. It is fixed,
+    as the first matrix of a rank-one LoRA adapter whose second matrix is b. `eps` and `lr` therefore mean the same as
+    for W, any optimizer can train it, and checkpoints and ``zolightning export`` treat it as an adapter. For models of
+    transformers only.
     """
 
     def select(

@@ -1,4 +1,4 @@
-"""Which part of the chosen layers trains."""
+"""Which part of the chosen layers trains: all of it, the MLP, some channels, or adapters."""
 
 import math
 from abc import ABC, abstractmethod
@@ -33,13 +33,13 @@ class Part(ABC):
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
     ) -> ChosenParameters:
-        """Each chosen parameter with its slice, or with None if it trains as a whole.
+        """The chosen parameters, each with its slice, or None if it trains as a whole.
 
         Args:
-            module: owns the layers; on its device.
+            module: owns the layers.
             stack: all layers.
-            indices: the chosen ones.
-            calibrate: runs the network over the calibration prompts; costs nothing unless it is called.
+            indices: those that were chosen.
+            calibrate: runs the network on the calibration prompts; call it only if activations are needed.
         """
 
     def __repr__(self) -> str:
@@ -66,14 +66,14 @@ class MLP(Part):
 
 
 class OutlierChannels(Part):
-    """The channels of a layer's MLP that reach the largest values on the calibration prompts.
+    """The channels of a layer's MLP with the largest activations on the calibration prompts.
 
-    Of I channels the ``ceil(fraction * I)`` are taken whose largest absolute value, over all tokens, at the input of
-    the down projection is largest. A channel of a gated MLP is a row of gate and of up and a column of down: with k
-    channels, 3Hk numbers train (Dominant-Layer ZO, arXiv 2606.05516). Where the maps up have biases, so does a channel.
+    Of I channels, the ``ceil(fraction * I)`` with the largest absolute values at the input of the down projection are
+    chosen. In a gated MLP a channel is a row of the gate and up projections and a column of the down projection, so k
+    channels have 3Hk weights (Dominant-Layer ZO, arXiv 2606.05516). Biases of the former are part of it.
 
     Args:
-        fraction: of the channels, above 0 and at most 1.
+        fraction: share of the channels that train, above 0 and at most 1.
     """
 
     def __init__(self, fraction: float = 0.01) -> None:
@@ -92,10 +92,10 @@ class OutlierChannels(Part):
 
 
 class WithoutOutlierChannels(Part):
-    """A layer, or its MLP, without the numbers that :class:`OutlierChannels` would train.
+    """A layer, or its MLP, without the weights that :class:`OutlierChannels` would train.
 
     Args:
-        fraction: of the channels to leave out, above 0 and at most 1.
+        fraction: share of the channels to leave out, above 0 and at most 1.
         within: `WholeLayer()`, which is the default, or `MLP()`.
     """
 
@@ -123,15 +123,15 @@ class WithoutOutlierChannels(Part):
 
 
 class LoRA(Part):
-    """Low-rank adapters beside linear maps of the layers; nothing else trains (Hu et al. 2021, arXiv 2106.09685).
+    """LoRA adapters, made by PEFT, on linear maps of the layers; only they train (Hu et al. 2021, arXiv 2106.09685).
 
-    PEFT makes them. For models of transformers only.
+    For models of transformers only.
 
     Args:
-        rank: of an adapter.
-        alpha: an adapter's output is multiplied by ``alpha / rank``.
-        target_modules: which linear maps: the last part of their names, such as ``[q_proj, v_proj]``. Default: those
-            that PEFT adapts in this architecture, mostly query and value.
+        rank: rank of an adapter.
+        alpha: the output of an adapter is multiplied by ``alpha / rank``.
+        target_modules: the linear maps with an adapter, by the last part of their names, such as ``[q_proj, v_proj]``.
+            Default: those that PEFT chooses for the architecture, usually query and value.
     """
 
     def __init__(self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Training a prefix only."""
+"""Prefix tuning."""
 
 import lightning as L
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -11,10 +11,11 @@ from zolightning.scopes.train_head import pretrained_model
 
 
 class PrefixTuning(Scope):
-    """Trains keys and values that every layer attends to before those of the text (Li & Liang 2021, arXiv 2101.00190).
+    """Trains a prefix of keys and values in every layer, before those of the text (Li & Liang 2021, arXiv 2101.00190).
 
-    As MeZO does it (arXiv 2305.17333): keys and values are the parameters, no network makes them, and they begin as
-    those that the model computes for random tokens. For decoders of transformers. PEFT reads what is exported.
+    As in MeZO (arXiv 2305.17333) the keys and values are trained directly, without a network that generates them, and
+    start as those that the model computes for random tokens. For decoders of transformers. Exports are in PEFT's
+    format.
 
     Args:
         num_virtual_tokens: length of the prefix.

@@ -1,4 +1,4 @@
-"""Training a layer drawn by lot: the control of the dominant layer."""
+"""Trains a layer drawn at random: the control for the dominant layer."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,15 @@ from zolightning.scopes.parts import Part
 
 
 class RandomLayer(LayerScope):
-    """Trains one layer only, drawn by lot: what the choice of a dominant layer has to be better than.
+    """Trains one layer only, drawn at random: the control that the choice of a dominant layer has to beat.
 
-    The draw depends on the seed and the number of layers, and on no generator of torch's.
+    The draw depends on the seed and the number of layers only, not on torch's generators.
 
     Args:
-        part: what of the layer trains; all of it by default.
-        seed: of the draw.
-        layers_name: where the layers are; found by structure if not given.
-        num_prompts: training examples to look at, where the part depends on activations.
+        part: which parameters of the layer train; all of them by default.
+        seed: seed of the draw.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+        num_prompts: number of training examples to run if the part depends on activations.
     """
 
     def __init__(

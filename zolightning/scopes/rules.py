@@ -1,4 +1,4 @@
-"""By which rule a layer counts as dominant, from the profile of its model."""
+"""Rules that choose the dominant layer from an activation profile."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ def _require_above(least: float, name: str, value: float) -> None:
 
 
 class Rule(ABC):
-    """Chooses one layer, or none."""
+    """Abstract base of the rules: a callable that chooses one layer, or none."""
 
     @abstractmethod
     def __call__(self, profile: ActivationProfile) -> int | None:
@@ -79,8 +79,8 @@ class Jump(Rule):
 
     Args:
         ratio: the least factor.
-        first_half_only: look no further than index n/2 of n layers. Dominant layers are early ones (Dominant-Layer ZO,
-            arXiv 2606.05516: 1 of 32, 6 of 36), and the last layers jump in many models.
+        first_half_only: consider only layers up to index n/2 of n. Dominant layers are early ones (Dominant-Layer ZO,
+            arXiv 2606.05516: 1 of 32, 6 of 36), and in many models the last layers have large jumps as well.
     """
 
     ratio: float = 5.0

@@ -1,4 +1,4 @@
-"""Which parameters train: what all callbacks that choose them have in common."""
+"""The base class of the callbacks that choose which parameters train."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -21,13 +21,13 @@ _KEY = "scope"
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen.
+    """The parameters that a scope chose.
 
     Attributes:
         parameters: names of the parameters that train, with their slices; None for a whole parameter.
         reason: what was chosen and why, in a few words.
-        layers: indices of the layers it comes from.
-        details: the figures behind it, as a table.
+        layers: indices of the chosen layers, if layers were chosen.
+        details: the figures behind the choice, as a table.
     """
 
     parameters: dict[str, Slice | None]
@@ -39,11 +39,11 @@ class Selection:
 class Scope(Callback, ABC):
     """Abstract base of the callbacks that choose which parameters train; everything else is frozen during ``fit``.
 
-    The choice is made once, before the optimizer exists, and kept in the checkpoints: a resumed run trains what the
-    checkpoint says, whatever would be chosen now. Parameters that are frozen already stay so, and after the fit all
-    are as trainable as before it. Quantised weights (``model.quantization``) that are chosen train in the dtype of the
-    rest, as what they were before. Works under any optimizer that respects ``requires_grad``; slices of parameters
-    need a zeroth-order method. There can be one scope in a Trainer.
+    The choice is made once, before the optimizer is made, and saved in checkpoints: a resumed run trains what its
+    checkpoint says. Parameters that were frozen before stay frozen, and after the fit every ``requires_grad`` is what
+    it was. Chosen weights that are quantised (``model.quantization``) train as they were before the quantisation. A
+    scope works with any optimizer that respects ``requires_grad``, except that slices of parameters need a zeroth-order
+    method. A Trainer can have one scope.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Scope(Callback, ABC):
 
     @abstractmethod
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
-        """Chooses; may add parameters to the module."""
+        """Chooses the parameters; may add parameters to the module first."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
@@ -116,7 +116,7 @@ class Scope(Callback, ABC):
         self._give_back()  # Lightning calls no teardown after an exception or an interrupt
 
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A choice from the same prompts is the same everywhere, but for the last bits of different processors.
+        # All ranks look at the same prompts, but different processors may differ in the last bits.
         self._apply(pl_module, trainer.strategy.broadcast(self.select(trainer, pl_module)))
 
     def _apply(self, pl_module: L.LightningModule, selection: Selection) -> None:

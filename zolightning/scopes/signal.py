@@ -1,4 +1,4 @@
-"""What a block of parameters promises, from forward passes: its gradient's size against its curvature."""
+"""Estimates the squared gradient and the curvature of blocks of parameters by forward passes."""
 
 import math
 import statistics
@@ -17,17 +17,17 @@ from zolightning.scopes.parts import ChosenParameters
 
 @dataclass(frozen=True)
 class BlockSignal:
-    """Estimates for one block b, of gradient g and Hessian H, each with its standard error.
+    """Estimates for one block with gradient g and Hessian H, each with its standard error.
 
     Attributes:
-        name: of the block.
-        size: numbers that would train.
-        squared_grad: ``|g|^2``, unbiased and so sometimes below 0.
-        squared_grad_error: of it.
-        curvature: ``tr H``, likewise.
-        curvature_error: of it.
-        least_curvature: what a smaller one counts as: twice the median error of all blocks' curvatures, so that noise
-            is not taken for flatness.
+        name: name of the block.
+        size: number of elements that would train.
+        squared_grad: ``|g|^2``; the estimate is unbiased and may be negative.
+        squared_grad_error: its standard error.
+        curvature: ``tr H``; the estimate is unbiased and may be negative.
+        curvature_error: its standard error.
+        least_curvature: a lower bound for the curvature in :attr:`ratio`, twice the median standard error of all
+            blocks, so that noise is not taken for flatness.
     """
 
     name: str
@@ -40,7 +40,7 @@ class BlockSignal:
 
     @property
     def ratio(self) -> float:
-        """``|g|^2 / tr H``: twice what the best step ``-lr g z`` in the block takes off the loss, at ``1 / tr H``."""
+        """``|g|^2 / tr H``: twice the decrease of the loss by a step ``-lr g z`` at the best rate, ``1 / tr H``."""
         curvature = max(self.curvature, self.least_curvature)
         return self.squared_grad / curvature if curvature > 0 else 0.0
 
@@ -53,22 +53,22 @@ def measure_signal(
     eps: float = 1e-3,
     seed: int | None = None,
 ) -> list[BlockSignal]:
-    """Perturbs one block after the other along `num_queries` directions, and nothing else.
+    """Perturbs one block after the other along `num_queries` directions each.
 
-    Along a direction z each of B batches has a projected gradient ``z' g_i``. The square of their mean would count the
-    batches' noise as signal, ``|g|^2 + N / B``; products of different batches do not: the mean of ``(z' g_i)(z' g_j)``
-    over all pairs has the expectation ``|g|^2``. Second differences have that of ``tr H``.
+    Along a direction z, each of B batches has a projected gradient ``z' g_i``. The square of their mean is biased by
+    the noise of the batches. The mean of the products ``(z' g_i)(z' g_j)`` over pairs of different batches is not: its
+    expectation is ``|g|^2``. The expectation of second differences over ``eps**2`` is ``tr H``.
 
-    Costs ``B (2 num_queries + 1)`` evaluations a block, and three or four that find out where parameters are read.
-    Evaluate in float32 where that can be: in half precision a perturbation also changes how the forward rounds.
+    Costs ``B (2 num_queries + 1)`` evaluations per block, and a few that find where parameters are read. Evaluate in
+    float32 if possible: in half precision a perturbation also changes the rounding in the forward pass.
 
     Args:
-        module: owns the parameters, which are as before afterwards.
-        blocks: the parameters of each, with their slices, by name; no parameter is in two.
-        losses: of at least two batches that have no example in common.
-        num_queries: directions a block, at least 2, whose spread gives errors.
+        module: owns the parameters, which are unchanged afterwards.
+        blocks: the parameters of each block, with their slices, by name; no parameter is in two blocks.
+        losses: compute the losses of at least two batches without common examples.
+        num_queries: number of directions for each block, at least 2, because their spread gives the errors.
         eps: standard deviation of the perturbation of each weight.
-        seed: of the directions; None takes that of ``seed_everything``.
+        seed: seed of the directions; None takes that of ``seed_everything``.
 
     Raises:
         ValueError: if there are less than two batches.
@@ -103,7 +103,7 @@ def measure_signal(
 
 
 def pair_products(grads: Tensor) -> Tensor:
-    """The mean product of the entries of two different rows, for each column: (rows, columns) to (columns,)."""
+    """The mean of the products of entries in two different rows, for each column of a (rows, columns) matrix."""
     count = len(grads)
     return (grads.sum(0).square() - grads.square().sum(0)) / (count * (count - 1))
 
@@ -121,7 +121,7 @@ def table(signals: Iterable[BlockSignal]) -> str:
 
 @contextmanager
 def unfrozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Unfreezes parameters for now: a method passes over those that are frozen."""
+    """A context in which these parameters are trainable."""
     flags = {parameter: parameter.requires_grad for parameter in parameters}
     try:
         for parameter in flags:

@@ -1,4 +1,4 @@
-"""Which positions of a forward pass hold tokens, and which only padding."""
+"""Finds the positions of a forward pass that hold tokens rather than padding."""
 
 import inspect
 from contextlib import AbstractContextManager, ExitStack
@@ -11,15 +11,15 @@ from zolightning.layers import LayerStack
 
 
 class TokenMask(AbstractContextManager["TokenMask"]):
-    """Watches, while active, for the ``attention_mask`` that the network around the layers is given.
+    """A context that records the ``attention_mask`` with which the network around the layers is called.
 
-    A mask of two dimensions has 1 at tokens and 0 at padding, on either side; one of four, (rows, 1, queries, keys), is
-    True where a query attends to a key, which then is a token. It holds for as long as the call lasts that it was
-    handed to. Where a network takes none, every position counts as a token.
+    A mask with two dimensions is 1 at tokens and 0 at padding, on either side. One with four, (rows, 1, queries, keys),
+    is True where a query attends to a key, which then is a token. A mask applies until the call that it was passed to
+    returns. If the network gets none, every position is a token.
 
     Args:
         module: the network, or a module around it.
-        stack: its layers; the masks handed to these are not looked at.
+        stack: its layers, whose own masks are ignored.
     """
 
     def __init__(self, module: nn.Module, stack: LayerStack) -> None:
@@ -48,7 +48,7 @@ class TokenMask(AbstractContextManager["TokenMask"]):
         self._masks.clear()
 
     def fits(self, activations: Tensor) -> bool:
-        """Whether `activations` are laid out as the mask, whose end they may be; the rows of an expert are not."""
+        """Whether `activations` have the positions of the mask, or its last ones; inputs of an expert do not."""
         mask = self._masks[-1] if self._masks else None
         shape = activations.shape[:-1]
         return (
@@ -61,11 +61,11 @@ class TokenMask(AbstractContextManager["TokenMask"]):
         """True where `activations` belong to a token: as many entries as they have without their last dimension.
 
         Args:
-            activations: of all positions, or of the last ones.
-            with_first: count the first token of each row, which in many models has massive activations.
+            activations: activations at all positions, or at the last ones.
+            with_first: whether to count the first token of each row, whose activations are massive in many models.
 
         Raises:
-            ValueError: if the network's mask does not fit.
+            ValueError: if the shape of the network's mask does not fit.
         """
         shape = activations.shape[:-1]
         mask = self._masks[-1] if self._masks else None

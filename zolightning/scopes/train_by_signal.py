@@ -1,4 +1,4 @@
-"""Training where the gradient is large and the curvature small."""
+"""Trains the blocks with large gradients and small curvature."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,26 +18,27 @@ from zolightning.scopes.signal import measure_signal, table
 
 
 class TrainBySignal(Scope):
-    """Trains the blocks with the largest ``|g|^2 / tr H``, which forward passes estimate before training starts.
+    """Trains the blocks with the largest ``|g|^2 / tr H``, estimated by forward passes before training.
 
-    A zeroth-order step in a block of gradient g and Hessian H takes at most ``|g|^2 / (2 tr H)`` off the loss, whatever
-    the block's size (:class:`~zolightning.scopes.signal.BlockSignal`). Blocks are layers, or the same part of each, or
-    what patterns name, such as all query maps. Sizes of gradients are estimated without bias, by products of different
-    batches; so the training data must have two batches at least in `num_prompts` examples.
+    A zeroth-order step in a block with gradient g and Hessian H lowers the loss by at most ``|g|^2 / (2 tr H)``,
+    whatever the block's size (:class:`~zolightning.scopes.signal.BlockSignal`). Blocks are layers, the same part of
+    each layer, or sets of parameters given by patterns, such as all query projections. ``|g|^2`` is estimated without
+    bias, from products of gradients of different batches, so `num_prompts` examples must make at least two batches.
 
-    Costs about ``B (2 num_queries + 1)`` forwards a block, B the number of batches; a line says how many before they
-    are run. They need no gradients and no optimizer, and are run once: a run that goes on from a checkpoint trains what
-    it says without looking again. In TensorBoard the text ``scope`` shows the estimates of all blocks.
+    Costs about ``B (2 num_queries + 1)`` forwards per block for B batches, without gradients or an optimizer; a message
+    says how many. They are run once: a resumed run trains what its checkpoint says. In TensorBoard the text ``scope``
+    shows the estimates for all blocks.
 
     Args:
-        num_blocks: how many blocks train.
-        part: what of each layer is looked at, and trains; all of it by default.
-        patterns: regular expressions, one a block, instead of layers: a parameter belongs to the first that matches
-            somewhere in its name.
-        num_queries: directions a block. The relative error of ``|g|^2`` is about ``sqrt(2 / num_queries)``.
-        num_prompts: training examples to look at.
+        num_blocks: number of blocks that train.
+        part: which parameters of each layer are measured and train; all of them by default.
+        patterns: regular expressions, one for each block, instead of layers; a parameter belongs to the first one that
+            matches somewhere in its name.
+        num_queries: number of directions for each block. The relative error of ``|g|^2`` is about
+            ``sqrt(2 / num_queries)``.
+        num_prompts: number of training examples to evaluate.
         eps: standard deviation of the perturbation of each weight.
-        layers_name: where the layers are; found by structure if not given.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
 
     Raises:
         ValueError: naming the argument, before anything trains.
@@ -119,7 +120,7 @@ class TrainBySignal(Scope):
         vars(strategy)["setup"] = choose_and_set_up
 
     def _blocks(self, pl_module: L.LightningModule, batches: Sequence[Any]) -> dict[str, ChosenParameters]:
-        """What may train, by block."""
+        """The parameters of each block that may train."""
         if self.patterns is not None:
             trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
             blocks = find_blocks(pl_module, trainable, self.patterns, "never").parameters

@@ -1,4 +1,4 @@
-"""Training the head only."""
+"""Trains the head only."""
 
 from typing import Any
 
@@ -10,14 +10,13 @@ from zolightning.scopes.scope import Scope, Selection
 
 
 class TrainHead(Scope):
-    """Trains what a model of transformers has beyond its base model: the output layer of a language model,
-    or a classifier's head with its pooler.
+    """Trains the output layer of a language model of transformers, or the head of a classifier with its pooler.
 
-    Everything below is the same for all evaluations of a step, and computed once. Where the head is tied to the
-    embeddings, it becomes a copy of them first; checkpoints and exports then hold both.
+    All layers below run only once per step. A head that is tied to the embeddings becomes a copy of them first, so
+    that checkpoints and exports hold both.
 
     Args:
-        untie: False trains the matrix of a tied head as it is, as embeddings too.
+        untie: whether to untie a tied head; if False, its matrix trains as head and embeddings at once.
     """
 
     def __init__(self, untie: bool = True) -> None:

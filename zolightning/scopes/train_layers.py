@@ -1,4 +1,4 @@
-"""Training layers by their number."""
+"""Trains layers by their numbers."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -10,13 +10,13 @@ from zolightning.scopes.parts import Part
 
 
 class TrainLayers(LayerScope):
-    """Trains the named layers only, or a part of each.
+    """Trains the given layers only, or a part of each.
 
     Args:
         layers: indices from 0, or "all".
-        part: what of the layers trains; all of it by default.
-        layers_name: where the layers are; found by structure if not given.
-        num_prompts: training examples to look at, where the part depends on activations.
+        part: which parameters of the layers train; all of them by default.
+        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+        num_prompts: number of training examples to run if the part depends on activations.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Training parameters by their names."""
+"""Trains parameters by their names."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from zolightning.scopes.scope import Scope, Selection
 
 
 class TrainParameters(Scope):
-    """Trains the parameters whose names match only.
+    """Trains only the parameters whose names match.
 
     Args:
         patterns: regular expressions; a parameter trains if one of them matches somewhere in its dotted name.
