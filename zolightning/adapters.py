@@ -1,7 +1,7 @@
 """Adapters inside a model of transformers: LoRA beside linear maps, a prefix before the text.
 
-PEFT makes LoRA adapters. The methods of the same names that transformers gives its models ask for a version of PEFT
-that may not be out yet.
+LoRA adapters are made by PEFT directly, because the methods of transformers for that may require a version of PEFT that
+is not released yet.
 """
 
 import json
@@ -58,7 +58,7 @@ def adapter_settings(model: "PreTrainedModel") -> AdapterSettings | None:
 
 
 def differences(present: AdapterSettings, wanted: AdapterSettings) -> str:
-    """What of an adapter is not as it is wanted, in a few words."""
+    """The settings in which an adapter differs from the wanted one, in a few words."""
     names = sorted(name for name in present.keys() | wanted.keys() if present.get(name) != wanted.get(name))
     if "peft_type" in names:
         names = ["peft_type"]
@@ -78,10 +78,11 @@ def adapter_parameters(model: "PreTrainedModel") -> list[nn.Parameter]:
 
 
 def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
-    """Adds an adapter to a model without one: LoRA, which changes nothing at first, or a prefix of random tokens.
+    """Adds an adapter to a model without one: LoRA, which has no effect at first, or a prefix of random tokens.
 
-    Which of the other parameters are trainable is as before. The adapter's values depend on the seed of
-    ``seed_everything`` (or 0), a prefix also on the model, its dtype and its device; torch's generators take no notice.
+    Other parameters stay as trainable as they are. The adapter's initial values depend on the seed of
+    ``seed_everything`` (or 0), those of a prefix also on the model, its dtype and its device; the state of torch's
+    generators does not change.
 
     Raises:
         ValueError: if the model's weights are sharded over ranks already, or it takes no prefix.
@@ -117,7 +118,7 @@ def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
 
 
 def remove_adapter(model: "PreTrainedModel") -> None:
-    """Takes the adapter, and all that it has learnt, out of the model."""
+    """Removes the adapter from the model, without merging it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if prefix_of(model) is not None:
@@ -129,7 +130,7 @@ def remove_adapter(model: "PreTrainedModel") -> None:
 
 
 def merge_adapter(model: "PreTrainedModel") -> None:
-    """Adds what a LoRA adapter has learnt to the weights beside it, rounded to their dtype, and takes it out.
+    """Merges a LoRA adapter into the model's weights, rounded to their dtype, and removes it.
 
     Raises:
         ValueError: if the model has none, or a sum is not finite.
@@ -145,7 +146,7 @@ def merge_adapter(model: "PreTrainedModel") -> None:
 
 
 def restore_adapter(model: "PreTrainedModel", settings: AdapterSettings | None) -> None:
-    """Makes the model one that weights saved with these settings fit: with that adapter, or without any."""
+    """Adds or removes an adapter so that weights saved with these settings can be loaded."""
     present = adapter_settings(model)
     if present == settings:
         return
@@ -184,7 +185,7 @@ def _task_type(model: "PreTrainedModel") -> str | None:
 
 
 def inject_lora(model: "PreTrainedModel", config: Any) -> None:
-    """Adds LoRA adapters by PEFT, and nothing that it does beside."""
+    """Adds LoRA adapters with PEFT, without changing ``requires_grad`` of other parameters or torch's generators."""
     from peft import inject_adapter_in_model
 
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -1,4 +1,4 @@
-"""The output layer of a model of transformers, and its weight where the embeddings are that too."""
+"""The output layer of a model of transformers: whether it is tied to the embeddings, untying it, setting its rows."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,18 @@ def belongs_to_head(model: "PreTrainedModel", name: str) -> bool:
 
 
 def is_tied(model: "PreTrainedModel") -> bool:
-    """Whether one matrix embeds the tokens and scores them."""
+    """Whether the output layer and the embeddings share a weight."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is embeddings.weight
 
 
 def has_untied_head(model: "PreTrainedModel") -> bool:
-    """Whether :func:`untie_head` gave the model the head that it has."""
+    """Whether the model's head was untied by :func:`untie_head`."""
     return bool(getattr(model, _UNTIED, False))
 
 
 def untie_head(model: "PreTrainedModel") -> None:
-    """Gives a model with tied embeddings a head of its own, a copy of them; its config says so from then on.
+    """Replaces the weight of a tied head by a copy of the embeddings, and updates the model's config.
 
     Raises:
         ValueError: if weights are sharded over ranks already, or the model scales its outputs because they are tied.
@@ -60,7 +60,7 @@ def untie_head(model: "PreTrainedModel") -> None:
 
 
 def restore_head(model: "PreTrainedModel", untied: bool) -> None:
-    """Makes the model one that weights saved with or without an untied head fit."""
+    """Ties or unties the head, so that saved weights of the other kind can be loaded."""
     if untied == has_untied_head(model):
         return
     if untied:

@@ -1,4 +1,4 @@
-"""Where the layers of a network are, and what is attention and what MLP in one: found by structure, not by name."""
+"""Finds the layers of a network, and the MLP of a layer, by structure rather than by names."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class LayerStack:
 def find_layers(module: nn.Module, name: str | None = None) -> LayerStack:
     """Finds the layers of a transformer, or of anything else that keeps its layers in an ``nn.ModuleList``.
 
-    They are taken from the list with the most parameters among those that lie in no other list.
+    Of the lists that are in no other list, the one with the most parameters holds the layers.
 
     Args:
         module: the network, or a module around it.

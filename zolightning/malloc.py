@@ -1,4 +1,4 @@
-"""The allocator of a process on Linux, told to keep what was freed for the next tensors."""
+"""Tells glibc's allocator to keep freed memory for the next tensors."""
 
 import ctypes
 import os
@@ -10,19 +10,19 @@ _LARGE = 2**25  # bytes: the most that every version of glibc takes
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc keep what this process frees, except blocks of over 32 MiB, for what it allocates next.
+    """Makes glibc keep the memory that this process frees, except blocks of over 32 MiB, for later allocations.
 
-    By itself it gives the end of its heap back to the system whenever some megabytes of it are free, and the system
-    clears the same pages anew for the next layer: tens of thousands of them in the forward pass of a long batch. To be
-    called before large tensors are made; holds for the rest of the process. The most that a process holds hardly
-    changes, but it holds it to its end.
+    By default it returns the end of its heap to the system whenever some megabytes of it are free, and the system
+    clears the same pages again for the next layer: tens of thousands of them in the forward pass of a long batch. Call
+    it before large tensors are made; it applies to the rest of the process. The peak of memory hardly changes, but it
+    is held until the process ends.
 
-    The commands call it at their start. Importing the package does not: how memory is allocated is for the program to
-    say.
+    The commands call it when they start. Importing the package does not, because how memory is allocated is for the
+    program to decide.
 
     Returns:
-        Whether it does. Not where the environment has settings of glibc's (``MALLOC_...``, ``GLIBC_TUNABLES``), where
-        another allocator is preloaded, or without glibc.
+        Whether it had an effect: not if the environment has settings for glibc (``MALLOC_...``, ``GLIBC_TUNABLES``),
+        another allocator is preloaded, or the C library is another one.
     """
     is_set = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
     if sys.platform != "linux" or is_set:

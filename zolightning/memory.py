@@ -1,12 +1,11 @@
-"""What a run needs of a device's memory: computed from shapes, before it is needed.
+"""Computes the memory that a run needs on a device from shapes, before the run.
 
-Bytes of weights and of a method's state are exact: stand-ins of each shape take steps on torch's ``meta`` device,
-which holds no data. Scratch is that of dense perturbations. Of a forward pass the largest buffers that are alive at
-once are estimated, for causal language models whose layers have one MLP each: those of an MLP, and the logits of the
-positions at which answers are read. CUDA graphs allocate in a pool of their own, which all of a run's graphs share: by
-rule the forward's memory and its scratch once more, for the network also runs without a graph, and a copy of what
-low-rank perturbations are made of. Not counted: attention that makes a matrix of its scores. GB are 1e9 bytes, as in
-what models and cards are said to have.
+The bytes of weights and of a method's state are exact: the method takes steps on parameters of the same shapes on
+torch's ``meta`` device, which holds no data. Scratch memory is that of dense perturbations. For a forward pass, the
+largest buffers that exist at once are estimated, for causal language models with one MLP per layer: those of an MLP,
+and the logits at the positions where answers are read. CUDA graphs of a run share a pool of their own, which is
+estimated as the forward's memory and its scratch once more, and a copy of the factors of low-rank perturbations.
+Attention implementations that store a matrix of scores are not accounted for. GB are 1e9 bytes.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,9 +30,9 @@ class Trained(NamedTuple):
     """A weight that trains, on any device.
 
     Attributes:
-        weight: all of it.
-        shape: of it, or of its part that trains.
-        beside: whether it moves beside blocks that take turns, for which some methods keep less.
+        weight: the whole weight.
+        shape: its shape, or that of the slice that trains.
+        beside: whether it is in no block while other weights are in blocks; some methods keep less for it.
     """
 
     weight: Tensor
@@ -42,9 +41,10 @@ class Trained(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """What one forward pass reads: `rows` sequences of `length` tokens, padding included.
+    """The input of one forward pass: `rows` sequences of `length` tokens, with padding.
 
-    Of each, logits are made at `positions`: 1 where answers are single tokens, else one more than an answer has.
+    Logits are computed at `positions` positions of each: 1 if answers are single tokens, otherwise one more than the
+    tokens of an answer.
     """
 
     rows: int
@@ -54,17 +54,17 @@ class BatchShape(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on a device, by what they are for.
+    """Bytes on a device, by purpose.
 
     Attributes:
         weights: parameters and buffers.
-        state: of the method, when it is largest.
-        scratch: perturbed or unpacked weights of what runs.
-        activations: of one forward pass, estimated; None where the network is of another kind or the batch is unknown.
-        logits: likewise.
-        graphs: the pool of CUDA graphs, estimated; None where the forward pass is not.
-        sketches: of what layers read, while bases are looked for, at most: layers that share an input share one.
-        host: state in host memory instead, which does not count.
+        state: the method's state at its largest.
+        scratch: perturbed or dequantised weights of the layer that runs.
+        activations: an estimate for one forward pass; None for other networks, or if the batch is unknown.
+        logits: an estimate, likewise.
+        graphs: an estimate for the pool of CUDA graphs; None if that of the forward pass is None.
+        sketches: an upper bound for the second moments of inputs, while bases are computed from activations.
+        host: state in host memory, which is not counted.
     """
 
     weights: int
@@ -78,14 +78,14 @@ class MemoryPlan:
 
     @property
     def certain(self) -> int:
-        """What any batch needs."""
+        """The bytes that are needed for a batch of any size."""
         return self.weights + self.state + self.scratch
 
     @property
     def peak(self) -> int:
-        """What is certain, and the forward pass as far as it is estimated.
+        """The certain bytes and the estimates for the forward pass.
 
-        What updates hold for a moment is not counted: the forward pass has given its memory back by then.
+        Temporary memory of updates is not counted, because the forward pass has freed its memory by then.
         """
         return self.certain + (self.activations or 0) + (self.logits or 0) + (self.graphs or 0) + self.sketches
 
@@ -100,7 +100,7 @@ class MemoryPlan:
 
 
 def size(number: int) -> str:
-    """Bytes as they are said: ``16.1 GB``, ``56.6 MB``."""
+    """Formats a number of bytes: ``16.1 GB``, ``56.6 MB``."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 

@@ -10,7 +10,7 @@ from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
 
 
 def methods_of(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:
-    """Those of a Trainer's optimizers that are zeroth-order methods: one, or none."""
+    """The zeroth-order methods among a Trainer's optimizers: one, or none."""
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]
 
 

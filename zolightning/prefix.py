@@ -1,7 +1,7 @@
-"""Keys and values that every layer of a decoder attends to before those of the text: prefix tuning's parameters.
+"""Prefix tuning: trained keys and values in every layer of a decoder, before those of the text.
 
-Prefix tuning is Li & Liang 2021 (arXiv 2101.00190). Here, as in MeZO (arXiv 2305.17333, appendix E.5), keys and values
-train as they are, without a network that makes them, and begin as those of real tokens.
+Prefix tuning is Li & Liang 2021 (arXiv 2101.00190). As in MeZO (arXiv 2305.17333, appendix E.5), keys and values are
+trained directly, without a network that generates them, and are initialised as those of random tokens.
 """
 
 import inspect
@@ -45,7 +45,7 @@ class Prefix(nn.Module):
         return values.expand(rows, -1, -1).view(rows, *sizes).permute(2, 3, 0, 4, 1, 5)
 
     def prepend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Is a pre-hook of the decoder: its cache begins with the prefix, and its tokens come after that.
+        """A pre-hook of the decoder that puts the prefix at the beginning of its cache and shifts the text after it.
 
         Raises:
             ValueError: if prefix and text together are longer than the model's context.
@@ -83,12 +83,13 @@ def prefix_of(model: nn.Module) -> Prefix | None:
 
 
 def add_prefix(model: "PreTrainedModel", num_tokens: int) -> Prefix:
-    """Gives a model a prefix: what its layers make of random tokens, which begins better than random numbers do.
+    """Adds a prefix to a model, initialised as the keys and values of random tokens.
 
-    The tokens depend on the seed of ``seed_everything`` (or 0); torch's generators take no notice.
+    The tokens depend on the seed of ``seed_everything`` (or 0); the state of torch's generators does not change.
 
     Raises:
-        ValueError: if the network keeps no keys and values, or others in each layer, or on several devices.
+        ValueError: if the network has no cache of keys and values, their shapes differ between layers, or layers are on
+            several devices.
     """
     prefix = Prefix(_keys_and_values(model, num_tokens))
     setattr(model, _NAME, prefix)
@@ -98,7 +99,7 @@ def add_prefix(model: "PreTrainedModel", num_tokens: int) -> Prefix:
 
 
 def remove_prefix(model: "PreTrainedModel") -> None:
-    """Takes the prefix, and all that it has learnt, out of the model."""
+    """Removes the prefix from the model."""
     prefix = prefix_of(model)
     assert prefix is not None and prefix.hook is not None
     prefix.hook.remove()

@@ -1,12 +1,12 @@
 """Linear maps whose weights are stored in 8 or 4 bits: a frozen base, beside which adapters or a few layers train.
 
-Weights only: a map unpacks its weight to the dtype of its input when it runs, one map at a time, and activations stay
-as they are. LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) rounds them as well, so that a loss is a staircase in the
-weights that move: with ``eps`` 1e-3 that put the projected gradients of a layer of SmolLM2-135M off by 2.6 times their
-RMS.
+Only weights are quantised: a linear map dequantises its weight to the dtype of its input when it runs, and activations
+stay as they are. LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) rounds activations as well, which makes the loss a
+step function of the weights: with ``eps`` 1e-3 the projected gradients of a layer of SmolLM2-135M were off by 2.6 times
+their RMS.
 
-Codes never train. Where a scope chooses weights that are quantised, they get back what they were before, which lies in
-host memory until the first fit has begun.
+Quantised weights never train. If a scope chooses such weights, they are restored from a copy, which is kept in host
+memory until the first fit begins.
 """
 
 import logging

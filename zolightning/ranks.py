@@ -1,4 +1,4 @@
-"""The ranks of a run: which part of a step each of them has, the losses they exchange, and whether they still agree."""
+"""The ranks of a run: how they divide a step, how they exchange losses, and checks that they agree."""
 
 import atexit
 import itertools
@@ -22,7 +22,7 @@ _MIX = 0x1E3779B97F4A7C15  # any large odd number
 
 
 class RanksError(RuntimeError):
-    """The ranks of a run do not do the same any more; weights are those of the last step."""
+    """The ranks of a run differ, or one does not answer; the weights are those of the last step."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ class Layout:
 
 
 def layout_of(trainer: L.Trainer) -> Layout:
-    """That of the strategy; all ranks split the batch where it has none."""
+    """The layout of the strategy; if it has none, all ranks split the batch."""
     return getattr(trainer.strategy, "layout", None) or Layout(trainer.world_size)
 
 
 class LossExchange:
-    """Adds up the losses of one step over all ranks, by one collective, in which ranks also say what must be equal.
+    """Adds up the losses of one step over all ranks in one collective, and checks that the ranks agree.
 
-    That is, in the first step of a fit and every ``check_interval`` steps of the strategy (else 100), six numbers a
-    rank: the step, how many batches an epoch has, and checksums of the weights with the method's state, and of the
-    batch where ranks share it.
+    In the first step of a fit, and every ``check_interval`` steps of the strategy (100 if it has none), the collective
+    also carries six numbers per rank that must be equal: the step, the number of batches in an epoch, and checksums of
+    the weights with the method's state, and of the batch if ranks share it.
 
     Args:
-        module: whose parameters are to be the same on all ranks, attached to a Trainer whose strategy reduces.
-        optimizer: that trains it, before its step.
-        layout: of the ranks.
+        module: the module, whose parameters must be the same on all ranks.
+        optimizer: its method, before the step.
+        layout: how the ranks divide a step.
     """
 
     def __init__(self, module: L.LightningModule, optimizer: ZerothOrderOptimizer, layout: Layout) -> None:
@@ -149,7 +149,7 @@ class LossExchange:
 
 @contextmanager
 def one_line_errors(trainer: L.Trainer) -> Iterator[None]:
-    """Says in a line what an exchange with other ranks fails of.
+    """A context that turns torch's errors in a collective into one line.
 
     Raises:
         RanksError: where torch raises a RuntimeError.
@@ -165,10 +165,10 @@ def one_line_errors(trainer: L.Trainer) -> Iterator[None]:
 
 
 def leave_at_exit() -> None:
-    """Has this process leave the process group when it ends; Lightning does so under NCCL only.
+    """Makes this process leave the process group when it ends; Lightning does so with NCCL only.
 
-    The interpreter does not wait for gloo's threads, and now and then a process that has done all it should is aborted
-    by them: "terminate called without an active exception", status 134.
+    The interpreter does not wait for gloo's threads, which sometimes abort a process at its end: "terminate called
+    without an active exception", status 134.
     """
     atexit.unregister(_leave)
     atexit.register(_leave)
@@ -180,9 +180,9 @@ def _leave() -> None:
 
 
 def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Two float64 integers (2,) that change with any single number in some tensors, all on `device`.
+    """Two integers in float64, (2,), that change with any single number in the tensors, all on `device`.
 
-    The sum of all bits as 64-bit integers, whose order does not matter; nothing waits for the device.
+    They are made of the sum of all data as 64-bit integers, in any order, without synchronizing with the device.
     """
     sums = [_sum_of_words(tensor) for tensor in tensors]
     if not sums:
@@ -216,7 +216,7 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int, int] | None:
-    """The first rank whose value is not the usual one, and the first that has this; None where all are equal."""
+    """The first rank with another value than most, and the first rank with that one; None if all are equal."""
     usual = Counter(values).most_common(1)[0][0]
     odd = next((rank for rank, value in enumerate(values) if value != usual), None)
     return None if odd is None else (odd, values.index(usual))

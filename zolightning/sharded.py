@@ -1,4 +1,4 @@
-"""Weights that ranks share (FSDP2): the strategy ``zo_fsdp``; importing this file registers it."""
+"""The strategy ``zo_fsdp``, which shards weights over ranks (FSDP2); importing this file registers it."""
 
 from contextlib import suppress
 from datetime import timedelta
@@ -25,22 +25,22 @@ from zolightning.ranks import leave_at_exit
 
 
 class ZerothOrderFSDP(ModelParallelStrategy):
-    """Ranks that hold a part of each weight, and gather a layer's as it runs: ``Trainer(strategy="zo_fsdp")``.
+    """Shards the weights over ranks, which gather those of a layer when it runs: ``Trainer(strategy="zo_fsdp")``.
 
-    Ranks split the batch and exchange losses, as under ``zo_ddp``, with the same losses, records and weights, up to the
-    order in which losses are summed. Beside that, each forward gathers the weights of a layer at a time
-    (``torch.distributed.fsdp.fully_shard``), which are perturbed whole, on every rank, and freed again. Updates and
-    what a method keeps of each weight are of a rank's own rows; bases and cores of subspaces are whole on every rank.
+    Ranks split the batch and exchange losses as under ``zo_ddp``, with the same losses, records and weights, up to the
+    order in which losses are summed. In addition each forward gathers the weights of one layer at a time
+    (``torch.distributed.fsdp.fully_shard``), perturbs them on every rank, and frees them. Updates, and the state that a
+    method keeps for each weight, are sharded as well; bases and cores of subspaces are whole on every rank.
 
-    The layers of the network are sharded one by one, and what the network has beside them together, from the states of
-    rank 0. A module whose ``configure_model`` has applied ``fully_shard`` is left as it is; its ranks must have begun
-    with equal weights.
+    Each layer of the network is sharded by itself, and the rest of the network together, from the weights of rank 0. A
+    module whose ``configure_model`` has applied ``fully_shard`` is left as it is; its ranks must start with equal
+    weights.
 
-    Every rank must run as many forwards as the others: batches of ``training_step`` that return None on one rank only
-    let the others wait until `timeout`.
+    All ranks must run the same number of forwards: if ``training_step`` returns None on some ranks only, the others
+    wait until `timeout`.
 
-    Checkpoints are those of a single process, written by rank 0 from whole tensors: a run goes on from one on any
-    number of ranks, under any strategy.
+    Checkpoints are those of a single process, written by rank 0 from whole tensors. A run can be resumed from them on
+    any number of ranks, under any strategy.
 
     Args:
         process_group_backend: gloo, nccl or another of ``torch.distributed``; by the devices if None.
@@ -97,10 +97,10 @@ class ZerothOrderFSDP(ModelParallelStrategy):
                 )
 
     def _shard(self, module: L.LightningModule) -> None:
-        """Shards the layers, and the network around them, one after the other."""
+        """Shards the layers one by one, and then the rest of the network."""
         layers = find_layers(module, self.layers_name).layers
         parts: list[nn.Module] = [*layers]
-        with suppress(ValueError):  # there is none around layers of the module itself: what is beside them stays whole
+        with suppress(ValueError):  # if the module itself holds the layers, the rest of it is not sharded
             parts.append(network_of(module, chain(*(layer.parameters() for layer in layers))))
         for part in (*parts, module):
             part.to(self.root_device)
@@ -137,7 +137,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
             module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of a method with whole tensors; empty on all ranks but the first. To be called on all."""
+        """The state of a method, with whole tensors; empty on ranks other than the first. Call it on all ranks."""
         own: Any = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         saved, state = own.state_dict(), {}
         for index, parameter in own.numbered(saved):
@@ -169,7 +169,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
 
 def _whole(value: Any, parameter: nn.Parameter, is_by_element: bool) -> Any:
-    """An entry of a parameter's state as a single process would have it."""
+    """An entry of a parameter's state, gathered from all ranks."""
     if not isinstance(value, Tensor):
         return value
     if is_by_element and not is_sharded(value):  # stored weights, which some methods save, are
@@ -178,7 +178,7 @@ def _whole(value: Any, parameter: nn.Parameter, is_by_element: bool) -> Any:
 
 
 def _own(value: Any, parameter: nn.Parameter, is_by_element: bool) -> Any:
-    """The reverse: what this rank has of an entry, flat where it is of some rows."""
+    """This rank's part of a gathered entry, flat if it is sharded."""
     if not (isinstance(value, Tensor) and is_by_element and is_sharded(parameter)):
         return value
     return own_part(value.flatten(), parameter)

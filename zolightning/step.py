@@ -27,27 +27,31 @@ def zeroth_order_step(
     skip_nonfinite: bool = False,
     micro_batches: Sequence[MicroBatch] | None = None,
 ) -> StepRecord:
-    """Estimates, updates, schedules and logs: all that ``training_step`` has to do under manual optimization.
+    """Takes one zeroth-order step: to be called in the ``training_step`` of a module with manual optimization.
 
-    ``configure_optimizers`` must return one method of :mod:`zolightning.optim`. The loss is evaluated without
-    gradients, in evaluation mode (no dropout; batch norms use their stored statistics) and on the same batch each
-    time; the module's mode is as before afterwards. Several ranks exchange one sum of a few numbers a step.
+    It estimates the gradient, updates the weights, steps the learning rate schedulers and logs.
+    ``configure_optimizers`` must return one method of :mod:`zolightning.optim`. The loss is evaluated several times on
+    the same batch, without gradients and in evaluation mode (no dropout; batch norms use their stored statistics); the
+    module's mode is restored afterwards. Several ranks exchange one sum of a few numbers per step.
 
-    Learning rate schedulers take a step each, whatever their interval; one that waits for a metric
-    (``ReduceLROnPlateau``) is left to its owner.
+    Every learning rate scheduler takes a step, whatever its interval, except ``ReduceLROnPlateau``, which needs a
+    metric and must be stepped by the module.
 
     Logs ``train/loss`` (mean of the evaluated losses), ``zo/projected_grad`` (RMS over queries), ``zo/lr``,
-    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs itself by ``module.log`` is kept for the first
-    evaluation only; where it logs ``train/loss``, that one stands.
+    ``zo/forward_passes`` and ``zo/skipped``. What `loss_fn` logs by ``module.log`` is kept from the first evaluation
+    only; if it logs ``train/loss``, that value is used.
 
     Args:
-        module: with ``automatic_optimization = False``.
+        module: a module with ``automatic_optimization = False``.
         loss_fn: computes the loss of the current batch anew at each call: a scalar tensor, or a mapping with it as
-            ``"loss"`` and the number of terms it averages as ``"num_terms"``.
-        skip_nonfinite: leave the weights alone when a loss is NaN or infinite, instead of raising, up to 20 times in a
-            row.
-        micro_batches: the same batch in parts, with the loss of each example; for the estimator ``PerExample()``, see
+            ``"loss"`` and the number of terms it is the mean of as ``"num_terms"``.
+        skip_nonfinite: whether to leave the weights unchanged if a loss is NaN or infinite, instead of raising; at most
+            20 times in a row.
+        micro_batches: for the estimator ``PerExample()``: the same batch in parts, with the loss of each example, see
             :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
+
+    Returns:
+        The record of the step.
 
     Raises:
         NonFiniteLossError: if a loss is NaN or infinite; the weights are those of the last step.
@@ -90,9 +94,9 @@ def zeroth_order_step(
 def logged_once(
     module: L.LightningModule, evaluator: Evaluator, loss_fn: Callable[[], Loss]
 ) -> Iterator[tuple[Callable[..., Loss], set[str]]]:
-    """`loss_fn`, with ``module.log`` doing nothing but in a step's first evaluation; and the names logged there.
+    """A context in which ``module.log`` does nothing except in the first evaluation of a step.
 
-    Given another loss, what is yielded evaluates that in its place.
+    Yields a function that evaluates `loss_fn`, or another loss given to it, and the set of names that were logged.
     """
     is_logging = has_logged = False
     names: set[str] = set()

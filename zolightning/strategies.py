@@ -22,21 +22,21 @@ from zolightning.ranks import CHECK_INTERVAL, Layout, leave_at_exit
 
 
 class ZerothOrderDDP(DDPStrategy):
-    """Ranks that hold the same weights and exchange losses, never gradients: ``Trainer(strategy="zo_ddp")``.
+    """Replicates the weights and exchanges losses instead of gradients: ``Trainer(strategy="zo_ddp")``.
 
-    Each rank evaluates its share of a step, one sum of a few numbers is exchanged, and every rank then makes the same
-    update. `perturbation_parallel_size` says what a share is. At 1 ranks split the batch (data-parallel). At the number
-    of devices all ranks read the same rows, and split the queries (query-parallel) or, where there are not as many, the
-    two signs of each as well (the perturbation parallelism of DistZO2, arXiv 2507.03211); losses, and so weights, have
-    the bits of a single process, where no other evaluations share a forward. In between, groups of that many neighbours
-    do this with rows of their own: 8 devices and 2 are 4 parts of the batch by 2 of the evaluations. Where evaluations
-    cannot be split evenly, some ranks have one less. Validation splits its rows over all ranks.
+    Each rank evaluates its share of a step, the ranks exchange one sum of a few numbers, and all of them make the same
+    update. `perturbation_parallel_size` defines the shares. At 1, ranks split the batch (data parallelism). At the
+    number of ranks, all of them read the same rows and split the evaluations: the queries and, if there are fewer
+    queries than ranks, their two signs (the perturbation parallelism of DistZO2, arXiv 2507.03211). Losses and weights
+    then have the bits of a single process, unless that batches evaluations. In between, ranks form groups of that many
+    neighbours, which split the batch among them and the evaluations within them: 8 ranks with a size of 2 are 4 parts
+    of the batch by 2 of the evaluations. If evaluations cannot be split evenly, some ranks have one less. Validation
+    splits its rows over all ranks.
 
-    Devices, nodes, launchers, samplers and collectives are those of ``ddp``, on CPUs (gloo) and GPUs (NCCL). What
-    ``ddp`` has beside is left out: its DistributedDataParallel allocates buckets for gradients, as large as the
-    trainable weights, and broadcasts buffers before every step, and its ``reduce`` waits at a barrier first. Here rank
-    0 broadcasts parameters and buffers once, before the first step, and the module stays bare; a buffer that the loss
-    writes is afterwards each rank's own.
+    Devices, nodes, launchers, samplers and collectives are those of ``ddp``, on CPUs (gloo) and GPUs (NCCL). The module
+    is not wrapped in DistributedDataParallel, which would allocate gradient buckets as large as the trainable weights
+    and broadcast buffers before every step, and ``reduce`` does not wait at a barrier first. Rank 0 broadcasts
+    parameters and buffers once, before the first step; buffers that the loss writes differ between ranks afterwards.
 
     Args:
         accelerator: set by the Trainer, as are the next four where it has them.
@@ -49,10 +49,10 @@ class ZerothOrderDDP(DDPStrategy):
         start_method: of the processes of a node: popen, spawn, fork or forkserver; fork in a notebook.
         perturbation_parallel_size: how many ranks share the evaluations of a step on the same rows; divides the number
             of ranks.
-        check_interval: steps after which ranks compare checksums of their weights, in the same exchange.
+        check_interval: number of steps between two comparisons of the ranks' weights, by checksums.
 
     Attributes:
-        batch: of the training step that runs; None between steps.
+        batch: the arguments of the training step that runs; None between steps.
 
     Raises:
         MisconfigurationException: if the ranks do not divide into groups; before the first step, if an optimizer reads
@@ -90,7 +90,7 @@ class ZerothOrderDDP(DDPStrategy):
 
     @property
     def layout(self) -> Layout:
-        """Which part of a step each rank has."""
+        """How the ranks divide a step."""
         return Layout(self.num_nodes * self.num_processes, self.perturbation_parallel_size)
 
     @property
@@ -142,7 +142,7 @@ class ZerothOrderDDP(DDPStrategy):
             )
 
     def configure_ddp(self) -> None:
-        """Leaves the module bare, with the states of rank 0."""
+        """Copies the parameters and buffers of rank 0 to all ranks, without wrapping the module."""
         assert self.model is not None
         _sync_module_states(self.model)
 
@@ -154,7 +154,7 @@ class ZerothOrderDDP(DDPStrategy):
             self.batch = None
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
-        """One collective, where that of ``ddp`` waits at a barrier first, which on a GPU stops the host."""
+        """As of ``ddp``, but without its barrier, at which the host would wait for the GPU."""
         op = getattr(ReduceOp, reduce_op.upper(), None) if isinstance(reduce_op, str) else reduce_op
         if not isinstance(tensor, Tensor) or op in (None, ReduceOp.AVG) or not torch.distributed.is_initialized():
             return super().reduce(tensor, group, reduce_op)

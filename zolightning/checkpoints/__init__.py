@@ -1,1 +1,1 @@
-"""Checkpoints of a run: how they are written and read, when, and how a run goes on from one."""
+"""Checkpoints and ledgers: how a run is saved, resumed and replayed."""

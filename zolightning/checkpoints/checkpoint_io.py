@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there, and are checked before they are believed."""
+"""Writes checkpoint files atomically, and verifies them before they are loaded."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-LAST = "last.ckpt"  # the name of the last one of a run
+LAST = "last.ckpt"  # the name of a run's last checkpoint
 _UNFINISHED = ".unfinished"
 
 
@@ -25,9 +25,9 @@ class DamagedCheckpointError(RuntimeError):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Reads and writes checkpoints with ``torch.save`` and ``torch.load``, safely and in little memory.
 
-    A file is written beside its target, straight from the tensors (Lightning's own collects it in memory, twice),
-    and takes the target's place when it is on the disk as a whole: a kill or a full disk leaves the previous file as
-    it was. It is read by memory mapping, after the checksums that are in it (the zip format's CRC32) were compared.
+    A file is written beside its target, directly from the tensors (Lightning's own plugin copies it to memory twice),
+    and replaces the target when all of it is on the disk, so that a kill or a full disk leaves the previous file
+    intact. It is read by memory mapping, after its checksums (CRC32 of the zip format) have been verified.
 
     Paths that are not local files, such as ``s3://...``, are left to Lightning.
 
@@ -67,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def require_whole(path: Path) -> None:
-    """Reads a checkpoint through and compares its checksums.
+    """Verifies the checksums of a checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -92,10 +92,10 @@ def require_whole(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when all of it is on the disk, and else leaves no trace.
+    """A context with a file to write, which replaces `path` when all of it is on the disk, and is removed on an error.
 
-    It lies beside `path` and is locked while it is written, so that what a killed process left can be told from what
-    another one is writing: :func:`remove_unfinished` deletes the first and not the second.
+    The file is beside `path` and locked while it is written, so that :func:`remove_unfinished` can tell what a killed
+    process left from what another process is writing.
 
     Raises:
         OSError: if it cannot be written, with `path` and the reason; `path` is as it was.
@@ -134,7 +134,7 @@ def require_writable(name: str, folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Deletes what killed processes were writing in `folder`; what a living one is writing stays."""
+    """Deletes the unfinished files of killed processes in `folder`, and not those that are being written."""
     for path in folder.glob(f".*{_UNFINISHED}"):
         with path.open("rb") as file:
             try:
@@ -145,7 +145,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk: without it a power cut could bring the previous file back."""
+    """Flushes the names in a folder to the disk, without which a power cut could restore the previous file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which ledger leads to a checkpoint, or belongs to a run that begins again from its first step."""
+"""Finds the ledger that leads to a checkpoint, or that of a run to be resumed without one."""
 
 import json
 from collections.abc import Mapping
@@ -19,14 +19,16 @@ class NoLedgerError(RuntimeError):
 
 
 def ledger_to(saved: Mapping[str, Any], step: int, folder: Path, checkpoint: Path | None) -> tuple[Ledger, int]:
-    """The ledger that leads to a checkpoint, and how many steps do, of which it may lack a last one that is pending.
+    """The ledger that leads to a checkpoint, and the number of its steps up to there.
+
+    The last of these steps may be missing in the file, if the checkpoint was saved before it was written.
 
     Args:
-        saved: what the checkpoint says of the ledger: ``path``, ``checksum``, and ``pending``, the record of a step
-            that was not over and so not written, or None. Empty if the run had none.
-        step: of the checkpoint, as the method counts.
-        folder: where to look first; then where it was, and near the checkpoint, which may have been moved.
-        checkpoint: path of it, if it is a file.
+        saved: the checkpoint's entry about the ledger: its ``path`` and ``checksum``, and ``pending``, the record of a
+            step that was not written yet, or None. Empty if the run had no ledger.
+        step: number of the checkpoint's step, as the method counts.
+        folder: the folder to look in first; then the old one, and those around the checkpoint, which may have moved.
+        checkpoint: path of the checkpoint, if it is a file.
 
     Raises:
         NoLedgerError: if there is none.
@@ -53,11 +55,11 @@ def ledger_to(saved: Mapping[str, Any], step: int, folder: Path, checkpoint: Pat
 
 
 def ledger_of(path: Path, header: Header) -> Ledger:
-    """The ledger of a run that begins with what `header` says.
+    """Opens the ledger of a run that begins as `header` describes.
 
     Raises:
-        DamagedLedgerError, ValueError: if the file is none.
-        MisconfigurationException: if it is of a run with another model or other settings; naming them.
+        DamagedLedgerError, ValueError: if the file is no ledger, or damaged.
+        MisconfigurationException: if it belongs to a run with another model or other settings; naming them.
     """
     ledger = Ledger(path)
     # as they are in a file, where a tuple is a list
@@ -72,7 +74,7 @@ def ledger_of(path: Path, header: Header) -> Ledger:
 
 
 def whole_records(ledger: Ledger) -> list[StepRecord]:
-    """The records up to the first one that was changed, of which a warning tells."""
+    """The records up to the first damaged one, about which it warns."""
     records: list[StepRecord] = []
     try:
         for record in ledger.records():
@@ -83,7 +85,7 @@ def whole_records(ledger: Ledger) -> list[StepRecord]:
 
 
 def free_path(folder: Path) -> Path:
-    """The path of a new ledger in a folder: no other one's."""
+    """A path for a new ledger in a folder, at which there is no file yet."""
     path, version = folder / LEDGER, 0
     while path.exists():
         version += 1

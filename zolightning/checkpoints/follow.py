@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere, followed by its ledger."""
+"""Follows a run in another process by its ledger."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -25,16 +25,16 @@ def follow(
 
     Args:
         path, module, method: as of :class:`~zolightning.checkpoints.replay.Replay`.
-        evaluate: called with the number of a step, while the module has the weights after it; the next call is for the
-            newest step of then. It may move the module, and must leave it where it was.
-        seconds: between two looks at the ledger while it has nothing new.
+        evaluate: called with the number of a step while the module has the weights after that step; then again for
+            the newest step at that time. It may move the module to another device but must move it back.
+        seconds: time between two looks at the ledger while it has nothing new.
 
     Returns:
-        What was replayed when no process writes the ledger any more: all of its steps.
+        The result of the replay, when no process writes the ledger any more.
 
     Raises:
-        DamagedLedgerError: if the ledger is cut off or changed before the newest step: the run was resumed from an
-            earlier one, for example.
+        DamagedLedgerError: if steps that were followed are no longer in the ledger, for example because the run was
+            resumed from an earlier step.
     """
     with Replay(path, module, method) as replaying:
         ledger, checksum = replaying.ledger, replaying.ledger.stored_checksum(0)
@@ -57,7 +57,7 @@ def follow(
 
 
 def _evaluate(optimizer: ZerothOrderOptimizer, evaluate: Callable[[], None]) -> None:
-    """Evaluates with all updates in the weights, which then are as the run has them."""
+    """Evaluates with all pending updates added to the weights, and then takes them out again."""
     if not isinstance(optimizer, SubspaceWeights) or not optimizer.has_pending:
         evaluate()
         return

@@ -1,4 +1,4 @@
-"""Bases that were given to a method: beside the run's ledger, whose records do not have them."""
+"""Files beside a ledger with bases that were given to the method, which records do not hold."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run writes down every step as it is taken."""
+"""A callback that appends the record of every step to a file."""
 
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,39 +35,41 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class KeepLedger(Callback):
-    """Appends the record of every step to ``ledger.bin``, from which :func:`~zolightning.checkpoints.replay.replay`
-    makes the trained weights again, and after whose last step a run goes on that was killed.
+    """Appends the record of every step to the file ``ledger.bin``.
 
-    A step is 45 to 64 bytes for one query. It is written when all of the step is done and logged, before the next one
-    begins, so that a killed process loses none but the one it was in. Checkpoints wait until the ledger is on the
-    disk.
+    From the ledger, :func:`~zolightning.checkpoints.replay.replay` computes the trained weights without data, and a run
+    that was killed can be resumed after its very last step.
 
-    A run that goes on from the ``last.ckpt`` of its folder takes the steps after it from the ledger: batches,
-    schedulers and callbacks take their turn as ever, but losses are not evaluated, loggers are left out, and the
-    weights are those of the killed run. A loss that writes to the module (metrics, counters) is evaluated for what it
-    leaves there, and each one where a callback monitors a metric of training. From any other checkpoint, the steps
-    after it are cut off; in another folder the ledger begins with a copy. The ledger thus always describes the steps
-    that led to the present weights. One that is in the way of a new run is kept, and the new one called
-    ``ledger-v1.bin``.
+    A step takes 45 to 64 bytes with one query. It is written when it is complete and logged, before the next one
+    begins, so a killed process loses only the step it was in. Before a checkpoint is saved, the ledger is flushed to
+    the disk.
 
-    Bases that are given to a method, such as those from activations, lie beside it as ``ledger-bases-REFRESH.pt``. What
-    else a record does not say ends the ledger, with a warning: hyperparameters other than the learning rate that change
-    in mid-run, another number of queries, or other parameters that train. With several ranks, the first one writes.
+    A run that is resumed from the ``last.ckpt`` of its folder takes the steps after it from the ledger. Batches,
+    schedulers and callbacks run as usual, but the loss is not evaluated, loggers get nothing, and the weights are those
+    of the killed run. The loss is evaluated nevertheless if it changes the module (metrics, counters), or if a callback
+    monitors a training metric. When a run is resumed from any other checkpoint, later steps are cut off; in another
+    folder it continues a copy of the ledger. The ledger thus always holds the steps that led to the present weights. A
+    new run does not overwrite a ledger, but writes ``ledger-v1.bin`` beside it.
+
+    Bases that were given to the method, such as those from activations, are saved beside it, as
+    ``ledger-bases-REFRESH.pt``. Other changes that records do not hold end the ledger with a warning: of a
+    hyperparameter other than the learning rate, of the number of queries, or of the parameters that train. With several
+    ranks, the first one writes.
 
     Args:
         dirpath: folder of the file; None takes that of the run's logs, or else ``default_root_dir``.
-        go_on: a ledger whose steps are taken first where the first fit begins without a checkpoint: for a run that was
-            killed before there was one, or whose checkpoints are lost. If there is no such file, the run begins anew.
+        go_on: a ledger to resume the first fit from if it has no checkpoint: for a run that was killed before its first
+            checkpoint, or has lost them. Without such a file the run starts from the beginning.
 
     Attributes:
-        path: of the last fit's ledger; None where there is none, as on all ranks but the first.
+        path: path of the last fit's ledger; None if there is none, as on all ranks but the first.
 
     Raises:
         ValueError: in ``setup``, if `dirpath` cannot be written to.
-        MisconfigurationException: when training starts, if there is no zeroth-order method, or `go_on` finds the ledger
-            of a run with another model or other settings; naming them.
+        MisconfigurationException: when training starts, if there is no zeroth-order method, or the ledger of `go_on`
+            belongs to a run with another model or other settings; naming them.
         BlockingIOError: when training starts, if another process writes the ledger.
-        OSError: in a step, if the disk is full; the run then goes on from its last checkpoint.
+        OSError: in a step, if the disk is full; the run can be resumed from its last checkpoint.
 
     Example::
 
@@ -80,12 +82,12 @@ class KeepLedger(Callback):
         self.ledger: Ledger | None = None  # while it is written
         self.path: Path | None = None
         self._folder = Path()
-        self._saved: dict[str, Any] | None = None  # what the checkpoint says; {} if it has no ledger
+        self._saved: dict[str, Any] | None = None  # the checkpoint's entry about its ledger; {} if it has none
         self._checkpoint: Path | None = None
-        self._constants: set[str] = set()  # hyperparameters that records do not repeat
+        self._constants: set[str] = set()  # hyperparameters that are not in records, and so must not change
         self._groups: list[dict[str, Any]] = []  # their values
         self._refresh = 0
-        self._pending: StepRecord | None = None  # of a step that is not over
+        self._pending: StepRecord | None = None  # of the present step, to be written when it is over
         self._optimizer: ZerothOrderOptimizer | None = None
         self._hook: RemovableHandle | None = None
         self._muted: Muted | None = None
@@ -109,7 +111,7 @@ class KeepLedger(Callback):
         taken: list[StepRecord] = []
         if not is_dry_run(trainer):
             is_writer = trainer.is_global_zero
-            # Of weights that ranks share, all of them have a part in the description.
+            # If weights are sharded, all ranks take part in describing them.
             is_new = self._saved is None and (is_writer or any(map(is_sharded, pl_module.parameters())))
             header = describe(optimizer, pl_module) if is_new else None
             taken = self._open(optimizer, header) if is_writer else []
@@ -165,13 +167,13 @@ class KeepLedger(Callback):
             }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._optimizer is None and self._saved:  # no step was left to take: its process was killed before the seal
+        if self._optimizer is None and self._saved:  # resumed after the last step, of a run killed before it was sealed
             self.on_train_start(trainer, pl_module)
         if self._optimizer is None or is_dry_run(trainer):
             return
         parameters = dict(pl_module.named_parameters())
         if self.ledger is not None or any(map(is_sharded, parameters.values())):
-            self._optimizer.fold()  # whoever else does it now may come later
+            self._optimizer.fold()  # ZerothOrder may do so after this callback
             digest = weights_digest(parameters)
             if self.ledger is not None:
                 self.ledger.close(digest)
@@ -186,7 +188,7 @@ class KeepLedger(Callback):
     # Writing
 
     def _note(self, optimizer: Optimizer, *_: Any) -> None:
-        """A hook after each step of the optimizer: its record is to be written when all else of the step is done."""
+        """A hook after each step of the optimizer: keeps its record until the rest of the step is done."""
         assert isinstance(optimizer, ZerothOrderOptimizer) and self.ledger is not None
         record = optimizer.record
         assert record is not None, "a step has just been taken"
@@ -210,7 +212,7 @@ class KeepLedger(Callback):
             self._pending = None
 
     def _constant(self, optimizer: ZerothOrderOptimizer) -> list[dict[str, Any]]:
-        """What must stay as it is, by group."""
+        """The values that must not change during a run, for each parameter group."""
         return [
             {name: group[name] for name in self._constants & group.keys()}
             | {"requires_grad": list(map(_REQUIRES_GRAD, group["params"]))}
@@ -241,7 +243,7 @@ class KeepLedger(Callback):
             self._hook = None
 
     def _speak_again(self, trainer: L.Trainer) -> None:
-        """Gives loggers back when the last step of before is over."""
+        """Gives the Trainer its loggers back after the last step that was taken from the ledger."""
         if self._muted is not None and trainer.optimizers[0].param_groups[0]["step"] >= self._muted.until:
             self._muted.end(trainer)
             self._muted = None
@@ -249,7 +251,7 @@ class KeepLedger(Callback):
     # Going on
 
     def _open(self, optimizer: ZerothOrderOptimizer, header: Header | None) -> list[StepRecord]:
-        """Opens this run's ledger; returns the records of the steps that were taken before and come next.
+        """Opens this run's ledger and returns the records of earlier steps that are to be taken from it next.
 
         Args:
             optimizer: the run's.
@@ -286,6 +288,6 @@ class KeepLedger(Callback):
 
 
 def _waits_for_training(trainer: L.Trainer) -> bool:
-    """Whether a callback may go by a metric that training steps log."""
+    """Whether a callback may monitor a metric that training steps log."""
     monitors = (getattr(callback, "monitor", None) for callback in callbacks_of(trainer))
     return any(monitor is not None and not str(monitor).startswith("val") for monitor in monitors)

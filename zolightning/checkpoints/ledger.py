@@ -1,6 +1,6 @@
-"""The ledger of a run: a file with the record of every step, from which the base weights become the trained ones.
+"""The ledger of a run: a file with the record of every step, from which its trained weights can be computed.
 
-Layout, all numbers little-endian (``zolightning/README.md`` has the table):
+Layout, with all numbers little-endian (``zolightning/README.md`` has the table):
 
 1. ``zoledger``, the version of the layout and the length of what follows (both uint32);
 2. the header, a JSON object (:class:`Header`), and the CRC-32 of everything before (uint32);
@@ -34,25 +34,27 @@ _MAGIC = b"zoledger"
 
 
 class DamagedLedgerError(RuntimeError):
-    """A ledger is not what was written; the message names the file, the place and what is wrong with it."""
+    """A ledger was cut off or changed; the message names the file, the place and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a run's records mean: plain values, as JSON has them.
+    """What is needed to interpret a run's records, as plain values of JSON.
 
     Attributes:
-        zolightning: version of the package that wrote it.
-        noise: the first numbers of a direction, which another release may make otherwise.
-        seed: of the run's directions.
-        method: class and settings, see :func:`~zolightning.optim.settings.settings_of`.
-        groups: of each parameter group its hyperparameters and counters before the first step, and ``names``.
-        slices: by name, ``dim`` and ``index`` of parameters that train in part.
-        blocks: names of the parameters of each block; none where all parameters move.
-        structure: what was added to the network, as the module's ``structure`` says; None if it has none.
+        zolightning: version of the package that wrote the ledger.
+        noise: the first numbers of a direction, to detect a release with other noise.
+        seed: seed of the run's directions.
+        method: class and settings of the method, see :func:`~zolightning.optim.settings.settings_of`.
+        groups: for each parameter group the ``names`` of its parameters, and its hyperparameters and counters before
+            the first step.
+        slices: ``dim`` and ``index`` of parameters that train in part, by name.
+        blocks: names of the parameters of each block; empty if there are no blocks.
+        structure: what was added to the network (adapters, for example), from the module's ``structure_dict()``; None
+            if it has no such method.
         tensors: dtype and shape of every parameter and saved buffer of the module.
         weights: their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`.
-        fields: name, type ("<u4", as NumPy writes it) and number of what an entry holds, in order.
+        fields: name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order.
     """
 
     zolightning: str
@@ -74,14 +76,14 @@ class Header:
 
 
 class Ledger:
-    """A ledger's file, to read and, once it is :meth:`opened <go_on>`, to append to.
+    """The file of a ledger, to read and, after :meth:`go_on`, to append to.
 
-    A step's entry is written by one call of the system, without a buffer in the process: a process that is killed
-    leaves all steps but the one it was in, and at most a part of that one's entry, which is dropped where the ledger
-    is read. :meth:`sync` makes entries outlast a power cut as well.
+    An entry is written by a single system call, without buffering in the process. A process that is killed leaves the
+    entries of all its complete steps, and at most a part of another one, which readers ignore. After :meth:`sync`
+    entries survive a power cut as well.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -116,7 +118,7 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, header: Header) -> "Ledger":
-        """A file without entries, written whole; replaces none that is there.
+        """Writes a ledger without entries, atomically.
 
         Raises:
             OSError: if it cannot be written, with the path and the reason.
@@ -130,34 +132,34 @@ class Ledger:
 
     @property
     def entry_size(self) -> int:
-        """Bytes a step."""
+        """The number of bytes of an entry."""
         return self._codec.size + _CHECKSUM.size
 
     @property
     def checksum(self) -> int:
-        """Of the last entry that was written by this object."""
+        """The checksum of the last entry that this object has written."""
         return self._checksum
 
     def __len__(self) -> int:
-        """How many whole entries there are."""
+        """The number of complete entries."""
         return max(0, self.path.stat().st_size - self._entries_at) // self.entry_size
 
     def _place(self, steps: int) -> int:
-        """Where the entry after the first `steps` steps begins."""
+        """The offset in the file after the first `steps` entries."""
         return self._entries_at + steps * self.entry_size
 
     # Reading
 
     def records(self, steps: int | None = None, start: int = 0) -> Iterator[StepRecord]:
-        """The records of the first `steps` steps, or of all; what a kill left of an unfinished entry is no record.
+        """The records of the steps from number `start` up to `steps`, counted from the beginning of the ledger.
 
         Args:
-            steps: how many, with those before `start`.
+            steps: where to stop; None for all complete entries.
             start: how many to leave out at the beginning.
 
         Raises:
-            ValueError: if there are not so many.
-            DamagedLedgerError: where an entry was changed, when it is reached.
+            ValueError: if there are fewer entries.
+            DamagedLedgerError: at the first entry that was changed.
         """
         if steps is not None and steps > len(self):
             raise ValueError(f"The ledger {self.path} has {len(self)} steps, and {steps} were asked for.")
@@ -178,7 +180,7 @@ class Ledger:
                 yield record
 
     def checksum_after(self, steps: int) -> int:
-        """What the entry of the last of the first `steps` steps ends with; all of them are checked.
+        """The checksum at the end of the first `steps` entries, all of which are verified.
 
         Raises:
             DamagedLedgerError: if one of them was changed.
@@ -188,7 +190,7 @@ class Ledger:
         return self.stored_checksum(steps)
 
     def stored_checksum(self, steps: int) -> int:
-        """The same, without a check of anything."""
+        """The checksum at the end of the first `steps` entries, as stored in the file."""
         if not steps:
             return self._header_checksum
         with self.path.open("rb") as file:
@@ -196,7 +198,7 @@ class Ledger:
             return int(_CHECKSUM.unpack(file.read(_CHECKSUM.size))[0])
 
     def seal(self) -> tuple[int, str] | None:
-        """A number of steps, and the digest of the weights after them as :meth:`close` was told; None if it was not."""
+        """The number of steps and the digest of the weights that :meth:`close` wrote; None if it has not."""
         with self.path.open("rb") as file:
             file.seek(self._seal_at)
             body, checksum = file.read(_SEAL.size), file.read(_CHECKSUM.size)
@@ -215,7 +217,7 @@ class Ledger:
         return False
 
     def copy(self, path: Path, steps: int) -> "Ledger":
-        """Writes a ledger of the first `steps` steps at `path`, and beside it the files of bases that are beside it."""
+        """Copies the first `steps` steps to a ledger at `path`, with the files of given bases beside it."""
         with self.path.open("rb") as file, replacing(path) as copy:
             copy.write(file.read(self._seal_at))
             copy.write(bytes(_SEAL.size + _CHECKSUM.size))
@@ -231,8 +233,8 @@ class Ledger:
         """Opens the file to write after the first `steps` steps.
 
         Args:
-            steps: how many have been taken.
-            keep: how many of the entries after these stay, until they are written again; the others are cut off.
+            steps: number of steps that have been taken.
+            keep: number of further entries to keep until they are overwritten; those after them are cut off.
 
         Raises:
             DamagedLedgerError: if one of the first entries was changed.
@@ -242,7 +244,7 @@ class Ledger:
         self._checksum, self._length, seal = self.checksum_after(steps), steps, self.seal()
         self._file = self.path.open("r+b", buffering=0)
         try:
-            # Ends with the process, is not its children's, and is lost if the process opens the file once more.
+            # This lock ends with the process and is not inherited, but is lost if the process closes another handle.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
@@ -258,7 +260,7 @@ class Ledger:
 
         Raises:
             ValueError: if it is of another step, or does not have as many numbers as the header says.
-            OSError: if it cannot be written; the file then ends after the last step.
+            OSError: if it cannot be written; the file then ends with the step before.
         """
         step = self.header.first_step + self._length
         if record.step != step:
@@ -279,19 +281,19 @@ class Ledger:
         self._checksum, self._length = checksum, self._length + 1
 
     def sync(self) -> None:
-        """Waits until all entries are on the disk."""
+        """Flushes all entries to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self, digest: str | None = None) -> None:
-        """Ends writing; `digest`, of the weights after the last step, becomes the seal."""
+        """Closes the file, and seals it first if the `digest` of the weights after the last step is given."""
         if digest is not None:
             body = _SEAL.pack(self._length, bytes.fromhex(digest))
             self._write_at(self._seal_at, body + _CHECKSUM.pack(zlib.crc32(body)))
-            self._file.truncate(self._place(self._length))  # steps of before that a shorter run did not come to
+            self._file.truncate(self._place(self._length))  # entries kept by `go_on` that this run did not reach
         self.sync()
         self._file.close()
 
     def _write_at(self, place: int, content: bytes) -> None:
-        while content:  # a disk that is nearly full takes a part of it first
+        while content:  # a nearly full disk may take a part only
             written = os.pwrite(self._file.fileno(), content, place)
             place, content = place + written, content[written:]

@@ -1,4 +1,4 @@
-"""An entry of a ledger: the numbers of a step's record, in the order of the header's fields."""
+"""Encodes a step's record as an entry of a ledger."""
 
 import struct
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ _ESTIMATED, _TRACES, _GIVEN = 1, 2, 4  # bits of `flags`
 
 
 class EntryCodec:
-    """Makes bytes of records and records of bytes, without a checksum.
+    """Converts records to bytes and back, without the checksum of an entry.
 
     Args:
-        fields: name, type ("<u4", as NumPy writes it) and number of what an entry holds.
-        seed: of the run's records.
+        fields: name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order.
+        seed: seed of the run, which entries do not repeat.
     """
 
     def __init__(self, fields: Sequence[Sequence[Any]], seed: int) -> None:
@@ -25,14 +25,14 @@ class EntryCodec:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return self._struct.size
 
     def pack(self, record: StepRecord) -> bytes:
         """The bytes of a record.
 
         Raises:
-            ValueError: if it does not have as many numbers as there is room for.
+            ValueError: if it does not have the number of values that entries have.
         """
         skipped = [0.0] * (0 if record.projected_grads else self._counts["projected_grads"])
         bits = bytearray(self._counts.get("blocks", 0))

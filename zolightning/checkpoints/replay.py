@@ -1,4 +1,4 @@
-"""From base weights and a ledger to trained weights: no data, no forward passes."""
+"""Computes trained weights from base weights and a ledger, without data or forward passes."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -28,12 +28,12 @@ _IN_RECORDS = ("lr", "vector_lr")  # whatever a method is made with
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay did.
+    """The result of a replay.
 
     Attributes:
-        steps: how many were replayed.
-        sealed: whether the weights are, to the last bit, those that the run ended with; None where it is not known,
-            because the run went on or did not end.
+        steps: number of steps that were replayed.
+        sealed: whether the weights have the bits of those at the end of the run; None if that is not known, because
+            the run went on or has not ended.
     """
 
     steps: int
@@ -41,7 +41,7 @@ class Replayed:
 
 
 def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
-    """What a replay has to know of a run whose first step comes next."""
+    """The header of a run's ledger, before its first step."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     tensors = base_tensors(module)
     group = optimizer.param_groups[0]
@@ -77,16 +77,16 @@ def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
 
 
 class Replay:
-    """A module on its way from a run's base weights to the trained ones: a context, at whose end it is as any module.
+    """A context in which the steps of a run are replayed on a module with the run's base weights.
 
     Args:
-        path: of the run's ledger.
-        module: with the base weights, and on the device on which to replay; it gets the dtypes that it had in the run.
-        method: what the run was trained by; learning rates come from the ledger.
+        path: path of the run's ledger.
+        module: the module, on the device on which to replay; its weights get the dtypes that they had in the run.
+        method: makes the run's method; learning rates come from the ledger.
 
     Attributes:
-        ledger: the run's.
-        steps: how many have been replayed.
+        ledger: the run's ledger.
+        steps: number of steps replayed so far.
 
     Raises:
         FileNotFoundError: if there is no ledger.
@@ -106,7 +106,7 @@ class Replay:
                 f"{_release()}. Replay it with that release."
             )
         if header.structure is not None:
-            _cast(self.ledger, module)  # what a prefix begins with depends on it
+            _cast(self.ledger, module)  # first, because the initial values of a prefix depend on it
             cast(Any, module).load_structure_dict(header.structure)
         _take_dtypes(self.ledger, module)
         if weights_digest(base_tensors(module)) != header.weights:
@@ -134,11 +134,11 @@ class Replay:
 
     @torch.no_grad()
     def apply(self, steps: int) -> None:
-        """Applies the records up to this number of steps.
+        """Applies records until this number of steps have been replayed.
 
         Raises:
-            DamagedLedgerError: if one was changed; the module is then of no use.
-            FileNotFoundError, DamagedCheckpointError, ValueError: if bases that a record needs are not there whole.
+            DamagedLedgerError: if a record was changed; the module's weights are then of no use.
+            FileNotFoundError, DamagedCheckpointError, ValueError: if a file of given bases is missing or damaged.
         """
         parameters = dict(self._module.named_parameters())
         for record in self.ledger.records(steps, self.steps):
@@ -149,7 +149,7 @@ class Replay:
             self.steps += 1
 
     def is_sealed(self) -> bool | None:
-        """What :attr:`Replayed.sealed` says; after the end of the context."""
+        """:attr:`Replayed.sealed`; to be called after the end of the context."""
         seal = self.ledger.seal()
         if seal is None or seal[0] != self.steps:
             return None
@@ -162,19 +162,19 @@ def replay(
     method: Callable[[Iterable[Any]], ZerothOrderOptimizer],
     step: int | None = None,
 ) -> Replayed:
-    """Makes of a module with a run's base weights the module that the run trained.
+    """Turns a module with a run's base weights into the module that the run trained.
 
-    Bits are those of the run on any device for methods with dense directions; methods with subspaces draw their bases
-    by the linear algebra library of the device, so theirs are the run's where that is the same one. Nothing but the
-    method's steps is replayed: if somebody else changed weights in the run (a hook that clamps or averages them), the
-    result is another, which :attr:`Replayed.sealed` tells.
+    For methods with dense directions the weights have the bits of the run on any device. Subspace methods compute bases
+    with the linear algebra library of the device, and have the run's bits if that is the same. Only the method's steps
+    are replayed: if other code changed weights during the run (by clamping or averaging them), the result differs, and
+    :attr:`Replayed.sealed` is False.
 
     Args:
         path, module, method: as of :class:`Replay`.
-        step: after which step of the run to stop, counted as Lightning's ``global_step``; None replays all of them.
+        step: the step of the run after which to stop, as counted by Lightning's ``global_step``; None replays all.
 
     Raises:
-        ValueError: also if the ledger has no such step, before anything is changed.
+        ValueError: as of :class:`Replay`, or if the ledger has no such step; nothing is changed then.
 
     Example::
 
@@ -187,7 +187,7 @@ def replay(
 
 
 def _steps(ledger: Ledger, step: int | None) -> int:
-    """How many entries lead to a step."""
+    """The number of entries up to a step."""
     first, last = ledger.header.first_step, ledger.header.first_step + len(ledger)
     if step is not None and not first <= step <= last:
         raise ValueError(f"`step` must be at least {first} and at most {last}, where {ledger.path} ends, got {step}.")
@@ -195,7 +195,7 @@ def _steps(ledger: Ledger, step: int | None) -> int:
 
 
 def _take_dtypes(ledger: Ledger, module: nn.Module) -> None:
-    """Gives a module's tensors the dtypes of the run's, which the Trainer's precision may have changed."""
+    """Converts a module's tensors to the dtypes that they had in the run, which depend on the Trainer's precision."""
     tensors, saved = base_tensors(module), ledger.header.tensors
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     wanted = {name: shape for name, (_, shape) in saved.items()}
@@ -218,7 +218,7 @@ def _cast(ledger: Ledger, module: nn.Module) -> None:
 def _rebuild(
     ledger: Ledger, parameters: dict[str, nn.Parameter], method: Callable[[Iterable[Any]], ZerothOrderOptimizer]
 ) -> ZerothOrderOptimizer:
-    """The run's method over the run's groups, as it was before its first step."""
+    """The run's method over the run's parameter groups, in its state before the first step."""
     groups = ledger.header.groups
     optimizer = method([{"params": [(name, parameters[name]) for name in group["names"]]} for group in groups])
     found, saved = _as_json(settings_of(optimizer)), ledger.header.method
@@ -237,7 +237,7 @@ def _slice(saved: dict[str, Any]) -> Slice:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values as they come back from a file: with lists in place of tuples."""
+    """Plain values as JSON returns them, with lists instead of tuples."""
     read: dict[str, Any] = json.loads(json.dumps(values))
     return read
 
@@ -247,7 +247,7 @@ def _release() -> str:
 
 
 def _first_numbers() -> list[int]:
-    """The first numbers of a direction: of another release's noise they would be others."""
+    """The first numbers of some directions, which identify this release's noise."""
     words = torch.tensor(key(1234, 7, 3, "weight"), dtype=torch.int32)
     index = torch.arange(16, dtype=torch.int32)
     return [*words.tolist(), *codes(index, words, "gaussian").tolist(), *codes(index, words, "rademacher").tolist()]

@@ -18,15 +18,15 @@ _FOLDER = "checkpoints"  # of a run, beside its config.yaml
 
 
 def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
-    """Puts the path of a file in the place of ``last`` and ``best`` in ``ckpt_path``.
+    """Replaces ``last`` and ``best`` in ``ckpt_path`` by the path of a file.
 
-    They mean the run whose ``config.yaml`` is among the config files; else ``checkpoint.dirpath``; else the newest
-    version of the run that has a ``last.ckpt``. The best one is what that file says. A run that was killed before its
-    first checkpoint has a ledger in the place of ``last``.
+    They refer to the run whose ``config.yaml`` is among the config files, or else to ``checkpoint.dirpath``, or else to
+    the newest version of the run with a ``last.ckpt``, which also says which checkpoint is the best. For a run that was
+    killed before its first checkpoint, ``last`` is its ledger.
 
     Args:
-        config: of a subcommand, with the run's name in ``trainer.logger``.
-        of_ledgers: whether a ledger will do.
+        config: the config of a subcommand, with the run's name in ``trainer.logger``.
+        of_ledgers: whether a ledger is accepted.
 
     Raises:
         MisconfigurationException: if there is no such file, or it is not a whole one; with where it was looked for.
@@ -53,12 +53,12 @@ def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
 
 
 def is_ledger(path: Any) -> bool:
-    """Whether a run is to go on from its first step, by its ledger, in place of a checkpoint."""
+    """Whether a path is that of a ledger, from which a run is resumed without a checkpoint."""
     return path is not None and Path(str(path)).name == LEDGER
 
 
 def take_name(config: "Namespace") -> None:
-    """Calls a run that has no name, and goes on from the last step of another, by that one's name and folder."""
+    """Gives a run without a name that resumes another run's last step the name and the folder of that run."""
     folder, settings = _folder_of(config.get("ckpt_path")), getattr(config.trainer.logger, "init_args", None)
     if folder is None or settings is None or settings.get("name") not in (None, "lightning_logs"):
         return
@@ -66,13 +66,13 @@ def take_name(config: "Namespace") -> None:
 
 
 def go_on_in_folder(config: "Namespace") -> bool:
-    """Makes a run that goes on from the ``last.ckpt`` or the ledger of a folder write its logs and checkpoints there.
+    """Makes a run that resumes from the ``last.ckpt`` or the ledger of a folder write its logs and checkpoints there.
 
-    It becomes the same version of TensorBoard's logger, unless the command gives another name or version. From any
-    other checkpoint a run goes on in a new version, and what the old one learned after it stays.
+    It gets the same version of TensorBoard's logger, unless the command gives another name or version. From any other
+    checkpoint a run continues in a new version, and the old one keeps its later steps.
 
     Returns:
-        Whether the run goes on in its folder.
+        Whether the run continues in its folder.
     """
     folder, logger = _folder_of(config.get("ckpt_path")), config.trainer.logger
     if folder is None or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
@@ -84,7 +84,7 @@ def go_on_in_folder(config: "Namespace") -> bool:
 
 
 def _folder_of(path: Any) -> Path | None:
-    """The folder of the run whose last step a file is for; None if it is for no run's."""
+    """The folder of the run of which a file is the last checkpoint or the ledger; None if it is neither."""
     if path is None or "://" in str(path):
         return None
     file = Path(path).resolve()
@@ -128,7 +128,7 @@ def _best_checkpoint(last: Path, config: "Namespace") -> Path:
 
 
 def callback_states(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint has of the run's callbacks; its weights are not read."""
+    """The states of callbacks in a checkpoint, whose weights are not read."""
     states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
     return states
 

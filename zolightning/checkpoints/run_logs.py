@@ -1,4 +1,4 @@
-"""What a Trainer's loggers are told when steps come again that were logged before."""
+"""Keeps steps that are repeated after a resume from being logged twice."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,11 +13,11 @@ from zolightning.partners import tensorboards
 
 
 class Muted:
-    """Puts loggers that write nothing in the place of a Trainer's.
+    """Replaces a Trainer's loggers by ones that write nothing.
 
     Args:
-        trainer: whose loggers they are.
-        until: the first step that is to be logged.
+        trainer: the Trainer.
+        until: the first step that is to be logged again.
     """
 
     def __init__(self, trainer: L.Trainer, until: int) -> None:
@@ -31,7 +31,7 @@ class Muted:
 
 
 def not_yet_logged(trainer: L.Trainer) -> dict[str, float]:
-    """What the step that has just been taken will log when it is over; nothing outside of ``on_train_batch_end``."""
+    """The metrics that the step just taken will log when it is over; empty outside of ``on_train_batch_end``."""
     connector = trainer._logger_connector
     if connector._first_loop_iter is None or not connector.should_update_logs:  # None: between batches
         return {}
@@ -39,13 +39,14 @@ def not_yet_logged(trainer: L.Trainer) -> dict[str, float]:
 
 
 def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
-    """Has TensorBoard's loggers leave out what their folders have, of the last step and those from now on.
+    """Makes TensorBoard's loggers skip values of the last step and of later ones that are in their folders already.
 
-    That is of a step or a validation in which a process was killed, after it was logged and before it was over.
+    Such values are left by a process that was killed after it had logged a step or a validation and before it had
+    completed it.
 
     Args:
-        trainer: that goes on.
-        rest: what :func:`not_yet_logged` said of the last step; logged now, where it is not there.
+        trainer: the Trainer of the resumed run.
+        rest: the result of :func:`not_yet_logged` in the last step, which is logged now if it has not been.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -66,7 +67,7 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
 
 
 def _leave_out(writer: Any, there: Counter[tuple[str, int | None]]) -> None:
-    """Has a writer leave out what is there, as often as it is: a first validation has the step of a later one."""
+    """Makes a writer skip each value as often as it is there: two validations can have the same step."""
     file_writer = writer._get_file_writer()
     add_summary = file_writer.add_summary
 

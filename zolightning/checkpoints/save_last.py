@@ -1,4 +1,4 @@
-"""The last step of a run is never lost: saved while it trains, at its end, and when it is told to stop."""
+"""Saves the last step of a run: while it trains, at its end, and when it is stopped by a signal or an error."""
 
 import signal
 import time
@@ -26,26 +26,26 @@ _KEY = "zolightning.SaveLast"
 class SaveLast(ModelCheckpoint):
     """Keeps the last step of a run in ``last.ckpt``, so that resuming from it equals not having stopped.
 
-    It is saved when training ends, after every validation, every so many steps or minutes, and
+    It is saved when training ends, after every validation, at intervals of steps or minutes, and
 
-    * on SIGTERM and Ctrl-C: after the step that is being taken. The process then ends with status 143 or 130, and a
-      line says how to go on. All ranks stop after the same step, whichever of them was told. A second Ctrl-C ends the
-      process at once, without saving.
-    * on an exception, if the weights are those of the last complete step and there is one rank. Where a
-      :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has the steps since the last time, nothing is saved: they
-      are taken from there, and the batch that failed comes again.
+    * on SIGTERM and Ctrl-C, after the step that is being taken. The process then ends with status 143 or 130, and a
+      message says how to resume. All ranks stop after the same step, whichever of them got the signal. A second Ctrl-C
+      ends the process at once, without saving.
+    * on an exception, if there is a single rank and the weights are those of the last complete step. If a
+      :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has recorded the steps since the last checkpoint, nothing
+      is saved: a resumed run takes them from there, and repeats the batch that failed.
 
-    A validation that was due when the run stopped comes first when it goes on. ``Trainer.fit(ckpt_path="last")`` finds
-    the file where `dirpath` is the same in both runs. Use it beside the ModelCheckpoint of the best weights, and with
-    :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, which makes a kill harmless at any moment and
-    needs no memory to speak of.
+    If a validation was due when the run stopped, a resumed run begins with it. ``Trainer.fit(ckpt_path="last")`` finds
+    the file if `dirpath` is the same in both runs. Use this callback besides a ModelCheckpoint for the best weights,
+    and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, with which a kill does no harm at any
+    time.
 
     Args:
         dirpath: folder of ``last.ckpt``; None takes that of the run's other ModelCheckpoint, or else its default.
-        every_n_train_steps: save after every so many steps; None does not.
-        every_n_minutes: save when this many minutes of training have passed since the last time; None does not.
-        how_to_go_on: what to tell a user whose run was stopped; ``{path}`` becomes the path of the checkpoint, and
-            ``{folder}`` that of the folder which holds the run's logs.
+        every_n_train_steps: number of steps between two checkpoints; None saves none at steps. every_n_minutes: minutes
+        of training between two checkpoints; None saves none by time. how_to_go_on: message for a user whose run was
+        stopped; ``{path}`` is replaced by the path of the checkpoint, and
+            ``{folder}`` by the folder of the run's logs.
 
     Raises:
         ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
@@ -68,7 +68,7 @@ class SaveLast(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.how_to_go_on = how_to_go_on
         self._signal = StopSignal()
-        self._stopping = 0  # the one for which all ranks stop
+        self._stopping = 0  # number of the signal for which all ranks stop
         self._is_training = False
         self._saved_at = 0.0
         self._step_before_batch = 0
@@ -82,13 +82,13 @@ class SaveLast(ModelCheckpoint):
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # After the other ModelCheckpoints, whose state is to be in the file. On an error, before anybody cleans up.
-        # (Lightning goes on through the old list.)
+        # This callback comes last, so that the file holds the state of the others; its `_first` comes first, to save
+        # after an error before others clean up. (Lightning still iterates over the old list.)
         others = [
             callback for callback in callbacks_of(trainer) if callback is not self and callback is not self._first
         ]
         trainer.callbacks = [self._first, *others, self]  # type: ignore[attr-defined]  # as in `callbacks_of`
-        if len(trainer.checkpoint_callbacks) == 2:  # of which one has a best
+        if len(trainer.checkpoint_callbacks) == 2:  # this one and that of the best weights
             warnings.filterwarnings("ignore", ".* is called with Trainer configured with multiple `ModelCheckpoint`")
         if self.dirpath is None:
             self.dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
@@ -122,7 +122,7 @@ class SaveLast(ModelCheckpoint):
         is_over = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         self._stopping, is_time = largest_of_ranks(trainer, self._signal.number, is_over)
         is_step = steps is not None and trainer.global_step % steps == 0
-        # At the end of training it is too late: an epoch that was not over is counted as one that was.
+        # Not at the end of training, when Lightning has counted an unfinished epoch as a finished one.
         is_last_step = trainer.should_stop or trainer.global_step == trainer.max_steps
         if self._stopping or is_time or is_step or is_last_step:
             self._validation_due = is_validation_next(trainer)
@@ -130,14 +130,14 @@ class SaveLast(ModelCheckpoint):
                 self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: a run goes on as well from the last step of an epoch."""
+        """Does nothing, unlike that of ModelCheckpoint."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step != trainer.max_steps:  # a run that has no step left would not come back to validate
+        if trainer.global_step != trainer.max_steps:  # a resumed run without a step left would not validate
             self._stop_here(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # Ranks may have different numbers of batches, so several of them can agree at the next step only.
+        # With several ranks, which may have different numbers of batches, only at the next training step.
         if self._signal.number and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
             self._stopping, self._validation_due = self._signal.number, True
             self._save(trainer)
@@ -156,7 +156,7 @@ class SaveLast(ModelCheckpoint):
         self._stop_here(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Nothing: `_OnException` calls :meth:`save_after_error` before the other callbacks have theirs."""
+        """Does nothing: `_OnException` has called :meth:`save_after_error` before other callbacks cleaned up."""
 
     def save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
         is_training = self._is_training
@@ -179,7 +179,10 @@ class SaveLast(ModelCheckpoint):
 
     @staticmethod
     def _has_ledger(trainer: L.Trainer) -> bool:
-        """Whether a checkpoint from before an error is enough: a loader may have gone on to the batch that failed."""
+        """Whether a ledger holds the steps since the last checkpoint, which is then enough to resume from.
+
+        It is better than one saved now, because the state of a loader may have advanced to the batch that failed.
+        """
         return any(
             isinstance(callback, KeepLedger) and callback.ledger is not None for callback in callbacks_of(trainer)
         )
@@ -204,7 +207,7 @@ class SaveLast(ModelCheckpoint):
 
     @staticmethod
     def _defer_folding(trainer: L.Trainer) -> None:
-        """Has the Trainer's checkpoints fold the weights of a subspace method one by one, as they are written."""
+        """Makes the Trainer's checkpoints fold the weights of a subspace method one by one, as they are written."""
         strategy = trainer.strategy
         vars(strategy).pop("lightning_module_state_dict", None)
         own = strategy.lightning_module_state_dict
@@ -219,7 +222,7 @@ class SaveLast(ModelCheckpoint):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: where the checkpoints of another run lie is of no interest to this one."""
+        """Does nothing: a run does not take over the paths of another run's checkpoints."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = {
@@ -260,7 +263,7 @@ class SaveLast(ModelCheckpoint):
 
 
 class _OnException(Callback):
-    """The first of a Trainer's callbacks."""
+    """A callback that comes first in a Trainer and saves after an error, before others clean up."""
 
     def __init__(self, save_last: SaveLast) -> None:
         self.save_last = save_last

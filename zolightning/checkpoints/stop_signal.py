@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that training reads between two steps."""
+"""Handles SIGTERM and Ctrl-C as requests to stop after the present step."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """Takes note of a signal instead of ending the process.
+    """Records a signal instead of letting it end the process.
 
     Attributes:
-        number: of the signal that came since :meth:`listen`; 0 if none did.
+        number: number of the last signal since :meth:`listen`; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -26,26 +26,26 @@ class StopSignal:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """From now on; only the main thread of a process can."""
+        """Starts to record signals; only in the main thread of a process."""
         self.number = 0
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def ignore(self) -> None:
-        """Signals do again what they did before :meth:`listen`."""
+        """Restores the handlers from before :meth:`listen`."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if number == signal.SIGINT:
-            # Not by `print`, which may be what the signal interrupted.
+            # Not with `print`, which the signal may have interrupted.
             os.write(2, b"\nThe run stops after this step and is saved. Ctrl-C again stops it at once.\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
-    """The largest of the values that the ranks have, one by one."""
+    """The maximum of each value over all ranks."""
     if trainer.world_size == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
@@ -54,7 +54,7 @@ def largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
 
 
 def exit_status(trainer: L.Trainer, number: int) -> int:
-    """128 and the signal, as shells say it; 0 for processes that Lightning started, whose failure kills the first."""
+    """128 plus the signal, as in shells; 0 for processes started by Lightning, whose failure would kill the first."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     is_started = trainer.local_rank > 0 and environment is not None and not environment.creates_processes_externally
     return 0 if is_started else 128 + number

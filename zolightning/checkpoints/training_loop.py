@@ -1,10 +1,10 @@
-"""Where a training loop is, and what it forgets of a run that goes on: Lightning has no public names for that."""
+"""Parts of Lightning's training loop that have no public names."""
 
 import lightning as L
 
 
 def validate(trainer: L.Trainer) -> None:
-    """The validation that was due when the run stopped, as the training loop would have run it."""
+    """Runs the validation that was due when a run was stopped, as the training loop would have."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
     first_loop_iter = connector._first_loop_iter
     loop.restarting = False
@@ -17,7 +17,7 @@ def validate(trainer: L.Trainer) -> None:
 
 
 def count_epoch_once(trainer: L.Trainer) -> None:
-    """Lightning counts an epoch that was saved at its last batch when it restores it, and again when it ends it."""
+    """Corrects a count of Lightning's, which counts an epoch twice that was saved at its last batch and restored."""
     loop = trainer.fit_loop
     is_at_last_batch = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
     if loop.restarted_mid_epoch and is_at_last_batch:
@@ -27,11 +27,11 @@ def count_epoch_once(trainer: L.Trainer) -> None:
 
 
 def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
-    """Whether the weights are those after ``trainer.global_step`` steps, and so is all else that is saved.
+    """Whether the weights, and all else that a checkpoint holds, are those after ``trainer.global_step`` steps.
 
     Args:
-        trainer: that trains.
-        step_before_batch: its ``global_step`` when the batch began.
+        trainer: the Trainer.
+        step_before_batch: its ``global_step`` at the start of the batch.
     """
     loop = trainer.fit_loop.epoch_loop
     optimizer_step = (

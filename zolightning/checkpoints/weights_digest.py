@@ -1,4 +1,4 @@
-"""A fingerprint of weights: exact to the bit, and as fast as they can be read."""
+"""A fingerprint of weights that is exact to the bit."""
 
 import hashlib
 import os
@@ -20,8 +20,8 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the names, dtypes, shapes and bits of tensors: 64 hexadecimal digits.
 
-    Each tensor is hashed by itself, several at once: that takes as long as reading them does, about 2 GB/s a core.
-    Where some are sharded over ranks, all ranks must call this: they are gathered one by one.
+    Tensors are hashed in parallel, at about 2 GB/s per core. If some are sharded over ranks, all ranks must call this,
+    and they are gathered one by one.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         one_by_one = any(map(is_sharded, tensors.values()))
