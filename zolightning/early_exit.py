@@ -1,6 +1,8 @@
 """The first layers of a network in the place of all of them: its head reads what a middle layer writes."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -25,17 +27,15 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
         raise ValueError(
             f"`num_layers` is {num_layers!r}, and {type(model).__name__} has an encoder and a decoder: it must be null."
         )
-    stack = find_layers(model)
-    before = len(stack)
+    layers = _layers(model)
+    before = len(layers)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= before:
         raise ValueError(
-            f"`num_layers` is {num_layers!r}, and `{stack.name}` of {type(model).__name__} has {before} layers: 1 to "
-            f"{before} are accepted."
+            f"`num_layers` is {num_layers!r}, and {type(model).__name__} has {before} layers: 1 to {before} are "
+            "accepted."
         )
     if num_layers == before:
         return
-    layers: Any = model.get_submodule(stack.name)
-    assert isinstance(layers, nn.ModuleList)
     del layers[num_layers:]
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for name, value in list(vars(config).items()):
@@ -43,6 +43,18 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
                 setattr(config, name, value[:num_layers])
         config.num_hidden_layers = num_layers
     setattr(model, _NUM_LAYERS, num_layers)
+
+
+@contextmanager
+def exit_after(model: "PreTrainedModel", num_layers: int) -> Iterator[None]:
+    """Has a model run its first layers only, within a context; its config says nothing of it."""
+    layers = _layers(model)
+    others = list(layers)[num_layers:]
+    del layers[num_layers:]
+    try:
+        yield
+    finally:
+        layers.extend(others)
 
 
 def early_exit(model: "PreTrainedModel") -> int | None:
@@ -61,3 +73,9 @@ def restore_early_exit(model: "PreTrainedModel", num_layers: int | None) -> None
         keep_first_layers(model, num_layers)
     elif found is not None:
         raise ValueError(f"`num_layers` is {found}, and the weights to load are of all layers: leave it out.")
+
+
+def _layers(model: "PreTrainedModel") -> nn.ModuleList:
+    layers = model.get_submodule(find_layers(model).name)
+    assert isinstance(layers, nn.ModuleList)
+    return layers

@@ -115,7 +115,7 @@ def most_accurate_c(
     """
     if len(cs) == 1:
         return cs[0]
-    means = [_over_folds(accuracy, features, targets, num_classes, c, tolerance).mean() for c in cs]
+    means = [over_folds(accuracy, features, targets, num_classes, c, tolerance).mean() for c in cs]
     return cs[int(torch.stack(means).argmax())]
 
 
@@ -133,7 +133,7 @@ def strongest_penalty(
     tried: list[tuple[float, float]] = []
     least = limit = math.inf
     for c in sorted(cs):
-        losses = _over_folds(F.cross_entropy, features, targets, num_classes, c, tolerance)
+        losses = over_folds(F.cross_entropy, features, targets, num_classes, c, tolerance)
         mean = losses.mean().item()
         error = losses.std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
         tried.append((c, mean))
@@ -144,7 +144,7 @@ def strongest_penalty(
     return next(c for c, mean in tried if mean <= limit)
 
 
-def _over_folds(
+def over_folds(
     quality: Callable[[Tensor, Tensor], Tensor],
     features: Tensor,
     targets: Tensor,
@@ -152,7 +152,11 @@ def _over_folds(
     c: float,
     tolerance: float,
 ) -> Tensor:
-    """What fits to the other folds are worth on each, (folds,); folds that nothing is in, or all, are left out."""
+    """Five-fold cross-validation: the quality on each fold, (folds,), of a fit to the others.
+
+    Folds that nothing is in, or all, are left out. The arguments are those of :func:`fit`, and a function of scores,
+    (N, K), and targets, (N,).
+    """
     same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1  # how many came before
     found = []
     for is_out in (same % _FOLDS == fold for fold in range(_FOLDS)):

@@ -100,6 +100,22 @@ def test_sensitivity_and_step_times(runs: Runs) -> None:
     assert "The layers are in bfloat16, where rounding" in half
 
 
+def test_probes_of_layers(runs: Runs, tmp_path: Path) -> None:
+    """Those of the last layer and of the first are what a network of so many layers gives."""
+    output = runs("profile", "--num_prompts", 4, "--probe_every", 1, "--output", tmp_path)
+    probes = json.loads((tmp_path / "probes.json").read_text())["probes"]
+    assert [probe["num_layers"] for probe in probes] == [1, 2]
+    for probe in probes:
+        alone = ("--model.num_layers", probe["num_layers"], "--output", tmp_path / "alone")
+        runs("profile", "--num_prompts", 4, "--probe_every", 2, *alone)
+        (expected,) = json.loads((tmp_path / "alone/probes.json").read_text())["probes"]
+        assert probe == expected
+    assert probes[0]["loss"] != probes[1]["loss"] and all(0 < probe["error"] < probe["loss"] for probe in probes)
+    best = min(probes, key=lambda probe: probe["loss"])["num_layers"]
+    assert f"--model.num_layers {best} --linear_probing LinearProbing" in output
+    assert_plot(tmp_path / "probes.png")
+
+
 def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer: Any, tmp_path: Path) -> None:
     """A module that is no language model, frozen in part, in a Trainer without a logger."""
     from torch.utils.data import DataLoader, TensorDataset
@@ -121,6 +137,7 @@ def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer:
     [
         (("--num_prompts", 0), "`num_prompts` must be at least 1, got 0"),
         (("--sensitivity_queries", -1), "`sensitivity_queries` must be 0 for no scan, or more, got -1"),
+        (("--probe_every", -1), "`probe_every` must be 0 for no probes, or more, got -1"),
         (("--layers_name", "no.such.layers"), "`layers_name` is 'no.such.layers', which matches nothing"),
         (("--output", "{folder}/model/config.json/x"), "`output` is {folder}/model/config.json/x, where no file can"),
         (("--data.init_args.path", "{folder}"), "{folder}/train.jsonl, .csv or .parquet does not exist"),

@@ -80,12 +80,7 @@ class LinearProbing(Callback):
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses what ``setup`` refuses; for whoever has something long to do before a fit."""
-        for name in ("head_features", "set_head_rows"):
-            if not hasattr(pl_module, name):
-                raise MisconfigurationException(
-                    f"`linear_probing` needs a module with `{name}`, as CausalLM and classifiers have it, got "
-                    f"{type(pl_module).__name__}."
-                )
+        require_probed(pl_module, "`linear_probing`")
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 f"`linear_probing` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, under which "
@@ -105,13 +100,6 @@ class LinearProbing(Callback):
                 "one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from that."
             )
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
-        num_rows = len(rows.unique())
-        if rows.is_floating_point() or num_rows > _MOST_ROWS:
-            found_ones = "numbers" if rows.is_floating_point() else f"{num_rows:,} different tokens"
-            raise MisconfigurationException(
-                f"`linear_probing` fits a row of the head for each class, and the answers of the training data are "
-                f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave it out."
-            )
         found = probe(features, rows, self.cs, self.tolerance, strongest_penalty)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
         module: Any = pl_module
@@ -125,6 +113,16 @@ class LinearProbing(Callback):
                 logger.experiment.add_text("linear_probing", str(found), trainer.global_step)
 
 
+def require_probed(module: L.LightningModule, field: str) -> None:
+    """Raises MisconfigurationException, in the name of a field, unless a module can be probed."""
+    for name in ("head_features", "set_head_rows"):
+        if not hasattr(module, name):
+            raise MisconfigurationException(
+                f"{field} needs a module with `{name}`, as CausalLM and classifiers have it, got "
+                f"{type(module).__name__}."
+            )
+
+
 def head_features(
     trainer: L.Trainer, module: L.LightningModule, num_examples: int | None = None
 ) -> tuple[Tensor, Tensor, int]:
@@ -135,6 +133,13 @@ def head_features(
     with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():
         found = [model.head_features(batch) for batch in batches]
     features, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    num_rows = len(rows.unique())
+    if rows.is_floating_point() or num_rows > _MOST_ROWS:
+        found_ones = "numbers" if rows.is_floating_point() else f"{num_rows:,} different tokens"
+        raise MisconfigurationException(
+            f"A linear probe fits a row of the head for each class, and the answers of the training data are "
+            f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave `linear_probing` out."
+        )
     return features, rows, len(batches)
 
 

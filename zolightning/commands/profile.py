@@ -3,15 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
+from zolightning.callbacks.linear_probing import head_features, require_probed
+from zolightning.commands.layer_probes import LayerProbes, probe_layers
 from zolightning.commands.output import quiet
-from zolightning.commands.plots import activation_figure, save_figure, sensitivity_figure, step_time_figure
+from zolightning.commands.plots import (
+    activation_figure,
+    probe_figure,
+    save_figure,
+    sensitivity_figure,
+    step_time_figure,
+)
 from zolightning.commands.report import print_table, round_robin
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
@@ -36,6 +44,8 @@ class LayerProfile:
         num_prompts: training prompts to run.
         sensitivity_queries: directions a layer along which the loss of one batch is probed; 0 for no probing.
         time_model: whether to time steps of scopes of different sizes, on one batch.
+        probe_every: linear probes of what the head would read after this many layers, after twice as many and so on, on
+            all training examples; 0 for none. Says where the network may end: `model.num_layers`.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`.
 
     Raises:
@@ -45,6 +55,7 @@ class LayerProfile:
     num_prompts: int = 32
     sensitivity_queries: int = 0
     time_model: bool = False
+    probe_every: int = 0
     layers_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +63,8 @@ class LayerProfile:
             raise ValueError(f"`num_prompts` must be at least 1, got {self.num_prompts}.")
         if self.sensitivity_queries < 0:
             raise ValueError(f"`sensitivity_queries` must be 0 for no scan, or more, got {self.sensitivity_queries}.")
+        if self.probe_every < 0:
+            raise ValueError(f"`probe_every` must be 0 for no probes, or more, got {self.probe_every}.")
 
     def run(
         self,
@@ -62,6 +75,8 @@ class LayerProfile:
     ) -> None:
         """Profiles `module` on one device, in the precision of `trainer`; files go to `folder`."""
         find_layers(module, self.layers_name)
+        if self.probe_every:
+            require_probed(module, "`probe_every`")
         if self.sensitivity_queries or self.time_model:
             refuse_quantized(module, "`sensitivity_queries` or `time_model`")
 
@@ -103,6 +118,13 @@ class LayerProfile:
             with progress("step times", (_TIMED_STEPS + 1) * (1 + len(chosen))) as bar:
                 times = measure_step_times(module, chosen, evaluate, _TIMED_STEPS, on_step=bar.update)
             _report_step_times(times, folder)
+        if self.probe_every:
+            counts = range(len(stack), 0, -self.probe_every)[::-1]
+            with progress("linear probes", len(counts)) as bar:
+                probes = probe_layers(
+                    cast(Any, module).model, lambda: head_features(runner, module)[:2], counts, on_probe=bar.update
+                )
+            _report_probes(probes, folder)
 
     def _announce(self, evaluate: Callable[[], Tensor], batches: int, layers: int, scopes: int) -> None:
         """Says how long the rest will take, from one forward."""
@@ -178,6 +200,15 @@ def _report_step_times(times: StepTimes, folder: Path) -> None:
         f"{times.model.per_parameter * 1e12:.3g} ps a parameter, R² {times.model.r_squared:.4f}"
     )
     save_figure(step_time_figure(times, title), folder, "step_time")
+
+
+def _report_probes(probes: LayerProbes, folder: Path) -> None:
+    probes.save(folder / "probes.json")
+    title = "Linear probes after some of the layers, in five-fold cross-validation"
+    print_table(title, [asdict(probe) for probe in probes.probes])
+    best = probes.best.num_layers
+    print(f"The least loss is after {best} layers: --model.num_layers {best} --linear_probing LinearProbing")
+    save_figure(probe_figure(probes, title), folder, "probes")
 
 
 def _counted(batches: Sequence[Any], bar: "tqdm[Any]") -> Iterator[Any]:

@@ -50,6 +50,7 @@ class Trainer(L.Trainer):
         num_prompts: int = 32,
         sensitivity_queries: int = 0,
         time_model: bool = False,
+        probe_every: int = 0,
         layers_name: str | None = None,
         output: str | None = None,
         ckpt_path: str | None = None,
@@ -67,6 +68,8 @@ class Trainer(L.Trainer):
             sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show which layer
                 the loss feels most, in --trainer.precision 32-true; 0 probes nothing.
             time_model: also time steps that move more and more parameters, and fit what a parameter costs.
+            probe_every: also fit linear probes to what the head would read after every so many layers, on all training
+                examples: where they tell most of the task, `model.num_layers` may end the network; 0 fits none.
             layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
             output: folder for the files; ``profile`` beside the versions of the run if not given.
             ckpt_path: not used, like the next; there because the config.yaml of a run has them.
@@ -75,7 +78,7 @@ class Trainer(L.Trainer):
         Raises:
             ValueError: naming the argument, its value and what is accepted.
         """
-        profile = LayerProfile(num_prompts, sensitivity_queries, time_model, layers_name)
+        profile = LayerProfile(num_prompts, sensitivity_queries, time_model, probe_every, layers_name)
         profile.run(self, model, datamodule, output_folder(self, output, "profile"))
 
     def doctor(

@@ -1,0 +1,87 @@
+"""What a linear probe of each layer says of a task: where a network could end."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from zolightning.early_exit import exit_after
+from zolightning.logistic_regression import accuracy, over_folds, strongest_penalty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # those of LinearProbing
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """A probe of what the head reads where the network ends after some layers, in five-fold cross-validation.
+
+    Attributes:
+        num_layers: that are left.
+        loss: mean cross-entropy.
+        error: its standard error over the folds.
+        accuracy: mean.
+    """
+
+    num_layers: int
+    loss: float
+    error: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class LayerProbes:
+    """Probes of several layers.
+
+    Attributes:
+        probes: from the first layer to the last.
+    """
+
+    probes: tuple[LayerProbe, ...]
+
+    @property
+    def best(self) -> LayerProbe:
+        """That of the least loss."""
+        return min(self.probes, key=lambda probe: probe.loss)
+
+    def save(self, path: Path) -> None:
+        """Writes JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def probe_layers(
+    model: "PreTrainedModel",
+    features: Callable[[], tuple[Tensor, Tensor]],
+    num_layers: Sequence[int],
+    on_probe: Callable[[], object] = lambda: None,
+) -> LayerProbes:
+    """Fits a probe to what the head reads after each number of layers; the model is afterwards as it was.
+
+    The penalty of each is chosen as :class:`~zolightning.callbacks.LinearProbing` chooses it.
+
+    Args:
+        model: whose layers are left out, the last ones first.
+        features: runs the model, and returns what its head reads, (N, H), and the right rows, (N,).
+        num_layers: how many to leave, one probe for each.
+        on_probe: called after each.
+    """
+    probes = []
+    for count in num_layers:
+        with exit_after(model, count):
+            found, rows = features()
+        found, (classes, targets) = found.double().cpu(), rows.cpu().unique(return_inverse=True)
+        c = strongest_penalty(found, targets, len(classes), _CS, _TOLERANCE)
+        losses, accuracies = (
+            over_folds(quality, found, targets, len(classes), c, _TOLERANCE) for quality in (F.cross_entropy, accuracy)
+        )
+        error = losses.std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+        probes.append(LayerProbe(count, losses.mean().item(), error, accuracies.mean().item()))
+        on_probe()
+    return LayerProbes(tuple(probes))
