@@ -167,12 +167,12 @@ class TestMeZO:
             else:
                 MeZO(parameters, **{argument: value})
 
-    def test_a_thousand_steps_without_a_learning_rate(self, make_problem: MakeProblem) -> None:
+    def test_a_hundred_steps_without_a_learning_rate(self, make_problem: MakeProblem) -> None:
         """Where weights are perturbed in place, bf16 loses its last digits in this test."""
         module, untouched = make_problem(torch.bfloat16), make_problem(torch.bfloat16)
         optimizer = MeZO(module.named_parameters(), lr=1e-2, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-        for _ in range(1000):
+        for _ in range(100):
             optimizer.estimate(module)
             optimizer.step()
             scheduler.step()

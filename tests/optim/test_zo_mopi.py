@@ -112,19 +112,6 @@ def test_one_sided_and_two_sided_agree_as_eps_shrinks() -> None:
     assert 0 < differences[1] < 0.02 * differences[0]
 
 
-def test_momentum_and_transport_make_a_difference() -> None:
-    def trained(momentum: float, transport: str) -> Tensor:
-        net = Net()
-        optimizer = ZOMOPI(net.named_parameters(), lr=0.05, rank=RANK, power_rank=K, momentum=momentum)
-        optimizer.param_groups[0]["transport"] = transport
-        return train(net, optimizer).w.detach()
-
-    assert not torch.equal(trained(0.0, "project"), trained(0.9, "project"))
-    carried = [trained(0.9, transport) for transport in ("project", "reset", "keep")]
-    assert not any(torch.equal(one, other) for one, other in zip(carried, carried[1:] + carried[:1], strict=True))
-    assert torch.equal(trained(0.0, "project"), trained(0.0, "reset"))
-
-
 @pytest.mark.filterwarnings("ignore:2 parameters are unused", "ignore:All losses of a step were equal")
 def test_a_flat_loss_moves_nothing_and_leaves_no_nan() -> None:
     net = Net()
