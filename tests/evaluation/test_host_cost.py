@@ -18,6 +18,7 @@ from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
 from zolightning.kernels import native
 from zolightning.optim import (
+    GRZO,
     LOZO,
     HiZOO,
     MeZO,
@@ -27,7 +28,7 @@ from zolightning.optim import (
     SubspaceOptimizer,
     ZerothOrderOptimizer,
 )
-from zolightning.optim.estimators import OneSided
+from zolightning.optim.estimators import OneSided, TwoSided
 
 READS = {"item", "tolist", "numpy", "cpu", "equal", "nonzero", "is_nonzero", "allclose", "__contains__"}
 READS |= {"__bool__", "__int__", "__float__", "__index__"}
@@ -217,7 +218,12 @@ def test_all_losses_are_asked_for_before_one_is_read(num_queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [MeZO, MeZOAdam, HiZOO, SparseMeZO, LOZO, partial(SubspaceMeZO, rank=2, betas=(0.9, 0.99))]
+    "method",
+    [
+        *(MeZO, MeZOAdam, HiZOO, SparseMeZO, LOZO),
+        partial(SubspaceMeZO, rank=2, betas=(0.9, 0.99)),
+        partial(GRZO, rank=2, num_queries=3, estimator=TwoSided()),
+    ],
 )
 def test_operations_of_an_update_do_not_grow_with_the_weights(method: Callable[..., Any]) -> None:
     if not native.available(torch.empty(2)):

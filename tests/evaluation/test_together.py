@@ -14,7 +14,8 @@ from zolightning import kernels
 from zolightning.evaluation import perturbed
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
-from zolightning.optim import LOZO, HiZOO, MeZO, StepRecord, ZerothOrderOptimizer
+from zolightning.optim import GRZO, LOZO, HiZOO, MeZO, StepRecord, ZerothOrderOptimizer
+from zolightning.optim.estimators import TwoSided
 
 
 @pytest.fixture
@@ -67,8 +68,14 @@ def trained(
         # Two evaluations, each of two matrices and four vectors, and an update
         (MeZO, {"perturb for each": 2, "perturb": 4, "add for each": 1}),
         (HiZOO, {"perturb for each": 2, "perturb": 4, "add_curved for each": 1}),
+        (partial(HiZOO, curvature="scalar"), {"perturb for each": 2, "perturb": 4, "add for each": 1}),
         # Of matrices the cores, which have two shapes, and are updated by themselves
         (partial(LOZO, rank=2), {"perturb for each": 2, "add for each": 3}),
+        # Four evaluations; cores, the signs of each of two queries, and vectors
+        (
+            partial(GRZO, rank=2, num_queries=2, estimator=TwoSided()),
+            {"perturb for each": 4, "add for each": 4},
+        ),
         (partial(LOZO, rank=2, momentum=0.9), {"perturb for each": 2, "add for each": 3}),
     ],
 )

@@ -44,6 +44,12 @@ class LowRank:
         self.direction.add_to(pending, out)
         return out
 
+    @staticmethod
+    def write_cores(groups: Sequence["LowRank"], outs: Tensor) -> None:
+        """:meth:`write_core` of perturbations of one matrix, each to one of `outs`, (groups, *core shape)."""
+        for group, out in zip(groups, outs, strict=True):
+            group.write_core(out)
+
     def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A (m, r) and B (n, r), of the dtype and device of `like`: the perturbation is ``A @ B.T``."""
         shape = self.basis.core_shape(self.shape)
@@ -124,8 +130,7 @@ def stacked_product(
     count = len(groups)
     if cores is None:
         cores = torch.empty(count, *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
-        for group, core in zip(groups, cores, strict=True):
-            group.write_core(core)
+        groups[0].write_cores(groups, cores)
     cores = (cores.mT if is_linear else cores).to(dtype)
     thin = rows.to(dtype) if first is None else rows.to(dtype) @ first.to(dtype)
     # One batched product, which is much faster than a product for each group.

@@ -1,5 +1,7 @@
 """Low-rank perturbations that share a core, each with signs of its own on its rows and columns (GRZO)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,20 @@ class Signed(LowRank):
         self.core = core
         self.signs = signs
         self.factor = factor
+
+    @staticmethod
+    def write_cores(groups: Sequence[LowRank], outs: Tensor) -> None:
+        """As of any perturbations: by a few operations on all where all are of this kind and have one factor."""
+        found = [group for group in groups if isinstance(group, Signed)]
+        if len(found) < len(groups) or any(group.factor != found[0].factor for group in found):
+            LowRank.write_cores(groups, outs)
+            return
+        core, pending = found[0].core, found[0].pending
+        rows, columns = torch.stack([group.signs for group in found]).split(list(core.shape), dim=1)
+        changes = core * rows[:, :, None] * columns[:, None]
+        if pending is None:
+            pending = torch.zeros_like(core)
+        outs.copy_(torch.add(pending, changes, alpha=found[0].factor))
 
     def write_core(self, out: Tensor) -> Tensor:
         rows, columns = self.signs.split(list(self.core.shape))

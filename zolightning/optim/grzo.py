@@ -1,16 +1,18 @@
 """GRZO in cores: one random core a step, and for each example signs of its own on its rows and columns."""
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.dense import arithmetic, directions
+from zolightning.directions.dense import Direction, accumulate_each, arithmetic, directions, table
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.signed import Signed
-from zolightning.kernels.noise import NoiseKind
+from zolightning.kernels.noise import NoiseKind, coefficient
 from zolightning.optim.estimators import Estimator, PerExample
 from zolightning.optim.normalization import normalized
 from zolightning.optim.record import StepRecord
@@ -67,7 +69,8 @@ class GRZO(SubspaceOptimizer):
     ) -> None:
         if common.get("align_queries"):
             raise ValueError("`align_queries` is True, and GRZO's directions share a core: set it to False.")
-        self._drawn: dict[tuple[str, int], Tensor] = {}  # in a step, by name and query
+        self._cores: dict[str, Tensor] = {}  # drawn in a step, by name
+        self._signs: dict[tuple[str, int], Tensor] = {}  # by name and query, first those of rows
         self._drawn_in = (0, 0)  # seed and step
         super().__init__(
             params,
@@ -87,13 +90,14 @@ class GRZO(SubspaceOptimizer):
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
         found = super().perturbations_of(queries, sign)
         for group in self.param_groups:
-            run = group["seed"], group["step"]
-            for name, (parameter, matrix) in self.split(group)[0].items():
-                pending = self.state.get(parameter, {}).get("core")
-                factor = sign * group["eps"] * self.direction_scale(matrix)
+            matrices = self.split(group)[0]
+            self._draw_cores(matrices, (group["seed"], group["step"]), tuple(found))
+            for name, (parameter, matrix) in matrices.items():
+                pending, basis = self.state.get(parameter, {}).get("core"), self.basis(parameter)
+                factor, core = sign * group["eps"] * self.direction_scale(matrix), self._cores[name]
                 for query, changes in found.items():
-                    core, signs = self._parts(parameter, name, matrix, run, query)
-                    changes[parameter] = Signed(self.basis(parameter), matrix[:2], pending, core, signs, factor)
+                    signs = self._signs[name, query]
+                    changes[parameter] = Signed(basis, matrix[:2], pending, core, signs, factor)
         return found
 
     def update(self, record: StepRecord) -> None:
@@ -105,50 +109,89 @@ class GRZO(SubspaceOptimizer):
             if group["vector_lr_ratio"]:
                 by_query = dict(enumerate(coefficients))
                 self._update_vectors(group, vectors, record, by_query, lr * group["vector_lr_ratio"])
+            batches: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
             for name, (parameter, matrix) in matrices.items():
-                step = self._sum(parameter, name, matrix, record, coefficients)
-                self.core(parameter, matrix).sub_(step, alpha=lr)
-        self._drawn.clear()
+                core = self.core(parameter, matrix)
+                batches[self.direction_scale(matrix), core.shape, core.dtype, core.device].append(name)
+            for names in batches.values():
+                own = {name: matrices[name] for name in names}
+                steps = self._sums(own, record, coefficients)
+                torch._foreach_sub_([self.core(*pair) for pair in own.values()], steps.unbind(), alpha=lr)
+        self._forget()
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         matrices = self.split(self._group_of(parameter), frozen=True)[0]
-        name, matrix = next((name, matrix) for name, (own, matrix) in matrices.items() if own is parameter)
-        coefficients = [g / len(record.projected_grads) for g in record.projected_grads]
-        return self._sum(parameter, name, matrix, record, coefficients)
+        own = {name: pair for name, pair in matrices.items() if pair[0] is parameter}
+        return self._sums(own, record, [g / len(record.projected_grads) for g in record.projected_grads])[0]
 
-    def _sum(
-        self, parameter: nn.Parameter, name: str, matrix: Matrix, record: StepRecord, coefficients: list[float]
+    def _sums(
+        self, matrices: dict[str, tuple[nn.Parameter, Matrix]], record: StepRecord, coefficients: list[float]
     ) -> Tensor:
-        """The sum of all queries' cores, each times a coefficient."""
-        run = record.seed, record.step
-        parts = [self._parts(parameter, name, matrix, run, query) for query in range(len(coefficients))]
-        core = parts[0][0]
-        rows, columns = torch.stack([signs for _, signs in parts]).to(core.dtype).split(list(core.shape), dim=1)
-        weights = core.new_tensor(coefficients)[:, None]
-        return core * (rows.T @ (weights * columns)) * self.direction_scale(matrix)
+        """Of matrices whose cores have one shape, the sums of all queries' cores, each times a coefficient.
 
-    def _parts(
-        self, parameter: nn.Parameter, name: str, matrix: Matrix, run: tuple[int, int], query: int
-    ) -> tuple[Tensor, Tensor]:
-        """The core that all queries of a step share, and the signs of one of them: first those of rows."""
+        Returns:
+            (matrices, *core shape).
+        """
+        queries = range(len(coefficients))
+        self._draw_cores(matrices, (record.seed, record.step), queries)
+        cores = torch.stack([self._cores[name] for name in matrices])
+        signs = torch.stack([self._signs[name, query] for name in matrices for query in queries])
+        rows, columns = signs.view(len(cores), len(queries), -1).split(list(cores.shape[1:]), dim=2)
+        weights = table(tuple(coefficients), cores.dtype, cores.device)[:, None]
+        _, matrix = next(iter(matrices.values()))
+        return cores * (rows.mT @ (weights * columns)) * self.direction_scale(matrix)
+
+    def _draw_cores(
+        self, matrices: dict[str, tuple[nn.Parameter, Matrix]], run: tuple[int, int], queries: Sequence[int]
+    ) -> None:
+        """Draws what the step has not drawn yet: cores, which all queries share, and signs: a launch on a GPU each."""
         if run != self._drawn_in:
-            self._drawn.clear()
+            self._forget()
             self._drawn_in = run
-        shape = self.basis(parameter).core_shape(matrix[:2])
-        core = self._draw_once(parameter, f"{name}/shared", shape, run, 0, self.noise)
-        return core, self._draw_once(parameter, f"{name}/signs", (sum(shape),), run, query, "rademacher")
+        shapes = {name: self.basis(parameter).core_shape(matrix[:2]) for name, (parameter, matrix) in matrices.items()}
+        parameters = {name: parameter for name, (parameter, _) in matrices.items()}
+        cores = {(name, 0): math.prod(shape) for name, shape in shapes.items() if name not in self._cores}
+        for (name, _), core in _drawn(cores, "shared", parameters, run, self.noise).items():
+            self._cores[name] = core.view(shapes[name])
+        pairs = ((name, query) for name in matrices for query in queries)
+        signs = {pair: sum(shapes[pair[0]]) for pair in pairs if pair not in self._signs}
+        self._signs |= _drawn(signs, "signs", parameters, run, "rademacher")
 
-    def _draw_once(
-        self,
-        parameter: nn.Parameter,
-        name: str,
-        shape: tuple[int, ...],
-        run: tuple[int, int],
-        query: int,
-        kind: NoiseKind,
-    ) -> Tensor:
-        if (name, query) not in self._drawn:
-            drawn = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
-            directions({name: parameter}, *run, {query: 1.0}, kind)[name].accumulate(drawn)
-            self._drawn[name, query] = drawn
-        return self._drawn[name, query]
+    def _forget(self) -> None:
+        self._cores.clear()
+        self._signs.clear()
+
+
+def _drawn(
+    sizes: dict[tuple[str, int], int],
+    what: str,
+    parameters: dict[str, nn.Parameter],
+    run: tuple[int, int],
+    kind: NoiseKind,
+) -> dict[tuple[str, int], Tensor]:
+    """Noise of these sizes, by the name of a parameter and the query, in the dtype of its arithmetic.
+
+    Args:
+        sizes: how many numbers to draw of each.
+        what: part of the name of the noise.
+        parameters: by name.
+        run: seed and step.
+        kind: of the noise.
+    """
+    named = {f"{name}/{what}": parameters[name] for name, _ in sizes}
+    places = {query: place for place, query in enumerate(dict.fromkeys(query for _, query in sizes))}
+    found = directions(named, *run, dict.fromkeys(places, 1.0), kind) if sizes else {}
+    alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[str, int]]] = defaultdict(list)
+    for pair in sizes:
+        parameter = parameters[pair[0]]
+        alike[arithmetic(parameter.dtype), parameter.device].append(pair)
+    drawn: dict[tuple[str, int], Tensor] = {}
+    for (dtype, device), pairs in alike.items():
+        # One launch takes tensors of multiples of 16 elements, so the last ones may be of no use.
+        whole = [-(-sizes[pair] // 16) * 16 for pair in pairs]
+        noises = torch.zeros(sum(whole), dtype=dtype, device=device).split(whole)
+        one, keys = table((coefficient(1.0, kind),), dtype, device), [found[f"{name}/{what}"].keys for name, _ in pairs]
+        own = [key[places[query]][None] for key, (_, query) in zip(keys, pairs, strict=True)]
+        accumulate_each([Direction(key, one, kind) for key in own], noises)
+        drawn |= {pair: noise[: sizes[pair]] for pair, noise in zip(pairs, noises, strict=True)}
+    return drawn
