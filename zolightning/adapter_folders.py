@@ -78,7 +78,7 @@ def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tens
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"`adapter` {adapter!r} cannot be read: {reason}.") from None
     if head:
-        config.modules_to_save = None  # PEFT would keep the head twice, beside what it was
+        config.modules_to_save = None  # otherwise PEFT would keep a second copy of the head
     _refuse_kinds(adapter, config)
     misfit = f"`adapter` {adapter!r} does not fit {type(model).__name__} {model.name_or_path!r}"
     if config.peft_type == PREFIX:

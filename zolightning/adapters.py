@@ -1,4 +1,4 @@
-"""Adapters inside a model of transformers: LoRA beside linear maps, a prefix before the text.
+"""Adapters in a model of transformers: LoRA on linear maps, or a prefix before the text.
 
 LoRA adapters are made by PEFT directly, because the methods of transformers for that may require a version of PEFT that
 is not released yet.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AdapterSettings = dict[str, Any]
-"""What makes an adapter again, for checkpoints: what of PEFT's config is not its default, as plain values."""
+"""The settings of PEFT's config that differ from their defaults, as plain values for checkpoints."""
 
 LORA, PREFIX = "LORA", "PREFIX_TUNING"
 ADAPTER = "default"  # what PEFT calls an adapter that is given no name
@@ -33,7 +33,7 @@ _NO_SETTINGS = (
 
 
 def lora_settings(rank: int, alpha: float, target_modules: list[str]) -> AdapterSettings:
-    """Those of plain LoRA beside the linear maps of these dotted names."""
+    """The settings of plain LoRA on the linear maps with these dotted names."""
     return {"peft_type": LORA, "r": rank, "lora_alpha": alpha, "target_modules": sorted(target_modules)}
 
 

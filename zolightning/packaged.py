@@ -8,8 +8,8 @@ _PACKAGE = Path(__file__).parent
 def packaged(path: str | Path) -> Path:
     """`path`, or the file or folder of that name that came with the package where there is none at `path`.
 
-    Only names below ``configs/`` and ``zolightning/`` are looked for: in a wheel they lie in the package, in a checkout
-    beside and in it.
+    Only names below ``configs/`` and ``zolightning/`` are looked for. In a wheel both are inside the package; in a
+    checkout, ``configs/`` is beside it.
     """
     path = Path(path)
     if path.exists() or path.parts[:1] not in (("configs",), ("zolightning",)):

@@ -1,4 +1,4 @@
-"""Linear maps whose weights are stored in 8 or 4 bits: a frozen base, beside which adapters or a few layers train.
+"""Linear maps with weights of 8 or 4 bits: a frozen base model for adapters, or for training a few layers.
 
 Only weights are quantised: a linear map dequantises its weight to the dtype of its input when it runs, and activations
 stay as they are. LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) rounds activations as well, which makes the loss a
@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Linear, ABC):
         vars(self)["original"] = original
 
     def plain(self) -> nn.Linear:
-        """An ordinary linear map in the place of this one, with its original weight or else the dequantised one."""
+        """An ordinary linear map to replace this one, with the original weight if it is kept, or the dequantised one."""
         dtype, device = self.weight_scale.dtype, self.weight.device
         if self.original is not None:
             return self.original.to(device=device, dtype=dtype)

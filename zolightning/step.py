@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import zolightning.sharded
-import zolightning.strategies  # noqa: F401  # they register `zo_ddp` and `zo_fsdp`: whoever takes a step can name them
+import zolightning.strategies  # noqa: F401  # they register `zo_ddp` and `zo_fsdp`
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.evaluation.replaced import replaced

@@ -148,7 +148,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         never = {parameter for blocks in _block_callbacks(trainer) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
-        zeroth_order = _zeroth_order(trainer)
+        zeroth_order = next(callback for callback in callbacks_of(trainer) if isinstance(callback, ZerothOrder))
         batch = _largest_batch(trainer, zeroth_order)
         cuda_graphs = optimizer.evaluator.graphs is not None
         planned = plan(module, trained, zeroth_order.method, batch, cuda_graphs)
@@ -226,10 +226,6 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         else:
             settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0].get("lr")}
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def _zeroth_order(trainer: L.Trainer) -> ZerothOrder:
-    return next(callback for callback in callbacks_of(trainer) if isinstance(callback, ZerothOrder))
 
 
 def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape | None:

@@ -158,7 +158,7 @@ class KeepLedger(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.ledger is not None:
             self.ledger.sync()
-            # Not the callback's state: Lightning would ask whoever validates the checkpoint for the callback.
+            # Not in the callback's state, for which Lightning would demand this callback in a validation too.
             checkpoint[_KEY] = {
                 "path": str(self.ledger.path.absolute()),
                 "checksum": self.ledger.checksum,

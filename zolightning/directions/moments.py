@@ -117,7 +117,7 @@ def moment_bytes(size: int, count: int) -> int:
 
 
 def _columns(size: int, count: int) -> int:
-    """Of the test matrix: those that `count` directions need, or all where that is not much more."""
+    """The number of columns of the test matrix: enough for `count` directions, or all if those are not many more."""
     columns = count + _OVERSAMPLED
     return size if size <= 2 * columns else columns
 

@@ -13,7 +13,7 @@ from zolightning.optim.precision import State
 
 
 class MeZOAdam(DenseDescent):
-    """MeZO-Adam (arXiv 2305.17333, appendix B): Adam with ``g z`` in the place of the gradient.
+    """MeZO-Adam (arXiv 2305.17333, appendix B): Adam on the estimate ``g z`` of the gradient.
 
     Memory: 8 bytes per parameter for the two moments, besides what :class:`~zolightning.optim.MeZO` needs. In high
     dimension the second moment of ``g z`` is nearly the same for all coordinates, so ``MeZO(normalize=True)`` does the

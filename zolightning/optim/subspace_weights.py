@@ -63,7 +63,7 @@ class SubspaceWeights(SubspaceBases):
         self.offload_low_words = offload_low_words
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)
-        self._hooks: list[RemovableHandle] = []  # in whoever saves weights
+        self._hooks: list[RemovableHandle] = []  # in the `state_dict()` of modules
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
             raise ValueError(

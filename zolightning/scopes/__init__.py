@@ -1,4 +1,4 @@
-"""Scopes: which parameters train. Callbacks choose layers or parameters, parts say what of a layer."""
+"""Scopes: callbacks that choose the parameters that train, and parts, which choose parameters of a layer."""
 
 from zolightning.scopes.dominant_layer import DominantLayer
 from zolightning.scopes.massive_direction import MassiveDirection

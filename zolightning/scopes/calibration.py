@@ -38,12 +38,8 @@ def own_loss(module: L.LightningModule, batch: Any) -> Loss:
         )
     step: Any = type(module).training_step
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # beside `self`, as Lightning counts
-    with evaluation_mode(module), replaced(module, "log", _say_nothing):
+    with evaluation_mode(module), replaced(module, "log", lambda *_, **__: None):
         return step(module, batch, 0) if takes_index else step(module, batch)
-
-
-def _say_nothing(*_: Any, **__: Any) -> None:
-    pass
 
 
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
