@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Linear, ABC):
         vars(self)["original"] = original
 
     def plain(self) -> nn.Linear:
-        """An ordinary linear map to replace this one, with the original weight if it is kept, or the dequantised one."""
+        """An ordinary linear map to replace this one, with its original weight if kept, else the dequantised one."""
         dtype, device = self.weight_scale.dtype, self.weight.device
         if self.original is not None:
             return self.original.to(device=device, dtype=dtype)
