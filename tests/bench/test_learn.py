@@ -160,7 +160,8 @@ def test_a_schedule_ends_where_the_run_does(
 def test_a_rate_that_is_measured_has_no_grid_and_is_paid_for(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    probe = "configs/learning_rates/probe.yaml lr_probe.num_steps=2 lr_probe.num_examples=8 trainer.precision=32-true"
+    words = "lr_probe.num_steps=2 lr_probe.num_examples=8 lr_probe.noise=0.01 trainer.precision=32-true"
+    probe = f"configs/learning_rates/probe.yaml {words}"
     found = command("--entry", f"{MEZO[1]} {probe}", "--forwards", "150", "--validations", "2", "--grid", "1", "10")
     assert list(found) == [("MeZO", "0.001", "0")]
     *_, last, tested = found["MeZO", "0.001", "0"]
