@@ -105,7 +105,16 @@ def test_quickstart_two_steps(write_tiny_model: Callable[..., Path], tmp_path: P
 
 def test_recommended_two_steps(write_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = write_rows(tmp_path, "sentiment")
-    arguments = [*compose("recommended"), "--scope.patterns", r"['layers\.1\..*proj']"]  # its own layers are not there
+    # a smaller network, and fewer rows
+    smaller = (
+        "--model.num_layers",
+        "2",
+        "--scope.patterns",
+        r"['layers\.1\..*proj']",
+        "--data.num_demonstrations",
+        "1",
+    )
+    arguments = [*compose("recommended"), *smaller]
     checkpoint, _ = train(arguments, write_tiny_model(folder / "model", "llama"), LR)
     assert_only_moved(checkpoint, folder / "model", r"layers\.1\..*proj|lm_head")  # which is probed
 
