@@ -20,7 +20,8 @@ from zolightning.logistic_regression import check_probe, probe, strongest_penalt
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
-_CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # from 1e-4 to 1
+CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # from 1e-4 to 1
+TOLERANCE = 1e-4
 _MOST_ROWS = 256  # which the header of a ledger holds
 
 
@@ -60,7 +61,7 @@ class LinearProbing(Callback):
         callbacks = [LinearProbing(), TrainLayers([28, 29]), ZerothOrder(partial(MeZO, lr=1e-6))]
     """
 
-    def __init__(self, num_examples: int | None = None, cs: Sequence[float] = _CS, tolerance: float = 1e-4) -> None:
+    def __init__(self, num_examples: int | None = None, cs: Sequence[float] = CS, tolerance: float = TOLERANCE) -> None:
         if num_examples is not None and num_examples < 1:
             raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
         check_probe(cs, tolerance)

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
+from zolightning.callbacks.linear_probing import CS, TOLERANCE
 from zolightning.early_exit import exit_after
 from zolightning.logistic_regression import accuracy, over_folds, strongest_penalty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # those of LinearProbing
-_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,9 @@ def probe_layers(
         with exit_after(model, count):
             found, rows = features()
         found, (classes, targets) = found.double().cpu(), rows.cpu().unique(return_inverse=True)
-        c = strongest_penalty(found, targets, len(classes), _CS, _TOLERANCE)
+        c = strongest_penalty(found, targets, len(classes), CS, TOLERANCE)
         losses, accuracies = (
-            over_folds(quality, found, targets, len(classes), c, _TOLERANCE) for quality in (F.cross_entropy, accuracy)
+            over_folds(quality, found, targets, len(classes), c, TOLERANCE) for quality in (F.cross_entropy, accuracy)
         )
         error = losses.std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
         probes.append(LayerProbe(count, losses.mean().item(), error, accuracies.mean().item()))
