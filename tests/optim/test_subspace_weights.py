@@ -294,3 +294,9 @@ def test_a_group_may_have_a_learning_rate_of_its_own_for_vectors() -> None:
     optimizer = LOZO(groups, lr=1.0, vector_lr=0.25)
     assert [group["vector_lr_ratio"] for group in optimizer.param_groups] == [0.25, 0.2]
     assert all("vector_lr" not in group for group in optimizer.param_groups)
+
+
+def test_a_group_cannot_ask_for_weight_decay() -> None:
+    group = {"params": list(nn.Linear(4, 3).named_parameters()), "weight_decay": 0.1}
+    with pytest.raises(ValueError, match=r"`weight_decay` is 0.1, and LOZO has none: use 0\."):
+        LOZO([group], lr=1e-2)
