@@ -228,6 +228,21 @@ def test_command_for_a_shape(
     assert tokens == {"published": 48, "published, answer logits": 15, "forward": 15, "MeZO native": 15}
 
 
+def test_what_was_measured_is_written_if_the_rest_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "in_fresh_process", lambda function, *arguments, variables: function(*arguments))
+    monkeypatch.setattr(step, "measure_costs", fail)
+    output = tmp_path / "step.csv"
+    with pytest.raises(KeyboardInterrupt):
+        main(f"step --model config:tiny --rows native --batch-size 3 --seq-len 4 --output {output}".split())
+    with output.open() as file:
+        peaks = {line["row"]: float(line["peak_mib"]) for line in csv.DictReader(file)}
+    assert list(peaks) == ["forward", "published", "MeZO native"]
+    assert min(peaks.values()) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,7 +5,8 @@ row. On a GPU, where the states of all rows do not fit side by side, each row ha
 """
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,21 +95,27 @@ class Settings:
 _COMPARED = (FORWARD, PUBLISHED, PUBLISHED_ANSWERS)
 
 
-def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Record]]:
-    """The tables of a step: its cost on random tokens and on prompts, and the floors of both."""
+def measure_step(settings: Settings, ceilings: Ceilings) -> Iterator[tuple[str, list[Record]]]:
+    """The tables of a step, by name as soon as they are there: costs on random tokens, on prompts, and the floors.
+
+    Progress goes to the error output. The first table comes twice, at first with the memory of its rows only.
+    """
     is_cpu = settings.device == "cpu"
     chosen = settings.chosen(ROWS if is_cpu else [*ROWS, *GRAPHED, *PARITY])
     memory: dict[str, Memory] = {}
-    for row in chosen:
+    for number, row in enumerate(chosen, 1):
+        _say(f"memory, {number} of {len(chosen)}: {row.name}")
         release(torch.device(settings.device))
         if is_cpu or row.environment:
             memory[row.name] = in_fresh_process(measure_memory, settings, row.name, variables=row.environment)
         else:
             memory[row.name] = measure_memory(settings, row.name)
+    yield "random tokens", [{"row": name} | memory_record(memory[name], memory) for name in memory]
     costs: dict[str, Cost] = {}
     rows = [*chosen, PUBLISHED_ANSWERS]
     for group in [rows] if is_cpu else [[row] for row in rows]:
         names = [row.name for row in group]
+        _say(f"time: {'all rows in turns' if len(names) > 1 else names[0]}")
         release(torch.device(settings.device))
         if group[0].environment:
             costs |= in_fresh_process(measure_costs, settings, names, variables=group[0].environment)
@@ -118,20 +125,22 @@ def measure_step(settings: Settings, ceilings: Ceilings) -> dict[str, list[Recor
     weights = sum(parameter.numel() for parameter in model.parameters())
     forward, on_prompts = costs[FORWARD.name], [PUBLISHED.name, PUBLISHED_ANSWERS.name, FORWARD.name]
     on_prompts += [name for name in memory if name not in on_prompts]
-    return {
-        "random tokens": [token_record(name, costs) | memory_record(memory[name], memory) for name in memory],
-        "random tokens, rates": [
-            rates(name, costs[name].median, costs[name].tokens, weights, ceilings, forward.median) for name in memory
-        ],
-        "prompts": [prompt_record(name, costs) for name in on_prompts],
-        "prompts, rates": [
+    yield "random tokens", [token_record(name, costs) | memory_record(memory[name], memory) for name in memory]
+    yield (
+        "random tokens, rates",
+        [rates(name, costs[name].median, costs[name].tokens, weights, ceilings, forward.median) for name in memory],
+    )
+    yield "prompts", [prompt_record(name, costs) for name in on_prompts]
+    yield (
+        "prompts, rates",
+        [
             rates(name, costs[name].prompt_seconds, costs[name].prompts, weights, ceilings, forward.prompt_seconds)
             for name in on_prompts
         ],
-        "floors on random tokens": floor_table(model, forward.tokens.flops, ceilings),
-        "floors on prompts": floor_table(model, forward.prompts.flops, ceilings),
-        "orthogonalization": measure_orthogonalization(model, RANK, POWER_RANK, settings.repeats),
-    }
+    )
+    yield "floors on random tokens", floor_table(model, forward.tokens.flops, ceilings)
+    yield "floors on prompts", floor_table(model, forward.prompts.flops, ceilings)
+    yield "orthogonalization", measure_orthogonalization(model, RANK, POWER_RANK, settings.repeats)
 
 
 def measure_costs(settings: Settings, names: Sequence[str]) -> dict[str, Cost]:
@@ -203,3 +212,7 @@ def _random_tokens(settings: Settings, subject: Subject) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch_size, settings.seq_len)
     return torch.randint(subject.vocabulary, shape, generator=generator).to(settings.device)
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

@@ -37,6 +37,9 @@ class Subject:
         if name.startswith(PREFIX):
             model = model_of_shape(name.removeprefix(PREFIX), getattr(torch, dtype), device)
             return cls(model, None, model.config.get_text_config().max_position_embeddings)
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bench loads a model for each of its rows
         module = CausalLM(name, dtype=dtype).to(device)
         return cls(module.model, module.tokenizer, module.context_length)
 
