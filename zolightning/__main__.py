@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.cli import ZerothOrderCLI
 from zolightning.commands import configs, run_report
 from zolightning.commands.output import hush
+from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
 
 
@@ -43,6 +44,7 @@ def console() -> None:
     What a config names by its import path may be a file in the working directory, as for ``python -m zolightning``.
     """
     keep_freed_memory()
+    repeat_products()
     sys.path.append(os.getcwd())  # where a user's own classes and functions are, last: it hides no package
     try:
         try:

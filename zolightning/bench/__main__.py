@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from zolightning.bench import block_time, gpu, gradient_signal, learn, memory_table, scale, step_command
+from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
 
 
@@ -29,4 +30,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    repeat_products()
     main()

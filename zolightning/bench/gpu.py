@@ -30,6 +30,7 @@ from zolightning.bench.rows import BY_NAME, FORWARD, GRAPHED, PARITY, PUBLISHED_
 from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
 from zolightning.commands.report import Record
+from zolightning.cublas import repeat_products
 
 _CASES = 10  # comparisons of bits to a line
 
@@ -152,6 +153,7 @@ def run_part(part: Part, device: torch.device, path: Path) -> None:
 
 def run_here(part: Part, device: torch.device, path: Path, place: int = 0) -> None:
     """Runs one of a part's runs in this process, and writes whether it came to its end."""
+    repeat_products()  # the environment is that of the process that started this one, what torch is told is not
     figures = Figures(path, part.name)
     with figures.guarded("part"):
         part.runs[place](device, figures)
