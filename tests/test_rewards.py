@@ -90,6 +90,16 @@ def test_a_reward_that_is_no_number_is_refused(value: Any) -> None:
         rewards_of(lambda text, references: value, ["six"], [["6"]])
 
 
+def test_a_reward_that_raises_is_named_with_its_line_and_the_text() -> None:
+    where = rf"test_rewards\.py, line {fails.__code__.co_firstlineno + 1}\)"
+    message = (
+        rf"`model\.reward` fails raised KeyError: 'a reason' \(.*{where}, for the text 'six' and the references \['6'\]"
+    )
+    with pytest.raises(ValueError, match=message) as raised:
+        rewards_of(fails, ["six"], [["6"]])
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zolightning.callbacks import (
     BlockCoordinateDescent,
@@ -49,7 +50,7 @@ from zolightning.commands.slots import (
 )
 from zolightning.commands.trainer import Trainer
 from zolightning.partners import callbacks_of
-from zolightning.scopes.scope import refuse_two_scopes
+from zolightning.scopes.scope import Scope, refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
 
 _SUBCOMMANDS = {
@@ -191,6 +192,8 @@ class ZerothOrderCLI(LightningCLI):
         for callback in callbacks_of(self.trainer):
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent | LinearProbing):
                 callback.check(self.trainer, self.model)
+            if isinstance(callback, Scope) and not is_overridden("configure_model", self.model):
+                callback.check(self.model)
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
                 self.trainer.strategy.check(trial(callback.method))
         check_training(self.trainer, self.model, self.datamodule)

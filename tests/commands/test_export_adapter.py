@@ -37,6 +37,8 @@ def test_export_writes_the_adapter_of_the_checkpoint(runs: Runs) -> None:
     runs("export", "--ckpt_path", checkpoint, "--folder", merged, "--merge", "true")
     assert ModelCard.load(merged / "README.md").data.library_name == "transformers"
     whole, base = (load_file(path / "model.safetensors") for path in (merged, runs.folder / "model"))
+    for exported in (folder, merged):  # others may read all that is in it, if they may read new files
+        assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
     name = "model.layers.1.self_attn.q_proj"
     first, second = (trained[f"model.{name}.lora_{letter}.default.weight"].float() for letter in "AB")
     scaled = 16 / 2 * second @ first

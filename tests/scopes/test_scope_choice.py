@@ -16,9 +16,10 @@ from zolightning.callbacks import DominantLayer, RandomLayer, TrainLayers, Train
 from zolightning.layers import find_layers
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.layer_scope import LayerScope
-from zolightning.scopes.parts import MLP
+from zolightning.scopes.parts import MLP, LoRA
 from zolightning.scopes.rules import Absolute, Jump
 from zolightning.scopes.scope import Scope
+from zolightning.scopes.train_by_signal import TrainBySignal
 
 
 @pytest.mark.parametrize("outlier", [0, 1, 3, 5])
@@ -129,7 +130,7 @@ def test_two_scopes(make_module: Callable[..., Any], fit: Callable[..., L.Traine
         (lambda: TrainParameters(["q_proj", "(("]), r"`patterns` has '\(\(', which is no regular expression"),
         (
             lambda: TrainParameters(["q_proj", "query"]),
-            r"`patterns` has 'query', which matches no parameter. Some of them are network.model.embed_tokens.weight",
+            r"`patterns` has 'query', which matches no parameter. There are network.model.",
         ),
         (DominantLayer, "No layer stands out by `rules`"),
     ],
@@ -143,6 +144,25 @@ def test_what_is_refused_before_training(
         fit(module, make(), zeroth_order())
     assert not moved(before, module)
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        (TrainParameters([r"layers\.\d+\..*q_prj"]), r"There are network.model.layers.\*.self_attn.q_proj.weight, "),
+        (TrainLayers([6]), "`layers` is 6"),
+        (DominantLayer(extra_layers=[9]), "`extra_layers` is 9"),
+        (DominantLayer(profile="none.json"), "`profile` is 'none.json', which is no file"),
+        (
+            DominantLayer(LoRA(target_modules=["q_proj", "query"])),
+            "`target_modules` matches nothing for query in layer 0",
+        ),
+        (TrainBySignal(patterns=["query"]), "`patterns` has 'query', which matches nothing that trains"),
+    ],
+)
+def test_what_is_known_without_running_the_network(scope: Scope, message: str, make_module: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        scope.check(make_module())
 
 
 def test_no_recognisable_layers_and_no_calibration_set(

@@ -81,6 +81,13 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             )
         if trainer.max_steps == 0:
             raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
+        if trainer.limit_train_batches == 0:
+            raise ValueError("`trainer.limit_train_batches` is 0: nothing would be trained. Set it to 1 or more.")
+    if trainer.val_check_interval == 0:
+        raise ValueError(
+            "`trainer.val_check_interval` must be at least 1, got 0. Without validations a run is made by "
+            "`trainer.limit_val_batches: 0`."
+        )
     model = config.model.get("init_args", {})
     quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
     if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:

@@ -102,7 +102,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         names = [f"`{field}.{name}`" if field else f"`{name.partition('.')[2]}`" for name in found[1].split(", ")]
         of = f" for {_short(_class_at(message, found))}" if field else ""
         return f"{', '.join(names)} must be given{of}."
-    if "Dict must include a class_path" in message:
+    if "Dict must include a class_path" in message or "Given value: NestedArg(" in inner:
         return f"`{field}` names no class, whose settings these would be{_accepted_classes(inner)}."
     if "collections.abc.Callable" in inner and not _bases(inner):
         given = re.findall(r"Given value: (.*)", inner)[-1]

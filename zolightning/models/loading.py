@@ -1,6 +1,7 @@
 """Loading weights so that none of them is random without a word."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -106,3 +107,12 @@ def _without_reports() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def share_weights(folder: Path) -> None:
+    """Gives the weights of a saved model the permissions of its config, those of any new file.
+
+    safetensors (0.8, for one) writes files that only their owner may read.
+    """
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(next(folder.glob("*config.json")), weights)

@@ -18,6 +18,7 @@ from zolightning.adapter_folders import load_adapter, save_adapter
 from zolightning.adapters import adapter_settings, restore_adapter
 from zolightning.early_exit import early_exit, keep_first_layers, restore_early_exit
 from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
+from zolightning.models.loading import share_weights
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
 from zolightning.optim.schedules import WarmupDecay
@@ -279,6 +280,7 @@ class PretrainedModule(L.LightningModule):
         else:
             self.save_adapter(folder)
         self.preprocessor.save_pretrained(folder)
+        share_weights(Path(folder))
 
     def load_adapter(self, adapter: str) -> None:
         """Puts the adapter of a folder in PEFT's format, or of an id on the hub, into the model; it alone trains."""

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from zolightning.models.gguf import load_gguf
+from zolightning.models.loading import share_weights
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 _NAME = re.compile(r"pypi://(?P<requirement>[A-Za-z0-9][\w.-]*==[\w.+!-]+)/(?P<member>.+\.gguf)")
@@ -64,6 +65,7 @@ def _convert(model_file: Path, folder: Path) -> None:
     model, tokenizer = load_gguf(model_file, torch.float32, attention=None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_weights(folder)
     (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=2))
 
 

@@ -1,6 +1,7 @@
 """What a reward is."""
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from typing import Any
@@ -39,16 +40,31 @@ def rewards_of(reward: Reward, texts: Iterable[str], references: Iterable[Sequen
     """The rewards of several texts, together if `reward` has a method `all_of`, as InProcesses has.
 
     Raises:
-        ValueError: One of them is no finite number, or there are more or fewer than texts.
+        ValueError: One of them is no finite number, there are more or fewer than texts, or `reward` raised an error,
+            which is the cause of this one.
     """
     pairs = list(zip(texts, references, strict=True))
     together = getattr(reward, "all_of", None)
-    values = [reward(*pair) for pair in pairs] if together is None else list(together(pairs))
+    values = [_reward_of(reward, *pair) for pair in pairs] if together is None else list(together(pairs))
     if len(values) != len(pairs):
         raise ValueError(
             f"`all_of` of `model.reward` must return {len(pairs)} numbers for as many texts, got {len(values)}."
         )
     return [as_number(value, text) for value, (text, _) in zip(values, pairs, strict=True)]
+
+
+def _reward_of(reward: Reward, text: str, references: Sequence[str]) -> Any:
+    try:
+        return reward(text, references)
+    except Exception as error:  # whatever a user's function raises
+        name = getattr(reward, "__name__", type(reward).__name__)
+        frames = traceback.extract_tb(error.__traceback__)[1:2]  # the first one is this function
+        where = "".join(f" ({frame.filename}, line {frame.lineno})" for frame in frames)
+        raise ValueError(
+            f"`model.reward` {name} raised {type(error).__name__}: {error}{where}, for the text {_start(text)!r} and "
+            f"the references {list(references)!r}. Let it return a number for any text, or wrap it in InProcesses, "
+            "where an error is a reward of 0 and counted."
+        ) from error
 
 
 def as_number(value: Any, text: str) -> float:
@@ -62,6 +78,9 @@ def as_number(value: Any, text: str) -> float:
     except (TypeError, ValueError):  # None, a list, a tensor of several elements
         number = math.nan
     if not math.isfinite(number):
-        start = text if len(text) <= 60 else text[:60] + "..."
-        raise ValueError(f"`model.reward` must return a finite number, got {value!r} for the text {start!r}.")
+        raise ValueError(f"`model.reward` must return a finite number, got {value!r} for the text {_start(text)!r}.")
     return number
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 60 else text[:60] + "..."

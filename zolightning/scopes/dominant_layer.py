@@ -53,11 +53,16 @@ class DominantLayer(LayerScope):
         self.profile = profile
         self.layer = layer
 
-    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
+    def check_layers(self, stack: LayerStack) -> None:
         for index in self.extra_layers:
             check_index(stack, index, "extra_layers")
         if self.layer is not None:
             check_index(stack, self.layer)
+        if self.profile is not None:
+            _load(self.profile, Fingerprint.of(stack))
+
+    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
+        if self.layer is not None:
             return ChosenLayers((self.layer, *self.extra_layers), "as given")
         measured = profile() if self.profile is None else _load(self.profile, Fingerprint.of(stack))
         layer, rule = select(measured, self.rules)

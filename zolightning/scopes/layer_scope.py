@@ -46,6 +46,14 @@ class LayerScope(Scope):
     def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
         """Chooses layers of `stack`; `profile` runs the network over the calibration prompts and measures them."""
 
+    def check_layers(self, stack: LayerStack) -> None:
+        """Raises a ValueError for layers that are named and not there."""
+
+    def check(self, pl_module: L.LightningModule) -> None:
+        stack = find_layers(pl_module, self.layers_name)
+        self.check_layers(stack)
+        self.part.check(pl_module, stack)
+
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         @functools.cache
         def batches() -> Sequence[Any]:
@@ -57,6 +65,7 @@ class LayerScope(Scope):
                 calibration_forward(pl_module, batch)
 
         stack = find_layers(pl_module, self.layers_name)
+        self.check_layers(stack)
         choice = self.choose(stack, lambda: profile_activations(pl_module, batches(), stack))
         choice = trainer.strategy.broadcast(choice)
         layers = sorted(set(choice.layers))

@@ -42,6 +42,9 @@ class Part(ABC):
             calibrate: runs the network on the calibration prompts; call it only if activations are needed.
         """
 
+    def check(self, module: nn.Module, stack: LayerStack) -> None:  # noqa: B027 (most parts are of any layer)
+        """Raises a ValueError if no layer of the stack has this part, as far as that is known without running it."""
+
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
@@ -144,14 +147,39 @@ class LoRA(Part):
         self.alpha = alpha
         self.target_modules = target_modules
 
+    def check(self, module: nn.Module, stack: LayerStack) -> None:
+        _, model = model_around(self, module, stack)
+        refused: list[ValueError] = []
+        for index in range(len(stack)):  # which differ in some networks
+            try:
+                self._targets(model, stack, index)
+            except ValueError as error:
+                refused.append(error)
+        if len(refused) == len(stack):
+            raise refused[0]
+
     def select(
         self, module: nn.Module, stack: LayerStack, indices: Sequence[int], calibrate: Callable[[], None]
     ) -> ChosenParameters:
         path, model = model_around(self, module, stack)
-        targets = self.target_modules or default_targets(model.config.model_type)
-        names = [name for index in indices for name in _find_targets(stack, index, targets, model.config.model_type)]
+        names = [name for index in indices for name in self._targets(model, stack, index)]
         require_adapter(self, model, self.rank, self.alpha, [name.removeprefix(path) for name in names])
         return dict.fromkeys(adapter_parameters(model))
+
+    def _targets(self, model: Any, stack: LayerStack, index: int) -> list[str]:
+        """The dotted names of the linear maps of a layer that have an adapter."""
+        model_type = model.config.model_type
+        targets = self.target_modules or default_targets(model_type)
+        linears = [name for name, submodule in stack.layers[index].named_modules() if adaptable(submodule)]
+        found = [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in found)]
+        if not found or missing:
+            problem = f"matches nothing for {', '.join(missing)}" if missing else f"has no default for {model_type}"
+            raise ValueError(
+                f"`target_modules` {problem} in layer {index} of `{stack.name}`. Its linear maps are "
+                f"{', '.join(linears) or '(none)'}."
+            )
+        return [f"{stack.names[index]}.{name}" for name in found]
 
 
 def outlier_channels(
@@ -218,19 +246,6 @@ def require_adapter(part: Part, model: Any, rank: int, alpha: float, targets: Se
             f"`part` is {part!r}, but the model has another adapter already: {differences(present, wanted)}. Load the "
             "model anew, or train the adapter that it has, without a scope."
         )
-
-
-def _find_targets(stack: LayerStack, index: int, targets: Sequence[str], model_type: str) -> list[str]:
-    linears = [name for name, submodule in stack.layers[index].named_modules() if adaptable(submodule)]
-    found = [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
-    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in found)]
-    if not found or missing:
-        problem = f"matches nothing for {', '.join(missing)}" if missing else f"has no default for {model_type}"
-        raise ValueError(
-            f"`target_modules` {problem} in layer {index} of `{stack.name}`. Its linear maps are "
-            f"{', '.join(linears) or '(none)'}."
-        )
-    return [f"{stack.names[index]}.{name}" for name in found]
 
 
 def _check_fraction(fraction: float) -> None:

@@ -26,6 +26,9 @@ class PrefixTuning(Scope):
         require_integer("num_virtual_tokens", num_virtual_tokens)
         self.num_virtual_tokens = num_virtual_tokens
 
+    def check(self, pl_module: L.LightningModule) -> None:
+        pretrained_model(self, pl_module)
+
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         model = pretrained_model(self, pl_module)
         wanted = {"peft_type": PREFIX, "num_virtual_tokens": self.num_virtual_tokens}

@@ -77,6 +77,12 @@ class TrainBySignal(Scope):
         self.eps = eps
         self.layers_name = layers_name
 
+    def check(self, pl_module: L.LightningModule) -> None:
+        if self.patterns is not None:
+            self._blocks(pl_module, ())
+        else:
+            self.part.check(pl_module, find_layers(pl_module, self.layers_name))
+
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         pl_module.to(trainer.strategy.root_device)
         batches = calibration_batches(trainer, pl_module, self.num_prompts)

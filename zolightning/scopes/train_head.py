@@ -23,6 +23,9 @@ class TrainHead(Scope):
         super().__init__()
         self.untie = untie
 
+    def check(self, pl_module: L.LightningModule) -> None:
+        pretrained_model(self, pl_module)
+
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         model = pretrained_model(self, pl_module)
         if (adapter := adapter_settings(model)) is not None:

@@ -35,9 +35,9 @@ class TrainLayers(LayerScope):
             raise ValueError(f"`layers` must be a list of at least one index, or 'all', got {layers!r}.")
         self.layers = layers
 
-    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
-        if self.layers == "all":
-            return ChosenLayers(range(len(stack)), "as given")
-        for index in self.layers:
+    def check_layers(self, stack: LayerStack) -> None:
+        for index in () if self.layers == "all" else self.layers:
             check_index(stack, index, "layers")
-        return ChosenLayers(tuple(self.layers), "as given")
+
+    def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
+        return ChosenLayers(range(len(stack)) if self.layers == "all" else tuple(self.layers), "as given")

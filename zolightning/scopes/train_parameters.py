@@ -1,13 +1,15 @@
 """Trains parameters by their names."""
 
 import re
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
 
 import lightning as L
 
 from zolightning.optim.checks import require_patterns
 from zolightning.scopes.scope import Scope, Selection
+
+_MOST_NAMES = 12
 
 
 class TrainParameters(Scope):
@@ -26,11 +28,28 @@ class TrainParameters(Scope):
         require_patterns(patterns)
         self.patterns = tuple(patterns)
 
+    def check(self, pl_module: L.LightningModule) -> None:
+        # A tied head has a name of its own once LinearProbing has untied it.
+        self._refuse_without_match([name for name, _ in pl_module.named_parameters(remove_duplicate=False)])
+
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         names = [name for name, _ in pl_module.named_parameters()]
-        for pattern in self.patterns:
-            if not any(re.search(pattern, name) for name in names):
-                some = ", ".join(islice(names, 0, None, max(1, len(names) // 8)))
-                raise ValueError(f"`patterns` has {pattern!r}, which matches no parameter. Some of them are {some}.")
+        self._refuse_without_match(names)
         chosen = [name for name in names if any(re.search(pattern, name) for pattern in self.patterns)]
         return Selection(dict.fromkeys(chosen), f"parameters that match {' or '.join(map(repr, self.patterns))}")
+
+    def _refuse_without_match(self, names: Sequence[str]) -> None:
+        for pattern in self.patterns:
+            if not any(re.search(pattern, name) for name in names):
+                there = ", ".join(_like(pattern, names))
+                raise ValueError(f"`patterns` has {pattern!r}, which matches no parameter. There are {there}.")
+
+
+def _like(pattern: str, names: Iterable[str]) -> list[str]:
+    """The kinds of names there are, numbers of layers left out, those that are most like a pattern first."""
+    kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+
+    def in_common(name: str) -> int:
+        return sum(block.size for block in SequenceMatcher(None, pattern, name, False).get_matching_blocks())
+
+    return sorted(kinds, key=in_common, reverse=True)[:_MOST_NAMES]
