@@ -17,7 +17,6 @@ from zolightning.bench import bits
 from zolightning.directions.dense import accumulate_each, directions
 from zolightning.kernels import compiled, native, torch_loops
 from zolightning.kernels.compiled import _Compiler
-from zolightning.optim import HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, ZerothOrderOptimizer
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -203,27 +202,3 @@ class TestOnADevice:
         assert torch.equal(weight[-tail:].cpu(), expected)
         accumulate_each([change], [weight.zero_()])
         assert torch.equal(weight[-tail:].cpu(), expected)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("method", [MeZO, MeZOAdam, HiZOO, SparseMeZO])
-    def test_a_record_made_here_replays_to_the_same_weights_on_a_cpu(
-        self, method: type[ZerothOrderOptimizer], dtype: torch.dtype
-    ) -> None:
-        """Also with moments, curvatures and thresholds, whose roots and quotients are rounded alike."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            net = torch.nn.Linear(33, 17)
-        options = {} if method is SparseMeZO else {"weight_decay": 0.1}
-        nets = {device: torch.nn.Linear(33, 17).to(device, dtype) for device in ("cuda", "cpu")}
-        optimizers = {}
-        for device, copy in nets.items():
-            copy.load_state_dict(net.state_dict())
-            optimizers[device] = method(copy.named_parameters(), lr=1e-3, **options)
-        inputs = torch.randn(8, 33, device="cuda", dtype=dtype)
-        for _ in range(5):
-            record: StepRecord = optimizers["cuda"].estimate(lambda: nets["cuda"](inputs).float().square().mean())
-            optimizers["cuda"].step()
-            optimizers["cpu"].apply(record)
-        for one, other in zip(nets["cuda"].parameters(), nets["cpu"].parameters(), strict=True):
-            assert torch.equal(one.cpu(), other)
-        assert not torch.equal(nets["cpu"].weight, net.weight.to(dtype))

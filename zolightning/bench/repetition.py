@@ -17,9 +17,21 @@ from zolightning.bench.shapes import model_of_shape
 from zolightning.bench.step_cost import random_token_loss
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
-from zolightning.optim import LOZO, ZOMOPI, MeZO, MeZOAdam, StepRecord, SubspaceMeZO, SubZero, ZOMuon
+from zolightning.optim import (
+    GRZO,
+    LOZO,
+    ZOMOPI,
+    HiZOO,
+    MeZO,
+    MeZOAdam,
+    SparseMeZO,
+    StepRecord,
+    SubspaceMeZO,
+    SubZero,
+    ZOMuon,
+)
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.estimators import OneSided
+from zolightning.optim.estimators import OneSided, TwoSided
 from zolightning.optim.subspace import SubspaceOptimizer
 
 METHODS: dict[str, partial[Any]] = {
@@ -29,6 +41,9 @@ METHODS: dict[str, partial[Any]] = {
     "ZO-Muon": partial(ZOMuon, lr=1e-3, rank=16, num_queries=2, estimator=OneSided()),
     "MeZO-Adam": partial(MeZOAdam, lr=1e-5),
     "Subspace-MeZO": partial(SubspaceMeZO, lr=1e-5, rank=16),
+    "GRZO": partial(GRZO, lr=1e-4, rank=8, num_queries=2, estimator=TwoSided()),
+    "HiZOO": partial(HiZOO, lr=1e-5),
+    "Sparse-MeZO": partial(SparseMeZO, lr=1e-5),
     "MeZO": partial(MeZO, lr=1e-5, weight_decay=1e-3),
     "MeZO, rademacher, momentum": partial(MeZO, lr=1e-5, noise="rademacher", momentum=0.9),
     "MeZO, native": partial(MeZO, lr=1e-5, update_precision="native"),
