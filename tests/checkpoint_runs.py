@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
@@ -111,6 +110,8 @@ class Run:
         self.data, self.path = data, folder / "last.ckpt"
 
     def fit(self, ckpt_path: Any = None, validate: bool = True) -> "Run":
+        from torchdata.stateful_dataloader import StatefulDataLoader  # images with CUDA come without
+
         L.seed_everything(5, verbose=False)
         loaders = [StatefulDataLoader(self.data, batch_size=4) for _ in range(2)]
         self.trainer.fit(self.module, *loaders[: 1 + validate], ckpt_path=ckpt_path)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -175,36 +176,40 @@ def test_without_a_gpu_a_line_says_so(command: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x.csv").exists()
 
 
+def without_packages(*words: str) -> str:
+    """What a process prints that has no package of the command line."""
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    process = subprocess.run(
+        [sys.executable, *words], cwd=tests.parent, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr
+    return process.stdout
+
+
 @pytest.mark.slow
 def test_the_commands_for_a_gpu_need_nothing_of_the_command_line() -> None:
-    # Images with CUDA come without these packages.
     code = """
-import importlib.metadata, importlib.util, sys
-absent = {"datasets", "gguf", "jsonargparse", "tensorboard", "torchdata"}
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-from_name = importlib.metadata.Distribution.from_name
-def only_present(name):
-    if name in absent:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return from_name(name)
-
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in absent else find_spec(name, package)
-sys.meta_path.insert(0, Absent())
-importlib.metadata.Distribution.from_name = only_present
-
+import absent_packages, sys, torch
 from pathlib import Path
-import torch
 from zolightning.bench import __main__, gpu
 from zolightning.models import CausalLM
 for part in gpu.parts(gpu.MINIATURE):
-    gpu.run_here(part, torch.device("cpu"), Path(sys.argv[1]))
+    gpu.run_here(part, torch.device("cpu"), Path("/dev/null"))
+try:
+    __main__.main(["gpu", "--help"])
+except SystemExit as end:
+    assert not end.code
 """
-    output = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "/dev/null"], capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr
-    assert "failed" not in output.stdout and output.stdout.count("finished 1") == len(parts(MINIATURE))
+    output = without_packages("-W", "ignore", "-c", code)
+    assert "failed" not in output and output.count("finished 1") == len(parts(MINIATURE))
+    assert "usage: python -m zolightning.bench gpu" in output
+
+
+@pytest.mark.slow
+def test_tests_for_a_gpu_are_found_without_packages_of_the_command_line() -> None:
+    words = ["-m", "pytest", "-q", "-p", "absent_packages", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only"]
+    found = without_packages(*words)
+    for path in Path(__file__).parents[1].rglob("test_*.py"):
+        if "pytest.mark.gpu" in path.read_text() and path != Path(__file__):
+            assert f"{path.name}::" in found, path

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cli_runs import Runs
+if TYPE_CHECKING:
+    from cli_runs import Runs
 
 
 class Layers(nn.Module):
@@ -49,6 +51,8 @@ def fresh_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Runs:
+def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> "Runs":
+    from cli_runs import Runs  # this file is read before pytest can skip what lacks a package
+
     write_tiny_model(tmp_path / "model")
     return Runs(tmp_path)
