@@ -143,7 +143,7 @@ def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
     parameters = [parameter for _, _, parameter in optimizer.trainable()]
     if optimizer.param_groups[0].get("left_state") == "keep":
         parameters += [parameter for _, parameter in optimizer.at_rest()]
-    return [Trained(p, optimizer.trainable_shape(p), optimizer.is_beside(p)) for p in parameters]
+    return [Trained(p, optimizer.trainable_shape(p), optimizer.blocks.is_beside(p)) for p in parameters]
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -186,7 +186,7 @@ def _state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> 
 def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dict[str, Any]) -> _State:
     optimizer = method([stand_in])
     if beside:
-        optimizer.blocks.append(frozenset())
+        optimizer.blocks.parameters.append(frozenset())
     for name, value in changes.items():
         setattr(optimizer, name, value)
     losses = (0.0,) * len(optimizer.estimator.probes(optimizer.num_queries))

@@ -15,9 +15,9 @@ from zolightning.optim.precision import (
     add_direction,
     add_tensor,
     as_contiguous,
-    round_stochastically,
     state_bytes,
 )
+from zolightning.optim.stochastic_rounding import round_stochastically
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

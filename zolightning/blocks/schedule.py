@@ -36,7 +36,7 @@ class BlockSchedule:
         interval: number of steps until other blocks move.
         blocks_per_step: number of blocks that move at a time.
         left_state: what happens to the state of blocks that become inactive, "reset" or "keep"
-            (:meth:`~zolightning.optim.blocks.BlockwiseParameters.set_blocks`).
+            (:meth:`~zolightning.optim.ZerothOrderOptimizer.set_blocks`).
 
     Attributes:
         visit: number of the present visit, ``step // interval``; -1 before the first step.

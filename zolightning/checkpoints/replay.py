@@ -53,7 +53,8 @@ def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
     fields = [["step", "<u4", 1], ["forward_passes", "<u4", 1], ["flags", "<u1", 1]]
     fields += [[name, "<u4", 1] for name in ("refresh", "folds") if name in group]
     fields += [[name, "<f8", count] for name, count in many.items()]
-    fields += [["blocks", "<u1", -(-len(optimizer.blocks) // 8)]] if optimizer.blocks else []
+    blocks = optimizer.blocks.parameters
+    fields += [["blocks", "<u1", -(-len(blocks) // 8)]] if blocks else []
     structure = getattr(module, "structure_dict", None)
     return Header(
         zolightning=_release(),
@@ -68,7 +69,7 @@ def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
             for group in optimizer.param_groups
         ],
         slices={names[p]: {"dim": part.dim, "index": part.index.tolist()} for p, part in optimizer.slices.items()},
-        blocks=[sorted(names[parameter] for parameter in block) for block in optimizer.blocks],
+        blocks=[sorted(names[parameter] for parameter in block) for block in blocks],
         structure=None if structure is None else structure(),
         tensors={name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
         weights=weights_digest(tensors),

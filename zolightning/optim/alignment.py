@@ -26,7 +26,7 @@ from zolightning.optim.precision import as_contiguous
 from zolightning.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from zolightning.optim.estimating import Estimating
+    from zolightning.optim.base import ZerothOrderOptimizer
 
 MOST_NUMBERS = 1000  # elements per query, above which less than 0.1 % of the variance can be gained
 # Eigenvalues of Z Z' below this share of the largest are dropped, because dividing by them amplifies rounding errors of
@@ -36,7 +36,7 @@ _LEAST = 1e-3
 _CHUNK = 2**18  # elements; noise is halves of integers up to 8, so fp32 sums so many products exactly
 
 
-def aligned(optimizer: "Estimating", projected_grads: Sequence[float], warns: bool) -> list[float]:
+def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float], warns: bool) -> list[float]:
     """Replaces projected gradients by numbers c_i whose mean of ``c_i z_i`` is the least-squares estimate.
 
     With d queries or more that is the gradient itself. In the scale d / q, d is taken to be the mean squared norm of
@@ -74,7 +74,9 @@ def solve(gram: Tensor, projected_grads: Tensor) -> Tensor:
     return vectors @ (values.mean() / values * (vectors.T @ projected_grads))
 
 
-def _noise_shape(optimizer: "Estimating", parameter: nn.Parameter, change: Perturbation) -> tuple[int, ...] | None:
+def _noise_shape(
+    optimizer: "ZerothOrderOptimizer", parameter: nn.Parameter, change: Perturbation
+) -> tuple[int, ...] | None:
     """The shape of the noise in a perturbation; None if it has none."""
     if isinstance(change, LowRank):
         return None if change.direction is None else change.basis.core_shape(change.shape)
@@ -82,7 +84,7 @@ def _noise_shape(optimizer: "Estimating", parameter: nn.Parameter, change: Pertu
 
 
 def _products(
-    changes: list[Perturbation], parameter: nn.Parameter, shape: tuple[int, ...], optimizer: "Estimating"
+    changes: list[Perturbation], parameter: nn.Parameter, shape: tuple[int, ...], optimizer: "ZerothOrderOptimizer"
 ) -> Tensor:
     """Inner products of the noise in q perturbations of a parameter, (q, q), float64."""
     size = max(2, min(_CHUNK, 2**22 // len(changes) // 2 * 2))  # noise comes in pairs of elements

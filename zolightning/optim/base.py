@@ -1,38 +1,43 @@
 """The base class of all zeroth-order methods."""
 
 import os
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.autocast import without_autocast
-from zolightning.directions.shards import first_element, is_sharded, require_rows
+from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.shards import first_element, is_sharded
+from zolightning.evaluation.evaluator import Evaluator
+from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key as noise_key
-from zolightning.messages import some
+from zolightning.optim import precision
 from zolightning.optim.checks import (
+    refuse_with_shards,
+    require_batching,
     require_choice,
+    require_estimator,
     require_positive,
     require_seed,
     require_trainable,
 )
-from zolightning.optim.estimating import Estimating
+from zolightning.optim.estimating import evaluate_step, squared_grad
 from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample, TwoSided
-from zolightning.optim.precision import (
-    RESTS,
-    UPDATE_PRECISIONS,
-    UpdatePrecision,
-    as_contiguous,
-    completed,
-    round_stochastically,
-)
-from zolightning.optim.record import StepRecord
-from zolightning.rank_zero import rank_zero_warn
+from zolightning.optim.named_parameters import NamedParameters
+from zolightning.optim.precision import UpdatePrecision
+from zolightning.optim.probing import Evaluate
+from zolightning.optim.record import Estimate, StepRecord
+from zolightning.optim.share import WHOLE, Share
+from zolightning.optim.stochastic_rounding import round_stochastically
 
 
-class ZerothOrderOptimizer(Estimating):
+class ZerothOrderOptimizer(NamedParameters, ABC):
     """Abstract base of the methods: an optimizer that reads losses instead of gradients.
 
     A step is two calls: :meth:`estimate` evaluates the loss at perturbed weights and keeps the result as a
@@ -40,6 +45,10 @@ class ZerothOrderOptimizer(Estimating):
 
     Hyperparameters and counters (``step``, ``seed``) are in ``param_groups`` and the tensors kept for each parameter in
     ``state``, so Lightning saves, restores, schedules and monitors a method like any other optimizer.
+
+    A method defines :meth:`perturbations` and :meth:`update`, usually by one of the bases
+    :class:`~zolightning.optim.dense.DenseOptimizer` and :class:`~zolightning.optim.subspace.SubspaceOptimizer`; what
+    else it may define is below them.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``.
@@ -56,11 +65,15 @@ class ZerothOrderOptimizer(Estimating):
             bfloat16 parameter; or "native", in the weight's dtype, which loses small updates. See
             :mod:`zolightning.optim.precision`.
 
+    Attributes:
+        evaluator: evaluates losses at weights that are moved, and leaves the stored ones as they are.
+
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
 
-    takes_shards = False  # whether `update` works for parameters of which a rank holds some rows only (FSDP2)
+    takes_shards: ClassVar[bool] = False  # whether `update` works for parameters of which a rank has some rows (FSDP2)
+    has_unit_directions: ClassVar[bool] = False  # whether there are `unit_directions`
 
     def __init__(
         self,
@@ -73,27 +86,33 @@ class ZerothOrderOptimizer(Estimating):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
+        require_choice("update_precision", update_precision, precision.UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         require_seed(seed)
-        super().__init__(
-            params,
-            defaults | {"step": 0, "seed": int(seed), "forward_passes": 0},
-            num_queries=num_queries,
-            align_queries=align_queries,
-            estimator=TwoSided() if estimator is None else estimator,
-        )
+        estimator = TwoSided() if estimator is None else estimator
+        require_estimator(estimator, num_queries, align_queries, self.has_unit_directions, type(self).__name__)
+        self.num_queries = num_queries
+        self.align_queries = align_queries
+        self.estimator = estimator
         self.update_precision: UpdatePrecision = update_precision
+        # Objects that are changed in place only: wrappers copy an optimizer's attributes (Fabric's does).
+        self.evaluator = Evaluator()
+        self._estimate = Estimate()
+        self._estimate_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
 
     # What a method defines
 
     @abstractmethod
+    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
+        """What one evaluation adds to each trainable parameter, which it sees in its :meth:`trainable_shape`.
+
+        It is :meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
+        """
+
+    @abstractmethod
     def update(self, record: StepRecord) -> None:
         """Moves the trainable parameters by the step that a record describes."""
-
-    def measurements(self) -> dict[str, float]:
-        """Diagnostics of the method to be logged, by name; called every few dozen steps."""
-        return {}
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
@@ -104,7 +123,110 @@ class ZerothOrderOptimizer(Estimating):
         if not group.get("weight_decay", 0.0) >= 0:
             raise ValueError(f"`weight_decay` must not be negative, got {group['weight_decay']!r}.")
 
-    # What a step calls
+    def measurements(self) -> dict[str, float]:
+        """Diagnostics of the method to be logged, by name; called every few dozen steps."""
+        return {}
+
+    def unit_directions(self, query: int) -> dict[nn.Parameter, Perturbation]:
+        """The direction of `query` for each trainable parameter; only where it does not depend on the weights."""
+        raise NotImplementedError("only methods with `has_unit_directions` have it")
+
+    def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
+        """:meth:`perturbations` of several queries."""
+        return {query: self.perturbations(query, sign) for query in queries}
+
+    def offsets(self) -> dict[nn.Parameter, Perturbation]:
+        """Pending updates, which every evaluation adds to the stored weights, an unperturbed one too."""
+        return {}
+
+    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
+        """The settings that do not work with sharded parameters (FSDP2): name, value, and a value that does."""
+        if not self.takes_shards:
+            yield "method", type(self).__name__, "MeZO, for one"
+        if isinstance(self.estimator, PerExample | ForwardGradient):
+            yield "estimator", f"{type(self.estimator).__name__}()", "TwoSided()"
+        if self.align_queries:
+            yield "align_queries", True, "False"
+
+    # A step
+
+    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
+        """Prepares for losses computed by `module`, and takes the names of the parameters from it.
+
+        Directions depend on parameter names, not on the order of parameters. To be called once before the first step.
+
+        Args:
+            module: the module that owns the parameters and computes the loss.
+            evaluations_per_forward: how many evaluations of a step run as one batched forward pass, see
+                :mod:`zolightning.evaluation.stacked`. At 1, layers below the first trained one run once per step
+                instead.
+
+        Raises:
+            ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or
+                `evaluations_per_forward` is above 1 where no submodule holds all parameters or the estimator batches
+                in another way.
+        """
+        require_batching(evaluations_per_forward, self.estimator)
+        self.names |= {parameter: name for name, parameter in module.named_parameters()}
+        trained = {parameter: name for _, name, parameter in self.trainable()}
+        require_trainable(trained)
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            several = [("evaluations_per_forward", evaluations_per_forward, "1")] if evaluations_per_forward > 1 else []
+            refuse_with_shards([*self.needs_whole(), *several])
+        self.evaluator.attach(module, list(trained), evaluations_per_forward)
+        if self.update_precision == "native":
+            precision.warn_of_native(trained)
+
+    @property
+    def attached(self) -> bool:
+        """Whether :meth:`attach` has been called."""
+        return self.evaluator.module is not None
+
+    def detach(self) -> None:
+        """Undoes :meth:`attach`; the module's stored weights are the trained ones afterwards."""
+        self.evaluator.detach()
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        evaluate: Evaluate,
+        share: Share = WHOLE,
+        skip_nonfinite: bool = False,
+        micro_batches: Sequence[MicroBatch] | None = None,
+    ) -> StepRecord:
+        """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
+
+        The attached module is in evaluation mode during the evaluations (no dropout; batch norms use their stored
+        statistics). All of them see the same random numbers (of torch, NumPy and Python), and only the first one may
+        change the module (buffers, metrics), see :mod:`zolightning.evaluation.traces`.
+
+        Args:
+            evaluate: computes the loss of the step's batch, anew at each call and always with the same padding. It
+                returns a scalar tensor (in float32 or wider, so that small differences survive), or a pair of it and
+                the number of terms it is the mean of, by which losses are averaged over ranks; see
+                :func:`~zolightning.optim.checks.loss_and_terms`. If no rank has any term, the step is recorded without
+                projected gradients and changes nothing.
+            share: which of the evaluations this rank makes, and how it gets the results of the others.
+            skip_nonfinite: whether to record a step without projected gradients if a loss is NaN or infinite, instead
+                of raising; at most ``MAX_NONFINITE_IN_A_ROW`` times in a row.
+            micro_batches: for the estimator ``PerExample()``, which needs it: the batch in parts, with the loss of each
+                example by its number in the batch of all ranks. `evaluate` then only serves to find where parameters
+                are read.
+
+        Raises:
+            NonFiniteLossError: if a loss is NaN or infinite.
+            ValueError: if a number of terms is negative, or `micro_batches` are missing.
+        """
+        last = self._estimate
+        last.is_pending = False
+        for hook in self._estimate_pre_hooks.values():
+            hook(self, partial(squared_grad, self, evaluate=evaluate, share=share))
+        evaluates = not last.is_replaying
+        found = evaluate_step(self, last, evaluate, share, skip_nonfinite, micro_batches) if evaluates else None
+        record = last.known.popleft() if last.known else found
+        assert record is not None, "either it is known, or has just been made"
+        last.record, last.is_pending, last.measured = record, True, 0
+        return record
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -140,94 +262,63 @@ class ZerothOrderOptimizer(Estimating):
             group["step"] = record.step + 1
             group["forward_passes"] += record.forward_passes
 
-    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
-        """Prepares for losses computed by `module`, and takes the names of the parameters from it.
+    @property
+    def record(self) -> StepRecord | None:
+        """The record of the last estimate; None before the first one."""
+        return self._estimate.record
 
-        Directions depend on parameter names, not on the order of parameters. To be called once before the first step.
+    def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Registers a hook that is called as ``hook(optimizer, squared_grad)`` before every :meth:`estimate`.
 
-        Args:
-            module: the module that owns the parameters and computes the loss.
-            evaluations_per_forward: how many evaluations of a step run as one batched forward pass, see
-                :mod:`zolightning.evaluation.stacked`. At 1, layers below the first trained one run once per step
-                instead.
+        ``squared_grad(block, num_queries=1)`` is :func:`~zolightning.optim.estimating.squared_grad` on the loss of that
+        estimate. The hook may :meth:`activate` blocks.
 
-        Raises:
-            ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or
-                `evaluations_per_forward` is above 1 where no submodule holds all parameters or the estimator batches
-                in another way.
+        Returns:
+            A handle whose ``remove()`` removes the hook.
         """
-        if evaluations_per_forward > 1 and isinstance(self.estimator, PerExample):
-            raise ValueError(
-                f"`evaluations_per_forward` is {evaluations_per_forward}, and under PerExample() the examples of an "
-                "evaluation share a forward already. Leave it at 1."
-            )
-        if evaluations_per_forward > 1 and isinstance(self.estimator, ForwardGradient):
-            raise ValueError(
-                f"`evaluations_per_forward` is {evaluations_per_forward}, and under ForwardGradient() each evaluation "
-                "is differentiated by itself. Leave it at 1."
-            )
-        self._names |= {parameter: name for name, parameter in module.named_parameters()}
-        count, half = 0, []
-        for _, name, parameter in self.trainable():
-            count += 1
-            require_trainable(name, parameter)
-            require_rows(name, parameter)
-            if parameter.dtype in (torch.bfloat16, torch.float16) and self.update_precision == "native":
-                half.append(name)
-        if any(is_sharded(parameter) for parameter in module.parameters()):
-            self._refuse_with_shards(evaluations_per_forward)
-        if not count:
-            raise ValueError("No parameter is trainable: all of the optimizer's have `requires_grad=False`.")
-        self.evaluator.attach(module, [parameter for _, _, parameter in self.trainable()], evaluations_per_forward)
-        if half:
-            rank_zero_warn(
-                f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses "
-                "none, for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
-            )
+        handle = RemovableHandle(self._estimate_pre_hooks)
+        self._estimate_pre_hooks[handle.id] = hook
+        return handle
 
-    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
-        """The settings that do not work with sharded parameters (FSDP2): name, value, and a value that does."""
-        if not self.takes_shards:
-            yield "method", type(self).__name__, "MeZO, for one"
-        if isinstance(self.estimator, PerExample | ForwardGradient):
-            yield "estimator", f"{type(self.estimator).__name__}()", "TwoSided()"
-        if self.align_queries:
-            yield "align_queries", True, "False"
+    def count(self, evaluations: int) -> None:
+        """Adds evaluations that were made between steps to the ``forward_passes`` of the next record."""
+        self._estimate.measured += evaluations
 
-    def _refuse_with_shards(self, evaluations_per_forward: int) -> None:
-        """Raises a ValueError that names a setting which does not work with sharded parameters."""
-        several = [("evaluations_per_forward", evaluations_per_forward, "1")] if evaluations_per_forward > 1 else []
-        for name, value, accepted in (*self.needs_whole(), *several):
-            raise ValueError(
-                f"`{name}` is {value}, which has not been made for parameters that are sharded over ranks. Use "
-                f"{accepted}, or a strategy under which every rank holds all of them ('zo_ddp')."
-            )
+    def expect(self, records: Iterable[StepRecord], evaluate: bool = False) -> None:
+        """Has the next estimates return these records, see :meth:`~zolightning.optim.record.Estimate.expect`."""
+        self._estimate.expect(records, self.param_groups[0]["step"], evaluate)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the next estimate returns a record given to :meth:`expect` and evaluates no loss."""
+        return self._estimate.is_replaying
+
+    # What is kept of weights
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the state of parameters; half-precision weights are rounded first, stochastically.
+        """Drops the state of parameters, but for `kept_at_rest`; half-precision weights are rounded stochastically.
 
         The random numbers are a function of the step and of the parameter's name.
         """
-        parameters = list(parameters)
         for parameter in parameters if self.drops_left_state else ():
-            if rest := {name: t.to(parameter.device) for name, t in self._kept(parameter).items() if name in RESTS}:
-                key = noise_key(0, self.param_groups[0]["step"], -1, self._names[parameter])
-                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                    round_stochastically(weight, rest, self.update_precision, key, first_element(parameter))
-        super().release(parameters)
+            if rests := {name: rest.to(parameter.device) for name, rest in self.rests(parameter).items()}:
+                key = noise_key(0, self.param_groups[0]["step"], -1, self.names[parameter])
+                with precision.as_contiguous(parameter, self.slices.get(parameter)) as weight:
+                    first = first_element(parameter)
+                    round_stochastically(weight, rests, self.update_precision, key, first)
+            state = self.state.pop(parameter, {})
+            if kept := {name: state[name] for name in self.kept_at_rest if name in state}:
+                self.state[parameter] = kept
 
-    def completed(self, parameter: nn.Parameter) -> torch.Tensor:
+    def completed(self, parameter: nn.Parameter) -> Tensor:
         """The trained values of a parameter with all the bits that are kept of them, flat.
 
         For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
         """
         part, weight = self.slices.get(parameter), parameter.detach()
-        return completed(weight if part is None else part.take(weight), self._kept(parameter))
+        return precision.completed(weight if part is None else part.take(weight), self.rests(parameter))
 
-    def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """The tensors kept for a parameter, by name."""
-        return self.state.get(parameter, {})
-
-    def detach(self) -> None:
-        """Undoes :meth:`attach`; the module's stored weights are the trained ones afterwards."""
-        self.evaluator.detach()
+    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        """The extra bits that are kept of a half-precision weight, by name."""
+        state = self.state.get(parameter, {})
+        return {name: state[name] for name in precision.RESTS if name in state}

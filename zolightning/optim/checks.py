@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from zolightning.directions.shards import require_rows
 from zolightning.kernels.noise import MAX_ELEMENTS
-from zolightning.optim.estimators import Estimator
+from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample
 
 Loss = Tensor | tuple[Any, Any] | Mapping[str, Any]  # see `loss_and_terms`
 
@@ -51,13 +52,55 @@ def require_patterns(patterns: Sequence[str]) -> None:
             raise ValueError(f"`patterns` has {pattern!r}, which is no regular expression: {error}.") from None
 
 
-def require_queries(num_queries: int, estimator: Estimator) -> None:
-    """Raises a ValueError unless the estimator is one, and `num_queries` are enough for it."""
+def require_estimator(estimator: Estimator, num_queries: int, align_queries: bool, of_units: bool, method: str) -> None:
+    """Checks an estimator, and that it works with other arguments of a method.
+
+    Args:
+        estimator: the estimator.
+        num_queries: directions in a step.
+        align_queries: whether they are combined by least squares.
+        of_units: whether the method has ``unit_directions``.
+        method: the method's name.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
     if not isinstance(estimator, Estimator):
         raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
     if not isinstance(num_queries, Integral) or num_queries < estimator.min_queries:
         name, least = type(estimator).__name__, estimator.min_queries
         raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {num_queries!r}.")
+    if align_queries and isinstance(estimator, PerExample):
+        raise ValueError(
+            "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
+        )
+    if isinstance(estimator, ForwardGradient) and not of_units:
+        raise ValueError(
+            f"`estimator` is ForwardGradient(), and {method} searches a subspace, or along directions that depend on "
+            "the weights: use MeZO or MeZOAdam."
+        )
+
+
+def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None:
+    """Raises a ValueError if the evaluations of this estimator cannot share a forward pass, and are to."""
+    if evaluations_per_forward > 1 and estimator.why_unbatched:
+        raise ValueError(
+            f"`evaluations_per_forward` is {evaluations_per_forward}, and under {type(estimator).__name__}() "
+            f"{estimator.why_unbatched}. Leave it at 1."
+        )
+
+
+def refuse_with_shards(settings: Iterable[tuple[str, object, str]]) -> None:
+    """Raises a ValueError that names the first of some settings which do not work with sharded parameters (FSDP2).
+
+    Args:
+        settings: the name of each, its value, and one that works.
+    """
+    for name, value, accepted in settings:
+        raise ValueError(
+            f"`{name}` is {value}, which has not been made for parameters that are sharded over ranks. Use "
+            f"{accepted}, or a strategy under which every rank holds all of them ('zo_ddp')."
+        )
 
 
 def require_seed(seed: int) -> None:
@@ -66,15 +109,19 @@ def require_seed(seed: int) -> None:
         raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
 
 
-def require_trainable(name: str, parameter: nn.Parameter) -> None:
-    """Raises a ValueError that names a parameter that forward passes cannot train."""
-    if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
-        raise ValueError(
-            f"Parameter `{name}` has dtype {parameter.dtype}; trainable are float64, float32, bfloat16 and "
-            "float16. Freeze it (`requires_grad=False`)."
-        )
-    if parameter.numel() > MAX_ELEMENTS:
-        raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
+def require_trainable(names: Mapping[nn.Parameter, str]) -> None:
+    """Raises a ValueError unless there are parameters, and forward passes can train all of them."""
+    if not names:
+        raise ValueError("No parameter is trainable: all of the optimizer's have `requires_grad=False`.")
+    for parameter, name in names.items():
+        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+            raise ValueError(
+                f"Parameter `{name}` has dtype {parameter.dtype}; trainable are float64, float32, bfloat16 and "
+                "float16. Freeze it (`requires_grad=False`)."
+            )
+        if parameter.numel() > MAX_ELEMENTS:
+            raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
+        require_rows(name, parameter)
 
 
 def require_terms(terms: Sequence[float]) -> None:

@@ -40,6 +40,7 @@ class Estimator(ABC):
 
     min_queries: int = 1
     forwards: int = 1  # cost of an evaluation, in forward passes
+    why_unbatched: str = ""  # why `evaluations_per_forward` must be 1; empty where it need not
 
     @abstractmethod
     def probes(self, num_queries: int) -> list[Probe]:
@@ -101,6 +102,7 @@ class PerExample(TwoSided):
     """
 
     min_queries = 2
+    why_unbatched = "the examples of an evaluation share a forward already"
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(EACH, 1), Probe(EACH, -1)]
@@ -163,6 +165,7 @@ class ForwardGradient(Estimator):
     """
 
     forwards = 3  # besides ``W x`` the products ``W dx`` and ``dW x``
+    why_unbatched = "each evaluation is differentiated by itself"
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(query, 0) for query in range(num_queries)]

@@ -17,11 +17,11 @@ from zolightning.optim.probing import Evaluate, Probed, device_of, losses_at, of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
-    from zolightning.optim.estimating import Estimating
+    from zolightning.optim.base import ZerothOrderOptimizer
 
 
 def evaluate_derivatives(
-    optimizer: "Estimating", estimator: ForwardGradient, evaluate: Evaluate, share: Share
+    optimizer: "ZerothOrderOptimizer", estimator: ForwardGradient, evaluate: Evaluate, share: Share
 ) -> Probed:
     """Differentiates a loss along the direction of each query, at the stored weights.
 

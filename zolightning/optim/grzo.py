@@ -120,7 +120,7 @@ class GRZO(SubspaceOptimizer):
         self._forget()
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
-        matrices = self.split(self._group_of(parameter), frozen=True)[0]
+        matrices = self.split(self.group_of(parameter), frozen=True)[0]
         own = {name: pair for name, pair in matrices.items() if pair[0] is parameter}
         return self._sums(own, record, [g / len(record.projected_grads) for g in record.projected_grads])[0]
 

@@ -138,7 +138,9 @@ class HiZOO(DenseOptimizer):
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
             found = self.directions(group, record.seed, record.step, coefficients)
             for is_beside in (True, False):
-                moves = {p: d.of_rows(first_element(p)) for p, d in found.items() if self.is_beside(p) == is_beside}
+                moves = {
+                    p: d.of_rows(first_element(p)) for p, d in found.items() if self.blocks.is_beside(p) == is_beside
+                }
                 states, directions = [self.state[parameter] for parameter in moves], list(moves.values())
                 with all_contiguous(moves, self.slices) as weights:
                     decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]

@@ -1,38 +1,96 @@
-"""The parameters of a method: their names, which of them train, slices of them, and their state."""
+"""The parameters of a method: their names, which of them move, slices of them, and their state."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.shards import is_sharded
 from zolightning.directions.slices import Slice
+from zolightning.optim.blocks import LEFT_STATES, LeftState, ParameterBlocks
+from zolightning.optim.checks import require_choice
 from zolightning.optim.settings import require_same_settings, settings_of
 
 
 class NamedParameters(torch.optim.Optimizer):
-    """An optimizer that knows its parameters by name and can train slices of them."""
+    """Abstract: an optimizer that knows its parameters by name, and can move some of them or slices of them only.
+
+    Attributes:
+        names: of the parameters, those of the attached module; others are numbered.
+        slices: of the parameters that train in part, see :meth:`restrict`.
+        blocks: of parameters, see :meth:`set_blocks`.
+    """
+
+    kept_at_rest: ClassVar[tuple[str, ...]] = ()  # entries of the state that stay when a block becomes inactive
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        self._names: dict[nn.Parameter, str] = {}
+        # Changed in place only: wrappers of optimizers copy references to them (Fabric's does).
+        self.names: dict[nn.Parameter, str] = {}
         self.slices: dict[nn.Parameter, Slice] = {}
+        self.blocks = ParameterBlocks()
         super().__init__(params, defaults)
+
+    # What a subclass defines
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
+
+    def fold(self) -> None:
+        """Adds pending updates to the stored weights; most methods have none."""
+
+    @abstractmethod
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drops the state of parameters that do not move for a while, where blocks are not to keep it."""
+
+    def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
+        """Whether the tensor of this name in a parameter's state has one entry for each element of the parameter.
+
+        If the parameter is sharded (FSDP2), such a tensor is too; other tensors are whole on every rank.
+        """
+        return True
+
+    # Which parameters move
 
     def trainable(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
         """Group, name and parameter of everything that may move; frozen parameters are left out."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if self.moves(parameter):
-                    yield group, self._names[parameter], parameter
+                    yield group, self.names[parameter], parameter
 
     def moves(self, parameter: nn.Parameter) -> bool:
         """Whether a step may change a parameter."""
-        return parameter.requires_grad
+        return parameter.requires_grad and parameter not in self.blocks.at_rest
+
+    def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter of everything that is trainable but in no active block."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter in self.blocks.at_rest:
+                    yield self.names[parameter], parameter
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, named by the module the optimizer is attached to, if it is."""
+        super().add_param_group(param_group)
+        group, number = self.param_groups[-1], len(self.param_groups) - 1
+        self.check(group)
+        given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+        for parameter, name in zip(group["params"], given, strict=True):
+            self.names.setdefault(parameter, name)
+        names = [self.names[parameter] for group in self.param_groups for parameter in group["params"]]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
+                "of one module's `named_parameters()`, or pass parameters without names."
+            )
+
+    def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The group that a parameter is in."""
+        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
 
     def restrict(self, slices: Mapping[nn.Parameter, Slice]) -> None:
         """Trains only slices of some parameters; the method sees each slice as a compact tensor.
@@ -41,7 +99,7 @@ class NamedParameters(torch.optim.Optimizer):
             ValueError: if a slice does not fit its parameter, or comes after a step of that parameter.
         """
         for parameter, part in slices.items():
-            name = self._names[parameter]
+            name = self.names[parameter]
             if is_sharded(parameter):
                 raise ValueError(
                     f"A slice of `{name}` is to train, and its rows are sharded over ranks: train whole parameters, or "
@@ -58,27 +116,72 @@ class NamedParameters(torch.optim.Optimizer):
         part = self.slices.get(parameter)
         return tuple(parameter.shape) if part is None else part.shape(parameter)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, named by the module the optimizer is attached to, if it is."""
-        super().add_param_group(param_group)
-        group, number = self.param_groups[-1], len(self.param_groups) - 1
-        self.check(group)
-        given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-        for parameter, name in zip(group["params"], given, strict=True):
-            self._names.setdefault(parameter, name)
-        names = [self._names[parameter] for group in self.param_groups for parameter in group["params"]]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
-                "of one module's `named_parameters()`, or pass parameters without names."
-            )
+    # Blocks
 
-    def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
-        """Whether the tensor of this name in a parameter's state has one entry for each element of the parameter.
+    def set_blocks(self, blocks: Sequence[Iterable[nn.Parameter]], left_state: LeftState = "reset") -> None:
+        """Divides parameters into blocks; all of them move until :meth:`activate` is called.
 
-        If the parameter is sharded (FSDP2), such a tensor is too; other tensors are whole on every rank.
+        Args:
+            blocks: the parameters of each block; no parameter may be in two. Those in no block always move.
+            left_state: what happens to the state of a block that becomes inactive. "reset" drops it (momentum, moments,
+                curvature, and the extra bits of half-precision weights, which are then rounded stochastically: small
+                updates are not lost on average, but some noise is added), so that the method's memory is that of the
+                active blocks. "keep" keeps it for the next time.
+
+        Raises:
+            ValueError: if a block has no trainable parameter, shares one with another block, or has one that is not
+                the optimizer's; or if blocks are active already.
         """
-        return True
+        require_choice("left_state", left_state, LEFT_STATES)
+        if self.active:
+            raise ValueError(f"Blocks {list(self.active)} are active already: set blocks before the first step.")
+        self.blocks.define(blocks, {p: self.names[p] for group in self.param_groups for p in group["params"]})
+        self.param_groups[0]["left_state"] = left_state
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices of the blocks that move, in ascending order; empty if all parameters move."""
+        return tuple(self.param_groups[0].get("blocks", ()))
+
+    @property
+    def drops_left_state(self) -> bool:
+        """Whether a block loses its state when it becomes inactive."""
+        return bool(self.param_groups[0].get("left_state") != "keep")
+
+    def activate(self, blocks: Iterable[int], weight: float = 1.0) -> None:
+        """Moves only these blocks from now on; without any index, all parameters.
+
+        Pending updates are added to the weights first. Blocks that become inactive lose their state, unless
+        :meth:`set_blocks` was told to keep it. Call it between two steps, and not more than once: a record only holds
+        the blocks that were active in its step.
+
+        Args:
+            blocks: indices of blocks.
+            weight: multiplies the learning rates for as long as these blocks are active.
+
+        Raises:
+            ValueError: if there is no such block.
+        """
+        blocks = tuple(sorted(set(blocks)))
+        self.blocks.require(blocks)
+        self.param_groups[0]["block_weight"] = weight
+        if blocks != self.active:
+            self.fold()
+            self.param_groups[0]["blocks"] = blocks
+            self.blocks.activate(blocks)
+            self.release(self.blocks.at_rest)
+
+    @contextmanager
+    def only(self, block: int) -> Iterator[None]:
+        """A context in which only one block moves, so that it can be probed; no state is dropped."""
+        self.blocks.isolate(block, (p for group in self.param_groups for p in group["params"]))
+        try:
+            yield
+        finally:
+            self.blocks.activate(self.active)
+            self.release(self.blocks.at_rest)
+
+    # Their state
 
     def state_bytes(self) -> int:
         """Bytes of the tensors that the method keeps at present on the devices of the weights."""
@@ -103,8 +206,10 @@ class NamedParameters(torch.optim.Optimizer):
         """Restores hyperparameters, counters and tensors, these in their own dtype.
 
         Raises:
-            ValueError: if the state is that of another class, or of the same class with other arguments.
+            ValueError: if the state is that of another class, or of the same class with other arguments, or of a run
+                with blocks, and they have not been set.
         """
+        self.blocks.require(state_dict["param_groups"][0].get("blocks", ()))
         require_same_settings(self, state_dict.get("method"))
         # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.
         super().load_state_dict({**state_dict, "state": {}})
@@ -112,3 +217,4 @@ class NamedParameters(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 is_tensor = isinstance(value, Tensor)
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value
+        self.blocks.activate(self.active)

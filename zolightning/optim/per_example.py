@@ -16,11 +16,11 @@ from zolightning.optim.probing import Evaluate, Probed, device_of, losses_at, of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
-    from zolightning.optim.estimating import Estimating
+    from zolightning.optim.base import ZerothOrderOptimizer
 
 
 def evaluate_examples(
-    optimizer: "Estimating",
+    optimizer: "ZerothOrderOptimizer",
     estimator: PerExample,
     evaluate: Evaluate,
     share: Share,

@@ -28,7 +28,6 @@ value: in fp16 exactly, unless the value equals the rounded master; in bf16 plus
 most half a unit in the last place.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -42,9 +41,9 @@ from zolightning.directions.shards import own_rows
 from zolightning.directions.slices import Slice
 from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.bfloat16 import read_split
-from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import Key, counter, hash_bits, start_of
+from zolightning.messages import some
+from zolightning.rank_zero import rank_zero_warn
 
 UpdatePrecision = Literal["exact", "low_byte", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
@@ -57,6 +56,16 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
     if precision == "native":
         return 0
     return {torch.bfloat16: 2 if precision == "exact" else 1, torch.float16: 4}.get(dtype, 0)
+
+
+def warn_of_native(names: Mapping[nn.Parameter, str]) -> None:
+    """Warns that half-precision parameters among these, if there are any, lose updates to the precision "native"."""
+    half = [name for parameter, name in names.items() if parameter.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        rank_zero_warn(
+            f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses none, "
+            "for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
+        )
 
 
 @contextmanager
@@ -244,33 +253,6 @@ def add_tensors(
             for weight, state, delta, decay in each
         ],
     )
-
-
-def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key, first: int = 0) -> None:
-    """Rounds a half-precision weight to its dtype stochastically, so that its extra bits can be dropped without bias.
-
-    Each element becomes one of the two nearest numbers, with probabilities that make the unrounded value its mean.
-
-    Args:
-        weight: the parameter's data, any shape, contiguous.
-        rest: its extra bits, by their name in ``RESTS``; of no use afterwards.
-        precision: the precision with which updates have been added.
-        key: of the random numbers.
-        first: index of the first element in the whole parameter.
-    """
-    flat = weight.view(-1)
-    for part in chunks(flat.numel(), chunk_size(flat)):
-        add_tensor(weight, rest, _dither(flat[part], first + part.start, key), precision, start=part.start)
-
-
-def _dither(weight: Tensor, start: int, key: Key) -> Tensor:
-    """Uniform random numbers within half a unit in the last place of each weight, (n,), float32."""
-    info = torch.finfo(weight.dtype)
-    exponents = torch.frexp(weight.float()).exponent.clamp_min(math.frexp(info.tiny)[1])
-    spacings = torch.ldexp((weight != 0).float() * info.eps, exponents - 1)
-    index = counter(weight, start_of(start, weight.device))
-    bits = hash_bits(index, torch.tensor(key, dtype=torch.int32, device=weight.device))
-    return spacings * ((bits >> 16).float() + 0.5) / 2**16
 
 
 def _each(

@@ -1,4 +1,4 @@
-"""Evaluates the losses of a step at perturbed weights and makes projected gradients of them."""
+"""Evaluates losses at perturbed weights and makes projected gradients of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.optim.alignment import aligned
 from zolightning.optim.checks import Loss, loss_and_terms, require_terms
 from zolightning.optim.estimators import Estimator, Probe
-from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError
 from zolightning.optim.share import Share
-from zolightning.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from zolightning.optim.estimating import Estimating
+    from zolightning.optim.base import ZerothOrderOptimizer
 
 Evaluate = Callable[[], Loss]
 
@@ -49,41 +46,8 @@ class Probed(NamedTuple):
         return are_equal and not (self.at_one_point and any(self.projected_grads))
 
 
-def evaluate_step(optimizer: "Estimating", last: Estimate, look: Callable[[], Probed], skip_nonfinite: bool) -> Probed:
-    """Evaluates the probes of a step, deals with losses that are not finite or all equal, and aligns the queries.
-
-    Args:
-        optimizer: whose step it is.
-        last: its last estimate, which counts steps with such losses.
-        look: evaluates the probes, :func:`evaluate_probes` for example; gives the same result at each call.
-        skip_nonfinite: as of :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`, whose exceptions it raises.
-    """
-    group = optimizer.param_groups[0]
-    found = look()
-    last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
-    if last.flat_in_a_row == FLAT_IN_A_ROW:  # perhaps weights are now read where perturbations do not reach them
-        optimizer.evaluator.forget()
-        found = look()
-        if not found.is_flat:
-            last.flat_in_a_row = 0
-        else:
-            rank_zero_warn(
-                f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so that they say nothing about "
-                "the weights: the loss does not depend on the parameters that train, or "
-                f"`eps` ({group['eps']:g}) is too small to change it."
-            )
-    last.nonfinite_in_a_row = 0 if found.is_finite else last.nonfinite_in_a_row + (not found.is_empty)
-    if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not found.is_empty:
-        values = ", ".join(f"{loss:g}" for loss in found.losses)
-        many = f", nor in the {MAX_NONFINITE_IN_A_ROW} steps before, which were skipped" if skip_nonfinite else ""
-        raise NonFiniteLossError(f"The loss is not finite at step {group['step']}{many}: {values}.")
-    if optimizer.align_queries and found.is_finite:
-        found = found._replace(projected_grads=aligned(optimizer, found.projected_grads, warns=last.record is None))
-    return found
-
-
 def evaluate_probes(
-    optimizer: "Estimating",
+    optimizer: "ZerothOrderOptimizer",
     estimator: Estimator,
     probes: Sequence[Probe],
     evaluate: Evaluate,
@@ -127,7 +91,7 @@ def evaluate_probes(
 
 
 def losses_at(
-    optimizer: "Estimating",
+    optimizer: "ZerothOrderOptimizer",
     perturbations: Sequence[Mapping[nn.Parameter, Perturbation]],
     evaluate: Evaluate,
     share: Share,
@@ -150,7 +114,7 @@ def losses_at(
     )
 
 
-def device_of(optimizer: "Estimating") -> torch.device:
+def device_of(optimizer: "ZerothOrderOptimizer") -> torch.device:
     """The device of the first parameter that moves, where losses are collected."""
     return next(parameter.device for _, _, parameter in optimizer.trainable())
 
@@ -161,7 +125,7 @@ def sums_of(terms: Tensor, *means: Tensor) -> Tensor:
 
 
 def of_whole_parameters(
-    optimizer: "Estimating", perturbations: Mapping[nn.Parameter, Perturbation]
+    optimizer: "ZerothOrderOptimizer", perturbations: Mapping[nn.Parameter, Perturbation]
 ) -> dict[nn.Parameter, Perturbation]:
     """Perturbations of whole parameters, given those of their trained slices."""
     parts = {parameter: part for parameter, part in optimizer.slices.items() if parameter in perturbations}

@@ -1,6 +1,7 @@
 """The record of a step, and the error of a step that cannot be taken."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped before training stops
@@ -73,3 +74,28 @@ class Estimate:
     measured: int = 0
     known: deque[StepRecord] = field(default_factory=deque)
     evaluates_known: bool = False
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the next estimate returns a known record and evaluates no loss."""
+        return bool(self.known) and self.known[0].says_all and not self.evaluates_known
+
+    def expect(self, records: Iterable[StepRecord], step: int, evaluate: bool) -> None:
+        """Has the next estimates return these records instead of new ones, to repeat steps of an interrupted run.
+
+        The loss is not evaluated, except in steps in which it changed the module, which a record does not hold.
+
+        Args:
+            records: of the steps that come next, in order.
+            step: number of the next step.
+            evaluate: whether to evaluate the loss in all of these steps, for what it logs.
+
+        Raises:
+            ValueError: if they are not the records of the steps that come next.
+        """
+        known = list(records)
+        if [record.step for record in known] != list(range(step, step + len(known))):
+            raise ValueError(f"Step {step} comes next, and the records begin with step {known[0].step} or have gaps.")
+        self.known.clear()
+        self.known.extend(known)
+        self.evaluates_known = evaluate

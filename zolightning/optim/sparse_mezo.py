@@ -15,13 +15,12 @@ from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_choice
 from zolightning.optim.dense import DenseOptimizer
-from zolightning.optim.precision import State, add_directions, add_tensor, all_contiguous, as_contiguous
+from zolightning.optim.precision import add_directions, add_tensor, all_contiguous, as_contiguous
 from zolightning.optim.record import StepRecord
 from zolightning.optim.samples import strided
 
 MaskKind = Literal["dynamic", "fixed", "random"]
 MASKS: tuple[str, ...] = ("dynamic", "fixed", "random")
-_KEPT = ("threshold", "mask")  # entries of the state that stay when a block becomes inactive
 
 
 class SparseMeZO(DenseOptimizer):
@@ -50,6 +49,7 @@ class SparseMeZO(DenseOptimizer):
     """
 
     takes_shards = True
+    kept_at_rest = ("threshold", "mask")
 
     def __init__(
         self,
@@ -103,17 +103,8 @@ class SparseMeZO(DenseOptimizer):
                 decays = [1.0] * len(weights)
                 add_directions(weights, states, list(moves.values()), self.update_precision, decays, thresholds)
 
-    def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the state of parameters, except their thresholds or masks."""
-        parameters = list(parameters)
-        masks = {parameter: _mask_in(self.state.get(parameter, {})) for parameter in parameters}
-        super().release(parameters)
-        for parameter, mask in masks.items():
-            if mask:
-                self.state[parameter].update(mask)
-
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
-        return name not in _KEPT
+        return name not in self.kept_at_rest
 
     def measurements(self) -> dict[str, float]:
         """For a dynamic mask the share of masked weights that move, estimated from a sample of each parameter."""
@@ -129,7 +120,8 @@ class SparseMeZO(DenseOptimizer):
         """The threshold or mask of a parameter, as it is or will be in the state; empty if all elements move."""
         if len(self.trainable_shape(parameter)) < 2:
             return {}
-        if mask := _mask_in(self.state.get(parameter, {})):
+        state = self.state.get(parameter, {})
+        if mask := {name: state[name] for name in self.kept_at_rest if name in state}:
             return mask
         if parameter not in self._first:  # an estimate makes no state
             self._first[parameter] = self._find_mask(parameter, group)
@@ -139,7 +131,7 @@ class SparseMeZO(DenseOptimizer):
         if not self.sparse_embeddings and self._is_embedding(parameter):
             return {"threshold": math.inf}
         if self.mask == "random":
-            words = key(group["seed"], -1, 0, self._names[parameter])  # of no step
+            words = key(group["seed"], -1, 0, self.names[parameter])  # of no step
             return {"mask": torch.tensor(words, dtype=torch.int32, device=parameter.device)}
         with as_contiguous(whole(parameter), self.slices.get(parameter)) as weight:
             least = max(round((1 - group["sparsity"]) * weight.numel()), 1)
@@ -161,10 +153,6 @@ class SparseMeZO(DenseOptimizer):
             return Masked(direction, PackedMask(mask["mask"]))
         threshold = mask.get("threshold", math.inf)
         return direction if threshold == math.inf else MagnitudeMasked(direction, threshold)
-
-
-def _mask_in(state: State) -> dict[str, Any]:
-    return {name: state[name] for name in _KEPT if name in state}
 
 
 def kth_smallest_magnitude(weight: Tensor, k: int) -> float:

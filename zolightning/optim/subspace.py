@@ -228,7 +228,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         """The estimated gradient of a matrix with respect to its core in the present basis, of the core's shape."""
-        name, matrix = self._names[parameter], self._matrix_now(parameter)
+        name, matrix = self.names[parameter], self._matrix_now(parameter)
         assert matrix is not None, "it has a core"
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
         shape = self.basis(parameter).core_shape(matrix[:2])

@@ -39,6 +39,7 @@ class SubspaceBases(ZerothOrderOptimizer):
     run, and with orthonormal factors ends 0.2 to 1.5 % of the distance moved beside it, even with the same losses.
     """
 
+    kept_at_rest = tuple(_GIVEN.values())
     sides: ClassVar[Sides]  # the sides on which a basis has a factor
     unit: ClassVar[bool] = True  # whether columns are orthonormal; if not, entries are Gaussian of unit variance
     normalize_directions: bool  # an argument of SubspaceOptimizer
@@ -74,7 +75,7 @@ class SubspaceBases(ZerothOrderOptimizer):
         vectors: dict[str, nn.Parameter] = {}
         for parameter in group["params"]:
             if frozen or self.moves(parameter):
-                name, matrix = self._names[parameter], self.matrix(parameter, group["rank"])
+                name, matrix = self.names[parameter], self.matrix(parameter, group["rank"])
                 if matrix is None:
                     vectors[name] = parameter
                 else:
@@ -103,12 +104,9 @@ class SubspaceBases(ZerothOrderOptimizer):
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
         """Frees their bases as well, which are drawn again when the parameters move again."""
         parameters = list(parameters)
-        given = {parameter: self.given(parameter) for parameter in parameters}
         super().release(parameters)
         for parameter in parameters:
             self._bases.pop(parameter, None)
-            if given[parameter]:
-                self._give(parameter, Basis(**given[parameter]))
 
     def state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state now, with the bases."""
@@ -160,7 +158,7 @@ class SubspaceBases(ZerothOrderOptimizer):
         return self.sides != "both" and getattr(self.basis(parameter), self.sides) is None
 
     def _draw(self, parameter: nn.Parameter) -> Basis:
-        group, name, matrix = self._group_of(parameter), self._names[parameter], self._matrix_now(parameter)
+        group, name, matrix = self.group_of(parameter), self.names[parameter], self._matrix_now(parameter)
         if matrix is None:
             raise ValueError(f"`{name}` moves along dense directions and has no basis.")
 
@@ -179,7 +177,4 @@ class SubspaceBases(ZerothOrderOptimizer):
         return Basis(factor("left", matrix.rows), factor("right", matrix.columns))
 
     def _matrix_now(self, parameter: nn.Parameter) -> Matrix | None:
-        return self.matrix(parameter, self._group_of(parameter)["rank"])
-
-    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        return self.matrix(parameter, self.group_of(parameter)["rank"])

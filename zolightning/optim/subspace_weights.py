@@ -118,7 +118,7 @@ class SubspaceWeights(SubspaceBases):
                 continue
             if (self.basis(parameter).left is None) != (basis.left is None):
                 raise ValueError(
-                    f"`{self._names[parameter]}` has momentum in a basis of the other side than the one given. Give "
+                    f"`{self.names[parameter]}` has momentum in a basis of the other side than the one given. Give "
                     "bases before the first step, or start a new run from the weights."
                 )
         self.fold()
@@ -188,7 +188,7 @@ class SubspaceWeights(SubspaceBases):
             thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
             if thin:
                 rank_zero_info(f"`rank` is {group['rank']}, and less in {len(thin)} thin matrices: {some(thin)}.")
-        self._hooks += substitute_in_state_dicts(module, self._names, self._lacks_updates, self._folded)
+        self._hooks += substitute_in_state_dicts(module, self.names, self._lacks_updates, self._folded)
         if self.fold_every_step:
             self.fold()  # cores of a checkpoint that was restored before
 
@@ -279,8 +279,8 @@ class SubspaceWeights(SubspaceBases):
         """The mapping that holds the extra bits of a half-precision matrix."""
         return self._offloaded[parameter] if self.offload_low_words else self.state[parameter]
 
-    def _kept(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        return {**super()._kept(parameter), **self._offloaded.get(parameter, {})}
+    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        return {**super().rests(parameter), **self._offloaded.get(parameter, {})}
 
 
 def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,37 @@
+"""Rounds half-precision weights stochastically, where the extra bits that are kept of them are to be dropped."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from zolightning.kernels.compiled import chunk_size, chunks
+from zolightning.kernels.noise import Key, counter, hash_bits, start_of
+from zolightning.optim.precision import State, UpdatePrecision, add_tensor
+
+
+def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key, first: int = 0) -> None:
+    """Rounds a half-precision weight to its dtype stochastically, so that its extra bits can be dropped without bias.
+
+    Each element becomes one of the two nearest numbers, with probabilities that make the unrounded value its mean.
+
+    Args:
+        weight: the parameter's data, any shape, contiguous.
+        rest: its extra bits, by their name in ``RESTS``; of no use afterwards.
+        precision: the precision with which updates have been added.
+        key: of the random numbers.
+        first: index of the first element in the whole parameter.
+    """
+    flat = weight.view(-1)
+    for part in chunks(flat.numel(), chunk_size(flat)):
+        add_tensor(weight, rest, _dither(flat[part], first + part.start, key), precision, start=part.start)
+
+
+def _dither(weight: Tensor, start: int, key: Key) -> Tensor:
+    """Uniform random numbers within half a unit in the last place of each weight, (n,), float32."""
+    info = torch.finfo(weight.dtype)
+    exponents = torch.frexp(weight.float()).exponent.clamp_min(math.frexp(info.tiny)[1])
+    spacings = torch.ldexp((weight != 0).float() * info.eps, exponents - 1)
+    index = counter(weight, start_of(start, weight.device))
+    bits = hash_bits(index, torch.tensor(key, dtype=torch.int32, device=weight.device))
+    return spacings * ((bits >> 16).float() + 0.5) / 2**16
