@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,12 +17,14 @@ from zolightning.commands.output import hush
 from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
 
+_INTERRUPTED = 128 + signal.SIGINT
+
 
 def main(args: ArgsType = None) -> None:
     """Runs the command line; `args` stands in for ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: with one line, for input that cannot work.
+        SystemExit: with one line, for input that cannot work; with 130 after Ctrl-C.
     """
     hush()
     try:
@@ -32,6 +35,13 @@ def main(args: ArgsType = None) -> None:
             run_report.main(words[1:])
         else:
             ZerothOrderCLI(args)
+    except KeyboardInterrupt:
+        print("Stopped by SIGINT.", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's in a validation, which says so by itself
+            raise SystemExit(_INTERRUPTED) from None
+        raise
     except Exception as error:
         if (advice := _advice(error)) is None:
             raise

@@ -15,10 +15,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from zolightning.callbacks import RunMonitor, ZerothOrder, run_monitor
+from zolightning.callbacks import RunMonitor, SubspaceResampling, ZerothOrder, run_monitor
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.directions.slices import Slice
-from zolightning.optim import HiZOO, MeZO, MeZOAdam, SparseMeZO, ZerothOrderOptimizer
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, ZerothOrderOptimizer
 
 MEZO = partial(MeZO, lr=0.01)
 
@@ -139,7 +139,23 @@ def test_says_the_memory_of_the_state_once(
     trainer = make_trainer(callbacks=[ZerothOrder(method), RunMonitor()], max_steps=2)
     trainer.fit(module, regression_data())
     name = method.func.__name__
-    assert said == [f"{name} keeps {state} MB of state for 1.0 MB of trainable weights."]
+    assert said == [f"{name} kept {state} MB of state for 1.0 MB of trainable weights."]
+
+
+def test_the_state_is_said_when_it_is_whole(
+    make_trainer: Callable[..., L.Trainer],
+    regression_data: Callable[..., DataLoader],
+    make_regression: Callable[..., L.LightningModule],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.rank_zero_info", said.append)
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.size", str)
+    callbacks = [SubspaceResampling(), ZerothOrder(partial(LOZO, lr=0.01, rank=1)), RunMonitor()]
+    trainer = make_trainer(callbacks=callbacks, max_steps=2, precision="bf16-true")
+    trainer.fit(make_regression(width=64), regression_data())
+    weights, low_words, factor = 385 * 2, 385 * 2, 4 * 2
+    assert said == [f"LOZO kept {low_words + factor} of state for {weights} of trainable weights."]
 
 
 class Sampled(L.LightningDataModule):
@@ -189,4 +205,4 @@ def test_counts_what_trains_of_a_slice(
     module.net[0].requires_grad_(False)
     trainer = make_trainer(callbacks=[ZerothOrder(partial(MeZOAdam, lr=0.01)), Half(), RunMonitor()], max_steps=1)
     trainer.fit(module, regression_data())
-    assert said == ["MeZOAdam keeps 1.0 MB of state for 0.5 MB of trainable weights."]
+    assert said == ["MeZOAdam kept 1.0 MB of state for 0.5 MB of trainable weights."]

@@ -303,6 +303,17 @@ def test_by_which_metric_a_checkpoint_is_the_best_unless_told(
     assert (config.checkpoint.monitor, config.checkpoint.mode) == expected
 
 
+@pytest.mark.parametrize("where", ["zolightning.cli.check_seed", "zolightning.models.CausalLM.validation_step"])
+def test_ctrl_c_before_training(runs: Runs, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        runs("fit")
+    assert exit_.value.code == 130  # as after the first step
+
+
 def test_a_reader_that_has_read_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """``zolightning configs | head`` ends without a traceback."""
     reading, writing = os.pipe()

@@ -22,8 +22,8 @@ class RunMonitor(Callback):
     It logs ``run/steps_per_second`` (mean over the last ``log_every_n_steps`` training steps, without validation),
     ``run/peak_memory_gib`` (of the process; on CUDA of the device's allocator) and, as ``method/...``, diagnostics of
     the method, such as quantiles of HiZOO's curvature. When training starts, it writes the text of a training example
-    to TensorBoard, as ``prompt``, if the datamodule has ``sample_text()``. After the first step it prints how much
-    memory the method's state takes.
+    to TensorBoard, as ``prompt``, if the datamodule has ``sample_text()``. When the fit ends, it prints how much memory
+    the method's state takes: a subspace method has that of exact updates from when it first adds them to the weights.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,6 @@ class RunMonitor(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._seconds.append(time.perf_counter() - self._started)
-        if trainer.global_step == 1:
-            self._say_state(trainer)
         pl_module.log("run/steps_per_second", len(self._seconds) / sum(self._seconds))
         pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
         if trainer.global_step % max(getattr(trainer, "log_every_n_steps", 1), 1) == 0:
@@ -51,13 +49,12 @@ class RunMonitor(Callback):
                 for name, value in method.measurements().items():
                     pl_module.log(f"method/{name}", value)
 
-    @staticmethod
-    def _say_state(trainer: L.Trainer) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for method in methods_of(trainer):
             weights = sum(math.prod(method.trainable_shape(p)) * p.element_size() for _, _, p in method.trainable())
             host = f" and {size(method.host_bytes())} in host memory" if method.host_bytes() else ""
             rank_zero_info(
-                f"{type(method).__name__} keeps {size(method.state_bytes())} of state{host} for "
+                f"{type(method).__name__} kept {size(method.state_bytes())} of state{host} for "
                 f"{size(weights)} of trainable weights."
             )
 
