@@ -48,7 +48,8 @@ def test_the_card_says_what_the_run_did(runs: Runs, tmp_path: Path, monkeypatch:
     hub = Hub(monkeypatch)
     runs("fit", "--trainer.max_steps", 2, "--trainer.val_check_interval", 1, "--test_last", "true")
     of_run = ["--config", str(runs.version(0) / "config.yaml"), "--ckpt_path", "best"]
-    printed(["export", *of_run, "--folder", str(tmp_path / "mine"), "--push_to_hub", "somebody/mine"])
+    said = printed(["export", *of_run, "--folder", str(tmp_path / "mine"), "--push_to_hub", "somebody/mine"])
+    assert f"exported: step 1, to {tmp_path / 'mine'}\n" in said
 
     metrics = runs.metrics(0)
     card = ModelCard.load(tmp_path / "mine/README.md")

@@ -254,3 +254,16 @@ def test_other_settings_than_the_checkpoint_s(resumed: tuple[Runs, str], options
         ["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "9", *map(str, options)]
     )
     assert words in message and "\n" not in message
+
+
+def test_a_checkpoint_of_another_model_and_a_folder(
+    resumed: tuple[Runs, str], write_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = resumed[0].version(0)
+    command = ["fit", "--config", str(run / "config.yaml"), "--trainer.max_steps", "9", "--ckpt_path"]
+    message = refused([*command, "last", "--model.model_name", str(write_tiny_model(tmp_path / "opt", "opt"))])
+    assert message.startswith("error: `ckpt_path` is of another model: ") and "\n" not in message
+    message = refused([*command, str(run)])
+    assert message.startswith(
+        f"error: `ckpt_path` is {run}, which is a folder. Give one of the files in it: {run}/check"
+    )

@@ -176,6 +176,10 @@ def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> No
     [
         (["no/such"], "There is no folder no/such."),
         (["empty"], "empty is no folder of a run: it has no config.yaml"),
+        (
+            ["."],
+            ". is no folder of a run: it has no config.yaml, which `zolightning fit` writes there. Name those below",
+        ),
         (["silent"], "silent has no curve of a training yet"),
         (["versions"], "versions holds 1 versions, and none that has trained."),
         (["run", "--output", "page.txt"], "`--output` is page.txt, and must end with .html."),

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import LAST
 from zolightning.checkpoints.ledger import LEDGER
+from zolightning.messages import some
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace  # a package of the command line, which others do without
@@ -38,6 +39,10 @@ def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
         last = _last_of_a_run(config, of_ledgers and path == "last")
         path = last if path == "last" else _best_checkpoint(last, config)
         config.ckpt_path = str(path)
+    elif Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
+        inside = [str(file) for file in sorted(Path(path).rglob("*.ckpt"))]
+        there = f"Give one of the files in it: {some(inside)}." if inside else "It holds no checkpoint (*.ckpt)."
+        raise MisconfigurationException(f"`ckpt_path` is {path}, which is a folder. {there}")
     elif not str(path).endswith(".ckpt") and not is_ledger(path):
         return  # words of Lightning's own, or a folder of shards
     if is_ledger(path) and of_ledgers:

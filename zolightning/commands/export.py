@@ -9,7 +9,7 @@ import lightning as L
 from zolightning.adapters import merge_adapter
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.model_card import write_card
-from zolightning.messages import some
+from zolightning.models.loading import refuse_other_weights
 from zolightning.quantization import refuse_quantized
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def export_model(
     if ckpt_path is not None and getattr(module, "model", None) is not None:
         run_folder = Path(ckpt_path).absolute().parent.parent
         write_card(folder, module, datamodule, trainer.run_config, run_folder, checkpoint["global_step"])
+    what = "the pretrained weights" if ckpt_path is None else f"step {checkpoint['global_step']}"
+    print(f"exported: {what}, to {folder}")
     if push_to_hub is not None:
         _upload(folder, push_to_hub, private)
 
@@ -60,12 +62,7 @@ def _load(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Loads a checkpoint's weights in the dtypes that they have there."""
     module.on_load_checkpoint(dict(checkpoint))
     weights = checkpoint["state_dict"]
-    own, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (module.state_dict(), weights))
-    if different := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
-        raise ValueError(
-            f"`ckpt_path` is of another model: {len(different)} weights have other names or shapes, or are missing "
-            f"there or here ({some(different)})."
-        )
+    refuse_other_weights(module, weights)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(weights[name].dtype)
     module.load_state_dict(weights)

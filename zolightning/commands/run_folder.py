@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.commands.event_log import EventLog, Point
+from zolightning.messages import some
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def read_run(folder: Path) -> Run:
         ValueError: if it is none, or has not logged anything of its training.
     """
     if not (folder / "config.yaml").is_file():
+        below = [str(path.parent) for path in sorted(folder.rglob("config.yaml"))]
+        hint = f" Name those below it: {some(below)}." if below else ""
         raise ValueError(
-            f"{folder} is no folder of a run: it has no config.yaml, which `zolightning fit` writes there."
+            f"{folder} is no folder of a run: it has no config.yaml, which `zolightning fit` writes there.{hint}"
         )
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

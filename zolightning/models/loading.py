@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from zolightning.head import belongs_to_head
 from zolightning.messages import some
@@ -116,3 +117,13 @@ def share_weights(folder: Path) -> None:
     """
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(next(folder.glob("*config.json")), weights)
+
+
+def refuse_other_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError unless the weights of a checkpoint have the names and shapes of the module's."""
+    own, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (module.state_dict(), weights))
+    if different := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
+        raise ValueError(
+            f"`ckpt_path` is of another model: {len(different)} weights have other names or shapes, or are missing "
+            f"there or here ({some(different)})."
+        )

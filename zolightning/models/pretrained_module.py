@@ -18,7 +18,7 @@ from zolightning.adapter_folders import load_adapter, save_adapter
 from zolightning.adapters import adapter_settings, restore_adapter
 from zolightning.early_exit import early_exit, keep_first_layers, restore_early_exit
 from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
-from zolightning.models.loading import share_weights
+from zolightning.models.loading import refuse_other_weights, share_weights
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
 from zolightning.optim.schedules import WarmupDecay
@@ -224,6 +224,8 @@ class PretrainedModule(L.LightningModule):
         refuse_offloaded(self.model, "no checkpoint can be loaded into them")
         # so that its weights find the parameters they belong to, whatever callbacks this run has
         self.load_structure_dict(checkpoint)
+        if self.strict_loading:
+            refuse_other_weights(self, checkpoint["state_dict"])
 
     @property
     def head(self) -> nn.Linear:
