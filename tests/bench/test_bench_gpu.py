@@ -1,14 +1,19 @@
 """The first run on a GPU, in miniature on the CPU: every part runs, and what goes wrong is written down."""
 
 import csv
+import ctypes
+import faulthandler
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from zolightning.bench import bits, gpu, repetition, step_cost
 from zolightning.bench.__main__ import main
 from zolightning.bench.figures import COLUMNS, Figures
 from zolightning.bench.floors import Ceilings
-from zolightning.bench.gpu import MINIATURE, Part, Sizes, parts, run_here, run_part
+from zolightning.bench.gpu import MINIATURE, Part, Sizes, parts, run_here
 from zolightning.bench.kernel_cost import measure_kernels
 from zolightning.bench.rows import BY_NAME
 from zolightning.bench.step_cost import Settings
@@ -130,16 +135,43 @@ def test_a_kernel_at_the_bandwidth_of_a_copy_is_at_its_floor(monkeypatch: pytest
     assert (second["gb_per_second"], second["over_floor"]) == (16e-6, 0.5)
 
 
-def stuck(device: torch.device, figures: Figures) -> None:
-    raise AssertionError("a process that imports torch is faster than this test expects")
+def hang(device: torch.device, figures: Figures) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    figures.write("before", seconds=1.5)
+    while True:
+        time.sleep(60)
 
 
-def test_a_part_that_takes_too_long_leaves_a_line(tmp_path: Path) -> None:
-    run_part(Part("slow", 0.05, (stuck, stuck)), CPU, tmp_path / "gpu.csv")
-    ((part, names),) = read(tmp_path / "gpu.csv").items()
-    assert (part, names.keys()) == ("slow", {"part"})
-    assert names["part"]["out_of_time"] == "0.05" and float(names["part"]["seconds"]) >= 0.05
-    assert (tmp_path / "gpu.csv").read_text().count("out_of_time") == 2
+def crash(device: torch.device, figures: Figures) -> None:
+    faulthandler.disable()
+    figures.write("before", seconds=1.5)
+    ctypes.string_at(0)
+
+
+def measure(device: torch.device, figures: Figures) -> None:
+    figures.write("bandwidth", gb_per_second=2)
+
+
+def test_what_hangs_or_crashes_leaves_the_figures_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own, as ever, but forks: those begin at once."""
+    monkeypatch.setattr(gpu, "get_context", lambda _: get_context("fork"))
+    known = [
+        Part("hangs", 2, (hang, measure, hang)),
+        Part("crashes", 60, (crash, measure)),
+        Part("last", 60, (measure,)),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda sizes: known)
+    path = tmp_path / "gpu.csv"
+    main(f"gpu --device cpu --miniature --output {path}".split())
+    found = read(path)
+    assert {name: part["bandwidth"] for name, part in found.items()} == {
+        name: {"gb_per_second": "2"} for name in ("hangs", "crashes", "last")
+    }
+    assert found["hangs"]["before"] == found["crashes"]["before"] == {"seconds": "1.5"}
+    assert path.read_text().count("hangs,part,out_of_time,2") == 2
+    assert found["crashes"]["part"]["failed"] == f"exit status {-signal.SIGSEGV}"
+    assert float(found["hangs"]["part"]["seconds"]) >= 2 and float(found["crashes"]["part"]["seconds"]) < 60
+    assert found["last"]["part"].keys() == {"finished", "seconds"}
 
 
 def test_every_comparison_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

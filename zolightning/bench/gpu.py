@@ -144,7 +144,7 @@ def run_part(part: Part, device: torch.device, path: Path) -> None:
         process.join(max(0.0, begin + part.limit - time.monotonic()))
         if process.is_alive():
             process.kill()
-            process.join()
+            process.join(5)  # a driver that hangs may keep it
             figures.write("part", out_of_time=part.limit)
         elif process.exitcode:
             figures.write("part", failed=f"exit status {process.exitcode}")
