@@ -1,9 +1,9 @@
-"""Ranks of a run as forks of one process that has imported everything: that takes seconds, a fork none."""
+"""Programs and ranks as forks of a process that has imported everything: that takes seconds, a fork none."""
 
 import atexit
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,18 +14,38 @@ import torch
 
 import zolightning
 
+# Its process imports these once, which takes as long as many a program, and forks for each program.
+_SERVER = get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [
+        *("lightning", "tensorboard.backend.event_processing.event_accumulator", "torch.distributed.fsdp"),
+        *("torchdata.stateful_dataloader", "zolightning.callbacks", "zolightning.sharded"),
+    ]
+)
+
 
 def run_program(path: str, folder: Path, *arguments: object, seconds: float = 240) -> Path:
     """Runs a program that forks, with a folder to write to, which is returned; its log is ``log.txt`` there."""
-    started_by_lightning = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
-    environment = {name: value for name, value in os.environ.items() if name not in started_by_lightning}
-    paths = (Path(zolightning.__file__).parents[1], Path(path).parent)
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, path, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (folder / "log.txt").write_text(done.stderr)
+    words, log = [path, str(folder), *map(str, arguments)], folder / "log.txt"
+    process = _SERVER.Process(target=_run_program, args=(words, log, zolightning.__file__))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-4000:]
     return folder
+
+
+def _run_program(words: list[str], log: Path, package: str) -> None:
+    assert zolightning.__file__ == package
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
+        os.environ.pop(name, None)  # started by Lightning
+    torch.set_num_threads(1)
+    sys.argv, sys.path[:0] = words, [str(Path(words[0]).parent)]
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def fork_ranks(ranks: int, function: Callable[[], None], errors: Path, seconds: float = 120) -> list[int | None]:
