@@ -74,6 +74,8 @@ class ZerothOrderCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self._ledger: Path | None = None  # of a run that goes on without a checkpoint
         self._begins_anew = False  # in the folder of a run that was killed before its first step
+        words = sys.argv[1:] if args is None else args
+        self._only = words[0] if isinstance(words, list) and words and words[0] in _SUBCOMMANDS else None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -99,6 +101,12 @@ class ZerothOrderCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return _SUBCOMMANDS
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Without arguments for subcommands that nobody has asked for: those of all of them take half a second."""
+        if self._only in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):

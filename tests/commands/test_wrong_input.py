@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
 
 from cli_runs import Runs, parsed, refused
 from zolightning.__main__ import console, main
+from zolightning.cli import _SUBCOMMANDS
 from zolightning.commands.checks import choose_monitor
 from zolightning.data import PromptDataModule
 
@@ -246,6 +248,25 @@ def test_help(arguments: list[str], expected: list[str], capsys: pytest.CaptureF
     text = capsys.readouterr().out
     for part in expected:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("words", "parsers"), [(["fit", "--no", "1"], ["fit"]), (["--config", "no.yaml", "fit"], list(_SUBCOMMANDS))]
+)
+def test_a_command_makes_its_own_parser_only(
+    words: list[str], parsers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a file that comes first may say which command it is."""
+    made, own = [], LightningCLI._prepare_subcommand_parser
+
+    def prepare(self: Any, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        made.append(subcommand)
+        return own(self, klass, subcommand, **kwargs)
+
+    monkeypatch.setattr(LightningCLI, "_prepare_subcommand_parser", prepare)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert made == parsers
 
 
 def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
