@@ -138,6 +138,10 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match=message):
             trainer.fit(make_regression(), regression_data())
 
+    def test_a_method_that_is_made_already(self) -> None:
+        with pytest.raises(ValueError, match=r"as partial\(MeZO, lr=1e-6\) does, got an object of MeZO"):
+            ZerothOrder(MeZO([torch.nn.Parameter(torch.ones(2))], lr=0.1))  # type: ignore[arg-type]  # not by the type
+
     @pytest.mark.parametrize(
         ("callback", "message"),
         [

@@ -187,6 +187,11 @@ def test_wrong_options_take_one_line(
     [
         (b"methd: MeZO", "`methd` is no setting (did you mean method?)."),
         (b"trainer: {max_step: 4}", "`trainer.max_step` is no setting (did you mean trainer.max_steps?)."),
+        (
+            b"method: {class_path: MeZO, lr: 1}",
+            "`method` has `lr` beside `class_path`: settings of a class go under `in",
+        ),
+        (b"data: {class_path: PromptDataModule, batch_size: 3}", "`data` has `batch_size` beside `class_path`: "),
         (b"method: [", "is not YAML: while parsing a flow node"),
         (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
         (b"- a", "holds list, not a mapping of fields."),

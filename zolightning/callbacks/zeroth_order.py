@@ -106,6 +106,11 @@ class ZerothOrder(Callback):
         keep_prefix_gib: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
+        if not callable(method):
+            raise ValueError(
+                "`method` must make the optimizer from the module's parameters, as partial(MeZO, lr=1e-6) does, got an "
+                f"object of {type(method).__name__}."
+            )
         if micro_batch_size is not None:
             require_integer("micro_batch_size", micro_batch_size)
         require_integer("evaluations_per_forward", evaluations_per_forward)

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from argparse import HelpFormatter
+from ast import literal_eval
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
@@ -30,6 +31,7 @@ _TYPES = {
     "collections.abc.Iterable": "a list",
 }
 _MOST_NAMES = 30
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -91,6 +93,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     field, inner = _field(message), _innermost(message)
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
         return f"`{found[1]}.help` is {found[2]!r}, which is no class that `{found[1]}` takes."
+    if beside := _beside_class_path(inner):
+        return f"`{field}` has `{beside}` beside `class_path`: settings of a class go under `init_args`."
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         where = _class_at(message, found)
         return _unknown(f"{field}.{found[1]}", found[1], where, _arguments_of(where))
@@ -142,6 +146,18 @@ def _innermost(message: str) -> str:
     first, *rest = message[start:].split("\n")
     kept = takewhile(lambda line: not line.strip() or len(line) - len(line.lstrip()) > indent, rest)
     return "\n".join([first, *kept])
+
+
+def _beside_class_path(message: str) -> str | None:
+    """The first setting of a class that stands where its name stands, a level too high."""
+    for given in re.findall(r"(?:but got|Given value:) (\{.*?\})(?:\. Got value|\n|$)", message):
+        try:
+            keys = list(literal_eval(given))
+        except (ValueError, SyntaxError):  # of objects that are made already
+            continue
+        if "class_path" in keys and (others := [key for key in keys if key not in _OF_A_CLASS]):
+            return str(others[0])
+    return None
 
 
 def _class_at(message: str, found: re.Match[str]) -> str:
