@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -114,7 +114,10 @@ def test_an_image_classifier(tmp_path: Path) -> None:
     assert model.config.id2label == {0: "cat", 1: "dog"}
     replayed = AutoModelForImageClassification.from_pretrained(tmp_path / "replayed").state_dict()
     assert all(torch.equal(weight, replayed[name]) for name, weight in model.state_dict().items())
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "exported")
+    code = (tmp_path / "exported/README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    of_card: dict[str, Any] = {}
+    exec(code.replace("FOLDER_OR_REPOSITORY", str(tmp_path / "exported")), of_card)
+    processor = of_card["processor"]
     printed(["predict", *words, "--predictions.path", str(tmp_path / "predictions.jsonl")])
     images = sorted((tmp_path / "rows/test").glob("*/*"))
     for line in (tmp_path / "predictions.jsonl").read_text().splitlines():

@@ -14,7 +14,6 @@ from zolightning.commands.sweep_results import flat
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
-    from transformers import PreTrainedModel
 
 SETTINGS = "training.yaml"
 _PIPELINES = {
@@ -68,11 +67,11 @@ It was started by
 Libraries: {{ versions }}.
 """
 _USAGE = {
-    False: "from transformers import {auto}, AutoTokenizer\n\n"
+    False: "from transformers import {auto}, {inputs}\n\n"
     'model = {auto}.from_pretrained("FOLDER_OR_REPOSITORY")\n'
-    'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_REPOSITORY")',
+    '{name} = {inputs}.from_pretrained("FOLDER_OR_REPOSITORY")',
     True: "from peft import PeftModel\nfrom transformers import {auto}\n\n"
-    'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "FOLDER_OR_REPOSITORY")',
+    'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{classes}), "FOLDER_OR_REPOSITORY")',
 }
 
 
@@ -100,15 +99,16 @@ def write_card(
     settings = _without_places(config)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     (folder / SETTINGS).write_text(text, encoding="utf-8")
-    card = _card(folder, module.model, getattr(datamodule, "task", None), settings, run, step)  # type: ignore[arg-type]  # see `module`
+    card = _card(folder, module, getattr(datamodule, "task", None), settings, run, step)
     card.save(folder / "README.md")
 
 
 def _card(
-    folder: Path, network: "PreTrainedModel", task: Any, settings: Mapping[str, Any], run: Run | None, step: int
+    folder: Path, module: L.LightningModule, task: Any, settings: Mapping[str, Any], run: Run | None, step: int
 ) -> "ModelCard":
     from huggingface_hub import ModelCard, ModelCardData
 
+    network: Any = module.model
     base = str(((settings.get("model") or {}).get("init_args") or {}).get("model_name") or network.name_or_path)
     is_adapter = (folder / "adapter_config.json").is_file()
     method = _class_of(settings.get("method"))
@@ -127,6 +127,7 @@ def _card(
         tags=["zolightning", *(["zeroth-order", method] if method else [])],
     )
     auto = "AutoModelForSeq2SeqLM" if kind == "ForConditionalGeneration" else f"AutoModel{kind or ''}"
+    inputs = getattr(module, "preprocessor_class", "AutoTokenizer")
     return ModelCard.from_template(
         card_data,
         template_str=_TEMPLATE,
@@ -134,7 +135,13 @@ def _card(
         base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{base}`",
         on="" if task is None else f"on {task.name} ",
         method=f"{method}, a zeroth-order method: forward passes only," if method else "backpropagation",
-        usage=_USAGE[is_adapter].format(auto=auto, base=base if _is_hub_id(base) else "ITS_BASE_MODEL"),
+        usage=_USAGE[is_adapter].format(
+            auto=auto,
+            inputs=inputs,
+            name="tokenizer" if inputs == "AutoTokenizer" else "processor",
+            base=base if _is_hub_id(base) else "ITS_BASE_MODEL",
+            classes=f", num_labels={network.config.num_labels}" if auto.endswith("Classification") else "",
+        ),
         results=[(name, _text(before), _text(after)) for name, (before, after) in results.items()],
         step=step,
         facts=[(key, _text(value)) for key, value in _facts(settings, run)],
