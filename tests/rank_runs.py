@@ -43,7 +43,7 @@ NONE = torch.cat([TARGETS[1::2], TARGETS[BATCH * 6 : BATCH * 7]])  # rank 1 of 2
 # By name: the method, what is special about the run, and by how many ranks it is also done beside one.
 RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "plain": (partial(MeZO, lr=1e-2), {"strategy": "ddp"}, (2,)),
-    "losses_only": (partial(MeZO, lr=1e-2), {}, (2,)),
+    "losses_only": (partial(MeZO, lr=1e-2), {"overview": True}, (2,)),
     "weighted": (partial(MeZO, lr=1e-2, momentum=0.5, normalize=True), {"weighted": True}, (2,)),
     "micro_batches": (partial(MeZO, lr=1e-2), {"weighted": True, "micro_batch_size": 3}, (2,)),
     "adam": (partial(MeZOAdam, lr=1e-2, estimator=OneSided(), num_queries=2), {"strategy": "ddp"}, (2,)),
@@ -54,7 +54,11 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "subspace": (partial(ZOMOPI, lr=1e-2, rank=2, power_rank=1, vector_lr=1e-3), {"resample": True}, (2,)),
     "blocks": (partial(MeZO, lr=1e-2, momentum=0.5), {"blocks": ["net.0", "net.1", "net.4"]}, (2,)),
     "activations": (partial(LOZO, lr=1e-2, rank=2), {"activations": True}, (2,)),
-    "stacked": (partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5), {"resample": True, "stacked": 4}, (2,)),
+    "stacked": (
+        partial(LOZO, lr=1e-2, num_queries=2, momentum=0.5),
+        {"resample": True, "stacked": 4, "overview": True},
+        (2,),
+    ),
     "examples": (
         partial(LOZO, lr=1e-2, num_queries=8, momentum=0.5, estimator=PerExample()),
         {"resample": True, "micro_batch_size": 3, "weighted": True},
@@ -63,7 +67,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     # Ranks that share the evaluations of a step
     "queries": (partial(MeZO, lr=1e-2, num_queries=2), {"size": 2, "noisy": True, "weighted": True}, (2,)),
     "signs": (partial(MeZO, lr=1e-2), {"size": 2, "bad_step": 3, "noisy": True}, (2,)),
-    "three_points": (partial(HiZOO, lr=1e-2), {"size": 2, "precision": "bf16-true"}, (2,)),
+    "three_points": (partial(HiZOO, lr=1e-2), {"size": 2, "precision": "bf16-true", "overview": True}, (2,)),
     "population": (
         partial(ZOMOPI, lr=1e-2, rank=2, power_rank=1, vector_lr=1e-3, num_queries=3, estimator=Population()),
         {"size": 2, "resample": True},
@@ -81,7 +85,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     ),
     "activations_queries": (partial(LOZO, lr=1e-2, rank=2, num_queries=2), {"size": 2, "activations": True}, (2,)),
     "probed": (partial(MeZO, lr=1e-2, num_queries=2), {"size": 2, "probe": True}, (2,)),
-    "two_dimensions": (partial(MeZO, lr=1e-2), {"size": 2}, (4,)),
+    "two_dimensions": (partial(MeZO, lr=1e-2), {"size": 2, "overview": True}, (4,)),
     "signs_of_examples": (partial(MeZO, lr=1e-2, num_queries=8, estimator=PerExample()), {"size": 2}, (2,)),
 }
 
@@ -165,9 +169,11 @@ def train(name: str, ranks: int, folder: Path) -> None:
         callbacks += [BlockCoordinateDescent(Bandit(step_size=0.5, queries=1), interval=2, patterns=options["blocks"])]
     if "probe" in options:
         callbacks += [LearningRateProbe(num_steps=3, num_examples=16), LearningRateControl(interval=2, patience=1)]
+    if "overview" in options:  # which takes as long as a third of such a run
+        callbacks += [RunOverview()]
     trainer = make_trainer(
         ranks,
-        [*callbacks, recorder, ledger, RunOverview()],
+        [*callbacks, recorder, ledger],
         options.get("strategy") or ZerothOrderDDP(perturbation_parallel_size=size, check_interval=3),
         precision=options.get("precision", "32-true"),
         use_distributed_sampler=False,
