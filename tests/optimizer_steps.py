@@ -1,11 +1,13 @@
-"""Steps of an optimizer on a small module, and comparisons of what they leave: every bit of weights and state."""
+"""Steps of an optimizer on a small module, their directions, and comparisons of all bits that they leave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.dense import Direction
+from zolightning.kernels.noise import Key, NoiseKind, coefficient
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
@@ -59,3 +61,12 @@ def run(problem: nn.Module, optimizer: ZerothOrderOptimizer, steps: int) -> list
         records.append(optimizer.estimate(problem))
         optimizer.step()
     return records
+
+
+def standard(shape: Sequence[int], key: Key, kind: NoiseKind = "gaussian", device: str = "cpu") -> Tensor:
+    """One direction of unit variance, fp32, as a tensor."""
+    total = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+    keys = torch.tensor([key], dtype=torch.int32, device=device)
+    coefficients = torch.tensor([coefficient(1.0, kind)], dtype=torch.float32, device=device)
+    Direction(keys, coefficients, kind).accumulate(total)
+    return total

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from optimizer_steps import standard
 from zolightning.callbacks import ZerothOrder
-from zolightning.directions.dense import standard
 from zolightning.kernels.noise import key
 from zolightning.optim import MeZO
 from zolightning.optim.estimators import PerExample

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cli_runs import NAME, Runs
+from optimizer_steps import standard
 from zolightning.callbacks import LearningRateProbe, ZerothOrder
 from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.commands.trainer import Trainer
-from zolightning.directions.dense import standard
 from zolightning.kernels.noise import key
 from zolightning.optim import LOZO, MeZO
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions.dense import Direction, arithmetic, directions, standard
+from optimizer_steps import standard
+from zolightning.directions.dense import Direction, arithmetic, directions
 from zolightning.kernels import compiled, native
 from zolightning.kernels.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, coefficient, key
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from optimizer_steps import standard
 from zolightning.directions.basis import Basis
-from zolightning.directions.dense import Direction, standard
+from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.optim import LOZO, SubspaceMeZO, SubspaceOptimizer, SubZero

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizer_steps import Method
-from zolightning.directions.dense import standard
+from optimizer_steps import Method, standard
 from zolightning.directions.slices import Slice
 from zolightning.kernels.noise import key
 from zolightning.optim import LOZO, HiZOO, MeZO, SparseMeZO, SubZero

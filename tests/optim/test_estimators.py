@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions.dense import standard
+from optimizer_steps import standard
 from zolightning.kernels.noise import NoiseKind, key
 from zolightning.optim import MeZO
 from zolightning.optim.estimators import Estimator, OneSided, Population, Probe, TwoSided, ZScores

@@ -1,6 +1,7 @@
 """When pending updates are added to the weights: counted, replayed, and before they are too large to perturb."""
 
 import json
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
@@ -181,6 +182,17 @@ class TestLargeCores:
             optimizer.step()
             assert optimizer.param_groups[0]["folds"] == 0
             assert optimizer.estimate(lambda w=w: w.double().sum()).folds == folds
+
+    def test_a_fold_frees_them(self) -> None:
+        """Though their largest elements have been asked for."""
+        w = nn.Parameter(torch.zeros(8, 6, dtype=torch.bfloat16))
+        optimizer = SubspaceMeZO([("w", w)], lr=1e-4, rank=4)
+        optimizer.fold_every_step = False
+        optimizer.estimate(lambda: w.double().sum())
+        optimizer.step()
+        core = weakref.ref(optimizer.state[w]["core"])
+        optimizer.fold()
+        assert core() is None
 
     def test_stacked_evaluations_see_the_same_directions(self) -> None:
         """After a large step nothing is pending, and losses are those of separate evaluations in a plain loop."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizer_steps import MakeProblem, assert_same, attached, run, weights
-from zolightning.directions.dense import Direction, standard
+from optimizer_steps import MakeProblem, assert_same, attached, run, standard, weights
+from zolightning.directions.dense import Direction
 from zolightning.directions.scaled import FactoredCurvature, FullCurvature, ScaledDirection
 from zolightning.evaluation.static import Parts
 from zolightning.kernels.noise import coefficient, key

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optimizer_steps import MakeProblem, run
-from zolightning.directions.dense import standard
+from optimizer_steps import MakeProblem, run, standard
 from zolightning.kernels.noise import NoiseKind, key
 from zolightning.optim import MeZO, MeZOAdam
 from zolightning.optim.estimators import OneSided, Population

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis
 from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero, ZOMuon
-from zolightning.optim.subspace_bases import Matrix
+from zolightning.optim.bases import Matrix
 
 SHAPES = {"tall": (512, 48), "wide": (40, 600), "thin": (12, 512), "vector": (50,)}
 LR, EPS = 0.1, 0.01

@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zolightning.optim.subspace_weights._CHUNK", 18)  # three rows of `up` at a time
+    monkeypatch.setattr("zolightning.optim.cores._CHUNK", 18)  # three rows of `up` at a time
 
 
 def attached(method: Callable[..., SubspaceOptimizer], net: Net, **kwargs: Any) -> SubspaceOptimizer:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from optimizer_steps import standard
 from stacked_runs import LanguageModel
 from tape import Tape
 from zolightning import kernels
-from zolightning.directions.dense import standard
 from zolightning.evaluation import row_groups
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key

@@ -281,7 +281,7 @@ class TestHalfPrecision:
 
 def test_thin_matrices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("zolightning.optim.subspace_weights.rank_zero_info", said.append)
+    monkeypatch.setattr("zolightning.optim.subspace.rank_zero_info", said.append)
     net = Net()
     SubspaceMeZO(net.parameters(), rank=12).attach(net)
     SubspaceMeZO(net.parameters(), rank=8).attach(net)

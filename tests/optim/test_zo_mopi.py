@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning.directions.dense import standard
+from optimizer_steps import standard
 from zolightning.kernels.noise import key
 from zolightning.optim import ZOMOPI
 from zolightning.optim.estimators import OneSided

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.dense import standard
+from optimizer_steps import standard
 from zolightning.kernels.noise import key
 from zolightning.optim import SubspaceMeZO, ZOMuon
 from zolightning.optim.estimators import Estimator, OneSided, TwoSided

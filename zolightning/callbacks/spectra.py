@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_integer, require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.optim.subspace_bases import Matrix
 from zolightning.partners import subspace_optimizer, tensorboards
 from zolightning.scopes.calibration import own_loss
 

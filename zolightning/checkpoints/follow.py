@@ -61,7 +61,7 @@ def follow(
 
 def _evaluate(optimizer: ZerothOrderOptimizer, evaluate: Callable[[], None]) -> None:
     """Evaluates with all pending updates added to the weights, and then takes them out again."""
-    if not isinstance(optimizer, SubspaceWeights) or not optimizer.has_pending:
+    if not isinstance(optimizer, SubspaceWeights) or not optimizer.offsets():
         evaluate()
         return
     before = deepcopy(optimizer.state_dict())

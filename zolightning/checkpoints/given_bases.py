@@ -7,10 +7,10 @@ import torch
 from zolightning.checkpoints.checkpoint_io import replacing, require_whole
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.directions.basis import Basis
-from zolightning.optim.subspace_bases import SubspaceBases
+from zolightning.optim.subspace_weights import SubspaceWeights
 
 
-def save_bases(ledger: Ledger, refresh: int, optimizer: SubspaceBases) -> None:
+def save_bases(ledger: Ledger, refresh: int, optimizer: SubspaceWeights) -> None:
     """Writes the factors that a method was given at a refresh to ``ledger-bases-REFRESH.pt``.
 
     Raises:

@@ -24,7 +24,6 @@ from zolightning.directions.shards import is_sharded
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
-from zolightning.optim.subspace_bases import SubspaceBases
 from zolightning.optim.subspace_weights import SubspaceWeights
 from zolightning.partners import callbacks_of, is_dry_run, zeroth_order_optimizer
 
@@ -199,7 +198,7 @@ class KeepLedger(Callback):
             what = f"`{names[0]}` of a parameter group changed" if names else "a parameter group was added"
             self._give_up(f"{what} before step {record.step}, which no record says")
             return
-        if record.given and record.refresh != self._refresh and isinstance(optimizer, SubspaceBases):
+        if record.given and record.refresh != self._refresh and isinstance(optimizer, SubspaceWeights):
             save_bases(self.ledger, record.refresh, optimizer)
         self._pending, self._refresh = record, record.refresh
 

@@ -38,6 +38,11 @@ class Basis:
     left: Tensor | None = None
     right: Tensor | None = None
 
+    @property
+    def by_side(self) -> dict[str, Tensor]:
+        """The factors that there are, by side, "left" or "right"."""
+        return {side: factor for side, factor in (("left", self.left), ("right", self.right)) if factor is not None}
+
     def core_shape(self, shape: torch.Size | tuple[int, int]) -> tuple[int, int]:
         """Shape of the core of an (m, n) matrix."""
         rows = shape[0] if self.left is None else self.left.shape[1]

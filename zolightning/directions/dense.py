@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.kernels.noise import CODE_SCALE, Key, NoiseKind, coefficient, key, on_device
+from zolightning.kernels.noise import CODE_SCALE, NoiseKind, coefficient, key, on_device
 
 
 class Direction:
@@ -169,12 +169,3 @@ def _keys_of_query(names: tuple[str, ...], seed: int, step: int, query: int) -> 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which perturbations and updates of a weight are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def standard(shape: Sequence[int], key: Key, kind: NoiseKind = "gaussian", device: str = "cpu") -> Tensor:
-    """One materialised direction of unit variance, fp32: for inspection, tests and small factors."""
-    total = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
-    keys = torch.tensor([key], dtype=torch.int32, device=device)
-    coefficients = torch.tensor([coefficient(1.0, kind)], dtype=torch.float32, device=device)
-    Direction(keys, coefficients, kind).accumulate(total)
-    return total

@@ -3,12 +3,12 @@
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.autocast import without_autocast
@@ -17,20 +17,11 @@ from zolightning.directions.shards import first_element, is_sharded
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.kernels.noise import key as noise_key
-from zolightning.optim import precision
-from zolightning.optim.checks import (
-    refuse_with_shards,
-    require_batching,
-    require_choice,
-    require_estimator,
-    require_positive,
-    require_seed,
-    require_trainable,
-)
+from zolightning.optim import checks
 from zolightning.optim.estimating import evaluate_step, squared_grad
 from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
-from zolightning.optim.precision import UpdatePrecision
+from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
 from zolightning.optim.probing import Evaluate
 from zolightning.optim.record import Estimate, StepRecord
 from zolightning.optim.share import WHOLE, Share
@@ -65,9 +56,6 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             bfloat16 parameter; or "native", in the weight's dtype, which loses small updates. See
             :mod:`zolightning.optim.precision`.
 
-    Attributes:
-        evaluator: evaluates losses at weights that are moved, and leaves the stored ones as they are.
-
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
@@ -86,11 +74,11 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
     ) -> None:
-        require_choice("update_precision", update_precision, precision.UPDATE_PRECISIONS)
+        checks.require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        require_seed(seed)
+        checks.require_seed(seed)
         estimator = TwoSided() if estimator is None else estimator
-        require_estimator(estimator, num_queries, align_queries, self.has_unit_directions, type(self).__name__)
+        checks.require_estimator(estimator, num_queries, align_queries, self.has_unit_directions, type(self).__name__)
         self.num_queries = num_queries
         self.align_queries = align_queries
         self.estimator = estimator
@@ -116,8 +104,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
-        require_positive("lr", group["lr"])
-        require_positive("eps", group["eps"])
+        checks.require_positive("lr", group["lr"])
+        checks.require_positive("eps", group["eps"])
         if group["eps"] != self.param_groups[0]["eps"]:
             raise ValueError("`eps` must be the same in all parameter groups: they share the losses of a step.")
         if not group.get("weight_decay", 0.0) >= 0:
@@ -166,16 +154,16 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
                 `evaluations_per_forward` is above 1 where no submodule holds all parameters or the estimator batches
                 in another way.
         """
-        require_batching(evaluations_per_forward, self.estimator)
+        checks.require_batching(evaluations_per_forward, self.estimator)
         self.names |= {parameter: name for name, parameter in module.named_parameters()}
         trained = {parameter: name for _, name, parameter in self.trainable()}
-        require_trainable(trained)
+        checks.require_trainable(trained)
         if any(is_sharded(parameter) for parameter in module.parameters()):
             several = [("evaluations_per_forward", evaluations_per_forward, "1")] if evaluations_per_forward > 1 else []
-            refuse_with_shards([*self.needs_whole(), *several])
+            checks.refuse_with_shards([*self.needs_whole(), *several])
         self.evaluator.attach(module, list(trained), evaluations_per_forward)
         if self.update_precision == "native":
-            precision.warn_of_native(trained)
+            warn_of_native(trained)
 
     @property
     def attached(self) -> bool:
@@ -303,22 +291,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         for parameter in parameters if self.drops_left_state else ():
             if rests := {name: rest.to(parameter.device) for name, rest in self.rests(parameter).items()}:
                 key = noise_key(0, self.param_groups[0]["step"], -1, self.names[parameter])
-                with precision.as_contiguous(parameter, self.slices.get(parameter)) as weight:
+                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     first = first_element(parameter)
                     round_stochastically(weight, rests, self.update_precision, key, first)
             state = self.state.pop(parameter, {})
             if kept := {name: state[name] for name in self.kept_at_rest if name in state}:
                 self.state[parameter] = kept
-
-    def completed(self, parameter: nn.Parameter) -> Tensor:
-        """The trained values of a parameter with all the bits that are kept of them, flat.
-
-        For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
-        """
-        part, weight = self.slices.get(parameter), parameter.detach()
-        return precision.completed(weight if part is None else part.take(weight), self.rests(parameter))
-
-    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        """The extra bits that are kept of a half-precision weight, by name."""
-        state = self.state.get(parameter, {})
-        return {name: state[name] for name in precision.RESTS if name in state}

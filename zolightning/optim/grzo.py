@@ -13,11 +13,11 @@ from zolightning.directions.dense import Direction, accumulate_each, arithmetic,
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.signed import Signed
 from zolightning.kernels.noise import NoiseKind, coefficient
+from zolightning.optim.bases import Matrix
 from zolightning.optim.estimators import Estimator, PerExample
 from zolightning.optim.normalization import normalized
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.optim.subspace_bases import Matrix
 
 _SPREAD_EPS = 1e-12  # for projected gradients that are all the same
 
@@ -85,7 +85,7 @@ class GRZO(SubspaceOptimizer):
             raise ValueError("`num_queries` must be at least 2 for GRZO, which divides by their spread, got 1.")
 
     def direction_scale(self, matrix: Matrix) -> float:
-        return self.unit_rms_scale(matrix)
+        return self.basis_kind.unit_rms_scale(matrix)
 
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
         found = super().perturbations_of(queries, sign)
@@ -108,7 +108,7 @@ class GRZO(SubspaceOptimizer):
             coefficients = [g / spread / len(projected_grads) for g in projected_grads]
             if group["vector_lr_ratio"]:
                 by_query = dict(enumerate(coefficients))
-                self._update_vectors(group, vectors, record, by_query, lr * group["vector_lr_ratio"])
+                self.update_vectors(group, vectors, record, by_query, lr * group["vector_lr_ratio"])
             batches: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
             for name, (parameter, matrix) in matrices.items():
                 core = self.core(parameter, matrix)

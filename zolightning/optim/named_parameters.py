@@ -13,6 +13,7 @@ from zolightning.directions.shards import is_sharded
 from zolightning.directions.slices import Slice
 from zolightning.optim.blocks import LEFT_STATES, LeftState, ParameterBlocks
 from zolightning.optim.checks import require_choice
+from zolightning.optim.precision import RESTS, completed
 from zolightning.optim.settings import require_same_settings, settings_of
 
 
@@ -183,10 +184,22 @@ class NamedParameters(torch.optim.Optimizer):
 
     # Their state
 
+    def completed(self, parameter: nn.Parameter) -> Tensor:
+        """The trained values of a parameter with all the bits that are kept of them, flat.
+
+        For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
+        """
+        part, weight = self.slices.get(parameter), parameter.detach()
+        return completed(weight if part is None else part.take(weight), self.rests(parameter))
+
+    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        """The extra bits that are kept of a half-precision weight, by name."""
+        state = self.state.get(parameter, {})
+        return {name: state[name] for name in RESTS if name in state}
+
     def state_bytes(self) -> int:
         """Bytes of the tensors that the method keeps at present on the devices of the weights."""
-        tensors = (t for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
 
     def host_bytes(self) -> int:
         """Bytes of the tensors that it keeps in host memory instead."""

@@ -1,6 +1,7 @@
 """Copies numbers from a device to the host before they are needed, so that the host need not wait for them."""
 
 import math
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ class LargestElements:
     """The largest absolute value of each of some tensors, copied to the host without waiting for it.
 
     Reading a number from a GPU waits for all the work queued before it. A copy that is started at the end of a step
-    has arrived when the next one begins.
+    has arrived when the next one begins. The tensors may be freed meanwhile.
     """
 
     def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
+        self._tensors: list[ref[Tensor]] = []
         self._found: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -24,14 +25,18 @@ class LargestElements:
         if tensors:
             device = tensors[0].device
             found = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, ord=math.inf)])
-            self._tensors, self._found = tensors, found.to("cpu", non_blocking=device.type == "cuda")
+            self._tensors, self._found = (
+                [ref(tensor) for tensor in tensors],
+                found.to("cpu", non_blocking=device.type == "cuda"),
+            )
             if device.type == "cuda":
                 self._copied = torch.cuda.Event()
                 self._copied.record(torch.cuda.current_stream(device))
 
     def of(self, tensors: list[Tensor]) -> list[float]:
         """The largest absolute value of each; waits for the device unless these tensors were asked for before."""
-        if len(tensors) != len(self._tensors) or any(a is not b for a, b in zip(tensors, self._tensors, strict=True)):
+        asked = [tensor() for tensor in self._tensors]
+        if len(tensors) != len(asked) or any(a is not b for a, b in zip(tensors, asked, strict=True)):
             self.ask(tensors)
         if self._copied is not None:
             self._copied.synchronize()

@@ -5,22 +5,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from zolightning.directions.autocast import autocast_dtype
 from zolightning.directions.dense import Direction, arithmetic, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
+from zolightning.messages import some
+from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
+from zolightning.optim.cores import core_limit
 from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import STATE, normalized, require_normalization
 from zolightning.optim.precision import State, all_contiguous
 from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
-from zolightning.optim.subspace_bases import Matrix
+from zolightning.optim.state_dicts import substitute_in_state_dicts
 from zolightning.optim.subspace_weights import SubspaceWeights
+from zolightning.rank_zero import rank_zero_info
 
 
 class SubspaceOptimizer(SubspaceWeights):
@@ -41,6 +45,9 @@ class SubspaceOptimizer(SubspaceWeights):
             optimizer.estimate(lambda: loss_of(model, batch))
             optimizer.step()
         optimizer.detach()
+
+    A method sets :attr:`sides`, on which a basis has a factor, and :attr:`unit`, whether columns are orthonormal, and
+    defines :meth:`core_step`.
 
     Args:
         rank: columns of a factor; :meth:`attach` logs the matrices that are too small for so many.
@@ -103,6 +110,7 @@ class SubspaceOptimizer(SubspaceWeights):
         }
         self.noise: NoiseKind = noise
         self.normalize_directions = normalize_directions
+        self._hooks: list[RemovableHandle] = []  # in the `state_dict()` of modules
         self._largest = LargestElements()  # one object, because wrappers copy an optimizer's attributes (Fabric does)
         super().__init__(params, shared | STATE | defaults, **common)
 
@@ -118,7 +126,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def direction_scale(self, matrix: Matrix) -> float:
         """The factor between a core of unit variance and the core of a direction."""
-        return self.unit_rms_scale(matrix) if self.normalize_directions else 1.0
+        return self.basis_kind.unit_rms_scale(matrix) if self.normalize_directions else 1.0
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
         """The step of several cores at a learning rate of 1, given their gradients.
@@ -138,6 +146,8 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
+        if group.get("weight_decay"):
+            raise ValueError(f"`weight_decay` is {group['weight_decay']!r}, and {type(self).__name__} has none: use 0.")
         require_fraction("momentum", group["momentum"])
         require_normalization(group)
         for place, beta in enumerate(group["betas"] or ()):
@@ -146,9 +156,26 @@ class SubspaceOptimizer(SubspaceWeights):
 
     # A step
 
+    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
+        super().attach(module, evaluations_per_forward)
+        for group in self.param_groups:
+            thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
+            if thin:
+                rank_zero_info(f"`rank` is {group['rank']}, and less in {len(thin)} thin matrices: {some(thin)}.")
+        self._hooks += substitute_in_state_dicts(module, self.names, self.is_pending, self.folded)
+        if self.fold_every_step:
+            self.fold()  # cores of a checkpoint that was restored before
+
+    def detach(self) -> None:
+        super().detach()
+        self.fold()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     def estimate(self, *args: Any, **kwargs: Any) -> StepRecord:
         """As of any method; folds first where a core has become too large for a perturbation in half precision."""
-        cores, limits = self._perturbed_cores()
+        cores, limits = self._half_cores()
         if any(size > limit for size, limit in zip(self._largest.of(cores), limits, strict=True)):
             self.fold()
         return super().estimate(*args, **kwargs)
@@ -159,25 +186,28 @@ class SubspaceOptimizer(SubspaceWeights):
         result = super().step(closure)
         if self.fold_every_step:
             self.fold()
+        else:
+            self._largest.ask(self._half_cores()[0])
         return result
 
     def apply(self, record: StepRecord) -> None:
+        """As of any method; first draws bases and folds as the run of the record did."""
+        if record.seed != self.param_groups[0]["seed"]:  # of another run: its bases are to be drawn here too
+            self.fold()
+            self._bases.clear()
+            for group in self.param_groups:
+                group["seed"] = record.seed
+        while self.param_groups[0]["refresh"] < record.refresh:
+            self.resample()
+        if record.given and self.param_groups[0]["given"] != record.refresh:
+            raise ValueError(
+                f"Step {record.step} has bases that were given, and no record has these: put them in `recorded`."
+            )
+        if self.param_groups[0]["folds"] != record.folds:
+            self.fold()
+        for group in self.param_groups:
+            group["folds"] = record.folds
         super().apply(record)
-        if not self.fold_every_step:
-            self._largest.ask(self._perturbed_cores()[0])
-
-    def fold(self) -> None:
-        super().fold()
-        self._largest.forget()
-
-    def offsets(self) -> dict[nn.Parameter, Perturbation]:
-        """The updates in cores that have not been added to the weights, those of frozen parameters too."""
-        return {
-            parameter: LowRank(self.basis(parameter), matrix[:2], self.state[parameter]["core"], None)
-            for group in self.param_groups
-            for parameter, matrix in self.split(group, frozen=True)[0].values()
-            if "core" in self.state.get(parameter, {})
-        }
 
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
         return self.perturbations_of([query], sign)[query]
@@ -209,12 +239,12 @@ class SubspaceOptimizer(SubspaceWeights):
             projected_grads = normalized(group, record.projected_grads)
             coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
             if group["vector_lr_ratio"]:
-                self._update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
+                self.update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
             cores = self._core_directions(matrices, record.seed, record.step, coefficients, self.normalize_directions)
             batches: dict[tuple[float, Hashable], list[str]] = {}
             for name, (parameter, matrix) in matrices.items():
                 core = self.core(parameter, matrix)
-                alike = self._is_turned(parameter), core.shape, core.dtype, core.device
+                alike = self.basis_kind.is_turned(self.basis(parameter)), core.shape, core.dtype, core.device
                 scale = self.direction_scale(matrix) if self.normalize_directions else 1.0  # else the gradient has it
                 batches.setdefault((scale, alike), []).append(name)
             for (scale, _), names in batches.items():
@@ -222,13 +252,13 @@ class SubspaceOptimizer(SubspaceWeights):
                 states = [self.state[parameter] for parameter in parameters]
                 moved = [state["core"] for state in states]
                 gradients = torch.stack(smoothed(moved, states, [cores[name] for name in names], group))
-                is_turned = self._is_turned(parameters[0])
+                is_turned = self.basis_kind.is_turned(self.basis(parameters[0]))
                 steps = self.core_step(gradients.mT.contiguous() if is_turned else gradients, states, group)
                 torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr * scale)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         """The estimated gradient of a matrix with respect to its core in the present basis, of the core's shape."""
-        name, matrix = self.names[parameter], self._matrix_now(parameter)
+        name, matrix = self.names[parameter], self.matrix_of(parameter)
         assert matrix is not None, "it has a core"
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
         shape = self.basis(parameter).core_shape(matrix[:2])
@@ -237,23 +267,16 @@ class SubspaceOptimizer(SubspaceWeights):
         self._core_directions(named, record.seed, record.step, coefficients)[name].accumulate(gradient)
         return gradient
 
-    def _perturbed_cores(self) -> tuple[list[Tensor], list[float]]:
-        """The cores that a network computes with in half precision, and the largest element that each may have.
+    def _half_cores(self) -> tuple[list[Tensor], list[float]]:
+        """The cores that a network computes with in half precision, and the largest element that each may have."""
+        found = [
+            (core, limit)
+            for group, parameter, matrix, core in self.pending()
+            if (limit := core_limit(parameter, group["eps"] * self.direction_scale(matrix))) is not None
+        ]
+        return [core for core, _ in found], [limit for _, limit in found]
 
-        Above that limit the spacing of half-precision numbers exceeds ``eps * z``, and ``core + eps * z`` would lose
-        most of z. The limit is on the largest element because a maximum, unlike a sum, is the same in any order.
-        """
-        cores, limits = [], []
-        for group in self.param_groups:
-            for parameter, matrix in self.split(group, frozen=True)[0].values():
-                core = self.state.get(parameter, {}).get("core")
-                dtype = autocast_dtype(parameter.device) or parameter.dtype
-                if core is not None and dtype.itemsize == 2:
-                    cores.append(core)
-                    limits.append(group["eps"] * self.direction_scale(matrix) / torch.finfo(dtype).eps)
-        return cores, limits
-
-    def _update_vectors(
+    def update_vectors(
         self,
         group: dict[str, Any],
         vectors: dict[str, nn.Parameter],

@@ -1,69 +1,62 @@
-"""Updates that wait in the cores of subspaces: adding them to the weights, drawing new subspaces, saving."""
+"""The weights of a subspace method: the bases in which they are searched, and updates that wait in cores."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.autocast import without_autocast
-from zolightning.directions.basis import Basis
+from zolightning.directions.basis import Basis, Sides
 from zolightning.directions.dense import arithmetic
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, own_rows
-from zolightning.kernels.compiled import chunk_size, chunks
-from zolightning.messages import some
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.bases import ANCHORED, GIVEN, BasisKind, Matrix
+from zolightning.optim.cores import add_lift
 from zolightning.optim.momentum_transport import momentum_of, transport_momentum
-from zolightning.optim.offload import add_offloaded, to_host
-from zolightning.optim.precision import RESTS, State, add_tensor, as_contiguous
-from zolightning.optim.record import StepRecord
-from zolightning.optim.state_dicts import substitute_in_state_dicts
-from zolightning.optim.subspace_bases import Matrix, SubspaceBases
-from zolightning.rank_zero import rank_zero_info
-
-_CHUNK = 2**20  # elements of a lift at a time, at least
+from zolightning.optim.offload import to_host
+from zolightning.optim.precision import RESTS, State, as_contiguous
 
 
-class SubspaceWeights(SubspaceBases):
-    """Abstract: keeps the updates of a matrix W, (m, n), in a core until they are *folded*, that is, added to W.
+class SubspaceWeights(ZerothOrderOptimizer):
+    """Abstract: a matrix W is trained as ``W + left @ core @ right.T``; what moves the cores is left to a subclass.
 
-    The trained weight is ``W + left @ core @ right.T``, and losses are evaluated at and around that. Cores are fp32. A
-    core is folded
-
-    * at the end of each :meth:`step` if :attr:`fold_every_step` is set, which is the default. The stored weights are
-      then the trained ones between any two steps, and may be read and written.
-    * otherwise by :meth:`fold`, :meth:`resample` and :meth:`detach` only, which saves a pass over the weights at each
-      step. Between these, stored weights must not be read or written, except through the module's ``state_dict()``,
-      which always holds the trained ones. The optimizer's ``state_dict()`` holds the stored ones as well, so that a
-      resumed run has the same bits.
-
-    Both ways give the same weights up to rounding. Records count the folds before a step, so that a replay folds at the
-    same steps. Under a Trainer, :class:`~zolightning.callbacks.ZerothOrder` chooses the way.
+    ``left`` and ``right`` are the *basis* of the matrix (:mod:`zolightning.optim.bases`), drawn when it is first asked
+    for and anew by :meth:`resample`. Updates wait in the core until they are *folded*, that is, added to W
+    (:mod:`zolightning.optim.cores` says when). Other parameters are trained as they are.
 
     Args:
-        params, defaults: as of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        params, defaults, **common: as of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
         offload_low_words: keep the extra bits of half-precision matrices (2 bytes per bf16 weight, 4 per fp16 one) in
             host memory and move them to the device, piece by piece, when cores are folded. The bits are the same, at
             the price of a transfer each way per fold, so it is meant for rare folds (`fold_every_step` False). It may
             differ between a run and the checkpoint that it resumes.
-        **common: as of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
 
     Attributes:
+        fold_every_step: whether each step ends with a :meth:`fold`.
         recorded: in a replay, the given bases of the recorded run by their refresh index, which :meth:`resample` takes.
 
     Raises:
         ValueError: if `offload_low_words` is set and `update_precision` keeps nothing.
     """
 
+    kept_at_rest = tuple(GIVEN.values())
+    sides: ClassVar[Sides]  # the sides on which a basis has a factor
+    unit: ClassVar[bool] = True  # whether columns are orthonormal; if not, entries are Gaussian of unit variance
+    normalize_directions: bool  # an argument of SubspaceOptimizer
+
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, offload_low_words: bool = False, **common: Any
     ) -> None:
-        self.fold_every_step = True
         self.offload_low_words = offload_low_words
+        self.fold_every_step = True
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
-        self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)
-        self._hooks: list[RemovableHandle] = []  # in the `state_dict()` of modules
+        self.basis_kind = BasisKind(self.sides, self.unit)
+        self._bases: dict[nn.Parameter, Basis] = {}
+        self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)  # Trainers move `state` to the device
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
             raise ValueError(
@@ -71,28 +64,57 @@ class SubspaceWeights(SubspaceBases):
                 "or `offload_low_words` to False."
             )
 
-    @property
-    def momentum_kept(self) -> float | None:
-        """Share of the momentum's squared norm that the last resampling kept; None if there was no momentum."""
-        return self.param_groups[0].get("momentum_kept")
+    # Matrices and their bases
 
-    def apply(self, record: StepRecord) -> None:
-        if record.seed != self.param_groups[0]["seed"]:  # of another run: its bases are to be drawn here too
-            self.fold()
-            self._bases.clear()
-            for group in self.param_groups:
-                group["seed"] = record.seed
-        while self.param_groups[0]["refresh"] < record.refresh:
-            self.resample()
-        if record.given and self.param_groups[0]["given"] != record.refresh:
-            raise ValueError(
-                f"Step {record.step} has bases that were given, and no record has these: put them in `recorded`."
-            )
-        if self.param_groups[0]["folds"] != record.folds:
-            self.fold()
-        for group in self.param_groups:
-            group["folds"] = record.folds
-        super().apply(record)
+    def matrix(self, parameter: nn.Parameter, rank: int) -> Matrix | None:
+        """The matrix that a parameter is searched as; None where it is searched along dense directions."""
+        return self.basis_kind.matrix(self.trainable_shape(parameter), rank)
+
+    def matrix_of(self, parameter: nn.Parameter) -> Matrix | None:
+        """:meth:`matrix` at the rank of the parameter's group."""
+        return self.matrix(parameter, self.group_of(parameter)["rank"])
+
+    def split(
+        self, group: dict[str, Any], frozen: bool = False
+    ) -> tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]:
+        """Divides the trainable parameters of a group, or with `frozen` all of them, by how they are searched.
+
+        Returns:
+            Two mappings from names: to parameters that are searched in a subspace, each with its matrix; and to the
+            others, which are searched along dense directions.
+        """
+        matrices: dict[str, tuple[nn.Parameter, Matrix]] = {}
+        vectors: dict[str, nn.Parameter] = {}
+        for parameter in group["params"]:
+            if frozen or self.moves(parameter):
+                name, matrix = self.names[parameter], self.matrix(parameter, group["rank"])
+                if matrix is None:
+                    vectors[name] = parameter
+                else:
+                    matrices[name] = parameter, matrix
+        return matrices, vectors
+
+    def basis(self, parameter: nn.Parameter) -> Basis:
+        """The present basis of a matrix: factors (rows, rank) and (columns, rank), in the dtype of its weight.
+
+        Raises:
+            ValueError: if the parameter is not searched in a subspace.
+        """
+        if parameter not in self._bases:
+            state = self.state.get(parameter, {})
+            anchored = {side: state[side] for side in ANCHORED if side in state}
+            self._bases[parameter] = Basis(**anchored) if anchored else self._drawn(parameter)
+        return self._bases[parameter]
+
+    def given(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The factors of a matrix that were given to :meth:`resample`, by side, "left" or "right"."""
+        state = self.state.get(parameter, {})
+        return {side: state[entry] for side, entry in GIVEN.items() if entry in state}
+
+    @property
+    def has_given(self) -> bool:
+        """Whether any matrix has factors that were given."""
+        return any(self.given(parameter) for group in self.param_groups for parameter in group["params"])
 
     @torch.no_grad()
     def resample(self, given: Mapping[nn.Parameter, Basis] | None = None) -> None:
@@ -130,9 +152,13 @@ class SubspaceWeights(SubspaceBases):
         ]
         self._bases.clear()
         for state in self.state.values():
-            state.pop("left", None), state.pop("right", None)
+            for side in ANCHORED:
+                state.pop(side, None)
         for parameter, basis in given.items():
-            self._give(parameter, self._as_long_as_drawn(parameter, basis) if self.normalize_directions else basis)
+            matrix = self.matrix_of(parameter) if self.normalize_directions else None
+            scaled = basis if matrix is None else self.basis_kind.as_long_as_drawn(basis, matrix)
+            for side, factor in scaled.by_side.items():
+                self.state[parameter][GIVEN[side]] = factor.to(parameter.device, parameter.dtype)
         for group in self.param_groups:
             group["refresh"] += 1
             if given:
@@ -140,16 +166,28 @@ class SubspaceWeights(SubspaceBases):
         before = after = 0.0
         for group, parameter, old, core in moving:
             with without_autocast(parameter.device):
-                state, new = self.state[parameter], self._draw(parameter)
+                state, new = self.state[parameter], self._drawn(parameter)
                 if group["anchor"]:
                     new = new.anchored(old, core, min(group["anchor"], *core.shape), self.unit)
-                    state |= {side: f for side in ("left", "right") if (f := getattr(new, side)) is not None}
+                    state.update(new.by_side)
                 self._bases[parameter] = new
                 norms = transport_momentum(state, old, core, new, group["transport"])
             before, after = before + norms[0], after + norms[1]
         self.param_groups[0]["momentum_kept"] = after / before if before else None
 
-    # Pending updates
+    @property
+    def momentum_kept(self) -> float | None:
+        """Share of the momentum's squared norm that the last resampling kept; None if there was no momentum."""
+        return self.param_groups[0].get("momentum_kept")
+
+    def _drawn(self, parameter: nn.Parameter) -> Basis:
+        """The basis that is drawn for a matrix at the present refresh index, with factors that were given."""
+        group, name, matrix = self.group_of(parameter), self.names[parameter], self.matrix_of(parameter)
+        if matrix is None:
+            raise ValueError(f"`{name}` moves along dense directions and has no basis.")
+        return self.basis_kind.draw(matrix, parameter, (group["seed"], group["refresh"], name), self.given(parameter))
+
+    # Updates that wait in cores
 
     def core(self, parameter: nn.Parameter, matrix: Matrix) -> Tensor:
         """The core of a matrix, in the core shape of its basis, fp32 or wider; zeros if it had none."""
@@ -159,58 +197,82 @@ class SubspaceWeights(SubspaceBases):
             state["core"] = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
         return state["core"]
 
+    def pending(self) -> Iterator[tuple[dict[str, Any], nn.Parameter, Matrix, Tensor]]:
+        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                core = self.state.get(parameter, {}).get("core")
+                matrix = None if core is None else self.matrix(parameter, group["rank"])
+                if core is not None and matrix is not None:
+                    yield group, parameter, matrix, core
+
+    def offsets(self) -> dict[nn.Parameter, Perturbation]:
+        """The updates in cores that have not been added to the weights, those of frozen parameters too."""
+        return {p: LowRank(self.basis(p), matrix[:2], core, None) for _, p, matrix, core in self.pending()}
+
     @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
     @torch.no_grad()
     def fold(self) -> None:
         """Adds the updates in all cores to the stored weights, and counts that if there were any."""
-        found = False
-        for group in self.param_groups:
-            for parameter, _ in self.split(group, frozen=True)[0].values():
-                state = self.state.get(parameter, {})
-                if "core" in state:
-                    with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                        self._add_lift(weight, parameter, self._rests(parameter))
-                    del state["core"]
-                    found = True
+        for _, parameter, _, _ in (found := list(self.pending())):
+            with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+                rests = (self._offloaded if self.offload_low_words else self.state)[parameter]
+                self._add_lift(weight, parameter, rests)
+            del self.state[parameter]["core"]
         if found:
             torch.clear_autocast_cache()  # casts of the weights as they were
             for group in self.param_groups:
                 group["folds"] += 1
 
-    @property
-    def has_pending(self) -> bool:
-        """Whether any core holds updates that the stored weights lack."""
-        return any("core" in state for state in self.state.values())
+    def _add_lift(self, weight: Tensor, parameter: nn.Parameter, rests: State) -> None:
+        """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
+        basis, core = self.basis(parameter), self.state[parameter]["core"]
+        first, precision = first_element(parameter), self.update_precision
+        add_lift(weight, first, basis, core, rests, precision, self.offload_low_words)
 
-    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
-        super().attach(module, evaluations_per_forward)
-        for group in self.param_groups:
-            thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
-            if thin:
-                rank_zero_info(f"`rank` is {group['rank']}, and less in {len(thin)} thin matrices: {some(thin)}.")
-        self._hooks += substitute_in_state_dicts(module, self.names, self._lacks_updates, self._folded)
-        if self.fold_every_step:
-            self.fold()  # cores of a checkpoint that was restored before
+    def is_pending(self, parameter: nn.Parameter) -> bool:
+        """Whether the weight of a matrix lacks updates."""
+        return "core" in self.state.get(parameter, {})
 
-    def detach(self) -> None:
-        super().detach()
-        self.fold()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    @torch.no_grad()
+    def folded(self, parameter: nn.Parameter) -> Tensor:
+        """A copy of a weight with its pending updates."""
+        folded = parameter.detach().clone()
+        with as_contiguous(folded, self.slices.get(parameter)) as weight:
+            rests = {name: rest.clone() for name, rest in self.rests(parameter).items()}
+            self._add_lift(weight, parameter, rests)
+        return folded
+
+    # What is kept
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops what is in host memory as well."""
+        """As of any method; bases are freed too, and drawn again when the parameters move again."""
         parameters = list(parameters)
         super().release(parameters)
-        if self.drops_left_state:
-            for parameter in parameters:
+        for parameter in parameters:
+            self._bases.pop(parameter, None)
+            if self.drops_left_state:
                 self._offloaded.pop(parameter, None)
 
-    # Saving
+    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        return {**super().rests(parameter), **self._offloaded.get(parameter, {})}
+
+    def state_bytes(self) -> int:
+        """Bytes of tensors in the optimizer's state now, with the bases."""
+        in_state = {id(value) for state in self.state.values() for value in state.values()}
+        factors = (factor for basis in self._bases.values() for factor in basis.by_side.values())
+        return super().state_bytes() + sum(factor.nbytes for factor in factors if id(factor) not in in_state)
+
+    def host_bytes(self) -> int:
+        return sum(rest.nbytes for state in self._offloaded.values() for rest in state.values())
 
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
-        return self._matrix_now(parameter) is None or name in (*RESTS, "base")
+        return self.matrix_of(parameter) is None or name in (*RESTS, "base")
+
+    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
+        yield from super().needs_whole()
+        if self.offload_low_words:
+            yield "offload_low_words", True, "False"
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer; for matrices with a core also ``base``, the stored weight that it adds to."""
@@ -229,7 +291,7 @@ class SubspaceWeights(SubspaceBases):
         state, apart = dict(state_dict["state"]), {}  # apart: tensors as large as weights, kept off the device
         for index, parameter in self.numbered(state_dict):
             entries = dict(state.get(index, {}))
-            is_offloaded = self.offload_low_words and self.matrix(parameter, 1) is not None
+            is_offloaded = self.offload_low_words and self.matrix_of(parameter) is not None
             names = {"base", *RESTS} if is_offloaded else {"base"}
             apart[parameter] = {name: entries.pop(name) for name in names & entries.keys()}
             state[index] = entries
@@ -242,56 +304,3 @@ class SubspaceWeights(SubspaceBases):
             self._offloaded[parameter] = {name: to_host(rest, parameter.device) for name, rest in entries.items()}
         if self.fold_every_step and self.attached:  # else the bases' names may not be known yet
             self.fold()
-
-    def needs_whole(self) -> Iterator[tuple[str, object, str]]:
-        yield from super().needs_whole()
-        if self.offload_low_words:
-            yield "offload_low_words", True, "False"
-
-    def host_bytes(self) -> int:
-        return sum(rest.nbytes for state in self._offloaded.values() for rest in state.values())
-
-    def _lacks_updates(self, parameter: nn.Parameter) -> bool:
-        return "core" in self.state.get(parameter, {})
-
-    @torch.no_grad()
-    def _folded(self, parameter: nn.Parameter) -> Tensor:
-        folded = parameter.detach().clone()
-        with as_contiguous(folded, self.slices.get(parameter)) as weight:
-            rest = {name: value.clone() for name, value in self._rests(parameter).items() if name in RESTS}
-            self._add_lift(weight, parameter, rest)
-        return folded
-
-    def _add_lift(self, weight: Tensor, parameter: nn.Parameter, state: State) -> None:
-        """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
-        with without_autocast(weight.device):
-            one, other = self.basis(parameter).factors(self.state[parameter]["core"])
-            rows = max(_CHUNK, chunk_size(weight)) // len(other)
-            first = first_element(parameter)
-            pieces = _pieces(one, other, range(first, first + weight.numel()), rows)
-            if self.offload_low_words:
-                add_offloaded(weight, state, pieces, self.update_precision)
-                return
-            for start, delta in pieces:
-                add_tensor(weight, state, delta, self.update_precision, start=start)
-
-    def _rests(self, parameter: nn.Parameter) -> State:
-        """The mapping that holds the extra bits of a half-precision matrix."""
-        return self._offloaded[parameter] if self.offload_low_words else self.state[parameter]
-
-    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        return {**super().rests(parameter), **self._offloaded.get(parameter, {})}
-
-
-def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Computes some elements of ``one @ other.T`` in flat pieces, each with the index of its first element.
-
-    `rows` rows are multiplied at a time, at the same places whichever elements are wanted, because the rounding of a
-    row may depend on the rows that are multiplied with it.
-    """
-    columns = len(other)
-    for part in chunks(len(one), max(1, rows)):
-        start, stop = (min(max(row * columns, elements.start), elements.stop) for row in (part.start, part.stop))
-        if start < stop:
-            product = (one[part] @ other.T).flatten()
-            yield start - elements.start, product[start - part.start * columns : stop - part.start * columns]

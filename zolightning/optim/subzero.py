@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.optim.subspace_bases import Matrix
 
 Scaling = Literal["code", "paper"]
 SCALINGS: tuple[str, ...] = ("code", "paper")
