@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Callable
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,9 @@ def test_header_has_a_command_that_parses_and_ends(file: str) -> None:
 @pytest.mark.parametrize(("method", "model"), [("mezo", "llama3_8b"), ("adamw", "llama3_8b"), ("adamw", "t5_small")])
 def test_order_of_files_does_not_matter(method: str, model: str) -> None:
     files = ("tasks/cb", f"methods/{method}", f"models/{model}", "strategies/ddp_cpu")
-    configs = [parse(compose(*order)) for order in permutations(files)]
+    turned = [files[first:] + files[:first] for first in range(len(files))]
+    # In which any three of them come in every order
+    configs = [parse(compose(*order)) for order in [*turned, *(order[::-1] for order in turned)]]
     for config in configs:
         del config["config"]
     assert all(config == configs[0] for config in configs)
