@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 from unittest.mock import Mock
 
@@ -254,6 +255,20 @@ def test_other_settings_than_the_checkpoint_s(resumed: tuple[Runs, str], options
         ["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "9", *map(str, options)]
     )
     assert words in message and "\n" not in message
+
+
+def test_a_run_that_has_not_ended_is_left_alone(resumed: tuple[Runs, str]) -> None:
+    run = resumed[0].version(0)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
+    hold += "; sys.stdin.read()"
+    with Popen([sys.executable, "-c", hold, str(run / "ledger.bin")], stdin=PIPE, stdout=PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdout.readline()
+        message = refused(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])
+        other.stdin.close()
+    assert message.startswith("error: `ckpt_path` is of a run that has not ended: another process writes ")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_checkpoint_of_another_model_and_a_folder(

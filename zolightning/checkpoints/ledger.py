@@ -209,12 +209,7 @@ class Ledger:
 
     def is_written(self) -> bool:
         """Whether another process has the file open to write."""
-        with self.path.open("rb") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        return is_written(self.path)
 
     def copy(self, path: Path, steps: int) -> "Ledger":
         """Copies the first `steps` steps to a ledger at `path`, with the files of given bases beside it."""
@@ -297,3 +292,13 @@ class Ledger:
         while content:  # a nearly full disk may take a part only
             written = os.pwrite(self._file.fileno(), content, place)
             place, content = place + written, content[written:]
+
+
+def is_written(path: Path) -> bool:
+    """Whether another process has a ledger open to write."""
+    with path.open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import LAST
-from zolightning.checkpoints.ledger import LEDGER
+from zolightning.checkpoints.ledger import LEDGER, is_written
 from zolightning.messages import some
 
 if TYPE_CHECKING:
@@ -78,12 +78,19 @@ def go_on_in_folder(config: "Namespace") -> bool:
 
     Returns:
         Whether the run continues in its folder.
+
+    Raises:
+        MisconfigurationException: if another process still trains there.
     """
     folder, logger = _folder_of(config.get("ckpt_path")), config.trainer.logger
     if folder is None or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
         return False
     if logger.init_args.get("version") is not None or _versions_folder(config).resolve() != folder.parent:
         return False
+    if (ledger := folder / LEDGER).is_file() and is_written(ledger):  # before anything in the folder is written anew
+        raise MisconfigurationException(
+            f"`ckpt_path` is of a run that has not ended: another process writes {ledger}. Wait for it, or stop it."
+        )
     logger.init_args.version = int(folder.name.removeprefix("version_"))
     return True
 
