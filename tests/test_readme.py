@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
@@ -225,6 +226,8 @@ def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[s
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr(ZerothOrderCLI, "instantiate_classes", lambda self: None)
         patch.setattr(ZerothOrderCLI, "_run_subcommand", lambda self, subcommand: None)
+        whole = LightningCLI._prepare_subcommand_parser  # the options of all commands, for one parser to serve
+        patch.setattr(ZerothOrderCLI, "_prepare_subcommand_parser", whole)
         cli = ZerothOrderCLI(["fit", "--config", "configs/quickstart.yaml"])
 
         def parse(words: list[str]) -> Any:
