@@ -38,6 +38,14 @@ class Recorder(DummyLogger):
 
 
 @pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What RunMonitor prints."""
+    lines: list[str] = []
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.rank_zero_info", lines.append)
+    return lines
+
+
+@pytest.fixture
 def fit(
     make_trainer: Callable[..., L.Trainer],
     make_regression: Callable[..., L.LightningModule],
@@ -128,10 +136,8 @@ def test_says_the_memory_of_the_state_once(
     make_trainer: Callable[..., L.Trainer],
     regression_data: Callable[..., DataLoader],
     make_regression: Callable[..., L.LightningModule],
-    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("zolightning.callbacks.run_monitor.rank_zero_info", said.append)
     module = make_regression()
     module.net[2] = torch.nn.Identity()
     module.net[0], module.net[3] = torch.nn.Linear(4, 2**18 - 1), torch.nn.Linear(2**18 - 1, 1)
@@ -146,10 +152,9 @@ def test_the_state_is_said_when_it_is_whole(
     make_trainer: Callable[..., L.Trainer],
     regression_data: Callable[..., DataLoader],
     make_regression: Callable[..., L.LightningModule],
+    said: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("zolightning.callbacks.run_monitor.rank_zero_info", said.append)
     monkeypatch.setattr("zolightning.callbacks.run_monitor.size", str)
     callbacks = [SubspaceResampling(), ZerothOrder(partial(LOZO, lr=0.01, rank=1)), RunMonitor()]
     trainer = make_trainer(callbacks=callbacks, max_steps=2, precision="bf16-true")

@@ -49,7 +49,7 @@ pytestmark = [
         (("--seed_everything", "-1"), "`seed_everything` must be at least 0 and below 2**32, got -1"),
         (("--trainer.max_steps", "-1"), "`trainer.max_steps` is -1 and `trainer.max_epochs` is None: the run would"),
         (("--trainer.max_steps", "0"), "`trainer.max_steps` is 0: nothing would be trained"),
-        (("--trainer.val_check_interval", "0"), "`trainer.val_check_interval` must be at least 1, got 0."),
+        (("--trainer.val_check_interval", "-1"), "`trainer.val_check_interval` must be above 0, a number of batches"),
         (("--scope", "TrainParameters", "--scope.patterns", "['q_prj']"), "`patterns` has 'q_prj', which matches no"),
         (("--method.num_queries", "1000000000"), "`method.num_queries` must be at most 10,000, got 1000000000"),
         (("--method.eps", "1e-30"), "`method.eps` must be between 1e-12 and 1000, got 1e-30"),

@@ -83,10 +83,11 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
         if trainer.limit_train_batches == 0:
             raise ValueError("`trainer.limit_train_batches` is 0: nothing would be trained. Set it to 1 or more.")
-    if trainer.val_check_interval == 0:
+    interval = trainer.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(
-            "`trainer.val_check_interval` must be at least 1, got 0. Without validations a run is made by "
-            "`trainer.limit_val_batches: 0`."
+            "`trainer.val_check_interval` must be above 0, a number of batches or a share of an epoch, got "
+            f"{interval}. Without validations a run is made by `trainer.limit_val_batches: 0`."
         )
     model = config.model.get("init_args", {})
     quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
