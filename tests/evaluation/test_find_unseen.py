@@ -20,6 +20,7 @@ from networks import (
     written_to_the_weights,
 )
 from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.evaluation import pieces
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.reads import find_unseen
 
@@ -114,6 +115,14 @@ class TestAudit:
             with pytest.raises(KeyboardInterrupt):
                 find_unseen(net.parameters(), partial(fails_at, call))
             assert_unchanged(net, before)
+
+    def test_products_in_pieces_may_round_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As kernels for fewer columns do in half precision, by more than the change of the weights does to the loss."""
+        own = pieces.linear_in_pieces
+        monkeypatch.setattr("zolightning.evaluation.perturbed.is_cut", lambda weight: weight.ndim == 2)
+        monkeypatch.setattr("zolightning.evaluation.perturbed.linear_in_pieces", lambda *args: own(*args) * 1.5)
+        net = mlp()
+        assert find_unseen(net.parameters(), lambda: applied(values(3, 4))(net)) == set()
 
     def test_order_of_sums_may_vary_a_little(self) -> None:
         net, calls = mlp(), []

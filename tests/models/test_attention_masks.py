@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stacked_runs import DEVICES
 from waits import Waits
 from zolightning.models.attention_masks import TAKE_CAUSAL_MASKS, attention_mask_for, causal_mask
 from zolightning.models.scoring import last_logits
@@ -26,7 +27,7 @@ def test_same_logits_and_no_wait(make_model, monkeypatch, model_type):
     with Waits() as watch:
         found = last_logits(model, ids, MASK, count=6)
     assert watch.found == []
-    assert torch.equal(found, expected)
+    assert torch.equal(found[MASK > 0], expected[MASK > 0])
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,22 @@ def test_networks_that_need_the_mask_keep_it(make_model, changes, is_kept):
     assert (attention_mask_for(network, mask) is mask) == is_kept
     assert attention_mask_for(network, MASK) is MASK
     assert attention_mask_for(nn.Identity(), mask) is mask
+
+
+def test_no_token_is_left_without_any_to_attend_to():
+    mask = causal_mask(torch.cat([MASK, MASK.flip(1)]))[:, 0]
+    assert mask.any(dim=-1).all()
+    padding = torch.cat([MASK, MASK.flip(1)]) == 0
+    assert not mask.logical_and(padding[:, None]).tril(-1).any()  # by others
+
+
+@DEVICES
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_gradients_are_finite(make_model, monkeypatch, device, model_type):
+    monkeypatch.setattr("zolightning.models.scoring.attention_mask_for", lambda _, mask: causal_mask(mask))
+    model, ids = make_model(model_type).to(device, torch.bfloat16), torch.arange(2, 20).view(MASK.shape).to(device)
+    last_logits(model, ids, MASK.to(device), count=2).float().square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ class Sizes:
     """
 
     bits: int = 100_003
-    bits_processes: int = 6
+    bits_processes: int = 12
     huge: int | None = HUGE
     kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
     steps: tuple[Steps, ...] = (

@@ -126,7 +126,7 @@ def compare(
         length: tokens a row.
     """
     tokens = torch.randint(2**31, (steps, batch_size, length), generator=torch.Generator().manual_seed(0))
-    run = partial(_run, method, cuda_graphs)
+    run = partial(_run, method, cuda_graphs, device)
     with TemporaryDirectory() as folder:
         saved = Path(folder) / "half.ckpt"
         whole, weights = run(RandomTokens(shape, device, tokens), saved, None)
@@ -142,7 +142,12 @@ def compare(
 
 
 def _run(
-    method: partial[Any], cuda_graphs: bool, module: RandomTokens, save_to: Path, resume_from: Path | None
+    method: partial[Any],
+    cuda_graphs: bool,
+    device: torch.device,
+    module: RandomTokens,
+    save_to: Path,
+    resume_from: Path | None,
 ) -> tuple[list[StepRecord | None], str]:
     """The records of a run and a checksum of the weights that it ends with."""
     steps = len(module.get_buffer("tokens"))
@@ -154,7 +159,7 @@ def _run(
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         trainer = L.Trainer(
-            accelerator="gpu" if module.device.type == "cuda" else "cpu",
+            accelerator="gpu" if device.type == "cuda" else "cpu",  # a module knows only where Lightning has put it
             devices=1,
             max_steps=steps,
             precision="bf16-true",

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from zolightning.directions.dense import Direction
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.directions.low_rank import LowRank
+from zolightning.directions.unchanged import Unchanged
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
 HOST = "cpu"  # the device on which a launch costs nothing
-ByRows = Direction | LowRank | FlippedBit  # changes that can be written to some rows of a matrix
+ByRows = Direction | LowRank | FlippedBit | Unchanged  # changes that can be written to some rows of a matrix
 
 
 def is_cut(weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zolightning.directions.dense import directions
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.directions.shards import own_rows
+from zolightning.directions.unchanged import Unchanged
 from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
 
@@ -24,8 +25,9 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
     """The parameters that :class:`Perturbed` must perturb in place, found with three or four evaluations.
 
     The loss is evaluated as it is, once with all parameters exchanged and once with all of them changed in place,
-    by the same amount. Parameters that no function has read are returned; when the two losses still differ, some
-    function has read one of the others unseen, and all are returned.
+    by the same amount, and read as exchanged ones are: products in pieces may round otherwise than whole ones, and the
+    losses of a large network differ by that as much as by the change. Parameters that no function has read are
+    returned; when the two losses still differ, some function has read one of the others unseen, and all are returned.
 
     Args:
         parameters: those to be perturbed.
@@ -54,7 +56,8 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
     unseen = {p for p in parameters if id(p) not in exchanged.seen}
     with Perturbed(dict.fromkeys(parameters, flip), in_place=unseen):
         loss_exchanged = evaluate() if unseen else loss_exchanged
-    loss_in_place = _flipped([parameter.detach() for parameter in parameters], evaluate)
+    unchanged = Perturbed({p: Unchanged() for p in parameters if p not in unseen})
+    loss_in_place = _flipped([parameter.detach() for parameter in parameters], evaluate, unchanged)
     return unseen if _agree(loss, loss_exchanged, loss_in_place) else set(parameters)
 
 
@@ -84,7 +87,8 @@ def find_unread(
     read = {gathered.read(parameter): parameter for parameter in parameters}
     with Perturbed(dict.fromkeys(read, FlippedBit())) as exchanged:
         loss_exchanged = evaluate()
-    loss_in_place = _flipped([own_rows(parameter) for parameter in parameters], evaluate)
+    unchanged = Perturbed(dict.fromkeys(read, Unchanged()))
+    loss_in_place = _flipped([own_rows(parameter) for parameter in parameters], evaluate, unchanged)
     if not _agree(loss, loss_exchanged, loss_in_place):
         raise ValueError(
             "The loss reads parameters where torch's Python functions do not see it (a compiled network, TorchScript, "
@@ -94,15 +98,16 @@ def find_unread(
     return {parameter for whole, parameter in read.items() if id(whole) not in exchanged.seen}
 
 
-def _flipped(tensors: Iterable[Tensor], evaluate: Callable[[], Tensor]) -> Tensor:
-    """The loss with all tensors changed in place, which are restored."""
+def _flipped(tensors: Iterable[Tensor], evaluate: Callable[[], Tensor], context: Perturbed) -> Tensor:
+    """The loss within `context` with all tensors changed in place, which are restored."""
     flip, flipped = FlippedBit(), []
     try:
         for tensor in tensors:
             flip.flip_(tensor)
             flipped.append(tensor)
         torch.clear_autocast_cache()
-        return evaluate()
+        with context:
+            return evaluate()
     finally:
         for tensor in flipped:
             flip.flip_(tensor)

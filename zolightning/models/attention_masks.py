@@ -45,9 +45,14 @@ def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
 def causal_mask(mask: Tensor) -> Tensor:
     """Whether each token attends to each, (rows, 1, length, length): to those before it and itself, but to no padding.
 
+    Padding on the left, which has nothing else, attends to itself: kernels of attention for CUDA differentiate a row
+    of nothing as NaN.
+
     Args:
         mask: (rows, length), 0 on padding.
     """
     length = mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return causal & mask.to(torch.bool)[:, None, None, :]
+    attended = causal & mask.to(torch.bool)[:, None, None, :]
+    itself = torch.eye(length, dtype=torch.bool, device=mask.device)
+    return attended | (itself & ~attended.any(dim=-1, keepdim=True))

@@ -86,7 +86,9 @@ class TokenMask(AbstractContextManager["TokenMask"]):
     def _enter(self, mask: Any) -> None:
         outer = self._masks[-1] if self._masks else None
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool:
-            mask = mask[:, 0].any(dim=1)
+            queries, keys = mask.shape[2:]
+            by_others = mask[:, 0].tril(keys - queries - 1)  # padding may attend to itself, and nobody else to it
+            mask = by_others.any(dim=1) | mask[:, 0, -1]
         self._masks.append(mask if isinstance(mask, Tensor) and mask.ndim == 2 else outer)
 
     def _leave(self, *_: Any) -> None:
