@@ -90,5 +90,5 @@ def noise_of(
 
 @triton.jit
 def pairs_from(first, BLOCK: tl.constexpr):
-    """The numbers of the pairs of a block of elements, of which `first`, int64, is even."""
-    return (first >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)
+    """The numbers of the pairs of a block of elements, of which `first`, int64, is even; they wrap at 2**31."""
+    return ((first >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)) & 0x7FFFFFFF
