@@ -17,14 +17,14 @@ static inline uint32_t hash_bits(uint32_t index, uint32_t key0, uint32_t key1) {
 
 /* Writes, or adds to what is there, coefficient * code for elements 2 * pair, 2 * pair + 1, ...; if `curved`, adds
  * square * code * code to `change`. Always inlined with constants for the last three arguments, so that each loop
- * vectorises. Indices of elements wrap at 2^32, so those of pairs at 2^31. */
+ * vectorises. */
 static inline __attribute__((always_inline)) void noise_of_query(float *restrict noise, float *restrict change,
                                                                  uint32_t pair, int64_t pairs,
                                                                  const int32_t *restrict key, float coefficient,
                                                                  float square, int rademacher, int add, int curved) {
     const uint32_t key0 = (uint32_t)key[0], key1 = (uint32_t)key[1];
     for (int64_t i = 0; i < pairs; i++) {
-        uint32_t bits = hash_bits((pair + (uint32_t)i) & 0x7FFFFFFFu, key0, key1);
+        uint32_t bits = hash_bits(pair + (uint32_t)i, key0, key1);
         int32_t even, odd;
         if (rademacher) {
             even = 1 - (int32_t)((bits >> 14) & 2);
@@ -48,10 +48,18 @@ static inline __attribute__((always_inline)) void noise_of_query(float *restrict
 }
 
 /* noise[j] = sum over queries of coefficient * code of element 2 * pair + j; writes a multiple of two elements. With
- * `squares`, change[j] = shift + sum over queries of square * code^2, too. */
+ * `squares`, change[j] = shift + sum over queries of square * code^2, too. Indices of elements wrap at 2^32, so those of
+ * pairs at 2^31. */
 static void noise_sum(float *restrict noise, float *restrict change, uint32_t pair, int64_t elements,
                       const int32_t *restrict keys, const float *restrict coefficients, const float *restrict squares,
                       float shift, int64_t queries, int rademacher) {
+    pair &= 0x7FFFFFFFu;
+    const int64_t before_wrap = 0x80000000 - (int64_t)pair;
+    if ((elements + 1) / 2 > before_wrap) {
+        noise_sum(noise + 2 * before_wrap, change + 2 * before_wrap, 0, elements - 2 * before_wrap, keys, coefficients,
+                  squares, shift, queries, rademacher);
+        elements = 2 * before_wrap;
+    }
     const int64_t pairs = (elements + 1) / 2;
     if (squares)
         for (int64_t i = 0; i < 2 * pairs; i++) change[i] = shift;
