@@ -152,8 +152,8 @@ def waiting_is_an_error(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> 
             torch.cuda.set_sync_debug_mode("error")
 
     monkeypatch.setattr(Tensor, "tolist", tolist)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

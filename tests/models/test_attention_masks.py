@@ -79,8 +79,8 @@ def test_no_wait_on_a_gpu(make_model, model_type):
     expected = last_logits(model, ids, MASK, count=6)
     ids, mask = ids.cuda(), MASK.cuda()
     last_logits(model.cuda(), ids, mask, count=6)  # which sets up libraries
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         found = last_logits(model, ids, mask, count=6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
