@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -170,6 +171,21 @@ class TestWaiting:
 
     def test_the_same_weights(self, run: Run, restated: Any, method: Any) -> None:
         assert_close(run(method), restated(method))
+
+    def test_nothing_waits_when_the_strategy_takes_weights_off_their_device(
+        self, run: Run, method: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own, waiting = SingleDeviceStrategy.teardown, []
+
+        def teardown(strategy: SingleDeviceStrategy) -> None:
+            (optimizer,) = strategy.optimizers
+            if isinstance(optimizer, SubspaceOptimizer):
+                waiting.append(list(optimizer.pending()))
+            own(strategy)
+
+        monkeypatch.setattr(SingleDeviceStrategy, "teardown", teardown)
+        run(method, max_steps=INTERVAL + 1)  # whose last update no resampling has folded
+        assert waiting in ([], [[]])
 
     @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
     @pytest.mark.parametrize("stop", [3, 4, 6, 9])

@@ -144,15 +144,23 @@ class ZerothOrder(Callback):
         if trainer.precision == "64-true":
             pl_module.double()  # Lightning does so after it has loaded a checkpoint, which would be rounded to float32
         own_step, own_optimizers = pl_module.training_step, pl_module.configure_optimizers
+        own_end = pl_module.on_train_end
         takes_index = is_param_in_hook_signature(own_step, "batch_idx", min_args=2)
 
         def zeroth_order_training_step(batch: Any, batch_idx: int = 0) -> Any:
             index = (batch_idx,) if takes_index else ()
             return self._step(pl_module, lambda part: own_step(part, *index), batch, batch_idx)
 
+        def fold_and_end_training() -> None:
+            # Later than the checkpoints of callbacks, from which a run may go on, and earlier than Lightning takes the
+            # weights and cores, but not the bases, to the host
+            _fold(trainer)
+            own_end()
+
         replacements = {
             "training_step": zeroth_order_training_step,
             "configure_optimizers": lambda: self._configure(pl_module, own_optimizers()),
+            "on_train_end": fold_and_end_training,
         }
         # An instance may have a step of its own, as modules under torch.compile do.
         self._replaced = {name: vars(pl_module).get(name) for name in replacements}
@@ -181,7 +189,7 @@ class ZerothOrder(Callback):
             _fold(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _fold(trainer)
+        _fold(trainer)  # of a run that was resumed after its last step, which has no `on_train_end`
 
     def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._replaced:
