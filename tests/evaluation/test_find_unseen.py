@@ -117,7 +117,7 @@ class TestAudit:
             assert_unchanged(net, before)
 
     def test_products_in_pieces_may_round_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As kernels for fewer columns do in half precision, by more than the change of the weights does to the loss."""
+        """As kernels for fewer columns do in half precision, by more than flipped bits change the loss."""
         own = pieces.linear_in_pieces
         monkeypatch.setattr("zolightning.evaluation.perturbed.is_cut", lambda weight: weight.ndim == 2)
         monkeypatch.setattr("zolightning.evaluation.perturbed.linear_in_pieces", lambda *args: own(*args) * 1.5)

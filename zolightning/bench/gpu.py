@@ -72,22 +72,21 @@ class Sizes:
     steps: tuple[Steps, ...] = (
         Steps(
             Settings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5),
-            ("forward", "MeZO, CUDA graphs", "MeZO", "LOZO rank 4, CUDA graphs", "LOZO rank 4"),
-            110,
+            ("forward", "forward, CUDA graphs", "MeZO, CUDA graphs", "LOZO rank 4, CUDA graphs", "published"),
+            80,
         ),
         Steps(
             Settings("config:llama-3-8b", seq_len=64, lengths=256, prompt_batches=2, repeats=5),
             (
-                *("forward", "LOZO rank 4", "LOZO rank 4, CUDA graphs", "MeZO native", "SubZero rank 64"),
-                *("MeZO, CUDA graphs", "MeZO", "ZO-MOPI rank 64, power rank 16", "ZO-Muon rank 64"),
-                *("MeZO, both signs in one forward", "MeZO low byte"),
+                *("forward", "forward, CUDA graphs", "LOZO rank 4, CUDA graphs", "MeZO, CUDA graphs", "LOZO rank 4"),
+                *("MeZO", "MeZO native", "SubZero rank 64", "ZO-MOPI rank 64, power rank 16"),
             ),
-            120,
+            90,
         ),
         Steps(
             Settings("config:opt-1.3b", seq_len=32, prompt_batches=4, repeats=5),
-            ("forward", "published", "published, answer logits", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4"),
-            60,
+            ("forward", "forward, CUDA graphs", "published", "MeZO, CUDA graphs", "LOZO rank 4, CUDA graphs", "MeZO"),
+            50,
         ),
     )
     repeated_shape: str = "smollm2-135m"
@@ -123,11 +122,11 @@ def parts(sizes: Sizes) -> list[Part]:
     """The parts, the most important first: eight minutes, if each of them takes all of its time."""
     parity = sizes.steps[-1].settings  # beside the row MeZO of the same model, whose loops are in Triton
     return [
-        Part("bits", 50, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
+        Part("bits", 120, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
         *(Part(f"steps of {steps.settings.model}", steps.limit, (partial(_steps, steps),)) for steps in sizes.steps),
         Part("resume", 70, (partial(_resume, sizes),)),
-        Part("kernels", 30, (partial(_kernels, sizes),)),
-        *(Part(row.name, 20, (partial(_parity, parity, row.name),), row.environment) for row in PARITY),
+        Part("kernels", 20, (partial(_kernels, sizes),)),
+        *(Part(row.name, 25, (partial(_parity, parity, row.name),), row.environment) for row in PARITY),
     ]
 
 

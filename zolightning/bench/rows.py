@@ -13,6 +13,8 @@ from zolightning.bench.published import PublishedMeZO
 from zolightning.blocks import Bandit, Blocks, BlockSchedule, Cyclic, Order
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.randomness import Generators
 from zolightning.layers import find_layers
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SparseMeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -128,6 +130,18 @@ def _forward(evaluate: Evaluate) -> Tensor:
     return evaluate()
 
 
+class _GraphedForward:
+    """A forward replayed from a CUDA graph, as steps with graphs have it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graphs = GraphedNetwork(model, CudaCapture(next(model.parameters()).device))
+
+    @torch.no_grad()
+    def __call__(self, evaluate: Evaluate) -> None:
+        self.graphs.begin_step(Generators())
+        self.graphs.evaluate(lambda: (evaluate(), torch.ones(())), [Perturbed({})])
+
+
 def _ours(name: str, method: Callable[..., ZerothOrderOptimizer], forwards: int = 2, **options: Any) -> Row:
     return Row(name, partial(OptimizerStep, method, **options), forwards)
 
@@ -191,6 +205,7 @@ SUBSPACE = [
 ]
 ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]
 GRAPHED = [
+    Row("forward, CUDA graphs", _GraphedForward, forwards=1),
     _ours("MeZO, CUDA graphs", _MEZO, cuda_graphs=True),
     _ours("LOZO rank 4, CUDA graphs", _LOZO, cuda_graphs=True),
 ]
