@@ -35,6 +35,10 @@ def small_net(device: str, dtype: torch.dtype) -> nn.Module:
         return nn.Sequential(nn.Linear(33, 16), nn.Tanh(), nn.Linear(16, 5)).to(device, dtype)
 
 
+def values_of(net: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().cpu().clone().view(torch.int16) for parameter in net.parameters()]
+
+
 def made(name: str, net: nn.Module) -> ZerothOrderOptimizer:
     return attached(METHODS[name], net, lr=1e-3, seed=3)
 
@@ -67,6 +71,19 @@ def test_a_record_replays_to_the_same_weights(source: str, target: str, name: st
             # Another last bit of the weight itself, or of a sum of what has moved it
             error = (one.float() - other.float()).abs() - torch.finfo(dtype).eps * before.float().abs()
             assert error.max() <= 1e-3 * moved
+
+
+@DEVICES
+@pytest.mark.parametrize("name", ["mezo", "mezo-low-byte", "hizoo", "lozo"])
+def test_a_rate_of_0_moves_no_bit(device: str, name: str) -> None:
+    """However often weights are perturbed, updated and folded."""
+    net, inputs = small_net(device, torch.bfloat16), torch.randn(8, 33).to(device, torch.bfloat16)
+    before, optimizer = values_of(net), attached(METHODS[name], net, lr=0.0, seed=3)
+    for _ in range(1000 if device == "cuda" else 50):
+        optimizer.estimate(lambda: net(inputs).float().square().mean())
+        optimizer.step()
+        optimizer.fold()
+    assert all(torch.equal(one, other) for one, other in zip(before, values_of(net), strict=True))
 
 
 @pytest.fixture
