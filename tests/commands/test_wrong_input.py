@@ -45,6 +45,7 @@ pytestmark = [
             "`model.quantization` is 'int8', which freezes weights, and no `scope`",
         ),
         (("--method.lr", "-1"), "`lr` must be a positive number, got -1.0"),
+        (("--method.eps", "-1e-3"), "`eps` must be a positive number, got -0.001"),
         (("--ckpt_path", "no.ckpt"), "`ckpt_path` is no.ckpt, which is not a file"),
         (("--seed_everything", "-1"), "`seed_everything` must be at least 0 and below 2**32, got -1"),
         (("--trainer.max_steps", "-1"), "`trainer.max_steps` is -1 and `trainer.max_epochs` is None: the run would"),

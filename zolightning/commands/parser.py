@@ -32,6 +32,7 @@ _TYPES = {
 }
 _MOST_NAMES = 30
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+_NEGATIVE = re.compile(r"-(\d|\.\d)[\d.eE+-]*$")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -39,6 +40,7 @@ class OneLineParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
+        self._negative_number_matcher = _NEGATIVE  # argparse's, of before Python 3.14, takes -1e-3 for a flag
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         if formatter is None and any(isinstance(action, HelpAll) for action in self._actions):
