@@ -77,9 +77,9 @@ class ZerothOrder(Callback):
             run, so that each batch passes through them only once. For data whose batches repeat
             (``data.fixed_batches``).
         cuda_graphs: record the network's forward as CUDA graphs and replay them for batches of the same shapes, which
-            is faster for batches of few tokens. What cannot be recorded runs as usual, with a warning
-            (:mod:`zolightning.evaluation.graphs`). Every evaluation then runs all layers, so leave it off if only late
-            layers train.
+            is faster for batches of few tokens: several times where the host sets the pace. It takes the memory of some
+            forwards. What cannot be recorded runs as usual, with a warning (:mod:`zolightning.evaluation.graphs`).
+            Every evaluation then runs all layers, so leave it off if only late layers train.
 
     If the method has ``estimator=PerExample()``, each example of a batch has a direction of its own, and the loss of a
     batch must be the mean of those of its examples. ``training_step`` is called once for the whole batch and once for
