@@ -1,5 +1,6 @@
 """What a step costs the host: calls of torch for each weight that is read, and how often it waits for the device."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,15 +12,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graph_runs import CPUCapture, inputs, seeded
 from networks import mlp, perturbations, values
 from optimizer_steps import MakeProblem, Method, attached
 from zolightning.directions.slices import Slice
+from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
 from zolightning.kernels import native
 from zolightning.optim import (
     GRZO,
     LOZO,
+    ZOMOPI,
     HiZOO,
     MeZO,
     MeZOAdam,
@@ -241,3 +245,54 @@ def test_operations_of_an_update_do_not_grow_with_the_weights(method: Callable[.
         views = {"promote_types", "view", "detach", "unbind", "split", "slice", "as_strided", "transpose"}
         counts.append([name for name in operations.names if name not in views])
     assert counts[0] == counts[1]
+
+
+class Hollow(CPUCapture):
+    """A stand-in for CUDA graphs whose replays do nothing once they have been compared with runs."""
+
+    is_hollow = False
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        output, replay = super().record(run)
+        return output, lambda: None if self.is_hollow else replay()
+
+
+def calls_of(function: Callable[[], Any]) -> int:
+    """How many functions it calls, of Python and of C, as the interpreter counts them."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("method", "evaluations_per_forward", "bound"),
+    [(MeZO, 1, 85), (partial(LOZO, rank=2), 1, 170), (partial(ZOMOPI, rank=2, power_rank=1, num_queries=4), 8, 420)],
+)
+def test_what_another_layer_costs_the_host_where_graphs_are_replayed(
+    method: Callable[..., Any], evaluations_per_forward: int, bound: int
+) -> None:
+    counts = []
+    for layers in (4, 12):
+        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        module, capture = seeded(lambda net=net: net), Hollow()
+        optimizer = method(module.parameters(), seed=0)
+        optimizer.attach(module, evaluations_per_forward)
+        optimizer.evaluator.graphs = GraphedNetwork(module.net, capture)
+        estimate = partial(optimizer.estimate, partial(module.loss, inputs(3, 4)))
+        for _ in range(5):  # records, and compares
+            estimate()
+            optimizer.step()
+        capture.is_hollow = True
+        before = capture.replayed
+        counts.append(calls_of(estimate))
+        assert capture.replayed == before and capture.recorded
+    assert (counts[1] - counts[0]) / 16 < bound  # for each of a layer's two parameters

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -80,6 +81,11 @@ class Evaluator:
         self.graphs = None
         self._reads = KnownReads()
 
+    @property
+    def evaluations_per_forward(self) -> int:
+        """How many evaluations share a run of the network."""
+        return 1 if self._stack is None else self._stack.size
+
     def evaluate(
         self,
         evaluate: Evaluate,
@@ -108,7 +114,7 @@ class Evaluator:
         gathered = self._reads.gathered
         gathered.give_back()  # what others' forwards have left
         generators = Generators(parameter.device for parameter in trainable)
-        moving = {id(parameter) for changes in (trainable, resting, *perturbations) for parameter in changes}
+        moving = set(map(id, chain(trainable, resting, *perturbations)))
         with ExitStack() as stack:
             modules = stack.enter_context(evaluation_mode(self.module)) if self.module is not None else []
             rewind = stack.enter_context(generators.rewound(*randomness))

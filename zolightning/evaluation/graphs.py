@@ -267,8 +267,10 @@ def _twin(context: Perturbed, groups: Sequence[Perturbations]) -> Perturbed:
     return RowGroups(contexts, context.rows, context.held) if isinstance(context, RowGroups) else contexts[0]
 
 
-def _watched(context: Perturbed) -> dict[nn.Parameter, Any]:
+def _watched(context: Perturbed) -> Perturbations:
     """The perturbations of parameters that are not perturbed where they lie: those a graph reads as they are."""
+    if not context.in_place:
+        return context.perturbations
     return {p: change for p, change in context.perturbations.items() if p not in context.in_place}
 
 

@@ -30,23 +30,27 @@ class KnownReads:
         self.gathered = Gathered(nn.Module() if module is None else module)
         self._module = module
         self._scratch = Scratch()
-        self._in_place: dict[nn.Parameter, bool] = {}  # whether each parameter tried is read unseen
+        # The parameters that have been tried: where functions see them read, and others. Sets of parameters, and of a
+        # dictionary's, are compared by hashes that they keep: a tensor's takes a call of Python.
+        self._seen: set[nn.Parameter] = set()
+        self._unseen: set[nn.Parameter] = set()
         self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
 
     @property
     def has_unseen(self) -> bool:
         """Whether some parameters are perturbed in place."""
-        return any(self._in_place.values())
+        return bool(self._unseen)
 
     def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether all of them have been tried."""
-        return all(parameter in self._in_place for parameter in parameters)
+        return set(parameters) <= self._seen | self._unseen
 
     def forget(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Discards what is known of some parameters, or of all."""
         self._readers.clear()
-        for parameter in list(self._in_place) if parameters is None else parameters:
-            self._in_place.pop(parameter, None)
+        forgotten = self._seen | self._unseen if parameters is None else set(parameters)
+        self._seen -= forgotten
+        self._unseen -= forgotten
 
     def contexts(
         self, trainable: Names, resting: Names, perturbations: Sequence[Perturbations], loss: Callable[[], Tensor]
@@ -69,16 +73,17 @@ class KnownReads:
         return found
 
     def _find_unseen(self, parameters: Names, loss: Callable[[], Tensor]) -> None:
-        new = {parameter: name for parameter, name in parameters.items() if parameter not in self._in_place}
-        if not new:
+        if self.knows(parameters):
             return
+        new = {p: name for p, name in parameters.items() if p not in self._seen and p not in self._unseen}
         if self.gathered:
             unseen = find_unread(new, self.gathered, lambda: self.gathered.sum(loss()))
         else:
             unseen = find_unseen(new, loss)
         if unseen is None:
             return
-        self._in_place |= {parameter: parameter in unseen for parameter in new}
+        self._seen |= new.keys() - unseen
+        self._unseen |= new.keys() & unseen
         if unseen and not self.gathered:
             names = some([name for parameter, name in new.items() if parameter in unseen])
             rank_zero_warn(
@@ -89,9 +94,10 @@ class KnownReads:
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
         watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}
         if self.gathered:
-            read = {self.gathered.read(p): c for p, c in watched.items() if not self._in_place.get(p, False)}
+            read = {self.gathered.read(p): change for p, change in watched.items() if p not in self._unseen}
             return Perturbed(read, (), self._scratch)
-        in_place = [parameter for parameter in watched if self._in_place.get(parameter, True)]
+        unseen = set(watched) - self._seen
+        in_place = [parameter for parameter in watched if parameter in unseen] if unseen else []
         return Perturbed(watched, in_place, self._scratch)
 
     def _find_readers(
@@ -100,7 +106,7 @@ class KnownReads:
         """The modules that read the parameters of a context, found once for these and all resting ones."""
         parameters = frozenset(context.perturbations).difference(context.in_place)
         read = self.gathered.read
-        tried = parameters.union(read(p) for p in resting if not self._in_place.get(p, True))
+        tried = parameters.union(read(p) for p in resting if p in self._seen)
         if parameters and self._module is not None and tried not in self._readers:
             self._readers[tried] = find_readers(self._module, tried, loss, read)
         readers = self._readers.get(tried)

@@ -23,7 +23,10 @@ class NetworkState:
         return next((name for name, m in self._inner if m._forward_hooks or m._forward_pre_hooks), None)
 
     def _now(self) -> list[int]:
-        return [_address(tensor) for tensor in self._tensors]
+        try:
+            return list(map(Tensor.data_ptr, self._tensors))
+        except (NotImplementedError, RuntimeError):
+            return [_address(tensor) for tensor in self._tensors]
 
 
 def snapshot_of(network: nn.Module) -> Snapshot:

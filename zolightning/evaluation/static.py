@@ -15,6 +15,8 @@ from zolightning.directions.perturbation import InPlace, Perturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 
+_OF_DIRECTIONS = frozenset({"keys", "coefficients", "kind", "values", "first"})  # members of any direction
+
 Perturbations = Mapping[nn.Parameter, Perturbation | None]
 
 
@@ -70,9 +72,14 @@ class Parts:
         self._device = device
         self.tables: list[Tensor] = []
         self._places: dict[int, int] = {}  # in `tables`, by id
-        self._known: dict[int, Hashable] = {}  # what has been said of tables, by id
-        described = [(id(p), self._described(change)) for group in groups for p, change in group.items()]
-        self.key: Hashable = (len(groups), *described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
+        self._known: dict[int, Hashable] = {}  # what has been said of objects that several parameters share, by id
+        self._has_opposites = len(groups) > 1
+        self._alike: dict[Hashable, tuple[int, Any]] = {}  # numbers of directions, and where the keys of each begin
+        described: list[Hashable] = [len(group) for group in groups]
+        for group in groups:
+            for parameter, change in group.items():
+                described += id(parameter), self._described(change)
+        self.key: Hashable = (*described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
 
     def with_tables(self, tables: Sequence[Tensor]) -> list[Perturbations]:
         """The same perturbations with other tables."""
@@ -90,31 +97,51 @@ class Parts:
     def _described(self, value: Any) -> Hashable:
         """`value` without what is in its tensors. It runs for each parameter at each forward, so it is to be quick."""
         kind = type(value)
-        if kind in _PLAIN:
+        if kind is Direction:
+            return self._direction(value)
+        if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
             return value
-        if id(value) in self._known:  # the coefficients, which all parameters share
-            return self._known[id(value)]
+        known = self._known.get(id(value))
+        if known is not None:
+            return known
+        found: Hashable
         if isinstance(value, Tensor):
             table = _table_of(value)
             place = self._places.get(id(table))
             if place is None:
                 place = self._add(table)
-            found: Hashable = (place, value.storage_offset() - table.storage_offset(), value.shape, value.stride())
-            if table is value:
-                self._known[id(value)] = found
-            return found
-        if kind is Direction:  # its `values` repeat what is in a table, and say which groups are opposites
-            values = value.values if len(self._groups) > 1 else None
-            return kind, value.kind, values, self._described(value.keys), self._described(value.coefficients)
-        if kind is InPlace:
+            start = value.storage_offset() - table.storage_offset()
+            found = (Tensor, place) if table is value else (Tensor, place, start, value.shape, value.stride())
+        elif kind is InPlace:
             tensor = value.tensor
             if tensor.device != self._device:
                 raise CannotCapture(f"a tensor of a perturbation is on {tensor.device}, not on {self._device}")
-            return kind, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        if isinstance(value, Direction) and len(self._groups) == 1:
-            members = {name: part for name, part in vars(value).items() if name != "values"}
-            return (kind, *[self._described(part) for part in members.values()])
-        return (kind, *[self._described(part) for part in _members(value).values()])
+            found = (kind, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        elif isinstance(value, Direction):
+            own = [self._described(part) for name, part in vars(value).items() if name not in _OF_DIRECTIONS]
+            found = (kind, self._direction(value), tuple(own))
+        else:
+            parts = value if kind is tuple else _members(value).values()
+            found = (kind, *[part if type(part) in _PLAIN else self._described(part) for part in parts])
+        self._known[id(value)] = found
+        return found
+
+    def _direction(self, direction: Direction) -> Hashable:
+        """What any direction has: of one with other keys of a table, the one that was described and how far they are.
+
+        Of several groups `values` say which are opposites; of one they repeat what is in a table.
+        """
+        keys = direction.keys
+        table, start = keys._base, keys.storage_offset()
+        values = direction.values if self._has_opposites else None
+        like = id(table), id(direction.coefficients), direction.kind, direction.first, keys.shape, keys.stride(), values
+        if like in self._alike:
+            number, first = self._alike[like]
+            return Direction, number, start - first
+        if table is not None:
+            self._alike[like] = len(self._alike), start
+        noise = self._described(keys), self._described(direction.coefficients)
+        return Direction, direction.kind, direction.first, values, *noise
 
     def _add(self, table: Tensor) -> int:
         if table.device != self._device:

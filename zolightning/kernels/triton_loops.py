@@ -33,6 +33,7 @@ _POPC = not _INTERPRETED and torch.version.hip is None  # an instruction of NVID
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Tables = tuple[Tensor, Tensor] | tuple[None, None]  # ``tensors`` and ``chunks`` of the kernels, for several tensors
+_Call = tuple[Mapping[str, Any], list[int]]  # arguments of a loop; elements of its tensors, and their addresses
 
 
 def available(*tensors: Tensor, start: int = 0) -> bool:
@@ -177,38 +178,43 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
 
     One takes all calls that differ in what a table has (``triton_kernels.py``), if their memory is aligned.
     """
-    groups = defaultdict(list)
+    names = _TENSORS[loop]
+    apart = {*names, "keys", "threshold"}  # in which the calls of a launch may differ
+    alike: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
     for call in calls:
-        tensors = [call.get(name) for name in _TENSORS[loop]]
-        first = call[_TENSORS[loop][0]]
-        numbers = [first.numel(), *(0 if tensor is None else tensor.data_ptr() for tensor in tensors)]
-        if any(number % 16 for number in numbers) or not all(t is None or t.is_contiguous() for t in tensors):
+        tensors = list(map(call.get, names))
+        first = call[names[0]]
+        numbers = [first.numel(), *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]]
+        if any([number % 16 for number in numbers]) or not all([t is None or t.is_contiguous() for t in tensors]):
             loop(**call)
             continue
-        shared = [_identity(name, value) for name, value in call.items() if name not in _TENSORS[loop]]
+        table = call["keys"]._base if "keys" in call else None  # of which they are a row
         dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        groups[first.device, *dtypes, *shared].append((call, numbers))
+        layout = first.device, *dtypes, id(table), call.get("threshold") is None
+        shared = [value for name, value in call.items() if name not in apart]
+        alike[layout, *map(id, shared)].append((call, numbers))  # most calls have the same objects, found quickly
+    groups: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
+    for (of_tensors, *_), members in alike.items():
+        common = [_identity(value) for name, value in members[0][0].items() if name not in apart]
+        groups[of_tensors, *common] += members
     for members in groups.values():
         call, _ = members[0]
-        rows = tuple(_row(call, *member) for member in members)
-        loop(**call, tables=_tables(rows, call[_TENSORS[loop][0]].device))
+        start = call["keys"].data_ptr() if "keys" in call else 0
+        rows = tuple([_row(start, *member) for member in members])
+        loop(**call, tables=_tables(rows, call[names[0]].device))
 
 
-def _identity(name: str, value: Any) -> Hashable:
-    """What an argument that is no tensor of the weight's size has to have in common with those of other calls."""
-    if name == "threshold":
-        return value is None
-    if name == "keys":
-        return id(value._base)  # of which they are a row
+def _identity(value: Any) -> Hashable:
+    """What an argument that all calls of a launch share has to have in common with those of other calls."""
     if isinstance(value, tuple):
-        return tuple(_identity("", part) for part in value)
+        return tuple(map(_identity, value))
     return id(value) if isinstance(value, Tensor) else value
 
 
-def _row(first: Mapping[str, Any], call: Mapping[str, Any], numbers: Sequence[int]) -> tuple[int, ...]:
-    """Of ``tensors`` of the kernels. Keys are counted in words from the first ones: the same number at each step."""
+def _row(start: int, call: Mapping[str, Any], numbers: Sequence[int]) -> tuple[int, ...]:
+    """Of ``tensors`` of the kernels. Keys are counted in words from `start`: the same number at each step."""
     numel, address, beside, *further = numbers
-    keys = (call["keys"].data_ptr() - first["keys"].data_ptr()) // 4 if "keys" in call else 0
+    keys = (call["keys"].data_ptr() - start) // 4 if "keys" in call else 0
     threshold = call.get("threshold")
     if threshold is not None:
         further.append(int.from_bytes(struct.pack("<f", threshold), "little"))

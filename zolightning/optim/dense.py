@@ -50,7 +50,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
             step: number of the step.
             coefficients: by query; queries that are left out have none.
         """
-        named = {name: parameter for g, name, parameter in self.trainable() if g is group}
+        named = {self.names[parameter]: parameter for parameter in self.moving(group)}
         found = directions(named, seed, step, coefficients, self.noise)
         return {parameter: found[name] for name, parameter in named.items()}
 

@@ -59,17 +59,17 @@ class NamedParameters(torch.optim.Optimizer):
     def trainable(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
         """Group, name and parameter of everything that may move; frozen parameters are left out."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if self.moves(parameter):
-                    yield group, self.names[parameter], parameter
+            for parameter in self.moving(group):
+                yield group, self.names[parameter], parameter
 
-    def moves(self, parameter: nn.Parameter) -> bool:
-        """Whether a step may change a parameter."""
-        return parameter.requires_grad and parameter not in self.blocks.at_rest
+    def moving(self, group: dict[str, Any]) -> list[nn.Parameter]:
+        """The parameters of a group that a step may change."""
+        found, at_rest = [p for p in group["params"] if p.requires_grad], self.blocks.at_rest
+        return [parameter for parameter in found if parameter not in at_rest] if at_rest else found
 
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of everything that is trainable but in no active block."""
-        for group in self.param_groups:
+        for group in self.param_groups if self.blocks.at_rest else ():
             for parameter in group["params"]:
                 if parameter.requires_grad and parameter in self.blocks.at_rest:
                     yield self.names[parameter], parameter
@@ -114,7 +114,7 @@ class NamedParameters(torch.optim.Optimizer):
 
     def trainable_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Shape of a parameter, or of the slice of it that trains."""
-        part = self.slices.get(parameter)
+        part = self.slices.get(parameter) if self.slices else None
         return tuple(parameter.shape) if part is None else part.shape(parameter)
 
     # Blocks

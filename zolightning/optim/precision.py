@@ -92,7 +92,7 @@ def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parame
     with ExitStack() as stack:
         yield [
             own_rows(parameter)
-            if parameter not in slices and parameter.is_contiguous()
+            if not (slices and parameter in slices) and parameter.is_contiguous()
             else stack.enter_context(as_contiguous(parameter, slices.get(parameter)))
             for parameter in parameters
         ]
@@ -264,7 +264,7 @@ def _each(
 ) -> list[dict[str, Any]]:
     """Arguments of the loops that add directions to weights."""
     each = zip(weights, states, directions, decays, strict=True)
-    return [d.arguments() | {"decay": decay} | _stored(w, state, precision) for w, state, d, decay in each]
+    return [{**d.arguments(), "decay": decay, **_stored(w, state, precision)} for w, state, d, decay in each]
 
 
 def _stored(weight: Tensor, state: State, precision: UpdatePrecision) -> dict[str, Any]:

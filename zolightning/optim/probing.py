@@ -70,10 +70,9 @@ def evaluate_probes(
         ValueError: if a number of terms is negative.
     """
     own = share.of(len(probes))
-    perturbations = [
-        of_whole_parameters(optimizer, optimizer.perturbations(*probe) if probe.sign else optimizer.offsets())
-        for probe in probes[own.start : own.stop]
-    ]
+    size = optimizer.evaluator.evaluations_per_forward
+    runs = [probes[start : min(start + size, own.stop)] for start in range(own.start, own.stop, size)]
+    perturbations = [changes for run in runs for changes in perturbations_at(optimizer, run)]
     results = losses_at(optimizer, perturbations, evaluate, share, leaves_traces=leaves_traces) if own else []
     sums = [sums_of(terms, loss) for loss, terms in results]
     if len(own) == len(probes):
@@ -88,6 +87,23 @@ def evaluate_probes(
     numbers, count = torch.cat([losses, terms, grads]).tolist(), len(probes)
     require_terms(numbers[count : 2 * count])
     return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
+
+
+def perturbations_at(
+    optimizer: "ZerothOrderOptimizer", probes: Sequence[Probe]
+) -> list[dict[nn.Parameter, Perturbation]]:
+    """Those of whole parameters at probes that share a run of the network: what these have in common is made once.
+
+    Of other runs it would lie elsewhere in the same tables, so that each needed a CUDA graph of its own.
+    """
+    found = {
+        sign: optimizer.perturbations_of([query for query, other in probes if other == sign], sign)
+        for sign in (1, -1)
+        if any(probe.sign == sign for probe in probes)
+    }
+    return [
+        of_whole_parameters(optimizer, found[sign][query] if sign else optimizer.offsets()) for query, sign in probes
+    ]
 
 
 def losses_at(

@@ -85,13 +85,12 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """
         matrices: dict[str, tuple[nn.Parameter, Matrix]] = {}
         vectors: dict[str, nn.Parameter] = {}
-        for parameter in group["params"]:
-            if frozen or self.moves(parameter):
-                name, matrix = self.names[parameter], self.matrix(parameter, group["rank"])
-                if matrix is None:
-                    vectors[name] = parameter
-                else:
-                    matrices[name] = parameter, matrix
+        for parameter in group["params"] if frozen else self.moving(group):
+            name, matrix = self.names[parameter], self.matrix(parameter, group["rank"])
+            if matrix is None:
+                vectors[name] = parameter
+            else:
+                matrices[name] = parameter, matrix
         return matrices, vectors
 
     def basis(self, parameter: nn.Parameter) -> Basis:
