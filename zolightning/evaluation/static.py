@@ -106,12 +106,12 @@ class Parts:
             return known
         found: Hashable
         if isinstance(value, Tensor):
-            table = _table_of(value)
-            place = self._places.get(id(table))
-            if place is None:
-                place = self._add(table)
-            start = value.storage_offset() - table.storage_offset()
-            found = (Tensor, place) if table is value else (Tensor, place, start, value.shape, value.stride())
+            table = value._base
+            if table is None:
+                found = (Tensor, self._place(value))
+            else:
+                start = value.storage_offset() - table.storage_offset()
+                found = (Tensor, self._place(table), start, value.shape, value.stride())
         elif kind is InPlace:
             tensor = value.tensor
             if tensor.device != self._device:
@@ -143,12 +143,13 @@ class Parts:
         noise = self._described(keys), self._described(direction.coefficients)
         return Direction, direction.kind, direction.first, values, *noise
 
-    def _add(self, table: Tensor) -> int:
-        if table.device != self._device:
-            raise CannotCapture(f"a tensor of a perturbation is on {table.device}, not on {self._device}")
-        self._places[id(table)] = len(self.tables)
-        self.tables.append(table)
-        return len(self.tables) - 1
+    def _place(self, table: Tensor) -> int:
+        place = self._places.setdefault(id(table), len(self.tables))
+        if place == len(self.tables):
+            if table.device != self._device:
+                raise CannotCapture(f"a tensor of a perturbation is on {table.device}, not on {self._device}")
+            self.tables.append(table)
+        return place
 
 
 class Tables:

@@ -173,35 +173,44 @@ _TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
 }
 
 
+_OF_ROWS = ("keys", "threshold")  # arguments that each row of the table has itself
+
+
 def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
     """Calls one of the loops in ``_TENSORS`` with each of these arguments, in as few launches as can be.
 
     One takes all calls that differ in what a table has (``triton_kernels.py``), if their memory is aligned.
     """
     names = _TENSORS[loop]
-    apart = {*names, "keys", "threshold"}  # in which the calls of a launch may differ
     alike: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
     for call in calls:
         tensors = list(map(call.get, names))
-        first = call[names[0]]
-        numbers = [first.numel(), *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]]
+        numbers = [call[names[0]].numel(), *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]]
         if any([number % 16 for number in numbers]) or not all([t is None or t.is_contiguous() for t in tensors]):
             loop(**call)
             continue
         table = call["keys"]._base if "keys" in call else None  # of which they are a row
-        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        layout = first.device, *dtypes, id(table), call.get("threshold") is None
-        shared = [value for name, value in call.items() if name not in apart]
-        alike[layout, *map(id, shared)].append((call, numbers))  # most calls have the same objects, found quickly
+        place = call[names[0]].device, id(table), call.get("threshold") is None
+        alike[place, *map(id, _shared(call, names))].append(
+            (call, numbers)
+        )  # found quickly: most have the same objects
     groups: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
-    for (of_tensors, *_), members in alike.items():
-        common = [_identity(value) for name, value in members[0][0].items() if name not in apart]
-        groups[of_tensors, *common] += members
+    for (first, *_), members in alike.items():
+        groups[first, *map(_identity, _shared(members[0][0], names))] += members
     for members in groups.values():
         call, _ = members[0]
         start = call["keys"].data_ptr() if "keys" in call else 0
         rows = tuple([_row(start, *member) for member in members])
         loop(**call, tables=_tables(rows, call[names[0]].device))
+
+
+def _shared(call: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
+    """What the calls of a launch have in common: the dtypes of the tensors of these names, and other arguments."""
+    return [
+        (value if value is None else value.dtype) if name in names else value
+        for name, value in call.items()
+        if name not in _OF_ROWS
+    ]
 
 
 def _identity(value: Any) -> Hashable:

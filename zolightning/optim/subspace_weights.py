@@ -99,11 +99,12 @@ class SubspaceWeights(ZerothOrderOptimizer):
         Raises:
             ValueError: if the parameter is not searched in a subspace.
         """
-        if parameter not in self._bases:
+        basis = self._bases.get(parameter)
+        if basis is None:
             state = self.state.get(parameter, {})
             anchored = {side: state[side] for side in ANCHORED if side in state}
-            self._bases[parameter] = Basis(**anchored) if anchored else self._drawn(parameter)
-        return self._bases[parameter]
+            basis = self._bases[parameter] = Basis(**anchored) if anchored else self._drawn(parameter)
+        return basis
 
     def given(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The factors of a matrix that were given to :meth:`resample`, by side, "left" or "right"."""
