@@ -171,8 +171,6 @@ _TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
     add_adam: ("weight", "rest", "mean", "square"),
     add_delta: ("weight", "rest", "delta"),
 }
-
-
 _OF_ROWS = ("keys", "threshold")  # arguments that each row of the table has itself
 
 
@@ -191,9 +189,8 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
             continue
         table = call["keys"]._base if "keys" in call else None  # of which they are a row
         place = call[names[0]].device, id(table), call.get("threshold") is None
-        alike[place, *map(id, _shared(call, names))].append(
-            (call, numbers)
-        )  # found quickly: most have the same objects
+        same_objects = place, *map(id, _shared(call, names))  # as most calls have, and quicker to find than equal ones
+        alike[same_objects].append((call, numbers))
     groups: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
     for (first, *_), members in alike.items():
         groups[first, *map(_identity, _shared(members[0][0], names))] += members
