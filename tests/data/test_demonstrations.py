@@ -200,6 +200,8 @@ def test_calibration_of_a_module_that_encodes_rows_itself(
         (SENTIMENT, {"num_demonstrations": -1}, "`data.num_demonstrations` must be at least 0"),
         (SENTIMENT, {"demonstrations_per_row": True}, "`data.demonstrations_per_row` is True, and"),
         (SENTIMENT, {"calibration": "zero_shot"}, "needs a `content_free_prompt`, of which task own has none"),
+        # What a flag with null becomes
+        (CALIBRATED | {"content_free_prompt": "None"}, {"calibration": "zero_shot"}, "of which task own has none"),
         (CALIBRATED, {"calibration": "sfc"}, r"must be one of \('zero_shot', 'in_context'\), got 'sfc'"),
         (CALIBRATED | {"content_free_prompt": "{{"}, {}, "`content_free_prompt` is not a Jinja2 template"),
         (CALIBRATED | {"content_free_prompt": 3}, {}, "`content_free_prompt` must be a string, got 3"),

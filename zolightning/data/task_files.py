@@ -69,7 +69,8 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     named = [kind for field, kind in KINDS.items() if isinstance(values, Mapping) and field in values]
     kind = named[0] if named else Classification
     _check_keys(kind, values, "a task")
-    settings = dict(values)
+    # jsonargparse makes this text of a null that is given as a flag, `--data.task.content_free_prompt null`
+    settings = {key: None if value == "None" else value for key, value in values.items()}
     for key in ("answers", "labels", "skip_labels"):
         if key in settings:
             if not isinstance(settings[key], list | tuple):
