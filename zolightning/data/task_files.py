@@ -70,7 +70,7 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     kind = named[0] if named else Classification
     _check_keys(kind, values, "a task")
     # jsonargparse makes this text of a null that is given as a flag, `--data.task.content_free_prompt null`
-    settings = {key: None if value == "None" else value for key, value in values.items()}
+    settings: dict[str, Any] = {key: None if value == "None" else value for key, value in values.items()}
     for key in ("answers", "labels", "skip_labels"):
         if key in settings:
             if not isinstance(settings[key], list | tuple):
