@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from live_bytes import LiveBytes
 from networks import (
     IDS,
     applied,
@@ -20,9 +21,9 @@ from networks import (
     written_to_the_weights,
 )
 from zolightning.directions.flipped_bit import FlippedBit
-from zolightning.evaluation import pieces
+from zolightning.evaluation import pieces, scratch
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import find_unseen
+from zolightning.evaluation.reads import find_readers, find_unseen
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -123,6 +124,21 @@ class TestAudit:
         monkeypatch.setattr("zolightning.evaluation.perturbed.linear_in_pieces", lambda *args: own(*args) * 1.5)
         net = mlp()
         assert find_unseen(net.parameters(), lambda: applied(values(3, 4))(net)) == set()
+
+    def test_no_more_than_a_piece_is_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (pieces, scratch):
+            monkeypatch.setattr(module, "PIECE_BYTES", 2**16)
+        net, inputs = nn.Sequential(nn.Linear(64, 2048), nn.Linear(2048, 64)), values(3, 64)
+        peaks = []
+        for run in (
+            lambda: applied(inputs)(net),
+            lambda: find_unseen(net.parameters(), lambda: applied(inputs)(net)),
+            lambda: find_readers(net, set(net.parameters()), lambda: applied(inputs)(net)),
+        ):
+            with LiveBytes() as live:
+                assert run() is not None
+            peaks.append(live.peak)
+        assert max(peaks[1:]) - peaks[0] < 1.5 * 2**16
 
     def test_order_of_sums_may_vary_a_little(self) -> None:
         net, calls = mlp(), []

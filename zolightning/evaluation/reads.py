@@ -13,6 +13,7 @@ from zolightning.directions.shards import own_rows
 from zolightning.directions.unchanged import Unchanged
 from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.scratch import Scratch
 
 # Modules, and the parameters that each owns, or has read in its own forward
 Readers = dict[nn.Module, frozenset[nn.Parameter]]
@@ -50,13 +51,13 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
             )
     if not torch.isfinite(loss):
         return None
-    flip = FlippedBit()
-    with Perturbed(dict.fromkeys(parameters, flip)) as exchanged:
+    flip, scratch = FlippedBit(), Scratch()
+    with Perturbed(dict.fromkeys(parameters, flip), scratch=scratch) as exchanged:
         loss_exchanged = evaluate()
     unseen = {p for p in parameters if id(p) not in exchanged.seen}
-    with Perturbed(dict.fromkeys(parameters, flip), in_place=unseen):
+    with Perturbed(dict.fromkeys(parameters, flip), unseen, scratch):
         loss_exchanged = evaluate() if unseen else loss_exchanged
-    unchanged = Perturbed({p: Unchanged() for p in parameters if p not in unseen})
+    unchanged = Perturbed({p: Unchanged() for p in parameters if p not in unseen}, scratch=scratch)
     loss_in_place = _flipped([parameter.detach() for parameter in parameters], evaluate, unchanged)
     return unseen if _agree(loss, loss_exchanged, loss_in_place) else set(parameters)
 
@@ -84,10 +85,10 @@ def find_unread(
     loss = evaluate()
     if not torch.isfinite(loss):
         return None
-    read = {gathered.read(parameter): parameter for parameter in parameters}
-    with Perturbed(dict.fromkeys(read, FlippedBit())) as exchanged:
+    read, scratch = {gathered.read(parameter): parameter for parameter in parameters}, Scratch()
+    with Perturbed(dict.fromkeys(read, FlippedBit()), scratch=scratch) as exchanged:
         loss_exchanged = evaluate()
-    unchanged = Perturbed(dict.fromkeys(read, Unchanged()))
+    unchanged = Perturbed(dict.fromkeys(read, Unchanged()), scratch=scratch)
     loss_in_place = _flipped([own_rows(parameter) for parameter in parameters], evaluate, unchanged)
     if not _agree(loss, loss_exchanged, loss_in_place):
         raise ValueError(
@@ -152,8 +153,9 @@ def find_readers(
     changes = directions(
         named, seed=0, step=0, coefficients={q: _TRIAL_EPS * 0.7**q for q in range(4)}, kind="gaussian"
     )
+    scratch = Scratch()
     everywhere, in_owners = (
-        Perturbed({named[name]: change for name, change in changes.items()}, readers=readers)
+        Perturbed({named[name]: change for name, change in changes.items()}, (), scratch, readers)
         for readers in (None, owners)
     )
     with everywhere:
