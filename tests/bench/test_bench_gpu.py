@@ -200,6 +200,21 @@ def test_a_part_that_fails_leaves_its_figures_and_a_line(tmp_path: Path, capsys:
     assert "one | before: seconds 1.5" in capsys.readouterr().out
 
 
+def test_runs_are_repeated_on_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A module that was made on a GPU says that it is on a CPU, until a Trainer has moved it."""
+    asked: dict[str, Any] = {}
+
+    def trainer(**options: Any) -> None:
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(repetition.L, "Trainer", trainer)
+    module = repetition.RandomTokens("tiny", CPU, torch.zeros(2, 1, 4, dtype=torch.long))
+    with pytest.raises(InterruptedError):
+        repetition._run(repetition.METHODS["MeZO"], False, torch.device("cuda"), module, tmp_path / "x", None)
+    assert asked["accelerator"] == "gpu"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["gpu", "step --model config:tiny --device cuda"])
 def test_without_a_gpu_a_line_says_so(command: str, tmp_path: Path) -> None:

@@ -125,9 +125,10 @@ def test_mask_holds_for_its_own_call_only() -> None:
     assert profile_of(Constant(1.0), [(HIDDEN, MASK), (HIDDEN,)]).layers[0].peak == 70.0
 
 
-def test_mask_of_queries_and_keys() -> None:
-    profile = profile_of(Constant(1.0), [(HIDDEN, causal_mask(MASK))])
-    assert profile == profile_of(Constant(1.0), [(HIDDEN, MASK)])
+@pytest.mark.parametrize("mask", [MASK, MASK.flip(1)], ids=["padding on the right", "on the left"])
+def test_mask_of_queries_and_keys(mask: Tensor) -> None:
+    profile = profile_of(Constant(1.0), [(HIDDEN, causal_mask(mask))])
+    assert profile == profile_of(Constant(1.0), [(HIDDEN, mask)])
 
 
 def test_mask_that_begins_with_what_is_cached() -> None:
