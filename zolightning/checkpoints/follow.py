@@ -39,10 +39,8 @@ def follow(
     with Replay(path, module, method) as replaying:
         ledger, checksum = replaying.ledger, replaying.ledger.stored_checksum(0)
         while True:
-            is_written, steps = (
-                ledger.is_written(),
-                len(ledger),
-            )  # in this order, because no step is added once nobody writes
+            is_written = ledger.is_written()  # before `steps` is read: once nobody writes, no step is added
+            steps = len(ledger)
             if steps < replaying.steps or ledger.stored_checksum(replaying.steps) != checksum:
                 raise DamagedLedgerError(
                     f"The ledger {path} does not have the {replaying.steps} steps any more that were followed: its run "

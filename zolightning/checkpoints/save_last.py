@@ -42,10 +42,10 @@ class SaveLast(ModelCheckpoint):
 
     Args:
         dirpath: folder of ``last.ckpt``; None takes that of the run's other ModelCheckpoint, or else its default.
-        every_n_train_steps: number of steps between two checkpoints; None saves none at steps. every_n_minutes: minutes
-        of training between two checkpoints; None saves none by time. how_to_go_on: message for a user whose run was
-        stopped; ``{path}`` is replaced by the path of the checkpoint, and
-            ``{folder}`` by the folder of the run's logs.
+        every_n_train_steps: number of steps between two checkpoints; None saves none at steps.
+        every_n_minutes: minutes of training between two checkpoints; None saves none by time.
+        how_to_go_on: message for a user whose run was stopped; ``{path}`` is replaced by the path of the checkpoint,
+            and ``{folder}`` by the folder of the run's logs.
 
     Raises:
         ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
