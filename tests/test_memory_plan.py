@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from live_bytes import LiveBytes
 from zolightning.adapters import add_adapter, lora_settings
-from zolightning.directions.moments import SecondMoment
+from zolightning.directions.second_moment import SecondMoment
 from zolightning.evaluation.static import Parts
 from zolightning.memory import (
     BatchShape,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.low_rank import LowRank
-from zolightning.directions.moments import moment_bytes
+from zolightning.directions.second_moment import moment_bytes
 from zolightning.evaluation.scratch import scratch_bytes
 from zolightning.layers import FeedForward, find_layers, mlp_of
 from zolightning.optim.base import ZerothOrderOptimizer

@@ -14,9 +14,9 @@ import zolightning.sharded
 import zolightning.strategies  # noqa: F401  # they register `zo_ddp` and `zo_fsdp`
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
+from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
-from zolightning.optim.checks import Loss
 from zolightning.optim.share import WHOLE, Share
 from zolightning.ranks import LossExchange, layout_of
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, SubspaceResampling, ZerothOrder
 from zolightning.directions.basis import Basis
-from zolightning.directions.moments import SecondMoment, scaled
+from zolightning.directions.second_moment import SecondMoment, scaled
 from zolightning.directions.slices import Slice
 from zolightning.optim import LOZO, ZOMOPI, SubspaceMeZO, SubZero, ZOMuon
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from zolightning.directions.basis import Basis
-from zolightning.directions.moments import SCALINGS, Leading, Scaling, SecondMoment, scaled
+from zolightning.directions.second_moment import SCALINGS, Leading, Scaling, SecondMoment, scaled
 from zolightning.layers import LayerStack, find_layers
 from zolightning.messages import some
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
@@ -80,7 +80,7 @@ class ActivationBases:
 
     Args:
         scaling: how columns are scaled: "unit", "rms" or "whitened", see
-            :func:`~zolightning.directions.moments.scaled`. Each needs a learning rate of its own.
+            :func:`~zolightning.directions.second_moment.scaled`. Each needs a learning rate of its own.
         limit: the limit of the scaling "rms".
         skip: how many leading directions to leave out. The first one is often common to all inputs.
         first_token: whether to count the first token of each sequence, whose activations are massive in many models.

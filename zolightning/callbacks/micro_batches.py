@@ -10,7 +10,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.optim.checks import loss_and_terms
+from zolightning.evaluation.losses import loss_and_terms
 from zolightning.scopes.calibration import batch_size
 
 Rows = TypeVar("Rows", Tensor, np.ndarray)

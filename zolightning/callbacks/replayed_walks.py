@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from zolightning.evaluation.losses import loss_and_terms
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.checks import loss_and_terms
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_forward

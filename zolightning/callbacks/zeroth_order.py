@@ -22,9 +22,10 @@ from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.stacked import network_of
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
-from zolightning.optim.checks import Loss, require_integer
+from zolightning.optim.checks import require_integer
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of

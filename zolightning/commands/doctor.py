@@ -25,8 +25,8 @@ from zolightning.commands.findings import Examination, Output, ParameterGroup, f
 from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.report import print_table
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
+from zolightning.evaluation.losses import Loss, loss_and_terms
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
-from zolightning.optim.checks import Loss, loss_and_terms
 from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from zolightning.callbacks.replayed_walks import WeightsAndState
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.losses import LossFunction, loss_and_terms
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
-from zolightning.optim.checks import loss_and_terms
 from zolightning.optim.estimators import TwoSided
 from zolightning.optim.precision import UpdatePrecision
-from zolightning.optim.probing import Evaluate, evaluate_probes, of_whole_parameters
+from zolightning.optim.probing import evaluate_probes, of_whole_parameters
 from zolightning.optim.share import WHOLE
 
 _SAMPLE = 2**16  # elements of a tensor that are looked at; all of a smaller one
@@ -75,7 +75,7 @@ class _Watched(LowRank):
 
 
 @torch.no_grad()
-def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: Evaluate) -> dict[str, Survival]:
+def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> dict[str, Survival]:
     """What is read of ``W + eps z`` for one direction, by parameter.
 
     Left out are low-rank perturbations that are added to the outputs of a layer, where no perturbed weight is rounded.
@@ -133,7 +133,7 @@ def update_survival(optimizer: ZerothOrderOptimizer, record: StepRecord, lr: Seq
 
 
 @torch.no_grad()
-def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: Evaluate) -> float:
+def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> float:
     """Standard deviation of what rounding adds to the loss of a batch.
 
     The loss is evaluated at weights that lie close to each other on a line, W plus and minus 0.65 to 1 times ``eps z``.
@@ -161,7 +161,7 @@ def spacing(weight: nn.Parameter) -> float:
 
 
 def _rounded(
-    optimizer: ZerothOrderOptimizer, changes: Mapping[nn.Parameter, Perturbation], evaluate: Evaluate
+    optimizer: ZerothOrderOptimizer, changes: Mapping[nn.Parameter, Perturbation], evaluate: LossFunction
 ) -> set[nn.Parameter]:
     """The parameters of which perturbed weights are made in an evaluation."""
     watched = {

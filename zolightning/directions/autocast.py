@@ -1,4 +1,4 @@
-"""Keeps autocast, which is meant for the network, out of our own matrix products."""
+"""Switches autocast off for the package's own matrix products; it is meant for those of the network."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -88,7 +88,8 @@ class Direction:
         """The unit-variance noise of this direction, which must be one of a single query.
 
         Args:
-            weight: some stored elements, (n,), of which the first has index `start`.
+            weight: some stored elements, (n,).
+            start: index of the first of them in the parameter.
 
         Returns:
             (n,), float32.
@@ -99,7 +100,7 @@ class Direction:
         return noise
 
     def arguments(self) -> dict[str, Any]:
-        """What this direction is made of, as arguments of the loops over what it is added to as a whole."""
+        """The arguments that select this direction's noise in the loops of :mod:`zolightning.kernels`."""
         return {"keys": self.keys, "coefficients": self.coefficients, "kind": self.kind, "start": self.first}
 
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
@@ -126,7 +127,7 @@ def directions(
         parameters: parameters by name. Names select the noise, and tensors the device and the dtype of its arithmetic.
         seed: the run's seed.
         step: number of the step.
-        coefficients: by query, the multiple of its unit-variance noise.
+        coefficients: the factor of each query's unit-variance noise.
         kind: distribution of the noise.
     """
     names, queries = tuple(parameters), tuple(coefficients)
@@ -156,7 +157,7 @@ def _keys(
 # Cached because the evaluations of all steps need the same coefficients.
 @functools.lru_cache(maxsize=64)
 def table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table of some coefficients, shape (queries,); not to be written to."""
+    """Coefficients as a tensor, (queries,), which is cached: do not write to it."""
     return on_device(torch.tensor(values, dtype=dtype), device)
 
 

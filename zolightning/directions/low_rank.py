@@ -56,7 +56,7 @@ class LowRank:
         return self.basis.factors(self.write_core(torch.empty(shape, dtype=like.dtype, device=like.device)))
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
-        """As any perturbation; of an (m, n) parameter `weight` may be some rows, from element `start` on."""
+        """Writes ``weight + A @ B.T`` to `out`; `weight` may be some rows of the parameter, from element `start` on."""
         columns = self.shape[1]
         rows, first = weight.view(-1, columns), start // columns
         with without_autocast(weight.device):
@@ -150,15 +150,15 @@ def _building_costs_less(rows: int, groups: int, size_in: int, size_out: int, de
     """Whether one product with a weight built for each group beats the thin products.
 
     Args:
-        rows: of input, all groups together.
-        groups: which share the product with the stored weight where none is built.
+        rows: rows of the input, of all groups together.
+        groups: number of groups; without built weights they share one product with the stored weight.
         size_in: columns of the input.
         size_out: columns of the output.
-        device_type: "cpu", where the bounds were measured, or another one, where they are predicted and not measured.
+        device_type: "cpu", for which the bounds were measured, or another type, for which they were derived.
     """
     numel = size_in * size_out
     if device_type == "cpu":
         return rows / groups * (size_in + size_out) >= (2 if groups == 1 else 4) * numel
-    # By what is read and written, thin factors aside: to build is to read the weight and to write and read the built
-    # one, for each group. Otherwise the weight is read once, the input once more, and the output read and written.
+    # Memory traffic without that of thin factors. Building reads the weight, and writes and reads the built one, once
+    # a group. The thin products read the weight once, the input once more, and read and write the output once more.
     return rows * (size_in + 2 * size_out) >= (3 * groups - 1) * numel

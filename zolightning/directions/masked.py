@@ -15,7 +15,7 @@ class MagnitudeMasked(Direction):
     """A direction restricted to small weights; the mask is computed from the stored parameter when it is used.
 
     Args:
-        direction: to be masked.
+        direction: the direction to mask.
         threshold: elements whose absolute value is at most this are perturbed.
     """
 
@@ -110,7 +110,7 @@ class Masked(Direction):
         return super().noise(weight, start).where(self.mask.at(index), 0.0)
 
     def of_elements(self, numel: int, start: int) -> Tensor:
-        """The direction at some elements, (numel,); -0.0, which no sum shows, where the mask leaves them out."""
+        """The direction at `numel` elements from `start` on; -0.0 where the mask is False, which changes no sum."""
         noise = torch.zeros(numel, dtype=self.coefficients.dtype, device=self.coefficients.device)
         self.accumulate(noise, start=start)
         return torch.where(self.mask.at(torch.arange(start, start + numel, device=noise.device)), noise, -0.0)

@@ -18,6 +18,6 @@ class Perturbation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class InPlace:
-    """Marks a large tensor of a perturbation that keeps its address, so that CUDA graphs can read it in place."""
+    """Marks a large tensor of a perturbation that stays at its address: CUDA graphs read it there, without a copy."""
 
     tensor: Tensor

@@ -21,8 +21,8 @@ class FullCurvature:
 
     Args:
         values: (n,), positive, float32, or float64 for double-precision parameters.
-        parameter: of n elements, if ranks may share it: `values` are then of this rank's rows, and those of the others
-            are gathered whenever they are used, which all ranks must do at once.
+        parameter: the parameter, of n elements, given if it may be sharded over ranks (FSDP2). `values` then belong to
+            this rank's rows; those of other ranks are gathered at each use, which all ranks must make at once.
     """
 
     def __init__(self, values: Tensor, parameter: Tensor | None = None) -> None:
@@ -30,14 +30,15 @@ class FullCurvature:
         self.parameter = parameter if parameter is not None and is_sharded(parameter) else None
 
     def whole(self) -> Tensor:
+        """The curvature of all elements, (n,), those of other ranks included."""
         return self.values.tensor if self.parameter is None else gathered(self.values.tensor, self.parameter)
 
     def parts(self, start: int, numel: int) -> Iterator[Part]:
-        """That of `numel` elements from `start` on, in slices that count from there."""
+        """The curvature of the `numel` elements from `start` on, as pairs of a slice (0 is `start`) and its values."""
         yield slice(0, numel), self.whole()[start : start + numel]
 
     def at_rows(self, rows: Tensor, columns: int) -> Tensor:
-        """That of some rows of a matrix, (k, columns), given their indices, (k,)."""
+        """The curvature of some rows of a matrix, (k, columns), given their indices, (k,)."""
         return F.embedding(rows, self.whole().view(-1, columns))
 
 
@@ -47,8 +48,8 @@ class FactoredCurvature:
     Args:
         rows: (m,), float32, or float64 for double-precision parameters.
         columns: (n,), likewise.
-        floor: below which no element is.
-        ceiling: above which none is.
+        floor: smallest value of an element; smaller products are raised to it.
+        ceiling: largest value of an element.
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, floor: float, ceiling: float) -> None:
@@ -58,9 +59,9 @@ class FactoredCurvature:
         self.ceiling = ceiling
 
     def parts(self, start: int, numel: int) -> Iterator[Part]:
-        """As of a full one, a few whole rows at a time, which are then forgotten.
+        """As :meth:`FullCurvature.parts`, but computed for a few whole rows at a time, so that none is kept.
 
-        An even number of rows: noise comes in pairs of elements.
+        Each slice has an even number of rows, because noise comes in pairs of elements.
         """
         columns = len(self.columns)
         size = max(max(CHUNK, chunk_size(self.rows)) // columns // 2 * 2, 2)
@@ -84,7 +85,7 @@ class ScaledDirection(Direction):
         self.curvature = curvature
 
     def arguments(self) -> dict[str, Any]:
-        """As of any direction, if its curvature is a full one."""
+        """As for any direction; only for a full curvature."""
         assert isinstance(self.curvature, FullCurvature)
         return super().arguments() | {"curvature": self.curvature.whole()}
 

@@ -13,9 +13,9 @@ class Signed(LowRank):
     """Adds the lift of ``pending + factor * core * (rows columns')`` to a weight.
 
     Args:
-        basis, shape, pending: of :class:`~zolightning.directions.low_rank.LowRank`.
-        core: that is shared, float32 or wider.
-        signs: 1 or -1, of the core's rows and of its columns, in one tensor, of any dtype.
+        basis, shape, pending: see :class:`~zolightning.directions.low_rank.LowRank`.
+        core: the core that all perturbations of the matrix share, float32 or wider.
+        signs: 1 or -1 for each row of the core and then for each column, (rows + columns,), any dtype.
         factor: multiplies the core.
     """
 
@@ -29,7 +29,7 @@ class Signed(LowRank):
 
     @staticmethod
     def write_cores(groups: Sequence[LowRank], outs: Tensor) -> None:
-        """As of any perturbations: by a few operations on all where all are of this kind and have one factor."""
+        """As :meth:`LowRank.write_cores`; all cores are written at once if all groups are signed, with one factor."""
         found = [group for group in groups if isinstance(group, Signed)]
         if len(found) < len(groups) or any(group.factor != found[0].factor for group in found):
             LowRank.write_cores(groups, outs)

@@ -10,8 +10,8 @@ from zolightning.directions.perturbation import Perturbation
 class Tangent:
     """Makes a parameter a dual number, so that what is computed from it carries its derivative along a direction.
 
-    It takes the place of a perturbation within a level of :mod:`torch.autograd.forward_ad`. It needs the memory of the
-    parameter while that is read.
+    It is used in place of a perturbation, within a level of :mod:`torch.autograd.forward_ad`. It takes as much memory
+    as the parameter while the parameter is read.
 
     Args:
         direction: the direction, of unit variance; it must not depend on the weight.

@@ -1,11 +1,14 @@
-"""No change of a parameter, which is read as a perturbed one is."""
+"""A perturbation by zero, for losses that must round as perturbed ones do."""
 
 import torch
 from torch import Tensor
 
 
 class Unchanged:
-    """Hands functions copies of a parameter, a large matrix in pieces, so that products round as perturbed ones do."""
+    """Changes nothing, but has the parameter read as a perturbed one is: from scratch memory, a large matrix in pieces.
+
+    Products of pieces may round in another way than the product of the whole matrix.
+    """
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         out.copy_(weight)

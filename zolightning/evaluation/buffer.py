@@ -1,11 +1,11 @@
-"""Memory that one tensor after another lies in."""
+"""A piece of memory that one tensor after another uses."""
 
 import torch
 from torch import nn
 
 
 class Buffer:
-    """Bytes that grow to the largest tensor asked for, and the tensors that have been made of them."""
+    """Bytes that grow to the size of the largest tensor asked for, and the tensors made of them so far."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -20,7 +20,7 @@ class Buffer:
         found = self._made.get((shape, dtype, requires_grad))
         return self._make(shape, dtype, requires_grad) if found is None else found
 
-    @torch.inference_mode(False)  # whoever reads it first may be in that mode, and others not
+    @torch.inference_mode(False)  # the first reader may be in that mode and later ones not
     def _make(self, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
         size = shape.numel() * dtype.itemsize
         if size > len(self._bytes):

@@ -1,4 +1,4 @@
-"""What a callable launches on a CUDA device, recorded once as a graph and launched again by one call."""
+"""Records the kernels that a callable launches on a CUDA device as a graph, which one call launches again."""
 
 import traceback
 import warnings
@@ -12,7 +12,7 @@ Output = TypeVar("Output")
 
 
 class Capture(Protocol):
-    """What records graphs."""
+    """The interface of what records graphs; :class:`CudaCapture` explains its methods."""
 
     device: torch.device
 
@@ -24,12 +24,12 @@ class Capture(Protocol):
 class CudaCapture:
     """Records graphs that share one pool of memory.
 
-    A graph has the addresses it was recorded with: tensors that a callable reads from outside must stay where they
-    are, and new values are copied into them. What it allocates itself lies in the pool, which another graph's replay
-    may overwrite: outputs are to be copied right after a replay. One graph is replayed at a time.
+    A graph reads and writes the addresses it was recorded with. Tensors that a callable reads from outside must
+    therefore stay where they are, and new values are copied into them. What the callable allocates lies in the pool,
+    which the replay of another graph may overwrite, so copy outputs right after a replay. Replay one graph at a time.
 
     Args:
-        device: of all tensors.
+        device: the device of all tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], Output]) -> Output:
-        """Runs a callable as it has to run to be recorded, on a stream of its own, and without waiting for the device.
+        """Runs a callable under the conditions of a recording: on its own stream, without waiting for the device.
 
         Raises:
             RuntimeError: by the operation that waits for the device, such as reading a number back.
@@ -54,7 +54,7 @@ class CudaCapture:
         return output
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        """What a callable returns, and what fills it anew."""
+        """Records a callable; returns its output, and a function that replays the graph, which writes that output."""
         graph = torch.cuda.CUDAGraph()
         # A recording that fails leaves its stream in place, so this one is put back. Other threads, which load data,
         # may use the device meanwhile.
@@ -73,7 +73,7 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 
 
 def describe_failure(error: Exception) -> str:
-    """What went wrong in a recording, and the line of the network that did it."""
+    """The error of a recording in one line, with the line of the network that caused it."""
     if isinstance(error.__context__, Exception):  # a recording that ends after an error fails once more
         error = error.__context__
     words = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)

@@ -1,4 +1,4 @@
-"""Evaluates a loss at perturbed weights: the optimizer says where, this says how."""
+"""Evaluates a loss at perturbed weights; the optimizer says which perturbations."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -7,11 +7,12 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
+from zolightning.evaluation.losses import Evaluate, LossAndTerms
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -23,7 +24,6 @@ from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
 
-Evaluate = Callable[[], tuple[Tensor, Tensor]]  # a loss and the number of terms it averages, both wide scalars
 # Submodules at the last step, the names of the parameters that each had itself, and all these parameters
 _Structure = tuple[list[nn.Module], list[tuple[str, ...]], list[nn.Parameter | None]]
 
@@ -32,11 +32,11 @@ class Evaluator:
     """Evaluates the losses of a step, each under perturbations of its own; the stored weights stay as they are.
 
     Attributes:
-        module: what owns the parameters; None for parameters on their own.
-        prefix: what the evaluations of a step have in common, computed once.
-        graphs: the network's forward as CUDA graphs, in place of `prefix`; None where it runs as it is.
-        is_first: whether the evaluation that runs now is the one of the step that leaves traces and is to be logged.
-        left_traces: whether the first evaluation of the last step wrote to the module.
+        module: the module that owns the parameters; None for parameters without a module.
+        prefix: the layer outputs that the evaluations of a step share.
+        graphs: the network's forward as CUDA graphs, used instead of `prefix`; None without graphs.
+        is_first: whether the present evaluation is the one of its step that is logged and may change the module.
+        left_traces: whether the first evaluation of the last step changed the module.
     """
 
     def __init__(self) -> None:
@@ -52,14 +52,14 @@ class Evaluator:
         self._is_watched = False  # whether one evaluation has been watched for these
         self._stack: StackedNetwork | None = None
         self._examples: ExampleNetwork | None = None
-        self._is_apart = False  # whether examples run one by one
+        self._runs_one_by_one = False  # whether each example has a forward of its own
 
     def attach(self, module: nn.Module, parameters: Iterable[nn.Parameter], evaluations_per_forward: int = 1) -> None:
-        """Evaluates losses of `module` from now on.
+        """Sets the module whose losses are evaluated from now on.
 
         Args:
-            module: what owns the parameters.
-            parameters: those that train.
+            module: the module that owns the parameters.
+            parameters: the parameters that train.
             evaluations_per_forward: how many evaluations of a step share a run of the network, see
                 :mod:`zolightning.evaluation.stacked`.
 
@@ -75,7 +75,7 @@ class Evaluator:
             self._stack = StackedNetwork(network_of(module, parameters), evaluations_per_forward)
 
     def detach(self) -> None:
-        """Leaves the module for good."""
+        """Undoes :meth:`attach`."""
         self.module = None
         self._structure, self._held = ([], [], []), {}
         self.graphs = None
@@ -95,20 +95,24 @@ class Evaluator:
         resting: Mapping[nn.Parameter, str] | None = None,
         leaves_traces: bool = True,
         micro_batches: Sequence[MicroBatch] | None = None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Losses, and the numbers of terms they average, under each of some perturbations.
+    ) -> list[LossAndTerms]:
+        """Evaluates a loss once under each of some perturbations.
 
-        All are evaluated in evaluation mode, on the same random numbers, from the same state of the module.
+        The module is in evaluation mode, and all evaluations see the same random numbers and the same state of it.
 
         Args:
             evaluate: computes the loss of one batch anew at each call.
             trainable: the parameters that train, and their names.
-            perturbations: what each evaluation changes; parameters that are left out read as they are stored.
-            randomness: integers that say which random numbers the loss draws.
-            resting: parameters that train in other steps, and their names: where these are read is found out at once.
-            leaves_traces: whether the first evaluation changes the module as one outside of this class would.
-            micro_batches: the batch in parts, if losses of single examples are wanted; `perturbations` are then those
-                of each example in turn, as often as there are any.
+            perturbations: the perturbed parameters of each evaluation; others are read as they are stored.
+            randomness: integers that determine the random numbers that the loss draws.
+            resting: parameters that train in other steps, and their names; where they are read is found out now as
+                well.
+            leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
+            micro_batches: the batch in parts, if the losses of single examples are wanted. There is then a perturbation
+                for each example in turn, and the list may go through all examples several times.
+
+        Returns:
+            The loss and its number of terms for each of the `perturbations`.
         """
         resting = resting or {}
         gathered = self._reads.gathered
@@ -122,8 +126,8 @@ class Evaluator:
                 self._held, self._moving = {}, moving
             traces = Traces(modules, self._written, moving, self._held)
 
-            def run(*within: AbstractContextManager[Any], loss: Evaluate = evaluate) -> tuple[Tensor, Tensor]:
-                def evaluated() -> tuple[Tensor, Tensor]:
+            def run(*within: AbstractContextManager[Any], loss: Evaluate = evaluate) -> LossAndTerms:
+                def evaluated() -> LossAndTerms:
                     with ExitStack() as stack:
                         for context in (*within, *(() if self._is_watched else (traces.watched(),))):
                             stack.enter_context(context)
@@ -141,21 +145,21 @@ class Evaluator:
             arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
             results, unread = self._losses(*arguments)
             if gathered and not self._reads.knows(trainable):
-                unread = []  # the loss was not finite, so that it is not known yet which are read at all
+                unread = []  # the loss was not finite, so it is not known yet which parameters are read at all
             if unread and gathered:  # other ranks would not know that it is to be found out anew
                 raise RuntimeError(
                     f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this "
                     f"one, of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters "
                     "are sharded over ranks, the same must be read in each step."
                 )
-            if unread:  # at least where they were
+            if unread:  # at least not where they were read before
                 self._reads.forget(unread)
                 results, _ = self._losses(*arguments)
             self._held, self.left_traces = traces.finish(), traces.found
         return results
 
     def forget(self) -> None:
-        """Discards what is known of where parameters are read and what evaluations share: the next step finds out."""
+        """Forgets where parameters are read and what evaluations share, so that the next step finds it out anew."""
         self._reads.forget()
         self._is_watched = False
         if self.module is not None:
@@ -176,15 +180,15 @@ class Evaluator:
 
     def _losses(
         self,
-        evaluate: Callable[..., tuple[Tensor, Tensor]],
+        evaluate: Callable[..., LossAndTerms],
         trainable: Mapping[nn.Parameter, str],
         resting: Mapping[nn.Parameter, str],
         perturbations: Sequence[Perturbations],
         generators: Generators,
         leaves_traces: bool,
         micro_batches: Sequence[MicroBatch] | None,
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[nn.Parameter]]:
-        """Losses, and the parameters that were to be perturbed where they are read, and have not been read there."""
+    ) -> tuple[list[LossAndTerms], list[nn.Parameter]]:
+        """Losses with their numbers of terms, and the parameters whose perturbation no function has read."""
         contexts = self._reads.contexts(trainable, resting, perturbations, lambda: evaluate()[0])
         if self._stack is not None and self._reads.has_unseen:
             self._stack = None
@@ -215,14 +219,14 @@ class Evaluator:
 
     def _of_examples(
         self,
-        evaluate: Callable[..., tuple[Tensor, Tensor]],
+        evaluate: Callable[..., LossAndTerms],
         micro_batches: Sequence[MicroBatch],
         contexts: Sequence[Perturbed],
         generators: Generators,
         leaves_traces: bool,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Losses of each example in turn, as often as there are contexts for them."""
-        results: list[tuple[Tensor, Tensor]] = []
+    ) -> list[LossAndTerms]:
+        """The losses of all examples in turn, as many times as there are contexts for each example."""
+        results: list[LossAndTerms] = []
         size = sum(len(batch.examples) for batch in micro_batches)
         prefix = self.prefix if self.graphs is None or self.graphs.is_off else None
         with self.prefix.one_step(generators):
@@ -232,9 +236,9 @@ class Evaluator:
                     network = self._network_of_examples(own[0])
                     results += network.evaluate(evaluate, micro_batches, own, generators, prefix, self.graphs)
                 except CannotStack as error:
-                    if not self._is_apart:
+                    if not self._runs_one_by_one:
                         rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
-                    self._is_apart = True
+                    self._runs_one_by_one = True
                     if not results and leaves_traces:  # those that stay are of all examples
                         self.is_first = True
                         with own[0]:
@@ -245,12 +249,12 @@ class Evaluator:
         return results
 
     def _network_of_examples(self, context: Perturbed) -> ExampleNetwork:
-        """What runs examples together.
+        """The network that runs examples together.
 
         Raises:
-            CannotStack: if there is nothing that could.
+            CannotStack: if there is no such network.
         """
-        if self._is_apart or self.module is None:
+        if self._runs_one_by_one or self.module is None:
             raise CannotStack("the optimizer is not attached to a module")
         if context.in_place:
             raise CannotStack("some parameters are perturbed in place, which no example has to itself")
@@ -267,10 +271,10 @@ class Evaluator:
         return self._examples
 
     def _layers(self) -> Sequence[nn.Module]:
-        """Those that evaluations may pass over: none where ranks share parameters, and must run the same forwards."""
+        """The layers that may be skipped; none with sharded parameters, where all ranks must run the same forwards."""
         return () if self._reads.gathered or self.module is None else layers_of(self.module)
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """By name; none of TorchScript, which makes a new object for each at every look."""
+    """A module's own parameters by name; none for TorchScript, which returns new objects at each access."""
     return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters

@@ -1,13 +1,13 @@
-"""Losses of single examples, each at weights perturbed in its own way, by one run of the network on all of them.
+"""The losses of single examples, each at its own perturbed weights, from one run of the network on the whole batch.
 
-The rows of a batch are then groups, one an example, that see parameters of their own. With a low-rank perturbation an
-example's rows, tokens and padding among them, take its direction ``x_i W' + (x_i B) A_i'`` beside one product with the
-stored weight, so that a batch with a direction for each example costs about as much as one with a single direction.
+The rows of the batch form groups, one for each example, and each group sees its own perturbed parameters. With low-rank
+perturbations that is ``x_i W' + (x_i B) A_i'`` for the rows x_i of example i: one product with the stored weight for
+all examples and thin products for each, so a direction for each example costs about as much as one for all.
 
-The loss is a function of whoever wrote it, and is asked of each example: it is evaluated once for the whole batch, in
-which the network runs, and then for each example as for a batch of one, in which the network returns the example's
-share of that run. So the loss of a batch must be a mean over its examples, and rows must be independent. Where the
-network does not let itself be run like this, :class:`~zolightning.evaluation.row_groups.CannotStack` says why.
+The loss function is the user's. It is called once for the whole batch, where the network runs, and then for each
+example as a batch of one, where the network returns the example's rows of that run. So the loss of a batch must be a
+mean over its examples, and rows must be independent of each other. A network that cannot be run like this raises
+:class:`~zolightning.evaluation.row_groups.CannotStack`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -27,8 +28,8 @@ from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
 from zolightning.evaluation.shared_prefix import SharedPrefix
 
-Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight; `loss` says of which
-Losses = list[tuple[Tensor, Tensor]]
+EvaluateThis = Callable[..., LossAndTerms]  # evaluates the loss function given as `loss`
+Losses = list[LossAndTerms]
 
 _MOST_COMPARED = 8  # examples whose losses are compared with those of separate runs
 
@@ -37,8 +38,9 @@ class MicroBatch(NamedTuple):
     """Examples that run together.
 
     Attributes:
-        loss: computes that of all of them, anew at each call.
-        examples: of each, in the order of their rows, what computes its loss alone; by its number in the batch.
+        loss: computes the loss of all of them, anew at each call.
+        examples: by the number of each example in the batch, in the order of rows, the function that computes the loss
+            of this example alone.
     """
 
     loss: Callable[[], Any]
@@ -46,16 +48,17 @@ class MicroBatch(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a run of the network has found.
+    """The result of one run of the network.
 
     Attributes:
-        losses: of each example, with their weights.
-        whole: that of all of them, from the same run.
-        cuts: where tensors were cut; None where none was: for one example, or losses without a network or terms.
+        losses: the loss of each example and its number of terms.
+        whole: the loss of all of them, from the same run.
+        cuts: which tensors were split into examples; None if none was, because there was one example, or the loss did
+            not run the network or had no terms.
     """
 
     losses: Losses
-    whole: tuple[Tensor, Tensor]
+    whole: LossAndTerms
     cuts: tuple[Any, ...] | None
 
 
@@ -73,25 +76,25 @@ class ExampleNetwork:
     @torch.no_grad()
     def evaluate(
         self,
-        evaluate: Evaluate,
+        evaluate: EvaluateThis,
         batches: Sequence[MicroBatch],
         contexts: Sequence[Perturbed],
         generators: Generators,
         prefix: SharedPrefix | None,
         graphs: GraphedNetwork | None = None,
     ) -> Losses:
-        """Losses and their weights of each example, under the perturbation of its own context, none in place.
+        """The loss and the number of terms of each example, each within its own context, none of them in place.
 
-        Where the network has not been run with the same tensors cut before, losses of a few examples are compared with
-        those of separate runs first.
+        The first time that a certain set of tensors is split into examples, the losses of a few examples are compared
+        with those of separate runs.
 
         Args:
-            evaluate: evaluates a loss, as often as asked.
-            batches: whose examples have `contexts`, one after the other.
-            contexts: how each example sees parameters.
-            generators: what losses draw from.
-            prefix: what the evaluations of a step have in common; None where all of the network runs.
-            graphs: its forward as CUDA graphs, if any.
+            evaluate: evaluates the loss function that it is given.
+            batches: the parts of the batch.
+            contexts: for each example of these parts, in order, how it sees parameters.
+            generators: the random number generators that losses may draw from.
+            prefix: the layer outputs that the evaluations of a step share; None if the whole network runs each time.
+            graphs: the network's forward as CUDA graphs, if any.
 
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
@@ -100,7 +103,7 @@ class ExampleNetwork:
         shares = [contexts[start:stop] for start, stop in pairwise([0, *accumulate(len(b.examples) for b in batches)])]
         found: list[_Found] = []
 
-        def run(_: Perturbed, within: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:
+        def run(_: Perturbed, within: AbstractContextManager[None]) -> LossAndTerms:
             with within:
                 arguments = generators, graphs
                 found[:] = [self._together(evaluate, *pair, *arguments) for pair in zip(batches, shares, strict=True)]
@@ -126,7 +129,7 @@ class ExampleNetwork:
 
     def _together(
         self,
-        evaluate: Evaluate,
+        evaluate: EvaluateThis,
         batch: MicroBatch,
         contexts: Sequence[Perturbed],
         generators: Generators,
@@ -151,7 +154,7 @@ class ExampleNetwork:
             raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
         return _Found(run.losses, whole, (len(contexts), *run.cuts))
 
-    def _require_mean(self, losses: Losses, whole: tuple[Tensor, Tensor]) -> None:
+    def _require_mean(self, losses: Losses, whole: LossAndTerms) -> None:
         """Raises a ValueError unless the loss of a batch is the mean of those of its examples, from one output."""
         terms = torch.stack([terms for _, terms in losses])
         mean = torch.stack([torch.where(terms == 0, 0, loss * terms) for loss, terms in losses]).sum() / terms.sum()
@@ -164,11 +167,11 @@ class ExampleNetwork:
             )
 
     def _agrees(
-        self, evaluate: Evaluate, batch: MicroBatch, contexts: Sequence[Perturbed], generators: Generators
+        self, evaluate: EvaluateThis, batch: MicroBatch, contexts: Sequence[Perturbed], generators: Generators
     ) -> bool:
-        """Whether losses are right where every other example compared sees other parameters, by a few percent.
+        """Whether losses are those of separate runs, tried with parameters a few percent off for every other example.
 
-        False where a loss is not finite, so that nothing can be compared.
+        False if a loss is not finite, so that nothing can be compared.
         """
         compared = range(0, len(contexts), -(-len(contexts) // _MOST_COMPARED))
         parameters, flip = perturbed_by(contexts), FlippedBit()
@@ -198,7 +201,7 @@ class ExampleNetwork:
 
 
 class _Run(NetworkRun):
-    """The calls of a network for all examples, and then for each; an example has some rows of a call's."""
+    """The calls of a network, first for all examples, then for each one, which gets its rows of the first output."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -226,8 +229,8 @@ class _Run(NetworkRun):
         return tensor
 
 
-def one_by_one(evaluate: Evaluate, batch: MicroBatch, contexts: Sequence[Perturbed]) -> Losses:
-    """Losses of examples by a run of the network for each."""
+def one_by_one(evaluate: EvaluateThis, batch: MicroBatch, contexts: Sequence[Perturbed]) -> Losses:
+    """Losses of examples, each by its own run of the network."""
     results = []
     for context, loss in zip(contexts, batch.examples.values(), strict=True):
         with context:

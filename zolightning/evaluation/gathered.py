@@ -1,8 +1,8 @@
-"""What a network reads in the place of parameters that ranks share: FSDP2 gathers them as each module runs.
+"""The tensors that a network reads in place of parameters that are sharded over ranks (FSDP2).
 
-``fully_shard`` (torch.distributed.fsdp) leaves a DTensor where a parameter was, and puts an ordinary tensor with all
-of its elements in its place whenever the module's forward runs: the same object each time, whose memory comes and goes.
-That one is perturbed, whole, on every rank; the DTensor is what is updated and saved.
+``fully_shard`` (torch.distributed.fsdp) replaces a parameter by a DTensor, which is updated and saved. Whenever the
+module's forward runs, it puts an ordinary tensor with all elements in its place: the same object each time, whose
+memory is allocated and freed. That tensor is perturbed, whole, on every rank.
 """
 
 from contextlib import suppress
@@ -16,20 +16,20 @@ from zolightning.messages import some
 
 
 class Gathered:
-    """The parameters that the forwards of a module read, by those that it owns between them.
+    """Maps the sharded parameters of a module to the gathered tensors that its forwards read instead.
 
     Args:
-        module: to some of whose submodules ``fully_shard`` may have been applied. Their parameters are gathered once,
-            one submodule after the other: to be called on all ranks.
+        module: a module in which ``fully_shard`` may have been applied to submodules. Their parameters are gathered
+            once here, one submodule after the other, so create this on all ranks.
 
     Raises:
-        ValueError: if a parameter is spread over ranks and forwards do not gather it.
+        ValueError: if a parameter is sharded over ranks and no forward gathers it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._read: dict[nn.Parameter, nn.Parameter] = {}
         self._sharded: list[Any] = []  # FSDPModule
-        self._roots: list[Any] = []  # those that are in no other one
+        self._roots: list[Any] = []  # those inside no other one
         stored = {parameter: name for name, parameter in module.named_parameters() if is_sharded(parameter)}
         if not stored:
             return
@@ -56,24 +56,24 @@ class Gathered:
         return bool(self._read)
 
     def read(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What forwards read in the place of a parameter: itself where it is not shared."""
+        """The tensor that forwards read in place of a parameter; the parameter itself if it is not sharded."""
         return self._read.get(parameter, parameter)
 
     def give_back(self) -> None:
-        """Frees what forwards have left gathered, which would not follow when shards change.
+        """Frees parameters that forwards have left gathered, which would be stale after an update of the shards.
 
-        FSDP2 leaves the outermost module's parameters gathered for a backward, and all of them where a forward fails;
-        and it notes every forward, for the same backward.
+        FSDP2 keeps the outermost module's parameters gathered for a backward pass, and all of them if a forward fails.
+        It also keeps a note of every forward for that backward pass.
         """
         for root in self._roots:
-            # Of torch 2.13; before the first forward there is nothing to be reset, nor an attribute that it looks at.
+            # A method of torch 2.13; before the first forward the attribute that it reads does not exist.
             with suppress(AttributeError):
                 root.reset_iter_state()
         for submodule in self._sharded:
             submodule.reshard()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the ranks that share parameters, so that all of them draw the same conclusions."""
+        """The sum over the ranks that share the parameters, so that all of them decide alike."""
         mesh = next(iter(self._read)).device_mesh  # type: ignore[attr-defined]  # of a DTensor
         total = value.to(mesh.device_type, copy=True)
         for group in mesh.get_all_groups():

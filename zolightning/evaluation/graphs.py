@@ -11,11 +11,11 @@ for the second time, which takes several forwards. So batches should come in few
 :class:`~zolightning.data.batching.LengthBuckets` puts examples of similar length into one batch, and
 `pad_to_multiple_of` of the data module rounds lengths up.
 
-Only the network is recorded; the loss around it runs as ever. What a recording cannot hold is found out: a network
-that reads numbers back from the device, draws random numbers, changes what its modules hold or has hooks inside runs
-as it does without graphs, and one warning says why. Graphs are dropped where parameters, buffers or attributes of
-modules have been exchanged. The first replay of a graph, and the first one in another step, is compared with a run
-without it, bit for bit.
+Only the network is recorded; the loss around it runs as usual. A network that cannot be recorded (it reads numbers back
+from the device, draws random numbers, changes attributes of its modules, or has hooks inside) is detected and runs
+without graphs, and one warning says why. Graphs are dropped when parameters, buffers or attributes of modules have been
+replaced. The first replay of a graph, and the first one in another step, is compared with a run without it, bit for
+bit.
 """
 
 from collections import Counter
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zolightning.evaluation.capture import Capture, describe_failure
+from zolightning.evaluation.losses import Evaluate, LossAndTerms
 from zolightning.evaluation.network_state import NetworkState, snapshot_of
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -37,8 +38,6 @@ from zolightning.evaluation.row_groups import RowGroups
 from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Perturbations, Tables, copy_into, static_copy
 from zolightning.rank_zero import rank_zero_warn
-
-Evaluate = Callable[[], tuple[Tensor, Tensor]]
 
 LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and what the driver needs
 _UNSETTLED = 3  # steps in a row, the first one among them, that may begin with other modules than the one before
@@ -71,8 +70,8 @@ class GraphedNetwork:
         self._step = 0
         self._generators = Generators()
 
-    def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
-        """Losses and their weights under each of some perturbations."""
+    def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
+        """The loss and its number of terms under each of some perturbations."""
         results = []
         for context in contexts:
             own = self.network.forward
@@ -117,12 +116,13 @@ class GraphedNetwork:
         )
 
     def run(self, own: Callable[..., Any], context: Perturbed, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward within `context`, which is active, by a graph where there is one.
+        """The network's forward within the active `context`, by a graph if there is one for this call.
 
         Args:
-            own: that without a graph.
+            own: the forward without a graph.
             context: how each group of rows sees parameters, or how all rows do.
-            args: of the forward, as `kwargs`.
+            *args: the arguments of the forward.
+            **kwargs: its keyword arguments.
         """
         if self.is_off:
             return own(*args, **kwargs)
@@ -153,7 +153,7 @@ class GraphedNetwork:
         return output
 
     def _has_room(self, key: Hashable) -> bool:
-        """Whether there may be a graph for a key: fewer than the limit, or one that is used half as often, at most."""
+        """Whether a graph for this key may be added; drops the least used graph if it is used half as often or less."""
         if len(self._graphs) < self._limit:
             return True
         if not self._has_been_full:
@@ -177,14 +177,14 @@ class GraphedNetwork:
         parts: Parts,
         expected: Any,
     ) -> None:
-        """Records a graph and compares its first replay with what the network has returned."""
+        """Records a graph, and compares its first replay with `expected`, the output of the network without it."""
         tables = self._tables.get(parts.key)
         if tables is None:
             tables = self._tables[parts.key] = Tables(parts)
         tables.fill(parts, self._step)
         readers = context.readers
         if readers is not None and self.network in readers:
-            readers = None  # its own forward runs, past the one that would watch
+            readers = None  # `own` is called directly, not by the `forward` that watches
         try:
             graph = _Graph(arguments, tables)
             args, kwargs = arguments.with_tensors(graph.inputs)
@@ -194,7 +194,7 @@ class GraphedNetwork:
                 graph.twin.readers = readers
                 with context.paused(), graph.twin:
                     output = own(*args, **kwargs)
-                graph.twin.scratch = Scratch()  # that which was used is the pool's again
+                graph.twin.scratch = Scratch()  # the memory of the one that was used goes back to the pool
                 return output
 
             copy_into(graph.inputs, arguments.tensors)
@@ -210,7 +210,7 @@ class GraphedNetwork:
             self._prove(graph, output, expected)
 
     def _warm_up(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> None:
-        """Runs what is to be recorded once, and looks at what it leaves behind."""
+        """Runs the callable once before it is recorded; refuses it if it has effects that a replay would not have."""
         before = snapshot_of(self.network)
         states, versions = self._generators.states(), [tensor._version for tensor in inputs]
         for leaf in tree_flatten(self._capture.warm_up(run))[0]:
@@ -230,14 +230,15 @@ class GraphedNetwork:
 
 
 class _Graph:
-    """A forward that has been recorded.
+    """A recorded forward.
 
     Attributes:
-        inputs: where it reads the tensors among the arguments.
-        output: where it writes what the forward returned.
-        launch: runs it.
-        twin: the context that it was recorded in, which knows what has been read and cut.
-        proofs: steps in which a replay has been compared with a run without the graph, `proven_in` the last of them.
+        inputs: the tensors from which it reads the tensors among the arguments.
+        output: the output, which each replay overwrites.
+        launch: replays it.
+        twin: the context in which it was recorded, which knows which parameters were read and which tensors split.
+        proofs: number of steps in which a replay has been compared with a run without the graph.
+        proven_in: the last of these steps.
     """
 
     def __init__(self, arguments: Arguments, tables: Tables) -> None:
@@ -249,7 +250,7 @@ class _Graph:
         self._tables = tables
 
     def replay(self, arguments: Arguments, parts: Parts, step: int) -> Any:
-        """What the forward returns for these arguments, under these perturbations."""
+        """The output of the forward for these arguments and perturbations, as a copy."""
         self._tables.fill(parts, step)
         copy_into(self.inputs, arguments.tensors)
         self.launch()
@@ -261,14 +262,14 @@ def _groups(context: Perturbed) -> Sequence[Perturbed]:
 
 
 def _twin(context: Perturbed, groups: Sequence[Perturbations]) -> Perturbed:
-    """A context like another one, with other perturbations, and scratch memory of its own."""
+    """A copy of a context with other perturbations and its own scratch memory."""
     scratch = Scratch()
     contexts = [Perturbed(group, scratch=scratch) for group in groups]
     return RowGroups(contexts, context.rows, context.held) if isinstance(context, RowGroups) else contexts[0]
 
 
 def _watched(context: Perturbed) -> Perturbations:
-    """The perturbations of parameters that are not perturbed where they lie: those a graph reads as they are."""
+    """The perturbations that a graph has to apply; parameters perturbed in place are read as they are."""
     if not context.in_place:
         return context.perturbations
     return {p: change for p, change in context.perturbations.items() if p not in context.in_place}
@@ -280,7 +281,7 @@ def _modes(network: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    """Whether two structures hold the same; tensors bit by bit, so that NaN is NaN."""
+    """Whether two structures are equal; tensors are compared bit by bit, so NaN equals NaN."""
     (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
     return structure == other_structure and all(
         torch.equal(_bits(a), _bits(b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

@@ -1,4 +1,4 @@
-"""What is known of where losses read parameters: found out when one takes part in a step for the first time."""
+"""Remembers where losses read each parameter, which is found out when the parameter first takes part in a step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -17,21 +17,21 @@ Names = Mapping[nn.Parameter, str]
 
 
 class KnownReads:
-    """Makes the contexts in which losses see perturbed parameters, from what it knows and finds out of these.
+    """Makes the contexts in which losses see perturbed parameters, by what it knows of where these are read.
 
     Args:
-        module: what owns the parameters; None for parameters on their own.
+        module: the module that owns the parameters; None for parameters without a module.
 
     Attributes:
-        gathered: what forwards read in the place of parameters that ranks share.
+        gathered: the tensors that forwards read in place of sharded parameters.
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self.gathered = Gathered(nn.Module() if module is None else module)
         self._module = module
         self._scratch = Scratch()
-        # The parameters that have been tried: where functions see them read, and others. Sets of parameters, and of a
-        # dictionary's, are compared by hashes that they keep: a tensor's takes a call of Python.
+        # Parameters that have been tried: those whose reads torch functions see, and the others. They are compared with
+        # sets and dictionaries of parameters, which keep their members' hashes: hashing a tensor calls Python.
         self._seen: set[nn.Parameter] = set()
         self._unseen: set[nn.Parameter] = set()
         self._readers: dict[frozenset[nn.Parameter], Readers | None] = {}  # of the parameters that have been tried
@@ -46,7 +46,7 @@ class KnownReads:
         return set(parameters) <= self._seen | self._unseen
 
     def forget(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Discards what is known of some parameters, or of all."""
+        """Forgets where some parameters, or all of them, are read."""
         self._readers.clear()
         forgotten = self._seen | self._unseen if parameters is None else set(parameters)
         self._seen -= forgotten
@@ -61,8 +61,8 @@ class KnownReads:
 
         Args:
             trainable: the parameters that train, and their names.
-            resting: those that train in other steps.
-            perturbations: what each evaluation changes.
+            resting: the parameters that train in other steps, and their names.
+            perturbations: the perturbed parameters of each evaluation.
             loss: evaluates the batch's loss, a scalar.
         """
         self._find_unseen({**trainable, **resting}, loss)

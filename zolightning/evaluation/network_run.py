@@ -1,4 +1,4 @@
-"""The calls of a network whose rows belong to several evaluations of a step."""
+"""Runs a network once for several evaluations of a step, each of which has its own rows."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack, RowGroups, tensors_in
@@ -26,14 +27,15 @@ class Call(NamedTuple):
 
 
 class NetworkRun:
-    """The calls of a network during some evaluations: in the first of them it runs for all, each with rows of its own.
+    """Stands in for a network during several evaluations: it runs in the first one, on the rows of all of them.
 
-    :meth:`forward` and :meth:`generate` stand in the place of the network's.
+    :meth:`forward` and :meth:`generate` replace the network's methods. In the first evaluation they run the network and
+    return the first evaluation's rows of the output; in later ones they return the rows of that evaluation.
 
     Args:
-        network: whose calls they are.
+        network: the network.
         contexts: how each evaluation sees parameters.
-        generators: what evaluations draw from.
+        generators: the random number generators that evaluations may draw from.
         graphs: the network's forward as CUDA graphs, if any.
     """
 
@@ -44,9 +46,9 @@ class NetworkRun:
         generators: Generators,
         graphs: GraphedNetwork | None,
     ) -> None:
-        self.losses: list[tuple[Tensor, Tensor]] = []
+        self.losses: list[LossAndTerms] = []
         self.calls: list[Call] = []
-        self.cuts: list[Any] = []  # decisions taken on the way
+        self.cuts: list[Any] = []  # which tensors were split, in order
         self._contexts = contexts
         self._generators = generators
         self._network = network
@@ -73,7 +75,7 @@ class NetworkRun:
         return self.output_for(inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network's ``generate`` returns in this evaluation: its texts of all evaluations grow together."""
+        """The result of the network's ``generate`` in this evaluation; the texts of all evaluations grow together."""
         inputs = tensors_in((args, kwargs))
         if not self.losses:
             self._is_writing = True
@@ -86,7 +88,7 @@ class NetworkRun:
         return self.output_for(inputs)
 
     def output_for(self, inputs: list[Tensor]) -> Any:
-        """What the network returns in this evaluation, which calls it with `inputs`."""
+        """The network's output in this evaluation, which has called it with `inputs`."""
         if self._call >= len(self.calls):
             raise CannotStack("the network is called more often in one evaluation than in another")
         call = self.calls[self._call]
@@ -100,19 +102,19 @@ class NetworkRun:
         return _part(call.output, len(self.losses), len(self._contexts), call.rows)
 
     def given(self, tensor: Tensor, call: Call) -> Tensor:
-        """What this evaluation calls the network with, where the first one has called it with `tensor`."""
+        """The input that this evaluation must give to the network if the first one gave it `tensor`."""
         return tensor
 
     def count_rows(self, rows: int) -> int:
-        """Rows of the run, given those of a call."""
+        """The number of rows that the network runs on when it is called with `rows` rows."""
         return len(self._contexts) * rows
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """Rows of the run, given those of a call."""
+        """The input that the network runs on when it is called with `tensor`, which has rows."""
         return tensor.repeat(len(self._contexts), *[1] * (tensor.ndim - 1))
 
     def finish(self) -> None:
-        """Ends the last evaluation: the only place that waits for a device, and only where inputs were made anew.
+        """Ends the last evaluation. It waits for the device only if an evaluation made its inputs anew.
 
         Raises:
             CannotStack: if the inputs of an evaluation had other values than those of the first.
@@ -135,7 +137,7 @@ class NetworkRun:
         total = self.count_rows(rows)
         stacked = RowGroups(self._contexts, total, self._held)
         if stacked.readers is not None and self._network in stacked.readers:
-            stacked.readers = None  # its own forward runs, past the one that would watch
+            stacked.readers = None  # its own forward is called directly, not by the one that watches
         function: Any = self._network_generate if self._is_writing else self._network_forward
         if self._graphs is not None and not self._is_writing:
             function = partial(self._graphs.run, function, stacked)
@@ -149,13 +151,13 @@ class NetworkRun:
             raise CannotStack(f"the network fails on stacked rows: {type(error).__name__}: {error}") from error
         if not self._generators.states().equal(before):
             raise CannotStack("the network draws random numbers, and stacked rows would not draw the same ones")
-        # Texts have different lengths, and the same cuts at every token.
+        # Texts differ in length; what is split is the same at every token.
         self.cuts += [frozenset(stacked.cuts)] if self._is_writing else stacked.cuts
         self.calls.append(Call(inputs, list(map(_version, inputs)), output, total))
 
 
 def computes_in_half(network: nn.Module, device: torch.device) -> bool:
-    """Whether some products of a network may be in half precision, where kernels round in ways that depend on rows."""
+    """Whether a network may multiply in half precision, where the rounding of kernels depends on the number of rows."""
     is_autocast = torch.is_autocast_enabled(device.type)
     return is_autocast or any(parameter.element_size() == 2 for parameter in network.parameters())
 
@@ -165,7 +167,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Grows with each write to a tensor's memory; None where torch does not count."""
+    """A number that grows with each write to a tensor; None for inference tensors, for which torch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 

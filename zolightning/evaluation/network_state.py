@@ -1,4 +1,4 @@
-"""What a CUDA graph of a network relies on: the objects its modules hold, and where their tensors lie."""
+"""Tells whether CUDA graphs of a network are still valid: the same objects in its modules, at the same addresses."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from zolightning.evaluation.snapshot import Snapshot
 
 
 class NetworkState:
-    """What the modules of a network hold, and where their tensors lie."""
+    """The objects that the modules of a network hold, and the addresses of their tensors."""
 
     def __init__(self, network: nn.Module) -> None:
         self._inner = [(name, module) for name, module in network.named_modules() if module is not network]
@@ -15,7 +15,7 @@ class NetworkState:
         self._addresses = self._now()
 
     def is_same(self) -> bool:
-        """Whether nothing has been exchanged; what is in the tensors may differ."""
+        """Whether no object has been replaced or moved; the values in tensors may differ."""
         return self._snapshot.holds_the_same() and self._addresses == self._now()
 
     def hooked(self) -> str | None:
@@ -30,7 +30,7 @@ class NetworkState:
 
 
 def snapshot_of(network: nn.Module) -> Snapshot:
-    """What the modules of a network hold now, but for its parameters."""
+    """A snapshot of what the modules of a network hold now, without its parameters."""
     return Snapshot(list(network.modules()), set(), {id(parameter) for parameter in network.parameters()}, {})
 
 

@@ -1,11 +1,11 @@
 """Perturbed weights that are never stored: a loss sees ``W + direction`` while ``W`` stays as it is.
 
-While a :class:`Perturbed` context is active, every torch function that is handed a perturbed parameter gets a
+While a :class:`Perturbed` context is active, every torch function that is called with a perturbed parameter gets a
 scratch copy of ``W + direction`` instead, filled just before the call and reused by the next one. So there is no
 restore pass and no drift, memory is one layer above inference, and an exception inside a loss loses nothing. Since
 the exchange happens where a weight is read, not where a module owns it, tied weights, functional use and modules
-that read another's parameter (``nn.MultiheadAttention``) need no special care. Where a trial shows that only the
-owners read, which is the rule, functions are watched inside of these modules alone.
+that read another's parameter (``nn.MultiheadAttention``) need no special care. If a trial shows that parameters are
+read only in the forward of the modules that own them, which is the rule, only calls in there are watched.
 
 Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
 perturbation. :func:`zolightning.evaluation.reads.find_unseen` finds such parameters before the first step; they are
@@ -33,21 +33,20 @@ from zolightning.evaluation.scratch import Scratch
 
 # Products with a weight, and which of their arguments are the weight, the input and the bias.
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
-_CONTAINERS = (list, tuple)  # that a function may be handed parameters in
+_CONTAINERS = (list, tuple)  # in which a function may get parameters
 
 
 class Perturbed(TorchFunctionMode):
     """A context in which torch functions see perturbed parameters.
 
     Args:
-        perturbations: how each parameter is perturbed. Where that is None, the context only notes that the parameter is
-            read. Parameters that are left out are read as they are stored.
-        in_place: parameters to be perturbed where they lie, restored from a copy on exit; that they are read is not
-            seen.
+        perturbations: how each parameter is perturbed; with None the context only notes that the parameter is read.
+            Parameters that are left out are read as they are stored.
+        in_place: parameters that are perturbed in place and restored from a copy on exit; their reads are not noticed.
         scratch: buffers to reuse from one context to the next.
-        readers: modules in whose ``forward`` alone the other parameters are read, see
-            :func:`zolightning.evaluation.reads.find_readers`; elsewhere functions are then left alone, at no cost.
-            None watches all functions.
+        readers: the modules in whose ``forward`` the other parameters are read, and nowhere else, see
+            :func:`zolightning.evaluation.reads.find_readers`; functions called elsewhere then cost nothing extra. None
+            watches all functions.
     """
 
     def __init__(
@@ -60,16 +59,16 @@ class Perturbed(TorchFunctionMode):
         super().__init__()
         self.perturbations = perturbations
         self.in_place = {parameter: perturbations[parameter] for parameter in in_place}
-        self._by_id = {id(p): w for p, w in perturbations.items()}  # of those that functions are watched for
+        self._by_id = {id(p): change for p, change in perturbations.items()}  # without the parameters in place
         for parameter in self.in_place:
             del self._by_id[id(parameter)]
         self.scratch = scratch or Scratch()
         self.readers = readers
         self._restore = ExitStack()
-        self._forwards: list[tuple[dict[str, Any], Any]] = []  # of readers: attributes, and own `forward` or None
+        self._forwards: list[tuple[dict[str, Any], Any]] = []  # each reader's attributes, and its own `forward` or None
         self._is_paused = False
         self._is_watching = False
-        # What has been made at the first read of one of these, by device and id; None outside of the context
+        # Small tensors, perturbed together at the first read of one of them, by device and id; None outside the context
         self._together: dict[torch.device, dict[int, Tensor]] | None = None
         self.seen: set[int] = set()  # ids of the parameters that some function has read
 
@@ -78,14 +77,14 @@ class Perturbed(TorchFunctionMode):
         return bool(self.seen or self.in_place)
 
     def unread(self) -> list[nn.Parameter]:
-        """Those that no function has read so far, among the parameters that are not perturbed in place."""
+        """The parameters that no function has read so far, without those perturbed in place."""
         if self._by_id.keys() <= self.seen:
             return []
         return [p for p in self.perturbations if p not in self.in_place and id(p) not in self.seen]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context functions are handed the stored parameters."""
+        """A context in which functions get the stored parameters."""
         self._is_paused = True
         try:
             yield
@@ -93,7 +92,7 @@ class Perturbed(TorchFunctionMode):
             self._is_paused = False
 
     def __enter__(self) -> "Perturbed":
-        with ExitStack() as restore:  # an interrupt or a lack of memory on the way restores what was done so far
+        with ExitStack() as restore:  # an interrupt or a lack of memory in here undoes what was done so far
             # Autocast keeps its half-precision copies of parameters: stale here, or as large as the model.
             restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
@@ -139,7 +138,7 @@ class Perturbed(TorchFunctionMode):
                 attributes.pop("forward", None)  # not there yet if an interrupt came in between
 
     def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The forward of a module that reads parameters."""
+        """Replaces the forward of a module that reads parameters: watches the functions called in there."""
         if self._is_watching or self._is_paused:
             return forward(*args, **kwargs)
         self._is_watching = True
@@ -151,7 +150,7 @@ class Perturbed(TorchFunctionMode):
             self._is_watching = False
 
     def _linear_forward(self, module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        """The forward of an ``nn.Linear``: what it calls is known, so that there is nothing to watch."""
+        """Replaces the forward of an ``nn.Linear``, which is known to call ``F.linear``: nothing has to be watched."""
         if len(args) != 1 or kwargs or self._is_watching or self._is_paused or is_compiling():
             return self._watch(partial(nn.Linear.forward, module), *args, **kwargs)
         return self.run(F.linear, (args[0], module.weight, module.bias), {})
@@ -169,7 +168,7 @@ class Perturbed(TorchFunctionMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls a function that reads a parameter with perturbed ones."""
+        """Calls a function that was given a parameter, with the perturbed parameter."""
         if func is F.linear and len(args) == 3 and not kwargs:
             return self._linear(*args)
         if func is F.embedding and (output := self._lookup(args, kwargs)) is not None:
@@ -194,9 +193,9 @@ class Perturbed(TorchFunctionMode):
         return False
 
     def exchange(self, value: Any, taken: list[Buffer]) -> Any:
-        """Perturbed copies in the place of parameters; buffers that hold them are added to `taken`.
+        """Replaces parameters by perturbed copies, in buffers that are added to `taken`.
 
-        While autograd records, which may keep what it is handed, they have memory of their own.
+        While autograd records, which may keep its inputs, the copies have memory of their own.
         """
         if isinstance(value, _CONTAINERS):
             return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
@@ -217,7 +216,7 @@ class Perturbed(TorchFunctionMode):
                 perturbed = torch.empty_like(stored)
                 perturbation.add_to(stored, perturbed)
                 return nn.Parameter(perturbed, weight.requires_grad)
-        made = None if isinstance(perturbation, LowRank) else self._made(weight)  # of which it would be the core
+        made = None if isinstance(perturbation, LowRank) else self._made(weight)  # of a LowRank it would be the core
         if made is not None:
             return made
         taken.append(buffer := self.scratch.take(weight.device))
@@ -226,9 +225,10 @@ class Perturbed(TorchFunctionMode):
         return out
 
     def _made(self, parameter: nn.Parameter) -> Tensor | None:
-        """A perturbed vector, or the perturbed core of a matrix, on a GPU; None of what is made by itself.
+        """The perturbed vector, or the perturbed core of a matrix, if it was made together with others, on a GPU.
 
-        Not in a recording of a CUDA graph, where a launch costs the host nothing.
+        None for what is made by itself: larger tensors, and all while a CUDA graph is recorded, where a launch costs
+        the host nothing later.
         """
         device = parameter.device
         if self._together is None or device.type == HOST or torch.is_grad_enabled():
@@ -240,7 +240,7 @@ class Perturbed(TorchFunctionMode):
         return self._together[device].get(id(parameter))
 
     def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
-        """``F.linear`` of perturbed tensors, the function that is called most often."""
+        """``F.linear`` with perturbed tensors, apart because it is called most often."""
         by_id = self._by_id
         perturbation = by_id.get(id(weight))
         if isinstance(perturbation, LowRank):
@@ -266,7 +266,7 @@ class Perturbed(TorchFunctionMode):
         return output
 
     def _lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The perturbed rows of an embedding; None where more is asked for, as renormalisation (`max_norm`) is."""
+        """``F.embedding`` with a perturbed table; None for calls that do more, such as renormalising (`max_norm`)."""
         max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
         if len(args) < 2 or max_norm is not None:
             return None
@@ -281,7 +281,7 @@ class Perturbed(TorchFunctionMode):
         return out.view(*ids.shape, table.shape[1])
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The output of a perturbation that can do without the perturbed weight; None for all other calls."""
+        """The output of a product with a low-rank perturbation, without building the weight; None for other calls."""
         weight, inputs, bias = factors_of(func, args)
         perturbation = self._by_id.get(id(weight))
         if kwargs or not isinstance(perturbation, LowRank) or id(inputs) in self._by_id:
@@ -296,6 +296,6 @@ class Perturbed(TorchFunctionMode):
 
 
 def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """Weight, input and bias of one of :data:`PRODUCTS`, None where they are not given by position."""
+    """Weight, input and bias in a call of one of :data:`PRODUCTS`; None for those not given by position."""
     weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
     return weight, inputs, bias

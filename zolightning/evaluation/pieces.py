@@ -1,8 +1,8 @@
-"""Products with a large perturbed matrix, an output layer's say, of which never more than a piece is in memory.
+"""Products with a large perturbed matrix, such as an output layer, of which only a piece is in memory at a time.
 
-The matrix is perturbed and multiplied piece by piece; a piece is some of its rows, which the output has as columns.
-Kernels for fewer columns may add in another order, so the product's bits may differ from those of the whole matrix;
-they are the same for equal weights, and both signs of a direction are cut alike.
+The matrix is perturbed and multiplied piece by piece. A piece is some of its rows, which become columns of the output.
+Kernels for fewer columns may add in another order, so the bits of the product may differ from those with the whole
+matrix. They are the same for equal weights, and both signs of a direction are cut into the same pieces.
 """
 
 from collections.abc import Iterator
@@ -35,10 +35,10 @@ def linear_in_pieces(
 
     Args:
         inputs: (..., n).
-        weight: (m, n), for which :func:`is_cut`.
-        bias: (m,), perturbed already, if any.
-        change: of the weight.
-        buffer: what the pieces lie in, one after the other.
+        weight: (m, n), for which :func:`is_cut` is True.
+        bias: (m,), perturbed already, or None.
+        change: the perturbation of the weight.
+        buffer: memory for the pieces, one after the other.
     """
     device, output = inputs.device.type, None
     if device != HOST and inputs.dtype == weight.dtype and not torch.is_autocast_enabled(device):

@@ -1,9 +1,9 @@
-"""One randomness for all evaluations of a step.
+"""The same random numbers for all evaluations of a step.
 
-A loss may draw random numbers: input noise, a VAE's latents, masks, ``F.dropout``. Losses that differ by what they drew
-say nothing of the direction between them, so all evaluations of a step draw the same numbers. These are a function of
-(run seed, step, stream): they advance once a step, and are the same after a resume. Whoever draws outside of the
-evaluations does not notice: all generators are then as they were.
+A loss may draw random numbers: input noise, a VAE's latents, masks, ``F.dropout``. If two losses drew different ones,
+their difference would say nothing about the direction, so all evaluations of a step draw the same numbers. These are a
+function of (run seed, step, stream): they change at every step, and are the same after a resume. Outside of the
+evaluations all generators are in the state in which they would be without them.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class States(NamedTuple):
-    """Where each generator stands."""
+    """The states of the generators."""
 
     torch: list[Tensor]  # of the CPU, then of each device
     numpy: Any
@@ -47,7 +47,7 @@ class Generators:
         self._devices = sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
 
     def states(self) -> States:
-        """Where all generators stand now."""
+        """The present states of all generators."""
         numpy = _numpy()
         on_devices = [torch.get_device_module(d).get_rng_state(*_place(d)) for d in self._devices]
         return States(
@@ -57,7 +57,7 @@ class Generators:
         )
 
     def set(self, states: States) -> None:
-        """Puts all generators where they were."""
+        """Sets all generators to these states."""
         torch.set_rng_state(states.torch[0])
         for device, state in zip(self._devices, states.torch[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, *_place(device))
@@ -66,7 +66,7 @@ class Generators:
         random.setstate(states.python)
 
     def seeded(self, *numbers: int) -> States:
-        """Where the generators are to start, a function of some integers of 64 bits."""
+        """The states of generators that were seeded by some 64-bit integers."""
         message = b"randomness" + struct.pack(f"<{len(numbers)}q", *numbers)
         seed = int.from_bytes(hashlib.blake2b(message, digest_size=7).digest(), "little")
         numpy = _numpy()
@@ -78,7 +78,7 @@ class Generators:
 
     @contextmanager
     def rewound(self, *numbers: int) -> Iterator[Callable[[], None]]:
-        """Yields what starts the generators, as often as it is called; afterwards they are as before."""
+        """A context that restores the generators at its end; it yields a function that seeds them by these integers."""
         before, start = self.states(), self.seeded(*numbers)
         try:
             yield lambda: self.set(start)
@@ -87,7 +87,7 @@ class Generators:
 
 
 def _numpy() -> ModuleType | None:
-    """NumPy, if anybody has imported it: nobody can have drawn from it otherwise."""
+    """NumPy if it has been imported; otherwise nobody draws from it."""
     return sys.modules.get("numpy")
 
 

@@ -1,4 +1,4 @@
-"""Finds out where a loss reads parameters, before the first step: unseen by torch functions, or in which modules."""
+"""Finds out, before the first step, where a loss reads parameters: unseen by torch's functions, or in which modules."""
 
 from collections.abc import Callable, Iterable, Set
 from contextlib import ExitStack
@@ -15,7 +15,7 @@ from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch
 
-# Modules, and the parameters that each owns, or has read in its own forward
+# The modules that read parameters, each with those that it owns or has read in its own forward
 Readers = dict[nn.Module, frozenset[nn.Parameter]]
 
 _TRIAL_EPS = 1e-2  # above the spacing of bf16 numbers near 1, where the gains of norms lie
@@ -25,17 +25,18 @@ _TRIAL_EPS = 1e-2  # above the spacing of bf16 numbers near 1, where the gains o
 def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tensor]) -> set[nn.Parameter] | None:
     """The parameters that :class:`Perturbed` must perturb in place, found with three or four evaluations.
 
-    The loss is evaluated as it is, once with all parameters exchanged and once with all of them changed in place,
-    by the same amount, and read as exchanged ones are: products in pieces may round otherwise than whole ones, and the
-    losses of a large network differ by that as much as by the change. Parameters that no function has read are
-    returned; when the two losses still differ, some function has read one of the others unseen, and all are returned.
+    The loss is evaluated at the stored parameters, once with all of them changed by :class:`Perturbed`, and once with
+    all of them changed in place by the same amount. In the last case they are still read through scratch memory,
+    because products of pieces may round in another way, by which the losses of a large network differ as much as by the
+    change. Parameters that no function has read are returned. If the last two losses differ even so, something has read
+    a parameter unseen, and all are returned.
 
     Args:
-        parameters: those to be perturbed.
-        evaluate: the loss of one batch, a scalar; must be deterministic.
+        parameters: the parameters to be perturbed.
+        evaluate: computes the loss of one batch, a scalar; must be deterministic.
 
     Returns:
-        The parameters, or None where the loss is not finite, so that nothing can be compared.
+        The parameters, or None if the loss is not finite, so that nothing can be compared.
 
     Raises:
         ValueError: if the evaluation writes to a parameter.
@@ -66,17 +67,17 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
 def find_unread(
     parameters: Iterable[nn.Parameter], gathered: Gathered, evaluate: Callable[[], Tensor]
 ) -> set[nn.Parameter] | None:
-    """The parameters that no loss reads, where ranks share them, found with three evaluations.
+    """The sharded parameters that no loss reads, found with three evaluations.
 
-    A shared parameter cannot be perturbed in place, so that :class:`Perturbed` must see all that the loss depends on.
+    A sharded parameter cannot be perturbed in place, so :class:`Perturbed` must see all reads that the loss depends on.
 
     Args:
-        parameters: those to be perturbed, as they are stored.
-        gathered: what is read in their place.
-        evaluate: the sum of all ranks' losses; must be deterministic.
+        parameters: the parameters to be perturbed, as they are stored.
+        gathered: the tensors that are read in their place.
+        evaluate: computes the sum of all ranks' losses; must be deterministic.
 
     Returns:
-        The parameters, or None where the loss is not finite, so that nothing can be compared.
+        The parameters, or None if the loss is not finite, so that nothing can be compared.
 
     Raises:
         ValueError: if the loss depends on parameters that are read unseen.
@@ -100,7 +101,7 @@ def find_unread(
 
 
 def _flipped(tensors: Iterable[Tensor], evaluate: Callable[[], Tensor], context: Perturbed) -> Tensor:
-    """The loss within `context` with all tensors changed in place, which are restored."""
+    """The loss within `context` while all tensors are changed in place; they are restored afterwards."""
     flip, flipped = FlippedBit(), []
     try:
         for tensor in tensors:
@@ -127,19 +128,19 @@ def find_readers(
     evaluate: Callable[[], Tensor],
     read: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> Readers | None:
-    """The submodules that own some of `parameters`, and which ones each may read, if these are read nowhere else.
+    """The submodules that own some of `parameters`, each with those that it may read, if nothing else reads any.
 
-    Found by two evaluations along one random direction, one with all functions watched: their losses must agree in
-    all bits. A read elsewhere escapes only if it does not move the loss and is not the only one.
+    Found by two evaluations along one random direction, one of them with all functions watched: their losses must have
+    the same bits. A read elsewhere is missed only if it does not move the loss and is not the only one.
 
     Args:
-        module: what owns all of the parameters.
-        parameters: none that :func:`find_unseen` returns.
-        evaluate: the loss of one batch, a scalar; must be deterministic.
-        read: what forwards read in the place of a parameter that the module owns now; `parameters` are such.
+        module: the module that owns all of the parameters.
+        parameters: parameters as forwards read them, none of which :func:`find_unseen` has returned.
+        evaluate: computes the loss of one batch, a scalar; must be deterministic.
+        read: maps a parameter that the module owns to the tensor that forwards read in its place.
 
     Returns:
-        None if they are read elsewhere too.
+        The modules and their parameters; None if parameters are read elsewhere too.
     """
     owned = {
         m: {read(p) for p in m._parameters.values() if p is not None}
@@ -148,8 +149,8 @@ def find_readers(
     }
     owners = tuple(owner for owner, own in owned.items() if not parameters.isdisjoint(own))
     named = {name: read(p) for name, p in module.named_parameters() if read(p) in parameters}
-    # Not flipped bits: these do not move zeros, and equal changes of a few elements cancel in a sum. Nor one direction,
-    # whose small integers cancel in a mean of four elements once in ten times.
+    # A weighted sum of four directions, because flipped bits do not move zeros and equal changes of a few elements
+    # cancel in a sum; the small integers of a single direction cancel in a mean of four elements once in ten times.
     changes = directions(
         named, seed=0, step=0, coefficients={q: _TRIAL_EPS * 0.7**q for q in range(4)}, kind="gaussian"
     )
@@ -161,7 +162,7 @@ def find_readers(
     with everywhere:
         loss = evaluate()
     seen: dict[nn.Module, set[int]] = {owner: set() for owner in owners}
-    outer: list[set[int]] = []  # what has been seen in the modules around the one that runs
+    outer: list[set[int]] = []  # the reads seen in each module around the one that runs
 
     def enter(*_: Any) -> None:
         outer.append(in_owners.seen)

@@ -1,4 +1,4 @@
-"""Methods of a module that are others for a while."""
+"""Temporarily replaces methods of one module instance."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Calls another function where a method of this instance is called; afterwards that is what it was."""
+    """A context in which `method` is called instead of the module's method of this name."""
     attributes = vars(module)  # past nn.Module's own attribute access, which takes longer
     own = attributes.get(name)
     attributes[name] = method
@@ -24,6 +24,6 @@ def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterat
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives a module another ``forward``, with the signature of its own, which ``generate`` reads."""
+    """A context in which a module has another ``forward``, with the signature of its own, which ``generate`` reads."""
     with replaced(module, "forward", wraps(module.forward)(lambda *args, **kwargs: forward(*args, **kwargs))):
         yield

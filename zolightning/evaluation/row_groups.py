@@ -1,7 +1,7 @@
 """A context in which the rows of a batch come in groups, and each group sees perturbations of its own.
 
-What a function reads decides how it is run: once for all groups, where a low-rank product or a gain lets itself be
-computed so, and once for each group's rows otherwise. Products and embeddings then write to the rows of one output.
+A function that reads a perturbed parameter runs once for all groups if it is a low-rank product or multiplies by a
+gain, and otherwise once for each group's rows. Products and embeddings write all groups' rows to one output.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,16 +25,16 @@ _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 
 
 class CannotStack(Exception):
-    """Why the evaluations of a step cannot be stacked."""
+    """The evaluations of a step cannot share a run of the network; the message says why."""
 
 
 class RowGroups(Perturbed):
     """A context in which the rows of a batch come in groups, and each group sees parameters perturbed in its own way.
 
     Args:
-        groups: what each group would see; none of them perturbs in place.
-        rows: of all groups together. Tensors whose first dimension is a multiple of it are cut.
-        held: tensors of the network, which are not cut whatever their shape, and their names; by id.
+        groups: the context of each group; none of them perturbs in place.
+        rows: number of rows of all groups together. Tensors whose first dimension is a multiple of it are split.
+        held: by their ids, the names of the network's own tensors, which are not split whatever their shape.
     """
 
     def __init__(self, groups: Sequence[Perturbed], rows: int, held: Mapping[int, str]) -> None:
@@ -42,11 +42,11 @@ class RowGroups(Perturbed):
         self.groups = groups
         self.rows = rows
         self.held = held
-        self.cuts: list[tuple[Any, ...]] = []  # which parameter was read, and which arguments beside it were cut
-        self._cores: dict[int, Tensor] | None = None  # of all groups, made at the first read of one, by id
+        self.cuts: list[tuple[Any, ...]] = []  # for each call: function, parameters read, which tensors were split
+        self._cores: dict[int, Tensor] | None = None  # all groups' cores by the parameter's id, made at the first read
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch._C.DisableTorchFunction():  # the contexts around this one have nothing to do with it
+        with torch._C.DisableTorchFunction():  # contexts around this one must not see the calls made in here
             return self._run(func, args, kwargs)
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,7 +80,7 @@ class RowGroups(Perturbed):
         return bool(tensor.ndim) and len(tensor) % self.rows == 0 and id(tensor) not in self.held
 
     def _spread(self, output: Any, index: int, tensors: list[Tensor]) -> Tensor:
-        """A group's rows of an output that was made without rows: position embeddings, a class token."""
+        """A group's rows of an output computed without rows of the batch, such as position embeddings."""
         group_rows = self.rows // len(self.groups)
         if isinstance(output, Tensor) and output.ndim > 1 and len(output) in (1, self.rows):
             return output.expand(self.rows, *output.shape[1:])[:group_rows]
@@ -90,7 +90,7 @@ class RowGroups(Perturbed):
     def _stacked_product(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The output of low-rank perturbations in one basis; None for all other products."""
+        """The output of a product whose groups have low-rank perturbations in one basis; None for other products."""
         weight, inputs, bias = factors_of(func, args)
         found = [p for group in self.groups if isinstance(p := group.perturbations.get(weight), LowRank)]
         if kwargs or len(found) < len(self.groups) or not self._has_rows(inputs):
@@ -98,7 +98,7 @@ class RowGroups(Perturbed):
         return stacked_product(found, func, inputs, weight.detach(), self._vectors(bias), self._cores_of(weight))
 
     def _cores_of(self, weight: nn.Parameter) -> Tensor | None:
-        """The cores of all groups, made together with those of other small matrices where launches take time."""
+        """The cores of all groups, made together with those of other small matrices, where launches take time."""
         device = weight.device.type
         is_recorded = device == "cuda" and torch.cuda.is_current_stream_capturing()
         if device == HOST or is_recorded or torch.is_grad_enabled():
@@ -110,10 +110,10 @@ class RowGroups(Perturbed):
     def _product_of_each(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The output of a product, into which that of each group with its own weight is written; None for other calls.
+        """The output of a product in which each group has its own weight; None for other calls.
 
-        ``F.linear`` goes in pieces of the weight's rows, so that the weights of two groups together
-        take at most ``PIECE_BYTES``.
+        ``F.linear`` is computed in pieces of the weight's rows, so that the weights of two groups together take at most
+        ``PIECE_BYTES``.
         """
         weight, inputs, bias = factors_of(func, args)
         if (
@@ -146,7 +146,7 @@ class RowGroups(Perturbed):
         return output.view(*inputs.shape[:-1], -1)
 
     def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Rows of an embedding as each group sees them; None where more is asked for, as for one group."""
+        """``F.embedding`` with each group's own table; None for calls with more to do, such as renormalising."""
         max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
         if len(args) < 2 or max_norm is not None or id(args[1]) not in self._by_id:
             return None
@@ -165,7 +165,10 @@ class RowGroups(Perturbed):
         return output.view(*ids.shape, -1)
 
     def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The output for a parameter that all rows share, a norm's gain: groups are then a dimension of its own."""
+        """The output of a sum or product with a parameter that all rows share, such as a norm's gain; None for others.
+
+        The groups become a dimension, along which the parameter differs.
+        """
         if kwargs or len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
             return None
         is_first = id(args[0]) in self.held
@@ -181,7 +184,7 @@ class RowGroups(Perturbed):
     def _matrices(
         self, weight: nn.Parameter, changes: Sequence[Perturbation | None], piece: slice
     ) -> Iterator[tuple[int, Tensor]]:
-        """Each group's number, and its perturbed rows of a matrix in memory that the next ones take, too."""
+        """The index of each group with its perturbed rows of a matrix, in memory that later groups reuse."""
         stored = weight.detach().contiguous()[piece]
         buffers = [self.scratch.take(weight.device) for _ in range(2)]
         for pair in _pairs(changes):
@@ -190,7 +193,7 @@ class RowGroups(Perturbed):
         self.scratch.give_back(buffers)
 
     def _vectors(self, value: Any) -> list[Any]:
-        """What each group sees of a small parameter; `value` itself if it is none."""
+        """A small parameter as each group sees it; `value` itself for each group if it is not perturbed."""
         if id(value) not in self._by_id:
             return [value] * len(self.groups)
         stored, changes = value.detach().contiguous(), self._changes(value)
@@ -205,7 +208,7 @@ class RowGroups(Perturbed):
 
 
 def _pairs(changes: Sequence[Perturbation | None]) -> list[tuple[int, ...]]:
-    """Places of the perturbations: those of a direction and of its negation together, each of the others alone."""
+    """The indices of perturbations, in pairs of a direction and its negation where there are such, others alone."""
     left, found = dict(enumerate(changes)), []
     while left:
         place = min(left)
@@ -220,7 +223,7 @@ def _pairs(changes: Sequence[Perturbation | None]) -> list[tuple[int, ...]]:
 def _perturbed(
     change: Perturbation | None, stored: Tensor, outs: Sequence[Tensor], first_row: int = 0
 ) -> Sequence[Tensor]:
-    """Rows of a parameter, perturbed and written to `outs`: to the second one, if any, by the negated direction."""
+    """Writes perturbed rows of a parameter to `outs`; to the second one, if any, with the negated direction."""
     if change is None:
         return [stored]
     start = first_row * stored[0].numel() if first_row else 0
@@ -234,10 +237,12 @@ def _perturbed(
 
 
 def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbation]:
+    """The parameters that some of these contexts perturb, each with one of its perturbations."""
     return {p: w for context in contexts for p, w in context.perturbations.items() if w is not None}
 
 
 def tensors_in(data: Any) -> list[Tensor]:
+    """All tensors in nested containers, in order."""
     found: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -249,7 +254,7 @@ def tensors_in(data: Any) -> list[Tensor]:
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a function is called with: seldom in containers, which take long to search."""
+    """The tensors that a function is called with; containers are searched only if there are any, which takes longer."""
     values = [*args, *kwargs.values()]
     if any(isinstance(value, list | tuple | dict) for value in values):
         return tensors_in(values)

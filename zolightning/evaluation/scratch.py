@@ -1,4 +1,4 @@
-"""Memory that perturbed weights lie in while they are read, the same for one layer after another."""
+"""Scratch memory for perturbed weights while they are read; one layer after another reuses it."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,18 +13,18 @@ PIECE_BYTES = 64 * 2**20
 
 
 class Scratch:
-    """Buffers to take, one for each perturbed weight that a function reads, and to give back after it."""
+    """A pool of buffers: a function takes one for each perturbed weight it reads, and gives it back afterwards."""
 
     def __init__(self) -> None:
         self._free: dict[torch.device, list[Buffer]] = {}
         self._together: dict[torch.device, Together] = {}
 
     def together(self, device: torch.device) -> Together:
-        """What the small tensors of an evaluation lie in."""
+        """The memory of the small tensors of an evaluation, which are perturbed together."""
         return self._together.setdefault(device, Together(device))
 
     def take(self, device: torch.device) -> Buffer:
-        """A buffer that nobody else has; the one that was given back last, so that each keeps its size."""
+        """A free buffer; the one given back last, so that each keeps about its size."""
         free = self._free.setdefault(device, [])
         return free.pop() if free else Buffer(device)
 
@@ -32,8 +32,8 @@ class Scratch:
         """Lets others take these buffers, except those that `output` still needs.
 
         Args:
-            taken: in the order of taking.
-            output: what was computed from them.
+            taken: the buffers, in the order in which they were taken.
+            output: the result computed from them.
         """
         for buffer in reversed(taken):
             if output is None or not buffer.holds(output):
@@ -41,9 +41,9 @@ class Scratch:
 
 
 def pieces(weight: Tensor, limit: int) -> Iterator[slice]:
-    """The rows of a matrix, cut so that no piece has more than `limit` bytes, unless two rows have.
+    """Cuts the rows of a matrix into pieces of at most `limit` bytes, or of two rows if these are larger.
 
-    Pieces are of one size, but for the last, and begin at even rows: noise comes in pairs of elements.
+    All pieces but the last have the same size. They begin at even rows, because noise comes in pairs of elements.
     """
     rows, row_bytes = len(weight), weight.shape[1] * weight.element_size()
     most = max(limit // row_bytes // 2 * 2, 2)
@@ -53,8 +53,8 @@ def pieces(weight: Tensor, limit: int) -> Iterator[slice]:
 
 
 def scratch_bytes(parameters: Iterable[Tensor]) -> int:
-    """Memory that dense perturbations take: that of the largest parameter, or of a piece if it is a matrix.
+    """Bytes of scratch memory for dense perturbations: the size of the largest parameter, of matrices at most a piece.
 
-    As long as ``F.linear`` and ``F.embedding`` alone read the matrices that exceed ``PIECE_BYTES``.
+    This holds if only ``F.linear`` and ``F.embedding`` read the matrices that are larger than ``PIECE_BYTES``.
     """
     return max((min(p.nbytes, PIECE_BYTES) if p.ndim == 2 else p.nbytes for p in parameters), default=0)

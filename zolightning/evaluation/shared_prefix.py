@@ -1,9 +1,9 @@
-"""What lies below the first perturbed parameter is the same for all evaluations of a step: it is computed once.
+"""Computes the layers below the first perturbed parameter once a step, because all evaluations share their outputs.
 
-The first evaluation finds out how deep that reaches, by watching which parameters have been read when each layer
-returns, and keeps the output of the last layer that none of the perturbed ones has touched. The others get that
-output where the layers would run. Every loss keeps all its bits. Training layer `l` of `L` alone by two evaluations
-costs ``1 - l / (2 L)`` of two forwards; memory is one layer output for the batch.
+The first evaluation finds out how many layers that are: it looks at which parameters have been read when each layer
+returns, and keeps the output of the last layer before the first perturbed parameter is read. The other evaluations get
+that output without running these layers. Every loss keeps all its bits. Training layer `l` of `L` alone by two
+evaluations costs ``1 - l / (2 L)`` of two forwards; memory is one layer output for the batch.
 
 Where the same batches come again and again (``data.fixed_batches``), these outputs may be kept for the whole run: from
 the second epoch on, nothing below the first trained layer is computed at all.
@@ -19,21 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators, States
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
-Evaluate = Callable[..., tuple[Tensor, Tensor]]  # of a loss and its weight, within contexts
+EvaluateWithin = Callable[..., LossAndTerms]  # evaluates a loss within the contexts it is called with
 
 _WRITES = ", because each writes a text of its own"
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
-    """The layers of a module that :class:`SharedPrefix` may pass over; none where it has no list of layers.
+    """The layers of a module that :class:`SharedPrefix` may skip; none if the module has no list of layers.
 
-    Of an encoder-decoder of transformers these are the encoder's, which read the longer texts.
+    For an encoder-decoder of transformers these are the encoder's layers, which read the longer texts.
     """
     for submodule in module.modules():
         is_pair = getattr(getattr(submodule, "config", None), "is_encoder_decoder", False)
@@ -51,32 +52,32 @@ class SharedPrefix:
 
     Args:
         layers: modules that run one after the other, each on the output of the one before.
-        keep_bytes: how much to keep from step to step, for as long as the same parameters train. Nobody else may
-            change the others meanwhile.
+        keep_bytes: bytes of layer outputs to keep from step to step, as long as the same parameters train. Meanwhile
+            no other parameter may be changed.
     """
 
     def __init__(self, layers: Sequence[nn.Module], keep_bytes: int = 0) -> None:
         self.layers = layers
         self.keep_bytes = keep_bytes
-        self.kept: dict[bytes, Any] = {}  # by a digest of what the first layer was called with
+        self.kept: dict[bytes, Any] = {}  # outputs by a digest of the first layer's inputs
         self._kept_bytes = 0
-        self._kept_depth = 0  # of which layers that is
+        self._kept_depth = 0  # after how many layers they were taken
         self._kept_for: frozenset[int] = frozenset()  # ids of the parameters that moved meanwhile
-        self.depth: int | None = None  # layers that later evaluations pass over; None before the first one
-        self.shared = 0  # the same of the last step
-        # Of the last of these, for each time the network runs in an evaluation; and where it leaves the generators, if
-        # it has drawn from them: what follows must draw the same numbers where it is passed over.
+        self.depth: int | None = None  # layers that later evaluations skip; None before the first evaluation
+        self.shared = 0  # `depth` of the last step
+        # For each time that the network runs in an evaluation, the output of the last of these layers, and the states
+        # of the generators after it: where it is skipped, later layers must draw the same numbers all the same.
         self._outputs: list[tuple[Any, States | None]] = []
         self._generators = Generators()
         self._proven = 0  # the greatest depth whose loss has been compared with that of computing everything
 
-    def evaluate(self, evaluate: Evaluate, perturbed: Perturbed) -> tuple[Tensor, Tensor]:
-        """A loss and its weight, under a perturbation that differs from the step's other ones.
+    def evaluate(self, evaluate: EvaluateWithin, perturbed: Perturbed) -> LossAndTerms:
+        """A loss and its number of terms, under one of the perturbations of a step.
 
-        The first call of a step computes everything. Where it finds more to share than any step before, it repeats
-        the evaluation with that, and shares nothing from then on unless the loss is the same, bit for bit: a
-        network may do more with its layers than run one after the other. Nothing is shared by evaluations that write
-        texts either: each goes on from its own tokens, with keys and values of all layers.
+        The first call of a step computes everything. If it finds more layers to share than any step before, it repeats
+        the evaluation with these skipped, and shares nothing from then on unless the loss has the same bits, because a
+        network may do more with its layers than run one after the other. Evaluations that generate texts share nothing
+        either: each goes on from its own tokens, with keys and values of all layers.
         """
         moving = frozenset(map(id, perturbed.perturbations))
         if self.depth is None and moving != self._kept_for:
@@ -103,10 +104,10 @@ class SharedPrefix:
 
     @contextmanager
     def one_step(self, generators: Generators) -> Iterator[None]:
-        """Within this context all evaluations are of one batch, at weights that differ by perturbations only.
+        """A context for the evaluations of one step: on one batch, at weights that differ by perturbations only.
 
         Args:
-            generators: what the evaluations draw from, each of them the same numbers.
+            generators: the random number generators; each evaluation draws the same numbers from them.
         """
         self._generators = generators
         try:
@@ -148,7 +149,7 @@ class SharedPrefix:
 
     @contextmanager
     def _recall(self, depth: int) -> Iterator[None]:
-        """A step's first evaluation, in which the shared layers run on inputs only that no step has had before."""
+        """For a step's first evaluation: runs the shared layers only on inputs whose output is not kept."""
         digest, is_kept, before, caches = b"", False, self._generators.states(), _Caches()
 
         def forward(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -196,7 +197,7 @@ class SharedPrefix:
 
     @contextmanager
     def _forwards(self, make: Callable[[int, Callable[..., Any]], Callable[..., Any]], depth: int) -> Iterator[None]:
-        """Gives the first layers another ``forward`` for a while, made from index and own ``forward`` of each."""
+        """A context in which the first `depth` layers have another ``forward``, made from index and own ``forward``."""
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers[:depth]):
                 stack.enter_context(replaced_forward(layer, make(index, layer.forward)))
@@ -204,17 +205,17 @@ class SharedPrefix:
 
 
 class _Continues(Exception):
-    """A network goes on from a text that another evaluation may have written otherwise."""
+    """The network goes on from a text that another evaluation may have continued differently."""
 
 
 class _Caches:
-    """The caches of keys and values that a layer has been called with: of transformers' kind."""
+    """The caches of keys and values (transformers') that a layer has been called with."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, Any] = {}  # by id, which is theirs for as long as they are kept
+        self._seen: dict[int, Any] = {}  # by id; they are kept here, so that no other object gets it
 
     def come_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has one that an earlier call had: the network writes a text, token by token."""
+        """Whether a call has a cache that an earlier call had, because the network generates a text token by token."""
         found = {id(value): value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")}
         has_come = not self._seen.keys().isdisjoint(found)
         self._seen |= found
@@ -226,7 +227,7 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 
 def _digest(value: Any) -> bytes:
-    """A hash of all tensors in a structure, bit for bit, and of what else is in it."""
+    """A hash of a structure: of the bits of its tensors, and of all its other values."""
     leaves, structure = tree_flatten(value)
     digest = hashlib.blake2b(str(structure).encode(), digest_size=16)
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""What modules hold at one moment, to be put back: attributes, what is in their containers, tensors, generators."""
+"""Snapshots of modules, to restore them from: attributes, contents of containers, tensors, generators."""
 
 import copy
 from collections import OrderedDict, defaultdict, deque
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SMALL = 4096  # elements up to which copying costs less than finding out
+_SMALL = 4096  # elements: copying smaller tensors costs less than finding out whether they are written to
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _NUMBERS = frozenset({bool, int, float, str, type(None)})  # which cannot change behind an attribute
-_OURS = frozenset({"forward", "generate"})  # while weights are perturbed
+_OURS = frozenset({"forward", "generate"})  # attributes that this package sets while weights are perturbed
 _SKIPPED = frozenset(vars(nn.Module())) | _OURS  # with the bookkeeping of nn.Module
 
 
 class HeldTensor:
-    """A tensor as it was at one moment, with a copy if it is known or likely to be written to."""
+    """A tensor in a snapshot, with a copy of its values if it is known or likely to be written to."""
 
     __slots__ = ("copy", "tensor", "version")
 
@@ -32,14 +32,15 @@ class HeldTensor:
             self.copy = self.tensor.detach().clone()
 
     def is_written(self, written: Set[int]) -> bool:
-        """Whether it may have other values now; of the tensors in `written`, ids, that is always assumed."""
+        """Whether it may have other values now, which is always assumed of tensors whose id is in `written`."""
         tensor = self.tensor
         if tensor._version != self.version or id(tensor) in written:
             return True
-        # Writes through `.data` leave no mark. Looking at the values of another device would wait for it.
+        # Writes through `.data` do not change the version. Comparing values on another device would wait for it.
         return self.copy is not None and tensor.is_cpu and not torch.equal(tensor, self.copy)
 
     def restore(self, written: set[int]) -> None:
+        """Puts its values back if it may have been written to; without a copy, notes in `written` to make one next."""
         if not self.is_written(written):
             return
         tensor = self.tensor
@@ -54,13 +55,13 @@ class HeldTensor:
 
 
 class Held:
-    """What one module holds at one moment.
+    """The snapshot of one module.
 
     Args:
         attributes: ``vars(module)``.
-        written: tensors that are known to be written to, by id; they are copied whatever their size.
-        perturbed: parameters that are left alone, by id.
-        known: tensors that other modules hold too, by id; added to.
+        written: ids of tensors that are known to be written to, which are copied whatever their size.
+        perturbed: ids of parameters, which are left out.
+        known: by id, the tensors that the snapshots of other modules hold; those of this one are added.
     """
 
     __slots__ = ("attributes", "containers", "contents", "generators", "own", "saved", "tensors")
@@ -109,7 +110,7 @@ class Held:
             return False
 
     def is_lasting(self) -> bool:
-        """Whether :meth:`is_identical` tells later on if all of it is as it was: it holds large tensors at most."""
+        """Whether :meth:`is_identical` can tell later if anything has changed: there are at most large tensors."""
         return (
             len(self.containers) == self.own
             and not self.generators
@@ -126,7 +127,7 @@ class Held:
         return all([tensor.tensor._version == tensor.version for tensor in self.tensors])
 
     def restore(self) -> None:
-        """Puts all but tensors back as it was."""
+        """Restores everything but tensors."""
         if not _same_attributes(self.attributes, self.saved):
             _restore_attributes(self.attributes, self.saved)
         for container, content in zip(self.containers, self.contents, strict=True):
@@ -137,13 +138,13 @@ class Held:
 
 
 class Snapshot:
-    """What some modules hold at one moment.
+    """The snapshot of some modules.
 
     Args:
         modules: all submodules of the network.
-        written: tensors that are known to be written to, by id; they are copied whatever their size.
-        perturbed: parameters that are left alone, by id.
-        earlier: what modules held at another moment, from :meth:`lasting`, with the same `perturbed`.
+        written: ids of tensors that are known to be written to, which are copied whatever their size.
+        perturbed: ids of parameters, which are left out.
+        earlier: the result of :meth:`lasting` of an earlier snapshot with the same `perturbed`.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Snapshot:
         self._tensors = list(known.values())
 
     def lasting(self) -> dict[int, Held]:
-        """What modules hold that is worth another look at a later moment, by their ids."""
+        """The snapshots of modules, by their ids, that a later :class:`Snapshot` can reuse if nothing has changed."""
         return {key: held for key, held in self._held.items() if held.is_lasting()}
 
     def large(self) -> list[HeldTensor]:
@@ -175,7 +176,7 @@ class Snapshot:
         return all([held.holds_the_same() for held in self._held.values()])
 
     def is_now(self) -> bool:
-        """Whether nothing has been written since."""
+        """Whether the modules are still in this state."""
         if not self.holds_the_same():
             return False
         for held in self._held.values():
@@ -184,7 +185,7 @@ class Snapshot:
         return not any([tensor.is_written(self._written) for tensor in self._tensors])
 
     def restore(self) -> None:
-        """Puts everything back as it was."""
+        """Restores all of it."""
         for held in self._held.values():
             held.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -193,10 +194,10 @@ class Snapshot:
 
 
 def _same(now: Any, saved: Any) -> bool:
-    """Whether nothing is another object, or at least none that differs: Python looks at identities first."""
+    """Whether two values are equal; members of containers that are the same object count as equal."""
     try:
         return bool(now == saved)
-    except Exception:  # two tensors of several elements, say: not the same object
+    except Exception:  # for example of two tensors with several elements, which are then not the same object
         return False
 
 

@@ -1,20 +1,19 @@
-"""Several evaluations of a step by one run of the network, on the batch repeated once for each of them.
+"""Runs the network once for several evaluations of a step, on the batch repeated once for each of them.
 
-What small batches wait for is then done less often: a low-rank method multiplies by stored weights and by shared
-factors once for all evaluations, and a dense one reads each weight and draws its noise once for both signs of a
-direction. Activations take as many times the memory.
+This saves time for small batches: a low-rank method multiplies by stored weights and by shared factors once for all
+evaluations, and a dense one reads each weight and draws its noise once for both signs of a direction. Activations take
+as many times the memory.
 
-The loss is a function of whoever wrote it, so it is evaluated as often as ever, and each time with its own
-perturbation: only the network inside it is replaced. In the first evaluation it runs on the repeated rows, each
-group of them under the perturbation of one evaluation, and returns the first group's output; in the others it
-returns what it has. Where a network does not let itself be run like this, :class:`CannotStack` says why.
+The loss function is the user's, so it is still called once for each evaluation, with the perturbation of that
+evaluation; only the network inside it is replaced. In the first evaluation the network runs on the repeated rows, each
+group of them under the perturbation of one evaluation, and returns the first group's output. In the other evaluations
+it returns the output of their group. A network that cannot be run like this raises :class:`CannotStack`.
 
-A network's ``generate``, which writes texts in the way of transformers, is replaced likewise: the texts of all
-evaluations grow together, each from tokens of its own, as long as they are the likeliest ones. Sampled tokens would be
-other ones in each group of rows.
+The network's ``generate`` (that of transformers) is replaced likewise: the texts of all evaluations grow together, each
+from its own tokens, as long as the likeliest token is chosen. Sampled tokens would differ between groups of rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -24,19 +23,18 @@ from torch import Tensor, nn
 
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.losses import Evaluate, LossAndTerms
 from zolightning.evaluation.network_run import NetworkRun, computes_in_half
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
 
-Evaluate = Callable[[], tuple[Tensor, Tensor]]
-
 
 def network_of(
     module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
 ) -> nn.Module:
-    """The outermost submodule with a forward of its own that holds all `parameters`, which `option` asks for.
+    """The outermost submodule with a forward of its own that holds all `parameters`; `option` is the one that needs it.
 
     Raises:
         ValueError: if there is none.
@@ -76,17 +74,17 @@ class StackedNetwork:
         contexts: Sequence[Perturbed],
         generators: Generators,
         graphs: GraphedNetwork | None = None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Losses and their weights under each of some perturbations, none in place.
+    ) -> list[LossAndTerms]:
+        """The loss and its number of terms within each of some contexts, none of them in place.
 
-        Where the network has not been run with the same arguments repeated and the same tensors cut before, its
-        losses are compared with those of separate runs first.
+        The first time that a certain set of tensors is repeated and split, the losses are compared with those of
+        separate runs.
 
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
         """
         self._generators, self._graphs = generators, graphs
-        results: list[tuple[Tensor, Tensor]] = []
+        results: list[LossAndTerms] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
             if len(chunk) == 1:
@@ -95,7 +93,7 @@ class StackedNetwork:
             run = self._run(evaluate, chunk)
             found, cuts = run.losses, (len(chunk), *run.cuts)
             if run.calls and cuts not in self._trusted:
-                # A text says little of the numbers it is made from: what is compared then is the tokens' scores.
+                # Equal texts say little about equal numbers, so the scores of tokens are compared instead.
                 compared = partial(self._scores, run.prompts) if any(run.prompts) else evaluate
                 if self._agrees(compared, chunk):
                     self._trusted.add(cuts)
@@ -105,7 +103,7 @@ class StackedNetwork:
         return results
 
     def _run(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> NetworkRun:
-        """Evaluates losses by calls of the network for all contexts at once; none for a batch without terms."""
+        """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
         run = NetworkRun(self.network, contexts, self._generators, self._graphs)
         with ExitStack() as stack:
             stack.enter_context(replaced_forward(self.network, run.forward))
@@ -120,16 +118,16 @@ class StackedNetwork:
             raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
         return run
 
-    def _scores(self, prompts: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        """In the place of a loss: the mean square of what the network says of the next token."""
+    def _scores(self, prompts: Sequence[Mapping[str, Tensor]]) -> LossAndTerms:
+        """In place of a loss the mean square of the logits of the next token, with 1 as its number of terms."""
         logits = [self.network(**prompt, use_cache=False).logits[:, -1].double() for prompt in prompts]
         loss = torch.cat(logits).square().mean()
         return loss, torch.ones_like(loss)
 
     def _agrees(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> bool:
-        """Whether stacked losses are right where every other group changes by a few percent: more than `eps` would.
+        """Whether stacked losses are those of separate runs, tried with half of the groups a few percent off.
 
-        False where a loss is not finite, so that nothing can be compared.
+        False if a loss is not finite, so that nothing can be compared.
         """
         flip = FlippedBit()
         parameters = perturbed_by(contexts)
@@ -150,7 +148,7 @@ class StackedNetwork:
         return True
 
 
-def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[tuple[Tensor, Tensor]]:
+def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
     results = []
     for context in contexts:
         with context:

@@ -1,4 +1,4 @@
-"""Copies that stay where they are, for CUDA graphs: of a network's arguments, and of what perturbations are made of."""
+"""Copies at fixed addresses, for CUDA graphs: of a network's arguments, and of the tensors inside perturbations."""
 
 import copy
 import functools
@@ -15,21 +15,21 @@ from zolightning.directions.perturbation import InPlace, Perturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 
-_OF_DIRECTIONS = frozenset({"keys", "coefficients", "kind", "values", "first"})  # members of any direction
+_OF_DIRECTIONS = frozenset({"keys", "coefficients", "kind", "values", "first"})  # attributes of every direction
 
 Perturbations = Mapping[nn.Parameter, Perturbation | None]
 
 
 class CannotCapture(Exception):
-    """Why a forward cannot be a graph."""
+    """A forward cannot be recorded as a graph; the message says why."""
 
 
 class Arguments:
-    """The arguments of a call: tensors, and all else by value.
+    """The arguments of a call, divided into tensors and a hashable description of everything else.
 
     Attributes:
-        tensors: in their order.
-        key: equal for calls that differ by what is in the tensors only.
+        tensors: the tensors among them, in order.
+        key: equal for calls that differ only in the values of their tensors.
 
     Raises:
         CannotCapture: if a value is neither a tensor on `device` nor plain.
@@ -44,7 +44,7 @@ class Arguments:
         self.key: Hashable = (self._structure, *[_described(leaf) for leaf in self._leaves])
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with other tensors."""
+        """These arguments with other tensors in place of their own."""
         others = iter(tensors)
         leaves = [next(others) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
@@ -52,15 +52,15 @@ class Arguments:
 
 
 class Parts:
-    """The tensors that the perturbations of some groups of rows are made of, and all else by value.
+    """The perturbations of some groups of rows, divided into their tensors and a hashable description of the rest.
 
     Args:
         groups: how each group of rows sees parameters.
-        device: of the tensors.
+        device: the device of the tensors.
 
     Attributes:
-        tables: tensors that hold them: a table of which several are rows counts once.
-        key: equal for perturbations, of the same parameters, that differ by what is in the tables only.
+        tables: the tensors; one entry for all tensors that are views of the same one.
+        key: equal for perturbations of the same parameters that differ only in the values of `tables`.
 
     Raises:
         CannotCapture: if a perturbation holds something that is neither a tensor on `device` nor plain, nor made of
@@ -72,9 +72,9 @@ class Parts:
         self._device = device
         self.tables: list[Tensor] = []
         self._places: dict[int, int] = {}  # in `tables`, by id
-        self._known: dict[int, Hashable] = {}  # what has been said of objects that several parameters share, by id
+        self._known: dict[int, Hashable] = {}  # descriptions of objects, which several parameters may share, by id
         self._has_opposites = len(groups) > 1
-        self._alike: dict[Hashable, tuple[int, Any]] = {}  # numbers of directions, and where the keys of each begin
+        self._alike: dict[Hashable, tuple[int, Any]] = {}  # the number of each kind of direction, and its first offset
         described: list[Hashable] = [len(group) for group in groups]
         for group in groups:
             for parameter, change in group.items():
@@ -82,7 +82,7 @@ class Parts:
         self.key: Hashable = (*described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
 
     def with_tables(self, tables: Sequence[Tensor]) -> list[Perturbations]:
-        """The same perturbations with other tables."""
+        """These perturbations with other tables in place of their own."""
 
         @functools.cache
         def exchanged(tensor: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Parts:
         ]
 
     def _described(self, value: Any) -> Hashable:
-        """`value` without what is in its tensors. It runs for each parameter at each forward, so it is to be quick."""
+        """A description of `value` without the values of its tensors. It runs for each parameter in each forward."""
         kind = type(value)
         if kind is Direction:
             return self._direction(value)
@@ -127,9 +127,10 @@ class Parts:
         return found
 
     def _direction(self, direction: Direction) -> Hashable:
-        """What any direction has: of one with other keys of a table, the one that was described and how far they are.
+        """The description of a direction; of one like an earlier one, its number and how far apart their keys are.
 
-        Of several groups `values` say which are opposites; of one they repeat what is in a table.
+        With several groups `values` are part of it, because they show which directions are opposites. With one group
+        they only repeat what is in a table.
         """
         keys = direction.keys
         table, start = keys._base, keys.storage_offset()
@@ -153,10 +154,10 @@ class Parts:
 
 
 class Tables:
-    """What perturbations are made of, in memory that stays.
+    """Copies of the tensors inside perturbations, at fixed addresses.
 
     Attributes:
-        groups: the perturbations of `parts`, made of this memory.
+        groups: the perturbations of `parts`, with these copies as their tensors.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -166,34 +167,34 @@ class Tables:
         self.groups = parts.with_tables(self._static)
 
     def fill(self, parts: Parts, step: int) -> None:
-        """Copies what has not been copied in this step: within a step nobody writes to what perturbations hold."""
+        """Copies the tensors that have not been copied in this step; within a step nobody writes to them."""
         new = [i for i, table in enumerate(parts.tables) if step != self._step or table is not self._sources[i]()]
         copy_into([self._static[i] for i in new], [parts.tables[i] for i in new])
         self._sources, self._step = [ref(table) for table in parts.tables], step
 
 
 def static_copy(tensor: Tensor) -> Tensor:
-    """Memory for what a tensor holds, laid out like it; without its contents."""
+    """An uninitialised tensor with the layout of another one."""
     whole = _without_repeats(tensor)
     made = torch.empty_strided(whole.shape, whole.stride(), dtype=tensor.dtype, device=tensor.device)
     return made.as_strided(tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)
 
 
 def copy_into(static: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies the contents of tensors into what :func:`static_copy` made of each."""
+    """Copies the values of tensors into their :func:`static_copy`."""
     if static:
         torch._foreach_copy_([_without_repeats(t).detach() for t in static], [_without_repeats(t) for t in sources])
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
-    """Of an expanded tensor the part that it repeats."""
+    """The part that an expanded tensor repeats; the tensor itself if it is not expanded."""
     if 0 not in tensor.stride():
         return tensor
     return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def _table_of(tensor: Tensor) -> Tensor:
-    """The tensor that another is a view of; itself if it is none."""
+    """The tensor of which this one is a view; the tensor itself if it is not a view."""
     return tensor if tensor._base is None else tensor._base
 
 

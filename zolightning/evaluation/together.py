@@ -1,7 +1,7 @@
-"""Small perturbed tensors of an evaluation, made together: on a GPU in a few launches instead of one for each.
+"""Makes the small perturbed tensors of an evaluation together: on a GPU in a few launches instead of one for each.
 
 A launch takes the host as long as the device needs for a matrix of millions of elements, and most parameters of a
-language model are vectors. So are, nearly, the cores of low-rank perturbations.
+language model are vectors. The cores of low-rank perturbations are almost as small.
 """
 
 import math
@@ -17,12 +17,12 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.scaled import FullCurvature, ScaledDirection
 from zolightning.evaluation.buffer import Buffer
 
-_MOST = 2**17  # elements: larger tensors are worth a launch, and memory that others take after them
+_MOST = 2**17  # elements: larger tensors are worth a launch of their own, and use the shared scratch memory
 _ALIGNMENT = 16  # bytes, which threads read and write at once
 
 
 class Together(Buffer):
-    """Memory for the small perturbed tensors of an evaluation, which those of the next one take over."""
+    """Memory for the small perturbed tensors of an evaluation, which the next evaluation reuses."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -45,7 +45,7 @@ class Together(Buffer):
         return {id(parameter): made for (parameter, _, _), made in zip(found, self._tensors, strict=True)}
 
     def spare(self, output: object) -> None:
-        """Takes other memory from the next evaluation on, if what a function has returned lies in this one."""
+        """If a function's output lies in this memory, uses other memory from the next evaluation on."""
         if self.holds(output):
             self._layout, self._tensors = [], []
 
@@ -60,13 +60,14 @@ class Together(Buffer):
 
 
 def cores_of_groups(changes: Mapping[nn.Parameter, Sequence[Perturbation | None]]) -> dict[int, Tensor]:
-    """Small cores of low-rank perturbations that groups of rows have of their own, made together.
+    """Makes the small cores of the low-rank perturbations that each group of rows has, together.
 
     Args:
-        changes: of each group, by parameter.
+        changes: for each parameter, the perturbation of each group.
 
     Returns:
-        By the id of their parameter, (groups, *core shape), in its dtype; of matrices with a plain direction each.
+        By the id of each parameter the cores, (groups, *core shape), in its dtype. Parameters with another kind of
+        perturbation in some group are left out.
     """
     found: dict[int, Tensor] = {}
     outs: list[Tensor] = []
@@ -96,7 +97,8 @@ def _perturb(outs: Sequence[Tensor], sources: Sequence[Tensor | None], direction
 def _small(
     parameter: nn.Parameter, change: Perturbation | None
 ) -> tuple[Tensor | None, Direction | None, tuple[int, ...], bool]:
-    """What a direction is added to (zeros where None), the direction if there is a tensor to be made, and its shape."""
+    """Of a small tensor to be made: what the direction is added to (None for zeros), the direction (None if there is
+    nothing to make), the tensor's shape, and whether it requires gradients."""
     if isinstance(change, Direction) and parameter.ndim < 2 and parameter.is_contiguous():
         is_scaled = isinstance(change, ScaledDirection) and isinstance(change.curvature, FullCurvature)
         if is_scaled or type(change) is Direction:

@@ -1,14 +1,14 @@
 """Only the first evaluation of a step leaves traces in the module.
 
-A loss may write as well as compute: running statistics, metrics (torchmetrics), counters, lists, a hidden state carried
-from batch to batch, an exponential moving average of the weights in a teacher. Every evaluation of a step begins with
-what was there before the step; afterwards the module has what the first one wrote, once, as one evaluation would have.
+A loss may change its module: running statistics, metrics (torchmetrics), counters, lists, a hidden state carried from
+batch to batch, an exponential moving average of the weights in a teacher. Every evaluation of a step begins with the
+state before the step, and after the step the module is in the state after the first evaluation.
 
-Covered is what submodules hold: buffers, frozen parameters, and attributes that are numbers, tensors, torch.Generator,
-or lists, dictionaries, sets and deques of these. Other objects behind an attribute, and files, are not looked into.
-Memory is a copy of each tensor that an evaluation writes to, found by watching the first one. Where a large tensor
-(above 4,096 elements) is written for the first time later on, the other evaluations of that one step begin with what
-the first one left.
+Covered are buffers, frozen parameters, and attributes of submodules that are numbers, tensors, torch.Generator, or
+lists, dictionaries, sets and deques of these. Other objects behind an attribute, and files, are not covered. The memory
+is a copy of each tensor that an evaluation writes to, which is found out by watching the first one. If a large tensor
+(above 4,096 elements) is written to for the first time in a later step, the other evaluations of that one step begin
+with what the first one left in it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -25,10 +25,10 @@ class Traces:
     """Undoes what the evaluations of a step write; :meth:`finish` puts back what the first one wrote.
 
     Args:
-        modules: all submodules of the network; none where only a function is known.
-        written: tensors found to be written to in earlier steps, by id; added to.
-        perturbed: parameters that the evaluations perturb, by id.
-        earlier: what :meth:`finish` has returned for the same `perturbed`.
+        modules: all submodules of the network; none if only a function is known.
+        written: ids of tensors that were written to in earlier steps; more are added.
+        perturbed: ids of the parameters that the evaluations perturb.
+        earlier: the result of :meth:`finish` of an earlier step with the same `perturbed`.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Traces:
         return self._first is not None
 
     def finish(self) -> dict[int, Held]:
-        """Leaves the module as the first evaluation did; returns what spares the next step a look at everything."""
+        """Puts the module into the state after the first evaluation; returns what the next step takes as `earlier`."""
         if self._first is not None:
             self._first.restore()
         return self._before.lasting()
 
     def watched(self) -> "CopyOnWrite":
-        """A context for the first evaluation of all, which copies large tensors just before they are written to."""
+        """A context for the very first evaluation, which copies large tensors just before they are written to."""
         return CopyOnWrite(self._before, self._written)
 
 
@@ -112,5 +112,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # without memory of its own: sparse, meta, of a transform
+    except (NotImplementedError, RuntimeError):  # no memory of its own: sparse, meta, or inside a function transform
         return 0

@@ -1,18 +1,18 @@
-"""The loops over parameters: what a step costs beside its forward passes.
+"""The loops over parameters: perturbations and updates, all that a step does besides its forward passes.
 
-Each function of this module exists once a backend, with the same arguments and the same bits, and works in place on
-flat, contiguous tensors of one device:
+Each function of this module exists once in each backend, with the same arguments and the same bits. It works in place
+on flat, contiguous tensors of one device:
 
 * :mod:`~zolightning.kernels.native`: C, for CPUs;
 * :mod:`~zolightning.kernels.triton_loops`: Triton, for CUDA devices;
 * :mod:`~zolightning.kernels.torch_loops`: PyTorch, compiled where that works, for everything else.
 
-What they add is the noise of :mod:`~zolightning.kernels.noise`, which three arguments select: ``keys``, int32,
-(queries, 2); ``coefficients``, (queries,), float32, or float64 for double-precision weights (the dtype of the
-arithmetic); and the ``kind`` of distribution. ``start`` is the index of a tensor's first element.
+They add the noise of :mod:`~zolightning.kernels.noise`, which three arguments select: ``keys``, int32, (queries, 2);
+``coefficients``, (queries,), float32, or float64 for double-precision weights (the dtype of the arithmetic); and the
+``kind`` of distribution. ``start`` is the index of a tensor's first element in its parameter.
 
-Noise may be shaped before it is added: divided by the root of a ``curvature``, element by element, positive, of the
-weight's shape and the dtype of the arithmetic; or left out where the stored weight, without its sign, is above a
+Noise may be changed before it is added: divided by the root of a ``curvature``, element by element (positive, of the
+weight's shape and the dtype of the arithmetic), or left out where the absolute value of the stored weight is above a
 ``threshold``.
 """
 
@@ -32,7 +32,7 @@ from zolightning.kernels.noise import NoiseKind
 
 
 def _backend(*tensors: Tensor, start: int = 0) -> ModuleType:
-    """The backend with the fastest loops for these tensors, the first of which begins with element `start`."""
+    """The fastest backend for these tensors; `start` is the index of the first one's first element."""
     if native.available(*tensors, start=start):
         return native
     if tensors[0].device.type == "cuda":
@@ -68,9 +68,9 @@ def perturb(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    """``out = weight + noise``, of one shape of any dimensions; the dtype of `out` may be narrower than `weight`'s.
+    """``out = weight + noise``, all of one shape; the dtype of `out` may be narrower than that of `weight`.
 
-    Without a weight it is zero.
+    A weight of None counts as zeros.
     """
     weight = torch.zeros_like(out) if weight is None else weight
     backend = _backend(*_tensors(weight, out, curvature), start=start)
@@ -112,11 +112,11 @@ def perturb_rows(
         out: (k, n), contiguous, of the dtype of `table`.
         table: (m, n), contiguous.
         rows: integers, (k,).
-        keys: see the module's docstring; `coefficients`, `kind` and `threshold`, too.
-        curvature: of these rows, (k, n), contiguous.
+        keys: see the module's docstring, also for `coefficients`, `kind` and `threshold`.
+        curvature: the curvature of these rows, (k, n), contiguous.
 
     Raises:
-        IndexError: a row is not in the table (on CPUs; Triton writes NaNs in its place, which the loss then is).
+        IndexError: if a row is not in the table (on CPUs; Triton writes NaNs instead, so that the loss becomes NaN).
     """
     backend = _backend(*_tensors(out, curvature), start=table.shape[1])
     backend.perturb_rows(out, table, rows, keys, coefficients, kind, curvature, threshold)
@@ -136,11 +136,11 @@ def add(
 
     Args:
         weight: any floating-point dtype; rounded once, at the end.
-        keys: see the module's docstring; `coefficients`, `kind`, `start` and `threshold`, too.
+        keys: see the module's docstring, also for `coefficients`, `kind`, `start` and `threshold`.
         decay: multiplies the weight first.
-        rest: what completes a half-precision weight, (n,), if anything does: int16 or int8, the low words or low bytes
-            of a bf16 weight (:mod:`~zolightning.kernels.bfloat16`), or float32, a master copy of an fp16 weight, which
-            is brought up to date first with what others have written to the weight.
+        rest: the extra bits of a half-precision weight, (n,), if any are kept: the low words (int16) or low bytes
+            (int8) of a bf16 weight (:mod:`~zolightning.kernels.bfloat16`), or the float32 master copy of an fp16
+            weight, which first takes over what others have written to the weight.
     """
     backend = _backend(weight, start=start)
     if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
@@ -168,9 +168,9 @@ def add_curved(
     """Changes a curvature, and then ``weight = decay * weight + noise / sqrt(curvature)``, both (n,), in one pass.
 
     Args:
-        weight: as for :func:`add`; `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`, too.
+        weight: see :func:`add`, also for `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`.
         curvature: float32, or float64 for double-precision weights.
-        change: what becomes of it.
+        change: the change of the curvature.
     """
     backend = _backend(weight, curvature, start=start)
     if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
@@ -193,12 +193,13 @@ def add_adam(
     rest: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    """Moves moments by the noise, and ``weight = decay * weight + what they make of it``, all (n,), in one pass.
+    """One step of Adam, in which the noise is the gradient: moves both moments and then the weight, (n,), in one pass.
 
     Args:
-        weight: as for :func:`add`; `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`, too.
-        mean: the first moment, float32, or float64 for double-precision weights; `square`, the second, too.
-        step: what becomes of them.
+        weight: see :func:`add`, also for `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`.
+        mean: the first moment, float32, or float64 for double-precision weights.
+        square: the second moment, likewise.
+        step: Adam's coefficients in this step.
     """
     backend = _backend(weight, mean, start=start)
     if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
@@ -221,25 +222,25 @@ def _tensors(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 def add_delta(
     weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
 ) -> None:
-    """``weight = decay * weight + scale * delta``, (n,), for numbers at hand.
+    """``weight = decay * weight + scale * delta``, (n,), for a stored `delta` instead of noise.
 
     Args:
         weight: any floating-point dtype; rounded once, at the end.
         delta: float32, or float64 for double-precision weights.
         decay: multiplies the weight first.
-        rest: as for :func:`add`.
-        scale: multiplies the numbers first.
+        rest: see :func:`add`.
+        scale: multiplies `delta` first.
     """
     _backend(weight).add_delta(weight, delta, decay, rest, scale)
 
 
 def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
-    """Calls a loop with each of these arguments: on a GPU in few launches, which cost as much as large weights.
+    """Calls a loop once with each of these arguments; on a GPU in few launches, whose time small tensors do not fill.
 
     Args:
         loop: ``perturb``, ``add``, ``add_curved``, ``add_adam`` or ``add_delta`` of this module.
-        calls: all arguments by name, the same names in each; tensors of any dtypes and devices, in memory that no two
-            calls share.
+        calls: the arguments of each call by name, the same names in all of them. Tensors may have any dtype and device;
+            no two calls may write to the same memory.
     """
     together = []
     for call in calls:

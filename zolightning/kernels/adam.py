@@ -1,4 +1,4 @@
-"""What Adam's moments make of a gradient, element by element, as its noise is made."""
+"""The coefficients of a step of Adam in the kernels, which update the moments as they draw the noise."""
 
 from typing import NamedTuple
 

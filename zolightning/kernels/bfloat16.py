@@ -1,4 +1,4 @@
-"""A bf16 weight and what bf16 rounds away of it: together an fp32 number, or most of one.
+"""A bf16 weight together with the bits that bf16 rounds away: an fp32 number, or most of one.
 
 A bf16 number is the upper half of an fp32 number. With the lower half kept beside it (its *low word*, int16, signed, so
 that the upper half is the rounded value), the pair is that fp32 number. With a *low byte* (int8) it is that number
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def read_split(weight: Tensor, low: Tensor) -> Tensor:
-    """The fp32 numbers with the rounded upper half `weight` (bf16) and the rest `low` (int16 or int8), of one shape.
+    """The fp32 numbers whose upper half, rounded, is `weight` (bf16) and whose rest is `low` (int16 or int8).
 
-    A zero that somebody else has written over a weight stays next to zero: its old rest, if below 0, does not
-    count, where it would make the bits of a NaN.
+    If somebody else has written a zero over a weight, its old rest stays, which makes it a number next to zero; a rest
+    below 0 is ignored, because the bits would be those of a NaN.
     """
     high, rest = weight.view(torch.int16).to(torch.int32), low.to(torch.int32)
     rest = torch.where((high & 0x7FFF) == 0, rest.clamp_min(0), rest)

@@ -1,8 +1,8 @@
-"""How a loop of torch operations runs: compiled over large tensors, eagerly in chunks over small ones.
+"""Runs a loop of torch operations: compiled over large tensors, eagerly and in chunks over small ones.
 
-A kernel is a plain function of tensors that writes its outputs in place, element by element. ``torch.compile``
-turns it into one loop instead of thirty passes over memory; where it cannot, chunks that stay in cache make the best
-of it. Both give the same bits. CPUs with a C compiler use :mod:`zolightning.kernels.native` instead.
+A kernel is a plain function of tensors that writes its outputs in place, element by element. ``torch.compile`` turns it
+into one loop instead of thirty passes over memory. Where it does not work, the kernel runs on chunks that stay in the
+cache. Both give the same bits. CPUs with a C compiler use :mod:`zolightning.kernels.native` instead.
 """
 
 import functools
@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**16  # elements of an eager chunk: temporaries of 256 KiB stay in the second-level cache
-DEVICE_CHUNK = 2**22  # elsewhere than on a CPU: each operation is a launch, which must be worth its microseconds
+DEVICE_CHUNK = 2**22  # on other devices than CPUs, where each operation is a launch that takes microseconds
 COMPILE_FROM = 2**20  # elements: below it a process may end before compilation has paid for itself
 
 Kernel = Callable[..., None]
 
 
 class _Compiler:
-    """Whether kernels are compiled: from the first large tensor on, unless compilation fails or is switched off.
+    """The state of this module.
 
-    And whether a warning has said already that a fast way does not work.
+    Attributes:
+        enabled: whether kernels may be compiled: not after a failure, nor if the environment switches it off.
+        warm: whether a kernel has been compiled, after which small tensors use compiled kernels too.
+        warned: whether a warning has said that a faster way does not work.
     """
 
     enabled: bool = os.environ.get("ZOLIGHTNING_COMPILE", "1") != "0"

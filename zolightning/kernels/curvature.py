@@ -1,4 +1,4 @@
-"""How a diagonal curvature changes in a step: by what the codes of the noise say, as they are made."""
+"""How the kernels change a diagonal curvature by the codes of the noise (HiZOO)."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ class Change(NamedTuple):
     ``H = clamp(H + H * (shift + sum over queries of square * code**2), floor, ceiling)``
 
     Attributes:
-        shift: what all elements change by, relative to themselves.
-        squares: of each query, (queries,), in the dtype of the arithmetic.
-        floor: above 0, so that noise over the root of the curvature is finite.
-        ceiling: finite, so that it is never 0 for good.
+        shift: the relative change that all elements share.
+        squares: the factor ``square`` of each query, (queries,), in the dtype of the arithmetic.
+        floor: the least curvature, above 0, so that noise over its root is finite.
+        ceiling: the largest curvature, finite, so that noise over its root is never 0.
     """
 
     shift: float

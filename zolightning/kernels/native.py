@@ -200,7 +200,7 @@ def _pointers(weight: Tensor, rest: Tensor | None) -> tuple[int, ...]:
 
 
 def _shape(curvature: Tensor | None, threshold: float | None) -> tuple[str, tuple[int | None, float]]:
-    """The end of a function's name, and the arguments that say what noise becomes before it is added."""
+    """The end of a function's name, and its arguments for how noise is changed before it is added."""
     if curvature is not None:
         return "_scaled", (curvature.data_ptr(), 0.0)
     return ("", (None, 0.0)) if threshold is None else ("_masked", (None, threshold))

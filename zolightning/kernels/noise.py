@@ -105,5 +105,5 @@ def start_of(start: int, device: torch.device) -> Tensor:
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A small table of the host's on a device, which is not waited for."""
+    """Copies a small table from the host to a device, without waiting for the device."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -171,7 +171,7 @@ def add_to_master(
     start: int,
     threshold: float,
 ) -> None:
-    """:func:`add` to an fp32 master, (n,), where its fp16 weight, (n,), which is then its rounded value, is small."""
+    """:func:`add` with a threshold for an fp16 weight, (n,), and its fp32 master, (n,)."""
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
         noise = _shaped(noise_sum(index, keys, coefficients, kind), weight[part], None, threshold)
@@ -189,7 +189,7 @@ def _loop(function: Kernel, like: Tensor, curvature: Tensor | None) -> tuple[Ker
 
 
 def _shaped(noise: Tensor, weight: Tensor, curvature: Tensor | None, threshold: float | None) -> Tensor:
-    """What is added to a stored weight: noise, over the root of a curvature or only where the weight is small."""
+    """The noise that is added to a stored weight: over the root of a curvature, or only where the weight is small."""
     if curvature is not None:
         return _over_root(noise, curvature)
     if threshold is not None:
@@ -202,7 +202,7 @@ def _over_root(noise: Tensor, curvature: Tensor) -> Tensor:
 
 
 def _root(values: Tensor) -> Tensor:
-    """Rounded correctly: MKL's, which torch takes on CPUs, are not, but for rounded wider ones."""
+    """Correctly rounded roots: those of MKL, which torch uses on CPUs, are not, unless made in float64 and rounded."""
     return values.double().sqrt().to(values.dtype) if values.device.type == "cpu" else values.sqrt()
 
 

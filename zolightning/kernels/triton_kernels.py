@@ -4,11 +4,11 @@ A program makes the noise of ``BLOCK`` neighbouring elements (``triton_noise.py`
 once. ``start``, even, is the index of a tensor's first element, and ``numel`` the number of elements. ``INTERPRETED``
 says that Triton's interpreter runs it, which rounds otherwise.
 
-Several tensors of one dtype take one launch. ``tensors``, int64, then has a row for each of them: its address, that of
-a second tensor, the number of elements, the place of its keys in ``keys``, and the addresses of further tensors or the
-bits of a threshold. And ``chunks``, int32, has a row for each ``CHUNK`` programs: a tensor, and which chunk of it. What
-a kernel is given beside these tables is of the first tensor, for the types. All tensors have memory aligned to 16 bytes
-and multiples of 16 elements, without which a thread would read and write one element at a time.
+One launch may work on several tensors of one dtype. ``tensors``, int64, then has a row for each of them: its address,
+that of a second tensor, the number of elements, the offset of its keys in ``keys``, and the addresses of further
+tensors or the bits of a threshold. ``chunks``, int32, has a row for every ``CHUNK`` programs: the index of a tensor,
+and of a chunk in it. The other arguments of a kernel are those of the first tensor, for their types. All tensors must
+be aligned to 16 bytes and have multiples of 16 elements; otherwise a thread would read one element at a time.
 """
 
 import triton
@@ -19,7 +19,7 @@ from zolightning.kernels.triton_noise import noise_of, pairs_from
 
 @triton.jit
 def _shaped(noise, value, curvature, threshold, at, inside):
-    """What is added to a stored value: noise, over the root of a curvature or only where the value is small."""
+    """The noise that is added to a stored value: over the root of a curvature, or only where the value is small."""
     if curvature is not None:
         return tl.div_rn(noise, tl.sqrt_rn(tl.load(curvature + at, mask=inside, other=1.0)))
     if threshold is not None:
@@ -29,7 +29,7 @@ def _shaped(noise, value, curvature, threshold, at, inside):
 
 @triton.jit
 def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of the several tensors of a launch the row in `tensors` of the one that a program works on, and where there."""
+    """The row in `tensors` of the tensor that this program works on, and the first element that it works on there."""
     program = tl.program_id(0)
     chunk = chunks + program // CHUNK * 2
     row = tensors + tl.load(chunk).to(tl.int64) * COLUMNS
@@ -38,7 +38,7 @@ def _place(tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _address(entry, like):
-    """The pointer at an entry of `tensors`, of the type of another one."""
+    """The pointer stored in an entry of `tensors`, with the type of the pointer `like`."""
     return tl.multiple_of(tl.load(entry).to(like.dtype), 16)
 
 
@@ -60,7 +60,7 @@ def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     return value.to(dtype)
 
 
-# Not compiled again for the values of what is no length, nor for where keys begin.
+# No new compilation for other values of `queries` and `start`, nor for other alignments of keys and coefficients.
 @triton.jit(do_not_specialize=["queries", "start"], do_not_specialize_on_alignment=["keys", "coefficients"])
 def perturb(
     plus,
@@ -82,7 +82,7 @@ def perturb(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Without a weight it is zero."""
+    """``plus = weight + noise`` and, if there is a `minus`, ``minus = weight - noise``; a weight of None is zeros."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)
@@ -124,6 +124,7 @@ def perturb_rows(
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """``out = (table + noise)[rows]``; a program for each row and block of columns."""
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + place).to(tl.int64)
     first = tl.program_id(1) * BLOCK
@@ -142,9 +143,10 @@ def perturb_rows(
 
 @triton.jit
 def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr, threshold=None):
-    """``weight = decay * weight + delta`` for elements `at`: rounded, exact with a rest, or of an fp32 master.
+    """``weight = decay * weight + delta`` for the elements `at`; `threshold` leaves out delta for larger weights.
 
-    Without delta where the stored weight is above the threshold, if there is one.
+    Without a `rest` the sum is rounded to the weight's dtype. If `rest` is low words or low bytes, they take the bits
+    that are rounded away; if it is an fp32 master, the sum is that of the master.
     """
     stored = tl.load(weight + at, mask=inside)
     delta = _shaped(delta, _wide(stored, INTERPRETED), None, threshold, at, inside)
@@ -241,7 +243,7 @@ def add_curved(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Without a weight the curvature alone changes."""
+    """Changes a curvature, then ``weight = decay * weight + noise / sqrt(curvature)``, unless the weight is None."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)

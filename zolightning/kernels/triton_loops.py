@@ -25,7 +25,7 @@ from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind, on_device
 
 _BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
-_CHUNK = 32  # programs to an entry of the table that says where they work, in a launch for several tensors
+_CHUNK = 32  # programs for one row of the table that says where they work, in a launch for several tensors
 _NUM_WARPS = 4
 _UNROLLED = (1, 2, 4, 8)  # numbers of queries with a kernel of their own; all others share one with a loop
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,7 +33,7 @@ _POPC = not _INTERPRETED and torch.version.hip is None  # an instruction of NVID
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Tables = tuple[Tensor, Tensor] | tuple[None, None]  # ``tensors`` and ``chunks`` of the kernels, for several tensors
-_Call = tuple[Mapping[str, Any], list[int]]  # arguments of a loop; elements of its tensors, and their addresses
+_Call = tuple[Mapping[str, Any], list[int]]  # arguments of a loop; number of elements and addresses of its tensors
 
 
 def available(*tensors: Tensor, start: int = 0) -> bool:
@@ -163,7 +163,7 @@ def add_delta(
         _launch(triton_kernels.add_delta, (programs,), weight, *arguments, **constants)
 
 
-# What the kernel of a loop works on, of as many elements each, in the order of its table
+# The arguments of each loop that are tensors with one number of elements, in the order of the kernel's table
 _TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
     perturb: ("out", "weight", "curvature"),
     add: ("weight", "rest"),
@@ -171,13 +171,14 @@ _TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
     add_adam: ("weight", "rest", "mean", "square"),
     add_delta: ("weight", "rest", "delta"),
 }
-_OF_ROWS = ("keys", "threshold")  # arguments that each row of the table has itself
+_OF_ROWS = ("keys", "threshold")  # arguments that differ between the rows of the table
 
 
 def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
-    """Calls one of the loops in ``_TENSORS`` with each of these arguments, in as few launches as can be.
+    """Calls one of the loops in ``_TENSORS`` once with each of these arguments, in as few launches as possible.
 
-    One takes all calls that differ in what a table has (``triton_kernels.py``), if their memory is aligned.
+    One launch serves all calls that differ only in what the kernels' tables hold (``triton_kernels.py``), if the memory
+    of their tensors is aligned.
     """
     names = _TENSORS[loop]
     alike: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
@@ -187,9 +188,9 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
         if any([number % 16 for number in numbers]) or not all([t is None or t.is_contiguous() for t in tensors]):
             loop(**call)
             continue
-        table = call["keys"]._base if "keys" in call else None  # of which they are a row
+        table = call["keys"]._base if "keys" in call else None  # the table of which they are a row
         place = call[names[0]].device, id(table), call.get("threshold") is None
-        same_objects = place, *map(id, _shared(call, names))  # as most calls have, and quicker to find than equal ones
+        same_objects = place, *map(id, _shared(call, names))  # most calls share objects; quicker than to compare values
         alike[same_objects].append((call, numbers))
     groups: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
     for (first, *_), members in alike.items():
@@ -202,7 +203,7 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
 
 
 def _shared(call: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
-    """What the calls of a launch have in common: the dtypes of the tensors of these names, and other arguments."""
+    """What calls must have in common to share a launch: the dtypes of the tensors of these names, other arguments."""
     return [
         (value if value is None else value.dtype) if name in names else value
         for name, value in call.items()
@@ -211,14 +212,14 @@ def _shared(call: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
 
 
 def _identity(value: Any) -> Hashable:
-    """What an argument that all calls of a launch share has to have in common with those of other calls."""
+    """A value that is equal for two arguments if a launch can use one in place of the other."""
     if isinstance(value, tuple):
         return tuple(map(_identity, value))
     return id(value) if isinstance(value, Tensor) else value
 
 
 def _row(start: int, call: Mapping[str, Any], numbers: Sequence[int]) -> tuple[int, ...]:
-    """Of ``tensors`` of the kernels. Keys are counted in words from `start`: the same number at each step."""
+    """A row of the kernels' ``tensors``. Keys are given by their offset from `start`, in words, equal in each step."""
     numel, address, beside, *further = numbers
     keys = (call["keys"].data_ptr() - start) // 4 if "keys" in call else 0
     threshold = call.get("threshold")
@@ -254,7 +255,7 @@ def _programs(weight: Tensor, tables: _Tables) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _tables(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Made once, for weights stay where they are."""
+    """The kernels' ``tensors`` and ``chunks``; cached, because weights keep their addresses."""
     tensors = torch.tensor(entries, dtype=torch.int64)
     counts = -(-tensors[:, 2] // (_BLOCK * _CHUNK))
     owners = torch.arange(len(counts)).repeat_interleave(counts)

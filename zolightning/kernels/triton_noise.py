@@ -53,7 +53,7 @@ def noise_of(
 ):
     """The noise of the elements of consecutive pairs, see ``noise.noise_sum``, and ``shift + sum(square * code**2)``.
 
-    Without `squares`, the noise again in the place of the latter.
+    Without `squares` the second result is the noise again.
     """
     even, odd = _codes(pair, keys, RADEMACHER, POPC)
     even_change, odd_change = even, odd
@@ -90,5 +90,5 @@ def noise_of(
 
 @triton.jit
 def pairs_from(first, BLOCK: tl.constexpr):
-    """The numbers of the pairs of a block of elements, of which `first`, int64, is even; they wrap at 2**31."""
+    """The indices of the pairs of elements in a block that begins with element `first`, int64, even; wraps at 2**31."""
     return ((first >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)) & 0x7FFFFFFF

@@ -77,7 +77,7 @@ def solve(gram: Tensor, projected_grads: Tensor) -> Tensor:
 def _noise_shape(
     optimizer: "ZerothOrderOptimizer", parameter: nn.Parameter, change: Perturbation
 ) -> tuple[int, ...] | None:
-    """The shape of the noise in a perturbation; None if it has none."""
+    """The shape of the noise in a perturbation; None if the perturbation has no noise."""
     if isinstance(change, LowRank):
         return None if change.direction is None else change.basis.core_shape(change.shape)
     return optimizer.trainable_shape(parameter)

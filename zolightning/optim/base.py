@@ -16,13 +16,13 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, is_sharded
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
+from zolightning.evaluation.losses import LossFunction
 from zolightning.kernels.noise import key as noise_key
 from zolightning.optim import checks
 from zolightning.optim.estimating import evaluate_step, squared_grad
 from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
-from zolightning.optim.probing import Evaluate
 from zolightning.optim.record import Estimate, StepRecord
 from zolightning.optim.share import WHOLE, Share
 from zolightning.optim.stochastic_rounding import round_stochastically
@@ -177,7 +177,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     @torch.no_grad()
     def estimate(
         self,
-        evaluate: Evaluate,
+        evaluate: LossFunction,
         share: Share = WHOLE,
         skip_nonfinite: bool = False,
         micro_batches: Sequence[MicroBatch] | None = None,
@@ -192,8 +192,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             evaluate: computes the loss of the step's batch, anew at each call and always with the same padding. It
                 returns a scalar tensor (in float32 or wider, so that small differences survive), or a pair of it and
                 the number of terms it is the mean of, by which losses are averaged over ranks; see
-                :func:`~zolightning.optim.checks.loss_and_terms`. If no rank has any term, the step is recorded without
-                projected gradients and changes nothing.
+                :func:`~zolightning.evaluation.losses.loss_and_terms`. If no rank has any term, the step is recorded
+                without projected gradients and changes nothing.
             share: which of the evaluations this rank makes, and how it gets the results of the others.
             skip_nonfinite: whether to record a step without projected gradients if a loss is NaN or infinite, instead
                 of raising; at most ``MAX_NONFINITE_IN_A_ROW`` times in a row.

@@ -1,4 +1,4 @@
-"""Bases of matrices: of which shapes and kinds they are, and where their factors come from.
+"""Bases of matrices: their shapes and kinds, and where their factors come from.
 
 A basis is a function of (seed, refresh index, parameter name), so checkpoints hold none. Exceptions are factors that
 were given to :meth:`~zolightning.optim.subspace.SubspaceOptimizer.resample`, and bases that keep dominant directions of
@@ -59,10 +59,10 @@ class BasisKind:
         """Draws the factors of a basis, in the dtype of the weight, but for those that were given.
 
         Args:
-            matrix: what the parameter is searched as.
+            matrix: the shape and rank in which the parameter is searched.
             parameter: the weight.
             run: the run's seed, the index of the basis and the parameter's name.
-            given: factors by side. One on another side than the kind's own takes the place of that.
+            given: given factors by side. A factor on the side that this kind has none on replaces the kind's own.
         """
         seed, refresh, name = run
 
@@ -93,7 +93,7 @@ class BasisKind:
         return Basis(**scaled)
 
     def is_turned(self, basis: Basis) -> bool:
-        """Whether the one factor of a basis was given on the other side than this kind's own."""
+        """Whether a basis has its one factor on the other side than this kind draws it on, because it was given."""
         return self.sides != "both" and getattr(basis, self.sides) is None
 
     def _mean_square(self, matrix: Matrix, side: str) -> float:

@@ -17,7 +17,7 @@ class ParameterBlocks:
     It is changed in place only: wrappers of optimizers copy references to it (Fabric's does).
 
     Attributes:
-        parameters: of each block; empty if parameters are not divided into blocks.
+        parameters: the parameters of each block; empty if parameters are not divided into blocks.
         at_rest: the parameters of the blocks that do not move now.
     """
 
@@ -60,13 +60,13 @@ class ParameterBlocks:
                 )
 
     def activate(self, indices: Sequence[int]) -> None:
-        """Puts all blocks to rest but these; without any index, none."""
+        """Puts all blocks to rest but these; without any index, no block rests."""
         self.at_rest.clear()
         if indices:
             self.at_rest.update(*(block for index, block in enumerate(self.parameters) if index not in indices))
 
     def isolate(self, index: int, own: Iterable[nn.Parameter]) -> None:
-        """Puts everything to rest but one block, what is in no block too."""
+        """Puts all parameters to rest but those of one block; those in no block rest as well."""
         self.at_rest.update(own)
         self.at_rest.difference_update(self.parameters[index])
 

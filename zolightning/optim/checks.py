@@ -1,20 +1,15 @@
-"""Checks of what a method is given: hyperparameters, parameters, losses."""
+"""Checks of what a method is given: hyperparameters and parameters."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
 
-import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from zolightning.directions.shards import require_rows
 from zolightning.kernels.noise import MAX_ELEMENTS
 from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample
-
-Loss = Tensor | tuple[Any, Any] | Mapping[str, Any]  # see `loss_and_terms`
 
 
 def require_positive(name: str, value: float) -> None:
@@ -122,49 +117,3 @@ def require_trainable(names: Mapping[nn.Parameter, str]) -> None:
         if parameter.numel() > MAX_ELEMENTS:
             raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
         require_rows(name, parameter)
-
-
-def require_terms(terms: Sequence[float]) -> None:
-    """Raises a ValueError if a loss is said to average a negative number of terms."""
-    if min(terms) < 0:
-        raise ValueError(f"`num_terms`, by which a loss is averaged, must not be negative, got {min(terms):g}.")
-
-
-def loss_and_terms(output: Loss) -> tuple[Tensor, Tensor]:
-    """A loss and the number of terms it averages, both as wide scalars, from what was returned for it.
-
-    The loss keeps its derivative in forward mode, if it has one.
-
-    Losses of micro-batches and of ranks are averaged by their numbers of terms, which is the loss of the whole batch
-    where each is a mean over its own terms. A user's dictionary may hold whatever else it likes, ``"weight"`` included.
-
-    Args:
-        output: a tensor with one element, a pair of it and the number, or a mapping with it as ``"loss"`` and the
-            number as ``"num_terms"``. The number is at least 0, and 1 where it is left out.
-
-    Raises:
-        TypeError: if the loss is no such tensor.
-        ValueError: if the number of terms is not a single number.
-    """
-    loss: Any = output
-    terms: Any = 1.0
-    if isinstance(output, tuple):
-        loss, terms = output
-    elif isinstance(output, Mapping):
-        loss, terms = output.get("loss"), output.get("num_terms", 1.0)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        plain = loss if loss is None or isinstance(loss, int | float) else f"a {type(loss).__name__}"
-        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', plain)}.")
-    if not (isinstance(terms, int | float) or (isinstance(terms, Tensor) and terms.numel() == 1)):
-        raise ValueError(
-            "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
-            f"{getattr(terms, 'shape', repr(terms))}. Return the dictionary's own entry under another name."
-        )
-    wide = torch.float32 if loss.device.type == "mps" else torch.float64
-    loss, derivative = forward_ad.unpack_dual(loss)
-    loss = loss.detach().view(()).to(wide)
-    if derivative is not None:
-        loss = forward_ad.make_dual(loss, derivative.detach().view(()).to(wide))
-    if isinstance(terms, Tensor):
-        return loss, terms.detach().view(()).to(loss.device, loss.dtype, non_blocking=True)
-    return loss, torch.full_like(loss, terms)  # a kernel's argument: a copy from the host would wait for the device

@@ -42,8 +42,8 @@ def add_lift(
     Args:
         weight: the parameter's data or this rank's rows of it, contiguous.
         first: index of its first element in the whole parameter.
-        basis: of the core.
-        core: of the core shape of the basis, fp32 or wider.
+        basis: the basis of the matrix.
+        core: the core, in the core shape of that basis, fp32 or wider.
         rests: the mapping that holds the extra bits of a half-precision weight; they are made there if needed.
         precision: how sums are rounded.
         are_offloaded: whether `rests` are in host memory.
@@ -60,7 +60,7 @@ def add_lift(
 
 
 def core_limit(weight: Tensor, perturbation: float) -> float | None:
-    """How large an element of a core may be where a network computes with it in half precision; None where in full.
+    """The largest element that a core may have if the network computes in half precision; None if it does not.
 
     Above that limit the spacing of half-precision numbers exceeds the perturbation of an element, and their sum would
     lose most of it. The limit is on the largest element because a maximum, unlike a sum, is the same in any order.

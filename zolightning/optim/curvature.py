@@ -46,7 +46,7 @@ STRUCTURES: tuple[str, ...] = ("full", "row_column", "scalar")
 CurvatureEstimate = Literal["code", "centered"]
 CURVATURE_ESTIMATES: tuple[str, ...] = ("code", "centered")
 _LARGEST = 1e30  # of a relative change of curvature: far beyond the bounds of any, and no overflow
-# Of u**4, which a centered estimate is made unbiased with: 3 for a normal distribution.
+# The mean of u**4 (3 for a normal distribution), by which a centered estimate is made unbiased.
 _FOURTH_MOMENT: dict[NoiseKind, float] = {"gaussian": 2.875, "rademacher": 1.0}
 
 
@@ -54,8 +54,8 @@ class RelativeChange(NamedTuple):
     """How a step changes curvatures: ``H += H * (shift + sum over queries of ratio * u**2)``, within bounds.
 
     Attributes:
-        shift: of all elements.
-        ratios: one a query.
+        shift: the relative change that all elements share.
+        ratios: one for each query.
         bounds: the least and the largest curvature.
     """
 
@@ -64,7 +64,7 @@ class RelativeChange(NamedTuple):
     bounds: tuple[float, float]
 
     def of_codes(self, kind: NoiseKind, like: Tensor) -> Change:
-        """The same in terms of the noise's codes, for the loops over a weight like `like`."""
+        """The same change in terms of the integer codes of the noise, for the kernels and a weight like `like`."""
         squares = tuple(ratio * CODE_SCALE[kind] ** 2 for ratio in self.ratios)
         return Change(self.shift, table(squares, arithmetic(like.dtype), like.device), *self.bounds)
 
@@ -77,7 +77,7 @@ def relative_change(
     kind: NoiseKind,
     bounds: tuple[float, float],
 ) -> RelativeChange:
-    """What the second differences of a step's queries say, see the module's docstring.
+    """The change of curvatures that follows from the second differences of a step's queries; see the module docstring.
 
     All of it is computed in double precision: the released code multiplies by `smoothing` first, in the weights' dtype,
     and in float16 nothing is left of it then.
@@ -98,10 +98,10 @@ def scaled(
     """``direction / sqrt(H)``; the direction itself where the state has no curvature yet.
 
     Args:
-        direction: of a whole parameter.
+        direction: the direction of a whole parameter.
         state: the parameter's entry in the optimizer's state.
         bounds: the least and the largest curvature.
-        parameter: given where ranks may share it, each with the curvature of its own rows.
+        parameter: the parameter, given if it may be sharded over ranks, each with the curvature of its own rows.
     """
     if "curvature_rows" in state:
         factored = FactoredCurvature(state["curvature_rows"], state["curvature_columns"], *bounds)
@@ -123,16 +123,17 @@ def update_(
 ) -> None:
     """Changes the curvatures in `states`, made there if needed, and then adds ``direction / sqrt(H)`` to each weight.
 
-    In few launches on a GPU, but for the matrices of ``row_column``: theirs is made a few rows at a time.
+    It takes few launches on a GPU, except for matrices of ``row_column``, whose curvature is computed for a few rows at
+    a time.
 
     Args:
         weights: contiguous, of any shapes.
         states: the parameters' entries in the optimizer's state.
-        directions: what is to be added, times H's root.
-        change: of the curvatures.
-        structure: of the curvatures.
+        directions: the moves of the weights before they are divided by ``sqrt(H)``.
+        change: the change of the curvatures.
+        structure: the structure of the curvatures.
         precision: how sums are rounded.
-        decays: multiply the weights first.
+        decays: a factor for each weight, by which it is multiplied first.
     """
     if structure == "scalar":
         floor, ceiling = change.bounds
@@ -170,7 +171,7 @@ def sample(state: State) -> Tensor:
 def _update_factored_(
     weight: Tensor, state: State, direction: Direction, change: Change, precision: UpdatePrecision, decay: float
 ) -> None:
-    """:func:`update_` of a matrix: the curvature of rows and columns becomes the means of what a full one would."""
+    """:func:`update_` of a matrix: changes a full curvature, and keeps its means over columns and over rows."""
     rows, columns = len(weight), weight[0].numel()
     if "curvature_rows" not in state:
         state["curvature_rows"], state["curvature_columns"] = _ones(rows, weight), _ones(columns, weight)

@@ -21,8 +21,8 @@ class DenseOptimizer(ZerothOrderOptimizer):
 
     Args:
         noise: "gaussian" (17-valued, see :mod:`zolightning.kernels.noise`) or "rademacher".
-        **common: of :class:`~zolightning.optim.base.ZerothOrderOptimizer`: num_queries, align_queries, estimator, seed,
-            update_precision.
+        **common: num_queries, align_queries, estimator, seed, update_precision: see
+            :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class DenseOptimizer(ZerothOrderOptimizer):
 
         Args:
             group: one of ``param_groups``.
-            seed: of the run, as the step's record has it.
+            seed: the run's seed, which the step's record has.
             step: number of the step.
-            coefficients: by query; queries that are left out have none.
+            coefficients: the coefficient of each query; queries that are left out do not take part.
         """
         named = {self.names[parameter]: parameter for parameter in self.moving(group)}
         found = directions(named, seed, step, coefficients, self.noise)
@@ -86,7 +86,7 @@ class DenseDescent(DenseOptimizer):
         """Moves the contiguous weights of a group, given their gradient estimates times :meth:`gradient_scale`."""
 
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
-        """A factor of the gradients handed to :meth:`update_parameters`, where it costs no extra pass."""
+        """A factor by which gradients are multiplied before :meth:`update_parameters` gets them, at no extra cost."""
         return 1.0
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from zolightning.evaluation.examples import MicroBatch
+from zolightning.evaluation.losses import LossFunction
 from zolightning.optim.alignment import aligned
 from zolightning.optim.estimators import ForwardGradient, PerExample, Probe, TwoSided
 from zolightning.optim.forward_gradient import evaluate_derivatives
 from zolightning.optim.per_example import evaluate_examples
-from zolightning.optim.probing import Evaluate, Probed, evaluate_probes
+from zolightning.optim.probing import Probed, evaluate_probes
 from zolightning.optim.record import (
     FLAT_IN_A_ROW,
     MAX_NONFINITE_IN_A_ROW,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def evaluate_step(
     optimizer: "ZerothOrderOptimizer",
     last: Estimate,
-    evaluate: Evaluate,
+    evaluate: LossFunction,
     share: Share,
     skip_nonfinite: bool,
     micro_batches: Sequence[MicroBatch] | None,
@@ -37,10 +38,10 @@ def evaluate_step(
     """Evaluates the losses of a step and makes its record, which has no projected gradients if one is not finite.
 
     Args:
-        optimizer: whose step it is; says what each evaluation adds to the weights.
+        optimizer: the method, which defines what each evaluation adds to the weights.
         last: its last estimate, which counts steps whose losses are all equal or not finite.
-        evaluate, share, skip_nonfinite, micro_batches: as of
-            :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`, whose exceptions it raises.
+        evaluate, share, skip_nonfinite, micro_batches: see
+            :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`; the exceptions are those listed there.
     """
     found = _probed(optimizer, evaluate, share, micro_batches)
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
@@ -63,7 +64,7 @@ def evaluate_step(
 
 @torch.no_grad()
 def squared_grad(
-    optimizer: "ZerothOrderOptimizer", block: int, num_queries: int = 1, *, evaluate: Evaluate, share: Share = WHOLE
+    optimizer: "ZerothOrderOptimizer", block: int, num_queries: int = 1, *, evaluate: LossFunction, share: Share = WHOLE
 ) -> float:
     """The mean squared projected gradient of one block along `num_queries` directions, all else being at rest.
 
@@ -73,10 +74,10 @@ def squared_grad(
     are other ones than those of any step.
 
     Args:
-        optimizer: whose blocks and directions they are.
+        optimizer: the method.
         block: index of the block.
         num_queries: directions to average over.
-        evaluate, share: as of :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
+        evaluate, share: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
 
     Returns:
         The mean, or 0 if a loss is not finite.
@@ -91,7 +92,7 @@ def squared_grad(
 
 
 def _probed(
-    optimizer: "ZerothOrderOptimizer", evaluate: Evaluate, share: Share, micro_batches: Sequence[MicroBatch] | None
+    optimizer: "ZerothOrderOptimizer", evaluate: LossFunction, share: Share, micro_batches: Sequence[MicroBatch] | None
 ) -> Probed:
     """The step's losses; the same at each call."""
     estimator = optimizer.estimator

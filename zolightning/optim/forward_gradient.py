@@ -10,10 +10,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zolightning.directions.tangent import Tangent
+from zolightning.evaluation.losses import LossFunction, require_terms
 from zolightning.messages import some
-from zolightning.optim.checks import require_terms
 from zolightning.optim.estimators import ForwardGradient
-from zolightning.optim.probing import Evaluate, Probed, device_of, losses_at, of_whole_parameters, sums_of
+from zolightning.optim.probing import Probed, device_of, losses_at, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def evaluate_derivatives(
-    optimizer: "ZerothOrderOptimizer", estimator: ForwardGradient, evaluate: Evaluate, share: Share
+    optimizer: "ZerothOrderOptimizer", estimator: ForwardGradient, evaluate: LossFunction, share: Share
 ) -> Probed:
     """Differentiates a loss along the direction of each query, at the stored weights.
 
     Attention runs as separate operations, because its fused kernels have no forward-mode derivative.
 
     Args:
-        optimizer: whose directions they are.
-        estimator: the optimizer's.
+        optimizer: the method, which defines the directions.
+        estimator: its estimator.
         evaluate: computes the loss of one batch, and its number of terms if that is not 1.
         share: which of the derivatives this rank computes, and how it gets those of the others.
 

@@ -1,4 +1,4 @@
-"""GRZO in cores: one random core a step, and for each example signs of its own on its rows and columns."""
+"""LO-GRZO: one random core a step, to whose rows and columns each example gives random signs of its own."""
 
 import math
 import statistics
@@ -127,7 +127,7 @@ class GRZO(SubspaceOptimizer):
     def _sums(
         self, matrices: dict[str, tuple[nn.Parameter, Matrix]], record: StepRecord, coefficients: list[float]
     ) -> Tensor:
-        """Of matrices whose cores have one shape, the sums of all queries' cores, each times a coefficient.
+        """The sum over queries of coefficient times core, for matrices whose cores have one shape.
 
         Returns:
             (matrices, *core shape).
@@ -144,7 +144,10 @@ class GRZO(SubspaceOptimizer):
     def _draw_cores(
         self, matrices: dict[str, tuple[nn.Parameter, Matrix]], run: tuple[int, int], queries: Sequence[int]
     ) -> None:
-        """Draws what the step has not drawn yet: cores, which all queries share, and signs: a launch on a GPU each."""
+        """Draws the cores, which all queries share, and the signs that this step has not drawn yet.
+
+        It takes one launch on a GPU for cores and one for signs.
+        """
         if run != self._drawn_in:
             self._forget()
             self._drawn_in = run
@@ -169,14 +172,14 @@ def _drawn(
     run: tuple[int, int],
     kind: NoiseKind,
 ) -> dict[tuple[str, int], Tensor]:
-    """Noise of these sizes, by the name of a parameter and the query, in the dtype of its arithmetic.
+    """Draws noise for pairs of a parameter's name and a query, in the dtype in which the parameter is perturbed.
 
     Args:
-        sizes: how many numbers to draw of each.
-        what: part of the name of the noise.
-        parameters: by name.
+        sizes: how many numbers to draw for each pair.
+        what: appended to the parameter's name in the key of the noise.
+        parameters: the parameters by name.
         run: seed and step.
-        kind: of the noise.
+        kind: the distribution.
     """
     named = {f"{name}/{what}": parameters[name] for name, _ in sizes}
     places = {query: place for place, query in enumerate(dict.fromkeys(query for _, query in sizes))}

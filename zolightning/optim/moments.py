@@ -30,10 +30,10 @@ def descend(
     Args:
         weights: contiguous tensors of any shape.
         states: their entries in the optimizer's state.
-        gradients: the estimates, scaled by what saves a pass over memory: by ``1 - momentum`` for a step with momentum,
-            by ``-lr`` for a plain one.
-        group: ``betas`` ask for Adam, with ``denominator_eps``; else ``momentum`` above 0 for momentum. Its
-            ``weight_decay``, if any, is decoupled and shrinks matrices only.
+        gradients: the estimates, already scaled where that saves a pass over memory: by ``1 - momentum`` for a step
+            with momentum, by ``-lr`` for a plain one.
+        group: the settings. With ``betas`` the step is Adam's (``denominator_eps`` is its epsilon), else with a
+            ``momentum`` above 0 one with momentum. ``weight_decay``, if any, is decoupled and shrinks matrices only.
         lr: learning rate of this step.
         precision: how sums are rounded.
     """
@@ -108,7 +108,7 @@ def adam_(
         states: entries in the optimizer's state; ``exp_avg`` and ``exp_avg_sq``, (n,) each, are made there, of zeros,
             if needed, and ``step`` counts.
         weights: n elements each in any shape, contiguous.
-        gradients: as they are estimated.
+        gradients: the estimated gradients.
         betas: decays of the first and second moment.
         denominator_eps: added to the root of the second moment.
         scale: minus the learning rate.

@@ -21,9 +21,9 @@ class NamedParameters(torch.optim.Optimizer):
     """Abstract: an optimizer that knows its parameters by name, and can move some of them or slices of them only.
 
     Attributes:
-        names: of the parameters, those of the attached module; others are numbered.
-        slices: of the parameters that train in part, see :meth:`restrict`.
-        blocks: of parameters, see :meth:`set_blocks`.
+        names: the name of each parameter in the attached module; parameters that are not in it are numbered.
+        slices: the slice of each parameter that trains in part, see :meth:`restrict`.
+        blocks: the blocks of parameters, see :meth:`set_blocks`.
     """
 
     kept_at_rest: ClassVar[tuple[str, ...]] = ()  # entries of the state that stay when a block becomes inactive

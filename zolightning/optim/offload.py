@@ -1,9 +1,9 @@
 """Keeps the extra bits of half-precision weights in host memory.
 
-The low words of bf16 weights (or the fp32 masters of fp16 ones) are read and written by updates only. A method that
-adds its updates every hundred steps can keep them in host memory and move them to the device, piece by piece, while it
-does so: for a model of 7 billion bf16 parameters 13.5 GB each way, half a second at 25 GB/s. (Torch allocates pinned
-memory in powers of two, so up to twice as much of the host's memory is taken.)
+Only updates read and write the low words of bf16 weights (or the fp32 masters of fp16 ones). A method that adds its
+updates to the weights every hundred steps can keep them in host memory, and move them to the device and back, piece by
+piece, when it does: for a model of 7 billion bf16 parameters 13.5 GB each way, half a second at 25 GB/s. (Torch
+allocates pinned memory in powers of two, so up to twice as much of the host's memory is taken.)
 """
 
 from collections.abc import Iterable

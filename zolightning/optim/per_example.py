@@ -6,13 +6,13 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.optim.checks import loss_and_terms, require_terms
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms, require_terms
 from zolightning.optim.estimators import PerExample
-from zolightning.optim.probing import Evaluate, Probed, device_of, losses_at, of_whole_parameters, sums_of
+from zolightning.optim.probing import Probed, device_of, losses_at, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def evaluate_examples(
     optimizer: "ZerothOrderOptimizer",
     estimator: PerExample,
-    evaluate: Evaluate,
+    evaluate: LossFunction,
     share: Share,
     micro_batches: Sequence[MicroBatch] | None,
 ) -> Probed:
     """Evaluates each example at the weights of its query, with both signs.
 
     Args:
-        optimizer: says how each query perturbs which parameters.
-        estimator: makes projected gradients of the losses.
-        evaluate: the loss of the batch.
+        optimizer: the method, which defines the perturbations of each query.
+        estimator: turns losses into projected gradients.
+        evaluate: computes the loss of the batch.
         share: which of the two evaluations this rank makes, and how it gets the results of the others.
         micro_batches: the batch in parts, with the loss of each example and its number.
 
@@ -76,5 +76,5 @@ def evaluate_examples(
     return Probed(losses, projected_grads, 0 in all_terms)
 
 
-def _evaluated(loss: Evaluate) -> tuple[Tensor, Tensor]:
+def _evaluated(loss: LossFunction) -> LossAndTerms:
     return loss_and_terms(loss())

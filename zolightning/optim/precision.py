@@ -141,7 +141,7 @@ def add_directions(
     """:func:`add_direction` for several weights, in few launches on a GPU.
 
     Args:
-        weights: as for :func:`add_direction`; `states`, `directions`, `precision` and `decays`, too.
+        weights: see :func:`add_direction`, also for `states`, `directions`, `precision` and `decays`.
         thresholds: for each weight, elements with a larger absolute value are left unchanged; None for no threshold.
     """
     each = _each(weights, states, directions, precision, decays)
@@ -162,9 +162,9 @@ def add_adam(
     """One step of Adam on several weights: updates the moments and the weights in one pass.
 
     Args:
-        weights: as for :func:`add_directions`; `states`, `precision` and `decays`, too.
-        moments: the first and the second of each, (n,), float32, or float64 for double-precision weights.
-        gradients: the estimated gradient of each.
+        weights: see :func:`add_directions`, also for `states`, `precision` and `decays`.
+        moments: the first and the second moment of each weight, (n,), float32, or float64 for double-precision weights.
+        gradients: the estimated gradient of each weight.
         step: Adam's coefficients in this step.
     """
     each = zip(_each(weights, states, gradients, precision, decays), moments, strict=True)
@@ -183,9 +183,9 @@ def add_curved(
     """Changes curvatures, and then ``weight = decay * weight + direction / sqrt(curvature)``, in one pass.
 
     Args:
-        weights: as for :func:`add_directions`; `states`, `directions`, `precision` and `decays`, too.
+        weights: see :func:`add_directions`, also for `states`, `directions`, `precision` and `decays`.
         curvatures: (n,) each, float32, or float64 for double-precision weights.
-        changes: what becomes of them.
+        changes: how each curvature changes before it is used.
     """
     each = zip(_each(weights, states, directions, precision, decays), curvatures, changes, strict=True)
     kernels.for_each(kernels.add_curved, [one | {"curvature": h, "change": change} for one, h, change in each])
@@ -201,7 +201,7 @@ def add_curved_part(
     decay: float,
     start: int,
 ) -> None:
-    """:func:`add_curved` to the elements of one weight that begin with `start`: as many as `curvature` has."""
+    """:func:`add_curved` for some elements of one weight: from `start` on, as many as `curvature` has."""
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + curvature.numel())
@@ -262,7 +262,7 @@ def _each(
     precision: UpdatePrecision,
     decays: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Arguments of the loops that add directions to weights."""
+    """The arguments of a kernel that adds a direction, for each weight."""
     each = zip(weights, states, directions, decays, strict=True)
     return [{**d.arguments(), "decay": decay, **_stored(w, state, precision)} for w, state, d, decay in each]
 

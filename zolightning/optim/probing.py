@@ -1,7 +1,7 @@
 """Evaluates losses at perturbed weights and makes projected gradients of them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.optim.checks import Loss, loss_and_terms, require_terms
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms, require_terms
 from zolightning.optim.estimators import Estimator, Probe
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
-
-Evaluate = Callable[[], Loss]
 
 
 class Probed(NamedTuple):
@@ -50,7 +48,7 @@ def evaluate_probes(
     optimizer: "ZerothOrderOptimizer",
     estimator: Estimator,
     probes: Sequence[Probe],
-    evaluate: Evaluate,
+    evaluate: LossFunction,
     share: Share,
     leaves_traces: bool = True,
 ) -> Probed:
@@ -59,8 +57,8 @@ def evaluate_probes(
     It synchronizes with the device once, when it reads all results at the end.
 
     Args:
-        optimizer: defines the perturbations.
-        estimator: makes projected gradients of the losses.
+        optimizer: the method, which defines the perturbations.
+        estimator: turns losses into projected gradients.
         probes: the evaluations, in the order that the estimator expects.
         evaluate: computes the loss of one batch, and its number of terms if that is not 1.
         share: which of the evaluations this rank makes, and how it gets the results of the others.
@@ -92,9 +90,11 @@ def evaluate_probes(
 def perturbations_at(
     optimizer: "ZerothOrderOptimizer", probes: Sequence[Probe]
 ) -> list[dict[nn.Parameter, Perturbation]]:
-    """Those of whole parameters at probes that share a run of the network: what these have in common is made once.
+    """The perturbations of whole parameters for some probes, which share one run of the network.
 
-    Of other runs it would lie elsewhere in the same tables, so that each needed a CUDA graph of its own.
+    Probes of one run are asked for together, so that what they have in common is made once. Probes of other runs are
+    not asked for with them: their keys would lie elsewhere in the same tables, and each would need a CUDA graph of its
+    own.
     """
     found = {
         sign: optimizer.perturbations_of([query for query, other in probes if other == sign], sign)
@@ -109,11 +109,11 @@ def perturbations_at(
 def losses_at(
     optimizer: "ZerothOrderOptimizer",
     perturbations: Sequence[Mapping[nn.Parameter, Perturbation]],
-    evaluate: Evaluate,
+    evaluate: LossFunction,
     share: Share,
     leaves_traces: bool = True,
     micro_batches: Sequence[MicroBatch] | None = None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[LossAndTerms]:
     """The loss at each of some perturbations of whole parameters, and the number of terms that it averages.
 
     Its arguments are those of :func:`evaluate_probes` and of ``Evaluator.evaluate``.
@@ -136,7 +136,7 @@ def device_of(optimizer: "ZerothOrderOptimizer") -> torch.device:
 
 
 def sums_of(terms: Tensor, *means: Tensor) -> Tensor:
-    """The sums of which these are the means, and the number of terms; 0 for a mean over no terms, which may be NaN."""
+    """Means times their number of terms, and that number, (means + 1,); a mean over no terms, maybe NaN, becomes 0."""
     return torch.stack([*(torch.where(terms == 0, 0, mean * terms) for mean in means), terms])
 
 

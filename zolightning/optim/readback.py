@@ -1,4 +1,4 @@
-"""Copies numbers from a device to the host before they are needed, so that the host need not wait for them."""
+"""Copies numbers from a device to the host ahead of their use, so that the host does not wait for them."""
 
 import math
 from weakref import ref

@@ -19,9 +19,9 @@ class StepRecord:
     Attributes:
         step: number of the step, from 0; together with `seed` it determines the directions.
         seed: the run's seed.
-        lr: learning rate of each parameter group.
+        lr: the learning rate of each parameter group.
         projected_grads: one for each query, after `align_queries`; empty if the step was skipped.
-        losses: of the step's evaluations, in the order of the estimator's probes.
+        losses: one for each evaluation of the step, in the order of the estimator's probes.
         forward_passes: number of forward passes that the step took.
         refresh: index of the basis, for subspace methods.
         folds: how often a subspace method had added its pending updates to the weights before the step.
@@ -86,7 +86,7 @@ class Estimate:
         The loss is not evaluated, except in steps in which it changed the module, which a record does not hold.
 
         Args:
-            records: of the steps that come next, in order.
+            records: the records of the next steps, in order.
             step: number of the next step.
             evaluate: whether to evaluate the loss in all of these steps, for what it logs.
 

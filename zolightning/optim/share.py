@@ -1,4 +1,4 @@
-"""Which part of a step a rank computes, and how it gets the results of the other ranks."""
+"""The part of a step that a rank computes, and how it gets the results of the other ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Rounds half-precision weights stochastically, where the extra bits that are kept of them are to be dropped."""
+"""Rounds half-precision weights stochastically, before the extra bits that are kept of them are dropped."""
 
 import math
 
@@ -17,9 +17,9 @@ def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision
 
     Args:
         weight: the parameter's data, any shape, contiguous.
-        rest: its extra bits, by their name in ``RESTS``; of no use afterwards.
+        rest: its extra bits, by their name in ``RESTS``; meaningless afterwards.
         precision: the precision with which updates have been added.
-        key: of the random numbers.
+        key: the key of the random numbers.
         first: index of the first element in the whole parameter.
     """
     flat = weight.view(-1)

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from zolightning.directions.moments import SecondMoment
+from zolightning.directions.second_moment import SecondMoment
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import PRODUCTS, factors_of
 from zolightning.scopes.token_mask import TokenMask

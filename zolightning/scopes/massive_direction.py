@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.moments import SecondMoment
+from zolightning.directions.second_moment import SecondMoment
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.scopes.input_moments import InputMoments
 from zolightning.scopes.parts import ChosenParameters, Part, model_around, require_adapter

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zolightning.evaluation.losses import Loss
 from zolightning.optim import MeZO
-from zolightning.optim.checks import Loss
 from zolightning.optim.estimators import ThreePoint
 from zolightning.scopes.parts import ChosenParameters
 
