@@ -1,4 +1,4 @@
-"""Folders in PEFT's format: what an adapter is saved as, and what a model can start from."""
+"""Saves adapters to folders in PEFT's format, and loads them from there."""
 
 from collections.abc import Mapping
 from copy import copy
@@ -31,12 +31,12 @@ def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str
     """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``.
 
     Args:
-        model: one with an adapter.
+        model: a model with an adapter.
         folder: where to write it.
-        head: what else of the model has been trained, by its names there.
+        head: other weights of the model that have been trained, by their names in the model.
 
     Raises:
-        ValueError: if the model has an early exit, of which PEFT's format does not tell.
+        ValueError: if the model has an early exit, which PEFT's format cannot describe.
     """
     from safetensors.torch import save_file
 
@@ -60,12 +60,12 @@ def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tens
     """Puts the adapter of a PEFT folder into a model without one, and freezes all else, as PEFT does.
 
     Args:
-        model: the one that the adapter is for.
+        model: the base model of the adapter.
         adapter: a folder in PEFT's format, or an id on the Hugging Face hub: LoRA, or a prefix.
-        head: what else of the model may be in the folder (PEFT's ``modules_to_save``), by its names in the model.
+        head: other weights that may be in the folder (PEFT's ``modules_to_save``), by their names in the model.
 
     Raises:
-        ValueError: if it is none, of another kind, or does not fit the model; in one line.
+        ValueError: if there is no adapter, or it is of another kind or does not fit the model; in one line.
     """
     from peft import PeftConfig
     from peft.utils import load_peft_weights
@@ -137,7 +137,7 @@ def _folder_of(adapter: str) -> Path:
 
 
 def _refuse_kinds(adapter: str, config: Any) -> None:
-    """Raises a ValueError for what would be trained, saved or computed in part only."""
+    """Raises a ValueError for adapters that would be trained, saved or computed only in part."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in (LORA, PREFIX):
         raise ValueError(f"`adapter` {adapter!r} is of PEFT's type {kind}; {LORA} and {PREFIX} are supported.")

@@ -176,7 +176,7 @@ def adapter_config(model: "PreTrainedModel") -> Any:
 
 
 def _task_type(model: "PreTrainedModel") -> str | None:
-    """What tells PEFT's own loaders which class of transformers the base model is of."""
+    """The task type by which PEFT's own loaders choose the base model's class of transformers."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     if not model.can_generate():
@@ -197,6 +197,7 @@ def inject_lora(model: "PreTrainedModel", config: Any) -> None:
 
 
 def refuse_sharded(model: "PreTrainedModel") -> None:
+    """Raises a ValueError if the model's weights are sharded over ranks, when no adapter can be added any more."""
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "An adapter is to be added to a model whose weights are sharded over ranks already, as they are from a "

@@ -1,4 +1,4 @@
-"""Tells cuBLAS to choose the same products in every run, and to round each of them once."""
+"""Makes cuBLAS choose the same kernels for matrix products in every run, and round each result once."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The first layers of a network in the place of all of them: its head reads what a middle layer writes."""
+"""Early exit: keeps only the first layers of a network, so that its head reads the output of a middle layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ _NUM_LAYERS = "num_layers_kept"  # attribute of a model that lost the others
 
 
 def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
-    """Takes all layers but the first ones out of a model; its config says so from then on, and it is saved as such.
+    """Removes all layers of a model but the first ones, and changes its config, with which it is saved.
 
-    The norm before the head, if there is one, and the head stay. What such a model says means little before its head is
-    fitted anew, since the head was trained for what the last layer writes.
+    The head stays, and the norm before it, if there is one. The model's predictions mean little until its head is
+    fitted anew, because the head was trained on the output of the last layer.
 
     Raises:
         ValueError: the model has fewer layers, or an encoder and a decoder.
@@ -47,7 +47,7 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
 
 @contextmanager
 def exit_after(model: "PreTrainedModel", num_layers: int) -> Iterator[None]:
-    """Has a model run its first layers only, within a context; its config says nothing of it."""
+    """A context in which a model runs only its first layers; its config does not change."""
     layers = _layers(model)
     others = list(layers)[num_layers:]
     del layers[num_layers:]
@@ -58,12 +58,12 @@ def exit_after(model: "PreTrainedModel", num_layers: int) -> Iterator[None]:
 
 
 def early_exit(model: "PreTrainedModel") -> int | None:
-    """How many layers the model was left with, or None if it has all that it was loaded with."""
+    """The number of layers that :func:`keep_first_layers` has left, or None if the model has all its layers."""
     return getattr(model, _NUM_LAYERS, None)
 
 
 def restore_early_exit(model: "PreTrainedModel", num_layers: int | None) -> None:
-    """Makes the model one that weights saved with this :func:`early_exit` fit.
+    """Gives the model the structure of weights that were saved with this :func:`early_exit`.
 
     Raises:
         ValueError: the model has fewer layers than that.

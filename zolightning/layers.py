@@ -90,7 +90,7 @@ def _size(module: nn.Module) -> int:
 
 
 def check_index(stack: LayerStack, index: int, field: str = "layer") -> None:
-    """Raises a ValueError with the accepted range unless `index` is a layer of the stack; `field` is what it names."""
+    """Raises a ValueError with the accepted range unless `index` is a layer of the stack; it names `field`."""
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(stack):
         raise ValueError(
             f"`{field}` is {index!r}, but `{stack.name}` has {len(stack)} layers: 0 to {len(stack) - 1} are accepted."

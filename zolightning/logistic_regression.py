@@ -1,4 +1,4 @@
-"""Multinomial logistic regression without intercept, and its penalty by cross-validation, as scikit-learn has them."""
+"""Multinomial logistic regression without intercept, with a penalty chosen by cross-validation, as in scikit-learn."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ _FOLDS = 5
 _MOST_ITERATIONS = 5000
 
 
-class Probe(NamedTuple):
-    """Rows of a head.
+class LinearProbe(NamedTuple):
+    """A fitted linear probe: new values for some rows of a head.
 
     Attributes:
-        rows: which, (K,).
-        weights: (K, H), float64.
-        accuracy: the share of the features of which they say the right row.
-        num_features: of how many.
+        rows: the indices of these rows, (K,).
+        weights: their values, (K, H), float64.
+        accuracy: the share of the fitted examples for which the right row has the largest score.
+        num_features: the number of fitted examples.
         c: the weight of the data against the penalty.
     """
 
@@ -39,31 +39,32 @@ class Probe(NamedTuple):
         )
 
 
-def probe(
+def fit_probe(
     features: Tensor,
     rows: Tensor,
     cs: Sequence[float],
     tolerance: float,
     choose: Callable[[Tensor, Tensor, int, Sequence[float], float], float],
-) -> Probe:
-    """Fits the rows of a head that `rows`, (N,), names to `features`, (N, H).
+) -> LinearProbe:
+    """Fits rows of a head to features, on the host in float64.
 
-    By the host in float64: it takes less than the forward passes, and says the same on every device.
+    That takes less time than the forward passes, and gives the same result for every device.
 
     Args:
-        features, rows: as said.
-        cs: weights of the data against the penalty, of which `choose` chooses one.
+        features: the inputs of the head, (N, H).
+        rows: the right row of the head for each of them, (N,).
+        cs: values of the weight of the data against the penalty, of which `choose` chooses one.
         tolerance: the largest entry of the gradient at which a fit ends.
         choose: :func:`most_accurate_c` or :func:`strongest_penalty`.
     """
     found, (classes, targets) = features.double().cpu(), rows.cpu().unique(return_inverse=True)
     c = choose(found, targets, len(classes), cs, tolerance)
     weights = fit(found, targets, len(classes), c, tolerance)
-    return Probe(classes, weights, accuracy(found @ weights.T, targets).item(), len(found), c)
+    return LinearProbe(classes, weights, accuracy(found @ weights.T, targets).item(), len(found), c)
 
 
 def check_probe(cs: Sequence[float], tolerance: float) -> None:
-    """Raises a ValueError that names what :func:`probe` cannot work with."""
+    """Raises a ValueError that names an argument which :func:`fit_probe` cannot use."""
     if not cs or not all(c > 0 for c in cs):
         raise ValueError(f"`cs` must be at least one number above 0, got {cs!r}.")
     if not tolerance > 0:
@@ -102,7 +103,7 @@ def fit(features: Tensor, targets: Tensor, num_classes: int, c: float, tolerance
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
-    """The share of rows whose largest score, of (N, K), is the right one."""
+    """The share of the N examples whose largest score, of (N, K), is that of their target, (N,)."""
     return (scores.argmax(dim=1) == targets).double().mean()
 
 
@@ -152,12 +153,16 @@ def over_folds(
     c: float,
     tolerance: float,
 ) -> Tensor:
-    """Five-fold cross-validation: the quality on each fold, (folds,), of a fit to the others.
+    """Five-fold cross-validation: the quality on each fold, (folds,), of a fit to the other folds.
 
-    Folds that nothing is in, or all, are left out. The arguments are those of :func:`fit`, and a function of scores,
-    (N, K), and targets, (N,).
+    Folds that are empty, or hold all examples, are left out.
+
+    Args:
+        quality: a function of scores, (N, K), and targets, (N,).
+        features, targets, num_classes, c, tolerance: see :func:`fit`.
     """
-    same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1  # how many came before
+    # How many examples of the same class come before each one
+    same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1
     found = []
     for is_out in (same % _FOLDS == fold for fold in range(_FOLDS)):
         if is_out.any() and not is_out.all():

@@ -1,4 +1,4 @@
-"""Tells glibc's allocator to keep freed memory for the next tensors."""
+"""Makes glibc's allocator keep freed memory for the next tensors."""
 
 import ctypes
 import os

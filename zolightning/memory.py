@@ -31,7 +31,7 @@ class Trained(NamedTuple):
 
     Attributes:
         weight: the whole weight.
-        shape: its shape, or that of the slice that trains.
+        shape: the shape of the weight, or of the slice of it that trains.
         beside: whether it is in no block while other weights are in blocks; some methods keep less for it.
     """
 
@@ -41,10 +41,13 @@ class Trained(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """The input of one forward pass: `rows` sequences of `length` tokens, with padding.
+    """The shape of the input of one forward pass.
 
-    Logits are computed at `positions` positions of each: 1 if answers are single tokens, otherwise one more than the
-    tokens of an answer.
+    Attributes:
+        rows: number of sequences.
+        length: tokens of a sequence, with padding.
+        positions: at how many positions of a sequence logits are computed: 1 if answers are single tokens, otherwise
+            one more than the tokens of an answer.
     """
 
     rows: int
@@ -115,10 +118,10 @@ def plan(
     """The memory that training takes.
 
     Args:
-        module: the network, on any device, ``meta`` included; what is frozen counts too.
-        trained: what trains of it.
+        module: the network, on any device, ``meta`` included; frozen weights count too.
+        trained: the weights of it that train.
         method: makes an optimizer from parameters.
-        batch: of one forward pass, stacked evaluations included; None where it is not known.
+        batch: the input of one forward pass, with stacked evaluations; None if it is not known.
         cuda_graphs: whether the network's forward is replayed from CUDA graphs.
         **changes: attributes of the optimizer, such as ``update_precision="native"``.
     """
@@ -134,12 +137,12 @@ def plan(
 
 
 def whole(weights: Iterable[Tensor], beside: bool = False) -> list[Trained]:
-    """Weights that train as wholes."""
+    """Describes weights that train as a whole."""
     return [Trained(weight, tuple(weight.shape), beside) for weight in weights]
 
 
 def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
-    """What an optimizer moves now, and what rests and keeps its state."""
+    """Describes the parameters that an optimizer moves now, and those at rest if they keep their state."""
     parameters = [parameter for _, _, parameter in optimizer.trainable()]
     if optimizer.param_groups[0].get("left_state") == "keep":
         parameters += [parameter for _, parameter in optimizer.at_rest()]
@@ -147,7 +150,7 @@ def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, those that it has twice counted once."""
+    """Bytes of a module's parameters and buffers; shared ones count once."""
     return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
@@ -158,12 +161,12 @@ def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> t
 
 
 def sketch_bytes(trained: Iterable[Trained], directions: int) -> int:
-    """Bytes of second moments of what matrices read, while that many leading directions of each are looked for."""
+    """Bytes of the second moments of the matrices' inputs, from which that many `directions` of each are taken."""
     return sum(moment_bytes(shape[1], directions) for _, shape, _ in trained if len(shape) == 2)
 
 
 class _State(NamedTuple):
-    """Bytes of a method's state, and of the factors of its low-rank perturbations, which are part of it."""
+    """Bytes of a method's state on the device and on the host, and of the factors of low-rank perturbations in it."""
 
     device: int
     host: int
@@ -171,7 +174,7 @@ class _State(NamedTuple):
 
 
 def _state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> _State:
-    """Each shape is trained alone, for two steps and in between what a subspace method does before new subspaces."""
+    """Finds the bytes for each shape by two steps of the method on it, with a :meth:`fold` in between."""
     counted: dict[tuple[tuple[int, ...], torch.dtype, bool], _State] = {}
     found = []
     for weight, shape, beside in trained:
@@ -206,15 +209,16 @@ def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dic
 
 
 def unpacked_bytes(module: nn.Module) -> int:
-    """Of the largest quantised map while it runs."""
+    """Bytes of the largest quantised linear map's weight, dequantised while it runs."""
     maps = (linear for _, linear in quantized_linears(module))
     return max((m.in_features * m.out_features * m.weight_scale.element_size() for m in maps), default=0)
 
 
 def _forward_bytes(module: nn.Module, batch: BatchShape | None) -> tuple[int | None, int | None]:
-    """Activations: an MLP's channels, four states as wide as the model, and the mask. Logits: what scoring makes.
+    """Estimates the bytes of activations and of logits in one forward pass.
 
-    The states are those that the first layer and this one were given, the residual and the input of the MLP.
+    Activations are the channels of an MLP, four states as wide as the model, and the attention mask. The four states
+    are the inputs of the first layer and of the present one, the residual, and the input of the MLP.
     """
     mlp, head = first_mlp(module), next(filter(None, map(_output_layer, module.modules())), None)
     if batch is None or mlp is None or head is None:
@@ -229,7 +233,7 @@ def _forward_bytes(module: nn.Module, batch: BatchShape | None) -> tuple[int | N
 
 
 def first_mlp(module: nn.Module) -> FeedForward | None:
-    """Of the first layer; None where there are no layers, or it is a mixture of experts."""
+    """The MLP of the first layer; None if there are no layers, or it is a mixture of experts."""
     try:
         return mlp_of(find_layers(module).layers[0])
     except ValueError:
@@ -237,6 +241,6 @@ def first_mlp(module: nn.Module) -> FeedForward | None:
 
 
 def _output_layer(module: nn.Module) -> Any:
-    """What makes the logits of a model of transformers; None of anything else."""
+    """The output layer of a model of transformers; None of any other module."""
     getter: Any = getattr(module, "get_output_embeddings", None)
     return None if getter is None else getter()

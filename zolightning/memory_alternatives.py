@@ -1,4 +1,4 @@
-"""What the same network takes if it is trained otherwise: other precisions, methods, scopes, quantised weights."""
+"""Memory plans of other ways to train the same network: other precisions, methods, scopes, quantised weights."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ def alternatives(
     batch: BatchShape | None = None,
     cuda_graphs: bool = False,
 ) -> dict[str, MemoryPlan]:
-    """What the same network takes otherwise, without CUDA graphs, by the settings that say so."""
+    """Memory plans of other ways to train the network, without CUDA graphs, by the settings that choose them."""
     trained, trial = list(trained), method([nn.Parameter(torch.zeros(1, 1))])
     found = {"evaluation.cuda_graphs false": plan(module, trained, method, batch)} if cuda_graphs else {}
     found |= {
@@ -51,7 +51,7 @@ def layer(module: nn.Module) -> list[Trained]:
 
 
 def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None) -> MemoryPlan:
-    """Adapters train, of rank 8 and on all linear maps of the layers."""
+    """The plan for training LoRA adapters of rank 8 on all linear maps of the layers."""
     adapters = [
         torch.empty(shape, dtype=weight.dtype, device="meta")
         for weight in _linears(module)
@@ -64,7 +64,7 @@ def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None
 def on_quantized(
     planned: MemoryPlan, module: nn.Module, quantization: Quantization, trained: Iterable[Trained] = ()
 ) -> MemoryPlan:
-    """A plan with the linear maps of the layers quantised, but those that train themselves."""
+    """A plan with the linear maps of the layers quantised, except those in `trained`."""
     own = {id(one.weight) for one in trained}
     base = [weight for weight in _linears(module) if id(weight) not in own]
     saved = sum(weight.nbytes - _quantized_bytes(weight, quantization) for weight in base)

@@ -1,4 +1,4 @@
-"""Words that several messages have in common."""
+"""Helpers for the texts of messages."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Files that come with the package, wherever it is installed: ``configs/`` and the packaged rows."""
+"""Finds the files that come with the package, ``configs/`` and the packaged rows, wherever it is installed."""
 
 from pathlib import Path
 

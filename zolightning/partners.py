@@ -1,4 +1,4 @@
-"""What a callback works with: the method that a Trainer runs, the callbacks beside it, and TensorBoard."""
+"""Finds what a callback works with in a Trainer: the method, other callbacks, TensorBoard's loggers."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def callbacks_of(trainer: L.Trainer) -> list[Callback]:
 
 
 def is_dry_run(trainer: L.Trainer) -> bool:
-    """Whether a Trainer has ``fast_dev_run`` set, and nothing is to be kept of its run."""
+    """Whether a Trainer has ``fast_dev_run`` set, so that its run leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # as above
 
 

@@ -35,9 +35,9 @@ class QuantizedLinear(nn.Linear, ABC):
 
     Attributes:
         weight: the codes, integers.
-        weight_scale: by which the codes are multiplied. They are bfloat16 numbers in whatever dtype the module has, so
-            that no precision of a Trainer changes them.
-        original: the map that this one was made from; None where it has been forgotten.
+        weight_scale: the factors of the codes. Their values are bfloat16 numbers whatever the module's dtype, so that
+            no precision of a Trainer changes them.
+        original: the linear map that this one was made from; None once it has been forgotten.
 
     Args:
         linear: the map to quantise. It shares its bias with this one.
@@ -187,7 +187,7 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
 
 
 def quantized_linears(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Those of a module, with their dotted names."""
+    """The quantised linear maps of a module, with their dotted names."""
     for name, child in list(module.named_modules()):
         if isinstance(child, QuantizedLinear):
             yield name, child
@@ -203,14 +203,14 @@ def num_weights(module: nn.Module) -> int:
 
 
 def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
-    """Gives those weights that are to train back what they were before.
+    """Restores the original values of quantised weights that are to train.
 
     Args:
-        module: what the names are in.
-        names: of the parameters that are to train; others than weights that are quantised do not matter.
+        module: the module that holds the parameters.
+        names: names of the parameters that are to train; those that are not quantised are ignored.
 
     Returns:
-        Names of the scales that are gone.
+        The names of the scales that are no longer there.
 
     Raises:
         MisconfigurationException: if the original weights have been forgotten.
@@ -244,6 +244,21 @@ def refuse_quantized(module: nn.Module, what: str) -> None:
         )
 
 
+def refuse_training_all(module: nn.Module) -> None:
+    """Raises a MisconfigurationException if weights of a module are quantised and all its other weights train."""
+    settings = quantization_settings(module)
+    if settings is None:
+        return
+    scales = {f"{name}.weight_scale" for name in settings["modules"]}
+    others = (p for name, p in module.named_parameters() if p.is_floating_point() and name not in scales)
+    if all(parameter.requires_grad for parameter in others):
+        raise MisconfigurationException(
+            f"`model.quantization` is {settings['kind']!r}, and nothing says which parameters train: "
+            f"{len(settings['modules'])} quantised weights cannot, `{settings['modules'][0]}.weight` among them. "
+            "Choose with a `scope` (TrainLayers, or its `part` LoRA), or leave `quantization` out."
+        )
+
+
 def quantization_settings(module: nn.Module) -> QuantizationSettings | None:
     """What is quantised in a module; None if nothing is."""
     found = dict(quantized_linears(module))
@@ -253,7 +268,7 @@ def quantization_settings(module: nn.Module) -> QuantizationSettings | None:
 
 
 def restore_quantization(module: nn.Module, settings: QuantizationSettings | None) -> None:
-    """Makes the module one that weights saved with these settings fit.
+    """Quantises or restores linear maps so that weights saved with these settings can be loaded.
 
     Raises:
         MisconfigurationException: if they were quantised in another way, or not at all.
@@ -274,7 +289,7 @@ def restore_quantization(module: nn.Module, settings: QuantizationSettings | Non
 
 
 def dequantized_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state of the ordinary module that computes the same: weights in the dtype of their scales."""
+    """The ``state_dict`` of an ordinary module that computes the same, its weights in the dtype of their scales."""
     state: dict[str, Tensor] = dict(module.state_dict())
     for name, linear in quantized_linears(module):
         state[f"{name}.weight"] = linear.dequantized(state.pop(f"{name}.weight_scale").dtype)

@@ -1,4 +1,4 @@
-"""What one rank says for all, where importing Lightning for it would take seconds and load transformers as well."""
+"""Warnings and messages of the first rank only, without importing Lightning, which takes seconds."""
 
 import logging
 import warnings

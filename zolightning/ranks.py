@@ -70,7 +70,7 @@ class LossExchange:
 
     Args:
         module: the module, whose parameters must be the same on all ranks.
-        optimizer: its method, before the step.
+        optimizer: the module's method, before the step.
         layout: how the ranks divide a step.
     """
 

@@ -43,8 +43,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     any number of ranks, under any strategy.
 
     Args:
-        process_group_backend: gloo, nccl or another of ``torch.distributed``; by the devices if None.
-        timeout: after which a rank that waits for another fails.
+        process_group_backend: gloo, nccl or another backend of ``torch.distributed``; chosen by the devices if None.
+        timeout: how long a rank waits for another one before it fails.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found if None.
 
     Raises:

@@ -39,14 +39,14 @@ class ZerothOrderDDP(DDPStrategy):
     parameters and buffers once, before the first step; buffers that the loss writes differ between ranks afterwards.
 
     Args:
-        accelerator: set by the Trainer, as are the next four where it has them.
-        parallel_devices: of this node, one a process.
-        cluster_environment: that which started the processes; found out if None (torchrun, SLURM, ...).
+        accelerator: set by the Trainer, as are the next four arguments if it has values for them.
+        parallel_devices: the devices of this node, one for each process.
+        cluster_environment: what started the processes (torchrun, SLURM, ...); found out if None.
         checkpoint_io: how checkpoints are written.
-        precision_plugin: of the Trainer's `precision`.
-        process_group_backend: gloo, nccl or another of ``torch.distributed``; by the devices if None.
-        timeout: after which a rank that waits for another fails.
-        start_method: of the processes of a node: popen, spawn, fork or forkserver; fork in a notebook.
+        precision_plugin: the plugin for the Trainer's `precision`.
+        process_group_backend: gloo, nccl or another backend of ``torch.distributed``; chosen by the devices if None.
+        timeout: how long a rank waits for another one before it fails.
+        start_method: how the processes of a node are started: popen, spawn, fork or forkserver; fork in a notebook.
         perturbation_parallel_size: how many ranks share the evaluations of a step on the same rows; divides the number
             of ranks.
         check_interval: number of steps between two comparisons of the ranks' weights, by checksums.
@@ -154,7 +154,7 @@ class ZerothOrderDDP(DDPStrategy):
             self.batch = None
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
-        """As of ``ddp``, but without its barrier, at which the host would wait for the GPU."""
+        """As under ``ddp``, but without its barrier, at which the host would wait for the GPU."""
         op = getattr(ReduceOp, reduce_op.upper(), None) if isinstance(reduce_op, str) else reduce_op
         if not isinstance(tensor, Tensor) or op in (None, ReduceOp.AVG) or not torch.distributed.is_initialized():
             return super().reduce(tensor, group, reduce_op)

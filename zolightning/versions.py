@@ -1,4 +1,4 @@
-"""Which release of a package is installed."""
+"""Versions of installed packages."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -118,7 +118,7 @@ def test_a_run_goes_on_and_is_replayed_as_it_was(
     whole = run(tmp_path / "whole", 5)
     run(tmp_path / "stopped", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("zolightning.callbacks.linear_probing.probe", None)  # which nobody calls a second time
+        patch.setattr("zolightning.callbacks.linear_probing.fit_probe", None)  # which nobody calls a second time
         resumed = run(tmp_path / "stopped", 5, tmp_path / "stopped/last.ckpt")
         module = model()
         assert replay(tmp_path / "whole/ledger.bin", module, METHOD).sealed

@@ -9,7 +9,8 @@ import pytest
 from optimizer_steps import MakeProblem, Method, assert_same, attached, weights
 from zolightning.checkpoints.follow import follow
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
-from zolightning.checkpoints.replay import Replayed, describe
+from zolightning.checkpoints.ledger_header import describe_run
+from zolightning.checkpoints.replay import Replayed
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim import LOZO, MeZO
 
@@ -21,7 +22,7 @@ class Training:
         self.problem = make_problem()
         self.optimizer = attached(method, self.problem, seed=9)
         self.optimizer.fold_every_step = False
-        self.ledger = Ledger.create(path, describe(self.optimizer, self.problem))
+        self.ledger = Ledger.create(path, describe_run(self.optimizer, self.problem))
         self.ledger.go_on(0)
         self.weights = {}
 

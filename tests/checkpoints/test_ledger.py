@@ -13,7 +13,8 @@ from torch import nn
 from optimizer_steps import MakeProblem, Method, assert_same, attached, weights
 from zolightning.checkpoints.find_ledger import ledger_of
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
-from zolightning.checkpoints.replay import describe, replay
+from zolightning.checkpoints.ledger_header import describe_run
+from zolightning.checkpoints.replay import replay
 from zolightning.optim import MeZO, MeZOAdam, StepRecord
 
 MEZO = partial(MeZO, lr=0.02, momentum=0.5)
@@ -24,7 +25,7 @@ def ledger(tmp_path: Path, make_problem: MakeProblem) -> tuple[Ledger, list[Step
     """A closed one of eight steps of which the sixth is skipped, and its records."""
     problem = make_problem()
     optimizer, records = attached(MEZO, problem, seed=9), []
-    ledger = Ledger.create(tmp_path / "ledger.bin", describe(optimizer, problem))
+    ledger = Ledger.create(tmp_path / "ledger.bin", describe_run(optimizer, problem))
     ledger.go_on(0)
     for step in range(8):
         factor = float("nan") if step == 5 else 1.0
@@ -154,7 +155,7 @@ class TestRefused:
         make_problem: MakeProblem,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("zolightning.checkpoints.replay.codes", lambda index, *_: ~index)
+        monkeypatch.setattr("zolightning.checkpoints.ledger_header.codes", lambda index, *_: ~index)
         self.refused(ledger, make_problem(), "whose directions are not those of")
 
     def refused(
@@ -170,9 +171,9 @@ class TestRefused:
 def test_a_run_knows_its_own_ledger(tmp_path: Path, make_problem: MakeProblem, method: Method) -> None:
     """With every method: settings that are tuples, schedules by step among them, are lists in the file."""
     problem = make_problem()
-    Ledger.create(tmp_path / "ledger.bin", describe(attached(method, problem), problem))
+    Ledger.create(tmp_path / "ledger.bin", describe_run(attached(method, problem), problem))
     again = make_problem()
-    assert len(ledger_of(tmp_path / "ledger.bin", describe(attached(method, again), again))) == 0
+    assert len(ledger_of(tmp_path / "ledger.bin", describe_run(attached(method, again), again))) == 0
     other = attached(method, again, seed=17)
     with pytest.raises(MisconfigurationException, match="is of another run: it has other `seed`"):
-        ledger_of(tmp_path / "ledger.bin", describe(other, again))
+        ledger_of(tmp_path / "ledger.bin", describe_run(other, again))

@@ -63,7 +63,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
     WRITERS[ending](tmp_path / f"train{ending}")
     split = read_folder(tmp_path, "train", load_task("sst2"))
     assert [split.row(index) for index in range(len(split))] == ROWS
-    assert list(split.candidates) == [1, 0, 1]
+    assert list(split.labels) == [1, 0, 1]
     assert split.where(1).endswith("line 2" if "jsonl" in ending else "row 1")
 
 

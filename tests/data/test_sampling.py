@@ -54,7 +54,7 @@ def test_examples_per_class() -> None:
     train, validation = sample_per_class(split, 16, (0, 1, 2), 2, seed=13)
     assert not set(train) & set(validation)
     for part in (train, validation):
-        assert Counter(split.candidates[index] for index in part) == {0: 16, 1: 16, 2: 16}
+        assert Counter(split.labels[index] for index in part) == {0: 16, 1: 16, 2: 16}
     assert sample_per_class(split, 16, (0, 1, 2), 2, seed=21)[0] != train
 
 

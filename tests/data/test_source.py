@@ -26,7 +26,7 @@ def test_rows_keep_their_place_in_the_file(write_rows: Callable[..., Path]) -> N
     task = Classification(name="t", prompt="{{ sentence }}", answers=("a", "b"), labels=(0, 1), skip_labels=(-1,))
     split = read_folder(folder, "train", task)
     assert list(split.ids) == [0, 3]
-    assert list(split.candidates) == [0, 1]
+    assert list(split.labels) == [0, 1]
     assert split.row(1) == rows[2]
     assert split.where(1) == f"{folder / 'train.jsonl'}, line 4"
 
@@ -96,7 +96,7 @@ def test_a_file_under_another_name_is_named(tmp_path: Path, task: Task, file: st
 def test_rows_without_labels(write_rows: Callable[..., Path], task: Task) -> None:
     folder = write_rows(test=[{"sentence": "soup"}, ROW, {"sentence": "rain", "label": None}])
     split = read_folder(folder, "test", task, labelled=False)
-    assert split.candidates == [NO_LABEL, 1, NO_LABEL]
+    assert split.labels == [NO_LABEL, 1, NO_LABEL]
     with pytest.raises(ValueError, match="line 1: field `label` is missing"):
         read_folder(folder, "test", task)
 
@@ -137,7 +137,7 @@ def test_hub_rows(fake_hub: Callable[..., None]) -> None:
     task = Classification(name="t", prompt="{{ sentence }}", answers=("x", "y"), labels=(0, 1), skip_labels=(-1,))
     split = read_hub(HUB, "train", task)
     assert list(split.ids) == [0, 2]
-    assert list(split.candidates) == [1, 0]
+    assert list(split.labels) == [1, 0]
     assert split.row(1) == {"sentence": "c", "label": 0}
     assert split.where(1) == "some/set/small, split train, row 2"
 

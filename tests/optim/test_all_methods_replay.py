@@ -10,7 +10,8 @@ from torch import Tensor
 
 from optimizer_steps import DTYPES, MakeProblem, Method, assert_same, assert_same_state, attached, run, weights
 from zolightning.checkpoints.ledger import Ledger
-from zolightning.checkpoints.replay import describe, replay
+from zolightning.checkpoints.ledger_header import describe_run
+from zolightning.checkpoints.replay import replay
 from zolightning.optim import SubspaceOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
@@ -30,7 +31,7 @@ class TestRecords:
     ) -> None:
         problem, replayed = make_problem(dtype), make_problem(dtype)
         optimizer = attached(method, problem, [{"params": problem.named_parameters()}], seed=9)
-        ledger = Ledger.create(tmp_path / "ledger.bin", describe(optimizer, problem))
+        ledger = Ledger.create(tmp_path / "ledger.bin", describe_run(optimizer, problem))
         assert ledger.entry_size <= 64 * optimizer.num_queries
         ledger.go_on(0)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)

@@ -113,7 +113,7 @@ def load_examples(
         encode(
             tokenizer,
             *task.render(split.row(index)),
-            label=split.candidates[index],
+            label=split.labels[index],
             id=split.ids[index],
             max_length=context_length,
         )

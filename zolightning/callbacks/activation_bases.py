@@ -179,7 +179,12 @@ class ActivationBases:
         count: int,
         batches: list[Any],
     ) -> tuple[list[Readers], list[SecondMoment]]:
-        """The second moments of what matrices read, summed over all ranks, and the matrices that read each."""
+        """Runs the module on the batches.
+
+        Returns:
+            The matrices in groups that read the same inputs, and the second moment of each group's inputs, summed over
+            all ranks.
+        """
         names = {matrix.parameter: name for name, matrix in matrices.items()}
         seed = optimizer.param_groups[0]["seed"]
 
@@ -198,7 +203,7 @@ class ActivationBases:
                 for examples in batches:
                     calibration_forward(pl_module, examples)
             if number == 0:
-                # Those of the first rank, for all: an expert may not have run on every rank.
+                # The groups of the first rank are used by all, because an expert may not have run on every rank.
                 groups = trainer.strategy.broadcast(_groups(watch, names))
                 moments = [watch.of([(matrices[name].parameter, side) for name, side in group]) for group in groups]
             for moment in moments:
@@ -208,7 +213,7 @@ class ActivationBases:
 
 
 def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[Readers]:
-    """Name and side of all matrices, those together that share a moment."""
+    """Name and side of all matrices, in groups that share a moment."""
     groups: dict[int, Readers] = {}
     for weight, (side, moment) in watch.moments.items():
         groups.setdefault(id(moment), []).append((names[weight], side))

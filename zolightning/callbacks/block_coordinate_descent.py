@@ -81,7 +81,7 @@ class BlockCoordinateDescent(Callback):
         self.schedule: BlockSchedule | None = None
         self.timeline = Timeline(0)
         self._restored: dict[str, Any] | None = None
-        self._shares: deque[float] = deque()  # of layer evaluations that were spared, in the latest steps
+        self._shares: deque[float] = deque()  # share of layer evaluations saved in each of the latest steps
 
     def describe(self) -> str:
         """The number of blocks and their order, in a few words."""

@@ -1,4 +1,4 @@
-"""A learning rate that is lowered when training stops getting better."""
+"""Lowers the learning rate when training stops improving."""
 
 import math
 from typing import Any

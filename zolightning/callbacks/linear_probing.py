@@ -1,4 +1,4 @@
-"""Beginning at a linear probe: what of a task is in a network's features already is fitted, not searched."""
+"""Starts training from a linear probe: the head is fitted to the network's features before the first step."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.head import is_tied, untie_head
-from zolightning.logistic_regression import check_probe, probe, strongest_penalty
+from zolightning.logistic_regression import check_probe, fit_probe, strongest_penalty
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
@@ -28,27 +28,28 @@ _MOST_ROWS = 256  # which the header of a ledger holds
 class LinearProbing(Callback):
     """Fits the rows of the head that stand for answers before the first step, by logistic regression.
 
-    Linear probing, then fine-tuning (LP-FT: Kumar et al. 2022, arXiv:2202.10054). A zeroth-order method takes hundreds
-    of forwards to find how a network's features tell the answers apart, which is a convex problem: each training
-    example is read once, and what is left to the method is to change the features.
+    Linear probing, then fine-tuning (LP-FT: Kumar et al. 2022, arXiv:2202.10054). A zeroth-order method needs hundreds
+    of forwards to learn how a network's features tell the answers apart, though that is a convex problem. Here each
+    training example is read once to solve it, and the method only has to improve the features.
 
-    Each token of an answer, or each class of a classifier, is a class of the regression, and its row of the head
-    becomes the class's weights, without a bias. The penalty is the strongest one whose loss in five-fold
-    cross-validation is within a standard error of the least: a head that is too sure of the training examples leaves a
-    method little to learn from them, and makes more of its noise. Where the head is tied to the embeddings, it becomes
-    a copy of them first. Whether it trains on is for the scope to say.
+    Each token of an answer, or each class of a classifier, is a class of the regression, and the class's weights become
+    its row of the head, without a bias. The penalty is the strongest one whose loss in five-fold cross-validation is
+    within a standard error of the least: a head that is very sure of the training examples leaves the method little to
+    learn from them, and amplifies its noise. A head that is tied to the embeddings is replaced by a copy of them first.
+    The scope decides whether the head is trained afterwards.
 
-    A run that goes on from a checkpoint is not probed again; a replay takes the rows from the ledger. Costs a forward
-    pass for each batch of examples, which the first step counts.
+    A run that is resumed from a checkpoint is not probed again; a replay takes the rows from the ledger. Costs a
+    forward pass for each batch of examples, which the first step counts.
 
-    The module has what causal and masked models and the classifiers have: ``head_features(batch)``, which returns
-    what the head reads, (N, H), and the right rows, (N,), and ``set_head_rows(rows, weights)``. One without a
-    ``structure_dict`` that describes these rows is replayed from the probed weights, not from the pretrained ones.
+    The module must have two methods, as causal and masked models and classifiers of this package do:
+    ``head_features(batch)``, which returns the inputs of the head, (N, H), and the right row of the head for each,
+    (N,); and ``set_head_rows(rows, weights)``. If its ``structure_dict`` does not describe these rows, a replay starts
+    from the probed weights, not from the pretrained ones.
 
     Args:
-        num_examples: of the training data, as they are stored; None takes all.
-        cs: weights of the data against the penalty to choose from, as scikit-learn's ``C``; one alone is taken without
-            cross-validation.
+        num_examples: how many training examples to use, from the first stored one on; None takes all.
+        cs: values to choose from for the weight of the data against the penalty, scikit-learn's ``C``; a single value
+            is used without cross-validation.
         tolerance: the largest entry of the gradient at which a fit ends.
 
     Raises:
@@ -80,7 +81,7 @@ class LinearProbing(Callback):
                 untie_head(model)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses what ``setup`` refuses; for whoever has something long to do before a fit."""
+        """Raises what ``setup`` raises; to be called before something long that comes before a fit."""
         require_probed(pl_module, "`linear_probing`")
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
@@ -101,7 +102,7 @@ class LinearProbing(Callback):
                 "one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from that."
             )
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
-        found = probe(features, rows, self.cs, self.tolerance, strongest_penalty)
+        found = fit_probe(features, rows, self.cs, self.tolerance, strongest_penalty)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
         module: Any = pl_module
         module.set_head_rows(found.rows, found.weights)
@@ -127,8 +128,19 @@ def require_probed(module: L.LightningModule, field: str) -> None:
 def head_features(
     trainer: L.Trainer, module: L.LightningModule, num_examples: int | None = None
 ) -> tuple[Tensor, Tensor, int]:
-    """What the head reads of the first training examples, (N, H), which of its rows are right, (N,), and the number of
-    forward passes that took."""
+    """Runs the network on the first training examples.
+
+    Args:
+        trainer: provides the training data and the precision.
+        module: a module with ``head_features(batch)``.
+        num_examples: how many examples to use; None takes all.
+
+    Returns:
+        The inputs of the head, (N, H), the right row of the head for each, (N,), and the number of forward passes.
+
+    Raises:
+        MisconfigurationException: if the answers are numbers, or of more classes than can be probed.
+    """
     model: Any = module
     batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
     with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():

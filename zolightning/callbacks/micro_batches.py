@@ -1,4 +1,4 @@
-"""Batches in parts: how a batch is cut, and the loss of the parts together."""
+"""Cuts a batch into micro-batches or examples, and averages their losses."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

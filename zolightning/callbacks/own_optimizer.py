@@ -45,6 +45,7 @@ class OwnOptimizer:
 
     @property
     def optimizer(self) -> Optimizer | None:
+        """The optimizer; None if the module has none."""
         return next(self._all(Optimizer), None)
 
     def groups(self, module: L.LightningModule) -> list[dict[str, Any]]:

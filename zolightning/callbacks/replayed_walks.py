@@ -1,4 +1,4 @@
-"""Replays recorded steps at other learning rates, as random walks, to see how far they may go."""
+"""Replays recorded steps at other learning rates, as random walks, to measure how much they raise the loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_forward
 
-_FEW = 4  # walks that lead near
-_ROUNDS = 12  # distances that are tried
-_FARTHER = 10.0  # at most from one to the next
-_NEAR = 2.0  # a distance within this factor of the one that was found is near
+_FEW = 4  # walks by which the magnitude of the scale is found
+_ROUNDS = 12  # scales that are tried
+_FARTHER = 10.0  # largest factor from one scale to the next
+_NEAR = 2.0  # a scale within this factor of the one looked for is good enough
 
 
 @dataclass(frozen=True)
-class Found:
-    """How far steps may go.
+class FoundScale:
+    """The learning rate at which walks raise the loss by a given share of itself.
 
     Attributes:
-        scale: multiple of the method's learning rates at which walks raise the loss by `share` of itself.
+        scale: multiple of the method's learning rates.
         share: the rise that was looked for, as a share of the loss.
         loss: the loss before the walks.
         rise: a rise that was measured, near the one looked for.
@@ -42,8 +42,8 @@ class Found:
     error: float
 
 
-def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> Found | None:
-    """Finds the distance at which walks raise the loss by a share of itself, on average.
+def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> FoundScale | None:
+    """Finds the scale of learning rates at which walks raise the loss by a share of itself, on average.
 
     The rise is about proportional to the square of the distance. A few walks find the right magnitude, and all of them
     the result.
@@ -64,7 +64,7 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
         factor = math.sqrt(wanted / max(rise, wanted / _FARTHER**2)) if math.isfinite(rise) and wanted else 0.0
         scale *= max(factor, 1 / _FARTHER)
         if 1 / _NEAR <= factor <= _NEAR and count == num_walks:
-            return Found(scale, share, loss, rise, error)
+            return FoundScale(scale, share, loss, rise, error)
         if 1 / _NEAR <= factor <= _NEAR:
             count = num_walks
     return None

@@ -28,10 +28,10 @@ class RunMonitor(Callback):
 
     def __init__(self) -> None:
         self._started = 0.0
-        self._seconds: deque[float] = deque()  # of the latest steps, one each
+        self._seconds: deque[float] = deque()  # durations of the latest steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning sets what a Trainer has in other places than its class.
+        # With `getattr`, because Lightning sets this attribute outside of the Trainer's class.
         self._seconds = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
         sample_text = getattr(getattr(trainer, "datamodule", None), "sample_text", None)
         if sample_text is not None and tensorboards(trainer):
@@ -60,7 +60,7 @@ class RunMonitor(Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by tensors on a CUDA device, else by the process."""
+    """The largest number of bytes held so far: by tensors on a CUDA device, on others by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -94,7 +94,7 @@ class RunOverview(Callback):
 
 
 def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-    """What a run is, by what is said of it.
+    """The summary of a run: texts by their titles, in order.
 
     Raises:
         MisconfigurationException: if weights, state and scratch are more than a GPU has free.
@@ -103,7 +103,7 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What of a GPU's memory this process has or can have: all that others do not use."""
+    """Bytes of a GPU's memory that this process holds or can still allocate."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
@@ -111,12 +111,12 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
     """Refuses a run that cannot fit, and warns of one that will not if the estimate of its forward pass is right.
 
     Args:
-        plan: of the run.
-        free: bytes that it may have.
-        others: plans of other ways to train the same network, by the settings that say so.
+        plan: the memory plan of the run.
+        free: bytes that are free for it.
+        others: makes the memory plans of other ways to train the same network, by the settings that choose them.
 
     Raises:
-        MisconfigurationException: if what any batch needs is more than that; with the sizes of the other ways.
+        MisconfigurationException: if even without a forward pass the run needs more; with the sizes of the other ways.
     """
     if plan.peak <= free:
         return
@@ -181,7 +181,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
 
 
 def _looked_for(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Iterator[int]:
-    """How many leading directions of what layers read are looked for, where bases are made of them."""
+    """The number of leading directions of inputs to find, for each callback that takes bases from activations."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, SubspaceResampling) and callback.bases is not None:
             yield callback.bases.skip + max(group["rank"] for group in optimizer.param_groups)
@@ -199,7 +199,7 @@ def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
 
 
 def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-    """What two runs can differ in, as plain values."""
+    """The settings by which runs are compared, as plain values."""
     task = getattr(getattr(trainer, "datamodule", None), "task", None)
     settings: dict[str, Any] = {
         "task": getattr(task, "name", None),
@@ -229,7 +229,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
 
 
 def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape | None:
-    """Of a forward pass in a step; None where the data do not say."""
+    """The largest input of a forward pass in a step; None if the datamodule does not tell."""
     largest = getattr(getattr(trainer, "datamodule", None), "largest_batch", None)
     if largest is None:
         return None

@@ -56,7 +56,7 @@ class Spectra(Callback):
         self.patterns = tuple(patterns)
         self.every_n_steps = every_n_steps
         self.sources = tuple(sources)
-        self._gradients: dict[str, Tensor] = {}  # singular values, from the beginning of a step to its end
+        self._gradients: dict[str, Tensor] = {}  # singular values of the step's true gradients, kept until its end
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)

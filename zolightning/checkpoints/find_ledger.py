@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.checkpoints.ledger import LEDGER, DamagedLedgerError, Header, Ledger
+from zolightning.checkpoints.ledger import LEDGER, DamagedLedgerError, Ledger
+from zolightning.checkpoints.ledger_header import Header
 from zolightning.messages import some
 from zolightning.optim.record import StepRecord
 

@@ -24,7 +24,7 @@ def follow(
     """Keeps a module at the newest weights of a run while that trains in another process, until it ends.
 
     Args:
-        path, module, method: as of :class:`~zolightning.checkpoints.replay.Replay`.
+        path, module, method: see :class:`~zolightning.checkpoints.replay.Replay`.
         evaluate: called with the number of a step while the module has the weights after that step; then again for
             the newest step at that time. It may move the module to another device but must move it back.
         seconds: time between two looks at the ledger while it has nothing new.

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from zolightning.checkpoints.checkpoint_io import LAST, require_writable
 from zolightning.checkpoints.find_ledger import NoLedgerError, free_path, ledger_of, ledger_to, whole_records
 from zolightning.checkpoints.given_bases import load_bases, save_bases
-from zolightning.checkpoints.ledger import Header, Ledger
-from zolightning.checkpoints.replay import describe
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.checkpoints.ledger_header import Header, describe_run
 from zolightning.checkpoints.run_logs import Muted, log_once, not_yet_logged
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.directions.shards import is_sharded
@@ -112,7 +112,7 @@ class KeepLedger(Callback):
             is_writer = trainer.is_global_zero
             # If weights are sharded, all ranks take part in describing them.
             is_new = self._saved is None and (is_writer or any(map(is_sharded, pl_module.parameters())))
-            header = describe(optimizer, pl_module) if is_new else None
+            header = describe_run(optimizer, pl_module) if is_new else None
             taken = self._open(optimizer, header) if is_writer else []
         if self.ledger is not None:
             self.path = self.ledger.path
@@ -254,7 +254,7 @@ class KeepLedger(Callback):
 
         Args:
             optimizer: the run's.
-            header: of this run; None where it goes on from a checkpoint.
+            header: the header for a new ledger; None if the run goes on from a checkpoint.
         """
         if header is not None and (self.go_on is None or not Path(self.go_on).is_file()):
             self.ledger = Ledger.create(free_path(self._folder), header)

@@ -3,7 +3,8 @@
 Layout, with all numbers little-endian (``zolightning/README.md`` has the table):
 
 1. ``zoledger``, the version of the layout and the length of what follows (both uint32);
-2. the header, a JSON object (:class:`Header`), and the CRC-32 of everything before (uint32);
+2. the header, a JSON object (:mod:`~zolightning.checkpoints.ledger_header`), and the CRC-32 of everything before
+   (uint32);
 3. the seal, 40 bytes: a number of steps (uint32), the digest of the weights after them (SHA-256), and the CRC-32 of
    both; zeros until a fit has ended;
 4. one entry a step, all of the length that the header's ``fields`` add up to. An entry ends with the CRC-32 of its
@@ -17,12 +18,13 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from zolightning.checkpoints.checkpoint_io import replacing
 from zolightning.checkpoints.ledger_entry import EntryCodec
+from zolightning.checkpoints.ledger_header import Header
 from zolightning.optim.record import StepRecord
 
 LEDGER = "ledger.bin"  # its name in the folder of a run
@@ -35,44 +37,6 @@ _MAGIC = b"zoledger"
 
 class DamagedLedgerError(RuntimeError):
     """A ledger was cut off or changed; the message names the file, the place and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is needed to interpret a run's records, as plain values of JSON.
-
-    Attributes:
-        zolightning: version of the package that wrote the ledger.
-        noise: the first numbers of a direction, to detect a release with other noise.
-        seed: seed of the run's directions.
-        method: class and settings of the method, see :func:`~zolightning.optim.settings.settings_of`.
-        groups: for each parameter group the ``names`` of its parameters, and its hyperparameters and counters before
-            the first step.
-        slices: ``dim`` and ``index`` of parameters that train in part, by name.
-        blocks: names of the parameters of each block; empty if there are no blocks.
-        structure: what was added to the network (adapters, for example), from the module's ``structure_dict()``; None
-            if it has no such method.
-        tensors: dtype and shape of every parameter and saved buffer of the module.
-        weights: their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`.
-        fields: name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order.
-    """
-
-    zolightning: str
-    noise: list[int]
-    seed: int
-    method: dict[str, Any]
-    groups: list[dict[str, Any]]
-    slices: dict[str, dict[str, Any]]
-    blocks: list[list[str]]
-    structure: dict[str, Any] | None
-    tensors: dict[str, list[Any]]
-    weights: str
-    fields: list[list[Any]]
-
-    @property
-    def first_step(self) -> int:
-        """Number of the first step."""
-        return int(self.groups[0]["step"])
 
 
 class Ledger:

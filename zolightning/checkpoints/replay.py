@@ -1,6 +1,5 @@
 """Computes trained weights from base weights and a ledger, without data or forward passes."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,16 @@ import torch
 from torch import nn
 
 from zolightning.checkpoints.given_bases import load_bases
-from zolightning.checkpoints.ledger import Header, Ledger
+from zolightning.checkpoints.ledger import Ledger
+from zolightning.checkpoints.ledger_header import as_json_values, first_numbers, release
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.directions.slices import Slice
-from zolightning.kernels.noise import codes, key
 from zolightning.messages import some
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
 from zolightning.optim.subspace_weights import SubspaceWeights
-from zolightning.versions import installed_version
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
-_APART = ("param_names", "blocks", "block_weight", "lr_scale")
 _IN_RECORDS = ("lr", "vector_lr")  # whatever a method is made with
 
 
@@ -38,43 +34,6 @@ class Replayed:
 
     steps: int
     sealed: bool | None
-
-
-def describe(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
-    """The header of a run's ledger, before its first step."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    tensors = base_tensors(module)
-    group = optimizer.param_groups[0]
-    many = {
-        "lr": len(optimizer.param_groups),
-        "projected_grads": optimizer.num_queries,
-        "losses": len(optimizer.estimator.probes(optimizer.num_queries)),
-    }
-    fields = [["step", "<u4", 1], ["forward_passes", "<u4", 1], ["flags", "<u1", 1]]
-    fields += [[name, "<u4", 1] for name in ("refresh", "folds") if name in group]
-    fields += [[name, "<f8", count] for name, count in many.items()]
-    blocks = optimizer.blocks.parameters
-    fields += [["blocks", "<u1", -(-len(blocks) // 8)]] if blocks else []
-    structure = getattr(module, "structure_dict", None)
-    return Header(
-        zolightning=_release(),
-        noise=_first_numbers(),
-        seed=group["seed"],
-        method=_as_json(settings_of(optimizer)),
-        groups=[
-            {
-                "names": [names[parameter] for parameter in group["params"] if parameter.requires_grad],
-                **{name: value for name, value in group.items() if name not in _APART and isinstance(value, _PLAIN)},
-            }
-            for group in optimizer.param_groups
-        ],
-        slices={names[p]: {"dim": part.dim, "index": part.index.tolist()} for p, part in optimizer.slices.items()},
-        blocks=[sorted(names[parameter] for parameter in block) for block in blocks],
-        structure=None if structure is None else structure(),
-        tensors={name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
-        weights=weights_digest(tensors),
-        fields=[*fields, ["checksum", "<u4", 1]],
-    )
 
 
 class Replay:
@@ -101,10 +60,10 @@ class Replay:
     ) -> None:
         self.ledger, self.steps = Ledger(Path(path)), 0
         self._module, header = module, self.ledger.header
-        if header.noise != _first_numbers():
+        if header.noise != first_numbers():
             raise ValueError(
                 f"The ledger {path} was written by zolightning {header.zolightning}, whose directions are not those of "
-                f"{_release()}. Replay it with that release."
+                f"{release()}. Replay it with that release."
             )
         if header.structure is not None:
             _cast(self.ledger, module)  # first, because the initial values of a prefix depend on it
@@ -171,11 +130,11 @@ def replay(
     :attr:`Replayed.sealed` is False.
 
     Args:
-        path, module, method: as of :class:`Replay`.
+        path, module, method: see :class:`Replay`.
         step: the step of the run after which to stop, as counted by Lightning's ``global_step``; None replays all.
 
     Raises:
-        ValueError: as of :class:`Replay`, or if the ledger has no such step; nothing is changed then.
+        ValueError: see :class:`Replay`; also if the ledger has no such step. Nothing is changed then.
 
     Example::
 
@@ -222,7 +181,7 @@ def _rebuild(
     """The run's method over the run's parameter groups, in its state before the first step."""
     groups = ledger.header.groups
     optimizer = method([{"params": [(name, parameters[name]) for name in group["names"]]} for group in groups])
-    found, saved = _as_json(settings_of(optimizer)), ledger.header.method
+    found, saved = as_json_values(settings_of(optimizer)), ledger.header.method
     different = [key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key)]
     values = [f"`{k}` {saved.get(k)!r}, not {found.get(k)!r}" for k in sorted(different) if k not in _IN_RECORDS]
     if values:
@@ -235,20 +194,3 @@ def _rebuild(
 
 def _slice(saved: dict[str, Any]) -> Slice:
     return Slice(saved["dim"], torch.tensor(saved["index"], dtype=torch.int64))
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values as JSON returns them, with lists instead of tuples."""
-    read: dict[str, Any] = json.loads(json.dumps(values))
-    return read
-
-
-def _release() -> str:
-    return installed_version("zolightning") or "of no release"
-
-
-def _first_numbers() -> list[int]:
-    """The first numbers of some directions, which identify this release's noise."""
-    words = torch.tensor(key(1234, 7, 3, "weight"), dtype=torch.int32)
-    index = torch.arange(16, dtype=torch.int32)
-    return [*words.tolist(), *codes(index, words, "gaussian").tolist(), *codes(index, words, "rademacher").tolist()]

@@ -74,7 +74,7 @@ class SaveLast(ModelCheckpoint):
         self._step_before_batch = 0
         self._validation_due = False
         self._resumed: dict[str, Any] = {}
-        self._folder = ""  # of the run's logs
+        self._folder = ""  # the folder of the run's logs
         self._first = _OnException(self)
 
     @property
@@ -159,6 +159,7 @@ class SaveLast(ModelCheckpoint):
         """Does nothing: `_OnException` has called :meth:`save_after_error` before other callbacks cleaned up."""
 
     def save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
+        """Saves the last complete step after an exception in training, unless a ledger or a file has it already."""
         is_training = self._is_training
         self._end_training()
         if not is_training or not isinstance(exception, Exception) or trainer.world_size > 1:

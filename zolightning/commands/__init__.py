@@ -1,1 +1,1 @@
-"""What the subcommands of the command line do that Lightning's Trainer does not."""
+"""The subcommands of the command line, its options, and what they print and write."""

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the first step, cheapest first: settings, folders, rows, metrics."""
+"""Finds mistakes before the first step, cheapest checks first: settings, folders, rows, metrics."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +34,7 @@ def check_seed(seed: int | bool) -> None:
 
 
 def check_groups(config: Namespace, names: Iterable[str]) -> None:
-    """Raises a ValueError where a group of settings, by its name, is null: it has defaults, and cannot be left away."""
+    """Raises a ValueError if a group of settings is null; groups have defaults and cannot be switched off."""
     for name in names:
         if name in config and config[name] is None:  # a class without arguments has no group
             raise ValueError(
@@ -44,10 +44,10 @@ def check_groups(config: Namespace, names: Iterable[str]) -> None:
 
 
 def choose_monitor(config: Namespace, datamodule: Any) -> None:
-    """Fills in by which metric a checkpoint is the best one, where ``checkpoint.monitor`` is null.
+    """Chooses the metric of the best checkpoint if ``checkpoint.monitor`` is null.
 
-    That is the reward, where the model has one, else the first of the metrics that the data module names, or the loss
-    where it names none; accuracy for a data module that does not say.
+    It is the reward if the model has one, else the first metric that the data module names, or the loss if it names an
+    empty list; accuracy for a data module without such a list.
 
     Raises:
         ValueError: ``checkpoint.mode`` would keep the worst one.
@@ -101,7 +101,7 @@ def check_settings(config: Namespace, subcommand: str) -> None:
 
 
 def check_method(optimizer: ZerothOrderOptimizer) -> None:
-    """Checks numbers that a method accepts and no run can mean.
+    """Checks for numbers that a method accepts but that make no sense in a run.
 
     Raises:
         ValueError: naming the setting, its value and what is accepted.
@@ -140,9 +140,9 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
 
 
 def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
-    """Checks that what has no gradients is not to train by them, before anything is validated or written.
+    """Checks, before anything is validated or written, that nothing without gradients is to be trained by them.
 
-    Nor are weights to train that are offloaded.
+    A reward has none, and the package's strategies average none. Offloaded weights are not to train either.
 
     Raises:
         MisconfigurationException: naming the strategy, the device map or the reward.
@@ -162,10 +162,10 @@ def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
 
 
 def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
-    """Checks that the metrics exist that callbacks wait for.
+    """Checks that the metrics which callbacks monitor exist.
 
-    A module may name them by a method ``validation_metrics(datamodule)``; of another, one batch is validated, without
-    traces.
+    A module may name its metrics by a method ``validation_metrics(datamodule)``; otherwise one batch is validated,
+    without traces.
 
     Raises:
         MisconfigurationException: naming a metric that nothing logs, its callback and the metrics that there are.
@@ -214,7 +214,7 @@ def _folders(config: Namespace) -> Iterable[tuple[str, Path]]:
 
 
 def _monitors(callbacks: Iterable[Callback]) -> list[tuple[str, str]]:
-    """Metrics of a validation that callbacks wait for, each after what it is called by."""
+    """The metrics of a validation that callbacks monitor, each after the setting or callback that names it."""
     found = []
     for callback in callbacks:
         name = getattr(callback, "monitor", None)

@@ -1,4 +1,4 @@
-"""``zolightning doctor``: what a run would be, and what stands in its way, before it begins."""
+"""``zolightning doctor``: measures, before a run begins, what may go wrong in it."""
 
 import math
 import re
@@ -45,10 +45,10 @@ def examine(
     Nothing is written; weights are afterwards as they were, to the bit.
 
     Args:
-        trainer: whose settings and callbacks are those of the run.
-        module: that it would train.
-        datamodule: on these data.
-        probe: measures the learning rate, unless the run has one that does.
+        trainer: the Trainer with the settings and callbacks of the run.
+        module: the module to be trained.
+        datamodule: the data to train on.
+        probe: the callback that measures the learning rate, unless the run has one itself.
 
     Raises:
         MisconfigurationException: if the run has no zeroth-order method, or its first loss is not finite.
@@ -74,12 +74,12 @@ def examine(
 
 
 class _Doctor(Callback):
-    """Looks on while another callback measures the learning rate in steps in which nothing moves, and then further.
+    """Records the steps in which a LearningRateProbe measures, when no weight moves, and examines the run after them.
 
     Args:
-        probe: that callback, which comes before this one.
-        sets_lr: whether it is one of the run.
-        bar: of its steps.
+        probe: the LearningRateProbe, which comes before this callback.
+        sets_lr: whether the probe belongs to the run, and so sets its learning rate.
+        bar: the progress bar of the steps.
     """
 
     overview: dict[str, str]
@@ -149,8 +149,7 @@ def _largest_output(module: nn.Module, evaluate: Any) -> Output:
     """The largest output of all submodules in one evaluation of the loss.
 
     Raises:
-        MisconfigurationException: if the loss is not finite, with the submodule that is the first to put out what is
-            not.
+        MisconfigurationException: if the loss is not finite, with the first submodule whose output is not.
     """
     names = {submodule: name or type(module).__name__ for name, submodule in module.named_modules()}
     seen: list[Output] = []
@@ -179,7 +178,7 @@ def _largest_output(module: nn.Module, evaluate: Any) -> Output:
 def _in_groups(
     parameters: Mapping[str, nn.Parameter], read: Mapping[str, Survival], kept: Mapping[str, Survival]
 ) -> list[ParameterGroup]:
-    """Parameters whose names differ in numbers only, which are those of layers, and whose dtype is the same."""
+    """Groups parameters whose names differ only in numbers (of layers), and which have one dtype."""
     members: dict[tuple[str, torch.dtype], list[str]] = {}
     for name, parameter in parameters.items():
         short = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -1,4 +1,4 @@
-"""What TensorBoard's event files in the folder of a run say: curves, overviews, a test."""
+"""Reads TensorBoard's event files in the folder of a run: curves, overviews, a test."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util.tensor_util import make_ndarray
 
 _OVERVIEW = "run/text_summary"  # RunOverview writes it when training starts, and again when it is resumed
-_END = "_hparams_/session_end_info"  # RunOverview's last words
+_END = "_hparams_/session_end_info"  # written by RunOverview when training ends
 _SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/forward_passes")
 
 
@@ -20,9 +20,9 @@ class Point:
 
     Attributes:
         step: steps that had been taken; 0 is before training.
-        forward_passes: of training; None where backpropagation trains.
-        seconds: since training started, validations included; pauses between a stop and going on are not.
-        value: of the metric.
+        forward_passes: forward passes of training so far; None if backpropagation trains.
+        seconds: time since training started, with validations, without pauses between a stop and a resumption.
+        value: the value of the metric.
     """
 
     step: int
@@ -37,11 +37,11 @@ class EventLog:
     A step that was logged twice counts once, by its latest value.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
 
     Attributes:
-        overviews: what the run said of itself when it started, and each time it went on, by name.
-        test: metrics of its test, if there was one.
+        overviews: RunOverview's texts by their titles, from the start of the run and from each resumption.
+        test: metrics of the run's test, if there was one.
         ended: whether training has ended.
     """
 

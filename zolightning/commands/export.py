@@ -30,8 +30,8 @@ def export_model(
     """Writes the model of a checkpoint, and its model card, to a new folder; uploads that if `push_to_hub` is given.
 
     Raises:
-        ValueError: naming what of `ckpt_path`, `folder`, `merge` or `push_to_hub` cannot be, before anything is
-            written; or saying why the hub did not take the folder.
+        ValueError: if `ckpt_path`, `folder`, `merge` or `push_to_hub` cannot be used, before anything is written; or
+            if the hub does not accept the folder, with its reason.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` is {folder}, which is not empty. Name a new folder.")

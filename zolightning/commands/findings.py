@@ -1,4 +1,4 @@
-"""What stands in the way of a run, in words, from what was measured before it."""
+"""Turns what ``doctor`` has measured into advice."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,22 +10,22 @@ import torch
 from zolightning.commands.rounding import Survival
 from zolightning.messages import some
 
-_LARGEST_Z = 4.0  # of a perturbation, in standard deviations
-_ROOM = 4.0  # how many times as large numbers may become in training
+_LARGEST_Z = 4.0  # the largest element of a perturbation, in standard deviations
+_ROOM = 4.0  # the factor by which numbers may grow in training
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters whose names differ in numbers only.
+    """Parameters whose names differ only in numbers.
 
     Attributes:
-        name: of them, with ``*`` in the place of numbers.
-        dtype: theirs.
-        numel: of all of them.
-        largest: element, without its sign.
-        spacing: of numbers of this dtype at an average element, at most.
-        perturbation: what is read of ``eps z``.
-        update: what is kept of ``lr g z``.
+        name: their name, with ``*`` in place of the numbers.
+        dtype: their dtype.
+        numel: number of elements of all of them.
+        largest: largest absolute value of an element.
+        spacing: distance between neighbouring numbers of this dtype at an element of average size; the largest of all.
+        perturbation: how much of ``eps z`` rounding leaves in the weights that are read.
+        update: how much of ``lr g z`` rounding leaves in the weights that are stored.
     """
 
     name: str
@@ -42,7 +42,7 @@ class ParameterGroup:
 
 
 class Output(NamedTuple):
-    """The largest number that a submodule puts out for a batch."""
+    """The largest number in the output of a submodule, with the submodule's name and the output's dtype."""
 
     value: float
     name: str
@@ -51,22 +51,22 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Examination:
-    """What was measured of a run before it.
+    """The measurements made before a run.
 
     Attributes:
-        groups: of parameters that train.
-        eps: perturbation scale.
+        groups: the parameters that train, in groups.
+        eps: the perturbation scale.
         update_precision: how updates are added to weights.
-        loss: of the last step.
-        difference: RMS of the difference of two losses, ``2 eps |g|``.
-        noise: standard deviation of what rounding adds to a loss.
-        output: the largest one.
-        step_seconds: of a step.
-        steps: of the run.
-        lr: at which the run would begin.
-        measured_lr: by LearningRateProbe; None where it found none.
-        cost: of the run's random walk at that rate, as a share of the loss.
-        sets_lr: whether the run itself begins with that rate.
+        loss: the loss of the last measured step.
+        difference: RMS of the difference of two losses of a step, ``2 eps |g|``.
+        noise: standard deviation of the error that rounding adds to a loss.
+        output: the largest output of a submodule.
+        step_seconds: duration of a step.
+        steps: number of steps of the run.
+        lr: the learning rate with which the run would begin.
+        measured_lr: the learning rate that LearningRateProbe has measured; None if it found none.
+        cost: rise of the loss by the noise of the whole run at that rate, as a share of the loss.
+        sets_lr: whether the run itself begins with the measured rate.
     """
 
     groups: Sequence[ParameterGroup]
@@ -85,7 +85,7 @@ class Examination:
 
 
 def findings(seen: Examination) -> Iterator[str]:
-    """What to change, the most important first; nothing where nothing stands in the way."""
+    """What should be changed, the most important first."""
     yield from _of_numbers(seen)
     yield from _of_the_loss(seen)
     yield from _of_the_rate(seen)

@@ -7,7 +7,7 @@ from typing import Any
 
 _WIDTH, _COLUMN = 118, 39
 
-# What people use, by what it is about; words without a leading dash are lines of their own.
+# The options that people use, by topic; entries that are no options are printed as lines of text.
 _GROUPS: dict[str, tuple[str, ...]] = {
     "config": ("config", "print_config", "seed_everything", "seeds"),
     "method": (

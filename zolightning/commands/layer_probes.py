@@ -1,4 +1,4 @@
-"""What a linear probe of each layer says of a task: where a network could end."""
+"""Linear probes after each layer, which show after how many layers a network could end for a task."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """A probe of what the head reads where the network ends after some layers, in five-fold cross-validation.
+    """A probe of the head's input if the network ends after some layers, in five-fold cross-validation.
 
     Attributes:
-        num_layers: that are left.
-        loss: mean cross-entropy.
-        error: its standard error over the folds.
-        accuracy: mean.
+        num_layers: number of layers that are left.
+        loss: mean cross-entropy over the folds.
+        error: standard error of `loss` over the folds.
+        accuracy: mean accuracy over the folds.
     """
 
     num_layers: int
@@ -46,7 +46,7 @@ class LayerProbes:
 
     @property
     def best(self) -> LayerProbe:
-        """That of the least loss."""
+        """The probe with the least loss."""
         return min(self.probes, key=lambda probe: probe.loss)
 
     def save(self, path: Path) -> None:
@@ -60,15 +60,15 @@ def probe_layers(
     num_layers: Sequence[int],
     on_probe: Callable[[], object] = lambda: None,
 ) -> LayerProbes:
-    """Fits a probe to what the head reads after each number of layers; the model is afterwards as it was.
+    """Fits a probe to the head's input after each of several numbers of layers; the model is unchanged afterwards.
 
     The penalty of each is chosen as :class:`~zolightning.callbacks.LinearProbing` chooses it.
 
     Args:
-        model: whose layers are left out, the last ones first.
-        features: runs the model, and returns what its head reads, (N, H), and the right rows, (N,).
-        num_layers: how many to leave, one probe for each.
-        on_probe: called after each.
+        model: the model.
+        features: runs the model, and returns the head's inputs, (N, H), and the right rows of the head, (N,).
+        num_layers: after how many layers the model ends, for each probe.
+        on_probe: called after each probe.
     """
     probes = []
     for count in num_layers:

@@ -1,4 +1,4 @@
-"""``metrics.json`` and ``curves.csv`` in the folder of a run: what it measured, for programs to read."""
+"""``metrics.json`` and ``curves.csv`` in the folder of a run: its metrics, for programs to read."""
 
 import csv
 import io
@@ -37,8 +37,8 @@ class MetricsFiles(Callback):
 
     Args:
         subcommand: ``fit``, ``validate`` or ``test``.
-        command: that started it.
-        checkpoint: that is validated or tested.
+        command: the command line of the run.
+        checkpoint: the checkpoint that is validated or tested.
     """
 
     def __init__(self, subcommand: str, command: str, checkpoint: str | None = None) -> None:
@@ -95,7 +95,7 @@ class MetricsFiles(Callback):
 
 
 def run_metrics(run: Run) -> dict[str, Any]:
-    """What a training measured, as plain values."""
+    """The metrics of a training, as plain values."""
     return {
         "folder": str(run.folder),
         "state": run.state,
@@ -146,6 +146,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries on which results depend, by name."""
     return {library: found for library in _LIBRARIES if (found := installed_version(library)) is not None}
 
 

@@ -86,12 +86,12 @@ def write_card(
     """Writes ``README.md`` and ``training.yaml`` beside an exported model.
 
     Args:
-        folder: of the exported model.
-        module: that was exported; its ``model`` is a network of transformers.
-        datamodule: of the run; where it has a ``task``, the card names it.
-        config: of the command that exports; that of the run goes first.
-        run_folder: of the training; where it is none, the card has no metrics.
-        step: after which the weights are those that were exported.
+        folder: the folder of the exported model.
+        module: the exported module; its ``model`` is a network of transformers.
+        datamodule: the data module of the run; if it has a ``task``, the card names it.
+        config: the settings of the export command, used if the run has left none.
+        run_folder: the folder of the training; if it is not the folder of a run, the card has no metrics.
+        step: the step after which the exported weights were saved.
     """
     run = _run(run_folder)
     if run is not None:
@@ -159,7 +159,7 @@ def _run(folder: Path) -> Run | None:
 
 
 def _results(run: Run | None, step: int) -> dict[str, tuple[float | None, float | None]]:
-    """By metric its value before training and after `step`; a test is of the best checkpoint."""
+    """By metric its values before training and after `step`; those of a test belong to the best checkpoint."""
     if run is None:
         return {}
     found = {name: (run.at(name, 0), run.at(name, step)) for name in run.metrics}
@@ -191,7 +191,7 @@ def _eval_results(
 
 
 def _facts(settings: Mapping[str, Any], run: Run | None) -> list[tuple[str, Any]]:
-    """What the run said of itself when it began, what it took, and the settings of its method and data."""
+    """The run's overview, its costs, and the settings of its method and data, as pairs for a table."""
     facts: list[tuple[str, Any]] = []
     if run is not None:
         facts += [(name, value) for name, value in run.overview.items() if name not in (*_OF_A_MACHINE, "command")]
@@ -209,7 +209,7 @@ def _facts(settings: Mapping[str, Any], run: Run | None) -> list[tuple[str, Any]
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run without those of where its files go, and of the command that exports it."""
+    """The settings of a run, without the folders of its files and the options of the export command."""
     settings = {key: deepcopy(value) for key, value in config.items() if key not in _OF_AN_EXPORT}
     for field, key in (
         *(("trainer", "default_root_dir"), ("trainer", "logger")),

@@ -1,4 +1,4 @@
-"""The options of ``zolightning fit``, of which the other subcommands take most."""
+"""The options of ``zolightning fit``; the other subcommands have most of them too."""
 
 from typing import Any
 

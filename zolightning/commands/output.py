@@ -1,4 +1,4 @@
-"""Where a command leaves its files, and what it keeps to itself."""
+"""The output folder of a command, and the messages and callbacks that it leaves out."""
 
 import logging
 import warnings
@@ -50,7 +50,7 @@ def silent_callbacks(trainer: L.Trainer) -> list[Callback]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning's Trainers have to say about devices and their end; warnings are heard."""
+    """A context without the messages of Lightning's Trainers about devices and their end; warnings are shown."""
     level = rank_zero.log.level
     rank_zero.log.setLevel(logging.WARNING)
     try:
@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
 
 
 def hush() -> None:
-    """Turns off messages of Lightning's that a user of this command can do nothing about."""
+    """Switches off messages of Lightning that a user of this command can do nothing about."""
     for message in (
         ".*does not have many workers.*",  # batches are tokenized already; a worker would only copy them
         ".*LeafSpec.* is deprecated.*",  # Lightning 2.6 on a newer torch

@@ -1,4 +1,4 @@
-"""The parser of the command line: what is wrong with an option, in one line."""
+"""The parser of the command line, which explains a wrong option in one line."""
 
 import inspect
 import re
@@ -86,11 +86,11 @@ class OneLineParser(LightningArgumentParser):
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line for what jsonargparse takes up to 30 to say.
+    """Shortens an error message of jsonargparse, which may have 30 lines, to one line.
 
     Args:
-        message: as jsonargparse words it.
-        options: all options that there are, ``--trainer.max_steps`` for one.
+        message: the message of jsonargparse.
+        options: all options, such as ``--trainer.max_steps``.
     """
     field, inner = _field(message), _innermost(message)
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
@@ -134,12 +134,12 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 
 def _field(message: str) -> str:
-    """The dotted name of what is wrong, from the keys that are named on the way to it."""
+    """The dotted name of the wrong option, joined from the keys that the message names on the way to it."""
     return ".".join(re.findall(r'Parser key "([^"]+)"', message.partition("- Not a valid subclass")[0]))
 
 
 def _innermost(message: str) -> str:
-    """What is said of the innermost key: from its name to where an outer one goes on."""
+    """The part of the message about the innermost key: from its name to where the text about an outer one goes on."""
     start = message.partition("- Not a valid subclass")[0].rfind('Parser key "')
     if start < 0:
         return message
@@ -151,7 +151,7 @@ def _innermost(message: str) -> str:
 
 
 def _beside_class_path(message: str) -> str | None:
-    """The first setting of a class that stands where its name stands, a level too high."""
+    """The first setting of a class that was given beside its ``class_path``, a level too high."""
     for given in re.findall(r"(?:but got|Given value:) (\{.*?\})(?:\. Got value|\n|$)", message):
         try:
             keys = list(literal_eval(given))
@@ -163,7 +163,7 @@ def _beside_class_path(message: str) -> str | None:
 
 
 def _class_at(message: str, found: re.Match[str]) -> str:
-    """The path of the class whose settings a place in the message speaks of."""
+    """The path of the class whose settings the message is about at the place `found`."""
     before = re.findall(r"class_path '([\w.]+)'", message[: found.start()])
     after = re.findall(r"class_path='([\w.]+)'", message[found.end() :])
     line = message[message.rfind("\n", 0, found.start()) + 1 : found.start()]

@@ -94,10 +94,10 @@ def sweep_figure(
     """One panel a metric: its value after training each layer alone, and before any training.
 
     Args:
-        metrics: by name of the metric and layer.
-        zero_shot: by name of the metric.
-        count: of all layers, also of those that were not trained.
-        title: of the figure.
+        metrics: values by name of the metric and index of the layer.
+        zero_shot: the value of each metric before training.
+        count: number of layers of the network, whether trained or not.
+        title: the title of the figure.
     """
     figure, panels = _figure(len(metrics), title)
     for axes, (name, values) in zip(panels, metrics.items(), strict=True):

@@ -32,8 +32,8 @@ from zolightning.scopes.rules import DEFAULT_RULES
 if TYPE_CHECKING:
     from zolightning.commands.trainer import Trainer
 
-_TIMED_STEPS = 3  # of each scope, after one that is not timed
-_AUDIT = 3  # forwards by which a method first makes sure that it sees every parameter
+_TIMED_STEPS = 3  # for each scope, after one that is not timed
+_FINDING_READS = 3  # forwards by which a method finds out where parameters are read
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class LayerProfile:
         seconds = min(round_robin({"": evaluate}, 2)[""])
         forwards = batches
         if self.sensitivity_queries:
-            forwards += 1 + (2 * self.sensitivity_queries + _AUDIT) * layers
+            forwards += 1 + (2 * self.sensitivity_queries + _FINDING_READS) * layers
         if scopes:
-            forwards += (_TIMED_STEPS + 1) * (1 + 2 * scopes) + _AUDIT * scopes
+            forwards += (_TIMED_STEPS + 1) * (1 + 2 * scopes) + _FINDING_READS * scopes
         print(f"{forwards} forwards of {seconds:.2g} s to go: about {_duration(forwards * seconds)}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""``zolightning replay``: from base model and ledger to a Hugging Face folder, or to validations of a live run."""
+"""``zolightning replay``: makes a Hugging Face folder from base model and ledger, or validates a running run."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -19,11 +19,11 @@ Validate = Callable[[], Iterable[dict[str, float]]]
 def replay_to_folder(
     model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str | None, step: int | None
 ) -> None:
-    """Replays a run by the method of its ZerothOrder callback, and exports what comes of it.
+    """Replays a run by the method of its ZerothOrder callback, and exports the resulting model.
 
     Raises:
-        ValueError: naming `output` if it is missing or not empty, or what of the ledger does not fit.
-        MisconfigurationException: if the run's weights are others, which something else than the method changed.
+        ValueError: if `output` is missing or not empty, or the ledger does not fit the model or the method.
+        MisconfigurationException: if the result differs from the run's weights, because something else changed them.
     """
     if output is None:
         raise ValueError(
@@ -38,17 +38,17 @@ def replay_to_folder(
 def follow_run(
     model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str | None, validate: Validate
 ) -> None:
-    """Validates the newest step of a run, and again the newest of then, until it ends; exports what it ended with.
+    """Validates the newest step of a run, again and again until the run ends, and exports the model it ended with.
 
     Args:
-        model: to be replayed.
-        callbacks: of which ZerothOrder has the method.
-        ledger: of the run.
+        model: the base model of the run.
+        callbacks: the callbacks of the run, with ZerothOrder, which has the method.
+        ledger: path of the run's ledger.
         output: folder to export to; None for no export.
-        validate: returns the metrics of each of the validation's loaders.
+        validate: validates the model, and returns the metrics of each validation loader.
 
     Raises:
-        ValueError, MisconfigurationException: as :func:`replay_to_folder`.
+        ValueError, MisconfigurationException: see :func:`replay_to_folder`.
     """
     method, export = _method(callbacks), None if output is None else _export_to(model, output)
 

@@ -1,4 +1,4 @@
-"""Tables on the screen, and pieces of work timed in turns."""
+"""Prints tables, and times pieces of work in turns."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What rounding leaves of a zeroth-order step: of perturbations, of updates, and of differences of the loss."""
+"""Measures how much of perturbations, updates and differences of the loss survives rounding."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ from zolightning.optim.precision import UpdatePrecision
 from zolightning.optim.probing import evaluate_probes, of_whole_parameters
 from zolightning.optim.share import WHOLE
 
-_SAMPLE = 2**16  # elements of a tensor that are looked at; all of a smaller one
-_LARGER = 2.0**20  # an update so many times as large is not lost
-_POINTS, _SPACING, _ORDER = 8, 0.05, 4  # at which the loss is looked at; order of their differences
+_SAMPLE = 2**16  # elements of a tensor that are examined
+_LARGER = 2.0**20  # a factor by which updates are enlarged so that none is lost
+_POINTS, _SPACING, _ORDER = 8, 0.05, 4  # number and spacing of weights at which the loss is evaluated; difference order
 
 
 @dataclass(frozen=True)
 class Survival:
-    """Sums over elements, of changes that were meant and of what they came to in a number format.
+    """Compares intended changes of elements with the changes that remain after rounding, by sums over elements.
 
     Attributes:
         meant: number of elements that should change.
-        changed: number of those that do.
-        product: sum of the products of both changes.
-        square: sum of squares of changes that were meant.
+        changed: number of those that do change.
+        product: sum of products of the intended and the real change.
+        square: sum of squares of the intended change.
     """
 
     meant: int = 0
@@ -51,17 +51,17 @@ class Survival:
 
     @property
     def share(self) -> float:
-        """Of the elements that should change, how many do; NaN where none should."""
+        """The share of the elements that should change which do change; NaN if none should."""
         return self.changed / self.meant if self.meant else math.nan
 
     @property
     def size(self) -> float:
-        """How far they move in the direction that was meant: 1 for all of the way, on average."""
+        """How far elements move in the intended direction, on average: 1 for the intended distance."""
         return self.product / self.square if self.square else math.nan
 
 
 class _Watched(LowRank):
-    """A low-rank perturbation that knows whether a weight, or rows of it, were built with it."""
+    """A low-rank perturbation that records whether it was added to a weight, or to rows of it."""
 
     is_built = False
 
@@ -76,14 +76,14 @@ class _Watched(LowRank):
 
 @torch.no_grad()
 def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> dict[str, Survival]:
-    """What is read of ``W + eps z`` for one direction, by parameter.
+    """How much of ``eps z`` is left in the perturbed weights ``W + eps z``, for one direction, by parameter's name.
 
-    Left out are low-rank perturbations that are added to the outputs of a layer, where no perturbed weight is rounded.
-    A weight that is read in two ways, as a tied embedding is, counts where one of them rounds.
+    Parameters are left out if their low-rank perturbation is added to the output of a layer, where no perturbed weight
+    is rounded. A weight that is read in two ways, such as a tied embedding, is included if one of them rounds.
 
     Args:
-        optimizer: attached to a module.
-        evaluate: the loss of one batch; once, where perturbations are of low rank.
+        optimizer: a method that is attached to a module.
+        evaluate: computes the loss of one batch; called once if perturbations are of low rank.
     """
     changes = optimizer.perturbations(0, 1)
     larger = max(1.0, 2.0 ** -math.floor(math.log2(optimizer.param_groups[0]["eps"])))
@@ -104,15 +104,15 @@ def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: LossFunctio
 
 @torch.no_grad()
 def update_survival(optimizer: ZerothOrderOptimizer, record: StepRecord, lr: Sequence[float]) -> dict[str, Survival]:
-    """What is kept of the update of a step, by parameter, in weights and what the method keeps beside them.
+    """How much of a step's update is left in the weights and their extra bits, by parameter's name.
 
-    What was meant is known from a step with learning rates that are a million times as large, in which nothing is
-    lost: methods are linear in them. Weights and state are afterwards as they were.
+    The intended update is known from a step with learning rates a million times as large, in which nothing is lost,
+    because updates are linear in the learning rate. Weights and state are unchanged afterwards.
 
     Args:
         optimizer: the method.
-        record: of the step, in the present subspaces.
-        lr: of each of the method's groups.
+        record: the record of a step in the present subspaces.
+        lr: the learning rate of each parameter group.
     """
     start, chosen = WeightsAndState(optimizer), optimizer.update_precision
     names = {name: parameter for _, name, parameter in optimizer.trainable()}
@@ -134,16 +134,16 @@ def update_survival(optimizer: ZerothOrderOptimizer, record: StepRecord, lr: Seq
 
 @torch.no_grad()
 def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> float:
-    """Standard deviation of what rounding adds to the loss of a batch.
+    """Standard deviation of the error that rounding adds to the loss of a batch.
 
-    The loss is evaluated at weights that lie close to each other on a line, W plus and minus 0.65 to 1 times ``eps z``.
-    Differences of order 4 of a smooth function are next to nothing there, those of independent noise of variance s^2
-    have a variance of 70 s^2: 70 is the sum of squares of their coefficients, (8 over 4) (Moré and Wild, "Estimating
-    Computational Noise", SIAM J. Sci. Comput. 33, 2011).
+    The loss is evaluated at weights that are close to each other on a line, W plus and minus 0.65 to 1 times ``eps z``.
+    Differences of order 4 of a smooth function nearly vanish there, while those of independent noise of variance s^2
+    have variance 70 s^2; 70, the binomial coefficient (8 over 4), is the sum of squares of their coefficients (Moré and
+    Wild, "Estimating Computational Noise", SIAM J. Sci. Comput. 33, 2011).
 
     Args:
-        optimizer: attached to a module.
-        evaluate: the loss of one batch, always the same; 16 times.
+        optimizer: a method that is attached to a module.
+        evaluate: computes the loss of one batch, always the same one; called 16 times.
     """
     estimator, losses = TwoSided(), []
     for point in range(_POINTS):
@@ -154,7 +154,7 @@ def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> float
 
 
 def spacing(weight: nn.Parameter) -> float:
-    """The distance of numbers of a weight's dtype at the RMS of its elements."""
+    """The distance between neighbouring numbers of a weight's dtype at the RMS of its elements."""
     rms = math.sqrt(_sample(weight.detach()).square().mean().item())
     info = torch.finfo(weight.dtype)
     return math.ldexp(info.eps, math.frexp(max(rms, info.tiny))[1] - 1)
@@ -163,7 +163,7 @@ def spacing(weight: nn.Parameter) -> float:
 def _rounded(
     optimizer: ZerothOrderOptimizer, changes: Mapping[nn.Parameter, Perturbation], evaluate: LossFunction
 ) -> set[nn.Parameter]:
-    """The parameters of which perturbed weights are made in an evaluation."""
+    """The parameters whose perturbed weights are built, and so rounded, in an evaluation."""
     watched = {
         parameter: _Watched(change.basis, change.shape, change.pending, change.direction)
         for parameter, change in changes.items()
@@ -195,7 +195,7 @@ def _eps_times(optimizer: ZerothOrderOptimizer, factor: float) -> Iterator[None]
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Elements of a tensor, the same ones of all tensors of a size: a copy, float64, in host memory."""
+    """A copy of some elements of a tensor, float64, in host memory; the same elements for all tensors of one size."""
     flat = tensor.reshape(-1)
     if len(flat) > _SAMPLE:
         index = torch.randint(len(flat), (_SAMPLE,), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What the folder of a run says of it: its settings, its curves, how far it is."""
+"""Reads the folder of a run: its settings, its curves, how far it is."""
 
 import re
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ class Run:
     """A run that trains or has trained.
 
     Attributes:
-        folder: of the run.
-        config: its ``config.yaml``.
-        overview: what the run said of itself when it started, by name: ``method``, ``scope``, ``memory`` and others.
-        commands: that started it, and that it went on by.
-        curves: by metric, in the order of steps.
+        folder: the folder of the run.
+        config: the settings in its ``config.yaml``.
+        overview: RunOverview's texts by their titles: ``method``, ``scope``, ``memory`` and others.
+        commands: the commands that started and resumed it.
+        curves: the values of each metric, in the order of steps.
         test: metrics of its test, if there was one.
         step: how many steps have been taken.
         state: ``finished`` (it has taken ``max_steps``), ``running``, ``ended`` (before these, by a callback, a signal,
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> Run:
 
 
 def run_of(log: EventLog, config: dict[str, Any], step: int, state: str) -> Run:
-    """The run that has logged what `log` has read."""
+    """The run whose event files `log` has read."""
     overviews = [dict(overview) for overview in log.overviews]
     commands = [overview.pop("command") for overview in overviews if "command" in overview]
     overview = overviews[-1] if overviews else {}

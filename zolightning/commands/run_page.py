@@ -1,4 +1,4 @@
-"""A page about several runs: one HTML file that needs no other."""
+"""A page that compares several runs: one HTML file that needs no other."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +58,7 @@ def page(runs: Sequence[Run], differences: Mapping[str, Sequence[Any]], title: s
     Args:
         runs: at most 26, which are called A, B, C and so on.
         differences: settings that are not the same in all runs, with the value of each; None where it has none.
-        title: its heading.
+        title: the heading of the page.
     """
     when = f"{datetime.now():%d %B %Y, %H:%M}"
     parts = [

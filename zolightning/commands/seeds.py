@@ -35,8 +35,8 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
 
     Args:
         subcommand: ``fit``, ``validate`` or ``test``.
-        config: of the subcommand, with the run's name in ``trainer.logger``.
-        text: the same in YAML.
+        config: the settings of the subcommand, with the run's name in ``trainer.logger``.
+        text: the same settings in YAML.
 
     Raises:
         ValueError: naming the setting that does not go with several seeds.

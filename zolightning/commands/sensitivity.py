@@ -1,4 +1,4 @@
-"""How much the loss feels a perturbation of each layer, before any training."""
+"""Measures how much the loss changes when each layer is perturbed, before any training."""
 
 import json
 import math
@@ -36,10 +36,10 @@ class Sensitivity:
     """The scan of all layers.
 
     Attributes:
-        loss: of the batch, unperturbed.
+        loss: the loss of the batch at the stored weights.
         eps: standard deviation of the perturbation of each weight.
-        num_queries: directions a layer.
-        dtype: of the layers.
+        num_queries: directions for each layer.
+        dtype: the dtype of the layers.
         layers: one entry a layer, in order.
     """
 
@@ -69,7 +69,7 @@ def scan_sensitivity(
 ) -> Sensitivity:
     """Perturbs one layer after the other along `num_queries` directions: ``2 * num_queries`` forwards a layer.
 
-    Beside these come one of the unperturbed network, and for each layer three or four that show where it is read.
+    There are also one forward of the unperturbed network, and three or four for each layer that show where it is read.
 
     With directions z of one layer, the root mean square of ``(L(W + eps z) - L(W - eps z)) / (2 eps)`` estimates the
     norm of that layer's gradient, with relative standard error ``1 / sqrt(2 * num_queries)`` (Malladi et al.,
@@ -81,7 +81,7 @@ def scan_sensitivity(
         evaluate: the loss of one batch, always the same.
         num_queries: directions a layer.
         eps: standard deviation of the perturbation of each weight.
-        seed: of the directions; None takes that of ``seed_everything``.
+        seed: seed of the directions; None takes that of ``seed_everything``.
     """
     loss = _number(evaluate())
     layers = []

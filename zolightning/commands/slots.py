@@ -1,8 +1,8 @@
-"""The fields of the command line's config that choose a method and what belongs to it, and the callbacks they become.
+"""Slots: the fields of the command line's config that become callbacks.
 
 ``method``, ``lr_scheduler`` and ``evaluation`` become the ZerothOrder callback; ``linear_probing``, ``scope``,
-``blocks``, ``lr_probe``, ``lr_control``, ``resampling`` and ``transport`` are callbacks themselves. A field holds one
-thing, so a later file or flag replaces it.
+``blocks``, ``lr_probe``, ``lr_control``, ``resampling`` and ``transport`` are callbacks themselves. A slot holds one
+object, so a later file or flag replaces it, where a list of callbacks would grow.
 """
 
 import inspect
@@ -41,7 +41,7 @@ _EVALUATION = {name: parameter.default for name, parameter in inspect.signature(
 
 
 def add_slots(parser: LightningArgumentParser) -> None:
-    """Adds the fields to a parser."""
+    """Adds the slots to a parser."""
     parser.add_argument(
         "--method",
         type=Method | None,
@@ -115,11 +115,11 @@ def with_switches(arguments: Sequence[str]) -> list[str]:
 
 
 def replacing(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which whoever names a class inherits no setting of an earlier one.
+    """Command-line arguments changed so that a newly named class inherits no settings of an earlier one.
 
-    jsonargparse keeps what a new class accepts too: of a file with ``momentum: 0.9`` something would be left under the
-    next file's method. So ``--method null`` goes before each file and flag that names a method, and likewise for the
-    other fields. With a method go the scheduler, resampling and transport that earlier files gave for it.
+    jsonargparse keeps settings that the new class accepts too: ``momentum: 0.9`` in one file would stay with the method
+    of the next file. So ``--method null`` is inserted before each file and flag that names a method, and likewise for
+    the other slots. The scheduler, resampling and transport that earlier files gave go with the earlier method.
     """
     replaced: list[str] = []
     end_of_files = 0
@@ -140,15 +140,15 @@ def replacing(arguments: Sequence[str]) -> list[str]:
 
 
 def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
-    """The callbacks that the fields stand for, checked against each other and those of ``trainer.callbacks``.
+    """The callbacks of the slots, checked against each other and those of ``trainer.callbacks``.
 
     Args:
-        config: the fields of a subcommand, as parsed.
-        made: the same, instantiated; its ``trainer.callbacks`` go with what is returned.
+        config: the settings of a subcommand, as parsed.
+        made: the same settings, instantiated; the run has its ``trainer.callbacks`` besides the returned ones.
 
     Raises:
-        MisconfigurationException: naming a field that has nothing to act on, or that something else fills too.
-        ValueError: by a method or scheduler, naming the argument, its value and what is accepted.
+        MisconfigurationException: naming a slot that has nothing to act on, or whose callback is in the list too.
+        ValueError: from a method or scheduler, naming the argument, its value and what is accepted.
     """
     listed: list[Callback] = made.trainer.callbacks or []
     methods = [callback for callback in listed if isinstance(callback, ZerothOrder)]
@@ -196,7 +196,7 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
 def _of_a_subspace(
     config: Namespace, made: Namespace, optimizer: ZerothOrderOptimizer, listed: Sequence[Callback]
 ) -> list[Callback]:
-    """Resampling and transport: as given, by default where the method has a use for them, or refused."""
+    """The callbacks for resampling and transport: the given ones, or default ones if the method needs them."""
     name = type(optimizer).__name__
     is_subspace = isinstance(optimizer, SubspaceOptimizer)
     has_momentum = is_subspace and bool(optimizer.param_groups[0]["momentum"] or optimizer.param_groups[0]["betas"])
@@ -218,7 +218,7 @@ def _of_a_subspace(
 
 
 def trial(method: Method) -> ZerothOrderOptimizer:
-    """The method over one number: its arguments are checked, and what it needs can be read off."""
+    """The method over a parameter of one element, to check its arguments and read its settings."""
     optimizer = method([torch.nn.Parameter(torch.zeros(1, 1))])
     if not isinstance(optimizer, ZerothOrderOptimizer):
         raise MisconfigurationException(
@@ -237,7 +237,7 @@ def _nulls(slots: Iterable[str]) -> list[str]:
 
 
 def _classes_named(config: str) -> set[str]:
-    """The fields for which a config, a file or the YAML itself, names a class or null.
+    """The slots for which a config names a class or null; the config is the path of a file or YAML text.
 
     Raises:
         ValueError: naming the file, if it is none, or not a mapping in YAML.

@@ -1,4 +1,4 @@
-"""``zolightning sweep-layers``: which layer, trained alone, learns the task."""
+"""``zolightning sweep-layers``: trains each layer alone, to see which one learns the task best."""
 
 import os
 import sys
@@ -36,16 +36,16 @@ class LayerSweep:
     """Trains each layer alone from the same weights, on the same batches, and evaluates it.
 
     Args:
-        trainer: whose settings each run has, but for steps, logging and checkpoints.
-        module: to be trained; its weights are as before afterwards.
-        datamodule: to be trained and evaluated on.
+        trainer: the Trainer whose settings each run has, except for steps, logging and checkpoints.
+        module: the module to train; its weights are restored afterwards.
+        datamodule: the data to train and evaluate on.
         layers: indices of the layers to train, or "all".
-        steps: of each layer.
+        steps: training steps for each layer.
         first_order: train by the module's own optimizer and backpropagation, without the ZerothOrder callback.
         evaluate: the split to evaluate on.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`.
-        folder: for ``results.csv``, ``settings.json`` and plots. Layers that are in ``results.csv`` are not trained
-            again.
+        folder: where ``results.csv``, ``settings.json`` and plots are written. Layers that are in ``results.csv``
+            already are not trained again.
 
     Raises:
         ValueError: naming an argument, its value and what is accepted.

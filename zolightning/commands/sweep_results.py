@@ -1,4 +1,4 @@
-"""The results of a sweep as a file that grows by a line a layer and outlives interruptions."""
+"""The results of a sweep, in a file that grows by one line a layer and survives interruptions."""
 
 import csv
 import io
@@ -19,10 +19,10 @@ class SweepRow:
 
     Attributes:
         layer: index of the layer as text, or "zero-shot".
-        parameters: that were trained.
-        steps: that were taken.
-        seconds: that they took.
-        metrics: of the evaluation afterwards; None for all where training diverged.
+        parameters: number of parameters that were trained.
+        steps: number of steps.
+        seconds: duration of the training.
+        metrics: metrics of the evaluation afterwards; all None if training diverged.
     """
 
     layer: str
@@ -36,8 +36,8 @@ class SweepResults:
     """``results.csv`` and, beside it, ``settings.json`` with what its lines depend on.
 
     Args:
-        folder: of both; results that are already there are taken over.
-        settings: to be compared with those of the folder.
+        folder: the folder of both files; results that are already there are read.
+        settings: the settings of this sweep, compared with those in the folder.
 
     Raises:
         ValueError: if the folder holds results of other settings.
@@ -52,6 +52,7 @@ class SweepResults:
 
     @property
     def metric_names(self) -> list[str]:
+        """The metrics of every line, those of the first one."""
         return list(self.rows[ZERO_SHOT].metrics)
 
     def append(self, row: SweepRow) -> None:

@@ -1,4 +1,4 @@
-"""What a training step costs, as a function of how many parameters it moves."""
+"""Measures and models the time of a training step as a function of how many parameters it moves."""
 
 import json
 import statistics
@@ -81,9 +81,10 @@ class StepTimes:
 
 
 def growing_parts(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]]:
-    """Parts of a network by name, smallest first, that all begin at the first layer, so that their forwards cost alike.
+    """Parts of a network by name, smallest first.
 
-    A step may compute what lies below the first layer that moves once instead of once an evaluation.
+    All of them begin at the first layer, so that their steps run the same forwards: layers below the first one that
+    moves may be computed once a step instead of once an evaluation.
     """
     chosen: dict[str, list[nn.Parameter]] = {}
     with suppress(ValueError):  # a layer need not have one MLP
@@ -111,7 +112,7 @@ def measure_step_times(
         parts: their parameters, by name.
         evaluate: the loss of one batch.
         repeats: timed steps of each part; one more comes before them.
-        on_step: called after each.
+        on_step: called after each step and each timed forward.
     """
     optimizer = MeZO(module.parameters())
     optimizer.attach(module)

@@ -1,4 +1,4 @@
-"""Prompts whose candidate answers are compared."""
+"""The base class of tasks with candidate answers to compare."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Conversations in the words of a tokenizer's chat template."""
+"""Writes conversations with a tokenizer's chat template."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) 
 
 
 def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> tuple[str, str]:
-    """A conversation in two parts, the second of which is the last turn with what the template ends it by.
+    """A conversation in two parts: everything up to the last turn, and that turn with what the template ends it by.
 
     Raises:
         ValueError: As :func:`chat_prompt`; or the template writes earlier turns differently once there is an answer.

@@ -32,7 +32,7 @@ class Example:
         has_decoder: Whether answers are read by a decoder and the prompt by an encoder, not one after the other.
         num_left_out: How many demonstrations do not fit.
         content_free: The same candidates after the prompt without its content, where scores are calibrated by it.
-        target: Of a regression the number that is right, if it is known.
+        target: The right number of a regression, if it is known.
     """
 
     id: int
@@ -55,9 +55,9 @@ class Example:
 
 
 class AnswerIndex:
-    """Where the candidates of a batch and their tokens stand: by numbers, so that whoever selects waits for no device.
+    """The places of a batch's candidates and their tokens, as indices, so that selecting them waits for no device.
 
-    A selection by a mask has a size that the host has to ask the device for.
+    The size of a selection by a mask would have to be read back from the device.
 
     Args:
         size: Examples of the batch.
@@ -223,7 +223,7 @@ def collate(
         gold_only: Whether to leave out the wrong candidates.
         multiple: What the length of a row is a multiple of.
         with_prompts: Whether to add what texts are generated from, and compared with.
-        padding_side: Of prompts.
+        padding_side: The side on which prompts are padded.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]

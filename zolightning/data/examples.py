@@ -1,4 +1,4 @@
-"""From rows in words to examples in tokens, as each kind of task has it."""
+"""Turns rows, which are text, into examples, which are tokens."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -40,12 +40,12 @@ def example_of(
     Args:
         task: The row's task.
         row: The row in words.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         max_length: Tokens of prompt and answer together.
         chat: Whether a prompt is a user's turn in the tokenizer's chat template.
         encode: Makes tokens of a prompt and its answers.
-        calibration: Whether the row is to be encoded without its content, too: with its demonstrations (`in_context`)
-            or without.
+        calibration: Whether to encode the row without its content as well: after its demonstrations (`in_context`) or
+            without them (`zero_shot`).
 
     Raises:
         ValueError: The tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
@@ -69,7 +69,7 @@ def example_of(
 
 
 def warn_of_cuts(examples: Sequence[Example], split: str, limit: str, num_demonstrations: int) -> None:
-    """Says once, of a split, how many prompts were cut, and how many show fewer demonstrations, to fit in a limit."""
+    """Warns of a split in which prompts were cut, or demonstrations left out, to fit into a limit; says how many."""
     if num_cut := sum(example.truncated for example in examples):
         rank_zero_warn(f"{num_cut} of {len(examples)} prompts of the {split} split were cut to {limit}.")
     if left_out := [example.num_left_out for example in examples if example.num_left_out]:
@@ -111,7 +111,7 @@ def _example(
 
 
 def _beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A prompt for an answer that nothing comes before: what the tokenizer begins a text with, or could."""
+    """A prompt for answers without a prompt: the token with which the tokenizer begins a text, or could begin one."""
     if tokenizer("")["input_ids"]:
         return ""
     token = tokenizer.bos_token or tokenizer.eos_token

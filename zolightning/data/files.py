@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, CSV and Parquet; and folders of images."""
+"""Reads files of rows (JSON lines, CSV, Parquet) and folders of images."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Images: from files, or the bytes that data sets hold, to what a network reads."""
+"""Reads images, from files or from the bytes that data sets hold, into batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class ImageExample:
 
     @property
     def length(self) -> int:
-        """All are as long."""
+        """1 for every image, so that batches are not sorted by length."""
         return 1
 
 
@@ -76,7 +76,7 @@ def image_of(value: Any, folder: Path | None) -> Path | bytes:
 
 @contextmanager
 def opened(image: Path | bytes) -> Iterator[Any]:
-    """An image as one of Pillow's, of which the first bytes have been read, in less than a tenth of a millisecond.
+    """A context with a Pillow image, of which only the first bytes have been read (less than a tenth of a millisecond).
 
     Raises:
         ValueError: It cannot be read, now or within the context.
@@ -92,7 +92,7 @@ def opened(image: Path | bytes) -> Iterator[Any]:
 
 
 def read_image(example: ImageExample) -> Any:
-    """The image as one of Pillow's, in RGB and the right way up.
+    """The image as a Pillow image, in RGB and the right way up.
 
     Raises:
         ValueError: It cannot be read; says which.

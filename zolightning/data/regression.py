@@ -12,9 +12,10 @@ from zolightning.data.templates import template_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(PromptTask):
-    """A text whose number a network with a head of one output says, such as how similar two sentences are.
+    """A text, or two, and the number to predict for it, such as how similar two sentences are.
 
-    It is trained by the mean squared error; validation reports the correlations of Pearson and of Spearman.
+    A network with a single output is trained by the mean squared error; validation reports the correlations of Pearson
+    and of Spearman.
 
     Args:
         target: The field with the number.

@@ -21,7 +21,7 @@ from zolightning.rank_zero import rank_zero_warn
 
 @dataclass(frozen=True)
 class Row:
-    """A row in words.
+    """A row as text, before it is tokenized.
 
     Args:
         id: Where the row stands in its source, counted from 0.
@@ -30,7 +30,7 @@ class Row:
         answers: The candidates.
         right: Indices of those that are right, the one to train on first; none if that is not known.
         references: What a generated text is compared with.
-        turns: The same for a chat template: the user's turn, or all turns of a conversation.
+        turns: The prompt for a chat template: the user's turn, or all turns of a conversation.
         shown: The demonstrations, other rows in the prompt, each with its first right answer.
         fields: The row itself.
         content_free: Prompt and answers without the row's content, where the task says what that is.
@@ -49,15 +49,15 @@ class Row:
 
     @property
     def demonstration(self) -> str:
-        """What is shown of it before others, or behind a mask of theirs, of a row whose label is known."""
+        """The text of this row as a demonstration for others, with its right answer; its label must be known."""
         if MASK in self.prompt:
             return SEPARATOR + self.prompt.replace(MASK, self.answers[self.right[0]])
         return f"{(self.prompt + self.answers[self.right[0]]).strip()}\n\n"
 
     def after(self, shown: Sequence["Row"]) -> "Row":
-        """This row with others before its prompt, or behind it where a mask stands for the answer.
+        """This row with demonstrations before its prompt, or after it if a mask stands for the answer.
 
-        The latter as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
+        After it as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
         """
         turns = list[Message]()
         for one in shown:
@@ -68,7 +68,7 @@ class Row:
         return replace(self, prompt=prompt, turns=[*turns, *self.turns], shown=tuple(shown))
 
     def without_first(self, count: int) -> "Row":
-        """This row without so many of its demonstrations, from the first one on."""
+        """This row without its first `count` demonstrations."""
         whole, rest = ("".join(one.demonstration for one in shown) for shown in (self.shown, self.shown[count:]))
         return replace(
             self, prompt=self.prompt.replace(whole, rest, 1), turns=self.turns[2 * count :], shown=self.shown[count:]
@@ -80,7 +80,7 @@ class Rows:
     file for the latter, and for the test from the official validation split.
 
     Args:
-        task: What a row is made into.
+        task: The task, which turns a row into a prompt and answers.
         folder: Where files of rows are; the task's data set on the hub if None.
         num_train, num_validation, num_test: How many rows to sample.
         examples_per_class: How many rows of each class to sample for training, and again for validation, instead.
@@ -88,7 +88,7 @@ class Rows:
             with `examples_per_class` as many of each class.
         demonstrations_per_row: Whether each row is shown others, drawn for it: from the training split as in MeZO, or
             with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
-        seed: Decides which.
+        seed: Decides which rows are sampled.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Rows:
         """The sampled rows by the name of their split."""
         (train, chosen), (validation, validated) = self._sampled()
         trained = chosen if self.demonstrations_per_row else chosen[self.num_demonstrations :]
-        if isinstance(self.task, LabelledTask) and len(trained) > 1 == len({train.candidates[i] for i in trained}):
-            label = self.task.labels[train.candidates[trained[0]]]
+        if isinstance(self.task, LabelledTask) and len(trained) > 1 == len({train.labels[i] for i in trained}):
+            label = self.task.labels[train.labels[trained[0]]]
             rank_zero_warn(f"{train.origin}: all {len(trained)} training rows have the label {label!r}.")
         return {
             "train": self._write(train, trained, (train, chosen)),
@@ -133,7 +133,7 @@ class Rows:
         return self._write(split, self._sample(split, self.num_test), examples)
 
     def all_of(self, name: str) -> Iterator[Row]:
-        """Writes every row of a split, and raises ValueError where one does not fit."""
+        """All rows of a split; raises ValueError for one that does not fit the task."""
         split = self.read(name)
         return (self._row(split, index) for index in range(len(split)))
 
@@ -168,7 +168,7 @@ class Rows:
         return sample_per_class(split, count, self.task.labels, num_parts, self.seed)
 
     def _classes_in_turn(self, chosen: list[int]) -> list[int]:
-        """Training rows of which the first ones, to be shown, are as many of each class; else as they are."""
+        """Reorders training rows so that the first ones, used as demonstrations, have equally many of each class."""
         if self.examples_per_class is None or not self.num_demonstrations:
             return chosen
         return [
@@ -180,14 +180,14 @@ class Rows:
         return sample(split, count, self.seed)
 
     def _say_if_fewer(self, split: Split, count: int) -> None:
-        """Once, and not of the rows that come with a task, whose number anybody can know."""
+        """Says once if a split has fewer rows than asked for; not for the rows that come with a task."""
         if len(split) < count and self.folder != self.task.folder and split.origin not in self._fewer:
             self._fewer.add(split.origin)
             rows = f"{len(split)} row{'s' * (len(split) > 1)}"
             rank_zero_info(f"{split.origin}: {rows}, fewer than the {count} asked for; all are used.")
 
     def _write(self, split: Split, chosen: Sequence[int], sampled: tuple[Split, Sequence[int]]) -> list[Row]:
-        """Rows in words, each with its demonstrations out of the sampled training rows."""
+        """The chosen rows of a split as text, each with demonstrations from the sampled training rows."""
         rows = [self._row(split, index) for index in chosen]
         if not self.num_demonstrations:
             return rows
@@ -212,14 +212,14 @@ class Rows:
         by_class: dict[int, list[int]] = {candidate: [] for candidate in range(self.task.num_classes or 0)}
         for other in np.random.RandomState(seed).permutation(sampled).tolist():
             if other != own:
-                by_class[train.candidates[other]].append(other)
+                by_class[train.labels[other]].append(other)
         return [other for members in by_class.values() for other in members[: self.num_demonstrations // len(by_class)]]
 
     def _row(self, split: Split, index: int) -> Row:
         row, where = split.row(index), split.where(index)
         try:
             prompt, answers = self.task.render(row)
-            labelled = split.candidates[index] != NO_LABEL
+            labelled = split.labels[index] != NO_LABEL
             right = (self.task.right(row) or ()) if labelled else ()
             references = self.task.reference_texts(row) if labelled else ()
             turns = self.task.turns(row) if isinstance(self.task, Conversation) else []

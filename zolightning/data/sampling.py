@@ -47,7 +47,7 @@ def sample_per_class(
     """
     by_class: list[list[int]] = [[] for _ in labels]
     for index in _permutation(split, seed):
-        by_class[split.candidates[index]].append(index)
+        by_class[split.labels[index]].append(index)
     for label, members in zip(labels, by_class, strict=True):
         if len(members) < per_class * num_parts:
             raise ValueError(

@@ -18,20 +18,21 @@ class Split:
         origin: The file or data set, for messages.
         unit: What a row is called there.
         ids: Where each row stands in its source, counted from 0.
-        candidates: Index of the right answer of each row, the first of several.
+        labels: Index of the right answer of each row, the first of several; `NO_LABEL` if it is not known.
         rows: The rows themselves, by id.
     """
 
     origin: str
     unit: Unit
     ids: Sequence[int]
-    candidates: Sequence[int]
+    labels: Sequence[int]
     rows: Any
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def row(self, index: int) -> Mapping[str, Any]:
+        """A row, as its source has it."""
         return self.rows[self.ids[index]]
 
     def where(self, index: int) -> str:
@@ -39,7 +40,7 @@ class Split:
         return f"{self.origin}, {self.unit} {self.ids[index] + (self.unit == 'line')}"
 
 
-NO_LABEL = -1  # the candidate of a row without one
+NO_LABEL = -1  # the label of a row whose right answer is not known
 
 
 def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> Split:
@@ -49,7 +50,7 @@ def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> S
         folder: Where the file is.
         name: "train", "validation" or "test".
         task: Says which fields a row needs.
-        labelled: Whether every row needs a label. Otherwise the candidate of one without is `NO_LABEL`.
+        labelled: Whether every row needs a label. Otherwise that of a row without one is `NO_LABEL`.
 
     Raises:
         ValueError: The file is missing or empty, or a row of it does not fit the task; says which.
@@ -62,17 +63,17 @@ def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> S
         )
     unit = unit_of(path)
     rows: dict[int, Mapping[str, Any]] = {}
-    candidates: list[int] = []
+    labels: list[int] = []
     for id, row in read_rows(path, min(task.fields)):
         try:
             task.check_fields(row, task.fields if labelled else task.template_fields)
-            candidate = _candidate(row, task, labelled)
+            label = _label(row, task, labelled)
         except ValueError as error:
             raise ValueError(f"{path}, {unit} {id + (unit == 'line')}: {error}.") from None
-        if candidate is not None:
+        if label is not None:
             rows[id] = row
-            candidates.append(candidate)
-    return _not_empty(Split(str(path), unit, list(rows), candidates, rows), task)
+            labels.append(label)
+    return _not_empty(Split(str(path), unit, list(rows), labels, rows), task)
 
 
 def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
@@ -90,16 +91,16 @@ def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"{origin}: field `{missing[0]}` is missing; there are {columns}.")
     try:
-        labels = dataset.select_columns(sorted(task.right_fields))
-        candidates = {id: _candidate(row, task) for id, row in enumerate(labels)}
+        columns_read = dataset.select_columns(sorted(task.right_fields))
+        labels = {id: _label(row, task) for id, row in enumerate(columns_read)}
     except ValueError as error:
         raise ValueError(f"{origin}: {error}.") from None
-    kept = {id: candidate for id, candidate in candidates.items() if candidate is not None}
+    kept = {id: label for id, label in labels.items() if label is not None}
     return _not_empty(Split(origin, "row", list(kept), list(kept.values()), dataset), task)
 
 
-def _candidate(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int | None:
-    """The index of the right answer; NO_LABEL where there is none and need not be one, None for a row to leave out."""
+def _label(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int | None:
+    """The index of the right answer; NO_LABEL if the row has none and needs none, None for a row to leave out."""
     if not labelled and any(row.get(field) is None for field in task.label_fields):
         return NO_LABEL
     right = task.right(row)
@@ -107,7 +108,7 @@ def _candidate(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int
 
 
 def _with_files(dataset: Any, column: str) -> Any:
-    """A data set that gives the files of its images, which take less memory than the images."""
+    """A data set whose images are given as files, which take less memory than decoded images."""
     import datasets
 
     if not isinstance(dataset.features.get(column), datasets.Image):

@@ -41,7 +41,7 @@ class HubDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """Where the rows come from, as declared in a config file; what becomes of them, a subclass says.
+    """Abstract base of tasks, as declared in a config file: where rows come from, and what a subclass makes of them.
 
     Args:
         name: Name of the task.
@@ -160,13 +160,13 @@ class PromptTask(Task):
 
     @abstractmethod
     def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-        """The answers to compare, or to train on, of a row whose `template_fields` are `values`."""
+        """The answers of a row, to compare or to train on; `values` are its `template_fields`."""
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
         return self.written(self.prompt, row)
 
     def written(self, template: str, row: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """Returns what a template of the prompt makes of a row, and the answers."""
+        """Returns the prompt that a template makes of a row, and the answers."""
         self.check_fields(row, self.template_fields)
         values = guarded(row, self.template_fields)
         prompt = fill(template, values)

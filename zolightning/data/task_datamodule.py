@@ -1,4 +1,4 @@
-"""What data modules of tasks have in common: rows, and batches of what they become, on each rank."""
+"""The base class of data modules of tasks: reads and samples rows, and makes batches on each rank."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -105,7 +105,7 @@ class TaskDataModule(L.LightningDataModule):
 
     @abstractmethod
     def collate(self, for_training: bool) -> Callable[[Sequence[Any]], Any]:
-        """What makes a batch of examples."""
+        """The function that makes a batch of examples."""
 
     @property
     def num_classes(self) -> int | None:
@@ -130,12 +130,12 @@ class TaskDataModule(L.LightningDataModule):
             self._examples["test"] = self.encode("test", self._rows.test(labelled=stage != "predict"))
 
     def check_rows(self, *names: str) -> None:
-        """Reads splits and all that can be known of their rows without a model, which takes a moment.
+        """Reads splits, and checks their rows as far as that is possible without a model, which takes a moment.
 
-        So what is wrong with the rows of a test is known before training, for one.
+        With it, a bad row of the test split is found before training, for example.
 
         Args:
-            names: Of "train", "validation" and "test".
+            *names: The splits: some of "train", "validation" and "test".
 
         Raises:
             ValueError: A row does not fit the task, or a file is missing; says which line or file.
@@ -145,7 +145,7 @@ class TaskDataModule(L.LightningDataModule):
                 self.check_row(row)
 
     def check_row(self, row: Row) -> None:
-        """Raises ValueError where a row that is written as its task says has something else that cannot be read."""
+        """Raises ValueError for a row that fits its task but names something, such as an image, that cannot be read."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         examples = self._examples["train"]

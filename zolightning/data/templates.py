@@ -1,4 +1,4 @@
-"""Jinja2 templates over the fields of a row, which may look into any value and write only text and numbers."""
+"""Jinja2 templates over the fields of a row. They may use any value, but write only text and numbers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -30,7 +30,7 @@ def template_fields(sources: Iterable[str]) -> frozenset[str]:
 
 
 def guarded(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """The fields of a row for :func:`fill`: one that writes a list, a mapping or a truth value as it stands fails."""
+    """The fields of a row for :func:`fill`, in which a list, a mapping or a truth value raises an error if written."""
     return {field: _guard(field, row[field]) for field in fields}
 
 
@@ -47,7 +47,7 @@ def fill(source: str, values: Mapping[str, Any]) -> str:
 
 
 class _NoText:
-    """A value that a template may look into or decide by, but not write: Python's notation is nobody's prompt."""
+    """A value that a template may use but not write, because a prompt should not hold Python's notation."""
 
     field = ""
 

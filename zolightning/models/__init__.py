@@ -1,4 +1,4 @@
-"""Pretrained models and how they score the answers of a batch."""
+"""Pretrained models as LightningModules, and how they score the answers of a batch."""
 
 from zolightning.models.causal_lm import CausalLM
 from zolightning.models.image_classifier import ImageClassifier

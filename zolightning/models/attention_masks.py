@@ -1,8 +1,8 @@
-"""The attention mask in the form in which a network asks its device for nothing.
+"""Attention masks for which a network need not read anything back from its device.
 
-Hugging Face's networks look into a mask of padding to find out whether anything is masked, and into the positions
-where there is no mask: either way the host waits for the device once a forward pass, and a CUDA graph of the pass holds
-for one answer. A mask of four dimensions they hand on to their attention as it is.
+Given a padding mask, Hugging Face's networks look whether anything is masked, and without one they look at the
+positions. Either way the host waits for the device once in each forward pass, and a CUDA graph of the pass would be
+valid for one result only. A four-dimensional mask is passed to attention as it is.
 """
 
 import math
@@ -17,16 +17,16 @@ TAKE_CAUSAL_MASKS = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt",
 
 
 def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
-    """What to call a network of Hugging Face's with, position ids beside it, in the place of a mask of padding.
+    """The mask to pass to a network of Hugging Face's, together with position ids, instead of a padding mask.
 
     Args:
-        network: any.
+        network: the network.
         mask: (rows, length), 0 on padding.
 
     Returns:
-        :func:`causal_mask`; `mask` itself for networks that need it: other architectures than
-        :data:`TAKE_CAUSAL_MASKS`, another attention than sdpa, both ways or in a window that is shorter than the rows;
-        and on a CPU, where nobody waits: without padding, its kernels for causal attention do half the work.
+        The :func:`causal_mask`, or `mask` itself where that cannot be used: for architectures that are not in
+        :data:`TAKE_CAUSAL_MASKS`, and for attention that is not sdpa, not causal, or in a window shorter than the rows.
+        Also on a CPU, where nobody waits, and where kernels for causal attention do half the work without padding.
     """
     config, prefix = getattr(network, "config", None), prefix_of(network)
     window = getattr(config, "sliding_window", None)

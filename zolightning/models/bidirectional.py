@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 def run_on_prompts(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", input_ids: Tensor, attention_mask: Tensor
 ) -> Any:
-    """The network's output for rows of tokens, which it numbers from the left itself.
+    """The network's output for rows of tokens; position ids, which count from the left, are its own.
 
-    Those that tell texts apart by the types of tokens, as BERT does, get the number of separators before each token.
+    Networks that tell two texts apart by token types, as BERT does, get the number of separators before each token.
 
     Args:
-        model: One of transformers'.
-        tokenizer: The model's.
+        model: A model of transformers.
+        tokenizer: Its tokenizer.
         input_ids: (rows, length).
         attention_mask: (rows, length), 0 on padding.
     """

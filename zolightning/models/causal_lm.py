@@ -91,14 +91,14 @@ class CausalLM(LanguageModel):
         )
         self.reward = reward
         self.decoding = decoding
-        self._generation: Generation | None = None  # how answers are generated, if they are
+        self._generation: Generation | None = None  # the task, if its answers are generated
 
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return answer_log_probs(self.model, batch)
 
     @torch.no_grad()
     def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the head reads before each token of the right answers, (K, H), and these tokens, (K,)."""
+        """The head's inputs from which it predicts each token of the right answers, (K, H), and these tokens, (K,)."""
         return answer_features(self.model, self.head, batch)
 
     def refuse_unsuitable(self) -> None:
@@ -108,7 +108,7 @@ class CausalLM(LanguageModel):
         return (*super().validation_metrics(datamodule), *(["val/reward"] if self.reward else []))
 
     def check_references(self, references: Sequence[str]) -> None:
-        """Raises a ValueError where the reward cannot do with the references of a row."""
+        """Raises a ValueError if the reward cannot use the references of a row."""
         if self.reward is not None:
             check_references(self.reward, references)
 
@@ -139,7 +139,7 @@ class CausalLM(LanguageModel):
         return super().predict_step(batch, batch_idx)
 
     def means(self, batch: Batch, scores: Tensor) -> dict[str, float | Tensor]:
-        """Means over the examples where there are no classes: of right choices, or of how well texts match."""
+        """Metrics of a batch, as means over its examples: of generated texts, or of choices without fixed classes."""
         if self._generation is None:
             return super().means(batch, scores)
         measures: dict[str, Reward] = {"f1": token_f1, "exact_match": exact_match}
@@ -161,12 +161,12 @@ class CausalLM(LanguageModel):
         )
 
     def _written(self, batch: Batch, generation: Generation) -> list[str]:
-        """The texts outside of training, the same each time where they are sampled."""
+        """The generated texts of a batch outside of training; sampled ones are the same each time."""
         with drawn_from(int(batch["id"][0]), self.device):
             return self.generate(batch, generation)
 
     def check_reward(self, datamodule: Any, by_gradients: bool) -> None:
-        """Raises MisconfigurationException for a reward where nothing is generated, or a gradient would be taken."""
+        """Raises MisconfigurationException if a reward is given and the task generates no text or gradients train."""
         if self.reward is None:
             return
         if getattr(datamodule, "generation", None) is None:

@@ -1,4 +1,4 @@
-"""What LightningModules around networks with a head of classes have in common."""
+"""The base class of LightningModules around networks with a classification head."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class Classifier(PretrainedModule):
 
     @torch.no_grad()
     def head_features(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """What the last layer of the head reads of each example, (B, H), and the examples' classes, (B,)."""
+        """The inputs of the head's last layer for each example, (B, H), and the examples' classes, (B,)."""
         with inputs_of(self.head) as read:
             self.logits(batch)
         features = read[0]

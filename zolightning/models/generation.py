@@ -1,4 +1,4 @@
-"""Texts that a language model writes."""
+"""Generates texts with a language model."""
 
 import os
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Which token comes next: fields of transformers' GenerationConfig. As it stands, the likeliest one.
+    """How the next token is chosen: fields of transformers' GenerationConfig. By default it is the likeliest one.
 
     Args:
-        do_sample: Draw each token from what the model gives it, instead of taking the likeliest.
-        temperature: Divides the scores that tokens are drawn by.
+        do_sample: Draw each token from the model's distribution, instead of taking the likeliest.
+        temperature: Divides the logits before tokens are drawn.
         top_k: Draw among this many of the likeliest tokens; 0 among all.
         top_p: Draw among the likeliest tokens that make up this share of the probability.
         num_beams: Texts that are continued side by side, of which the likeliest is taken in the end.
@@ -52,7 +52,7 @@ class Decoding:
             )
 
     def fields(self) -> dict[str, Any]:
-        """Those that say something, for transformers' GenerationConfig."""
+        """The fields that have an effect, for transformers' GenerationConfig."""
         found: dict[str, Any] = {"do_sample": self.do_sample, "num_beams": self.num_beams}
         if self.do_sample:
             found |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
@@ -61,7 +61,7 @@ class Decoding:
 
 @contextmanager
 def drawn_from(number: int, device: torch.device) -> Iterator[None]:
-    """Within this context random numbers are a function of the run's seed and `number`, whatever was drawn before."""
+    """A context in which random numbers are a function of the run's seed and `number`, whatever was drawn before."""
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
     with Generators([device]).rewound(seed, number) as start:
         start()
@@ -85,13 +85,13 @@ def generate(
     model's own end of a text.
 
     Args:
-        model: One of transformers' that generates.
-        tokenizer: The model's.
-        prompt_ids: (B, P), padded on the left, or where an encoder reads them on the right.
+        model: A model of transformers that can generate.
+        tokenizer: Its tokenizer.
+        prompt_ids: (B, P), padded on the left, or on the right if an encoder reads them.
         prompt_mask: (B, P), 0 on padding.
         max_new_tokens: Tokens to write, at most.
         stop: What ends a text; it is cut off.
-        decoding: Which token comes next; the likeliest if None. Sampling draws from torch's generators.
+        decoding: How the next token is chosen; the likeliest if None. Sampling draws from torch's generators.
 
     Returns:
         B texts without outer spaces.

@@ -1,4 +1,4 @@
-"""What a network's head reads: the features of a linear probe."""
+"""The inputs of a network's head, which are the features of a linear probe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from zolightning.models.scoring import last_logits
 
 @contextmanager
 def inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a module is called with."""
+    """A context that collects the first argument of each call of a module."""
     read: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     try:
@@ -22,8 +22,11 @@ def inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the head of a causal language model reads before each token of the right answers, (K, H), and these tokens,
-    (K,)."""
+    """The inputs of a causal language model's head from which it predicts the tokens of the right answers.
+
+    Returns:
+        The inputs, (K, H), and the tokens, (K,).
+    """
     label = batch["label"]
     examples = torch.arange(len(label), device=label.device)
     answer = batch["answer_ids"][examples, label]  # (B, A), at the end of the row

@@ -9,7 +9,7 @@ from zolightning.models.classifier import Classifier
 
 
 class ImageClassifier(Classifier):
-    """A pretrained network that says which class an image is of, such as a ViT, trained by the cross-entropy.
+    """A pretrained network that classifies images, such as a ViT, trained by the cross-entropy.
 
     With an `adapter` to start from, the head trains too.
 

@@ -1,4 +1,4 @@
-"""What LightningModules have in common that choose among the candidate answers to a prompt by likelihood."""
+"""The base class of LightningModules that choose among the candidate answers to a prompt by likelihood."""
 
 from abc import abstractmethod
 from typing import Any
@@ -18,7 +18,7 @@ from zolightning.models.text_module import TextModule
 
 
 class LanguageModel(TextModule):
-    """A pretrained network that says how likely the tokens of an answer are."""
+    """Abstract base of pretrained networks that give a probability to each token of an answer."""
 
     @abstractmethod
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
-"""Loading weights so that none of them is random without a word."""
+"""Loads pretrained weights, and refuses files that would leave some weights random."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,16 +24,16 @@ ADAPTER = "it is an adapter, not a model. Name its base model here, and the adap
 def load_model(
     source: Path | str, network_class: str = CAUSAL, num_classes: int | None = None, **options: Any
 ) -> "PreTrainedModel":
-    """``from_pretrained(source, **options)`` of a class of transformers, complete or not at all.
+    """``from_pretrained(source, **options)`` of a class of transformers; an error if any weight is missing.
 
     No code of the folder or repository is run.
 
     Args:
         source: A folder, or the name of a repository.
         network_class: Name of the class of transformers.
-        num_classes: Of a classifier. Where the file has no head for so many classes, the head is a new one, whose
-            weights depend on the seed of ``seed_everything`` (or 0); torch's generators take no notice.
-        **options: Of ``from_pretrained``.
+        num_classes: Number of classes of a classifier. If the file has no head for so many classes, the head is a new
+            one, whose weights depend on the seed of ``seed_everything`` (or 0); torch's generators do not change.
+        **options: Further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: A weight is missing from the file, or has another shape there, `source` is an adapter, or classes
@@ -76,7 +75,7 @@ def load_model(
 
 
 def _take_new_head(model: "PreTrainedModel", info: dict[str, Any]) -> None:
-    """Takes a classifier's head off what the file lacks, or has in another shape, and says that it is new."""
+    """Removes a classifier's head from the lists of missing and mismatched weights, and logs that it is new."""
     is_head = partial(belongs_to_head, model)
     new = {name for name in info["missing_keys"] if is_head(name)}
     new |= {name for name, *_ in info["mismatched_keys"] if is_head(name)}
@@ -108,15 +107,6 @@ def _without_reports() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def share_weights(folder: Path) -> None:
-    """Gives the weights of a saved model the permissions of its config, those of any new file.
-
-    safetensors (0.8, for one) writes files that only their owner may read.
-    """
-    for weights in folder.glob("*.safetensors"):
-        shutil.copymode(next(folder.glob("*config.json")), weights)
 
 
 def refuse_other_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

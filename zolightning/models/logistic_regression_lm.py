@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from zolightning.callbacks.linear_probing import head_features
 from zolightning.data.encoding import Batch
 from zolightning.head import is_tied, set_rows, untie_head
-from zolightning.logistic_regression import CS, check_probe, most_accurate_c, probe
+from zolightning.logistic_regression import CS, check_probe, fit_probe, most_accurate_c
 from zolightning.models.causal_lm import CausalLM
 from zolightning.quantization import Quantization
 
@@ -28,9 +28,9 @@ class LogisticRegressionLM(CausalLM):
     is the one with the best accuracy in five-fold cross-validation.
 
     Args:
-        model_name, dtype, attention, quantization: As of :class:`CausalLM`.
-        cs: Weights of the data against the penalty to choose from; one alone is taken without cross-validation, which
-            takes long where answers have thousands of different tokens.
+        model_name, dtype, attention, quantization: See :class:`CausalLM`.
+        cs: Values to choose from for the weight of the data against the penalty; a single value is used without
+            cross-validation, which takes long if answers have thousands of different tokens.
         tolerance: The largest entry of the gradient at which a fit ends. MeZO's ``--lp_early_stopping`` is 0.01.
     """
 
@@ -76,7 +76,7 @@ class LogisticRegression(Optimizer):
 
     Args:
         head: The map; its bias, if any, becomes 0 for these rows.
-        cs, tolerance: As of :class:`LogisticRegressionLM`.
+        cs, tolerance: See :class:`LogisticRegressionLM`.
     """
 
     def __init__(self, head: nn.Linear, cs: Sequence[float], tolerance: float) -> None:
@@ -91,7 +91,7 @@ class LogisticRegression(Optimizer):
         """
         features, rows = closure()
         cs, tolerance = (self.param_groups[0][name] for name in ("cs", "tolerance"))
-        found = probe(features, rows, cs, tolerance, most_accurate_c)
+        found = fit_probe(features, rows, cs, tolerance, most_accurate_c)
         set_rows(self._head, found.rows, found.weights)
         rank_zero_info(f"Linear probing: {found}")
         return found.accuracy

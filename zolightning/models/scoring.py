@@ -53,14 +53,14 @@ def candidate_scores(log_probs: Tensor, mask: Tensor) -> Tensor:
 def calibrated_scores(log_probs: Tensor, mask: Tensor, free: Tensor) -> Tensor:
     """Returns by how much the prompt raises the log-likelihood of each candidate, (B, C); -inf for absent ones.
 
-    The prompt without its content is what it is compared with (surface form competition, Holtzman et al. 2021,
+    It is compared with the prompt without its content (surface form competition, Holtzman et al. 2021,
     arXiv:2104.08315, domain conditional PMI). As in MeZO's ``--sfc`` and ``--icl_sfc``, log-probabilities are summed
     over a candidate's tokens, not averaged.
 
     Args:
-        log_probs: Of the tokens of each candidate after the prompt, (B, C, A).
-        mask: Which of these tokens exist.
-        free: The same after the content-free prompt, (B, C, any number).
+        log_probs: Log-probabilities of each candidate's tokens after the prompt, (B, C, A).
+        mask: Which of these tokens exist, (B, C, A).
+        free: Log-probabilities of the same candidates after the content-free prompt, (B, C, any number).
     """
     gains = log_probs.sum(dim=-1) - free.sum(dim=-1)
     return gains.masked_fill(~mask.any(dim=-1), float("-inf"))
@@ -78,7 +78,7 @@ def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Te
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probability of each token, (K,), by logits of (K, vocabulary)."""
+    """The log-probability of each token, (K,), given the logits at its place, (K, vocabulary)."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 

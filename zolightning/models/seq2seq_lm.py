@@ -61,8 +61,8 @@ def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the log-probability of each answer token, (B, C, A), and the mask of those that exist.
 
     Args:
-        model: One of transformers' with an encoder and a decoder.
-        batch: Its rows are prompts, so R is 1; prompts and answers are padded on the right.
+        model: A model of transformers with an encoder and a decoder.
+        batch: A batch whose rows are prompts (R is 1); prompts and answers are padded on the right.
     """
     answer_ids = batch["answer_ids"]
     mask = answer_ids >= 0
@@ -89,9 +89,9 @@ def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _candidates_of_a_prompt(decoder: nn.Module, count: int) -> Iterator[None]:
-    """Within this context a decoder takes ids of (B, count, A), and repeats what the encoder returns for B prompts.
+    """A context in which a decoder takes ids of (B, count, A), and repeats the encoder's output for B prompts.
 
-    So the network is called once, with inputs of B rows, which is what lets evaluations share a run of it.
+    The network is then called once, with inputs of B rows, so that evaluations can share a run of it.
     """
 
     def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The LightningModule that fine-tunes a network with a head of classes over a text, or over two."""
+"""The LightningModule that fine-tunes a network with a classification or regression head over one or two texts."""
 
 import warnings
 from dataclasses import replace
@@ -23,11 +23,11 @@ from zolightning.models.text_module import TextModule
 
 
 class SequenceClassifier(TextModule, Classifier):
-    """A pretrained network that says which class a text is of, by a head over all of it, trained by the cross-entropy.
+    """A pretrained network with a head that classifies a text, trained by the cross-entropy.
 
-    It reads the prompt of a task, two texts where there is a ``{{ sep }}`` between them; the task's answers stand for
-    its classes and are not read. With `num_classes` 1 it says a number instead, the `target` of a task, trained by the
-    mean squared error. With an `adapter` to start from, the head trains too.
+    It reads the prompt of a task, or two texts with a ``{{ sep }}`` between them. The task's answers stand for the
+    classes; their text is not read. With `num_classes` 1 the head predicts a number instead, the `target` of a task,
+    trained by the mean squared error. With an `adapter` to start from, the head trains too.
 
     Example::
 
@@ -45,7 +45,7 @@ class SequenceClassifier(TextModule, Classifier):
 
     @property
     def says_number(self) -> bool:
-        """Whether the head has one output, which is a number and no class."""
+        """Whether the head has a single output, a predicted number."""
         return self.model.config.num_labels == 1
 
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:

@@ -1,4 +1,4 @@
-"""Networks that are too large for one device: spread over several by accelerate's device maps.
+"""Networks that are too large for one device, spread over several by accelerate's device maps.
 
 Transformers loads each layer where it belongs, and accelerate's hooks bring the inputs of a layer to its device. Noise
 and updates are made on the device of each parameter, so a zeroth-order step needs nothing more.
@@ -69,7 +69,7 @@ def check_devices(device_map: DeviceMap) -> None:
 
 
 def _apply_in_place(network: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """What ``to`` does with the parts of a network, but for their devices."""
+    """Replaces ``nn.Module._apply``: converts dtypes, and leaves every tensor on its device."""
 
     def converted(tensor: Tensor) -> Tensor:
         dtype = convert(torch.empty(0, dtype=tensor.dtype)).dtype

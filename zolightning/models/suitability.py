@@ -1,4 +1,4 @@
-"""What scoring takes for granted of a model, tried out: no token sees a later one, and padding changes nothing."""
+"""Tries out what scoring assumes of a model: that no token sees a later one, and that padding changes nothing."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -54,9 +54,9 @@ def refuse_reading_padding(
     """Runs a model of transformers that reads both ways with padding and without it, as :func:`refuse_unsuitable` does.
 
     Args:
-        model: Run by `logits_of`.
-        tokenizer: The model's.
-        logits_of: Logits by tokens and their mask, both (rows, length).
+        model: The model.
+        tokenizer: Its tokenizer.
+        logits_of: Runs the model: returns the logits, given tokens and their mask, both (rows, length).
 
     Raises:
         MisconfigurationException: The values exceed float16, or depend on the padding beside a text.

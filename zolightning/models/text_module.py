@@ -1,4 +1,4 @@
-"""What LightningModules around networks that read text have in common: what PromptDataModule asks them for."""
+"""The base class of LightningModules around networks that read text: what PromptDataModule needs of them."""
 
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,19 +15,19 @@ class TextModule(PretrainedModule):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The model's."""
+        """The model's tokenizer."""
         return cast("PreTrainedTokenizerBase", self.preprocessor)
 
     @property
     def padding_side(self) -> Literal["left", "right"]:
-        """Where prompts are padded: as the tokenizer does."""
+        """The side on which prompts are padded, that of the tokenizer."""
         return "left" if self.tokenizer.padding_side == "left" else "right"
 
     @property
     def context_length(self) -> int:
-        """The longest sequence, in tokens, that model and tokenizer are made for, less a prefix that stands before it.
+        """The longest sequence, in tokens, that model and tokenizer are made for, without the length of a prefix.
 
-        Also one that PrefixTuning is about to add: examples are made before that is there.
+        A prefix that PrefixTuning is going to add counts too, because examples are made before it is added.
         """
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for name, module in self.model.named_modules() if longest else ():

@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
-_LONGEST = 200  # characters of an expression; nobody needs more, and deep ones exhaust the parser
-_LETTERS = re.compile(r"[0-9+\-*/() ]+")
+_LONGEST = 200  # characters of an expression; nobody needs more, and deeply nested ones exhaust the parser
+_CHARACTERS = re.compile(r"[0-9+\-*/() ]+")
 
 
 class Countdown:
-    """What an expression such as ``3 * (7 - 5)`` is worth: 1 if it is right, less if it is only an expression.
+    """The reward of an expression such as ``3 * (7 - 5)``: 1 if it is right, `format_reward` if it is an expression.
 
-    It is right if it has the value of the reference, and each of the reference's numbers as often as that. A text is
-    read up to an ``=``. Values are exact fractions, and nothing is executed.
+    It is right if it has the value of the reference and uses each of the reference's numbers equally often. A text is
+    read up to the first ``=``. Values are exact fractions, and nothing is executed.
 
     Args:
-        format_reward: Of a text that is an expression of whole numbers, ``+ - * /`` and parentheses, and not right.
+        format_reward: The reward of a wrong expression, made of whole numbers, ``+ - * /`` and parentheses. Any other
+            text gets 0.
 
     Example:
         >>> reward = Countdown()
@@ -39,7 +40,7 @@ class Countdown:
         if tree is None:
             return 0.0
         rights = _rights(references)
-        # only expressions of the given numbers are worth their value: others may have a million digits
+        # numbers first: the values of other expressions may have a million digits
         is_right = any(_numbers(tree) == _numbers(right) and _value(tree) == _value(right) for right in rights)
         return 1.0 if is_right else self.format_reward
 
@@ -57,7 +58,7 @@ def _rights(references: Sequence[str]) -> list[ast.expr]:
 def _expression(text: str) -> ast.expr | None:
     """The expression that a text is; None if it is none."""
     text = text.strip()
-    if len(text) > _LONGEST or not _LETTERS.fullmatch(text):
+    if len(text) > _LONGEST or not _CHARACTERS.fullmatch(text):
         return None
     try:
         tree = ast.parse(text, mode="eval").body
@@ -74,7 +75,7 @@ def _numbers(tree: ast.expr) -> Counter[object]:
 
 
 def _value(tree: ast.expr) -> Fraction | None:
-    """None where something is divided by 0."""
+    """The value of an expression; None if it divides by 0."""
     if isinstance(tree, ast.Constant):
         return Fraction(str(tree.value))
     assert isinstance(tree, ast.BinOp)

@@ -10,12 +10,12 @@ from zolightning.rewards.reward import as_number, check_references, check_signat
 
 
 class InProcesses:
-    """Runs a reward in other processes; an error, a crash or too long a run is a reward of 0, and counted.
+    """Runs a reward in other processes; a failure (error, crash, timeout, no finite number) gives 0 and is counted.
 
-    So is what is no finite number. The first failure of each kind is warned of.
+    A warning names the first failure of each kind.
 
-    Needs pebble: ``pip install 'zolightning[rewards]'``. Such a process is no sandbox: what a model writes and a reward
-    runs can read and delete your files.
+    Needs pebble: ``pip install 'zolightning[rewards]'``. These processes are no sandbox: code that a model writes and
+    the reward runs can read and delete your files.
 
     Args:
         reward: A function of (text, references), which can be pickled: at the top level of a module.

@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""The type of a reward, and how rewards are called and checked."""
 
 import math
 import traceback
@@ -7,8 +7,11 @@ from inspect import signature
 from typing import Any
 
 Reward = Callable[[str, Sequence[str]], float]
-"""Of a text and the references of its row. One that cannot do with some references may have a method ``check`` of them,
-which raises a ValueError: it is called for every row before the first step."""
+"""A function of a text and the references of its row that returns a number.
+
+An object with a method ``check(references)`` may raise a ValueError there for references that it cannot use; that is
+called for every row before the first step. A method ``all_of(pairs)`` gets all texts of a batch with their references.
+"""
 
 
 def check_signature(reward: Reward) -> None:
@@ -30,7 +33,7 @@ def check_signature(reward: Reward) -> None:
 
 
 def check_references(reward: Reward, references: Sequence[str]) -> None:
-    """Raises a ValueError where `reward` has a method ``check`` that says these references will not do."""
+    """Calls the method ``check`` of a reward, if it has one; that raises a ValueError for references it cannot use."""
     check = getattr(reward, "check", None)
     if check is not None:
         check(references)

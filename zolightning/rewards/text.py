@@ -1,4 +1,4 @@
-"""How well a text matches its references."""
+"""Rewards that compare a text with its references, as SQuAD does."""
 
 from collections.abc import Sequence
 from typing import Any

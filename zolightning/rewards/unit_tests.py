@@ -31,12 +31,12 @@ _FILE_BYTES = 2**20  # that a program may write, its traceback among them
 class UnitTests:
     """The share of its tests that a text passes as a Python program, each run in a process of its own.
 
-    A reference is the code of a test, asserts for the most part, and follows the program in one file: the text, or the
-    first fenced block in it. A test is passed if the end of the file is reached: a program that ends itself before that
-    passes nothing. What fails is worth 0, and counted by the name of the error.
+    The program is the text, or the first fenced block in it. A reference is the code of a test, usually asserts; it is
+    appended to the program, and the test is passed if the end of that file is reached. A program that exits before that
+    passes nothing. A test that fails counts 0, and `failures` counts it by the name of the error.
 
     **This executes what a model writes, with your rights.** A time limit, a memory limit, an empty working directory
-    and an interpreter without your environment's variables keep accidents small, and no malice: for models or data
+    and an interpreter without your environment variables limit accidents, but do not stop malice: for models or data
     that you do not trust, start the run in a container without network and secrets.
 
     Args:

@@ -1,0 +1,109 @@
+"""The header of a ledger: what is needed to interpret the records of a run."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
+from zolightning.kernels.noise import codes, key
+from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.settings import settings_of
+from zolightning.versions import installed_version
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_APART = ("param_names", "blocks", "block_weight", "lr_scale")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is needed to interpret a run's records, as plain values of JSON.
+
+    Attributes:
+        zolightning: version of the package that wrote the ledger.
+        noise: the first numbers of a direction, to detect a release with other noise.
+        seed: seed of the run's directions.
+        method: class and settings of the method, see :func:`~zolightning.optim.settings.settings_of`.
+        groups: for each parameter group the ``names`` of its parameters, and its hyperparameters and counters before
+            the first step.
+        slices: ``dim`` and ``index`` of parameters that train in part, by name.
+        blocks: names of the parameters of each block; empty if there are no blocks.
+        structure: what was added to the network (adapters, for example), from the module's ``structure_dict()``; None
+            if it has no such method.
+        tensors: dtype and shape of every parameter and saved buffer of the module.
+        weights: their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`.
+        fields: name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order.
+    """
+
+    zolightning: str
+    noise: list[int]
+    seed: int
+    method: dict[str, Any]
+    groups: list[dict[str, Any]]
+    slices: dict[str, dict[str, Any]]
+    blocks: list[list[str]]
+    structure: dict[str, Any] | None
+    tensors: dict[str, list[Any]]
+    weights: str
+    fields: list[list[Any]]
+
+    @property
+    def first_step(self) -> int:
+        """Number of the first step."""
+        return int(self.groups[0]["step"])
+
+
+def describe_run(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
+    """The header of a run's ledger, before its first step."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    tensors = base_tensors(module)
+    group = optimizer.param_groups[0]
+    many = {
+        "lr": len(optimizer.param_groups),
+        "projected_grads": optimizer.num_queries,
+        "losses": len(optimizer.estimator.probes(optimizer.num_queries)),
+    }
+    fields = [["step", "<u4", 1], ["forward_passes", "<u4", 1], ["flags", "<u1", 1]]
+    fields += [[name, "<u4", 1] for name in ("refresh", "folds") if name in group]
+    fields += [[name, "<f8", count] for name, count in many.items()]
+    blocks = optimizer.blocks.parameters
+    fields += [["blocks", "<u1", -(-len(blocks) // 8)]] if blocks else []
+    structure = getattr(module, "structure_dict", None)
+    return Header(
+        zolightning=release(),
+        noise=first_numbers(),
+        seed=group["seed"],
+        method=as_json_values(settings_of(optimizer)),
+        groups=[
+            {
+                "names": [names[parameter] for parameter in group["params"] if parameter.requires_grad],
+                **{name: value for name, value in group.items() if name not in _APART and isinstance(value, _PLAIN)},
+            }
+            for group in optimizer.param_groups
+        ],
+        slices={names[p]: {"dim": part.dim, "index": part.index.tolist()} for p, part in optimizer.slices.items()},
+        blocks=[sorted(names[parameter] for parameter in block) for block in blocks],
+        structure=None if structure is None else structure(),
+        tensors={name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
+        weights=weights_digest(tensors),
+        fields=[*fields, ["checksum", "<u4", 1]],
+    )
+
+
+def as_json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values as JSON returns them, with lists instead of tuples."""
+    read: dict[str, Any] = json.loads(json.dumps(values))
+    return read
+
+
+def release() -> str:
+    return installed_version("zolightning") or "of no release"
+
+
+def first_numbers() -> list[int]:
+    """The first numbers of some directions, which identify this release's noise."""
+    words = torch.tensor(key(1234, 7, 3, "weight"), dtype=torch.int32)
+    index = torch.arange(16, dtype=torch.int32)
+    return [*words.tolist(), *codes(index, words, "gaussian").tolist(), *codes(index, words, "rademacher").tolist()]
