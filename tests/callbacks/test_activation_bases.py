@@ -238,18 +238,22 @@ def test_a_step_stays_in_the_span_of_the_inputs(fit: Callable[..., Classifier], 
             torch.testing.assert_close(torch.linalg.svdvals(moved), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier]) -> None:
+@pytest.mark.parametrize("normalize_directions", [False, True])
+def test_records_replay_with_the_bases_beside_them(
+    fit: Callable[..., Classifier], normalize_directions: bool
+) -> None:
     records: list[Any] = []
+    method = partial(METHODS["zo-mopi"], normalize_directions=normalize_directions)
 
     class Keep(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             records.append(trainer.optimizers[0].record)
 
-    module = fit(METHODS["zo-mopi"], ActivationBases(), Keep(), max_steps=5)
+    module = fit(method, ActivationBases(), Keep(), max_steps=5)
     optimizer, replayed = module.trainer.optimizers[0], Classifier()
-    replay = METHODS["zo-mopi"](replayed.named_parameters())
+    replay = method(replayed.named_parameters())
     with pytest.raises(ValueError, match="has bases that were given, and no record has these"):
-        METHODS["zo-mopi"](Classifier().named_parameters()).apply(records[0])
+        method(Classifier().named_parameters()).apply(records[0])
     pairs = zip(replayed.parameters(), module.parameters(), strict=True)
     replay.recorded[1] = {twin: Basis(**given) for twin, p in pairs if (given := optimizer.given(p))}
     for record in records:

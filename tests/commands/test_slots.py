@@ -235,6 +235,7 @@ def test_two_scopes(runs: Runs) -> None:
 
 def test_replacing_leaves_other_arguments_alone() -> None:
     plain = ["fit", "--config", "trainer: {max_epochs: 1}", "--trainer.max_steps=3", "--method.lr", "1"]
+    plain += ["--blocks.others", "blocks"]  # a value that is called as a field is
     assert replacing(plain) == plain
     assert replacing(["fit", "--scope=RandomLayer"]) == ["fit", "--scope", "null", "--scope=RandomLayer"]
 

@@ -131,7 +131,7 @@ def replacing(arguments: Sequence[str]) -> list[str]:
                 slot for slot in _CLASSES if slot in named or ("method" in named and slot in _OF_A_METHOD)
             )
             end_of_files = len(replaced) + (1 if value else 2)
-        elif option.removeprefix("--") in _CLASSES:
+        elif option.startswith("--") and option.removeprefix("--") in _CLASSES:
             if option == "--method" and end_of_files:
                 replaced[end_of_files:end_of_files] = _nulls(_OF_A_METHOD)
             replaced += _nulls([option.removeprefix("--")])

@@ -134,7 +134,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
         Raises:
             ValueError: if a matrix has momentum in a basis with a factor on the other side than the given one.
         """
-        given = self.recorded.pop(self.param_groups[0]["refresh"] + 1, given or {})
+        recorded = self.recorded.pop(self.param_groups[0]["refresh"] + 1, None)
+        given = (given or {}) if recorded is None else recorded
         for parameter, basis in given.items():
             if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
                 continue
@@ -155,7 +156,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
             for side in ANCHORED:
                 state.pop(side, None)
         for parameter, basis in given.items():
-            matrix = self.matrix_of(parameter) if self.normalize_directions else None
+            rescales = self.normalize_directions and recorded is None  # those of a record have been scaled
+            matrix = self.matrix_of(parameter) if rescales else None
             scaled = basis if matrix is None else self.basis_kind.as_long_as_drawn(basis, matrix)
             for side, factor in scaled.by_side.items():
                 self.state[parameter][GIVEN[side]] = factor.to(parameter.device, parameter.dtype)
