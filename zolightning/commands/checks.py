@@ -14,7 +14,7 @@ from torch import nn
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.output import quiet
-from zolightning.models import CausalLM
+from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.partners import callbacks_of
@@ -145,13 +145,13 @@ def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
     A reward has none, and the package's strategies average none. Offloaded weights are not to train either.
 
     Raises:
-        MisconfigurationException: naming the strategy, the device map or the reward.
+        MisconfigurationException: naming the strategy, the device map, the objective or the reward.
     """
     if isinstance(network := getattr(model, "model", None), nn.Module):
         refuse_misplaced(network, trainer, "fit")
     is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks_of(trainer))
-    if isinstance(model, CausalLM):
-        model.check_reward(datamodule, by_gradients=not is_zeroth_order)
+    if isinstance(model, PretrainedModule):
+        model.check_objective(datamodule, by_gradients=not is_zeroth_order)
     ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)
     if ours and not is_zeroth_order and model.automatic_optimization:
         name = "zo_ddp" if isinstance(trainer.strategy, ZerothOrderDDP) else "zo_fsdp"

@@ -10,8 +10,6 @@ from zolightning.data.labelled import LabelledTask
 from zolightning.data.task import Objective
 from zolightning.data.templates import check_template, fill, template_fields
 
-_OBJECTIVES: tuple[Objective, ...] = ("classification", "language_modeling")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(LabelledTask, CandidatesTask):
@@ -20,7 +18,9 @@ class Classification(LabelledTask, CandidatesTask):
     Args:
         answers: Jinja2 templates of the candidates; a word without braces is the same for every row.
         labels: The values of the label field, in the order of `answers`.
-        objective: What is trained. Evaluation compares the candidates with both objectives.
+        objective: What is trained: `classification`, the cross-entropy among the candidates; `accuracy`, the share of
+            wrong choices, which only methods without gradients lower; or `language_modeling`, the likelihood of the
+            right one. Evaluation compares the candidates with each of them.
     """
 
     answers: tuple[str, ...]
@@ -38,8 +38,7 @@ class Classification(LabelledTask, CandidatesTask):
                 f"`labels` must name one label for each of the {len(self.answers)} `answers`, "
                 f"got {len(self.labels)}: {list(self.labels)!r}."
             )
-        if self.objective not in _OBJECTIVES:
-            raise ValueError(f"`objective` must be one of {_OBJECTIVES}, got {self.objective!r}.")
+        self._check_objective("classification", "accuracy", "language_modeling")
         for answer in self.answers:
             check_template("answers", answer)
 

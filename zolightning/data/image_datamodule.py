@@ -93,7 +93,7 @@ class ImageDataModule(TaskDataModule):
         return list(map(self._example, rows))
 
     def collate(self, for_training: bool) -> partial[ImageBatch]:
-        return partial(collate_images, processor=self.module().preprocessor)
+        return partial(collate_images, processor=self.module().preprocessor, objective=self.task.objective)
 
     def _example(self, row: Row) -> ImageExample:
         assert isinstance(self.task, ImageClassification), "the constructor has looked"

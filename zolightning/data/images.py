@@ -106,19 +106,22 @@ def read_image(example: ImageExample) -> Any:
         raise ValueError(f"{example.where}: {error}.") from None
 
 
-def collate_images(examples: Sequence[ImageExample], processor: Callable[..., Any]) -> ImageBatch:
+def collate_images(
+    examples: Sequence[ImageExample], processor: Callable[..., Any], objective: Objective = "classification"
+) -> ImageBatch:
     """Reads images into a batch.
 
     Args:
         examples: At least one.
         processor: The model's image processor.
+        objective: Passed on.
 
     Raises:
         ValueError: An image cannot be read; says which.
     """
     return ImageBatch(
         # first, because Lightning infers the batch size from the entries that follow what has no size
-        objective="classification",
+        objective=objective,
         pixel_values=processor(images=list(map(read_image, examples)), return_tensors="pt")["pixel_values"],
         label=torch.tensor([example.label for example in examples]),
         id=torch.tensor([example.id for example in examples]),

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from zolightning.data.candidates import CandidatesTask
+from zolightning.data.task import Objective
 from zolightning.data.templates import check_template, fill, template_fields
 
 
@@ -19,19 +20,22 @@ class MultipleChoice(CandidatesTask):
         choices: The field with the list of choices, texts or numbers. What stands there twice is one choice.
         answer: Jinja2 template of the answer, over the fields of a row and `choice`.
         right_choices: The field with the choice that is right, or the list of those that are.
+        objective: What is trained: `language_modeling`, or `accuracy`, the share of wrong choices, which only methods
+            without gradients lower.
     """
 
     choices: str
     answer: str
     right_choices: str
+    objective: Objective = "language_modeling"
 
-    objective = "language_modeling"
     num_classes = None
     validation_metrics = ("accuracy",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_strings("choices", "answer", "right_choices")
+        self._check_objective("language_modeling", "accuracy")
         check_template("answer", self.answer)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from zolightning.data.templates import MASK, check_template, fill, guarded
 
-Objective = Literal["classification", "language_modeling", "regression"]
+Objective = Literal["classification", "accuracy", "language_modeling", "regression"]
 Label = int | str
 
 
@@ -68,8 +68,9 @@ class Task(ABC):
     @property
     @abstractmethod
     def objective(self) -> Objective:
-        """What is trained: `classification` compares the candidates, `language_modeling` raises the likelihood of the
-        right one, and `regression` says a number."""
+        """What is trained: `classification` compares the candidates by their likelihood, `accuracy` counts the right
+        choices, which has no gradient, `language_modeling` raises the likelihood of the right one, and `regression`
+        says a number."""
 
     @property
     @abstractmethod
@@ -131,6 +132,10 @@ class Task(ABC):
                 raise ValueError(f"field `{field}` is missing or null; there are {there}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"field `{field}` is {value}, which is no value")
+
+    def _check_objective(self, *accepted: Objective) -> None:
+        if self.objective not in accepted:
+            raise ValueError(f"`objective` must be one of {accepted}, got {self.objective!r}.")
 
     def _check_strings(self, *keys: str) -> None:
         for key in keys:

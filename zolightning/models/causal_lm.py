@@ -115,8 +115,6 @@ class CausalLM(LanguageModel):
     def setup(self, stage: str) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         self._generation = getattr(datamodule, "generation", None)
-        if stage == "fit":
-            self.check_reward(datamodule, self.automatic_optimization)
         if self._generation is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 f"`trainer.strategy` is {type(self.trainer.strategy).__name__}, under which ranks must run as many "
@@ -165,8 +163,9 @@ class CausalLM(LanguageModel):
         with drawn_from(int(batch["id"][0]), self.device):
             return self.generate(batch, generation)
 
-    def check_reward(self, datamodule: Any, by_gradients: bool) -> None:
-        """Raises MisconfigurationException if a reward is given and the task generates no text or gradients train."""
+    def check_objective(self, datamodule: Any, by_gradients: bool) -> None:
+        """As of any module; also refuses a reward where the task generates no text, or gradients would train."""
+        super().check_objective(datamodule, by_gradients)
         if self.reward is None:
             return
         if getattr(datamodule, "generation", None) is None:

@@ -51,7 +51,9 @@ class LanguageModel(TextModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule.num_classes is not None:
             return {}
-        prediction = scores.argmax(dim=-1)
+        return {"accuracy": self.right(batch, scores).mean()}
+
+    def right(self, batch: Batch, scores: Tensor) -> Tensor:
         if "right" not in batch:
-            return {"accuracy": (prediction == batch["label"]).float().mean()}
-        return {"accuracy": batch["right"].gather(1, prediction[:, None]).float().mean()}
+            return super().right(batch, scores)
+        return batch["right"].gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0].float()

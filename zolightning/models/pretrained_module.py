@@ -134,6 +134,10 @@ class PretrainedModule(L.LightningModule):
         """Returns what metrics compare with the labels, (B,): the index of the best class or candidate."""
         return scores.argmax(dim=-1)
 
+    def right(self, batch: Any, scores: Tensor) -> Tensor:
+        """Returns 1 for each example whose best class or candidate is a right one, else 0: (B,), in float32."""
+        return (scores.argmax(dim=-1) == batch["label"]).float()
+
     def means(self, batch: Any, scores: Tensor) -> dict[str, float | Tensor]:
         """Further metrics of a batch for validation and test, besides loss and `metrics`: means over its examples."""
         return {}
@@ -144,6 +148,14 @@ class PretrainedModule(L.LightningModule):
         It is called once, on the device and in the dtype of the run.
         """
 
+    def check_objective(self, datamodule: Any, by_gradients: bool) -> None:
+        """Raises MisconfigurationException where a gradient would be taken of what has none."""
+        if by_gradients and getattr(getattr(datamodule, "task", None), "objective", None) == "accuracy":
+            raise MisconfigurationException(
+                "The task's `objective` is 'accuracy', which has no gradient: name a zeroth-order `method`, or add the "
+                "callback `ZerothOrder`."
+            )
+
     def validation_metrics(self, datamodule: Any) -> tuple[str, ...]:
         """Names of the metrics that a validation logs, for checkpoints and early stopping to monitor."""
         names = getattr(datamodule, "validation_metrics", ("accuracy", "f1"))
@@ -151,13 +163,15 @@ class PretrainedModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_misplaced(self.model, self.trainer, stage)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            self.check_objective(datamodule, self.automatic_optimization)
         if stage == "fit" and not any(parameter.requires_grad for parameter in self.parameters()):
             raise MisconfigurationException(
                 "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
             )
         if stage == "predict":
             return
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "num_classes"):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs a datamodule with `num_classes`, the number of candidates of every "
@@ -192,9 +206,11 @@ class PretrainedModule(L.LightningModule):
         loss, num_terms, scores = self.evaluate(batch)
         if self.automatic_optimization:
             self.log("train/loss", loss, prog_bar=True)
-        if batch["objective"] == "classification":
-            accuracy = (scores.argmax(dim=-1) == batch["label"]).float().mean()
+        if batch["objective"] in ("classification", "accuracy"):
+            accuracy = self.right(batch, scores).mean()
             self.log("train/accuracy", accuracy, on_step=True, prog_bar=True)
+            if batch["objective"] == "accuracy":
+                loss = 1 - accuracy
         return {"loss": loss, "num_terms": num_terms}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

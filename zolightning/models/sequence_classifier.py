@@ -56,12 +56,12 @@ class SequenceClassifier(TextModule, Classifier):
                 two texts.
         """
         is_known = isinstance(task, Regression) or (
-            isinstance(task, Classification) and task.objective == "classification"
+            isinstance(task, Classification) and task.objective != "language_modeling"
         )
         if not is_known or chat or row.shown:
             raise ValueError(
-                "a classifier with a head needs a task with `answers` and the objective classification, or with a "
-                "`target`, without `data.chat` and `data.num_demonstrations`"
+                "a classifier with a head needs a task with `answers` and the objective classification or accuracy, or "
+                "with a `target`, without `data.chat` and `data.num_demonstrations`"
             )
         label = row.right[0] if row.right else NO_LABEL
         example = encode_texts(
