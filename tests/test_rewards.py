@@ -159,6 +159,28 @@ def test_countdown(text: str, expected: float) -> None:
     assert Countdown(format_reward=0.1)(text, ["3 * (7 - 5)"]) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3 * (7 - 5)", 1),
+        ("3 + 7 - 5", 0.2 + 0.6),
+        ("3 * 7", 0.2 + 0.6 * 4 / 5),
+        ("3 * 3 * 3 + 5", 0.2 + 0.6 * 4 / 7),  # one 3 counts, of three
+        ("8", 0.2),
+        ("8 +", 0),
+    ],
+)
+def test_countdown_by_the_share_of_the_numbers(text: str, expected: float) -> None:
+    reward = Countdown(format_reward=0.2, numbers_reward=0.6)
+    assert reward(text, ["3 * (7 - 5)"]) == reward(text, ["1", "3 * (7 - 5)"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("rewards", "name"), [((-0.1,), "format"), ((0.4, 0.7), "numbers"), ((0.1, -1), "numbers")])
+def test_rewards_of_countdown_out_of_range(rewards: tuple[float, ...], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}_reward` must be from 0 to .*, got {rewards[-1]}"):
+        Countdown(*rewards)
+
+
 def test_the_rows_of_countdown_are_what_their_program_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(zolightning.__file__).parent / "data" / "countdown"
     monkeypatch.chdir(tmp_path)

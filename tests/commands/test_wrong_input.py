@@ -64,6 +64,11 @@ pytestmark = [
             "`checkpoint.mode` is 'max', and `checkpoint.monitor` 'val/loss': the w",
         ),
         (("--model.reward", "zolightning.rewards.token_f1"), "`model.reward` is of generated texts, and the task gen"),
+        (
+            ("--method", "null", "--data.task.objective", "accuracy"),
+            "The task's `objective` is 'accuracy', which has no",
+        ),
+        (("--data.task.objective", "f1"), "`data.task`: `objective` must be one of ('classification', 'accuracy', 'la"),
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` waits for the metric 'val/acc', which the valid"),
         (
             ("--trainer.callbacks", "[{class_path: BlockCoordinateDescent}, {class_path: BlockCoordinateDescent}]"),

@@ -106,7 +106,7 @@ def test_images_and_labels_are_those_of_their_rows(
 def test_a_class_has_as_many_examples_as_asked_for_and_images_without_labels_are_predicted(
     pets: Path, make_trainer: Callable[..., L.Trainer]
 ) -> None:
-    data = ImageDataModule(PETS, str(pets), batch_size=2, examples_per_class=3)
+    data = ImageDataModule(PETS | {"objective": "accuracy"}, str(pets), batch_size=2, examples_per_class=3)
     found = look(data, make_trainer, "fit")
     assert sorted(found["label"]) == [0, 0, 0, 1, 1, 1]
     draw(pets / "test/unknown.png", 7)

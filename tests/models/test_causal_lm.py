@@ -1,6 +1,7 @@
 """CausalLM under a real Trainer, by backpropagation."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -11,7 +12,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zolightning.callbacks import ZerothOrder
 from zolightning.models import CausalLM, answer_log_probs, candidate_scores, classification_loss
+from zolightning.optim import MeZO
 
 EXAMPLES = [([5, 9, 3], [[6], [11]]), ([2, 4], [[6], [11]]), ([7, 7, 8, 2], [[6], [11]]), ([12], [[6], [11]])]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -103,6 +106,36 @@ def test_without_backpropagation_the_caller_logs_the_loss(tiny_folder, batches, 
     trainer = make_trainer(max_epochs=1, limit_train_batches=1, callbacks=recorder, limit_val_batches=0)
     trainer.fit(module, datamodule=Batches(batches))
     assert set(recorder.logged[0]) == {"train/accuracy"}
+
+
+def test_the_objective_accuracy_is_the_share_of_wrong_choices(tiny_folder, make_batch, make_trainer):
+    module = CausalLM(str(tiny_folder))
+    batch = make_batch(EXAMPLES, [0] * 4, objective="accuracy", prompt_only=True)
+    choice = scores_of(module, batch).argmax(dim=-1)
+    batch["label"] = torch.stack([choice[0], 1 - choice[1], choice[2], choice[3]])
+    recorder = Recorder()
+    callbacks = [ZerothOrder(partial(MeZO, lr=1e-9, eps=1e-9)), recorder]  # eps moves no choice
+    make_trainer(max_steps=1, callbacks=callbacks, limit_val_batches=0).fit(module, datamodule=Batches([batch]))
+    assert recorder.outputs[0]["loss"].item() == recorder.logged[0]["train/loss"] == 0.25
+    assert recorder.outputs[0]["num_terms"].item() == 4.0 and recorder.logged[0]["train/accuracy"] == 0.75
+    (metrics,) = make_trainer().validate(module, datamodule=Batches([batch]), verbose=False)
+    assert metrics["val/loss"] == pytest.approx(classification_loss(scores_of(module, batch), batch["label"]).item())
+
+
+def test_the_objective_accuracy_counts_any_right_choice(tiny_folder, make_batch):
+    module = CausalLM(str(tiny_folder))
+    batch = make_batch([([5, 9], [[6, 2], [4], [8]]), ([2, 4], [[6, 3], [9], [7]])], [0, 0], objective="accuracy")
+    batch["right"] = torch.arange(3) == scores_of(module, batch).argmax(dim=-1, keepdim=True)
+    batch["right"][1] = ~batch["right"][1]  # two right ones, neither chosen
+    module.log = lambda *args, **options: None
+    assert module.training_step(batch, 0)["loss"].item() == 0.5
+
+
+def test_the_objective_accuracy_has_no_gradient(tiny_folder, batches, make_trainer):
+    data = Batches(batches)
+    data.task = SimpleNamespace(objective="accuracy")
+    with pytest.raises(MisconfigurationException, match="`objective` is 'accuracy', which has no gradient: name a zer"):
+        make_trainer(max_steps=1).fit(CausalLM(str(tiny_folder)), datamodule=data)
 
 
 def test_answers_are_trained_by_their_tokens(tiny_folder, answers_batch, make_trainer):

@@ -95,6 +95,16 @@ def test_a_new_head_is_drawn_said_and_trained(
     assert not module.model.classifier.weight.equal(again.model.classifier.weight)
 
 
+def test_the_objective_accuracy_is_the_share_of_wrong_classes(
+    tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    module = SequenceClassifier(str(write_tiny(tmp_path / "model", "roberta", HEAD, num_labels=3)))
+    right = [logits_of(tmp_path / "model", *row).argmax().item() == label for label, row in enumerate(ROWS)]
+    trainer = make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-9, eps=1e-9))], limit_val_batches=0)
+    trainer.fit(module, data(objective="accuracy"))
+    assert trainer.logged_metrics["train/loss"] == pytest.approx(1 - sum(right) / 3)
+
+
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, data: Callable[..., PromptDataModule], make_trainer: Callable[..., L.Trainer]
 ) -> None:

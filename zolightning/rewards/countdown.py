@@ -19,20 +19,30 @@ class Countdown:
     Args:
         format_reward: The reward of a wrong expression, made of whole numbers, ``+ - * /`` and parentheses. Any other
             text gets 0.
+        numbers_reward: Added for a wrong expression, times the share of its numbers that are right: twice how many it
+            has in common with the reference, divided by how many both have together.
 
     Example:
         >>> reward = Countdown()
         >>> [reward(text, ["3 * (7 - 5)"]) for text in ("7*3 - 5*3", "3 * (7 - 5) = 6", "7 - 3 + 5", "six")]
         [0.1, 1.0, 0.1, 0.0]
+        >>> Countdown(numbers_reward=0.4)("7 - 3 + 5", ["3 * (7 - 5)"])
+        0.5
 
     Raises:
-        ValueError: `format_reward` is not from 0 to 1.
+        ValueError: A reward is below 0, or both together are above 1.
     """
 
-    def __init__(self, format_reward: float = 0.1) -> None:
+    def __init__(self, format_reward: float = 0.1, numbers_reward: float = 0.0) -> None:
         if not 0 <= format_reward <= 1:
             raise ValueError(f"`format_reward` must be from 0 to 1, got {format_reward}.")
+        if not 0 <= numbers_reward <= 1 - format_reward:
+            raise ValueError(
+                f"`numbers_reward` must be from 0 to {1 - format_reward:g}, 1 without `format_reward`, got "
+                f"{numbers_reward}."
+            )
         self.format_reward = format_reward
+        self.numbers_reward = numbers_reward
 
     def __call__(self, text: str, references: Sequence[str]) -> float:
         self.check(references)
@@ -42,7 +52,8 @@ class Countdown:
         rights = _rights(references)
         # numbers first: the values of other expressions may have a million digits
         is_right = any(_numbers(tree) == _numbers(right) and _value(tree) == _value(right) for right in rights)
-        return 1.0 if is_right else self.format_reward
+        share = max(_share(_numbers(tree), _numbers(right)) for right in rights)
+        return 1.0 if is_right else self.format_reward + self.numbers_reward * share
 
     def check(self, references: Sequence[str]) -> None:
         """Raises a ValueError if none of the references is an expression with a value."""
@@ -72,6 +83,10 @@ def _expression(text: str) -> ast.expr | None:
 
 def _numbers(tree: ast.expr) -> Counter[object]:
     return Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+
+
+def _share(found: Counter[object], wanted: Counter[object]) -> float:
+    return 2 * (found & wanted).total() / (found.total() + wanted.total())
 
 
 def _value(tree: ast.expr) -> Fraction | None:
