@@ -239,9 +239,7 @@ def test_a_step_stays_in_the_span_of_the_inputs(fit: Callable[..., Classifier], 
 
 
 @pytest.mark.parametrize("normalize_directions", [False, True])
-def test_records_replay_with_the_bases_beside_them(
-    fit: Callable[..., Classifier], normalize_directions: bool
-) -> None:
+def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier], normalize_directions: bool) -> None:
     records: list[Any] = []
     method = partial(METHODS["zo-mopi"], normalize_directions=normalize_directions)
 
