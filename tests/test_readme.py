@@ -26,6 +26,7 @@ from zolightning.cli import ZerothOrderCLI
 from zolightning.data.task_files import load_task
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO
+from zolightning.rewards.reward import rewards_of
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -132,6 +133,20 @@ def test_the_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
     assert (net.weight - before).abs().max() > 1e-3
 
 
+def test_the_low_rank_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net, inputs = nn.Linear(5, 3), torch.randn(7, 5)
+    optimizer = examples.SignLOZO(net.named_parameters(), lr=0.01, seed=3, noise="rademacher")
+    optimizer.attach(net)
+    before, factor = net.weight.detach().clone(), optimizer.basis(net.weight).right
+    record = optimizer.estimate(lambda: net(inputs).square().mean())
+    optimizer.step()
+    core = (net.weight.detach() - before) @ torch.linalg.pinv(factor).T / -0.01
+    torch.testing.assert_close(core, optimizer.core_gradient(net.weight, record).sign(), rtol=0, atol=1e-4)
+    assert core.abs().min() > 0.99  # random signs are never 0
+
+
 def test_the_method_learns_under_a_trainer(
     examples: SimpleNamespace, make_trainer: Any, make_regression: Any, regression_data: Any
 ) -> None:
@@ -156,6 +171,10 @@ def test_the_scope_trains_what_it_names(
     make_trainer(max_steps=3, callbacks=callbacks).fit(module, regression_data())
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name]) != name.endswith("bias"), name
+
+
+def test_the_reward_is_one(examples: SimpleNamespace) -> None:
+    assert rewards_of(examples.brevity, ["", "a b c"], [["x"], ["y"]]) == [1.0, 0.25]
 
 
 def test_the_rule_chooses_the_first_jump(examples: SimpleNamespace) -> None:

@@ -84,6 +84,7 @@ class LowRank:
         """Output of a product with the perturbed weight; see :func:`stacked_product`.
 
         Args:
+            func: ``F.linear`` or ``torch.addmm``, with its arguments `inputs`, `weight` and `bias`.
             core: the result of :meth:`write_core`, if it is known already.
         """
         return stacked_product([self], func, inputs, weight, [bias], None if core is None else core[None])

@@ -20,6 +20,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
     """Abstract: searches along dense directions of unit variance; a method defines :meth:`update`.
 
     Args:
+        params, defaults: see :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
         noise: "gaussian" (17-valued, see :mod:`zolightning.kernels.noise`) or "rademacher".
         **common: num_queries, align_queries, estimator, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.

@@ -50,6 +50,8 @@ class SubspaceOptimizer(SubspaceWeights):
     defines :meth:`core_step`.
 
     Args:
+        params, defaults, **common: see :class:`~zolightning.optim.base.ZerothOrderOptimizer` and, for
+            `offload_low_words`, :class:`~zolightning.optim.subspace_weights.SubspaceWeights`.
         rank: columns of a factor; :meth:`attach` logs the matrices that are too small for so many.
         vector_lr: learning rate along dense directions; None takes `lr`. Schedulers scale it with `lr`.
         noise: distribution of the cores and of dense directions, "gaussian" or "rademacher".
@@ -62,14 +64,13 @@ class SubspaceOptimizer(SubspaceWeights):
         clip: bound projected gradients at this multiple of their running RMS over earlier steps.
         rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
 
-    The other arguments are those of :class:`~zolightning.optim.base.ZerothOrderOptimizer`, and `offload_low_words` of
-    :class:`~zolightning.optim.subspace_weights.SubspaceWeights`. `defaults` may hold ``momentum``, the decay of an
-    exponential mean of gradients (``m = momentum * m + (1 - momentum) * g``), or ``betas``, Adam's decays; either
-    serves cores and dense directions alike. Of a parameter group, :class:`~zolightning.callbacks.MomentumTransport`
-    sets ``transport`` ("project", "reset" or "keep": what :meth:`resample` does to the momentum), and
-    :class:`~zolightning.callbacks.SubspaceResampling` sets ``anchor`` (how many dominant directions of the momentum
-    stay in the new basis). Its counters are ``refresh``, the index of the basis, ``given``, the last index for which
-    factors were given, and ``folds``, how often cores were added to the weights.
+    `defaults` may hold ``momentum``, the decay of an exponential mean of gradients (``m = momentum * m + (1 - momentum)
+    * g``), or ``betas``, Adam's decays; either serves cores and dense directions alike. In each parameter group,
+    :class:`~zolightning.callbacks.MomentumTransport` sets ``transport`` ("project", "reset" or "keep": what
+    :meth:`resample` does to the momentum), and :class:`~zolightning.callbacks.SubspaceResampling` sets ``anchor`` (how
+    many dominant directions of the momentum stay in the new basis). The counters of a group are ``refresh``, the index
+    of the basis, ``given``, the last index for which factors were given, and ``folds``, how often cores were added to
+    the weights.
     """
 
     takes_shards = True
