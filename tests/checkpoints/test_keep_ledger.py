@@ -13,7 +13,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from checkpoint_runs import AS_EXPECTED, MEZO, Killed, Run, Validated, die
-from zolightning.callbacks import BlockCoordinateDescent, MomentumTransport, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import (
+    ActivationBases,
+    BlockCoordinateDescent,
+    MomentumTransport,
+    SubspaceResampling,
+    ZerothOrder,
+)
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
 from zolightning.directions.slices import Slice
@@ -61,9 +67,14 @@ BLOCKS = {"patterns": [r"net\.0", r"net\.2"], "interval": 3}
         (MEZO, [BlockCoordinateDescent(**BLOCKS, left_state="keep")], {"precision": "bf16-true"}),
         (MOPI, [SubspaceResampling(4, anchor=1), MomentumTransport("keep")], {"precision": "bf16-true"}),
         (MOPI, [SubspaceResampling(6), BlockCoordinateDescent(**BLOCKS)], {"val_check_interval": 5}),
+        (
+            partial(SubZero, lr=0.05, rank=2),
+            [SubspaceResampling(4, bases=ActivationBases(refresh=True)), BlockCoordinateDescent(**BLOCKS)],
+            {},
+        ),
         (OFFLOADED, [SubspaceResampling(4)], {"precision": "bf16-true", "val_check_interval": 5}),
     ],
-    ids=["slices", "blocks", "blocks-kept", "anchored", "subspace-in-blocks", "offloaded"],
+    ids=["slices", "blocks", "blocks-kept", "anchored", "subspace-in-blocks", "given-in-blocks", "offloaded"],
 )
 def test_scopes_blocks_and_bases(
     ledger_run: Callable[..., Run], method: Any, callbacks: list[Callback], options: dict[str, Any]

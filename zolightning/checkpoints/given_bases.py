@@ -16,7 +16,8 @@ def save_bases(ledger: Ledger, refresh: int, optimizer: SubspaceWeights) -> None
     Raises:
         OSError: if the file cannot be written, with the path and the reason.
     """
-    factors = {name: optimizer.given(parameter) for _, name, parameter in optimizer.trainable()}
+    # Those of blocks at rest too, which move later
+    factors = {optimizer.names[p]: optimizer.given(p) for group in optimizer.param_groups for p in group["params"]}
     with replacing(_path(ledger, refresh)) as file:
         torch.save({"ledger": ledger.stored_checksum(0), "bases": factors}, file)
 
