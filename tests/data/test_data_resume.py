@@ -1,5 +1,7 @@
 """A resumed run goes on with the batches that an uninterrupted run would have seen."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from zolightning.callbacks import SaveLast
 from zolightning.data import PromptDataModule
 
 # A resumed run saves beside the checkpoints it came from, or not at all.
@@ -92,6 +95,36 @@ def test_saved_after_an_exception_the_interrupted_batch_is_trained(
     with pytest.raises(InterruptedError):
         fit(STEPS, save_to=tmp_path / "stop.ckpt", callbacks=[Trip(step)])
     assert fit(STEPS, ckpt_path=tmp_path / "stop.ckpt") == whole[step:]
+
+
+class Stop(L.Callback):
+    """Stops a run by a signal after a step, if one is given, and keeps the epoch of each of its steps."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+        self.epochs: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+        self.epochs.append(trainer.current_epoch)
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stops", [[4], [8], [4, 6], [4, 8], [3, 4, 12]])
+def test_stopped_at_the_last_batch_of_an_epoch(
+    fit: Callable[..., list[list[int]]], tmp_path: Path, stops: list[int]
+) -> None:
+    """A run of three epochs has three."""
+    whole, path, epochs = fit(-1, max_epochs=3), None, []
+    for step in [*stops, None]:
+        stop = Stop(step)
+        try:
+            end = fit(-1, path, max_epochs=3, callbacks=[stop, SaveLast(tmp_path)], enable_checkpointing=True)
+        except SystemExit:
+            path = tmp_path / "last.ckpt"
+        epochs += stop.epochs
+    assert end == whole[stops[-1] :]
+    assert epochs == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_twice_resumed(fit: Callable[..., list[list[int]]], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from zolightning.callbacks.folding import is_validation_next
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
-from zolightning.checkpoints.training_loop import count_epoch_once, is_between_steps, validate
+from zolightning.checkpoints.training_loop import EpochOfLastBatch, is_between_steps, validate
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, is_dry_run
 
@@ -75,7 +75,7 @@ class SaveLast(ModelCheckpoint):
         self._validation_due = False
         self._resumed: dict[str, Any] = {}
         self._folder = ""  # the folder of the run's logs
-        self._first = _OnException(self)
+        self._first = _First(self)
 
     @property
     def state_key(self) -> str:
@@ -109,9 +109,10 @@ class SaveLast(ModelCheckpoint):
         self._stopping = 0
         self._is_training = True
         self._signal.listen()
-        count_epoch_once(trainer)
+        self._first.epoch = epoch = EpochOfLastBatch(trainer)
         if self._resumed.get("validation_due"):
-            validate(trainer)
+            with epoch.not_over():
+                validate(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._stop_here(trainer)
@@ -156,7 +157,7 @@ class SaveLast(ModelCheckpoint):
         self._stop_here(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Does nothing: `_OnException` has called :meth:`save_after_error` before other callbacks cleaned up."""
+        """Does nothing: `_First` has called :meth:`save_after_error` before other callbacks cleaned up."""
 
     def save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
         """Saves the last complete step after an exception in training, unless a ledger or a file has it already."""
@@ -263,11 +264,20 @@ class SaveLast(ModelCheckpoint):
             raise SystemExit(exit_status(trainer, self._stopping))
 
 
-class _OnException(Callback):
-    """A callback that comes first in a Trainer and saves after an error, before others clean up."""
+class _First(Callback):
+    """A callback that comes first in a Trainer: others see the right epoch, and clean up after an error is saved."""
 
     def __init__(self, save_last: SaveLast) -> None:
         self.save_last = save_last
+        self.epoch: EpochOfLastBatch | None = None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.epoch is not None:
+            self.epoch.batch_starts()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        if self.epoch is not None:
+            self.epoch.epoch_ends()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.save_last.save_after_error(trainer, exception)

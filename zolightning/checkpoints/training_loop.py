@@ -1,5 +1,9 @@
 """Parts of Lightning's training loop that have no public names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import lightning as L
 
 
@@ -16,14 +20,44 @@ def validate(trainer: L.Trainer) -> None:
     connector._first_loop_iter = first_loop_iter
 
 
-def count_epoch_once(trainer: L.Trainer) -> None:
-    """Corrects a count of Lightning's, which counts an epoch twice that was saved at its last batch and restored."""
-    loop = trainer.fit_loop
-    is_at_last_batch = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-    if loop.restarted_mid_epoch and is_at_last_batch:
-        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-            progress.processed -= 1  # type: ignore[attr-defined]  # declared as a tracker of less
-            progress.completed -= 1
+class EpochOfLastBatch:
+    """Mends Lightning's count of epochs in a run that was saved at the last batch of one, and restored.
+
+    Lightning counts that epoch before training goes on, and then takes another turn for it. A loader that resumes at
+    its end has no batch for this turn, and the epoch would be counted twice; any other begins its next epoch, whose
+    beginning would not be counted.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        loop = trainer.fit_loop
+        is_at_last_batch = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
+        self.is_counted = loop.restarted_mid_epoch and is_at_last_batch  # already, and its turn is not over
+        self._progress: tuple[Any, Any] = (loop.epoch_progress.current, loop.epoch_progress.total)
+
+    @contextmanager
+    def not_over(self) -> Iterator[None]:
+        """A context in which the epoch is not counted yet."""
+        self._end(-self.is_counted)
+        yield
+        self._end(self.is_counted)
+
+    def batch_starts(self) -> None:
+        """Is told that there is a batch, which is one of the next epoch."""
+        if self.is_counted:
+            for progress in self._progress:
+                progress.ready += 1
+                progress.started += 1
+        self.is_counted = False
+
+    def epoch_ends(self) -> None:
+        """Is told that Lightning is about to count an epoch."""
+        self._end(-self.is_counted)
+        self.is_counted = False
+
+    def _end(self, epochs: int) -> None:
+        for progress in self._progress:
+            progress.processed += epochs
+            progress.completed += epochs
 
 
 def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
