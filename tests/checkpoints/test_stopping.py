@@ -76,6 +76,18 @@ def test_what_a_stopped_run_says(make_run: Any, caplog: pytest.LogCaptureFixture
     )
 
 
+def test_a_signal_after_the_last_batch_of_all_is_not_lost(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be where the commands go on to a test."""
+    run = make_run(**EVERY_6, max_steps=18)
+    monkeypatch.setattr(
+        run.module, "on_validation_end", lambda: kill() if run.trainer.global_step == run.trainer.max_steps else None
+    )
+    with pytest.raises(SystemExit) as exit_:
+        run.fit()
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert run.saved()["global_step"] == run.trainer.max_steps
+
+
 def test_a_second_interrupt_ends_the_run_at_once(make_run: Any) -> None:
     run = make_run()
 

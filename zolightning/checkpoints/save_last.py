@@ -151,7 +151,10 @@ class SaveLast(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_training()
-        if self._last_global_step_saved != trainer.global_step:
+        (number,) = largest_of_ranks(trainer, self._signal.number)
+        is_late = number and not self._stopping  # after the last batch, of training or of validation
+        self._stopping = number
+        if is_late or self._last_global_step_saved != trainer.global_step:
             self._validation_due = False
             self._save(trainer)
         self._stop_here(trainer)
