@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from zolightning.callbacks import (
     BlockCoordinateDescent,
     KeepLedger,
+    LearningRateProbe,
     LinearProbing,
     RunOverview,
     StepProgressBar,
@@ -200,8 +201,10 @@ class ZerothOrderCLI(LightningCLI):
         for callback in callbacks_of(self.trainer):
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent | LinearProbing):
                 callback.check(self.trainer, self.model)
+            if isinstance(callback, LearningRateProbe) and is_new:
+                callback.check(self.trainer, self.model)
             if isinstance(callback, Scope) and not is_overridden("configure_model", self.model):
-                callback.check(self.model)
+                callback.check(self.trainer, self.model)
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
                 self.trainer.strategy.check(trial(callback.method))
         check_training(self.trainer, self.model, self.datamodule)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from zolightning.layers import find_layers
+from zolightning.messages import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +32,8 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
     before = len(layers)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= before:
         raise ValueError(
-            f"`num_layers` is {num_layers!r}, and {type(model).__name__} has {before} layers: 1 to {before} are "
-            "accepted."
+            f"`num_layers` is {num_layers!r}, and {type(model).__name__} has {counted(before, 'layer')}: 1 to {before} "
+            "are accepted."
         )
     if num_layers == before:
         return

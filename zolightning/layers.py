@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
+from zolightning.messages import counted
+
 
 @dataclass(frozen=True)
 class LayerStack:
@@ -65,7 +67,7 @@ def _find_by_name(module: nn.Module, name: str) -> LayerStack:
     try:
         pattern = re.compile(name)
     except re.error as error:
-        raise ValueError(f"`layers_name` is {name!r}, which is no regular expression: {error}.") from None
+        raise ValueError(f"`layers_name` is '{name}', which is no regular expression: {error}.") from None
     found = {path: submodule for path, submodule in module.named_modules() if path and pattern.fullmatch(path)}
     if len(found) == 1 and isinstance(next(iter(found.values())), nn.ModuleList | nn.Sequential):
         return _members(next(iter(found)), found)
@@ -74,7 +76,7 @@ def _find_by_name(module: nn.Module, name: str) -> LayerStack:
         problem = f"`{nested[0]}` inside another match" if nested else f"{', '.join(found) or 'nothing'}"
         lists = [path for path, m in module.named_modules() if path and isinstance(m, nn.ModuleList | nn.Sequential)]
         raise ValueError(
-            f"`layers_name` is {name!r}, which matches {problem} in {type(module).__name__}. Accepted are one list "
+            f"`layers_name` is '{name}', which matches {problem} in {type(module).__name__}. Accepted are one list "
             f"({', '.join(lists) or 'there is none'}) or several modules, none inside another."
         )
     return LayerStack(name, tuple(found), tuple(found.values()))
@@ -93,7 +95,8 @@ def check_index(stack: LayerStack, index: int, field: str = "layer") -> None:
     """Raises a ValueError with the accepted range unless `index` is a layer of the stack; it names `field`."""
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(stack):
         raise ValueError(
-            f"`{field}` is {index!r}, but `{stack.name}` has {len(stack)} layers: 0 to {len(stack) - 1} are accepted."
+            f"`{field}` is {index!r}, but `{stack.name}` has {counted(len(stack), 'layer')}: 0 to {len(stack) - 1} are "
+            "accepted."
         )
 
 

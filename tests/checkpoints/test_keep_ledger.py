@@ -178,7 +178,7 @@ class Changes(Callback):
             self.change(trainer.optimizers[0], pl_module)
 
 
-@pytest.mark.filterwarnings("ignore:1 parameters are unused")
+@pytest.mark.filterwarnings("ignore:1 parameter is unused")
 @pytest.mark.parametrize(
     ("change", "words"),
     [

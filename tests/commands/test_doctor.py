@@ -178,9 +178,12 @@ LOST = Survival(100, 4, 0.05, 1.0)
         ({"output": Output(3e4, "net.0", torch.float16)}, ["net.0 puts out 30,000, and float16 ends at 65,504"]),
         ({"noise": 5e-3}, ["Rounding moves each loss by 0.005, and two losses of a step differ by 0.01"]),
         ({"difference": 0.0}, ["The loss is the same whatever is added"]),
-        ({"lr": 2e-5}, ["`method.lr` 2e-05 is 10 times what was measured for 1000 steps: the noise of the run would"]),
+        ({"lr": 2e-5}, ["`method.lr` 2e-05 is 10 times what was measured for 1,000 steps: the noise of the run would"]),
         ({"lr": 1e-7}, ["`method.lr` 1e-07 is 20 times smaller than what was measured"]),
         ({"lr": 2e-5, "sets_lr": True}, []),
+        ({"lr": 2e-5, "steps": 17}, ["Try 2e-06, or --lr_probe LearningRateProbe."]),
+        ({"lr": 2e-5, "steps": 16}, ["Try 2e-06."]),  # in all of which nothing would move
+        ({"lr": 1e-7, "steps": 1}, ["than what was measured for 1 step, in which little will be learned. Try 2e-06."]),
         ({"measured_lr": None}, ["No learning rate was found"]),
     ],
 )
@@ -190,15 +193,15 @@ def test_findings(changes: dict[str, Any], words: list[str]) -> None:
     assert all(some in line for some, line in zip(words, found, strict=True))
 
 
-def examined(module: Any, loader: Iterable[Any], folder: Path, **settings: Any) -> None:
+def examined(module: Any, loader: Iterable[Any], folder: Path, steps: int = 40, **settings: Any) -> None:
     module.train_dataloader = lambda: loader
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         default_root_dir=folder,
-        max_steps=40,
-        min_steps=40,
+        max_steps=steps,
+        min_steps=steps,
         **settings,
     )
     trainer.doctor(module)
@@ -221,6 +224,17 @@ def test_nothing_is_trained_and_nothing_written(
     (matrices,) = (line for line in printed.splitlines() if line.startswith("net.*.weight"))
     assert matrices.split()[1:3] == ["25", "bfloat16"] and matrices.split()[-2:] == ["100.0%", "100.0%"]
     assert ("times smaller than what was measured" in printed) == (not probes)
+
+
+def test_a_short_run_is_measured_in_fewer_steps(
+    make_regression: Any, regression_data: Any, tmp_path: Path, capsys: Any
+) -> None:
+    method = ZerothOrder(partial(MeZO, lr=1e-9))
+    examined(make_regression(), regression_data(), tmp_path, steps=3, callbacks=[method])
+    printed = capsys.readouterr().out
+    assert " measured for 3 steps, try " in printed and "LearningRateProbe" not in printed
+    with pytest.raises(Exception, match="`doctor` measures in the steps before a run's last one, and the run has 1"):
+        examined(make_regression(), regression_data(), tmp_path, steps=1, callbacks=[method])
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_name(

@@ -68,6 +68,7 @@ def test_the_card_says_what_the_run_did(runs: Runs, tmp_path: Path, monkeypatch:
     assert "| `method` | zolightning.optim.MeZO |" in card.text and "| `method.lr` | 0.1 |" in card.text
     assert "| `data.seed`" in card.text and f"torch {metrics['versions']['torch']}" in card.text
     assert str(runs.version(0)) not in card.text
+    assert "\n`model`, fine-tuned on sentiment by MeZO" in card.text and f"`{runs.folder}" not in card.text
 
     settings = yaml.safe_load((tmp_path / "mine/training.yaml").read_text())
     again = parsed(["fit", "--config", str(tmp_path / "mine/training.yaml")]).fit

@@ -52,6 +52,7 @@ pytestmark = [
         (("--trainer.max_steps", "0"), "`trainer.max_steps` is 0: nothing would be trained"),
         (("--trainer.val_check_interval", "-1"), "`trainer.val_check_interval` must be above 0, a number of batches"),
         (("--scope", "TrainParameters", "--scope.patterns", "['q_prj']"), "`patterns` has 'q_prj', which matches no"),
+        (("--lr_probe", "LearningRateProbe"), "`num_steps` of LearningRateProbe is 16, in which nothing moves, and"),
         (("--method.num_queries", "1000000000"), "`method.num_queries` must be at most 10,000, got 1000000000"),
         (("--method.eps", "1e-30"), "`method.eps` must be between 1e-12 and 1000, got 1e-30"),
         (("--method.lr", "1e308"), "`method.lr` must be at most 1e+06, got 1e+308"),

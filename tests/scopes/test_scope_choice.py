@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from training import moved, sizes, weights, zeroth_order
-from zolightning.callbacks import DominantLayer, RandomLayer, TrainLayers, TrainParameters
+from zolightning.callbacks import DominantLayer, LinearProbing, RandomLayer, TrainLayers, TrainParameters
 from zolightning.layers import find_layers
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.layer_scope import LayerScope
@@ -149,7 +149,10 @@ def test_what_is_refused_before_training(
 @pytest.mark.parametrize(
     ("scope", "message"),
     [
-        (TrainParameters([r"layers\.\d+\..*q_prj"]), r"There are network.model.layers.\*.self_attn.q_proj.weight, "),
+        (
+            TrainParameters([r"layers\.\d+\..*q_prj"]),
+            r"has 'layers\\\.\\d\+\\\.\.\*q_prj', .* There are network.model.layers.\*.self_attn.q_proj.weight, ",
+        ),
         (TrainLayers([6]), "`layers` is 6"),
         (DominantLayer(extra_layers=[9]), "`extra_layers` is 9"),
         (DominantLayer(profile="none.json"), "`profile` is 'none.json', which is no file"),
@@ -160,9 +163,20 @@ def test_what_is_refused_before_training(
         (TrainBySignal(patterns=["query"]), "`patterns` has 'query', which matches nothing that trains"),
     ],
 )
-def test_what_is_known_without_running_the_network(scope: Scope, message: str, make_module: Callable[..., Any]) -> None:
+def test_what_is_known_without_running_the_network(
+    scope: Scope, message: str, make_module: Callable[..., Any], make_trainer: Callable[..., L.Trainer]
+) -> None:
     with pytest.raises(ValueError, match=message):
-        scope.check(make_module())
+        scope.check(make_trainer(), make_module())
+
+
+def test_a_tied_head_has_a_name_of_its_own_where_something_unties_it(
+    make_module: Callable[..., Any], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    scope, tied = TrainParameters([r"lm_head\.weight$"]), make_module(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"`patterns` has 'lm_head\\.weight\$', which matches no parameter"):
+        scope.check(make_trainer(), tied)
+    scope.check(make_trainer(callbacks=[LinearProbing()]), tied)
 
 
 def test_no_recognisable_layers_and_no_calibration_set(

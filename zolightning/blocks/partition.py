@@ -110,7 +110,7 @@ def _of_patterns(named: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> 
     for pattern, block in blocks.items():
         if not block:
             raise ValueError(
-                f"`patterns` has {pattern!r}, which matches nothing that trains and that no earlier pattern matches. "
+                f"`patterns` has '{pattern}', which matches nothing that trains and that no earlier pattern matches. "
                 f"Some of what trains: {some(list(named)[:: max(1, len(named) // 5)])}."
             )
     return blocks

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.callbacks.learning_rate_probe import set_lr_scale
+from zolightning.messages import counted
 from zolightning.optim.checks import require_integer, require_positive
 from zolightning.partners import zeroth_order_optimizer
 
@@ -100,9 +101,9 @@ class LearningRateControl(Callback):
         best, best_error = self._best
         self._not_better += 1
         if mean - best > _RISEN * math.hypot(error, best_error):
-            return f"rose from {best:.4f} to {mean:.4f} ({self.interval} steps each)"
+            return f"rose from {best:.4f} to {mean:.4f} ({counted(self.interval, 'step')} each)"
         if self._not_better >= self.patience:
-            return f"has not been below {best:.4f} for {self._not_better} times {self.interval} steps"
+            return f"has not been below {best:.4f} for {self._not_better} times {counted(self.interval, 'step')}"
         return None
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
+from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_positive
 from zolightning.optim.record import StepRecord
@@ -77,15 +78,17 @@ class LearningRateProbe(Callback):
         self.total_steps = total_steps
         self._records: list[StepRecord] = []
 
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raises what ``on_train_start`` raises of a run of ``max_steps``, before something long comes before it."""
+        steps = trainer.max_steps if self.total_steps is None else self.total_steps
+        if steps >= 0:
+            self._refuse_if_short(steps)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         if "lr_scale" in optimizer.param_groups[0]:  # of a checkpoint
             return
-        if self._steps_left(trainer) <= self.num_steps:
-            raise MisconfigurationException(
-                f"`num_steps` of LearningRateProbe is {self.num_steps}, in which nothing moves, and the run has "
-                f"{self._steps_left(trainer):g}. Train for more (`max_steps`), or set `lr` yourself."
-            )
+        self._refuse_if_short(self._steps_left(trainer))
         self._records = []
         set_lr_scale(optimizer, 0.0)
 
@@ -110,14 +113,15 @@ class LearningRateProbe(Callback):
                 f"{self.num_examples} examples rise by {_SHARES[-1]:g} of it. Set `lr` yourself."
             )
             return
-        steps = self._steps_left(trainer)
+        steps = int(self._steps_left(trainer))
         share = math.sqrt(self.noise / found.share)  # of the distance
-        scale = share * found.scale * math.sqrt(walks.length / _at_full_rate(trainer, int(steps)))
+        scale = share * found.scale * math.sqrt(walks.length / _at_full_rate(trainer, steps))
         set_lr_scale(optimizer, scale)
         summary = (
-            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {steps:g} steps, which go {share:.2g} times as "
-            f"far as what raises the loss of {self.num_examples} examples, {found.loss:.4f}, by {found.share:.0%} "
-            f"(measured near a rise of {found.rise:.4f}, standard error {found.error:.4f}; {walks.forwards} forwards)."
+            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {counted(steps, 'step')}, which go "
+            f"{share:.2g} times as far as what raises the loss of {self.num_examples} examples, {found.loss:.4f}, by "
+            f"{found.share:.0%} (measured near a rise of {found.rise:.4f}, standard error {found.error:.4f}; "
+            f"{walks.forwards} forwards)."
         )
         rank_zero_info(summary)
         for logger in tensorboards(trainer):
@@ -128,6 +132,13 @@ class LearningRateProbe(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._records = [StepRecord(**record) for record in state_dict["records"]]
+
+    def _refuse_if_short(self, steps: float) -> None:
+        if steps <= self.num_steps:
+            raise MisconfigurationException(
+                f"`num_steps` of LearningRateProbe is {self.num_steps}, in which nothing moves, and the run has "
+                f"{steps:g}. Train for more (`max_steps`), or set `lr` yourself."
+            )
 
     def _steps_left(self, trainer: L.Trainer) -> float:
         total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps

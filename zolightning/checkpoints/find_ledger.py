@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.ledger import LEDGER, DamagedLedgerError, Ledger
 from zolightning.checkpoints.ledger_header import Header
-from zolightning.messages import some
+from zolightning.messages import counted, some
 from zolightning.optim.record import StepRecord
 
 
@@ -45,7 +45,7 @@ def ledger_to(saved: Mapping[str, Any], step: int, folder: Path, checkpoint: Pat
                 steps = step - ledger.header.first_step
                 written = steps - (saved["pending"] is not None)
                 if not 0 <= written <= len(ledger):
-                    reason = f"{path} has {len(ledger)} steps, and the checkpoint is of step {step}"
+                    reason = f"{path} has {counted(len(ledger), 'step')}, and the checkpoint is of step {step}"
                 elif ledger.checksum_after(written) != saved["checksum"]:
                     reason = f"{path} is of another run than the checkpoint"
                 else:

@@ -21,6 +21,7 @@ from zolightning.checkpoints.ledger_header import Header, describe_run
 from zolightning.checkpoints.run_logs import Muted, log_once, not_yet_logged
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.directions.shards import is_sharded
+from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments
@@ -138,8 +139,9 @@ class KeepLedger(Callback):
         if taken:
             self._muted = Muted(trainer, until=taken[-1].step + 1)
             evaluated = sum(waits or not record.says_all for record in taken)
-            forwards = f", {evaluated} of which run the network for what they leave in it or log" if evaluated else ""
-            rank_zero_info(f"{len(taken)} steps are taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
+            forwards = f" ({evaluated} by running the network, for what it keeps or logs)" if evaluated else ""
+            steps = counted(len(taken), "step is", "steps are")
+            rank_zero_info(f"{steps} taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._write()

@@ -25,6 +25,7 @@ from typing import Any
 from zolightning.checkpoints.checkpoint_io import replacing
 from zolightning.checkpoints.ledger_entry import EntryCodec
 from zolightning.checkpoints.ledger_header import Header
+from zolightning.messages import counted
 from zolightning.optim.record import StepRecord
 
 LEDGER = "ledger.bin"  # its name in the folder of a run
@@ -126,7 +127,7 @@ class Ledger:
             DamagedLedgerError: at the first entry that was changed.
         """
         if steps is not None and steps > len(self):
-            raise ValueError(f"The ledger {self.path} has {len(self)} steps, and {steps} were asked for.")
+            raise ValueError(f"The ledger {self.path} has {counted(len(self), 'step')}, and {steps:,} were asked for.")
         checksum = self.stored_checksum(start)
         with self.path.open("rb") as file:
             file.seek(self._place(start))

@@ -26,6 +26,7 @@ from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.report import print_table
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.evaluation.losses import Loss, loss_and_terms
+from zolightning.messages import counted
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -93,6 +94,8 @@ class _Doctor(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.overview = overview(trainer, pl_module)
+        if not self._sets_lr:
+            self._fit_into(trainer.estimated_stepping_batches)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         batch = calibration_batches(trainer, pl_module, self._probe.num_examples)[0]
@@ -113,6 +116,15 @@ class _Doctor(Callback):
         trainer.should_stop = True
         self.examination = self._examined(trainer, optimizer)
 
+    def _fit_into(self, steps: float) -> None:
+        """Measures in fewer steps where the run is short: it has one left after those in which nothing moves."""
+        if steps < 2:
+            raise MisconfigurationException(
+                "`doctor` measures in the steps before a run's last one, and the run has 1 step. Set "
+                "`trainer.max_steps` to 2 or more."
+            )
+        self._probe.num_steps = self._bar.total = int(min(self._probe.num_steps, steps - 1))
+
     def _examined(self, trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Examination:
         groups = optimizer.param_groups
         scale = groups[0]["lr_scale"]
@@ -132,7 +144,7 @@ class _Doctor(Callback):
             noise=loss_noise(optimizer, self._evaluate),
             output=self._output,
             step_seconds=statistics.median(self._seconds[1:] or self._seconds or [math.nan]),  # the first one finds out
-            steps=trainer.estimated_stepping_batches if self._probe.total_steps is None else self._probe.total_steps,
+            steps=int(self._probe.total_steps or trainer.estimated_stepping_batches),
             lr=rates[0],
             measured_lr=None if scale == 1.0 else begins * scale,  # the probe leaves it where it has found none
             cost=self._probe.noise,
@@ -229,7 +241,8 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
         "loss": f"{seen.loss:.4f}; two losses of a step differ by {seen.difference:.2g}, rounding moves each by "
         f"{seen.noise:.2g}",
         "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
-        "a step takes": f"{seconds:.2g} s, {seen.steps:g} steps {_duration(seconds * seen.steps)}, without validations",
+        "a step takes": f"{seconds:.2g} s, {counted(seen.steps, 'step')} {_duration(seconds * seen.steps)}, without "
+        "validations",
         "learning rate": _rate(seen),
     }
     width = max(map(len, lines))
@@ -243,8 +256,8 @@ def _rate(seen: Examination) -> str:
         return f"{seen.lr:.3g}; none could be measured"
     low, high = (seen.measured_lr * math.sqrt(factor) for factor in (0.1, 10.0))
     return (
-        f"{seen.measured_lr:.2g} measured for {seen.steps:g} steps, try {low:.2g} to {high:.2g}; the noise of the run "
-        f"costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss there. Set: {seen.lr:.2g}"
+        f"{seen.measured_lr:.2g} measured for {counted(seen.steps, 'step')}, try {low:.2g} to {high:.2g}; the noise of "
+        f"the run costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss there. Set: {seen.lr:.2g}"
     )
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from zolightning.callbacks import LearningRateProbe
 from zolightning.commands.rounding import Survival
-from zolightning.messages import some
+from zolightning.messages import counted, some
 
 _LARGEST_Z = 4.0  # the largest element of a perturbation, in standard deviations
 _ROOM = 4.0  # the factor by which numbers may grow in training
@@ -77,7 +78,7 @@ class Examination:
     noise: float
     output: Output
     step_seconds: float
-    steps: float
+    steps: int
     lr: float
     measured_lr: float | None
     cost: float
@@ -136,6 +137,8 @@ def _of_the_loss(seen: Examination) -> Iterator[str]:
 
 
 def _of_the_rate(seen: Examination) -> Iterator[str]:
+    steps = counted(seen.steps, "step")
+    probe = ", or --lr_probe LearningRateProbe" if seen.steps > LearningRateProbe().num_steps else ""
     if seen.measured_lr is None:
         yield (
             "No learning rate was found: however large steps were, the loss did not rise. Look at what trains, and at "
@@ -146,15 +149,13 @@ def _of_the_rate(seen: Examination) -> Iterator[str]:
     elif seen.lr > 3 * seen.measured_lr:
         times = seen.lr / seen.measured_lr
         yield (
-            f"`method.lr` {seen.lr:.2g} is {times:,.0f} times what was measured for {seen.steps:g} steps: the noise of "
-            f"the run would cost {seen.cost * times**2:.2g} times the loss. Try {seen.measured_lr:.2g}, or --lr_probe "
-            "LearningRateProbe."
+            f"`method.lr` {seen.lr:.2g} is {times:,.0f} times what was measured for {steps}: the noise of the run "
+            f"would cost {seen.cost * times**2:.2g} times the loss. Try {seen.measured_lr:.2g}{probe}."
         )
     elif seen.lr < seen.measured_lr / 10:
         yield (
             f"`method.lr` {seen.lr:.2g} is {seen.measured_lr / seen.lr:,.0f} times smaller than what was measured for "
-            f"{seen.steps:g} steps, in which little will be learned. Try {seen.measured_lr:.2g}, or --lr_probe "
-            "LearningRateProbe."
+            f"{steps}, in which little will be learned. Try {seen.measured_lr:.2g}{probe}."
         )
 
 

@@ -132,7 +132,7 @@ def _card(
         card_data,
         template_str=_TEMPLATE,
         name=folder.name,
-        base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{base}`",
+        base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{_own_name(base)}`",
         on="" if task is None else f"on {task.name} ",
         method=f"{method}, a zeroth-order method: forward passes only," if method else "backpropagation",
         usage=_USAGE[is_adapter].format(
@@ -201,7 +201,7 @@ def _facts(settings: Mapping[str, Any], run: Run | None) -> list[tuple[str, Any]
     chosen = {field: settings.get(field) for field in ("method", "scope", "data", "seed_everything")}
     chosen["trainer"] = {"precision": (settings.get("trainer") or {}).get("precision")}
     facts += [
-        (f"`{name.replace('.init_args', '').removesuffix('.class_path')}`", value)
+        (f"`{name.replace('.init_args', '').removesuffix('.class_path')}`", _own_name(value))
         for name, value in flat(chosen)
         if value not in (None, {}, []) and not name.startswith(("data.init_args.task.", "data.class_path"))
     ]
@@ -232,6 +232,11 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not Path(name).exists()
+
+
+def _own_name(value: Any) -> Any:
+    """Of a folder or file its name: the rest of the path says nothing to others, and tells them of a machine."""
+    return Path(value).resolve().name if isinstance(value, str) and "/" in value and Path(value).exists() else value
 
 
 def _text(value: Any) -> str:

@@ -24,6 +24,7 @@ from zolightning.commands.report import print_table, round_robin
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
 from zolightning.layers import find_layers
+from zolightning.messages import counted
 from zolightning.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -207,7 +208,7 @@ def _report_probes(probes: LayerProbes, folder: Path) -> None:
     title = "Linear probes after some of the layers, in five-fold cross-validation"
     print_table(title, [asdict(probe) for probe in probes.probes])
     best = probes.best.num_layers
-    print(f"The least loss is after {best} layers: --model.num_layers {best} --linear_probing LinearProbing")
+    print(f"The least loss is after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
     save_figure(probe_figure(probes, title), folder, "probes")
 
 
@@ -218,12 +219,12 @@ def _counted(batches: Sequence[Any], bar: "tqdm[Any]") -> Iterator[Any]:
 
 
 def _counting(evaluate: Callable[[], Tensor], bar: "tqdm[Any]") -> Callable[[], Tensor]:
-    def counted() -> Tensor:
+    def evaluated() -> Tensor:
         loss = evaluate()
         bar.update()
         return loss
 
-    return counted
+    return evaluated
 
 
 def _duration(seconds: float) -> str:

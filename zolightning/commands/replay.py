@@ -12,6 +12,7 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.zeroth_order import Method
 from zolightning.checkpoints.follow import follow
 from zolightning.checkpoints.replay import Replayed, replay
+from zolightning.messages import counted
 
 Validate = Callable[[], Iterable[dict[str, float]]]
 
@@ -32,7 +33,8 @@ def replay_to_folder(
     method, export = _method(callbacks), _export_to(model, output)
     start = time.perf_counter()
     done = replay(ledger, model, method, step)
-    _export(export, done, ledger, output, f"replayed {done.steps} steps in {time.perf_counter() - start:.1f} s")
+    what = f"replayed {counted(done.steps, 'step')} in {time.perf_counter() - start:.1f} s"
+    _export(export, done, ledger, output, what)
 
 
 def follow_run(
@@ -57,7 +59,7 @@ def follow_run(
         print(f"step {step}: {', '.join(values)}", flush=True)
 
     done = follow(ledger, model, method, evaluate)
-    what = f"the run ended after {done.steps} steps"
+    what = f"the run ended after {counted(done.steps, 'step')}"
     if export is None:
         print(what if done.sealed is not None else f"{what}, before its end: it was stopped or killed", flush=True)
     else:
@@ -89,9 +91,9 @@ def _export_to(model: L.LightningModule, output: str) -> Callable[[Path], None]:
 def _export(export: Callable[[Path], None], done: Replayed, ledger: str, output: str, what: str) -> None:
     if done.sealed is False:
         raise MisconfigurationException(
-            f"After {done.steps} steps the weights are not those that the run of {ledger} ended with: something else "
-            "than the method changed them in the run (a hook that averages or clamps them), or bases were drawn on "
-            "another device. Nothing was written; a checkpoint of the run can be exported."
+            f"After {counted(done.steps, 'step')} the weights are not those that the run of {ledger} ended with: "
+            "something else than the method changed them in the run (a hook that averages or clamps them), or bases "
+            "were drawn on another device. Nothing was written; a checkpoint of the run can be exported."
         )
     export(Path(output))
     equal = ", equal to the last bit to the weights the run ended with" if done.sealed else ""

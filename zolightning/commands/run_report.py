@@ -12,6 +12,7 @@ from zolightning.commands.report import print_table
 from zolightning.commands.run_folder import Run, read_run
 from zolightning.commands.run_page import page
 from zolightning.commands.sweep_results import flat
+from zolightning.messages import counted
 
 # Settings of where a run's files go, in which all runs differ.
 _PLACES = ("trainer.default_root_dir", "trainer.logger.", "checkpoint.dirpath", "save_last.dirpath", "ckpt_path")
@@ -98,14 +99,14 @@ def _runs_in(folder: Path) -> list[Run]:
         except ValueError as error:  # of `zolightning test`, or of a run that ended before its first step
             print(f"left out: {error}")
     if not runs:
-        raise ValueError(f"{folder} holds {len(versions)} versions, and none that has trained.")
+        raise ValueError(f"{folder} holds {counted(len(versions), 'version')}, and none that has trained.")
     return runs
 
 
 def _title(runs: Sequence[Run]) -> str:
     tasks = [((run.config.get("data") or {}).get("init_args") or {}).get("task") for run in runs]
     names = dict.fromkeys(str(task["name"] if isinstance(task, dict) else task) for task in tasks if task)
-    return f"{', '.join(names) or 'Training'}: {len(runs)} run{'s' * (len(runs) > 1)}"
+    return f"{', '.join(names) or 'Training'}: {counted(len(runs), 'run')}"
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from zolightning.checkpoints.ledger import LEDGER
 from zolightning.commands.checks import check_seed
 from zolightning.commands.metrics_files import METRICS, as_json
 from zolightning.commands.report import print_table
+from zolightning.messages import counted
 
 _SUBCOMMANDS = ("fit", "validate", "test")
 _SETTINGS, _RESULTS = "seeds.yaml", "seeds.json"
@@ -156,7 +157,7 @@ def _report(group: Path, subcommand: str, seeds: Sequence[int]) -> None:
         rows: list[tuple[str, Mapping[str, float | None]]] = [(str(seed), of) for seed, of in measured.items()]
         rows += [("mean", mean), ("standard deviation", deviation)]
         table = [{"seed": head, **{name: _text(of[name]) for name in names}} for head, of in rows]
-        print_table(f"{subcommand} by {len(seeds)} seeds: {group / _RESULTS}", table)
+        print_table(f"{subcommand} by {counted(len(seeds), 'seed')}: {group / _RESULTS}", table)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

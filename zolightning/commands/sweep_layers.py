@@ -24,6 +24,7 @@ from zolightning.commands.report import print_table
 from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
 from zolightning.layers import LayerStack, check_index, find_layers
+from zolightning.messages import counted
 from zolightning.optim import NonFiniteLossError
 from zolightning.quantization import refuse_quantized
 from zolightning.scopes.scope import Scope
@@ -152,7 +153,7 @@ class LayerSweep:
     def _report(self) -> None:
         zero_shot, rows = self.results.rows[ZERO_SHOT], self.results.layers()
         table = [{"layer": row.layer, "parameters": row.parameters, "steps": row.steps} | row.metrics for row in rows]
-        title = f"each layer alone, {self.steps} steps, {self._method()}, {self.evaluate}"
+        title = f"each layer alone, {counted(self.steps, 'step')}, {self._method()}, {self.evaluate}"
         print_table(title, [{"layer": ZERO_SHOT, "parameters": 0, "steps": 0} | zero_shot.metrics, *table])
         curves = {
             name: {int(row.layer): value for row in rows if (value := row.metrics[name]) is not None}

@@ -8,6 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from zolightning.messages import counted
+
 
 class LengthBuckets:
     """Training batches of examples of similar length: a pure function of the seed and the batch's number.
@@ -195,4 +197,5 @@ class TrainLoader(DataLoader[Any]):
 
 def _check_enough_examples(num_examples: int, num_replicas: int) -> None:
     if num_examples < num_replicas:
-        raise ValueError(f"{num_examples} examples are too few for {num_replicas} ranks: use more rows or fewer ranks.")
+        examples = counted(num_examples, "example is", "examples are")
+        raise ValueError(f"{examples} too few for {num_replicas} ranks: use more rows or fewer ranks.")

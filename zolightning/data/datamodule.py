@@ -14,6 +14,7 @@ from zolightning.data.rows import Row
 from zolightning.data.task import PromptTask
 from zolightning.data.task_datamodule import TaskDataModule, check_at_least
 from zolightning.data.task_files import chosen_task
+from zolightning.messages import counted
 
 
 class PromptDataModule(TaskDataModule):
@@ -129,7 +130,8 @@ class PromptDataModule(TaskDataModule):
                 )
         if num_demonstrations > self._num_sampled:
             raise ValueError(
-                f"`data.num_demonstrations` is {num_demonstrations}, and {self._num_sampled} training rows are sampled."
+                f"`data.num_demonstrations` is {num_demonstrations}, and "
+                f"{counted(self._num_sampled, 'training row is', 'training rows are')} sampled."
             )
         if demonstrations_per_row and not num_demonstrations:
             raise ValueError("`data.demonstrations_per_row` is True, and `data.num_demonstrations` is 0.")

@@ -16,6 +16,7 @@ from zolightning.data.sampling import sample, sample_per_class, sample_train_and
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
 from zolightning.data.templates import MASK, SEPARATOR
+from zolightning.messages import counted
 from zolightning.rank_zero import rank_zero_warn
 
 
@@ -183,8 +184,9 @@ class Rows:
         """Says once if a split has fewer rows than asked for; not for the rows that come with a task."""
         if len(split) < count and self.folder != self.task.folder and split.origin not in self._fewer:
             self._fewer.add(split.origin)
-            rows = f"{len(split)} row{'s' * (len(split) > 1)}"
-            rank_zero_info(f"{split.origin}: {rows}, fewer than the {count} asked for; all are used.")
+            rank_zero_info(
+                f"{split.origin}: {counted(len(split), 'row')}, fewer than the {count} asked for; all are used."
+            )
 
     def _write(self, split: Split, chosen: Sequence[int], sampled: tuple[Split, Sequence[int]]) -> list[Row]:
         """The chosen rows of a split as text, each with demonstrations from the sampled training rows."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from zolightning.data.source import Split
 from zolightning.data.task import Label
+from zolightning.messages import counted
 
 
 def sample(split: Split, count: int, seed: int) -> list[int]:
@@ -30,8 +31,8 @@ def sample_train_and_validation(
     chosen = sample(split, num_train + num_validation, seed)
     if len(chosen) <= num_validation:
         raise ValueError(
-            f"{split.origin} has {len(chosen)} rows: `data.num_validation` {num_validation} leaves none of them "
-            f"for `data.num_train` {num_train}."
+            f"{split.origin} has {counted(len(chosen), 'row')}: `data.num_validation` {num_validation} leaves none of "
+            f"them for `data.num_train` {num_train}."
         )
     return chosen[:-num_validation], chosen[-num_validation:]
 
@@ -51,8 +52,8 @@ def sample_per_class(
     for label, members in zip(labels, by_class, strict=True):
         if len(members) < per_class * num_parts:
             raise ValueError(
-                f"{split.origin}: `data.examples_per_class` {per_class} needs {per_class * num_parts} rows of each "
-                f"class, but label {label!r} has {len(members)}."
+                f"{split.origin}: `data.examples_per_class` {per_class} needs {counted(per_class * num_parts, 'row')} "
+                f"of each class, but label {label!r} has {len(members)}."
             )
     starts = range(0, per_class * num_parts, per_class)
     return [[index for members in by_class for index in members[start : start + per_class]] for start in starts]

@@ -9,7 +9,7 @@ from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.reads import Readers, find_readers, find_unread, find_unseen
 from zolightning.evaluation.scratch import Scratch
-from zolightning.messages import some
+from zolightning.messages import counted, some
 from zolightning.rank_zero import rank_zero_warn
 
 Perturbations = Mapping[nn.Parameter, Perturbation]
@@ -87,8 +87,9 @@ class KnownReads:
         if unseen and not self.gathered:
             names = some([name for parameter, name in new.items() if parameter in unseen])
             rank_zero_warn(
-                f"{len(unseen)} parameters are unused or read where torch's Python functions do not see it, and are "
-                f"perturbed in place from a copy, which costs their size in memory: {names}."
+                f"{counted(len(unseen), 'parameter is', 'parameters are')} unused or read where torch's Python "
+                "functions do not see it, and perturbed in place from a copy, which costs their size in memory: "
+                f"{names}."
             )
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zolightning.adapter_folders import load_adapter, save_adapter
 from zolightning.adapters import adapter_settings
 from zolightning.head import belongs_to_head
+from zolightning.messages import counted
 from zolightning.models.head_features import inputs_of
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.models.scoring import classification_loss
@@ -89,8 +90,9 @@ class Classifier(PretrainedModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         wanted, found = getattr(datamodule, "num_classes", None), self.model.config.num_labels
         if hasattr(datamodule, "num_classes") and wanted != found:
+            classes = counted(found or 0, "class", "classes")
             raise MisconfigurationException(
-                f"The head of `model_name` has {found} classes, and the task {wanted or 'other ones in each row'}: set "
+                f"The head of `model_name` has {classes}, and the task {wanted or 'other ones in each row'}: set "
                 "`model.num_classes` to the number of the task's `labels`, or to 1 for a `target`."
             )
         super().setup(stage)

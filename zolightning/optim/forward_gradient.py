@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.losses import LossFunction, require_terms
-from zolightning.messages import some
+from zolightning.messages import counted, some
 from zolightning.optim.estimators import ForwardGradient
 from zolightning.optim.probing import Probed, device_of, losses_at, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
@@ -85,8 +85,8 @@ def _named_operation() -> Iterator[None]:
 def _why_not(hidden: list[str]) -> str:
     if hidden:
         return (
-            f"{len(hidden)} parameters are unused, or read where torch's Python functions do not see it (a compiled "
-            f"network): {some(hidden)}. Freeze them, or do not compile"
+            f"{counted(len(hidden), 'parameter is', 'parameters are')} unused, or read where torch's Python functions "
+            f"do not see it (a compiled network): {some(hidden)}. Freeze them, or do not compile"
         )
     return (
         "the loss carries no derivative: it is detached, or computed by other than torch's operations (`item()`, a "

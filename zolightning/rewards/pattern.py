@@ -25,7 +25,7 @@ class Pattern:
         try:
             re.compile(self._with("x"))
         except re.error as error:
-            raise ValueError(f"`pattern` is no regular expression: {error}, in {pattern!r}.") from None
+            raise ValueError(f"`pattern` is no regular expression: {error}, in '{pattern}'.") from None
 
     def __call__(self, text: str, references: Sequence[str]) -> float:
         found = (re.search(self._with(re.escape(reference)), text) for reference in references or [""])
@@ -34,7 +34,7 @@ class Pattern:
     def check(self, references: Sequence[str]) -> None:
         """Raises a ValueError if the pattern has a place for a reference, and there is none."""
         if "{reference}" in self.pattern and not references:
-            raise ValueError(f"the pattern {self.pattern!r} needs a reference, and the row has none")
+            raise ValueError(f"the pattern '{self.pattern}' needs a reference, and the row has none")
 
     def _with(self, reference: str) -> str:
         return self.pattern.replace("{reference}", reference)

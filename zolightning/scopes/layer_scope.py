@@ -49,7 +49,7 @@ class LayerScope(Scope):
     def check_layers(self, stack: LayerStack) -> None:
         """Raises a ValueError for layers that are named and not there."""
 
-    def check(self, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stack = find_layers(pl_module, self.layers_name)
         self.check_layers(stack)
         self.part.check(pl_module, stack)
@@ -82,6 +82,6 @@ class LayerScope(Scope):
 
 
 def _name(layers: Sequence[int], total: int) -> str:
-    if len(layers) == total:
+    if len(layers) == total > 1:
         return f"all {total} layers"
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} of {total}"

@@ -4,6 +4,7 @@ import lightning as L
 from lightning.pytorch.plugins.precision import HalfPrecision
 
 from zolightning.adapters import PREFIX, adapter_settings, add_adapter, differences
+from zolightning.messages import counted
 from zolightning.optim.checks import require_integer
 from zolightning.prefix import prefix_of
 from zolightning.scopes.scope import Scope, Selection
@@ -26,7 +27,7 @@ class PrefixTuning(Scope):
         require_integer("num_virtual_tokens", num_virtual_tokens)
         self.num_virtual_tokens = num_virtual_tokens
 
-    def check(self, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pretrained_model(self, pl_module)
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
@@ -49,4 +50,7 @@ class PrefixTuning(Scope):
         weight = prefix.embedding.weight.data
         weight.copy_(trainer.strategy.broadcast(weight.cpu()))  # processors of different kinds differ in the last bits
         name = next(name for name, parameter in pl_module.named_parameters() if parameter is prefix.embedding.weight)
-        return Selection({name: None}, f"a prefix of {prefix.num_tokens} tokens in all {prefix.num_layers} layers")
+        return Selection(
+            {name: None},
+            f"a prefix of {counted(prefix.num_tokens, 'token')} in all {counted(prefix.num_layers, 'layer')}",
+        )

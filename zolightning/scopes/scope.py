@@ -54,7 +54,7 @@ class Scope(Callback, ABC):
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         """Chooses the parameters; may add parameters to the module first."""
 
-    def check(self, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises what ``select`` would of the module as it stands; to be called before what takes long before a fit."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from zolightning.blocks.partition import find_blocks
 from zolightning.layers import find_layers
+from zolightning.messages import counted
 from zolightning.optim.checks import require_integer, require_patterns, require_positive
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import ChosenParameters, Part, WholeLayer
@@ -77,7 +78,7 @@ class TrainBySignal(Scope):
         self.eps = eps
         self.layers_name = layers_name
 
-    def check(self, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.patterns is not None:
             self._blocks(pl_module, ())
         else:
@@ -98,8 +99,8 @@ class TrainBySignal(Scope):
                 "from noise by two at least. Set it to twice the batch size, or more."
             )
         rank_zero_info(
-            f"TrainBySignal: {len(blocks) * len(batches) * (2 * self.num_queries + 1):,} forwards over {len(blocks)} "
-            "blocks, and a few a block that find out where parameters are read."
+            f"TrainBySignal: {len(blocks) * len(batches) * (2 * self.num_queries + 1):,} forwards over "
+            f"{counted(len(blocks), 'block')}, and a few a block that find out where parameters are read."
         )
         losses = [partial(calibration_forward, pl_module, batch) for batch in batches]
         signals = measure_signal(pl_module, blocks, losses, self.num_queries, self.eps)

@@ -23,7 +23,7 @@ class TrainHead(Scope):
         super().__init__()
         self.untie = untie
 
-    def check(self, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pretrained_model(self, pl_module)
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:

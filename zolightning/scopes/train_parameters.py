@@ -7,6 +7,7 @@ from difflib import SequenceMatcher
 import lightning as L
 
 from zolightning.optim.checks import require_patterns
+from zolightning.partners import callbacks_of
 from zolightning.scopes.scope import Scope, Selection
 
 _MOST_NAMES = 12
@@ -28,21 +29,25 @@ class TrainParameters(Scope):
         require_patterns(patterns)
         self.patterns = tuple(patterns)
 
-    def check(self, pl_module: L.LightningModule) -> None:
-        # A tied head has a name of its own once LinearProbing has untied it.
-        self._refuse_without_match([name for name, _ in pl_module.named_parameters(remove_duplicate=False)])
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        from zolightning.callbacks.linear_probing import LinearProbing  # which needs scopes
+
+        # It unties a head, which has a name of its own then.
+        unties = any(isinstance(callback, LinearProbing) for callback in callbacks_of(trainer))
+        self._refuse_without_match([name for name, _ in pl_module.named_parameters(remove_duplicate=not unties)])
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         names = [name for name, _ in pl_module.named_parameters()]
         self._refuse_without_match(names)
         chosen = [name for name in names if any(re.search(pattern, name) for pattern in self.patterns)]
-        return Selection(dict.fromkeys(chosen), f"parameters that match {' or '.join(map(repr, self.patterns))}")
+        patterns = " or ".join(f"'{pattern}'" for pattern in self.patterns)
+        return Selection(dict.fromkeys(chosen), f"parameters that match {patterns}")
 
     def _refuse_without_match(self, names: Sequence[str]) -> None:
         for pattern in self.patterns:
             if not any(re.search(pattern, name) for name in names):
                 there = ", ".join(_like(pattern, names))
-                raise ValueError(f"`patterns` has {pattern!r}, which matches no parameter. There are {there}.")
+                raise ValueError(f"`patterns` has '{pattern}', which matches no parameter. There are {there}.")
 
 
 def _like(pattern: str, names: Iterable[str]) -> list[str]:
