@@ -1,8 +1,9 @@
 """Dense random directions, which are regenerated wherever they are added and never stored."""
 
+import copy
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class Direction:
         values = tuple(coefficient(value * factor / CODE_SCALE[self.kind], self.kind) for value in self.values)
         coefficients = table(values, self.coefficients.dtype, self.coefficients.device)
         return Direction(self.keys, coefficients, self.kind, values, self.first)
+
+    def opposite(self, negated: "Negated") -> "Direction":
+        """This direction negated; `negated` makes its coefficients, once for all directions that share them."""
+        coefficients, values = negated(self)
+        if type(self) is Direction:
+            return Direction(self.keys, coefficients, self.kind, values, self.first)
+        made = copy.copy(self)
+        made.coefficients, made.values = coefficients, values
+        return made
 
     def is_opposite(self, other: object) -> bool:
         """Whether `other` is known to be this direction with negated coefficients, without reading from the device."""
@@ -106,6 +116,25 @@ class Direction:
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
         kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=self.first + start)
+
+
+class Coefficients(NamedTuple):
+    """What the directions of a sum are multiplied by: a tensor, and its numbers if they are known on the host."""
+
+    table: Tensor
+    values: tuple[float, ...] | None
+
+
+Negated = Callable[[Direction], Coefficients]
+
+
+def negated(direction: Direction) -> Coefficients:
+    """The coefficients of a direction with the other sign."""
+    own, values = direction.coefficients, direction.values
+    if values is None:
+        return Coefficients(-own, None)
+    values = tuple([-value for value in values])
+    return Coefficients(table(values, own.dtype, own.device), values)
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:

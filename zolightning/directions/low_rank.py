@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis
-from zolightning.directions.dense import Direction
+from zolightning.directions.dense import Direction, Negated
 
 
 class LowRank:
@@ -35,6 +35,11 @@ class LowRank:
         self.shape = shape
         self.pending = pending
         self.direction = direction
+
+    def opposite(self, negated: Negated) -> "LowRank":
+        """The same with its direction negated; pending updates stay."""
+        direction = None if self.direction is None else self.direction.opposite(negated)
+        return LowRank(self.basis, self.shape, self.pending, direction)
 
     def write_core(self, out: Tensor) -> Tensor:
         """Writes the core, rounded once to the dtype of `out`, to `out`, which has its shape, and returns it."""

@@ -1,7 +1,8 @@
 """The interface of perturbations of a weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,6 +15,13 @@ class Perturbation(Protocol):
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes the perturbed ``table[rows]``, shape (k, n), to `out`; `table` is (m, n), `rows` integers (k,)."""
+
+
+class HasOpposite(Perturbation, Protocol):
+    """A perturbation whose opposite is known, as those of this package are."""
+
+    def opposite(self, negated: Callable[[Any], Any]) -> "HasOpposite":
+        """The same with its directions negated, whose coefficients are ``negated(direction)``; pending updates stay."""
 
 
 @dataclass(frozen=True, eq=False)

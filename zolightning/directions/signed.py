@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zolightning.directions.basis import Basis
+from zolightning.directions.dense import Negated
 from zolightning.directions.low_rank import LowRank
 
 
@@ -26,6 +27,9 @@ class Signed(LowRank):
         self.core = core
         self.signs = signs
         self.factor = factor
+
+    def opposite(self, negated: Negated) -> "Signed":
+        return Signed(self.basis, self.shape, self.pending, self.core, self.signs, -self.factor)
 
     @staticmethod
     def write_cores(groups: Sequence[LowRank], outs: Tensor) -> None:

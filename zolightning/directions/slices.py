@@ -1,11 +1,13 @@
 """Slices of parameters: some rows or some columns, which train alone."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.dense import Negated
+from zolightning.directions.perturbation import HasOpposite, Perturbation
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,10 @@ class SlicedPerturbation:
         self.perturbation.add_to(compact, perturbed)
         out.copy_(weight)
         self.part.put(out, perturbed)
+
+    def opposite(self, negated: Negated) -> "SlicedPerturbation":
+        """The same with its direction negated, if what it applies has an opposite."""
+        return SlicedPerturbation(cast(HasOpposite, self.perturbation).opposite(negated), self.part)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         perturbed = torch.empty_like(table)

@@ -204,6 +204,8 @@ class Evaluator:
                 return self._stack.evaluate(evaluate, contexts, generators, self.graphs), []
             except CannotStack as error:
                 self._stack = None
+                for context in contexts:
+                    context.seen.clear()  # all functions were watched; below only those in readers are
                 rank_zero_warn(
                     f"`evaluations_per_forward` is 1 from here on: {error}. Set it to 1, or freeze a parameter that "
                     "is in the way, or give it a `vector_lr` of 0."

@@ -27,6 +27,7 @@ from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
 from zolightning.evaluation.shared_prefix import SharedPrefix
+from zolightning.evaluation.watched_everywhere import watched_everywhere
 
 EvaluateThis = Callable[..., LossAndTerms]  # evaluates the loss function given as `loss`
 Losses = list[LossAndTerms]
@@ -138,15 +139,16 @@ class ExampleNetwork:
         if len(contexts) == 1:
             losses = one_by_one(evaluate, batch, contexts)
             return _Found(losses, losses[0], None)
-        run = _Run(self.network, contexts, generators, graphs)
-        with replaced_forward(self.network, run.forward):
-            with contexts[0]:
-                whole = evaluate(loss=batch.loss)
-            run.is_whole = False
-            for context, loss in zip(contexts, batch.examples.values(), strict=True):
-                with context:
-                    run.begin()
-                    run.losses.append(evaluate(loss=loss))
+        with watched_everywhere(contexts) as readers:
+            run = _Run(self.network, contexts, readers, generators, graphs)
+            with replaced_forward(self.network, run.forward):
+                with contexts[0]:
+                    whole = evaluate(loss=batch.loss)
+                run.is_whole = False
+                for context, loss in zip(contexts, batch.examples.values(), strict=True):
+                    with context:
+                        run.begin()
+                        run.losses.append(evaluate(loss=loss))
         run.finish()
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)

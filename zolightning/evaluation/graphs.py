@@ -19,7 +19,7 @@ bit.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -37,6 +37,7 @@ from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import RowGroups
 from zolightning.evaluation.scratch import Scratch
 from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Perturbations, Tables, copy_into, static_copy
+from zolightning.evaluation.watched_everywhere import watched_everywhere
 from zolightning.rank_zero import rank_zero_warn
 
 LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and what the driver needs
@@ -72,12 +73,13 @@ class GraphedNetwork:
 
     def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
         """The loss and its number of terms under each of some perturbations."""
-        results = []
-        for context in contexts:
-            own = self.network.forward
-            # As stacked evaluations do: the context is entered last, so that it watches a network that is a reader.
-            with replaced_forward(self.network, partial(self.run, own, context)), context:
-                results.append(evaluate())
+        results: list[LossAndTerms] = []
+        known: dict[int, Parts] = {}
+        with watched_everywhere(contexts) as readers:
+            for context in contexts:
+                run = partial(self.run, self.network.forward, context, readers, known)
+                with context, replaced_forward(self.network, run):
+                    results.append(evaluate())
         return results
 
     def clear(self) -> None:
@@ -115,36 +117,54 @@ class GraphedNetwork:
             f"replayed, {reason}."
         )
 
-    def run(self, own: Callable[..., Any], context: Perturbed, *args: Any, **kwargs: Any) -> Any:
+    def run(
+        self,
+        own: Callable[..., Any],
+        context: Perturbed,
+        readers: Iterable[nn.Module] | None,
+        known: dict[int, Parts],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """The network's forward within the active `context`, by a graph if there is one for this call.
 
         Args:
             own: the forward without a graph.
-            context: how each group of rows sees parameters, or how all rows do.
+            context: how each group of rows sees parameters, or how all rows do; it watches all functions.
+            readers: the modules in which watching is enough, if they are known.
+            known: the parts of perturbations that have been described in this step, by their id; added to.
             *args: the arguments of the forward.
             **kwargs: its keyword arguments.
         """
+        if readers is not None and self.network in readers:
+            readers = None  # `own` is called directly, not by the `forward` that watches
+
+        def run() -> Any:
+            with context.only_in(readers):
+                return own(*args, **kwargs)
+
         if self.is_off:
-            return own(*args, **kwargs)
+            return run()
         try:
             if torch.is_grad_enabled():
                 raise CannotCapture("`training_step` differentiates")
-            arguments = Arguments(args, kwargs, self._capture.device)
-            parts = Parts([_watched(group) for group in _groups(context)], self._capture.device)
+            with torch._C.DisableTorchFunction():  # nothing is read here that the context would have to exchange
+                arguments = Arguments(args, kwargs, self._capture.device)
+                parts = Parts.of([_watched(group) for group in _groups(context)], self._capture.device, known)
+                key = (arguments.key, parts.key, *_modes(self.network, self._capture.device))
         except CannotCapture as error:
             self._turn_off(str(error))
-            return own(*args, **kwargs)
-        key = (arguments.key, parts.key, *_modes(self.network, self._capture.device))
+            return run()
         self._uses[key] += 1
         graph = self._graphs.get(key)
         if graph is None:
-            output = own(*args, **kwargs)
+            output = run()
             if self._uses[key] > 1 and self._has_room(key):
-                self._add(key, own, context, arguments, parts, output)
+                self._add(key, own, context, readers, arguments, parts, output)
             return output
         output = graph.replay(arguments, parts, self._step)
         if graph.proofs < _PROOFS and graph.proven_in != self._step:
-            expected = own(*args, **kwargs)
+            expected = run()
             self._prove(graph, output, expected)
             return expected
         context.seen |= graph.twin.seen
@@ -173,6 +193,7 @@ class GraphedNetwork:
         key: Hashable,
         own: Callable[..., Any],
         context: Perturbed,
+        readers: Iterable[nn.Module] | None,
         arguments: Arguments,
         parts: Parts,
         expected: Any,
@@ -182,9 +203,6 @@ class GraphedNetwork:
         if tables is None:
             tables = self._tables[parts.key] = Tables(parts)
         tables.fill(parts, self._step)
-        readers = context.readers
-        if readers is not None and self.network in readers:
-            readers = None  # `own` is called directly, not by the `forward` that watches
         try:
             graph = _Graph(arguments, tables)
             args, kwargs = arguments.with_tensors(graph.inputs)
@@ -251,8 +269,9 @@ class _Graph:
 
     def replay(self, arguments: Arguments, parts: Parts, step: int) -> Any:
         """The output of the forward for these arguments and perturbations, as a copy."""
-        self._tables.fill(parts, step)
-        copy_into(self.inputs, arguments.tensors)
+        with torch._C.DisableTorchFunction():
+            self._tables.fill(parts, step)
+            copy_into(self.inputs, arguments.tensors)
         self.launch()
         return tree_map_only(Tensor, Tensor.clone, self.output)
 

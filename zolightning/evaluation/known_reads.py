@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from zolightning.directions.opposite import Opposite
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
@@ -66,7 +67,15 @@ class KnownReads:
             loss: evaluates the batch's loss, a scalar.
         """
         self._find_unseen({**trainable, **resting}, loss)
-        found = [self._perturbed(trainable, changes) for changes in perturbations]
+        found: list[Perturbed] = []
+        by_changes: dict[int, Perturbed] = {}  # by the id of what an evaluation changes
+        for changes in perturbations:
+            plus = by_changes.get(id(changes.of)) if isinstance(changes, Opposite) else None
+            if plus is None:
+                context = by_changes[id(changes)] = self._perturbed(trainable, changes)
+            else:
+                context = Perturbed(Opposite(plus.perturbations), plus.in_place, self._scratch)
+            found.append(context)
         readers = self._find_readers(found[0], resting, loss)
         for context in found:
             context.readers = readers

@@ -1,6 +1,6 @@
 """Runs a network once for several evaluations of a step, each of which has its own rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ class NetworkRun:
 
     Args:
         network: the network.
-        contexts: how each evaluation sees parameters.
+        contexts: how each evaluation sees parameters, all functions being watched.
+        readers: the modules in which watching is enough, if they are known.
         generators: the random number generators that evaluations may draw from.
         graphs: the network's forward as CUDA graphs, if any.
     """
@@ -43,6 +44,7 @@ class NetworkRun:
         self,
         network: nn.Module,
         contexts: Sequence[Perturbed],
+        readers: Iterable[nn.Module] | None,
         generators: Generators,
         graphs: GraphedNetwork | None,
     ) -> None:
@@ -50,6 +52,7 @@ class NetworkRun:
         self.calls: list[Call] = []
         self.cuts: list[Any] = []  # which tensors were split, in order
         self._contexts = contexts
+        self._readers = readers
         self._generators = generators
         self._network = network
         self._network_forward = network.forward
@@ -136,11 +139,11 @@ class NetworkRun:
         args, kwargs = apply_to_collection((args, kwargs), Tensor, spread)
         total = self.count_rows(rows)
         stacked = RowGroups(self._contexts, total, self._held)
-        if stacked.readers is not None and self._network in stacked.readers:
-            stacked.readers = None  # its own forward is called directly, not by the one that watches
         function: Any = self._network_generate if self._is_writing else self._network_forward
         if self._graphs is not None and not self._is_writing:
-            function = partial(self._graphs.run, function, stacked)
+            function = partial(self._graphs.run, function, stacked, self._readers, {})
+        elif self._readers is not None and self._network not in self._readers:
+            stacked.readers = self._readers  # else its own forward runs, past the one that would watch
         before = self._generators.states()
         try:
             with self._contexts[0].paused(), stacked:

@@ -14,14 +14,14 @@ perturbed in place, from a copy.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
@@ -29,10 +29,10 @@ from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.descriptions import describes
 from zolightning.evaluation.pieces import HOST, ByRows, is_cut, linear_in_pieces
+from zolightning.evaluation.products import PRODUCTS, factors_of
+from zolightning.evaluation.replaced import replaced_forwards
 from zolightning.evaluation.scratch import Scratch
 
-# Products with a weight, and which of their arguments are the weight, the input and the bias.
-PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
 _CONTAINERS = (list, tuple)  # in which a function may get parameters
 
 
@@ -58,19 +58,21 @@ class Perturbed(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.perturbations = perturbations
-        self.in_place = {parameter: perturbations[parameter] for parameter in in_place}
-        self._by_id = {id(p): change for p, change in perturbations.items()}  # without the parameters in place
-        for parameter in self.in_place:
-            del self._by_id[id(parameter)]
+        self.in_place = frozenset(in_place)
+        self._ids = set(map(id, perturbations)).difference(map(id, self.in_place))  # that functions are watched for
         self.scratch = scratch or Scratch()
         self.readers = readers
         self._restore = ExitStack()
-        self._forwards: list[tuple[dict[str, Any], Any]] = []  # each reader's attributes, and its own `forward` or None
         self._is_paused = False
         self._is_watching = False
         # Small tensors, perturbed together at the first read of one of them, by device and id; None outside the context
         self._together: dict[torch.device, dict[int, Tensor]] | None = None
         self.seen: set[int] = set()  # ids of the parameters that some function has read
+
+    @cached_property
+    def _by_id(self) -> dict[int, Perturbation | None]:
+        """The perturbations of the parameters that functions are watched for, asked for when one is read."""
+        return {key: change for p, change in self.perturbations.items() if (key := id(p)) in self._ids}
 
     def has_touched_any(self) -> bool:
         """Whether any of the parameters may have been read so far."""
@@ -78,7 +80,7 @@ class Perturbed(TorchFunctionMode):
 
     def unread(self) -> list[nn.Parameter]:
         """The parameters that no function has read so far, without those perturbed in place."""
-        if self._by_id.keys() <= self.seen:
+        if self._ids <= self.seen:
             return []
         return [p for p in self.perturbations if p not in self.in_place and id(p) not in self.seen]
 
@@ -87,17 +89,31 @@ class Perturbed(TorchFunctionMode):
         """A context in which functions get the stored parameters."""
         self._is_paused = True
         try:
-            yield
+            with self.only_in(()):
+                yield
         finally:
             self._is_paused = False
+
+    @contextmanager
+    def only_in(self, readers: Iterable[nn.Module] | None) -> Iterator[None]:
+        """Watches the forwards of `readers` alone, if this context is active and the innermost that watches all."""
+        if readers is None or _get_current_function_mode() is not self:
+            yield
+            return
+        super().__exit__(None, None, None)
+        try:
+            with replaced_forwards(readers, self._forward_of):
+                yield
+        finally:
+            super().__enter__()
 
     def __enter__(self) -> "Perturbed":
         with ExitStack() as restore:  # an interrupt or a lack of memory in here undoes what was done so far
             # Autocast keeps its half-precision copies of parameters: stale here, or as large as the model.
             restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
-            for parameter, perturbation in self.in_place.items():
-                if perturbation is None:
+            for parameter in self.in_place:
+                if (perturbation := self.perturbations[parameter]) is None:
                     continue
                 original = parameter.detach().clone(memory_format=torch.contiguous_format)
                 perturbed = torch.empty_like(original)
@@ -108,19 +124,7 @@ class Perturbed(TorchFunctionMode):
                 super().__enter__()
                 restore.push(super().__exit__)
             else:
-                restore.callback(self._give_forwards_back)
-                for module in self.readers:
-                    attributes = vars(module)  # past nn.Module's own attribute access, which takes longer
-                    own = attributes.get("forward")
-                    self._forwards.append((attributes, own))
-                    attributes["forward"] = (
-                        partial(self._linear_forward, module)
-                        if own is None
-                        and isinstance(module, nn.Linear)
-                        and type(module).forward is nn.Linear.forward
-                        and "weight" in module._parameters
-                        else partial(self._watch, module.forward)
-                    )
+                restore.enter_context(replaced_forwards(self.readers, self._forward_of))
             self._restore = restore.pop_all()
         self._together = {}
         return self
@@ -129,13 +133,13 @@ class Perturbed(TorchFunctionMode):
         self._together = None
         self._restore.__exit__(*exception)
 
-    def _give_forwards_back(self) -> None:
-        while self._forwards:
-            attributes, own = self._forwards.pop()
-            if own is not None:
-                attributes["forward"] = own
-            else:
-                attributes.pop("forward", None)  # not there yet if an interrupt came in between
+    def _forward_of(self, reader: Any) -> Callable[..., Any]:
+        """A forward in which functions are watched."""
+        attributes = vars(reader)  # past nn.Module's own attribute access, which takes longer
+        is_linear = type(reader).forward is nn.Linear.forward and "forward" not in attributes
+        if is_linear and "weight" in attributes["_parameters"]:
+            return partial(self._linear_forward, reader)
+        return partial(self._watch, reader.forward)
 
     def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Replaces the forward of a module that reads parameters: watches the functions called in there."""
@@ -186,9 +190,11 @@ class Perturbed(TorchFunctionMode):
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
-        perturbations = self._by_id
+        ids = self._ids
         for value in values:
-            if id(value) in perturbations or (isinstance(value, _CONTAINERS) and self._reads(value)):
+            if id(value) in ids:
+                return True
+            if isinstance(value, _CONTAINERS) and self._reads(value):
                 return True
         return False
 
@@ -199,7 +205,7 @@ class Perturbed(TorchFunctionMode):
         """
         if isinstance(value, _CONTAINERS):
             return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
-        if id(value) not in self._by_id:
+        if id(value) not in self._ids:
             return value
         self.seen.add(id(value))
         perturbation = self._by_id[id(value)]
@@ -235,7 +241,7 @@ class Perturbed(TorchFunctionMode):
             return None
         if device not in self._together:
             is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            watched = ((p, change) for p, change in self.perturbations.items() if id(p) in self._by_id)
+            watched = ((p, change) for p, change in self.perturbations.items() if id(p) in self._ids)
             self._together[device] = {} if is_recorded else self.scratch.together(device).make(watched)
         return self._together[device].get(id(parameter))
 
@@ -293,9 +299,3 @@ class Perturbed(TorchFunctionMode):
             self.seen.add(id(weight))
         self.scratch.give_back(taken)
         return output
-
-
-def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """Weight, input and bias in a call of one of :data:`PRODUCTS`; None for those not given by position."""
-    weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
-    return weight, inputs, bias

@@ -1,6 +1,6 @@
 """Temporarily replaces methods of one module instance."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -27,3 +27,22 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """A context in which a module has another ``forward``, with the signature of its own, which ``generate`` reads."""
     with replaced(module, "forward", wraps(module.forward)(lambda *args, **kwargs: forward(*args, **kwargs))):
         yield
+
+
+@contextmanager
+def replaced_forwards(modules: Iterable[nn.Module], made: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Gives each of some modules another ``forward``, which is made of the module."""
+    own: list[tuple[dict[str, Any], Any]] = []  # attributes, and the forward among them or None
+    try:
+        for module in modules:
+            attributes = vars(module)
+            own.append((attributes, attributes.get("forward")))
+            attributes["forward"] = made(module)
+        yield
+    finally:
+        while own:
+            attributes, forward = own.pop()
+            if forward is not None:
+                attributes["forward"] = forward
+            else:
+                attributes.pop("forward", None)  # not there yet if an interrupt came in between

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.perturbed import PRODUCTS, Perturbed, factors_of
+from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.pieces import HOST, ByRows, multiply
+from zolightning.evaluation.products import PRODUCTS, factors_of
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 from zolightning.evaluation.together import cores_of_groups
 
@@ -54,7 +55,7 @@ class RowGroups(Perturbed):
         cut = [self._has_rows(tensor) for tensor in tensors]
         held = [id(tensor) for tensor in tensors if id(tensor) in self.held]
         self.cuts.append((func, *held, *cut))
-        self.groups[0].seen.update(name for name in held if name in self._by_id)
+        self.groups[0].seen.update(name for name in held if name in self._ids)
         if func in PRODUCTS and (output := self._stacked_product(func, args, kwargs)) is not None:
             return output
         if func in PRODUCTS and (output := self._product_of_each(func, args, kwargs)) is not None:
@@ -118,7 +119,7 @@ class RowGroups(Perturbed):
         weight, inputs, bias = factors_of(func, args)
         if (
             kwargs
-            or id(weight) not in self._by_id
+            or id(weight) not in self._ids
             or not self._has_rows(inputs)
             or inputs.ndim < 2
             or weight.ndim != 2
@@ -148,7 +149,7 @@ class RowGroups(Perturbed):
     def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """``F.embedding`` with each group's own table; None for calls with more to do, such as renormalising."""
         max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-        if len(args) < 2 or max_norm is not None or id(args[1]) not in self._by_id:
+        if len(args) < 2 or max_norm is not None or id(args[1]) not in self._ids:
             return None
         ids, table = args[:2]
         if not self._has_rows(ids):
@@ -194,7 +195,7 @@ class RowGroups(Perturbed):
 
     def _vectors(self, value: Any) -> list[Any]:
         """A small parameter as each group sees it; `value` itself for each group if it is not perturbed."""
-        if id(value) not in self._by_id:
+        if id(value) not in self._ids:
             return [value] * len(self.groups)
         stored, changes = value.detach().contiguous(), self._changes(value)
         found: dict[int, Tensor] = {}

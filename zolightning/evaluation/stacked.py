@@ -29,6 +29,7 @@ from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
+from zolightning.evaluation.watched_everywhere import watched_everywhere
 
 
 def network_of(
@@ -104,8 +105,9 @@ class StackedNetwork:
 
     def _run(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> NetworkRun:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
-        run = NetworkRun(self.network, contexts, self._generators, self._graphs)
         with ExitStack() as stack:
+            readers = stack.enter_context(watched_everywhere(contexts))
+            run = NetworkRun(self.network, contexts, readers, self._generators, self._graphs)
             stack.enter_context(replaced_forward(self.network, run.forward))
             if hasattr(self.network, "generate"):
                 stack.enter_context(replaced(self.network, "generate", run.generate))

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zolightning.directions.dense import Direction
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.opposite import Opposite
 from zolightning.directions.perturbation import InPlace, Perturbation
+from zolightning.directions.slices import SlicedPerturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 
+# What makes the opposite of a perturbation by negating the coefficients of directions alone
+_BY_COEFFICIENTS = (Direction.opposite, LowRank.opposite, SlicedPerturbation.opposite)
 _OF_DIRECTIONS = frozenset({"keys", "coefficients", "kind", "values", "first"})  # attributes of every direction
 
 Perturbations = Mapping[nn.Parameter, Perturbation | None]
@@ -75,11 +80,50 @@ class Parts:
         self._known: dict[int, Hashable] = {}  # descriptions of objects, which several parameters may share, by id
         self._has_opposites = len(groups) > 1
         self._alike: dict[Hashable, tuple[int, Any]] = {}  # the number of each kind of direction, and its first offset
+        self._directions: dict[int, Direction] = {}  # one of each coefficients, by id
+        self._kinds: set[type] = set()  # of what perturbations are made of, beside plain directions
         described: list[Hashable] = [len(group) for group in groups]
-        for group in groups:
+        numbers: dict[int, int] = {}  # of groups, by id
+        for number, group in enumerate(groups):
+            if isinstance(group, Opposite) and id(group.of) in numbers:
+                described += Opposite, numbers[id(group.of)]
+                for direction in self._directions.values():
+                    self._place(group.negated(direction).table)
+                continue
+            numbers[id(group)] = number
             for parameter, change in group.items():
                 described += id(parameter), self._described(change)
         self.key: Hashable = (*described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
+
+    @staticmethod
+    def of(groups: Sequence[Perturbations], device: torch.device, known: dict[int, "Parts"]) -> "Parts":
+        """The parts of some groups; of a single one they are known from its opposite, or from an earlier call.
+
+        Args:
+            groups: how each group of rows sees parameters.
+            device: of the tensors.
+            known: of single groups, by their id, which stays theirs since parts refer to them; added to.
+        """
+        if len(groups) > 1:
+            return Parts(groups, device)
+        group, found = groups[0], known.get(id(groups[0]))
+        if found is None and isinstance(group, Opposite) and id(group.of) in known:
+            found = known[id(group.of)].opposite(group)
+        known[id(group)] = found = found or Parts(groups, device)
+        return found
+
+    def opposite(self, changes: Opposite) -> "Parts | None":
+        """The parts of the opposite of the one group; None where it differs in more than what is in the tables."""
+        if any(getattr(kind, "opposite", None) not in (None, *_BY_COEFFICIENTS) for kind in self._kinds):
+            return None
+        made = copy.copy(self)
+        made._groups, made.tables, made._places = [changes], list(self.tables), dict(self._places)
+        for direction in self._directions.values():
+            if direction.coefficients._base is not None:
+                return None
+            negated, place = changes.negated(direction).table, self._places[id(direction.coefficients)]
+            made.tables[place], made._places[id(negated)] = negated, place
+        return made
 
     def with_tables(self, tables: Sequence[Tensor]) -> list[Perturbations]:
         """These perturbations with other tables in place of their own."""
@@ -104,6 +148,7 @@ class Parts:
         known = self._known.get(id(value))
         if known is not None:
             return known
+        self._kinds.add(kind)
         found: Hashable
         if isinstance(value, Tensor):
             table = value._base
@@ -141,6 +186,7 @@ class Parts:
             return Direction, number, start - first
         if table is not None:
             self._alike[like] = len(self._alike), start
+        self._directions[id(direction.coefficients)] = direction
         noise = self._described(keys), self._described(direction.coefficients)
         return Direction, direction.kind, direction.first, values, *noise
 

@@ -6,13 +6,11 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms, require_terms
-from zolightning.optim.estimators import PerExample
-from zolightning.optim.probing import Probed, device_of, losses_at, of_whole_parameters, sums_of
+from zolightning.optim.estimators import PerExample, Probe
+from zolightning.optim.probing import Probed, device_of, losses_at, perturbations_at, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
@@ -50,12 +48,11 @@ def evaluate_examples(
     probes = estimator.probes(count)
     own = share.of(len(probes))
     queries = [number % count for batch in micro_batches for number in batch.examples]
-    perturbations: list[dict[nn.Parameter, Perturbation]] = []
-    for place in own:
-        sign = probes[place].sign
-        found = optimizer.perturbations_of(dict.fromkeys(queries), sign)
-        whole = {query: of_whole_parameters(optimizer, changes) for query, changes in found.items()}
-        perturbations += [whole[query] for query in queries]
+    distinct, perturbations = tuple(dict.fromkeys(queries)), []
+    found = iter(perturbations_at(optimizer, [[Probe(q, probes[place].sign) for q in distinct] for place in own]))
+    for _ in own:
+        by_query = dict(zip(distinct, found, strict=False))
+        perturbations += [by_query[query] for query in queries]
     parts = [
         MicroBatch(partial(_evaluated, part.loss), {e: partial(_evaluated, f) for e, f in part.examples.items()})
         for part in micro_batches

@@ -1,12 +1,13 @@
 """Evaluates losses at perturbed weights and makes projected gradients of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.opposite import Opposite, have_opposites
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.examples import MicroBatch
@@ -16,6 +17,8 @@ from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
+
+ByQuery = Mapping[int, Mapping[nn.Parameter, Perturbation]]
 
 
 class Probed(NamedTuple):
@@ -70,7 +73,7 @@ def evaluate_probes(
     own = share.of(len(probes))
     size = optimizer.evaluator.evaluations_per_forward
     runs = [probes[start : min(start + size, own.stop)] for start in range(own.start, own.stop, size)]
-    perturbations = [changes for run in runs for changes in perturbations_at(optimizer, run)]
+    perturbations = perturbations_at(optimizer, runs)
     results = losses_at(optimizer, perturbations, evaluate, share, leaves_traces=leaves_traces) if own else []
     sums = [sums_of(terms, loss) for loss, terms in results]
     if len(own) == len(probes):
@@ -88,22 +91,30 @@ def evaluate_probes(
 
 
 def perturbations_at(
-    optimizer: "ZerothOrderOptimizer", probes: Sequence[Probe]
-) -> list[dict[nn.Parameter, Perturbation]]:
-    """The perturbations of whole parameters for some probes, which share one run of the network.
+    optimizer: "ZerothOrderOptimizer", runs: Iterable[Sequence[Probe]]
+) -> list[Mapping[nn.Parameter, Perturbation]]:
+    """The perturbations of whole parameters for the probes of some runs of the network, one run after the other.
 
     Probes of one run are asked for together, so that what they have in common is made once. Probes of other runs are
     not asked for with them: their keys would lie elsewhere in the same tables, and each would need a CUDA graph of its
-    own.
+    own. Of a query only the first sign is asked for: the other one is its opposite.
     """
-    found = {
-        sign: optimizer.perturbations_of([query for query, other in probes if other == sign], sign)
-        for sign in (1, -1)
-        if any(probe.sign == sign for probe in probes)
-    }
-    return [
-        of_whole_parameters(optimizer, found[sign][query] if sign else optimizer.offsets()) for query, sign in probes
-    ]
+    made: dict[tuple[int, ...], tuple[int, ByQuery]] = {}  # with one sign, which comes first
+    found: list[Mapping[nn.Parameter, Perturbation]] = []
+    for run in runs:
+        by_sign: dict[int, ByQuery] = {}
+        for sign in dict.fromkeys(probe.sign for probe in run if probe.sign):
+            queries = tuple(query for query, other in run if other == sign)
+            if queries in made and made[queries][0] != sign:
+                by_sign[sign] = {query: Opposite(changes) for query, changes in made[queries][1].items()}
+                continue
+            own = optimizer.perturbations_of(queries, sign)
+            by_sign[sign] = {query: of_whole_parameters(optimizer, changes) for query, changes in own.items()}
+            if all(map(have_opposites, own.values())):
+                made[queries] = sign, by_sign[sign]
+        for query, sign in run:
+            found.append(by_sign[sign][query] if sign else of_whole_parameters(optimizer, optimizer.offsets()))
+    return found
 
 
 def losses_at(
