@@ -9,7 +9,7 @@ from zolightning.malloc import keep_freed_memory
 
 
 def parser() -> argparse.ArgumentParser:
-    """What reads the command line: ``run`` of its result is the benchmark, which takes that result."""
+    """The parser of the command line; ``run`` of the arguments that it returns is the benchmark, a function of them."""
     parser = argparse.ArgumentParser(prog="python -m zolightning.bench", description=__doc__)
     commands = parser.add_subparsers(title="benchmarks", required=True)
     step_command.add_command(commands)

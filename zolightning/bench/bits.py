@@ -28,12 +28,16 @@ TAIL = 1008
 def comparisons(
     elements: int, huge: int | None = HUGE, loops: Any = kernels
 ) -> Iterator[tuple[str, Callable[[torch.device], int]]]:
-    """Names, and what says how many of the elements that loops write on a device are not those of the CPU.
+    """Names of comparisons, each with a function of a device.
+
+    It returns how many of the elements that a loop writes on the device have other bits than on the CPU.
 
     Args:
-        elements: of the tensors; an odd number is best.
-        huge: elements of three more cases, whose last ones are compared, a multiple of 16; none where None.
-        loops: a backend, or the choice among them; cases of functions that it lacks are left out.
+        elements: number of elements of the tensors; an odd number is best.
+        huge: number of elements, a multiple of 16, in three more cases that compare the last elements only; None: no
+            such cases.
+        loops: a backend, or :mod:`zolightning.kernels`, which chooses one; cases of functions that it lacks are left
+            out.
     """
     if huge is not None:
         for update in (_perturb_huge, _update_huge, _update_each_huge):
@@ -45,9 +49,9 @@ def comparisons(
 
 
 def _cases() -> Iterator[tuple[Any, ...]]:
-    """A method of LoopRuns and its arguments, each.
+    """Tuples of a method of LoopRuns and its arguments.
 
-    What steps take most goes first: a device compiles a loop or two for each of them, and may not come to the end.
+    The loops that steps use most go first: a device compiles a loop or two for each case, and may not come to the end.
     """
     few = tuple(zip((1, 3), NOISE_KINDS, strict=True))
     one, *more = product((1, 2, 3), NOISE_KINDS)
@@ -94,7 +98,7 @@ def _update_huge(device: torch.device, elements: int, start: int) -> Outputs:
 
 
 def _update_each_huge(device: torch.device, elements: int, start: int) -> Outputs:
-    """As one of several, which begin with element 0 each: the last elements of the whole are what is expected."""
+    """An update by ``for_each``, which always begins with element 0; the expected last elements come from `add`."""
     if start:
         return _update_huge(device, elements, start)
     weight = torch.full((elements,), 0.02, dtype=torch.bfloat16, device=device)

@@ -32,11 +32,11 @@ ROWS = ("MeZO", "HiZOO", "Sparse-MeZO", "MeZO-BCD, layers", "FOCUS, cyclic", "FO
 
 
 def speedup(passes: float, layers: int, beside: float = 0.0, shared: bool = True) -> float:
-    """How many times as fast as a step of MeZO one of FOCUS is.
+    """How many times as fast a step of FOCUS is as one of MeZO.
 
     Args:
-        passes: that a step of MeZO makes over all weights, in units of one forward.
-        layers: of which one moves.
+        passes: time of the passes over all weights in a step of MeZO, in units of one forward.
+        layers: number of layers, one of which moves.
         beside: share of the weights that moves in every step beside the layer.
         shared: whether what lies below the layer is computed once a step, as far as nothing moves there.
     """
@@ -45,12 +45,12 @@ def speedup(passes: float, layers: int, beside: float = 0.0, shared: bool = True
 
 
 def passes_for(factor: float, layers: int, shared: bool = True) -> float:
-    """The passes, in units of one forward, with which FOCUS is `factor` times as fast as MeZO."""
+    """The time of MeZO's passes, in units of one forward, for which FOCUS is `factor` times as fast as MeZO."""
     return (factor * (2 if shared else 3) - 2) / (1 - factor / layers)
 
 
 def measure(subject: Subject, batch_size: int, folder: Path | None, batches: int, repeats: int, clock: str) -> Record:
-    """Seconds of the rows on prompts, in turns, and what they say of the model of time."""
+    """Seconds of the rows on prompts, in turns, and the factors measured beside those of the model in this file."""
     model, rows = subject.model, [FORWARD, *(BY_NAME[name] for name in ROWS)]
     device = next(model.parameters()).device
     examples = subject.examples(folder, "sst2", batches, batch_size)

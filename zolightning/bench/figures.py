@@ -25,8 +25,8 @@ class Figures:
     """Appends to a CSV file, a line a figure, and prints.
 
     Args:
-        path: of the file.
-        part: of the run that the figures belong to.
+        path: the file.
+        part: name of the part of the run that the figures belong to.
     """
 
     def __init__(self, path: Path, part: str) -> None:
@@ -45,7 +45,7 @@ class Figures:
 
     @contextmanager
     def guarded(self, name: str) -> Iterator[None]:
-        """Lets what follows go on where `name` raises an exception: its first line becomes the figure ``failed``."""
+        """Catches an exception of the body, and writes its first line as the figure ``failed`` of `name`."""
         try:
             yield
         except Exception as error:

@@ -21,8 +21,8 @@ class Ceilings:
     """What the machine does at best, measured in the same run.
 
     Attributes:
-        bytes_per_second: read and written by a copy.
-        flops_per_second: of a square product in the dtype of the weights.
+        bytes_per_second: rate of a copy, counting the bytes read and those written.
+        flops_per_second: rate of a product of square matrices in the dtype of the weights.
     """
 
     bytes_per_second: float
@@ -32,13 +32,13 @@ class Ceilings:
     def measure(
         cls, device: torch.device, dtype: torch.dtype, copy_bytes: int | None = None, width: int | None = None
     ) -> "Ceilings":
-        """Copies and multiplies.
+        """Times a copy and a matrix product.
 
         Args:
-            device: where.
-            dtype: of the product.
-            copy_bytes: read, and written; 2 GB on CUDA and 64 MB elsewhere if not given.
-            width: of the square matrices; 8,192 on CUDA and 1,024 elsewhere if not given.
+            device: device to measure.
+            dtype: dtype of the product.
+            copy_bytes: size of the copied tensor; 2 GB on CUDA and 64 MB elsewhere if not given.
+            width: rows and columns of the matrices; 8,192 on CUDA and 1,024 elsewhere if not given.
         """
         is_cuda = device.type == "cuda"
         copy_bytes = copy_bytes or (2 * 10**9 if is_cuda else 64 * 10**6)
@@ -57,9 +57,9 @@ class Ceilings:
 
 @torch.no_grad()
 def forward_flops(loss: Callable[[], Tensor]) -> int:
-    """Floating point operations of the products of one evaluation, attention among them.
+    """Floating point operations of the matrix products in one evaluation, including attention.
 
-    Attention runs as plain products meanwhile: the counter refuses fused kernels whose keys have fewer heads.
+    Attention runs unfused here: the counter refuses fused kernels whose keys have fewer heads than the queries.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss()
@@ -67,7 +67,7 @@ def forward_flops(loss: Callable[[], Tensor]) -> int:
 
 
 def perturbed_bytes(model: nn.Module, parameters: list[nn.Parameter]) -> int:
-    """Bytes of the weights that an evaluation perturbs as a whole: of a table of embeddings only rows are read."""
+    """Bytes of the weights that an evaluation perturbs whole; of an embedding table it perturbs only the rows read."""
     modules = list(model.modules())
     tables = {module.weight for module in modules if isinstance(module, nn.Embedding)}
     tables -= {module.weight for module in modules if isinstance(module, nn.Linear)}
@@ -75,11 +75,11 @@ def perturbed_bytes(model: nn.Module, parameters: list[nn.Parameter]) -> int:
 
 
 def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | None:
-    """The least bytes that a step moves beside its forwards, as our methods take it.
+    """The least number of bytes that a step of one of our methods moves beside its forwards; None for other steps.
 
-    A dense method writes every weight to scratch at each evaluation, which it reads for that, once for both signs where
-    they share a forward; at the update it reads and writes the weight and what completes it to fp32. Steps of low-rank
-    methods touch no weight between two resamplings. None for steps that are not ours.
+    For each evaluation, a dense method reads every weight and writes the perturbed weight to a scratch tensor; both
+    signs need one read where they share a forward. The update reads and writes each weight and the bits that complete
+    it to fp32. Low-rank methods touch no weight between two resamplings.
     """
     if not isinstance(step, OptimizerStep):
         return None
@@ -93,12 +93,12 @@ def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | N
 
 
 def floor_table(model: nn.Module, flops: float, ceilings: Ceilings) -> list[Record]:
-    """Milliseconds of the parts of a two-sided dense step that trains all of `model`.
+    """The least milliseconds that each part of a two-sided dense step takes, if it trains all of `model`.
 
     Args:
-        model: whose weights are perturbed and updated.
-        flops: of one forward.
-        ceilings: of the machine.
+        model: the model that is perturbed and updated.
+        flops: floating point operations of one forward.
+        ceilings: the machine's best rates.
     """
     parameters = list(model.parameters())
     scratch, weights = perturbed_bytes(model, parameters), sum(parameter.nbytes for parameter in parameters)

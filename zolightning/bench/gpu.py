@@ -53,16 +53,17 @@ class Steps:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything there is.
+    """The sizes of all parts.
 
     Attributes:
-        bits: elements of the tensors whose bits are compared.
-        bits_processes: among which the comparisons are dealt out: the host compiles a loop or two for each.
-        huge: elements of a tensor that int32 cannot count; none where None.
-        kernels: elements of the weights that kernels are timed on.
-        steps: what steps are measured of; the last model is that on which Triton is done without.
+        bits: number of elements of the tensors whose bits are compared.
+        bits_processes: number of processes that share the comparisons: for each of these the host compiles a loop or
+            two.
+        huge: number of elements of a tensor that int32 cannot count; None: no such tensor.
+        kernels: numbers of elements of the weights that kernels are timed on.
+        steps: the models whose steps are measured; the last one is also measured without Triton.
         repeated_shape: the model whose training is repeated.
-        repeated_steps: of each such run.
+        repeated_steps: steps of each repeated run.
     """
 
     bits: int = 100_003
@@ -106,10 +107,10 @@ class Part:
     """A part of the run.
 
     Attributes:
-        name: as in the file.
+        name: name in the file.
         limit: seconds that it may take.
-        runs: write its figures, each in a process of its own, all at once.
-        environment: variables of its processes.
+        runs: functions that write its figures, each in a process of its own, all at once.
+        environment: environment variables of these processes.
     """
 
     name: str
@@ -160,7 +161,7 @@ def run_here(part: Part, device: torch.device, path: Path, place: int = 0) -> No
 
 
 def _bits(sizes: Sizes, place: int, device: torch.device, figures: Figures) -> None:
-    """Every so many comparisons, beginning with number `place`."""
+    """Every `bits_processes`-th comparison, beginning with number `place`."""
     if place == 0:
         figures.write("machine", **machine(device))
     cases = equal = 0

@@ -50,13 +50,13 @@ _LIMIT = 5.0  # of `rms`, the default of ActivationBases
 
 @dataclass
 class Gradients:
-    """What is summed up of a linear map.
+    """Sums over examples of the gradients of one linear map with n inputs and m outputs.
 
     Attributes:
-        direction: (n, 1), scaled.
-        sums: (parts, m): of the gradients' products with it.
-        whole: (parts, m, n): of the gradients.
-        squares: of the products, and of the gradients: sums over examples of squared norms.
+        direction: (n, 1), the leading direction of the inputs, scaled.
+        sums: (parts, m), for each part the sum of its gradients times `direction`.
+        whole: (parts, m, n), for each part the sum of its gradients.
+        squares: (2,), sums over all examples of the squared norms of these products, and of the gradients.
     """
 
     direction: Tensor
@@ -190,13 +190,13 @@ def watched(maps: Mapping[str, nn.Linear], see: Callable[[str, Tensor, Tensor], 
 
 
 def signals(one: Gradients, counts: Sequence[int]) -> dict[str, Signal]:
-    """Of one map: "cores", what rank-1 bases search, and "matrices", all of it."""
+    """The signals of one map: "cores" is that within rank-1 bases, "matrices" that of the whole gradient."""
     cores, matrices = one.squares.tolist()
     return {"cores": Signal.of(one.sums, cores, counts), "matrices": Signal.of(one.whole, matrices, counts)}
 
 
 def total(chosen: Iterable[Signal]) -> Signal:
-    """Of several sets of numbers together."""
+    """The signal of several sets of numbers taken together."""
     return sum(chosen, Signal(0.0, 0.0))
 
 

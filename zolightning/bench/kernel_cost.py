@@ -20,14 +20,14 @@ ROWS_READ = 4096  # of a table of as many elements
 
 
 def measure_kernels(device: torch.device, sizes: Sequence[int], ceilings: Ceilings) -> Iterator[Record]:
-    """A record a kernel, bf16: seconds, bytes that it has to read and write a second, and its time over a copy's.
+    """Times each kernel in bf16: milliseconds, gigabytes read and written a second, and the time over that of a copy.
 
-    The kernels of most weight come first: one query, and the largest size; those that PyTorch compiles come last.
+    The most important come first: one query and the largest size; the loops of PyTorch come last.
 
     Args:
-        device: where.
-        sizes: elements of a weight.
-        ceilings: of the machine.
+        device: device to measure.
+        sizes: numbers of elements of a weight.
+        ceilings: the machine's best rates.
     """
     for queries in (1, 2, 8):
         for kind in get_args(NoiseKind):

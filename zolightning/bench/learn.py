@@ -65,18 +65,18 @@ class Settings:
     """The arguments of the command.
 
     Attributes:
-        entries: by name, files and settings.
-        config: files and settings of all entries, which each may replace.
-        forwards: that a run may use, where they are limited.
-        seconds: of training that a run may use, where they are limited.
-        grid: what the learning rate of each entry is multiplied by.
-        seeds: of the rows, their order and the directions; the grid's is the first one.
-        validations: of a run within its first limit.
-        clock: of the seconds: "wall" or "cpu".
+        entries: files and settings of each entry, by its name.
+        config: files and settings shared by all entries; an entry's own replace them.
+        forwards: number of forwards that a run may use; None: any.
+        seconds: seconds of training that a run may use; None: any.
+        grid: factors of each entry's learning rate.
+        seeds: seeds of the sampled rows, their order and the directions; the grid uses the first.
+        validations: number of validations of a run within its first limit.
+        clock: what counts the seconds: "wall" or "cpu".
         device: ``cuda`` or ``cpu``.
-        time_limit: seconds of the command after which no step is begun.
+        time_limit: seconds after which the command begins no step; None: no limit.
         output: file to append to.
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
     """
 
     entries: dict[str, str]
@@ -93,7 +93,7 @@ class Settings:
     folder: Path = Path("logs/learn-runs")
 
     def limits(self) -> dict[Unit, float]:
-        """Those that are given."""
+        """The limits that are given, by unit."""
         given: dict[Unit, float | None] = {"forwards": self.forwards, "seconds": self.seconds}
         return {unit: limit for unit, limit in given.items() if limit is not None}
 

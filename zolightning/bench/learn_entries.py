@@ -27,7 +27,7 @@ _BY_PROTOCOL = {  # of the Trainer, whatever files say
 
 @cache
 def _parser() -> "OneLineParser":
-    """Built once, for that takes seconds."""
+    """The parser of ``zolightning fit``, built once since that takes seconds."""
     from zolightning.commands.options import fit_parser
 
     return fit_parser()
@@ -62,7 +62,7 @@ def read(words: str) -> "Namespace":
 
 
 def described(config: "Namespace") -> str:
-    """What a run depends on, as JSON: all settings of its own that are not the defaults."""
+    """All settings that a run depends on and that are not the defaults, as JSON."""
     from jsonargparse import Namespace
 
     from zolightning.commands.slots import SLOTS
@@ -73,7 +73,7 @@ def described(config: "Namespace") -> str:
 
 
 def learning_rate(config: "Namespace") -> float:
-    """What a grid multiplies: the method's ``lr``, or that of ``model.optimizer`` where there is no method.
+    """The learning rate that a grid multiplies: the method's, or that of ``model.optimizer`` where there is no method.
 
     Raises:
         ValueError: there is none.
@@ -92,7 +92,7 @@ def with_learning_rate(config: "Namespace", lr: float) -> "Namespace":
 
 
 def make(config: "Namespace", *fields: str) -> "Namespace":
-    """The objects that fields of a config stand for, which have not been used."""
+    """New objects made from these fields of a config."""
     from jsonargparse import Namespace
 
     made: Namespace = _parser().instantiate_classes(Namespace({field: config[field] for field in fields}))
@@ -100,7 +100,7 @@ def make(config: "Namespace", *fields: str) -> "Namespace":
 
 
 def callbacks(config: "Namespace") -> list[Callback]:
-    """The method and what belongs to it, as callbacks that have not been used; none for backpropagation.
+    """New callbacks for the method and the fields that belong to it; none for backpropagation.
 
     Raises:
         MisconfigurationException: naming a field that has nothing to act on.

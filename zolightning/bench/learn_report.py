@@ -58,7 +58,7 @@ def draw(path: Path, entries: Sequence[Entry], curves: Curves, limits: Mapping[U
 
 
 def _seeds(best: Key, curves: Curves) -> list[Key]:
-    """The finished runs with the settings of one, of all seeds, its own first."""
+    """`best`, and the finished runs that differ from it in their seed only."""
     others = [key for key in curves if key != best and curves[key].tested and _unseeded(key) == _unseeded(best)]
     return [best, *others]
 

@@ -18,14 +18,14 @@ Unit = Literal["forwards", "seconds"]
 
 @dataclass(frozen=True)
 class Key:
-    """What tells a run from others.
+    """Identifies a run.
 
     Attributes:
-        setting: short hash of all that the run depends on and that has no column here.
-        task: name.
-        entry: name.
+        setting: short hash of everything else that the run depends on.
+        task: name of the task.
+        entry: name of the entry.
         lr: learning rate.
-        seed: of the rows, their order and the directions.
+        seed: seed of the sampled rows, their order and the directions.
     """
 
     setting: str
@@ -37,14 +37,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Line:
-    """An evaluation.
+    """An evaluation of a run.
 
     Attributes:
-        split: "val", "test", or "diverged" where a loss of training was not finite: nothing is evaluated then.
-        step: after so many steps.
-        forwards: that they took. A backward counts as two.
-        seconds: that they took, without validations.
-        loss, accuracy: of the split.
+        split: "val", "test", or "diverged" where a training loss was not finite and nothing was evaluated.
+        step: number of steps before it.
+        forwards: forwards that those steps took. A backward counts as two.
+        seconds: seconds that they took, without validations.
+        loss: loss on the split.
+        accuracy: accuracy on the split.
     """
 
     split: str
@@ -55,17 +56,18 @@ class Line:
     accuracy: float
 
     def spent(self, unit: Unit) -> float:
+        """Forwards, or seconds, before the evaluation."""
         return self.forwards if unit == "forwards" else self.seconds
 
 
 @dataclass
 class Curve:
-    """What is known of a run.
+    """All evaluations of a run.
 
     Attributes:
         validated: validations by step.
-        tested: tests of what is best within a limit, by step; a finished run has them.
-        has_diverged: whether a loss of training was not finite.
+        tested: tests of the best weights within each limit, by step; only a finished run has them.
+        has_diverged: whether a training loss was not finite.
     """
 
     validated: dict[int, Line] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class Curve:
         return self.tested.get(self.best(unit, limit).step)
 
     def add(self, line: Line) -> None:
-        """Takes in a line of the file. A run that goes on from a checkpoint repeats what came after it."""
+        """Adds a line of the file. A resumed run repeats validations: the old ones from this step on are replaced."""
         if line.split == "diverged":
             self.has_diverged = True
         elif line.split == "test":
@@ -97,12 +99,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is compared.
+    """One of the configurations that are compared.
 
     Attributes:
-        name: in tables.
-        config: of all its runs, with the learning rate of its files.
-        keys: of the runs of its grid.
+        name: its name in tables.
+        config: configuration of all its runs, with the learning rate that its files give.
+        keys: the runs of its learning-rate grid.
     """
 
     name: str
@@ -110,7 +112,7 @@ class Entry:
     keys: tuple[Key, ...]
 
     def finished(self, curves: Mapping[Key, Curve]) -> list[Key]:
-        """The runs of the grid that are."""
+        """The finished runs of the grid."""
         return [key for key in self.keys if key in curves and curves[key].tested]
 
     def best(self, curves: Mapping[Key, Curve], unit: Unit, limit: float) -> Key | None:

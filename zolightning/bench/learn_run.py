@@ -34,8 +34,8 @@ class Limits:
     Attributes:
         limits: numbers of forwards, or of seconds of training, or both.
         clock: "wall", or "cpu" for the time of this process on all cores, which others on the machine hardly change.
-        validations: within the first limit, beside one before it and one at the end of each.
-        end: by ``time.monotonic()``: after it no step is begun, and the next command goes on; None for never.
+        validations: number of validations within the first limit, beside one before it and one at the end of each.
+        end: value of ``time.monotonic()`` after which no step is begun; the next command goes on. None: no end.
     """
 
     limits: Mapping[Unit, float]
@@ -49,15 +49,15 @@ class Stopped(Exception):
 
 
 def train(key: Key, config: "Namespace", limits: Limits, device: str, output: Path, folder: Path) -> None:
-    """Makes a run, from its last checkpoint where there is one, and appends what it finds to a file.
+    """Makes a run, from its last checkpoint where there is one, and appends its validations and tests to a file.
 
     Args:
-        key: of the run.
-        config: of its entry, with its learning rate.
-        limits: when it ends.
+        key: identifies the run.
+        config: the entry's configuration, with the run's learning rate.
+        limits: when the run ends.
         device: ``cuda`` or ``cpu``.
-        output: the file.
-        folder: of its checkpoints; gone when the run is finished.
+        output: CSV file to append to.
+        folder: folder of the run's checkpoints, removed when the run is finished.
 
     Raises:
         Stopped: the command's time was over first.
@@ -118,10 +118,10 @@ class Meter(Callback):
     Tells the Trainer and its :class:`~zolightning.optim.WarmupDecay` after each step how many steps the run will have.
 
     Args:
-        key: of the run.
-        limits: of the run.
+        key: identifies the run.
+        limits: what the run may use.
         output: file to append validations to.
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
     """
 
     def __init__(self, key: Key, limits: Limits, output: Path, folder: Path) -> None:
@@ -141,7 +141,7 @@ class Meter(Callback):
         trainer.should_stop = len(self.used_up) == len(self.limits.limits)  # and only the tests are left
 
     def start(self, *_: Any) -> None:
-        """A step begins, or what comes before the first one."""
+        """Starts the clock, at the beginning of a step or of what is done once before the first."""
         self._started = self._clock()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -213,7 +213,7 @@ class Meter(Callback):
                 path.unlink()
 
     def line(self, split: str, step: int, loss: float, accuracy: float) -> Line:
-        """What was used up to now, beside what was found."""
+        """A line of the file: step, forwards and seconds so far, and the results of an evaluation."""
         forwards, seconds = int(self.spent["forwards"]), round(self.spent["seconds"], 2)
         return Line(split, step, forwards, seconds, round(loss, 6), round(accuracy, 6))
 
@@ -223,7 +223,7 @@ class Meter(Callback):
         return [Line("val", step, forwards, seconds, loss, math.nan) for step, forwards, seconds, loss in found]
 
     def path(self, step: int) -> Path:
-        """Where weights are kept."""
+        """The checkpoint of the weights after `step` steps."""
         return self.folder / f"step-{step}.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,10 +237,10 @@ class Deadline(Callback):
     """Stops a run as a cluster would: by SIGTERM, on which :class:`~zolightning.callbacks.SaveLast` saves and ends it.
 
     Args:
-        at: when, by ``time.monotonic()``; never where None.
+        at: value of ``time.monotonic()`` at which it stops the run; None: never.
 
     Attributes:
-        has_passed: whether it stopped the run.
+        has_passed: whether the run was stopped.
     """
 
     def __init__(self, at: float | None) -> None:

@@ -47,15 +47,16 @@ def any_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class LoopRuns:
-    """Each method runs the loop of its name, and returns what that has written.
+    """Each method runs the loop of its name, and returns the tensors that the loop has written.
 
-    Arguments: ``dtype`` of the weights, ``out`` of perturbed ones, ``rest`` of what completes weights to float32; the
-    number of ``queries`` and the ``kind`` of their noise; the ``decay`` of weights; what gives noise its ``shape``.
+    Their arguments: ``dtype`` of the weights, ``out`` dtype of the perturbed ones, ``rest`` dtype of the bits that
+    complete weights to float32; the number of ``queries`` and the ``kind`` of their noise; the ``decay`` of weights;
+    ``shape`` "scaled" for noise divided by the root of a curvature, "masked" for noise of small weights only.
 
     Attributes:
-        loops: a backend, or the choice among them.
-        device: of the tensors.
-        numel: of a tensor; some have fewer, or three times as many.
+        loops: a backend, or :mod:`zolightning.kernels`, which chooses one.
+        device: device of the tensors.
+        numel: number of elements of a tensor; some have fewer, or three times as many.
     """
 
     loops: Any
@@ -125,7 +126,7 @@ class LoopRuns:
     def perturb_each(
         self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind, shape: Shape = None
     ) -> Outputs:
-        """Of the tensors every second one is zero."""
+        """Every second weight is None, which stands for zeros."""
         weights = [any_bits(size + 60, dtype, size)[:size].to(self.device) for size in self._sizes()]
         outs = [torch.empty_like(weight, dtype=out) for weight in weights]
         given = [None if place % 2 else weight for place, weight in enumerate(weights)]
@@ -176,7 +177,7 @@ class LoopRuns:
         return _tensors_in(calls)
 
     def _moments(self, numel: int) -> tuple[Tensor, Tensor]:
-        """As large as gradients of a thousandth make them, zeros among them."""
+        """Mean and square, as large as gradients of about 1e-3 make them; some are zeros."""
         mean = torch.linspace(-1e-3, 1e-3, numel).to(self.device)
         return mean, mean.square().flip(0)
 

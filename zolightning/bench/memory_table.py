@@ -87,7 +87,7 @@ def table(models: Iterable[str], batches: Sequence[BatchShape]) -> Iterator[str]
 
 
 def cell(planned: MemoryPlan) -> str:
-    """``33.7 (48)``: what a plan takes, and on which card."""
+    """``33.7 (48)``: the GB that a plan takes, and the smallest card that holds it."""
     needed = planned.peak + CONTEXT
     card = next((str(gigabytes) for gigabytes, usable in CARDS.items() if needed <= usable), "-")
     beside = f" + {planned.host / 1e9:.1f}" if planned.host else ""

@@ -79,7 +79,7 @@ def time_prompts(
     Args:
         work: steps, each with the losses of its batches, equally many.
         repeats: passes over the batches.
-        clock: of the seconds.
+        clock: returns the current time in seconds.
     """
     for step, losses in work:
         seconds_of(partial(step, losses[0]))  # what happens only once is not timed
@@ -97,10 +97,10 @@ def load_examples(
     """Samples and encodes whole batches of training rows, or all rows where there is not one batch of them.
 
     Args:
-        tokenizer: of the model.
-        context_length: of the model, in tokens.
+        tokenizer: the model's tokenizer.
+        context_length: the longest input of the model, in tokens.
         folder: rows of SST-2; the sentiment set of the package if not given.
-        count: examples to sample.
+        count: number of examples to sample.
         batch_size: examples a batch.
     """
     task = load_task("sst2" if folder else "sentiment")

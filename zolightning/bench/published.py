@@ -26,7 +26,7 @@ class PublishedMeZO:
         parameters: those to train.
         lr: learning rate.
         eps: perturbation scale.
-        seed: of the steps' seeds.
+        seed: seed of the generator that draws each step's seed.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, eps: float, seed: int = 0) -> None:

@@ -56,9 +56,9 @@ class RandomTokens(L.LightningModule):
     """A model by shape that learns to predict random tokens, other ones at each step.
 
     Args:
-        shape: of :data:`~zolightning.bench.shapes.SHAPES`; the weights are bfloat16.
-        device: where they are made.
-        tokens: of a run's batches, (steps, rows, length).
+        shape: a key of :data:`~zolightning.bench.shapes.SHAPES`; the weights are bfloat16.
+        device: where the weights are made.
+        tokens: the batches of a run, (steps, rows, length).
     """
 
     def __init__(self, shape: str, device: torch.device, tokens: Tensor) -> None:
@@ -75,11 +75,11 @@ class RandomTokens(L.LightningModule):
 
 
 class Records(Callback):
-    """Keeps the records of a run, and saves it after so many steps.
+    """Keeps the step records of a run, and saves a checkpoint in its middle.
 
     Args:
-        save_after: steps.
-        path: of the checkpoint.
+        save_after: number of steps after which to save.
+        path: where to save.
     """
 
     def __init__(self, save_after: int, path: Path) -> None:
@@ -96,7 +96,7 @@ class Records(Callback):
 
 
 def runs(device: torch.device) -> list[tuple[str, "partial[Any]", bool]]:
-    """What is repeated on a device: names, methods, and whether CUDA graphs replay the forwards."""
+    """The runs that are repeated on a device: name, method, and whether CUDA graphs replay the forwards."""
     plain = [(name, method, False) for name, method in METHODS.items()]
     graphed = [(f"{name}, CUDA graphs", METHODS[name], True) for name in GRAPHED if name in METHODS]
     return plain + (graphed if device.type == "cuda" else [])
@@ -113,15 +113,15 @@ def compare(
 ) -> dict[str, int]:
     """Whether two runs have the same records and the same weights, as 1 or 0.
 
-    The second one is resumed from a checkpoint of the first, written at half of the steps, by a model of other
-    weights. New subspaces are drawn at each quarter of the steps.
+    The second run resumes from a checkpoint that the first wrote after half of its steps, with a model whose weights
+    were zeros before. New subspaces are drawn at each quarter of the steps.
 
     Args:
         method: makes the optimizer.
-        cuda_graphs: whether forwards are replayed.
-        device: where.
-        shape: of the model.
-        steps: of a run.
+        cuda_graphs: whether forwards are replayed from CUDA graphs.
+        device: device of the runs.
+        shape: the model, a key of :data:`~zolightning.bench.shapes.SHAPES`.
+        steps: steps of a run.
         batch_size: rows of random tokens a batch.
         length: tokens a row.
     """

@@ -33,11 +33,11 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: as printed.
-        make: takes a model and returns its training step, which takes the loss of a batch.
-        forwards: evaluations of the loss that a step asks for.
-        steps: that a call makes, where one step is not like the next: of them the mean is taken.
-        environment: variables that the row needs from the start of its process.
+        name: name in the table.
+        make: takes a model and returns its training step: a function that takes the loss of a batch.
+        forwards: how often a step evaluates the loss.
+        steps: steps made by one call, more than one where they differ in cost; their mean is reported.
+        environment: environment variables that the row needs from the start of its process.
     """
 
     name: str
@@ -52,9 +52,9 @@ class OptimizerStep:
 
     Args:
         method: makes the optimizer from parameters, such as ``partial(MeZO, lr=1e-6)``.
-        model: to be trained.
-        parameters: of the model, those that move; all of them if not given.
-        evaluations_per_forward: how many evaluations share a run of the model.
+        model: the model that is trained.
+        parameters: those of its parameters that move; all if not given.
+        evaluations_per_forward: how many evaluations share a forward of the model.
         cuda_graphs: whether the model's forward is replayed from CUDA graphs.
     """
 
@@ -83,10 +83,11 @@ class OptimizerStep:
 
 
 class BlockSteps(OptimizerStep):
-    """Six steps in blocks, which are three layers evenly spread over the depth: their mean is that over all depths.
+    """Six steps in blocks: two in each of three layers that are evenly spread over the depth.
 
-    A block is left after two steps, which is more often than in training: what leaving it costs counts that much more.
-    Without `beside` all other parameters are frozen; with it all that is not in layers moves too.
+    So their mean is the mean over all depths. A block is left after two steps, which is more often than in training:
+    the cost of changing blocks counts for more here. If `beside`, parameters outside of the layers move in every
+    step too; otherwise they are frozen.
     """
 
     blocks, interval = 3, 2
@@ -111,7 +112,7 @@ class BlockSteps(OptimizerStep):
 
 
 class ResamplingStep(OptimizerStep):
-    """A step of a subspace method that folds its core and draws the next subspaces, as the last of an interval does."""
+    """A step of a subspace method with a resampling: it folds its core into the weights and draws new subspaces."""
 
     optimizer: SubspaceWeights
 
@@ -131,7 +132,7 @@ def _forward(evaluate: Evaluate) -> Tensor:
 
 
 class _GraphedForward:
-    """A forward replayed from a CUDA graph, as steps with graphs have it."""
+    """A forward replayed from a CUDA graph, as in steps with graphs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.graphs = GraphedNetwork(model, CudaCapture(next(model.parameters()).device))
@@ -157,7 +158,7 @@ def _blocks(
 
 
 def _one_layer(shared: bool, model: nn.Module) -> OptimizerStep:
-    """A step of the layer at a third of the depth, with or without what lies below computed once."""
+    """A step of the layer at a third of the depth; if `shared`, the layers below it are computed once a step."""
     stack = find_layers(model)
     parameters = stack.parameters(len(stack) // 3).values()
     step = OptimizerStep(_MEZO, model, parameters)

@@ -42,7 +42,7 @@ _EXCHANGES = ("all_reduce", "all_gather", "all_gather_into_tensor", "barrier", "
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is shared: by how many ranks, of which so many share its evaluations; with so many queries."""
+    """How a step is shared: the number of ranks, how many of them share its evaluations, and its queries."""
 
     ranks: int
     perturbation_parallel_size: int
@@ -88,9 +88,10 @@ class LastToken(L.LightningModule):
 
 
 class Clock(Callback):
-    """What each step takes but the first, which finds and checks things.
+    """Measures each step except for the first, which also sets things up.
 
-    That is seconds, CPU seconds, the number of sums over ranks and their bytes, and those of other exchanges.
+    For each step it keeps seconds, CPU seconds, the number and bytes of sums over ranks, and the number and bytes of
+    other exchanges.
     """
 
     def __init__(self) -> None:

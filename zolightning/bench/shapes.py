@@ -74,10 +74,10 @@ def model_of_shape(
     """A model in eval mode whose matrices are drawn from N(0, 0.02), on the device and in the dtype that it stays in.
 
     Args:
-        name: of :data:`SHAPES`.
-        dtype: of all parameters; no copy in another one is made.
-        device: ``meta`` gives shapes only.
-        seed: of the weights; torch's own generators are left as they were.
+        name: a key of :data:`SHAPES`.
+        dtype: dtype of all parameters, which are made in it, not converted.
+        device: device of the parameters; ``meta`` makes shapes only.
+        seed: seed of the weights; torch's own generators are left as they were.
 
     Raises:
         ValueError: there is no shape of this name.

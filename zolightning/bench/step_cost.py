@@ -55,18 +55,18 @@ class Settings:
     Attributes:
         model: what ``model.model_name`` accepts: a hub id, a folder, a GGUF file or ``pypi://``; or ``config:`` and
             the name of a shape (:data:`zolightning.bench.shapes.SHAPES`), whose weights are random.
-        precision: of the weights, and so of everything.
+        precision: precision of the weights, and so of all computation.
         device: ``cpu`` or ``cuda``.
         batch_size: rows of random tokens, and examples of prompts, a batch.
         seq_len: random tokens a row.
         data_path: folder of SST-2 as JSON lines; the package's sentiment set if not given.
-        lengths: of the prompts of a model by shape: those of a task, or a number of tokens.
+        lengths: lengths of the prompts for a model by shape: those of a task, or a number of tokens.
         prompt_batches: batches of prompts that a mean is taken over.
         noise_elements: elements of the tensor that noise is made for.
         rows: regular expressions; only rows whose names match one of them are measured, and those they are compared
             with. All rows where there is none.
         repeats: timed rounds, and passes over the prompts, that a median is taken over.
-        threads: of torch; all that it takes by itself if not given.
+        threads: number of threads for torch; its own choice if not given.
         output: the file to write.
     """
 
@@ -85,7 +85,7 @@ class Settings:
     output: Path = Path("logs/bench/step.csv")
 
     def chosen(self, rows: list[Row]) -> list[Row]:
-        """Those of some rows that are to be measured."""
+        """The rows that are to be measured, out of `rows`."""
         return [row for row in rows if row in _COMPARED or not self.rows or self._matches(row)]
 
     def _matches(self, row: Row) -> bool:

@@ -13,15 +13,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process that does nothing but a few steps; on CUDA of the tensors that it holds there.
+    """Bytes used by a process that does nothing but a few steps; on CUDA, bytes of its tensors on the card.
 
     Attributes:
         loading: peak until the model was loaded.
-        loaded: held before the first step; None where the system does not say.
-        peak: of the steps, or of everything where the system cannot tell them apart.
-        state: kept by the step beside the weights.
-        reserved: peak of what torch's allocator took of the card; None on a CPU.
-        free: of the card, after the steps; None on a CPU.
+        loaded: bytes held before the first step; None where the system does not say.
+        peak: peak during the steps, or of the whole process where the system cannot tell them apart.
+        state: bytes that the step keeps beside the weights.
+        reserved: peak of the memory that torch's allocator reserved on the card; None on a CPU.
+        free: free memory of the card after the steps; None on a CPU.
     """
 
     loading: int
@@ -37,10 +37,10 @@ class Workload:
     """What the figures of a row are computed from, beside its seconds.
 
     Attributes:
-        forwards: of a step.
-        tokens: of a forward.
-        flops: of a forward.
-        parameter_bytes: that a step moves at least beside its forwards; None where that is not known.
+        forwards: number of forwards in a step.
+        tokens: number of tokens in a forward.
+        flops: floating point operations of a forward.
+        parameter_bytes: least number of bytes that a step moves beside its forwards; None where that is not known.
     """
 
     forwards: int
@@ -51,13 +51,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row takes.
+    """Times of a row's steps, and the work that they did.
 
     Attributes:
-        seconds: of each timed step on random tokens; none where that was not measured.
-        prompt_seconds: of a step on prompts, on average.
-        tokens: what a step on random tokens does.
-        prompts: what a step on prompts does, on average.
+        seconds: time of each timed step on random tokens; empty where that was not measured.
+        prompt_seconds: mean time of a step on prompts.
+        tokens: work of a step on random tokens.
+        prompts: mean work of a step on prompts.
     """
 
     seconds: list[float]
@@ -67,7 +67,7 @@ class Cost:
 
     @property
     def median(self) -> float:
-        """Seconds of a step on random tokens."""
+        """Median seconds of a step on random tokens."""
         return statistics.median(self.seconds)
 
 
@@ -85,7 +85,7 @@ def token_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
 
 
 def memory_record(used: Memory, memory: Mapping[str, Memory]) -> dict[str, Any]:
-    """Memory of a row, beside that of a forward; `peak_beyond_mib` is what is neither a forward's nor stated state."""
+    """Memory of a row, compared with a forward's; `peak_beyond_mib` is neither in the forward's peak nor in `state`."""
     forward_peak = memory[FORWARD.name].peak
     return {
         "loading_peak_mib": used.loading / MIB,
@@ -117,15 +117,15 @@ def prompt_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
 def rates(
     name: str, seconds: float, work: Workload, weights: int, ceilings: Ceilings, forward_seconds: float
 ) -> dict[str, Any]:
-    """A step beside what the machine does at best.
+    """Compares a step with the best that the machine can do.
 
     Args:
-        name: of the row.
-        seconds: of a step.
-        work: what it does.
-        weights: parameters of the model.
-        ceilings: of the machine.
-        forward_seconds: of one bare forward on the same batches.
+        name: name of the row.
+        seconds: time of a step.
+        work: what the step does.
+        weights: number of parameters of the model.
+        ceilings: the machine's best rates.
+        forward_seconds: time of one bare forward on the same batches.
     """
     products, moved = work.forwards * work.flops / ceilings.flops_per_second, work.parameter_bytes
     rest = seconds - work.forwards * forward_seconds

@@ -50,7 +50,7 @@ class Subject:
 
     @property
     def pad_id(self) -> int:
-        """Masked out: any token will do."""
+        """The token that pads rows. It is masked out, so any will do for a model without tokenizer."""
         return (self.tokenizer and self.tokenizer.pad_token_id) or 0
 
     def examples(self, folder: Path | None, lengths: str | int, batches: int, batch_size: int) -> list[Example]:
@@ -58,8 +58,9 @@ class Subject:
 
         Args:
             folder: rows of SST-2 for a tokenizer; the sentiment set of the package if not given.
-            lengths: of drawn prompts: a task of :data:`~zolightning.bench.lengths.LENGTHS`, or tokens.
-            batches: whole batches to make, or fewer if there are too few rows.
+            lengths: lengths of drawn prompts: those of a task in :data:`~zolightning.bench.lengths.LENGTHS`, or a
+                number of tokens.
+            batches: number of whole batches to make; fewer if there are too few rows.
             batch_size: examples a batch.
         """
         if self.tokenizer is None:
