@@ -115,6 +115,7 @@ def test_an_error_leaves_the_last_complete_step(make_run: Any, make_whole: Any, 
     resumed, whole = make_run(**EVERY_6).fit("last"), make_whole(**EVERY_6)
     assert sorted(run.watch.grads) + sorted(resumed.watch.grads) == sorted(whole.watch.grads)
     assert (run.watch.batches + resumed.watch.batches) == whole.watch.batches
+    assert [*run.watch.validated, *resumed.watch.validated] == list(whole.watch.validated)
 
 
 def test_an_error_in_a_validation(make_run: Any, make_whole: Any) -> None:

@@ -78,3 +78,12 @@ def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
     batch = loop.batch_progress.total
     is_in_batch = batch.ready != batch.processed  # type: ignore[attr-defined]  # declared as a tracker of less
     return not is_in_batch or trainer.global_step == step_before_batch
+
+
+def take_back_batch(trainer: L.Trainer) -> None:
+    """Forgets that a batch was begun whose step was not taken, so that validations come after as many steps as ever."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if progress.total.ready != progress.total.processed:  # type: ignore[attr-defined]  # as above
+        for count in (progress.total, progress.current):
+            count.ready = count.started = count.processed  # type: ignore[attr-defined]
+        progress.is_last_batch = False
