@@ -82,13 +82,15 @@ def set_rows(head: nn.Linear, rows: Tensor, weights: Tensor) -> None:
 
 def rows_dict(head: nn.Linear, rows: Sequence[int]) -> dict[str, Any]:
     """Some rows of an output layer as plain values, without loss."""
-    weights = head.weight.detach()[list(rows)].float().cpu().contiguous()
-    return {"rows": list(rows), "float32": base64.b64encode(weights.numpy().tobytes()).decode("ascii")}
+    kind = "float64" if head.weight.dtype == torch.float64 else "float32"
+    weights = head.weight.detach()[list(rows)].to("cpu", getattr(torch, kind)).contiguous()
+    return {"rows": list(rows), kind: base64.b64encode(weights.numpy().tobytes()).decode("ascii")}
 
 
 def load_rows_dict(head: nn.Linear, saved: Mapping[str, Any]) -> None:
     """Puts back what :func:`rows_dict` described."""
-    numbers = np.frombuffer(base64.b64decode(saved["float32"]), np.float32).copy()
+    kind = "float64" if "float64" in saved else "float32"
+    numbers = np.frombuffer(base64.b64decode(saved[kind]), kind).copy()
     set_rows(head, torch.tensor(saved["rows"]), torch.from_numpy(numbers).reshape(len(saved["rows"]), -1))
 
 

@@ -101,17 +101,21 @@ def test_of_fits_as_good_the_least_sure_one_is_taken() -> None:
     assert sum(taken) < sum(best_ones)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_a_run_goes_on_and_is_replayed_as_it_was(
-    model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer], tmp_path: Path, monkeypatch: Any
+    model: Callable[[], CausalLM],
+    make_trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    monkeypatch: Any,
+    precision: Any,
 ) -> None:
     """In one go, resumed from a checkpoint, resumed from the ledger alone, and replayed: the same bits."""
 
     def run(folder: Path, steps: int, ckpt_path: Path | None = None, **keep: Any) -> dict[str, torch.Tensor]:
         module = model()
         callbacks = [LinearProbing(cs=[1.0]), TrainHead(), ZerothOrder(METHOD), KeepLedger(folder, **keep)]
-        trainer = make_trainer(
-            max_steps=steps, limit_val_batches=0, callbacks=[*callbacks, SaveLast(folder)], enable_checkpointing=True
-        )
+        options = {"limit_val_batches": 0, "enable_checkpointing": True, "precision": precision}
+        trainer = make_trainer(max_steps=steps, callbacks=[*callbacks, SaveLast(folder)], **options)
         trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path, weights_only=True)
         return {name: weight.clone() for name, weight in module.state_dict().items()}
 
