@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,16 +12,19 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from masked_models import ARCHITECTURES, tiny_tokenizer, write_tiny
-from zolightning.callbacks import ZerothOrder
+from zolightning.callbacks import LinearProbing, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.data.encoding import collate
 from zolightning.data.marked import encode_texts
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM, SequenceClassifier
+from zolightning.models.correlation import Pearson
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
 
@@ -165,6 +169,29 @@ def test_the_head_trains_with_an_adapter_to_start_from(tmp_path: Path) -> None:
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     assert module.head_parameters.keys() < trained
     assert all(".lora_" in name for name in trained - module.head_parameters.keys())
+
+
+def test_the_correlation_of_numbers_that_differ_little(make_trainer: Callable[..., L.Trainer]) -> None:
+    """As those of a new head do; under bf16-true sums of them would be of bfloat16."""
+
+    class Says(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = Pearson()
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.metric.update(0.3 + batch[:, 0].float() / 1024, batch[:, 1])
+            self.log("pearson", self.metric)
+
+    rows = torch.randint(16, (40, 2))  # whole numbers, which no dtype rounds
+    (metrics,) = make_trainer(precision="bf16-true").validate(Says(), DataLoader(rows, 8), verbose=False)
+    assert metrics["pearson"] == pytest.approx(torch.corrcoef(rows.T.double())[0, 1].item(), abs=1e-5)
+
+
+def test_a_number_is_not_probed() -> None:
+    module = SimpleNamespace(head_features=None, set_head_rows=None, says_number=True)
+    with pytest.raises(MisconfigurationException, match=r"`linear_probing` is given, which fits a row .* a number"):
+        LinearProbing().check(L.Trainer(logger=False, enable_checkpointing=False), module)  # type: ignore[arg-type]
 
 
 def test_a_head_of_one_output_says_a_number(

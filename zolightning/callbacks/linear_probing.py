@@ -83,6 +83,11 @@ class LinearProbing(Callback):
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises what ``setup`` raises; to be called before something long that comes before a fit."""
         require_probed(pl_module, "`linear_probing`")
+        if getattr(pl_module, "says_number", False):
+            raise MisconfigurationException(
+                "`linear_probing` is given, which fits a row of the head for each class, and the head of `model` says "
+                "a number (`num_classes` 1). Leave `linear_probing` out."
+            )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 f"`linear_probing` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, under which "

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.nn import functional as F
-from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import SpearmanCorrCoef
 
 from zolightning.data.classification import Classification
 from zolightning.data.encoding import Batch, Example
@@ -18,6 +18,7 @@ from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts
 from zolightning.models.classifier import Classifier
+from zolightning.models.correlation import Pearson
 from zolightning.models.suitability import refuse_reading_padding
 from zolightning.models.text_module import TextModule
 
@@ -77,7 +78,7 @@ class SequenceClassifier(TextModule, Classifier):
         if self.says_number and stage != "predict":
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Metric `SpearmanCorr.* will save all targets")  # two numbers a row
-                self.metrics = ModuleDict({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+                self.metrics = ModuleDict({"pearson": Pearson(), "spearman": SpearmanCorrCoef()})
 
     def logits(self, batch: Batch) -> Tensor:
         return self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
