@@ -143,6 +143,8 @@ class Parts:
         kind = type(value)
         if kind is Direction:
             return self._direction(value)
+        if kind is LowRank:
+            return self._low_rank(value)
         if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
             return value
         known = self._known.get(id(value))
@@ -151,12 +153,7 @@ class Parts:
         self._kinds.add(kind)
         found: Hashable
         if isinstance(value, Tensor):
-            table = value._base
-            if table is None:
-                found = (Tensor, self._place(value))
-            else:
-                start = value.storage_offset() - table.storage_offset()
-                found = (Tensor, self._place(table), start, value.shape, value.stride())
+            found = self._tensor(value)
         elif kind is InPlace:
             tensor = value.tensor
             if tensor.device != self._device:
@@ -170,6 +167,21 @@ class Parts:
             found = (kind, *[part if type(part) in _PLAIN else self._described(part) for part in parts])
         self._known[id(value)] = found
         return found
+
+    def _tensor(self, tensor: Tensor) -> Hashable:
+        table = tensor._base
+        if table is None:
+            return Tensor, self._place(tensor)
+        start = tensor.storage_offset() - table.storage_offset()
+        return Tensor, self._place(table), start, tensor.shape, tensor.stride()
+
+    def _low_rank(self, change: LowRank) -> Hashable:
+        direction = None if change.direction is None else self._described(change.direction)
+        own = [
+            None if tensor is None else self._tensor(tensor)
+            for tensor in (change.basis.left, change.basis.right, change.pending)
+        ]
+        return LowRank, change.shape, direction, *own
 
     def _direction(self, direction: Direction) -> Hashable:
         """The description of a direction; of one like an earlier one, its number and how far apart their keys are.

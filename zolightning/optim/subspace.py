@@ -215,14 +215,15 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
         """As of any method; what all queries have in common is looked up once."""
-        offsets = self.offsets()
-        found = {query: dict(offsets) for query in queries}
+        found: dict[int, dict[nn.Parameter, Perturbation]] = {query: {} for query in queries}
+        moved: set[nn.Parameter] = set()
         for group in self.param_groups:
             matrices, vectors = self.split(group)
             shared = {
                 name: (parameter, self.basis(parameter), matrix[:2], self.state.get(parameter, {}).get("core"))
                 for name, (parameter, matrix) in matrices.items()
             }
+            moved.update(parameter for parameter, *_ in shared.values())
             for query, changes in found.items():
                 coefficients = {query: sign * group["eps"]}
                 if group["vector_lr_ratio"]:
@@ -231,6 +232,9 @@ class SubspaceOptimizer(SubspaceWeights):
                 cores = self._core_directions(matrices, group["seed"], group["step"], coefficients)
                 for name, (parameter, basis, shape, pending) in shared.items():
                     changes[parameter] = LowRank(basis, shape, pending, cores[name])
+        offsets = self.offsets(moved)
+        for changes in found.values():
+            changes |= offsets
         return found
 
     def update(self, record: StepRecord) -> None:

@@ -1,7 +1,7 @@
 """The weights of a subspace method: the bases in which they are searched, and updates that wait in cores."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -199,18 +199,30 @@ class SubspaceWeights(ZerothOrderOptimizer):
             state["core"] = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
         return state["core"]
 
-    def pending(self) -> Iterator[tuple[dict[str, Any], nn.Parameter, Matrix, Tensor]]:
-        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too."""
+    def pending(
+        self, but: Container[nn.Parameter] = ()
+    ) -> Iterator[tuple[dict[str, Any], nn.Parameter, Matrix, Tensor]]:
+        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too.
+
+        Args:
+            but: parameters that are left out.
+        """
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter in but:
+                    continue
                 core = self.state.get(parameter, {}).get("core")
                 matrix = None if core is None else self.matrix(parameter, group["rank"])
                 if core is not None and matrix is not None:
                     yield group, parameter, matrix, core
 
-    def offsets(self) -> dict[nn.Parameter, Perturbation]:
-        """The updates in cores that have not been added to the weights, those of frozen parameters too."""
-        return {p: LowRank(self.basis(p), matrix[:2], core, None) for _, p, matrix, core in self.pending()}
+    def offsets(self, but: Container[nn.Parameter] = ()) -> dict[nn.Parameter, Perturbation]:
+        """The updates in cores that have not been added to the weights, those of frozen parameters too.
+
+        Args:
+            but: parameters that are left out.
+        """
+        return {p: LowRank(self.basis(p), matrix[:2], core, None) for _, p, matrix, core in self.pending(but)}
 
     @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
     @torch.no_grad()
