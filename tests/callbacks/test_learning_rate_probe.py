@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader
 
-from checkpoint_runs import AS_EXPECTED, Run
+from checkpoint_runs import AS_EXPECTED, Plan, Run
 from training import Records, assert_equal, weights
 from zolightning.callbacks import BlockCoordinateDescent, KeepLedger, LearningRateProbe, SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.replay import replay
@@ -204,7 +204,38 @@ def test_resuming_equals_not_stopping(
     assert scale > 0 and parts.trainer.optimizers[0].param_groups[0]["lr_scale"] == scale
 
 
-test_resuming_equals_not_stopping.pytestmark += AS_EXPECTED
+def fail_after(evaluations: int, plan: Plan) -> None:
+    """Fails at step 5, in a walk, after so many evaluations of the loss."""
+    if evaluations == 0:
+        raise RuntimeError("in a walk")
+    plan.at[5] = partial(fail_after, evaluations - 1, plan)
+
+
+@pytest.mark.parametrize(
+    ("method", "with_ledger"),
+    [(partial(MeZO, lr=1e-2, momentum=0.9), False), (partial(LOZO, lr=1e-2, rank=2), True)],
+)
+def test_resuming_after_an_error_in_a_walk_equals_not_stopping(
+    method: Method, with_ledger: bool, make_trainer: Any, regression_data: Any, tmp_path: Path
+) -> None:
+    def run(folder: str) -> Run:
+        callbacks = [LearningRateProbe(num_steps=5, num_examples=8), *[KeepLedger(tmp_path / folder)] * with_ledger]
+        options = {"method": method, "callbacks": callbacks, "val_check_interval": 5, "check_val_every_n_epoch": None}
+        return Run(make_trainer, tmp_path / folder, regression_data().dataset, **options)
+
+    whole, failed = run("whole").fit(), run("parts")
+    fail_after(7, failed.module.in_step)
+    with pytest.raises(RuntimeError, match="in a walk"):
+        failed.fit()
+    assert failed.saved()["global_step"] == 5
+    parts = run("parts").fit(ckpt_path=failed.path)
+
+    parts.assert_ends_as(whole)
+    assert parts.watch.validated == whole.watch.validated
+
+
+for _test in (test_resuming_equals_not_stopping, test_resuming_after_an_error_in_a_walk_equals_not_stopping):
+    _test.pytestmark += AS_EXPECTED
 
 
 def test_the_ledger_has_the_rates(

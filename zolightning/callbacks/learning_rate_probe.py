@@ -87,6 +87,8 @@ class LearningRateProbe(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         if "lr_scale" in optimizer.param_groups[0]:  # of a checkpoint
+            if self._has_measured(optimizer):  # and was saved after an error in the walks
+                self._set_rate(trainer, pl_module, optimizer)
             return
         self._refuse_if_short(self._steps_left(trainer))
         self._records = []
@@ -98,13 +100,18 @@ class LearningRateProbe(Callback):
         if optimizer.param_groups[0]["lr_scale"] or record is None or not record.projected_grads:
             return
         self._records.append(record)
-        if len(self._records) < self.num_steps:
-            return
+        if self._has_measured(optimizer):
+            self._set_rate(trainer, pl_module, optimizer)
+
+    def _has_measured(self, optimizer: ZerothOrderOptimizer) -> bool:
+        return not optimizer.param_groups[0]["lr_scale"] and len(self._records) >= self.num_steps
+
+    def _set_rate(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> None:
         batches = calibration_batches(trainer, pl_module, self.num_examples)
         walks = ReplayedWalks(pl_module, optimizer, self._records, batches)
-        self._records = []
         tries = (find_scale(walks.rises, len(walks), walks.loss, share) for share in _SHARES)
         found = trainer.strategy.broadcast(next(filter(None, tries), None))
+        self._records = []  # not before: a run that goes on after an error in a walk repeats the walks
         optimizer.count(walks.forwards)
         if found is None:
             set_lr_scale(optimizer, 1.0)

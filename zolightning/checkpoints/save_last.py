@@ -16,7 +16,13 @@ from zolightning.callbacks.folding import is_validation_next
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
-from zolightning.checkpoints.training_loop import EpochOfLastBatch, is_between_steps, take_back_batch, validate
+from zolightning.checkpoints.training_loop import (
+    EpochOfLastBatch,
+    is_at_end_of_batch,
+    is_between_steps,
+    take_back_batch,
+    validate,
+)
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, is_dry_run
 
@@ -174,7 +180,7 @@ class SaveLast(ModelCheckpoint):
             self.last_model_path = self.format_checkpoint_name({})
             rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice(trainer)}")
         elif is_between_steps(trainer, self._step_before_batch):
-            self._validation_due = trainer.validating
+            self._validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
             take_back_batch(trainer)
             self._save(trainer)
             rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")

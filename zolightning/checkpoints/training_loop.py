@@ -80,6 +80,12 @@ def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
     return not is_in_batch or trainer.global_step == step_before_batch
 
 
+def is_at_end_of_batch(trainer: L.Trainer) -> bool:
+    """Whether callbacks are being told that a batch is over, before a validation that may be due."""
+    batch = trainer.fit_loop.epoch_loop.batch_progress.total
+    return batch.processed != batch.completed  # type: ignore[attr-defined]  # as above
+
+
 def take_back_batch(trainer: L.Trainer) -> None:
     """Forgets that a batch was begun whose step was not taken, so that validations come after as many steps as ever."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
