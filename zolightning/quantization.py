@@ -6,7 +6,7 @@ step function of the weights: with ``eps`` 1e-3 the projected gradients of a lay
 their RMS.
 
 Quantised weights never train. If a scope chooses such weights, they are restored from a copy, which is kept in host
-memory until the first fit begins.
+memory until the first fit begins. A scope that chooses them all is refused.
 """
 
 import logging
@@ -213,20 +213,25 @@ def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
         The names of the scales that are no longer there.
 
     Raises:
-        MisconfigurationException: if the original weights have been forgotten.
+        MisconfigurationException: if the original weights have been forgotten, or nothing would stay quantised.
     """
-    wanted, gone = set(names), set()
-    for name, linear in quantized_linears(module):
-        if f"{name}.weight" not in wanted:
-            continue
+    wanted, quantized = set(names), dict(quantized_linears(module))
+    chosen = {name: linear for name, linear in quantized.items() if f"{name}.weight" in wanted}
+    for name, linear in chosen.items():
         if linear.original is None:
             raise MisconfigurationException(
                 f"`{name}.weight` is quantised ({linear.kind}) and so cannot train, and what it was before is kept "
                 "until the first fit only. Load the model anew for a scope that trains other layers."
             )
+    if chosen and len(chosen) == len(quantized):
+        kind = next(iter(chosen.values())).kind
+        raise MisconfigurationException(
+            f"`model.quantization` is {kind!r}, and the scope trains all {len(chosen)} weights that it would quantise: "
+            "none is left. Train fewer, or leave `quantization` out."
+        )
+    for name, linear in chosen.items():
         module.set_submodule(name, linear.plain())
-        gone.add(f"{name}.weight_scale")
-    return gone
+    return {f"{name}.weight_scale" for name in chosen}
 
 
 def forget_originals(module: nn.Module) -> None:

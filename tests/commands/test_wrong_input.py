@@ -89,6 +89,12 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert "before training" not in output.getvalue()  # not after minutes of validation
 
 
+def test_a_scope_that_leaves_nothing_quantised(runs: Runs) -> None:
+    options = ("--model.init_args.quantization", "int8", "--scope", "TrainLayers", "--scope.layers", "all")
+    error = refused(runs.arguments("fit", *options))
+    assert error.startswith("error: `model.quantization` is 'int8', and the scope trains all ") and "\n" not in error
+
+
 def test_a_group_of_settings_that_is_null(runs: Runs) -> None:
     (runs.folder / "null.yaml").write_text("checkpoint: null\n")
     assert runs.refused("fit", "--config", runs.folder / "null.yaml").startswith("error: `checkpoint` is null, and ")

@@ -233,7 +233,12 @@ def test_refuses_to_write_what_is_quantised(
     with pytest.raises(MisconfigurationException, match=r"`model\.model\.layers\.0\..*weight` is quantised \(int8\)"):
         fit("int8", TrainLayers([0]), module=module)
 
-    _, trainer = fit("int8", TrainLayers([1]))
+    with pytest.raises(MisconfigurationException, match="'int8', and the scope trains all 14 weights that it would"):
+        fit("int8", TrainLayers("all"))
+
+    trained, trainer = fit("int8", TrainLayers([1]))
+    with pytest.raises(MisconfigurationException, match=r"`model\.model\.layers\.0\..*weight` is quantised \(int8\)"):
+        fit("int8", TrainLayers([0]), module=trained)  # the others, of which nothing is kept any more
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(MisconfigurationException, match=r"`model.quantization` is None, .* 'int8'"):
         tester = make_trainer(precision="bf16-true")
