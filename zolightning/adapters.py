@@ -6,6 +6,7 @@ is not released yet.
 
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from zolightning.directions.shards import is_sharded
 from zolightning.layers import is_conv1d
 from zolightning.messages import some
+from zolightning.plain_tensors import as_plain, from_plain
 from zolightning.prefix import add_prefix, prefix_of, remove_prefix
 
 if TYPE_CHECKING:
@@ -75,6 +77,23 @@ def adapter_parameters(model: "PreTrainedModel") -> list[nn.Parameter]:
     if (prefix := prefix_of(model)) is not None:
         return list(prefix.parameters())
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def fixed_factors(model: "PreTrainedModel") -> dict[str, dict[str, str]]:
+    """The first matrices of LoRA adapters that do not train, by name, as plain values: a scope may have chosen them."""
+    return {
+        name: as_plain(parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name and not parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_fixed_factors(model: "PreTrainedModel", saved: Mapping[str, Mapping[str, str]]) -> None:
+    """Puts back what :func:`fixed_factors` described, into the adapters of those settings."""
+    for name, values in saved.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(from_plain(values).view(parameter.shape))
 
 
 def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:

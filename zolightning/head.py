@@ -1,14 +1,13 @@
 """The output layer of a model of transformers: whether it is tied to the embeddings, untying it, setting its rows."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.shards import is_sharded
+from zolightning.plain_tensors import as_plain, from_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,16 +81,12 @@ def set_rows(head: nn.Linear, rows: Tensor, weights: Tensor) -> None:
 
 def rows_dict(head: nn.Linear, rows: Sequence[int]) -> dict[str, Any]:
     """Some rows of an output layer as plain values, without loss."""
-    kind = "float64" if head.weight.dtype == torch.float64 else "float32"
-    weights = head.weight.detach()[list(rows)].to("cpu", getattr(torch, kind)).contiguous()
-    return {"rows": list(rows), kind: base64.b64encode(weights.numpy().tobytes()).decode("ascii")}
+    return {"rows": list(rows), **as_plain(head.weight.detach()[list(rows)])}
 
 
 def load_rows_dict(head: nn.Linear, saved: Mapping[str, Any]) -> None:
     """Puts back what :func:`rows_dict` described."""
-    kind = "float64" if "float64" in saved else "float32"
-    numbers = np.frombuffer(base64.b64decode(saved[kind]), kind).copy()
-    set_rows(head, torch.tensor(saved["rows"]), torch.from_numpy(numbers).reshape(len(saved["rows"]), -1))
+    set_rows(head, torch.tensor(saved["rows"]), from_plain(saved).reshape(len(saved["rows"]), -1))
 
 
 def _set_config(model: "PreTrainedModel", tied: bool) -> None:

@@ -53,6 +53,28 @@ def test_a_run_is_replayed_from_its_folder(runs: Runs) -> None:
     assert not (runs.folder / "new").exists()
 
 
+def test_a_run_along_the_massive_direction_is_replayed(runs: Runs) -> None:
+    """Its direction was found on calibration prompts, and is in the ledger."""
+    options = {
+        **{"--scope": "DominantLayer", "--scope.layer": 1, "--scope.part": "MassiveDirection", "--method": "MeZO"},
+        **{
+            "--method.lr": 0.1,
+            "--trainer.max_steps": 2,
+            "--validate_first": "false",
+            "--trainer.precision": "bf16-true",
+        },
+    }
+    runs("fit", *(word for option in options.items() for word in option))
+    config, ledger = runs.version(0) / "config.yaml", runs.version(0) / "ledger.bin"
+    said = printed(["replay", "--config", str(config), "--ledger", str(ledger), "--output", str(runs.folder / "new")])
+    assert re.match(r"replayed 2 steps in .* s, equal to the last bit to the weights the run ended with: ", said)
+    trained = torch.load(runs.version(0) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    expected = {side: weight for name, weight in trained.items() for side in ("lora_A", "lora_B") if side in name}
+    replayed = load_file(runs.folder / "new/adapter_model.safetensors")
+    assert len(replayed) == len(expected) == 2
+    assert all(torch.equal(weight, expected[re.search("lora_.", name)[0]]) for name, weight in replayed.items())
+
+
 class TestRefused:
     """Before the ledger is read."""
 

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning.adapter_folders import load_adapter, save_adapter
-from zolightning.adapters import adapter_settings, restore_adapter
+from zolightning.adapters import adapter_settings, fixed_factors, load_fixed_factors, restore_adapter
 from zolightning.early_exit import early_exit, keep_first_layers, restore_early_exit
 from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
 from zolightning.models.loading import refuse_other_weights
@@ -263,12 +263,14 @@ class PretrainedModule(L.LightningModule):
     def structure_dict(self) -> dict[str, Any]:
         """How the run changed the structure of the pretrained network (adapter, head, layers), as plain values."""
         rows = {"head_rows": rows_dict(self.head, self._rows_set)} if self._rows_set else {}
+        factors = fixed_factors(self.model)
         return {
             "adapter": adapter_settings(self.model),
             "quantization": quantization_settings(self.model),
             "untied_head": has_untied_head(self.model),
             "num_layers": early_exit(self.model),
             **rows,
+            **({"fixed_factors": factors} if factors else {}),
         }
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
@@ -276,6 +278,7 @@ class PretrainedModule(L.LightningModule):
         restore_early_exit(self.model, saved.get("num_layers"))
         restore_head(self.model, saved.get("untied_head", False))
         restore_adapter(self.model, saved.get("adapter"))
+        load_fixed_factors(self.model, saved.get("fixed_factors", {}))
         restore_quantization(self.model, saved.get("quantization"))
         if "head_rows" in saved:
             load_rows_dict(self.head, saved["head_rows"])
