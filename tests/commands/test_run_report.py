@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cli_runs import NAME, Runs, printed, refused
 from zolightning.commands.run_folder import read_run
+from zolightning.commands.run_plots import Line, curves_svg
 from zolightning.commands.run_report import differing_settings
 
 pytestmark = [
@@ -126,6 +127,12 @@ def test_the_page_holds_all_that_it_shows(runs: Runs, files: Any) -> None:
     text = "".join(page.texts)
     for expected in ("A <b> & c", str(runs.version(0)), str(runs.version(1)), "AdamW", "method.lr", "6 of 6"):
         assert expected in text, expected
+
+
+def test_a_fraction_of_a_minute_is_written_as_one() -> None:
+    for last, ticks in ((1.6, {"0", "0.4", "0.8", "1.2", "1.6"}), (20_000, {"0", "5k", "10k", "15k", "20k"})):
+        plot = Reader(curves_svg([Line(0, "A", [0, last], [1, 2])], "time in minutes", "loss"))
+        assert ticks <= {text.strip() for text in plot.texts}
 
 
 def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:

@@ -75,7 +75,12 @@ def _style(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, color=_TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(_tick)
+
+
+def _tick(value: float, position: float) -> str:
+    """20k for 20,000; but 0.4 stays 0.4, not 400m, which a reader of minutes takes for minutes."""
+    return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
 
 
 def _means(values: Sequence[float], count: int) -> list[float]:
