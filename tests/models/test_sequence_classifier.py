@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -229,6 +231,16 @@ def test_a_head_of_one_output_says_a_number(
     (tmp_path / "test.jsonl").write_text('{"one": "a", "two": "b", "how": "much"}\n')
     with pytest.raises(ValueError, match=r"test.jsonl, line 1: field `how` must be a number, got 'much'"):
         make_trainer().test(module, data(), verbose=False)
+
+
+def test_numbers_are_not_rounded_with_a_batch(tmp_path: Path) -> None:
+    module = SequenceClassifier(str(write_tiny(tmp_path, "bert")), num_classes=1)
+    examples = [encode_texts(module.tokenizer, "a", 1, label=0, id=0, max_length=64)] * 3
+    numbers = [1987.25, -0.1, None]
+    examples = [replace(example, target=number) for example, number in zip(examples, numbers, strict=True)]
+    batch = HalfPrecision("bf16-true").convert_input(collate(examples, 1, "regression"))
+    label = module.label(batch)
+    assert label[:2].tolist() == pytest.approx(numbers[:2], rel=1e-7) and label[2].isnan()
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ class Batch(TypedDict):
     input_ids: Tensor  # (B, R, T), padded on the left, or for bidirectional networks as their tokenizer does
     attention_mask: Tensor  # (B, R, T), 0 on padding
     answer_ids: Tensor  # (B, C, A), padded with -1, on the left unless there is a decoder
-    label: Tensor  # (B,), index of the right candidate; of a regression the right number, in float32
+    label: Tensor  # (B,), index of the right candidate; of a regression the right number, as the bits of a float32
     id: Tensor  # (B,), where the example stands in its source
     right: NotRequired[Tensor]  # (B, C), all candidates that are right, where that can be several
     prompt_ids: NotRequired[Tensor]  # (B, P), padded as `input_ids`: what a text is generated from
@@ -251,7 +251,8 @@ def collate(
         id=torch.tensor([example.id for example in examples]),
     )
     if objective == "regression":
-        batch["label"] = torch.tensor([math.nan if example.target is None else example.target for example in examples])
+        numbers = torch.tensor([math.nan if example.target is None else example.target for example in examples])
+        batch["label"] = numbers.view(torch.int32)  # under bf16-true Lightning would round floating-point tensors
     if any(len(example.right) > 1 for example in examples) and not gold_only:
         batch["right"] = torch.tensor(
             [[index in example.right for index in range(num_candidates)] for example in examples]

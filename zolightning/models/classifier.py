@@ -72,7 +72,7 @@ class Classifier(PretrainedModule):
         return self.logits(batch).float()
 
     def evaluate(self, batch: Any) -> Evaluation:
-        scores, label = self.score(batch), batch["label"]
+        scores, label = self.score(batch), self.label(batch)
         examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
         return Evaluation(self.loss(scores, label), examples, scores)
 

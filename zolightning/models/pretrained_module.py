@@ -130,6 +130,11 @@ class PretrainedModule(L.LightningModule):
     def evaluate(self, batch: Any) -> Evaluation:
         """Returns the loss of a batch with its scores."""
 
+    def label(self, batch: Any) -> Tensor:
+        """The right classes or candidates of a batch, (B,), with which metrics compare predictions."""
+        label: Tensor = batch["label"]
+        return label
+
     def prediction(self, scores: Tensor) -> Tensor:
         """Returns what metrics compare with the labels, (B,): the index of the best class or candidate."""
         return scores.argmax(dim=-1)
@@ -318,7 +323,7 @@ class PretrainedModule(L.LightningModule):
         prediction, size = self.prediction(scores), len(batch["label"])
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
-            metric.update(prediction, batch["label"])
+            metric.update(prediction, self.label(batch))
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=size)
         for name, value in self.means(batch, scores).items():
             self.log(f"{stage}/{name}", value, prog_bar=name != "f1", batch_size=size, sync_dist=True)

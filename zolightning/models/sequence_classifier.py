@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.nn import functional as F
@@ -85,6 +86,10 @@ class SequenceClassifier(TextModule, Classifier):
 
     def loss(self, scores: Tensor, label: Tensor) -> Tensor:
         return F.mse_loss(scores[:, 0], label) if self.says_number else super().loss(scores, label)
+
+    def label(self, batch: Batch) -> Tensor:
+        label = super().label(batch)
+        return label.view(torch.float32) if self.says_number else label
 
     def prediction(self, scores: Tensor) -> Tensor:
         return scores[:, 0] if self.says_number else super().prediction(scores)
