@@ -19,7 +19,7 @@ from zolightning import CausalLM
 from zolightning.callbacks import KeepLedger, LinearProbing, SaveLast, ZerothOrder
 from zolightning.checkpoints.replay import replay
 from zolightning.data import PromptDataModule
-from zolightning.logistic_regression import fit, strongest_penalty
+from zolightning.logistic_regression import fit, fit_probe, strongest_penalty
 from zolightning.models import SequenceClassifier
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
@@ -99,6 +99,14 @@ def test_of_fits_as_good_the_least_sure_one_is_taken() -> None:
         taken.append(next(c for c, losses in zip(cs, found, strict=True) if losses.mean() <= limit))
         assert strongest_penalty(features, targets, 2, cs[::-1], 1e-7) == taken[-1]
     assert sum(taken) < sum(best_ones)
+
+
+def test_small_features_may_have_large_weights() -> None:
+    """Those of norm 0.1 of two classes that hardly overlap: the default penalties go on to weak ones."""
+    targets = torch.arange(100) % 2
+    features = torch.stack([(2.0 * targets - 1) + torch.randn(100) / 3, torch.randn(100)], 1).double() / 10
+    found = fit_probe(features, targets, LinearProbing().cs, 1e-4, strongest_penalty)
+    assert found.c > 1 and found.accuracy > 0.95
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])

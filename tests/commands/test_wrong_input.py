@@ -95,6 +95,11 @@ def test_a_scope_that_leaves_nothing_quantised(runs: Runs) -> None:
     assert error.startswith("error: `model.quantization` is 'int8', and the scope trains all ") and "\n" not in error
 
 
+def test_a_file_of_predictions_that_cannot_be_written(runs: Runs) -> None:
+    error = runs.refused("predict", "--predictions.path", "/proc/x/all.jsonl")
+    assert error.startswith("error: `predictions.path` is /proc/x, where no file can be written: ")
+
+
 def test_a_group_of_settings_that_is_null(runs: Runs) -> None:
     (runs.folder / "null.yaml").write_text("checkpoint: null\n")
     assert runs.refused("fit", "--config", runs.folder / "null.yaml").startswith("error: `checkpoint` is null, and ")

@@ -20,7 +20,7 @@ from zolightning.logistic_regression import check_probe, fit_probe, strongest_pe
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
-CS = tuple(10 ** (i / 3 - 4) for i in range(13))  # from 1e-4 to 1
+CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4
 TOLERANCE = 1e-4
 _MOST_ROWS = 256  # which the header of a ledger holds
 

@@ -98,6 +98,8 @@ def check_settings(config: Namespace, subcommand: str) -> None:
         )
     for path in _folders(config):
         require_writable(*path)
+    if subcommand == "predict":
+        require_writable("predictions.path", Path(config.predictions.path).parent)
 
 
 def check_method(optimizer: ZerothOrderOptimizer) -> None:
