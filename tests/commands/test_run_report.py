@@ -188,7 +188,7 @@ def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> No
             ". is no folder of a run: it has no config.yaml, which `zolightning fit` writes there. Name those below",
         ),
         (["silent"], "silent has no curve of a training yet"),
-        (["versions"], "versions holds 1 versions, and none that has trained."),
+        (["versions"], "versions holds 1 version, and none that has trained."),
         (["run", "--output", "page.txt"], "`--output` is page.txt, and must end with .html."),
         (["run", "--output", "/proc/x/page.html"], "`--output` is /proc/x, where no file can be written: "),
     ],

@@ -59,7 +59,7 @@ class TestWeightsThatAreReadUnseen:
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     def test_are_perturbed_in_place_and_named(self) -> None:
         plain, scripted, records, bits = self.Net(), self.Net(script=True), [], []
-        for net, names in ((plain, "1 parameters .*: unused"), (scripted, "3 parameters .*: unused, second.weight, ")):
+        for net, names in ((plain, "1 parameter .*: unused"), (scripted, "3 parameters .*: unused, second.weight, ")):
             optimizer = MeZO(net.named_parameters(), lr=1e-2)
             with pytest.warns(UserWarning, match=names):
                 records.append(run(net, optimizer, steps=1))
