@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from zolightning.__main__ import main
 from zolightning.cli import ZerothOrderCLI
+from zolightning.commands.event_log import event_files
 from zolightning.commands.slots import from_package, replacing
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -67,7 +68,7 @@ class Runs:
     def scalars(self, version: int) -> dict[str, dict[int, float]]:
         """By tag and step."""
         values: dict[str, dict[int, float]] = {}
-        for file in sorted(self.version(version).glob("events.*")):
+        for file in event_files(self.version(version)):
             events = EventAccumulator(str(file)).Reload()
             for tag in events.Tags()["scalars"]:
                 values.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
@@ -88,7 +89,7 @@ class Runs:
 
     def texts(self, version: int) -> dict[str, str]:
         texts = {}
-        for file in self.version(version).glob("events.*"):
+        for file in event_files(self.version(version)):
             events = EventAccumulator(str(file)).Reload()
             for tag in events.Tags()["tensors"]:
                 texts[tag] = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()

@@ -45,6 +45,7 @@ from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import replay
 from zolightning.checkpoints.weights_digest import weights_digest
+from zolightning.commands.event_log import event_files
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, ZerothOrderOptimizer
 
 STEPS = 14
@@ -168,7 +169,7 @@ def fit(folder: Path, method: str) -> None:
 def logged(folder: Path) -> dict[str, list[list[float]]]:
     """Steps and values of the scalars in TensorBoard's files, by name, but for those of a clock and memory."""
     found: dict[str, list[list[float]]] = {}
-    for file in sorted(folder.glob("events.*")):
+    for file in event_files(folder):
         events = EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
             if not tag.startswith("run/"):

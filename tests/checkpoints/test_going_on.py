@@ -27,6 +27,7 @@ from zolightning.checkpoints.checkpoint_io import DamagedCheckpointError
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
+from zolightning.commands.event_log import event_files
 from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam, SubZero
 
 pytestmark = AS_EXPECTED
@@ -275,7 +276,7 @@ def test_a_step_that_was_saved_and_not_logged_is_logged_when_the_run_goes_on(
         ledger_run(**options, logger=logger).fit(validate=False)
     for _ in range(2):  # the second one finds it there
         ledger_run(**options, logger=tensorboard()).fit("last", validate=False)
-        events = [EventAccumulator(str(file)).Reload() for file in sorted((tmp_path / "run").glob("events.*"))]
+        events = [EventAccumulator(str(file)).Reload() for file in event_files(tmp_path / "run")]
         for tag in ("zo/lr", "zo/projected_grad", "train/loss"):
             scalars = [event for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
             assert [event.step for event in scalars] == list(range(8)), tag

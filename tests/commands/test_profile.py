@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli_runs import NAME, Runs
+from zolightning.commands.event_log import event_files
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.activation_profile import ActivationProfile
 
@@ -34,7 +35,7 @@ def planted(runs: Runs) -> Runs:
 
 def images(folder: Path) -> set[str]:
     tags: set[str] = set()
-    for file in folder.glob("events.*"):
+    for file in event_files(folder):
         tags |= set(EventAccumulator(str(file)).Reload().Tags()["images"])
     return tags
 

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cli_runs import Runs, printed, refused
 from zolightning.checkpoints.keep_ledger import KeepLedger
+from zolightning.commands.event_log import event_files
 from zolightning.commands.parser import OneLineParser
 
 pytestmark = [
@@ -177,7 +178,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(
     assert "before training" not in output and not runs.version(1).exists()
     ends = [last_of(of)["state_dict"] for of in (runs, resumed[0])]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    events = [EventAccumulator(str(file)).Reload() for file in sorted(runs.version(0).glob("events.*"))]
+    events = [EventAccumulator(str(file)).Reload() for file in event_files(runs.version(0))]
     for tag in ("train/loss", "zo/lr"):
         steps = [event.step for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
         assert steps == [0, 1, 2, 3, 4, 5], tag
@@ -192,7 +193,7 @@ def test_a_run_that_was_killed_before_its_ledger_begins_anew_in_its_folder(
         runs("fit", "--trainer.max_steps", 2, "--trainer.val_check_interval", 2)
     output = printed(["fit", "--config", str(runs.version(0) / "config.yaml"), "--ckpt_path", "last"])
     assert "before training" in output and not runs.version(1).exists()
-    events = [EventAccumulator(str(file)).Reload() for file in sorted(runs.version(0).glob("events.*"))]
+    events = [EventAccumulator(str(file)).Reload() for file in event_files(runs.version(0))]
     for tag in ("val/loss", "train/loss"):  # a validation after step 2 is at 1
         steps = [event.step for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
         assert steps == [0, 1], tag

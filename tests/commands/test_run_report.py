@@ -15,6 +15,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from cli_runs import NAME, Runs, printed, refused
+from zolightning.commands.event_log import event_files
 from zolightning.commands.run_folder import read_run
 from zolightning.commands.run_plots import Line, curves_svg
 from zolightning.commands.run_report import differing_settings
@@ -146,7 +147,7 @@ def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
         process.stdout.readline()
         assert read_run(folder).state == "running"
         process.communicate("\n")
-    events = sorted(folder.glob("events.*"))
+    events = event_files(folder)
     for file in events[2:]:
         file.unlink()
     events[1].write_bytes(events[1].read_bytes()[:-300])  # in the middle of the last record: as a kill leaves it
@@ -154,6 +155,16 @@ def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
     (folder / "ledger.bin").write_bytes(b"no ledger")
     with pytest.warns(UserWarning, match="is no ledger of a run"):
         assert read_run(folder).state == "not finished"
+
+
+def test_event_files_are_in_the_order_in_which_one_process_began_them(tmp_path: Path) -> None:
+    names = [
+        f"events.out.tfevents.{name}" for name in ("1700000000.host-2.local.77.9", "1700000000.host-2.local.77.10")
+    ]
+    names.append("events.out.tfevents.1700000001.host-2.local.9.0")
+    for name in names:
+        (tmp_path / name).touch()
+    assert [file.name for file in event_files(tmp_path)] == names
 
 
 def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> None:

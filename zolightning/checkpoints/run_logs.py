@@ -53,7 +53,7 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
     except ModuleNotFoundError:  # of a process without such a logger
         return
     for logger in tensorboards(trainer):
-        files = sorted(Path(logger.log_dir).glob("events.out.tfevents.*"))
+        files = Path(logger.log_dir).glob("events.out.tfevents.*")
         events = (event for file in files for event in EventFileLoader(str(file)).Load())
         last = trainer.global_step - 1
         later = (event for event in events if event.step >= last)

@@ -31,6 +31,18 @@ class Point:
     value: float
 
 
+def event_files(folder: Path) -> list[Path]:
+    """The event files of a folder, in the order in which they were begun.
+
+    Their names end with the second, the host, the process and the number of the file in its process. Numbers are
+    compared as numbers: one process may begin its ninth and its tenth file within a second.
+    """
+    return sorted(
+        folder.glob("events.out.tfevents.*"),
+        key=lambda file: [int(part) for part in file.name.split(".") if part.isdigit()],
+    )
+
+
 class EventLog:
     """The event files of a folder, which a run may be writing. :meth:`read` goes on where it stopped.
 
@@ -75,7 +87,7 @@ class EventLog:
         return {metric: _curve(values, self._forward_passes) for metric, values in self._values.items()}
 
     def _summaries(self) -> Iterator[tuple[Any, Any]]:
-        for file in sorted(self.folder.glob("events.out.tfevents.*")):
+        for file in event_files(self.folder):
             if file not in self._loaders:
                 self._loaders[file] = EventFileLoader(str(file))
             for event in self._loaders[file].Load():
