@@ -19,7 +19,7 @@ _SERVER = get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         *("lightning", "tensorboard.backend.event_processing.event_accumulator", "torch.distributed.fsdp"),
-        *("torchdata.stateful_dataloader", "zolightning.callbacks", "zolightning.sharded"),
+        *("torchdata.stateful_dataloader", "zolightning.callbacks", "zolightning.strategies"),
     ]
 )
 

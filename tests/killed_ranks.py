@@ -29,8 +29,7 @@ from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.replay import replay
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim import MeZO
-from zolightning.sharded import ZerothOrderFSDP
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 STEPS, BATCH = 20, 8
 WAIT = timedelta(seconds=30)

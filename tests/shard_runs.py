@@ -33,8 +33,7 @@ from zolightning.checkpoints.replay import replay
 from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, SubZero
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import OneSided, PerExample
-from zolightning.sharded import ZerothOrderFSDP
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 EPOCHS, BATCHES = 3, 2
 STEPS = EPOCHS * BATCHES

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from live_bytes import LiveBytes
-from zolightning.adapters import add_adapter, lora_settings
 from zolightning.directions.second_moment import SecondMoment
 from zolightning.evaluation.static import Parts
 from zolightning.memory import (
@@ -31,8 +30,9 @@ from zolightning.memory_alternatives import (
     on_quantized,
     with_lora,
 )
+from zolightning.network.adapters import add_adapter, lora_settings
+from zolightning.network.quantization import quantize
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer
-from zolightning.quantization import quantize
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTHS: dict[str, dict[str, Any]] = {

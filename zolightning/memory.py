@@ -19,9 +19,9 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.second_moment import moment_bytes
 from zolightning.evaluation.scratch import scratch_bytes
 from zolightning.layers import FeedForward, find_layers, mlp_of
+from zolightning.network.quantization import quantized_linears
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
-from zolightning.quantization import quantized_linears
 
 Method = Callable[..., ZerothOrderOptimizer]
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from zolightning.layers import find_layers, is_conv1d
 from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, first_mlp, plan, unpacked_bytes, whole
+from zolightning.network.quantization import Quantization
 from zolightning.optim.lozo import LOZO
 from zolightning.optim.precision import UPDATE_PRECISIONS
 from zolightning.optim.subspace_weights import SubspaceWeights
-from zolightning.quantization import Quantization
 
 LORA_RANK = 8
 

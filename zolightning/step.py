@@ -10,15 +10,14 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import zolightning.sharded
-import zolightning.strategies  # noqa: F401  # they register `zo_ddp` and `zo_fsdp`
+import zolightning.strategies  # noqa: F401  # registers `zo_ddp` and `zo_fsdp`
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import WHOLE, Share
-from zolightning.ranks import LossExchange, layout_of
+from zolightning.strategies.ranks import LossExchange, layout_of
 
 
 def zeroth_order_step(

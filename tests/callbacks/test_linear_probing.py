@@ -19,8 +19,8 @@ from zolightning import CausalLM
 from zolightning.callbacks import KeepLedger, LinearProbing, SaveLast, ZerothOrder
 from zolightning.checkpoints.replay import replay
 from zolightning.data import PromptDataModule
-from zolightning.logistic_regression import fit, fit_probe, strongest_penalty
 from zolightning.models import SequenceClassifier
+from zolightning.network.logistic_regression import fit, fit_probe, strongest_penalty
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.refusals import refuse_strategy, refuse_unsupported
 from zolightning.optim import MeZO
-from zolightning.sharded import ZerothOrderFSDP
+from zolightning.strategies import ZerothOrderFSDP
 
 MakeTrainer = Callable[..., L.Trainer]
 MakeData = Callable[..., DataLoader]

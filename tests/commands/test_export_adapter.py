@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cli_runs import Runs
-from zolightning.adapters import merge_adapter
+from zolightning.network.adapters import merge_adapter
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from masked_models import write_tiny
 from zolightning import CausalLM
-from zolightning.adapters import add_adapter, lora_settings
 from zolightning.callbacks import KeepLedger, LinearProbing, SaveLast, ZerothOrder
 from zolightning.checkpoints.replay import replay
 from zolightning.data import PromptDataModule
-from zolightning.early_exit import keep_first_layers
 from zolightning.layers import find_layers
 from zolightning.models import SequenceClassifier
+from zolightning.network.adapters import add_adapter, lora_settings
+from zolightning.network.early_exit import keep_first_layers
 from zolightning.optim import MeZO
 from zolightning.scopes import TrainLayers
 

@@ -16,9 +16,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from zolightning.adapters import add_adapter, lora_settings
 from zolightning.models import ImageClassifier
-from zolightning.prefix import add_prefix
+from zolightning.network.adapters import add_adapter, lora_settings
+from zolightning.network.prefix import add_prefix
 
 pytestmark = pytest.mark.skipif(
     "torchvision" in getattr(AutoImageProcessor, "_backends", ()),

@@ -17,8 +17,8 @@ from cli_runs import CONFIGS, Runs
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
 from zolightning.data.task_files import load_task
-from zolightning.logistic_regression import fit, most_accurate_c
 from zolightning.models import LogisticRegressionLM
+from zolightning.network.logistic_regression import fit, most_accurate_c
 
 
 def test_a_fit_is_where_the_gradient_vanishes() -> None:

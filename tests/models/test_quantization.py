@@ -20,8 +20,8 @@ from zolightning import CausalLM
 from zolightning.callbacks import RunOverview, SubspaceResampling, TrainLayers, TrainParameters, ZerothOrder
 from zolightning.memory import weight_bytes
 from zolightning.models import answer_log_probs
+from zolightning.network.quantization import Int8Linear, QuantizedLinear, num_weights, quantize, quantized_linears
 from zolightning.optim import LOZO, MeZO
-from zolightning.quantization import Int8Linear, QuantizedLinear, num_weights, quantize, quantized_linears
 from zolightning.scopes import LoRA
 
 EXAMPLES = [([5, 9, 3], [[6], [11]]), ([2, 4], [[6], [11]]), ([7, 7, 8, 2], [[6], [11]]), ([12], [[6], [11]])]

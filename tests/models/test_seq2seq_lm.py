@@ -13,12 +13,12 @@ from tokenizers.models import WordLevel
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
 
-from zolightning.adapter_folders import save_adapter
-from zolightning.adapters import add_adapter, lora_settings
 from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.models.generation import generate
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
 from zolightning.models.seq2seq_lm import target_log_probs
+from zolightning.network.adapter_folders import save_adapter
+from zolightning.network.adapters import add_adapter, lora_settings
 from zolightning.optim import LOZO, MeZO, StepRecord, ZerothOrderOptimizer
 
 # prompts of different lengths, answers of one to three tokens, and an example with a candidate less

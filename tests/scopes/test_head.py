@@ -14,8 +14,8 @@ from training import num_trained
 from zolightning import CausalLM
 from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.data import PromptDataModule
-from zolightning.head import has_untied_head
 from zolightning.models import Seq2SeqLM, answer_log_probs
+from zolightning.network.head import has_untied_head
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead
 

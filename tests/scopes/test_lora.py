@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from training import num_trained
 from zolightning import CausalLM
-from zolightning.adapters import adapter_settings, remove_adapter
 from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
 from zolightning.layers import find_layers, mlp_of
 from zolightning.models import answer_log_probs
+from zolightning.network.adapters import adapter_settings, remove_adapter
 from zolightning.optim import MeZO
 from zolightning.scopes.calibration import calibration_forward
 from zolightning.scopes.massive_direction import MassiveDirection

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from zolightning import CausalLM
-from zolightning.adapters import adapter_settings, remove_adapter
 from zolightning.callbacks import SubspaceResampling, TrainLayers, ZerothOrder
 from zolightning.models.attention_masks import causal_mask
 from zolightning.models.scoring import last_logits
+from zolightning.network.adapters import adapter_settings, remove_adapter
+from zolightning.network.prefix import add_prefix, prefix_of, remove_prefix
 from zolightning.optim import LOZO, MeZO, ZOMuon
-from zolightning.prefix import add_prefix, prefix_of, remove_prefix
 from zolightning.scopes import LoRA, PrefixTuning
 
 TOKENS = 3

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from zolightning.evaluation.mode import evaluation_mode
-from zolightning.head import is_tied, untie_head
-from zolightning.logistic_regression import check_probe, fit_probe, strongest_penalty
+from zolightning.network.head import is_tied, untie_head
+from zolightning.network.logistic_regression import check_probe, fit_probe, strongest_penalty
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 

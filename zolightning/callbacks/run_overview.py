@@ -31,11 +31,11 @@ from zolightning.memory import (
     weight_bytes,
 )
 from zolightning.memory_alternatives import alternatives
+from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
 from zolightning.partners import callbacks_of, methods_of, tensorboards
-from zolightning.quantization import num_weights
-from zolightning.ranks import layout_of
+from zolightning.strategies.ranks import layout_of
 
 
 class RunOverview(Callback):

@@ -29,8 +29,8 @@ from zolightning.optim.checks import require_integer
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
-from zolightning.ranks import layout_of
 from zolightning.step import zeroth_order_step
+from zolightning.strategies.ranks import layout_of
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
 

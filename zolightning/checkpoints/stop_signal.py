@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from zolightning.ranks import one_line_errors
+from zolightning.strategies.ranks import one_line_errors
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

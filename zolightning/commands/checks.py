@@ -18,8 +18,7 @@ from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.partners import callbacks_of
-from zolightning.sharded import ZerothOrderFSDP
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 _MOST_QUERIES = 10_000
 _SMALLEST_EPS, _LARGEST_EPS, _LARGEST_LR = 1e-12, 1e3, 1e6

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from zolightning.adapters import merge_adapter
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.model_card import write_card
 from zolightning.models.loading import refuse_other_weights
-from zolightning.quantization import refuse_quantized
+from zolightning.network.adapters import merge_adapter
+from zolightning.network.quantization import refuse_quantized
 
 if TYPE_CHECKING:
     from zolightning.commands.trainer import Trainer

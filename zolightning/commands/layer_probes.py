@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zolightning.callbacks.linear_probing import CS, TOLERANCE
-from zolightning.early_exit import exit_after
-from zolightning.logistic_regression import accuracy, over_folds, strongest_penalty
+from zolightning.network.early_exit import exit_after
+from zolightning.network.logistic_regression import accuracy, over_folds, strongest_penalty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

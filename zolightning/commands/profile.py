@@ -25,7 +25,7 @@ from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
 from zolightning.layers import find_layers
 from zolightning.messages import counted
-from zolightning.quantization import refuse_quantized
+from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.rules import DEFAULT_RULES

@@ -25,8 +25,8 @@ from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
 from zolightning.layers import LayerStack, check_index, find_layers
 from zolightning.messages import counted
+from zolightning.network.quantization import refuse_quantized
 from zolightning.optim import NonFiniteLossError
-from zolightning.quantization import refuse_quantized
 from zolightning.scopes.scope import Scope
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from zolightning.prefix import prefix_of
+from zolightning.network.prefix import prefix_of
 
 # Architectures that do nothing else with such a mask, each tested. Others derive positions or biases from it.
 TAKE_CAUSAL_MASKS = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})

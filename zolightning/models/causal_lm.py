@@ -17,7 +17,7 @@ from zolightning.models.language_model import LanguageModel
 from zolightning.models.scoring import answer_log_probs
 from zolightning.models.spread import DeviceMap
 from zolightning.models.suitability import refuse_unsuitable
-from zolightning.quantization import Quantization
+from zolightning.network.quantization import Quantization
 from zolightning.rewards.reward import Reward, check_references, check_signature, rewards_of
 from zolightning.rewards.text import exact_match, token_f1
 

@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.adapter_folders import load_adapter, save_adapter
-from zolightning.adapters import adapter_settings
-from zolightning.head import belongs_to_head
 from zolightning.messages import counted
 from zolightning.models.head_features import inputs_of
 from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.models.scoring import classification_loss
+from zolightning.network.adapter_folders import load_adapter, save_adapter
+from zolightning.network.adapters import adapter_settings
+from zolightning.network.head import belongs_to_head
 from zolightning.rank_zero import rank_zero_warn
 
 

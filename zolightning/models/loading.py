@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.head import belongs_to_head
 from zolightning.messages import some
+from zolightning.network.head import belongs_to_head
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from zolightning.callbacks.linear_probing import head_features
 from zolightning.data.encoding import Batch
-from zolightning.head import is_tied, set_rows, untie_head
-from zolightning.logistic_regression import CS, check_probe, fit_probe, most_accurate_c
 from zolightning.models.causal_lm import CausalLM
-from zolightning.quantization import Quantization
+from zolightning.network.head import is_tied, set_rows, untie_head
+from zolightning.network.logistic_regression import CS, check_probe, fit_probe, most_accurate_c
+from zolightning.network.quantization import Quantization
 
 
 class LogisticRegressionLM(CausalLM):

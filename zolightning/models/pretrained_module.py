@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from zolightning.adapter_folders import load_adapter, save_adapter
-from zolightning.adapters import adapter_settings, fixed_factors, load_fixed_factors, restore_adapter
-from zolightning.early_exit import early_exit, keep_first_layers, restore_early_exit
-from zolightning.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
 from zolightning.models.loading import refuse_other_weights
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.saving import save_model, share_weights
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
-from zolightning.optim.schedules import WarmupDecay
-from zolightning.quantization import (
+from zolightning.network.adapter_folders import load_adapter, save_adapter
+from zolightning.network.adapters import adapter_settings, fixed_factors, load_fixed_factors, restore_adapter
+from zolightning.network.early_exit import early_exit, keep_first_layers, restore_early_exit
+from zolightning.network.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
+from zolightning.network.quantization import (
     Quantization,
     forget_originals,
     quantization_settings,
@@ -32,6 +31,7 @@ from zolightning.quantization import (
     require_quantization,
     restore_quantization,
 )
+from zolightning.optim.schedules import WarmupDecay
 
 
 class Evaluation(NamedTuple):

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zolightning.head import has_untied_head
-from zolightning.quantization import dequantized_state_dict
+from zolightning.network.head import has_untied_head
+from zolightning.network.quantization import dequantized_state_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from zolightning.models.pretrained_module import PretrainedModule
-from zolightning.prefix import prefix_of
+from zolightning.network.prefix import prefix_of
 from zolightning.scopes import PrefixTuning
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.adapters import (
+from zolightning.directions.slices import Slice
+from zolightning.layers import LayerStack, mlp_of
+from zolightning.network.adapters import (
     adaptable,
     adapter_parameters,
     adapter_settings,
@@ -18,8 +20,6 @@ from zolightning.adapters import (
     differences,
     lora_settings,
 )
-from zolightning.directions.slices import Slice
-from zolightning.layers import LayerStack, mlp_of
 from zolightning.optim.checks import require_integer
 from zolightning.scopes.token_mask import TokenMask
 

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from zolightning.directions.slices import Slice
+from zolightning.network.quantization import num_weights, unquantize
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.partners import add_text, callbacks_of
-from zolightning.quantization import num_weights, unquantize
 
 _KEY = "scope"
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from zolightning.adapters import adapter_settings
-from zolightning.head import is_tied, untie_head
+from zolightning.network.adapters import adapter_settings
+from zolightning.network.head import is_tied, untie_head
 from zolightning.scopes.scope import Scope, Selection
 
 

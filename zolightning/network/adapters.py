@@ -15,8 +15,8 @@ from torch import nn
 from zolightning.directions.shards import is_sharded
 from zolightning.layers import is_conv1d
 from zolightning.messages import some
-from zolightning.plain_tensors import as_plain, from_plain
-from zolightning.prefix import add_prefix, prefix_of, remove_prefix
+from zolightning.network.plain_tensors import as_plain, from_plain
+from zolightning.network.prefix import add_prefix, prefix_of, remove_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

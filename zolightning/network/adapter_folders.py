@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zolightning.adapters import (
+from zolightning.messages import some
+from zolightning.network.adapters import (
     ADAPTER,
     LORA,
     PREFIX,
@@ -17,9 +18,8 @@ from zolightning.adapters import (
     inject_lora,
     refuse_sharded,
 )
-from zolightning.early_exit import early_exit
-from zolightning.messages import some
-from zolightning.prefix import prefix_of
+from zolightning.network.early_exit import early_exit
+from zolightning.network.prefix import prefix_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

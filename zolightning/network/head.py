@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.shards import is_sharded
-from zolightning.plain_tensors import as_plain, from_plain
+from zolightning.network.plain_tensors import as_plain, from_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,7 @@ from zolightning.directions.shards import gathered, is_sharded, own_part, whole
 from zolightning.evaluation.stacked import network_of
 from zolightning.layers import find_layers
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.ranks import leave_at_exit
+from zolightning.strategies.ranks import leave_at_exit
 
 
 class ZerothOrderFSDP(ModelParallelStrategy):

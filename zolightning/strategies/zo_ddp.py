@@ -1,4 +1,4 @@
-"""Strategies of Lightning for training without gradients; importing this file registers them by name."""
+"""The strategy ``zo_ddp``, whose ranks hold the same weights and exchange losses; importing this file registers it."""
 
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ from torch.distributed import ReduceOp
 
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer
-from zolightning.ranks import CHECK_INTERVAL, Layout, leave_at_exit
+from zolightning.strategies.ranks import CHECK_INTERVAL, Layout, leave_at_exit
 
 
 class ZerothOrderDDP(DDPStrategy):

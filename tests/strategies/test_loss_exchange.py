@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zolightning.optim import MeZO
 from zolightning.optim.share import Share
-from zolightning.ranks import Layout, LossExchange, RanksError
+from zolightning.strategies.ranks import Layout, LossExchange, RanksError
 
 STEP, BATCHES, WEIGHTS, ROWS = 0, 1, 3, 5  # columns of what a rank says
 

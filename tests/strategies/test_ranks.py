@@ -12,8 +12,8 @@ from torch import Tensor
 import rank_runs
 from forked_ranks import run_program
 from rank_runs import RUNS
-from zolightning.ranks import Layout, checksum
 from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies.ranks import Layout, checksum
 
 Results = dict[tuple[str, int, int], dict[str, Any]]
 
