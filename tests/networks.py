@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.dense import directions
-from zolightning.evaluation.perturbed import Perturbation
+from zolightning.directions.perturbation import Perturbation
 
 Loss = Callable[[nn.Module], Tensor]
 

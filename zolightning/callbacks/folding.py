@@ -44,14 +44,6 @@ def hook_between_steps(callbacks: Sequence[Callback], module: L.LightningModule)
     return None
 
 
-def is_validation_next(trainer: L.Trainer) -> bool:
-    """Whether a Trainer, at the end of a training batch, is about to validate."""
-    loop = trainer.fit_loop
-    # Lightning has no public name for this, and many options to go by.
-    fetcher = loop._data_fetcher
-    return trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
-
-
 def choose_folding(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback], module: L.LightningModule) -> None:
     """Lets a method fold at every step if a hook may access weights between steps, with a message that names the hook.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from zolightning.callbacks.folding import choose_folding, is_validation_next
+from zolightning.callbacks.folding import choose_folding
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
@@ -31,6 +31,7 @@ from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
 from zolightning.step import zeroth_order_step
 from zolightning.strategies.ranks import layout_of
+from zolightning.training_loop import is_validation_next
 
 Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
 

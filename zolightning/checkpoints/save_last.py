@@ -12,19 +12,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks.folding import is_validation_next
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
-from zolightning.checkpoints.training_loop import (
+from zolightning.optim.deferred import deferring
+from zolightning.partners import callbacks_of, is_dry_run
+from zolightning.training_loop import (
     EpochOfLastBatch,
     is_at_end_of_batch,
     is_between_steps,
+    is_validation_next,
     take_back_batch,
     validate,
 )
-from zolightning.optim.deferred import deferring
-from zolightning.partners import callbacks_of, is_dry_run
 
 _KEY = "zolightning.SaveLast"
 

@@ -12,9 +12,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.replaced import replaced
-from zolightning.step import Loss
 
 
 @torch.no_grad()

@@ -86,6 +86,13 @@ def is_at_end_of_batch(trainer: L.Trainer) -> bool:
     return batch.processed != batch.completed  # type: ignore[attr-defined]  # as above
 
 
+def is_validation_next(trainer: L.Trainer) -> bool:
+    """Whether a Trainer, at the end of a training batch, is about to validate."""
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    return trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+
+
 def take_back_batch(trainer: L.Trainer) -> None:
     """Forgets that a batch was begun whose step was not taken, so that validations come after as many steps as ever."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
