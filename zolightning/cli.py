@@ -50,7 +50,7 @@ from zolightning.commands.slots import (
     with_switches,
 )
 from zolightning.commands.trainer import Trainer
-from zolightning.partners import callbacks_of
+from zolightning.partners import callbacks_of, find_callbacks
 from zolightning.scopes.scope import Scope, refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
 
@@ -232,7 +232,7 @@ class ZerothOrderCLI(LightningCLI):
         config = f"--config {Path(folder) / 'config.yaml'}"
         if best:
             print(f"export it:  zolightning export {config} --ckpt_path {best} --folder NEW_FOLDER")
-        ledgers = [callback.path for callback in callbacks_of(self.trainer) if isinstance(callback, KeepLedger)]
+        ledgers = [callback.path for callback in find_callbacks(self.trainer, KeepLedger)]
         if ledgers and ledgers[0] is not None:
             print(f"replay it:  zolightning replay {config} --ledger {ledgers[0]} --output NEW_FOLDER")
         if Path(folder, "checkpoints/last.ckpt").is_file():

@@ -1,12 +1,14 @@
 """Finds what a callback works with in a Trainer: the method, other callbacks, TensorBoard's loggers."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 def methods_of(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:
@@ -47,9 +49,19 @@ def callbacks_of(trainer: L.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
 
 
+def find_callbacks(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
+    """The callbacks of a Trainer that are of a class."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, kind)]
+
+
 def is_dry_run(trainer: L.Trainer) -> bool:
     """Whether a Trainer has ``fast_dev_run`` set, so that its run leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # as above
+
+
+def log_interval(trainer: L.Trainer) -> int:
+    """The number of steps from one that a Trainer logs to the next."""
+    return max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]  # as above
 
 
 def tensorboards(trainer: L.Trainer) -> list[Any]:

@@ -18,8 +18,8 @@ from zolightning.blocks.timeline import Timeline
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.checks import require_choice, require_patterns
-from zolightning.partners import callbacks_of, tensorboards, zeroth_order_optimizer
-from zolightning.scopes.scope import Scope
+from zolightning.partners import log_interval, tensorboards, zeroth_order_optimizer
+from zolightning.scopes.scope import scopes_of
 
 
 class BlockCoordinateDescent(Callback):
@@ -111,7 +111,7 @@ class BlockCoordinateDescent(Callback):
         Raises:
             MisconfigurationException: naming the argument, what was found and what is accepted.
         """
-        if not any(isinstance(callback, Scope) for callback in callbacks_of(trainer)):
+        if not scopes_of(trainer):
             self._make_schedule(pl_module, [p for p in pl_module.parameters() if p.requires_grad])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -123,7 +123,7 @@ class BlockCoordinateDescent(Callback):
             self.timeline.load_state_dict(self._restored["timeline"])
             self._restored = None
         self.schedule.attach(optimizer)
-        self._shares = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
+        self._shares = deque(maxlen=log_interval(trainer))
         sizes = [sum(parameter.numel() for parameter in block) for block in blocks.parameters.values()]
         rank_zero_info(
             f"BlockCoordinateDescent: {self.describe()}; of {min(sizes):,} to {max(sizes):,} parameters each."

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.optim.checks import require_choice
 from zolightning.optim.momentum_transport import TRANSPORTS, Transport
-from zolightning.partners import callbacks_of, subspace_optimizer
+from zolightning.partners import find_callbacks, subspace_optimizer
 
 
 class MomentumTransport(Callback):
@@ -37,7 +37,7 @@ class MomentumTransport(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
-        found = [callback.how for callback in callbacks_of(trainer) if isinstance(callback, MomentumTransport)]
+        found = [callback.how for callback in find_callbacks(trainer, MomentumTransport)]
         if len(found) > 1:
             raise MisconfigurationException(
                 f"`trainer.callbacks` has {len(found)} MomentumTransport, with `how` {found}, and the momentum is "

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.memory import size
-from zolightning.partners import add_text, methods_of, tensorboards
+from zolightning.partners import add_text, log_interval, methods_of, tensorboards
 
 
 class RunMonitor(Callback):
@@ -31,8 +31,7 @@ class RunMonitor(Callback):
         self._seconds: deque[float] = deque()  # durations of the latest steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # With `getattr`, because Lightning sets this attribute outside of the Trainer's class.
-        self._seconds = deque(maxlen=max(getattr(trainer, "log_every_n_steps", 1), 1))
+        self._seconds = deque(maxlen=log_interval(trainer))
         sample_text = getattr(getattr(trainer, "datamodule", None), "sample_text", None)
         if sample_text is not None and tensorboards(trainer):
             add_text(trainer, "prompt", sample_text())
@@ -44,7 +43,7 @@ class RunMonitor(Callback):
         self._seconds.append(time.perf_counter() - self._started)
         pl_module.log("run/steps_per_second", len(self._seconds) / sum(self._seconds))
         pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
-        if trainer.global_step % max(getattr(trainer, "log_every_n_steps", 1), 1) == 0:
+        if trainer.global_step % log_interval(trainer) == 0:
             for method in methods_of(trainer):
                 for name, value in method.measurements().items():
                     pl_module.log(f"method/{name}", value)

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
-from zolightning.callbacks.refusals import bases
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
 from zolightning.memory import (
     BatchShape,
     MemoryPlan,
+    Trained,
     plan,
     size,
     sketch_bytes,
@@ -34,7 +34,8 @@ from zolightning.memory_alternatives import alternatives
 from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
-from zolightning.partners import callbacks_of, methods_of, tensorboards
+from zolightning.partners import find_callbacks, methods_of, tensorboards
+from zolightning.scopes.scope import scopes_of
 from zolightning.strategies.ranks import layout_of
 
 
@@ -86,7 +87,7 @@ class RunOverview(Callback):
                         logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = next((callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)), None)
+        best = next(iter(find_callbacks(trainer, ModelCheckpoint)), None)
         score = None if best is None else best.best_model_score
         metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
         for logger in tensorboards(trainer):
@@ -133,43 +134,24 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
 def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     for optimizer in trainer.optimizers:
+        name = type(optimizer).__name__
         if not isinstance(optimizer, ZerothOrderOptimizer):
-            name, lr = type(optimizer).__name__, optimizer.param_groups[0].get("lr")
+            lr = optimizer.param_groups[0].get("lr")
             yield "method", name if lr is None else f"backpropagation by {name}, lr {lr:g}"
             yield "memory", f"weights {size(weight_bytes(module))}, gradients and the optimizer's state, activations"
             continue
-        name = type(optimizer).__name__
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
-        forwards = len(optimizer.estimator.probes(optimizer.num_queries)) * optimizer.estimator.forwards
-        how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
-        if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
-            how += f", {-(-forwards // parts)} of them on the first rank"
-        yield "a step", f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
-        never = {parameter for blocks in _block_callbacks(trainer) for parameter in blocks.never}
+        yield "a step", _evaluations(trainer, optimizer)
+        never = {parameter for blocks in _blocks_in(trainer) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
-        zeroth_order = next(callback for callback in callbacks_of(trainer) if isinstance(callback, ZerothOrder))
-        batch = _largest_batch(trainer, zeroth_order)
-        cuda_graphs = optimizer.evaluator.graphs is not None
-        planned = plan(module, trained, zeroth_order.method, batch, cuda_graphs)
-        for directions in _looked_for(trainer, optimizer):
-            planned = replace(planned, sketches=sketch_bytes(trained, directions))
-        for blocks in _block_callbacks(trainer):
-            if blocks.left_state == "reset":
-                moving = blocks.largest(optimizer)
-                state, host = state_bytes([t for t in trained if t.weight in moving], zeroth_order.method)
-                planned = replace(planned, state=state, host=host)
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            others = partial(alternatives, module, trained, zeroth_order.method, batch, cuda_graphs)
-            devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
-            refuse_too_large(planned, sum(map(free_bytes, devices)), others)
+        planned = _memory_plan(trainer, module, optimizer, trained)
         yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
-    scopes = [type(callback).__name__ for callback in callbacks_of(trainer) if "Scope" in bases(callback)]
+    scopes = [type(scope).__name__ for scope in scopes_of(trainer)]
     total = num_weights(module)
     chosen = ", ".join(scopes) or ("all parameters" if count == total else "what is not frozen")
     yield "scope", f"{chosen}: {count:,} of {total:,} parameters train"
-    for blocks in _block_callbacks(trainer):
+    for blocks in _blocks_in(trainer):
         yield "blocks", blocks.describe()
     if trainer.world_size > 1:
         yield "ranks", str(layout_of(trainer))
@@ -180,11 +162,47 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             yield "watch it", f"tensorboard --logdir {Path(folder).parent}"
 
 
-def _looked_for(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Iterator[int]:
-    """The number of leading directions of inputs to find, for each callback that takes bases from activations."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, SubspaceResampling) and callback.bases is not None:
-            yield callback.bases.skip + max(group["rank"] for group in optimizer.param_groups)
+def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:
+    """How many forward passes a step takes, and how they run."""
+    forwards = len(optimizer.estimator.probes(optimizer.num_queries)) * optimizer.estimator.forwards
+    how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
+    if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
+        how += f", {-(-forwards // parts)} of them on the first rank"
+    return f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
+
+
+def _memory_plan(
+    trainer: L.Trainer, module: L.LightningModule, optimizer: ZerothOrderOptimizer, trained: list[Trained]
+) -> MemoryPlan:
+    """The memory plan of a run, unless that is refused because it does not fit.
+
+    Args:
+        trainer: the run's.
+        module: the module that trains.
+        optimizer: its method.
+        trained: the weights that train.
+
+    Raises:
+        MisconfigurationException: see :func:`refuse_too_large`.
+    """
+    (zeroth_order, *_) = find_callbacks(trainer, ZerothOrder)
+    setting = zeroth_order.method, _largest_batch(trainer, zeroth_order), optimizer.evaluator.graphs is not None
+    planned = plan(module, trained, *setting)
+    for resampling in find_callbacks(trainer, SubspaceResampling):
+        if resampling.bases is not None:
+            directions = resampling.bases.skip + max(group["rank"] for group in optimizer.param_groups)
+            planned = replace(planned, sketches=sketch_bytes(trained, directions))
+    for blocks in _blocks_in(trainer):
+        if blocks.left_state == "reset":
+            moving = blocks.largest(optimizer)
+            state, host = state_bytes([t for t in trained if t.weight in moving], zeroth_order.method)
+            planned = replace(planned, state=state, host=host)
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
+        others = partial(alternatives, module, trained, *setting)
+        refuse_too_large(planned, sum(map(free_bytes, devices)), others)
+    return planned
 
 
 def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
@@ -200,21 +218,20 @@ def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
 
 def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     """The settings by which runs are compared, as plain values."""
-    task = getattr(getattr(trainer, "datamodule", None), "task", None)
+    data = getattr(trainer, "datamodule", None)
     settings: dict[str, Any] = {
-        "task": getattr(task, "name", None),
-        "batch_size": getattr(getattr(trainer, "datamodule", None), "batch_size", None),
+        "task": getattr(getattr(data, "task", None), "name", None),
+        "batch_size": getattr(data, "batch_size", None),
         "precision": trainer.precision,
         "max_steps": trainer.max_steps,
         "trainable": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
     }
-    for callback in callbacks_of(trainer):
-        if "Scope" in bases(callback):
-            settings["scope"] = type(callback).__name__
-        if isinstance(callback, SubspaceResampling):
-            settings["resampling.interval"] = callback.interval
-            settings["resampling.bases"] = None if callback.bases is None else str(callback.bases)
-    for blocks in _block_callbacks(trainer):
+    for scope in scopes_of(trainer):
+        settings["scope"] = type(scope).__name__
+    for resampling in find_callbacks(trainer, SubspaceResampling):
+        settings["resampling.interval"] = resampling.interval
+        settings["resampling.bases"] = None if resampling.bases is None else str(resampling.bases)
+    for blocks in _blocks_in(trainer):
         settings["blocks.order"] = type(blocks.order).__name__
         settings["blocks.interval"] = blocks.interval
         settings["blocks.blocks_per_step"] = blocks.blocks_per_step
@@ -237,5 +254,5 @@ def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape 
     return BatchShape(rows * zeroth_order.evaluations_per_forward, length, positions)
 
 
-def _block_callbacks(trainer: L.Trainer) -> list[BlockCoordinateDescent]:
-    return [callback for callback in callbacks_of(trainer) if isinstance(callback, BlockCoordinateDescent)]
+def _blocks_in(trainer: L.Trainer) -> list[BlockCoordinateDescent]:
+    return find_callbacks(trainer, BlockCoordinateDescent)

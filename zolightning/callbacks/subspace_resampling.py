@@ -12,7 +12,7 @@ from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.messages import some
 from zolightning.optim.checks import require_integer
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.partners import add_text, callbacks_of, subspace_optimizer
+from zolightning.partners import add_text, find_callbacks, subspace_optimizer
 
 
 class SubspaceResampling(Callback):
@@ -48,8 +48,7 @@ class SubspaceResampling(Callback):
         return optimizer.param_groups[0]["step"] % self.interval == 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        callbacks = callbacks_of(trainer)
-        intervals = [callback.interval for callback in callbacks if isinstance(callback, SubspaceResampling)]
+        intervals = [callback.interval for callback in find_callbacks(trainer, SubspaceResampling)]
         if len(intervals) > 1:
             raise MisconfigurationException(
                 f"`trainer.callbacks` has {len(intervals)} SubspaceResampling, with `interval` {intervals}: each would "

@@ -16,7 +16,7 @@ from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_wri
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.optim.deferred import deferring
-from zolightning.partners import callbacks_of, is_dry_run
+from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
 from zolightning.training_loop import (
     EpochOfLastBatch,
     is_at_end_of_batch,
@@ -195,9 +195,7 @@ class SaveLast(ModelCheckpoint):
 
         It is better than one saved now, because the state of a loader may have advanced to the batch that failed.
         """
-        return any(
-            isinstance(callback, KeepLedger) and callback.ledger is not None for callback in callbacks_of(trainer)
-        )
+        return any(callback.ledger is not None for callback in find_callbacks(trainer, KeepLedger))
 
     # What it saves
 

@@ -17,7 +17,7 @@ from zolightning.commands.output import quiet
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.partners import callbacks_of
+from zolightning.partners import callbacks_of, find_callbacks
 from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 _MOST_QUERIES = 10_000
@@ -150,7 +150,7 @@ def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
     """
     if isinstance(network := getattr(model, "model", None), nn.Module):
         refuse_misplaced(network, trainer, "fit")
-    is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in callbacks_of(trainer))
+    is_zeroth_order = bool(find_callbacks(trainer, ZerothOrder))
     if isinstance(model, PretrainedModule):
         model.check_objective(datamodule, by_gradients=not is_zeroth_order)
     ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)

@@ -14,7 +14,7 @@ from torch import nn
 from zolightning.directions.slices import Slice
 from zolightning.network.quantization import num_weights, unquantize
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.partners import add_text, callbacks_of
+from zolightning.partners import add_text, find_callbacks
 
 _KEY = "scope"
 
@@ -141,9 +141,14 @@ class Scope(Callback, ABC):
         self._trainable = {}
 
 
+def scopes_of(trainer: L.Trainer) -> list[Scope]:
+    """The scopes among a Trainer's callbacks: one, or none."""
+    return find_callbacks(trainer, Scope)  # type: ignore[type-abstract]  # they need not be made
+
+
 def refuse_two_scopes(trainer: L.Trainer) -> None:
     """Raises a MisconfigurationException where callbacks of a Trainer would freeze what others train."""
-    scopes = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, Scope)]
+    scopes = [type(scope).__name__ for scope in scopes_of(trainer)]
     if len(scopes) > 1:
         raise MisconfigurationException(
             f"`trainer.callbacks` has {len(scopes)} scopes, {', '.join(scopes)}: each would freeze what the others "
