@@ -17,6 +17,7 @@ from torch import Tensor
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, strongest_penalty
+from zolightning.network.model import pretrained_model
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.scopes.calibration import calibration_batches
 
@@ -62,6 +63,8 @@ class LinearProbing(Callback):
         callbacks = [LinearProbing(), TrainLayers([28, 29]), ZerothOrder(partial(MeZO, lr=1e-6))]
     """
 
+    unties_head = True  # before a scope chooses, for which the head has a name of its own then
+
     def __init__(self, num_examples: int | None = None, cs: Sequence[float] = CS, tolerance: float = TOLERANCE) -> None:
         if num_examples is not None and num_examples < 1:
             raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
@@ -76,9 +79,9 @@ class LinearProbing(Callback):
             return
         self._goes_on = False
         self.check(trainer, pl_module)
-        for model in _pretrained_models(pl_module):
-            if is_tied(model):  # before there is an optimizer, or a scope chooses
-                untie_head(model)
+        model = pretrained_model(pl_module)
+        if model is not None and is_tied(model):  # before there is an optimizer, or a scope chooses
+            untie_head(model)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises what ``setup`` raises; to be called before something long that comes before a fit."""
@@ -100,11 +103,11 @@ class LinearProbing(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._goes_on:
             return
-        adapters = [type(model).__name__ for model in _pretrained_models(pl_module) if hasattr(model, "peft_config")]
-        if adapters:
+        model = pretrained_model(pl_module)
+        if hasattr(model, "peft_config"):
             raise MisconfigurationException(
-                f"`linear_probing` is given, and {adapters[0]} has an adapter, beside which no head is saved. Leave "
-                "one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from that."
+                f"`linear_probing` is given, and {type(model).__name__} has an adapter, beside which no head is saved. "
+                "Leave one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from that."
             )
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
         found = fit_probe(features, rows, self.cs, self.tolerance, strongest_penalty)
@@ -159,10 +162,3 @@ def head_features(
             f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave `linear_probing` out."
         )
     return features, rows, len(batches)
-
-
-def _pretrained_models(module: L.LightningModule) -> list[Any]:
-    """The outermost model of transformers in a module, if there is one."""
-    from transformers import PreTrainedModel
-
-    return [submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel)][:1]

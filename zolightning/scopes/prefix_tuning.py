@@ -8,7 +8,7 @@ from zolightning.network.adapters import PREFIX, adapter_settings, add_adapter, 
 from zolightning.network.prefix import prefix_of
 from zolightning.optim.checks import require_integer
 from zolightning.scopes.scope import Scope, Selection
-from zolightning.scopes.train_head import pretrained_model
+from zolightning.scopes.train_head import require_pretrained_model
 
 
 class PrefixTuning(Scope):
@@ -28,10 +28,10 @@ class PrefixTuning(Scope):
         self.num_virtual_tokens = num_virtual_tokens
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pretrained_model(self, pl_module)
+        require_pretrained_model(self, pl_module)
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
-        model = pretrained_model(self, pl_module)
+        model = require_pretrained_model(self, pl_module)
         wanted = {"peft_type": PREFIX, "num_virtual_tokens": self.num_virtual_tokens}
         present = adapter_settings(model)
         if present is None:

@@ -6,6 +6,7 @@ import lightning as L
 
 from zolightning.network.adapters import adapter_settings
 from zolightning.network.head import is_tied, untie_head
+from zolightning.network.model import pretrained_model
 from zolightning.scopes.scope import Scope, Selection
 
 
@@ -24,10 +25,10 @@ class TrainHead(Scope):
         self.untie = untie
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pretrained_model(self, pl_module)
+        require_pretrained_model(self, pl_module)
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
-        model = pretrained_model(self, pl_module)
+        model = require_pretrained_model(self, pl_module)
         if (adapter := adapter_settings(model)) is not None:
             raise ValueError(
                 f"`scope` is TrainHead, and the model has an adapter ({adapter}), beside which nothing is exported. "
@@ -53,18 +54,16 @@ class TrainHead(Scope):
         return Selection(dict.fromkeys(chosen), reason)
 
 
-def pretrained_model(scope: Scope, module: L.LightningModule) -> Any:
+def require_pretrained_model(scope: Scope, module: L.LightningModule) -> Any:
     """The outermost model of transformers in a module.
 
     Raises:
         ValueError: if there is none, naming the scope that needs one.
     """
-    from transformers import PreTrainedModel
-
-    for submodule in module.modules():
-        if isinstance(submodule, PreTrainedModel):
-            return submodule
-    raise ValueError(
-        f"`scope` is {type(scope).__name__}, which needs a PreTrainedModel of transformers, and "
-        f"{type(module).__name__} has none."
-    )
+    model = pretrained_model(module)
+    if model is None:
+        raise ValueError(
+            f"`scope` is {type(scope).__name__}, which needs a PreTrainedModel of transformers, and "
+            f"{type(module).__name__} has none."
+        )
+    return model

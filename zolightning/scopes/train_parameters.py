@@ -30,11 +30,8 @@ class TrainParameters(Scope):
         self.patterns = tuple(patterns)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        from zolightning.callbacks.linear_probing import LinearProbing  # which needs scopes
-
-        # It unties a head, which has a name of its own then.
-        unties = any(isinstance(callback, LinearProbing) for callback in callbacks_of(trainer))
-        self._refuse_without_match([name for name, _ in pl_module.named_parameters(remove_duplicate=not unties)])
+        is_untied = any(getattr(callback, "unties_head", False) for callback in callbacks_of(trainer))  # LinearProbing
+        self._refuse_without_match([name for name, _ in pl_module.named_parameters(remove_duplicate=not is_untied)])
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
         names = [name for name, _ in pl_module.named_parameters()]
