@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,7 +17,7 @@ from zolightning.evaluation.mode import evaluation_mode
 from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, strongest_penalty
 from zolightning.network.model import pretrained_model
-from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.partners import methods_of, tensorboards
 from zolightning.scopes.calibration import calibration_batches
 
 CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4
@@ -107,20 +106,19 @@ class LinearProbing(Callback):
         if hasattr(model, "peft_config"):
             raise MisconfigurationException(
                 f"`linear_probing` is given, and {type(model).__name__} has an adapter, beside which no head is saved. "
-                "Leave one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from that."
+                "Leave one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from "
+                "that."
             )
         features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
         found = fit_probe(features, rows, self.cs, self.tolerance, strongest_penalty)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
         module: Any = pl_module
         module.set_head_rows(found.rows, found.weights)
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, ZerothOrderOptimizer):
-                optimizer.count(forward_passes)
+        for method in methods_of(trainer):
+            method.count(forward_passes)
         rank_zero_info(f"LinearProbing: {found}")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("linear_probing", str(found), trainer.global_step)
+        for logger in tensorboards(trainer):
+            logger.experiment.add_text("linear_probing", str(found), trainer.global_step)
 
 
 def require_probed(module: L.LightningModule, field: str) -> None:

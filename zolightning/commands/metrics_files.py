@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, replacing
 from zolightning.commands.event_log import EventLog
 from zolightning.commands.run_folder import Run, run_of
+from zolightning.partners import tensorboards
 from zolightning.rank_zero import rank_zero_warn
 from zolightning.versions import installed_version
 
@@ -43,16 +43,15 @@ class MetricsFiles(Callback):
 
     def __init__(self, subcommand: str, command: str, checkpoint: str | None = None) -> None:
         self.subcommand, self.command, self.checkpoint = subcommand, command, checkpoint
-        self._log: EventLog | None = None
+        self._log: EventLog | None = None  # of the first rank, if TensorBoard's logger writes
         self._state = "running"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # a broadcast: on every rank
         is_local = folder is not None and "://" not in folder
-        if is_local and self._log is None and any(_tensorboards(trainer)):
+        if is_local and self._log is None and tensorboards(trainer):
             self._log = EventLog(Path(str(folder)))
-            if trainer.is_global_zero:
-                remove_unfinished(self._log.folder)
+            remove_unfinished(self._log.folder)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -71,9 +70,9 @@ class MetricsFiles(Callback):
             self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
-        if self._log is None or not trainer.is_global_zero:
+        if self._log is None:
             return
-        for logger in _tensorboards(trainer):
+        for logger in tensorboards(trainer):
             logger.experiment.flush()
         folder = self._log.folder
         try:
@@ -148,7 +147,3 @@ def _replace(path: Path, text: str) -> None:
 def library_versions() -> dict[str, str]:
     """The installed versions of the libraries on which results depend, by name."""
     return {library: found for library in _LIBRARIES if (found := installed_version(library)) is not None}
-
-
-def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
