@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimizer_steps import standard
-from zolightning.directions.dense import Direction, arithmetic, directions
+from zolightning.directions.dense import Direction, compute_dtype, directions
 from zolightning.kernels import compiled, native
 from zolightning.kernels.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, coefficient, key
 
@@ -34,7 +34,7 @@ def direction(
 ) -> Direction:
     keys = torch.tensor([key(1, 2, query, name) for query in range(num_queries)], dtype=torch.int32)
     values = [SCALE / CODE_SCALE[kind] / 2**query for query in range(num_queries)]
-    return Direction(keys, torch.tensor([coefficient(v, kind) for v in values], dtype=arithmetic(dtype)), kind)
+    return Direction(keys, torch.tensor([coefficient(v, kind) for v in values], dtype=compute_dtype(dtype)), kind)
 
 
 def all_codes(count: int, name: str = "w", kind: NoiseKind = "gaussian") -> Tensor:
@@ -60,7 +60,7 @@ class TestAddTo:
     def test_the_sum_is_rounded_once(self, shape: tuple, seed: int, kind: NoiseKind, dtype: torch.dtype) -> None:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         noise = all_codes(weight.numel(), kind=kind).view(shape) * SCALE
-        expected = (weight.to(arithmetic(dtype)) + noise).to(dtype)
+        expected = (weight.to(compute_dtype(dtype)) + noise).to(dtype)
         assert torch.equal(perturbed(direction(kind=kind, dtype=dtype), weight), expected)
 
     @given(numel=st.integers(0, 40), cut=st.integers(0, 40), dtype=st.sampled_from(DTYPES))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zolightning.directions.dense import Direction, arithmetic
+from zolightning.directions.dense import Direction, compute_dtype
 from zolightning.kernels import native
 from zolightning.kernels.bfloat16 import read_split, write_split
 from zolightning.kernels.noise import NoiseKind, coefficient, key
@@ -34,7 +34,7 @@ def direction(
 ) -> Direction:
     keys = torch.tensor([key(0, step, query, "w") for query in range(num_queries)], dtype=torch.int32)
     values = [coefficient(rms / num_queries**0.5, kind)] * num_queries
-    return Direction(keys, torch.tensor(values, dtype=arithmetic(dtype)), kind)
+    return Direction(keys, torch.tensor(values, dtype=compute_dtype(dtype)), kind)
 
 
 def start(numel: int, dtype: torch.dtype) -> Tensor:
@@ -173,10 +173,10 @@ def test_what_somebody_else_writes_is_where_the_next_update_starts(dtype: torch.
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_rounds_the_sum_as_a_cast_does(dtype: torch.dtype) -> None:
-    weight, noise, dense, state = start(33, dtype), torch.zeros(33, dtype=arithmetic(dtype)), start(33, dtype), {}
+    weight, noise, dense, state = start(33, dtype), torch.zeros(33, dtype=compute_dtype(dtype)), start(33, dtype), {}
     d = direction(0, 1e-2, dtype, num_queries=3)
     d.accumulate(noise)
-    factor = torch.tensor(0.9, dtype=arithmetic(dtype))
+    factor = torch.tensor(0.9, dtype=compute_dtype(dtype))
     expected = (factor * weight.to(noise.dtype) + noise).to(dtype)
     add_direction(weight, state, d, "native", 0.9)
     assert torch.equal(weight, expected)

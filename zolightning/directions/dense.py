@@ -46,7 +46,7 @@ class Direction:
         """This direction times `factor`; its coefficients must be known on the host."""
         assert self.values is not None
         values = tuple(coefficient(value * factor / CODE_SCALE[self.kind], self.kind) for value in self.values)
-        coefficients = table(values, self.coefficients.dtype, self.coefficients.device)
+        coefficients = coefficient_tensor(values, self.coefficients.dtype, self.coefficients.device)
         return Direction(self.keys, coefficients, self.kind, values, self.first)
 
     def opposite(self, negated: "Negated") -> "Direction":
@@ -105,7 +105,7 @@ class Direction:
             (n,), float32.
         """
         noise = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
-        one = table((coefficient(1.0, self.kind),), torch.float32, weight.device)
+        one = coefficient_tensor((coefficient(1.0, self.kind),), torch.float32, weight.device)
         Direction(self.keys, one, self.kind, first=self.first).accumulate(noise, start=start)
         return noise
 
@@ -134,7 +134,7 @@ def negated(direction: Direction) -> Coefficients:
     if values is None:
         return Coefficients(-own, None)
     values = tuple([-value for value in values])
-    return Coefficients(table(values, own.dtype, own.device), values)
+    return Coefficients(coefficient_tensor(values, own.dtype, own.device), values)
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:
@@ -161,14 +161,14 @@ def directions(
     """
     names, queries = tuple(parameters), tuple(coefficients)
     rounded = tuple(coefficient(value, kind) for value in coefficients.values())
-    places: dict[tuple[torch.device, torch.dtype], tuple[tuple[Tensor, ...], Tensor]] = {}
+    shared: dict[tuple[torch.device, torch.dtype], tuple[tuple[Tensor, ...], Tensor]] = {}  # keys, coefficients
     found = {}
     for index, (name, tensor) in enumerate(parameters.items()):
         device, dtype = place = tensor.device, tensor.dtype
-        if place not in places:
+        if place not in shared:
             keys = _keys(names, seed, step, queries, device)
-            places[place] = keys, table(rounded, arithmetic(dtype), device)
-        keys, values = places[place]
+            shared[place] = keys, coefficient_tensor(rounded, compute_dtype(dtype), device)
+        keys, values = shared[place]
         found[name] = Direction(keys[index], values, kind, rounded)
     return found
 
@@ -185,7 +185,7 @@ def _keys(
 
 # Cached because the evaluations of all steps need the same coefficients.
 @functools.lru_cache(maxsize=64)
-def table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def coefficient_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Coefficients as a tensor, (queries,), which is cached: do not write to it."""
     return on_device(torch.tensor(values, dtype=dtype), device)
 
@@ -196,6 +196,6 @@ def _keys_of_query(names: tuple[str, ...], seed: int, step: int, query: int) -> 
     return torch.tensor([key(seed, step, query, name) for name in names], dtype=torch.int32)
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which perturbations and updates of a weight are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis, Sides, gaussian, orthonormal
-from zolightning.directions.dense import arithmetic
+from zolightning.directions.dense import compute_dtype
 
 GIVEN = {"left": "given_left", "right": "given_right"}  # entries of the state with factors that were given, by side
 ANCHORED = ("left", "right")  # ... and with the factors of an anchored basis
@@ -72,7 +72,7 @@ class BasisKind:
             if self.sides not in (side, "both") or (given and self.sides != "both"):
                 return None
             drawn = gaussian(size, matrix.rank, seed, refresh, f"{name}/{side}", parameter.device)
-            drawn = drawn.to(arithmetic(parameter.dtype))
+            drawn = drawn.to(compute_dtype(parameter.dtype))
             with without_autocast(parameter.device):
                 return (orthonormal(drawn) if self.unit else drawn).to(parameter.dtype)
 
@@ -88,7 +88,7 @@ class BasisKind:
         scaled: dict[str, Tensor] = {}
         for side, factor in basis.by_side.items():
             length = self._mean_square(matrix, side if self.sides == "both" else self.sides) * len(factor)
-            wide = factor.to(arithmetic(factor.dtype))
+            wide = factor.to(compute_dtype(factor.dtype))
             scaled[side] = wide * (length / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)).sqrt()
         return Basis(**scaled)
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.directions.dense import Direction, arithmetic, table
+from zolightning.directions.dense import Direction, coefficient_tensor, compute_dtype
 from zolightning.directions.scaled import FactoredCurvature, FullCurvature, ScaledDirection
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import CODE_SCALE, NoiseKind
@@ -66,7 +66,7 @@ class RelativeChange(NamedTuple):
     def of_codes(self, kind: NoiseKind, like: Tensor) -> Change:
         """The same change in terms of the integer codes of the noise, for the kernels and a weight like `like`."""
         squares = tuple(ratio * CODE_SCALE[kind] ** 2 for ratio in self.ratios)
-        return Change(self.shift, table(squares, arithmetic(like.dtype), like.device), *self.bounds)
+        return Change(self.shift, coefficient_tensor(squares, compute_dtype(like.dtype), like.device), *self.bounds)
 
 
 def relative_change(
@@ -190,7 +190,7 @@ def _update_factored_(
 
 
 def _ones(numel: int, like: Tensor) -> Tensor:
-    return torch.ones(numel, dtype=arithmetic(like.dtype), device=like.device)
+    return torch.ones(numel, dtype=compute_dtype(like.dtype), device=like.device)
 
 
 def _limited(value: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.dense import Direction, accumulate_each, arithmetic, directions, table
+from zolightning.directions.dense import Direction, accumulate_each, coefficient_tensor, compute_dtype, directions
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.signed import Signed
 from zolightning.kernels.noise import NoiseKind, coefficient
@@ -137,7 +137,7 @@ class GRZO(SubspaceOptimizer):
         cores = torch.stack([self._cores[name] for name in matrices])
         signs = torch.stack([self._signs[name, query] for name in matrices for query in queries])
         rows, columns = signs.view(len(cores), len(queries), -1).split(list(cores.shape[1:]), dim=2)
-        weights = table(tuple(coefficients), cores.dtype, cores.device)[:, None]
+        weights = coefficient_tensor(tuple(coefficients), cores.dtype, cores.device)[:, None]
         _, matrix = next(iter(matrices.values()))
         return cores * (rows.mT @ (weights * columns)) * self.direction_scale(matrix)
 
@@ -187,14 +187,14 @@ def _drawn(
     alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[str, int]]] = defaultdict(list)
     for pair in sizes:
         parameter = parameters[pair[0]]
-        alike[arithmetic(parameter.dtype), parameter.device].append(pair)
+        alike[compute_dtype(parameter.dtype), parameter.device].append(pair)
     drawn: dict[tuple[str, int], Tensor] = {}
     for (dtype, device), pairs in alike.items():
         # One launch takes tensors of multiples of 16 elements, so the last ones may be of no use.
         whole = [-(-sizes[pair] // 16) * 16 for pair in pairs]
         noises = torch.zeros(sum(whole), dtype=dtype, device=device).split(whole)
-        one, keys = table((coefficient(1.0, kind),), dtype, device), [found[f"{name}/{what}"].keys for name, _ in pairs]
-        own = [key[places[query]][None] for key, (_, query) in zip(keys, pairs, strict=True)]
-        accumulate_each([Direction(key, one, kind) for key in own], noises)
+        one = coefficient_tensor((coefficient(1.0, kind),), dtype, device)
+        keys = [found[f"{name}/{what}"].keys[places[query]][None] for name, query in pairs]
+        accumulate_each([Direction(key, one, kind) for key in keys], noises)
         drawn |= {pair: noise[: sizes[pair]] for pair, noise in zip(pairs, noises, strict=True)}
     return drawn

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolightning.directions.dense import Direction, accumulate_each, arithmetic
+from zolightning.directions.dense import Direction, accumulate_each, compute_dtype
 from zolightning.kernels.adam import adam_step
 from zolightning.optim.precision import State, UpdatePrecision, add_adam, add_directions, add_tensors
 
@@ -132,5 +132,5 @@ def adam_(
 
 def _moment(state: State, name: str, weight: Tensor) -> Tensor:
     if name not in state:
-        state[name] = torch.zeros(weight.numel(), dtype=arithmetic(weight.dtype), device=weight.device)
+        state[name] = torch.zeros(weight.numel(), dtype=compute_dtype(weight.dtype), device=weight.device)
     return state[name]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zolightning.directions.dense import Direction, arithmetic, directions
+from zolightning.directions.dense import Direction, compute_dtype, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element
@@ -267,7 +267,7 @@ class SubspaceOptimizer(SubspaceWeights):
         assert matrix is not None, "it has a core"
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
         shape = self.basis(parameter).core_shape(matrix[:2])
-        gradient = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
+        gradient = torch.zeros(shape, dtype=compute_dtype(parameter.dtype), device=parameter.device)
         named = {name: (parameter, matrix)}
         self._core_directions(named, record.seed, record.step, coefficients)[name].accumulate(gradient)
         return gradient

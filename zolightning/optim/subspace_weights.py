@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis, Sides
-from zolightning.directions.dense import arithmetic
+from zolightning.directions.dense import compute_dtype
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, own_rows
@@ -196,7 +196,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         state = self.state[parameter]
         if "core" not in state:
             shape = self.basis(parameter).core_shape(matrix[:2])
-            state["core"] = torch.zeros(shape, dtype=arithmetic(parameter.dtype), device=parameter.device)
+            state["core"] = torch.zeros(shape, dtype=compute_dtype(parameter.dtype), device=parameter.device)
         return state["core"]
 
     def pending(
