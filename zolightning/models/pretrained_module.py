@@ -19,18 +19,17 @@ from zolightning.models.pretrained import load_pretrained
 from zolightning.models.saving import save_model, share_weights
 from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
 from zolightning.network.adapter_folders import load_adapter, save_adapter
-from zolightning.network.adapters import adapter_settings, fixed_factors, load_fixed_factors, restore_adapter
-from zolightning.network.early_exit import early_exit, keep_first_layers, restore_early_exit
-from zolightning.network.head import has_untied_head, load_rows_dict, restore_head, rows_dict, set_rows
+from zolightning.network.adapters import adapter_settings
+from zolightning.network.early_exit import keep_first_layers
+from zolightning.network.head import load_rows_dict, rows_dict, set_rows
 from zolightning.network.quantization import (
     Quantization,
     forget_originals,
-    quantization_settings,
     quantize,
     refuse_training_all,
     require_quantization,
-    restore_quantization,
 )
+from zolightning.network.structure import restore_structure, structure_of
 from zolightning.optim.schedules import WarmupDecay
 
 
@@ -268,23 +267,11 @@ class PretrainedModule(L.LightningModule):
     def structure_dict(self) -> dict[str, Any]:
         """How the run changed the structure of the pretrained network (adapter, head, layers), as plain values."""
         rows = {"head_rows": rows_dict(self.head, self._rows_set)} if self._rows_set else {}
-        factors = fixed_factors(self.model)
-        return {
-            "adapter": adapter_settings(self.model),
-            "quantization": quantization_settings(self.model),
-            "untied_head": has_untied_head(self.model),
-            "num_layers": early_exit(self.model),
-            **rows,
-            **({"fixed_factors": factors} if factors else {}),
-        }
+        return structure_of(self.model) | rows
 
     def load_structure_dict(self, saved: Mapping[str, Any]) -> None:
         """Gives the network the structure that :meth:`structure_dict` described."""
-        restore_early_exit(self.model, saved.get("num_layers"))
-        restore_head(self.model, saved.get("untied_head", False))
-        restore_adapter(self.model, saved.get("adapter"))
-        load_fixed_factors(self.model, saved.get("fixed_factors", {}))
-        restore_quantization(self.model, saved.get("quantization"))
+        restore_structure(self.model, saved)
         if "head_rows" in saved:
             load_rows_dict(self.head, saved["head_rows"])
             self._rows_set = saved["head_rows"]["rows"]
