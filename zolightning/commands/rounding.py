@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from zolightning.callbacks.replayed_walks import WeightsAndState
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.losses import LossFunction, loss_and_terms
+from zolightning.evaluation.losses import LossFunction
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.estimators import TwoSided
 from zolightning.optim.precision import UpdatePrecision
-from zolightning.optim.probing import evaluate_probes, of_whole_parameters
+from zolightning.optim.probing import evaluate_probes, losses_at, of_whole_parameters
 from zolightning.optim.share import WHOLE
 
 _SAMPLE = 2**16  # elements of a tensor that are examined
@@ -170,15 +170,8 @@ def _rounded(
         if isinstance(change, LowRank)
     }
     if watched:
-        group = optimizer.param_groups[0]
-        optimizer.evaluator.evaluate(
-            lambda: loss_and_terms(evaluate()),
-            {parameter: name for _, name, parameter in optimizer.trainable()},
-            [of_whole_parameters(optimizer, {**changes, **watched})],
-            (group["seed"], group["step"], 0),
-            {parameter: name for name, parameter in optimizer.at_rest()},
-            leaves_traces=False,
-        )
+        perturbations = of_whole_parameters(optimizer, {**changes, **watched})
+        losses_at(optimizer, [perturbations], evaluate, WHOLE, leaves_traces=False)
     return {parameter for parameter in changes if parameter not in watched or watched[parameter].is_built}
 
 
