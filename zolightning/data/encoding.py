@@ -80,6 +80,12 @@ class AnswerIndex:
         tokens = None if mask.all() else torch.cat([mask[present].nonzero().T, mask.flatten().nonzero().T])
         return cls(len(answer_ids), rows, tokens)
 
+    @classmethod
+    def of_batch(cls, batch: "Batch") -> "AnswerIndex":
+        """The index that a batch brings; of a part of a batch, whose index is that of the whole, its own."""
+        index, answer_ids = batch.get("answer_index"), batch["answer_ids"]
+        return cls.of(answer_ids) if index is None or index.size != len(answer_ids) else index
+
     def to(self, device: torch.device | str) -> "AnswerIndex":
         """As Lightning calls it for what it moves to the device."""
         rows, tokens = (None if x is None else x.to(device, non_blocking=True) for x in (self.rows, self.tokens))

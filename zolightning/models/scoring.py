@@ -29,9 +29,7 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         log_probs = log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1)
         return log_probs.masked_fill(~mask, 0.0), mask
 
-    index = batch.get("answer_index")
-    if index is None or index.size != len(answer_ids):  # a part of a batch
-        index = AnswerIndex.of(answer_ids)
+    index = AnswerIndex.of_batch(batch)
     input_ids, attention_mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
     if index.rows is not None:
         input_ids, attention_mask = input_ids[index.rows], attention_mask[index.rows]

@@ -66,9 +66,7 @@ def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     answer_ids = batch["answer_ids"]
     mask = answer_ids >= 0
-    index = batch.get("answer_index")
-    if index is None or index.size != len(answer_ids):  # a part of a batch
-        index = AnswerIndex.of(answer_ids)
+    index = AnswerIndex.of_batch(batch)
 
     # each token is predicted from those before it, the first one from the token that all answers start with
     read = answer_ids.clamp(min=0).roll(1, dims=-1)
