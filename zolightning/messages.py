@@ -1,11 +1,18 @@
 """Helpers for the texts of messages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun: 1 step, 2 steps, 1 class, 2 classes (whose plural is given)."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def differing(one: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]]) -> str:
+    """How two sets of weights differ, given their shapes by name; empty if they do not."""
+    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    have = "weights have other names or shapes, or are missing there or here"
+    return f"{len(names)} {have} ({some(names)})" if names else ""
 
 
 def some(names: Sequence[str]) -> str:

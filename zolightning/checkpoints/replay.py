@@ -13,7 +13,7 @@ from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.ledger_header import as_json_values, first_numbers, release
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.directions.slices import Slice
-from zolightning.messages import some
+from zolightning.messages import differing
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
@@ -159,12 +159,8 @@ def _take_dtypes(ledger: Ledger, module: nn.Module) -> None:
     tensors, saved = base_tensors(module), ledger.header.tensors
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     wanted = {name: shape for name, (_, shape) in saved.items()}
-    if found != wanted:
-        differ = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        raise ValueError(
-            f"The ledger {ledger.path} is of another model: {len(differ)} weights have other names or shapes, or are "
-            f"missing there or here ({some(differ)})."
-        )
+    if different := differing(found, wanted):
+        raise ValueError(f"The ledger {ledger.path} is of another model: {different}.")
     _cast(ledger, module)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.messages import some
+from zolightning.messages import differing, some
 from zolightning.network.head import belongs_to_head
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -112,8 +112,5 @@ def _without_reports() -> Iterator[None]:
 def refuse_other_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Raises a ValueError unless the weights of a checkpoint have the names and shapes of the module's."""
     own, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (module.state_dict(), weights))
-    if different := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
-        raise ValueError(
-            f"`ckpt_path` is of another model: {len(different)} weights have other names or shapes, or are missing "
-            f"there or here ({some(different)})."
-        )
+    if different := differing(own, found):
+        raise ValueError(f"`ckpt_path` is of another model: {different}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zolightning.messages import some
+from zolightning.messages import differing
 from zolightning.network.adapters import (
     ADAPTER,
     LORA,
@@ -93,11 +93,8 @@ def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tens
     others = {f"base_model.model.{name}": weight.detach() for name, weight in (head or {}).items()}
     own = {**_saved_weights(model), **{name: others[name] for name in others.keys() & weights.keys()}}
     shapes, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (own, weights))
-    if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
-        raise ValueError(
-            f"{misfit}: {len(different)} weights have other names or shapes, or are missing there or here "
-            f"({some(different)})."
-        )
+    if different := differing(shapes, found):
+        raise ValueError(f"{misfit}: {different}.")
     for name, weight in own.items():
         weight.copy_(weights[name])
     trained = set(adapter_parameters(model))
