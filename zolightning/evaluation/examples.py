@@ -12,6 +12,7 @@ mean over its examples, and rows must be independent of each other. A network th
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.losses import Evaluate, LossAndTerms
 from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -142,13 +143,9 @@ class ExampleNetwork:
         with watched_everywhere(contexts) as readers:
             run = _Run(self.network, contexts, readers, generators, graphs)
             with replaced_forward(self.network, run.forward):
-                with contexts[0]:
-                    whole = evaluate(loss=batch.loss)
-                run.is_whole = False
+                whole = run.evaluate_whole(contexts[0], partial(evaluate, loss=batch.loss))
                 for context, loss in zip(contexts, batch.examples.values(), strict=True):
-                    with context:
-                        run.begin()
-                        run.losses.append(evaluate(loss=loss))
+                    run.evaluate(context, partial(evaluate, loss=loss))
         run.finish()
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)
@@ -205,15 +202,22 @@ class ExampleNetwork:
 class _Run(NetworkRun):
     """The calls of a network, first for all examples, then for each one, which gets its rows of the first output."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.is_whole = True
+    _is_whole = False  # whether all examples are evaluated together now
+
+    def evaluate_whole(self, context: Perturbed, loss: Evaluate) -> LossAndTerms:
+        """The loss of all examples, for which the network runs; evaluations of single ones come after it."""
+        self._is_whole = True
+        try:
+            with context:
+                return loss()
+        finally:
+            self._is_whole = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = tensors_in((args, kwargs))
         if torch.is_grad_enabled():
             raise CannotStack("`training_step` differentiates")
-        if not self.is_whole:
+        if not self._is_whole:
             return self.output_for(inputs)
         self.run(inputs, args, kwargs)
         return self.calls[-1].output

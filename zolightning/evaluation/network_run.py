@@ -9,7 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.losses import Evaluate, LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack, RowGroups, tensors_in
@@ -65,9 +65,11 @@ class NetworkRun:
         self._call = 0
         self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
 
-    def begin(self) -> None:
-        """Starts an evaluation; those finished so far are in `losses`."""
+    def evaluate(self, context: Perturbed, loss: Evaluate) -> None:
+        """Evaluates a loss in its context, in which the network stands replaced, and adds the result to `losses`."""
         self._call = 0
+        with context:
+            self.losses.append(loss())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_writing:

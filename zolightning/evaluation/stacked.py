@@ -65,8 +65,6 @@ class StackedNetwork:
         self.network = network
         self.size = size
         self._trusted: set[tuple[Any, ...]] = set()
-        self._generators = Generators()
-        self._graphs: GraphedNetwork | None = None
 
     @torch.no_grad()
     def evaluate(
@@ -81,40 +79,45 @@ class StackedNetwork:
         The first time that a certain set of tensors is repeated and split, the losses are compared with those of
         separate runs.
 
+        Args:
+            evaluate: evaluates the loss of the batch.
+            contexts: for each evaluation how it sees parameters.
+            generators: the random number generators that the loss may draw from.
+            graphs: the network's forward as CUDA graphs, if any.
+
         Raises:
             CannotStack: if the network cannot be run like this, or gives other losses.
         """
-        self._generators, self._graphs = generators, graphs
         results: list[LossAndTerms] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
             if len(chunk) == 1:
                 results += _one_by_one(evaluate, chunk) if graphs is None else graphs.evaluate(evaluate, chunk)
                 continue
-            run = self._run(evaluate, chunk)
+            run = self._run(evaluate, chunk, generators, graphs)
             found, cuts = run.losses, (len(chunk), *run.cuts)
             if run.calls and cuts not in self._trusted:
                 # Equal texts say little about equal numbers, so the scores of tokens are compared instead.
                 compared = partial(self._scores, run.prompts) if any(run.prompts) else evaluate
-                if self._agrees(compared, chunk):
+                if self._agrees(compared, chunk, generators, graphs):
                     self._trusted.add(cuts)
                 else:
                     found = _one_by_one(evaluate, chunk)
             results += found
         return results
 
-    def _run(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> NetworkRun:
+    def _run(
+        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators, graphs: GraphedNetwork | None
+    ) -> NetworkRun:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
         with ExitStack() as stack:
             readers = stack.enter_context(watched_everywhere(contexts))
-            run = NetworkRun(self.network, contexts, readers, self._generators, self._graphs)
+            run = NetworkRun(self.network, contexts, readers, generators, graphs)
             stack.enter_context(replaced_forward(self.network, run.forward))
             if hasattr(self.network, "generate"):
                 stack.enter_context(replaced(self.network, "generate", run.generate))
             for context in contexts:
-                with context:
-                    run.begin()
-                    run.losses.append(evaluate())
+                run.evaluate(context, evaluate)
         run.finish()
         if not run.calls and any(terms for _, terms in run.losses):
             raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
@@ -126,7 +129,9 @@ class StackedNetwork:
         loss = torch.cat(logits).square().mean()
         return loss, torch.ones_like(loss)
 
-    def _agrees(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> bool:
+    def _agrees(
+        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators, graphs: GraphedNetwork | None
+    ) -> bool:
         """Whether stacked losses are those of separate runs, tried with half of the groups a few percent off.
 
         False if a loss is not finite, so that nothing can be compared.
@@ -135,7 +140,7 @@ class StackedNetwork:
         parameters = perturbed_by(contexts)
         changed = [Perturbed(dict.fromkeys(parameters, flip if i % 2 else None)) for i in range(len(contexts))]
         plain, flipped = (loss for loss, _ in _one_by_one(evaluate, changed[:2]))
-        found = torch.stack([loss for loss, _ in self._run(evaluate, changed).losses])
+        found = torch.stack([loss for loss, _ in self._run(evaluate, changed, generators, graphs).losses])
         expected = torch.stack([flipped if i % 2 else plain for i in range(len(changed))])
         if not torch.isfinite(expected).all():
             return False
