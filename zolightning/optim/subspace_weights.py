@@ -136,14 +136,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """
         recorded = self.recorded.pop(self.param_groups[0]["refresh"] + 1, None)
         given = (given or {}) if recorded is None else recorded
-        for parameter, basis in given.items():
-            if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
-                continue
-            if (self.basis(parameter).left is None) != (basis.left is None):
-                raise ValueError(
-                    f"`{self.names[parameter]}` has momentum in a basis of the other side than the one given. Give "
-                    "bases before the first step, or start a new run from the weights."
-                )
+        self._refuse_other_sides(given)
         self.fold()
         moving = [  # frozen ones too: they may thaw
             (group, parameter, self.basis(parameter), momentum.view(self.basis(parameter).core_shape(matrix[:2])))
@@ -156,8 +149,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
             for side in ANCHORED:
                 state.pop(side, None)
         for parameter, basis in given.items():
-            rescales = self.normalize_directions and recorded is None  # those of a record have been scaled
-            matrix = self.matrix_of(parameter) if rescales else None
+            matrix = self.matrix_of(parameter) if self.normalize_directions and recorded is None else None
+            # Those of a record have been scaled.
             scaled = basis if matrix is None else self.basis_kind.as_long_as_drawn(basis, matrix)
             for side, factor in scaled.by_side.items():
                 self.state[parameter][GIVEN[side]] = factor.to(parameter.device, parameter.dtype)
@@ -167,13 +160,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
                 group["given"] = group["refresh"]
         before = after = 0.0
         for group, parameter, old, core in moving:
-            with without_autocast(parameter.device):
-                state, new = self.state[parameter], self._drawn(parameter)
-                if group["anchor"]:
-                    new = new.anchored(old, core, min(group["anchor"], *core.shape), self.unit)
-                    state.update(new.by_side)
-                self._bases[parameter] = new
-                norms = transport_momentum(state, old, core, new, group["transport"])
+            norms = self._take_along(group, parameter, old, core)
             before, after = before + norms[0], after + norms[1]
         self.param_groups[0]["momentum_kept"] = after / before if before else None
 
@@ -181,6 +168,32 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def momentum_kept(self) -> float | None:
         """Share of the momentum's squared norm that the last resampling kept; None if there was no momentum."""
         return self.param_groups[0].get("momentum_kept")
+
+    def _refuse_other_sides(self, given: Mapping[nn.Parameter, Basis]) -> None:
+        for parameter, basis in given.items():
+            if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
+                continue
+            if (self.basis(parameter).left is None) != (basis.left is None):
+                raise ValueError(
+                    f"`{self.names[parameter]}` has momentum in a basis of the other side than the one given. Give "
+                    "bases before the first step, or start a new run from the weights."
+                )
+
+    def _take_along(
+        self, group: dict[str, Any], parameter: nn.Parameter, old: Basis, momentum: Tensor
+    ) -> tuple[float, float]:
+        """Draws a matrix's next basis and moves its momentum, in the shape of a core, there from the `old` one.
+
+        Returns:
+            The squared norm of the momentum before and after.
+        """
+        with without_autocast(parameter.device):
+            state, new = self.state[parameter], self._drawn(parameter)
+            if group["anchor"]:
+                new = new.anchored(old, momentum, min(group["anchor"], *momentum.shape), self.unit)
+                state.update(new.by_side)
+            self._bases[parameter] = new
+            return transport_momentum(state, old, momentum, new, group["transport"])
 
     def _drawn(self, parameter: nn.Parameter) -> Basis:
         """The basis that is drawn for a matrix at the present refresh index, with factors that were given."""
