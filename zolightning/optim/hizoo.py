@@ -1,6 +1,7 @@
 """HiZOO: zeroth-order descent that is scaled by an estimated diagonal curvature."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,17 +138,15 @@ class HiZOO(DenseOptimizer):
             )
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
             found = self.directions(group, record.seed, record.step, coefficients)
-            for is_beside in (True, False):
-                moves = {
-                    p: d.of_rows(first_element(p)) for p, d in found.items() if self.blocks.is_beside(p) == is_beside
-                }
-                states, directions = [self.state[parameter] for parameter in moves], list(moves.values())
+            beside = {parameter: move for parameter, move in found.items() if self.blocks.is_beside(parameter)}
+            curved = {parameter: move for parameter, move in found.items() if parameter not in beside}
+            add_curved: Callable[..., None] = partial(update_, change=change, structure=self.curvature)
+            for moves, add in ((beside, add_directions), (curved, add_curved)):
+                states = [self.state[parameter] for parameter in moves]
+                own = [move.of_rows(first_element(parameter)) for parameter, move in moves.items()]
                 with all_contiguous(moves, self.slices) as weights:
                     decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
-                    if is_beside:
-                        add_directions(weights, states, directions, self.update_precision, decays)
-                        continue
-                    update_(weights, states, directions, change, self.curvature, self.update_precision, decays)
+                    add(weights, states, own, precision=self.update_precision, decays=decays)
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:
         yield from super().needs_whole()
