@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zolightning.layers import LayerStack
 from zolightning.optim import MeZO
-from zolightning.scopes.signal import unfrozen
+from zolightning.scopes.trainable import trainable_as
 
 Evaluate = Callable[[], Tensor]
 
@@ -87,7 +87,7 @@ def scan_sensitivity(
     layers = []
     for index in range(len(stack)):
         named = stack.parameters(index)
-        with unfrozen(named.values()):
+        with trainable_as(dict.fromkeys(named.values(), True)):
             record = MeZO(named.items(), eps=eps, seed=seed, num_queries=num_queries).estimate(evaluate)
         rms = math.sqrt(sum(g * g for g in record.projected_grads) / num_queries)
         plus = record.losses[::2]  # the losses of a query and its opposite come in turns

@@ -2,8 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zolightning.commands.report import round_robin
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.optim import MeZO
+from zolightning.scopes.trainable import trainable_as
 
 Evaluate = Callable[[], Tensor]
 
@@ -118,7 +119,8 @@ def measure_step_times(
     optimizer.attach(module)
 
     def step(parameters: list[nn.Parameter]) -> None:
-        with _only_trainable(module, parameters):
+        chosen = set(parameters)
+        with trainable_as({parameter: parameter in chosen for parameter in module.parameters()}):  # as a scope does
             record = optimizer.estimate(evaluate)
             optimizer.apply(replace(record, projected_grads=tuple(0.0 for _ in record.projected_grads)))
         on_step()
@@ -136,17 +138,3 @@ def measure_step_times(
     )
     model = StepTimeModel.fit([step.parameters for step in steps], [step.seconds for step in steps])
     return StepTimes(medians[""], steps, model)
-
-
-@contextmanager
-def _only_trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Freezes all parameters of `module` but these, as a scope does, and gives the flags back."""
-    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    chosen = set(parameters)
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(parameter in chosen)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)

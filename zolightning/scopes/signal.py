@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from zolightning.evaluation.losses import Loss
 from zolightning.optim import MeZO
 from zolightning.optim.estimators import ThreePoint
 from zolightning.scopes.parts import ChosenParameters
+from zolightning.scopes.trainable import trainable_as
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def measure_signal(
     chosen = {parameter: part for block in blocks.values() for parameter, part in block.items()}
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter in chosen]
     found: list[tuple[str, int, Tensor, Tensor]] = []
-    with unfrozen(chosen):
+    with trainable_as(dict.fromkeys(chosen, True)):
         estimator = ThreePoint()
         optimizer = MeZO(named, eps=eps, seed=seed, num_queries=num_queries, estimator=estimator)
         optimizer.attach(module)
@@ -117,19 +117,6 @@ def table(signals: Iterable[BlockSignal]) -> str:
         for s in signals
     ]
     return "\n".join(lines)
-
-
-@contextmanager
-def unfrozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A context in which these parameters are trainable."""
-    flags = {parameter: parameter.requires_grad for parameter in parameters}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
