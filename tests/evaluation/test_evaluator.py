@@ -1,6 +1,6 @@
 """The evaluator generates no noise where nothing is perturbed, and no key more than once a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
@@ -69,17 +69,18 @@ def test_in_place_parameters_are_left_alone_by_a_baseline(net: nn.Module, writes
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_keys_are_hashed_once_a_step(net: nn.Module, monkeypatch: pytest.MonkeyPatch, num_queries: int) -> None:
     hashed: list[tuple[int, int, int, str]] = []
-    own: Callable[..., tuple[int, int]] = dense.key
+    own: Callable[..., list[tuple[int, int]]] = dense.keys_of
 
-    def spy(*args: int | str) -> tuple[int, int]:
-        hashed.append(args)
-        return own(*args)
+    def spy(names: Iterable[str], *run: int) -> list[tuple[int, int]]:
+        names = list(names)
+        hashed.extend((*run, name) for name in names)
+        return own(names, *run)
 
     optimizer = MeZO(net.named_parameters(), num_queries=num_queries, estimator=TwoSided(), seed=1000 + num_queries)
     optimizer.attach(net)
     optimizer.estimate(partial(loss_of, net))
     optimizer.step()
-    monkeypatch.setattr(dense, "key", spy)
+    monkeypatch.setattr(dense, "keys_of", spy)
     optimizer.estimate(partial(loss_of, net))
     optimizer.step()
     names = [name for name, _ in net.named_parameters()]

@@ -275,7 +275,7 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize(
     ("method", "evaluations_per_forward", "bound"),
-    [(MeZO, 1, 40), (partial(LOZO, rank=2), 1, 68), (partial(ZOMOPI, rank=2, power_rank=1, num_queries=4), 8, 195)],
+    [(MeZO, 1, 16), (partial(LOZO, rank=2), 1, 32), (partial(ZOMOPI, rank=2, power_rank=1, num_queries=4), 8, 170)],
 )
 def test_what_another_layer_costs_the_host_where_graphs_are_replayed(
     method: Callable[..., Any], evaluations_per_forward: int, bound: int

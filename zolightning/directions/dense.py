@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.kernels.noise import CODE_SCALE, NoiseKind, coefficient, key, on_device
+from zolightning.kernels.noise import CODE_SCALE, NoiseKind, coefficient, keys_of, on_device
 
 
 class Direction:
@@ -193,7 +193,7 @@ def coefficient_tensor(values: tuple[float, ...], dtype: torch.dtype, device: to
 @functools.lru_cache(maxsize=1024)
 def _keys_of_query(names: tuple[str, ...], seed: int, step: int, query: int) -> Tensor:
     """The keys of all names, int32, shape (names, 2)."""
-    return torch.tensor([key(seed, step, query, name) for name in names], dtype=torch.int32)
+    return torch.tensor(keys_of(names, seed, step, query), dtype=torch.int32)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

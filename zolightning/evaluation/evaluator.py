@@ -3,29 +3,25 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
-from operator import is_
 from typing import Any
 
-import torch
 from torch import nn
 
 from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
 from zolightning.evaluation.losses import Evaluate, LossAndTerms
-from zolightning.evaluation.mode import evaluation_mode
+from zolightning.evaluation.mode import all_in_evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
-from zolightning.evaluation.snapshot import Held
+from zolightning.evaluation.snapshot import Lasting
 from zolightning.evaluation.stacked import StackedNetwork, network_of
+from zolightning.evaluation.submodules import Submodules
 from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
-
-# Submodules at the last step, the names of the parameters that each had itself, and all these parameters
-_Structure = tuple[list[nn.Module], list[tuple[str, ...]], list[nn.Parameter | None]]
 
 
 class Evaluator:
@@ -45,8 +41,8 @@ class Evaluator:
         self.graphs: GraphedNetwork | None = None
         self.is_first = self.left_traces = False
         self._reads = KnownReads()
-        self._structure: _Structure = [], [], []
-        self._held: dict[int, Held] = {}  # what submodules held before the last step, see `Traces`
+        self._submodules: Submodules | None = None  # at the last step
+        self._held: Lasting = ()  # what they held before it, see `Traces`
         self._moving: set[int] = set()  # the parameters that moved in it
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
@@ -67,7 +63,7 @@ class Evaluator:
             ValueError: if evaluations are to share runs and no submodule holds all parameters.
         """
         self.module = module
-        self._structure, self._held = ([], [], []), {}
+        self._submodules, self._held = None, ()
         self._is_watched = False
         self._reads = KnownReads(module)
         self.prefix = SharedPrefix(self._layers())
@@ -77,7 +73,7 @@ class Evaluator:
     def detach(self) -> None:
         """Undoes :meth:`attach`."""
         self.module = None
-        self._structure, self._held = ([], [], []), {}
+        self._submodules, self._held = None, ()
         self.graphs = None
         self._reads = KnownReads()
 
@@ -119,11 +115,12 @@ class Evaluator:
         gathered.give_back()  # what others' forwards have left
         generators = Generators(parameter.device for parameter in trainable)
         moving = set(map(id, chain(trainable, resting, *perturbations)))
+        modules = self._found_submodules()
         with ExitStack() as stack:
-            modules = stack.enter_context(evaluation_mode(self.module)) if self.module is not None else []
+            stack.enter_context(all_in_evaluation_mode(modules))
             rewind = stack.enter_context(generators.rewound(*randomness))
             if moving != self._moving:
-                self._held, self._moving = {}, moving
+                self._held, self._moving = (), moving
             traces = Traces(modules, self._written, moving, self._held)
 
             def run(*within: AbstractContextManager[Any], loss: Evaluate = evaluate) -> LossAndTerms:
@@ -140,8 +137,6 @@ class Evaluator:
                 finally:
                     self.is_first, self._is_watched = False, True
 
-            if not self._is_as_before(modules):
-                self.forget()
             arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
             results, unread = self._losses(*arguments)
             if gathered and not self._reads.knows(trainable):
@@ -171,12 +166,15 @@ class Evaluator:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def _is_as_before(self, modules: list[nn.Module]) -> bool:
-        """Whether these are the submodules of the last step, each with the same parameters under the same names."""
-        own = [_own_parameters(module) for module in modules]
-        now = modules, list(map(tuple, own)), [parameter for held in own for parameter in held.values()]
-        before, self._structure = self._structure, now
-        return not before[0] or (before[:2] == now[:2] and all(map(is_, before[2], now[2])))
+    def _found_submodules(self) -> list[nn.Module]:
+        """All submodules; if they, or their parameters, are not those of the last step, what was found is forgotten."""
+        if self.module is None:
+            return []
+        if self._submodules is None or not self._submodules.are_same():
+            if self._submodules is not None:
+                self.forget()
+            self._submodules, self._held = Submodules(self.module), ()
+        return self._submodules.modules
 
     def _losses(
         self,
@@ -275,8 +273,3 @@ class Evaluator:
     def _layers(self) -> Sequence[nn.Module]:
         """The layers that may be skipped; none with sharded parameters, where all ranks must run the same forwards."""
         return () if self._reads.gathered or self.module is None else layers_of(self.module)
-
-
-def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own parameters by name; none for TorchScript, which returns new objects at each access."""
-    return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters

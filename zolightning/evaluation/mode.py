@@ -1,36 +1,32 @@
 """The mode in which losses are evaluated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from zolightning.evaluation.submodules import submodules
+
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """Puts every submodule into evaluation mode, and back into the mode each was in; yields all submodules."""
-    modules = submodules(module)
-    training = [m for m in modules if m.training]
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts every submodule into evaluation mode, and back into the mode each was in."""
+    with all_in_evaluation_mode(submodules(module)):
+        yield
+
+
+@contextmanager
+def all_in_evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts each of these modules into evaluation mode, but none of their submodules, and back."""
+    training = [module for module in modules if module.training]
     for submodule in training:
         _set_training(submodule, False)
     try:
-        yield modules
+        yield
     finally:
         for submodule in training:
             _set_training(submodule, True)
-
-
-def submodules(module: nn.Module) -> list[nn.Module]:
-    """``list(module.modules())``, but faster: torch's nested generators take longer than a small network's forward."""
-    found: dict[nn.Module, None] = {}
-    waiting = [module]
-    while waiting:
-        submodule = waiting.pop()
-        if submodule not in found:
-            found[submodule] = None
-            waiting += [child for child in reversed(submodule._modules.values()) if child is not None]
-    return list(found)
 
 
 def _set_training(module: nn.Module, value: bool) -> None:

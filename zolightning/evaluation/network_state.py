@@ -31,7 +31,7 @@ class NetworkState:
 
 def snapshot_of(network: nn.Module) -> Snapshot:
     """A snapshot of what the modules of a network hold now, without its parameters."""
-    return Snapshot(list(network.modules()), set(), {id(parameter) for parameter in network.parameters()}, {})
+    return Snapshot(list(network.modules()), set(), {id(parameter) for parameter in network.parameters()})
 
 
 def _address(tensor: Tensor) -> int:

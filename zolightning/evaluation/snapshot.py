@@ -2,12 +2,13 @@
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence, Set
-from operator import is_
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zolightning.evaluation.submodules import hold_the_same
 
 _SMALL = 4096  # elements: copying smaller tensors costs less than finding out whether they are written to
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
@@ -19,10 +20,10 @@ _SKIPPED = frozenset(vars(nn.Module())) | _OURS  # with the bookkeeping of nn.Mo
 class HeldTensor:
     """A tensor in a snapshot, with a copy of its values if it is known or likely to be written to."""
 
-    __slots__ = ("copy", "tensor", "version")
+    __slots__ = ("copy", "key", "tensor", "version")
 
     def __init__(self, tensor: Tensor, is_copied: bool) -> None:
-        self.tensor = tensor
+        self.tensor, self.key = tensor, id(tensor)
         self.version = tensor._version
         self.copy = tensor.detach().clone() if is_copied else None
 
@@ -64,7 +65,7 @@ class Held:
         known: by id, the tensors that the snapshots of other modules hold; those of this one are added.
     """
 
-    __slots__ = ("attributes", "containers", "contents", "generators", "own", "saved", "tensors")
+    __slots__ = ("attributes", "containers", "contents", "generators", "has_only_registries", "saved", "tensors")
 
     def __init__(
         self, attributes: dict[str, Any], written: Set[int], perturbed: Set[int], known: dict[int, HeldTensor]
@@ -96,35 +97,15 @@ class Held:
         for name in ("_parameters", "_buffers"):
             if held := self.saved.get(name):
                 visit(held)
-        self.own = len(self.containers)  # how many of the containers are the module's registries
+        registries = len(self.containers)
         for name, value in self.saved.items():
             if type(value) not in _NUMBERS and name not in _SKIPPED:
                 visit(value)
-
-    def holds_the_same(self) -> bool:
-        """Whether attributes and containers are the same; what is in tensors may differ."""
-        try:  # in line, for every module is looked at several times a step
-            is_same = self.attributes == self.saved or _same_attributes(self.attributes, self.saved)
-            return is_same and self.containers == self.contents
-        except Exception:  # see `_same`
-            return False
+        self.has_only_registries = len(self.containers) == registries and not self.generators
 
     def is_lasting(self) -> bool:
-        """Whether :meth:`is_identical` can tell later if anything has changed: there are at most large tensors."""
-        return (
-            len(self.containers) == self.own
-            and not self.generators
-            and not any([tensor.copy is not None for tensor in self.tensors])
-        )
-
-    def is_identical(self) -> bool:
-        """Whether the module holds the same tensors, and none of them has been written to."""
-        if not _same_attributes(self.attributes, self.saved):
-            return False
-        for registry, content in zip(self.containers, self.contents, strict=True):
-            if not all(map(is_, registry.values(), content.values())) or registry.keys() != content.keys():
-                return False
-        return all([tensor.tensor._version == tensor.version for tensor in self.tensors])
+        """Whether :func:`_are_identical` can tell later if anything has changed: there are at most large tensors."""
+        return self.has_only_registries and not any([tensor.copy is not None for tensor in self.tensors])
 
     def restore(self) -> None:
         """Restores everything but tensors."""
@@ -137,6 +118,9 @@ class Held:
             generator.set_state(state)
 
 
+Lasting = Sequence[Held | None]
+
+
 class Snapshot:
     """The snapshot of some modules.
 
@@ -144,28 +128,27 @@ class Snapshot:
         modules: all submodules of the network.
         written: ids of tensors that are known to be written to, which are copied whatever their size.
         perturbed: ids of parameters, which are left out.
-        earlier: the result of :meth:`lasting` of an earlier snapshot with the same `perturbed`.
+        earlier: the result of :meth:`lasting` of an earlier snapshot of these modules with the same `perturbed`.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], written: set[int], perturbed: Set[int], earlier: Mapping[int, Held]
+        self, modules: Sequence[nn.Module], written: set[int], perturbed: Set[int], earlier: Lasting = ()
     ) -> None:
         self._written = written
-        self._held: dict[int, Held] = {}
-        known: dict[int, HeldTensor] = {}
-        for module in modules:
-            attributes = vars(module)
-            held = earlier.get(id(module))
-            if held is None or held.attributes is not attributes or not held.is_identical():
-                held = Held(attributes, written, perturbed, known)
-            elif held.tensors:
-                known |= {id(tensor.tensor): tensor for tensor in held.tensors}
-            self._held[id(module)] = held
+        found = _unchanged(modules, earlier)
+        known = {tensor.key: tensor for held in found if held is not None for tensor in held.tensors}
+        self._held = [
+            Held(vars(module), written, perturbed, known) if held is None else held
+            for module, held in zip(modules, found, strict=True)
+        ]
         self._tensors = list(known.values())
 
-    def lasting(self) -> dict[int, Held]:
-        """The snapshots of modules, by their ids, that a later :class:`Snapshot` can reuse if nothing has changed."""
-        return {key: held for key, held in self._held.items() if held.is_lasting()}
+    def lasting(self) -> Lasting:
+        """The snapshot of each module that a later :class:`Snapshot` can reuse if nothing has changed, or None."""
+        return [
+            held if held.has_only_registries and (not held.tensors or held.is_lasting()) else None
+            for held in self._held
+        ]
 
     def large(self) -> list[HeldTensor]:
         """The tensors without a copy."""
@@ -173,24 +156,61 @@ class Snapshot:
 
     def holds_the_same(self) -> bool:
         """Whether attributes and containers are the same; what is in tensors may differ."""
-        return all([held.holds_the_same() for held in self._held.values()])
+        try:
+            has_same_contents = all([held.containers == held.contents for held in self._held])
+        except Exception:  # see `_same`
+            return False
+        return has_same_contents and _have_same_attributes(self._held)
 
     def is_now(self) -> bool:
         """Whether the modules are still in this state."""
         if not self.holds_the_same():
             return False
-        for held in self._held.values():
+        for held in self._held:
             if held.generators and not all(torch.equal(g.get_state(), state) for g, state in held.generators):
                 return False
         return not any([tensor.is_written(self._written) for tensor in self._tensors])
 
     def restore(self) -> None:
         """Restores all of it."""
-        for held in self._held.values():
+        for held in self._held:
             held.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for tensor in self._tensors:
                 tensor.restore(self._written)
+
+
+def _unchanged(modules: Sequence[nn.Module], earlier: Lasting) -> Lasting:
+    """The `earlier` snapshots of modules that hold what they held then; None for each of the others."""
+    if not earlier:
+        return [None] * len(modules)
+    found = [
+        held if held is not None and held.attributes is module.__dict__ else None
+        for module, held in zip(modules, earlier, strict=True)
+    ]
+    if _are_identical([held for held in found if held is not None]):  # as a rule; then none is looked at by itself
+        return found
+    return [held if held is not None and _are_identical([held]) else None for held in found]
+
+
+def _are_identical(snapshots: Sequence[Held]) -> bool:
+    """Whether modules hold the same tensors as in their lasting snapshots, and none of these has been written to."""
+    registries = [registry for held in snapshots for registry in held.containers]
+    contents = [content for held in snapshots for content in held.contents]
+    return (
+        _have_same_attributes(snapshots)
+        and hold_the_same(registries, contents)
+        and all([tensor.tensor._version == tensor.version for held in snapshots for tensor in held.tensors])
+    )
+
+
+def _have_same_attributes(snapshots: Iterable[Held]) -> bool:
+    """Whether modules have attributes that are equal to those in their snapshots."""
+    pairs = [(held.attributes, held.saved) for held in snapshots]
+    try:  # most are equal, which calls nothing in Python
+        return all([now == saved or _same_attributes(now, saved) for now, saved in pairs])
+    except Exception:  # see `_same`
+        return False
 
 
 def _same(now: Any, saved: Any) -> bool:

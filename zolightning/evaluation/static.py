@@ -65,6 +65,7 @@ class Parts:
 
     Attributes:
         tables: the tensors; one entry for all tensors that are views of the same one.
+        constant: the places in `tables` of those that nobody writes to: factors of bases.
         key: equal for perturbations of the same parameters that differ only in the values of `tables`.
 
     Raises:
@@ -76,6 +77,7 @@ class Parts:
         self._groups = groups
         self._device = device
         self.tables: list[Tensor] = []
+        self.constant: set[int] = set()
         self._places: dict[int, int] = {}  # in `tables`, by id
         self._known: dict[int, Hashable] = {}  # descriptions of objects, which several parameters may share, by id
         self._has_opposites = len(groups) > 1
@@ -177,11 +179,11 @@ class Parts:
 
     def _low_rank(self, change: LowRank) -> Hashable:
         direction = None if change.direction is None else self._described(change.direction)
-        own = [
-            None if tensor is None else self._tensor(tensor)
-            for tensor in (change.basis.left, change.basis.right, change.pending)
-        ]
-        return LowRank, change.shape, direction, *own
+        pending = None if change.pending is None else self._tensor(change.pending)
+        count = len(self.tables)
+        own = [None if factor is None else self._tensor(factor) for factor in (change.basis.left, change.basis.right)]
+        self.constant.update(range(count, len(self.tables)))
+        return LowRank, change.shape, direction, pending, *own
 
     def _direction(self, direction: Direction) -> Hashable:
         """The description of a direction; of one like an earlier one, its number and how far apart their keys are.
@@ -219,15 +221,21 @@ class Tables:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self._static = [static_copy(table) for table in parts.tables]
-        self._sources: list[ref[Tensor]] = []  # not kept alive: bases are as large as their static copies
+        static = [static_copy(table) for table in parts.tables]
+        self._copies = [_without_repeats(table).detach() for table in static]
+        self._sources: list[ref[Tensor] | None] = [None] * len(static)  # not kept alive: bases are as large as copies
         self._step = 0
-        self.groups = parts.with_tables(self._static)
+        self.groups = parts.with_tables(static)
 
     def fill(self, parts: Parts, step: int) -> None:
-        """Copies the tensors that have not been copied in this step; within a step nobody writes to them."""
-        new = [i for i, table in enumerate(parts.tables) if step != self._step or table is not self._sources[i]()]
-        copy_into([self._static[i] for i in new], [parts.tables[i] for i in new])
+        """Copies the tensors that may have changed since the last call: within a step none does, and a base never."""
+        new = [
+            (copy, table)
+            for i, (copy, table, source) in enumerate(zip(self._copies, parts.tables, self._sources, strict=True))
+            if source is None or table is not source() or (step != self._step and i not in parts.constant)
+        ]
+        if new:
+            torch._foreach_copy_([copy for copy, _ in new], [_without_repeats(table) for _, table in new])
         self._sources, self._step = [ref(table) for table in parts.tables], step
 
 

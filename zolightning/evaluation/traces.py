@@ -12,13 +12,12 @@ with what the first one left in it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zolightning.evaluation.snapshot import Held, HeldTensor, Snapshot
+from zolightning.evaluation.snapshot import HeldTensor, Lasting, Snapshot
 
 
 class Traces:
@@ -28,7 +27,7 @@ class Traces:
         modules: all submodules of the network; none if only a function is known.
         written: ids of tensors that were written to in earlier steps; more are added.
         perturbed: ids of the parameters that the evaluations perturb.
-        earlier: the result of :meth:`finish` of an earlier step with the same `perturbed`.
+        earlier: the result of :meth:`finish` of an earlier step with the same `modules` and `perturbed`.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Traces:
         modules: Sequence[nn.Module],
         written: set[int],
         perturbed: Set[int],
-        earlier: Mapping[int, Held] = MappingProxyType({}),
+        earlier: Lasting = (),
     ) -> None:
         self._modules = modules
         self._written = written
@@ -62,7 +61,7 @@ class Traces:
         """Whether the first evaluation wrote anything."""
         return self._first is not None
 
-    def finish(self) -> dict[int, Held]:
+    def finish(self) -> Lasting:
         """Puts the module into the state after the first evaluation; returns what the next step takes as `earlier`."""
         if self._first is not None:
             self._first.restore()

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import math
 import struct
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -37,8 +38,14 @@ Key = tuple[int, int]
 
 def key(seed: int, step: int, query: int, name: str) -> Key:
     """The two signed 32-bit words that select one direction of one parameter."""
-    message = struct.pack("<qqq", seed, step, query) + name.encode()
-    return struct.unpack("<ii", hashlib.blake2b(message, digest_size=8).digest())
+    return keys_of([name], seed, step, query)[0]
+
+
+def keys_of(names: Iterable[str], seed: int, step: int, query: int) -> list[Key]:
+    """The :func:`key` of each of some parameters."""
+    run = struct.pack("<qqq", seed, step, query)
+    digests = [hashlib.blake2b(run + name.encode(), digest_size=8).digest() for name in names]
+    return list(struct.iter_unpack("<ii", b"".join(digests)))
 
 
 def coefficient(value: float, kind: NoiseKind) -> float:

@@ -155,7 +155,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
                 in another way.
         """
         checks.require_batching(evaluations_per_forward, self.estimator)
-        self.names |= {parameter: name for name, parameter in module.named_parameters()}
+        self.set_names({parameter: name for name, parameter in module.named_parameters()})
         trained = {parameter: name for _, name, parameter in self.trainable()}
         checks.require_trainable(trained)
         if any(is_sharded(parameter) for parameter in module.parameters()):

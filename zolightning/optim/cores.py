@@ -59,18 +59,17 @@ def add_lift(
             add_tensor(weight, rests, delta, precision, start=start)
 
 
-def core_limit(weight: Tensor, perturbation: float) -> float | None:
-    """The largest element that a core may have if the network computes in half precision; None if it does not.
+def half_spacing(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The relative spacing of the numbers that a network computes with in half precision; None if it does not.
 
-    Above that limit the spacing of half-precision numbers exceeds the perturbation of an element, and their sum would
-    lose most of it. The limit is on the largest element because a maximum, unlike a sum, is the same in any order.
+    Where it exceeds the perturbation of an element of a core, relative to the element, their sum would lose most of the
+    perturbation. It is compared for the largest element because a maximum, unlike a sum, is the same in any order.
 
     Args:
-        weight: the matrix.
-        perturbation: standard deviation of the perturbation of an element of the core.
+        device, dtype: of a weight.
     """
-    dtype = autocast_dtype(weight.device) or weight.dtype
-    return perturbation / torch.finfo(dtype).eps if dtype.itemsize == 2 else None
+    dtype = autocast_dtype(device) or dtype
+    return torch.finfo(dtype).eps if dtype.itemsize == 2 else None
 
 
 def _pieces(one: Tensor, other: Tensor, elements: range, rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -51,9 +51,9 @@ class DenseOptimizer(ZerothOrderOptimizer):
             step: number of the step.
             coefficients: the coefficient of each query; queries that are left out do not take part.
         """
-        named = {self.names[parameter]: parameter for parameter in self.moving(group)}
-        found = directions(named, seed, step, coefficients, self.noise)
-        return {parameter: found[name] for name, parameter in named.items()}
+        named = self.named(group)
+        found = directions(dict(zip(named.values(), named, strict=True)), seed, step, coefficients, self.noise)
+        return dict(zip(named, found.values(), strict=True))
 
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
         return self.multiples(query, sign * self.param_groups[0]["eps"])  # which all groups have

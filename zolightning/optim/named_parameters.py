@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,7 @@ class NamedParameters(torch.optim.Optimizer):
         self.names: dict[nn.Parameter, str] = {}
         self.slices: dict[nn.Parameter, Slice] = {}
         self.blocks = ParameterBlocks()
+        self._named: dict[tuple[int, bool], dict[nn.Parameter, str]] = {}  # by the id of the group, see `named`
         super().__init__(params, defaults)
 
     # What a subclass defines
@@ -59,8 +61,19 @@ class NamedParameters(torch.optim.Optimizer):
     def trainable(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
         """Group, name and parameter of everything that may move; frozen parameters are left out."""
         for group in self.param_groups:
-            for parameter in self.moving(group):
-                yield group, self.names[parameter], parameter
+            for parameter, name in self.named(group).items():
+                yield group, name, parameter
+
+    def named(self, group: dict[str, Any], frozen: bool = False) -> dict[nn.Parameter, str]:
+        """The parameters of a group that a step may change, or with `frozen` all, and their names; not to be changed.
+
+        It is the same object for as long as these are the same, because looking a parameter up calls Python.
+        """
+        parameters = group["params"] if frozen else self.moving(group)
+        known = self._named.get((id(group), frozen))
+        if known is None or len(known) != len(parameters) or not all(map(is_, known, parameters)):
+            known = self._named[id(group), frozen] = {parameter: self.names[parameter] for parameter in parameters}
+        return known
 
     def moving(self, group: dict[str, Any]) -> list[nn.Parameter]:
         """The parameters of a group that a step may change."""
@@ -80,14 +93,18 @@ class NamedParameters(torch.optim.Optimizer):
         group, number = self.param_groups[-1], len(self.param_groups) - 1
         self.check(group)
         given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-        for parameter, name in zip(group["params"], given, strict=True):
-            self.names.setdefault(parameter, name)
+        self.set_names(dict(zip(group["params"], given, strict=True)) | self.names)
         names = [self.names[parameter] for group in self.param_groups for parameter in group["params"]]
         if len(set(names)) < len(names):
             raise ValueError(
                 f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
                 "of one module's `named_parameters()`, or pass parameters without names."
             )
+
+    def set_names(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Names parameters, or names them anew."""
+        self.names |= names
+        self._named.clear()
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The group that a parameter is in."""

@@ -130,9 +130,12 @@ def losses_at(
     Its arguments are those of :func:`evaluate_probes` and of ``Evaluator.evaluate``.
     """
     group = optimizer.param_groups[0]
+    trainable: dict[nn.Parameter, str] = {}
+    for own in optimizer.param_groups:
+        trainable |= optimizer.named(own)
     return optimizer.evaluator.evaluate(
         lambda: loss_and_terms(evaluate()),
-        {parameter: name for _, name, parameter in optimizer.trainable()},
+        trainable,
         perturbations,
         (group["seed"], group["step"], share.stream),
         {parameter: name for name, parameter in optimizer.at_rest()},

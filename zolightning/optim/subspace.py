@@ -15,7 +15,7 @@ from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.messages import some
 from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
-from zolightning.optim.cores import core_limit
+from zolightning.optim.cores import half_spacing
 from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import STATE, normalized, require_normalization
@@ -177,7 +177,7 @@ class SubspaceOptimizer(SubspaceWeights):
     def estimate(self, *args: Any, **kwargs: Any) -> StepRecord:
         """As of any method; folds first where a core has become too large for a perturbation in half precision."""
         cores, limits = self._half_cores()
-        if any(size > limit for size, limit in zip(self._largest.of(cores), limits, strict=True)):
+        if any([size > limit for size, limit in zip(self._largest.of(cores), limits, strict=True)]):
             self.fold()
         return super().estimate(*args, **kwargs)
 
@@ -274,12 +274,15 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def _half_cores(self) -> tuple[list[Tensor], list[float]]:
         """The cores that a network computes with in half precision, and the largest element that each may have."""
-        found = [
-            (core, limit)
-            for group, parameter, matrix, core in self.pending()
-            if (limit := core_limit(parameter, group["eps"] * self.direction_scale(matrix))) is not None
-        ]
-        return [core for core, _ in found], [limit for _, limit in found]
+        places = {(parameter.device, parameter.dtype) for group in self.param_groups for parameter in group["params"]}
+        spacings = {place: spacing for place in places if (spacing := half_spacing(*place)) is not None}
+        cores: list[Tensor] = []
+        limits: list[float] = []
+        for group, parameter, matrix, core in self.pending() if spacings else ():
+            if (place := (parameter.device, parameter.dtype)) in spacings:
+                cores.append(core)
+                limits.append(group["eps"] * self.direction_scale(matrix) / spacings[place])
+        return cores, limits
 
     def update_vectors(
         self,

@@ -20,6 +20,8 @@ from zolightning.optim.momentum_transport import momentum_of, transport_momentum
 from zolightning.optim.offload import to_host
 from zolightning.optim.precision import RESTS, State, as_contiguous
 
+Split = tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]
+
 
 class SubspaceWeights(ZerothOrderOptimizer):
     """Abstract: a matrix W is trained as ``W + left @ core @ right.T``; what moves the cores is left to a subclass.
@@ -56,6 +58,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
         self.basis_kind = BasisKind(self.sides, self.unit)
         self._bases: dict[nn.Parameter, Basis] = {}
+        self._splits: dict[tuple[int, bool], tuple[tuple[Any, ...], Split]] = {}  # of what, and the split of that
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)  # Trainers move `state` to the device
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
@@ -74,24 +77,25 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """:meth:`matrix` at the rank of the parameter's group."""
         return self.matrix(parameter, self.group_of(parameter)["rank"])
 
-    def split(
-        self, group: dict[str, Any], frozen: bool = False
-    ) -> tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]:
+    def split(self, group: dict[str, Any], frozen: bool = False) -> Split:
         """Divides the trainable parameters of a group, or with `frozen` all of them, by how they are searched.
 
         Returns:
-            Two mappings from names: to parameters that are searched in a subspace, each with its matrix; and to the
-            others, which are searched along dense directions.
+            Two mappings from names, not to be changed: to parameters that are searched in a subspace, each with its
+            matrix; and to the others, which are searched along dense directions.
         """
-        matrices: dict[str, tuple[nn.Parameter, Matrix]] = {}
-        vectors: dict[str, nn.Parameter] = {}
-        for parameter in group["params"] if frozen else self.moving(group):
-            name, matrix = self.names[parameter], self.matrix(parameter, group["rank"])
-            if matrix is None:
-                vectors[name] = parameter
-            else:
-                matrices[name] = parameter, matrix
-        return matrices, vectors
+        named = self.named(group, frozen)
+        of = named, group["rank"], dict(self.slices), [parameter.shape for parameter in named]
+        before, found = self._splits.get((id(group), frozen), ((None,), ({}, {})))
+        if before[0] is not named or before[1:] != of[1:]:
+            matrices, vectors = found = {}, {}
+            for parameter, name in named.items():
+                if (matrix := self.matrix(parameter, group["rank"])) is None:
+                    vectors[name] = parameter
+                else:
+                    matrices[name] = parameter, matrix
+            self._splits[id(group), frozen] = of, found
+        return found
 
     def basis(self, parameter: nn.Parameter) -> Basis:
         """The present basis of a matrix: factors (rows, rank) and (columns, rank), in the dtype of its weight.
@@ -153,7 +157,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
             # Those of a record have been scaled.
             scaled = basis if matrix is None else self.basis_kind.as_long_as_drawn(basis, matrix)
             for side, factor in scaled.by_side.items():
-                self.state[parameter][GIVEN[side]] = factor.to(parameter.device, parameter.dtype)
+                own = factor.to(parameter.device, parameter.dtype, copy=True)  # that nobody else writes to
+                self.state[parameter][GIVEN[side]] = own
         for group in self.param_groups:
             group["refresh"] += 1
             if given:
@@ -220,13 +225,12 @@ class SubspaceWeights(ZerothOrderOptimizer):
         Args:
             but: parameters that are left out.
         """
+        if not any(["core" in state and parameter not in but for parameter, state in self.state.items()]):
+            return
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in but:
-                    continue
+            for parameter, matrix in self.split(group, frozen=True)[0].values():
                 core = self.state.get(parameter, {}).get("core")
-                matrix = None if core is None else self.matrix(parameter, group["rank"])
-                if core is not None and matrix is not None:
+                if core is not None and parameter not in but:
                     yield group, parameter, matrix, core
 
     def offsets(self, but: Container[nn.Parameter] = ()) -> dict[nn.Parameter, Perturbation]:
