@@ -218,3 +218,16 @@ def test_python_objects_behind_attributes_are_left_alone() -> None:
     optimizer.attach(net)
     optimizer.estimate(lambda: net(X).square().mean())
     assert isinstance(net.random, random.Random)
+
+
+@pytest.mark.parametrize("write", [lambda net: setattr(net, "table", torch.ones(5000)), lambda net: net.table.add_(1)])
+def test_what_others_do_between_steps_stays(write: Callable[[nn.Module], Any]) -> None:
+    net = nn.Linear(4, 3)
+    net.register_buffer("table", torch.zeros(5000))  # so large that it is not copied unless an evaluation writes to it
+    optimizer = MeZO(net.named_parameters(), seed=0)
+    optimizer.attach(net)
+    for step in range(3):
+        optimizer.estimate(lambda: net(X).square().mean() + net.table.mean())
+        assert torch.equal(net.table, torch.full((5000,), float(step > 0)))
+        if step == 0:
+            write(net)
