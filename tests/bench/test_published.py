@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from zolightning.bench.prompts import check_same_loss, our_loss
 from zolightning.bench.published import PublishedMeZO, published_batch, published_loss
-from zolightning.data.encoding import Example, collate
+from zolightning.data.batch import collate
+from zolightning.data.encoding import Example
 
 
 def examples(*rows: tuple[list[int], list[list[int]], int]) -> list[Example]:

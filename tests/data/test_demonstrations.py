@@ -12,7 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from zolightning.data import PromptDataModule
-from zolightning.data.encoding import Example, collate
+from zolightning.data.batch import collate
+from zolightning.data.encoding import Example
 
 SENTIMENT = {"name": "own", "prompt": "{{ text }} It was ", "answers": ["terrible", "great"], "labels": [0, 1]}
 CALIBRATED = SENTIMENT | {"content_free_prompt": " It was "}

@@ -6,7 +6,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from zolightning.data.encoding import Example, check_tokens, collate, encode
+from zolightning.data.batch import collate
+from zolightning.data.encoding import Example, check_tokens, encode
 
 PROMPT = "the soup was quiet It was"
 ANSWERS = [" terrible", " great"]

@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from zolightning.data.encoding import collate
+from zolightning.data.batch import collate
 from zolightning.data.seq2seq import encode_pair
 
 END = 1

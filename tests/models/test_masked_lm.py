@@ -15,7 +15,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from masked_models import ARCHITECTURES, WORDS, tiny_tokenizer, write_tiny
 from zolightning.callbacks import LinearProbing, SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
-from zolightning.data.encoding import collate, encode
+from zolightning.data.batch import collate
+from zolightning.data.encoding import encode
 from zolightning.data.examples import example_of
 from zolightning.data.marked import encode_masked
 from zolightning.data.rows import Row

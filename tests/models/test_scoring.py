@@ -9,7 +9,8 @@ from torch import nn
 
 from waits import Waits
 from zolightning.callbacks.micro_batches import micro_batches
-from zolightning.data.encoding import Example, collate
+from zolightning.data.batch import collate
+from zolightning.data.encoding import Example
 from zolightning.models import (
     answer_log_probs,
     candidate_scores,

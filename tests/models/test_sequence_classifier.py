@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from masked_models import ARCHITECTURES, tiny_tokenizer, write_tiny
 from zolightning.callbacks import LinearProbing, ZerothOrder
 from zolightning.data import PromptDataModule
-from zolightning.data.encoding import collate
+from zolightning.data.batch import collate
 from zolightning.data.marked import encode_texts
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM, SequenceClassifier

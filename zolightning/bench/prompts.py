@@ -17,8 +17,9 @@ from zolightning.bench.published import PublishedBatch, published_batch, publish
 from zolightning.bench.rows import PUBLISHED, Evaluate, Row, Step
 from zolightning.commands.report import seconds_of
 from zolightning.data import Batch, load_task
+from zolightning.data.batch import collate
 from zolightning.data.batching import LengthBuckets
-from zolightning.data.encoding import Example, collate, encode
+from zolightning.data.encoding import Example, encode
 from zolightning.data.sampling import sample
 from zolightning.data.source import read_folder
 from zolightning.models import answer_log_probs, candidate_scores, classification_loss

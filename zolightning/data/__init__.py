@@ -1,10 +1,10 @@
 """Tasks, rows and batches."""
 
+from zolightning.data.batch import Batch
 from zolightning.data.classification import Classification
 from zolightning.data.completion import Completion
 from zolightning.data.conversation import Conversation
 from zolightning.data.datamodule import PromptDataModule
-from zolightning.data.encoding import Batch
 from zolightning.data.generation import Generation
 from zolightning.data.image_classification import ImageClassification
 from zolightning.data.image_datamodule import ImageDataModule

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
-from zolightning.data.encoding import Batch, Example, check_tokens, collate
+from zolightning.data.batch import Batch, collate
+from zolightning.data.encoding import Example, check_tokens
 from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
 from zolightning.data.image_classification import ImageClassification

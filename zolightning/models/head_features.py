@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from zolightning.data.encoding import Batch
+from zolightning.data.batch import Batch
 from zolightning.models.scoring import last_logits
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolightning.data.encoding import Batch
+from zolightning.data.batch import Batch
 from zolightning.models.pretrained_module import Evaluation
 from zolightning.models.scoring import (
     calibrated_scores,

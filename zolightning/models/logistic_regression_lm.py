@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zolightning.callbacks.linear_probing import head_features
-from zolightning.data.encoding import Batch
+from zolightning.data.batch import Batch
 from zolightning.models.causal_lm import CausalLM
 from zolightning.network.head import is_tied, set_rows, untie_head
 from zolightning.network.logistic_regression import CS, check_probe, fit_probe, most_accurate_c

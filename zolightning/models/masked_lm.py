@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zolightning.data.encoding import Batch, Example
+from zolightning.data.batch import Batch
+from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
 from zolightning.data.marked import encode_masked
 from zolightning.data.plain_text import PlainText

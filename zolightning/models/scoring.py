@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zolightning.data.encoding import AnswerIndex, Batch
+from zolightning.data.batch import AnswerIndex, Batch
 from zolightning.models.attention_masks import attention_mask_for
 
 

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.data.encoding import AnswerIndex, Batch, Example
+from zolightning.data.batch import AnswerIndex, Batch
+from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
 from zolightning.data.plain_text import PlainText
 from zolightning.data.rows import Row

@@ -10,8 +10,9 @@ from torch.nn import ModuleDict
 from torch.nn import functional as F
 from torchmetrics import SpearmanCorrCoef
 
+from zolightning.data.batch import Batch
 from zolightning.data.classification import Classification
-from zolightning.data.encoding import Batch, Example
+from zolightning.data.encoding import Example
 from zolightning.data.marked import encode_texts
 from zolightning.data.regression import Regression
 from zolightning.data.rows import Row
