@@ -277,12 +277,8 @@ class ZerothOrder(Callback):
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error} {self._advice(batch, batch_idx)}") from None
         except RuntimeError as error:
-            if self._differentiates and "used in the graph" in str(error):
-                raise MisconfigurationException(
-                    f"`training_step` of {type(pl_module).__name__} differentiates by the module's parameters, and "
-                    "ZerothOrder evaluates it at perturbed copies of them. Differentiate by inputs, or by copies made "
-                    "in the step (`torch.func.functional_call`), or leave that term out."
-                ) from error
+            if self._differentiates:
+                _refuse_own_gradients(pl_module, error)
             if self._differentiates or "does not require grad" not in str(error):
                 raise
             self._differentiates = True
@@ -305,6 +301,16 @@ class ZerothOrder(Callback):
             f"Batch {batch_idx}{which}. The weights are those of the last step; a smaller `lr` or `eps` may help"
             f"{otherwise}."
         )
+
+
+def _refuse_own_gradients(module: L.LightningModule, error: RuntimeError) -> None:
+    """Says what is wrong if an error is that a loss does not depend on the parameters by which it is differentiated."""
+    if "used in the graph" in str(error):
+        raise MisconfigurationException(
+            f"`training_step` of {type(module).__name__} differentiates by the module's parameters, and ZerothOrder "
+            "evaluates it at perturbed copies of them. Differentiate by inputs, or by copies made in the step "
+            "(`torch.func.functional_call`), or leave that term out."
+        ) from error
 
 
 def _fold(trainer: L.Trainer) -> None:
