@@ -1,22 +1,14 @@
-"""The command ``zolightning`` on wrong input, under bugs of others, and its help."""
+"""The command ``zolightning`` on wrong input, and under bugs of others."""
 
 import io
 import os
-import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningCLI
 
 from cli_runs import Runs, parsed, refused
-from zolightning.__main__ import console, main
-from zolightning.cli import _SUBCOMMANDS
-from zolightning.commands.checks import choose_monitor
-from zolightning.data import PromptDataModule
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -249,56 +241,6 @@ def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
         runs("fit", "--config", runs.folder / "broken.yaml", "--validate_first", "false")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--help"], ["Fine-tunes language models by forward passes only.", "fit", "export"]),
-        (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "or val/loss"]),
-        (["fit", "--help"], ["--method.help MeZO", "--trainer.precision", "--ckpt_path", "--help_all"]),
-        (["fit", "--help_all"], ["--trainer.overfit_batches", "--evaluation.skip_nonfinite"]),
-        (["fit", "--method.help", "MeZO"], ["--method.lr", "--method.num_queries", "--method.estimator"]),
-        (["fit", "--scope.help", "DominantLayer"], ["--scope.part", "--scope.profile"]),
-        (["sweep-layers", "--help"], ["--first_order", "--method"]),
-        (["fit", "--model.help", "CausalLM"], ["--model.model_name", "GGUF"]),
-        (["fit", "--data.help", "PromptDataModule"], ["--data.task", ".parquet"]),
-        (["export", "--help"], ["--folder", "--ckpt_path"]),
-    ],
-)
-def test_help(arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    for part in expected:
-        assert part in text
-
-
-@pytest.mark.parametrize(
-    ("words", "parsers"), [(["fit", "--no", "1"], ["fit"]), (["--config", "no.yaml", "fit"], list(_SUBCOMMANDS))]
-)
-def test_a_command_makes_its_own_parser_only(
-    words: list[str], parsers: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unless a file that comes first may say which command it is."""
-    made, own = [], LightningCLI._prepare_subcommand_parser
-
-    def prepare(self: Any, klass: type, subcommand: str, **kwargs: Any) -> Any:
-        made.append(subcommand)
-        return own(self, klass, subcommand, **kwargs)
-
-    monkeypatch.setattr(LightningCLI, "_prepare_subcommand_parser", prepare)
-    with pytest.raises(SystemExit):
-        main(words)
-    assert made == parsers
-
-
-def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["fit", "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 80 and max(map(len, lines)) <= 120
-
-
 def test_more_ranks_than_a_step_has_evaluations(runs: Runs) -> None:
     size = "--trainer.strategy.perturbation_parallel_size"
     error = runs.refused("fit", "--trainer.strategy", "ZerothOrderDDP", "--trainer.devices", 3, size, 3)
@@ -312,58 +254,3 @@ def test_no_gradients_under_a_strategy_without_them(runs: Runs) -> None:
         "error: `trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and `method`"
     )
     assert not (runs.folder / "logs").exists()
-
-
-def test_classes_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "own_scopes.py").write_text("from zolightning.scopes import TrainHead\nclass Own(TrainHead): pass\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", ["zolightning", "fit", "--scope.help", "own_scopes.Own"])
-    with pytest.raises(SystemExit):
-        console()
-    assert "--scope.untie" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("task", "reward", "expected"),
-    [
-        ({"answers": ["a", "b"], "labels": [0, 1], "prompt": "{{ x }}"}, None, ("val/accuracy", "max")),
-        ({"references": "x", "prompt": "{{ x }}"}, None, ("val/f1", "max")),
-        ({"references": "x", "prompt": "{{ x }}"}, "a.reward", ("val/reward", "max")),
-        ({"target": "x", "prompt": "{{ x }}"}, None, ("val/pearson", "max")),
-        ({"text": "{{ x }}"}, None, ("val/loss", "min")),
-        (None, None, ("val/accuracy", "max")),
-    ],
-)
-def test_by_which_metric_a_checkpoint_is_the_best_unless_told(
-    tmp_path: Path, task: dict[str, Any] | None, reward: str | None, expected: tuple[str, str]
-) -> None:
-    data = None if task is None else PromptDataModule({"name": "own", **task}, str(tmp_path))
-    model = Namespace(init_args=Namespace(reward=reward))
-    config = Namespace(model=model, checkpoint=Namespace(monitor=None, mode="max"))
-    choose_monitor(config, data)
-    assert (config.checkpoint.monitor, config.checkpoint.mode) == expected
-
-
-@pytest.mark.parametrize("where", ["zolightning.cli.check_seed", "zolightning.models.CausalLM.validation_step"])
-def test_ctrl_c_before_training(runs: Runs, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(where, interrupt)
-    with pytest.raises(SystemExit) as exit_:
-        runs("fit")
-    assert exit_.value.code == 130  # as after the first step
-
-
-def test_a_reader_that_has_read_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``zolightning configs | head`` ends without a traceback."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    monkeypatch.setattr(sys, "argv", ["zolightning", "configs"])
-    with open(writing, "w") as closed, pytest.raises(SystemExit) as exit_:
-        monkeypatch.setattr(sys, "stdout", closed)
-        console()
-    assert exit_.value.code == 1
