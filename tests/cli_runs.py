@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from zolightning.__main__ import main
 from zolightning.cli import ZerothOrderCLI
+from zolightning.commands.arguments import prepared
 from zolightning.commands.event_log import event_files
-from zolightning.commands.slots import from_package, replacing
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAME = "sentiment-mezo-smollm2_135m"
@@ -118,7 +118,7 @@ def parser() -> LightningArgumentParser:
 
 def parsed(arguments: list[str]) -> Namespace:
     """The config that command-line arguments give."""
-    return parser().parse_args(replacing(from_package(arguments)))
+    return parser().parse_args(prepared(arguments))
 
 
 def printed(arguments: list[str]) -> str:

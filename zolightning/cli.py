@@ -28,6 +28,7 @@ from zolightning.callbacks import (
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
 from zolightning.checkpoints.run_logs import log_once
+from zolightning.commands.arguments import prepared
 from zolightning.commands.checks import (
     check_data,
     check_groups,
@@ -41,14 +42,7 @@ from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.options import CLASS_DEFAULTS, LOGS, SEED, TRAINER_DEFAULTS, add_options
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.seeds import run_seeds
-from zolightning.commands.slots import (
-    from_package,
-    replacing,
-    slot_callbacks,
-    trial,
-    up_to_help,
-    with_switches,
-)
+from zolightning.commands.slots import slot_callbacks, trial
 from zolightning.commands.trainer import Trainer
 from zolightning.partners import callbacks_of, find_callbacks
 from zolightning.scopes.scope import Scope, refuse_two_scopes
@@ -111,8 +105,7 @@ class ZerothOrderCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
-            words = with_switches(up_to_help(sys.argv[1:] if args is None else args))
-            self.config = parser.parse_args(replacing(from_package(words)))
+            self.config = parser.parse_args(prepared(sys.argv[1:] if args is None else args))
         else:
             self.config = parser.parse_object(args)
         check_seed(self.config[self.config.subcommand].seed_everything)

@@ -65,6 +65,13 @@ def test_a_command_makes_its_own_parser_only(
     assert made == parsers
 
 
+def test_no_subcommand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["zolightning"])
+    with pytest.raises(SystemExit):
+        main()
+    assert 'expected "subcommand" to be one of {fit,validate' in capsys.readouterr().err
+
+
 def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--help"])

@@ -22,7 +22,8 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
-from zolightning.commands.slots import SLOTS, replacing, slot_callbacks, up_to_help
+from zolightning.commands.arguments import replacing, up_to_help
+from zolightning.commands.slots import SLOTS, slot_callbacks
 from zolightning.optim import WarmupDecay, ZerothOrderOptimizer
 from zolightning.scopes import LoRA, RandomLayer
 

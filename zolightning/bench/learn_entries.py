@@ -46,14 +46,14 @@ def read(words: str) -> "Namespace":
     """
     from jsonargparse import ArgumentError
 
+    from zolightning.commands.arguments import prepared
     from zolightning.commands.parser import explain
-    from zolightning.commands.slots import from_package, replacing
 
     arguments: list[str] = []
     for word in shlex.split(words):
         arguments += [f"--{word}"] if "=" in word else ["--config", word]
     try:
-        config: Namespace = _parser().parse_args(replacing(from_package(arguments)))
+        config: Namespace = _parser().parse_args(prepared(arguments))
     except ArgumentError as error:
         raise ValueError(explain(str(error), _parser().option_names(error))) from None
     for name, value in _BY_PROTOCOL.items():

@@ -6,11 +6,9 @@ object, so a later file or flag replaces it, where a list of callbacks would gro
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerCallable
@@ -28,15 +26,13 @@ from zolightning.callbacks import (
 from zolightning.callbacks.zeroth_order import Method
 from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
-from zolightning.packaged import packaged
 from zolightning.scopes import Scope
 
-_OF_A_METHOD = ("lr_scheduler", "resampling", "transport")
+OF_A_METHOD = ("lr_scheduler", "resampling", "transport")  # go with it when another replaces it
 _OF_ANY_METHOD = ("blocks", "lr_probe", "lr_control")
-_NEED_A_METHOD = (*_OF_ANY_METHOD, *_OF_A_METHOD)
-_CLASSES = ("method", "scope", "linear_probing", *_NEED_A_METHOD)
-SLOTS = (*_CLASSES, "evaluation")
-_FILES = ("--config", "-c")
+_NEED_A_METHOD = (*_OF_ANY_METHOD, *OF_A_METHOD)
+CLASSES = ("method", "scope", "linear_probing", *_NEED_A_METHOD)
+SLOTS = (*CLASSES, "evaluation")
 _EVALUATION = {name: parameter.default for name, parameter in inspect.signature(ZerothOrder).parameters.items()}
 
 
@@ -78,67 +74,6 @@ def add_slots(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(ZerothOrder, "evaluation", skip={"method", "lr_scheduler"}, instantiate=False)
 
 
-def from_package(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which ``configs/...`` names the packaged file where there is no other."""
-    resolved = list(arguments)
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option in _FILES and equals:
-            resolved[place] = f"{option}={packaged(value)}"
-        elif option in _FILES and place + 1 < len(arguments):
-            resolved[place + 1] = str(packaged(arguments[place + 1]))
-    return resolved
-
-
-def up_to_help(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments without what follows ``--method.help MeZO``, which ends the command.
-
-    jsonargparse would take it for settings of that class; help of a setting's class, ``--scope.part.help``, stays.
-    """
-    kept: list[str] = []
-    is_over = is_class = False
-    for word in arguments:
-        asks = word.startswith("--") and word.partition("=")[0].endswith(".help")
-        if asks or is_class or not is_over:
-            kept.append(word)
-        is_over, is_class = is_over or asks, asks and "=" not in word
-    return kept
-
-
-def with_switches(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which ``--follow`` alone is ``--follow true``: jsonargparse asks for a value."""
-    following = [*arguments[1:], "--"]
-    return [
-        f"{word}=true" if word == "--follow" and after.startswith("--") else word
-        for word, after in zip(arguments, following, strict=True)
-    ]
-
-
-def replacing(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments changed so that a newly named class inherits no settings of an earlier one.
-
-    jsonargparse keeps settings that the new class accepts too: ``momentum: 0.9`` in one file would stay with the method
-    of the next file. So ``--method null`` is inserted before each file and flag that names a method, and likewise for
-    the other slots. The scheduler, resampling and transport that earlier files gave go with the earlier method.
-    """
-    replaced: list[str] = []
-    end_of_files = 0
-    for place, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if option in _FILES:
-            named = _classes_named(value or "".join(arguments[place + 1 : place + 2]))
-            replaced += _nulls(
-                slot for slot in _CLASSES if slot in named or ("method" in named and slot in _OF_A_METHOD)
-            )
-            end_of_files = len(replaced) + (1 if value else 2)
-        elif option.startswith("--") and option.removeprefix("--") in _CLASSES:
-            if option == "--method" and end_of_files:
-                replaced[end_of_files:end_of_files] = _nulls(_OF_A_METHOD)
-            replaced += _nulls([option.removeprefix("--")])
-        replaced.append(argument)
-    return replaced
-
-
 def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
     """The callbacks of the slots, checked against each other and those of ``trainer.callbacks``.
 
@@ -151,6 +86,26 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
         ValueError: from a method or scheduler, naming the argument, its value and what is accepted.
     """
     listed: list[Callback] = made.trainer.callbacks or []
+    _require_one(config, made, listed)
+    # The probe first: the head that it unties is there when a scope chooses.
+    callbacks: list[Callback] = [made[slot] for slot in ("linear_probing", "scope") if made[slot] is not None]
+    if made.method is None:
+        _require_none_for_a_method(config, listed)
+        return callbacks
+    optimizer = trial(made.method)
+    check_method(optimizer)
+    if made.lr_scheduler is not None:
+        made.lr_scheduler(optimizer)
+    for slot in _OF_ANY_METHOD:
+        if made[slot] is not None:
+            _require_unlisted(slot, type(made[slot]), listed)
+            callbacks.append(made[slot])
+    callbacks += _of_a_subspace(config, made, optimizer, listed)
+    return [*callbacks, ZerothOrder(made.method, made.lr_scheduler, **made.evaluation.as_dict())]
+
+
+def _require_one(config: Namespace, made: Namespace, listed: Sequence[Callback]) -> None:
+    """Refuses two methods and two orders of blocks."""
     methods = [callback for callback in listed if isinstance(callback, ZerothOrder)]
     if len(methods) + (made.method is not None) > 1:
         names = [type(trial(callback.method)).__name__ for callback in methods]
@@ -163,34 +118,33 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
         raise MisconfigurationException(
             f"`trainer.callbacks` holds {schedules} BlockCoordinateDescent: blocks have one order. Keep one."
         )
-    # The probe first: the head that it unties is there when a scope chooses.
-    callbacks: list[Callback] = [made[slot] for slot in ("linear_probing", "scope") if made[slot] is not None]
-    if made.method is None:
-        given = [slot for slot in _NEED_A_METHOD if config[slot] is not None]
-        given += [f"evaluation.{key}" for key, value in config.evaluation.items() if value != _EVALUATION[key]]
-        if given and not methods:
-            raise MisconfigurationException(
-                f"`{given[0]}` is given and `method` is not, and without a method nothing reads it. Name a method, or "
-                f"leave `{given[0]}` out."
-            )
-        if given:
-            raise MisconfigurationException(
-                f"`{given[0]}` is given for `method`, which is in `trainer.callbacks`: give both in one of the places."
-            )
-        return callbacks
-    optimizer = trial(made.method)
-    check_method(optimizer)
-    if made.lr_scheduler is not None:
-        made.lr_scheduler(optimizer)
-    for slot in _OF_ANY_METHOD:
-        callback = made[slot]
-        if callback is not None and any(isinstance(other, type(callback)) for other in listed):
-            raise MisconfigurationException(
-                f"`{slot}` is given, and `trainer.callbacks` holds {type(callback).__name__} too. Keep one of them."
-            )
-        callbacks += [] if callback is None else [callback]
-    callbacks += _of_a_subspace(config, made, optimizer, listed)
-    return [*callbacks, ZerothOrder(made.method, made.lr_scheduler, **made.evaluation.as_dict())]
+
+
+def _require_none_for_a_method(config: Namespace, listed: Sequence[Callback]) -> None:
+    """Refuses slots that only a method reads, where `method` is not given."""
+    given = [slot for slot in _NEED_A_METHOD if config[slot] is not None]
+    given += [f"evaluation.{key}" for key, value in config.evaluation.items() if value != _EVALUATION[key]]
+    if given and _has(listed, ZerothOrder):
+        raise MisconfigurationException(
+            f"`{given[0]}` is given for `method`, which is in `trainer.callbacks`: give both in one of the places."
+        )
+    if given:
+        raise MisconfigurationException(
+            f"`{given[0]}` is given and `method` is not, and without a method nothing reads it. Name a method, or "
+            f"leave `{given[0]}` out."
+        )
+
+
+def _require_unlisted(slot: str, kind: type[Callback], listed: Sequence[Callback]) -> None:
+    """Refuses a slot that is given where ``trainer.callbacks`` holds such a callback too."""
+    if _has(listed, kind):
+        raise MisconfigurationException(
+            f"`{slot}` is given, and `trainer.callbacks` holds {kind.__name__} too. Keep one of them."
+        )
+
+
+def _has(listed: Sequence[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in listed)
 
 
 def _of_a_subspace(
@@ -205,14 +159,11 @@ def _of_a_subspace(
         ("resampling", SubspaceResampling, is_subspace, "searches no subspaces"),
         ("transport", MomentumTransport, has_momentum, "keeps no momentum in subspaces"),
     ):
-        in_list = any(isinstance(other, callback) for other in listed)
-        if config[slot] is not None and in_list:
-            raise MisconfigurationException(
-                f"`{slot}` is given, and `trainer.callbacks` holds {callback.__name__} too. Keep one of them."
-            )
-        if config[slot] is not None and not wanted:
-            raise MisconfigurationException(f"`{slot}` is given, and {name} {lack}. Leave `{slot}` out.")
-        if wanted and not in_list:
+        if config[slot] is not None:
+            _require_unlisted(slot, callback, listed)
+            if not wanted:
+                raise MisconfigurationException(f"`{slot}` is given, and {name} {lack}. Leave `{slot}` out.")
+        if wanted and not _has(listed, callback):
             found.append(callback() if made[slot] is None else made[slot])
     return found
 
@@ -230,31 +181,3 @@ def trial(method: Method) -> ZerothOrderOptimizer:
 def class_name(spec: Namespace | None) -> str:
     """``MeZO`` of a parsed ``class_path: zolightning.optim.MeZO``."""
     return "null" if spec is None else str(spec["class_path"]).rpartition(".")[2]
-
-
-def _nulls(slots: Iterable[str]) -> list[str]:
-    return [word for slot in slots for word in (f"--{slot}", "null")]
-
-
-def _classes_named(config: str) -> set[str]:
-    """The slots for which a config names a class or null; the config is the path of a file or YAML text.
-
-    Raises:
-        ValueError: naming the file, if it is none, or not a mapping in YAML.
-    """
-    is_text = "\n" in config or ":" in config or config.lstrip().startswith("{")
-    if not Path(config).is_file() and not is_text:
-        packaged_ones = " `zolightning configs` lists those that come with the package." if "configs" in config else ""
-        raise ValueError(f"`--config` is {config!r}, which is no file.{packaged_ones}")
-    try:
-        values = yaml.safe_load(config if is_text and not Path(config).is_file() else Path(config).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"`--config` {config} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds {type(values).__name__}, not a mapping of fields"
-        raise ValueError(f"`--config` {config} {found}.")
-    return {
-        slot
-        for slot in values.keys() & set(_CLASSES)
-        if not isinstance(values[slot], dict) or "class_path" in values[slot]
-    }
