@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zolightning.data.conversation import Message
+from zolightning.data.refusals import name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +34,9 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
 
 def _written(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
-        name = tokenizer.name_or_path or type(tokenizer).__name__
-        raise ValueError(f"the tokenizer {name} has no chat template: use a model that was trained to chat")
+        raise ValueError(
+            f"the tokenizer {name_of(tokenizer)} has no chat template: use a model that was trained to chat"
+        )
     try:
         text = tokenizer.apply_chat_template(
             [{"role": turn["role"], "content": turn["content"]} for turn in turns],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zolightning.data.refusals import name_of, require_distinct, too_few_tokens
 from zolightning.data.templates import MASK, SEPARATOR
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ def encode(
     """
     if MASK in prompt or SEPARATOR in prompt:
         raise ValueError("`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM and SequenceClassifier")
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     texts = [answers[0], prompt, *(prompt + answer for answer in answers)]
     first_ids, prompt_ids, *full_ids = tokenizer(texts, verbose=False)["input_ids"]
     alone_ids = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"]
     num_leading = len(first_ids) - len(alone_ids[0])
     if first_ids[num_leading:] != alone_ids[0]:
-        raise ValueError(f"the tokenizer {name} ends a text with a special token, so no answer can follow a prompt")
+        raise ValueError(
+            f"the tokenizer {name_of(tokenizer)} ends a text with a special token, so no answer can follow a prompt"
+        )
     if not prompt_ids:
         raise ValueError("the prompt is empty")
 
@@ -85,10 +87,7 @@ def encode(
     answer_ids = [
         full[start:] if full[:start] == prompt_ids else alone for full, alone in zip(full_ids, alone_ids, strict=True)
     ]
-    if not all(answer_ids):
-        raise ValueError(f"the tokenizer {name} makes no token of one of the answers {list(answers)!r}")
-    if len(set(map(tuple, answer_ids))) < len(answer_ids):
-        raise ValueError(f"the tokenizer {name} gives two of the answers {list(answers)!r} the same tokens")
+    require_distinct(tokenizer, answers, answer_ids)
 
     # A prompt whose text begins with what the tokenizer begins with anyway, as chat templates do, has it twice.
     if num_leading and prompt_ids[num_leading : 2 * num_leading] == prompt_ids[:num_leading]:
@@ -97,10 +96,8 @@ def encode(
     longest = max(room_for_answer, *map(len, answer_ids))
     room = max_length - longest - num_leading
     if room < 1:
-        raise ValueError(
-            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a token of the "
-            f"prompt and the answers {list(answers)!r}: at least {longest + num_leading + 1} are needed"
-        )
+        what = f"a token of the prompt and the answers {list(answers)!r}"
+        raise too_few_tokens(max_length, what, needed=longest + num_leading + 1)
     return Example(
         id=id,
         prompt_ids=prompt_ids[:num_leading] + prompt_ids[num_leading:][-room:],

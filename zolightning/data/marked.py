@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zolightning.data.encoding import Example
+from zolightning.data.refusals import name_of, too_few_tokens
 from zolightning.data.templates import MASK, SEPARATOR
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ def encode_masked(
     Raises:
         ValueError: There is not one mask, an answer is not one token that the tokenizer knows, or two are the same.
     """
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     mask, mask_id, separator = tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.sep_token
     if prompt.count(MASK) != 1:
         raise ValueError(
@@ -40,20 +40,17 @@ def encode_masked(
             "configs/tasks/masked have)"
         )
     if mask is None or separator is None or not isinstance(mask_id, int):
-        raise ValueError(f"the tokenizer {name} has no token for a mask, or none to separate texts")
+        raise ValueError(f"the tokenizer {name_of(tokenizer)} has no token for a mask, or none to separate texts")
     text = prompt.replace(MASK, mask).replace(SEPARATOR, separator)
     ids, body = (tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False))
     if body.count(mask_id) != 1:
-        raise ValueError(f"the text holds the mask of the tokenizer {name} itself, {mask}")
+        raise ValueError(f"the text holds the mask of the tokenizer {name_of(tokenizer)} itself, {mask}")
 
     around = len(ids) - len(body)
     start = next(start for start in range(around + 1) if ids[start : start + len(body)] == body)
     room = max_length - around
     if room < 1:
-        raise ValueError(
-            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a mask: at least "
-            f"{around + 1} are needed"
-        )
+        raise too_few_tokens(max_length, "a mask", needed=around + 1)
     return Example(
         id=id,
         prompt_ids=[*ids[:start], *_cut(body, room, mask_id), *ids[start + len(body) :]],
@@ -79,10 +76,7 @@ def encode_texts(
         raise ValueError("a classifier reads a text, or two with `{{ sep }}` between them, and no `{{ mask }}`")
     around = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if max_length <= around:  # where tokenizers cut nothing, or everything
-        raise ValueError(
-            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a token of the text: "
-            f"at least {around + 1} are needed"
-        )
+        raise too_few_tokens(max_length, "a token of the text", needed=around + 1)
     ids = tokenizer(*texts, verbose=False)["input_ids"]
     kept = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
     return Example(
@@ -102,7 +96,7 @@ def _cut(body: list[int], room: int, mask: int) -> list[int]:
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]) -> list[int]:
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    name = name_of(tokenizer)
     tokens = []
     for answer in answers:
         ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]

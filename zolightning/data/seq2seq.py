@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zolightning.data.encoding import Example
+from zolightning.data.refusals import require_distinct, too_few_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,24 +30,18 @@ def encode_pair(
         ValueError: The prompt is empty, two candidates are the same, or an answer or a token of the prompt does not fit
             into `max_length`.
     """
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     words = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     answer_ids = tokenizer(text_target=[answer.strip() for answer in answers], verbose=False)["input_ids"]
     if not prompt_ids:
         raise ValueError("the prompt is empty")
-    if not all(answer_ids):
-        raise ValueError(f"the tokenizer {name} makes no token of one of the answers {list(answers)!r}")
-    if len(set(map(tuple, answer_ids))) < len(answer_ids):
-        raise ValueError(f"the tokenizer {name} gives two of the answers {list(answers)!r} the same tokens")
+    require_distinct(tokenizer, answers, answer_ids)
 
     room = max_length - (len(prompt_ids) - len(words))
     longest = max(map(len, answer_ids))
     if room < 1 or longest > max_length:
-        raise ValueError(
-            f"{max_length} tokens (`data.max_length` or the model's context length) do not hold a token of the prompt, "
-            f"or one of the answers {list(answers)!r}: at least {max(longest, max_length - room + 1)} are needed"
-        )
+        what = f"a token of the prompt, or one of the answers {list(answers)!r}"
+        raise too_few_tokens(max_length, what, needed=max(longest, max_length - room + 1))
     start = next(at for at in range(len(prompt_ids)) if prompt_ids[at : at + len(words)] == words)
     return Example(
         id=id,
