@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,16 @@ from zolightning.checkpoints.given_bases import load_bases, save_bases
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.ledger_header import Header, describe_run
 from zolightning.checkpoints.run_logs import Muted, log_once, not_yet_logged
+from zolightning.checkpoints.unrecorded import Unrecorded
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.directions.shards import is_sharded
 from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
-from zolightning.optim.settings import constructor_arguments
 from zolightning.optim.subspace_weights import SubspaceWeights
 from zolightning.partners import callbacks_of, is_dry_run, zeroth_order_optimizer
 
 _KEY = "zolightning.KeepLedger"
-_SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
-_RECORDED = {"params", "lr", "seed"}
-_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class KeepLedger(Callback):
@@ -84,8 +80,7 @@ class KeepLedger(Callback):
         self._folder = Path()
         self._saved: dict[str, Any] | None = None  # the checkpoint's entry about its ledger; {} if it has none
         self._checkpoint: Path | None = None
-        self._constants: set[str] = set()  # hyperparameters that are not in records, and so must not change
-        self._groups: list[dict[str, Any]] = []  # their values
+        self._unrecorded: Unrecorded | None = None
         self._refresh = 0
         self._pending: StepRecord | None = None  # of the present step, to be written when it is over
         self._optimizer: ZerothOrderOptimizer | None = None
@@ -118,30 +113,13 @@ class KeepLedger(Callback):
         if self.ledger is not None:
             self.path = self.ledger.path
             self._refresh = optimizer.param_groups[0].get("refresh", 0)
-            self._constants = (constructor_arguments(optimizer) | _SET_LATER) - _RECORDED
-            self._groups = self._constant(optimizer)
+            self._unrecorded = Unrecorded(optimizer)
             self._hook = optimizer.register_step_post_hook(self._note)
-        given = {record.refresh for record in taken if record.given and record.refresh != self._refresh}
-        bases = {refresh: load_bases(self.ledger, refresh) for refresh in given if self.ledger is not None}
-        taken, bases = trainer.strategy.broadcast((taken, bases))
-        waits = _waits_for_training(trainer)
-        optimizer.expect(taken, evaluate=waits)
-        if isinstance(optimizer, SubspaceWeights):
-            parameters = dict(pl_module.named_parameters())
-            optimizer.recorded = {
-                refresh: {parameters[name]: basis for name, basis in of_names.items()}
-                for refresh, of_names in bases.items()
-            }
         if self._saved is not None or self.go_on is not None:
             is_own = self._checkpoint is not None and self._folder.resolve() in self._checkpoint.resolve().parents
             log_once(trainer, (self._saved or {}).get("not_logged") if is_own else None)
+        self._take(trainer, pl_module, optimizer, taken)
         self.go_on = None  # a second fit goes on from the first one
-        if taken:
-            self._muted = Muted(trainer, until=taken[-1].step + 1)
-            evaluated = sum(waits or not record.says_all for record in taken)
-            forwards = f" ({evaluated} by running the network, for what it keeps or logs)" if evaluated else ""
-            steps = counted(len(taken), "step is", "steps are")
-            rank_zero_info(f"{steps} taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._write()
@@ -190,14 +168,11 @@ class KeepLedger(Callback):
 
     def _note(self, optimizer: Optimizer, *_: Any) -> None:
         """A hook after each step of the optimizer: keeps its record until the rest of the step is done."""
-        assert isinstance(optimizer, ZerothOrderOptimizer) and self.ledger is not None
+        assert isinstance(optimizer, ZerothOrderOptimizer) and self.ledger is not None and self._unrecorded is not None
         record = optimizer.record
         assert record is not None, "a step has just been taken"
         self._write()
-        if (groups := self._constant(optimizer)) != self._groups:
-            pairs = zip(groups, self._groups, strict=False)
-            names = sorted({name for now, then in pairs for name in now if now[name] != then.get(name)})
-            what = f"`{names[0]}` of a parameter group changed" if names else "a parameter group was added"
+        if (what := self._unrecorded.change(optimizer)) is not None:
             self._give_up(f"{what} before step {record.step}, which no record says")
             return
         if record.given and record.refresh != self._refresh and isinstance(optimizer, SubspaceWeights):
@@ -211,14 +186,6 @@ class KeepLedger(Callback):
             except ValueError as error:
                 self._give_up(str(error))
             self._pending = None
-
-    def _constant(self, optimizer: ZerothOrderOptimizer) -> list[dict[str, Any]]:
-        """The values that must not change during a run, for each parameter group."""
-        return [
-            {name: group[name] for name in self._constants & group.keys()}
-            | {"requires_grad": list(map(_REQUIRES_GRAD, group["params"]))}
-            for group in optimizer.param_groups
-        ]
 
     def _give_up(self, why: str) -> None:
         rank_zero_warn(f"This run keeps no ledger from here on: {why}. It cannot be replayed; checkpoints can be used.")
@@ -286,6 +253,32 @@ class KeepLedger(Callback):
         if len(records) < steps and self._saved is not None:  # killed before the step of the checkpoint was over
             found.append(StepRecord(**self._saved["pending"]))
         return taken
+
+    def _take(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: ZerothOrderOptimizer,
+        taken: list[StepRecord],
+    ) -> None:
+        """Has the optimizer of each rank take the next steps from the first rank's records, while nothing is logged."""
+        given = {record.refresh for record in taken if record.given and record.refresh != self._refresh}
+        bases = {refresh: load_bases(self.ledger, refresh) for refresh in given if self.ledger is not None}
+        taken, bases = trainer.strategy.broadcast((taken, bases))
+        waits = _waits_for_training(trainer)
+        optimizer.expect(taken, evaluate=waits)
+        if isinstance(optimizer, SubspaceWeights):
+            parameters = dict(pl_module.named_parameters())
+            optimizer.recorded = {
+                refresh: {parameters[name]: basis for name, basis in of_names.items()}
+                for refresh, of_names in bases.items()
+            }
+        if taken:
+            self._muted = Muted(trainer, until=taken[-1].step + 1)
+            evaluated = sum(waits or not record.says_all for record in taken)
+            forwards = f" ({evaluated} by running the network, for what it keeps or logs)" if evaluated else ""
+            steps = counted(len(taken), "step is", "steps are")
+            rank_zero_info(f"{steps} taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
 
 
 def _waits_for_training(trainer: L.Trainer) -> bool:
