@@ -19,7 +19,7 @@ from zolightning.data.batch import collate
 from zolightning.data.encoding import encode
 from zolightning.data.examples import example_of
 from zolightning.data.marked import encode_masked
-from zolightning.data.rows import Row
+from zolightning.data.row import Row
 from zolightning.data.task_files import load_task, task_of
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM

@@ -11,7 +11,7 @@ from zolightning.data.encoding import Example, check_tokens
 from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
 from zolightning.data.image_classification import ImageClassification
-from zolightning.data.rows import Row
+from zolightning.data.row import Row
 from zolightning.data.task import PromptTask
 from zolightning.data.task_datamodule import TaskDataModule, check_at_least
 from zolightning.data.task_files import chosen_task

@@ -14,7 +14,7 @@ from zolightning.data.encoding import Example, encode, encode_text
 from zolightning.data.generation import Generation
 from zolightning.data.plain_text import PlainText
 from zolightning.data.regression import Regression
-from zolightning.data.rows import Row
+from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from zolightning.data.image_classification import ImageClassification
 from zolightning.data.images import ImageBatch, ImageExample, collate_images, image_of, opened, require_pillow
-from zolightning.data.rows import Row
+from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task_datamodule import TaskDataModule
 from zolightning.data.task_files import chosen_task

@@ -1,9 +1,7 @@
-"""The rows of a task: read, checked, sampled, and written as prompts and answers."""
+"""The rows of a task: read, checked, sampled, and given demonstrations."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,68 +10,12 @@ from zolightning.data.candidates import CandidatesTask
 from zolightning.data.conversation import Conversation, Message
 from zolightning.data.files import find_rows
 from zolightning.data.labelled import LabelledTask
+from zolightning.data.row import Row
 from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
-from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.messages import counted
 from zolightning.rank_zero import rank_zero_warn
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as text, before it is tokenized.
-
-    Args:
-        id: Where the row stands in its source, counted from 0.
-        where: The same for messages, with the source.
-        prompt: The prompt, with its demonstrations.
-        answers: The candidates.
-        right: Indices of those that are right, the one to train on first; none if that is not known.
-        references: What a generated text is compared with.
-        turns: The prompt for a chat template: the user's turn, or all turns of a conversation.
-        shown: The demonstrations, other rows in the prompt, each with its first right answer.
-        fields: The row itself.
-        content_free: Prompt and answers without the row's content, where the task says what that is.
-    """
-
-    id: int
-    where: str
-    prompt: str
-    answers: list[str]
-    right: tuple[int, ...]
-    references: tuple[str, ...]
-    turns: list[Message]
-    fields: Mapping[str, Any]
-    shown: tuple["Row", ...] = ()
-    content_free: tuple[str, list[str]] | None = None
-
-    @property
-    def demonstration(self) -> str:
-        """The text of this row as a demonstration for others, with its right answer; its label must be known."""
-        if MASK in self.prompt:
-            return SEPARATOR + self.prompt.replace(MASK, self.answers[self.right[0]])
-        return f"{(self.prompt + self.answers[self.right[0]]).strip()}\n\n"
-
-    def after(self, shown: Sequence["Row"]) -> "Row":
-        """This row with demonstrations before its prompt, or after it if a mask stands for the answer.
-
-        After it as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
-        """
-        turns = list[Message]()
-        for one in shown:
-            answer = Message(role="assistant", content=one.answers[one.right[0]].strip())
-            turns += [*one.turns, answer]
-        demonstrations = "".join(one.demonstration for one in shown)
-        prompt = self.prompt + demonstrations if MASK in self.prompt else demonstrations + self.prompt
-        return replace(self, prompt=prompt, turns=[*turns, *self.turns], shown=tuple(shown))
-
-    def without_first(self, count: int) -> "Row":
-        """This row without its first `count` demonstrations."""
-        whole, rest = ("".join(one.demonstration for one in shown) for shown in (self.shown, self.shown[count:]))
-        return replace(
-            self, prompt=self.prompt.replace(whole, rest, 1), turns=self.turns[2 * count :], shown=self.shown[count:]
-        )
 
 
 class Rows:

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
 from zolightning.data.labelled import LabelledTask
-from zolightning.data.rows import Row, Rows
+from zolightning.data.row import Row
+from zolightning.data.rows import Rows
 from zolightning.data.task import Task
 from zolightning.packaged import packaged
 

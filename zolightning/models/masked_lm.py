@@ -12,7 +12,7 @@ from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
 from zolightning.data.marked import encode_masked
 from zolightning.data.plain_text import PlainText
-from zolightning.data.rows import Row
+from zolightning.data.row import Row
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts
 from zolightning.models.head_features import inputs_of

@@ -15,7 +15,7 @@ from zolightning.data.classification import Classification
 from zolightning.data.encoding import Example
 from zolightning.data.marked import encode_texts
 from zolightning.data.regression import Regression
-from zolightning.data.rows import Row
+from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts
