@@ -21,7 +21,7 @@ from zolightning.scopes.token_mask import TokenMask
 Examples = Literal["prompts", "batch"]
 EXAMPLES: tuple[str, ...] = ("prompts", "batch")
 
-_DIRECTIONS, _VALUES = "input_directions", "input_values"  # kept in the state for `decay`
+_DIRECTIONS, _VALUES = "input_directions", "input_values"  # kept in the state for `decay`; values, and the energy
 
 Readers = list[tuple[str, Side]]  # names of matrices that read the same, and the side on which each has its inputs
 
@@ -144,12 +144,11 @@ class ActivationBases:
         groups, moments = self._look(trainer, pl_module, optimizer, matrices, count, batches)
         found: list[Leading | None] = []
         for ((name, _), *_), moment in zip(groups, moments, strict=True):
-            state = optimizer.state[matrices[name].parameter]
-            if self.decay and _DIRECTIONS in state:
-                *values, energy = state[_VALUES].tolist()
-                moment.blend(Leading(state[_DIRECTIONS], moment.totals.new_tensor(values), energy), self.decay)
+            before = _kept_in(optimizer.state[matrices[name].parameter]) if self.decay else None
+            if before is not None:
+                moment.blend(before, self.decay)
             leading = moment.leading(count) if trainer.is_global_zero else None
-            found.append(None if leading is None else Leading(leading[0].cpu(), leading[1].cpu(), leading[2]))
+            found.append(None if leading is None else leading.to("cpu"))
 
         given: dict[nn.Parameter, Basis] = {}
         shares: dict[str, float] = {}
@@ -158,16 +157,11 @@ class ActivationBases:
                 continue
             for name, side in group:
                 parameter, rank = matrices[name]
-                used = slice(self.skip, self.skip + rank)
-                chosen = Leading(leading.directions[:, used], leading.values[used], leading.energy)
+                chosen = leading.part(slice(self.skip, self.skip + rank))
                 given[parameter] = Basis(**{side: scaled(chosen, self.scaling, self.limit)})
                 shares[name] = chosen.share
                 if self.decay:
-                    values = torch.cat([leading.values, leading.values.new_tensor([leading.energy])])
-                    optimizer.state[parameter] |= {
-                        _DIRECTIONS: leading.directions.to(parameter.device),
-                        _VALUES: values.to(parameter.device),
-                    }
+                    _keep_in(optimizer.state[parameter], leading.to(parameter.device))
         return InputBases(given, shares, [name for name in matrices if name not in shares], self.passes * len(batches))
 
     def _look(
@@ -210,6 +204,18 @@ class ActivationBases:
                 moment.product = trainer.strategy.reduce(moment.product, reduce_op="sum")
                 moment.totals = trainer.strategy.reduce(moment.totals, reduce_op="sum")
         return groups, moments
+
+
+def _keep_in(state: dict[str, Any], leading: Leading) -> None:
+    """Keeps statistics in the state of a matrix for the next refresh."""
+    state[_DIRECTIONS] = leading.directions
+    state[_VALUES] = torch.cat([leading.values, leading.values.new_tensor([leading.energy])])
+
+
+def _kept_in(state: dict[str, Any]) -> Leading | None:
+    if _DIRECTIONS not in state:
+        return None
+    return Leading(state[_DIRECTIONS], state[_VALUES][:-1], state[_VALUES][-1].item())
 
 
 def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[Readers]:

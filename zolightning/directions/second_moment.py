@@ -38,6 +38,13 @@ class Leading(NamedTuple):
         """Share of the inputs' energy that these directions hold."""
         return min(1.0, self.values.sum().item() / self.energy)
 
+    def to(self, device: torch.device | str) -> "Leading":
+        return Leading(self.directions.to(device), self.values.to(device), self.energy)
+
+    def part(self, places: slice) -> "Leading":
+        """Some of these directions."""
+        return Leading(self.directions[:, places], self.values[places], self.energy)
+
 
 class SecondMoment:
     """The mean of ``x x'`` over rows x, streamed, in float32.
