@@ -12,7 +12,7 @@ from zolightning.bench.lengths import LENGTHS, draw_prompts
 from zolightning.bench.shapes import model_of_shape
 from zolightning.bench.step_cost import random_token_loss
 from zolightning.bench.step_records import Workload, rates
-from zolightning.commands import report
+from zolightning.commands import timing
 
 
 def test_floors_of_llama_3_8b_on_an_h100() -> None:
@@ -79,5 +79,5 @@ def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         events.append("clock")
         return float(len(events))
 
-    assert report.seconds_of(lambda: events.append("started"), clock) == 3
+    assert timing.seconds_of(lambda: events.append("started"), clock) == 3
     assert events == ["clock", "started", "done", "clock"]

@@ -25,7 +25,7 @@ from zolightning.bench.prompts import Prompts, time_prompts
 from zolightning.bench.report import machine, write_csv
 from zolightning.bench.rows import BY_NAME, FORWARD
 from zolightning.bench.subject import DTYPES, Subject
-from zolightning.commands.report import Record, print_table
+from zolightning.commands.tables import Record, print_table
 from zolightning.layers import find_layers
 
 ROWS = ("MeZO", "HiZOO", "Sparse-MeZO", "MeZO-BCD, layers", "FOCUS, cyclic", "FOCUS, embeddings and head beside")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zolightning.bench.measure import kernel_seconds
 from zolightning.bench.rows import OptimizerStep, Step
-from zolightning.commands.report import Record
+from zolightning.commands.tables import Record
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.precision import state_bytes
 

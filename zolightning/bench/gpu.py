@@ -29,7 +29,7 @@ from zolightning.bench.report import machine
 from zolightning.bench.rows import BY_NAME, FORWARD, GRAPHED, PARITY, PUBLISHED_ANSWERS
 from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
-from zolightning.commands.report import Record
+from zolightning.commands.tables import Record
 from zolightning.cublas import repeat_products
 
 _CASES = 10  # comparisons of bits to a line

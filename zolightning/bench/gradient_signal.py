@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from zolightning.bench.figures import Value, append
 from zolightning.bench.learn_entries import make, read
-from zolightning.commands.report import Record, print_table
+from zolightning.commands.tables import Record, print_table
 from zolightning.directions.second_moment import SecondMoment, scaled
 from zolightning.layers import find_layers
 from zolightning.models import CausalLM

@@ -11,7 +11,7 @@ from zolightning import kernels
 from zolightning.bench.floors import Ceilings
 from zolightning.bench.loop_runs import noise
 from zolightning.bench.measure import kernel_seconds
-from zolightning.commands.report import Record
+from zolightning.commands.tables import Record
 from zolightning.kernels import torch_loops
 from zolightning.kernels.adam import adam_step
 from zolightning.kernels.noise import NoiseKind

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 from zolightning.bench.learn_results import Curve, Entry, Key, Unit
-from zolightning.commands.report import Record, print_table
+from zolightning.commands.tables import Record, print_table
 
 Curves = Mapping[Key, Curve]
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from zolightning.bench.measure import CPU
-from zolightning.commands.report import Record, round_robin
+from zolightning.commands.tables import Record
+from zolightning.commands.timing import round_robin
 from zolightning.directions.dense import directions
 from zolightning.kernels.noise import NoiseKind
 

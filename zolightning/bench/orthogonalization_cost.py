@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zolightning.commands.report import Record, round_robin
+from zolightning.commands.tables import Record
+from zolightning.commands.timing import round_robin
 from zolightning.optim.orthogonalization import msign, newton_schulz, power_iteration
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zolightning.bench.floors import forward_flops
 from zolightning.bench.published import PublishedBatch, published_batch, published_loss
 from zolightning.bench.rows import PUBLISHED, Evaluate, Row, Step
-from zolightning.commands.report import seconds_of
+from zolightning.commands.timing import seconds_of
 from zolightning.data import Batch, load_task
 from zolightning.data.batch import collate
 from zolightning.data.batching import LengthBuckets

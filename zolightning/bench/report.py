@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from zolightning.bench.measure import CPU
-from zolightning.commands.report import Record
+from zolightning.commands.tables import Record
 from zolightning.versions import installed_version
 
 

@@ -32,7 +32,7 @@ from zolightning.bench.subject import DTYPES
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.commands.output import hush, quiet
-from zolightning.commands.report import Record, print_table
+from zolightning.commands.tables import Record, print_table
 from zolightning.malloc import keep_freed_memory
 from zolightning.optim import MeZO
 from zolightning.strategies import ZerothOrderDDP

@@ -17,7 +17,7 @@ from zolightning.bench.rows import BY_NAME, RANK
 from zolightning.bench.shapes import PREFIX
 from zolightning.bench.step_cost import Settings, measure_step
 from zolightning.bench.subject import DTYPES
-from zolightning.commands.report import Record, print_table
+from zolightning.commands.tables import Record, print_table
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

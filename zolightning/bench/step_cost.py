@@ -42,7 +42,8 @@ from zolightning.bench.rows import (
 )
 from zolightning.bench.step_records import Cost, Memory, Workload, memory_record, prompt_record, rates, token_record
 from zolightning.bench.subject import Subject
-from zolightning.commands.report import Record, round_robin
+from zolightning.commands.tables import Record
+from zolightning.commands.timing import round_robin
 from zolightning.models.attention_masks import attention_mask_for
 
 MEMORY_STEPS = 3

@@ -23,8 +23,8 @@ from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.callbacks.run_overview import overview
 from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
 from zolightning.commands.output import quiet, silent_callbacks
-from zolightning.commands.report import print_table
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
+from zolightning.commands.tables import print_table
 from zolightning.evaluation.losses import Loss, loss_and_terms
 from zolightning.messages import counted
 from zolightning.optim import StepRecord, ZerothOrderOptimizer

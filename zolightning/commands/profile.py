@@ -20,9 +20,10 @@ from zolightning.commands.plots import (
     sensitivity_figure,
     step_time_figure,
 )
-from zolightning.commands.report import print_table, round_robin
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
+from zolightning.commands.tables import print_table
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
+from zolightning.commands.timing import round_robin
 from zolightning.layers import find_layers
 from zolightning.messages import counted
 from zolightning.network.quantization import refuse_quantized

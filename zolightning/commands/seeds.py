@@ -17,7 +17,7 @@ from zolightning.checkpoints.checkpoint_io import LAST, replacing
 from zolightning.checkpoints.ledger import LEDGER
 from zolightning.commands.checks import check_seed
 from zolightning.commands.metrics_files import METRICS, as_json
-from zolightning.commands.report import print_table
+from zolightning.commands.tables import print_table
 from zolightning.messages import counted
 
 _SUBCOMMANDS = ("fit", "validate", "test")

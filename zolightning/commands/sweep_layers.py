@@ -20,9 +20,9 @@ from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.plots import save_figure, sweep_figure
-from zolightning.commands.report import print_table
 from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
+from zolightning.commands.tables import print_table
 from zolightning.layers import LayerStack, check_index, find_layers
 from zolightning.messages import counted
 from zolightning.network.quantization import refuse_quantized

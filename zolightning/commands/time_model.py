@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zolightning.commands.report import round_robin
+from zolightning.commands.timing import round_robin
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.optim import MeZO
 from zolightning.scopes.trainable import trainable_as

@@ -1,0 +1,29 @@
+"""Times pieces of work, in turns."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def round_robin(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repetition of each piece of work.
+
+    They take turns, so that whatever else the machine is doing slows them alike. A first round is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 1):
+        for name, call in work.items():
+            elapsed = seconds_of(call)
+            if repeat:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds until `call` has returned and the GPU, if one is in use, has done what it was told."""
+    start = clock()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return clock() - start
