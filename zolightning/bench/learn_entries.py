@@ -47,7 +47,7 @@ def read(words: str) -> "Namespace":
     from jsonargparse import ArgumentError
 
     from zolightning.commands.arguments import prepared
-    from zolightning.commands.parser import explain
+    from zolightning.commands.explanations import explain
 
     arguments: list[str] = []
     for word in shlex.split(words):

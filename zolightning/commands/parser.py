@@ -1,37 +1,19 @@
 """The parser of the command line, which explains a wrong option in one line."""
 
-import inspect
 import re
 import sys
 from argparse import HelpFormatter
-from ast import literal_eval
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
-from importlib import import_module
-from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from zolightning.checkpoints.checkpoint_io import replacing
+from zolightning.commands.explanations import explain
 from zolightning.commands.help import HelpAll, short_help
 
-_TYPES = {
-    "float": "a number",
-    "int": "an integer",
-    "bool": "true or false",
-    "str": "a string",
-    "NoneType": "null",
-    "list": "a list",
-    "dict": "a mapping",
-    "collections.abc.Sequence": "a list",
-    "collections.abc.Iterable": "a list",
-}
-_MOST_NAMES = 30
-_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 _NEGATIVE = re.compile(r"-(\d|\.\d)[\d.eE+-]*$")
 
 
@@ -83,165 +65,3 @@ class OneLineParser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         parsers = [parser, *getattr(parser._subcommands_action, "choices", {}).values()] if parser is self else [parser]
         return [option for other in parsers for action in other._actions for option in action.option_strings]
-
-
-def explain(message: str, options: Iterable[str] = ()) -> str:
-    """Shortens an error message of jsonargparse, which may have 30 lines, to one line.
-
-    Args:
-        message: the message of jsonargparse.
-        options: all options, such as ``--trainer.max_steps``.
-    """
-    field, inner = _field(message), _innermost(message)
-    if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
-        return f"`{found[1]}.help` is {found[2]!r}, which is no class that `{found[1]}` takes."
-    if beside := _beside_class_path(inner):
-        return f"`{field}` has `{beside}` beside `class_path`: settings of a class go under `init_args`."
-    if found := re.search(r"Option '([^']+)' is not accepted", message):
-        where = _class_at(message, found)
-        return _unknown(f"{field}.{found[1]}", found[1], where, _arguments_of(where))
-    if found := re.search(r"Subcommand '[\w-]+' does not accept option '([^']+)'", message):
-        return _unknown(found[1], found[1], "", [option.removeprefix("--") for option in options])
-    if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
-        return _unknown(found[1], found[1], "", options)
-    if found := re.search(r"arguments are required: (.+)", message):
-        names = [f"`{field}.{name}`" if field else f"`{name.partition('.')[2]}`" for name in found[1].split(", ")]
-        of = f" for {_short(_class_at(message, found))}" if field else ""
-        return f"{', '.join(names)} must be given{of}."
-    if "Dict must include a class_path" in message or "Given value: NestedArg(" in inner:
-        return f"`{field}` names no class, whose settings these would be{_accepted_classes(inner)}."
-    if "collections.abc.Callable" in inner and not _bases(inner):
-        given = re.findall(r"Given value: (.*)", inner)[-1]
-        return (
-            f"`{field}` is {given!r}, which names no function; accepted: a path to import, such as my_file.my_function."
-        )
-    if found := re.search(
-        r"import path string: (\S+)|No module named|has no attribute|to be a subclass|Not a valid subclass", inner
-    ):
-        values = [found[1], *re.findall(r"Expected '([^']+)' to be|Given value: (\S+)|class_path='([^']+)'", inner)]
-        given = next(name for value in values for name in ([value] if isinstance(value, str) else value or ()) if name)
-        close = _closest(_short(given), _subclass_names(inner))
-        return f"`{field}` is {given!r}, which is no class of that kind{_hint(close)}{_accepted_classes(inner)}."
-    if found := re.search(r"argument (?:-c/)?(\S+): (.*)", message):
-        return f"`{found[1]}`: {found[2]}."
-    expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^]]*\])", inner)
-    given = re.findall(r"(?:Got value|Given value): ([^\n]*?)(?:\. Got value|\n|$)", inner)
-    if field and expected and given:
-        choices = re.findall(r"'([^']*)'", " ".join(type_ for type_ in expected if "Literal" in type_))
-        accepted = " or ".join(dict.fromkeys(_described(type_) for type_ in expected))
-        return f"`{field}` is {given[0]!r}{_hint(_closest(given[0], choices))}; accepted: {accepted}."
-    return " ".join(message.split())
-
-
-def _field(message: str) -> str:
-    """The dotted name of the wrong option, joined from the keys that the message names on the way to it."""
-    return ".".join(re.findall(r'Parser key "([^"]+)"', message.partition("- Not a valid subclass")[0]))
-
-
-def _innermost(message: str) -> str:
-    """The part of the message about the innermost key: from its name to where the text about an outer one goes on."""
-    start = message.partition("- Not a valid subclass")[0].rfind('Parser key "')
-    if start < 0:
-        return message
-    line = message[message.rfind("\n", 0, start) + 1 :]
-    indent = len(line) - len(line.lstrip())
-    first, *rest = message[start:].split("\n")
-    kept = takewhile(lambda line: not line.strip() or len(line) - len(line.lstrip()) > indent, rest)
-    return "\n".join([first, *kept])
-
-
-def _beside_class_path(message: str) -> str | None:
-    """The first setting of a class that was given beside its ``class_path``, a level too high."""
-    for given in re.findall(r"(?:but got|Given value:) (\{.*?\})(?:\. Got value|\n|$)", message):
-        try:
-            keys = list(literal_eval(given))
-        except (ValueError, SyntaxError):  # of objects that are made already
-            continue
-        if "class_path" in keys and (others := [key for key in keys if key not in _OF_A_CLASS]):
-            return str(others[0])
-    return None
-
-
-def _class_at(message: str, found: re.Match[str]) -> str:
-    """The path of the class whose settings the message is about at the place `found`."""
-    before = re.findall(r"class_path '([\w.]+)'", message[: found.start()])
-    after = re.findall(r"class_path='([\w.]+)'", message[found.end() :])
-    line = message[message.rfind("\n", 0, found.start()) + 1 : found.start()]
-    return after[0] if "expects a function" in line or not before else before[-1]
-
-
-def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> str:
-    names = sorted({other for other in names if other.startswith("-") == name.startswith("-")})
-    group, _, last = name.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == group}
-    close = [siblings[found] for found in _closest(last, siblings)] or _closest(name, names, 0.8)
-    of = f" of {_short(class_path)}" if class_path else ""
-    listed = f"; accepted: {', '.join(names)}" if class_path else ""
-    return f"`{field}` is no setting{of}{_hint(close)}{listed}."
-
-
-def _closest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The name that is most like `name` but for upper and lower case, if one is."""
-    by_lower = {other.lower(): other for other in names}
-    return [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 1, cutoff)]
-
-
-def _hint(close: list[str]) -> str:
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _described(type_: str) -> str:
-    if type_.startswith("typing.Literal"):
-        return type_[len("typing.Literal[") : -1]
-    name = type_[len("<class '") : -len("'>")]
-    return _TYPES.get(name, _short(name))
-
-
-def _short(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _arguments_of(class_path: str) -> list[str]:
-    skip = {"params"}  # what a method is given by the Trainer
-    names = ArgumentParser().add_class_arguments(_imported(class_path), "x", skip=skip, fail_untyped=False)
-    return [name.removeprefix("x.") for name in names]
-
-
-def _imported(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    found: type = getattr(import_module(module), name)
-    return found
-
-
-def _bases(message: str) -> list[type]:
-    """The classes of which a subclass could have been named."""
-    types = re.findall(r"Subtypes: \[(.*)\]|Type (.*) expects", message)
-    paths = re.findall(r"[a-zA-Z_]\w*(?:\.\w+)+", re.sub(r"\[\[.*?\], ", " ", "".join(types[-1]))) if types else []
-    found = []
-    for path in paths:
-        try:
-            found.append(_imported(path))
-        except (ImportError, AttributeError):  # such as `typing.Callable[...]` of no module
-            continue
-    return [base for base in found if isinstance(base, type) and base.__module__ not in ("collections.abc", "typing")]
-
-
-def _subclass_names(message: str) -> list[str]:
-    """The classes that can be named: neither private nor abstract."""
-
-    def below(base: type) -> Iterator[type]:
-        children: list[type] = base.__subclasses__()
-        if not children or base.__module__.startswith("zolightning"):
-            yield base
-        for child in children:
-            yield from below(child)
-
-    found = {cls for base in _bases(message) for cls in below(base)}
-    abstract = {cls for cls in found if inspect.isabstract(cls) or (cls.__doc__ or "").lstrip().startswith("Abstract")}
-    return sorted(cls.__name__ for cls in found - abstract if not cls.__name__.startswith("_"))
-
-
-def _accepted_classes(message: str) -> str:
-    names = _subclass_names(message)
-    more = ", ..." if len(names) > _MOST_NAMES else ""
-    return f"; accepted: {', '.join(names[:_MOST_NAMES])}{more} or the path of a class" if names else ""
