@@ -16,7 +16,6 @@ from zolightning.evaluation.static import Parts
 from zolightning.memory import (
     BatchShape,
     plan,
-    size,
     sketch_bytes,
     state_bytes,
     trained_by,
@@ -30,6 +29,7 @@ from zolightning.memory_alternatives import (
     on_quantized,
     with_lora,
 )
+from zolightning.messages import in_units
 from zolightning.network.adapters import add_adapter, lora_settings
 from zolightning.network.quantization import quantize
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer
@@ -130,7 +130,7 @@ def test_cuda_graphs_allocate_the_forward_again_and_copy_factors(method: Any) ->
     found = plan(network, trained, method, batch, cuda_graphs=True)
     plain = plan(network, trained, method, batch)
     assert plain.graphs == 0 and "graphs" not in str(plain)
-    assert found.peak == plain.peak + found.graphs and f"graphs {size(found.graphs)}" in str(found)
+    assert found.peak == plain.peak + found.graphs and f"graphs {in_units(found.graphs)}" in str(found)
     optimizer = method(network.named_parameters())
     optimizer.fold_every_step = False
     for group in optimizer.param_groups if isinstance(optimizer, SubspaceOptimizer) else ():

@@ -19,6 +19,7 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.second_moment import moment_bytes
 from zolightning.evaluation.scratch import scratch_bytes
 from zolightning.layers import FeedForward, find_layers, mlp_of
+from zolightning.messages import in_units
 from zolightning.network.quantization import quantized_linears
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
@@ -95,16 +96,11 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
         said = [
-            f"{name} {'not estimated' if value is None else size(value)}"
+            f"{name} {'not estimated' if value is None else in_units(value)}"
             for name, value in parts.items()
             if value != 0 or name not in ("graphs", "sketches")
         ]
-        return ", ".join([*said, f"in host memory {size(self.host)}"] if self.host else said)
-
-
-def size(number: int) -> str:
-    """Formats a number of bytes: ``16.1 GB``, ``56.6 MB``."""
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+        return ", ".join([*said, f"in host memory {in_units(self.host)}"] if self.host else said)
 
 
 def plan(

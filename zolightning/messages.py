@@ -18,3 +18,8 @@ def differing(one: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int
 def some(names: Sequence[str]) -> str:
     """The first five of many names, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def in_units(number: int) -> str:
+    """A number of bytes in larger units: ``16.1 GB``, ``56.6 MB``."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

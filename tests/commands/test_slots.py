@@ -22,7 +22,7 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
-from zolightning.commands.arguments import replacing, up_to_help
+from zolightning.commands.arguments import up_to_help, with_resets
 from zolightning.commands.slots import SLOTS, slot_callbacks
 from zolightning.optim import WarmupDecay, ZerothOrderOptimizer
 from zolightning.scopes import LoRA, RandomLayer
@@ -234,11 +234,11 @@ def test_two_scopes(runs: Runs) -> None:
     assert error.startswith("error: `trainer.callbacks` has 2 scopes, DominantLayer, RandomLayer")
 
 
-def test_replacing_leaves_other_arguments_alone() -> None:
+def test_resets_leave_other_arguments_alone() -> None:
     plain = ["fit", "--config", "trainer: {max_epochs: 1}", "--trainer.max_steps=3", "--method.lr", "1"]
     plain += ["--blocks.others", "blocks"]  # a value that is called as a field is
-    assert replacing(plain) == plain
-    assert replacing(["fit", "--scope=RandomLayer"]) == ["fit", "--scope", "null", "--scope=RandomLayer"]
+    assert with_resets(plain) == plain
+    assert with_resets(["fit", "--scope=RandomLayer"]) == ["fit", "--scope", "null", "--scope=RandomLayer"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def refuse_unsupported(trainer: Any) -> None:
             "gradients to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
         )
     for callback in trainer.callbacks:
-        if "GradientAccumulationScheduler" in bases(callback):
+        if "GradientAccumulationScheduler" in class_names(callback):
             raise MisconfigurationException(
                 "`trainer.callbacks` has a GradientAccumulationScheduler, and zeroth-order training has no gradients "
                 "to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
@@ -49,16 +49,16 @@ def refuse_unsupported(trainer: Any) -> None:
             f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "
             "to clip. Use `clip` of the method, which bounds the projected gradient."
         )
-    methods = [callback for callback in trainer.callbacks if "ZerothOrder" in bases(callback)]
+    methods = [callback for callback in trainer.callbacks if "ZerothOrder" in class_names(callback)]
     if len(methods) > 1:
         raise MisconfigurationException(
             f"`trainer.callbacks` has {len(methods)} ZerothOrder, and a run has one method. Keep one of them."
         )
     if methods and methods[0].cuda_graphs:
         refuse_graphs(trainer.strategy.root_device)
-    if methods and any(name in _SHARDING for name in bases(trainer.strategy)):
+    if methods and any(name in _SHARDING for name in class_names(trainer.strategy)):
         refuse_with_shards(methods[0])
-        if any("SubspaceResampling" in bases(callback) and callback.bases for callback in trainer.callbacks):
+        if any("SubspaceResampling" in class_names(callback) and callback.bases for callback in trainer.callbacks):
             raise MisconfigurationException(
                 "`bases` of SubspaceResampling are taken from activations, and under 'zo_fsdp' it is not known what "
                 "reads a weight. Leave it at None, or use a strategy under which every rank holds all weights "
@@ -72,7 +72,7 @@ def refuse_strategy(strategy: Any) -> None:
     Raises:
         MisconfigurationException: if it shards parameters or runs the optimizer itself.
     """
-    names = [strategy] if isinstance(strategy, str) else bases(strategy)
+    names = [strategy] if isinstance(strategy, str) else class_names(strategy)
     found = repr(strategy) if isinstance(strategy, str) else names[0]
     if any(name in _SHARDING for name in names):
         return
@@ -93,7 +93,7 @@ def refuse_precision(precision: Any) -> None:
     Raises:
         MisconfigurationException: if it scales gradients, or replaces the layers that hold the weights.
     """
-    names = [] if isinstance(precision, str | int) else bases(precision)
+    names = [] if isinstance(precision, str | int) else class_names(precision)
     value = str(precision) if isinstance(precision, str | int) else precision.precision
     if value in ("16", "16-mixed"):
         raise MisconfigurationException(
@@ -160,6 +160,6 @@ def refuse_graphs(device: torch.device) -> None:
         )
 
 
-def bases(thing: object) -> list[str]:
+def class_names(thing: object) -> list[str]:
     """Names of the classes that an object is an instance of, its own first."""
     return [base.__name__ for base in type(thing).__mro__]

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from zolightning.memory import size
+from zolightning.messages import in_units
 from zolightning.partners import add_text, log_interval, methods_of, tensorboards
 
 
@@ -51,10 +51,10 @@ class RunMonitor(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for method in methods_of(trainer):
             weights = sum(math.prod(method.trainable_shape(p)) * p.element_size() for _, _, p in method.trainable())
-            host = f" and {size(method.host_bytes())} in host memory" if method.host_bytes() else ""
+            host = f" and {in_units(method.host_bytes())} in host memory" if method.host_bytes() else ""
             rank_zero_info(
-                f"{type(method).__name__} kept {size(method.state_bytes())} of state{host} for "
-                f"{size(weights)} of trainable weights."
+                f"{type(method).__name__} kept {in_units(method.state_bytes())} of state{host} for "
+                f"{in_units(weights)} of trainable weights."
             )
 
 

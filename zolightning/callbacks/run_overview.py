@@ -24,13 +24,13 @@ from zolightning.memory import (
     MemoryPlan,
     Trained,
     plan,
-    size,
     sketch_bytes,
     state_bytes,
     trained_by,
     weight_bytes,
 )
 from zolightning.memory_alternatives import alternatives
+from zolightning.messages import in_units
 from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
@@ -123,8 +123,10 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
         return
     sizes = {name: other.peak for name, other in others().items()}
     width = max(map(len, sizes), default=0)
-    lines = [f"The run needs {size(plan.peak)} of the device's memory, and {size(free)} are free: {plan}."]
-    lines += [f"  {name:{width}}  {size(peak)}{'' if peak <= free else ', too much'}" for name, peak in sizes.items()]
+    lines = [f"The run needs {in_units(plan.peak)} of the device's memory, and {in_units(free)} are free: {plan}."]
+    lines += [
+        f"  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}" for name, peak in sizes.items()
+    ]
     message = "\n".join([lines[0], "Other ways, or a smaller batch:", *lines[1:]])
     if plan.certain > free:
         raise MisconfigurationException(message)
@@ -138,7 +140,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         if not isinstance(optimizer, ZerothOrderOptimizer):
             lr = optimizer.param_groups[0].get("lr")
             yield "method", name if lr is None else f"backpropagation by {name}, lr {lr:g}"
-            yield "memory", f"weights {size(weight_bytes(module))}, gradients and the optimizer's state, activations"
+            weights = in_units(weight_bytes(module))
+            yield "memory", f"weights {weights}, gradients and the optimizer's state, activations"
             continue
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
         yield "a step", _evaluations(trainer, optimizer)
@@ -146,7 +149,8 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
         planned = _memory_plan(trainer, module, optimizer, trained)
-        yield "memory", str(planned) if planned.activations is None else f"{planned}; {size(planned.peak)} at the peak"
+        peak = "" if planned.activations is None else f"; {in_units(planned.peak)} at the peak"
+        yield "memory", f"{planned}{peak}"
     scopes = [type(scope).__name__ for scope in scopes_of(trainer)]
     total = num_weights(module)
     chosen = ", ".join(scopes) or ("all parameters" if count == total else "what is not frozen")

@@ -72,7 +72,7 @@ def describe_run(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
     fields += [["blocks", "<u1", -(-len(blocks) // 8)]] if blocks else []
     structure = getattr(module, "structure_dict", None)
     return Header(
-        zolightning=release(),
+        zolightning=this_release(),
         noise=first_numbers(),
         seed=group["seed"],
         method=as_json_values(settings_of(optimizer)),
@@ -98,7 +98,8 @@ def as_json_values(values: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-def release() -> str:
+def this_release() -> str:
+    """The version of this package, as headers and messages name it."""
     return installed_version("zolightning") or "of no release"
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from zolightning.checkpoints.given_bases import load_bases
 from zolightning.checkpoints.ledger import Ledger
-from zolightning.checkpoints.ledger_header import as_json_values, first_numbers, release
+from zolightning.checkpoints.ledger_header import as_json_values, first_numbers, this_release
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.directions.slices import Slice
 from zolightning.messages import differing
@@ -63,7 +63,7 @@ class Replay:
         if header.noise != first_numbers():
             raise ValueError(
                 f"The ledger {path} was written by zolightning {header.zolightning}, whose directions are not those of "
-                f"{release()}. Replay it with that release."
+                f"{this_release()}. Replay it with that release."
             )
         if header.structure is not None:
             _cast(self.ledger, module)  # first, because the initial values of a prefix depend on it

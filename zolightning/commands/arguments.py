@@ -17,7 +17,7 @@ _FILES = ("--config", "-c")
 
 def prepared(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with all that this module changes in them."""
-    return replacing(from_package(with_switches(up_to_help(arguments))))
+    return with_resets(from_package(with_switches(up_to_help(arguments))))
 
 
 def from_package(arguments: Sequence[str]) -> list[str]:
@@ -56,7 +56,7 @@ def with_switches(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def replacing(arguments: Sequence[str]) -> list[str]:
+def with_resets(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments changed so that a newly named class inherits no settings of an earlier one.
 
     jsonargparse keeps settings that the new class accepts too: ``momentum: 0.9`` in one file would stay with the method
