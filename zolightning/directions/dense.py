@@ -2,13 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zolightning import kernels
+from zolightning.directions.shards import first_elements
 from zolightning.kernels.noise import CODE_SCALE, NoiseKind, coefficient, keys_of, on_device
 
 
@@ -137,10 +138,17 @@ def negated(direction: Direction) -> Coefficients:
     return Coefficients(coefficient_tensor(values, own.dtype, own.device), values)
 
 
+def of_own_rows(directions: Iterable[Direction], parameters: Iterable[Tensor]) -> list[Direction]:
+    """The part of each direction that belongs to the rows of its parameter that this rank holds."""
+    pairs = zip(directions, first_elements(parameters), strict=True)
+    return [direction.of_rows(first) if first else direction for direction, first in pairs]
+
+
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:
     """:meth:`Direction.accumulate` of several directions, each to its own total, in few launches on a GPU."""
     pairs = zip(directions, totals, strict=True)
-    kernels.for_each(kernels.add, [d.arguments() | {"weight": total.view(-1), "decay": decay} for d, total in pairs])
+    each = [{**direction.arguments(), "weight": total.view(-1), "decay": decay} for direction, total in pairs]
+    kernels.for_each(kernels.add, each)
 
 
 def directions(

@@ -113,7 +113,7 @@ class Evaluator:
         resting = resting or {}
         gathered = self._reads.gathered
         gathered.give_back()  # what others' forwards have left
-        generators = Generators(parameter.device for parameter in trainable)
+        generators = Generators({parameter.device for parameter in trainable})
         moving = set(map(id, chain(trainable, resting, *perturbations)))
         modules = self._found_submodules()
         with ExitStack() as stack:

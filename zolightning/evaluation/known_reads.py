@@ -120,4 +120,6 @@ class KnownReads:
         if parameters and self._module is not None and tried not in self._readers:
             self._readers[tried] = find_readers(self._module, tried, loss, read)
         readers = self._readers.get(tried)
-        return None if readers is None else tuple(m for m, read in readers.items() if not parameters.isdisjoint(read))
+        if readers is None or parameters == tried:
+            return None if readers is None else tuple(readers)
+        return tuple([module for module, read in readers.items() if not parameters.isdisjoint(read)])

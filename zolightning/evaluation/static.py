@@ -93,8 +93,11 @@ class Parts:
                     self._place(group.negated(direction).table)
                 continue
             numbers[id(group)] = number
-            for parameter, change in group.items():
-                described += id(parameter), self._described(change)
+            described += map(id, group)
+            described += [
+                self._direction(change) if type(change) is Direction else self._described(change)
+                for _, change in group.items()
+            ]
         self.key: Hashable = (*described, *[(t.shape, t.stride(), t.dtype) for t in self.tables])
 
     @staticmethod

@@ -243,9 +243,14 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
             no two calls may write to the same memory.
     """
     together = []
+    written = "out" if loop is perturb else "weight"
+    backends: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
     for call in calls:
-        out = call["out" if loop is perturb else "weight"]
-        if out.device.type == "cuda" and _backend(out, start=call.get("start", 0)) is not torch_loops:
+        out, start = call[written], call.get("start", 0)
+        kind = out.device, out.dtype, start % 2
+        if kind not in backends:
+            backends[kind] = _backend(out, start=start)
+        if out.device.type == "cuda" and backends[kind] is not torch_loops:
             together.append(call)
         else:
             loop(**call)

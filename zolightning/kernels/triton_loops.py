@@ -13,6 +13,8 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import methodcaller, or_
 from typing import Any
 
 import torch
@@ -33,7 +35,6 @@ _POPC = not _INTERPRETED and torch.version.hip is None  # an instruction of NVID
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Tables = tuple[Tensor, Tensor] | tuple[None, None]  # ``tensors`` and ``chunks`` of the kernels, for several tensors
-_Call = tuple[Mapping[str, Any], list[int]]  # arguments of a loop; number of elements and addresses of its tensors
 
 
 def available(*tensors: Tensor, start: int = 0) -> bool:
@@ -180,35 +181,45 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
     One launch serves all calls that differ only in what the kernels' tables hold (``triton_kernels.py``), if the memory
     of their tensors is aligned.
     """
-    names = _TENSORS[loop]
-    alike: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
-    for call in calls:
-        tensors = list(map(call.get, names))
-        numbers = [call[names[0]].numel(), *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]]
-        if any([number % 16 for number in numbers]) or not all([t is None or t.is_contiguous() for t in tensors]):
-            loop(**call)
-            continue
-        table = call["keys"]._base if "keys" in call else None  # the table of which they are a row
-        place = call[names[0]].device, id(table), call.get("threshold") is None
-        same_objects = place, *map(id, _shared(call, names))  # most calls share objects; quicker than to compare values
-        alike[same_objects].append((call, numbers))
-    groups: defaultdict[tuple[Hashable, ...], list[_Call]] = defaultdict(list)
-    for (first, *_), members in alike.items():
-        groups[first, *map(_identity, _shared(members[0][0], names))] += members
-    for members in groups.values():
-        call, _ = members[0]
-        start = call["keys"].data_ptr() if "keys" in call else 0
-        rows = tuple([_row(start, *member) for member in members])
-        loop(**call, tables=_tables(rows, call[names[0]].device))
+    calls, names = list(calls), _TENSORS[loop]
+    tensors = [_column(calls, name) for name in names]
+    keys, thresholds = _column(calls, "keys"), _column(calls, "threshold")
+    alike: defaultdict[tuple[Hashable, ...], list[int]] = defaultdict(list)  # the places of calls in `calls`
+    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in column] for column in (*tensors, keys)]
+    numbers = list(zip(map(Tensor.numel, tensors[0]), *addresses, strict=True))
+    are_flat = [[tensor is None or tensor.is_contiguous() for tensor in column] for column in tensors]
+    devices = [tensor.device for tensor in tensors[0]]
+    tables = map(id, [None if key is None else key._base for key in keys])  # of which the keys are a row
+    are_whole = [threshold is None for threshold in thresholds]
+    shared = _shared(calls, tensors, names)
+    # Most calls share objects, which is quicker to see than equal values
+    same = zip(devices, tables, are_whole, *(map(id, column) for column in shared), strict=True)
+    for place, (own, objects, flat) in enumerate(zip(numbers, same, zip(*are_flat, strict=True), strict=True)):
+        if functools.reduce(or_, own[:-1]) % 16 or False in flat:
+            loop(**calls[place])
+        else:
+            alike[objects].append(place)
+    groups: defaultdict[tuple[Hashable, ...], list[int]] = defaultdict(list)
+    for objects, places in alike.items():
+        groups[*objects[:3], *[_identity(column[places[0]]) for column in shared]] += places
+    for places in groups.values():
+        start = numbers[places[0]][-1]
+        rows = tuple([_row(start, *numbers[place], thresholds[place]) for place in places])
+        loop(**calls[places[0]], tables=_tables(rows, devices[places[0]]))
 
 
-def _shared(call: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
-    """What calls must have in common to share a launch: the dtypes of the tensors of these names, other arguments."""
-    return [
-        (value if value is None else value.dtype) if name in names else value
-        for name, value in call.items()
-        if name not in _OF_ROWS
-    ]
+def _column(calls: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """An argument of each call; None where it is left out."""
+    return list(map(methodcaller("get", name), calls))
+
+
+def _shared(
+    calls: Sequence[Mapping[str, Any]], tensors: Sequence[list[Any]], names: tuple[str, ...]
+) -> list[list[Any]]:
+    """What calls must have in common to share a launch: the dtypes of `tensors`, of these names, other arguments."""
+    others = [name for name in dict.fromkeys(chain.from_iterable(calls)) if name not in (*names, *_OF_ROWS)]
+    dtypes = [[None if tensor is None else tensor.dtype for tensor in column] for column in tensors]
+    return [*dtypes, *[_column(calls, name) for name in others]]
 
 
 def _identity(value: Any) -> Hashable:
@@ -218,14 +229,11 @@ def _identity(value: Any) -> Hashable:
     return id(value) if isinstance(value, Tensor) else value
 
 
-def _row(start: int, call: Mapping[str, Any], numbers: Sequence[int]) -> tuple[int, ...]:
+def _row(start: int, numel: int, address: int, beside: int, *further: Any) -> tuple[int, ...]:
     """A row of the kernels' ``tensors``. Keys are given by their offset from `start`, in words, equal in each step."""
-    numel, address, beside, *further = numbers
-    keys = (call["keys"].data_ptr() - start) // 4 if "keys" in call else 0
-    threshold = call.get("threshold")
-    if threshold is not None:
-        further.append(int.from_bytes(struct.pack("<f", threshold), "little"))
-    return address, beside, numel, keys, *further
+    *more, keys, threshold = further
+    bits = [] if threshold is None else [int.from_bytes(struct.pack("<f", threshold), "little")]
+    return address, beside, numel, (keys - start) // 4, *more, *bits
 
 
 def _run(

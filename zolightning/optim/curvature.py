@@ -63,10 +63,10 @@ class RelativeChange(NamedTuple):
     ratios: tuple[float, ...]
     bounds: tuple[float, float]
 
-    def of_codes(self, kind: NoiseKind, like: Tensor) -> Change:
-        """The same change in terms of the integer codes of the noise, for the kernels and a weight like `like`."""
+    def of_codes(self, kind: NoiseKind, dtype: torch.dtype, device: torch.device) -> Change:
+        """The same change in terms of the integer codes of the noise, for the kernels and a weight of this dtype."""
         squares = tuple(ratio * CODE_SCALE[kind] ** 2 for ratio in self.ratios)
-        return Change(self.shift, coefficient_tensor(squares, compute_dtype(like.dtype), like.device), *self.bounds)
+        return Change(self.shift, coefficient_tensor(squares, compute_dtype(dtype), device), *self.bounds)
 
 
 def relative_change(
@@ -147,7 +147,8 @@ def update_(
     for one in zip(weights, states, directions, decays, strict=True):
         weight, state, direction, decay = one
         if structure == "row_column" and weight.ndim >= 2:
-            _update_factored_(weight, state, direction, change.of_codes(direction.kind, weight), precision, decay)
+            of_codes = change.of_codes(direction.kind, weight.dtype, weight.device)
+            _update_factored_(weight, state, direction, of_codes, precision, decay)
             continue
         if "curvature" not in state:
             state["curvature"] = _ones(weight.numel(), weight)
@@ -155,8 +156,9 @@ def update_(
     if whole:
         weights, states, directions, decays = zip(*whole, strict=True)
         curvatures = [state["curvature"] for state in states]
-        pairs = zip(directions, weights, strict=True)
-        changes = [change.of_codes(direction.kind, weight) for direction, weight in pairs]
+        places = [(direction.kind, w.dtype, w.device) for direction, w in zip(directions, weights, strict=True)]
+        of_place = {place: change.of_codes(*place) for place in set(places)}
+        changes = [of_place[place] for place in places]
         add_curved(weights, states, curvatures, directions, changes, precision, decays)
 
 

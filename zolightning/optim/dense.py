@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zolightning.directions.dense import Direction, directions
+from zolightning.directions.dense import Direction, directions, of_own_rows
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
@@ -52,8 +51,13 @@ class DenseOptimizer(ZerothOrderOptimizer):
             coefficients: the coefficient of each query; queries that are left out do not take part.
         """
         named = self.named(group)
-        found = directions(dict(zip(named.values(), named, strict=True)), seed, step, coefficients, self.noise)
-        return dict(zip(named, found.values(), strict=True))
+        return dict(zip(named, self._directions_of(named, seed, step, coefficients), strict=True))
+
+    def _directions_of(
+        self, named: Mapping[nn.Parameter, str], seed: int, step: int, coefficients: Mapping[int, float]
+    ) -> Iterable[Direction]:
+        """:meth:`directions` in the order of the parameters."""
+        return directions(dict(zip(named.values(), named, strict=True)), seed, step, coefficients, self.noise).values()
 
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
         return self.multiples(query, sign * self.param_groups[0]["eps"])  # which all groups have
@@ -99,8 +103,8 @@ class DenseDescent(DenseOptimizer):
             projected_grads = self.transform_grads(group, record.projected_grads)
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
-            gradients = self.directions(group, record.seed, record.step, coefficients)
-            states = [self.state[parameter] for parameter in gradients]
-            own = [gradient.of_rows(first_element(parameter)) for parameter, gradient in gradients.items()]
-            with all_contiguous(gradients, self.slices) as weights:
-                self.update_parameters(weights, states, own, group, lr)
+            named = self.named(group)
+            gradients = of_own_rows(self._directions_of(named, record.seed, record.step, coefficients), named)
+            states = [self.state[parameter] for parameter in named]
+            with all_contiguous(named, self.slices) as weights:
+                self.update_parameters(weights, states, gradients, group, lr)

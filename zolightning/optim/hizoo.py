@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zolightning.directions.dense import of_own_rows
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.shards import first_element
 from zolightning.optim.checks import require_choice, require_fraction
 from zolightning.optim.curvature import (
     CURVATURE_ESTIMATES,
@@ -139,13 +139,14 @@ class HiZOO(DenseOptimizer):
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
             found = self.directions(group, record.seed, record.step, coefficients)
             beside = {parameter: move for parameter, move in found.items() if self.blocks.is_beside(parameter)}
-            curved = {parameter: move for parameter, move in found.items() if parameter not in beside}
+            curved = {p: move for p, move in found.items() if p not in beside} if beside else found
             add_curved: Callable[..., None] = partial(update_, change=change, structure=self.curvature)
             for moves, add in ((beside, add_directions), (curved, add_curved)):
                 states = [self.state[parameter] for parameter in moves]
-                own = [move.of_rows(first_element(parameter)) for parameter, move in moves.items()]
+                own = of_own_rows(moves.values(), moves)
+                decay = 1 - lr * group["weight_decay"]
                 with all_contiguous(moves, self.slices) as weights:
-                    decays = [1 - lr * group["weight_decay"] if weight.ndim >= 2 else 1.0 for weight in weights]
+                    decays = [decay if weight.ndim >= 2 else 1.0 for weight in weights]
                     add(weights, states, own, precision=self.update_precision, decays=decays)
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:

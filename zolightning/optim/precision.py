@@ -48,6 +48,7 @@ from zolightning.rank_zero import rank_zero_warn
 UpdatePrecision = Literal["exact", "low_byte", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
 State = MutableMapping[str, Any]
+_HALF = (torch.bfloat16, torch.float16)
 RESTS = ("low_word", "low_byte", "master")  # extra bits of a weight, by their key in the optimizer's state
 
 
@@ -91,7 +92,7 @@ def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parame
     """:func:`as_contiguous` of several parameters; `slices` holds those that train in part."""
     with ExitStack() as stack:
         yield [
-            own_rows(parameter)
+            (parameter.detach() if type(parameter) is nn.Parameter else own_rows(parameter))
             if not (slices and parameter in slices) and parameter.is_contiguous()
             else stack.enter_context(as_contiguous(parameter, slices.get(parameter)))
             for parameter in parameters
@@ -245,14 +246,12 @@ def add_tensors(
     scale: float,
 ) -> None:
     """:func:`add_tensor` for several whole weights, in few launches on a GPU."""
-    each = zip(weights, states, deltas, decays, strict=True)
-    kernels.for_each(
-        kernels.add_delta,
-        [
-            {"delta": delta.view(-1), "decay": decay, "scale": scale} | _stored(weight, state, precision)
-            for weight, state, delta, decay in each
-        ],
-    )
+    stored = _stored(weights, states, precision)
+    each = [
+        {"weight": weight, "rest": rest, "delta": delta.view(-1), "decay": decay, "scale": scale}
+        for (weight, rest), delta, decay in zip(stored, deltas, decays, strict=True)
+    ]
+    kernels.for_each(kernels.add_delta, each)
 
 
 def _each(
@@ -263,18 +262,21 @@ def _each(
     decays: Sequence[float],
 ) -> list[dict[str, Any]]:
     """The arguments of a kernel that adds a direction, for each weight."""
-    each = zip(weights, states, directions, decays, strict=True)
-    return [{**d.arguments(), "decay": decay, **_stored(w, state, precision)} for w, state, d, decay in each]
+    stored = zip(_stored(weights, states, precision), directions, decays, strict=True)
+    return [{**d.arguments(), "decay": decay, "weight": flat, "rest": rest} for (flat, rest), d, decay in stored]
 
 
-def _stored(weight: Tensor, state: State, precision: UpdatePrecision) -> dict[str, Any]:
-    flat = weight.view(-1)
-    return {"weight": flat, "rest": _rest(flat, state, precision)}
+def _stored(
+    weights: Sequence[Tensor], states: Sequence[State], precision: UpdatePrecision
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights, (n,) each, and their extra bits."""
+    flats = [(weight.view(-1), state) for weight, state in zip(weights, states, strict=True)]
+    return [(flat, _rest(flat, state, precision) if flat.dtype in _HALF else None) for flat, state in flats]
 
 
 def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
     """The extra bits of a half-precision weight, (n,), made at its first update; None if it has none."""
-    if precision == "native" or flat.dtype not in (torch.bfloat16, torch.float16):
+    if precision == "native" or flat.dtype not in _HALF:
         return None
     if flat.dtype == torch.float16:
         if "master" not in state:

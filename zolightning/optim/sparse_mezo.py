@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zolightning.directions.dense import Direction
 from zolightning.directions.masked import MagnitudeMasked, Masked, PackedMask, RandomMask, packed
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.shards import first_element, own_rows, whole
+from zolightning.directions.shards import first_elements, own_rows, whole
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_choice
@@ -85,13 +85,14 @@ class SparseMeZO(DenseOptimizer):
             coefficients = {q: -lr * g / self.num_queries for q, g in enumerate(record.projected_grads)}
             moves: dict[nn.Parameter, Direction] = {}
             thresholds: list[float | None] = []
-            for parameter, direction in self.directions(group, record.seed, record.step, coefficients).items():
-                kept, state, first = self._mask_of(parameter, group), self.state[parameter], first_element(parameter)
+            directions = self.directions(group, record.seed, record.step, coefficients)
+            for (parameter, direction), first in zip(directions.items(), first_elements(directions), strict=True):
+                kept, state = self._mask_of(parameter, group), self.state[parameter]
                 masked = self._masked(direction, kept, group)
                 state.update(kept)
                 self._first.pop(parameter, None)
                 if not isinstance(masked, Masked):
-                    moves[parameter] = direction.of_rows(first)
+                    moves[parameter] = direction.of_rows(first) if first else direction
                     thresholds.append(masked.threshold if isinstance(masked, MagnitudeMasked) else None)
                     continue
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zolightning.directions.dense import Direction, compute_dtype, directions
+from zolightning.directions.dense import Direction, compute_dtype, directions, of_own_rows
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.messages import some
 from zolightning.optim.bases import Matrix
@@ -297,7 +296,7 @@ class SubspaceOptimizer(SubspaceWeights):
         scaled = {query: scale * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         states = [self.state[parameter] for parameter in vectors.values()]
-        moves = [gradients[name].of_rows(first_element(parameter)) for name, parameter in vectors.items()]
+        moves = of_own_rows(gradients.values(), vectors.values())
         with all_contiguous(vectors.values(), self.slices) as weights:
             descend(weights, states, moves, group, lr, "exact")
 
