@@ -155,7 +155,7 @@ def test_the_state_is_said_when_it_is_whole(
     said: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zolightning.callbacks.run_monitor.size", str)
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.in_units", str)
     callbacks = [SubspaceResampling(), ZerothOrder(partial(LOZO, lr=0.01, rank=1)), RunMonitor()]
     trainer = make_trainer(callbacks=callbacks, max_steps=2, precision="bf16-true")
     trainer.fit(make_regression(width=64), regression_data())
