@@ -317,7 +317,7 @@ MOMENTS = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=2)
 
 
 @given(compositions(), MOMENTS)
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_what_is_composed_is_exact(composition: Composition, moments: list[float]) -> None:
     assert_exact(composition, moments)
 

@@ -101,8 +101,9 @@ def test_sensitivity_and_step_times(runs: Runs) -> None:
     assert "The layers are in bfloat16, where rounding" in half
 
 
-def test_probes_of_layers(runs: Runs, tmp_path: Path) -> None:
+def test_probes_of_layers(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the last layer and of the first are what a network of so many layers gives."""
+    monkeypatch.setattr("zolightning.commands.layer_probes.CS", (0.01, 1.0))  # all would take seconds
     output = runs("profile", "--num_prompts", 4, "--probe_every", 1, "--output", tmp_path)
     probes = json.loads((tmp_path / "probes.json").read_text())["probes"]
     assert [probe["num_layers"] for probe in probes] == [1, 2]
