@@ -73,7 +73,10 @@ class Prompts:
 
 
 def time_prompts(
-    work: Sequence[tuple[Step, Sequence[Evaluate]]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    work: Sequence[tuple[Step, Sequence[Evaluate]]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    say: Callable[[str], object] = lambda progress: None,
 ) -> list[float]:
     """Seconds of each step: the mean over the batches of medians over passes, in which the steps take turns.
 
@@ -81,14 +84,16 @@ def time_prompts(
         work: steps, each with the losses of its batches, equally many.
         repeats: passes over the batches.
         clock: returns the current time in seconds.
+        say: is told, at the beginning of each batch, which one it is.
     """
     for step, losses in work:
         seconds_of(partial(step, losses[0]))  # what happens only once is not timed
-    seconds = [
-        [[seconds_of(partial(step, losses[number]), clock) for step, losses in work] for _ in range(repeats)]
-        for number in range(len(work[0][1]))
-    ]
-    medians = [[statistics.median(row) for row in zip(*passes, strict=True)] for passes in seconds]
+    batches = len(work[0][1])
+    medians: list[list[float]] = []
+    for number in range(batches):
+        say(f"batch {number + 1} of {batches}")
+        passes = [[seconds_of(partial(step, losses[number]), clock) for step, losses in work] for _ in range(repeats)]
+        medians.append([statistics.median(row) for row in zip(*passes, strict=True)])
     return [statistics.fmean(column) for column in zip(*medians, strict=True)]
 
 

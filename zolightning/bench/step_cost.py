@@ -116,7 +116,6 @@ def measure_step(settings: Settings, ceilings: Ceilings) -> Iterator[tuple[str, 
     rows = [*chosen, PUBLISHED_ANSWERS]
     for group in [rows] if is_cpu else [[row] for row in rows]:
         names = [row.name for row in group]
-        _say(f"time: {'all rows in turns' if len(names) > 1 else names[0]}")
         release(torch.device(settings.device))
         if group[0].environment:
             costs |= in_fresh_process(measure_costs, settings, names, variables=group[0].environment)
@@ -146,17 +145,19 @@ def measure_step(settings: Settings, ceilings: Ceilings) -> Iterator[tuple[str, 
 
 def measure_costs(settings: Settings, names: Sequence[str]) -> dict[str, Cost]:
     """Times rows that share a model, in turns; returns by name what they take."""
+    title = f"time, {len(names)} rows in turns" if len(names) > 1 else f"time, {names[0]}"
     subject, rows = load(settings), [BY_NAME[name] for name in names]
     model, steps = subject.model, {row: row.make(subject.model) for row in rows}
     loss = partial(random_token_loss, model, _random_tokens(settings, subject))
     # On random tokens the published recipe has only one way.
     on_tokens = {row.name: partial(step, loss) for row, step in steps.items() if row is not PUBLISHED_ANSWERS}
-    times = round_robin(on_tokens, settings.repeats)
+    times = round_robin(on_tokens, settings.repeats, lambda progress: _say(f"{title}, random tokens: {progress}"))
     examples = subject.examples(settings.data_path, settings.lengths, settings.prompt_batches, settings.batch_size)
     if FORWARD in rows:
         check_same_loss(model, examples[: settings.batch_size], subject.pad_id)
     prompts = Prompts.of(examples, settings.batch_size, subject.pad_id, torch.device(settings.device))
-    means = time_prompts([(step, prompts.losses(row, model)) for row, step in steps.items()], settings.repeats)
+    work = [(step, prompts.losses(row, model)) for row, step in steps.items()]
+    means = time_prompts(work, settings.repeats, say=lambda progress: _say(f"{title}, prompts: {progress}"))
     size, flops = settings.batch_size * settings.seq_len, forward_flops(loss)
     recipes = {row: PUBLISHED if row is PUBLISHED else FORWARD for row in rows}  # whose forwards a row's are
     prompt_flops = {recipe: prompts.flops(recipe, model) for recipe in set(recipes.values())}

@@ -6,13 +6,21 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def round_robin(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def round_robin(
+    work: Mapping[str, Callable[[], object]], repeats: int, say: Callable[[str], object] = lambda progress: None
+) -> dict[str, list[float]]:
     """Seconds of each repetition of each piece of work.
 
     They take turns, so that whatever else the machine is doing slows them alike. A first round is not timed.
+
+    Args:
+        work: what is to be timed, by name.
+        repeats: timed rounds.
+        say: is told, at the beginning of each round, which one it is.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
+        say(f"round {repeat} of {repeats}" if repeat else "a round that does not count")
         for name, call in work.items():
             elapsed = seconds_of(call)
             if repeat:
