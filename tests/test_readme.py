@@ -41,6 +41,7 @@ DOCUMENTS = [
     "logs/bench/step.md",
     "logs/evidence/methods.md",
     "logs/evidence/recipe.md",
+    "logs/evidence/scope.md",
     "logs/evidence/tasks.md",
     PACKAGE,
     ".github/CONTRIBUTING.md",
