@@ -224,6 +224,26 @@ class TestMomentum:
         assert torch.equal(momentum(restore=True), momentum(restore=False))
 
 
+def test_what_is_pending_of_a_frozen_matrix_is_read_alike_after_a_restore(method: Any) -> None:
+    """From scratch memory as before: nobody writes to the weight, in place of which a copy would have to be kept."""
+
+    def losses(restore: bool) -> tuple[float, ...]:
+        net = Net()
+        train(net, optimizer := attached(method, net), 3)
+        net.layer.weight.requires_grad_(False)
+        if restore:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = attached(method, net)
+            optimizer.load_state_dict(state)
+        optimizer.estimate(net)  # the first one finds out where parameters are read
+        version = net.layer.weight._version
+        record = optimizer.estimate(net)
+        assert net.layer.weight._version == version and optimizer.is_pending(net.layer.weight)
+        return record.losses
+
+    assert losses(restore=True) == losses(restore=False)
+
+
 class TestHalfPrecision:
     @staticmethod
     def realised(update_precision: str, steps: int, rms: float, dtype: torch.dtype = torch.bfloat16) -> list[float]:

@@ -62,7 +62,7 @@ class KnownReads:
 
         Args:
             trainable: the parameters that train, and their names.
-            resting: the parameters that train in other steps, and their names.
+            resting: others that train in other steps, or are moved, and their names.
             perturbations: the perturbed parameters of each evaluation.
             loss: evaluates the batch's loss, a scalar.
         """

@@ -209,6 +209,14 @@ class SubspaceWeights(ZerothOrderOptimizer):
 
     # Updates that wait in cores
 
+    def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any method; also frozen parameters that lack updates, for losses read them moved."""
+        yield from super().at_rest()
+        for group in self.param_groups:
+            for name, (parameter, _) in self.split(group, frozen=True)[0].items():
+                if not parameter.requires_grad and self.is_pending(parameter):
+                    yield name, parameter
+
     def core(self, parameter: nn.Parameter, matrix: Matrix) -> Tensor:
         """The core of a matrix, in the core shape of its basis, fp32 or wider; zeros if it had none."""
         state = self.state[parameter]
