@@ -1,8 +1,9 @@
-"""Finds what a callback works with in a Trainer: the method, other callbacks, TensorBoard's loggers."""
+"""Finds what a callback works with in a Trainer: the method, other callbacks, loggers."""
 
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -71,6 +72,14 @@ def tensorboards(trainer: L.Trainer) -> list[Any]:
     """
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger for logger in loggers if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)]
+
+
+def log_number(module: L.LightningModule, name: str, value: float, **options: Any) -> None:
+    """As ``module.log``, without waiting for a GPU, to which Lightning copies a number of Python.
+
+    It is logged in float32, whatever the precision of the run.
+    """
+    module.log(name, torch.tensor(value, dtype=torch.float32), **options)
 
 
 def add_text(trainer: L.Trainer, tag: str, text: str) -> None:

@@ -17,6 +17,7 @@ from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import WHOLE, Share
+from zolightning.partners import log_number
 from zolightning.strategies.ranks import LossExchange, layout_of
 
 
@@ -125,16 +126,12 @@ def _share(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Share:
 
 
 def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: StepRecord, own_names: Set[str]) -> None:
-    def log(name: str, value: float, **options: Any) -> None:
-        # A tensor of the host's, for a number goes to the device and waits; float32 whatever the precision of the run.
-        module.log(name, torch.tensor(value, dtype=torch.float32), **options)
-
-    log("zo/lr", record.lr[0])
-    log("zo/forward_passes", float(optimizer.param_groups[0]["forward_passes"]))
+    log_number(module, "zo/lr", record.lr[0])
+    log_number(module, "zo/forward_passes", optimizer.param_groups[0]["forward_passes"])
     if not record.projected_grads:
-        log("zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
+        log_number(module, "zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
         return
     squares = [g * g for g in record.projected_grads]
-    log("zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
+    log_number(module, "zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)
     if "train/loss" not in own_names:  # Lightning refuses a name that is logged in two ways
-        log("train/loss", record.loss, prog_bar=True)
+        log_number(module, "train/loss", record.loss, prog_bar=True)

@@ -15,10 +15,18 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from zolightning.callbacks import RunMonitor, SubspaceResampling, ZerothOrder, run_monitor
+from zolightning.callbacks import (
+    BlockCoordinateDescent,
+    MomentumTransport,
+    RunMonitor,
+    Spectra,
+    SubspaceResampling,
+    ZerothOrder,
+    run_monitor,
+)
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.directions.slices import Slice
-from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, ZerothOrderOptimizer
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, SubspaceMeZO, ZerothOrderOptimizer
 
 MEZO = partial(MeZO, lr=0.01)
 
@@ -89,6 +97,31 @@ def test_logs_at_the_trainers_steps(fit: Callable[..., Recorder]) -> None:
     assert list(speed) == list(memory) == [2, 5, 8]
     assert all(value > 0 for value in speed.values())
     assert memory[8] == pytest.approx(peak_memory(torch.device("cpu")) / 2**30, rel=0.2)
+
+
+def test_no_number_has_to_go_to_the_device(
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+) -> None:
+    """Numbers are logged as tensors of the host: Lightning copies Python's to the device, and waits for it."""
+    found: dict[str, set[type]] = {}
+
+    class Listened(type(make_regression())):
+        def log(self, name: str, value: Any, **options: Any) -> None:
+            found.setdefault(name, set()).add(type(value))
+            super().log(name, value, **options)
+
+    method = partial(SubspaceMeZO, lr=0.01, rank=2, momentum=0.9)
+    others = [SubspaceResampling(interval=2), MomentumTransport(), Spectra(["net.0.weight"], every_n_steps=2)]
+    blocks = BlockCoordinateDescent(interval=2, layers_name="net")
+    for callbacks in ([ZerothOrder(method), *others], [ZerothOrder(partial(HiZOO, lr=0.01)), blocks]):
+        trainer = make_trainer(callbacks=[*callbacks, RunMonitor()], max_steps=4, log_every_n_steps=2)
+        trainer.fit(Listened(), regression_data())
+    for name in ("zo/lr", "zo/refresh", "zo/momentum_kept", "run/steps_per_second", "method/curvature_0.5"):
+        assert name in found
+    assert any(name.startswith("spectra/") for name in found)
+    assert all(issubclass(kind, torch.Tensor) for kinds in found.values() for kind in kinds)
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")

@@ -18,7 +18,7 @@ from zolightning.blocks.timeline import Timeline
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.checks import require_choice, require_patterns
-from zolightning.partners import log_interval, tensorboards, zeroth_order_optimizer
+from zolightning.partners import log_interval, log_number, tensorboards, zeroth_order_optimizer
 from zolightning.scopes.scope import scopes_of
 
 
@@ -139,7 +139,7 @@ class BlockCoordinateDescent(Callback):
         layers, evaluations = len(optimizer.evaluator.prefix.layers), len(record.losses)
         if layers:
             self._shares.append(optimizer.evaluator.prefix.shared / layers * (evaluations - 1) / evaluations)
-            pl_module.log("zo/prefix_share", sum(self._shares) / len(self._shares))
+            log_number(pl_module, "zo/prefix_share", sum(self._shares) / len(self._shares))
         if record.step % self.interval == 0:
             self._log_scores(trainer, record.step)
 

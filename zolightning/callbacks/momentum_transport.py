@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.optim.checks import require_choice
 from zolightning.optim.momentum_transport import TRANSPORTS, Transport
-from zolightning.partners import find_callbacks, subspace_optimizer
+from zolightning.partners import find_callbacks, log_number, subspace_optimizer
 
 
 class MomentumTransport(Callback):
@@ -54,4 +54,4 @@ class MomentumTransport(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer = subspace_optimizer(trainer, type(self).__name__)
         if optimizer.momentum_kept is not None:
-            pl_module.log("zo/momentum_kept", optimizer.momentum_kept)
+            log_number(pl_module, "zo/momentum_kept", optimizer.momentum_kept)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.messages import in_units
-from zolightning.partners import add_text, log_interval, methods_of, tensorboards
+from zolightning.partners import add_text, log_interval, log_number, methods_of, tensorboards
 
 
 class RunMonitor(Callback):
@@ -41,12 +41,13 @@ class RunMonitor(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._seconds.append(time.perf_counter() - self._started)
-        pl_module.log("run/steps_per_second", len(self._seconds) / sum(self._seconds))
-        pl_module.log("run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
-        if trainer.global_step % log_interval(trainer) == 0:
-            for method in methods_of(trainer):
-                for name, value in method.measurements().items():
-                    pl_module.log(f"method/{name}", value)
+        if trainer.global_step % log_interval(trainer):
+            return
+        log_number(pl_module, "run/steps_per_second", len(self._seconds) / sum(self._seconds))
+        log_number(pl_module, "run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
+        for method in methods_of(trainer):
+            for name, value in method.measurements().items():
+                log_number(pl_module, f"method/{name}", value)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for method in methods_of(trainer):

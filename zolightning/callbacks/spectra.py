@@ -16,7 +16,7 @@ from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_integer, require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.partners import subspace_optimizer, tensorboards
+from zolightning.partners import log_number, subspace_optimizer, tensorboards
 from zolightning.scopes.calibration import own_loss
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Spectra(Callback):
             if name in self._gradients:
                 spectra["gradient"] = self._gradients[name]
             for source, values in spectra.items():
-                pl_module.log(f"spectra/{source}/{name}", stable_rank(values))
+                log_number(pl_module, f"spectra/{source}/{name}", stable_rank(values))
             for logger in tensorboards(trainer):
                 figure = spectra_figure(spectra, f"{name}, step {record.step}")
                 logger.experiment.add_figure(f"spectra/{name}", figure, record.step)

@@ -12,7 +12,7 @@ from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.messages import some
 from zolightning.optim.checks import require_integer
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.partners import add_text, find_callbacks, subspace_optimizer
+from zolightning.partners import add_text, find_callbacks, log_number, subspace_optimizer
 
 
 class SubspaceResampling(Callback):
@@ -91,7 +91,7 @@ class SubspaceResampling(Callback):
         elif is_due:
             optimizer.resample()
         # At every step, so that a resumed run logs it from its first step on.
-        pl_module.log("zo/refresh", float(optimizer.param_groups[0]["refresh"]))
+        log_number(pl_module, "zo/refresh", optimizer.param_groups[0]["refresh"])
 
 
 def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback]) -> None:

@@ -101,8 +101,8 @@ class Evaluator:
             trainable: the parameters that train, and their names.
             perturbations: the perturbed parameters of each evaluation; others are read as they are stored.
             randomness: integers that determine the random numbers that the loss draws.
-            resting: others that train in other steps, or are moved, and their names; where they are read is found out as
-                well.
+            resting: others that train in other steps, or are moved, and their names; where these are read is found out
+                as well.
             leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
             micro_batches: the batch in parts, if the losses of single examples are wanted. There is then a perturbation
                 for each example in turn, and the list may go through all examples several times.
