@@ -92,6 +92,14 @@ def test_two_steps_of_backpropagation_lower_the_loss(tiny_folder, batches, make_
     assert recorder.logged[0]["train/accuracy"] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
 
 
+def test_the_bar_shows_what_the_host_knows(tiny_folder, batches, make_trainer):
+    """Lightning reads what it shows at every step, and would wait for a GPU to have it."""
+    trainer = make_trainer(max_steps=1, callbacks=ZerothOrder(partial(MeZO, lr=1e-3)), limit_val_batches=0)
+    trainer.fit(CausalLM(str(tiny_folder)), datamodule=Batches(batches[:1]))
+    assert "train/accuracy" in trainer.logged_metrics
+    assert set(trainer.progress_bar_metrics) == {"train/loss"}  # a mean of the losses that the step has read
+
+
 def test_train_mode_outlives_a_validation(tiny_folder, batches, make_trainer):
     recorder = Recorder()
     module = CausalLM(str(tiny_folder), optimizer=SGD)

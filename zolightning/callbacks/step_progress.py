@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 class StepProgressBar(TQDMProgressBar):
     """A single progress bar for all steps of a run whose length is given in steps.
 
-    Lightning's own bar starts again in every epoch, and asks for its numbers at every step, which makes the host wait
-    for a GPU. This one does at most ten times a second.
+    Lightning's own bar starts again in every epoch, and is drawn at every step; this one ten times a second at most.
     """
 
     _SECONDS = 0.1

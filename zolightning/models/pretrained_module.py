@@ -212,7 +212,7 @@ class PretrainedModule(L.LightningModule):
             self.log("train/loss", loss, prog_bar=True)
         if batch["objective"] in ("classification", "accuracy"):
             accuracy = self.right(batch, scores).mean()
-            self.log("train/accuracy", accuracy, on_step=True, prog_bar=True)
+            self.log("train/accuracy", accuracy, on_step=True)  # in the bar it would be waited for at every step
             if batch["objective"] == "accuracy":
                 loss = 1 - accuracy
         return {"loss": loss, "num_terms": num_terms}
