@@ -119,14 +119,16 @@ class NF4Linear(QuantizedLinear):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes import functional
 
+        size = self.out_features * self.in_features
         state = functional.QuantState(
             absmax=self.weight_scale.float(),
-            shape=torch.Size([self.out_features, self.in_features]),
+            # Its kernel for CPUs begins a block in each row, also where a block went on there.
+            shape=torch.Size([size // self._BLOCK, self._BLOCK] if size % self._BLOCK == 0 else [1, size]),
             dtype=torch.float32 if dtype is torch.float64 else dtype,  # which it does not write
             blocksize=self._BLOCK,
             quant_type="nf4",
         )
-        return functional.dequantize_4bit(self.weight, state).to(dtype)
+        return functional.dequantize_4bit(self.weight, state).view(self.out_features, self.in_features).to(dtype)
 
 
 _CLASSES: dict[Quantization, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": NF4Linear}
