@@ -20,6 +20,7 @@ from config_runs import (
     train,
     write_rows,
 )
+from zolightning import CausalLM
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
 pytestmark = [pytest.mark.usefixtures("at_project_root"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -95,6 +96,16 @@ def moved(checkpoint: dict[str, Any], folder: Path) -> list[str]:
     before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     after = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
     return [name for name, weight in after.items() if not torch.equal(weight, before[name])]
+
+
+def test_two_steps_of_the_scales_alone(write_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_tiny_model(write_rows(tmp_path, "sst2") / "model", "llama")
+    files = compose("tasks/sst2", "quantization/qzo", "models/smollm2_135m")
+    checkpoint, _ = train([*files, "--trainer.precision", "32-true"], folder, LR)
+    before = CausalLM(str(folder), quantization="int8").state_dict()
+    assert checkpoint["state_dict"].keys() == before.keys()
+    for name, after in checkpoint["state_dict"].items():
+        assert torch.equal(after, before[name]) is not name.endswith("weight_scale"), name
 
 
 ORDERS = ("Cyclic", "RandomPermutation", "Uniform", "WeightNorm", "GaussSouthwellSweep", "Bandit", "AdaLeZO")

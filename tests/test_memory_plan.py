@@ -28,10 +28,11 @@ from zolightning.memory_alternatives import (
     layer,
     on_quantized,
     with_lora,
+    with_scales,
 )
 from zolightning.messages import in_units
 from zolightning.network.adapters import add_adapter, lora_settings
-from zolightning.network.quantization import quantize
+from zolightning.network.quantization import quantize, quantized_linears
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -205,6 +206,8 @@ def test_a_quantised_base(kind: Any) -> None:
     beside = on_quantized(bare, plain, kind, layer(plain)).weights - on_quantized(bare, plain, kind).weights
     # What trains stays as it is.
     assert beside == weight_bytes(plain.model.layers[0]) - weight_bytes(network.model.layers[0])
+    scales = whole(linear.weight_scale for _, linear in quantized_linears(network))
+    assert with_scales(plain, kind, MeZO, batch) == plan(network, scales, MeZO, batch)
     assert "adapters, model.quantization nf4" not in alternatives(network, [], MeZO, batch)
 
 

@@ -42,6 +42,7 @@ def alternatives(
         found["one layer, model.quantization int8"] = on_quantized(one_layer, module, "int8", layer(module))
         found["adapters (configs/scopes/lora.yaml)"] = adapters = with_lora(module, method, batch)
         found["adapters, model.quantization nf4"] = on_quantized(adapters, module, "nf4")
+        found["scales (configs/quantization/qzo.yaml)"] = with_scales(module, "int8", method, batch)
     return found
 
 
@@ -61,6 +62,17 @@ def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None
     return replace(found, weights=found.weights + sum(adapter.nbytes for adapter in adapters))
 
 
+def with_scales(
+    module: nn.Module, quantization: Quantization, method: Method, batch: BatchShape | None = None
+) -> MemoryPlan:
+    """The plan for quantising the linear maps of the layers and training their scales, nothing else (QZO)."""
+    scales = [
+        torch.empty(_scale_shape(weight, quantization), dtype=weight.dtype, device="meta")
+        for weight in _linears(module)
+    ]
+    return on_quantized(plan(module, whole(scales), method, batch), module, quantization)
+
+
 def on_quantized(
     planned: MemoryPlan, module: nn.Module, quantization: Quantization, trained: Iterable[Trained] = ()
 ) -> MemoryPlan:
@@ -73,10 +85,14 @@ def on_quantized(
 
 
 def _quantized_bytes(weight: Tensor, quantization: Quantization) -> int:
-    """Codes and 16-bit scales: one a row, or one for each 64 codes."""
-    if quantization == "int8":
-        return weight.numel() + 2 * weight.shape[0]
-    return math.ceil(weight.numel() / 2) + 2 * math.ceil(weight.numel() / 64)
+    """Codes and 16-bit scales."""
+    codes = weight.numel() if quantization == "int8" else math.ceil(weight.numel() / 2)
+    return codes + 2 * math.prod(_scale_shape(weight, quantization))
+
+
+def _scale_shape(weight: Tensor, quantization: Quantization) -> tuple[int, ...]:
+    """A scale a row, or one for each 64 codes."""
+    return (weight.shape[0], 1) if quantization == "int8" else (math.ceil(weight.numel() / 64),)
 
 
 def _linears(module: nn.Module) -> Iterator[Tensor]:

@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zolightning import CausalLM
-from zolightning.callbacks import RunOverview, SubspaceResampling, TrainLayers, TrainParameters, ZerothOrder
+from zolightning.callbacks import (
+    KeepLedger,
+    RunOverview,
+    SubspaceResampling,
+    TrainLayers,
+    TrainParameters,
+    ZerothOrder,
+)
+from zolightning.checkpoints.replay import replay
 from zolightning.memory import weight_bytes
 from zolightning.models import answer_log_probs
 from zolightning.network.quantization import Int8Linear, QuantizedLinear, num_weights, quantize, quantized_linears
@@ -189,13 +197,31 @@ def test_adapters_train_beside_it(kind: Any, fit: Any, tiny_folder: Path, tmp_pa
     assert (tmp_path / "exported/adapter_model.safetensors").is_file()
 
 
-def test_scales_alone_can_train(kind: Any, fit: Any, tiny_folder: Path) -> None:
+def test_scales_alone_train(kind: Any, fit: Any, tiny_folder: Path, data: Data, tmp_path: Path) -> None:
     untrained = weights(CausalLM(str(tiny_folder), quantization=kind))
-    scope = TrainParameters([r"weight_scale$"])
-    module, _ = fit(kind, scope, method=partial(MeZO, lr=1e-5, eps=1e-4), precision="32-true")
+    eps = {"int8": 3e-4, "nf4": 3e-2}[kind]  # a twentieth of the scales
+    method = partial(MeZO, lr=eps, eps=eps, normalize=True)
+    fit = partial(fit, kind, TrainParameters([r"weight_scale$"]), method=method)
+    module, _ = fit(max_steps=4, callbacks=[Halfway(tmp_path), KeepLedger(tmp_path)])
     after = weights(module)
     changed = {name for name, weight in after.items() if not torch.equal(weight, untrained[name].to(weight.dtype))}
-    assert changed == {name for name in after if name.endswith("weight_scale")}
+    assert changed == {name for name in after if name.endswith("weight_scale")} and len(changed) == 14
+
+    resumed, _ = fit(max_steps=4, ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(weight, after[name]) for name, weight in resumed.named_parameters())
+    replayed = CausalLM(str(tiny_folder), quantization=kind).bfloat16()
+    replay(tmp_path / "ledger.bin", replayed, method)
+    assert all(torch.equal(weight, after[name]) for name, weight in replayed.named_parameters())
+    module.export(tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.bfloat16).bfloat16()
+    assert torch.equal(log_probs(exported, data), log_probs(module.model.eval(), data))
+
+
+def test_scales_of_nf4_have_no_gradients(tiny_folder: Path, make_trainer: Any, data: Data) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = make_trainer(callbacks=[TrainParameters([r"weight_scale$"])], max_steps=1, limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="is 'nf4', and scales of its weights train, for which"):
+        trainer.fit(CausalLM(str(tiny_folder), quantization="nf4"), data)
 
 
 def test_layers_below_the_trained_one_run_once_a_step(

@@ -12,7 +12,7 @@ from torch import nn
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan, Trained, plan, whole
-from zolightning.memory_alternatives import layer, on_quantized, with_lora
+from zolightning.memory_alternatives import layer, on_quantized, with_lora, with_scales
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubZero
 
 MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
@@ -65,6 +65,8 @@ MODES: dict[str, Mode] = {
     "LoRA, MeZO": lambda m, batch: with_lora(m, MeZO, batch),
     "LoRA, `quantization: int8`": lambda m, batch: on_quantized(with_lora(m, MeZO, batch), m, "int8"),
     "LoRA, `quantization: nf4`": lambda m, batch: on_quantized(with_lora(m, MeZO, batch), m, "nf4"),
+    "scales (QZO), `quantization: int8`": lambda m, batch: with_scales(m, "int8", MeZO, batch),
+    "scales (QZO), `quantization: nf4`": lambda m, batch: with_scales(m, "nf4", MeZO, batch),
 }
 
 

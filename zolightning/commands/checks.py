@@ -93,7 +93,8 @@ def check_settings(config: Namespace, subcommand: str) -> None:
     if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:
         raise ValueError(
             f"`model.quantization` is {quantization!r}, which freezes weights, and no `scope` says what trains beside "
-            "them. Name one (TrainLayers, or its `part` LoRA), or leave `quantization` out."
+            "them. Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave "
+            "`quantization` out."
         )
     for path in _folders(config):
         require_writable(*path)

@@ -41,7 +41,8 @@ class CausalLM(LanguageModel):
         reward: What a generated text is worth: a function of (text, references) -> number, which a zeroth-order method
             raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
-            they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+            they are frozen but for scales that a scope names, and unpacked one map at a time. What a scope trains is
+            left as it is. Default: none.
         decoding: How texts are written: by the likeliest token, sampled, or by beams. All evaluations of a step draw
             the same random numbers, which are a function of the run's seed and the step; a validation draws the same
             each time. Default: by the likeliest token.

@@ -26,6 +26,7 @@ from zolightning.network.quantization import (
     Quantization,
     forget_originals,
     quantize,
+    refuse_gradients,
     refuse_training_all,
     require_quantization,
 )
@@ -67,7 +68,8 @@ class PretrainedModule(L.LightningModule):
         attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
             sdpa where the architecture supports it, otherwise eager.
         quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
-            they are frozen, and unpacked one map at a time. What a scope trains is left as it is. Default: none.
+            they are frozen but for scales that a scope names, and unpacked one map at a time. What a scope trains is
+            left as it is. Default: none.
         device_map: Spreads the layers over several devices, for a model that is too large for one: accelerate's "auto",
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
             a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
@@ -195,6 +197,8 @@ class PretrainedModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         refuse_training_all(self.model)
+        if self.automatic_optimization:
+            refuse_gradients(self.model)
 
     def on_validation_start(self) -> None:
         self._refuse_unsuitable()

@@ -1,12 +1,14 @@
-"""Linear maps with weights of 8 or 4 bits: a frozen base model for adapters, or for training a few layers.
+"""Linear maps with weights of 8 or 4 bits: codes that never change, and scales that may train.
 
 Only weights are quantised: a linear map dequantises its weight to the dtype of its input when it runs, and activations
 stay as they are. LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) rounds activations as well, which makes the loss a
 step function of the weights: with ``eps`` 1e-3 the projected gradients of a layer of SmolLM2-135M were off by 2.6 times
 their RMS.
 
-Quantised weights never train. If a scope chooses such weights, they are restored from a copy, which is kept in host
-memory until the first fit begins. A scope that chooses them all is refused.
+The model is a frozen base for adapters, or for training a few layers; or its scales train alone, as in QZO (Shang et
+al. 2025, arXiv 2505.13430): ``TrainParameters([r"weight_scale$"])`` names them. If a scope chooses quantised weights
+themselves, they are restored from a copy, which is kept in host memory until the first fit begins. A scope that chooses
+them all is refused.
 """
 
 import logging
@@ -31,12 +33,12 @@ class QuantizationSettings(TypedDict):
 
 
 class QuantizedLinear(nn.Linear, ABC):
-    """Abstract base of linear maps with a quantised weight, which cannot train.
+    """Abstract base of linear maps with a quantised weight, whose codes cannot train.
 
     Attributes:
         weight: the codes, integers.
-        weight_scale: the factors of the codes. Their values are bfloat16 numbers whatever the module's dtype, so that
-            no precision of a Trainer changes them.
+        weight_scale: the factors of the codes. Until they train they are bfloat16 numbers whatever the module's dtype,
+            so that no precision of a Trainer changes them.
         original: the linear map that this one was made from; None once it has been forgotten.
 
     Args:
@@ -262,7 +264,17 @@ def refuse_training_all(module: nn.Module) -> None:
         raise MisconfigurationException(
             f"`model.quantization` is {settings['kind']!r}, and nothing says which parameters train: "
             f"{len(settings['modules'])} quantised weights cannot, `{settings['modules'][0]}.weight` among them. "
-            "Choose with a `scope` (TrainLayers, or its `part` LoRA), or leave `quantization` out."
+            "Choose with a `scope` (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave "
+            "`quantization` out."
+        )
+
+
+def refuse_gradients(module: nn.Module) -> None:
+    """Raises a MisconfigurationException if scales train for which there are no gradients: those of nf4."""
+    if any(linear.kind == "nf4" and linear.weight_scale.requires_grad for _, linear in quantized_linears(module)):
+        raise MisconfigurationException(
+            "`model.quantization` is 'nf4', and scales of its weights train, for which bitsandbytes has no gradients. "
+            "Train them by a zeroth-order `method`, or use 'int8'."
         )
 
 
