@@ -1,5 +1,6 @@
 """What a stranger's ``training_step`` returns and logs, under ZerothOrder."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -26,6 +28,20 @@ METHOD = partial(MeZO, lr=1e-2, eps=1e-2)
 
 
 class TestWhatTrainingStepReturns:
+    @pytest.mark.parametrize("micro_batch_size", [None, 3])
+    def test_a_loss_in_half_precision(
+        self, make_regression: MakeModule, fit: Fit, micro_batch_size: int | None
+    ) -> None:
+        """As transformers' classifiers return it: it has 8 bits, and the losses of a step differ in later ones."""
+        module = make_regression()
+        callback = ZerothOrder(METHOD, micro_batch_size=micro_batch_size)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The loss is in")
+            fit(module, zeroth_order=callback, precision="bf16-true")  # computes it in float32
+        module.training_step = lambda batch, batch_idx: F.mse_loss(module.net(batch[0]), batch[1])
+        with pytest.warns(UserWarning, match=r"The loss is in bfloat16, where neighbouring numbers are 0\.4 to 0\.8 %"):
+            fit(module, zeroth_order=callback, precision="bf16-true")
+
     @pytest.mark.parametrize("own", [torch.rand(4), 0.0, None, "heavy"])
     @pytest.mark.parametrize("micro_batch_size", [None, 3])
     def test_a_dictionary_may_have_a_weight_of_its_own(

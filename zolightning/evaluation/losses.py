@@ -7,6 +7,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from zolightning.rank_zero import rank_zero_warn
+
 Loss = Tensor | tuple[Any, Any] | Mapping[str, Any]
 """A loss as users return it, see :func:`loss_and_terms`."""
 
@@ -20,12 +22,18 @@ Evaluate = Callable[[], LossAndTerms]
 """A :data:`LossFunction` whose result has been read by :func:`loss_and_terms`."""
 
 
+_SPACINGS = {torch.bfloat16: "0.4 to 0.8 %", torch.float16: "0.05 to 0.1 %"}
+
+
 def loss_and_terms(output: Loss) -> LossAndTerms:
     """Reads the loss and its number of terms from what a loss function returned.
 
     Losses of micro-batches and of ranks are averaged by their numbers of terms, which gives the loss of the whole batch
     if each is a mean over its own terms. Other entries of a user's dictionary, ``"weight"`` included, are ignored. The
     loss keeps its forward-mode derivative, if it has one.
+
+    Warns of a loss in half precision, as a classifier of transformers returns it under "bf16-true": a step's losses
+    differ by less than its rounding.
 
     Args:
         output: a tensor with one element, a pair of it and the number, or a mapping with it as ``"loss"`` and the
@@ -48,6 +56,12 @@ def loss_and_terms(output: Loss) -> LossAndTerms:
         raise ValueError(
             "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
             f"{getattr(terms, 'shape', repr(terms))}. Return the dictionary's own entry under another name."
+        )
+    if loss.dtype in _SPACINGS:
+        rank_zero_warn(
+            f"The loss is in {str(loss.dtype).removeprefix('torch.')}, where neighbouring numbers are "
+            f"{_SPACINGS[loss.dtype]} apart. The losses of a step may differ by less, so that rounding decides where "
+            "it goes. Compute the loss in float32, as by `F.cross_entropy(logits.float(), labels)`."
         )
     wide = torch.float32 if loss.device.type == "mps" else torch.float64
     loss, derivative = forward_ad.unpack_dual(loss)
