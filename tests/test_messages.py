@@ -2,7 +2,7 @@
 
 import pytest
 
-from zolightning.messages import counted
+from zolightning.messages import counted, rough_duration
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,10 @@ from zolightning.messages import counted
 )
 def test_counted(number: int, words: tuple[str, ...], expected: str) -> None:
     assert counted(number, *words) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.4, "0 s"), (119, "119 s"), (150.1, "3 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_rough_duration(seconds: float, expected: str) -> None:
+    assert rough_duration(seconds) == expected

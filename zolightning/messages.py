@@ -23,3 +23,10 @@ def some(names: Sequence[str]) -> str:
 def in_units(number: int) -> str:
     """A number of bytes in larger units: ``16.1 GB``, ``56.6 MB``."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def rough_duration(seconds: float) -> str:
+    """A duration that is known roughly: ``90 s``, ``45 min``, ``2.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

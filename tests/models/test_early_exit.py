@@ -18,7 +18,7 @@ from zolightning.data import PromptDataModule
 from zolightning.layers import find_layers
 from zolightning.models import SequenceClassifier
 from zolightning.network.adapters import add_adapter, lora_settings
-from zolightning.network.early_exit import keep_first_layers
+from zolightning.network.early_exit import at_each_exit, keep_first_layers
 from zolightning.optim import MeZO
 from zolightning.scopes import TrainLayers
 
@@ -43,6 +43,22 @@ def test_it_is_the_network_of_fewer_layers(
     untouched = make_model(architecture)
     keep_first_layers(untouched, 2)
     assert torch.equal(untouched(TOKENS).logits, whole)
+
+
+@torch.no_grad()
+def test_one_run_of_the_layers_serves_all_exits(architecture: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model(architecture)
+    runs: list[int] = []
+    layers = find_layers(model).layers
+    for index, layer in enumerate(layers):  # what a layer computes with, which nobody replaces
+        next(layer.children()).register_forward_hook(lambda *_, index=index: runs.append(index))
+    found = at_each_exit(model, [1, 2], lambda: model(TOKENS, use_cache=False).logits)
+    assert runs == [0, 1] and find_layers(model).layers == layers
+
+    assert torch.equal(found[1], model(TOKENS).logits)
+    keep_first_layers(model, 1)
+    assert torch.equal(found[0], model(TOKENS).logits)
+    assert not torch.allclose(found[0], found[1], atol=0.1)
 
 
 def test_an_encoder_of_classes_can_exit_too(tmp_path: Path) -> None:

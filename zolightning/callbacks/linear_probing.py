@@ -1,8 +1,8 @@
 """Starts training from a linear probe: the head is fitted to the network's features before the first step."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -19,6 +19,8 @@ from zolightning.network.logistic_regression import check_probe, fit_probe, stro
 from zolightning.network.model import pretrained_model
 from zolightning.partners import methods_of, tensorboards
 from zolightning.scopes.calibration import calibration_batches
+
+T = TypeVar("T")
 
 CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4
 TOLERANCE = 1e-4
@@ -148,9 +150,25 @@ def head_features(
         MisconfigurationException: if the answers are numbers, or of more classes than can be probed.
     """
     model: Any = module
+    found = read_examples(trainer, module, model.head_features, num_examples)
+    return *joined_features(found), len(found)
+
+
+def read_examples(
+    trainer: L.Trainer, module: L.LightningModule, read: Callable[[Any], T], num_examples: int | None = None
+) -> list[T]:
+    """What a function returns for each batch of the first training examples, in evaluation mode, without gradients."""
     batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
     with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():
-        found = [model.head_features(batch) for batch in batches]
+        return [read(batch) for batch in batches]
+
+
+def joined_features(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Joins what ``head_features`` found in each batch: the inputs of the head, (N, H), and its right rows, (N,).
+
+    Raises:
+        MisconfigurationException: if the answers are numbers, or of more classes than can be probed.
+    """
     features, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     num_rows = len(rows.unique())
     if rows.is_floating_point() or num_rows > _MOST_ROWS:
@@ -159,4 +177,4 @@ def head_features(
             f"A linear probe fits a row of the head for each class, and the answers of the training data are "
             f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave `linear_probing` out."
         )
-    return features, rows, len(batches)
+    return features, rows

@@ -26,7 +26,7 @@ from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.commands.tables import print_table
 from zolightning.evaluation.losses import Loss, loss_and_terms
-from zolightning.messages import counted
+from zolightning.messages import counted, rough_duration
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -241,8 +241,8 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
         "loss": f"{seen.loss:.4f}; two losses of a step differ by {seen.difference:.2g}, rounding moves each by "
         f"{seen.noise:.2g}",
         "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
-        "a step takes": f"{seconds:.2g} s, {counted(seen.steps, 'step')} {_duration(seconds * seen.steps)}, without "
-        "validations",
+        "a step takes": f"{seconds:.2g} s, {counted(seen.steps, 'step')} {rough_duration(seconds * seen.steps)}, "
+        "without validations",
         "learning rate": _rate(seen),
     }
     width = max(map(len, lines))
@@ -269,9 +269,3 @@ def _now(trainer: L.Trainer) -> float:
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

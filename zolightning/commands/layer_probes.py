@@ -1,20 +1,14 @@
 """Linear probes after each layer, which show after how many layers a network could end for a task."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from zolightning.callbacks.linear_probing import CS, TOLERANCE
-from zolightning.network.early_exit import exit_after
-from zolightning.network.logistic_regression import accuracy, over_folds, strongest_penalty
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from zolightning.network.logistic_regression import strongest_validated
 
 
 @dataclass(frozen=True)
@@ -55,31 +49,20 @@ class LayerProbes:
 
 
 def probe_layers(
-    model: "PreTrainedModel",
-    features: Callable[[], tuple[Tensor, Tensor]],
-    num_layers: Sequence[int],
-    on_probe: Callable[[], object] = lambda: None,
+    features: Mapping[int, tuple[Tensor, Tensor]], on_probe: Callable[[], object] = lambda: None
 ) -> LayerProbes:
-    """Fits a probe to the head's input after each of several numbers of layers; the model is unchanged afterwards.
+    """Fits a probe to the head's inputs after each of several numbers of layers.
 
     The penalty of each is chosen as :class:`~zolightning.callbacks.LinearProbing` chooses it.
 
     Args:
-        model: the model.
-        features: runs the model, and returns the head's inputs, (N, H), and the right rows of the head, (N,).
-        num_layers: after how many layers the model ends, for each probe.
+        features: by the number of layers: the head's inputs, (N, H), and the right rows of the head, (N,).
         on_probe: called after each probe.
     """
     probes = []
-    for count in num_layers:
-        with exit_after(model, count):
-            found, rows = features()
-        found, (classes, targets) = found.double().cpu(), rows.cpu().unique(return_inverse=True)
-        c = strongest_penalty(found, targets, len(classes), CS, TOLERANCE)
-        losses, accuracies = (
-            over_folds(quality, found, targets, len(classes), c, TOLERANCE) for quality in (F.cross_entropy, accuracy)
-        )
-        error = losses.std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-        probes.append(LayerProbe(count, losses.mean().item(), error, accuracies.mean().item()))
+    for count, (inputs, rows) in features.items():
+        classes, targets = rows.cpu().unique(return_inverse=True)
+        _, found = strongest_validated(inputs.double().cpu(), targets, len(classes), CS, TOLERANCE)
+        probes.append(LayerProbe(count, found.loss, found.error, found.accuracy))
         on_probe()
     return LayerProbes(tuple(probes))

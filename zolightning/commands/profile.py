@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from zolightning.callbacks.linear_probing import head_features, require_probed
+from zolightning.callbacks.linear_probing import joined_features, read_examples, require_probed
 from zolightning.commands.layer_probes import LayerProbes, probe_layers
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import (
@@ -25,7 +25,8 @@ from zolightning.commands.tables import print_table
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
 from zolightning.commands.timing import round_robin
 from zolightning.layers import find_layers
-from zolightning.messages import counted
+from zolightning.messages import counted, rough_duration
+from zolightning.network.early_exit import at_each_exit
 from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -103,7 +104,7 @@ class LayerProfile:
             output: Any = calibration_forward(module, batches[0])
             return output["loss"] if isinstance(output, Mapping) else output
 
-        def progress(what: str, total: int) -> "tqdm[Any]":
+        def progress(what: str, total: int | None) -> "tqdm[Any]":
             return tqdm(desc=what, total=total, disable=not show_progress, leave=False)
 
         chosen = growing_parts(module, stack) if self.time_model else {}
@@ -122,10 +123,10 @@ class LayerProfile:
             _report_step_times(times, folder)
         if self.probe_every:
             counts = range(len(stack), 0, -self.probe_every)[::-1]
+            with progress("features", None) as bar:
+                features = _features(runner, module, counts, on_batch=bar.update)
             with progress("linear probes", len(counts)) as bar:
-                probes = probe_layers(
-                    cast(Any, module).model, lambda: head_features(runner, module)[:2], counts, on_probe=bar.update
-                )
+                probes = probe_layers(features, on_probe=bar.update)
             _report_probes(probes, folder)
 
     def _announce(self, evaluate: Callable[[], Tensor], batches: int, layers: int, scopes: int) -> None:
@@ -136,7 +137,7 @@ class LayerProfile:
             forwards += 1 + (2 * self.sensitivity_queries + _FINDING_READS) * layers
         if scopes:
             forwards += (_TIMED_STEPS + 1) * (1 + 2 * scopes) + _FINDING_READS * scopes
-        print(f"{forwards} forwards of {seconds:.2g} s to go: about {_duration(forwards * seconds)}", flush=True)
+        print(f"{forwards} forwards of {seconds:.2g} s to go: about {rough_duration(forwards * seconds)}", flush=True)
 
 
 class _OnceReady(Callback):
@@ -147,6 +148,21 @@ class _OnceReady(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._do(trainer)
+
+
+def _features(
+    runner: L.Trainer, module: L.LightningModule, counts: Sequence[int], on_batch: Callable[[], object]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The inputs of the head if the network ends after so many layers, on the host, and the head's right rows."""
+    model: Any = module
+
+    def read(batch: Any) -> list[tuple[Tensor, Tensor]]:
+        found = at_each_exit(model.model, counts, lambda: model.head_features(batch))
+        on_batch()
+        return [(inputs.cpu(), rows.cpu()) for inputs, rows in found]
+
+    by_count = zip(*read_examples(runner, module, read), strict=True)
+    return dict(zip(counts, map(joined_features, by_count), strict=True))
 
 
 def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:
@@ -226,7 +242,3 @@ def _counting(evaluate: Callable[[], Tensor], bar: "tqdm[Any]") -> Callable[[], 
         return loss
 
     return evaluated
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,16 +1,20 @@
 """Early exit: keeps only the first layers of a network, so that its head reads the output of a middle layer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from zolightning.evaluation.replaced import replaced_forwards
 from zolightning.layers import find_layers
 from zolightning.messages import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 _NUM_LAYERS = "num_layers_kept"  # attribute of a model that lost the others
 
@@ -46,10 +50,46 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
     setattr(model, _NUM_LAYERS, num_layers)
 
 
-@contextmanager
-def exit_after(model: "PreTrainedModel", num_layers: int) -> Iterator[None]:
-    """A context in which a model runs only its first layers; its config does not change."""
+def at_each_exit(model: "PreTrainedModel", exits: Sequence[int], run: Callable[[], T]) -> list[T]:
+    """What a function of a model returns if the model ends after so many of its layers, for each of several numbers.
+
+    The layers run once. For all numbers but the last one, the function is called with layers that put out what they
+    did then, so that it costs what comes before them and after them. The config does not change. The outputs of as many
+    layers as there are numbers are in memory at once.
+
+    Args:
+        model: the model.
+        exits: after how many layers the model ends, the largest number last.
+        run: runs the model once.
+    """
     layers = _layers(model)
+    outputs: dict[nn.Module, Any] = {}
+
+    def keep(layer: nn.Module, _: Any, output: Any) -> None:
+        outputs[layer] = output
+
+    hooks = [layers[count - 1].register_forward_hook(keep) for count in exits[:-1]]
+    try:
+        with _exit_after(layers, exits[-1]):
+            last = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for count in exits[:-1]:
+        recalled = partial(_forward_to, outputs[layers[count - 1]])
+        with _exit_after(layers, count), replaced_forwards(layers, recalled):
+            found.append(run())
+    return [*found, last]
+
+
+def _forward_to(output: Any, layer: nn.Module) -> Callable[..., Any]:
+    return lambda *_, **__: output
+
+
+@contextmanager
+def _exit_after(layers: nn.ModuleList, num_layers: int) -> Iterator[None]:
+    """A context in which only the first layers are left."""
     others = list(layers)[num_layers:]
     del layers[num_layers:]
     try:

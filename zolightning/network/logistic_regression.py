@@ -78,8 +78,8 @@ def fit(features: Tensor, targets: Tensor, num_classes: int, c: float, tolerance
         features: (N, H).
         targets: (N,), from 0 to K - 1.
         num_classes: K.
-        c: Weight of the data against the penalty, scikit-learn's ``C``.
-        tolerance: The largest entry of the gradient at which it ends.
+        c: weight of the data against the penalty, scikit-learn's ``C``.
+        tolerance: the largest entry of the gradient at which it ends.
     """
     weights = features.new_zeros(num_classes, features.shape[1]).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -107,6 +107,33 @@ def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores.argmax(dim=1) == targets).double().mean()
 
 
+class CrossValidation(NamedTuple):
+    """What fits to the other folds are worth on each fold.
+
+    Attributes:
+        losses: mean cross-entropies, (folds,).
+        accuracies: shares of the examples whose target has the largest score, (folds,).
+    """
+
+    losses: Tensor
+    accuracies: Tensor
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.losses.mean().item()
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean loss."""
+        return self.losses.std().item() / len(self.losses) ** 0.5 if len(self.losses) > 1 else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """The mean accuracy."""
+        return self.accuracies.mean().item()
+
+
 def most_accurate_c(
     features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
 ) -> float:
@@ -116,56 +143,51 @@ def most_accurate_c(
     """
     if len(cs) == 1:
         return cs[0]
-    means = [over_folds(accuracy, features, targets, num_classes, c, tolerance).mean() for c in cs]
-    return cs[int(torch.stack(means).argmax())]
+    return max(cs, key=lambda c: cross_validate(features, targets, num_classes, c, tolerance).accuracy)
 
 
 def strongest_penalty(
     features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
 ) -> float:
-    """The smallest ``c`` whose loss on the folds is within one standard error of the least.
+    """The ``c`` of :func:`strongest_validated`, or the only one."""
+    return cs[0] if len(cs) == 1 else strongest_validated(features, targets, num_classes, cs, tolerance)[0]
+
+
+def strongest_validated(
+    features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
+) -> tuple[float, CrossValidation]:
+    """The smallest ``c`` whose loss on the folds is within one standard error of the least, and its cross-validation.
 
     The rule of Breiman et al. (1984, *Classification and Regression Trees*, 3.4.3): of fits that tell unknown rows
     apart about equally well, the one that is least sure of the known ones. Values are tried from the smallest on, until
     the loss is a standard error above the least.
     """
-    if len(cs) == 1:
-        return cs[0]
-    tried: list[tuple[float, float]] = []
+    tried: list[tuple[float, CrossValidation]] = []
     least = limit = math.inf
     for c in sorted(cs):
-        losses = over_folds(F.cross_entropy, features, targets, num_classes, c, tolerance)
-        mean = losses.mean().item()
-        error = losses.std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-        tried.append((c, mean))
-        if mean < least:
-            least, limit = mean, mean + error
-        elif mean > limit:
+        found = cross_validate(features, targets, num_classes, c, tolerance)
+        tried.append((c, found))
+        if found.loss < least:
+            least, limit = found.loss, found.loss + found.error
+        elif found.loss > limit:
             break
-    return next(c for c, mean in tried if mean <= limit)
+    return next((c, found) for c, found in tried if found.loss <= limit)
 
 
-def over_folds(
-    quality: Callable[[Tensor, Tensor], Tensor],
-    features: Tensor,
-    targets: Tensor,
-    num_classes: int,
-    c: float,
-    tolerance: float,
-) -> Tensor:
-    """Five-fold cross-validation: the quality on each fold, (folds,), of a fit to the other folds.
-
-    Folds that are empty, or hold all examples, are left out.
+def cross_validate(features: Tensor, targets: Tensor, num_classes: int, c: float, tolerance: float) -> CrossValidation:
+    """Five-fold cross-validation; folds that are empty, or hold all examples, are left out.
 
     Args:
-        quality: a function of scores, (N, K), and targets, (N,).
         features, targets, num_classes, c, tolerance: see :func:`fit`.
     """
     # How many examples of the same class come before each one
     same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1
-    found = []
+    losses, accuracies = [], []
     for is_out in (same % _FOLDS == fold for fold in range(_FOLDS)):
         if is_out.any() and not is_out.all():
             weights = fit(features[~is_out], targets[~is_out], num_classes, c, tolerance)
-            found.append(quality(features[is_out] @ weights.T, targets[is_out]))
-    return torch.stack(found) if found else features.new_zeros(1)
+            scores = features[is_out] @ weights.T
+            losses.append(F.cross_entropy(scores, targets[is_out]))
+            accuracies.append(accuracy(scores, targets[is_out]))
+    nothing = features.new_zeros(1)
+    return CrossValidation(*(torch.stack(values) if values else nothing for values in (losses, accuracies)))
