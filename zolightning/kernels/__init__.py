@@ -18,7 +18,8 @@ weight's shape and the dtype of the arithmetic), or left out where the absolute 
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -56,6 +57,19 @@ def _triton_loops() -> ModuleType | None:
         compiled.slower("Triton", error)
         return None
     return triton_loops
+
+
+def _master(rest: Tensor | None, backend: ModuleType) -> Tensor | None:
+    """The fp32 master of an fp16 weight, if it is to move in place of the weight: on a CPU in C, which has no fp16."""
+    return rest if rest is not None and rest.dtype == torch.float32 and backend is torch_loops else None
+
+
+@contextmanager
+def _moving(weight: Tensor, master: Tensor) -> Iterator[None]:
+    """A context in which a master moves; it first takes over what others wrote to the weight, which follows it."""
+    torch_loops.take_over(weight, master)
+    yield
+    weight.copy_(master)
 
 
 def perturb(
@@ -143,13 +157,12 @@ def add(
             weight, which first takes over what others have written to the weight.
     """
     backend = _backend(weight, start=start)
-    if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
-        torch_loops.take_over(weight, rest)
-        if threshold is not None:
-            torch_loops.add_to_master(weight, rest, keys, coefficients, kind, decay, start, threshold)
-            return
-        add(rest, keys, coefficients, kind, decay, start=start)  # on a CPU in C, which has no fp16
-        weight.copy_(rest)
+    if (master := _master(rest, backend)) is not None:
+        with _moving(weight, master):
+            if threshold is None:
+                add(master, keys, coefficients, kind, decay, start=start)
+            else:
+                torch_loops.add_to_master(master, weight, keys, coefficients, kind, decay, start, threshold)
         return
     backend.add(weight, keys, coefficients, kind, decay, rest, start, threshold)
 
@@ -173,10 +186,9 @@ def add_curved(
         change: the change of the curvature.
     """
     backend = _backend(weight, curvature, start=start)
-    if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
-        torch_loops.take_over(weight, rest)
-        add_curved(rest, curvature, keys, coefficients, kind, change, decay, start=start)
-        weight.copy_(rest)
+    if (master := _master(rest, backend)) is not None:
+        with _moving(weight, master):
+            add_curved(master, curvature, keys, coefficients, kind, change, decay, start=start)
         return
     backend.add_curved(weight, curvature, keys, coefficients, kind, change, decay, rest, start)
 
@@ -202,10 +214,9 @@ def add_adam(
         step: Adam's coefficients in this step.
     """
     backend = _backend(weight, mean, start=start)
-    if rest is not None and rest.dtype == torch.float32 and backend is torch_loops:
-        torch_loops.take_over(weight, rest)
-        add_adam(rest, mean, square, keys, coefficients, kind, step, decay, start=start)
-        weight.copy_(rest)
+    if (master := _master(rest, backend)) is not None:
+        with _moving(weight, master):
+            add_adam(master, mean, square, keys, coefficients, kind, step, decay, start=start)
         return
     backend.add_adam(weight, mean, square, keys, coefficients, kind, step, decay, rest, start)
 

@@ -162,8 +162,8 @@ def take_over(weight: Tensor, master: Tensor) -> None:
 
 
 def add_to_master(
-    weight: Tensor,
     master: Tensor,
+    weight: Tensor,
     keys: Tensor,
     coefficients: Tensor,
     kind: NoiseKind,
@@ -171,12 +171,11 @@ def add_to_master(
     start: int,
     threshold: float,
 ) -> None:
-    """:func:`add` with a threshold for an fp16 weight, (n,), and its fp32 master, (n,)."""
+    """:func:`add` to the fp32 master, (n,), of an fp16 weight, (n,), by whose values the threshold is meant."""
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
         noise = _shaped(noise_sum(index, keys, coefficients, kind), weight[part], None, threshold)
         master[part].mul_(decay).add_(noise)
-        weight[part].copy_(master[part])
 
 
 def _flat(curvature: Tensor | None) -> Tensor | None:
