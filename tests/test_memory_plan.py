@@ -19,8 +19,8 @@ from zolightning.memory import (
     sketch_bytes,
     state_bytes,
     trained_by,
+    trained_whole,
     weight_bytes,
-    whole,
 )
 from zolightning.memory_alternatives import (
     LORA_RANK,
@@ -94,7 +94,7 @@ def test_what_moves_beside_blocks_keeps_no_curvature(make_problem: Callable[...,
 
 
 def test_state_in_host_memory() -> None:
-    weights = whole([torch.zeros(8, 6, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)])
+    weights = trained_whole([torch.zeros(8, 6, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)])
     on_device, nothing = state_bytes(weights, partial(LOZO, rank=2))
     assert state_bytes(weights, partial(LOZO, rank=2, offload_low_words=True)) == (on_device - 8 * 6 * 2, 8 * 6 * 2)
     assert state_bytes(weights, partial(LOZO, rank=2), offload_low_words=True) == (on_device - 8 * 6 * 2, 8 * 6 * 2)
@@ -127,7 +127,7 @@ def test_logits_of_a_forward_pass() -> None:
 @pytest.mark.parametrize("method", [MeZO, partial(LOZO, rank=2), partial(ZOMOPI, rank=8, power_rank=4)])
 def test_cuda_graphs_allocate_the_forward_again_and_copy_factors(method: Any) -> None:
     network, batch = model(), BatchShape(16, 32)
-    trained = whole(network.parameters())
+    trained = trained_whole(network.parameters())
     found = plan(network, trained, method, batch, cuda_graphs=True)
     plain = plan(network, trained, method, batch)
     assert plain.graphs == 0 and "graphs" not in str(plain)
@@ -148,7 +148,7 @@ def test_cuda_graphs_allocate_the_forward_again_and_copy_factors(method: Any) ->
 @pytest.mark.parametrize(("inputs", "count"), [(40, 4), (100, 4), (72, 4)])
 def test_sketches_of_what_layers_read(inputs: int, count: int) -> None:
     moment = SecondMoment(inputs, count, 0, "w", torch.device("cpu"))
-    weights = whole([torch.empty(3, inputs), torch.empty(7), torch.empty(5, inputs)])
+    weights = trained_whole([torch.empty(3, inputs), torch.empty(7), torch.empty(5, inputs)])
     assert sketch_bytes(weights, count) == 2 * (moment.test.nbytes + moment.product.nbytes)
 
 
@@ -163,16 +163,16 @@ def test_a_model_of_shapes_only_has_the_same_plan() -> None:
     for method in (partial(MeZO, lr=1e-3), partial(ZOMOPI, rank=8, power_rank=4)):
         real, shapes = model(), model(device="meta")
         batch = BatchShape(16, 32, 2)
-        found = plan(real, whole(real.parameters()), method, batch)
-        assert found == plan(shapes, whole(shapes.parameters()), method, batch)
+        found = plan(real, trained_whole(real.parameters()), method, batch)
+        assert found == plan(shapes, trained_whole(shapes.parameters()), method, batch)
         assert found.peak == found.certain + found.activations + found.logits > 0
 
 
 def test_other_ways_to_train() -> None:
     """Sizes of adapters are those of a model that has them."""
     network, batch = model(device="meta"), BatchShape(16, 32)
-    found = alternatives(network, whole(network.parameters()), partial(MeZO, lr=1e-3), batch)
-    whole_plan = plan(network, whole(network.parameters()), MeZO, batch)
+    found = alternatives(network, trained_whole(network.parameters()), partial(MeZO, lr=1e-3), batch)
+    whole_plan = plan(network, trained_whole(network.parameters()), MeZO, batch)
     assert found["method.update_precision native"].state == 0
     one_layer = found["one layer (scope DominantLayer)"]
     assert one_layer.state == 2 * sum(p.numel() for p in network.model.layers[0].parameters())

@@ -132,7 +132,7 @@ def plan(
     return replace(planned, host=found.host)
 
 
-def whole(weights: Iterable[Tensor], beside: bool = False) -> list[Trained]:
+def trained_whole(weights: Iterable[Tensor], beside: bool = False) -> list[Trained]:
     """Describes weights that train as a whole."""
     return [Trained(weight, tuple(weight.shape), beside) for weight in weights]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.layers import find_layers, is_conv1d
-from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, first_mlp, plan, unpacked_bytes, whole
+from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, first_mlp, plan, trained_whole, unpacked_bytes
 from zolightning.network.quantization import Quantization
 from zolightning.optim.lozo import LOZO
 from zolightning.optim.precision import UPDATE_PRECISIONS
@@ -48,7 +48,7 @@ def alternatives(
 
 def layer(module: nn.Module) -> list[Trained]:
     """The parameters of the first of a module's layers."""
-    return whole(find_layers(module).parameters(0).values())
+    return trained_whole(find_layers(module).parameters(0).values())
 
 
 def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None) -> MemoryPlan:
@@ -58,7 +58,7 @@ def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None
         for weight in _linears(module)
         for shape in ((LORA_RANK, weight.shape[1]), (weight.shape[0], LORA_RANK))
     ]
-    found = plan(module, whole(adapters), method, batch)
+    found = plan(module, trained_whole(adapters), method, batch)
     return replace(found, weights=found.weights + sum(adapter.nbytes for adapter in adapters))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.layers import find_layers
-from zolightning.memory import BatchShape, MemoryPlan, Trained, plan, whole
+from zolightning.memory import BatchShape, MemoryPlan, Trained, plan, trained_whole
 from zolightning.memory_alternatives import layer, on_quantized, with_lora, with_scales
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubZero
 
@@ -24,19 +24,19 @@ Mode = Callable[[nn.Module, BatchShape], MemoryPlan]
 
 
 def _all(model: nn.Module) -> list[Trained]:
-    return whole(model.parameters())
+    return trained_whole(model.parameters())
 
 
 def _layers(model: nn.Module) -> list[Trained]:
     """Without the token embeddings and the output layer."""
-    return whole(parameter for layer in find_layers(model).layers for parameter in layer.parameters())
+    return trained_whole(parameter for layer in find_layers(model).layers for parameter in layer.parameters())
 
 
 def _focus(model: nn.Module) -> list[Trained]:
     """What FOCUS moves at once: a layer, and beside it all that is not in layers."""
     stack = find_layers(model)
     in_layers = {parameter for index in range(len(stack)) for parameter in stack.parameters(index).values()}
-    return layer(model) + whole((p for p in model.parameters() if p not in in_layers), beside=True)
+    return layer(model) + trained_whole((p for p in model.parameters() if p not in in_layers), beside=True)
 
 
 _LOZO, _SUBZERO, _MOPI = partial(LOZO, rank=4), partial(SubZero, rank=64), partial(ZOMOPI, rank=64, power_rank=32)

@@ -7,9 +7,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from zolightning.callbacks.learning_rate_probe import set_lr_scale
 from zolightning.messages import counted
 from zolightning.optim.checks import require_integer, require_positive
+from zolightning.optim.estimating import set_lr_scale
 from zolightning.partners import zeroth_order_optimizer
 
 _RISEN = 3.0  # standard errors of the difference of two means

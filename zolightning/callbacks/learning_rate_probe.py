@@ -15,6 +15,7 @@ from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
 from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_positive
+from zolightning.optim.estimating import set_lr_scale
 from zolightning.optim.record import StepRecord
 from zolightning.partners import tensorboards, zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
@@ -155,12 +156,6 @@ class LearningRateProbe(Callback):
                 "`total_steps` of LearningRateProbe."
             )
         return total - trainer.global_step
-
-
-def set_lr_scale(optimizer: ZerothOrderOptimizer, scale: float) -> None:
-    """Multiplies the learning rates of all further steps by `scale`."""
-    for group in optimizer.param_groups:
-        group["lr_scale"] = scale
 
 
 def _at_full_rate(trainer: L.Trainer, steps: int) -> float:

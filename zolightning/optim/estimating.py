@@ -91,6 +91,12 @@ def squared_grad(
     return mean if math.isfinite(mean) else 0.0
 
 
+def set_lr_scale(optimizer: "ZerothOrderOptimizer", scale: float) -> None:
+    """Multiplies the learning rates of all further records; `lr` itself belongs to schedulers, which set it anew."""
+    for group in optimizer.param_groups:
+        group["lr_scale"] = scale
+
+
 def _probed(
     optimizer: "ZerothOrderOptimizer", evaluate: LossFunction, share: Share, micro_batches: Sequence[MicroBatch] | None
 ) -> Probed:
@@ -122,7 +128,6 @@ def _record_of(found: Probed, optimizer: "ZerothOrderOptimizer", measured: int) 
     return StepRecord(
         step=first["step"],
         seed=first["seed"],
-        # `lr` itself belongs to schedulers, which may set it anew at every step.
         lr=tuple(float(group["lr"]) * group.get("lr_scale", 1.0) * weight for group in groups),
         projected_grads=tuple(found.projected_grads) if found.is_finite else (),
         losses=tuple(found.losses),
