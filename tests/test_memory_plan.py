@@ -206,7 +206,7 @@ def test_a_quantised_base(kind: Any) -> None:
     beside = on_quantized(bare, plain, kind, layer(plain)).weights - on_quantized(bare, plain, kind).weights
     # What trains stays as it is.
     assert beside == weight_bytes(plain.model.layers[0]) - weight_bytes(network.model.layers[0])
-    scales = whole(linear.weight_scale for _, linear in quantized_linears(network))
+    scales = trained_whole(linear.weight_scale for _, linear in quantized_linears(network))
     assert with_scales(plain, kind, MeZO, batch) == plan(network, scales, MeZO, batch)
     assert "adapters, model.quantization nf4" not in alternatives(network, [], MeZO, batch)
 

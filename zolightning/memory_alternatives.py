@@ -70,7 +70,7 @@ def with_scales(
         torch.empty(_scale_shape(weight, quantization), dtype=weight.dtype, device="meta")
         for weight in _linears(module)
     ]
-    return on_quantized(plan(module, whole(scales), method, batch), module, quantization)
+    return on_quantized(plan(module, trained_whole(scales), method, batch), module, quantization)
 
 
 def on_quantized(

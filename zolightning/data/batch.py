@@ -18,9 +18,9 @@ class AnswerIndex:
     The size of a selection by a mask would have to be read back from the device.
 
     Args:
-        size: Examples of the batch.
-        rows: Rows of the batch that hold a candidate, counted through all examples, (N,); None for all of them.
-        tokens: Answer tokens, (3, K): which of these N rows, which of the row's A places, and where in the flattened
+        size: examples of the batch.
+        rows: rows of the batch that hold a candidate, counted through all examples, (N,); None for all of them.
+        tokens: answer tokens, (3, K): which of these N rows, which of the row's A places, and where in the flattened
             `answer_ids`. None if all candidates have A tokens.
     """
 
@@ -93,13 +93,13 @@ def collate(
     """Stacks examples into a batch.
 
     Args:
-        examples: At least one.
-        pad_id: Token beside short rows. It is masked out; any valid token will do.
-        objective: Passed on.
-        gold_only: Whether to leave out the wrong candidates.
-        multiple: What the length of a row is a multiple of.
-        with_prompts: Whether to add what texts are generated from, and compared with.
-        padding_side: The side on which prompts are padded.
+        examples: at least one.
+        pad_id: token beside short rows. It is masked out; any valid token will do.
+        objective: passed on.
+        gold_only: whether to leave out the wrong candidates.
+        multiple: what the length of a row is a multiple of.
+        with_prompts: whether to add what texts are generated from, and compared with.
+        padding_side: the side on which prompts are padded.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]

@@ -23,16 +23,16 @@ class LengthBuckets:
     each time), unless there is no full batch at all.
 
     Args:
-        lengths: Length of each example.
-        batch_size: Examples a batch on each rank.
-        seed: Seed of the order.
-        num_replicas: Number of ranks that share a global batch.
-        rank: This one.
-        bucket_batches: Batches in a window. More of them means less padding; 1 is a plain shuffle.
-        fixed: Whether the same examples stay together.
+        lengths: length of each example.
+        batch_size: examples a batch on each rank.
+        seed: seed of the order.
+        num_replicas: number of ranks that share a global batch.
+        rank: this one.
+        bucket_batches: batches in a window. More of them means less padding; 1 is a plain shuffle.
+        fixed: whether the same examples stay together.
 
     Raises:
-        ValueError: There are fewer examples than ranks.
+        ValueError: if there are fewer examples than ranks.
     """
 
     def __init__(
@@ -99,17 +99,17 @@ def even_batches(lengths: Sequence[int], batch_size: int, num_replicas: int = 1,
     others waiting. So the examples are spread over all batches, whose sizes differ by one at most.
 
     Args:
-        lengths: Length of each example.
-        batch_size: Examples a batch on each rank. Only if this is 1, and the examples do not divide by the
+        lengths: length of each example.
+        batch_size: examples a batch on each rank. Only if this is 1, and the examples do not divide by the
             number of ranks, does a batch have one example more.
-        num_replicas: Number of ranks that share a global batch.
-        rank: This one.
+        num_replicas: number of ranks that share a global batch.
+        rank: this one.
 
     Returns:
         The examples of each batch of this rank.
 
     Raises:
-        ValueError: There are fewer examples than ranks.
+        ValueError: if there are fewer examples than ranks.
     """
     _check_enough_examples(len(lengths), num_replicas)
     num_batches = min(-(-len(lengths) // (batch_size * num_replicas)), len(lengths) // num_replicas)
@@ -148,8 +148,8 @@ class BatchNumbers(DistributedSampler):
     the ranks already. Anything else it replaces or, if it cannot, refuses.
 
     Args:
-        batches: The batches of this rank.
-        start: Returns the number of the first batch. With the Trainer's count of finished batches a run goes
+        batches: the batches of this rank.
+        start: returns the number of the first batch. With the Trainer's count of finished batches a run goes
             on with the batch after the last one it trained on, whenever its checkpoint was written, and a
             callback that looks at a few batches changes nothing.
     """

@@ -14,7 +14,7 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) 
     """The text after which the assistant's next turn begins.
 
     Raises:
-        ValueError: The tokenizer has no chat template, or one that refuses these turns.
+        ValueError: if the tokenizer has no chat template, or one that refuses these turns.
     """
     return _written(tokenizer, turns, add_generation_prompt=True)
 
@@ -23,7 +23,7 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
     """A conversation in two parts: everything up to the last turn, and that turn with what the template ends it by.
 
     Raises:
-        ValueError: As :func:`chat_prompt`; or the template writes earlier turns differently once there is an answer.
+        ValueError: as :func:`chat_prompt`, or if the template writes earlier turns differently once there is an answer.
     """
     prompt = chat_prompt(tokenizer, turns[:-1])
     whole = _written(tokenizer, turns, add_generation_prompt=False)

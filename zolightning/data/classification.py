@@ -17,8 +17,8 @@ class Classification(LabelledTask, CandidatesTask):
 
     Args:
         answers: Jinja2 templates of the candidates; a word without braces is the same for every row.
-        labels: The values of the label field, in the order of `answers`.
-        objective: What is trained: `classification`, the cross-entropy among the candidates; `accuracy`, the share of
+        labels: the values of the label field, in the order of `answers`.
+        objective: what is trained: `classification`, the cross-entropy among the candidates; `accuracy`, the share of
             wrong choices, which only methods without gradients lower; or `language_modeling`, the likelihood of the
             right one. Evaluation compares the candidates with each of them.
     """

@@ -19,7 +19,7 @@ class Conversation(SingleAnswer):
     """Conversations that the tokenizer's chat template writes; the last turn, the assistant's, is trained.
 
     Args:
-        messages: The field with the list of messages, each with a `role` and a `content`.
+        messages: the field with the list of messages, each with a `role` and a `content`.
     """
 
     messages: str = "messages"
@@ -40,7 +40,7 @@ class Conversation(SingleAnswer):
         """The messages of a row.
 
         Raises:
-            ValueError: They are no list of messages that ends with one of the assistant.
+            ValueError: if they are no list of messages that ends with one of the assistant.
         """
         self.check_fields(row, self.template_fields)
         turns = row[self.messages]

@@ -31,34 +31,34 @@ class PromptDataModule(TaskDataModule):
     is "left" otherwise.
 
     Args:
-        task: Name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
+        task: name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
             :class:`~zolightning.data.Task` themselves.
-        path: Folder with the files ``train``, ``test`` and optionally ``validation``, each as JSON lines (``.jsonl``,
+        path: folder with the files ``train``, ``test`` and optionally ``validation``, each as JSON lines (``.jsonl``,
             or compressed), ``.csv``, ``.tsv`` or ``.parquet``, instead of the hub.
-        batch_size: Training examples a batch, on each rank.
-        eval_batch_size: Examples a batch otherwise; `batch_size` if not given.
-        num_train: Training rows to sample; the task's number, mostly 1000, if not given.
-        num_validation: Validation rows to sample; the task's number, mostly 500, if not given.
-        num_test: Test rows to sample; the task's number, mostly 1000, if not given.
-        examples_per_class: Sample this many rows of each class for training, and again for validation,
+        batch_size: training examples a batch, on each rank.
+        eval_batch_size: examples a batch otherwise; `batch_size` if not given.
+        num_train: training rows to sample; the task's number, mostly 1000, if not given.
+        num_validation: validation rows to sample; the task's number, mostly 500, if not given.
+        num_test: test rows to sample; the task's number, mostly 1000, if not given.
+        examples_per_class: sample this many rows of each class for training, and again for validation,
             instead of `num_train` and `num_validation` rows.
-        seed: Decides which rows are sampled and the order of the training batches.
-        max_length: Tokens of a prompt with its answer, at most; longer prompts lose their beginning. The
+        seed: decides which rows are sampled and the order of the training batches.
+        max_length: tokens of a prompt with its answer, at most; longer prompts lose their beginning. The
             model's context length is a limit in any case.
-        fixed_batches: Whether every epoch has the same training batches, in an order of its own, for
+        fixed_batches: whether every epoch has the same training batches, in an order of its own, for
             `keep_prefix_gib` of the ZerothOrder callback.
-        pad_to_multiple_of: What the length of a training batch is a multiple of, so that there are few lengths, for
+        pad_to_multiple_of: what the length of a training batch is a multiple of, so that there are few lengths, for
             `cuda_graphs` of the ZerothOrder callback.
-        num_workers: Processes that build batches. The rows are in memory, so 0 is mostly the fastest.
-        num_demonstrations: In-context examples: training rows, which are not trained on then, that stand with their
+        num_workers: processes that build batches. The rows are in memory, so 0 is mostly the fastest.
+        num_demonstrations: in-context examples: training rows, which are not trained on then, that stand with their
             right answers before every prompt, as many of them as fit. MeZO shows 32. With `examples_per_class` as many
             of each class are shown.
-        demonstrations_per_row: Draw others for every row, as MeZO does without ``--train_set_seed``; all rows are
+        demonstrations_per_row: draw others for every row, as MeZO does without ``--train_set_seed``; all rows are
             trained on then. With `examples_per_class` they are drawn from the sampled rows, as in LM-BFF.
-        calibration: Compare candidates by how much the prompt raises their likelihood over the task's
+        calibration: compare candidates by how much the prompt raises their likelihood over the task's
             `content_free_prompt`, which stands alone (`zero_shot`, MeZO's ``--sfc``) or after the demonstrations
             (`in_context`, ``--icl_sfc``). For accuracies and predictions; losses stay as they are.
-        chat: Whether to write prompts as the user's turn in the tokenizer's chat template.
+        chat: whether to write prompts as the user's turn in the tokenizer's chat template.
         prompt: Jinja2 template instead of the task's.
         answers: Jinja2 templates of the candidates instead of the task's, in the same order.
 
@@ -67,7 +67,7 @@ class PromptDataModule(TaskDataModule):
         >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
 
     Raises:
-        ValueError: An argument is not what it should be.
+        ValueError: if an argument is not what it should be.
     """
 
     def __init__(

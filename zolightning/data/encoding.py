@@ -16,18 +16,18 @@ class Example:
     """A row in tokens.
 
     Args:
-        id: Where the row stands in its source, counted from 0.
-        prompt_ids: The prompt, with the tokens that the tokenizer starts a text with.
-        answer_ids: The candidates.
-        label: Index of the right candidate; -1 if it is not known.
-        text: The prompt, and the right answer in double brackets.
-        truncated: Whether the prompt lost its beginning.
-        right: Indices of all candidates that are right.
-        references: What a generated answer is compared with.
-        has_decoder: Whether answers are read by a decoder and the prompt by an encoder, not one after the other.
-        num_left_out: How many demonstrations do not fit.
-        content_free: The same candidates after the prompt without its content, where scores are calibrated by it.
-        target: The right number of a regression, if it is known.
+        id: where the row stands in its source, counted from 0.
+        prompt_ids: the prompt, with the tokens that the tokenizer starts a text with.
+        answer_ids: the candidates.
+        label: index of the right candidate; -1 if it is not known.
+        text: the prompt, and the right answer in double brackets.
+        truncated: whether the prompt lost its beginning.
+        right: indices of all candidates that are right.
+        references: what a generated answer is compared with.
+        has_decoder: whether answers are read by a decoder and the prompt by an encoder, not one after the other.
+        num_left_out: how many demonstrations do not fit.
+        content_free: the same candidates after the prompt without its content, where scores are calibrated by it.
+        target: the right number of a regression, if it is known.
     """
 
     id: int
@@ -67,8 +67,8 @@ def encode(
     appended. The prompt leaves room for at least `room_for_answer` tokens.
 
     Raises:
-        ValueError: A part has no tokens, two candidates are the same, the answers leave no room for the prompt, or it
-            has a mask or a separator.
+        ValueError: if a part has no tokens, two candidates are the same, the answers leave no room for the prompt, or
+            it has a mask or a separator.
     """
     if MASK in prompt or SEPARATOR in prompt:
         raise ValueError("`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM and SequenceClassifier")
@@ -112,7 +112,7 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: int, max
     """Turns a whole text into tokens, all but the first of which are the answer. A long one loses its end.
 
     Raises:
-        ValueError: The text is less than two tokens, or `max_length` is.
+        ValueError: if the text is less than two tokens, or `max_length` is.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2 or max_length < 2:

@@ -38,17 +38,17 @@ def example_of(
     Where they do not all fit, as many demonstrations are left out as it takes, the first ones.
 
     Args:
-        task: The row's task.
-        row: The row in words.
-        tokenizer: The model's tokenizer.
-        max_length: Tokens of prompt and answer together.
-        chat: Whether a prompt is a user's turn in the tokenizer's chat template.
-        encode: Makes tokens of a prompt and its answers.
-        calibration: Whether to encode the row without its content as well: after its demonstrations (`in_context`) or
+        task: the row's task.
+        row: the row in words.
+        tokenizer: the model's tokenizer.
+        max_length: tokens of prompt and answer together.
+        chat: whether a prompt is a user's turn in the tokenizer's chat template.
+        encode: makes tokens of a prompt and its answers.
+        calibration: whether to encode the row without its content as well: after its demonstrations (`in_context`) or
             without them (`zero_shot`).
 
     Raises:
-        ValueError: The tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
+        ValueError: if the tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
     """
     encoded = partial(_example, task, tokenizer=tokenizer, max_length=max_length, chat=chat, encode=encode)
     example = encoded(row)

@@ -36,7 +36,7 @@ def find_rows(folder: Path, name: str) -> Path | None:
     Where there is none, it is the folder of that name, which holds images.
 
     Raises:
-        ValueError: There are two, or one of another name that looks like it.
+        ValueError: if there are two, or one of another name that looks like it.
     """
     found = [path for ending in ENDINGS if (path := folder / f"{name}{ending}").is_file()]
     if len(found) > 1:
@@ -63,11 +63,11 @@ def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]
     lies, if it lies in another one.
 
     Args:
-        path: One that :func:`find_rows` found.
-        example: A field that rows have, for messages.
+        path: one that :func:`find_rows` found.
+        example: a field that rows have, for messages.
 
     Raises:
-        ValueError: The file, or a line of it, cannot be read; says which.
+        ValueError: if the file, or a line of it, cannot be read; says which.
     """
     if path.is_dir():
         yield from enumerate(_images(path))

@@ -18,11 +18,11 @@ class Generation(PromptTask):
     against the reference that fits best, mean over rows, from 0 to 1.
 
     Args:
-        references: The field with the right text, or a list of them; `answers.text` is the field `text` of `answers`.
+        references: the field with the right text, or a list of them; `answers.text` is the field `text` of `answers`.
         answer: Jinja2 template of what to train, over the fields of a row and `reference`. It should end with `stop`,
             or the model does not learn to end.
-        stop: What ends a generated text.
-        max_new_tokens: Tokens of a generated text, at most. Long prompts are cut so that they fit.
+        stop: what ends a generated text.
+        max_new_tokens: tokens of a generated text, at most. Long prompts are cut so that they fit.
     """
 
     references: str

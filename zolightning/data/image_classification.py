@@ -13,10 +13,10 @@ class ImageClassification(LabelledTask):
     """A task that asks which class an image is of.
 
     Args:
-        image: The field that holds the image: the path of a file, relative to the folder of the rows, or an image of
+        image: the field that holds the image: the path of a file, relative to the folder of the rows, or an image of
             ``datasets``. In folders of images it is `image`, and the label, the name of the folder around it, is
             `label`.
-        objective: What is trained: `classification`, the cross-entropy, or `accuracy`, the share of wrong choices,
+        objective: what is trained: `classification`, the cross-entropy, or `accuracy`, the share of wrong choices,
             which only methods without gradients lower.
     """
 

@@ -22,28 +22,28 @@ class ImageDataModule(TaskDataModule):
     The LightningModule must have a `preprocessor`.
 
     Args:
-        task: Path of a YAML file with an image task, or the fields of an
+        task: path of a YAML file with an image task, or the fields of an
             :class:`~zolightning.data.ImageClassification` themselves.
-        path: Folder of images, or of files of rows, instead of the hub.
-        batch_size: Training images a batch, on each rank.
-        eval_batch_size: Images a batch otherwise; `batch_size` if not given.
-        num_train: Training images to sample; the task's number, mostly 1000, if not given.
-        num_validation: Validation images to sample; the task's number, mostly 500, if not given.
-        num_test: Test images to sample; the task's number, mostly 1000, if not given.
-        examples_per_class: Sample this many images of each class for training, and again for validation,
+        path: folder of images, or of files of rows, instead of the hub.
+        batch_size: training images a batch, on each rank.
+        eval_batch_size: images a batch otherwise; `batch_size` if not given.
+        num_train: training images to sample; the task's number, mostly 1000, if not given.
+        num_validation: validation images to sample; the task's number, mostly 500, if not given.
+        num_test: test images to sample; the task's number, mostly 1000, if not given.
+        examples_per_class: sample this many images of each class for training, and again for validation,
             instead of `num_train` and `num_validation` of all.
-        seed: Decides which images are sampled and the order of the training batches.
-        fixed_batches: Whether every epoch has the same training batches, in an order of its own, for
+        seed: decides which images are sampled and the order of the training batches.
+        fixed_batches: whether every epoch has the same training batches, in an order of its own, for
             `keep_prefix_gib` of the ZerothOrder callback.
-        num_workers: Processes that read images and build batches.
+        num_workers: processes that read images and build batches.
 
     Example:
         >>> data = ImageDataModule({"name": "pets", "image": "image", "labels": ["cat", "dog"]}, path="pets")
         >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
 
     Raises:
-        ValueError: An argument is not what it should be.
-        MisconfigurationException: Pillow is not installed.
+        ValueError: if an argument is not what it should be.
+        MisconfigurationException: if Pillow is not installed.
     """
 
     def __init__(

@@ -20,10 +20,10 @@ class ImageExample:
     """An image that is read when a batch needs it.
 
     Args:
-        id: Where its row stands in its source, counted from 0.
-        where: The same for messages, with the source.
-        image: The file, or what is in it.
-        label: Index of its class; -1 if it is not known.
+        id: where its row stands in its source, counted from 0.
+        where: the same for messages, with the source.
+        image: the file, or what is in it.
+        label: index of its class; -1 if it is not known.
     """
 
     id: int
@@ -56,11 +56,11 @@ def image_of(value: Any, folder: Path | None) -> Path | bytes:
     """The file of an image, or what is in it, by the value of a row's field.
 
     Args:
-        value: A path, bytes, or one of both as data sets of ``datasets`` hold them, ``{"bytes": ..., "path": ...}``.
-        folder: What a relative path starts from; the working directory if None.
+        value: a path, bytes, or one of both as data sets of ``datasets`` hold them, ``{"bytes": ..., "path": ...}``.
+        folder: what a relative path starts from; the working directory if None.
 
     Raises:
-        ValueError: It is none of these, or there is no such file.
+        ValueError: if it is none of these, or there is no such file.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -79,7 +79,7 @@ def opened(image: Path | bytes) -> Iterator[Any]:
     """A context with a Pillow image, of which only the first bytes have been read (less than a tenth of a millisecond).
 
     Raises:
-        ValueError: It cannot be read, now or within the context.
+        ValueError: if it cannot be read, now or within the context.
     """
     from PIL import Image
 
@@ -95,7 +95,7 @@ def read_image(example: ImageExample) -> Any:
     """The image as a Pillow image, in RGB and the right way up.
 
     Raises:
-        ValueError: It cannot be read; says which.
+        ValueError: if it cannot be read; says which.
     """
     from PIL import ImageOps
 
@@ -112,12 +112,12 @@ def collate_images(
     """Reads images into a batch.
 
     Args:
-        examples: At least one.
-        processor: The model's image processor.
-        objective: Passed on.
+        examples: at least one.
+        processor: the model's image processor.
+        objective: passed on.
 
     Raises:
-        ValueError: An image cannot be read; says which.
+        ValueError: if an image cannot be read; says which.
     """
     return ImageBatch(
         # first, because Lightning infers the batch size from the entries that follow what has no size

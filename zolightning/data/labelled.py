@@ -12,9 +12,9 @@ class LabelledTask(Task):
     """A task that asks which class a row belongs to.
 
     Args:
-        labels: The values of the label field, each once.
-        label: The field that holds the label.
-        skip_labels: Labels of rows that are left out.
+        labels: the values of the label field, each once.
+        label: the field that holds the label.
+        skip_labels: labels of rows that are left out.
     """
 
     labels: tuple[Label, ...]

@@ -31,7 +31,7 @@ def encode_masked(
     is the mask its end, but nothing that the tokenizer puts around a text. No answer is generated (`room_for_answer`).
 
     Raises:
-        ValueError: There is not one mask, an answer is not one token that the tokenizer knows, or two are the same.
+        ValueError: if there is not one mask, an answer is not one token that the tokenizer knows, or two are the same.
     """
     mask, mask_id, separator = tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.sep_token
     if prompt.count(MASK) != 1:
@@ -69,7 +69,7 @@ def encode_texts(
     The longer one loses its end. The answers are the numbers of the classes.
 
     Raises:
-        ValueError: There are more texts than two, or a mask; or `max_length` holds no token of a text.
+        ValueError: if there are more texts than two, or a mask; or `max_length` holds no token of a text.
     """
     texts = prompt.split(SEPARATOR)
     if len(texts) > 2 or MASK in prompt:

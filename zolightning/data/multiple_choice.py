@@ -17,10 +17,10 @@ class MultipleChoice(CandidatesTask):
     The first right one is trained by its likelihood, as MeZO trains ReCoRD; a choice counts if it is any of them.
 
     Args:
-        choices: The field with the list of choices, texts or numbers. What stands there twice is one choice.
+        choices: the field with the list of choices, texts or numbers. What stands there twice is one choice.
         answer: Jinja2 template of the answer, over the fields of a row and `choice`.
-        right_choices: The field with the choice that is right, or the list of those that are.
-        objective: What is trained: `language_modeling`, or `accuracy`, the share of wrong choices, which only methods
+        right_choices: the field with the choice that is right, or the list of those that are.
+        objective: what is trained: `language_modeling`, or `accuracy`, the share of wrong choices, which only methods
             without gradients lower.
     """
 

@@ -18,7 +18,7 @@ class Regression(PromptTask):
     and of Spearman.
 
     Args:
-        target: The field with the number.
+        target: the field with the number.
     """
 
     target: str
@@ -47,7 +47,7 @@ class Regression(PromptTask):
         """The number of a row.
 
         Raises:
-            ValueError: It is none.
+            ValueError: if it is none.
         """
         value = row[self.target]
         try:

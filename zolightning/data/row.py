@@ -13,16 +13,16 @@ class Row:
     """A row as text, before it is tokenized.
 
     Args:
-        id: Where the row stands in its source, counted from 0.
-        where: The same for messages, with the source.
-        prompt: The prompt, with its demonstrations.
-        answers: The candidates.
-        right: Indices of those that are right, the one to train on first; none if that is not known.
-        references: What a generated text is compared with.
-        turns: The prompt for a chat template: the user's turn, or all turns of a conversation.
-        shown: The demonstrations, other rows in the prompt, each with its first right answer.
-        fields: The row itself.
-        content_free: Prompt and answers without the row's content, where the task says what that is.
+        id: where the row stands in its source, counted from 0.
+        where: the same for messages, with the source.
+        prompt: the prompt, with its demonstrations.
+        answers: the candidates.
+        right: indices of those that are right, the one to train on first; none if that is not known.
+        references: what a generated text is compared with.
+        turns: the prompt for a chat template: the user's turn, or all turns of a conversation.
+        shown: the demonstrations, other rows in the prompt, each with its first right answer.
+        fields: the row itself.
+        content_free: prompt and answers without the row's content, where the task says what that is.
     """
 
     id: int

@@ -23,15 +23,15 @@ class Rows:
     file for the latter, and for the test from the official validation split.
 
     Args:
-        task: The task, which turns a row into a prompt and answers.
-        folder: Where files of rows are; the task's data set on the hub if None.
-        num_train, num_validation, num_test: How many rows to sample.
-        examples_per_class: How many rows of each class to sample for training, and again for validation, instead.
-        num_demonstrations: How many of the sampled training rows are not trained on, but shown before every other row;
+        task: the task, which turns a row into a prompt and answers.
+        folder: where files of rows are; the task's data set on the hub if None.
+        num_train, num_validation, num_test: how many rows to sample.
+        examples_per_class: how many rows of each class to sample for training, and again for validation, instead.
+        num_demonstrations: how many of the sampled training rows are not trained on, but shown before every other row;
             with `examples_per_class` as many of each class.
-        demonstrations_per_row: Whether each row is shown others, drawn for it: from the training split as in MeZO, or
+        demonstrations_per_row: whether each row is shown others, drawn for it: from the training split as in MeZO, or
             with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
-        seed: Decides which rows are sampled.
+        seed: decides which rows are sampled.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def sample_train_and_validation(
     If there are too few rows, training has to do with less and validation stays complete.
 
     Raises:
-        ValueError: No row would be left to train on.
+        ValueError: if no row would be left to train on.
     """
     chosen = sample(split, num_train + num_validation, seed)
     if len(chosen) <= num_validation:
@@ -44,7 +44,7 @@ def sample_per_class(
     (Gao et al., 2021, arXiv:2012.15723).
 
     Raises:
-        ValueError: A class has too few rows.
+        ValueError: if a class has too few rows.
     """
     by_class: list[list[int]] = [[] for _ in labels]
     for index in _permutation(split, seed):

@@ -27,8 +27,8 @@ def encode_pair(
     these. It leaves no `room_for_answer`, which the decoder has of its own.
 
     Raises:
-        ValueError: The prompt is empty, two candidates are the same, or an answer or a token of the prompt does not fit
-            into `max_length`.
+        ValueError: if the prompt is empty, two candidates are the same, or an answer or a token of the prompt does not
+            fit into `max_length`.
     """
     prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     words = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]

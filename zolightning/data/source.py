@@ -15,11 +15,11 @@ class Split:
     """The rows of one split that a task can use, in the order of their source.
 
     Args:
-        origin: The file or data set, for messages.
-        unit: What a row is called there.
-        ids: Where each row stands in its source, counted from 0.
-        labels: Index of the right answer of each row, the first of several; `NO_LABEL` if it is not known.
-        rows: The rows themselves, by id.
+        origin: the file or data set, for messages.
+        unit: what a row is called there.
+        ids: where each row stands in its source, counted from 0.
+        labels: index of the right answer of each row, the first of several; `NO_LABEL` if it is not known.
+        rows: the rows themselves, by id.
     """
 
     origin: str
@@ -47,13 +47,13 @@ def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> S
     """Reads the file of a split in a folder, such as ``train.jsonl``, and checks every row against the task.
 
     Args:
-        folder: Where the file is.
+        folder: where the file is.
         name: "train", "validation" or "test".
-        task: Says which fields a row needs.
-        labelled: Whether every row needs a label. Otherwise that of a row without one is `NO_LABEL`.
+        task: says which fields a row needs.
+        labelled: whether every row needs a label. Otherwise that of a row without one is `NO_LABEL`.
 
     Raises:
-        ValueError: The file is missing or empty, or a row of it does not fit the task; says which.
+        ValueError: if the file is missing or empty, or a row of it does not fit the task; says which.
     """
     path = find_rows(folder, name)
     if path is None:
@@ -80,8 +80,8 @@ def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
     """Loads the split `name` of a hub data set, from the local cache if it is there.
 
     Raises:
-        ConnectionError: The hub cannot be reached, or has no such data set.
-        ValueError: The columns or labels of the data set do not fit the task.
+        ConnectionError: if the hub cannot be reached, or has no such data set.
+        ValueError: if the columns or labels of the data set do not fit the task.
     """
     origin = f"{hub.path}{f'/{hub.name}' if hub.name else ''}, split {name}"
     dataset = _load_dataset(hub, name, task)

@@ -19,11 +19,11 @@ class HubDataset:
     """A data set on the Hugging Face hub and its splits to train and test on.
 
     Args:
-        path: Repository, such as ``nyu-mll/glue``.
-        name: Configuration within the repository, such as ``sst2``.
-        train: Split that training and validation rows are sampled from.
-        test: Split that test rows are sampled from; its labels must be public.
-        revision: Branch, tag or commit.
+        path: repository, such as ``nyu-mll/glue``.
+        name: configuration within the repository, such as ``sst2``.
+        train: split that training and validation rows are sampled from.
+        test: split that test rows are sampled from; its labels must be public.
+        revision: branch, tag or commit.
     """
 
     path: str
@@ -44,10 +44,10 @@ class Task(ABC):
     """Abstract base of tasks, as declared in a config file: where rows come from, and what a subclass makes of them.
 
     Args:
-        name: Name of the task.
-        num_train, num_validation, num_test: How many rows to take unless the user says otherwise.
-        hub: Where to download the rows.
-        folder: Folder with files of rows.
+        name: name of the task.
+        num_train, num_validation, num_test: how many rows to take unless the user says otherwise.
+        hub: where to download the rows.
+        folder: folder with files of rows.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Task(ABC):
         """The indices of the right answers, the one to train on first, or None if the row is left out.
 
         Raises:
-            ValueError: The row's label is not one of the task's.
+            ValueError: if the row's label is not one of the task's.
         """
 
     @abstractmethod
@@ -110,8 +110,8 @@ class Task(ABC):
         """Returns the prompt and the answers of a row.
 
         Raises:
-            ValueError: A field is missing, or a template does not fit this row, or writes a list, a mapping or a truth
-                value as it stands.
+            ValueError: if a field is missing, or a template does not fit this row, or writes a list, a mapping or a
+                truth value as it stands.
         """
 
     def reference_texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,22 +23,22 @@ class TaskDataModule(L.LightningDataModule):
     ``validation`` of its own.
 
     Args:
-        task: The task.
-        path: Folder of rows, instead of the hub.
-        batch_size: Training examples a batch, on each rank.
-        eval_batch_size: Examples a batch otherwise; `batch_size` if None.
-        num_train: Training rows to sample; the task's number if None. So are `num_validation` and `num_test`.
-        num_validation: Validation rows to sample.
-        num_test: Test rows to sample.
-        examples_per_class: Sample this many rows of each class for training, and again for validation, instead.
-        seed: Decides which rows are sampled and the order of the training batches.
-        fixed_batches: Whether every epoch has the same training batches, in an order of its own.
-        num_workers: Processes that build batches.
-        num_demonstrations: Training rows that stand before every other one.
-        demonstrations_per_row: Whether others are drawn for every row.
+        task: the task.
+        path: folder of rows, instead of the hub.
+        batch_size: training examples a batch, on each rank.
+        eval_batch_size: examples a batch otherwise; `batch_size` if None.
+        num_train: training rows to sample; the task's number if None. So are `num_validation` and `num_test`.
+        num_validation: validation rows to sample.
+        num_test: test rows to sample.
+        examples_per_class: sample this many rows of each class for training, and again for validation, instead.
+        seed: decides which rows are sampled and the order of the training batches.
+        fixed_batches: whether every epoch has the same training batches, in an order of its own.
+        num_workers: processes that build batches.
+        num_demonstrations: training rows that stand before every other one.
+        demonstrations_per_row: whether others are drawn for every row.
 
     Raises:
-        ValueError: An argument is not what it should be.
+        ValueError: if an argument is not what it should be.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TaskDataModule(L.LightningDataModule):
         """Makes examples of the rows of a split, each with a `length`.
 
         Raises:
-            ValueError: One does not fit the model; says which.
+            ValueError: if one does not fit the model; says which.
         """
 
     @abstractmethod
@@ -136,10 +136,10 @@ class TaskDataModule(L.LightningDataModule):
         With it, a bad row of the test split is found before training, for example.
 
         Args:
-            *names: The splits: some of "train", "validation" and "test".
+            *names: the splits: some of "train", "validation" and "test".
 
         Raises:
-            ValueError: A row does not fit the task, or a file is missing; says which line or file.
+            ValueError: if a row does not fit the task, or a file is missing; says which line or file.
         """
         for name in names:
             for row in self._rows.all_of(name):

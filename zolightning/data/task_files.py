@@ -38,7 +38,7 @@ def load_task(name: str) -> Task:
     The file is a config with the task's fields under ``data: task:``, or holds nothing but these fields.
 
     Raises:
-        ValueError: There is no such task, or its file is not right; says which file and key.
+        ValueError: if there is no such task, or its file is not right; says which file and key.
     """
     tasks = configs() / "tasks"
     path = tasks / f"{name}.yaml"
@@ -60,11 +60,11 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     """Makes a task of plain values.
 
     Args:
-        values: The fields of one of the kinds of tasks; ``hub`` as a mapping of its own.
-        beside: What a relative ``folder`` starts from; the working directory if not given.
+        values: the fields of one of the kinds of tasks; ``hub`` as a mapping of its own.
+        beside: what a relative ``folder`` starts from; the working directory if not given.
 
     Raises:
-        ValueError: A field is unknown, missing or wrong; says which.
+        ValueError: if a field is unknown, missing or wrong; says which.
     """
     named = [kind for field, kind in KINDS.items() if isinstance(values, Mapping) and field in values]
     kind = named[0] if named else Classification

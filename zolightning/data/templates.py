@@ -38,7 +38,7 @@ def fill(source: str, values: Mapping[str, Any]) -> str:
     """Returns the text of a template.
 
     Raises:
-        ValueError: The template does not fit these values.
+        ValueError: if the template does not fit these values.
     """
     try:
         return _compile(source).render(values)

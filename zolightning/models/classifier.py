@@ -43,7 +43,7 @@ class Classifier(PretrainedModule):
         """The last layer of the head.
 
         Raises:
-            ValueError: It is no ``nn.Linear``.
+            ValueError: if it is no ``nn.Linear``.
         """
         modules = {name.rpartition(".")[0]: None for name in self.head_parameters}
         found = [self.model.get_submodule(name) for name in modules]

@@ -20,14 +20,14 @@ class Decoding:
     """How the next token is chosen: fields of transformers' GenerationConfig. By default it is the likeliest one.
 
     Args:
-        do_sample: Draw each token from the model's distribution, instead of taking the likeliest.
-        temperature: Divides the logits before tokens are drawn.
-        top_k: Draw among this many of the likeliest tokens; 0 among all.
-        top_p: Draw among the likeliest tokens that make up this share of the probability.
-        num_beams: Texts that are continued side by side, of which the likeliest is taken in the end.
+        do_sample: draw each token from the model's distribution, instead of taking the likeliest.
+        temperature: divides the logits before tokens are drawn.
+        top_k: draw among this many of the likeliest tokens; 0 among all.
+        top_p: draw among the likeliest tokens that make up this share of the probability.
+        num_beams: texts that are continued side by side, of which the likeliest is taken in the end.
 
     Raises:
-        ValueError: A field is out of range, or would have no effect.
+        ValueError: if a field is out of range, or would have no effect.
     """
 
     do_sample: bool = False
@@ -85,13 +85,13 @@ def generate(
     model's own end of a text.
 
     Args:
-        model: A model of transformers that can generate.
-        tokenizer: Its tokenizer.
+        model: a model of transformers that can generate.
+        tokenizer: its tokenizer.
         prompt_ids: (B, P), padded on the left, or on the right if an encoder reads them.
         prompt_mask: (B, P), 0 on padding.
-        max_new_tokens: Tokens to write, at most.
-        stop: What ends a text; it is cut off.
-        decoding: How the next token is chosen; the likeliest if None. Sampling draws from torch's generators.
+        max_new_tokens: tokens to write, at most.
+        stop: what ends a text; it is cut off.
+        decoding: how the next token is chosen; the likeliest if None. Sampling draws from torch's generators.
 
     Returns:
         B texts without outer spaces.

@@ -29,14 +29,14 @@ def load_model(
     No code of the folder or repository is run.
 
     Args:
-        source: A folder, or the name of a repository.
-        network_class: Name of the class of transformers.
-        num_classes: Number of classes of a classifier. If the file has no head for so many classes, the head is a new
+        source: a folder, or the name of a repository.
+        network_class: name of the class of transformers.
+        num_classes: number of classes of a classifier. If the file has no head for so many classes, the head is a new
             one, whose weights depend on the seed of ``seed_everything`` (or 0); torch's generators do not change.
-        **options: Further arguments of ``from_pretrained``.
+        **options: further arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: A weight is missing from the file, or has another shape there, `source` is an adapter, or classes
+        ValueError: if a weight is missing from the file, or has another shape there, `source` is an adapter, or classes
             are asked of another kind of network, or fewer than one.
     """
     import transformers

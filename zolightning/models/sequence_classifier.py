@@ -55,8 +55,8 @@ class SequenceClassifier(TextModule, Classifier):
         """A row in tokens.
 
         Raises:
-            ValueError: The task has neither classes nor a number, or another objective; or the prompt is of more than
-                two texts.
+            ValueError: if the task has neither classes nor a number, or another objective; or the prompt is of more
+                than two texts.
         """
         is_known = isinstance(task, Regression) or (
             isinstance(task, Classification) and task.objective != "language_modeling"

@@ -21,7 +21,7 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
     """Runs a model of transformers twice, over some of its tokens, in the dtype and on the device that it has.
 
     Raises:
-        MisconfigurationException: The values exceed float16; attention is bidirectional, so the model would read the
+        MisconfigurationException: if the values exceed float16; attention is bidirectional, so the model would read the
             answer that it scores; or the scores of a text depend on the padding beside it, so on the other texts of a
             batch.
     """
@@ -54,12 +54,12 @@ def refuse_reading_padding(
     """Runs a model of transformers that reads both ways with padding and without it, as :func:`refuse_unsuitable` does.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        logits_of: Runs the model: returns the logits, given tokens and their mask, both (rows, length).
+        model: the model.
+        tokenizer: its tokenizer.
+        logits_of: runs the model: returns the logits, given tokens and their mask, both (rows, length).
 
     Raises:
-        MisconfigurationException: The values exceed float16, or depend on the padding beside a text.
+        MisconfigurationException: if the values exceed float16, or depend on the padding beside a text.
     """
     weight = model.get_input_embeddings().get_parameter("weight")
     others = [id for id in range(len(weight)) if id not in tokenizer.all_special_ids]

@@ -17,9 +17,9 @@ class Countdown:
     read up to the first ``=``. Values are exact fractions, and nothing is executed.
 
     Args:
-        format_reward: The reward of a wrong expression, made of whole numbers, ``+ - * /`` and parentheses. Any other
+        format_reward: the reward of a wrong expression, made of whole numbers, ``+ - * /`` and parentheses. Any other
             text gets 0.
-        numbers_reward: Added for a wrong expression, times the share of its numbers that are right: twice how many it
+        numbers_reward: added for a wrong expression, times the share of its numbers that are right: twice how many it
             has in common with the reference, divided by how many both have together.
 
     Example:
@@ -30,7 +30,7 @@ class Countdown:
         0.5
 
     Raises:
-        ValueError: A reward is below 0, or both together are above 1.
+        ValueError: if a reward is below 0, or both together are above 1.
     """
 
     def __init__(self, format_reward: float = 0.1, numbers_reward: float = 0.0) -> None:

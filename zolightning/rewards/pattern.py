@@ -8,7 +8,7 @@ class Pattern:
     """1 for a text in which the pattern is found, else 0.
 
     Args:
-        pattern: A regular expression of Python's. ``{reference}`` in it stands for each reference in turn, letter by
+        pattern: a regular expression of Python's. ``{reference}`` in it stands for each reference in turn, letter by
             letter; one that is found is enough.
 
     Example:
@@ -17,7 +17,7 @@ class Pattern:
         1.0
 
     Raises:
-        ValueError: It is no regular expression.
+        ValueError: if it is no regular expression.
     """
 
     def __init__(self, pattern: str) -> None:

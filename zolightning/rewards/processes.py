@@ -18,16 +18,16 @@ class InProcesses:
     the reward runs can read and delete your files.
 
     Args:
-        reward: A function of (text, references), which can be pickled: at the top level of a module.
-        processes: How many run at once.
-        timeout: Seconds for one text. A process that takes longer is killed.
+        reward: a function of (text, references), which can be pickled: at the top level of a module.
+        processes: how many run at once.
+        timeout: seconds for one text. A process that takes longer is killed.
 
     Attributes:
-        failures: How many texts got 0 because their reward failed, by the name of the error.
+        failures: how many texts got 0 because their reward failed, by the name of the error.
 
     Raises:
         ImportError: pebble is not installed.
-        ValueError: A number is out of range, or the reward is not such a function.
+        ValueError: if a number is out of range, or the reward is not such a function.
     """
 
     def __init__(

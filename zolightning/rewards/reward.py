@@ -43,7 +43,7 @@ def rewards_of(reward: Reward, texts: Iterable[str], references: Iterable[Sequen
     """The rewards of several texts, together if `reward` has a method `all_of`, as InProcesses has.
 
     Raises:
-        ValueError: One of them is no finite number, there are more or fewer than texts, or `reward` raised an error,
+        ValueError: if one of them is no finite number, there are more or fewer than texts, or `reward` raised an error,
             which is the cause of this one.
     """
     pairs = list(zip(texts, references, strict=True))
@@ -74,7 +74,7 @@ def as_number(value: Any, text: str) -> float:
     """The reward of a text as a float; a truth value is 1 or 0.
 
     Raises:
-        ValueError: It is no finite number.
+        ValueError: if it is no finite number.
     """
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)

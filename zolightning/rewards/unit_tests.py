@@ -40,12 +40,12 @@ class UnitTests:
     that you do not trust, start the run in a container without network and secrets.
 
     Args:
-        timeout: Seconds for one test; its process, and what that has started, is then killed.
-        processes: How many tests run at once.
-        memory_mib: Address space of a process, in MiB, where the system knows such limits.
+        timeout: seconds for one test; its process, and what that has started, is then killed.
+        processes: how many tests run at once.
+        memory_mib: address space of a process, in MiB, where the system knows such limits.
 
     Attributes:
-        failures: How many tests failed, by the name of the error, and how many texts came with `no tests`.
+        failures: how many tests failed, by the name of the error, and how many texts came with `no tests`.
 
     Example:
         >>> reward = UnitTests()
@@ -53,7 +53,7 @@ class UnitTests:
         0.5
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: if a number is out of range.
     """
 
     def __init__(self, timeout: float = 10.0, processes: int = 2, memory_mib: int = 1024) -> None:
