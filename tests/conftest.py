@@ -1,5 +1,6 @@
 """The table of methods, and the small networks, modules and Trainers that several test files use."""
 
+import gc
 import logging
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -45,6 +46,21 @@ torch.set_num_threads(1)  # on tensors as small as these, threads only wait for 
 # The same examples every time, however slow the machine
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Looks for garbage neither while files are imported nor, later on, in what they hold: a pass takes 0.3 s."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extension modules complain of what is left at the end of a process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
