@@ -10,14 +10,14 @@ from zolightning.optim import MeZO
 
 
 def test_logistic_regression() -> None:
-    """The toy problem of MeZO's reimplementations: 0.175 to 0.180 is where the full loss arrives at in 3,000 steps."""
+    """The toy problem of MeZO's reimplementations, whose loss is 0.175 to 0.180 in the end. Half the rate: 0.28."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(1000, 50, generator=generator)
     labels = (inputs @ torch.randn(50, generator=generator) > 0).float()
     inputs *= 2 * labels[:, None] - 1  # so that the loss is softplus(-margin)
     weight = nn.Parameter(torch.zeros(50))
-    optimizer = MeZO([weight], lr=1e-2, eps=1e-3)
-    for _ in range(3000):
+    optimizer = MeZO([weight], lr=2e-2, eps=1e-3)
+    for _ in range(1000):
         batch = inputs[torch.randint(1000, (64,), generator=generator)]
         optimizer.estimate(lambda batch=batch: F.softplus(-batch @ weight).mean())
         optimizer.step()
