@@ -22,6 +22,7 @@ from zolightning.callbacks import (
     LearningRateProbe,
     LinearProbing,
     RunOverview,
+    SaveLast,
     StepProgressBar,
     ZerothOrder,
 )
@@ -200,6 +201,8 @@ class ZerothOrderCLI(LightningCLI):
                 callback.check(self.trainer, self.model)
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
                 self.trainer.strategy.check(trial(callback.method))
+            if isinstance(callback, SaveLast):
+                callback.check(self.trainer)
         check_training(self.trainer, self.model, self.datamodule)
         check_monitors(self.trainer, self.model, self.datamodule)
         if self._begins_anew:

@@ -93,6 +93,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(make_run: Any, tm
         make_run("file/run").fit()
 
 
+def test_another_file_of_the_last_step_is_refused(make_run: Any, tmp_path: Path) -> None:
+    """Lightning calls it ``last-v1.ckpt`` in the same folder, and goes on from the newer of the two."""
+    with pytest.raises(MisconfigurationException, match="`save_last` of ModelCheckpoint is True, and SaveLast keeps"):
+        make_run(callbacks=[ModelCheckpoint(make_run().path.parent, save_last=True)]).fit()
+    make_run(callbacks=[ModelCheckpoint(tmp_path / "other", save_last=True)], max_steps=1).fit()
+
+
 def test_what_a_killed_process_was_writing_is_removed(make_run: Any) -> None:
     run = make_run(max_steps=1)
     run.path.parent.mkdir()

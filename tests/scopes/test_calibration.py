@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torchmetrics.classification import BinaryAccuracy
 
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
@@ -143,3 +144,21 @@ def test_the_index_of_a_batch_may_have_any_name(
     monkeypatch.setattr(type(module), "training_step", step)
     calibration_forward(module, "batch")
     assert seen == [("batch",) if name is None else ("batch", 0)]
+
+
+def test_the_module_keeps_no_trace(make_module: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an accuracy, a counter and a running mean, which would count examples that no step was taken on."""
+    module = make_module()
+    module.accuracy, module.seen = BinaryAccuracy(), 0
+    module.register_buffer("mean", torch.zeros(5000))  # above the size that is copied beforehand
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        self.accuracy.update(torch.ones(4), torch.ones(4))
+        self.seen += 1
+        self.mean.add_(1.0)
+        return self.mean.mean()
+
+    monkeypatch.setattr(type(module), "training_step", training_step)
+    assert calibration_forward(module, "batch").item() == 1.0
+    assert (module.seen, module.accuracy.update_count, module.mean.abs().sum().item()) == (0, 0, 0.0)
+    assert not module.accuracy.tp.any()

@@ -56,7 +56,7 @@ class SaveLast(ModelCheckpoint):
     Raises:
         ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
         MisconfigurationException: before training, if a run is resumed with another optimizer or precision than its
-            checkpoint's.
+            checkpoint's, or another ModelCheckpoint has ``save_last`` set and the same folder.
     """
 
     def __init__(
@@ -107,6 +107,22 @@ class SaveLast(ModelCheckpoint):
             folder = Path(str(self.dirpath))
             require_writable("dirpath", folder)
             remove_unfinished(folder)
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuses a second callback that keeps a last step in the same folder; to be called before a fit as well.
+
+        Raises:
+            MisconfigurationException: naming the callback and its ``save_last``.
+        """
+        others = [callback for callback in find_callbacks(trainer, ModelCheckpoint) if callback is not self]
+        folder = self.dirpath or next((other.dirpath for other in others), None)
+        for other in others:
+            if other.save_last and other.dirpath == folder:
+                raise MisconfigurationException(
+                    f"`save_last` of {type(other).__name__} is {other.save_last!r}, and SaveLast keeps the last step "
+                    'in the same folder: `ckpt_path="last"` would take one of two files, maybe the older one. Leave '
+                    "`save_last` out."
+                )
 
     # When it saves
 
@@ -253,6 +269,7 @@ class SaveLast(ModelCheckpoint):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.check(trainer)
         optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         saved = self._resumed.get("optimizers", optimizers)
         if saved != optimizers:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.replaced import replaced
+from zolightning.evaluation.traces import Traces
 
 
 @torch.no_grad()
@@ -24,7 +25,10 @@ def calibration_forward(module: L.LightningModule, batch: Any) -> Loss:
 
 
 def own_loss(module: L.LightningModule, batch: Any) -> Loss:
-    """What the module's own ``training_step`` returns for a batch, in evaluation mode and without logging.
+    """What the module's own ``training_step`` returns for a batch, in evaluation mode, without logging and traces.
+
+    Metrics, counters and buffers are afterwards what they were (:mod:`zolightning.evaluation.traces`): these forwards
+    are no steps, and some are at weights that no step has.
 
     Raises:
         MisconfigurationException: if that step does not only compute a loss (manual optimization).
@@ -39,7 +43,11 @@ def own_loss(module: L.LightningModule, batch: Any) -> Loss:
     step: Any = type(module).training_step
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # beside `self`, as Lightning counts
     with evaluation_mode(module), replaced(module, "log", lambda *_, **__: None):
-        return step(module, batch, 0) if takes_index else step(module, batch)
+        trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        traces = Traces(list(module.modules()), set(), trained)
+        with traces.watched():
+            index = (0,) if takes_index else ()
+            return traces.evaluate(lambda: step(module, batch, *index), is_first=False)
 
 
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
