@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import ZerothOrder
@@ -147,8 +148,12 @@ class TestRefusals:
         [
             (ZerothOrder(partial(torch.optim.SGD, lr=0.1)), "`method` must make a zeroth-order optimizer.*got SGD"),
             (
-                ZerothOrder(MeZO, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau),
+                ZerothOrder(MeZO, lr_scheduler=ReduceLROnPlateau),
                 "`lr_scheduler` is ReduceLROnPlateau, which waits for a metric",
+            ),
+            (
+                ZerothOrder(MeZO, lr_scheduler=partial(OneCycleLR, max_lr=1e-3, total_steps=9)),
+                "`lr_scheduler` is OneCycleLR, which has set `momentum` to 0.95, and .*`cycle_momentum=False`",
             ),
         ],
     )

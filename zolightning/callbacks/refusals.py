@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 _WHOLE_PARAMETERS = ("SingleDeviceStrategy", "DDPStrategy")  # strategies under which each rank holds all of them
 _SHARDING = ("zo_fsdp", "ZerothOrderFSDP")  # strategies under which each rank holds some rows
@@ -145,6 +147,26 @@ def refuse_module(module: L.LightningModule) -> None:
                 f"`{parameter_name}` of {name} has no shape yet, as in nn.LazyLinear. Run one forward pass, "
                 "`module(example)`, before `trainer.fit`."
             )
+
+
+def refuse_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
+    """Refuses a scheduler that waits for a metric, or that has given the method a momentum, which takes memory.
+
+    Raises:
+        MisconfigurationException: naming the scheduler and what to use instead.
+    """
+    name = type(scheduler).__name__
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise MisconfigurationException(
+            f"`lr_scheduler` is {name}, which waits for a metric, and schedulers are stepped after every training "
+            "step. Use one that goes by the step, such as WarmupDecay or CosineAnnealingLR."
+        )
+    set_ones = [group["momentum"] for group in optimizer.param_groups if group.get("momentum")]
+    if set_ones and optimizer.defaults.get("momentum") == 0:
+        raise MisconfigurationException(
+            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, and the method was to have none: "
+            "momentum keeps 4 bytes a weight. Give the scheduler `cycle_momentum=False`, or the method a `momentum`."
+        )
 
 
 def refuse_graphs(device: torch.device) -> None:

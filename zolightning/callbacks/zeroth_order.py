@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from zolightning.callbacks.folding import choose_folding
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
-from zolightning.callbacks.refusals import refuse_module, refuse_unsupported
+from zolightning.callbacks.refusals import refuse_module, refuse_scheduler, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
@@ -238,11 +238,7 @@ class ZerothOrder(Callback):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise MisconfigurationException(
-                "`lr_scheduler` is ReduceLROnPlateau, which waits for a metric, and schedulers are stepped after every "
-                "training step. Use one that goes by the step, such as WarmupDecay or CosineAnnealingLR."
-            )
+        refuse_scheduler(scheduler, optimizer)
         if isinstance(scheduler, WarmupDecay):
             scheduler.fit_to(pl_module.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
