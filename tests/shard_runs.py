@@ -222,7 +222,6 @@ def main(folder: Path) -> None:
             train(name, "ddp", 2, ZerothOrderDDP(), folder)
             train(name, "fsdp", 2, ZerothOrderFSDP(), folder)
             train(name, "fsdp-after-ddp", 2, ZerothOrderFSDP(), folder, "ddp-begun")
-            train(name, "ddp-after-fsdp", 2, ZerothOrderDDP(), folder, "fsdp-begun")
         for run, strategy in (("fsdp", ZerothOrderFSDP()), ("ddp", ZerothOrderDDP())):
             train("factors", f"{run}-after-middle", 2, strategy, folder, "ddp-middle")
         refuse(folder)

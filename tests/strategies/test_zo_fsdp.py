@@ -60,15 +60,18 @@ class TestShards:
         for key, tensor in results[f"{name}-fsdp.ckpt"]["state_dict"].items():
             torch.testing.assert_close(tensor, results[f"{name}-one.ckpt"]["state_dict"][key], atol=1e-3, rtol=1e-2)
 
-    def test_go_on_from_whole_weights_and_the_reverse(self, results: Results, name: str) -> None:
-        for run in ("fsdp-after-ddp", "ddp-after-fsdp"):
-            assert len(results[f"{name}-{run}-0"]["steps"]) == shard_runs.BATCHES
-            for part in ("state_dict", "optimizer_states"):
-                assert_same(results[f"{name}-{run}.ckpt"][part], results[f"{name}-ddp.ckpt"][part])
-
-    def test_are_saved_in_the_middle_of_a_run_as_whole_weights_are(self, results: Results, name: str) -> None:
+    def test_go_on_from_whole_weights(self, results: Results, name: str) -> None:
+        assert len(results[f"{name}-fsdp-after-ddp-0"]["steps"]) == shard_runs.BATCHES
         for part in ("state_dict", "optimizer_states"):
-            assert_same(results[f"{name}-fsdp-middle.ckpt"][part], results[f"{name}-ddp-middle.ckpt"][part])
+            assert_same(results[f"{name}-fsdp-after-ddp.ckpt"][part], results[f"{name}-ddp.ckpt"][part])
+
+    def test_are_saved_as_whole_weights_are(self, results: Results, name: str) -> None:
+        """So a run of whole weights goes on from it as from its own, after an epoch and in the middle of one."""
+        for moment in ("begun", "middle"):
+            found, expected = (results[f"{name}-{run}-{moment}.ckpt"] for run in ("fsdp", "ddp"))
+            assert found.keys() == expected.keys()
+            for part in ("state_dict", "optimizer_states", "loops", "epoch", "global_step"):
+                assert_same(found[part], expected[part])
         (state,) = results[f"{name}-fsdp-middle.ckpt"]["optimizer_states"]
         has_pending = any("base" in entries for entries in state["state"].values())
         assert has_pending == ("waits" in RUNS[name][1])
