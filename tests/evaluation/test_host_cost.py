@@ -224,6 +224,17 @@ def test_all_losses_are_asked_for_before_one_is_read(num_queries: int) -> None:
     assert events == ["loss"] * (2 * num_queries) + ["read"]
 
 
+def estimates(method: Callable[..., Any], layers: int, width: int, count: int) -> Iterator[ZerothOrderOptimizer]:
+    """An optimizer of a stack of linear layers, after each of some estimates; its cores wait."""
+    net = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    optimizer = attached(method, net, seed=0)
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.fold_every_step = False
+    for _ in range(count):
+        optimizer.estimate(lambda: net(torch.ones(2, width)).square().mean())
+        yield optimizer
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -237,12 +248,7 @@ def test_operations_of_an_update_do_not_grow_with_the_weights(method: Callable[.
         pytest.skip("torch's own loops are operations of torch")
     counts = []
     for layers in (2, 6):
-        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
-        optimizer = attached(method, net, seed=0)
-        if isinstance(optimizer, SubspaceOptimizer):
-            optimizer.fold_every_step = False
-        for _ in range(2):
-            optimizer.estimate(lambda net=net: net(torch.ones(2, 4)).square().mean())
+        for optimizer in estimates(method, layers, width=4, count=2):
             with Operations() as operations:
                 optimizer.step()
         views = {"promote_types", "view", "detach", "unbind", "split", "slice", "as_strided", "transpose"}
@@ -316,12 +322,7 @@ def test_what_another_layer_costs_the_host_in_an_update_on_a_gpu(
     monkeypatch.setattr(triton_loops, "_launch", lambda *arguments, **constants: launched.append(arguments))
     counts = []
     for layers in (4, 12):
-        net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
-        optimizer = attached(method, net, seed=0)
-        if isinstance(optimizer, SubspaceOptimizer):
-            optimizer.fold_every_step = False
-        for _ in range(3):
-            optimizer.estimate(lambda net=net: net(torch.ones(2, 16)).square().mean())
+        for optimizer in estimates(method, layers, width=16, count=3):
             launched.clear()
             count = calls_of(optimizer.step)
         counts.append(count)
