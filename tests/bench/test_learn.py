@@ -97,7 +97,7 @@ def test_every_kind_of_entry_is_tuned_seeded_and_cut_at_its_limit(
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    command: Command, capsys: pytest.CaptureFixture[str]
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     falling = f"{MEZO[1]} lr_scheduler=WarmupDecay"
     arguments = ("--entry", falling, "--forwards", "12", "--validations", "2")
@@ -105,7 +105,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     (begun,) = command(*arguments, "--time-limit", "0.01").values()
     assert [line["step"] for line in begun] == ["0"]
     assert "the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "curves.png").exists(), "there is no finished run to draw"
     (resumed,) = command(*arguments).values()
+    assert (tmp_path / "curves.png").exists()
     figures = [[{**line, "seconds": None} for line in lines] for lines in (resumed, whole)]
     assert figures[0] == figures[1]
     assert [line["step"] for line in resumed[:-1]] == ["0", "3", "6"]

@@ -24,17 +24,22 @@ def print_tables(entries: Sequence[Entry], curves: Curves, limits: Mapping[Unit,
 
 
 def draw(path: Path, entries: Sequence[Entry], curves: Curves, limits: Mapping[Unit, float]) -> None:
-    """Draws validation loss and accuracy over forwards and over time, a line a run at an entry's best learning rate."""
+    """Draws validation loss and accuracy over forwards and over time, a line a run at an entry's best learning rate.
+
+    Nothing is drawn where no run has been finished.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("No curves are drawn, for matplotlib is missing; the same command draws them where it is.")
         return
+    unit, limit = next(iter(limits.items()))
+    if not any(one.best(curves, unit, limit) for one in entries):
+        return  # no run has been finished
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    unit, limit = next(iter(limits.items()))
     for number, one in enumerate(entries):
         best = one.best(curves, unit, limit)
         for place, key in enumerate([] if best is None else _seeds(best, curves)):
@@ -51,8 +56,7 @@ def draw(path: Path, entries: Sequence[Entry], curves: Curves, limits: Mapping[U
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    if panels[0, 0].lines:
-        panels[0, 0].legend(frameon=False, fontsize=8)
+    panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     print(f"\ncurves: {path}")
 
