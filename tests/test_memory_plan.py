@@ -2,7 +2,9 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -33,7 +35,7 @@ from zolightning.memory_alternatives import (
 from zolightning.messages import in_units
 from zolightning.network.adapters import add_adapter, lora_settings
 from zolightning.network.quantization import quantize, quantized_linears
-from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubspaceOptimizer
+from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, StepRecord, SubspaceOptimizer
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTHS: dict[str, dict[str, Any]] = {
@@ -91,6 +93,15 @@ def test_what_moves_beside_blocks_keeps_no_curvature(make_problem: Callable[...,
     optimizer.step()
     assert (optimizer.state_bytes(), 0) == expected
     assert expected[0] == 6 * problem.matrix.numel() + 2 * problem.images.numel()
+
+
+def test_a_method_may_divide_by_the_spread_of_its_losses() -> None:
+    class ByTheSpread(MeZO):
+        def update(self, record: StepRecord) -> None:
+            super().update(replace(record, lr=tuple(lr / stdev(record.losses) for lr in record.lr)))
+
+    weights = trained_whole([torch.zeros(8, 6, dtype=torch.bfloat16)])
+    assert state_bytes(weights, ByTheSpread) == state_bytes(weights, MeZO)
 
 
 def test_state_in_host_memory() -> None:

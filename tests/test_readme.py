@@ -113,16 +113,18 @@ def test_python(document: str, run: Callable[[str], dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def examples(run: Callable[[str], dict[str, Any]]) -> SimpleNamespace:
+def examples(run: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The classes of the package's document."""
-    return SimpleNamespace(**run(PACKAGE))
+    found = SimpleNamespace(**run(PACKAGE))
+    monkeypatch.undo()  # tests of these classes take as many steps as they say
+    return found
 
 
 def test_the_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         net, inputs = nn.Linear(3, 2), torch.randn(5, 3)
-    optimizer = examples.FZOO(net.named_parameters(), lr=1e-5, num_queries=4, seed=3)
+    optimizer = examples.FZOO(net.named_parameters(), lr=1e-2, num_queries=4, seed=3)
     optimizer.attach(net)
     before = net.weight.detach().clone()
     record = optimizer.estimate(lambda: net(inputs).square().mean())
@@ -134,8 +136,8 @@ def test_the_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
         directions[net.weight].accumulate(sign := torch.zeros(2, 3))
         signs.append(sign)
     optimizer.step()
-    gradient = sum((loss - unperturbed) / 1e-3 * sign for loss, sign in zip(losses, signs, strict=True)) / 4
-    torch.testing.assert_close(net.weight, (before - 1e-5 * gradient / losses.std()).float(), rtol=0, atol=1e-6)
+    mean = sum((loss - unperturbed) * sign for loss, sign in zip(losses, signs, strict=True)) / 4
+    torch.testing.assert_close(net.weight, (before - 1e-2 * mean / losses.std()).float(), rtol=0, atol=1e-6)
     assert (net.weight - before).abs().max() > 1e-3
 
 
@@ -164,7 +166,7 @@ def test_the_method_learns_under_a_trainer(
             return sum(module.training_step(batch, 0).item() for batch in regression_data())
 
     before = loss()
-    make_trainer(max_steps=200, callbacks=[ZerothOrder(partial(examples.FZOO, lr=5e-4))]).fit(module, regression_data())
+    make_trainer(max_steps=200, callbacks=[ZerothOrder(partial(examples.FZOO, lr=2e-2))]).fit(module, regression_data())
     assert loss() < 0.5 * before
 
 

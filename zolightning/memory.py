@@ -188,7 +188,8 @@ def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dic
         optimizer.blocks.parameters.append(frozenset())
     for name, value in changes.items():
         setattr(optimizer, name, value)
-    losses = (0.0,) * len(optimizer.estimator.probes(optimizer.num_queries))
+    # Losses that differ: a method may divide by their spread.
+    losses = tuple(map(float, range(len(optimizer.estimator.probes(optimizer.num_queries)))))
     record = StepRecord(
         0, optimizer.param_groups[0]["seed"], (1e-9,), (1.0,) * optimizer.num_queries, losses, len(losses)
     )
