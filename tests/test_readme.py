@@ -5,6 +5,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from zolightning.cli import ZerothOrderCLI
 from zolightning.data.task_files import load_task
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO
+from zolightning.optim.estimators import OneSided
 from zolightning.rewards.reward import rewards_of
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -139,6 +141,12 @@ def test_the_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
     mean = sum((loss - unperturbed) * sign for loss, sign in zip(losses, signs, strict=True)) / 4
     torch.testing.assert_close(net.weight, (before - 1e-2 * mean / losses.std()).float(), rtol=0, atol=1e-6)
     assert (net.weight - before).abs().max() > 1e-3
+
+
+def test_the_command_line_keeps_the_defaults_of_the_method(parse: Callable[[list[str]], Any]) -> None:
+    config = parse(["zolightning", "fit", "--config", "configs/quickstart.yaml", "--method", "my_file.FZOO"]).fit
+    method = import_module("my_file").FZOO([torch.zeros(1)], **config.method.init_args.as_dict())
+    assert (type(method.estimator), method.noise, method.num_queries) == (OneSided, "rademacher", 8)
 
 
 def test_the_low_rank_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
