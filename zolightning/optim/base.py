@@ -104,8 +104,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
-        checks.require_positive("lr", group["lr"])
-        checks.require_positive("eps", group["eps"])
+        checks.require_positive("lr", group.get("lr"))  # None where a method has left it out of its `defaults`
+        checks.require_positive("eps", group.get("eps"))
         if group["eps"] != self.param_groups[0]["eps"]:
             raise ValueError("`eps` must be the same in all parameter groups: they share the losses of a step.")
         if not group.get("weight_decay", 0.0) >= 0:

@@ -12,7 +12,7 @@ from zolightning.kernels.noise import MAX_ELEMENTS
 from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample
 
 
-def require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: object) -> None:
     """Raises a ValueError that names the argument unless `value` is a finite number above zero."""
     if not (isinstance(value, int | float | Tensor) and math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
@@ -30,7 +30,7 @@ def require_integer(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
 
 
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raises a ValueError that names the argument unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

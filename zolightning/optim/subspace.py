@@ -90,7 +90,7 @@ class SubspaceOptimizer(SubspaceWeights):
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
         require_integer("rank", rank)
-        require_positive("lr", defaults["lr"])
+        require_positive("lr", defaults.get("lr"))
         vector_lr = defaults["lr"] if vector_lr is None else vector_lr
         if not vector_lr >= 0:
             raise ValueError(f"`vector_lr` must not be negative, got {vector_lr!r}.")
@@ -257,7 +257,13 @@ class SubspaceOptimizer(SubspaceWeights):
                 moved = [state["core"] for state in states]
                 gradients = torch.stack(smoothed(moved, states, [cores[name] for name in names], group))
                 is_turned = self.basis_kind.is_turned(self.basis(parameters[0]))
-                steps = self.core_step(gradients.mT.contiguous() if is_turned else gradients, states, group)
+                gradients = gradients.mT.contiguous() if is_turned else gradients
+                steps = self.core_step(gradients, states, group)
+                if steps.shape != gradients.shape:
+                    raise ValueError(
+                        f"`core_step` of {type(self).__name__} must return steps of the shape of the gradients, "
+                        f"{tuple(gradients.shape)}, got {tuple(steps.shape)}."
+                    )
                 torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr * scale)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:

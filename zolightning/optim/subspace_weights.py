@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.autocast import without_autocast
-from zolightning.directions.basis import Basis, Sides
+from zolightning.directions.basis import SIDES, Basis, Sides
 from zolightning.directions.dense import compute_dtype
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, own_rows
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.bases import ANCHORED, GIVEN, BasisKind, Matrix
+from zolightning.optim.checks import require_choice
 from zolightning.optim.cores import add_lift
 from zolightning.optim.momentum_transport import momentum_of, transport_momentum
 from zolightning.optim.offload import to_host
@@ -42,7 +43,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         recorded: in a replay, the given bases of the recorded run by their refresh index, which :meth:`resample` takes.
 
     Raises:
-        ValueError: if `offload_low_words` is set and `update_precision` keeps nothing.
+        ValueError: if `offload_low_words` is set and `update_precision` keeps nothing, or the class has no `sides`.
     """
 
     kept_at_rest = tuple(GIVEN.values())
@@ -53,6 +54,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, offload_low_words: bool = False, **common: Any
     ) -> None:
+        require_choice("sides", getattr(self, "sides", None), SIDES)
         self.offload_low_words = offload_low_words
         self.fold_every_step = True
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
