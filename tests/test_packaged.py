@@ -46,6 +46,7 @@ def test_list_and_copy(tmp_path: Path) -> None:
     assert refused(["configs", "--copy", "mine"]) == (
         "error: `--copy` is mine, which exists. Name a folder that does not."
     )
+    assert refused(["configs", "--copy", "/proc/x"]).startswith("error: `--copy` is /proc/x, where no file can be")
 
 
 def test_tasks_by_name_are_the_files_of_the_folder() -> None:

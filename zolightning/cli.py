@@ -48,12 +48,15 @@ from zolightning.commands.trainer import Trainer
 from zolightning.partners import callbacks_of, find_callbacks
 from zolightning.scopes.scope import Scope, refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
+from zolightning.versions import installed_version
 
 _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
     **{name: {"model", "datamodule"} for name in ("doctor", "profile", "sweep-layers", "export", "replay")},
 }
 _PARSER_KWARGS: dict[str, Any] = {
+    "prog": "zolightning",
+    "version": installed_version("zolightning") or "unknown: not installed",
     "description": "Fine-tunes language models by forward passes only. Two more commands have a `--help`: "
     "`configs` lists the config files of the package, `report` compares runs on a page.",
     # argparse would list a hundred options, here and before every error.

@@ -1,7 +1,9 @@
 """What ZerothOrder refuses by name, before the first step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import ZerothOrder
-from zolightning.callbacks.refusals import refuse_strategy, refuse_unsupported
-from zolightning.optim import MeZO
+from zolightning.callbacks.refusals import made_scheduler, refuse_strategy, refuse_unsupported
+from zolightning.optim import MeZO, SubZero
 from zolightning.strategies import ZerothOrderFSDP
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -167,6 +169,23 @@ class TestRefusals:
     ) -> None:
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(max_steps=1, callbacks=[callback]).fit(make_regression(), regression_data())
+
+    def test_a_scheduler_of_moments_that_a_method_has_not(self) -> None:
+        make, method = partial(OneCycleLR, max_lr=1e-3, total_steps=9), SubZero([torch.nn.Parameter(torch.ones(3, 3))])
+        with pytest.raises(MisconfigurationException, match=r"changes `betas`, .*SubZero .*`cycle_momentum=False`"):
+            made_scheduler(make, method)
+        assert made_scheduler(partial(make, cycle_momentum=False), method).optimizer is method
+        with pytest.raises(TypeError, match="max_rate"):
+            made_scheduler(partial(OneCycleLR, max_rate=1), method)
+
+    def test_going_on_without_the_callback_is_warned_of(
+        self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path
+    ) -> None:
+        trainer = make_trainer(max_epochs=1, callbacks=[ZerothOrder(MeZO)])
+        trainer.fit(make_regression(), regression_data())
+        trainer.save_checkpoint(tmp_path / "zo.ckpt")
+        with pytest.warns(UserWarning, match=r"add the following callbacks: \['ZerothOrder'\]"), suppress(KeyError):
+            make_trainer(max_epochs=2).fit(make_regression(), regression_data(), ckpt_path=tmp_path / "zo.ckpt")
 
     def test_nothing_to_train(
         self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer

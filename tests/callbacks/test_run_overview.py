@@ -33,6 +33,7 @@ def fit(
             log_every_n_steps=1,
             callbacks=[*callbacks, RunOverview("zolightning fit --config mine.yaml")],
         )
+        trainer.validate(module, regression_data(), verbose=False)
         trainer.fit(module, regression_data(), regression_data())
         return EventAccumulator(logger.log_dir).Reload()
 
@@ -57,7 +58,7 @@ def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptur
     assert "eps" not in first_words  # the default
     text = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "MeZO, lr 0.5" in text and "zolightning fit --config mine.yaml" in text
-    assert [event.step for event in events.Scalars("by_forward_passes/val/loss")] == [12, 24]
+    assert [event.step for event in events.Scalars("by_forward_passes/val/loss")] == [0, 12, 24]
     assert [event.value for event in events.Scalars("by_forward_passes/val/loss")] == [
         event.value for event in events.Scalars("val/loss")
     ]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,27 @@ def test_a_command_makes_its_own_parser_only(
     assert made == parsers
 
 
-def test_no_subcommand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["zolightning"])
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ([], "no command is given"),
+        (["fitt"], "'fitt' is no command (did you mean fit?)"),
+        (["reprot", "logs"], "'reprot' is no command (did you mean report?)"),
+    ],
+)
+def test_a_wrong_command_is_told_all_there_are(
+    words: list[str], wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["zolightning", *words])
     with pytest.raises(SystemExit):
         main()
-    assert 'expected "subcommand" to be one of {fit,validate' in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {wrong}; accepted: {', '.join([*_SUBCOMMANDS, 'configs', 'report'])}.\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"zolightning {version('zolightning')}\n"
 
 
 def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:

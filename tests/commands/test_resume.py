@@ -64,7 +64,10 @@ def test_a_resumed_run_goes_on_in_its_folder(resumed: tuple[Runs, str]) -> None:
     runs, output = resumed
     assert "before training" not in output
     assert not runs.version(1).exists()
-    assert sorted(runs.scalars(0)["train/loss"]) == [0, 1, 2, 3, 4, 5]
+    scalars = runs.scalars(0)
+    assert sorted(scalars["train/loss"]) == [0, 1, 2, 3, 4, 5]
+    assert sorted(scalars["best/val/accuracy"]) == [3, 6]  # at each end
+    assert sorted(scalars["by_forward_passes/val/accuracy"]) == [0, 2, 4, 6, 8, 10, 12]
     assert last_of(runs)["global_step"] == 6
 
 

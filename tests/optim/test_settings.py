@@ -8,12 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from zolightning.optim import LOZO, MeZO, MeZOAdam, SubZero
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SubZero, ZerothOrderOptimizer
 from zolightning.optim.estimators import OneSided
 
 
 def weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(4, 3, dtype=dtype))]
+
+
+@pytest.mark.parametrize("method", [MeZO, LOZO, HiZOO])
+def test_a_wrong_argument_is_that_of_the_method(method: type[ZerothOrderOptimizer]) -> None:
+    """Python would blame a base class, which takes what the classes on the way pass on."""
+    with pytest.raises(TypeError) as raised:
+        method(weights(), lr=1e-3, epss=1e-3)  # type: ignore[call-arg]
+    words = f"{method.__name__} has no argument `epss` (did you mean `eps`?); accepted: align_queries, "
+    assert str(raised.value).startswith(words)
 
 
 MEZO = partial(MeZO, lr=1e-3, estimator=OneSided())

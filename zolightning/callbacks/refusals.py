@@ -4,6 +4,7 @@ Classes are recognised by the names of their bases, because ``lightning`` and ``
 under two names, whose classes are not each other's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -149,12 +150,22 @@ def refuse_module(module: L.LightningModule) -> None:
             )
 
 
-def refuse_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
-    """Refuses a scheduler that waits for a metric, or that has given the method a momentum, which takes memory.
+def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
+    """Makes a scheduler, and refuses one that waits for a metric, or changes more of a method than its learning rate.
 
     Raises:
         MisconfigurationException: naming the scheduler and what to use instead.
     """
+    method = type(optimizer).__name__
+    try:
+        scheduler = make(optimizer)
+    except TypeError as error:
+        if optimizer.defaults.get("betas", ()) is not None or "NoneType" not in str(error):
+            raise
+        raise MisconfigurationException(
+            f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, and {method} was to have none. Give the "
+            "scheduler `cycle_momentum=False`, or the method `betas`."
+        ) from error
     name = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
         raise MisconfigurationException(
@@ -164,9 +175,10 @@ def refuse_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
     set_ones = [group["momentum"] for group in optimizer.param_groups if group.get("momentum")]
     if set_ones and optimizer.defaults.get("momentum") == 0:
         raise MisconfigurationException(
-            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, and the method was to have none: "
+            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, and {method} was to have none: "
             "momentum keeps 4 bytes a weight. Give the scheduler `cycle_momentum=False`, or the method a `momentum`."
         )
+    return scheduler
 
 
 def refuse_graphs(device: torch.device) -> None:

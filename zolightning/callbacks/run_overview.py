@@ -46,8 +46,8 @@ class RunOverview(Callback):
       (:mod:`zolightning.memory`), the forward passes of a step, and where the run goes.
     * The same as the text ``run`` in TensorBoard, and the settings as its hyperparameters, by which runs are compared:
       with the best value of the monitored metric where a ModelCheckpoint has one.
-    * The metrics of every validation are also logged under ``by_forward_passes/``, with the number of forward passes as
-      the step, to compare methods with different numbers of evaluations.
+    * The metrics of every validation, also of one before the fit, are logged under ``by_forward_passes/`` too, with the
+      number of forward passes as the step, to compare methods with different numbers of evaluations.
 
     A run that does not fit into the memory of its GPU is refused, with the sizes of alternatives. The size of a forward
     pass is known if the datamodule has ``largest_batch``, as PromptDataModule does.
@@ -62,6 +62,7 @@ class RunOverview(Callback):
     def __init__(self, command: str | None = None) -> None:
         self.command = command
         self._settings: dict[str, Any] = {}
+        self._validated_before: dict[str, Any] = {}  # metrics of a validation that came before the fit
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lines = overview(trainer, pl_module)
@@ -72,26 +73,26 @@ class RunOverview(Callback):
         if self.command is not None:
             lines["command"] = self.command
         self._settings = _settings(trainer, pl_module)
+        if trainer.global_step == 0:
+            _log_by_forward_passes(trainer, self._validated_before)
         for logger in tensorboards(trainer):
             table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
             logger.experiment.add_text("run", f"| | |\n|-|-|\n{table}", trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
-        for method in methods_of(trainer):
-            forwards = method.param_groups[0]["forward_passes"]
-            for logger in tensorboards(trainer):
-                for name, value in trainer.callback_metrics.items():
-                    if name.startswith("val"):
-                        logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _log_by_forward_passes(trainer, trainer.callback_metrics)
+        else:
+            self._validated_before = dict(trainer.callback_metrics)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = next(iter(find_callbacks(trainer, ModelCheckpoint)), None)
         score = None if best is None else best.best_model_score
         metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
         for logger in tensorboards(trainer):
-            logger.log_hyperparams(self._settings, metrics)
+            logger.log_hyperparams(self._settings, metrics, trainer.global_step)
 
 
 def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
@@ -101,6 +102,15 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         MisconfigurationException: if weights, state and scratch are more than a GPU has free.
     """
     return dict(_overview(trainer, module))
+
+
+def _log_by_forward_passes(trainer: L.Trainer, metrics: Mapping[str, Any]) -> None:
+    for method in methods_of(trainer):
+        for logger in tensorboards(trainer):
+            for name, value in metrics.items():
+                if name.startswith("val"):
+                    forwards = method.param_groups[0]["forward_passes"]
+                    logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ class Unrecorded:
     """
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
-        self._names = (constructor_arguments(optimizer) | _SET_LATER) - _RECORDED
+        self._names = (constructor_arguments(type(optimizer)) | _SET_LATER) - _RECORDED
         self._values = self._of(optimizer)
 
     def change(self, optimizer: ZerothOrderOptimizer) -> str | None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.packaged import configs
 
 
@@ -12,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command on its arguments.
 
     Raises:
-        ValueError: if the folder to copy to exists.
+        ValueError: if the folder to copy to exists, or cannot be made.
     """
     parser = argparse.ArgumentParser(
         prog="zolightning configs",
@@ -30,5 +31,6 @@ def main(arguments: Sequence[str]) -> None:
     target = Path(copy)
     if target.exists():
         raise ValueError(f"`--copy` is {copy}, which exists. Name a folder that does not.")
+    require_writable("--copy", target)
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__"))
     print(f"copied to {target}")

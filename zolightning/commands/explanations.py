@@ -23,16 +23,24 @@ _TYPES = {
 }
 _MOST_NAMES = 30
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+_OTHER_COMMANDS = ("configs", "report")  # whose parsers are their own
 
 
-def explain(message: str, options: Iterable[str] = ()) -> str:
+def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] = ()) -> str:
     """Shortens an error message of jsonargparse, which may have 30 lines, to one line.
 
     Args:
         message: the message of jsonargparse.
         options: all options, such as ``--trainer.max_steps``.
+        commands: all subcommands of the parser.
     """
     field, inner = _field(message), _innermost(message)
+    if found := re.match(
+        r'argument subcommand: invalid choice: \'(.*)\' \(|expected "subcommand" to be one of', message
+    ):
+        names = [*commands, *_OTHER_COMMANDS]
+        wrong = f"{found[1]!r} is no command{_hint(_closest(found[1], names))}" if found[1] else "no command is given"
+        return f"{wrong}; accepted: {', '.join(names)}."
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
         return f"`{found[1]}.help` is {found[2]!r}, which is no class that `{found[1]}` takes."
     if beside := _beside_class_path(inner):

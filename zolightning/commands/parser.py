@@ -57,7 +57,8 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser of an inner class, whose message becomes a part of the outer one's
             super().error(message, ex)
-        sys.stderr.write(f"error: {explain(message, self.option_names(ex))}\n")
+        commands = getattr(self._subcommands_action, "choices", {})
+        sys.stderr.write(f"error: {explain(message, self.option_names(ex), commands)}\n")
         self.exit(2)
 
     def option_names(self, ex: Exception | None) -> list[str]:

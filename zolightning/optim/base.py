@@ -24,6 +24,7 @@ from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample,
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
 from zolightning.optim.record import Estimate, StepRecord
+from zolightning.optim.settings import refuse_unknown
 from zolightning.optim.share import WHOLE, Share
 from zolightning.optim.stochastic_rounding import round_stochastically
 
@@ -58,6 +59,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
+        TypeError: naming an argument that the method does not have.
     """
 
     takes_shards: ClassVar[bool] = False  # whether `update` works for parameters of which a rank has some rows (FSDP2)
@@ -73,7 +75,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         estimator: Estimator | None = None,
         seed: int | None = None,
         update_precision: UpdatePrecision = "exact",
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)  # Python would blame this class, which nobody has called
         checks.require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.require_seed(seed)

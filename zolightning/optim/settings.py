@@ -1,7 +1,8 @@
 """The arguments that a method was constructed with: saved with its state, and compared when a run is resumed."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,18 +13,30 @@ from zolightning.rank_zero import rank_zero_warn
 # Values that a resumed run takes from its checkpoint, an argument that changes no bit, and what torch adds when it
 # restores an optimizer.
 _NOT_COMPARED = ("seed", "step", "forward_passes", "offload_low_words", "differentiable")
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
-def constructor_arguments(optimizer: torch.optim.Optimizer) -> set[str]:
+def constructor_arguments(method: type[torch.optim.Optimizer]) -> set[str]:
     """The names of the arguments of a method's constructor and of those of its base classes."""
-    constructors = [vars(cls)["__init__"] for cls in type(optimizer).__mro__ if "__init__" in vars(cls)]
-    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    constructors = [vars(cls)["__init__"] for cls in method.__mro__ if "__init__" in vars(cls)]
+    arguments = (
+        argument for constructor in constructors for argument in inspect.signature(constructor).parameters.values()
+    )
+    return {argument.name for argument in arguments if argument.kind in _NAMED}
+
+
+def refuse_unknown(method: type[torch.optim.Optimizer], names: Iterable[str]) -> None:
+    """Raises a TypeError that names the first of some arguments which the constructor of a method does not have."""
+    accepted = sorted(constructor_arguments(method) - {"self", "params", "defaults"})
+    for name in names:
+        close = "".join(f" (did you mean `{other}`?)" for other in get_close_matches(name, accepted, 1))
+        raise TypeError(f"{method.__name__} has no argument `{name}`{close}; accepted: {', '.join(accepted)}.")
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The class, the constructor's arguments and the parameters' dtypes, by name, as plain values."""
-    arguments = constructor_arguments(optimizer)
+    arguments = constructor_arguments(type(optimizer))
     attributes = {name: value for name, value in vars(optimizer).items() if name in arguments - {"defaults"}}
     settings = {name: value for name, value in (optimizer.defaults | attributes).items() if name not in _NOT_COMPARED}
     if "vector_lr_ratio" in settings:  # kept as a ratio, so that schedulers scale it, and given as a rate
