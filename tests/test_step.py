@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
 from zolightning.optim.estimators import OneSided
+from zolightning.partners import log_number
 from zolightning.step import logged_once
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -216,6 +218,51 @@ class TestLogging:
         module.loss = lambda batch: (module.log("mine", 1.0), inner(batch))[1]
         fit(module, max_steps=2)
         assert names.count("mine") == 2 and names.count("train/loss") == 2 and module.log is log
+
+    @pytest.mark.parametrize("own_log", [False, True])
+    def test_numbers_are_where_lightning_puts_them(
+        self, make_trainer: MakeTrainer, regression_data: MakeData, monkeypatch: pytest.MonkeyPatch, own_log: bool
+    ) -> None:
+        """At each step and in each epoch, for callbacks, bars and loggers, though most steps call no ``log``."""
+
+        def shown(trainer: L.Trainer) -> list[dict[str, float]]:
+            found = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
+            return [{name: float(value) for name, value in metrics.items()} for metrics in found]
+
+        class Logging(OwnLoop):
+            def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+                super().training_step(batch, batch_idx)
+                self.log("own", self.records[-1].losses[0])  # behind those of the step
+                log_number(self, "mean", float(batch_idx), on_epoch=True)
+
+            def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+                self.log("val/loss", F.mse_loss(self.net(batch[0]), batch[1]))
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                if self.trainer.global_step % 3 == 0:
+                    self.log("sometimes", float(self.trainer.global_step))
+                self.seen.append(shown(self.trainer))
+
+        class WithLog(Logging):
+            def log(self, name: str, *args: Any, **options: Any) -> None:
+                self.names.append(name)
+                super().log(name, *args, **options)
+
+        def fit() -> tuple[list[Any], list[Any], list[str]]:
+            torch.manual_seed(1)
+            module, rows = (WithLog if own_log else Logging)(lambda p: MeZO(p, lr=1e-2)), []
+            module.seen, module.names = [], []
+            logger = DummyLogger()
+            logger.log_metrics = lambda metrics, step: rows.append((step, metrics))
+            trainer = make_trainer(logger=logger, max_epochs=3, log_every_n_steps=2, val_check_interval=3)
+            trainer.fit(module, regression_data(), regression_data())
+            return rows, [*module.seen, shown(trainer)], module.names
+
+        rows, seen, names = fit()
+        assert len({metrics["zo/projected_grad"] for metrics, *_ in seen}) == 21  # of three epochs, by step
+        assert names.count("zo/lr") == (21 if own_log else 0)
+        monkeypatch.setattr("zolightning.partners.log_again", lambda *_: False)
+        assert (rows, seen) == fit()[:2]
 
 
 class TestSchedulers:

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
+from zolightning.training_loop import log_again
 
 Kind = TypeVar("Kind", bound=Callback)
 
@@ -75,11 +76,13 @@ def tensorboards(trainer: L.Trainer) -> list[Any]:
 
 
 def log_number(module: L.LightningModule, name: str, value: float, **options: Any) -> None:
-    """As ``module.log``, without waiting for a GPU, to which Lightning copies a number of Python.
+    """As ``module.log`` with the same options each time, in few of its calls and without waiting for a GPU.
 
-    It is logged in float32, whatever the precision of the run.
+    Lightning copies a number of Python to the GPU. It is logged in float32, whatever the precision of the run.
     """
-    module.log(name, torch.tensor(value, dtype=torch.float32), **options)
+    number = torch.tensor(value, dtype=torch.float32)
+    if not log_again(module, name, number):
+        module.log(name, number, **options)
 
 
 def add_text(trainer: L.Trainer, tag: str, text: str) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graph_runs import CPUCapture, inputs, seeded
 from networks import mlp, perturbations, values
 from optimizer_steps import MakeProblem, Method, attached
-from zolightning import kernels
+from zolightning import kernels, zeroth_order_step
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.perturbed import Perturbed
@@ -328,3 +329,23 @@ def test_what_another_layer_costs_the_host_in_an_update_on_a_gpu(
         counts.append(count)
         assert 1 <= len(launched) <= 2  # of all weights, or of vectors and of cores
     assert (counts[1] - counts[0]) / 16 < bound
+
+
+def test_what_a_small_step_under_lightning_costs_the_host(
+    make_trainer: Callable[..., L.Trainer], regression_data: Callable[..., Any]
+) -> None:
+    counts = []
+
+    class Counting(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization, self.net = False, nn.Linear(4, 1)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            counts.append(calls_of(lambda: zeroth_order_step(self, lambda: self.net(batch[0]).square().mean())))
+
+        def configure_optimizers(self) -> MeZO:
+            return MeZO(self.parameters(), seed=0)
+
+    make_trainer(max_steps=5).fit(Counting(), regression_data())
+    assert max(counts[2:]) < 2500  # one number by `log` itself takes 1,900
