@@ -3,6 +3,7 @@
 import io
 import os
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ METHODS = "MeZO, MeZOAdam, "
     [
         ("--method Mezo", "`method` is 'Mezo', which is no class of that kind (did you mean MeZO?); accepted: "),
         ("--method Mezo", METHODS),
-        ("--method no.such.Method", METHODS),
+        ("--method no.such.Method", "is 'no.such.Method', and there is no module no, neither installed nor"),
+        ("--method.estimator no.such.Class", "`method.estimator` is 'no.such.Class', and there is no module no"),
         ("--method torch.optim.SGD", "`method` is 'torch.optim.SGD', which is no class of that kind; accepted: "),
         ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
         ("--method.momentm 3", "`method.momentm` is no setting of MeZO (did you mean momentum?)"),
@@ -226,6 +228,21 @@ def test_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             parsed(["fit", *arguments])
         assert capsys.readouterr().err.startswith(f"error: `{missing}` must be given for ")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("class FZOO(:", "SyntaxError: "), ("import no_such_module", "No module named 'no_such_module'.")],
+)
+def test_a_file_that_cannot_be_imported(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_method.py").write_text(f"{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit):
+        parsed(["fit", "--method", "broken_method.FZOO"])
+    words = "error: `method` is 'broken_method.FZOO', and broken_method cannot be imported: "
+    assert capsys.readouterr().err.startswith(words + reason)
 
 
 def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,8 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         names = [f"`{field}.{name}`" if field else f"`{name.partition('.')[2]}`" for name in found[1].split(", ")]
         of = f" for {_short(_class_at(message, found))}" if field else ""
         return f"{', '.join(names)} must be given{of}."
+    if broken := _broken_import(inner):
+        return f"`{field}` is {broken}."
     if "Dict must include a class_path" in message or "Given value: NestedArg(" in inner:
         return f"`{field}` names no class, whose settings these would be{_accepted_classes(inner)}."
     if "collections.abc.Callable" in inner and not _bases(inner):
@@ -64,7 +66,7 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
             f"`{field}` is {given!r}, which names no function; accepted: a path to import, such as my_file.my_function."
         )
     if found := re.search(
-        r"import path string: (\S+)|No module named|has no attribute|to be a subclass|Not a valid subclass", inner
+        r"import path string: (\S+\w)|No module named|has no attribute|to be a subclass|Not a valid subclass", inner
     ):
         values = [found[1], *re.findall(r"Expected '([^']+)' to be|Given value: (\S+)|class_path='([^']+)'", inner)]
         given = next(name for value in values for name in ([value] if isinstance(value, str) else value or ()) if name)
@@ -107,6 +109,24 @@ def _beside_class_path(message: str) -> str | None:
             continue
         if "class_path" in keys and (others := [key for key in keys if key not in _OF_A_CLASS]):
             return str(others[0])
+    return None
+
+
+def _broken_import(message: str) -> str | None:
+    """The path of a class that was given and why its module cannot be imported; None if no module is at fault."""
+    if not _bases(message) and "collections.abc.Callable" not in message:
+        return None
+    before = r"(?:Given value: |class_path='|import path string: )"
+    for path in re.findall(before + r"([A-Za-z_]\w*(?:\.\w+)+)(?=\.?\s|'|$)", message):
+        module = path.rpartition(".")[0]
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # a module that this one imports
+                return f"{path!r}, and {module} cannot be imported: {error}"
+            return f"{path!r}, and there is no module {error.name}, neither installed nor in the working directory"
+        except Exception as error:
+            return f"{path!r}, and {module} cannot be imported: {type(error).__name__}: {error}"
     return None
 
 
