@@ -235,14 +235,9 @@ class TestTheChoice:
         ours = [ZerothOrder(METHODS["lozo"]), SubspaceResampling(), MomentumTransport()]
         assert hook_between_steps([callback, *ours], make_regression()) is None
 
-    @pytest.mark.parametrize(
-        "name", ["EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging", "LambdaCallback"]
-    )
+    @pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging", "LambdaCallback"])
     def test_callbacks_that_may_look(self, make_regression: Any, name: str) -> None:
-        arguments = {
-            "StochasticWeightAveraging": {"swa_lrs": 0.1},
-            "LambdaCallback": {"on_train_batch_end": lambda *_: None},
-        }
+        arguments = {"LambdaCallback": {"on_train_batch_end": lambda *_: None}}
         callback = getattr(lightning_callbacks, name)(**arguments.get(name, {}))
         assert hook_between_steps([callback], make_regression()).startswith(f"{name}.on_")
 

@@ -1,16 +1,14 @@
 """What ZerothOrder refuses by name, before the first step."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -127,6 +125,10 @@ class TestRefusals:
                 {"callbacks": [ZerothOrder(MeZO), GradientAccumulationScheduler({3: 2})]},
                 "GradientAccumulationScheduler, .*`micro_batch_size`",
             ),
+            (
+                {"callbacks": [ZerothOrder(MeZO), StochasticWeightAveraging(1e-3)]},
+                "StochasticWeightAveraging, .*EMAWeightAveraging",
+            ),
         ],
     )
     def test_options_of_the_trainer(
@@ -177,15 +179,6 @@ class TestRefusals:
         assert made_scheduler(partial(make, cycle_momentum=False), method).optimizer is method
         with pytest.raises(TypeError, match="max_rate"):
             made_scheduler(partial(OneCycleLR, max_rate=1), method)
-
-    def test_going_on_without_the_callback_is_warned_of(
-        self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path
-    ) -> None:
-        trainer = make_trainer(max_epochs=1, callbacks=[ZerothOrder(MeZO)])
-        trainer.fit(make_regression(), regression_data())
-        trainer.save_checkpoint(tmp_path / "zo.ckpt")
-        with pytest.warns(UserWarning, match=r"add the following callbacks: \['ZerothOrder'\]"), suppress(KeyError):
-            make_trainer(max_epochs=2).fit(make_regression(), regression_data(), ckpt_path=tmp_path / "zo.ckpt")
 
     def test_nothing_to_train(
         self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer

@@ -46,6 +46,33 @@ def test_names_follow_what_moves() -> None:
     assert named()["replaced"] is replaced and "one.weight" not in named()
 
 
+@pytest.mark.parametrize("method", [partial(MeZO, eps=0.5), partial(SubspaceMeZO, eps=0.5, rank=2)])
+def test_a_group_that_is_added_between_steps_moves_along_what_was_evaluated(method: Any) -> None:
+    """At a linear loss, whose two evaluations see ``eps z`` and ``-eps z``."""
+    net = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("one", "two")})
+    seen = []
+
+    def loss() -> torch.Tensor:
+        weight = net["two"].weight + 0.0
+        seen.append(weight.detach().clone())
+        return net["one"].weight.sum() + weight.sum()
+
+    optimizer = method(net["one"].parameters(), lr=0.25)
+    optimizer.attach(net)
+    for _ in range(3):
+        optimizer.estimate(loss)
+        optimizer.step()
+    before = net["two"].weight.detach().clone()
+    optimizer.add_param_group({"params": list(net["two"].parameters())})
+    seen.clear()
+    (g,) = optimizer.estimate(loss).projected_grads
+    optimizer.step()
+    optimizer.fold()
+    direction = (seen[-2] - seen[-1]) / 2 / 0.5
+    torch.testing.assert_close(net["two"].weight.detach() - before, -0.25 * g * direction)
+    assert direction.abs().sum() > 1
+
+
 def test_matrices_follow_ranks_and_slices() -> None:
     net = nn.Linear(6, 4)
     optimizer = SubspaceMeZO(net.named_parameters(), rank=2)

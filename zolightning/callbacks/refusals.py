@@ -47,6 +47,12 @@ def refuse_unsupported(trainer: Any) -> None:
                 "`trainer.callbacks` has a GradientAccumulationScheduler, and zeroth-order training has no gradients "
                 "to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
             )
+        if "StochasticWeightAveraging" in class_names(callback):
+            raise MisconfigurationException(
+                "`trainer.callbacks` has a StochasticWeightAveraging, which changes learning rates by epochs, and "
+                "computes batch norms anew in a last epoch that accumulates gradients: zeroth-order training does "
+                "neither. Use WeightAveraging or EMAWeightAveraging."
+            )
     if trainer.gradient_clip_val is not None:
         raise MisconfigurationException(
             f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "

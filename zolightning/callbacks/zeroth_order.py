@@ -133,7 +133,6 @@ class ZerothOrder(Callback):
         self._replaced: dict[str, Any] = {}  # attributes of the module before the fit; None where its class had them
         self._differentiates = False
         self._counters: dict[str, int] = {}  # at the end of the last fit with this callback
-        self._name: str | None = None  # of the method's class
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -194,10 +193,6 @@ class ZerothOrder(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _fold(trainer)  # of a run that was resumed after its last step, which has no `on_train_end`
 
-    def state_dict(self) -> dict[str, Any]:
-        """The method's name: of a callback with a state Lightning says by name that a resumed run is without it."""
-        return {"method": self._name}
-
     def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._replaced:
             return
@@ -228,7 +223,6 @@ class ZerothOrder(Callback):
             callbacks = callbacks_of(pl_module.trainer)
             require_resampling(optimizer, callbacks)
             choose_folding(optimizer, callbacks, pl_module)
-        self._name = type(optimizer).__name__
         optimizer.attach(pl_module, self.evaluations_per_forward)
         optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
         if self.cuda_graphs:

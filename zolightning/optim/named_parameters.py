@@ -17,6 +17,8 @@ from zolightning.optim.checks import require_choice
 from zolightning.optim.precision import RESTS, completed
 from zolightning.optim.settings import require_same_settings, settings_of
 
+_SHARED = ("step", "seed", "forward_passes", "refresh", "folds")  # by all groups: a direction is of one step and run
+
 
 class NamedParameters(torch.optim.Optimizer):
     """Abstract: an optimizer that knows its parameters by name, and can move some of them or slices of them only.
@@ -88,9 +90,10 @@ class NamedParameters(torch.optim.Optimizer):
                     yield self.names[parameter], parameter
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, named by the module the optimizer is attached to, if it is."""
+        """Adds parameters, named by the module the optimizer is attached to, if it is; also between two steps."""
         super().add_param_group(param_group)
         group, number = self.param_groups[-1], len(self.param_groups) - 1
+        group |= {name: self.param_groups[0][name] for name in _SHARED if name in group}
         self.check(group)
         given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
         self.set_names(dict(zip(group["params"], given, strict=True)) | self.names)
