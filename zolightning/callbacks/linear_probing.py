@@ -1,11 +1,9 @@
 """Starts training from a linear probe: the head is fitted to the network's features before the first step."""
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,14 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from zolightning.evaluation.mode import evaluation_mode
 from zolightning.network.head import is_tied, untie_head
-from zolightning.network.logistic_regression import check_probe, fit_probe, strongest_penalty
+from zolightning.network.logistic_regression import check_probe, fit_probe, joined_features, strongest_penalty
 from zolightning.network.model import pretrained_model
 from zolightning.partners import methods_of, tensorboards
-from zolightning.scopes.calibration import calibration_batches
-
-T = TypeVar("T")
+from zolightning.scopes.calibration import read_examples
 
 CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4
 TOLERANCE = 1e-4
@@ -111,13 +106,15 @@ class LinearProbing(Callback):
                 "Leave one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from "
                 "that."
             )
-        features, rows, forward_passes = head_features(trainer, pl_module, self.num_examples)
+        module: Any = pl_module
+        batches = read_examples(trainer, pl_module, module.head_features, self.num_examples)
+        features, rows = joined_features(batches)
+        require_few_classes(rows)
         found = fit_probe(features, rows, self.cs, self.tolerance, strongest_penalty)
         found = trainer.strategy.broadcast(found)  # the last bits differ between processors
-        module: Any = pl_module
         module.set_head_rows(found.rows, found.weights)
         for method in methods_of(trainer):
-            method.count(forward_passes)
+            method.count(len(batches))
         rank_zero_info(f"LinearProbing: {found}")
         for logger in tensorboards(trainer):
             logger.experiment.add_text("linear_probing", str(found), trainer.global_step)
@@ -133,43 +130,8 @@ def require_probed(module: L.LightningModule, field: str) -> None:
             )
 
 
-def head_features(
-    trainer: L.Trainer, module: L.LightningModule, num_examples: int | None = None
-) -> tuple[Tensor, Tensor, int]:
-    """Runs the network on the first training examples.
-
-    Args:
-        trainer: provides the training data and the precision.
-        module: a module with ``head_features(batch)``.
-        num_examples: how many examples to use; None takes all.
-
-    Returns:
-        The inputs of the head, (N, H), the right row of the head for each, (N,), and the number of forward passes.
-
-    Raises:
-        MisconfigurationException: if the answers are numbers, or of more classes than can be probed.
-    """
-    model: Any = module
-    found = read_examples(trainer, module, model.head_features, num_examples)
-    return *joined_features(found), len(found)
-
-
-def read_examples(
-    trainer: L.Trainer, module: L.LightningModule, read: Callable[[Any], T], num_examples: int | None = None
-) -> list[T]:
-    """What a function returns for each batch of the first training examples, in evaluation mode, without gradients."""
-    batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
-    with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():
-        return [read(batch) for batch in batches]
-
-
-def joined_features(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Joins what ``head_features`` found in each batch: the inputs of the head, (N, H), and its right rows, (N,).
-
-    Raises:
-        MisconfigurationException: if the answers are numbers, or of more classes than can be probed.
-    """
-    features, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+def require_few_classes(rows: Tensor) -> None:
+    """Raises MisconfigurationException if the right rows of the head, (N,), are numbers, or too many to be recorded."""
     num_rows = len(rows.unique())
     if rows.is_floating_point() or num_rows > _MOST_ROWS:
         found_ones = "numbers" if rows.is_floating_point() else f"{num_rows:,} different tokens"
@@ -177,4 +139,3 @@ def joined_features(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
             f"A linear probe fits a row of the head for each class, and the answers of the training data are "
             f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave `linear_probing` out."
         )
-    return features, rows

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from zolightning.callbacks.linear_probing import joined_features, read_examples, require_probed
+from zolightning.callbacks.linear_probing import require_few_classes, require_probed
 from zolightning.commands.layer_probes import LayerProbes, probe_layers
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import (
@@ -27,9 +27,10 @@ from zolightning.commands.timing import round_robin
 from zolightning.layers import find_layers
 from zolightning.messages import counted, rough_duration
 from zolightning.network.early_exit import at_each_exit
+from zolightning.network.logistic_regression import joined_features
 from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
-from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.calibration import calibration_batches, calibration_forward, read_examples
 from zolightning.scopes.rules import DEFAULT_RULES
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ def _features(
         return [(inputs.cpu(), rows.cpu()) for inputs, rows in found]
 
     by_count = zip(*read_examples(runner, module, read), strict=True)
-    return dict(zip(counts, map(joined_features, by_count), strict=True))
+    found = dict(zip(counts, map(joined_features, by_count), strict=True))
+    require_few_classes(found[counts[0]][1])
+    return found
 
 
 def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:

@@ -8,12 +8,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zolightning.callbacks.linear_probing import head_features
 from zolightning.data.batch import Batch
 from zolightning.models.causal_lm import CausalLM
 from zolightning.network.head import is_tied, set_rows, untie_head
-from zolightning.network.logistic_regression import CS, check_probe, fit_probe, most_accurate_c
+from zolightning.network.logistic_regression import CS, check_probe, fit_probe, joined_features, most_accurate_c
 from zolightning.network.quantization import Quantization
+from zolightning.scopes.calibration import read_examples
 
 
 class LogisticRegressionLM(CausalLM):
@@ -67,7 +67,7 @@ class LogisticRegressionLM(CausalLM):
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # it optimizes by itself
         """Fits the head to all examples, whichever the batch."""
         optimizer: Any = self.optimizers()
-        found = optimizer.step(lambda: head_features(self.trainer, self)[:2])
+        found = optimizer.step(lambda: joined_features(read_examples(self.trainer, self, self.head_features)))
         self.log("train/accuracy", found, prog_bar=True)
 
 

@@ -1,7 +1,7 @@
 """Multinomial logistic regression without intercept, with a penalty chosen by cross-validation, as in scikit-learn."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,12 @@ def fit_probe(
     c = choose(found, targets, len(classes), cs, tolerance)
     weights = fit(found, targets, len(classes), c, tolerance)
     return LinearProbe(classes, weights, accuracy(found @ weights.T, targets).item(), len(found), c)
+
+
+def joined_features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Joins the inputs of the head, (N, H), and the right rows of the head, (N,), of several batches."""
+    features, rows = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return features, rows
 
 
 def check_probe(cs: Sequence[float], tolerance: float) -> None:

@@ -1,7 +1,8 @@
 """Forward passes of a module on a few training prompts, before training."""
 
-from collections.abc import Iterable, Iterator, Sized
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -16,6 +17,8 @@ from zolightning.evaluation.losses import Loss
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.replaced import replaced
 from zolightning.evaluation.traces import Traces
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -69,6 +72,22 @@ def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_promp
         )
     handler = module._apply_batch_transfer_handler
     return [handler(module._on_before_batch_transfer(batch), module.device) for batch in batches]
+
+
+def read_examples(
+    trainer: L.Trainer, module: L.LightningModule, read: Callable[[Any], T], num_examples: int | None = None
+) -> list[T]:
+    """What `read` returns for each batch of the first training examples, in evaluation mode and without gradients.
+
+    Args:
+        trainer: provides the training data and the precision.
+        module: the module that `read` runs.
+        read: called with each batch.
+        num_examples: how many examples to read; None takes all.
+    """
+    batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
+    with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():
+        return [read(batch) for batch in batches]
 
 
 def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
