@@ -1,6 +1,6 @@
 """The base class of methods that search in a subspace of each weight matrix."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -244,27 +244,40 @@ class SubspaceOptimizer(SubspaceWeights):
             coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
             if group["vector_lr_ratio"]:
                 self.update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
-            cores = self._core_directions(matrices, record.seed, record.step, coefficients, self.normalize_directions)
-            batches: dict[tuple[float, Hashable], list[str]] = {}
+            run = record.seed, record.step
+            gradients = self._core_directions(matrices, *run, coefficients, as_drawn=self.normalize_directions)
+            batches: dict[Hashable, list[str]] = {}  # matrices whose cores move together
             for name, (parameter, matrix) in matrices.items():
                 core = self.core(parameter, matrix)
-                alike = self.basis_kind.is_turned(self.basis(parameter)), core.shape, core.dtype, core.device
-                scale = self.direction_scale(matrix) if self.normalize_directions else 1.0  # else the gradient has it
-                batches.setdefault((scale, alike), []).append(name)
-            for (scale, _), names in batches.items():
-                parameters = [matrices[name][0] for name in names]
-                states = [self.state[parameter] for parameter in parameters]
-                moved = [state["core"] for state in states]
-                gradients = torch.stack(smoothed(moved, states, [cores[name] for name in names], group))
-                is_turned = self.basis_kind.is_turned(self.basis(parameters[0]))
-                gradients = gradients.mT.contiguous() if is_turned else gradients
-                steps = self.core_step(gradients, states, group)
-                if steps.shape != gradients.shape:
-                    raise ValueError(
-                        f"`core_step` of {type(self).__name__} must return steps of the shape of the gradients, "
-                        f"{tuple(gradients.shape)}, got {tuple(steps.shape)}."
-                    )
-                torch._foreach_sub_(moved, (steps.mT if is_turned else steps).unbind(), alpha=lr * scale)
+                is_turned = self.basis_kind.is_turned(self.basis(parameter))
+                alike = self._update_scale(matrix), is_turned, core.shape, core.dtype, core.device
+                batches.setdefault(alike, []).append(name)
+            for names in batches.values():
+                batch = [(*matrices[name], gradients[name]) for name in names]
+                self._update_cores(batch, group, lr)
+
+    def _update_cores(
+        self, batch: Sequence[tuple[nn.Parameter, Matrix, Direction]], group: dict[str, Any], lr: float
+    ) -> None:
+        """Moves the cores of matrices that are alike, given the estimated gradient of each."""
+        parameters = [parameter for parameter, _, _ in batch]
+        states = [self.state[parameter] for parameter in parameters]
+        cores = [state["core"] for state in states]
+        gradients = torch.stack(smoothed(cores, states, [gradient for *_, gradient in batch], group))
+        is_turned = self.basis_kind.is_turned(self.basis(parameters[0]))
+        gradients = gradients.mT.contiguous() if is_turned else gradients
+        steps = self.core_step(gradients, states, group)
+        if steps.shape != gradients.shape:
+            raise ValueError(
+                f"`core_step` of {type(self).__name__} must return steps of the shape of the gradients, "
+                f"{tuple(gradients.shape)}, got {tuple(steps.shape)}."
+            )
+        steps = steps.mT if is_turned else steps
+        torch._foreach_sub_(cores, steps.unbind(), alpha=lr * self._update_scale(batch[0][1]))
+
+    def _update_scale(self, matrix: Matrix) -> float:
+        """The factor of a core's step: :meth:`direction_scale`, unless the gradient has it already."""
+        return self.direction_scale(matrix) if self.normalize_directions else 1.0
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         """The estimated gradient of a matrix with respect to its core in the present basis, of the core's shape."""
