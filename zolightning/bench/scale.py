@@ -191,7 +191,7 @@ def _measure(settings: Settings, rank: int, sender: Any) -> None:
 
 
 def _measure_ways(settings: Settings, rank: int) -> dict[str, list[Any]]:
-    """By way, of each rank that takes part, the steps that it took and the digest of its weights."""
+    """For each way, by its name: for each rank, the steps that it took and a digest of its weights."""
     found: dict[str, list[Any]] = {name: [[[], ""] for _ in range(way.ranks)] for name, way in WAYS.items()}
     for _ in range(settings.rounds):
         for name, way in WAYS.items():

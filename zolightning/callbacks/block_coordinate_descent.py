@@ -95,7 +95,7 @@ class BlockCoordinateDescent(Callback):
         return () if self.schedule is None else self.schedule.blocks.never
 
     def largest(self, optimizer: ZerothOrderOptimizer) -> set[nn.Parameter]:
-        """The parameters that move at a time, for the largest blocks."""
+        """The parameters that train and move together when the largest blocks are active."""
         if self.schedule is None:
             return {parameter for _, _, parameter in optimizer.trainable()}
         blocks = self.schedule.blocks
@@ -106,7 +106,7 @@ class BlockCoordinateDescent(Callback):
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises what ``on_fit_start`` raises, unless a scope has yet to choose what trains.
 
-        To be called before something long that comes before a fit.
+        The command line calls it before the validation that precedes a fit.
 
         Raises:
             MisconfigurationException: naming the argument, what was found and what is accepted.

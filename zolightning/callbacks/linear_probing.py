@@ -80,7 +80,7 @@ class LinearProbing(Callback):
             untie_head(model)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises what ``setup`` raises; to be called before something long that comes before a fit."""
+        """Raises what ``setup`` raises. The command line calls it before the validation that precedes a fit."""
         require_probed(pl_module, "`linear_probing`")
         if getattr(pl_module, "says_number", False):
             raise MisconfigurationException(

@@ -171,7 +171,7 @@ class ZerothOrder(Callback):
         self._differentiates = False
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises what ``setup`` raises; to be called before something long that comes before a fit."""
+        """Raises what ``setup`` raises. The command line calls it before the validation that precedes a fit."""
         refuse_unsupported(trainer)
         refuse_module(pl_module)
 

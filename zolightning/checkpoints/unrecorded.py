@@ -1,4 +1,4 @@
-"""What no record of a step says, so that a ledger ends where it changes."""
+"""Watches the settings that records of steps do not hold: if one changes in mid-run, the ledger must end."""
 
 from operator import attrgetter
 from typing import Any

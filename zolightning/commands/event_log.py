@@ -16,7 +16,7 @@ _SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/for
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a metric, and what had been spent when it was logged.
+    """A value of a metric, with the steps, forward passes and time that had been spent when it was logged.
 
     Attributes:
         step: steps that had been taken; 0 is before training.

@@ -235,7 +235,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _own_name(value: Any) -> Any:
-    """Of a folder or file its name: the rest of the path says nothing to others, and tells them of a machine."""
+    """The name of a folder or file, without the rest of its path, which describes a machine and helps nobody."""
     return Path(value).resolve().name if isinstance(value, str) and "/" in value and Path(value).exists() else value
 
 

@@ -84,7 +84,7 @@ def _tick(value: float, position: float) -> str:
 
 
 def _means(values: Sequence[float], count: int) -> list[float]:
-    """Of the latest `count` values at each of them."""
+    """At each value, the mean of the latest `count` values."""
     latest = (values[max(0, end - count) : end] for end in range(1, len(values) + 1))
     return [sum(part) / len(part) for part in latest]
 

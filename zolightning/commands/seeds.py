@@ -127,7 +127,7 @@ def _can_go_on(folder: Path) -> bool:
 
 
 def _run(words: Sequence[str]) -> int:
-    """The exit status of the command in a process of its own, which is told to stop when this one is."""
+    """Runs the command in a process of its own, to which SIGTERM is passed on; returns its exit status."""
     with subprocess.Popen([sys.executable, "-m", "zolightning", *words]) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:

@@ -1,4 +1,4 @@
-"""Times pieces of work, in turns."""
+"""Times several pieces of work, which take turns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ def round_robin(
     Args:
         work: what is to be timed, by name.
         repeats: timed rounds.
-        say: is told, at the beginning of each round, which one it is.
+        say: called at the beginning of each round with a text that says which round it is.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
@@ -29,7 +29,7 @@ def round_robin(
 
 
 def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds until `call` has returned and the GPU, if one is in use, has done what it was told."""
+    """Seconds until `call` has returned and, if a GPU is in use, all work queued on it is done."""
     start = clock()
     call()
     if torch.cuda.is_initialized():

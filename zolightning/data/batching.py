@@ -168,10 +168,10 @@ class BatchNumbers(DistributedSampler):
 
 
 class TrainLoader(DataLoader[Any]):
-    """A loader whose place in the data the Trainer's progress tells.
+    """A loader that can resume within an epoch: the Trainer's progress says which batch comes next.
 
-    A checkpoint holds the settings of the order, to warn if a resumed run has others. That there are a
-    `state_dict` and a `load_state_dict` tells Lightning that resuming within an epoch is safe.
+    Lightning takes a loader with `state_dict` and `load_state_dict` for one that resumes safely. The state holds
+    the settings of the order, so that a resumed run with other settings is warned of.
     """
 
     dataset: Batches[LengthBuckets]

@@ -1,4 +1,4 @@
-"""What the ways to turn text into tokens have in common to say where they cannot."""
+"""Errors that all ways to turn text into tokens share."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The name by which messages call a tokenizer: whence it was loaded, or else its class."""
+    """The name of a tokenizer for messages: where it was loaded from, or else its class."""
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 
@@ -25,7 +25,7 @@ def require_distinct(
 
 
 def too_few_tokens(max_length: int, what: str, needed: int) -> ValueError:
-    """The error of a `max_length` that does not hold this, but would if it were as large as `needed`."""
+    """The error for a `max_length` that is too small for `what`, which needs at least `needed` tokens."""
     return ValueError(
         f"{max_length} tokens (`data.max_length` or the model's context length) do not hold {what}: at least {needed} "
         "are needed"

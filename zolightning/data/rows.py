@@ -149,7 +149,7 @@ class Rows:
         return rows
 
     def _drawn(self, train: Split, sampled: Sequence[int], seed: int, own: int | None) -> list[int]:
-        """The rows to show before another one, whose own index is not among them if it is a training row."""
+        """The training rows to show before a row; `own` is its own index, left out, if it is a training row."""
         if self.examples_per_class is None:
             drawn = sample(train, self.num_demonstrations + 1, seed)
             return [other for other in drawn if other != own][: self.num_demonstrations]

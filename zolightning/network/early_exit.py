@@ -51,11 +51,11 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
 
 
 def at_each_exit(model: "PreTrainedModel", exits: Sequence[int], run: Callable[[], T]) -> list[T]:
-    """What a function of a model returns if the model ends after so many of its layers, for each of several numbers.
+    """Calls `run` once for each exit, with a model that ends after that many layers, and returns the results in order.
 
-    The layers run once. For all numbers but the last one, the function is called with layers that put out what they
-    did then, so that it costs what comes before them and after them. The config does not change. The outputs of as many
-    layers as there are numbers are in memory at once.
+    The layers themselves run only once, in the call for the last exit. In the other calls each layer returns a stored
+    output at once, so that such a call costs only what comes before and after the layers. The config does not change.
+    The output of one layer for each exit is kept in memory meanwhile.
 
     Args:
         model: the model.

@@ -83,7 +83,7 @@ class NamedParameters(torch.optim.Optimizer):
         return [parameter for parameter in found if parameter not in at_rest] if at_rest else found
 
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of what does not move now, and where losses read it is found out all the same."""
+        """Name and parameter of what trains but does not move now; where losses read it is found out as well."""
         for group in self.param_groups if self.blocks.at_rest else ():
             for parameter in group["params"]:
                 if parameter.requires_grad and parameter in self.blocks.at_rest:

@@ -55,7 +55,7 @@ class Scope(Callback, ABC):
         """Chooses the parameters; may add parameters to the module first."""
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises what ``select`` would of the module as it stands; to be called before what takes long before a fit."""
+        """Raises what ``select`` would raise. The command line calls it before the validation that precedes a fit."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
