@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from zolightning.callbacks import LearningRateProbe, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.callbacks.run_overview import overview
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
 from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
@@ -31,12 +32,9 @@ from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 
-if TYPE_CHECKING:
-    from zolightning.commands.trainer import Trainer
-
 
 def examine(
-    trainer: "Trainer",
+    trainer: ConfiguredTrainer,
     module: L.LightningModule,
     datamodule: L.LightningDataModule | None,
     probe: LearningRateProbe,

@@ -2,22 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.model_card import write_card
 from zolightning.models.loading import refuse_other_weights
 from zolightning.network.adapters import merge_adapter
 from zolightning.network.quantization import refuse_quantized
 
-if TYPE_CHECKING:
-    from zolightning.commands.trainer import Trainer
-
 
 def export_model(
-    trainer: "Trainer",
+    trainer: ConfiguredTrainer,
     module: L.LightningModule,
     datamodule: L.LightningDataModule | None,
     ckpt_path: str | None,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zolightning.callbacks.linear_probing import require_few_classes, require_probed
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.layer_probes import LayerProbes, probe_layers
 from zolightning.commands.output import quiet
 from zolightning.commands.plots import (
@@ -32,9 +33,6 @@ from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward, read_examples
 from zolightning.scopes.rules import DEFAULT_RULES
-
-if TYPE_CHECKING:
-    from zolightning.commands.trainer import Trainer
 
 _TIMED_STEPS = 3  # for each scope, after one that is not timed
 _FINDING_READS = 3  # forwards by which a method finds out where parameters are read
@@ -72,7 +70,7 @@ class LayerProfile:
 
     def run(
         self,
-        trainer: "Trainer",
+        trainer: ConfiguredTrainer,
         module: L.LightningModule,
         datamodule: L.LightningDataModule | None,
         folder: Path,

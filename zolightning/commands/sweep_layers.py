@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.plots import save_figure, sweep_figure
 from zolightning.commands.slots import SLOTS
@@ -28,9 +29,6 @@ from zolightning.messages import counted
 from zolightning.network.quantization import refuse_quantized
 from zolightning.optim import NonFiniteLossError
 from zolightning.scopes.scope import Scope
-
-if TYPE_CHECKING:
-    from zolightning.commands.trainer import Trainer
 
 
 class LayerSweep:
@@ -55,7 +53,7 @@ class LayerSweep:
 
     def __init__(
         self,
-        trainer: "Trainer",
+        trainer: ConfiguredTrainer,
         module: L.LightningModule,
         datamodule: L.LightningDataModule | None,
         layers: list[int] | Literal["all"],
@@ -206,7 +204,7 @@ class _Progress(Callback):
         self._bar.update()
 
 
-def _callbacks(trainer: "Trainer", module: L.LightningModule, first_order: bool) -> list[Callback]:
+def _callbacks(trainer: ConfiguredTrainer, module: L.LightningModule, first_order: bool) -> list[Callback]:
     """The callbacks that take part in training, checked as far as that is possible before it."""
     kept = silent_callbacks(trainer)
     for callback in kept:

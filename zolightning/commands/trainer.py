@@ -1,14 +1,12 @@
 """The Trainer of the command line: Lightning's, with the subcommands it lacks."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
-from lightning.fabric.plugins import TorchCheckpointIO
 
 from zolightning.callbacks import LearningRateProbe
-from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.doctor import examine
 from zolightning.commands.export import export_model
 from zolightning.commands.output import output_folder, quiet
@@ -18,30 +16,8 @@ from zolightning.commands.sweep_layers import LayerSweep
 from zolightning.partners import callbacks_of
 
 
-class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also examine runs, profile and compare layers, and export and replay models.
-
-    Attributes:
-        run_config: the configuration of the command line as plain values; empty without a command line.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._settings = settings
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin that the user chose
-            self.strategy.checkpoint_io = AtomicCheckpointIO()
-        self.run_config: Mapping[str, Any] = {}
-
-    def with_settings(self, **changes: Any) -> L.Trainer:
-        """A fresh Trainer with the same arguments, but for `changes`."""
-        return L.Trainer(**self._settings | changes)
-
-    def without_traces(self, **changes: Any) -> L.Trainer:
-        """A fresh Trainer with the same arguments, but for `changes`, on one device, that writes and shows nothing."""
-        silent = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "fast_dev_run"), False
-        )
-        return self.with_settings(**silent, devices=1, num_nodes=1, strategy="auto", **changes)
+class Trainer(ConfiguredTrainer):
+    """Lightning's Trainer, which can also examine runs, profile and compare layers, and export and replay models."""
 
     def profile(
         self,

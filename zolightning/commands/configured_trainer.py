@@ -1,0 +1,35 @@
+"""A Trainer that can make others with the same settings, which the subcommands run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+
+
+class ConfiguredTrainer(L.Trainer):
+    """Lightning's Trainer, which keeps its arguments and writes checkpoints atomically.
+
+    Attributes:
+        run_config: the configuration of the command line as plain values; empty without a command line.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._settings = settings
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin that the user chose
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.run_config: Mapping[str, Any] = {}
+
+    def with_settings(self, **changes: Any) -> L.Trainer:
+        """A fresh Trainer with the same arguments, but for `changes`."""
+        return L.Trainer(**self._settings | changes)
+
+    def without_traces(self, **changes: Any) -> L.Trainer:
+        """A fresh Trainer with the same arguments, but for `changes`, on one device, that writes and shows nothing."""
+        silent = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "fast_dev_run"), False
+        )
+        return self.with_settings(**silent, devices=1, num_nodes=1, strategy="auto", **changes)
