@@ -36,7 +36,6 @@ class TestAudit:
     @pytest.mark.parametrize(
         "compiler", [torch.jit.script, partial(torch.jit.trace, example_inputs=values(3, 5)), lambda net: net]
     )
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     def test_torch_script_is_found_and_perturbed_in_place(self, compiler: Callable[[nn.Module], nn.Module]) -> None:
         net = nn.Sequential(nn.Linear(4, 5), compiler(mlp_without_norm()), nn.Linear(3, 2))
         loss, before = applied(values(3, 4)), snapshot(net)
@@ -49,7 +48,6 @@ class TestAudit:
         with written_to_the_weights(net):
             assert torch.equal(loss(net), mixed)
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     def test_parameters_that_are_read_both_ways_put_all_in_place(self) -> None:
         class Both(nn.Module):
             def __init__(self) -> None:

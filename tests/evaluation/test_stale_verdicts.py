@@ -118,7 +118,7 @@ def test_the_next_step_finds_out_nothing() -> None:
     assert counts[1] == counts[2] == counts[4] == counts[5] == 2 < counts[3]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_network_that_is_compiled_in_mid_run_is_perturbed_in_place() -> None:
     net = Net()
     optimizer = attached(net)

@@ -45,7 +45,6 @@ def update(dtype: torch.dtype, numel: int) -> Tensor:
     return torch.cat([weight.double(), *(rest.double() for rest in state.values())])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 class TestCompiled:
     @pytest.mark.parametrize(
         ("loop", "dtype"),

@@ -230,7 +230,7 @@ def test_an_empty_batch_and_equal_losses_say_nothing_wrong(recwarn):
     for _ in range(4):  # all losses of a step are the same ones
         optimizer.estimate(lambda: net.weight.sum())
         optimizer.step()
-    assert not recwarn.list
+    assert not [warning for warning in recwarn if "torch.jit" not in str(warning.message)]  # torch's own
 
 
 def test_what_it_does_not_go_with():

@@ -304,8 +304,7 @@ class TestTheScaleOfTheLoss:
 class TestTorchScript:
     def test_scripted_parts(self, method: Any) -> None:
         """They take no hooks; what is saved is folded nevertheless, of all modules that own parameters."""
-        with pytest.warns(DeprecationWarning):
-            scripted = torch.jit.script(Net().layers)
+        scripted = torch.jit.script(Net().layers)
         net = Net()
         net.layers = nn.Sequential(scripted, nn.Linear(4, 4))
         optimizer = method(net.parameters())
@@ -321,8 +320,7 @@ class TestTorchScript:
             assert torch.equal(stored[name], parameter) == (parameter.ndim == 1), name
 
     def test_a_scripted_module_alone(self, method: Any) -> None:
-        with pytest.warns(DeprecationWarning):
-            scripted = torch.jit.script(Net().layers)
+        scripted = torch.jit.script(Net().layers)
         optimizer = method(scripted.named_parameters())
         optimizer.attach(scripted)
         before = [parameter.detach().clone() for parameter in scripted.parameters()]

@@ -278,7 +278,6 @@ class TinyLanguageModel(nn.Module):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_projected_gradients_are_directional_derivatives_of_a_language_model() -> None:
     model, found, expected = TinyLanguageModel(), [], []
     optimizer = MeZO(model.named_parameters(), eps=1e-3)

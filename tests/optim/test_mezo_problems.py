@@ -56,7 +56,6 @@ class TestWeightsThatAreReadUnseen:
         def forward(self) -> Tensor:
             return self.second(torch.tanh(self.first(torch.ones(2, 3)))).square().sum()
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     def test_are_perturbed_in_place_and_named(self) -> None:
         plain, scripted, records, bits = self.Net(), self.Net(script=True), [], []
         for net, names in ((plain, "1 parameter .*: unused"), (scripted, "3 parameters .*: unused, second.weight, ")):
@@ -68,7 +67,6 @@ class TestWeightsThatAreReadUnseen:
         assert records[0] == records[1]
         assert all(map(torch.equal, *bits))
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     def test_until_a_loss_is_finite_all_are_perturbed_in_place(self) -> None:
         net, broken = self.Net(script=True), True
         del net.unused

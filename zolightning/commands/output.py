@@ -64,6 +64,7 @@ def hush() -> None:
     for message in (
         ".*does not have many workers.*",  # batches are tokenized already; a worker would only copy them
         ".*LeafSpec.* is deprecated.*",  # Lightning 2.6 on a newer torch
+        ".*torch.jit.script.* is deprecated.*",  # torch itself, when it first differentiates in forward mode
         ".*not supported by the model summary.*",  # about a number of megabytes
         # Weights after the update are what a checkpoint should hold.
         "Using ModelCheckpoint with manual optimization.*",
