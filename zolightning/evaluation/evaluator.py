@@ -27,6 +27,10 @@ from zolightning.rank_zero import rank_zero_warn
 class Evaluator:
     """Evaluates the losses of a step, each under perturbations of its own; the stored weights stay as they are.
 
+    From step to step it remembers what the first evaluations have shown: in which modules parameters are read, to which
+    tensors evaluations write, how many layers they share, and which ways to stack rows gave the right losses. If the
+    module gets other submodules or parameters, this is forgotten, and found out again in the next step.
+
     Attributes:
         module: the module that owns the parameters; None for parameters without a module.
         prefix: the layer outputs that the evaluations of a step share.
@@ -124,6 +128,8 @@ class Evaluator:
             traces = Traces(modules, self._written, moving, self._held)
 
             def run(*within: AbstractContextManager[Any], loss: Evaluate = evaluate) -> LossAndTerms:
+                """One evaluation within these contexts, by the step's random numbers; what it writes is undone."""
+
                 def evaluated() -> LossAndTerms:
                     with ExitStack() as stack:
                         for context in (*within, *(() if self._is_watched else (traces.watched(),))):

@@ -38,6 +38,16 @@ class SubspaceWeights(ZerothOrderOptimizer):
             the price of a transfer each way per fold, so it is meant for rare folds (`fold_every_step` False). It may
             differ between a run and the checkpoint that it resumes.
 
+    The state of a matrix has these entries, each only while it is needed:
+
+    * ``core``: pending updates, in the core shape of its basis, float32 or wider;
+    * ``momentum_buffer``, or ``exp_avg``, ``exp_avg_sq`` and ``step``: moments of the core's gradient, flat;
+    * ``given_left``, ``given_right``: factors that were given to :meth:`resample`, in the weight's dtype;
+    * ``left``, ``right``: the factors of a basis that keeps directions of the momentum (an anchored one), likewise;
+    * ``low_word``, ``low_byte`` or ``master``: the extra bits of a half-precision weight, flat, unless they are
+      offloaded (:mod:`zolightning.optim.precision`);
+    * in ``state_dict()`` also ``base``: the stored weight, to which the core is to be added.
+
     Attributes:
         fold_every_step: whether each step ends with a :meth:`fold`.
         recorded: in a replay, the given bases of the recorded run by their refresh index, which :meth:`resample` takes.
