@@ -1,6 +1,7 @@
 """The fields of a config that become callbacks: ``method``, ``scope``, ``blocks``, ``resampling`` and so on."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.commands.arguments import up_to_help, with_resets
-from zolightning.commands.slots import SLOTS, slot_callbacks
+from zolightning.commands.slots import SLOTS, slot_callbacks, trial
 from zolightning.optim import WarmupDecay, ZerothOrderOptimizer
+from zolightning.optim.dense import DenseOptimizer
 from zolightning.scopes import LoRA, RandomLayer
 
 pytestmark = [
@@ -255,3 +257,9 @@ def test_resets_leave_other_arguments_alone() -> None:
 )
 def test_help_of_a_class_ends_the_command(line: str, kept: str) -> None:
     assert up_to_help(line.split()) == kept.split()
+
+
+def test_a_method_that_lacks_a_method_is_told_which() -> None:
+    method: Any = partial(DenseOptimizer, defaults={"lr": 1e-3, "eps": 1e-3})
+    with pytest.raises(MisconfigurationException, match=r"abstract class DenseOptimizer .* '?update'?\. 'A method' in"):
+        trial(method)

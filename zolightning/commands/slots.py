@@ -170,7 +170,14 @@ def _of_a_subspace(
 
 def trial(method: Method) -> ZerothOrderOptimizer:
     """The method over a parameter of one element, to check its arguments and read its settings."""
-    optimizer = method([torch.nn.Parameter(torch.zeros(1, 1))])
+    try:
+        optimizer = method([torch.nn.Parameter(torch.zeros(1, 1))])
+    except TypeError as error:
+        if "abstract method" not in str(error):
+            raise
+        raise MisconfigurationException(
+            f"`method`: {error}. 'A method' in zolightning/README.md says what a class must define."
+        ) from error
     if not isinstance(optimizer, ZerothOrderOptimizer):
         raise MisconfigurationException(
             f"`method` must make a zeroth-order optimizer (MeZO, for example), got {type(optimizer).__name__}."
