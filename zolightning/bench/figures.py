@@ -1,4 +1,4 @@
-"""Lines that are kept one by one, so that a run which ends early loses none."""
+"""A CSV file that is written line by line, so that a run which ends early loses none."""
 
 import csv
 import traceback
@@ -11,7 +11,7 @@ COLUMNS = ("part", "name", "figure", "value")
 
 
 def append(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Value]]) -> None:
-    """Appends records to a CSV file; where there is none it is made, with its head. Processes may take turns."""
+    """Appends records to a CSV file, which is made with a header if needed. Several processes may do so in turn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:  # closed at once: the lines outlive the process
@@ -22,7 +22,7 @@ def append(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Va
 
 
 class Figures:
-    """Appends to a CSV file, a line a figure, and prints.
+    """Writes figures, one line of a CSV file for each, and prints them.
 
     Args:
         path: the file.

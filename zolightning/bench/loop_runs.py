@@ -22,7 +22,7 @@ Outputs = Sequence[Tensor]
 
 
 def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-3, name: str = "w") -> dict[str, Any]:
-    """Keys, coefficients of alternating signs, which cancel where two queries have one code, and kind."""
+    """The arguments that select noise. Coefficients alternate in sign, so that queries with equal codes cancel."""
     keys = [key(0, 1, query, name) for query in range(queries)]
     coefficients = [coefficient(size * (-1) ** query, kind) for query in range(queries)]
     return {
@@ -100,7 +100,7 @@ class LoopRuns:
     def add_curved(
         self, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
     ) -> Outputs:
-        """A curvature that grows, shrinks and comes to both ends of its range; by itself, too."""
+        """Runs both loops that change a curvature; it grows, shrinks and reaches both of its bounds."""
         weight, low = self._stored(self.numel, dtype, rest)
         alone, curvature = torch.linspace(1e-4, 3.7, 2 * self.numel).to(self.device).view(2, self.numel).unbind()
         squares = torch.tensor([1e-3 * (-1) ** query * 7**query for query in range(queries)], device=self.device)
@@ -126,7 +126,7 @@ class LoopRuns:
     def perturb_each(
         self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind, shape: Shape = None
     ) -> Outputs:
-        """Every second weight is None, which stands for zeros."""
+        """Perturbs tensors of several sizes in one call; every second weight is None, which stands for zeros."""
         weights = [any_bits(size + 60, dtype, size)[:size].to(self.device) for size in self._sizes()]
         outs = [torch.empty_like(weight, dtype=out) for weight in weights]
         given = [None if place % 2 else weight for place, weight in enumerate(weights)]
@@ -139,7 +139,7 @@ class LoopRuns:
     def add_to_each(
         self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind, is_masked: bool = False
     ) -> Outputs:
-        """Each with a threshold of its own, if they are masked."""
+        """Adds noise to tensors of several sizes in one call; if masked, each has a threshold of its own."""
         thresholds = [{"threshold": 0.02 / (1 + place)} if is_masked else {} for place in range(len(self._sizes()))]
         return self._for_each("add", dtype, rest, queries, kind, thresholds)
 
@@ -170,19 +170,19 @@ class LoopRuns:
         kind: NoiseKind,
         more: Sequence[dict[str, Any]],
     ) -> Outputs:
-        """Every third weight begins with another element than the first."""
+        """Runs a loop on tensors of several sizes in one call; every third begins later in its parameter."""
         each = enumerate(zip(self._stored_of_each(dtype, rest), self._noise_of_each(queries, kind), more, strict=True))
         calls = [{"start": place % 3 // 2 * 6} | stored | noise | others for place, (stored, noise, others) in each]
         self.loops.for_each(getattr(self.loops, loop), calls)
         return _tensors_in(calls)
 
     def _moments(self, numel: int) -> tuple[Tensor, Tensor]:
-        """Mean and square, as large as gradients of about 1e-3 make them; some are zeros."""
+        """Adam's moments, of the size that gradients of about 1e-3 give; some are zeros."""
         mean = torch.linspace(-1e-3, 1e-3, numel).to(self.device)
         return mean, mean.square().flip(0)
 
     def _stored(self, numel: int, dtype: torch.dtype, rest: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """A weight and what completes it, some elements of which somebody has written since."""
+        """A weight and its extra bits; of a master copy every second element differs from the weight."""
         weight = any_bits(numel, dtype)
         if rest is None:
             return weight.to(self.device), None
@@ -197,7 +197,7 @@ class LoopRuns:
         return weight.to(self.device), low.to(self.device)
 
     def _stored_of_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> list[dict[str, Any]]:
-        """Weights and what completes them, and decays; one is not aligned."""
+        """For each size a weight, its extra bits and a decay; the memory of one weight is not aligned."""
         found = []
         for place, size in enumerate(self._sizes()):
             part = slice(int(place == 4), int(place == 4) + size)
@@ -207,23 +207,23 @@ class LoopRuns:
         return found
 
     def _sizes(self) -> tuple[int, ...]:
-        """Of several tensors: none, some and many elements, multiples of 16 and not."""
+        """Numbers of elements of several tensors: none, a few and many, multiples of 16 and others."""
         return 32, 0, 3 * self.numel // 16 * 16, 37, 16, self.numel, 2 * self.numel // 16 * 16, 48
 
     def _noise_of_each(self, queries: int, kind: NoiseKind) -> list[dict[str, Any]]:
-        """With keys that are rows of one table, and one table of coefficients."""
+        """Noise for each size; keys are rows of one table, and coefficients are one tensor."""
         each = [noise(queries, kind, CPU, name=str(size)) for size in self._sizes()]
         keys = torch.stack([one["keys"] for one in each]).to(self.device)
         coefficients = each[0]["coefficients"].to(self.device)
         return [{"keys": key, "coefficients": coefficients, "kind": kind} for key in keys.unbind()]
 
     def _shaped(self, shape: Shape, *size: int) -> dict[str, Any]:
-        """What becomes of noise: nothing; it is divided by roots, some of which are no fp32 numbers; or left out."""
+        """The argument that scales or masks noise; empty for plain noise. Some roots of the curvature are not exact."""
         if shape == "scaled":
             return {"curvature": torch.linspace(1e-4, 3.7, math.prod(size)).view(size).to(self.device)}
         return {} if shape is None else {"threshold": 0.019999999552965164}  # of the numbers' standard deviation
 
 
 def _tensors_in(calls: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """What the calls of a loop have written, and more."""
+    """All tensors among the arguments of some calls, those that they have written to included."""
     return [value for call in calls for value in call.values() if isinstance(value, Tensor)]

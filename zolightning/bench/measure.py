@@ -31,12 +31,12 @@ def peak_bytes(device: torch.device = CPU) -> int:
 
 
 def resident_bytes(device: torch.device = CPU) -> int | None:
-    """The memory that is held now, by whom :func:`peak_bytes` says; None where the system does not tell."""
+    """The memory that is held now, as :func:`peak_bytes` counts it; None where the system does not tell."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
 def reset_peak(device: torch.device = CPU) -> bool:
-    """Lets the peak begin anew with what is held now; returns False where the system has no way to do so.
+    """Resets the peak to what is held now; returns False where the system has no way to do so.
 
     What was freed goes back to the system, or to the card, first.
     """
@@ -53,7 +53,7 @@ def reset_peak(device: torch.device = CPU) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Gives back to a card what was freed there; a process on a CPU has no such limit."""
+    """Returns freed memory to the card; does nothing on a CPU."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -65,7 +65,7 @@ def reserved_peak_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What is free on the card, whoever holds the rest; None where there is no card."""
+    """Free bytes of the card, other processes being counted; None without a card."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
@@ -97,14 +97,14 @@ def kernel_seconds(call: Callable[[], object], device: torch.device, repeats: in
 def in_fresh_process(
     function: Callable[..., Result], *arguments: Any, variables: Iterable[tuple[str, str]] = ()
 ) -> Result:
-    """What `function` returns in a process that has done nothing yet and has these variables in its environment."""
+    """Calls `function` in a fresh process with these environment variables, and returns its result."""
     with environment(variables), ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 @contextmanager
 def environment(variables: Iterable[tuple[str, str]]) -> Iterator[None]:
-    """Sets variables, which processes that are started meanwhile find from their beginning."""
+    """A context with these environment variables, which processes started within it inherit."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -115,7 +115,7 @@ def environment(variables: Iterable[tuple[str, str]]) -> Iterator[None]:
 
 
 def require(device: torch.device) -> None:
-    """Raises a SystemExit, with a line that says so, where there is no such device."""
+    """Raises a SystemExit with one line if there is no such device."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("`--device` is cuda, and PyTorch finds no GPU that it can use. Use cpu.")
 
