@@ -1,5 +1,7 @@
 """What every method keeps to, and refuses. A method is put through it by one row in the table of tests/conftest.py."""
 
+import copy
+import pickle
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import METHODS
-from optimizer_steps import MakeProblem, Method, assert_same, attached, run, weights
+from optimizer_steps import MakeProblem, Method, assert_same, assert_same_state, attached, run, weights
 from zolightning.optim import StepRecord
 
 BY_CLASS: dict[str, Any] = {made.func.__name__: made for made in METHODS.values()}
@@ -64,6 +66,20 @@ class TestStep:
             optimizer.detach()
         assert_same(weights(known), weights(named))
         assert_same(weights(anonymous), weights(named), but=("matrix", "images", "vector"))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+    @pytest.mark.parametrize("made", BY_CLASS.values(), ids=BY_CLASS)
+    def test_copies_go_on_as_the_originals_do(self, made: Method, copied: Any, make_problem: MakeProblem) -> None:
+        problem = make_problem(torch.bfloat16)
+        optimizer = attached(made, problem)
+        optimizer.fold_every_step = False  # so that updates of subspace methods are waiting
+        run(problem, optimizer, 3)
+        twin, its_optimizer = copied((problem, optimizer))
+        assert_same(weights(twin), weights(problem))
+        its_optimizer.attach(twin)
+        assert run(twin, its_optimizer, 2) == run(problem, optimizer, 2)
+        assert_same(weights(twin), weights(problem))
+        assert_same_state(its_optimizer, optimizer)
 
     @pytest.mark.parametrize("dtype", WIDE_AND_NARROW)
     def test_frozen_parameters_do_not_move_and_do_not_matter(

@@ -285,6 +285,18 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         """Whether the next estimate returns a record given to :meth:`expect` and evaluates no loss."""
         return self._estimate.is_replaying
 
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but hooks and what is known of the attached module.
+
+        Copied together, ``copy.deepcopy((module, optimizer))``, the copies go on as the originals do, once they are
+        attached to each other.
+        """
+        # A scheduler sets `step` to a function of the optimizer that it has.
+        own = {name: value for name, value in vars(self).items() if "hook" not in name and name != "step"}
+        return own | {"evaluator": Evaluator(), "_estimate_pre_hooks": OrderedDict()}
+
     # What is kept of weights
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:

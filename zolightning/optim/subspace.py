@@ -173,6 +173,9 @@ class SubspaceOptimizer(SubspaceWeights):
             hook.remove()
         self._hooks = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_hooks": [], "_largest": LargestElements()}
+
     def estimate(self, *args: Any, **kwargs: Any) -> StepRecord:
         """As of any method; folds first where a core has become too large for a perturbation in half precision."""
         cores, limits = self._half_cores()
