@@ -1,11 +1,11 @@
 """The command ``zolightning``: LightningCLI with this project's defaults."""
 
 import json
-import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import join, quote
 from typing import Any
 
 from jsonargparse import Namespace
@@ -177,7 +177,7 @@ class ZerothOrderCLI(LightningCLI):
         is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in made.trainer.callbacks)
         if self.subcommand == "fit" and made.keep_ledger and is_zeroth_order:
             made.trainer.callbacks.append(KeepLedger(go_on=self._ledger))
-        command = shlex.join(["zolightning", *sys.argv[1:]])
+        command = join(["zolightning", *sys.argv[1:]])
         made.trainer.callbacks.append(RunOverview(command))
         if self.subcommand in ("fit", "validate", "test"):
             made.trainer.callbacks.append(MetricsFiles(self.subcommand, command, made.ckpt_path))
@@ -228,12 +228,12 @@ class ZerothOrderCLI(LightningCLI):
         folder, best = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if folder is None or not self.trainer.is_global_zero or not self.trainer.loggers:
             return
-        config = f"--config {Path(folder) / 'config.yaml'}"
+        config = f"--config {quote(str(Path(folder) / 'config.yaml'))}"
         if best:
-            print(f"export it:  zolightning export {config} --ckpt_path {best} --folder NEW_FOLDER")
+            print(f"export it:  zolightning export {config} --ckpt_path {quote(best)} --folder NEW_FOLDER")
         ledgers = [callback.path for callback in find_callbacks(self.trainer, KeepLedger)]
         if ledgers and ledgers[0] is not None:
-            print(f"replay it:  zolightning replay {config} --ledger {ledgers[0]} --output NEW_FOLDER")
+            print(f"replay it:  zolightning replay {config} --ledger {quote(str(ledgers[0]))} --output NEW_FOLDER")
         if Path(folder, "checkpoints/last.ckpt").is_file():
             print(f"train on:   zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
 

@@ -140,6 +140,7 @@ def test_from_the_best_a_run_goes_on_in_a_new_folder(runs: Runs) -> None:
 def test_a_run_that_was_stopped_goes_on_by_the_command_it_names(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    runs.folder = runs.folder.rename(runs.folder.with_name("my runs"))  # a shell would take it for two words
     (runs.folder / "stops.py").write_text(
         "import os, signal\n"
         "from lightning.pytorch.callbacks import Callback\n"
@@ -155,7 +156,14 @@ def test_a_run_that_was_stopped_goes_on_by_the_command_it_names(
     (line,) = (record.getMessage() for record in caplog.records if "To go on: " in record.getMessage())
     command = shlex.split(line.partition("To go on: ")[2])
     assert command[:2] == ["zolightning", "fit"]
-    printed(command[1:])
+    with caplog.at_level("INFO"):
+        output = printed(command[1:])
+    first_words = next(message for message in caplog.messages if message.startswith("method"))
+    for line in (first_words + output).splitlines():
+        if line.startswith(("goes on", "export it:", "replay it:", "train on:")):
+            words = shlex.split(line)
+            assert Path(words[words.index("--config") + 1]) == runs.version(0) / "config.yaml"
+    assert "train on:" in output and "goes on" in first_words
     assert last_of(runs)["global_step"] == 6 and not runs.version(1).exists()
 
 

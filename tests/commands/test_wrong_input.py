@@ -181,6 +181,7 @@ METHODS = "MeZO, MeZOAdam, "
         ("--scope.help torch.Tensor", "`scope.help` is 'torch.Tensor', which is no class that `scope` takes."),
         ("--model.reward my_reward", "`model.reward` is 'my_reward', which names no function; accepted: a path to"),
         ("--nothing 1", "`--nothing` is no setting."),
+        ("--wrong 1", "`--wrong` is no setting."),  # what it has in common with --config are the hyphens
         ("--ckpt_path", "`--ckpt_path`: expected one argument."),
     ],
 )

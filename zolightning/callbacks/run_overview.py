@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning as L
@@ -67,7 +68,7 @@ class RunOverview(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lines = overview(trainer, pl_module)
         if self.command is not None and "goes to" in lines:
-            lines["goes on"] = f"zolightning fit --config {lines['goes to']}/config.yaml --ckpt_path last"
+            lines["goes on"] = f"zolightning fit --config {quote(lines['goes to'] + '/config.yaml')} --ckpt_path last"
         width = max(map(len, lines))
         rank_zero_info("\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
         if self.command is not None:
@@ -173,7 +174,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
     if folder is not None and trainer.loggers:
         yield "goes to", folder
         if tensorboards(trainer):
-            yield "watch it", f"tensorboard --logdir {Path(folder).parent}"
+            yield "watch it", f"tensorboard --logdir {quote(str(Path(folder).parent))}"
 
 
 def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:

@@ -4,6 +4,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning as L
@@ -51,7 +52,7 @@ class SaveLast(ModelCheckpoint):
         every_n_train_steps: number of steps between two checkpoints; None saves none at steps.
         every_n_minutes: minutes of training between two checkpoints; None saves none by time.
         how_to_go_on: message for a user whose run was stopped; ``{path}`` is replaced by the path of the checkpoint,
-            and ``{folder}`` by the folder of the run's logs.
+            and ``{folder}`` by the folder of the run's logs, quoted for a shell.
 
     Raises:
         ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
@@ -229,7 +230,7 @@ class SaveLast(ModelCheckpoint):
         return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
 
     def _advice(self, trainer: L.Trainer) -> str:
-        return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=self._folder)}"
+        return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=quote(str(self._folder)))}"
 
     @staticmethod
     def _defer_folding(trainer: L.Trainer) -> None:

@@ -141,8 +141,8 @@ def _class_at(message: str, found: re.Match[str]) -> str:
 def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> str:
     names = sorted({other for other in names if other.startswith("-") == name.startswith("-")})
     group, _, last = name.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == group}
-    close = [siblings[found] for found in _closest(last, siblings)] or _closest(name, names, 0.8)
+    siblings = {other.rpartition(".")[2].lstrip("-"): other for other in names if other.rpartition(".")[0] == group}
+    close = [siblings[found] for found in _closest(last.lstrip("-"), siblings)] or _closest(name, names, 0.8)
     of = f" of {_short(class_path)}" if class_path else ""
     listed = f"; accepted: {', '.join(names)}" if class_path else ""
     return f"`{field}` is no setting{of}{_hint(close)}{listed}."
