@@ -13,7 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cli_runs import Runs, printed, refused
+from cli_runs import NAME, Runs, printed, refused
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.commands.event_log import event_files
 from zolightning.commands.parser import OneLineParser
@@ -126,6 +126,32 @@ def test_by_its_path_and_with_another_config_file_a_run_goes_on_in_its_folder(ru
     runs("fit", "--trainer.max_steps", 2, *options)
     assert last_of(runs)["global_step"] == 2
     assert [path.name for path in runs.version(0).parent.parent.iterdir()] == [runs.version(0).parent.name]
+
+
+def test_from_another_working_directory_a_run_goes_on_in_its_folder(
+    runs: Runs, resumed: tuple[Runs, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of which was relative to the first one; and its best checkpoint is known."""
+    monkeypatch.chdir(runs.folder)
+    options = ["--trainer.max_steps", 3, "--trainer.val_check_interval", 1, "--trainer.default_root_dir", "logs"]
+    runs("fit", *options, "--trainer.logger.init_args.save_dir", "logs")
+    (runs.folder / "elsewhere").mkdir()
+    monkeypatch.chdir(runs.folder / "elsewhere")
+    config = f"../logs/{NAME}/version_0/config.yaml"
+    printed(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "6"])
+    assert not list(Path.cwd().iterdir()) and not runs.version(1).exists()
+    states = [
+        {
+            name: Path(value).name if "path" in name else value
+            for key, state in last_of(of)["callbacks"].items()
+            if key.startswith("ModelCheckpoint")
+            for name, value in state.items()
+            if name in ("best_model_path", "best_model_score", "kth_value")
+        }
+        for of in (runs, resumed[0])
+    ]
+    assert states[0] == states[1] and len(states[0]) == 3
+    assert sorted(runs.scalars(0)["train/loss"]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_from_the_best_a_run_goes_on_in_a_new_folder(runs: Runs) -> None:

@@ -2,10 +2,12 @@
 
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import LAST
@@ -74,7 +76,8 @@ def go_on_in_folder(config: "Namespace") -> bool:
     """Makes a run that resumes from the ``last.ckpt`` or the ledger of a folder write its logs and checkpoints there.
 
     It gets the same version of TensorBoard's logger, unless the command gives another name or version. From any other
-    checkpoint a run continues in a new version, and the old one keeps its later steps.
+    checkpoint a run continues in a new version, and the old one keeps its later steps. The folder may have been moved
+    since, or its name be relative to another working directory.
 
     Returns:
         Whether the run continues in its folder.
@@ -85,14 +88,29 @@ def go_on_in_folder(config: "Namespace") -> bool:
     folder, logger = _folder_of(config.get("ckpt_path")), config.trainer.logger
     if folder is None or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
         return False
-    if logger.init_args.get("version") is not None or _versions_folder(config).resolve() != folder.parent:
+    if logger.init_args.get("version") is not None:
         return False
+    if _versions_folder(config).resolve() != folder.parent:
+        if not _is_by_config_of(folder, logger.init_args):
+            return False
+        logger.init_args.save_dir = str(folder.parents[1])
     if (ledger := folder / LEDGER).is_file() and is_written(ledger):  # before anything in the folder is written anew
         raise MisconfigurationException(
             f"`ckpt_path` is of a run that has not ended: another process writes {ledger}. Wait for it, or stop it."
         )
     logger.init_args.version = int(folder.name.removeprefix("version_"))
     return True
+
+
+def _is_by_config_of(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the logger's settings are those of the run in a folder, by its config.yaml, and of its name still."""
+    try:
+        read = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        own = read["trainer"]["logger"]["init_args"]
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return False
+    same = all(own.get(name) == settings.get(name) for name in ("save_dir", "name"))
+    return same and folder.parent.name == own.get("name")
 
 
 def _folder_of(path: Any) -> Path | None:

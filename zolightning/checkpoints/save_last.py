@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
+from zolightning.checkpoints.moved import find_files_again
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
@@ -268,6 +269,7 @@ class SaveLast(ModelCheckpoint):
                 f"`trainer.precision` is '{trainer.precision}', and the checkpoint's run has '{precision}'. "
                 "Resume with the same one."
             )
+        find_files_again(trainer, checkpoint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.check(trainer)
