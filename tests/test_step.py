@@ -227,9 +227,15 @@ class TestLogging:
 
         def shown(trainer: L.Trainer) -> list[dict[str, float]]:
             found = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
-            return [{name: float(value) for name, value in metrics.items()} for metrics in found]
+            return [{name: torch.as_tensor(value).tolist() for name, value in metrics.items()} for metrics in found]
 
         class Logging(OwnLoop):
+            def loss(self, batch: tuple[Tensor, Tensor]) -> Any:
+                loss = super().loss(batch)
+                self.log("inner", loss[None], prog_bar=True)
+                self.log("weighted", loss, on_epoch=True, batch_size=1 + len(self.losses) % 3)
+                return loss
+
             def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
                 super().training_step(batch, batch_idx)
                 self.log("own", self.records[-1].losses[0])  # behind those of the step
@@ -260,9 +266,35 @@ class TestLogging:
 
         rows, seen, names = fit()
         assert len({metrics["zo/projected_grad"] for metrics, *_ in seen}) == 21  # of three epochs, by step
-        assert names.count("zo/lr") == (21 if own_log else 0)
-        monkeypatch.setattr("zolightning.partners.log_again", lambda *_: False)
+        assert names.count("zo/lr") == names.count("inner") == (21 if own_log else 0)
+        monkeypatch.setattr("zolightning.training_loop._has_logged_again", lambda *_, **__: False)
         assert (rows, seen) == fit()[:2]
+
+    @pytest.mark.parametrize(
+        ("changed", "said"),
+        [
+            (
+                lambda log, value: log("own", value, prog_bar=True),
+                "twice in `training_step` with different arguments",
+            ),
+            (lambda log, value: log("own", torch.ones(2)), "the tensor must have a single element"),
+        ],
+    )
+    def test_what_lightning_refuses_is_refused_later_too(
+        self, fit: Callable[..., L.Trainer], changed: Callable[..., None], said: str
+    ) -> None:
+        module = OwnLoop()
+        inner = module.loss
+
+        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+            value = inner(batch)
+            changed(module.log, value) if len(module.records) == 3 else module.log("own", value)
+            return value
+
+        module.loss = loss
+        with pytest.raises((MisconfigurationException, ValueError), match=said):
+            fit(module, max_steps=5)
+        assert len(module.records) == 3
 
 
 class TestSchedulers:

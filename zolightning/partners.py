@@ -76,13 +76,11 @@ def tensorboards(trainer: L.Trainer) -> list[Any]:
 
 
 def log_number(module: L.LightningModule, name: str, value: float, **options: Any) -> None:
-    """As ``module.log`` with the same options each time, in few of its calls and without waiting for a GPU.
+    """As ``module.log``, without waiting for a GPU, to which Lightning copies a number of Python.
 
-    Lightning copies a number of Python to the GPU. It is logged in float32, whatever the precision of the run.
+    It is logged in float32, whatever the precision of the run.
     """
-    number = torch.tensor(value, dtype=torch.float32)
-    if not log_again(module, name, number):
-        module.log(name, number, **options)
+    log_again(module.log, name, torch.tensor(value, dtype=torch.float32), **options)
 
 
 def add_text(trainer: L.Trainer, tag: str, text: str) -> None:

@@ -19,6 +19,7 @@ from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import WHOLE, Share
 from zolightning.partners import log_number
 from zolightning.strategies.ranks import LossExchange, layout_of
+from zolightning.training_loop import log_again
 
 
 def zeroth_order_step(
@@ -105,7 +106,7 @@ def logged_once(
     def log(name: str, *args: Any, **kwargs: Any) -> None:
         if is_logging:
             names.add(name)
-            module_log(name, *args, **kwargs)
+            log_again(module_log, name, *args, **kwargs)
 
     def evaluate(loss: Callable[[], Loss] = loss_fn) -> Loss:
         nonlocal is_logging, has_logged
