@@ -121,6 +121,16 @@ class Prompted(nn.Module):
         return self.linear(x).sum() * prompt + self.linear(prompt) + prompt.square()
 
 
+class FixedBias(nn.Linear):
+    """Its bias is no parameter any more."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        bias = self.bias.detach()
+        del self.bias
+        self.register_buffer("bias", bias)
+
+
 class AddMM(nn.Module):
     """GPT-2's way of a linear layer: weights of shape (inputs, outputs)."""
 
@@ -205,6 +215,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "returns_its_parameter": (Prompted, applied(values(3, 4))),
     "padding_idx": (partial(nn.Embedding, 11, 5, padding_idx=1), applied(IDS)),
     "embedding_bag": (partial(nn.EmbeddingBag, 11, 5), applied(IDS)),
+    "bias_in_a_buffer": (FixedBias, applied(values(3, 4))),
     "addmm": (AddMM, applied(values(3, 4))),
     "assorted": (Assorted, applied(values(3, 4))),
     "input_gradient": (InputGradient, applied(values(3, 4))),

@@ -285,7 +285,10 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize(
     ("method", "evaluations_per_forward", "bound"),
-    [(MeZO, 1, 12), (partial(LOZO, rank=2), 1, 28), (partial(ZOMOPI, rank=2, power_rank=1, num_queries=4), 8, 160)],
+    [
+        *((MeZO, 1, 12), (HiZOO, 1, 50), (partial(LOZO, rank=2), 1, 28)),
+        (partial(ZOMOPI, rank=2, power_rank=1, num_queries=4), 8, 160),
+    ],
 )
 def test_what_another_layer_costs_the_host_where_graphs_are_replayed(
     method: Callable[..., Any], evaluations_per_forward: int, bound: int
@@ -306,6 +309,21 @@ def test_what_another_layer_costs_the_host_where_graphs_are_replayed(
         counts.append(calls_of(estimate))
         assert capture.replayed == before and capture.recorded
     assert (counts[1] - counts[0]) / 16 < bound  # for each of a layer's two parameters
+
+
+@pytest.mark.parametrize(("method", "bound"), [(MeZO, 140), (partial(LOZO, rank=2), 230)])
+def test_what_another_layer_costs_the_host_without_graphs(method: Callable[..., Any], bound: int) -> None:
+    if not native.available(torch.empty(2)):
+        pytest.skip("torch's own loops are functions of Python")
+    counts = []
+    for layers in (4, 12):
+        net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+        optimizer = attached(method, net, seed=0)
+        estimate = partial(optimizer.estimate, lambda net=net: net(torch.ones(2, 8)).square().mean())
+        estimate()  # finds where parameters are read
+        counts.append((calls_of(estimate), calls_of(optimizer.step)))
+    per_parameter = [(many - few) / 16 for few, many in zip(*counts, strict=True)]
+    assert sum(per_parameter) < bound, per_parameter
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -341,8 +359,13 @@ def test_what_a_small_step_under_lightning_costs_the_host(
             super().__init__()
             self.automatic_optimization, self.net = False, nn.Linear(4, 1)
 
+        def loss(self, inputs: Tensor) -> Tensor:
+            loss = self.net(inputs).square().mean()
+            self.log("train/first", loss)
+            return loss
+
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-            counts.append(calls_of(lambda: zeroth_order_step(self, lambda: self.net(batch[0]).square().mean())))
+            counts.append(calls_of(lambda: zeroth_order_step(self, lambda: self.loss(batch[0]))))
 
         def configure_optimizers(self) -> MeZO:
             return MeZO(self.parameters(), seed=0)

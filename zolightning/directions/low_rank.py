@@ -66,7 +66,7 @@ class LowRank:
         rows, first = weight.view(-1, columns), start // columns
         with without_autocast(weight.device):
             left, right = self.factors(weight)
-            torch.addmm(rows, left[first : first + len(rows)], right.T, out=out.view(-1, columns))
+            torch.addmm(rows, left[first : first + rows.shape[0]], right.T, out=out.view(-1, columns))
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         if table.shape != self.shape:
@@ -122,7 +122,7 @@ def stacked_product(
     rows = inputs.reshape(-1, inputs.shape[-1])
     is_linear = func is F.linear
     size_in, size_out = shape[::-1] if is_linear else shape
-    if weight.shape != shape or _building_costs_less(len(rows), len(groups), size_in, size_out, weight.device.type):
+    if weight.shape != shape or _building_costs_less(rows.shape[0], len(groups), size_in, size_out, weight.device.type):
         return None
     first, second = (basis.right, basis.left) if is_linear else (basis.left, basis.right)
     is_same_bias = all(bias is biases[0] for bias in biases)

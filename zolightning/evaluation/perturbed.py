@@ -137,7 +137,7 @@ class Perturbed(TorchFunctionMode):
         """A forward in which functions are watched."""
         attributes = vars(reader)  # past nn.Module's own attribute access, which takes longer
         is_linear = type(reader).forward is nn.Linear.forward and "forward" not in attributes
-        if is_linear and "weight" in attributes["_parameters"]:
+        if is_linear and {"weight", "bias"} <= attributes["_parameters"].keys():
             return partial(self._linear_forward, reader)
         return partial(self._watch, reader.forward)
 
@@ -157,7 +157,8 @@ class Perturbed(TorchFunctionMode):
         """Replaces the forward of an ``nn.Linear``, which is known to call ``F.linear``: nothing has to be watched."""
         if len(args) != 1 or kwargs or self._is_watching or self._is_paused or is_compiling():
             return self._watch(partial(nn.Linear.forward, module), *args, **kwargs)
-        return self.run(F.linear, (args[0], module.weight, module.bias), {})
+        own = module._parameters
+        return self.run(F.linear, (args[0], own["weight"], own["bias"]), {})
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -247,8 +248,8 @@ class Perturbed(TorchFunctionMode):
 
     def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
         """``F.linear`` with perturbed tensors, apart because it is called most often."""
-        by_id = self._by_id
-        perturbation = by_id.get(id(weight))
+        by_id, key = self._by_id, id(weight)
+        perturbation = by_id.get(key)
         if isinstance(perturbation, LowRank):
             output = self._product(F.linear, (inputs, weight, bias), {})
             if output is not None:
@@ -260,12 +261,12 @@ class Perturbed(TorchFunctionMode):
             bias = self.exchange(bias, taken)
         if perturbation is None:
             output = F.linear(inputs, self.exchange(weight, taken), bias)
-        elif isinstance(perturbation, ByRows) and is_cut(weight):
-            self.seen.add(id(weight))
+        elif is_cut(weight) and isinstance(perturbation, ByRows):
+            self.seen.add(key)
             taken.append(buffer := self.scratch.take(weight.device))
             output = linear_in_pieces(inputs, weight, bias, perturbation, buffer)
         else:
-            self.seen.add(id(weight))
+            self.seen.add(key)
             output = F.linear(inputs, self._copy(weight, perturbation, taken), bias)
         if taken:
             self.scratch.give_back(taken)

@@ -12,5 +12,6 @@ PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
 
 def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     """Weight, input and bias of one of :data:`PRODUCTS`, None where they are not given by position."""
-    weight, inputs, bias = (args[place] if place < len(args) else None for place in PRODUCTS[func])
+    count = len(args)
+    weight, inputs, bias = [args[place] if place < count else None for place in PRODUCTS[func]]
     return weight, inputs, bias

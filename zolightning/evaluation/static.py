@@ -152,26 +152,28 @@ class Parts:
             return self._low_rank(value)
         if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
             return value
-        known = self._known.get(id(value))
+        if kind is InPlace:
+            return self._in_place(value.tensor)
+        known = self._known.get(key := id(value))
         if known is not None:
             return known
         self._kinds.add(kind)
         found: Hashable
         if isinstance(value, Tensor):
             found = self._tensor(value)
-        elif kind is InPlace:
-            tensor = value.tensor
-            if tensor.device != self._device:
-                raise CannotCapture(f"a tensor of a perturbation is on {tensor.device}, not on {self._device}")
-            found = (kind, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         elif isinstance(value, Direction):
             own = [self._described(part) for name, part in vars(value).items() if name not in _OF_DIRECTIONS]
             found = (kind, self._direction(value), tuple(own))
         else:
             parts = value if kind is tuple else _members(value).values()
             found = (kind, *[part if type(part) in _PLAIN else self._described(part) for part in parts])
-        self._known[id(value)] = found
+        self._known[key] = found
         return found
+
+    def _in_place(self, tensor: Tensor) -> Hashable:
+        if tensor.device != self._device:
+            raise CannotCapture(f"a tensor of a perturbation is on {tensor.device}, not on {self._device}")
+        return InPlace, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
     def _tensor(self, tensor: Tensor) -> Hashable:
         table = tensor._base

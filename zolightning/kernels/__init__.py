@@ -32,13 +32,13 @@ from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import NoiseKind
 
 
-def _backend(*tensors: Tensor, start: int = 0) -> ModuleType:
-    """The fastest backend for these tensors; `start` is the index of the first one's first element."""
-    if native.available(*tensors, start=start):
+def _backend(first: Tensor, *others: Tensor | None, start: int = 0) -> ModuleType:
+    """The fastest backend for these tensors; `start` is the index of the first element of `first`."""
+    if native.available(first, *others, start=start):
         return native
-    if tensors[0].device.type == "cuda":
+    if first.device.type == "cuda":
         triton_loops = _triton_loops()
-        if triton_loops is not None and triton_loops.available(*tensors, start=start):
+        if triton_loops is not None and triton_loops.available(first, *others, start=start):
             return triton_loops
     return torch_loops
 
@@ -87,7 +87,7 @@ def perturb(
     A weight of None counts as zeros.
     """
     weight = torch.zeros_like(out) if weight is None else weight
-    backend = _backend(*_tensors(weight, out, curvature), start=start)
+    backend = _backend(weight, out, curvature, start=start)
     backend.perturb(out, weight, keys, coefficients, kind, start, curvature, threshold)
 
 
@@ -106,7 +106,7 @@ def perturb_both(
 
     `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included.
     """
-    backend = _backend(*_tensors(weight, plus, curvature), start=start)
+    backend = _backend(weight, plus, curvature, start=start)
     backend.perturb_both(plus, minus, weight, keys, coefficients, kind, start, curvature, threshold)
 
 
@@ -132,7 +132,7 @@ def perturb_rows(
     Raises:
         IndexError: if a row is not in the table (on CPUs; Triton writes NaNs instead, so that the loss becomes NaN).
     """
-    backend = _backend(*_tensors(out, curvature), start=table.shape[1])
+    backend = _backend(out, curvature, start=table.shape[1])
     backend.perturb_rows(out, table, rows, keys, coefficients, kind, curvature, threshold)
 
 
@@ -224,10 +224,6 @@ def add_adam(
 def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
     """Changes a curvature, (n,), as :func:`add_curved` does."""
     _backend(curvature, start=start).curve(curvature, keys, kind, change, start)
-
-
-def _tensors(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def add_delta(

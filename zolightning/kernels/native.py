@@ -65,10 +65,10 @@ _DELTA_ARGUMENTS = (ctypes.c_float, _POINTER, ctypes.c_float, ctypes.c_int64)
 _NOISE_ARGUMENTS = (*[ctypes.c_int64] * 3, *[_POINTER] * 3, ctypes.c_int64, ctypes.c_int)
 
 
-def available(*tensors: Tensor, start: int = 0) -> bool:
+def available(*tensors: Tensor | None, start: int = 0) -> bool:
     """Whether the native loops can work on contiguous tensors, the first of which begins with element `start`."""
     for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype not in _DTYPES:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _DTYPES):
             return False
     return start % 2 == 0 and _library() is not None
 
@@ -100,7 +100,7 @@ def perturb_both(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if len(keys) > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+    if keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
         perturb(plus, weight, keys, coefficients, kind, start, curvature, threshold)
         perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
         return
@@ -124,7 +124,7 @@ def perturb_rows(
     function = getattr(_library(), f"perturb_{_DTYPES[out.dtype]}{name}")
     gathered = F.embedding(rows, table)
     rows = rows.to(torch.int64).contiguous()
-    noise = _noise(len(rows), out.shape[1], 0, rows, keys, coefficients, kind)
+    noise = _noise(rows.shape[0], out.shape[1], 0, rows, keys, coefficients, kind)
     function(out.data_ptr(), gathered.data_ptr(), *shape, *noise)
 
 
@@ -226,7 +226,7 @@ def _noise(
 ) -> tuple[int | None, ...]:
     first_rows = None if rows is None else rows.data_ptr()
     places = (segments, elements, start, first_rows, keys.data_ptr(), coefficients.data_ptr())
-    return *places, len(keys), kind == "rademacher"
+    return *places, keys.shape[0], kind == "rademacher"  # `len` of a tensor is a function of Python
 
 
 @functools.cache

@@ -37,9 +37,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Tables = tuple[Tensor, Tensor] | tuple[None, None]  # ``tensors`` and ``chunks`` of the kernels, for several tensors
 
 
-def available(*tensors: Tensor, start: int = 0) -> bool:
+def available(*tensors: Tensor | None, start: int = 0) -> bool:
     """Whether these loops can work on contiguous tensors, the first of which begins with element `start`."""
-    return all(tensor.dtype in _DTYPES for tensor in tensors) and start % 2 == 0
+    return all(tensor is None or tensor.dtype in _DTYPES for tensor in tensors) and start % 2 == 0
 
 
 def perturb(
