@@ -26,14 +26,15 @@ def log_again(log: Callable[..., None], name: str, *args: Any, **options: Any) -
 
 def _has_logged_again(log: Any, name: str, value: Any = None, *args: Any, **options: Any) -> bool:
     trainer, hook = log.__self__._trainer, log.__self__._current_fx_name
-    if args or not isinstance(value, Tensor) or value.numel() != 1 or trainer is None or trainer._results is None:
+    results = None if trainer is None else trainer._results
+    if args or not isinstance(value, Tensor) or value.numel() != 1 or results is None:
         return False
-    known = trainer._results.get(key := f"{hook}.{name}")
+    known = results.get(key := f"{hook}.{name}")
     if known is None or known.meta.on_epoch or trainer._logger_connector.should_reset_tensors(hook):
         return False
     if any([getattr(known.meta, option, None) != given for option, given in options.items()]):
         return False
-    trainer._results.update_metrics(key, value.detach().squeeze(), batch_size=1)
+    results.update_metrics(key, value.detach().squeeze(), batch_size=1)
     return True
 
 
