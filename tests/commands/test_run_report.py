@@ -199,6 +199,8 @@ def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> No
             ". is no folder of a run: it has no config.yaml, which `zolightning fit` writes there. Name those below",
         ),
         (["silent"], "silent has no curve of a training yet"),
+        (["cut"], "cut/config.yaml holds no settings: it is empty, or was cut off."),
+        (["other"], "other/config.yaml is no YAML: 'utf-8' codec can't decode"),
         (["versions"], "versions holds 1 version, and none that has trained."),
         (["run", "--output", "page.txt"], "`--output` is page.txt, and must end with .html."),
         (["run", "--output", "/proc/x/page.html"], "`--output` is /proc/x, where no file can be written: "),
@@ -208,8 +210,10 @@ def test_wrong_folders_take_one_line(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "silent", "versions/version_0"):
+    for name in ("empty", "silent", "cut", "other", "versions/version_0"):
         Path(name).mkdir(parents=True)
+    Path("cut/config.yaml").write_bytes(b"")
+    Path("other/config.yaml").write_bytes(b"\xff\xfe\x00")
     Path("silent/config.yaml").write_text("trainer: {max_steps: 6}\n")
     Path("run").symlink_to(runs.version(0))
     error = refused(["report", *arguments])

@@ -103,8 +103,10 @@ def read_run(folder: Path) -> Run:
         )
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / 'config.yaml'} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.yaml'} holds no settings: it is empty, or was cut off.")
     log = EventLog(folder)
     log.read()
     curves = log.curves
