@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,13 +13,21 @@ from zolightning.evaluation.examples import MicroBatch
 from zolightning.evaluation.losses import loss_and_terms
 from zolightning.scopes.calibration import batch_size
 
-Rows = TypeVar("Rows", Tensor, np.ndarray)
+
+@runtime_checkable
+class HasParts(Protocol):
+    """What belongs to a batch of `size` examples and says itself what belongs to a part of them."""
+
+    size: int
+
+    def part(self, start: int, stop: int) -> Any: ...
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[Any]:
     """Cuts a batch into parts of at most `size` examples.
 
-    Tensors and arrays with as many rows as the batch has examples are cut, and all else is part of every part.
+    Tensors and arrays with as many rows as the batch has examples are cut, and so is what has a ``part``
+    (:class:`HasParts`). All else is part of every part.
 
     Raises:
         ValueError: if nothing in the batch can be cut.
@@ -32,10 +40,12 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
 
     for start in range(0, total, size):
 
-        def cut(array: Rows, start: int = start) -> Rows:
-            return array[start : start + size] if array.ndim and len(array) == total else array
+        def cut(array: Tensor | np.ndarray | HasParts, start: int = start) -> Any:
+            if isinstance(array, Tensor | np.ndarray):
+                return array[start : start + size] if array.ndim and len(array) == total else array
+            return array.part(start, start + size) if array.size == total else array
 
-        yield apply_to_collection(batch, (Tensor, np.ndarray), cut)
+        yield apply_to_collection(batch, (Tensor, np.ndarray, HasParts), cut)
 
 
 def with_num_terms(output: Any, batch: Any, device: torch.device | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From tokens to tensors: the batch that several examples become."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -22,12 +22,23 @@ class AnswerIndex:
         rows: rows of the batch that hold a candidate, counted through all examples, (N,); None for all of them.
         tokens: answer tokens, (3, K): which of these N rows, which of the row's A places, and where in the flattened
             `answer_ids`. None if all candidates have A tokens.
+        shape: C and A.
+        ends: for each example how many of the N rows and of the K tokens are its own or of examples before it.
     """
 
-    def __init__(self, size: int, rows: Tensor | None, tokens: Tensor | None) -> None:
+    def __init__(
+        self,
+        size: int,
+        rows: Tensor | None,
+        tokens: Tensor | None,
+        shape: tuple[int, int],
+        ends: Sequence[tuple[int, int]],
+    ) -> None:
         self.size = size
         self.rows = rows
         self.tokens = tokens
+        self._shape = shape
+        self._ends = ends
 
     @classmethod
     def of(cls, answer_ids: Tensor) -> "AnswerIndex":
@@ -36,32 +47,50 @@ class AnswerIndex:
         present = mask.any(dim=-1)
         rows = None if present.all() else present.flatten().nonzero()[:, 0]
         tokens = None if mask.all() else torch.cat([mask[present].nonzero().T, mask.flatten().nonzero().T])
-        return cls(len(answer_ids), rows, tokens)
+        ends = zip(*(counts.flatten(1).sum(1).cumsum(0).tolist() for counts in (present, mask)), strict=True)
+        return cls(len(answer_ids), rows, tokens, (mask.shape[1], mask.shape[2]), list(ends))
 
     @classmethod
     def of_batch(cls, batch: "Batch") -> "AnswerIndex":
-        """The index that a batch brings; of a part of a batch, whose index is that of the whole, its own."""
+        """The index that a batch brings; made anew where that is of another number of examples."""
         index, answer_ids = batch.get("answer_index"), batch["answer_ids"]
         return cls.of(answer_ids) if index is None or index.size != len(answer_ids) else index
 
+    def part(self, start: int, stop: int) -> "AnswerIndex":
+        """That of the examples from `start` to before `stop`, without waiting for a device."""
+        stop = min(stop, self.size)
+        before, last = self._ends[start - 1] if start else (0, 0), self._ends[stop - 1]
+        rows = tokens = None
+        candidates, length = self._shape
+        if self.rows is not None:
+            rows = self.rows[before[0] : last[0]] - start * candidates
+        if self.tokens is not None:
+            row, place, slot = self.tokens[:, before[1] : last[1]]
+            tokens = torch.stack([row - before[0], place, slot - start * candidates * length])
+        ends = [(row - before[0], token - before[1]) for row, token in self._ends[start:stop]]
+        return AnswerIndex(stop - start, rows, tokens, self._shape, ends)
+
     def to(self, device: torch.device | str) -> "AnswerIndex":
         """As Lightning calls it for what it moves to the device."""
-        rows, tokens = (None if x is None else x.to(device, non_blocking=True) for x in (self.rows, self.tokens))
-        return AnswerIndex(self.size, rows, tokens)
+        return self._with(lambda index: index.to(device, non_blocking=True))
 
     def pin_memory(self) -> "AnswerIndex":
         """As a ``DataLoader`` calls it."""
-        rows, tokens = (None if x is None else x.pin_memory() for x in (self.rows, self.tokens))
-        return AnswerIndex(self.size, rows, tokens)
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, moved: Callable[[Tensor], Tensor]) -> "AnswerIndex":
+        rows, tokens = (None if index is None else moved(index) for index in (self.rows, self.tokens))
+        return AnswerIndex(self.size, rows, tokens, self._shape, self._ends)
 
 
 class Batch(TypedDict):
-    """B examples with at most C candidates of at most A tokens. A slice of every tensor is a smaller batch.
+    """B examples with at most C candidates of at most A tokens. A slice of every tensor, and a part of the index, is a
+    smaller batch.
 
     If A is 1, a row of `input_ids` is a prompt, R is 1, and the logits at its end score all candidates.
     Otherwise R is C and row c is the prompt followed by candidate c, so the row's last tokens are the answer.
     Where an example has fewer than C candidates, the others have no answer tokens and their rows hold the
-    prompt alone. The index is that of the whole batch, also in a slice.
+    prompt alone.
 
     For a model with a decoder, which reads the answers, R is 1 whatever A is, and all padding is on the right.
     """
