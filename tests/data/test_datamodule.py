@@ -9,6 +9,7 @@ import datasets
 import lightning as L
 import numpy as np
 import pytest
+import torch
 
 from zolightning.data import PromptDataModule
 
@@ -85,6 +86,19 @@ def test_predictions_are_of_the_test_rows(
 ) -> None:
     data = PromptDataModule("sst2", str(write_rows(test=9)), batch_size=4, num_test=8)
     assert len(set(flat(make_trainer().predict(spectator, data)))) == 8
+
+
+def test_batches_for_a_gpu_come_in_pinned_memory(
+    write_rows: Callable[..., Path],
+    make_trainer: Callable[..., L.Trainer],
+    spectator: L.LightningModule,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, trainer = PromptDataModule("sst2", str(write_rows(train=20)), num_validation=4), make_trainer(max_steps=1)
+    trainer.fit(spectator, datamodule=data)
+    assert not any(loader.pin_memory for loader in (data.train_dataloader(), data.val_dataloader()))
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("cuda"))
+    assert all(loader.pin_memory for loader in (data.train_dataloader(), data.val_dataloader()))
 
 
 def test_examples_per_class(

@@ -154,7 +154,7 @@ class TaskDataModule(L.LightningDataModule):
         order = LengthBuckets(lengths, self.batch_size, self.seed, fixed=self.fixed_batches, **self._replicas())
         batches = Batches(examples, order, self.collate(for_training=True))
         sampler = BatchNumbers(batches, start=self._batches_trained)
-        return TrainLoader(batches, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+        return TrainLoader(batches, batch_size=None, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._eval_dataloader("validation")
@@ -174,7 +174,12 @@ class TaskDataModule(L.LightningDataModule):
         lengths = [example.length for example in examples]
         order = even_batches(lengths, self.eval_batch_size, **self._replicas())
         batches = Batches(examples, order, self.collate(for_training=False))
-        return DataLoader(batches, batch_size=None, sampler=BatchNumbers(batches), num_workers=self.num_workers)
+        return DataLoader(batches, batch_size=None, sampler=BatchNumbers(batches), **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        """How batches are loaded: for a GPU into pinned memory, from where a copy need not be waited for."""
+        is_gpu = self._trainer().strategy.root_device.type == "cuda"
+        return {"num_workers": self.num_workers, "pin_memory": is_gpu}
 
     def _replicas(self) -> dict[str, int]:
         """How many ranks share a global batch, and which this is; a strategy may say that all read the same."""
