@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graph_runs import CPUCapture, inputs, seeded
 from networks import mlp, perturbations, values
 from optimizer_steps import MakeProblem, Method, attached
+from waits import waiting_is_an_error
 from zolightning import kernels, zeroth_order_step
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.graphs import GraphedNetwork
@@ -142,29 +142,6 @@ def test_a_step_of_every_method_reads_from_the_device_once(method: Method, make_
     aligned = ["cpu", "tolist"] if optimizer.align_queries else []  # by numbers that the host has
     assert reads.names == ["tolist", *aligned]
     assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(operations.names)
-
-
-@contextmanager
-def waiting_is_an_error(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> Iterator[None]:
-    """But for ``Tensor.tolist``, whose calls are noted in `allowed` where it waits."""
-    own = Tensor.tolist
-
-    def tolist(tensor: Tensor) -> Any:
-        if not tensor.is_cuda:
-            return own(tensor)
-        torch.cuda.set_sync_debug_mode("default")
-        allowed.append(tensor.numel())
-        try:
-            return own(tensor)
-        finally:
-            torch.cuda.set_sync_debug_mode("error")
-
-    monkeypatch.setattr(Tensor, "tolist", tolist)
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_indices_of_a_slice_lie_where_its_parameter_does() -> None:

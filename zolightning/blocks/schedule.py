@@ -157,5 +157,5 @@ def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> No
 @torch.no_grad()
 def _norm(parameters: Sequence[nn.Parameter]) -> float:
     wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
-    norms = [torch.linalg.vector_norm(p, dtype=dtype).item() for p, dtype in zip(parameters, wide, strict=True)]
-    return math.hypot(*norms)
+    norms = [torch.linalg.vector_norm(p, dtype=dtype) for p, dtype in zip(parameters, wide, strict=True)]
+    return math.hypot(*torch.stack([norm.to(norms[0].device) for norm in norms]).tolist())  # one wait for all

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zolightning.directions.dense import Direction
-from zolightning.kernels.noise import coefficient, key
+from zolightning.kernels.noise import coefficient, key, on_device
 
 Sides = Literal["left", "right", "both"]
 SIDES: tuple[str, ...] = ("left", "right", "both")
@@ -118,7 +118,8 @@ def gaussian(size: int, rank: int, seed: int, refresh: int, name: str, device: t
     """A (size, rank) factor of unit variance, float32, a pure function of (seed, refresh, name)."""
     total = torch.zeros(size, rank, dtype=torch.float32, device=device)  # whatever the default dtype is
     # Directions count queries from 0.
-    keys = torch.tensor([key(seed, refresh, -1 - i, name) for i in range(_SUMMANDS)], dtype=torch.int32, device=device)
+    words = [key(seed, refresh, -1 - i, name) for i in range(_SUMMANDS)]
+    keys = on_device(torch.tensor(words, dtype=torch.int32), device)
     weight = coefficient(_SUMMANDS**-0.5, "gaussian")
     coefficients = torch.full((_SUMMANDS,), weight, dtype=torch.float32, device=device)
     Direction(keys, coefficients, "gaussian").accumulate(total)

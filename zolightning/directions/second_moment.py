@@ -74,7 +74,8 @@ class SecondMoment:
         """Adds rows of shape (t, n), in any dtype."""
         rows = rows.float()
         self.product.addmm_(rows.T, rows @ self.test)
-        self.totals += torch.stack([self.totals.new_tensor(len(rows)), rows.square().sum()])
+        self.totals[0] += len(rows)  # a kernel's argument: a copy from the host would wait for the device
+        self.totals[1] += rows.square().sum()
 
     def again(self) -> None:
         """Begins another pass over the same rows, with a test matrix made of the result so far."""

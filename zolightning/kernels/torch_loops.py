@@ -123,7 +123,8 @@ def add_adam(
     start: int = 0,
 ) -> None:
     # Tensors, because a device multiplies by the reciprocal of a number that it is to divide by.
-    corrections = torch.tensor([step.mean_correction, step.square_correction], dtype=mean.dtype).to(weight.device)
+    numbers = step.mean_correction, step.square_correction
+    corrections = [torch.full((), number, dtype=mean.dtype, device=mean.device) for number in numbers]
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
         noise = noise_sum(index, keys, coefficients, kind)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zolightning.kernels.compiled import chunk_size, chunks
-from zolightning.kernels.noise import Key, counter, hash_bits, start_of
+from zolightning.kernels.noise import Key, counter, hash_bits, on_device, start_of
 from zolightning.optim.precision import State, UpdatePrecision, add_tensor
 
 
@@ -22,16 +22,16 @@ def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision
         key: the key of the random numbers.
         first: index of the first element in the whole parameter.
     """
-    flat = weight.view(-1)
+    flat, words = weight.view(-1), on_device(torch.tensor(key, dtype=torch.int32), weight.device)
     for part in chunks(flat.numel(), chunk_size(flat)):
-        add_tensor(weight, rest, _dither(flat[part], first + part.start, key), precision, start=part.start)
+        add_tensor(weight, rest, _dither(flat[part], first + part.start, words), precision, start=part.start)
 
 
-def _dither(weight: Tensor, start: int, key: Key) -> Tensor:
+def _dither(weight: Tensor, start: int, key: Tensor) -> Tensor:
     """Uniform random numbers within half a unit in the last place of each weight, (n,), float32."""
     info = torch.finfo(weight.dtype)
     exponents = torch.frexp(weight.float()).exponent.clamp_min(math.frexp(info.tiny)[1])
     spacings = torch.ldexp((weight != 0).float() * info.eps, exponents - 1)
     index = counter(weight, start_of(start, weight.device))
-    bits = hash_bits(index, torch.tensor(key, dtype=torch.int32, device=weight.device))
+    bits = hash_bits(index, key)
     return spacings * ((bits >> 16).float() + 0.5) / 2**16
