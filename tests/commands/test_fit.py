@@ -160,6 +160,8 @@ def test_export_is_a_hugging_face_folder(finished: tuple[Runs, str], tmp_path: P
 
     message = refused(["export", "--config", str(config), "--folder", str(folder)])
     assert message.startswith("error: `folder` is ") and "not empty" in message
+    message = refused(["export", "--config", str(config), "--folder", "/proc/x"])
+    assert message.startswith("error: `folder` is /proc/x, where no file can be written: ")
 
     other = load(checkpoint)
     del other["state_dict"]["model.lm_head.weight"]

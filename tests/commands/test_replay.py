@@ -83,6 +83,11 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"`output` is .*, which is not empty"):
             replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", str(tmp_path), None)
 
+    @pytest.mark.parametrize("folder", ["/proc/x", __file__])
+    def test_a_folder_that_cannot_be(self, folder: str) -> None:
+        with pytest.raises(ValueError, match=r"`output` is .*, (where no file can be written|which is not empty)"):
+            replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", folder, None)
+
     def test_no_method(self, tmp_path: Path) -> None:
         with pytest.raises(MisconfigurationException, match="`method` is null"):
             replay_to_folder(L.LightningModule(), [], "ledger.bin", str(tmp_path), None)

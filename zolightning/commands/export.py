@@ -9,6 +9,7 @@ import lightning as L
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.model_card import write_card
+from zolightning.commands.output import require_new_folder
 from zolightning.models.loading import refuse_other_weights
 from zolightning.network.adapters import merge_adapter
 from zolightning.network.quantization import refuse_quantized
@@ -31,8 +32,7 @@ def export_model(
         ValueError: if `ckpt_path`, `folder`, `merge` or `push_to_hub` cannot be used, before anything is written; or
             if the hub does not accept the folder, with its reason.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"`folder` is {folder}, which is not empty. Name a new folder.")
+    require_new_folder("folder", folder)
     export = getattr(module, "export", None)
     if not callable(export):
         raise ValueError(f"{type(module).__name__} has no `export` method.")

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, Prog
 from lightning.pytorch.cli import SaveConfigCallback
 
 from zolightning.callbacks import PredictionWriter, RunMonitor, RunOverview
+from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.partners import callbacks_of
 
 _OF_A_RUN = (Checkpoint, ModelSummary, PredictionWriter, ProgressBar, RunMonitor, RunOverview, SaveConfigCallback)
@@ -34,6 +35,13 @@ def output_folder(trainer: L.Trainer, output: str | None, name: str) -> Path:
             f"`output` is {folder}, where no file can be written: {error.strerror}. Name a folder of your own."
         ) from None
     return folder
+
+
+def require_new_folder(name: str, folder: Path) -> None:
+    """Raises a ValueError that names a setting unless its folder is empty or not there, and can be written to."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`{name}` is {folder}, which is not empty. Name a new folder.")
+    require_writable(name, folder)
 
 
 def _run_folder(trainer: L.Trainer) -> Path:

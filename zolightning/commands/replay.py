@@ -12,6 +12,7 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.zeroth_order import Method
 from zolightning.checkpoints.follow import follow
 from zolightning.checkpoints.replay import Replayed, replay
+from zolightning.commands.output import require_new_folder
 from zolightning.messages import counted
 
 Validate = Callable[[], Iterable[dict[str, float]]]
@@ -77,9 +78,7 @@ def _method(callbacks: Iterable[Callback]) -> Method:
 
 
 def _export_to(model: L.LightningModule, output: str) -> Callable[[Path], None]:
-    folder = Path(output)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"`output` is {output}, which is not empty. Name a new folder.")
+    require_new_folder("output", Path(output))
     export: Callable[[Path], None] | None = getattr(model, "export", None)
     if not callable(export):
         raise ValueError(
