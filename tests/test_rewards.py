@@ -64,9 +64,9 @@ def test_a_reward_that_fails_is_zero_and_counted() -> None:
     with pytest.warns(UserWarning, match="A reward failed, which is counted and makes it 0: ") as warned:
         assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0, 0]
     assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1, "SystemExit": 1}
-    assert len(warned) == 5  # one of each kind
-    assert copy.deepcopy(reward)("seven77", []) == 7  # in processes of its own
+    assert sum("A reward failed" in str(warning.message) for warning in warned) == 5  # one of each kind
     assert reward("seven77", []) == 7  # in a new process
+    assert copy.deepcopy(reward)("seven77", []) == 7  # in processes of its own
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "0.5", [1.0], torch.ones(2)])
@@ -103,7 +103,7 @@ def test_functions_of_something_else_are_refused_at_once(
 
 
 def test_a_reward_that_other_processes_cannot_have() -> None:
-    with pytest.raises(ValueError, match=r"`reward` cannot be sent to other processes: .*pickle"):
+    with pytest.raises(ValueError, match=r"`reward` cannot be sent to other processes: .*lambda"):
         InProcesses(lambda text, references: 1.0)
 
 

@@ -56,6 +56,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             bytes per bfloat16 parameter or 4 per float16 one; "low_byte", as to 24-bit weights, for 1 extra byte per
             bfloat16 parameter; or "native", in the weight's dtype, which loses small updates. See
             :mod:`zolightning.optim.precision`.
+        **unknown: what no constructor of the method has named; refused.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
