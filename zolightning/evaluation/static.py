@@ -1,4 +1,10 @@
-"""Copies at fixed addresses, for CUDA graphs: of a network's arguments, and of the tensors inside perturbations."""
+"""Copies at fixed addresses, for CUDA graphs: of a network's arguments, and of the tensors inside perturbations.
+
+A graph replays its launches with the addresses that they were recorded with. It is therefore recorded with copies of
+all tensors (:class:`Tables`), into which those of the present call are copied before a replay. :class:`Arguments` and
+:class:`Parts` say which tensors these are, and in a `key` all else: a graph may be replayed where the key is the one
+that it was recorded with.
+"""
 
 import copy
 import functools
@@ -58,6 +64,10 @@ class Arguments:
 
 class Parts:
     """The perturbations of some groups of rows, divided into their tensors and a hashable description of the rest.
+
+    For example, the 388 directions of one of MeZO's queries read their keys from one table and share a tensor of
+    coefficients. These two are the `tables`; the key says which parameters have such a direction, and where in the
+    table the keys of each begin. In the next step both tables hold other numbers, and the key is the same.
 
     Args:
         groups: how each group of rows sees parameters.
