@@ -99,7 +99,8 @@ def test_rows_with_graphs_keep_them(
 ) -> None:
     """With masks as on a GPU OPT, which counts positions by others, asks its device for nothing."""
     capture = CPUCapture()
-    monkeypatch.setattr("zolightning.bench.rows.CudaCapture", lambda device: capture)
+    for place in ("bench.rows", "evaluation.evaluator"):
+        monkeypatch.setattr(f"zolightning.{place}.CudaCapture", lambda device: capture)
     monkeypatch.setattr(step, "attention_mask_for", lambda network, mask: causal_mask(mask))
     model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path, "opt"), dtype=torch.float64).eval()
     tokens = torch.randint(100, (2, 9))

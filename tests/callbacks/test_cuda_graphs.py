@@ -14,7 +14,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from graph_runs import CPUCapture
 from training import assert_equal, weights
 from zolightning.callbacks import RunOverview, SubspaceResampling, ZerothOrder, refusals
-from zolightning.callbacks import zeroth_order as zeroth_order_file
 from zolightning.optim import MeZO, SubZero
 
 METHODS = {
@@ -25,7 +24,7 @@ METHODS = {
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zeroth_order_file, "CudaCapture", CPUCapture)
+    monkeypatch.setattr("zolightning.evaluation.evaluator.CudaCapture", CPUCapture)
     monkeypatch.setattr(refusals, "refuse_graphs", lambda device: None)
 
 

@@ -70,12 +70,9 @@ class OptimizerStep:
         self.optimizer = method(model.parameters() if parameters is None else parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`update_precision` is 'native'")  # the row says so by its name
-            self.optimizer.attach(nn.ModuleDict({"model": model}), evaluations_per_forward)
+            self.optimizer.attach(nn.ModuleDict({"model": model}), evaluations_per_forward, cuda_graphs=cuda_graphs)
         if isinstance(self.optimizer, SubspaceWeights):
             self.optimizer.fold_every_step = False  # as under a Trainer without callbacks of others
-        if cuda_graphs:
-            capture = CudaCapture(next(model.parameters()).device)
-            self.optimizer.evaluator.graphs = GraphedNetwork(model, capture)
 
     def __call__(self, evaluate: Evaluate) -> None:
         self.optimizer.estimate(evaluate)

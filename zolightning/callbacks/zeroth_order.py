@@ -20,12 +20,9 @@ from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, 
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import require_resampling
-from zolightning.evaluation.capture import CudaCapture
-from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import Loss
-from zolightning.evaluation.stacked import network_of
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
-from zolightning.optim.checks import require_integer
+from zolightning.optim.checks import require_integer, require_prefix
 from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
@@ -116,13 +113,7 @@ class ZerothOrder(Callback):
         if micro_batch_size is not None:
             require_integer("micro_batch_size", micro_batch_size)
         require_integer("evaluations_per_forward", evaluations_per_forward)
-        if not keep_prefix_gib >= 0:
-            raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
-        if cuda_graphs and keep_prefix_gib:
-            raise ValueError(
-                "`cuda_graphs` is True, and a graph runs all of the network: leave `keep_prefix_gib` at 0, got "
-                f"{keep_prefix_gib}."
-            )
+        require_prefix(keep_prefix_gib, cuda_graphs)
         self.method = method
         self.lr_scheduler = lr_scheduler
         self.micro_batch_size = micro_batch_size
@@ -223,11 +214,7 @@ class ZerothOrder(Callback):
             callbacks = callbacks_of(pl_module.trainer)
             require_resampling(optimizer, callbacks)
             choose_folding(optimizer, callbacks, pl_module)
-        optimizer.attach(pl_module, self.evaluations_per_forward)
-        optimizer.evaluator.prefix.keep_bytes = int(self.keep_prefix_gib * 2**30)
-        if self.cuda_graphs:
-            network = network_of(pl_module, [parameter for *_, parameter in optimizer.trainable()], "cuda_graphs")
-            optimizer.evaluator.graphs = GraphedNetwork(network, CudaCapture(pl_module.device))
+        optimizer.attach(pl_module, self.evaluations_per_forward, self.keep_prefix_gib, self.cuda_graphs)
         for group in optimizer.param_groups:
             group.update({name: value for name, value in self._counters.items() if name in group})
         rank_zero_info(

@@ -30,9 +30,17 @@ class CudaCapture:
 
     Args:
         device: the device of all tensors.
+
+    Raises:
+        ValueError: if it is no CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(
+                f"`cuda_graphs` is True, and the parameters are on '{device}', which has none. Move the model to a "
+                "CUDA device first, or leave it at False."
+            )
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
 

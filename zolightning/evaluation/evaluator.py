@@ -1,12 +1,13 @@
 """Evaluates a loss at perturbed weights; the optimizer says which perturbations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
+from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
@@ -54,7 +55,14 @@ class Evaluator:
         self._examples: ExampleNetwork | None = None
         self._runs_one_by_one = False  # whether each example has a forward of its own
 
-    def attach(self, module: nn.Module, parameters: Iterable[nn.Parameter], evaluations_per_forward: int = 1) -> None:
+    def attach(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        evaluations_per_forward: int = 1,
+        keep_prefix_bytes: int = 0,
+        cuda_graphs: bool = False,
+    ) -> None:
         """Sets the module whose losses are evaluated from now on.
 
         Args:
@@ -62,17 +70,24 @@ class Evaluator:
             parameters: the parameters that train.
             evaluations_per_forward: how many evaluations of a step share a run of the network, see
                 :mod:`zolightning.evaluation.stacked`.
+            keep_prefix_bytes: bytes of layer outputs to keep from step to step, see
+                :class:`~zolightning.evaluation.shared_prefix.SharedPrefix`.
+            cuda_graphs: whether the network's forward is replayed from CUDA graphs.
 
         Raises:
-            ValueError: if evaluations are to share runs and no submodule holds all parameters.
+            ValueError: if evaluations are to share runs, or graphs to be recorded, and no network holds all parameters;
+                or graphs on a device that has none.
         """
         self.module = module
         self._submodules, self._held = None, ()
         self._is_watched = False
         self._reads = KnownReads(module)
-        self.prefix = SharedPrefix(self._layers())
+        self.prefix = SharedPrefix(self._layers(), keep_prefix_bytes)
         if evaluations_per_forward > 1:
             self._stack = StackedNetwork(network_of(module, parameters), evaluations_per_forward)
+        if cuda_graphs:
+            network = network_of(module, parameters, "cuda_graphs")
+            self.graphs = GraphedNetwork(network, CudaCapture(parameters[0].device))
 
     def detach(self) -> None:
         """Undoes :meth:`attach`."""
@@ -266,14 +281,10 @@ class Evaluator:
             raise CannotStack("some parameters are perturbed in place, which no example has to itself")
         if self._examples is None:
             try:
-                network = network_of(self.module, context.perturbations)
+                self._examples = ExampleNetwork(network_of(self.module, context.perturbations))
             except ValueError:
-                own = type(self.module).forward  # in a plain loop the module is the network
-                if own is nn.Module.forward or own.__qualname__ == "LightningModule.forward":
-                    name = type(self.module).__name__
-                    raise CannotStack(f"no submodule of {name} holds all parameters that train") from None
-                network = self.module
-            self._examples = ExampleNetwork(network)
+                name = type(self.module).__name__
+                raise CannotStack(f"no submodule of {name} holds all parameters that train") from None
         return self._examples
 
     def _layers(self) -> Sequence[nn.Module]:

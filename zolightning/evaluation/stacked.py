@@ -35,7 +35,12 @@ from zolightning.evaluation.watched_everywhere import watched_everywhere
 def network_of(
     module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
 ) -> nn.Module:
-    """The outermost submodule with a forward of its own that holds all `parameters`; `option` is the one that needs it.
+    """The outermost submodule with a forward of its own that holds all `parameters`, or else the module itself.
+
+    Args:
+        module: what computes the loss: a LightningModule that holds the network, or in a plain loop the network.
+        parameters: those that train.
+        option: the setting that needs it.
 
     Raises:
         ValueError: if there is none.
@@ -45,9 +50,12 @@ def network_of(
         has_forward = submodule is not module and type(submodule).forward is not nn.Module.forward
         if has_forward and wanted <= set(submodule.parameters()):
             return submodule
+    forward = type(module).forward
+    if forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward":
+        return module
     children = ", ".join(name for name, _ in module.named_children()) or "none"
     raise ValueError(
-        f"`{option}` needs one submodule that holds all trainable parameters and is called in `training_step`, and "
+        f"`{option}` needs one submodule that holds all trainable parameters and is called for the loss, and "
         f"{type(module).__name__} has none such: its children are {children}. Put the network into one module, or "
         f"leave `{option}` at its default."
     )

@@ -143,30 +143,40 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     # A step
 
-    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
+    def attach(
+        self,
+        module: nn.Module,
+        evaluations_per_forward: int = 1,
+        keep_prefix_gib: float = 0.0,
+        cuda_graphs: bool = False,
+    ) -> None:
         """Prepares for losses computed by `module`, and takes the names of the parameters from it.
 
         Directions depend on parameter names, not on the order of parameters. To be called once before the first step.
 
         Args:
-            module: the module that owns the parameters and computes the loss.
+            module: the module that owns the parameters and computes the loss: the network itself, or what holds it.
             evaluations_per_forward: how many evaluations of a step run as one batched forward pass, see
                 :mod:`zolightning.evaluation.stacked`. At 1, layers below the first trained one run once per step
                 instead.
+            keep_prefix_gib: memory, in GiB, to keep the outputs of these layers for batches that come again.
+            cuda_graphs: record the network's forward as CUDA graphs, see :mod:`zolightning.evaluation.graphs`. The
+                module must be on its device already.
 
         Raises:
-            ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or
-                `evaluations_per_forward` is above 1 where no submodule holds all parameters or the estimator batches
-                in another way.
+            ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or a setting does not
+                go with another one, the estimator, the module or its device.
         """
         checks.require_batching(evaluations_per_forward, self.estimator)
+        checks.require_prefix(keep_prefix_gib, cuda_graphs)
         self.set_names({parameter: name for name, parameter in module.named_parameters()})
         trained = {parameter: name for _, name, parameter in self.trainable()}
         checks.require_trainable(trained)
         if any(is_sharded(parameter) for parameter in module.parameters()):
             several = [("evaluations_per_forward", evaluations_per_forward, "1")] if evaluations_per_forward > 1 else []
             checks.refuse_with_shards([*self.needs_whole(), *several])
-        self.evaluator.attach(module, list(trained), evaluations_per_forward)
+        keep_prefix_bytes = int(keep_prefix_gib * 2**30)
+        self.evaluator.attach(module, list(trained), evaluations_per_forward, keep_prefix_bytes, cuda_graphs)
         if self.update_precision == "native":
             warn_of_native(trained)
 

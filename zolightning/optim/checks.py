@@ -85,6 +85,17 @@ def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None
         )
 
 
+def require_prefix(keep_prefix_gib: float, cuda_graphs: bool) -> None:
+    """Raises a ValueError unless outputs of layers may be kept like this, which graphs do not pass over."""
+    if not keep_prefix_gib >= 0:
+        raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
+    if cuda_graphs and keep_prefix_gib:
+        raise ValueError(
+            "`cuda_graphs` is True, and a graph runs all of the network: leave `keep_prefix_gib` at 0, got "
+            f"{keep_prefix_gib}."
+        )
+
+
 def refuse_with_shards(settings: Iterable[tuple[str, object, str]]) -> None:
     """Raises a ValueError that names the first of some settings which do not work with sharded parameters (FSDP2).
 

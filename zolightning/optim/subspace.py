@@ -156,8 +156,8 @@ class SubspaceOptimizer(SubspaceWeights):
 
     # A step
 
-    def attach(self, module: nn.Module, evaluations_per_forward: int = 1) -> None:
-        super().attach(module, evaluations_per_forward)
+    def attach(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().attach(module, *args, **kwargs)
         for group in self.param_groups:
             thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
             if thin:

@@ -1,0 +1,74 @@
+"""What makes evaluations faster, in a loop without Lightning, where the network itself is attached."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graph_runs import CPUCapture
+from zolightning.optim import MeZO, SubZero, ZerothOrderOptimizer
+
+METHODS = {"mezo": partial(MeZO, lr=1e-2, num_queries=2), "subzero": partial(SubZero, lr=1e-2, rank=2, num_queries=2)}
+
+
+class Network(nn.Module):
+    """Two branches, so that no submodule holds all parameters."""
+
+    forwards = 0  # of all instances: a counter of its own would be state, which a graph cannot change
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.left, self.right = (nn.Linear(4, 3, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        Network.forwards += 1
+        return self.left(x) * torch.tanh(self.right(x))
+
+
+def losses(method: Any, **settings: Any) -> tuple[list[tuple[float, ...]], int, ZerothOrderOptimizer]:
+    """Those of four steps, and how many forwards they took."""
+    net, found, before = Network(), [], Network.forwards
+    optimizer = method(net.parameters(), seed=3)
+    optimizer.attach(net, **settings)
+    inputs = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
+    for _ in range(4):
+        found.append(optimizer.estimate(lambda: net(inputs).square().mean()).losses)
+        optimizer.step()
+    return found, Network.forwards - before, optimizer
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_evaluations_share_a_forward(method: Any) -> None:
+    expected, one_by_one, _ = losses(method)
+    found, together, _ = losses(method, evaluations_per_forward=4)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-12, atol=0)
+    assert one_by_one - together == 4 * 3 - 3  # three fewer in each step; once three more, to compare
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_graphs_give_the_same_bits(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = CPUCapture()
+    monkeypatch.setattr("zolightning.evaluation.evaluator.CudaCapture", lambda device: capture)
+    expected, _, _ = losses(method)
+    found, _, optimizer = losses(method, cuda_graphs=True)
+    assert found == expected
+    assert capture.recorded >= 1 and capture.replayed > 8
+    optimizer.detach()
+    assert optimizer.evaluator.graphs is None
+
+
+def test_what_does_not_go() -> None:
+    attach = partial(losses, METHODS["mezo"])
+    with pytest.raises(ValueError, match="`cuda_graphs` is True, and the parameters are on 'cpu', which has none"):
+        attach(cuda_graphs=True)
+    with pytest.raises(ValueError, match=r"leave `keep_prefix_gib` at 0, got 1\.0"):
+        attach(cuda_graphs=True, keep_prefix_gib=1.0)
+    with pytest.raises(ValueError, match="`keep_prefix_gib` must not be negative, got -1"):
+        attach(keep_prefix_gib=-1)
+    both = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"`evaluations_per_forward` needs one submodule .* its children are 0, 1"):
+        MeZO(both.parameters()).attach(both, evaluations_per_forward=2)
