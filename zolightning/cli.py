@@ -208,10 +208,12 @@ class ZerothOrderCLI(LightningCLI):
                 callback.check(self.trainer)
         check_training(self.trainer, self.model, self.datamodule)
         check_monitors(self.trainer, self.model, self.datamodule)
-        if self._begins_anew:
-            log_once(self.trainer)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
+            if self._begins_anew:
+                log_once(self.trainer)
             self._say("before training", self.trainer.validate(self.model, self.datamodule, verbose=False))
+        if self._begins_anew:
+            log_once(self.trainer)  # again: a fit writes to another file than a validation before it
 
     def after_fit(self) -> None:
         config = self.config[self.subcommand]
