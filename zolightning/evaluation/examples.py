@@ -150,7 +150,7 @@ class ExampleNetwork:
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)
         if not run.calls:
-            raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
+            raise CannotStack(f"the loss does not call the {type(self.network).__name__} that is trained")
         return _Found(run.losses, whole, (len(contexts), *run.cuts))
 
     def _require_mean(self, losses: Losses, whole: LossAndTerms) -> None:

@@ -128,7 +128,7 @@ class StackedNetwork:
                 run.evaluate(context, evaluate)
         run.finish()
         if not run.calls and any(terms for _, terms in run.losses):
-            raise CannotStack(f"`training_step` does not call the {type(self.network).__name__} that is trained")
+            raise CannotStack(f"the loss does not call the {type(self.network).__name__} that is trained")
         return run
 
     def _scores(self, prompts: Sequence[Mapping[str, Tensor]]) -> LossAndTerms:
