@@ -61,6 +61,13 @@ def test_graphs_give_the_same_bits(method: Any, monkeypatch: pytest.MonkeyPatch)
     assert optimizer.evaluator.graphs is None
 
 
+def test_memory_for_outputs_of_layers_stays_when_they_are_found_out_anew() -> None:
+    _, _, optimizer = losses(METHODS["mezo"], keep_prefix_gib=0.5)
+    assert optimizer.evaluator.prefix.keep_bytes == 2**29
+    optimizer.evaluator.forget()
+    assert optimizer.evaluator.prefix.keep_bytes == 2**29
+
+
 def test_what_does_not_go() -> None:
     attach = partial(losses, METHODS["mezo"])
     with pytest.raises(ValueError, match="`cuda_graphs` is True, and the parameters are on 'cpu', which has none"):

@@ -65,7 +65,7 @@ class Arguments:
 class Parts:
     """The perturbations of some groups of rows, divided into their tensors and a hashable description of the rest.
 
-    For example, the 388 directions of one of MeZO's queries read their keys from one table and share a tensor of
+    For example, all directions of one of MeZO's queries read their keys from one table and share a tensor of
     coefficients. These two are the `tables`; the key says which parameters have such a direction, and where in the
     table the keys of each begin. In the next step both tables hold other numbers, and the key is the same.
 
