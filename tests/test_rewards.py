@@ -69,6 +69,22 @@ def test_a_reward_that_fails_is_zero_and_counted() -> None:
     assert copy.deepcopy(reward)("seven77", []) == 7  # in processes of its own
 
 
+def of_a_product(text: str, references: Sequence[str]) -> float:
+    ones = torch.ones(512, 512)
+    return float((ones @ ones).mean())
+
+
+@pytest.mark.timeout(60)
+def test_a_reward_that_computes_with_torch() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        of_a_product("", [])  # starts threads, which forked processes do not have
+        assert InProcesses(of_a_product, processes=1, timeout=5.0)("", []) == 512
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "0.5", [1.0], torch.ones(2)])
 def test_a_reward_that_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"`model\.reward` must return a finite number, got .* for the text 'six'"):

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
+import torch
+
 from zolightning.rank_zero import rank_zero_warn
 from zolightning.rewards.reward import as_number, check_references, check_signature
 
@@ -15,7 +17,7 @@ class InProcesses:
     A warning names the first failure of each kind.
 
     Needs pebble: ``pip install 'zolightning[rewards]'``. These processes are no sandbox: code that a model writes and
-    the reward runs can read and delete your files.
+    the reward runs can read and delete your files. A reward that computes with torch has one thread in each of them.
 
     Args:
         reward: a function of (text, references), which can be pickled: at the top level of a module.
@@ -63,7 +65,8 @@ class InProcesses:
         if self._pool is None:  # in the process that uses it, after ranks have been made
             from pebble import ProcessPool
 
-            self._pool = ProcessPool(max_workers=self.processes)
+            # A forked process does not have the threads that torch has started here, and would wait for them forever.
+            self._pool = ProcessPool(self.processes, initializer=torch.set_num_threads, initargs=(1,))
         futures = [self._pool.schedule(self.reward, args=list(pair), timeout=self.timeout) for pair in pairs]
         return [self._value(future, text) for future, (text, _) in zip(futures, pairs, strict=True)]
 
