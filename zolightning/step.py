@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import zolightning.strategies  # noqa: F401  # registers `zo_ddp` and `zo_fsdp`
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import Loss
+from zolightning.evaluation.losses import LossFunction, LossOutput
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import WHOLE, Share
@@ -24,9 +23,9 @@ from zolightning.training_loop import log_again
 
 def zeroth_order_step(
     module: L.LightningModule,
-    loss_fn: Callable[[], Loss],
+    loss_fn: LossFunction,
     skip_nonfinite: bool = False,
-    micro_batches: Sequence[MicroBatch] | None = None,
+    micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
 ) -> StepRecord:
     """Takes one zeroth-order step: to be called in the ``training_step`` of a module with manual optimization.
 
@@ -76,10 +75,7 @@ def zeroth_order_step(
 
     is_replaying = optimizer.is_replaying
     with logged_once(module, optimizer.evaluator, loss_fn) as (evaluate, own_names):
-        parts = micro_batches and [
-            MicroBatch(partial(evaluate, part.loss), {e: partial(evaluate, loss) for e, loss in part.examples.items()})
-            for part in micro_batches
-        ]
+        parts = micro_batches and [part.each(evaluate) for part in micro_batches]
         record = optimizer.estimate(evaluate, _share(module, optimizer), skip_nonfinite, parts)
     wrapper.step()
     schedulers = module.lr_schedulers()
@@ -93,8 +89,8 @@ def zeroth_order_step(
 
 @contextmanager
 def logged_once(
-    module: L.LightningModule, evaluator: Evaluator, loss_fn: Callable[[], Loss]
-) -> Iterator[tuple[Callable[..., Loss], set[str]]]:
+    module: L.LightningModule, evaluator: Evaluator, loss_fn: LossFunction
+) -> Iterator[tuple[Callable[..., LossOutput], set[str]]]:
     """A context in which ``module.log`` does nothing except in the first evaluation of a step.
 
     Yields a function that evaluates `loss_fn`, or another loss given to it, and the set of names that were logged.
@@ -108,7 +104,7 @@ def logged_once(
             names.add(name)
             log_again(module_log, name, *args, **kwargs)
 
-    def evaluate(loss: Callable[[], Loss] = loss_fn) -> Loss:
+    def evaluate(loss: LossFunction = loss_fn) -> LossOutput:
         nonlocal is_logging, has_logged
         is_logging = evaluator.is_first and not has_logged
         has_logged = has_logged or is_logging

@@ -22,6 +22,7 @@ from graph_runs import (
 )
 from training import assert_equal, weights
 from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.optim import LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 from zolightning.optim.estimators import OneSided
@@ -239,7 +240,9 @@ class TestWhatAGraphCannotHold:
         module, capture = seeded(mlp), CPUCapture()
         step, optimizer = steps_of(module, capture)
         with pytest.warns(UserWarning, match="`training_step` differentiates"), torch.enable_grad():
-            optimizer.evaluator.graphs.evaluate(lambda: (module.loss(inputs(2, 4)), torch.ones(())), [Perturbed({})])
+            optimizer.evaluator.graphs.evaluate(
+                lambda: LossAndTerms(module.loss(inputs(2, 4)), torch.ones(())), [Perturbed({})]
+            )
         step(inputs(2, 4))
         assert not capture.recorded
 

@@ -47,7 +47,7 @@ class Tokens(LanguageModel):
         losses = F.cross_entropy(logits.double(), ids[:, -1], reduction="none")
         return (losses * self.terms[rows]).sum() / self.terms[rows].sum()
 
-    def in_examples(self, numbers: Mapping[int, int] | None = None, size: int = 6) -> list[MicroBatch]:
+    def in_examples(self, numbers: Mapping[int, int] | None = None, size: int = 6) -> list[MicroBatch[Any]]:
         """Micro-batches of some examples: by number, the row of each."""
         rows = list((numbers or {i: i for i in range(len(self.ids))}).items())
         return [

@@ -13,6 +13,7 @@ from zolightning.bench.published import PublishedMeZO
 from zolightning.blocks import Bandit, Blocks, BlockSchedule, Cyclic, Order
 from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.layers import find_layers
@@ -137,7 +138,7 @@ class _GraphedForward:
     @torch.no_grad()
     def __call__(self, evaluate: Evaluate) -> None:
         self.graphs.begin_step(Generators())
-        self.graphs.evaluate(lambda: (evaluate(), torch.ones(())), [Perturbed({})])
+        self.graphs.evaluate(lambda: LossAndTerms(evaluate(), torch.ones(())), [Perturbed({})])
 
 
 def _ours(name: str, method: Callable[..., ZerothOrderOptimizer], forwards: int = 2, **options: Any) -> Row:

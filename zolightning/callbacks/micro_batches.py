@@ -72,7 +72,9 @@ def evaluate_in_parts(training_step: Callable[[Any], Any], batch: Any, size: int
     return {"loss": (losses * terms).sum() / terms.sum(), "num_terms": terms.sum()}
 
 
-def in_examples(loss: Callable[[Any], Any], batch: Any, size: int | None, rank: int, ranks: int) -> list[MicroBatch]:
+def in_examples(
+    loss: Callable[[Any], Any], batch: Any, size: int | None, rank: int, ranks: int
+) -> list[MicroBatch[Any]]:
     """A batch in parts, with the loss of each example.
 
     Args:

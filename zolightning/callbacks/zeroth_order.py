@@ -20,7 +20,7 @@ from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, 
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import require_resampling
-from zolightning.evaluation.losses import Loss
+from zolightning.evaluation.losses import LossOutput
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_prefix
 from zolightning.optim.estimators import PerExample
@@ -237,7 +237,7 @@ class ZerothOrder(Callback):
         (optimizer, *_) = methods_of(pl_module.trainer)
         evaluator, is_replaying = optimizer.evaluator, optimizer.is_replaying
 
-        def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> Loss:
+        def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> LossOutput:
             nonlocal first
             try:
                 with torch.set_grad_enabled(self._differentiates):

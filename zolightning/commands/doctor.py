@@ -26,7 +26,7 @@ from zolightning.commands.findings import Examination, Output, ParameterGroup, f
 from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.commands.tables import print_table
-from zolightning.evaluation.losses import Loss, loss_and_terms
+from zolightning.evaluation.losses import LossAndTerms, loss_and_terms
 from zolightning.messages import counted, rough_duration
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.partners import zeroth_order_optimizer
@@ -150,7 +150,7 @@ class _Doctor(Callback):
         )
 
 
-def _evaluated(trainer: L.Trainer, module: L.LightningModule, batch: Any) -> Loss:
+def _evaluated(trainer: L.Trainer, module: L.LightningModule, batch: Any) -> LossAndTerms:
     with trainer.precision_plugin.train_step_context():
         return loss_and_terms(calibration_forward(module, batch))
 

@@ -75,7 +75,7 @@ class _Watched(LowRank):
 
 
 @torch.no_grad()
-def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> dict[str, Survival]:
+def perturbation_survival(optimizer: ZerothOrderOptimizer, loss_fn: LossFunction) -> dict[str, Survival]:
     """How much of ``eps z`` is left in the perturbed weights ``W + eps z``, for one direction, by parameter's name.
 
     Parameters are left out if their low-rank perturbation is added to the output of a layer, where no perturbed weight
@@ -83,13 +83,13 @@ def perturbation_survival(optimizer: ZerothOrderOptimizer, evaluate: LossFunctio
 
     Args:
         optimizer: a method that is attached to a module.
-        evaluate: computes the loss of one batch; called once if perturbations are of low rank.
+        loss_fn: computes the loss of one batch; called once if perturbations are of low rank.
     """
     changes = optimizer.perturbations(0, 1)
     larger = max(1.0, 2.0 ** -math.floor(math.log2(optimizer.param_groups[0]["eps"])))
     with _eps_times(optimizer, larger):
         large = optimizer.perturbations(0, 1)
-    rounded, found = _rounded(optimizer, changes, evaluate), {}
+    rounded, found = _rounded(optimizer, changes, loss_fn), {}
     for _, name, parameter in optimizer.trainable():
         if parameter not in rounded:
             continue
@@ -133,7 +133,7 @@ def update_survival(optimizer: ZerothOrderOptimizer, record: StepRecord, lr: Seq
 
 
 @torch.no_grad()
-def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> float:
+def loss_noise(optimizer: ZerothOrderOptimizer, loss_fn: LossFunction) -> float:
     """Standard deviation of the error that rounding adds to the loss of a batch.
 
     The loss is evaluated at weights that are close to each other on a line, W plus and minus 0.65 to 1 times ``eps z``.
@@ -143,12 +143,12 @@ def loss_noise(optimizer: ZerothOrderOptimizer, evaluate: LossFunction) -> float
 
     Args:
         optimizer: a method that is attached to a module.
-        evaluate: computes the loss of one batch, always the same one; called 16 times.
+        loss_fn: computes the loss of one batch, always the same one; called 16 times.
     """
     estimator, losses = TwoSided(), []
     for point in range(_POINTS):
         with _eps_times(optimizer, 1 - _SPACING * point):
-            losses.append(evaluate_probes(optimizer, estimator, estimator.probes(1), evaluate, WHOLE, False).losses)
+            losses.append(evaluate_probes(optimizer, estimator, estimator.probes(1), loss_fn, WHOLE, False).losses)
     differences = torch.tensor(losses, dtype=torch.float64).diff(n=_ORDER, dim=0)
     return math.sqrt(differences.square().mean().item() / math.comb(2 * _ORDER, _ORDER))
 
@@ -161,7 +161,7 @@ def spacing(weight: nn.Parameter) -> float:
 
 
 def _rounded(
-    optimizer: ZerothOrderOptimizer, changes: Mapping[nn.Parameter, Perturbation], evaluate: LossFunction
+    optimizer: ZerothOrderOptimizer, changes: Mapping[nn.Parameter, Perturbation], loss_fn: LossFunction
 ) -> set[nn.Parameter]:
     """The parameters whose perturbed weights are built, and so rounded, in an evaluation."""
     watched = {
@@ -171,7 +171,7 @@ def _rounded(
     }
     if watched:
         perturbations = of_whole_parameters(optimizer, {**changes, **watched})
-        losses_at(optimizer, [perturbations], evaluate, WHOLE, leaves_traces=False)
+        losses_at(optimizer, [perturbations], loss_fn, WHOLE, leaves_traces=False)
     return {parameter for parameter in changes if parameter not in watched or watched[parameter].is_built}
 
 

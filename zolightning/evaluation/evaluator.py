@@ -1,18 +1,20 @@
 """Evaluates a loss at perturbed weights; the optimizer says which perturbations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from zolightning.evaluation.capture import CudaCapture
-from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, one_by_one
+from zolightning.evaluation.examples import ExampleNetwork, MicroBatch
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
-from zolightning.evaluation.losses import Evaluate, LossAndTerms
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput, loss_and_terms
 from zolightning.evaluation.mode import all_in_evaluation_mode
+from zolightning.evaluation.network_run import one_by_one
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack
@@ -96,84 +98,6 @@ class Evaluator:
         self.graphs = None
         self._reads = KnownReads()
 
-    @property
-    def evaluations_per_forward(self) -> int:
-        """How many evaluations share a run of the network."""
-        return 1 if self._stack is None else self._stack.size
-
-    def evaluate(
-        self,
-        evaluate: Evaluate,
-        trainable: Mapping[nn.Parameter, str],
-        perturbations: Sequence[Perturbations],
-        randomness: tuple[int, ...],
-        resting: Mapping[nn.Parameter, str] | None = None,
-        leaves_traces: bool = True,
-        micro_batches: Sequence[MicroBatch] | None = None,
-    ) -> list[LossAndTerms]:
-        """Evaluates a loss once under each of some perturbations.
-
-        The module is in evaluation mode, and all evaluations see the same random numbers and the same state of it.
-
-        Args:
-            evaluate: computes the loss of one batch anew at each call.
-            trainable: the parameters that train, and their names.
-            perturbations: the perturbed parameters of each evaluation; others are read as they are stored.
-            randomness: integers that determine the random numbers that the loss draws.
-            resting: others that train in other steps, or are moved, and their names; where these are read is found out
-                as well.
-            leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
-            micro_batches: the batch in parts, if the losses of single examples are wanted. There is then a perturbation
-                for each example in turn, and the list may go through all examples several times.
-
-        Returns:
-            The loss and its number of terms for each of the `perturbations`.
-        """
-        resting = resting or {}
-        gathered = self._reads.gathered
-        gathered.give_back()  # what others' forwards have left
-        generators = Generators({parameter.device for parameter in trainable})
-        moving = set(map(id, chain(trainable, resting, *perturbations)))
-        modules = self._found_submodules()
-        with ExitStack() as stack:
-            stack.enter_context(all_in_evaluation_mode(modules))
-            rewind = stack.enter_context(generators.rewound(*randomness))
-            if moving != self._moving:
-                self._held, self._moving = (), moving
-            traces = Traces(modules, self._written, moving, self._held)
-
-            def run(*within: AbstractContextManager[Any], loss: Evaluate = evaluate) -> LossAndTerms:
-                """One evaluation within these contexts, by the step's random numbers; what it writes is undone."""
-
-                def evaluated() -> LossAndTerms:
-                    with ExitStack() as stack:
-                        for context in (*within, *(() if self._is_watched else (traces.watched(),))):
-                            stack.enter_context(context)
-                        stack.callback(gathered.give_back)
-                        return loss()
-
-                rewind()
-                try:
-                    return traces.evaluate(evaluated, self.is_first)
-                finally:
-                    self.is_first, self._is_watched = False, True
-
-            arguments = run, trainable, resting, perturbations, generators, leaves_traces, micro_batches
-            results, unread = self._losses(*arguments)
-            if gathered and not self._reads.knows(trainable):
-                unread = []  # the loss was not finite, so it is not known yet which parameters are read at all
-            if unread and gathered:  # other ranks would not know that it is to be found out anew
-                raise RuntimeError(
-                    f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this "
-                    f"one, of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters "
-                    "are sharded over ranks, the same must be read in each step."
-                )
-            if unread:  # at least not where they were read before
-                self._reads.forget(unread)
-                results, _ = self._losses(*arguments)
-            self._held, self.left_traces = traces.finish(), traces.found
-        return results
-
     def forget(self) -> None:
         """Forgets where parameters are read and what evaluations share, so that the next step finds it out anew."""
         self._reads.forget()
@@ -187,86 +111,164 @@ class Evaluator:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def _found_submodules(self) -> list[nn.Module]:
-        """All submodules; if they, or their parameters, are not those of the last step, what was found is forgotten."""
-        if self.module is None:
-            return []
-        if self._submodules is None or not self._submodules.are_same():
-            if self._submodules is not None:
-                self.forget()
-            self._submodules, self._held = Submodules(self.module), ()
-        return self._submodules.modules
+    @property
+    def evaluations_per_forward(self) -> int:
+        """How many evaluations share a run of the network."""
+        return 1 if self._stack is None else self._stack.size
+
+    def evaluate(
+        self,
+        loss_fn: LossFunction,
+        trainable: Mapping[nn.Parameter, str],
+        perturbations: Sequence[Perturbations],
+        randomness: tuple[int, ...],
+        resting: Mapping[nn.Parameter, str] | None = None,
+        leaves_traces: bool = True,
+        micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
+    ) -> list[LossAndTerms]:
+        """Evaluates a loss once under each of some perturbations.
+
+        The module is in evaluation mode, and all evaluations see the same random numbers and the same state of it.
+
+        Args:
+            loss_fn: computes the loss of one batch anew at each call.
+            trainable: the parameters that train, and their names.
+            perturbations: the perturbed parameters of each evaluation; others are read as they are stored.
+            randomness: integers that determine the random numbers that the loss draws.
+            resting: others that train in other steps, or are moved, and their names; where these are read is found out
+                as well.
+            leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
+            micro_batches: the batch in parts, if the losses of single examples are wanted. There is then a perturbation
+                for each example in turn, and the list may go through all examples several times.
+
+        Returns:
+            The loss and its number of terms for each of the `perturbations`.
+        """
+        self._reads.gathered.give_back()  # what others' forwards have left
+        generators = Generators({parameter.device for parameter in trainable})
+        moving = set(map(id, chain(trainable, resting or {}, *perturbations)))
+        modules = self._found_submodules()
+        with all_in_evaluation_mode(modules), generators.rewound(*randomness) as rewind:
+            if moving != self._moving:
+                self._held, self._moving = (), moving
+            traces = Traces(modules, self._written, moving, self._held)
+            run = partial(self._run, traces, rewind)
+            parts = None if micro_batches is None else [part.each(run) for part in micro_batches]
+            find_contexts = partial(
+                self._reads.contexts, trainable, resting or {}, perturbations, lambda: run(loss_fn).loss
+            )
+            evaluate = partial(self._losses, partial(run, loss_fn), parts, generators, leaves_traces)
+            results, unread = evaluate(find_contexts())
+            if self._is_read_elsewhere(unread, trainable):
+                self._reads.forget(unread)
+                results, _ = evaluate(find_contexts())
+            self._held, self.left_traces = traces.finish(), traces.found
+        return results
+
+    def _run(
+        self,
+        traces: Traces,
+        rewind: Callable[[], None],
+        loss_fn: LossFunction,
+        *contexts: AbstractContextManager[Any],
+    ) -> LossAndTerms:
+        """One evaluation of a step within some contexts, by the step's random numbers; what it writes is undone."""
+
+        def evaluated() -> LossAndTerms:
+            with ExitStack() as stack:
+                for context in contexts if self._is_watched else (*contexts, traces.watched()):
+                    stack.enter_context(context)
+                stack.callback(self._reads.gathered.give_back)
+                return loss_and_terms(loss_fn())
+
+        rewind()
+        try:
+            return traces.evaluate(evaluated, self.is_first)
+        finally:
+            self.is_first, self._is_watched = False, True
+
+    def _is_read_elsewhere(self, unread: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]) -> bool:
+        """Whether some parameters are not, or no longer, read where they were read in earlier steps.
+
+        Raises:
+            RuntimeError: if they are sharded; other ranks would not know that it is to be found out anew.
+        """
+        if unread and self._reads.gathered and self._reads.knows(trainable):
+            raise RuntimeError(
+                f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this one, "
+                f"of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters are sharded "
+                "over ranks, the same must be read in each step."
+            )
+        # Sharded ones that are not known: the loss was not finite, so that it was not found out which are read at all.
+        return bool(unread) and not self._reads.gathered
 
     def _losses(
         self,
         evaluate: Callable[..., LossAndTerms],
-        trainable: Mapping[nn.Parameter, str],
-        resting: Mapping[nn.Parameter, str],
-        perturbations: Sequence[Perturbations],
+        parts: Sequence[MicroBatch[LossAndTerms]] | None,
         generators: Generators,
         leaves_traces: bool,
-        micro_batches: Sequence[MicroBatch] | None,
+        contexts: Sequence[Perturbed],
     ) -> tuple[list[LossAndTerms], list[nn.Parameter]]:
-        """Losses with their numbers of terms, and the parameters whose perturbation no function has read."""
-        contexts = self._reads.contexts(trainable, resting, perturbations, lambda: evaluate()[0])
-        if self._stack is not None and self._reads.has_unseen:
-            self._stack = None
-            rank_zero_warn("`evaluations_per_forward` is 1 from here on: such parameters cannot be stacked.")
+        """The loss of a step in each context, and the parameters whose perturbation no function has read.
+
+        Args:
+            evaluate: evaluates the loss of the batch, within contexts that it is given.
+            parts: the batch in parts, if the losses of single examples are wanted.
+            generators: the random number generators that losses may draw from.
+            leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
+            contexts: for each evaluation, how it sees parameters.
+        """
         if self.graphs is not None:
             self.graphs.begin_step(generators)
-        if micro_batches is not None:
-            self.is_first = leaves_traces
-            return self._of_examples(evaluate, micro_batches, contexts, generators, leaves_traces), []
+        if self._stack is not None and self._reads.has_unseen:
+            self._stop_stacking("such parameters cannot be stacked")
+        self.is_first = leaves_traces
+        if parts is not None:
+            return self._losses_of_examples(parts, contexts, generators, leaves_traces), []
         if self._stack is not None and not contexts[0].in_place:
-            self.is_first = leaves_traces
             try:
                 return self._stack.evaluate(evaluate, contexts, generators, self.graphs), []
             except CannotStack as error:
-                self._stack = None
+                self._stop_stacking(
+                    f"{error}. Set it to 1, or freeze a parameter that is in the way, or give it a `vector_lr` of 0"
+                )
                 for context in contexts:
                     context.seen.clear()  # all functions were watched; below only those in readers are
-                rank_zero_warn(
-                    f"`evaluations_per_forward` is 1 from here on: {error}. Set it to 1, or freeze a parameter that "
-                    "is in the way, or give it a `vector_lr` of 0."
-                )
-        self.is_first = leaves_traces
+                self.is_first = leaves_traces
         if self.graphs is not None and not self.graphs.is_off:
             return self.graphs.evaluate(evaluate, contexts), contexts[0].unread()
-        results = []
         with self.prefix.one_step(generators):
-            for context in contexts:
-                results.append(self.prefix.evaluate(evaluate, context))
+            results = [self.prefix.evaluate(partial(evaluate, context), context) for context in contexts]
         return results, contexts[0].unread()
 
-    def _of_examples(
+    def _losses_of_examples(
         self,
-        evaluate: Callable[..., LossAndTerms],
-        micro_batches: Sequence[MicroBatch],
+        parts: Sequence[MicroBatch[LossAndTerms]],
         contexts: Sequence[Perturbed],
         generators: Generators,
         leaves_traces: bool,
     ) -> list[LossAndTerms]:
         """The losses of all examples in turn, as many times as there are contexts for each example."""
         results: list[LossAndTerms] = []
-        size = sum(len(batch.examples) for batch in micro_batches)
+        examples = [evaluate for part in parts for evaluate in part.examples.values()]
         prefix = self.prefix if self.graphs is None or self.graphs.is_off else None
         with self.prefix.one_step(generators):
-            for start in range(0, len(contexts), size):
-                own = contexts[start : start + size]
-                try:
-                    network = self._network_of_examples(own[0])
-                    results += network.evaluate(evaluate, micro_batches, own, generators, prefix, self.graphs)
-                except CannotStack as error:
-                    if not self._runs_one_by_one:
+            for start in range(0, len(contexts), len(examples)):
+                own = contexts[start : start + len(examples)]
+                if not self._runs_one_by_one:
+                    try:
+                        network = self._network_of_examples(own[0])
+                        results += network.evaluate(parts, own, generators, prefix, self.graphs)
+                        continue
+                    except CannotStack as error:
+                        self._runs_one_by_one = True
                         rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
-                    self._runs_one_by_one = True
-                    if not results and leaves_traces:  # those that stay are of all examples
-                        self.is_first = True
-                        with own[0]:
-                            evaluate(loss=micro_batches[0].loss)
-                    for batch in micro_batches:
-                        done = len(results) - start
-                        results += one_by_one(evaluate, batch, own[done : done + len(batch.examples)])
+                if not results and leaves_traces:  # those that stay are of all examples
+                    self.is_first = True
+                    with own[0]:
+                        parts[0].loss()
+                results += one_by_one(examples, own)
         return results
 
     def _network_of_examples(self, context: Perturbed) -> ExampleNetwork:
@@ -275,7 +277,7 @@ class Evaluator:
         Raises:
             CannotStack: if there is no such network.
         """
-        if self._runs_one_by_one or self.module is None:
+        if self.module is None:
             raise CannotStack("the optimizer is not attached to a module")
         if context.in_place:
             raise CannotStack("some parameters are perturbed in place, which no example has to itself")
@@ -286,6 +288,20 @@ class Evaluator:
                 name = type(self.module).__name__
                 raise CannotStack(f"no submodule of {name} holds all parameters that train") from None
         return self._examples
+
+    def _stop_stacking(self, reason: str) -> None:
+        self._stack = None
+        rank_zero_warn(f"`evaluations_per_forward` is 1 from here on: {reason}.")
+
+    def _found_submodules(self) -> list[nn.Module]:
+        """All submodules; if they, or their parameters, are not those of the last step, what was found is forgotten."""
+        if self.module is None:
+            return []
+        if self._submodules is None or not self._submodules.are_same():
+            if self._submodules is not None:
+                self.forget()
+            self._submodules, self._held = Submodules(self.module), ()
+        return self._submodules.modules
 
     def _layers(self) -> Sequence[nn.Module]:
         """The layers that may be skipped; none with sharded parameters, where all ranks must run the same forwards."""

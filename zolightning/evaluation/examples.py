@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.losses import Evaluate, LossAndTerms
-from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput
+from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half, one_by_one
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
@@ -30,13 +30,13 @@ from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.evaluation.watched_everywhere import watched_everywhere
 
-EvaluateThis = Callable[..., LossAndTerms]  # evaluates the loss function given as `loss`
-Losses = list[LossAndTerms]
+Output = TypeVar("Output", bound=LossOutput, covariant=True)
+Other = TypeVar("Other", bound=LossOutput)
 
 _MOST_COMPARED = 8  # examples whose losses are compared with those of separate runs
 
 
-class MicroBatch(NamedTuple):
+class MicroBatch(NamedTuple, Generic[Output]):
     """Examples that run together.
 
     Attributes:
@@ -45,8 +45,13 @@ class MicroBatch(NamedTuple):
             of this example alone.
     """
 
-    loss: Callable[[], Any]
-    examples: Mapping[int, Callable[[], Any]]
+    loss: Callable[[], Output]
+    examples: Mapping[int, Callable[[], Output]]
+
+    def each(self, evaluate: Callable[[LossFunction], Other]) -> "MicroBatch[Other]":
+        """The same examples, whose losses are those that `evaluate` makes of these functions."""
+        own = {number: partial(evaluate, loss) for number, loss in self.examples.items()}
+        return MicroBatch(partial(evaluate, self.loss), own)
 
 
 class _Found(NamedTuple):
@@ -59,7 +64,7 @@ class _Found(NamedTuple):
             not run the network or had no terms.
     """
 
-    losses: Losses
+    losses: list[LossAndTerms]
     whole: LossAndTerms
     cuts: tuple[Any, ...] | None
 
@@ -78,21 +83,19 @@ class ExampleNetwork:
     @torch.no_grad()
     def evaluate(
         self,
-        evaluate: EvaluateThis,
-        batches: Sequence[MicroBatch],
+        batches: Sequence[MicroBatch[LossAndTerms]],
         contexts: Sequence[Perturbed],
         generators: Generators,
         prefix: SharedPrefix | None,
         graphs: GraphedNetwork | None = None,
-    ) -> Losses:
+    ) -> list[LossAndTerms]:
         """The loss and the number of terms of each example, each within its own context, none of them in place.
 
         The first time that a certain set of tensors is split into examples, the losses of a few examples are compared
         with those of separate runs.
 
         Args:
-            evaluate: evaluates the loss function that it is given.
-            batches: the parts of the batch.
+            batches: the parts of the batch, whose functions evaluate its losses.
             contexts: for each example of these parts, in order, how it sees parameters.
             generators: the random number generators that losses may draw from.
             prefix: the layer outputs that the evaluations of a step share; None if the whole network runs each time.
@@ -105,47 +108,46 @@ class ExampleNetwork:
         shares = [contexts[start:stop] for start, stop in pairwise([0, *accumulate(len(b.examples) for b in batches)])]
         found: list[_Found] = []
 
-        def run(_: Perturbed, within: AbstractContextManager[None]) -> LossAndTerms:
+        def run(within: AbstractContextManager[None]) -> LossAndTerms:
+            """Evaluates all examples, and returns the sums of their losses and terms, by which runs are compared."""
             with within:
-                arguments = generators, graphs
-                found[:] = [self._together(evaluate, *pair, *arguments) for pair in zip(batches, shares, strict=True)]
-            losses, terms = (
-                torch.stack(values) for values in zip(*(pair for each in found for pair in each.losses), strict=True)
-            )
-            return losses.sum(), terms.sum()
+                found[:] = [
+                    self._together(batch, own, generators, graphs) for batch, own in zip(batches, shares, strict=True)
+                ]
+            losses, terms = zip(*(pair for each in found for pair in each.losses), strict=True)
+            return LossAndTerms(torch.stack(losses).sum(), torch.stack(terms).sum())
 
         if prefix is None:
-            run(contexts[0], nullcontext())
+            run(nullcontext())
         else:
             prefix.evaluate(run, contexts[0])
-        results: Losses = []
+        results: list[LossAndTerms] = []
         for batch, own, (losses, whole, cuts) in zip(batches, shares, found, strict=True):
             if cuts is not None and cuts not in self._trusted:
                 self._require_mean(losses, whole)
-                if self._agrees(evaluate, batch, own, generators):
+                if self._agrees(batch, own, generators):
                     self._trusted.add(cuts)
                 else:
-                    losses = one_by_one(evaluate, batch, own)
+                    losses = one_by_one(batch.examples.values(), own)
             results += losses
         return results
 
     def _together(
         self,
-        evaluate: EvaluateThis,
-        batch: MicroBatch,
+        batch: MicroBatch[LossAndTerms],
         contexts: Sequence[Perturbed],
         generators: Generators,
         graphs: GraphedNetwork | None,
     ) -> _Found:
         if len(contexts) == 1:
-            losses = one_by_one(evaluate, batch, contexts)
+            losses = one_by_one(batch.examples.values(), contexts)
             return _Found(losses, losses[0], None)
         with watched_everywhere(contexts) as readers:
             run = _Run(self.network, contexts, readers, generators, graphs)
             with replaced_forward(self.network, run.forward):
-                whole = run.evaluate_whole(contexts[0], partial(evaluate, loss=batch.loss))
-                for context, loss in zip(contexts, batch.examples.values(), strict=True):
-                    run.evaluate(context, partial(evaluate, loss=loss))
+                whole = run.evaluate_whole(contexts[0], batch.loss)
+                for context, evaluate in zip(contexts, batch.examples.values(), strict=True):
+                    run.evaluate(context, evaluate)
         run.finish()
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)
@@ -153,21 +155,19 @@ class ExampleNetwork:
             raise CannotStack(f"the loss does not call the {type(self.network).__name__} that is trained")
         return _Found(run.losses, whole, (len(contexts), *run.cuts))
 
-    def _require_mean(self, losses: Losses, whole: LossAndTerms) -> None:
+    def _require_mean(self, losses: list[LossAndTerms], whole: LossAndTerms) -> None:
         """Raises a ValueError unless the loss of a batch is the mean of those of its examples, from one output."""
         terms = torch.stack([terms for _, terms in losses])
         mean = torch.stack([torch.where(terms == 0, 0, loss * terms) for loss, terms in losses]).sum() / terms.sum()
         tolerance = 1e-2 if computes_in_half(self.network, mean.device) else 1e-3
-        if (mean - whole[0]).abs() > tolerance * whole[0].abs() and (terms >= 0).all():
+        if (mean - whole.loss).abs() > tolerance * whole.loss.abs() and (terms >= 0).all():
             raise ValueError(
-                f"`estimator` is PerExample(), and the loss of a batch, {whole[0].item():g}, is not the mean of those "
-                f"of its examples, {mean.item():g}. Return the number of terms that it averages as `num_terms`, or, "
-                "if it compares examples with each other, choose TwoSided()."
+                f"`estimator` is PerExample(), and the loss of a batch, {whole.loss.item():g}, is not the mean of "
+                f"those of its examples, {mean.item():g}. Return the number of terms that it averages as `num_terms`, "
+                "or, if it compares examples with each other, choose TwoSided()."
             )
 
-    def _agrees(
-        self, evaluate: EvaluateThis, batch: MicroBatch, contexts: Sequence[Perturbed], generators: Generators
-    ) -> bool:
+    def _agrees(self, batch: MicroBatch[LossAndTerms], contexts: Sequence[Perturbed], generators: Generators) -> bool:
         """Whether losses are those of separate runs, tried with parameters a few percent off for every other example.
 
         False if a loss is not finite, so that nothing can be compared.
@@ -178,13 +178,10 @@ class ExampleNetwork:
         changed = [plain] * len(contexts)
         for place in compared[::2]:
             changed[place] = Perturbed(dict.fromkeys(parameters, flip))
-        own = list(batch.examples.items())
-        few = MicroBatch(batch.loss, dict(own[place] for place in compared))
-        alone = [
-            torch.stack([loss for loss, _ in one_by_one(evaluate, few, [c] * len(compared))]) for c in (plain, flipped)
-        ]
+        few = list(batch.examples.values())[:: compared.step]
+        alone = [torch.stack([found.loss for found in one_by_one(few, [c] * len(few))]) for c in (plain, flipped)]
         expected = torch.where(torch.arange(len(compared), device=alone[0].device) % 2 == 0, alone[1], alone[0])
-        losses = [loss for loss, _ in self._together(evaluate, batch, changed, generators, None).losses]
+        losses = [found.loss for found in self._together(batch, changed, generators, None).losses]
         found = torch.stack([losses[place] for place in compared])
         if not torch.isfinite(torch.stack(alone)).all():
             return False
@@ -204,12 +201,12 @@ class _Run(NetworkRun):
 
     _is_whole = False  # whether all examples are evaluated together now
 
-    def evaluate_whole(self, context: Perturbed, loss: Evaluate) -> LossAndTerms:
+    def evaluate_whole(self, context: Perturbed, evaluate: Callable[[], LossAndTerms]) -> LossAndTerms:
         """The loss of all examples, for which the network runs; evaluations of single ones come after it."""
         self._is_whole = True
         try:
             with context:
-                return loss()
+                return evaluate()
         finally:
             self._is_whole = False
 
@@ -233,12 +230,3 @@ class _Run(NetworkRun):
 
     def spread(self, tensor: Tensor) -> Tensor:
         return tensor
-
-
-def one_by_one(evaluate: EvaluateThis, batch: MicroBatch, contexts: Sequence[Perturbed]) -> Losses:
-    """Losses of examples, each by its own run of the network."""
-    results = []
-    for context, loss in zip(contexts, batch.examples.values(), strict=True):
-        with context:
-            results.append(evaluate(loss=loss))
-    return results

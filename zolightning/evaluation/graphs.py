@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zolightning.evaluation.capture import Capture, describe_failure
-from zolightning.evaluation.losses import Evaluate, LossAndTerms
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.network_state import NetworkState, snapshot_of
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
@@ -71,7 +71,7 @@ class GraphedNetwork:
         self._step = 0
         self._generators = Generators()
 
-    def evaluate(self, evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
+    def evaluate(self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
         """The loss and its number of terms under each of some perturbations."""
         results: list[LossAndTerms] = []
         known: dict[int, Parts] = {}

@@ -1,7 +1,12 @@
-"""Losses: what a user's function may return for one, and what the package makes of it."""
+"""Losses: what a user's function may return for one, and what the package makes of it.
+
+The loss that a step is given is a :data:`LossFunction`, which returns a :data:`LossOutput`. The evaluator
+(:mod:`zolightning.evaluation.evaluator`) calls it once for each evaluation and reads the result by
+:func:`loss_and_terms`. Whatever runs evaluations below it is handed functions that return :class:`LossAndTerms`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -9,23 +14,24 @@ from torch import Tensor
 
 from zolightning.rank_zero import rank_zero_warn
 
-Loss = Tensor | tuple[Any, Any] | Mapping[str, Any]
-"""A loss as users return it, see :func:`loss_and_terms`."""
+LossOutput = Tensor | tuple[Any, Any] | Mapping[str, Any]
+"""What a loss function may return, see :func:`loss_and_terms`: a loss, and its number of terms if that is not 1."""
 
-LossFunction = Callable[[], Loss]
+LossFunction = Callable[[], LossOutput]
 """Computes the loss of one batch anew at each call."""
 
-LossAndTerms = tuple[Tensor, Tensor]
-"""A loss and the number of terms of which it is the mean, both scalars, float32 or wider."""
 
-Evaluate = Callable[[], LossAndTerms]
-"""A :data:`LossFunction` whose result has been read by :func:`loss_and_terms`."""
+class LossAndTerms(NamedTuple):
+    """A loss and the number of terms of which it is the mean, both scalars, float64 (float32 on Apple's GPUs)."""
+
+    loss: Tensor
+    terms: Tensor
 
 
 _SPACINGS = {torch.bfloat16: "0.4 to 0.8 %", torch.float16: "0.05 to 0.1 %"}
 
 
-def loss_and_terms(output: Loss) -> LossAndTerms:
+def loss_and_terms(output: LossOutput) -> LossAndTerms:
     """Reads the loss and its number of terms from what a loss function returned.
 
     Losses of micro-batches and of ranks are averaged by their numbers of terms, which gives the loss of the whole batch
@@ -69,8 +75,9 @@ def loss_and_terms(output: Loss) -> LossAndTerms:
     if derivative is not None:
         loss = forward_ad.make_dual(loss, derivative.detach().view(()).to(wide))
     if isinstance(terms, Tensor):
-        return loss, terms.detach().view(()).to(loss.device, loss.dtype, non_blocking=True)
-    return loss, torch.full_like(loss, terms)  # a kernel's argument: a copy from the host would wait for the device
+        return LossAndTerms(loss, terms.detach().view(()).to(loss.device, loss.dtype, non_blocking=True))
+    # A kernel's argument: a copy from the host would wait for the device
+    return LossAndTerms(loss, torch.full_like(loss, terms))
 
 
 def require_terms(terms: Sequence[float]) -> None:

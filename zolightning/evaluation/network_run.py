@@ -1,6 +1,6 @@
 """Runs a network once for several evaluations of a step, each of which has its own rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.losses import Evaluate, LossAndTerms
+from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack, RowGroups, tensors_in
@@ -65,11 +65,11 @@ class NetworkRun:
         self._call = 0
         self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
 
-    def evaluate(self, context: Perturbed, loss: Evaluate) -> None:
+    def evaluate(self, context: Perturbed, evaluate: Callable[[], LossAndTerms]) -> None:
         """Evaluates a loss in its context, in which the network stands replaced, and adds the result to `losses`."""
         self._call = 0
         with context:
-            self.losses.append(loss())
+            self.losses.append(evaluate())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_writing:
@@ -159,6 +159,15 @@ class NetworkRun:
         # Texts differ in length; what is split is the same at every token.
         self.cuts += [frozenset(stacked.cuts)] if self._is_writing else stacked.cuts
         self.calls.append(Call(inputs, list(map(_version, inputs)), output, total))
+
+
+def one_by_one(evaluations: Iterable[Callable[[], LossAndTerms]], contexts: Iterable[Perturbed]) -> list[LossAndTerms]:
+    """The result of each evaluation in its context, each by its own run of the network."""
+    results = []
+    for evaluate, context in zip(evaluations, contexts, strict=True):
+        with context:
+            results.append(evaluate())
+    return results
 
 
 def computes_in_half(network: nn.Module, device: torch.device) -> bool:

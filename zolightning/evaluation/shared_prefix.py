@@ -11,7 +11,7 @@ the second epoch on, nothing below the first trained layer is computed at all.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,6 @@ from zolightning.evaluation.randomness import Generators, States
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
-
-EvaluateWithin = Callable[..., LossAndTerms]  # evaluates a loss within the contexts it is called with
 
 _WRITES = ", because each writes a text of its own"
 
@@ -71,27 +69,33 @@ class SharedPrefix:
         self._generators = Generators()
         self._proven = 0  # the greatest depth whose loss has been compared with that of computing everything
 
-    def evaluate(self, evaluate: EvaluateWithin, perturbed: Perturbed) -> LossAndTerms:
+    def evaluate(
+        self, evaluate: Callable[[AbstractContextManager[None]], LossAndTerms], perturbed: Perturbed
+    ) -> LossAndTerms:
         """A loss and its number of terms, under one of the perturbations of a step.
 
         The first call of a step computes everything. If it finds more layers to share than any step before, it repeats
         the evaluation with these skipped, and shares nothing from then on unless the loss has the same bits, because a
         network may do more with its layers than run one after the other. Evaluations that generate texts share nothing
         either: each goes on from its own tokens, with keys and values of all layers.
+
+        Args:
+            evaluate: evaluates the loss in `perturbed`, and within another context, in which layers are skipped.
+            perturbed: how the evaluation sees parameters.
         """
         moving = frozenset(map(id, perturbed.perturbations))
         if self.depth is None and moving != self._kept_for:
             self.kept, self._kept_bytes, self._kept_depth, self._kept_for = {}, 0, 0, moving
         if self.depth is not None or (self.keep_bytes and self._kept_depth):
             try:
-                return evaluate(perturbed, self._recall(self._kept_depth) if self.depth is None else self._replay())
+                return evaluate(self._recall(self._kept_depth) if self.depth is None else self._replay())
             except _Continues:
                 self._give_up(_WRITES)
-                return evaluate(perturbed, nullcontext())
-        result = evaluate(perturbed, self._record(perturbed))
-        if self.depth and self.depth > self._proven and torch.isfinite(result[0]):
-            again = evaluate(perturbed, self._replay())
-            if torch.equal(again[0], result[0]):
+                return evaluate(nullcontext())
+        result = evaluate(self._record(perturbed))
+        if self.depth and self.depth > self._proven and torch.isfinite(result.loss):
+            again = evaluate(self._replay())
+            if torch.equal(again.loss, result.loss):
                 self._proven = self.depth
             else:
                 self._give_up("")

@@ -13,7 +13,7 @@ The network's ``generate`` (that of transformers) is replaced likewise: the text
 from its own tokens, as long as the likeliest token is chosen. Sampled tokens would differ between groups of rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.losses import Evaluate, LossAndTerms
-from zolightning.evaluation.network_run import NetworkRun, computes_in_half
+from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.network_run import NetworkRun, computes_in_half, one_by_one
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
@@ -77,7 +77,7 @@ class StackedNetwork:
     @torch.no_grad()
     def evaluate(
         self,
-        evaluate: Evaluate,
+        evaluate: Callable[[], LossAndTerms],
         contexts: Sequence[Perturbed],
         generators: Generators,
         graphs: GraphedNetwork | None = None,
@@ -100,7 +100,7 @@ class StackedNetwork:
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
             if len(chunk) == 1:
-                results += _one_by_one(evaluate, chunk) if graphs is None else graphs.evaluate(evaluate, chunk)
+                results += one_by_one([evaluate], chunk) if graphs is None else graphs.evaluate(evaluate, chunk)
                 continue
             run = self._run(evaluate, chunk, generators, graphs)
             found, cuts = run.losses, (len(chunk), *run.cuts)
@@ -110,12 +110,16 @@ class StackedNetwork:
                 if self._agrees(compared, chunk, generators, graphs):
                     self._trusted.add(cuts)
                 else:
-                    found = _one_by_one(evaluate, chunk)
+                    found = one_by_one([evaluate] * len(chunk), chunk)
             results += found
         return results
 
     def _run(
-        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators, graphs: GraphedNetwork | None
+        self,
+        evaluate: Callable[[], LossAndTerms],
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None,
     ) -> NetworkRun:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
         with ExitStack() as stack:
@@ -135,10 +139,14 @@ class StackedNetwork:
         """In place of a loss the mean square of the logits of the next token, with 1 as its number of terms."""
         logits = [self.network(**prompt, use_cache=False).logits[:, -1].double() for prompt in prompts]
         loss = torch.cat(logits).square().mean()
-        return loss, torch.ones_like(loss)
+        return LossAndTerms(loss, torch.ones_like(loss))
 
     def _agrees(
-        self, evaluate: Evaluate, contexts: Sequence[Perturbed], generators: Generators, graphs: GraphedNetwork | None
+        self,
+        evaluate: Callable[[], LossAndTerms],
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None,
     ) -> bool:
         """Whether stacked losses are those of separate runs, tried with half of the groups a few percent off.
 
@@ -147,7 +155,7 @@ class StackedNetwork:
         flip = FlippedBit()
         parameters = perturbed_by(contexts)
         changed = [Perturbed(dict.fromkeys(parameters, flip if i % 2 else None)) for i in range(len(contexts))]
-        plain, flipped = (loss for loss, _ in _one_by_one(evaluate, changed[:2]))
+        plain, flipped = (found.loss for found in one_by_one([evaluate] * 2, changed[:2]))
         found = torch.stack([loss for loss, _ in self._run(evaluate, changed, generators, graphs).losses])
         expected = torch.stack([flipped if i % 2 else plain for i in range(len(changed))])
         if not torch.isfinite(expected).all():
@@ -161,11 +169,3 @@ class StackedNetwork:
                 f"separate runs, {expected.tolist()}: its rows are not along the first dimension, or not independent"
             )
         return True
-
-
-def _one_by_one(evaluate: Evaluate, contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
-    results = []
-    for context in contexts:
-        with context:
-            results.append(evaluate())
-    return results

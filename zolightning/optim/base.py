@@ -16,7 +16,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, is_sharded
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossFunction
+from zolightning.evaluation.losses import LossFunction, LossOutput
 from zolightning.kernels.noise import key as noise_key
 from zolightning.optim import checks
 from zolightning.optim.estimating import evaluate_step, squared_grad
@@ -192,10 +192,10 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     @torch.no_grad()
     def estimate(
         self,
-        evaluate: LossFunction,
+        loss_fn: LossFunction,
         share: Share = WHOLE,
         skip_nonfinite: bool = False,
-        micro_batches: Sequence[MicroBatch] | None = None,
+        micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
     ) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 
@@ -204,7 +204,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         change the module (buffers, metrics), see :mod:`zolightning.evaluation.traces`.
 
         Args:
-            evaluate: computes the loss of the step's batch, anew at each call and always with the same padding. It
+            loss_fn: computes the loss of the step's batch, anew at each call and always with the same padding. It
                 returns a scalar tensor (in float32 or wider, so that small differences survive), or a pair of it and
                 the number of terms it is the mean of, by which losses are averaged over ranks; see
                 :func:`~zolightning.evaluation.losses.loss_and_terms`. If no rank has any term, the step is recorded
@@ -213,7 +213,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             skip_nonfinite: whether to record a step without projected gradients if a loss is NaN or infinite, instead
                 of raising; at most ``MAX_NONFINITE_IN_A_ROW`` times in a row.
             micro_batches: for the estimator ``PerExample()``, which needs it: the batch in parts, with the loss of each
-                example by its number in the batch of all ranks. `evaluate` then only serves to find where parameters
+                example by its number in the batch of all ranks. `loss_fn` then only serves to find where parameters
                 are read.
 
         Raises:
@@ -223,9 +223,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         last = self._estimate
         last.is_pending = False
         for hook in self._estimate_pre_hooks.values():
-            hook(self, partial(squared_grad, self, evaluate=evaluate, share=share))
+            hook(self, partial(squared_grad, self, loss_fn=loss_fn, share=share))
         evaluates = not last.is_replaying
-        found = evaluate_step(self, last, evaluate, share, skip_nonfinite, micro_batches) if evaluates else None
+        found = evaluate_step(self, last, loss_fn, share, skip_nonfinite, micro_batches) if evaluates else None
         record = last.known.popleft() if last.known else found
         assert record is not None, "either it is known, or has just been made"
         last.record, last.is_pending, last.measured = record, True, 0

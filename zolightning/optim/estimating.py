@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossFunction
+from zolightning.evaluation.losses import LossFunction, LossOutput
 from zolightning.optim.alignment import aligned
 from zolightning.optim.estimators import ForwardGradient, PerExample, Probe, TwoSided
 from zolightning.optim.forward_gradient import evaluate_derivatives
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 def evaluate_step(
     optimizer: "ZerothOrderOptimizer",
     last: Estimate,
-    evaluate: LossFunction,
+    loss_fn: LossFunction,
     share: Share,
     skip_nonfinite: bool,
-    micro_batches: Sequence[MicroBatch] | None,
+    micro_batches: Sequence[MicroBatch[LossOutput]] | None,
 ) -> StepRecord:
     """Evaluates the losses of a step and makes its record, which has no projected gradients if one is not finite.
 
     Args:
         optimizer: the method, which defines what each evaluation adds to the weights.
         last: its last estimate, which counts steps whose losses are all equal or not finite.
-        evaluate, share, skip_nonfinite, micro_batches: see
+        loss_fn, share, skip_nonfinite, micro_batches: see
             :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`; the exceptions are those listed there.
     """
-    found = _probed(optimizer, evaluate, share, micro_batches)
+    found = _probed(optimizer, loss_fn, share, micro_batches)
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
     if last.flat_in_a_row == FLAT_IN_A_ROW:  # perhaps weights are now read where perturbations do not reach them
         optimizer.evaluator.forget()
-        found = _probed(optimizer, evaluate, share, micro_batches)
+        found = _probed(optimizer, loss_fn, share, micro_batches)
         if not found.is_flat:
             last.flat_in_a_row = 0
         else:
@@ -64,7 +64,7 @@ def evaluate_step(
 
 @torch.no_grad()
 def squared_grad(
-    optimizer: "ZerothOrderOptimizer", block: int, num_queries: int = 1, *, evaluate: LossFunction, share: Share = WHOLE
+    optimizer: "ZerothOrderOptimizer", block: int, num_queries: int = 1, *, loss_fn: LossFunction, share: Share = WHOLE
 ) -> float:
     """The mean squared projected gradient of one block along `num_queries` directions, all else being at rest.
 
@@ -77,7 +77,7 @@ def squared_grad(
         optimizer: the method.
         block: index of the block.
         num_queries: directions to average over.
-        evaluate, share: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
+        loss_fn, share: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
 
     Returns:
         The mean, or 0 if a loss is not finite.
@@ -85,7 +85,7 @@ def squared_grad(
     estimator = TwoSided()
     probes = [Probe(optimizer.num_queries + query, sign) for query, sign in estimator.probes(num_queries)]
     with optimizer.only(block):
-        grads = evaluate_probes(optimizer, estimator, probes, evaluate, share, leaves_traces=False).projected_grads
+        grads = evaluate_probes(optimizer, estimator, probes, loss_fn, share, leaves_traces=False).projected_grads
     optimizer.count(len(probes))
     mean = sum(grad * grad for grad in grads) / len(grads)
     return mean if math.isfinite(mean) else 0.0
@@ -98,15 +98,18 @@ def set_lr_scale(optimizer: "ZerothOrderOptimizer", scale: float) -> None:
 
 
 def _probed(
-    optimizer: "ZerothOrderOptimizer", evaluate: LossFunction, share: Share, micro_batches: Sequence[MicroBatch] | None
+    optimizer: "ZerothOrderOptimizer",
+    loss_fn: LossFunction,
+    share: Share,
+    micro_batches: Sequence[MicroBatch[LossOutput]] | None,
 ) -> Probed:
     """The step's losses; the same at each call."""
     estimator = optimizer.estimator
     if isinstance(estimator, PerExample):
-        return evaluate_examples(optimizer, estimator, evaluate, share, micro_batches)
+        return evaluate_examples(optimizer, estimator, loss_fn, share, micro_batches)
     if isinstance(estimator, ForwardGradient):
-        return evaluate_derivatives(optimizer, estimator, evaluate, share)
-    return evaluate_probes(optimizer, estimator, estimator.probes(optimizer.num_queries), evaluate, share)
+        return evaluate_derivatives(optimizer, estimator, loss_fn, share)
+    return evaluate_probes(optimizer, estimator, estimator.probes(optimizer.num_queries), loss_fn, share)
 
 
 def _count_nonfinite(found: Probed, last: Estimate, skip_nonfinite: bool, step: int) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_derivatives(
-    optimizer: "ZerothOrderOptimizer", estimator: ForwardGradient, evaluate: LossFunction, share: Share
+    optimizer: "ZerothOrderOptimizer", estimator: ForwardGradient, loss_fn: LossFunction, share: Share
 ) -> Probed:
     """Differentiates a loss along the direction of each query, at the stored weights.
 
@@ -30,7 +30,7 @@ def evaluate_derivatives(
     Args:
         optimizer: the method, which defines the directions.
         estimator: its estimator.
-        evaluate: computes the loss of one batch, and its number of terms if that is not 1.
+        loss_fn: computes the loss of one batch, and its number of terms if that is not 1.
         share: which of the derivatives this rank computes, and how it gets those of the others.
 
     Returns:
@@ -51,7 +51,7 @@ def evaluate_derivatives(
     sums = torch.zeros(count, 3, dtype=torch.float64, device=device_of(optimizer))
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         with _named_operation():
-            results = losses_at(optimizer, tangents, evaluate, share) if own else []
+            results = losses_at(optimizer, tangents, loss_fn, share) if own else []
         for query, (dual, terms) in zip(own, results, strict=True):
             loss, derivative = forward_ad.unpack_dual(dual)
             hidden = [name for _, name, parameter in optimizer.trainable() if tangents[0][parameter].is_hidden]

@@ -1,14 +1,13 @@
 """Evaluates each example of a batch at weights perturbed along its own direction (``PerExample()``)."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
 
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms, require_terms
+from zolightning.evaluation.losses import LossFunction, LossOutput, require_terms
 from zolightning.optim.estimators import PerExample, Probe
 from zolightning.optim.probing import Probed, device_of, losses_at, perturbations_at, sums_of
 from zolightning.optim.share import Share
@@ -20,16 +19,16 @@ if TYPE_CHECKING:
 def evaluate_examples(
     optimizer: "ZerothOrderOptimizer",
     estimator: PerExample,
-    evaluate: LossFunction,
+    loss_fn: LossFunction,
     share: Share,
-    micro_batches: Sequence[MicroBatch] | None,
+    micro_batches: Sequence[MicroBatch[LossOutput]] | None,
 ) -> Probed:
     """Evaluates each example at the weights of its query, with both signs.
 
     Args:
         optimizer: the method, which defines the perturbations of each query.
         estimator: turns losses into projected gradients.
-        evaluate: computes the loss of the batch.
+        loss_fn: computes the loss of the batch.
         share: which of the two evaluations this rank makes, and how it gets the results of the others.
         micro_batches: the batch in parts, with the loss of each example and its number.
 
@@ -53,13 +52,9 @@ def evaluate_examples(
     for _ in own:
         by_query = dict(zip(distinct, found, strict=False))
         perturbations += [by_query[query] for query in queries]
-    parts = [
-        MicroBatch(partial(_evaluated, part.loss), {e: partial(_evaluated, f) for e, f in part.examples.items()})
-        for part in micro_batches
-    ]
-    results = losses_at(optimizer, perturbations, evaluate, share, micro_batches=parts) if own else []
+    results = losses_at(optimizer, perturbations, loss_fn, share, micro_batches=micro_batches) if own else []
     # Evaluations and examples of other ranks are zeros, to which the sum over ranks adds them.
-    device = results[0][0].device if results else device_of(optimizer)
+    device = results[0].loss.device if results else device_of(optimizer)
     table = torch.zeros(len(probes), count, 2, dtype=torch.float64, device=device)
     for (place, query), (loss, terms) in zip(product(own, queries), results, strict=True):
         table[place, query] += sums_of(terms, loss).to(table)
@@ -71,7 +66,3 @@ def evaluate_examples(
     losses, all_terms, (least, *projected_grads) = numbers[:2], numbers[2:4], numbers[4:]
     require_terms([least])
     return Probed(losses, projected_grads, 0 in all_terms)
-
-
-def _evaluated(loss: LossFunction) -> LossAndTerms:
-    return loss_and_terms(loss())

@@ -11,7 +11,7 @@ from zolightning.directions.opposite import Opposite, have_opposites
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
 from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms, require_terms
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput, require_terms
 from zolightning.optim.estimators import Estimator, Probe
 from zolightning.optim.share import Share
 
@@ -51,7 +51,7 @@ def evaluate_probes(
     optimizer: "ZerothOrderOptimizer",
     estimator: Estimator,
     probes: Sequence[Probe],
-    evaluate: LossFunction,
+    loss_fn: LossFunction,
     share: Share,
     leaves_traces: bool = True,
 ) -> Probed:
@@ -63,7 +63,7 @@ def evaluate_probes(
         optimizer: the method, which defines the perturbations.
         estimator: turns losses into projected gradients.
         probes: the evaluations, in the order that the estimator expects.
-        evaluate: computes the loss of one batch, and its number of terms if that is not 1.
+        loss_fn: computes the loss of one batch, and its number of terms if that is not 1.
         share: which of the evaluations this rank makes, and how it gets the results of the others.
         leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
 
@@ -74,7 +74,7 @@ def evaluate_probes(
     size = optimizer.evaluator.evaluations_per_forward
     runs = [probes[start : min(start + size, own.stop)] for start in range(own.start, own.stop, size)]
     perturbations = perturbations_at(optimizer, runs)
-    results = losses_at(optimizer, perturbations, evaluate, share, leaves_traces=leaves_traces) if own else []
+    results = losses_at(optimizer, perturbations, loss_fn, share, leaves_traces=leaves_traces) if own else []
     sums = [sums_of(terms, loss) for loss, terms in results]
     if len(own) == len(probes):
         totals = torch.stack(sums)
@@ -120,10 +120,10 @@ def perturbations_at(
 def losses_at(
     optimizer: "ZerothOrderOptimizer",
     perturbations: Sequence[Mapping[nn.Parameter, Perturbation]],
-    evaluate: LossFunction,
+    loss_fn: LossFunction,
     share: Share,
     leaves_traces: bool = True,
-    micro_batches: Sequence[MicroBatch] | None = None,
+    micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
 ) -> list[LossAndTerms]:
     """The loss at each of some perturbations of whole parameters, and the number of terms that it averages.
 
@@ -134,7 +134,7 @@ def losses_at(
     for own in optimizer.param_groups:
         trainable |= optimizer.named(own)
     return optimizer.evaluator.evaluate(
-        lambda: loss_and_terms(evaluate()),
+        loss_fn,
         trainable,
         perturbations,
         (group["seed"], group["step"], share.stream),

@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from zolightning.evaluation.losses import Loss
+from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.replaced import replaced
 from zolightning.evaluation.traces import Traces
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 @torch.no_grad()
-def calibration_forward(module: L.LightningModule, batch: Any) -> Loss:
+def calibration_forward(module: L.LightningModule, batch: Any) -> LossOutput:
     """:func:`own_loss` without gradients."""
     return own_loss(module, batch)
 
 
-def own_loss(module: L.LightningModule, batch: Any) -> Loss:
+def own_loss(module: L.LightningModule, batch: Any) -> LossOutput:
     """What the module's own ``training_step`` returns for a batch, in evaluation mode, without logging and traces.
 
     Metrics, counters and buffers are afterwards what they were (:mod:`zolightning.evaluation.traces`): these forwards

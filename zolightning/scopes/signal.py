@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from zolightning.evaluation.losses import Loss
+from zolightning.evaluation.losses import LossFunction
 from zolightning.optim import MeZO
 from zolightning.optim.estimators import ThreePoint
 from zolightning.scopes.parts import ChosenParameters
@@ -48,7 +48,7 @@ class BlockSignal:
 def measure_signal(
     module: nn.Module,
     blocks: Mapping[str, ChosenParameters],
-    losses: Sequence[Callable[[], Loss]],
+    losses: Sequence[LossFunction],
     num_queries: int,
     eps: float = 1e-3,
     seed: int | None = None,
