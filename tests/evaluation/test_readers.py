@@ -1,5 +1,6 @@
 """Functions are watched in the modules that read perturbed parameters, and only where these are all that do."""
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -111,6 +112,11 @@ class TestFindReaders:
         everything = set(net.parameters())
         assert net in (find_readers(net, everything, lambda: net(X, X, X)[0].square().mean()) or ())
 
+    def test_none_where_hooks_would_change_what_is_read(self) -> None:
+        """nn.TransformerEncoderLayer calls its submodules where it finds hooks, and otherwise reads what they own."""
+        net = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True).eval()
+        assert find_readers(net, set(net.parameters()), lambda: net(X[None]).square().mean()) is None
+
     def test_losses_that_cannot_be_compared(self) -> None:
         net = Net(lambda _, x: x * float("nan"))
         assert readers_of(net, net.second) is None
@@ -173,6 +179,19 @@ class TestMethods:
         net, other = Net(), Net()
         other.load_state_dict(net.state_dict())
         assert self.losses(net, False) == self.losses(other, True)
+
+    def test_transformer_encoders(self) -> None:
+        layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+        net = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        optimizer = MeZO(net.named_parameters(), lr=1e-2, eps=0.1, seed=0)
+        optimizer.attach(net)
+        losses = optimizer.estimate(lambda: net(X[None])[..., 0].square().mean()).losses
+        for loss, sign in zip(losses, (1, -1), strict=True):
+            moved, changes = copy.deepcopy(net).eval(), optimizer.perturbations(0, sign)
+            with torch.no_grad():
+                for parameter, change in zip(moved.parameters(), changes.values(), strict=True):
+                    change.add_to(parameter.clone(), parameter)
+                assert loss == pytest.approx(moved(X[None])[..., 0].square().mean().item(), rel=1e-5)
 
     def test_what_a_frozen_matrix_has_pending_is_read(self) -> None:
         net = Net()

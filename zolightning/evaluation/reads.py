@@ -1,7 +1,6 @@
 """Finds out, before the first step, where a loss reads parameters: unseen by torch's functions, or in which modules."""
 
 from collections.abc import Callable, Iterable, Set
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -154,32 +153,38 @@ def find_readers(
     changes = directions(
         named, seed=0, step=0, coefficients={q: _TRIAL_EPS * 0.7**q for q in range(4)}, kind="gaussian"
     )
-    scratch = Scratch()
-    everywhere, in_owners = (
-        Perturbed({named[name]: change for name, change in changes.items()}, (), scratch, readers)
-        for readers in (None, owners)
-    )
-    with everywhere:
+    scratch, moved = Scratch(), {named[name]: change for name, change in changes.items()}
+    with Perturbed(moved, (), scratch) as everywhere:
         loss = evaluate()
-    seen: dict[nn.Module, set[int]] = {owner: set() for owner in owners}
-    outer: list[set[int]] = []  # the reads seen in each module around the one that runs
-
-    def enter(*_: Any) -> None:
-        outer.append(in_owners.seen)
-        in_owners.seen = set()
-
-    def leave(owner: nn.Module, *_: Any) -> None:
-        seen[owner] |= in_owners.seen
-        in_owners.seen = outer.pop()
-
-    with ExitStack() as stack:
-        for owner in owners:
-            stack.callback(owner.register_forward_pre_hook(enter).remove)
-            stack.callback(owner.register_forward_hook(leave, always_call=True).remove)
-        with in_owners:
-            same_loss = evaluate()
-    found: set[int] = set().union(*seen.values())
-    # What is left in `in_owners` was read in the forward of an owner that somebody has called past its hooks.
-    if in_owners.seen or found != everywhere.seen or not torch.equal(loss, same_loss):
+    in_owners = _ByReader(moved, (), scratch, owners)
+    with in_owners:
+        same_loss = evaluate()
+    seen = in_owners.seen_in
+    if set().union(*seen.values()) != everywhere.seen or not torch.equal(loss, same_loss):
         return None
     return {owner: frozenset(p for p in parameters if id(p) in seen[owner] or p in owned[owner]) for owner in owners}
+
+
+class _ByReader(Perturbed):
+    """Notes the ids of the parameters that are seen in the forward of each of its readers, but for readers in there.
+
+    Not by hooks: nn.TransformerEncoderLayer has a forward in C++ that reads parameters unseen, and where it finds hooks
+    it calls its submodules instead.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen_in: dict[nn.Module, set[int]] = {reader: set() for reader in self.readers or ()}
+
+    def _forward_of(self, reader: nn.Module) -> Callable[..., Any]:
+        own = super()._forward_of(reader)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outside, self.seen = self.seen, set()
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self.seen_in[reader] |= self.seen
+                self.seen = outside
+
+        return forward
