@@ -1,6 +1,6 @@
 """One zeroth-order training step of any LightningModule."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import zolightning.strategies  # noqa: F401  # registers `zo_ddp` and `zo_fsdp`
 from zolightning.evaluation.evaluator import Evaluator
-from zolightning.evaluation.examples import MicroBatch
+from zolightning.evaluation.examples import MicroBatches
 from zolightning.evaluation.losses import LossFunction, LossOutput
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
@@ -25,7 +25,7 @@ def zeroth_order_step(
     module: L.LightningModule,
     loss_fn: LossFunction,
     skip_nonfinite: bool = False,
-    micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
+    micro_batches: MicroBatches | None = None,
 ) -> StepRecord:
     """Takes one zeroth-order step: to be called in the ``training_step`` of a module with manual optimization.
 

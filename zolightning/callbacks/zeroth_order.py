@@ -23,7 +23,6 @@ from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.losses import LossOutput
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_prefix
-from zolightning.optim.estimators import PerExample
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
 from zolightning.step import zeroth_order_step
@@ -250,7 +249,7 @@ class ZerothOrder(Callback):
             return with_num_terms(output, part, pl_module.device)
 
         examples = None
-        if isinstance(optimizer.estimator, PerExample):
+        if optimizer.estimator.reads_examples:
             layout = layout_of(pl_module.trainer)
             place = layout.data_rank(pl_module.global_rank), layout.data_parallel_size
             examples = in_examples(lambda part: loss(part, None), batch, self.micro_batch_size, *place)

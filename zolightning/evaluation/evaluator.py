@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from zolightning.evaluation.capture import CudaCapture
-from zolightning.evaluation.examples import ExampleNetwork, MicroBatch
+from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, MicroBatches
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
-from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput, loss_and_terms
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms
 from zolightning.evaluation.mode import all_in_evaluation_mode
 from zolightning.evaluation.network_run import one_by_one
 from zolightning.evaluation.perturbed import Perturbed
@@ -124,7 +124,7 @@ class Evaluator:
         randomness: tuple[int, ...],
         resting: Mapping[nn.Parameter, str] | None = None,
         leaves_traces: bool = True,
-        micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
+        micro_batches: MicroBatches | None = None,
     ) -> list[LossAndTerms]:
         """Evaluates a loss once under each of some perturbations.
 

@@ -54,6 +54,10 @@ class MicroBatch(NamedTuple, Generic[Output]):
         return MicroBatch(partial(evaluate, self.loss), own)
 
 
+MicroBatches = Sequence[MicroBatch[LossOutput]]
+"""A batch in parts, with loss functions of the user's."""
+
+
 class _Found(NamedTuple):
     """The result of one run of the network.
 

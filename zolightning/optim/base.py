@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,12 +15,12 @@ from zolightning.directions.autocast import without_autocast
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, is_sharded
 from zolightning.evaluation.evaluator import Evaluator
-from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossFunction, LossOutput
+from zolightning.evaluation.examples import MicroBatches
+from zolightning.evaluation.losses import LossFunction
 from zolightning.kernels.noise import key as noise_key
 from zolightning.optim import checks
 from zolightning.optim.estimating import evaluate_step, squared_grad
-from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample, TwoSided
+from zolightning.optim.estimators import Estimator, TwoSided
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
 from zolightning.optim.record import Estimate, StepRecord
@@ -83,10 +83,11 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.require_seed(seed)
         estimator = TwoSided() if estimator is None else estimator
-        checks.require_estimator(estimator, num_queries, align_queries, self.has_unit_directions, type(self).__name__)
+        checks.require_estimator(estimator)
         self.num_queries = num_queries
         self.align_queries = align_queries
         self.estimator = estimator
+        estimator.check(self)
         self.update_precision: UpdatePrecision = update_precision
         # Objects that are changed in place only: wrappers copy an optimizer's attributes (Fabric's does).
         self.evaluator = Evaluator()
@@ -136,7 +137,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         """The settings that do not work with sharded parameters (FSDP2): name, value, and a value that does."""
         if not self.takes_shards:
             yield "method", type(self).__name__, "MeZO, for one"
-        if isinstance(self.estimator, PerExample | ForwardGradient):
+        if not self.estimator.takes_shards:
             yield "estimator", f"{type(self.estimator).__name__}()", "TwoSided()"
         if self.align_queries:
             yield "align_queries", True, "False"
@@ -195,7 +196,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         loss_fn: LossFunction,
         share: Share = WHOLE,
         skip_nonfinite: bool = False,
-        micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
+        micro_batches: MicroBatches | None = None,
     ) -> StepRecord:
         """Evaluates the loss at perturbed weights and keeps the record for :meth:`step`.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zolightning.directions.shards import require_rows
 from zolightning.kernels.noise import MAX_ELEMENTS
-from zolightning.optim.estimators import Estimator, ForwardGradient, PerExample
+from zolightning.optim.estimators import Estimator
 
 
 def require_positive(name: str, value: object) -> None:
@@ -47,33 +47,10 @@ def require_patterns(patterns: Sequence[str]) -> None:
             raise ValueError(f"`patterns` has '{pattern}', which is no regular expression: {error}.") from None
 
 
-def require_estimator(estimator: Estimator, num_queries: int, align_queries: bool, of_units: bool, method: str) -> None:
-    """Checks an estimator, and that it works with other arguments of a method.
-
-    Args:
-        estimator: the estimator.
-        num_queries: directions in a step.
-        align_queries: whether they are combined by least squares.
-        of_units: whether the method has ``unit_directions``.
-        method: the method's name.
-
-    Raises:
-        ValueError: naming the argument, its value and what is accepted.
-    """
+def require_estimator(estimator: object) -> None:
+    """Raises a ValueError unless it is an estimator."""
     if not isinstance(estimator, Estimator):
         raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
-    if not isinstance(num_queries, Integral) or num_queries < estimator.min_queries:
-        name, least = type(estimator).__name__, estimator.min_queries
-        raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {num_queries!r}.")
-    if align_queries and isinstance(estimator, PerExample):
-        raise ValueError(
-            "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
-        )
-    if isinstance(estimator, ForwardGradient) and not of_units:
-        raise ValueError(
-            f"`estimator` is ForwardGradient(), and {method} searches a subspace, or along directions that depend on "
-            "the weights: use MeZO or MeZOAdam."
-        )
 
 
 def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None:

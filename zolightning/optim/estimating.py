@@ -1,18 +1,15 @@
 """The first half of a step: its losses become projected gradients, and these a record."""
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossFunction, LossOutput
+from zolightning.evaluation.examples import MicroBatches
+from zolightning.evaluation.losses import LossFunction
 from zolightning.optim.alignment import aligned
-from zolightning.optim.estimators import ForwardGradient, PerExample, Probe, TwoSided
-from zolightning.optim.forward_gradient import evaluate_derivatives
-from zolightning.optim.per_example import evaluate_examples
-from zolightning.optim.probing import Probed, evaluate_probes
+from zolightning.optim.estimators import TwoSided
+from zolightning.optim.probing import Probe, Probed, evaluate_probes
 from zolightning.optim.record import (
     FLAT_IN_A_ROW,
     MAX_NONFINITE_IN_A_ROW,
@@ -33,7 +30,7 @@ def evaluate_step(
     loss_fn: LossFunction,
     share: Share,
     skip_nonfinite: bool,
-    micro_batches: Sequence[MicroBatch[LossOutput]] | None,
+    micro_batches: MicroBatches | None,
 ) -> StepRecord:
     """Evaluates the losses of a step and makes its record, which has no projected gradients if one is not finite.
 
@@ -43,11 +40,11 @@ def evaluate_step(
         loss_fn, share, skip_nonfinite, micro_batches: see
             :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`; the exceptions are those listed there.
     """
-    found = _probed(optimizer, loss_fn, share, micro_batches)
+    found = optimizer.estimator.evaluate(optimizer, loss_fn, share, micro_batches)
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
     if last.flat_in_a_row == FLAT_IN_A_ROW:  # perhaps weights are now read where perturbations do not reach them
         optimizer.evaluator.forget()
-        found = _probed(optimizer, loss_fn, share, micro_batches)
+        found = optimizer.estimator.evaluate(optimizer, loss_fn, share, micro_batches)
         if not found.is_flat:
             last.flat_in_a_row = 0
         else:
@@ -95,21 +92,6 @@ def set_lr_scale(optimizer: "ZerothOrderOptimizer", scale: float) -> None:
     """Multiplies the learning rates of all further records; `lr` itself belongs to schedulers, which set it anew."""
     for group in optimizer.param_groups:
         group["lr_scale"] = scale
-
-
-def _probed(
-    optimizer: "ZerothOrderOptimizer",
-    loss_fn: LossFunction,
-    share: Share,
-    micro_batches: Sequence[MicroBatch[LossOutput]] | None,
-) -> Probed:
-    """The step's losses; the same at each call."""
-    estimator = optimizer.estimator
-    if isinstance(estimator, PerExample):
-        return evaluate_examples(optimizer, estimator, loss_fn, share, micro_batches)
-    if isinstance(estimator, ForwardGradient):
-        return evaluate_derivatives(optimizer, estimator, loss_fn, share)
-    return evaluate_probes(optimizer, estimator, estimator.probes(optimizer.num_queries), loss_fn, share)
 
 
 def _count_nonfinite(found: Probed, last: Estimate, skip_nonfinite: bool, step: int) -> None:

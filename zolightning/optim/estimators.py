@@ -19,16 +19,21 @@ estimator            forwards  g_i                                              
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Integral
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from zolightning.evaluation.examples import MicroBatches
+from zolightning.evaluation.losses import LossFunction
+from zolightning.optim.forward_gradient import evaluate_derivatives
+from zolightning.optim.per_example import evaluate_examples
+from zolightning.optim.probing import Probe as Probe  # a name that estimators elsewhere import from here
+from zolightning.optim.probing import Probed, evaluate_probes
+from zolightning.optim.share import Share
 
-class Probe(NamedTuple):
-    """One evaluation of the loss, at ``W + sign * eps * z_query``."""
-
-    query: int
-    sign: int  # +1, -1, or 0 for the unperturbed weights
+if TYPE_CHECKING:
+    from zolightning.optim.base import ZerothOrderOptimizer
 
 
 _TINY = 1e-8  # far above the rounding of equal losses, far below differences that matter
@@ -36,11 +41,17 @@ EACH = -1  # in place of a query's number: each example of the batch is evaluate
 
 
 class Estimator(ABC):
-    """Abstract base of the estimators, which have no state."""
+    """Abstract base of the estimators, which have no state.
+
+    An estimator says which evaluations a step has (:meth:`probes`) and what follows from their losses
+    (:meth:`projected_grads`). One that needs more than a loss for each evaluation makes them itself (:meth:`evaluate`).
+    """
 
     min_queries: int = 1
     forwards: int = 1  # cost of an evaluation, in forward passes
     why_unbatched: str = ""  # why `evaluations_per_forward` must be 1; empty where it need not
+    reads_examples: bool = False  # whether it needs the loss of each example, so `micro_batches`
+    takes_shards: bool = True  # whether it works for parameters of which a rank has some rows (FSDP2)
 
     @abstractmethod
     def probes(self, num_queries: int) -> list[Probe]:
@@ -60,6 +71,31 @@ class Estimator(ABC):
             directions: the Gram matrix (q, q) of the directions.
         """
         return directions
+
+    def evaluate(
+        self,
+        optimizer: "ZerothOrderOptimizer",
+        loss_fn: LossFunction,
+        share: Share,
+        micro_batches: MicroBatches | None = None,
+    ) -> Probed:
+        """Evaluates the losses of a step, the same ones at each call, and makes projected gradients of them.
+
+        Args:
+            optimizer: the method, which defines the directions.
+            loss_fn, share, micro_batches: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
+
+        Raises:
+            ValueError: if a number of terms is negative.
+        """
+        return evaluate_probes(optimizer, self, self.probes(optimizer.num_queries), loss_fn, share)
+
+    def check(self, optimizer: "ZerothOrderOptimizer") -> None:
+        """Raises a ValueError that names a setting of a method with which this estimator does not work."""
+        least, found = self.min_queries, optimizer.num_queries
+        if not isinstance(found, Integral) or found < least:
+            name = type(self).__name__
+            raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {found!r}.")
 
 
 class TwoSided(Estimator):
@@ -103,9 +139,27 @@ class PerExample(TwoSided):
 
     min_queries = 2
     why_unbatched = "the examples of an evaluation share a forward already"
+    reads_examples = True
+    takes_shards = False
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(EACH, 1), Probe(EACH, -1)]
+
+    def evaluate(
+        self,
+        optimizer: "ZerothOrderOptimizer",
+        loss_fn: LossFunction,
+        share: Share,
+        micro_batches: MicroBatches | None = None,
+    ) -> Probed:
+        return evaluate_examples(optimizer, self, loss_fn, share, micro_batches)
+
+    def check(self, optimizer: "ZerothOrderOptimizer") -> None:
+        super().check(optimizer)
+        if optimizer.align_queries:
+            raise ValueError(
+                "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
+            )
 
 
 class OneSided(Estimator):
@@ -166,9 +220,27 @@ class ForwardGradient(Estimator):
 
     forwards = 3  # besides ``W x`` the products ``W dx`` and ``dW x``
     why_unbatched = "each evaluation is differentiated by itself"
+    takes_shards = False
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(query, 0) for query in range(num_queries)]
+
+    def evaluate(
+        self,
+        optimizer: "ZerothOrderOptimizer",
+        loss_fn: LossFunction,
+        share: Share,
+        micro_batches: MicroBatches | None = None,
+    ) -> Probed:
+        return evaluate_derivatives(optimizer, self, loss_fn, share)
+
+    def check(self, optimizer: "ZerothOrderOptimizer") -> None:
+        super().check(optimizer)
+        if not optimizer.has_unit_directions:
+            raise ValueError(
+                f"`estimator` is ForwardGradient(), and {type(optimizer).__name__} searches a subspace, or along "
+                "directions that depend on the weights: use MeZO or MeZOAdam."
+            )
 
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
         """The derivatives themselves, which are given in place of losses."""

@@ -12,16 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.losses import LossFunction, require_terms
 from zolightning.messages import counted, some
-from zolightning.optim.estimators import ForwardGradient
 from zolightning.optim.probing import Probed, device_of, losses_at, of_whole_parameters, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
+    from zolightning.optim.estimators import ForwardGradient
 
 
 def evaluate_derivatives(
-    optimizer: "ZerothOrderOptimizer", estimator: ForwardGradient, loss_fn: LossFunction, share: Share
+    optimizer: "ZerothOrderOptimizer", estimator: "ForwardGradient", loss_fn: LossFunction, share: Share
 ) -> Probed:
     """Differentiates a loss along the direction of each query, at the stored weights.
 

@@ -1,27 +1,26 @@
 """Evaluates each example of a batch at weights perturbed along its own direction (``PerExample()``)."""
 
-from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
 
-from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossFunction, LossOutput, require_terms
-from zolightning.optim.estimators import PerExample, Probe
-from zolightning.optim.probing import Probed, device_of, losses_at, perturbations_at, sums_of
+from zolightning.evaluation.examples import MicroBatches
+from zolightning.evaluation.losses import LossFunction, require_terms
+from zolightning.optim.probing import Probe, Probed, device_of, losses_at, perturbations_at, sums_of
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
+    from zolightning.optim.estimators import PerExample
 
 
 def evaluate_examples(
     optimizer: "ZerothOrderOptimizer",
-    estimator: PerExample,
+    estimator: "PerExample",
     loss_fn: LossFunction,
     share: Share,
-    micro_batches: Sequence[MicroBatch[LossOutput]] | None,
+    micro_batches: MicroBatches | None,
 ) -> Probed:
     """Evaluates each example at the weights of its query, with both signs.
 

@@ -10,15 +10,22 @@ from torch import Tensor, nn
 from zolightning.directions.opposite import Opposite, have_opposites
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.slices import SlicedPerturbation
-from zolightning.evaluation.examples import MicroBatch
-from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput, require_terms
-from zolightning.optim.estimators import Estimator, Probe
+from zolightning.evaluation.examples import MicroBatches
+from zolightning.evaluation.losses import LossAndTerms, LossFunction, require_terms
 from zolightning.optim.share import Share
 
 if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
+    from zolightning.optim.estimators import Estimator
 
 ByQuery = Mapping[int, Mapping[nn.Parameter, Perturbation]]
+
+
+class Probe(NamedTuple):
+    """One evaluation of the loss, at ``W + sign * eps * z_query``."""
+
+    query: int
+    sign: int  # +1, -1, or 0 for the unperturbed weights
 
 
 class Probed(NamedTuple):
@@ -49,7 +56,7 @@ class Probed(NamedTuple):
 
 def evaluate_probes(
     optimizer: "ZerothOrderOptimizer",
-    estimator: Estimator,
+    estimator: "Estimator",
     probes: Sequence[Probe],
     loss_fn: LossFunction,
     share: Share,
@@ -123,7 +130,7 @@ def losses_at(
     loss_fn: LossFunction,
     share: Share,
     leaves_traces: bool = True,
-    micro_batches: Sequence[MicroBatch[LossOutput]] | None = None,
+    micro_batches: MicroBatches | None = None,
 ) -> list[LossAndTerms]:
     """The loss at each of some perturbations of whole parameters, and the number of terms that it averages.
 
