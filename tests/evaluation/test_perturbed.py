@@ -17,7 +17,7 @@ from networks import (
     values,
     written_to_the_weights,
 )
-from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.reads import find_readers, find_unseen
 from zolightning.evaluation.scratch import Scratch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.reads import find_readers
 from zolightning.optim import MeZO, SubZero

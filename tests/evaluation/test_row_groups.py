@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from stacked_runs import METHODS, LanguageModel
 from zolightning import kernels
 from zolightning.directions.dense import directions
-from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.directions.perturbation import Perturbation
+from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation import row_groups
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.row_groups import RowGroups

@@ -19,16 +19,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput
 from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half, one_by_one
-from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
 from zolightning.evaluation.shared_prefix import SharedPrefix
-from zolightning.evaluation.watched_everywhere import watched_everywhere
 
 Output = TypeVar("Output", bound=LossOutput, covariant=True)
 Other = TypeVar("Other", bound=LossOutput)

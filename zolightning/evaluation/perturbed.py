@@ -12,7 +12,7 @@ perturbation. :func:`zolightning.evaluation.reads.find_unseen` finds such parame
 perturbed in place, from a copy.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -28,8 +28,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.descriptions import describes
-from zolightning.evaluation.pieces import HOST, ByRows, is_cut, linear_in_pieces
-from zolightning.evaluation.products import PRODUCTS, factors_of
+from zolightning.evaluation.products import HOST, PRODUCTS, ByRows, factors_of, is_cut, linear_in_pieces
 from zolightning.evaluation.replaced import replaced_forwards
 from zolightning.evaluation.scratch import Scratch
 
@@ -300,3 +299,20 @@ class Perturbed(TorchFunctionMode):
             self.seen.add(id(weight))
         self.scratch.give_back(taken)
         return output
+
+
+@contextmanager
+def watched_everywhere(contexts: Sequence[Perturbed]) -> Iterator[Iterable[nn.Module] | None]:
+    """Has contexts with the same readers watch all functions for a while, and yields the readers.
+
+    Where another function runs in the place of the network, so few are called that this costs less than to exchange
+    the forwards of hundreds of modules.
+    """
+    readers = contexts[0].readers
+    for context in contexts:
+        context.readers = None
+    try:
+        yield readers
+    finally:
+        for context in contexts:
+            context.readers = readers

@@ -1,13 +1,28 @@
-"""Functions that multiply by a weight."""
+"""Products with a weight: which of torch's functions they are, and how a large perturbed matrix is multiplied.
 
-from collections.abc import Callable
+A large matrix, such as an output layer, is perturbed and multiplied piece by piece, so that only a piece is in memory
+at a time. A piece is some of its rows, which become columns of the output. Kernels for fewer columns may add in another
+order, so the bits of the product may differ from those with the whole matrix. They are the same for equal weights, and
+both signs of a direction are cut into the same pieces.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Which of their arguments are the weight, the input and the bias.
+from zolightning.directions.dense import Direction
+from zolightning.directions.low_rank import LowRank
+from zolightning.directions.trials import FlippedBit, Unchanged
+from zolightning.evaluation.buffer import Buffer
+from zolightning.evaluation.scratch import PIECE_BYTES, pieces
+
+# Functions that multiply by a weight, and which of their arguments are the weight, the input and the bias
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
+HOST = "cpu"  # the device on which a launch costs nothing
+ByRows = Direction | LowRank | FlippedBit | Unchanged  # changes that can be written to some rows of a matrix
 
 
 def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
@@ -15,3 +30,53 @@ def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, An
     count = len(args)
     weight, inputs, bias = [args[place] if place < count else None for place in PRODUCTS[func]]
     return weight, inputs, bias
+
+
+def is_cut(weight: Tensor) -> bool:
+    """Whether a weight is read in pieces: not while autograd records, which keeps what it is handed."""
+    is_large_matrix = weight.nbytes > PIECE_BYTES and weight.ndim == 2
+    return is_large_matrix and weight.is_contiguous() and not torch.is_grad_enabled()
+
+
+def linear_in_pieces(
+    inputs: Tensor, weight: nn.Parameter, bias: Tensor | None, change: ByRows, buffer: Buffer
+) -> Tensor:
+    """``F.linear(inputs, weight + change, bias)``.
+
+    Args:
+        inputs: (..., n).
+        weight: (m, n), for which :func:`is_cut` is True.
+        bias: (m,), perturbed already, or None.
+        change: the perturbation of the weight.
+        buffer: memory for the pieces, one after the other.
+    """
+    device, output = inputs.device.type, None
+    if device != HOST and inputs.dtype == weight.dtype and not torch.is_autocast_enabled(device):
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        output = rows.new_empty(len(rows), len(weight))
+        for part, piece in _changed(weight, change, buffer):
+            multiply(rows, piece.T, None if bias is None else bias[part], output[:, part])
+        return output.view(*inputs.shape[:-1], -1)
+    for part, piece in _changed(weight, change, buffer):
+        columns = F.linear(inputs, piece, None if bias is None else bias[part])
+        if output is None:  # whose dtype autocast chooses
+            output = columns.new_empty(*inputs.shape[:-1], len(weight))
+        output[..., part] = columns
+    assert output is not None
+    return output
+
+
+def _changed(weight: nn.Parameter, change: ByRows, buffer: Buffer) -> Iterator[tuple[slice, Tensor]]:
+    for part in pieces(weight, PIECE_BYTES):
+        rows = weight[part]
+        piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
+        change.add_to(rows, piece, start=part.start * weight.shape[1])
+        yield part, piece
+
+
+def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = rows @ matrix + bias``; `out` may be some columns of a matrix."""
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)

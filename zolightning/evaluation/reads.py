@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import directions
-from zolightning.directions.flipped_bit import FlippedBit
 from zolightning.directions.shards import own_rows
-from zolightning.directions.unchanged import Unchanged
+from zolightning.directions.trials import FlippedBit, Unchanged
 from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import Scratch

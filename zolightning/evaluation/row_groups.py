@@ -17,8 +17,7 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.pieces import HOST, ByRows, multiply
-from zolightning.evaluation.products import PRODUCTS, factors_of
+from zolightning.evaluation.products import HOST, PRODUCTS, ByRows, factors_of, multiply
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 from zolightning.evaluation.together import cores_of_groups
 

@@ -21,15 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.flipped_bit import FlippedBit
+from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.network_run import NetworkRun, computes_in_half, one_by_one
-from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
-from zolightning.evaluation.watched_everywhere import watched_everywhere
 
 
 def network_of(

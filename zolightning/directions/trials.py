@@ -1,4 +1,4 @@
-"""An exactly reversible change of all elements of a parameter, to find where it is read."""
+"""Perturbations of trials, by which it is found out where parameters are read: one bit of each element, and none."""
 
 import torch
 from torch import Tensor
@@ -24,3 +24,17 @@ class FlippedBit:
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         out.copy_(table[rows])
         self.flip_(out)
+
+
+class Unchanged:
+    """Changes nothing, but has the parameter read as a perturbed one is: from scratch memory, a large matrix in pieces.
+
+    Products of pieces may round in another way than the product of the whole matrix, and losses at the stored weights
+    must round as perturbed ones do.
+    """
+
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        out.copy_(weight)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        torch.index_select(table, 0, rows, out=out)
