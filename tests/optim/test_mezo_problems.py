@@ -67,6 +67,28 @@ class TestWeightsThatAreReadUnseen:
         assert records[0] == records[1]
         assert all(map(torch.equal, *bits))
 
+    @pytest.mark.filterwarnings("ignore:.*perturbed in place", "ignore:.*such parameters cannot be stacked")
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_a_list_of_scripted_layers(self, size: int) -> None:
+        """They take no hooks, by which it is found out which layers evaluations have in common."""
+
+        class Layers(nn.Module):
+            def __init__(self, script: bool) -> None:
+                super().__init__()
+                layer = TestWeightsThatAreReadUnseen.Net(script).second
+                self.layers = nn.ModuleList([layer])
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layers[0](x)
+
+        records = []
+        for script in (False, True):
+            net = Layers(script)
+            optimizer = MeZO(net.named_parameters(), lr=1e-2, seed=0)
+            optimizer.attach(net, size)
+            records.append(optimizer.estimate(lambda net=net: net(torch.ones(2, 4)).square().mean()))
+        assert records[1].losses == pytest.approx(records[0].losses, rel=1e-6)
+
     def test_until_a_loss_is_finite_all_are_perturbed_in_place(self) -> None:
         net, broken = self.Net(script=True), True
         del net.unused

@@ -40,9 +40,10 @@ def layers_of(module: nn.Module) -> Sequence[nn.Module]:
             module = submodule.get_encoder()  # type: ignore[operator]  # torch takes it for a module
             break
     try:
-        return find_layers(module).layers
+        layers = find_layers(module).layers
     except ValueError:
         return ()
+    return () if any(isinstance(layer, torch.jit.ScriptModule) for layer in layers) else layers  # they take no hooks
 
 
 class SharedPrefix:
