@@ -93,9 +93,11 @@ def logged_once(
 ) -> Iterator[tuple[Callable[..., LossOutput], set[str]]]:
     """A context in which ``module.log`` does nothing except in the first evaluation of a step.
 
+    What is logged by the epoch is a trace that the step leaves, as a record does not hold it.
+
     Yields a function that evaluates `loss_fn`, or another loss given to it, and the set of names that were logged.
     """
-    is_logging = has_logged = False
+    is_logging = has_logged = evaluator.leaves_more = False
     names: set[str] = set()
     module_log = module.log
 
@@ -103,6 +105,7 @@ def logged_once(
         if is_logging:
             names.add(name)
             log_again(module_log, name, *args, **kwargs)
+            evaluator.leaves_more |= bool(kwargs.get("on_epoch", any(args[4:5])))
 
     def evaluate(loss: LossFunction = loss_fn) -> LossOutput:
         nonlocal is_logging, has_logged

@@ -124,10 +124,16 @@ def is_validation_next(trainer: L.Trainer) -> bool:
     return trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
 
 
-def take_back_batch(trainer: L.Trainer) -> None:
-    """Forgets that a batch was begun whose step was not taken, so that validations come after as many steps as ever."""
+def take_back_batch(trainer: L.Trainer) -> bool:
+    """Forgets that a batch was begun whose step was not taken, so that validations come after as many steps as ever.
+
+    Returns:
+        Whether there was such a batch.
+    """
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    if progress.total.ready != progress.total.processed:  # type: ignore[attr-defined]  # as above
+    is_begun = bool(progress.total.ready != progress.total.processed)  # type: ignore[attr-defined]  # as above
+    if is_begun:
         for count in (progress.total, progress.current):
             count.ready = count.started = count.processed  # type: ignore[attr-defined]
         progress.is_last_batch = False
+    return is_begun

@@ -42,10 +42,10 @@ class KeepLedger(Callback):
 
     A run that is resumed from the ``last.ckpt`` of its folder takes the steps after it from the ledger. Batches,
     schedulers and callbacks run as usual, but the loss is not evaluated, loggers get nothing, and the weights are those
-    of the killed run. The loss is evaluated nevertheless if it changes the module (metrics, counters), or if a callback
-    monitors a training metric. When a run is resumed from any other checkpoint, later steps are cut off; in another
-    folder it continues a copy of the ledger. The ledger thus always holds the steps that led to the present weights. A
-    new run does not overwrite a ledger, but writes ``ledger-v1.bin`` beside it.
+    of the killed run. The loss is evaluated nevertheless if it changes the module (metrics, counters) or logs by the
+    epoch, or if a callback monitors a training metric. When a run is resumed from any other checkpoint, later steps are
+    cut off; in another folder it continues a copy of the ledger. The ledger thus always holds the steps that led to the
+    present weights. A new run does not overwrite a ledger, but writes ``ledger-v1.bin`` beside it.
 
     Bases that were given to the method, such as those from activations, are saved beside it, as
     ``ledger-bases-REFRESH.pt``. Other changes that records do not hold end the ledger with a warning: of a

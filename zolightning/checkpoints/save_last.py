@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.moved import find_files_again
+from zolightning.checkpoints.running_metrics import RunningMetrics
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
@@ -43,7 +44,8 @@ class SaveLast(ModelCheckpoint):
       :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has recorded the steps since the last checkpoint, nothing
       is saved: a resumed run takes them from there, and repeats the batch that failed.
 
-    If a validation was due when the run stopped, a resumed run begins with it. ``Trainer.fit(ckpt_path="last")`` finds
+    If a validation was due when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch
+    (``on_epoch=True``) go on too, also those of torchmetrics. ``Trainer.fit(ckpt_path="last")`` finds
     the file if `dirpath` is the same in both runs. Use this callback besides a ModelCheckpoint for the best weights,
     and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, with which a kill does no harm at any
     time.
@@ -82,6 +84,8 @@ class SaveLast(ModelCheckpoint):
         self._step_before_batch = 0
         self._validation_due = False
         self._resumed: dict[str, Any] = {}
+        self._metrics_before: dict[str, Any] = {}  # the batch
+        self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
         self._first = _First(self)
 
@@ -131,9 +135,10 @@ class SaveLast(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
         self._stopping = 0
-        self._is_training = True
+        self._is_training, self._is_taken_back = True, False
         self._signal.listen()
         self._first.epoch = epoch = EpochOfLastBatch(trainer)
+        self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", {}))
         if self._resumed.get("validation_due"):
             with epoch.not_over():
                 validate(trainer)
@@ -141,6 +146,7 @@ class SaveLast(ModelCheckpoint):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._stop_here(trainer)
         self._step_before_batch = trainer.global_step
+        self._metrics_before = self._first.metrics.now(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         steps, minutes = self.every_n_train_steps, self.every_n_minutes
@@ -199,7 +205,7 @@ class SaveLast(ModelCheckpoint):
             rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice(trainer)}")
         elif is_between_steps(trainer, self._step_before_batch):
             self._validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
-            take_back_batch(trainer)
+            self._is_taken_back = take_back_batch(trainer)
             self._save(trainer)
             rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")
 
@@ -257,6 +263,7 @@ class SaveLast(ModelCheckpoint):
             "validation_due": self._validation_due,
             "precision": str(trainer.precision),
             "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+            "metrics": self._metrics_before if self._is_taken_back else self._first.metrics.now(trainer),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -298,14 +305,19 @@ class _First(Callback):
     def __init__(self, save_last: SaveLast) -> None:
         self.save_last = save_last
         self.epoch: EpochOfLastBatch | None = None
+        self.metrics = RunningMetrics()
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.epoch is not None:
             self.epoch.batch_starts()
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.metrics.batch_ends(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.epoch is not None:
             self.epoch.epoch_ends()
+        self.metrics.epoch_ends(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.save_last.save_after_error(trainer, exception)

@@ -39,14 +39,16 @@ class Evaluator:
         prefix: the layer outputs that the evaluations of a step share.
         graphs: the network's forward as CUDA graphs, used instead of `prefix`; None without graphs.
         is_first: whether the present evaluation is the one of its step that is logged and may change the module.
-        left_traces: whether the first evaluation of the last step changed the module.
+        left_traces: whether the first evaluation of the last step changed the module, or left more elsewhere.
+        leaves_more: whether it has left something elsewhere, such as a value in the mean of an epoch; to be set by the
+            loss, and unset before a step.
     """
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
         self.prefix = SharedPrefix(())
         self.graphs: GraphedNetwork | None = None
-        self.is_first = self.left_traces = False
+        self.is_first = self.left_traces = self.leaves_more = False
         self._reads = KnownReads()
         self._submodules: Submodules | None = None  # at the last step
         self._held: Lasting = ()  # what they held before it, see `Traces`
@@ -162,7 +164,7 @@ class Evaluator:
             if self._is_read_elsewhere(unread, trainable):
                 self._reads.forget(unread)
                 results, _ = evaluate(find_contexts())
-            self._held, self.left_traces = traces.finish(), traces.found
+            self._held, self.left_traces = traces.finish(), traces.found or self.leaves_more
         return results
 
     def _run(

@@ -27,7 +27,8 @@ class StepRecord:
         folds: how often a subspace method had added its pending updates to the weights before the step.
         blocks: indices of the blocks that moved; empty if all parameters did.
         given: whether the bases of `refresh` were given to the method. Records do not hold them.
-        leaves_traces: whether the loss changed the module (a metric, a counter). Records do not hold the change.
+        leaves_traces: whether the loss changed the module (a metric, a counter), or logged a value to the mean of an
+            epoch. Records do not hold the change.
     """
 
     step: int

@@ -1,0 +1,88 @@
+"""What a Trainer knows of metrics in the middle of an epoch, which Lightning's checkpoints leave out.
+
+A run that goes on from the middle of an epoch would log the mean of the rest of it, and callbacks that look for a
+metric at the end of the epoch would find none.
+"""
+
+from typing import Any
+
+import lightning as L
+from torchmetrics import Metric
+
+from zolightning.training_loop import is_at_end_of_batch
+
+
+class RunningMetrics:
+    """The metrics of a fit, to be kept in its checkpoints and put back when it goes on.
+
+    With several ranks, those of the first one are kept.
+    """
+
+    def __init__(self) -> None:
+        self._earlier: dict[str, dict[str, Any]] = {}  # sums of before the checkpoint that no batch has added to yet
+        self._metrics: dict[str, Metric] = {}  # of the module
+
+    def now(self, trainer: L.Trainer) -> dict[str, Any]:
+        """The last values that callbacks see, and the sums of what training logs by the epoch, for a checkpoint."""
+        connector = trainer._logger_connector
+        # The property has what the batch has logged, and between batches would compute the means of the epoch.
+        seen = connector.callback_metrics if is_at_end_of_batch(trainer) else connector._callback_metrics
+        sums = self._earlier.copy()
+        for key, result in trainer.fit_loop.epoch_loop._results.items():
+            meta = result.meta
+            if meta.on_epoch and not result.has_reset:
+                metric = result if result.is_tensor else result.value
+                sums[key] = {
+                    "name": meta.forked_name(on_step=False),
+                    "options": {"logger": None if meta.logger else False, "prog_bar": meta.prog_bar},
+                    "attribute": meta.metric_attribute,  # of the module, where it is a metric of its own
+                    "state": {name: _copied(state) for name, state in metric.metric_state.items()},
+                    "updates": metric.update_count,
+                }
+        return {"callback": dict(seen), "epoch": sums}
+
+    def restore(self, trainer: L.Trainer, module: L.LightningModule, saved: dict[str, Any]) -> None:
+        """Puts back what :meth:`now` returned, when training starts; nothing if `saved` is empty."""
+        trainer._logger_connector._callback_metrics.update(saved.get("callback", {}))
+        self._earlier = dict(saved.get("epoch", {}))
+        self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        for sums in self._earlier.values():
+            if (metric := self._metrics.get(sums["attribute"])) is not None:
+                _restore(metric, sums)
+
+    def batch_ends(self, trainer: L.Trainer) -> None:
+        """Is told that a batch has logged what it logs: earlier sums are added to those that begin with it."""
+        results = trainer.fit_loop.epoch_loop._results if self._earlier else {}
+        for key in [key for key in self._earlier if key in results and not results[key].has_reset]:
+            state, result = self._earlier.pop(key)["state"], results[key]
+            if result.is_tensor:
+                own, before = result.value, state["value"].to(result.value.device)
+                is_extreme = result.meta.is_max_reduction or result.meta.is_min_reduction
+                result.value = result.meta.reduce_fx(before, own) if is_extreme else before + own
+                if result.meta.is_mean_reduction:
+                    result.cumulated_batch_size += state["cumulated_batch_size"].to(own.device)
+                result._computed = None
+
+    def epoch_ends(self, module: L.LightningModule) -> None:
+        """Is told that the epoch is over: logs what no batch has logged since the checkpoint."""
+        for sums in self._earlier.values():
+            state, metric = sums["state"], self._metrics.get(sums["attribute"])
+            value = state.get("value") if metric is None else metric.compute()
+            if metric is not None:
+                metric.reset()
+            elif "cumulated_batch_size" in state:
+                value = state["value"] / state["cumulated_batch_size"]
+            module.log(sums["name"], value, on_step=False, on_epoch=True, batch_size=1, **sums["options"])
+        self._earlier = {}
+
+
+def _copied(state: Any) -> Any:
+    return list(state) if isinstance(state, list) else state.clone()  # a metric appends to a list
+
+
+def _restore(metric: Metric, sums: dict[str, Any]) -> None:
+    for name, state in sums["state"].items():
+        is_list = isinstance(state, list)
+        setattr(metric, name, [part.to(metric.device) for part in state] if is_list else state.to(metric.device))
+    metric._update_count = sums["updates"]
+    metric._computed = None
