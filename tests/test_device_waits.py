@@ -83,10 +83,10 @@ def test_weights_that_come_to_rest_wait_for_no_copy_to_the_device(make_problem: 
     optimizer.activate([0])
     optimizer.estimate(problem)
     optimizer.step()
-    assert optimizer.rests(weights[0])
+    assert optimizer.extra_bits(weights[0])
     with HandedOver() as handed:
         optimizer.activate([1])
-    assert not optimizer.rests(weights[0]) and handed.names == []
+    assert not optimizer.extra_bits(weights[0]) and handed.names == []
 
 
 def test_a_second_moment_waits_for_no_copy_to_the_device() -> None:

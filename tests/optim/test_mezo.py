@@ -190,9 +190,9 @@ class TestMeZO:
             follower.apply(record)
         for parameter, expected in zip(half.parameters(), wide.parameters(), strict=True):
             torch.testing.assert_close(parameter, expected.to(dtype), rtol=0, atol=2**-9)  # ties: half a unit
-            rest = optimizer.state[parameter].get("master")
-            if rest is not None:
-                assert torch.equal(rest.view(expected.shape), expected)
+            extra_bits = optimizer.state[parameter].get("master")
+            if extra_bits is not None:
+                assert torch.equal(extra_bits.view(expected.shape), expected)
                 assert torch.equal(parameter, expected.to(dtype))
 
     @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_on_a_gpu(method: Any, dtype: torch.dtype) -> None:
             optimizer.step()
         optimizer.fold()
         state = optimizer.state_dict()["state"][0]
-        rest = state["low_word" if dtype == torch.bfloat16 else "master"]
-        assert rest.is_pinned() == is_offloaded and rest.is_cuda != is_offloaded
-        found.append((net.weight.detach().cpu(), rest.cpu()))
+        extra_bits = state["low_word" if dtype == torch.bfloat16 else "master"]
+        assert extra_bits.is_pinned() == is_offloaded and extra_bits.is_cuda != is_offloaded
+        found.append((net.weight.detach().cpu(), extra_bits.cpu()))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -77,15 +77,15 @@ class TestSplit:
         assert not (bits(found)[tied] & 0x100).any()
         assert torch.equal(bits(found) & 0xFF, torch.zeros_like(low, dtype=torch.int32))
 
-    @pytest.mark.parametrize("rest", [torch.int16, torch.int8])
-    def test_without_a_rest_it_is_the_weight(self, rest: torch.dtype) -> None:
+    @pytest.mark.parametrize("extra_bits", [torch.int16, torch.int8])
+    def test_without_extra_bits_it_is_the_weight(self, extra_bits: torch.dtype) -> None:
         weight = start(100, torch.bfloat16)
-        assert torch.equal(read_split(weight, torch.zeros(100, dtype=rest)), weight.float())
+        assert torch.equal(read_split(weight, torch.zeros(100, dtype=extra_bits)), weight.float())
 
-    @pytest.mark.parametrize("rest", [torch.int16, torch.int8])
-    def test_every_nan_stays_one(self, rest: torch.dtype) -> None:
+    @pytest.mark.parametrize("extra_bits", [torch.int16, torch.int8])
+    def test_every_nan_stays_one(self, extra_bits: torch.dtype) -> None:
         value = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-        weight, low = torch.empty(4, dtype=torch.bfloat16), torch.empty(4, dtype=rest)
+        weight, low = torch.empty(4, dtype=torch.bfloat16), torch.empty(4, dtype=extra_bits)
         write_split(weight, low, value)
         assert weight.isnan().all() and read_split(weight, low).isnan().all()
 
@@ -190,7 +190,7 @@ def test_native_rounds_the_sum_as_a_cast_does(dtype: torch.dtype) -> None:
 def test_state_bytes_says_what_is_kept(dtype: torch.dtype, precision: str) -> None:
     weight, state = start(50, dtype), {}
     add_direction(weight, state, direction(0, 1e-3, dtype), precision)
-    kept = sum(rest.numel() * rest.element_size() for rest in state.values())
+    kept = sum(extra_bits.numel() * extra_bits.element_size() for extra_bits in state.values())
     assert kept == 50 * state_bytes(dtype, precision)
 
 
@@ -246,10 +246,10 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype, precision: str) 
     """What lies a quarter of the spacing above a number becomes the next one in a quarter of all cases."""
     low = torch.tensor([0.02, -3.0, 1e-3, 0.0, 2.0**-14]).to(dtype).repeat_interleave(100_000)
     spacing = ((low.abs().view(torch.int16) + 1).view(dtype) - low.abs()).float()
-    weight, rest = low.clone(), {}
-    add_tensor(weight, rest, spacing * low.sign() / 4, precision)
+    weight, extra_bits = low.clone(), {}
+    add_tensor(weight, extra_bits, spacing * low.sign() / 4, precision)
     assert torch.equal(weight, low)
-    round_stochastically(weight, rest, precision, key(0, 3, -1, "weight"))
+    round_stochastically(weight, extra_bits, precision, key(0, 3, -1, "weight"))
     moved = (weight.float() - low.float()).abs() / spacing
     assert set(moved.unique().tolist()) <= {0.0, 1.0}
     # Binomials of 100,000: standard deviation 0.0014

@@ -58,10 +58,10 @@ class TestMask:
             if mask == "dynamic" and seen:
                 threshold = optimizer.state[weight]["threshold"]
                 assert torch.equal(plus, not_zero & (stored.abs() <= threshold))
-            before = {name: value.clone() for name, value in rests(optimizer, weight).items()}
+            before = {name: value.clone() for name, value in extra_bits(optimizer, weight).items()}
             run(net, optimizer, 1)
             moved = weight.detach() != stored
-            for name, value in rests(optimizer, weight).items():
+            for name, value in extra_bits(optimizer, weight).items():
                 moved |= (value != before.get(name, stored.float().flatten() if name == "master" else 0)).view(
                     weight.shape
                 )
@@ -116,7 +116,7 @@ def moving(net: Net, optimizer: SparseMeZO) -> float:
     return count / sum(weight.numel() for weight in masked)
 
 
-def rests(optimizer: SparseMeZO, weight: nn.Parameter) -> dict[str, Tensor]:
+def extra_bits(optimizer: SparseMeZO, weight: nn.Parameter) -> dict[str, Tensor]:
     return {name: value for name, value in optimizer.state[weight].items() if name in ("low_word", "master")}
 
 

@@ -317,11 +317,11 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         The random numbers are a function of the step and of the parameter's name.
         """
         for parameter in parameters if self.drops_left_state else ():
-            if rests := {name: rest.to(parameter.device) for name, rest in self.rests(parameter).items()}:
+            if extra_bits := {name: bits.to(parameter.device) for name, bits in self.extra_bits(parameter).items()}:
                 key = noise_key(0, self.param_groups[0]["step"], -1, self.names[parameter])
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     first = first_element(parameter)
-                    round_stochastically(weight, rests, self.update_precision, key, first)
+                    round_stochastically(weight, extra_bits, self.update_precision, key, first)
             state = self.state.pop(parameter, {})
             if kept := {name: state[name] for name in self.kept_at_rest if name in state}:
                 self.state[parameter] = kept

@@ -33,7 +33,7 @@ def add_lift(
     first: int,
     basis: Basis,
     core: Tensor,
-    rests: State,
+    extra_bits: State,
     precision: UpdatePrecision,
     are_offloaded: bool,
 ) -> None:
@@ -44,19 +44,19 @@ def add_lift(
         first: index of its first element in the whole parameter.
         basis: the basis of the matrix.
         core: the core, in the core shape of that basis, fp32 or wider.
-        rests: the mapping that holds the extra bits of a half-precision weight; they are made there if needed.
+        extra_bits: the mapping that holds the extra bits of a half-precision weight; they are made there if needed.
         precision: how sums are rounded.
-        are_offloaded: whether `rests` are in host memory.
+        are_offloaded: whether `extra_bits` are in host memory.
     """
     with without_autocast(weight.device):
         one, other = basis.factors(core)
         rows = max(_CHUNK, chunk_size(weight)) // len(other)
         pieces = _pieces(one, other, range(first, first + weight.numel()), rows)
         if are_offloaded:
-            add_offloaded(weight, rests, pieces, precision)
+            add_offloaded(weight, extra_bits, pieces, precision)
             return
         for start, delta in pieces:
-            add_tensor(weight, rests, delta, precision, start=start)
+            add_tensor(weight, extra_bits, delta, precision, start=start)
 
 
 def half_spacing(device: torch.device, dtype: torch.dtype) -> float | None:

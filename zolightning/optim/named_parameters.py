@@ -14,7 +14,7 @@ from zolightning.directions.shards import is_sharded
 from zolightning.directions.slices import Slice
 from zolightning.optim.blocks import LEFT_STATES, LeftState, ParameterBlocks
 from zolightning.optim.checks import require_choice
-from zolightning.optim.precision import RESTS, completed
+from zolightning.optim.precision import EXTRA_BITS, completed
 from zolightning.optim.settings import require_same_settings, settings_of
 
 _SHARED = ("step", "seed", "forward_passes", "refresh", "folds")  # by all groups: a direction is of one step and run
@@ -210,12 +210,12 @@ class NamedParameters(torch.optim.Optimizer):
         For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
         """
         part, weight = self.slices.get(parameter), parameter.detach()
-        return completed(weight if part is None else part.take(weight), self.rests(parameter))
+        return completed(weight if part is None else part.take(weight), self.extra_bits(parameter))
 
-    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+    def extra_bits(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         """The extra bits that are kept of a half-precision weight, by name."""
         state = self.state.get(parameter, {})
-        return {name: state[name] for name in RESTS if name in state}
+        return {name: state[name] for name in EXTRA_BITS if name in state}
 
     def state_bytes(self) -> int:
         """Bytes of the tensors that the method keeps at present on the devices of the weights."""

@@ -29,12 +29,12 @@ def add_offloaded(
     before = dict(host)
     for start, delta in pieces:
         part = slice(start, start + delta.numel())
-        on_device = {name: rest[part].to(weight.device, non_blocking=True, copy=True) for name, rest in before.items()}
+        on_device = {name: bits[part].to(weight.device, non_blocking=True, copy=True) for name, bits in before.items()}
         add_tensor(weight.view(-1)[part], on_device, delta, precision)
-        for name, rest in on_device.items():
+        for name, bits in on_device.items():
             if name not in host:
-                host[name] = _empty(weight.numel(), rest.dtype, weight.device)
-            host[name][part].copy_(rest, non_blocking=True)
+                host[name] = _empty(weight.numel(), bits.dtype, weight.device)
+            host[name][part].copy_(bits, non_blocking=True)
     if weight.is_cuda:
         torch.cuda.current_stream(weight.device).synchronize()  # the host may read what it holds
 

@@ -49,7 +49,7 @@ UpdatePrecision = Literal["exact", "low_byte", "native"]
 UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
 State = MutableMapping[str, Any]
 _HALF = (torch.bfloat16, torch.float16)
-RESTS = ("low_word", "low_byte", "master")  # extra bits of a weight, by their key in the optimizer's state
+EXTRA_BITS = ("low_word", "low_byte", "master")  # keys in the optimizer's state of what is kept beside a weight
 
 
 def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
@@ -99,20 +99,20 @@ def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parame
         ]
 
 
-def completed(weight: Tensor, rests: Mapping[str, Tensor]) -> Tensor:
+def completed(weight: Tensor, extra_bits: Mapping[str, Tensor]) -> Tensor:
     """A weight with its extra bits: the number that updates are added to.
 
     Args:
         weight: the parameter's data, any shape.
-        rests: its extra bits by their names in ``RESTS``, flat, on any device; other entries are ignored.
+        extra_bits: its extra bits by their names in ``EXTRA_BITS``, flat, on any device; other entries are ignored.
 
     Returns:
         A flat tensor: the float32 numbers, or the weight itself if it has no extra bits.
     """
     flat = weight.reshape(-1)
-    if "master" in rests:
-        return rests["master"]
-    low = next((rests[name] for name in RESTS if name in rests), None)
+    if "master" in extra_bits:
+        return extra_bits["master"]
+    low = next((extra_bits[name] for name in EXTRA_BITS if name in extra_bits), None)
     return flat if low is None else read_split(flat, low.to(flat.device))
 
 
@@ -123,7 +123,7 @@ def add_direction(
 
     Args:
         weight: the parameter's data, any shape, contiguous.
-        state: the parameter's entry in the optimizer's state; one of ``RESTS`` is made there if needed.
+        state: the parameter's entry in the optimizer's state; one of ``EXTRA_BITS`` is made there if needed.
         direction: what to add.
         precision: how the sum is rounded.
         decay: multiplies the weight first (decoupled weight decay is ``1 - lr * weight_decay``).

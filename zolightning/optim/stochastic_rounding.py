@@ -10,21 +10,23 @@ from zolightning.kernels.noise import Key, counter, hash_bits, on_device, start_
 from zolightning.optim.precision import State, UpdatePrecision, add_tensor
 
 
-def round_stochastically(weight: Tensor, rest: State, precision: UpdatePrecision, key: Key, first: int = 0) -> None:
+def round_stochastically(
+    weight: Tensor, extra_bits: State, precision: UpdatePrecision, key: Key, first: int = 0
+) -> None:
     """Rounds a half-precision weight to its dtype stochastically, so that its extra bits can be dropped without bias.
 
     Each element becomes one of the two nearest numbers, with probabilities that make the unrounded value its mean.
 
     Args:
         weight: the parameter's data, any shape, contiguous.
-        rest: its extra bits, by their name in ``RESTS``; meaningless afterwards.
+        extra_bits: its extra bits, by their name in ``EXTRA_BITS``; meaningless afterwards.
         precision: the precision with which updates have been added.
         key: the key of the random numbers.
         first: index of the first element in the whole parameter.
     """
     flat, words = weight.view(-1), on_device(torch.tensor(key, dtype=torch.int32), weight.device)
     for part in chunks(flat.numel(), chunk_size(flat)):
-        add_tensor(weight, rest, _dither(flat[part], first + part.start, words), precision, start=part.start)
+        add_tensor(weight, extra_bits, _dither(flat[part], first + part.start, words), precision, start=part.start)
 
 
 def _dither(weight: Tensor, start: int, key: Tensor) -> Tensor:

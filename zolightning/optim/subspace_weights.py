@@ -19,7 +19,7 @@ from zolightning.optim.checks import require_choice
 from zolightning.optim.cores import add_lift
 from zolightning.optim.momentum_transport import momentum_of, transport_momentum
 from zolightning.optim.offload import to_host
-from zolightning.optim.precision import RESTS, State, as_contiguous
+from zolightning.optim.precision import EXTRA_BITS, State, as_contiguous
 
 Split = tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]
 
@@ -267,19 +267,19 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """Adds the updates in all cores to the stored weights, and counts that if there were any."""
         for _, parameter, _, _ in (found := list(self.pending())):
             with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                rests = (self._offloaded if self.offload_low_words else self.state)[parameter]
-                self._add_lift(weight, parameter, rests)
+                extra_bits = (self._offloaded if self.offload_low_words else self.state)[parameter]
+                self._add_lift(weight, parameter, extra_bits)
             del self.state[parameter]["core"]
         if found:
             torch.clear_autocast_cache()  # casts of the weights as they were
             for group in self.param_groups:
                 group["folds"] += 1
 
-    def _add_lift(self, weight: Tensor, parameter: nn.Parameter, rests: State) -> None:
+    def _add_lift(self, weight: Tensor, parameter: nn.Parameter, extra_bits: State) -> None:
         """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
         basis, core = self.basis(parameter), self.state[parameter]["core"]
         first, precision = first_element(parameter), self.update_precision
-        add_lift(weight, first, basis, core, rests, precision, self.offload_low_words)
+        add_lift(weight, first, basis, core, extra_bits, precision, self.offload_low_words)
 
     def is_pending(self, parameter: nn.Parameter) -> bool:
         """Whether the weight of a matrix lacks updates."""
@@ -290,8 +290,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """A copy of a weight with its pending updates."""
         folded = parameter.detach().clone()
         with as_contiguous(folded, self.slices.get(parameter)) as weight:
-            rests = {name: rest.clone() for name, rest in self.rests(parameter).items()}
-            self._add_lift(weight, parameter, rests)
+            extra_bits = {name: bits.clone() for name, bits in self.extra_bits(parameter).items()}
+            self._add_lift(weight, parameter, extra_bits)
         return folded
 
     # What is kept
@@ -305,8 +305,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
             if self.drops_left_state:
                 self._offloaded.pop(parameter, None)
 
-    def rests(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        return {**super().rests(parameter), **self._offloaded.get(parameter, {})}
+    def extra_bits(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        return {**super().extra_bits(parameter), **self._offloaded.get(parameter, {})}
 
     def state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state now, with the bases."""
@@ -315,10 +315,10 @@ class SubspaceWeights(ZerothOrderOptimizer):
         return super().state_bytes() + sum(factor.nbytes for factor in factors if id(factor) not in in_state)
 
     def host_bytes(self) -> int:
-        return sum(rest.nbytes for state in self._offloaded.values() for rest in state.values())
+        return sum(bits.nbytes for state in self._offloaded.values() for bits in state.values())
 
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
-        return self.matrix_of(parameter) is None or name in (*RESTS, "base")
+        return self.matrix_of(parameter) is None or name in (*EXTRA_BITS, "base")
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:
         yield from super().needs_whole()
@@ -343,7 +343,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         for index, parameter in self.numbered(state_dict):
             entries = dict(state.get(index, {}))
             is_offloaded = self.offload_low_words and self.matrix_of(parameter) is not None
-            names = {"base", *RESTS} if is_offloaded else {"base"}
+            names = {"base", *EXTRA_BITS} if is_offloaded else {"base"}
             apart[parameter] = {name: entries.pop(name) for name in names & entries.keys()}
             state[index] = entries
         super().load_state_dict(state_dict | {"state": state})
@@ -352,6 +352,6 @@ class SubspaceWeights(ZerothOrderOptimizer):
             if "base" in entries:
                 own = own_rows(parameter)
                 own.copy_(entries.pop("base").view(own.shape))
-            self._offloaded[parameter] = {name: to_host(rest, parameter.device) for name, rest in entries.items()}
+            self._offloaded[parameter] = {name: to_host(bits, parameter.device) for name, bits in entries.items()}
         if self.fold_every_step and self.attached:  # else the bases' names may not be known yet
             self.fold()
