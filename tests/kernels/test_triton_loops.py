@@ -57,7 +57,7 @@ def for_each(loop, calls):
 counts = []
 found = {"differing": [*differing(341, 1024, 1, False), *differing(341, 256, 2, True)], "counts": counts}
 missing = torch.empty(2, 4)
-triton_loops.perturb_rows(missing, torch.ones(3, 4), torch.tensor([-1, 3]), **noise(1, "gaussian", bits.CPU))
+triton_loops.perturb_rows(missing, torch.ones(3, 4), torch.tensor([-1, 3]), noise(1, "gaussian", bits.CPU))
 found["missing rows are NaN"] = bool(missing.isnan().all())
 
 triton_loops._tables.cache_clear()
@@ -99,6 +99,7 @@ from types import SimpleNamespace
 from zolightning.kernels import triton_loops
 from zolightning.kernels.adam import adam_step
 from zolightning.kernels.curvature import Change
+from zolightning.kernels.noise import Noise
 
 triton.runtime.driver.set_active(SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -112,22 +113,22 @@ def compile(kernel, grid, where, *arguments, **constants):
     print("fma" in code, "mul.f32" in code or "mul.rn.f32" in code, "st.global.v4.b32" in code, "popc" in code)
 
 triton_loops._launch = compile
-noise = torch.ones(1, 2, dtype=torch.int32), torch.ones(1), "gaussian"
+noise = Noise(torch.ones(1, 2, dtype=torch.int32), torch.ones(1), "gaussian")
 fp32, (bf16, plus, minus) = torch.empty(4096), torch.empty(3, 4096, dtype=torch.bfloat16)
-triton_loops.perturb_both(plus, minus, bf16, *noise)
-triton_loops.add(bf16, *noise, decay=0.9, rest=torch.empty(4096, dtype=torch.int16))
-triton_loops.add(fp32, *noise, decay=0.9)
-triton_loops.perturb_rows(plus.view(2, 2048), bf16.view(2, 2048), torch.arange(2), *noise)
-triton_loops.perturb(plus, bf16, *noise, threshold=0.5)
-triton_loops.perturb(plus, bf16, *noise, curvature=fp32)
+triton_loops.perturb_both(plus, minus, bf16, noise)
+triton_loops.add(bf16, noise, decay=0.9, rest=torch.empty(4096, dtype=torch.int16))
+triton_loops.add(fp32, noise, decay=0.9)
+triton_loops.perturb_rows(plus.view(2, 2048), bf16.view(2, 2048), torch.arange(2), noise)
+triton_loops.perturb(plus, bf16, noise, threshold=0.5)
+triton_loops.perturb(plus, bf16, noise, curvature=fp32)
 low = torch.empty(2, 4096, dtype=torch.int16)
 change, step = Change(0.0, torch.ones(1), 0.1, 9.0), adam_step((0.9, 0.999), 2, 1e-8, 0.1)
 mean, square = torch.empty(2, 4096)
-triton_loops.add_curved(bf16, fp32, *noise, change, rest=low[0])
-triton_loops.add_adam(bf16, mean, square, *noise, step, 0.9, low[0])
+triton_loops.add_curved(bf16, fp32, noise, change, rest=low[0])
+triton_loops.add_adam(bf16, mean, square, noise, step, 0.9, low[0])
 
 def for_each(loop, *calls):
-    triton_loops.for_each(loop, [dict(zip(("keys", "coefficients", "kind"), noise)) | call for call in calls])
+    triton_loops.for_each(loop, [{"noise": noise} | call for call in calls])
 
 for_each(triton_loops.add, *({"weight": w, "decay": 0.9, "rest": low[i]} for i, w in enumerate((bf16, plus))))
 for_each(triton_loops.add, {"weight": bf16, "threshold": 0.5, "rest": low[0]})

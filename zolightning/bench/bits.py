@@ -86,14 +86,14 @@ def _cases() -> Iterator[tuple[Any, ...]]:
 def _perturb_huge(device: torch.device, elements: int, start: int) -> Outputs:
     weight = torch.full((elements,), 0.02, dtype=torch.bfloat16, device=device)
     out = torch.empty_like(weight)
-    kernels.perturb(out, weight, **noise(1, "gaussian", device), start=start)
+    kernels.perturb(out, weight, noise(1, "gaussian", device), start=start)
     return [out[-TAIL:].clone()]
 
 
 def _update_huge(device: torch.device, elements: int, start: int) -> Outputs:
     weight = torch.full((elements,), 0.02, dtype=torch.bfloat16, device=device)
     low_word = torch.zeros_like(weight, dtype=torch.int16)
-    kernels.add(weight, **noise(1, "gaussian", device, 1e-5), decay=DECAYS[1], rest=low_word, start=start)
+    kernels.add(weight, noise(1, "gaussian", device, 1e-5), DECAYS[1], low_word, start=start)
     return [weight[-TAIL:].clone(), low_word[-TAIL:].clone()]
 
 
@@ -103,8 +103,8 @@ def _update_each_huge(device: torch.device, elements: int, start: int) -> Output
         return _update_huge(device, elements, start)
     weight = torch.full((elements,), 0.02, dtype=torch.bfloat16, device=device)
     low_word = torch.zeros_like(weight, dtype=torch.int16)
-    stored = {"weight": weight, "rest": low_word, "decay": DECAYS[1]}
-    kernels.for_each(kernels.add, [stored | noise(1, "gaussian", device, 1e-5)])
+    call = {"weight": weight, "noise": noise(1, "gaussian", device, 1e-5), "rest": low_word, "decay": DECAYS[1]}
+    kernels.for_each(kernels.add, [call])
     return [weight[-TAIL:].clone(), low_word[-TAIL:].clone()]
 
 

@@ -45,24 +45,24 @@ def _measure(
         torch.empty_like(weight),
         torch.zeros_like(weight, dtype=torch.int16),
     )
-    arguments = noise(queries, kind, device, 1e-6)
+    drawn = noise(queries, kind, device, 1e-6)
     columns = max(2, size // (2 * ROWS_READ) * 2)
     table = weight[: size // columns * columns].view(-1, columns)
     rows = torch.arange(0, len(table), 2, device=device)
     read = torch.empty(len(rows), columns, dtype=torch.bfloat16, device=device)
     work: dict[str, tuple[int, Callable[[], object]]] = {
-        "perturb": (4 * size, partial(loops.perturb, plus, weight, **arguments)),
-        "update exact": (8 * size, partial(loops.add, weight, **arguments, rest=low_word)),
-        "perturb, both signs": (6 * size, partial(loops.perturb_both, plus, minus, weight, **arguments)),
-        "update native": (4 * size, partial(loops.add, weight, **arguments)),
-        "rows": (4 * read.numel(), partial(loops.perturb_rows, read, table, rows, **arguments)),
+        "perturb": (4 * size, partial(loops.perturb, plus, weight, drawn)),
+        "update exact": (8 * size, partial(loops.add, weight, drawn, rest=low_word)),
+        "perturb, both signs": (6 * size, partial(loops.perturb_both, plus, minus, weight, drawn)),
+        "update native": (4 * size, partial(loops.add, weight, drawn)),
+        "rows": (4 * read.numel(), partial(loops.perturb_rows, read, table, rows, drawn)),
     }
-    if loops is kernels and arguments["keys"].shape[0] == 1:
+    if loops is kernels and queries == 1:
         moments = torch.zeros(2, size, device=device).unbind()
         step = adam_step((0.9, 0.999), 1, 1e-8, -1e-6)
         work["update exact, Adam"] = (
             24 * size,
-            partial(loops.add_adam, weight, *moments, **arguments, step=step, rest=low_word),
+            partial(loops.add_adam, weight, *moments, drawn, step=step, rest=low_word),
         )
     for kernel, (moved, call) in work.items():
         seconds = kernel_seconds(call, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from zolightning.bench.measure import CPU
 from zolightning.kernels.adam import adam_step
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import NoiseKind, coefficient, key
+from zolightning.kernels.noise import Noise, NoiseKind, coefficient, key
 
 DECAYS = (1.0, 1 - 1e-4)
 _DECAYS_OF_EACH = (1.0, 1.0, 0.9, 0.9, 0.9, 1.0, 1.0, 0.9)  # of several weights
@@ -21,15 +21,15 @@ Shape = Literal["scaled", "masked"] | None
 Outputs = Sequence[Tensor]
 
 
-def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-3, name: str = "w") -> dict[str, Any]:
-    """The arguments that select noise. Coefficients alternate in sign, so that queries with equal codes cancel."""
+def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-3, name: str = "w") -> Noise:
+    """Noise whose coefficients alternate in sign, so that queries with equal codes cancel."""
     keys = [key(0, 1, query, name) for query in range(queries)]
     coefficients = [coefficient(size * (-1) ** query, kind) for query in range(queries)]
-    return {
-        "keys": torch.tensor(keys, dtype=torch.int32, device=device),
-        "coefficients": torch.tensor(coefficients, dtype=torch.float32, device=device),
-        "kind": kind,
-    }
+    return Noise(
+        torch.tensor(keys, dtype=torch.int32, device=device),
+        torch.tensor(coefficients, dtype=torch.float32, device=device),
+        kind,
+    )
 
 
 def any_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -68,9 +68,9 @@ class LoopRuns:
     ) -> Outputs:
         weight = any_bits(self.numel, dtype).to(self.device)
         one, plus, minus = torch.empty(3, self.numel + 3, dtype=out, device=self.device)[:, : self.numel].unbind()
-        options = noise(queries, kind, self.device) | {"start": start} | self._shaped(shape, self.numel)
-        self.loops.perturb(one, weight, **options)
-        self.loops.perturb_both(plus, minus, weight, **options)
+        drawn, shaped = noise(queries, kind, self.device), self._shaped(shape, self.numel)
+        self.loops.perturb(one, weight, drawn, start, **shaped)
+        self.loops.perturb_both(plus, minus, weight, drawn, start, **shaped)
         return one, plus, minus
 
     def perturb_rows(self, dtype: torch.dtype, queries: int, kind: NoiseKind, shape: Shape = None) -> Outputs:
@@ -79,7 +79,7 @@ class LoopRuns:
         rows = (torch.arange(5 * (count // 5) + 5) * 6 % count).to(self.device)  # not in order, and some twice
         out = torch.empty(len(rows), 38, dtype=dtype, device=self.device)
         self.loops.perturb_rows(
-            out, table, rows, **noise(queries, kind, self.device), **self._shaped(shape, len(rows), 38)
+            out, table, rows, noise(queries, kind, self.device), **self._shaped(shape, len(rows), 38)
         )
         return (out,)
 
@@ -93,8 +93,9 @@ class LoopRuns:
         shape: Shape = None,
     ) -> Outputs:
         weight, low = self._stored(self.numel, dtype, rest)
-        options = noise(queries, kind, self.device) | {"decay": decay, "rest": low, "start": 2}
-        self.loops.add(weight, **options, **self._shaped(shape, self.numel))
+        self.loops.add(
+            weight, noise(queries, kind, self.device), decay, low, start=2, **self._shaped(shape, self.numel)
+        )
         return (weight,) if low is None else (weight, low)
 
     def add_curved(
@@ -104,9 +105,9 @@ class LoopRuns:
         weight, low = self._stored(self.numel, dtype, rest)
         alone, curvature = torch.linspace(1e-4, 3.7, 2 * self.numel).to(self.device).view(2, self.numel).unbind()
         squares = torch.tensor([1e-3 * (-1) ** query * 7**query for query in range(queries)], device=self.device)
-        change, options = Change(-1e-3, squares, 0.01, 3.6), noise(queries, kind, self.device)
-        self.loops.add_curved(weight, curvature, **options, change=change, decay=decay, rest=low, start=2)
-        self.loops.curve(alone, options["keys"], kind, change, start=4)
+        change, drawn = Change(-1e-3, squares, 0.01, 3.6), noise(queries, kind, self.device)
+        self.loops.add_curved(weight, curvature, drawn, change, decay, low, start=2)
+        self.loops.curve(alone, drawn, change, start=4)
         return (weight, alone, curvature) if low is None else (weight, alone, curvature, low)
 
     def add_adam(
@@ -114,8 +115,7 @@ class LoopRuns:
     ) -> Outputs:
         weight, low = self._stored(self.numel, dtype, rest)
         mean, square = self._moments(self.numel)
-        options = noise(queries, kind, self.device) | {"decay": decay, "rest": low, "start": 2}
-        self.loops.add_adam(weight, mean, square, **options, step=_ADAM)
+        self.loops.add_adam(weight, mean, square, noise(queries, kind, self.device), _ADAM, decay, low, start=2)
         return (weight, mean, square) if low is None else (weight, mean, square, low)
 
     def add_delta(self, dtype: torch.dtype, rest: torch.dtype | None, decay: float) -> Outputs:
@@ -131,9 +131,8 @@ class LoopRuns:
         outs = [torch.empty_like(weight, dtype=out) for weight in weights]
         given = [None if place % 2 else weight for place, weight in enumerate(weights)]
         shapes = [self._shaped(shape, size) for size in self._sizes()]
-        noises = self._noise_of_each(queries, kind)
-        each = zip(outs, given, noises, shapes, strict=True)
-        self.loops.for_each(self.loops.perturb, [{"out": o, "weight": w} | noise | s for o, w, noise, s in each])
+        each = zip(outs, given, self._noise_of_each(queries, kind), shapes, strict=True)
+        self.loops.for_each(self.loops.perturb, [{"out": o, "weight": w, "noise": n} | s for o, w, n, s in each])
         return outs
 
     def add_to_each(
@@ -172,7 +171,7 @@ class LoopRuns:
     ) -> Outputs:
         """Runs a loop on tensors of several sizes in one call; every third begins later in its parameter."""
         each = enumerate(zip(self._stored_of_each(dtype, rest), self._noise_of_each(queries, kind), more, strict=True))
-        calls = [{"start": place % 3 // 2 * 6} | stored | noise | others for place, (stored, noise, others) in each]
+        calls = [{"noise": n, "start": place % 3 // 2 * 6} | stored | others for place, (stored, n, others) in each]
         self.loops.for_each(getattr(self.loops, loop), calls)
         return _tensors_in(calls)
 
@@ -210,12 +209,12 @@ class LoopRuns:
         """Numbers of elements of several tensors: none, a few and many, multiples of 16 and others."""
         return 32, 0, 3 * self.numel // 16 * 16, 37, 16, self.numel, 2 * self.numel // 16 * 16, 48
 
-    def _noise_of_each(self, queries: int, kind: NoiseKind) -> list[dict[str, Any]]:
+    def _noise_of_each(self, queries: int, kind: NoiseKind) -> list[Noise]:
         """Noise for each size; keys are rows of one table, and coefficients are one tensor."""
         each = [noise(queries, kind, CPU, name=str(size)) for size in self._sizes()]
-        keys = torch.stack([one["keys"] for one in each]).to(self.device)
-        coefficients = each[0]["coefficients"].to(self.device)
-        return [{"keys": key, "coefficients": coefficients, "kind": kind} for key in keys.unbind()]
+        table = torch.stack([one.keys for one in each]).to(self.device)
+        coefficients = each[0].coefficients.to(self.device)
+        return [Noise(keys, coefficients, kind) for keys in table.unbind()]
 
     def _shaped(self, shape: Shape, *size: int) -> dict[str, Any]:
         """The argument that scales or masks noise; empty for plain noise. Some roots of the curvature are not exact."""

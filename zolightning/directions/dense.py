@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,34 +11,21 @@ from torch import Tensor
 
 from zolightning import kernels
 from zolightning.directions.shards import first_elements
-from zolightning.kernels.noise import CODE_SCALE, NoiseKind, coefficient, keys_of, on_device
+from zolightning.kernels.noise import CODE_SCALE, Noise, NoiseKind, coefficient, keys_of, on_device
 
 
-class Direction:
-    """A weighted sum of seeded dense directions of one parameter, never materialised.
+@dataclass(eq=False)
+class Direction(Noise):
+    """The noise of one parameter as a direction to move in: it is made wherever it is added, and never stored.
 
     Args:
-        keys: int32, shape (queries, 2).
-        coefficients: shape (queries,), from :func:`coefficient`; float32, or float64 for double-precision
-            parameters: the dtype of the arithmetic.
-        kind: distribution of the noise.
+        keys, coefficients, kind: see :class:`~zolightning.kernels.noise.Noise`.
         values: the coefficients as Python numbers, if they are known on the host.
         first: index, in the whole parameter, of the first element that it is added to; not 0 for a rank's rows (FSDP2).
     """
 
-    def __init__(
-        self,
-        keys: Tensor,
-        coefficients: Tensor,
-        kind: NoiseKind,
-        values: tuple[float, ...] | None = None,
-        first: int = 0,
-    ) -> None:
-        self.keys = keys
-        self.coefficients = coefficients
-        self.kind = kind
-        self.values = values
-        self.first = first
+    values: tuple[float, ...] | None = None
+    first: int = 0
 
     def of_rows(self, first: int) -> "Direction":
         """The part of this direction from element `first` on."""
@@ -76,14 +64,14 @@ class Direction:
 
         The dtype of `out` may be narrower than that of `weight`.
         """
-        kernels.perturb(out, weight, self.keys, self.coefficients, self.kind, self.first + start)
+        kernels.perturb(out, weight, self, self.first + start)
 
     def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
         """Writes ``weight + direction`` to `plus` and ``weight - direction`` to `minus`, reading the weight once.
 
         The same bits as :meth:`add_to` of this direction and of that with negated coefficients.
         """
-        kernels.perturb_both(plus, minus, weight, self.keys, self.coefficients, self.kind, self.first + start)
+        kernels.perturb_both(plus, minus, weight, self, self.first + start)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         """Writes ``(table + direction)[rows]`` to `out`, reading and generating these rows only.
@@ -93,9 +81,9 @@ class Direction:
             rows: integers, shape (k,).
             out: (k, n).
         """
-        kernels.perturb_rows(out, table, rows, self.keys, self.coefficients, self.kind)
+        kernels.perturb_rows(out, table, rows, self)
 
-    def noise(self, weight: Tensor, start: int = 0) -> Tensor:
+    def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
         """The unit-variance noise of this direction, which must be one of a single query.
 
         Args:
@@ -107,16 +95,16 @@ class Direction:
         """
         noise = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
         one = coefficient_tensor((coefficient(1.0, self.kind),), torch.float32, weight.device)
-        Direction(self.keys, one, self.kind, first=self.first).accumulate(noise, start=start)
+        kernels.add(noise, Noise(self.keys, one, self.kind), start=self.first + start)
         return noise
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that select this direction's noise in the loops of :mod:`zolightning.kernels`."""
-        return {"keys": self.keys, "coefficients": self.coefficients, "kind": self.kind, "start": self.first}
+        """The arguments by which the loops of :mod:`zolightning.kernels` add this direction."""
+        return {"noise": self, "start": self.first}
 
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         """``total = decay * total + direction``, in place and contiguous: a moment, or a plain sum."""
-        kernels.add(total.view(-1), self.keys, self.coefficients, self.kind, decay, start=self.first + start)
+        kernels.add(total.view(-1), self, decay, start=self.first + start)
 
 
 class Coefficients(NamedTuple):

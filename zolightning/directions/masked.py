@@ -24,19 +24,16 @@ class MagnitudeMasked(Direction):
         self.threshold = threshold
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
-        noise = self.keys, self.coefficients, self.kind
-        kernels.perturb(out, weight, *noise, start, threshold=self.threshold)
+        kernels.perturb(out, weight, self, start, threshold=self.threshold)
 
     def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
-        noise = self.keys, self.coefficients, self.kind
-        kernels.perturb_both(plus, minus, weight, *noise, start, threshold=self.threshold)
+        kernels.perturb_both(plus, minus, weight, self, start, threshold=self.threshold)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
-        noise = self.keys, self.coefficients, self.kind
-        kernels.perturb_rows(out, table, rows, *noise, threshold=self.threshold)
+        kernels.perturb_rows(out, table, rows, self, threshold=self.threshold)
 
-    def noise(self, weight: Tensor, start: int = 0) -> Tensor:
-        return super().noise(weight, start).where(weight.abs() <= self.threshold, 0.0)
+    def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
+        return super().unit_noise(weight, start).where(weight.abs() <= self.threshold, 0.0)
 
 
 class Mask(Protocol):
@@ -105,9 +102,9 @@ class Masked(Direction):
         index = rows.long()[:, None] * table.shape[1] + torch.arange(table.shape[1], device=rows.device)
         out.copy_(torch.where(self.mask.at(index), out, table[rows]))
 
-    def noise(self, weight: Tensor, start: int = 0) -> Tensor:
+    def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
         index = torch.arange(start, start + weight.numel(), device=weight.device)
-        return super().noise(weight, start).where(self.mask.at(index), 0.0)
+        return super().unit_noise(weight, start).where(self.mask.at(index), 0.0)
 
     def of_elements(self, numel: int, start: int) -> Tensor:
         """The direction at `numel` elements from `start` on; -0.0 where the mask is False, which changes no sum."""

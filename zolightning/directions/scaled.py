@@ -92,15 +92,13 @@ class ScaledDirection(Direction):
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         weight, out = weight.view(-1), out.view(-1)
         for part, own in self.curvature.parts(start, weight.numel()):
-            first = start + part.start
-            kernels.perturb(out[part], weight[part], self.keys, self.coefficients, self.kind, first, own)
+            kernels.perturb(out[part], weight[part], self, start + part.start, own)
 
     def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
         weight, plus, minus = weight.view(-1), plus.view(-1), minus.view(-1)
-        noise = self.keys, self.coefficients, self.kind
         for part, own in self.curvature.parts(start, weight.numel()):
-            kernels.perturb_both(plus[part], minus[part], weight[part], *noise, start + part.start, own)
+            kernels.perturb_both(plus[part], minus[part], weight[part], self, start + part.start, own)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         own = self.curvature.at_rows(rows, table.shape[1])
-        kernels.perturb_rows(out, table, rows, self.keys, self.coefficients, self.kind, own)
+        kernels.perturb_rows(out, table, rows, self, own)

@@ -7,13 +7,10 @@ on flat, contiguous tensors of one device:
 * :mod:`~zolightning.kernels.triton_loops`: Triton, for CUDA devices;
 * :mod:`~zolightning.kernels.torch_loops`: PyTorch, compiled where that works, for everything else.
 
-They add the noise of :mod:`~zolightning.kernels.noise`, which three arguments select: ``keys``, int32, (queries, 2);
-``coefficients``, (queries,), float32, or float64 for double-precision weights (the dtype of the arithmetic); and the
-``kind`` of distribution. ``start`` is the index of a tensor's first element in its parameter.
-
-Noise may be changed before it is added: divided by the root of a ``curvature``, element by element (positive, of the
-weight's shape and the dtype of the arithmetic), or left out where the absolute value of the stored weight is above a
-``threshold``.
+They add :class:`~zolightning.kernels.noise.Noise`, from element ``start`` of it on: the index of a tensor's first
+element in its parameter. Noise may be changed before it is added: divided by the root of a ``curvature``, element by
+element (positive, of the weight's shape and the dtype of the arithmetic), or left out where the absolute value of the
+stored weight is above a ``threshold``.
 """
 
 import functools
@@ -29,7 +26,7 @@ from torch import Tensor
 from zolightning.kernels import compiled, native, torch_loops
 from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import NoiseKind
+from zolightning.kernels.noise import Noise
 
 
 def _backend(first: Tensor, *others: Tensor | None, start: int = 0) -> ModuleType:
@@ -52,7 +49,7 @@ def _triton_loops() -> ModuleType | None:
         from zolightning.kernels import triton_loops
 
         one = torch.ones(2, device="cuda")  # drivers, compilers and cards show what they lack when a kernel runs
-        triton_loops.perturb(one, one, torch.ones(1, 2, dtype=torch.int32, device="cuda"), one[:1], "gaussian")
+        triton_loops.perturb(one, one, Noise(torch.ones(1, 2, dtype=torch.int32, device="cuda"), one[:1], "gaussian"))
     except Exception as error:
         compiled.slower("Triton", error)
         return None
@@ -75,9 +72,7 @@ def _moving(weight: Tensor, master: Tensor) -> Iterator[None]:
 def perturb(
     out: Tensor,
     weight: Tensor | None,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
@@ -88,16 +83,14 @@ def perturb(
     """
     weight = torch.zeros_like(out) if weight is None else weight
     backend = _backend(weight, out, curvature, start=start)
-    backend.perturb(out, weight, keys, coefficients, kind, start, curvature, threshold)
+    backend.perturb(out, weight, noise, start, curvature, threshold)
 
 
 def perturb_both(
     plus: Tensor,
     minus: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
@@ -107,16 +100,14 @@ def perturb_both(
     `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included.
     """
     backend = _backend(weight, plus, curvature, start=start)
-    backend.perturb_both(plus, minus, weight, keys, coefficients, kind, start, curvature, threshold)
+    backend.perturb_both(plus, minus, weight, noise, start, curvature, threshold)
 
 
 def perturb_rows(
     out: Tensor,
     table: Tensor,
     rows: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
@@ -126,21 +117,19 @@ def perturb_rows(
         out: (k, n), contiguous, of the dtype of `table`.
         table: (m, n), contiguous.
         rows: integers, (k,).
-        keys: see the module's docstring, also for `coefficients`, `kind` and `threshold`.
+        noise: see the module's docstring, also for `threshold`.
         curvature: the curvature of these rows, (k, n), contiguous.
 
     Raises:
         IndexError: if a row is not in the table (on CPUs; Triton writes NaNs instead, so that the loss becomes NaN).
     """
     backend = _backend(out, curvature, start=table.shape[1])
-    backend.perturb_rows(out, table, rows, keys, coefficients, kind, curvature, threshold)
+    backend.perturb_rows(out, table, rows, noise, curvature, threshold)
 
 
 def add(
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
@@ -150,7 +139,7 @@ def add(
 
     Args:
         weight: any floating-point dtype; rounded once, at the end.
-        keys: see the module's docstring, also for `coefficients`, `kind`, `start` and `threshold`.
+        noise: see the module's docstring, also for `start` and `threshold`.
         decay: multiplies the weight first.
         rest: the extra bits of a half-precision weight, (n,), if any are kept: the low words (int16) or low bytes
             (int8) of a bf16 weight (:mod:`~zolightning.kernels.bfloat16`), or the float32 master copy of an fp16
@@ -160,19 +149,17 @@ def add(
     if (master := _master(rest, backend)) is not None:
         with _moving(weight, master):
             if threshold is None:
-                add(master, keys, coefficients, kind, decay, start=start)
+                add(master, noise, decay, start=start)
             else:
-                torch_loops.add_to_master(master, weight, keys, coefficients, kind, decay, start, threshold)
+                torch_loops.add_to_master(master, weight, noise, decay, start, threshold)
         return
-    backend.add(weight, keys, coefficients, kind, decay, rest, start, threshold)
+    backend.add(weight, noise, decay, rest, start, threshold)
 
 
 def add_curved(
     weight: Tensor,
     curvature: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     change: Change,
     decay: float = 1.0,
     rest: Tensor | None = None,
@@ -181,25 +168,23 @@ def add_curved(
     """Changes a curvature, and then ``weight = decay * weight + noise / sqrt(curvature)``, both (n,), in one pass.
 
     Args:
-        weight: see :func:`add`, also for `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`.
+        weight: see :func:`add`, also for `noise`, `decay`, `rest` and `start`.
         curvature: float32, or float64 for double-precision weights.
         change: the change of the curvature.
     """
     backend = _backend(weight, curvature, start=start)
     if (master := _master(rest, backend)) is not None:
         with _moving(weight, master):
-            add_curved(master, curvature, keys, coefficients, kind, change, decay, start=start)
+            add_curved(master, curvature, noise, change, decay, start=start)
         return
-    backend.add_curved(weight, curvature, keys, coefficients, kind, change, decay, rest, start)
+    backend.add_curved(weight, curvature, noise, change, decay, rest, start)
 
 
 def add_adam(
     weight: Tensor,
     mean: Tensor,
     square: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
     rest: Tensor | None = None,
@@ -208,7 +193,7 @@ def add_adam(
     """One step of Adam, in which the noise is the gradient: moves both moments and then the weight, (n,), in one pass.
 
     Args:
-        weight: see :func:`add`, also for `keys`, `coefficients`, `kind`, `decay`, `rest` and `start`.
+        weight: see :func:`add`, also for `noise`, `decay`, `rest` and `start`.
         mean: the first moment, float32, or float64 for double-precision weights.
         square: the second moment, likewise.
         step: Adam's coefficients in this step.
@@ -216,14 +201,14 @@ def add_adam(
     backend = _backend(weight, mean, start=start)
     if (master := _master(rest, backend)) is not None:
         with _moving(weight, master):
-            add_adam(master, mean, square, keys, coefficients, kind, step, decay, start=start)
+            add_adam(master, mean, square, noise, step, decay, start=start)
         return
-    backend.add_adam(weight, mean, square, keys, coefficients, kind, step, decay, rest, start)
+    backend.add_adam(weight, mean, square, noise, step, decay, rest, start)
 
 
-def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
     """Changes a curvature, (n,), as :func:`add_curved` does."""
-    _backend(curvature, start=start).curve(curvature, keys, kind, change, start)
+    _backend(curvature, start=start).curve(curvature, noise, change, start)
 
 
 def add_delta(

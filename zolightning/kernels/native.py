@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import NoiseKind
+from zolightning.kernels.noise import Noise
 from zolightning.rank_zero import rank_zero_warn
 
 
@@ -76,47 +76,39 @@ def available(*tensors: Tensor | None, start: int = 0) -> bool:
 def perturb(
     out: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
     name, shape = _shape(curvature, threshold)
     function = getattr(_library(), f"perturb_{_dtypes(weight, out)}{name}")
-    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
-    function(out.data_ptr(), weight.data_ptr(), *shape, *noise)
+    function(out.data_ptr(), weight.data_ptr(), *shape, *_noise(noise, weight.numel(), start))
 
 
 def perturb_both(
     plus: Tensor,
     minus: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
-        perturb(plus, weight, keys, coefficients, kind, start, curvature, threshold)
-        perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
+    if noise.keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+        perturb(plus, weight, noise, start, curvature, threshold)
+        perturb(minus, weight, -noise, start, curvature, threshold)
         return
     name, shape = _shape(curvature, threshold)
     function = getattr(_library(), f"perturb_both_{_dtypes(weight, plus)}{name}")
-    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
-    function(plus.data_ptr(), minus.data_ptr(), weight.data_ptr(), *shape, *noise)
+    function(plus.data_ptr(), minus.data_ptr(), weight.data_ptr(), *shape, *_noise(noise, weight.numel(), start))
 
 
 def perturb_rows(
     out: Tensor,
     table: Tensor,
     rows: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
@@ -124,63 +116,54 @@ def perturb_rows(
     function = getattr(_library(), f"perturb_{_DTYPES[out.dtype]}{name}")
     gathered = F.embedding(rows, table)
     rows = rows.to(torch.int64).contiguous()
-    noise = _noise(rows.shape[0], out.shape[1], 0, rows, keys, coefficients, kind)
-    function(out.data_ptr(), gathered.data_ptr(), *shape, *noise)
+    function(out.data_ptr(), gathered.data_ptr(), *shape, *_noise(noise, out.shape[1], 0, rows))
 
 
 def add(
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
 ) -> None:
-    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
     name, more = ("", ()) if threshold is None else ("_masked", (threshold,))
-    getattr(_library(), f"add_{_stored(weight, rest)}{name}")(*_pointers(weight, rest), decay, *more, *noise)
+    function = getattr(_library(), f"add_{_stored(weight, rest)}{name}")
+    function(*_pointers(weight, rest), decay, *more, *_noise(noise, weight.numel(), start))
 
 
 def add_curved(
     weight: Tensor,
     curvature: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     change: Change,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
     function = getattr(_library(), f"add_{_stored(weight, rest)}_curved")
-    function(*_pointers(weight, rest), decay, *_curvature(curvature, change), *noise)
+    function(*_pointers(weight, rest), decay, *_curvature(curvature, change), *_noise(noise, weight.numel(), start))
 
 
-def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
-    noise = _noise(1, curvature.numel(), start, None, keys, change.squares, kind)
+def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
     library = _library()
     assert library is not None
-    library.curve(*_curvature(curvature, change), *noise)
+    library.curve(*_curvature(curvature, change), *_noise(noise, curvature.numel(), start))
 
 
 def add_adam(
     weight: Tensor,
     mean: Tensor,
     square: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    noise = _noise(1, weight.numel(), start, None, keys, coefficients, kind)
     function = getattr(_library(), f"add_{_stored(weight, rest)}_adam")
-    function(*_pointers(weight, rest), decay, mean.data_ptr(), square.data_ptr(), _AdamStep(*step), *noise)
+    moments = mean.data_ptr(), square.data_ptr()
+    function(*_pointers(weight, rest), decay, *moments, _AdamStep(*step), *_noise(noise, weight.numel(), start))
 
 
 def add_delta(
@@ -215,18 +198,11 @@ def _dtypes(weight: Tensor, out: Tensor) -> str:
     return _DTYPES[weight.dtype] + narrowed
 
 
-def _noise(
-    segments: int,
-    elements: int,
-    start: int,
-    rows: Tensor | None,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
-) -> tuple[int | None, ...]:
-    first_rows = None if rows is None else rows.data_ptr()
-    places = (segments, elements, start, first_rows, keys.data_ptr(), coefficients.data_ptr())
-    return *places, keys.shape[0], kind == "rademacher"  # `len` of a tensor is a function of Python
+def _noise(noise: Noise, elements: int, start: int, rows: Tensor | None = None) -> tuple[int | None, ...]:
+    """The arguments that select noise: of `elements` from `start` on, or of each of some `rows` of so many elements."""
+    segments, first_rows = (1, None) if rows is None else (rows.shape[0], rows.data_ptr())
+    places = (segments, elements, start, first_rows, noise.keys.data_ptr(), noise.coefficients.data_ptr())
+    return *places, noise.keys.shape[0], noise.kind == "rademacher"  # `len` of a tensor is a function of Python
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,6 +35,33 @@ CODE_SCALE: dict[str, float] = {"gaussian": 0.5, "rademacher": 1.0}
 MAX_ELEMENTS = 2**32  # the counter is 32 bits wide
 
 Key = tuple[int, int]
+
+
+@dataclass(eq=False)
+class Noise:
+    """A sum over queries of coefficient times code, as a function of the index of an element.
+
+    Args:
+        keys: int32, (queries, 2), each from :func:`key`.
+        coefficients: (queries,), each from :func:`coefficient`; float32, or float64 for double-precision weights: the
+            dtype of the arithmetic.
+        kind: distribution of the codes.
+    """
+
+    keys: Tensor
+    coefficients: Tensor
+    kind: NoiseKind
+
+    def __neg__(self) -> "Noise":
+        return Noise(self.keys, -self.coefficients, self.kind)
+
+    def at(self, index: Tensor) -> Tensor:
+        """The sums of elements, given their indices, int32, of any shape."""
+        keys, coefficients, dtype = self.keys, self.coefficients, self.coefficients.dtype
+        total = coefficients[0] * codes(index, keys[0], self.kind).to(dtype)
+        for query in range(1, keys.shape[0]):
+            total = total + coefficients[query] * codes(index, keys[query], self.kind).to(dtype)
+        return total
 
 
 def key(seed: int, step: int, query: int, name: str) -> Key:
@@ -95,14 +123,6 @@ def codes(index: Tensor, key: Tensor, kind: NoiseKind) -> Tensor:
 def counter(like: Tensor, start: Tensor) -> Tensor:
     """The int32 indices of the elements of a flat tensor whose first element has index `start`."""
     return torch.arange(like.numel(), dtype=torch.int32, device=like.device) + start
-
-
-def noise_sum(index: Tensor, keys: Tensor, coefficients: Tensor, kind: NoiseKind) -> Tensor:
-    """Sum over queries of coefficient times code, in the dtype of `coefficients` and the shape of `index`."""
-    total = coefficients[0] * codes(index, keys[0], kind).to(coefficients.dtype)
-    for query in range(1, keys.shape[0]):
-        total = total + coefficients[query] * codes(index, keys[query], kind).to(coefficients.dtype)
-    return total
 
 
 @functools.lru_cache(maxsize=1024)

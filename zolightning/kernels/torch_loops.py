@@ -8,15 +8,13 @@ from zolightning.kernels import bfloat16
 from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.compiled import Kernel, chunk_size, chunks, kernel
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import NoiseKind, codes, counter, noise_sum, start_of
+from zolightning.kernels.noise import Noise, codes, counter, start_of
 
 
 def perturb(
     out: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
@@ -26,16 +24,14 @@ def perturb(
     for part in chunks(weight.numel(), size):
         first = start_of(start + part.start, weight.device)
         own = None if curvature is None else curvature[part]
-        run(out[part], weight[part], keys, coefficients, first, kind, own, threshold)
+        run(out[part], weight[part], noise, first, own, threshold)
 
 
 def perturb_both(
     plus: Tensor,
     minus: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
@@ -45,67 +41,61 @@ def perturb_both(
     for part in chunks(weight.numel(), size):
         first = start_of(start + part.start, weight.device)
         own = None if curvature is None else curvature[part]
-        run(plus[part], minus[part], weight[part], keys, coefficients, first, kind, own, threshold)
+        run(plus[part], minus[part], weight[part], noise, first, own, threshold)
 
 
 def perturb_rows(
     out: Tensor,
     table: Tensor,
     rows: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
     run, size = _loop(_perturb_rows, out, curvature)
     for part in chunks(rows.numel(), max(1, size // table.shape[1])):
         own = None if curvature is None else curvature[part]
-        run(out[part], table, rows[part], keys, coefficients, kind, own, threshold)
+        run(out[part], table, rows[part], noise, own, threshold)
 
 
 def add(
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
 ) -> None:
-    dtype = torch.promote_types(weight.dtype, coefficients.dtype)
+    dtype = torch.promote_types(weight.dtype, noise.coefficients.dtype)
     factor = torch.full((), decay, dtype=dtype, device=weight.device)
     run, size = kernel(_add if rest is None else _add_split, weight)
     for part in chunks(weight.numel(), size):
         weights = (weight[part],) if rest is None else (weight[part], rest[part])
-        run(*weights, keys, coefficients, start_of(start + part.start, weight.device), factor, kind, threshold)
+        run(*weights, noise, start_of(start + part.start, weight.device), factor, threshold)
 
 
 def add_curved(
     weight: Tensor,
     curvature: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     change: Change,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    curve(curvature, keys, kind, change, start)
+    curve(curvature, noise, change, start)
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
-        noise = _over_root(noise_sum(index, keys, coefficients, kind), curvature[part])
-        add_delta(weight[part], noise, decay, None if rest is None else rest[part])
+        delta = noise.at(index) / _root(curvature[part])
+        add_delta(weight[part], delta, decay, None if rest is None else rest[part])
 
 
-def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
     for part in chunks(curvature.numel(), chunk_size(curvature)):
         index = counter(curvature[part], start_of(start + part.start, curvature.device))
         moved = torch.full_like(curvature[part], change.shift)
-        for query in range(keys.shape[0]):
-            moved += change.squares[query] * codes(index, keys[query], kind).square().to(curvature.dtype)
+        for query in range(noise.keys.shape[0]):
+            moved += change.squares[query] * codes(index, noise.keys[query], noise.kind).square().to(curvature.dtype)
         moved *= curvature[part]
         torch.clamp(moved.add_(curvature[part]), change.floor, change.ceiling, out=curvature[part])
 
@@ -114,9 +104,7 @@ def add_adam(
     weight: Tensor,
     mean: Tensor,
     square: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
     rest: Tensor | None = None,
@@ -127,9 +115,9 @@ def add_adam(
     corrections = [torch.full((), number, dtype=mean.dtype, device=mean.device) for number in numbers]
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
-        noise = noise_sum(index, keys, coefficients, kind)
-        mean[part].mul_(step.keep_mean).add_(step.take_mean * noise)
-        square[part].mul_(step.keep_square).add_((step.take_square * noise) * noise)
+        gradient = noise.at(index)
+        mean[part].mul_(step.keep_mean).add_(step.take_mean * gradient)
+        square[part].mul_(step.keep_square).add_((step.take_square * gradient) * gradient)
         root = _root(square[part] / corrections[1])
         delta = (mean[part] / corrections[0]) / (root + step.eps)
         add_delta(weight[part], delta, decay, None if rest is None else rest[part], step.scale)
@@ -162,21 +150,11 @@ def take_over(weight: Tensor, master: Tensor) -> None:
         master[part] = torch.where(is_written, weight[part].float(), master[part])
 
 
-def add_to_master(
-    master: Tensor,
-    weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
-    decay: float,
-    start: int,
-    threshold: float,
-) -> None:
+def add_to_master(master: Tensor, weight: Tensor, noise: Noise, decay: float, start: int, threshold: float) -> None:
     """:func:`add` to the fp32 master, (n,), of an fp16 weight, (n,), by whose values the threshold is meant."""
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
-        noise = _shaped(noise_sum(index, keys, coefficients, kind), weight[part], None, threshold)
-        master[part].mul_(decay).add_(noise)
+        master[part].mul_(decay).add_(_shaped(noise.at(index), weight[part], None, threshold))
 
 
 def _flat(curvature: Tensor | None) -> Tensor | None:
@@ -188,17 +166,13 @@ def _loop(function: Kernel, like: Tensor, curvature: Tensor | None) -> tuple[Ker
     return kernel(function, like) if curvature is None else (function, chunk_size(like))
 
 
-def _shaped(noise: Tensor, weight: Tensor, curvature: Tensor | None, threshold: float | None) -> Tensor:
+def _shaped(values: Tensor, weight: Tensor, curvature: Tensor | None, threshold: float | None) -> Tensor:
     """The noise that is added to a stored weight: over the root of a curvature, or only where the weight is small."""
     if curvature is not None:
-        return _over_root(noise, curvature)
+        return values / _root(curvature)
     if threshold is not None:
-        return torch.where(weight.to(noise.dtype).abs() <= threshold, noise, -0.0)  # which changes no number
-    return noise
-
-
-def _over_root(noise: Tensor, curvature: Tensor) -> Tensor:
-    return noise / _root(curvature)
+        return torch.where(weight.to(values.dtype).abs() <= threshold, values, -0.0)  # which changes no number
+    return values
 
 
 def _root(values: Tensor) -> Tensor:
@@ -207,79 +181,47 @@ def _root(values: Tensor) -> Tensor:
 
 
 def _perturb(
-    out: Tensor,
-    weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    start: Tensor,
-    kind: NoiseKind,
-    curvature: Tensor | None,
-    threshold: float | None,
+    out: Tensor, weight: Tensor, noise: Noise, start: Tensor, curvature: Tensor | None, threshold: float | None
 ) -> None:
-    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    out.copy_((weight.to(noise.dtype) + _shaped(noise, weight, curvature, threshold)).to(out.dtype))
+    values = noise.at(counter(weight, start))
+    out.copy_((weight.to(values.dtype) + _shaped(values, weight, curvature, threshold)).to(out.dtype))
 
 
 def _perturb_both(
     plus: Tensor,
     minus: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
+    noise: Noise,
     start: Tensor,
-    kind: NoiseKind,
     curvature: Tensor | None,
     threshold: float | None,
 ) -> None:
     index = counter(weight, start)
-    noise = noise_sum(index, keys, coefficients, kind)
+    values = noise.at(index)
     # A sum that cancels is +0 with negated terms, too: not the negated sum, which shows where the weight is -0.
-    negated = -noise if keys.shape[0] == 1 else noise_sum(index, keys, -coefficients, kind)
-    wide = weight.to(noise.dtype)
-    plus.copy_((wide + _shaped(noise, weight, curvature, threshold)).to(plus.dtype))
+    negated = -values if noise.keys.shape[0] == 1 else (-noise).at(index)
+    wide = weight.to(values.dtype)
+    plus.copy_((wide + _shaped(values, weight, curvature, threshold)).to(plus.dtype))
     minus.copy_((wide + _shaped(negated, weight, curvature, threshold)).to(minus.dtype))
 
 
 def _perturb_rows(
-    out: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
-    curvature: Tensor | None,
-    threshold: float | None,
+    out: Tensor, table: Tensor, rows: Tensor, noise: Noise, curvature: Tensor | None, threshold: float | None
 ) -> None:
     columns = table.shape[1]
     index = rows.to(torch.int32)[:, None] * columns + torch.arange(columns, dtype=torch.int32, device=rows.device)
-    noise = noise_sum(index, keys, coefficients, kind)
+    values = noise.at(index)
     weight = F.embedding(rows, table)
-    out.copy_((weight.to(noise.dtype) + _shaped(noise, weight, curvature, threshold)).to(out.dtype))
+    out.copy_((weight.to(values.dtype) + _shaped(values, weight, curvature, threshold)).to(out.dtype))
 
 
-def _add(
-    weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    start: Tensor,
-    decay: Tensor,
-    kind: NoiseKind,
-    threshold: float | None,
-) -> None:
-    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    weight.copy_((decay * weight.to(decay.dtype) + _shaped(noise, weight, None, threshold)).to(weight.dtype))
+def _add(weight: Tensor, noise: Noise, start: Tensor, decay: Tensor, threshold: float | None) -> None:
+    values = _shaped(noise.at(counter(weight, start)), weight, None, threshold)
+    weight.copy_((decay * weight.to(decay.dtype) + values).to(weight.dtype))
 
 
 def _add_split(
-    weight: Tensor,
-    low: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    start: Tensor,
-    decay: Tensor,
-    kind: NoiseKind,
-    threshold: float | None,
+    weight: Tensor, low: Tensor, noise: Noise, start: Tensor, decay: Tensor, threshold: float | None
 ) -> None:
-    noise = noise_sum(counter(weight, start), keys, coefficients, kind)
-    value = decay * bfloat16.read_split(weight, low) + _shaped(noise, weight, None, threshold)
-    bfloat16.write_split(weight, low, value)
+    values = _shaped(noise.at(counter(weight, start)), weight, None, threshold)
+    bfloat16.write_split(weight, low, decay * bfloat16.read_split(weight, low) + values)

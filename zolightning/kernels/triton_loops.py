@@ -24,7 +24,7 @@ from torch import Tensor
 from zolightning.kernels import triton_kernels
 from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
-from zolightning.kernels.noise import NoiseKind, on_device
+from zolightning.kernels.noise import Noise, NoiseKind, on_device
 
 _BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
 _CHUNK = 32  # programs for one row of the table that says where they work, in a launch for several tensors
@@ -45,44 +45,38 @@ def available(*tensors: Tensor | None, start: int = 0) -> bool:
 def perturb(
     out: Tensor,
     weight: Tensor | None,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
     tables: _Tables = (None, None),
 ) -> None:
     arguments = (out, weight, *tables, None, curvature, threshold)
-    _run(triton_kernels.perturb, out, arguments, keys, coefficients, kind, start, tables)
+    _run(triton_kernels.perturb, out, arguments, noise, start, tables)
 
 
 def perturb_both(
     plus: Tensor,
     minus: Tensor,
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int = 0,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
-        perturb(plus, weight, keys, coefficients, kind, start, curvature, threshold)
-        perturb(minus, weight, keys, -coefficients, kind, start, curvature, threshold)
+    if noise.keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+        perturb(plus, weight, noise, start, curvature, threshold)
+        perturb(minus, weight, -noise, start, curvature, threshold)
         return
     arguments = (plus, weight, None, None, minus, curvature, threshold)
-    _run(triton_kernels.perturb, weight, arguments, keys, coefficients, kind, start)
+    _run(triton_kernels.perturb, weight, arguments, noise, start)
 
 
 def perturb_rows(
     out: Tensor,
     table: Tensor,
     rows: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
@@ -91,16 +85,15 @@ def perturb_rows(
     count, columns = table.shape
     block = min(_BLOCK, max(2, triton.next_power_of_2(columns)))
     grid = (len(rows), triton.cdiv(columns, block))
-    queries = keys.shape[0]
-    arguments = (out, table, rows.contiguous(), curvature, threshold, keys, coefficients, queries, count, columns)
-    _launch(triton_kernels.perturb_rows, grid, out, *arguments, **_constants(queries, kind), BLOCK=block)
+    queries = noise.keys.shape[0]
+    arguments = (out, table, rows.contiguous(), curvature, threshold, noise.keys, noise.coefficients, queries)
+    constants = _constants(queries, noise.kind)
+    _launch(triton_kernels.perturb_rows, grid, out, *arguments, count, columns, **constants, BLOCK=block)
 
 
 def add(
     weight: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     decay: float = 1.0,
     rest: Tensor | None = None,
     start: int = 0,
@@ -108,15 +101,13 @@ def add(
     tables: _Tables = (None, None),
 ) -> None:
     arguments = (weight, rest, *tables, decay, threshold)
-    _run(triton_kernels.add, weight, arguments, keys, coefficients, kind, start, tables, DECAYS=decay != 1.0)
+    _run(triton_kernels.add, weight, arguments, noise, start, tables, DECAYS=decay != 1.0)
 
 
 def add_curved(
     weight: Tensor,
     curvature: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     change: Change,
     decay: float = 1.0,
     rest: Tensor | None = None,
@@ -124,16 +115,14 @@ def add_curved(
     tables: _Tables = (None, None),
 ) -> None:
     arguments = (weight, rest, *tables, decay, curvature, *change)
-    _run(triton_kernels.add_curved, weight, arguments, keys, coefficients, kind, start, tables, DECAYS=decay != 1.0)
+    _run(triton_kernels.add_curved, weight, arguments, noise, start, tables, DECAYS=decay != 1.0)
 
 
 def add_adam(
     weight: Tensor,
     mean: Tensor,
     square: Tensor,
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
     rest: Tensor | None = None,
@@ -141,12 +130,12 @@ def add_adam(
     tables: _Tables = (None, None),
 ) -> None:
     arguments = (weight, rest, *tables, decay, mean, square, *step)
-    _run(triton_kernels.add_adam, weight, arguments, keys, coefficients, kind, start, tables, DECAYS=decay != 1.0)
+    _run(triton_kernels.add_adam, weight, arguments, noise, start, tables, DECAYS=decay != 1.0)
 
 
-def curve(curvature: Tensor, keys: Tensor, kind: NoiseKind, change: Change, start: int = 0) -> None:
+def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
     arguments = (None, None, None, None, 1.0, curvature, *change)
-    _run(triton_kernels.add_curved, curvature, arguments, keys, change.squares, kind, start, DECAYS=False)
+    _run(triton_kernels.add_curved, curvature, arguments, noise, start, DECAYS=False)
 
 
 def add_delta(
@@ -172,7 +161,6 @@ _TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
     add_adam: ("weight", "rest", "mean", "square"),
     add_delta: ("weight", "rest", "delta"),
 }
-_OF_ROWS = ("keys", "threshold")  # arguments that differ between the rows of the table
 
 
 def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
@@ -183,7 +171,8 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
     """
     calls, names = list(calls), _TENSORS[loop]
     tensors = [_column(calls, name) for name in names]
-    keys, thresholds = _column(calls, "keys"), _column(calls, "threshold")
+    noises = [call["noise"] for call in calls if "noise" in call]  # of each call, or of none
+    keys, thresholds = [noise.keys for noise in noises] or [None] * len(calls), _column(calls, "threshold")
     alike: defaultdict[tuple[Hashable, ...], list[int]] = defaultdict(list)  # the places of calls in `calls`
     addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in column] for column in (*tensors, keys)]
     numbers = list(zip(map(Tensor.numel, tensors[0]), *addresses, strict=True))
@@ -191,7 +180,7 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
     devices = [tensor.device for tensor in tensors[0]]
     tables = map(id, [None if key is None else key._base for key in keys])  # of which the keys are a row
     are_whole = [threshold is None for threshold in thresholds]
-    shared = _shared(calls, tensors, names)
+    shared = _shared(calls, tensors, noises, names)
     # Most calls share objects, which is quicker to see than equal values
     same = zip(devices, tables, are_whole, *(map(id, column) for column in shared), strict=True)
     for place, (own, objects, flat) in enumerate(zip(numbers, same, zip(*are_flat, strict=True), strict=True)):
@@ -214,12 +203,16 @@ def _column(calls: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 
 def _shared(
-    calls: Sequence[Mapping[str, Any]], tensors: Sequence[list[Any]], names: tuple[str, ...]
+    calls: Sequence[Mapping[str, Any]], tensors: Sequence[list[Any]], noises: Sequence[Noise], names: tuple[str, ...]
 ) -> list[list[Any]]:
-    """What calls must have in common to share a launch: the dtypes of `tensors`, of these names, other arguments."""
-    others = [name for name in dict.fromkeys(chain.from_iterable(calls)) if name not in (*names, *_OF_ROWS)]
+    """What calls must have in common to share a launch, which is what the rows of the table do not hold.
+
+    Of `tensors`, arguments of these names, it is their dtypes; of noise all but the keys; and all other arguments.
+    """
     dtypes = [[None if tensor is None else tensor.dtype for tensor in column] for column in tensors]
-    return [*dtypes, *[_column(calls, name) for name in others]]
+    parts: list[list[Any]] = [[n.coefficients for n in noises], [n.kind for n in noises]] if noises else []
+    others = set(chain.from_iterable(calls)) - {*names, "noise", "threshold"}
+    return [*dtypes, *parts, *[_column(calls, name) for name in others]]
 
 
 def _identity(value: Any) -> Hashable:
@@ -240,9 +233,7 @@ def _run(
     kernel: Any,
     weight: Tensor,
     arguments: tuple[Any, ...],
-    keys: Tensor,
-    coefficients: Tensor,
-    kind: NoiseKind,
+    noise: Noise,
     start: int,
     tables: _Tables = (None, None),
     **constants: Any,
@@ -250,10 +241,10 @@ def _run(
     """Launches a kernel over the elements of a weight, or of all in the tables, and their noise."""
     programs = _programs(weight, tables)
     if programs:
-        queries = keys.shape[0]  # once: a launch costs ten microseconds as it is
-        noise = (keys, coefficients, queries, start % 2**32, weight.numel())
-        constants |= _constants(queries, kind)
-        _launch(kernel, (programs,), weight, *arguments, *noise, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
+        queries = noise.keys.shape[0]  # once: a launch costs ten microseconds as it is
+        own = (noise.keys, noise.coefficients, queries, start % 2**32, weight.numel())
+        constants |= _constants(queries, noise.kind)
+        _launch(kernel, (programs,), weight, *arguments, *own, **constants, BLOCK=_BLOCK, CHUNK=_CHUNK)
 
 
 def _programs(weight: Tensor, tables: _Tables) -> int:

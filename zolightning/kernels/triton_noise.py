@@ -51,7 +51,7 @@ def noise_of(
     squares=None,
     shift=None,
 ):
-    """The noise of the elements of consecutive pairs, see ``noise.noise_sum``, and ``shift + sum(square * code**2)``.
+    """The noise of the elements of consecutive pairs, see ``Noise.at``, and ``shift + sum(square * code**2)``.
 
     Without `squares` the second result is the noise again.
     """

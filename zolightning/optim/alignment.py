@@ -92,7 +92,9 @@ def _products(
     part_of = optimizer.slices.get(parameter)
     with as_contiguous(parameter, part_of) as weight, without_autocast(parameter.device):
         for part in chunks(math.prod(shape), size):
-            noise = torch.stack([_direction(change).noise(weight.view(-1)[part], part.start) for change in changes])
+            noise = torch.stack(
+                [_direction(change).unit_noise(weight.view(-1)[part], part.start) for change in changes]
+            )
             total += noise @ noise.T
     return total
 

@@ -180,7 +180,7 @@ def _update_factored_(
     curvature = FactoredCurvature(state["curvature_rows"], state["curvature_columns"], change.floor, change.ceiling)
     means, sums = torch.empty_like(curvature.rows), torch.zeros_like(curvature.columns, dtype=torch.float64)
     for part, own in curvature.parts(0, weight.numel()):
-        kernels.curve(own, direction.keys, direction.kind, change, part.start)
+        kernels.curve(own, direction, change, part.start)
         matrix = own.view(-1, columns)
         means[part.start // columns : part.stop // columns] = matrix.mean(1)
         sums += matrix.sum(0)

@@ -206,9 +206,8 @@ def add_curved_part(
     flat = weight.view(-1)
     rest = _rest(flat, state, precision)
     part = slice(start, start + curvature.numel())
-    noise = direction.keys, direction.coefficients, direction.kind
     own_rest, first = None if rest is None else rest[part], direction.first + start
-    kernels.add_curved(flat[part], curvature, *noise, change, decay, own_rest, first)
+    kernels.add_curved(flat[part], curvature, direction, change, decay, own_rest, first)
 
 
 def add_tensor(
