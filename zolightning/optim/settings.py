@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 def constructor_arguments(method: type[torch.optim.Optimizer]) -> set[str]:
     """The names of the arguments of a method's constructor and of those of its base classes."""
-    constructors = [vars(cls)["__init__"] for cls in method.__mro__ if "__init__" in vars(cls)]
-    arguments = (
-        argument for constructor in constructors for argument in inspect.signature(constructor).parameters.values()
-    )
-    return {argument.name for argument in arguments if argument.kind in _NAMED}
+    return set().union(*(_arguments_of(vars(cls)["__init__"]) for cls in method.__mro__ if "__init__" in vars(cls)))
+
+
+@cache
+def _arguments_of(constructor: Any) -> frozenset[str]:
+    arguments = inspect.signature(constructor).parameters.values()
+    return frozenset(argument.name for argument in arguments if argument.kind in _NAMED)
 
 
 def refuse_unknown(method: type[torch.optim.Optimizer], names: Iterable[str]) -> None:
