@@ -14,37 +14,19 @@ OPTIONAL = [
 ]
 
 
-def run(code: str) -> str:
+def run(code: str) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def loaded_by(imports: str, *, after: str) -> set[str]:
-    """The packages that `imports` load beside those that are there `after` other imports."""
-    names = run(f"import sys, {after}; before = set(sys.modules); import {imports}; print(*set(sys.modules) - before)")
-    return {name.partition(".")[0] for name in names.split()}
-
-
-def test_methods_load_pytorch_only() -> None:
-    loaded = loaded_by("zolightning.optim, zolightning.directions, zolightning.evaluation", after="torch")
-    assert "zolightning" in loaded
-    assert not loaded & {*OPTIONAL, "jinja2", "yaml", "lightning", "pytorch_lightning", "torchmetrics"}
-
-
-def test_callbacks_load_nothing_beside_lightning() -> None:
-    # Lightning itself loads torchmetrics, and that loads transformers and matplotlib where it finds them.
-    loaded = loaded_by("zolightning.step, zolightning.callbacks, zolightning.scopes", after="lightning.pytorch")
-    assert loaded <= {"zolightning", "lightning", "resource"}
 
 
 WITHOUT = f"""
 import importlib.metadata, sys
-absent = set({OPTIONAL!r})
+absent, asked_for = set({OPTIONAL!r}), []
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in absent:
+            asked_for.append(name)
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 from_name = importlib.metadata.Distribution.from_name
@@ -55,13 +37,23 @@ def only_present(name):
 
 sys.meta_path.insert(0, Absent())
 importlib.metadata.Distribution.from_name = only_present
+
+def loaded_since(before):
+    assert not asked_for, asked_for
+    return {{name.partition(".")[0] for name in set(sys.modules) - before}}
 """
 
 
-def test_a_module_trains_without_the_packages_of_the_command_line() -> None:
+def test_callbacks_load_nothing_beside_lightning_and_train_a_module() -> None:
     run(
         WITHOUT
         + """
+import lightning.pytorch
+before = set(sys.modules)
+asked_for.clear()
+import zolightning.step, zolightning.callbacks, zolightning.scopes
+assert loaded_since(before) <= {"zolightning", "lightning", "resource"}, loaded_since(before)
+
 from functools import partial
 import lightning as L, torch
 from torch.utils.data import DataLoader
@@ -103,21 +95,24 @@ assert parser().parse_args(["step", "--model", "config:tiny"]).model == "config:
     )
 
 
-def test_a_method_trains_in_a_plain_loop_without_lightning() -> None:
+def test_methods_load_pytorch_only_and_train_in_a_plain_loop() -> None:
     run(
-        WITHOUT.replace("set([", "set(['lightning', 'pytorch_lightning', 'torchmetrics', ")
+        WITHOUT.replace("set([", "set(['lightning', 'pytorch_lightning', 'torchmetrics', 'jinja2', 'yaml', ")
         + """
 import torch
+before = set(sys.modules)
+asked_for.clear()
+import zolightning.optim, zolightning.directions, zolightning.evaluation
+assert "zolightning" in loaded_since(before)
 from zolightning.optim import MeZO
 net = torch.nn.Linear(4, 1)
-before = net.weight.clone()
+first = net.weight.clone()
 optimizer = MeZO(net.parameters(), lr=0.1)
 inputs = torch.randn(8, 4)
 for _ in range(3):
     optimizer.estimate(lambda: net(inputs).square().mean())
     optimizer.step()
-assert not torch.equal(before, net.weight)
-assert "lightning" not in sys.modules
+assert not torch.equal(first, net.weight)
 """
     )
 
