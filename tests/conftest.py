@@ -3,7 +3,8 @@
 import gc
 import logging
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,18 @@ def cold_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Compiler, "warm", False)
     monkeypatch.setattr(_Compiler, "enabled", True)
     monkeypatch.setattr(_Compiler, "warned", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signatures_read_once() -> Iterator[None]:
+    """A command parses the sources of all classes that it has options for; in one process once is enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("jsonargparse"):
+            from jsonargparse import _signatures
+
+            read = cache(partial(_signatures.get_signature_parameters, logger=False))
+            patch.setattr(_signatures, "get_signature_parameters", lambda of, method, logger: read(of, method))
+        yield
 
 
 @pytest.fixture
