@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import METHODS
 from zolightning.directions.dense import Direction
 from zolightning.kernels.noise import Key, NoiseKind, coefficient
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
@@ -14,6 +16,18 @@ Method = Callable[..., ZerothOrderOptimizer]
 MakeProblem = Callable[..., nn.Module]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Each row of the table, and the first one of each class in float16: it differs from bfloat16 in where the rest of a
+# weight is kept, which is the same for all rows of a class.
+_FIRST_OF_CLASS = {method.func: name for name, method in reversed(METHODS.items())}
+METHODS_AND_DTYPES = pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((name, dtype) for name in METHODS for dtype in (torch.float32, torch.bfloat16)),
+        *((name, torch.float16) for name in _FIRST_OF_CLASS.values()),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+    indirect=["method"],
+)
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizer_steps import DTYPES, MakeProblem, Method, assert_same, assert_same_state, attached, run, weights
+from optimizer_steps import (
+    METHODS_AND_DTYPES,
+    MakeProblem,
+    Method,
+    assert_same,
+    assert_same_state,
+    attached,
+    run,
+    weights,
+)
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.ledger_header import describe_run
 from zolightning.checkpoints.replay import replay
@@ -25,7 +34,7 @@ def round_trip(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 class TestRecords:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @METHODS_AND_DTYPES
     def test_replaying_them_gives_the_same_weights(
         self, method: Method, make_problem: MakeProblem, dtype: torch.dtype, tmp_path: Path
     ) -> None:
@@ -83,7 +92,7 @@ class TestRecords:
 
 class TestStateDict:
     @pytest.mark.filterwarnings("ignore:.* goes on as in the checkpoint")
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @METHODS_AND_DTYPES
     def test_a_restored_run_goes_on_as_if_nothing_had_happened(
         self, method: Method, make_problem: MakeProblem, dtype: torch.dtype
     ) -> None:
@@ -98,7 +107,7 @@ class TestStateDict:
         assert_same(weights(restored), weights(problem))
         assert_same_state(fresh, optimizer)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @METHODS_AND_DTYPES
     def test_state_is_kept_wide_and_not_shared(
         self, method: Method, make_problem: MakeProblem, dtype: torch.dtype
     ) -> None:
