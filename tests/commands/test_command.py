@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from jsonargparse import Namespace
@@ -12,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from cli_runs import Runs
 from zolightning.__main__ import console, main
-from zolightning.cli import _SUBCOMMANDS
+from zolightning.cli import _SUBCOMMANDS, ZerothOrderCLI
 from zolightning.commands.checks import choose_monitor
 from zolightning.data import PromptDataModule
 
@@ -106,6 +107,22 @@ def test_classes_of_the_working_directory(
     with pytest.raises(SystemExit):
         console()
     assert "--scope.untie" in capsys.readouterr().out
+
+
+def test_a_module_saves_the_arguments_it_was_given(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs.folder / "saving.py").write_text(
+        "from zolightning import CausalLM\n"
+        "class Saving(CausalLM):\n"
+        "    def __init__(self, model_name: str, margin: float = 1.0):\n"
+        "        super().__init__(model_name)\n"
+        "        self.save_hyperparameters()\n"
+    )
+    monkeypatch.syspath_prepend(runs.folder)
+    monkeypatch.setattr(ZerothOrderCLI, "_run_subcommand", Mock())
+    model = ("--model", "saving.Saving", "--model.model_name", runs.folder / "model", "--model.margin", 2e-7)
+    cli = ZerothOrderCLI(runs.arguments("validate", *model))
+    assert cli.model.hparams["model_name"] == str(runs.folder / "model") and cli.model.hparams["margin"] == 2e-7
+    assert cli.model.hparams["_class_path"] == "saving.Saving"
 
 
 @pytest.mark.parametrize(
