@@ -6,15 +6,19 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from checkpoint_runs import AS_EXPECTED
+from checkpoint_runs import AS_EXPECTED, Validated
 from zolightning.checkpoints.save_last import SaveLast
 from zolightning.optim import LOZO, MeZO
 
 pytestmark = AS_EXPECTED
+
+
+_PARTS = (("whole", 9), ("run", 5), ("run", 9))  # folder, and steps
 
 
 class StopAfter(Callback):
@@ -47,6 +51,26 @@ def test_the_end_of_training(make_run: Any, make_whole: Any, end: dict[str, Any]
     assert len(short.watch.grads) + len(resumed.watch.grads) == len(whole.watch.grads)
     if "callbacks" not in end:  # stopping early validates once more
         assert short.watch.validated | resumed.watch.validated == whole.watch.validated
+
+
+class Clamped(Validated):
+    """Writes to its weights when a batch is over."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.net[0].weight.clamp_(-0.3, 0.3)
+
+
+@pytest.mark.parametrize("method", [partial(MeZO, lr=1e-2), partial(LOZO, lr=0.03, rank=2)])
+def test_what_the_module_does_at_the_end_of_the_batch_is_saved(make_run: Any, method: Any) -> None:
+    whole, stopped, resumed = (make_run(folder, method=method, max_steps=steps) for folder, steps in _PARTS)
+    for run in (whole, stopped, resumed):
+        run.module = Clamped()
+    whole.fit(validate=False), stopped.fit(validate=False)
+    assert stopped.saved()["state_dict"]["net.0.weight"].abs().max() <= 0.3
+    resumed.fit("last", validate=False).assert_ends_as(whole)
+    assert resumed.watch.grads == {step: grads for step, grads in whole.watch.grads.items() if step > 5}
+    assert "on_train_batch_end" not in vars(resumed.module)
 
 
 def test_every_so_many_steps(make_run: Any) -> None:

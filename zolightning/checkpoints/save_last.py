@@ -3,6 +3,8 @@
 import signal
 import time
 import warnings
+from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,6 +20,7 @@ from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.moved import find_files_again
 from zolightning.checkpoints.running_metrics import RunningMetrics
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
+from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
 from zolightning.training_loop import (
@@ -88,6 +91,7 @@ class SaveLast(ModelCheckpoint):
         self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
         self._first = _First(self)
+        self._restore = ExitStack()  # gives a module its own hook back
 
     @property
     def state_key(self) -> str:
@@ -109,6 +113,7 @@ class SaveLast(ModelCheckpoint):
         self._resumed = {}
         if stage == "fit":
             self._defer_folding(trainer)
+            self._save_after_hook_of(trainer, pl_module)
         if stage == "fit" and not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
             require_writable("dirpath", folder)
@@ -148,7 +153,7 @@ class SaveLast(ModelCheckpoint):
         self._step_before_batch = trainer.global_step
         self._metrics_before = self._first.metrics.now(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def _batch_ends(self, trainer: L.Trainer) -> None:
         steps, minutes = self.every_n_train_steps, self.every_n_minutes
         is_over = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         self._stopping, is_time = largest_of_ranks(trainer, self._signal.number, is_over)
@@ -159,6 +164,9 @@ class SaveLast(ModelCheckpoint):
             self._validation_due = is_validation_next(trainer)
             if self._stopping or not self._validation_due:
                 self._save(trainer)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Does nothing, unlike that of ModelCheckpoint."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does nothing, unlike that of ModelCheckpoint."""
@@ -196,6 +204,7 @@ class SaveLast(ModelCheckpoint):
         """Saves the last complete step after an exception in training, unless a ledger or a file has it already."""
         is_training = self._is_training
         self._end_training()
+        self._restore.close()
         if not is_training or not isinstance(exception, Exception) or trainer.world_size > 1:
             return
         if self._last_global_step_saved == trainer.global_step:
@@ -211,6 +220,7 @@ class SaveLast(ModelCheckpoint):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end_training()
+        self._restore.close()
         vars(trainer.strategy).pop("lightning_module_state_dict", None)
 
     @staticmethod
@@ -238,6 +248,21 @@ class SaveLast(ModelCheckpoint):
 
     def _advice(self, trainer: L.Trainer) -> str:
         return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=quote(str(self._folder)))}"
+
+    def _save_after_hook_of(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Saves at the end of a batch after the module's own ``on_train_batch_end``, which follows those of callbacks.
+
+        What it does to weights (clamps, a teacher's average) would be missing after a resume, because it would not run.
+        """
+        own = module.on_train_batch_end
+
+        @wraps(own)  # with its name, by which others see whose hook it is
+        def on_train_batch_end(*args: Any) -> None:
+            own(*args)
+            self._batch_ends(trainer)
+
+        self._restore.close()
+        self._restore.enter_context(replaced(module, "on_train_batch_end", on_train_batch_end))
 
     @staticmethod
     def _defer_folding(trainer: L.Trainer) -> None:
