@@ -165,11 +165,11 @@ class TestSameBits:
         kept: tuple[Any, str, torch.dtype] | None,
         dtype: torch.dtype,
     ) -> None:
-        """Of a part of a weight, whose rests are anything: somebody else may have written the weight."""
+        """Of a part of a weight, whose extra bits are anything: somebody else may have written the weight."""
         dtype = dtype if kept is None else torch.bfloat16
         start, delta = any_numbers(first + numel, dtype, seed), any_numbers(numel, torch.float32, seed + 1)
-        precision, name, rest = kept or ("native", "", torch.int8)
-        low = torch.randint(-(2**15), 2**15, start.shape, dtype=torch.int16).to(rest)
+        precision, name, extra_bits = kept or ("native", "", torch.int8)
+        low = torch.randint(-(2**15), 2**15, start.shape, dtype=torch.int16).to(extra_bits)
 
         def loop() -> Tensor:
             weight, state = start.clone(), {name: low.clone()} if kept else {}

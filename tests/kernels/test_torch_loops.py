@@ -42,7 +42,7 @@ def perturb(dtype: torch.dtype, numel: int) -> Tensor:
 def update(dtype: torch.dtype, numel: int) -> Tensor:
     weight, state = weights(numel, dtype), {}
     add_direction(weight, state, direction(2), "exact", decay=1 - 3e-7)
-    return torch.cat([weight.double(), *(rest.double() for rest in state.values())])
+    return torch.cat([weight.double(), *(extra_bits.double() for extra_bits in state.values())])
 
 
 class TestCompiled:

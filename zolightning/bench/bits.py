@@ -103,7 +103,7 @@ def _update_each_huge(device: torch.device, elements: int, start: int) -> Output
         return _update_huge(device, elements, start)
     weight = torch.full((elements,), 0.02, dtype=torch.bfloat16, device=device)
     low_word = torch.zeros_like(weight, dtype=torch.int16)
-    call = {"weight": weight, "noise": noise(1, "gaussian", device, 1e-5), "rest": low_word, "decay": DECAYS[1]}
+    call = {"weight": weight, "noise": noise(1, "gaussian", device, 1e-5), "extra_bits": low_word, "decay": DECAYS[1]}
     kernels.for_each(kernels.add, [call])
     return [weight[-TAIL:].clone(), low_word[-TAIL:].clone()]
 

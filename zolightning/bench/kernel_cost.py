@@ -52,7 +52,7 @@ def _measure(
     read = torch.empty(len(rows), columns, dtype=torch.bfloat16, device=device)
     work: dict[str, tuple[int, Callable[[], object]]] = {
         "perturb": (4 * size, partial(loops.perturb, plus, weight, drawn)),
-        "update exact": (8 * size, partial(loops.add, weight, drawn, rest=low_word)),
+        "update exact": (8 * size, partial(loops.add, weight, drawn, extra_bits=low_word)),
         "perturb, both signs": (6 * size, partial(loops.perturb_both, plus, minus, weight, drawn)),
         "update native": (4 * size, partial(loops.add, weight, drawn)),
         "rows": (4 * read.numel(), partial(loops.perturb_rows, read, table, rows, drawn)),
@@ -62,7 +62,7 @@ def _measure(
         step = adam_step((0.9, 0.999), 1, 1e-8, -1e-6)
         work["update exact, Adam"] = (
             24 * size,
-            partial(loops.add_adam, weight, *moments, drawn, step=step, rest=low_word),
+            partial(loops.add_adam, weight, *moments, drawn, step=step, extra_bits=low_word),
         )
     for kernel, (moved, call) in work.items():
         seconds = kernel_seconds(call, device)

@@ -49,8 +49,8 @@ def any_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 class LoopRuns:
     """Each method runs the loop of its name, and returns the tensors that the loop has written.
 
-    Their arguments: ``dtype`` of the weights, ``out`` dtype of the perturbed ones, ``rest`` dtype of the bits that
-    complete weights to float32; the number of ``queries`` and the ``kind`` of their noise; the ``decay`` of weights;
+    Their arguments: ``dtype`` of the weights, ``out`` dtype of the perturbed ones, ``extra_bits`` dtype of what
+    completes weights to float32; the number of ``queries`` and the ``kind`` of their noise; the ``decay`` of weights;
     ``shape`` "scaled" for noise divided by the root of a curvature, "masked" for noise of small weights only.
 
     Attributes:
@@ -86,23 +86,23 @@ class LoopRuns:
     def add(
         self,
         dtype: torch.dtype,
-        rest: torch.dtype | None,
+        extra_bits: torch.dtype | None,
         decay: float,
         queries: int,
         kind: NoiseKind,
         shape: Shape = None,
     ) -> Outputs:
-        weight, low = self._stored(self.numel, dtype, rest)
+        weight, low = self._stored(self.numel, dtype, extra_bits)
         self.loops.add(
             weight, noise(queries, kind, self.device), decay, low, start=2, **self._shaped(shape, self.numel)
         )
         return (weight,) if low is None else (weight, low)
 
     def add_curved(
-        self, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
+        self, dtype: torch.dtype, extra_bits: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
     ) -> Outputs:
         """Runs both loops that change a curvature; it grows, shrinks and reaches both of its bounds."""
-        weight, low = self._stored(self.numel, dtype, rest)
+        weight, low = self._stored(self.numel, dtype, extra_bits)
         alone, curvature = torch.linspace(1e-4, 3.7, 2 * self.numel).to(self.device).view(2, self.numel).unbind()
         squares = torch.tensor([1e-3 * (-1) ** query * 7**query for query in range(queries)], device=self.device)
         change, drawn = Change(-1e-3, squares, 0.01, 3.6), noise(queries, kind, self.device)
@@ -111,15 +111,15 @@ class LoopRuns:
         return (weight, alone, curvature) if low is None else (weight, alone, curvature, low)
 
     def add_adam(
-        self, dtype: torch.dtype, rest: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
+        self, dtype: torch.dtype, extra_bits: torch.dtype | None, decay: float, queries: int, kind: NoiseKind
     ) -> Outputs:
-        weight, low = self._stored(self.numel, dtype, rest)
+        weight, low = self._stored(self.numel, dtype, extra_bits)
         mean, square = self._moments(self.numel)
         self.loops.add_adam(weight, mean, square, noise(queries, kind, self.device), _ADAM, decay, low, start=2)
         return (weight, mean, square) if low is None else (weight, mean, square, low)
 
-    def add_delta(self, dtype: torch.dtype, rest: torch.dtype | None, decay: float) -> Outputs:
-        weight, low = self._stored(self.numel, dtype, rest)
+    def add_delta(self, dtype: torch.dtype, extra_bits: torch.dtype | None, decay: float) -> Outputs:
+        weight, low = self._stored(self.numel, dtype, extra_bits)
         self.loops.add_delta(weight, any_bits(self.numel, torch.float32, 2).to(self.device), decay, low, scale=-1.7e-3)
         return (weight,) if low is None else (weight, low)
 
@@ -136,26 +136,30 @@ class LoopRuns:
         return outs
 
     def add_to_each(
-        self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind, is_masked: bool = False
+        self, dtype: torch.dtype, extra_bits: torch.dtype | None, queries: int, kind: NoiseKind, is_masked: bool = False
     ) -> Outputs:
         """Adds noise to tensors of several sizes in one call; if masked, each has a threshold of its own."""
         thresholds = [{"threshold": 0.02 / (1 + place)} if is_masked else {} for place in range(len(self._sizes()))]
-        return self._for_each("add", dtype, rest, queries, kind, thresholds)
+        return self._for_each("add", dtype, extra_bits, queries, kind, thresholds)
 
     def add_curved_to_each(
-        self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind
+        self, dtype: torch.dtype, extra_bits: torch.dtype | None, queries: int, kind: NoiseKind
     ) -> Outputs:
         change = Change(-1e-3, torch.tensor([1e-3 * 7**query for query in range(queries)]).to(self.device), 0.01, 3.6)
         curved = [self._shaped("scaled", size) | {"change": change} for size in self._sizes()]
-        return self._for_each("add_curved", dtype, rest, queries, kind, curved)
+        return self._for_each("add_curved", dtype, extra_bits, queries, kind, curved)
 
-    def add_adam_to_each(self, dtype: torch.dtype, rest: torch.dtype | None, queries: int, kind: NoiseKind) -> Outputs:
+    def add_adam_to_each(
+        self, dtype: torch.dtype, extra_bits: torch.dtype | None, queries: int, kind: NoiseKind
+    ) -> Outputs:
         moments = [dict(zip(("mean", "square"), self._moments(size), strict=True)) for size in self._sizes()]
-        return self._for_each("add_adam", dtype, rest, queries, kind, [both | {"step": _ADAM} for both in moments])
+        return self._for_each(
+            "add_adam", dtype, extra_bits, queries, kind, [both | {"step": _ADAM} for both in moments]
+        )
 
-    def add_delta_to_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> Outputs:
+    def add_delta_to_each(self, dtype: torch.dtype, extra_bits: torch.dtype | None) -> Outputs:
         deltas = [any_bits(size + 60, torch.float32, size)[:size].to(self.device) for size in self._sizes()]
-        each = zip(deltas, self._stored_of_each(dtype, rest), strict=True)
+        each = zip(deltas, self._stored_of_each(dtype, extra_bits), strict=True)
         calls = [{"delta": delta, "scale": -1.7e-3} | stored for delta, stored in each]
         self.loops.for_each(self.loops.add_delta, calls)
         return _tensors_in(calls)
@@ -164,13 +168,15 @@ class LoopRuns:
         self,
         loop: str,
         dtype: torch.dtype,
-        rest: torch.dtype | None,
+        extra_bits: torch.dtype | None,
         queries: int,
         kind: NoiseKind,
         more: Sequence[dict[str, Any]],
     ) -> Outputs:
         """Runs a loop on tensors of several sizes in one call; every third begins later in its parameter."""
-        each = enumerate(zip(self._stored_of_each(dtype, rest), self._noise_of_each(queries, kind), more, strict=True))
+        each = enumerate(
+            zip(self._stored_of_each(dtype, extra_bits), self._noise_of_each(queries, kind), more, strict=True)
+        )
         calls = [{"noise": n, "start": place % 3 // 2 * 6} | stored | others for place, (stored, n, others) in each]
         self.loops.for_each(getattr(self.loops, loop), calls)
         return _tensors_in(calls)
@@ -180,29 +186,29 @@ class LoopRuns:
         mean = torch.linspace(-1e-3, 1e-3, numel).to(self.device)
         return mean, mean.square().flip(0)
 
-    def _stored(self, numel: int, dtype: torch.dtype, rest: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    def _stored(self, numel: int, dtype: torch.dtype, extra_bits: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         """A weight and its extra bits; of a master copy every second element differs from the weight."""
         weight = any_bits(numel, dtype)
-        if rest is None:
+        if extra_bits is None:
             return weight.to(self.device), None
-        if rest.is_floating_point:
-            low = weight.to(rest)
+        if extra_bits.is_floating_point:
+            low = weight.to(extra_bits)
             low[::2] += 1e-6
         else:
-            limits = torch.iinfo(rest)
+            limits = torch.iinfo(extra_bits)
             low = torch.randint(limits.min, limits.max + 1, (numel,), generator=torch.Generator().manual_seed(1)).to(
-                rest
+                extra_bits
             )
         return weight.to(self.device), low.to(self.device)
 
-    def _stored_of_each(self, dtype: torch.dtype, rest: torch.dtype | None) -> list[dict[str, Any]]:
+    def _stored_of_each(self, dtype: torch.dtype, extra_bits: torch.dtype | None) -> list[dict[str, Any]]:
         """For each size a weight, its extra bits and a decay; the memory of one weight is not aligned."""
         found = []
         for place, size in enumerate(self._sizes()):
             part = slice(int(place == 4), int(place == 4) + size)
-            weight, low = self._stored(size + 60, dtype, rest)
+            weight, low = self._stored(size + 60, dtype, extra_bits)
             own = None if low is None else low[part]
-            found.append({"weight": weight[part], "rest": own, "decay": _DECAYS_OF_EACH[place]})
+            found.append({"weight": weight[part], "extra_bits": own, "decay": _DECAYS_OF_EACH[place]})
         return found
 
     def _sizes(self) -> tuple[int, ...]:

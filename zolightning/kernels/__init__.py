@@ -56,9 +56,10 @@ def _triton_loops() -> ModuleType | None:
     return triton_loops
 
 
-def _master(rest: Tensor | None, backend: ModuleType) -> Tensor | None:
+def _master(extra_bits: Tensor | None, backend: ModuleType) -> Tensor | None:
     """The fp32 master of an fp16 weight, if it is to move in place of the weight: on a CPU in C, which has no fp16."""
-    return rest if rest is not None and rest.dtype == torch.float32 and backend is torch_loops else None
+    is_master = extra_bits is not None and extra_bits.dtype == torch.float32
+    return extra_bits if is_master and backend is torch_loops else None
 
 
 @contextmanager
@@ -131,7 +132,7 @@ def add(
     weight: Tensor,
     noise: Noise,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
 ) -> None:
@@ -141,19 +142,19 @@ def add(
         weight: any floating-point dtype; rounded once, at the end.
         noise: see the module's docstring, also for `start` and `threshold`.
         decay: multiplies the weight first.
-        rest: the extra bits of a half-precision weight, (n,), if any are kept: the low words (int16) or low bytes
+        extra_bits: the extra bits of a half-precision weight, (n,), if any are kept: the low words (int16) or low bytes
             (int8) of a bf16 weight (:mod:`~zolightning.kernels.bfloat16`), or the float32 master copy of an fp16
             weight, which first takes over what others have written to the weight.
     """
     backend = _backend(weight, start=start)
-    if (master := _master(rest, backend)) is not None:
+    if (master := _master(extra_bits, backend)) is not None:
         with _moving(weight, master):
             if threshold is None:
                 add(master, noise, decay, start=start)
             else:
                 torch_loops.add_to_master(master, weight, noise, decay, start, threshold)
         return
-    backend.add(weight, noise, decay, rest, start, threshold)
+    backend.add(weight, noise, decay, extra_bits, start, threshold)
 
 
 def add_curved(
@@ -162,22 +163,22 @@ def add_curved(
     noise: Noise,
     change: Change,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
     """Changes a curvature, and then ``weight = decay * weight + noise / sqrt(curvature)``, both (n,), in one pass.
 
     Args:
-        weight: see :func:`add`, also for `noise`, `decay`, `rest` and `start`.
+        weight: see :func:`add`, also for `noise`, `decay`, `extra_bits` and `start`.
         curvature: float32, or float64 for double-precision weights.
         change: the change of the curvature.
     """
     backend = _backend(weight, curvature, start=start)
-    if (master := _master(rest, backend)) is not None:
+    if (master := _master(extra_bits, backend)) is not None:
         with _moving(weight, master):
             add_curved(master, curvature, noise, change, decay, start=start)
         return
-    backend.add_curved(weight, curvature, noise, change, decay, rest, start)
+    backend.add_curved(weight, curvature, noise, change, decay, extra_bits, start)
 
 
 def add_adam(
@@ -187,23 +188,23 @@ def add_adam(
     noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
     """One step of Adam, in which the noise is the gradient: moves both moments and then the weight, (n,), in one pass.
 
     Args:
-        weight: see :func:`add`, also for `noise`, `decay`, `rest` and `start`.
+        weight: see :func:`add`, also for `noise`, `decay`, `extra_bits` and `start`.
         mean: the first moment, float32, or float64 for double-precision weights.
         square: the second moment, likewise.
         step: Adam's coefficients in this step.
     """
     backend = _backend(weight, mean, start=start)
-    if (master := _master(rest, backend)) is not None:
+    if (master := _master(extra_bits, backend)) is not None:
         with _moving(weight, master):
             add_adam(master, mean, square, noise, step, decay, start=start)
         return
-    backend.add_adam(weight, mean, square, noise, step, decay, rest, start)
+    backend.add_adam(weight, mean, square, noise, step, decay, extra_bits, start)
 
 
 def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
@@ -212,7 +213,7 @@ def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> No
 
 
 def add_delta(
-    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+    weight: Tensor, delta: Tensor, decay: float = 1.0, extra_bits: Tensor | None = None, scale: float = 1.0
 ) -> None:
     """``weight = decay * weight + scale * delta``, (n,), for a stored `delta` instead of noise.
 
@@ -220,10 +221,10 @@ def add_delta(
         weight: any floating-point dtype; rounded once, at the end.
         delta: float32, or float64 for double-precision weights.
         decay: multiplies the weight first.
-        rest: see :func:`add`.
+        extra_bits: see :func:`add`.
         scale: multiplies `delta` first.
     """
-    _backend(weight).add_delta(weight, delta, decay, rest, scale)
+    _backend(weight).add_delta(weight, delta, decay, extra_bits, scale)
 
 
 def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:

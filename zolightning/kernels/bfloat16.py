@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def read_split(weight: Tensor, low: Tensor) -> Tensor:
-    """The fp32 numbers whose upper half, rounded, is `weight` (bf16) and whose rest is `low` (int16 or int8).
+    """The fp32 numbers whose upper half, rounded, is `weight` (bf16) and whose extra bits are `low` (int16 or int8).
 
-    If somebody else has written a zero over a weight, its old rest stays, which makes it a number next to zero; a rest
-    below 0 is ignored, because the bits would be those of a NaN.
+    If somebody else has written a zero over a weight, its old extra bits stay, which makes it a number next to zero;
+    those below 0 are ignored, because the number would be a NaN.
     """
-    high, rest = weight.view(torch.int16).to(torch.int32), low.to(torch.int32)
-    rest = torch.where((high & 0x7FFF) == 0, rest.clamp_min(0), rest)
-    return ((high << 16) + (rest << _unused_bits(low))).view(torch.float32)
+    high, extra_bits = weight.view(torch.int16).to(torch.int32), low.to(torch.int32)
+    extra_bits = torch.where((high & 0x7FFF) == 0, extra_bits.clamp_min(0), extra_bits)
+    return ((high << 16) + (extra_bits << _unused_bits(low))).view(torch.float32)
 
 
 def write_split(weight: Tensor, low: Tensor, value: Tensor) -> None:

@@ -156,9 +156,9 @@ PERTURB_ALL(_scaled, SCALED)
 PERTURB_ALL(_masked, MASKED)
 
 /* The fp32 number of a bf16 weight and what is kept of what bf16 rounds away, in units of fp32's last place. */
-static inline float joined(uint16_t weight, int32_t rest) {
-    /* A zero that somebody has written since the last update has no rest below it, which would be a NaN. */
-    return as_float(((uint32_t)weight << 16) + (uint32_t)(rest < 0 && !(weight & 0x7FFF) ? 0 : rest));
+static inline float joined(uint16_t weight, int32_t extra_bits) {
+    /* A zero that somebody has written since the last update has no extra bits below it, which would be a NaN. */
+    return as_float(((uint32_t)weight << 16) + (uint32_t)(extra_bits < 0 && !(weight & 0x7FFF) ? 0 : extra_bits));
 }
 
 static inline uint32_t number_bits(float value) { /* other NaNs could be rounded to numbers */

@@ -36,7 +36,7 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC"]
 _WIDE = ["-mprefer-vector-width=512"]
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_RESTS = {torch.int16: "low_word", torch.int8: "low_byte"}
+_EXTRA_BITS = {torch.int16: "low_word", torch.int8: "low_byte"}
 _POINTER = ctypes.c_void_p
 _SHAPE_ARGUMENTS = (_POINTER, ctypes.c_float)  # curvature, threshold
 _CURVATURE_ARGUMENTS = (_POINTER, ctypes.c_float, _POINTER, ctypes.c_float, ctypes.c_float)
@@ -123,13 +123,13 @@ def add(
     weight: Tensor,
     noise: Noise,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
 ) -> None:
     name, more = ("", ()) if threshold is None else ("_masked", (threshold,))
-    function = getattr(_library(), f"add_{_stored(weight, rest)}{name}")
-    function(*_pointers(weight, rest), decay, *more, *_noise(noise, weight.numel(), start))
+    function = getattr(_library(), f"add_{_stored(weight, extra_bits)}{name}")
+    function(*_pointers(weight, extra_bits), decay, *more, *_noise(noise, weight.numel(), start))
 
 
 def add_curved(
@@ -138,11 +138,13 @@ def add_curved(
     noise: Noise,
     change: Change,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    function = getattr(_library(), f"add_{_stored(weight, rest)}_curved")
-    function(*_pointers(weight, rest), decay, *_curvature(curvature, change), *_noise(noise, weight.numel(), start))
+    function = getattr(_library(), f"add_{_stored(weight, extra_bits)}_curved")
+    function(
+        *_pointers(weight, extra_bits), decay, *_curvature(curvature, change), *_noise(noise, weight.numel(), start)
+    )
 
 
 def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
@@ -158,28 +160,28 @@ def add_adam(
     noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    function = getattr(_library(), f"add_{_stored(weight, rest)}_adam")
+    function = getattr(_library(), f"add_{_stored(weight, extra_bits)}_adam")
     moments = mean.data_ptr(), square.data_ptr()
-    function(*_pointers(weight, rest), decay, *moments, _AdamStep(*step), *_noise(noise, weight.numel(), start))
+    function(*_pointers(weight, extra_bits), decay, *moments, _AdamStep(*step), *_noise(noise, weight.numel(), start))
 
 
 def add_delta(
-    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+    weight: Tensor, delta: Tensor, decay: float = 1.0, extra_bits: Tensor | None = None, scale: float = 1.0
 ) -> None:
     delta = delta.contiguous()
-    function = getattr(_library(), f"add_delta_{_stored(weight, rest)}")
-    function(*_pointers(weight, rest), decay, delta.data_ptr(), scale, weight.numel())
+    function = getattr(_library(), f"add_delta_{_stored(weight, extra_bits)}")
+    function(*_pointers(weight, extra_bits), decay, delta.data_ptr(), scale, weight.numel())
 
 
-def _stored(weight: Tensor, rest: Tensor | None) -> str:
-    return _DTYPES[weight.dtype] + ("" if rest is None else f"_{_RESTS[rest.dtype]}")
+def _stored(weight: Tensor, extra_bits: Tensor | None) -> str:
+    return _DTYPES[weight.dtype] + ("" if extra_bits is None else f"_{_EXTRA_BITS[extra_bits.dtype]}")
 
 
-def _pointers(weight: Tensor, rest: Tensor | None) -> tuple[int, ...]:
-    return (weight.data_ptr(),) if rest is None else (weight.data_ptr(), rest.data_ptr())
+def _pointers(weight: Tensor, extra_bits: Tensor | None) -> tuple[int, ...]:
+    return (weight.data_ptr(),) if extra_bits is None else (weight.data_ptr(), extra_bits.data_ptr())
 
 
 def _shape(curvature: Tensor | None, threshold: float | None) -> tuple[str, tuple[int | None, float]]:

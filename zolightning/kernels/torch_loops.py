@@ -62,15 +62,15 @@ def add(
     weight: Tensor,
     noise: Noise,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
 ) -> None:
     dtype = torch.promote_types(weight.dtype, noise.coefficients.dtype)
     factor = torch.full((), decay, dtype=dtype, device=weight.device)
-    run, size = kernel(_add if rest is None else _add_split, weight)
+    run, size = kernel(_add if extra_bits is None else _add_split, weight)
     for part in chunks(weight.numel(), size):
-        weights = (weight[part],) if rest is None else (weight[part], rest[part])
+        weights = (weight[part],) if extra_bits is None else (weight[part], extra_bits[part])
         run(*weights, noise, start_of(start + part.start, weight.device), factor, threshold)
 
 
@@ -80,14 +80,14 @@ def add_curved(
     noise: Noise,
     change: Change,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
     curve(curvature, noise, change, start)
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
         delta = noise.at(index) / _root(curvature[part])
-        add_delta(weight[part], delta, decay, None if rest is None else rest[part])
+        add_delta(weight[part], delta, decay, None if extra_bits is None else extra_bits[part])
 
 
 def curve(curvature: Tensor, noise: Noise, change: Change, start: int = 0) -> None:
@@ -107,7 +107,7 @@ def add_adam(
     noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
     # Tensors, because a device multiplies by the reciprocal of a number that it is to divide by.
@@ -120,26 +120,26 @@ def add_adam(
         square[part].mul_(step.keep_square).add_((step.take_square * gradient) * gradient)
         root = _root(square[part] / corrections[1])
         delta = (mean[part] / corrections[0]) / (root + step.eps)
-        add_delta(weight[part], delta, decay, None if rest is None else rest[part], step.scale)
+        add_delta(weight[part], delta, decay, None if extra_bits is None else extra_bits[part], step.scale)
 
 
 def add_delta(
-    weight: Tensor, delta: Tensor, decay: float = 1.0, rest: Tensor | None = None, scale: float = 1.0
+    weight: Tensor, delta: Tensor, decay: float = 1.0, extra_bits: Tensor | None = None, scale: float = 1.0
 ) -> None:
-    if rest is not None and rest.dtype == torch.float32:
-        take_over(weight, rest)
+    if extra_bits is not None and extra_bits.dtype == torch.float32:
+        take_over(weight, extra_bits)
     for part in chunks(weight.numel(), chunk_size(weight)):
         change = delta[part] if scale == 1.0 else scale * delta[part]
-        if rest is None and decay == 1.0 and weight.dtype == delta.dtype:
+        if extra_bits is None and decay == 1.0 and weight.dtype == delta.dtype:
             weight[part].add_(change)
-        elif rest is None:
+        elif extra_bits is None:
             weight[part].copy_(decay * weight[part].to(delta.dtype) + change)
-        elif rest.dtype == torch.float32:
-            rest[part].mul_(decay).add_(change)
-            weight[part].copy_(rest[part])
+        elif extra_bits.dtype == torch.float32:
+            extra_bits[part].mul_(decay).add_(change)
+            weight[part].copy_(extra_bits[part])
         else:
             bfloat16.write_split(
-                weight[part], rest[part], decay * bfloat16.read_split(weight[part], rest[part]) + change
+                weight[part], extra_bits[part], decay * bfloat16.read_split(weight[part], extra_bits[part]) + change
             )
 
 

@@ -142,33 +142,35 @@ def perturb_rows(
 
 
 @triton.jit
-def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr, threshold=None):
+def _update(
+    weight, extra_bits, decay, delta, at, inside, DECAYS: tl.constexpr, INTERPRETED: tl.constexpr, threshold=None
+):
     """``weight = decay * weight + delta`` for the elements `at`; `threshold` leaves out delta for larger weights.
 
-    Without a `rest` the sum is rounded to the weight's dtype. If `rest` is low words or low bytes, they take the bits
-    that are rounded away; if it is an fp32 master, the sum is that of the master.
+    Without `extra_bits` the sum is rounded to the weight's dtype. If these are low words or low bytes, they take the
+    bits that are rounded away; if they are an fp32 master, the sum is that of the master.
     """
     stored = tl.load(weight + at, mask=inside)
     delta = _shaped(delta, _wide(stored, INTERPRETED), None, threshold, at, inside)
-    if rest is None:
+    if extra_bits is None:
         value = _wide(stored, INTERPRETED)
-    elif rest.dtype.element_ty == tl.float32:
-        value = tl.load(rest + at, mask=inside)
+    elif extra_bits.dtype.element_ty == tl.float32:
+        value = tl.load(extra_bits + at, mask=inside)
         value = tl.where(stored != value.to(stored.dtype), _wide(stored, INTERPRETED), value)
     else:
-        # bfloat16.read_split: a zero that somebody has written has no rest below it.
-        UNUSED: tl.constexpr = 8 if rest.dtype.element_ty == tl.int8 else 0
+        # bfloat16.read_split: a zero that somebody has written has no extra bits below it.
+        UNUSED: tl.constexpr = 8 if extra_bits.dtype.element_ty == tl.int8 else 0
         high = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
-        low = tl.load(rest + at, mask=inside).to(tl.int32) << UNUSED
+        low = tl.load(extra_bits + at, mask=inside).to(tl.int32) << UNUSED
         low = tl.where((high & 0x7FFF) == 0, tl.maximum(low, 0), low)
         value = ((high << 16) + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
     if DECAYS:
         value = decay * value
     value += delta
-    if rest is None:
+    if extra_bits is None:
         tl.store(weight + at, _rounded(value, weight.dtype.element_ty, INTERPRETED), mask=inside)
-    elif rest.dtype.element_ty == tl.float32:
-        tl.store(rest + at, value, mask=inside)
+    elif extra_bits.dtype.element_ty == tl.float32:
+        tl.store(extra_bits + at, value, mask=inside)
         tl.store(weight + at, _rounded(value, weight.dtype.element_ty, INTERPRETED), mask=inside)
     else:
         bits = tl.where(value == value, value.to(tl.uint32, bitcast=True), 0x7FC00000)
@@ -177,13 +179,13 @@ def _update(weight, rest, decay, delta, at, inside, DECAYS: tl.constexpr, INTERP
         high = (bits + 0x8000) >> 16
         low = (bits - (high << 16)).to(tl.int32, bitcast=True) >> UNUSED
         tl.store(weight + at, high.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
-        tl.store(rest + at, low.to(rest.dtype.element_ty), mask=inside)
+        tl.store(extra_bits + at, low.to(extra_bits.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["queries", "start"], do_not_specialize_on_alignment=["keys", "coefficients"])
 def add(
     weight,
-    rest,
+    extra_bits,
     tensors,
     chunks,
     decay,
@@ -205,14 +207,14 @@ def add(
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 4 if threshold is None else 5)
         weight = _address(row, weight)
-        if rest is not None:
-            rest = _address(row + 1, rest)
+        if extra_bits is not None:
+            extra_bits = _address(row + 1, extra_bits)
         numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
         if threshold is not None:
             threshold = tl.load(row + 4).to(tl.uint32).to(tl.float32, bitcast=True)
     at = first + tl.arange(0, BLOCK)
     noise, _ = noise_of(pairs_from(start + first, BLOCK), keys, coefficients, queries, QUERIES, RADEMACHER, POPC)
-    _update(weight, rest, decay, noise, at, at < numel, DECAYS, INTERPRETED, threshold)
+    _update(weight, extra_bits, decay, noise, at, at < numel, DECAYS, INTERPRETED, threshold)
 
 
 @triton.jit(
@@ -221,7 +223,7 @@ def add(
 )
 def add_curved(
     weight,
-    rest,
+    extra_bits,
     tensors,
     chunks,
     decay,
@@ -248,8 +250,8 @@ def add_curved(
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)
         weight = _address(row, weight)
-        if rest is not None:
-            rest = _address(row + 1, rest)
+        if extra_bits is not None:
+            extra_bits = _address(row + 1, extra_bits)
         numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
         curvature = _address(row + 4, curvature)
     at = first + tl.arange(0, BLOCK)
@@ -260,7 +262,7 @@ def add_curved(
     curved = tl.minimum(tl.maximum(curved + curved * change, floor), ceiling)
     tl.store(curvature + at, curved, mask=inside)
     if weight is not None:
-        _update(weight, rest, decay, tl.div_rn(noise, tl.sqrt_rn(curved)), at, inside, DECAYS, INTERPRETED)
+        _update(weight, extra_bits, decay, tl.div_rn(noise, tl.sqrt_rn(curved)), at, inside, DECAYS, INTERPRETED)
 
 
 _NUMBERS_OF_ADAM = ["keep_mean", "take_mean", "keep_square", "take_square", "mean_correction", "square_correction"]
@@ -272,7 +274,7 @@ _NUMBERS_OF_ADAM = ["keep_mean", "take_mean", "keep_square", "take_square", "mea
 )
 def add_adam(
     weight,
-    rest,
+    extra_bits,
     tensors,
     chunks,
     decay,
@@ -303,8 +305,8 @@ def add_adam(
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 6)
         weight = _address(row, weight)
-        if rest is not None:
-            rest = _address(row + 1, rest)
+        if extra_bits is not None:
+            extra_bits = _address(row + 1, extra_bits)
         numel, keys = tl.multiple_of(tl.load(row + 2), 16), keys + tl.load(row + 3)
         mean, square = _address(row + 4, mean), _address(row + 5, square)
     at = first + tl.arange(0, BLOCK)
@@ -316,13 +318,13 @@ def add_adam(
     tl.store(square + at, v, mask=inside)
     root = tl.sqrt_rn(tl.div_rn(v, square_correction)) + eps
     delta = scale * tl.div_rn(tl.div_rn(m, mean_correction), root)
-    _update(weight, rest, decay, delta, at, inside, DECAYS, INTERPRETED)
+    _update(weight, extra_bits, decay, delta, at, inside, DECAYS, INTERPRETED)
 
 
 @triton.jit
 def add_delta(
     weight,
-    rest,
+    extra_bits,
     tensors,
     chunks,
     delta,
@@ -338,8 +340,8 @@ def add_delta(
     if tensors is not None:
         row, first = _place(tensors, chunks, CHUNK, BLOCK, 5)
         weight, delta, numel = _address(row, weight), _address(row + 4, delta), tl.multiple_of(tl.load(row + 2), 16)
-        if rest is not None:
-            rest = _address(row + 1, rest)
+        if extra_bits is not None:
+            extra_bits = _address(row + 1, extra_bits)
     at = first + tl.arange(0, BLOCK)
     inside = at < numel
-    _update(weight, rest, decay, scale * tl.load(delta + at, mask=inside), at, inside, DECAYS, INTERPRETED)
+    _update(weight, extra_bits, decay, scale * tl.load(delta + at, mask=inside), at, inside, DECAYS, INTERPRETED)

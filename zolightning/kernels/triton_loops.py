@@ -95,12 +95,12 @@ def add(
     weight: Tensor,
     noise: Noise,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
     threshold: float | None = None,
     tables: _Tables = (None, None),
 ) -> None:
-    arguments = (weight, rest, *tables, decay, threshold)
+    arguments = (weight, extra_bits, *tables, decay, threshold)
     _run(triton_kernels.add, weight, arguments, noise, start, tables, DECAYS=decay != 1.0)
 
 
@@ -110,11 +110,11 @@ def add_curved(
     noise: Noise,
     change: Change,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
     tables: _Tables = (None, None),
 ) -> None:
-    arguments = (weight, rest, *tables, decay, curvature, *change)
+    arguments = (weight, extra_bits, *tables, decay, curvature, *change)
     _run(triton_kernels.add_curved, weight, arguments, noise, start, tables, DECAYS=decay != 1.0)
 
 
@@ -125,11 +125,11 @@ def add_adam(
     noise: Noise,
     step: AdamStep,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     start: int = 0,
     tables: _Tables = (None, None),
 ) -> None:
-    arguments = (weight, rest, *tables, decay, mean, square, *step)
+    arguments = (weight, extra_bits, *tables, decay, mean, square, *step)
     _run(triton_kernels.add_adam, weight, arguments, noise, start, tables, DECAYS=decay != 1.0)
 
 
@@ -142,13 +142,13 @@ def add_delta(
     weight: Tensor,
     delta: Tensor,
     decay: float = 1.0,
-    rest: Tensor | None = None,
+    extra_bits: Tensor | None = None,
     scale: float = 1.0,
     tables: _Tables = (None, None),
 ) -> None:
     programs = _programs(weight, tables)
     if programs:
-        arguments = (weight, rest, *tables, delta.contiguous(), decay, scale, weight.numel())
+        arguments = (weight, extra_bits, *tables, delta.contiguous(), decay, scale, weight.numel())
         constants = {"DECAYS": decay != 1.0, "INTERPRETED": _INTERPRETED, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
         _launch(triton_kernels.add_delta, (programs,), weight, *arguments, **constants)
 
@@ -156,10 +156,10 @@ def add_delta(
 # The arguments of each loop that are tensors with one number of elements, in the order of the kernel's table
 _TENSORS: dict[Callable[..., None], tuple[str, ...]] = {
     perturb: ("out", "weight", "curvature"),
-    add: ("weight", "rest"),
-    add_curved: ("weight", "rest", "curvature"),
-    add_adam: ("weight", "rest", "mean", "square"),
-    add_delta: ("weight", "rest", "delta"),
+    add: ("weight", "extra_bits"),
+    add_curved: ("weight", "extra_bits", "curvature"),
+    add_adam: ("weight", "extra_bits", "mean", "square"),
+    add_delta: ("weight", "extra_bits", "delta"),
 }
 
 

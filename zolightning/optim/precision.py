@@ -204,10 +204,10 @@ def add_curved_part(
 ) -> None:
     """:func:`add_curved` for some elements of one weight: from `start` on, as many as `curvature` has."""
     flat = weight.view(-1)
-    rest = _rest(flat, state, precision)
+    extra_bits = _extra_bits(flat, state, precision)
     part = slice(start, start + curvature.numel())
-    own_rest, first = None if rest is None else rest[part], direction.first + start
-    kernels.add_curved(flat[part], curvature, direction, change, decay, own_rest, first)
+    own, first = None if extra_bits is None else extra_bits[part], direction.first + start
+    kernels.add_curved(flat[part], curvature, direction, change, decay, own, first)
 
 
 def add_tensor(
@@ -231,9 +231,9 @@ def add_tensor(
         scale: multiplies `delta` first.
     """
     flat = weight.view(-1)
-    rest = _rest(flat, state, precision)
+    extra_bits = _extra_bits(flat, state, precision)
     part = slice(start, start + delta.numel())
-    kernels.add_delta(flat[part], delta, decay, None if rest is None else rest[part], scale)
+    kernels.add_delta(flat[part], delta, decay, None if extra_bits is None else extra_bits[part], scale)
 
 
 def add_tensors(
@@ -247,8 +247,8 @@ def add_tensors(
     """:func:`add_tensor` for several whole weights, in few launches on a GPU."""
     stored = _stored(weights, states, precision)
     each = [
-        {"weight": weight, "rest": rest, "delta": delta.view(-1), "decay": decay, "scale": scale}
-        for (weight, rest), delta, decay in zip(stored, deltas, decays, strict=True)
+        {"weight": weight, "extra_bits": extra_bits, "delta": delta.view(-1), "decay": decay, "scale": scale}
+        for (weight, extra_bits), delta, decay in zip(stored, deltas, decays, strict=True)
     ]
     kernels.for_each(kernels.add_delta, each)
 
@@ -262,7 +262,10 @@ def _each(
 ) -> list[dict[str, Any]]:
     """The arguments of a kernel that adds a direction, for each weight."""
     stored = zip(_stored(weights, states, precision), directions, decays, strict=True)
-    return [{**d.arguments(), "decay": decay, "weight": flat, "rest": rest} for (flat, rest), d, decay in stored]
+    return [
+        {**d.arguments(), "decay": decay, "weight": flat, "extra_bits": extra_bits}
+        for (flat, extra_bits), d, decay in stored
+    ]
 
 
 def _stored(
@@ -270,10 +273,10 @@ def _stored(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Weights, (n,) each, and their extra bits."""
     flats = [(weight.view(-1), state) for weight, state in zip(weights, states, strict=True)]
-    return [(flat, _rest(flat, state, precision) if flat.dtype in _HALF else None) for flat, state in flats]
+    return [(flat, _extra_bits(flat, state, precision) if flat.dtype in _HALF else None) for flat, state in flats]
 
 
-def _rest(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
+def _extra_bits(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
     """The extra bits of a half-precision weight, (n,), made at its first update; None if it has none."""
     if precision == "native" or flat.dtype not in _HALF:
         return None
