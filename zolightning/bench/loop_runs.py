@@ -216,11 +216,13 @@ class LoopRuns:
         return 32, 0, 3 * self.numel // 16 * 16, 37, 16, self.numel, 2 * self.numel // 16 * 16, 48
 
     def _noise_of_each(self, queries: int, kind: NoiseKind) -> list[Noise]:
-        """Noise for each size; keys are rows of one table, and coefficients are one tensor."""
+        """Noise for each size; keys are rows of one table, and coefficients are one tensor but for one size."""
         each = [noise(queries, kind, CPU, name=str(size)) for size in self._sizes()]
         table = torch.stack([one.keys for one in each]).to(self.device)
         coefficients = each[0].coefficients.to(self.device)
-        return [Noise(keys, coefficients, kind) for keys in table.unbind()]
+        found = [Noise(keys, coefficients, kind) for keys in table.unbind()]
+        found[6] = -found[6]
+        return found
 
     def _shaped(self, shape: Shape, *size: int) -> dict[str, Any]:
         """The argument that scales or masks noise; empty for plain noise. Some roots of the curvature are not exact."""
