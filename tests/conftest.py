@@ -190,6 +190,14 @@ def signatures_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_callbacks_of_other_packages() -> Iterator[None]:
+    """Each Trainer looks for some in all packages that are installed, which takes it most of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning.pytorch.trainer.connectors.callback_connector._load_external_callbacks", lambda _: [])
+        yield
+
+
 @pytest.fixture
 def at_project_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that runs where ``configs/`` is, with a seed."""
