@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from optimizer_steps import METHODS_AND_DTYPES
 from zolightning.callbacks import MomentumTransport, SubspaceResampling, ZerothOrder
 from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, WarmupDecay, ZerothOrderOptimizer
 from zolightning.optim.estimators import ForwardGradient, PerExample
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata 0.11 with torch 2.13
 ]
 
-DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
 
 
 class Recorder(Callback):
@@ -95,15 +96,15 @@ def run(
     return run
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-def test_every_method(method: Method, run: Callable[..., Run], tmp_path: Path, precision: str) -> None:
+@METHODS_AND_DTYPES
+def test_every_method(method: Method, run: Callable[..., Run], tmp_path: Path, dtype: torch.dtype) -> None:
     """Between two resamplings, in mid-epoch; the next of both come after it."""
-    settings = {"max_steps": 12, "precision": precision}
+    settings = {"max_steps": 12, "precision": PRECISIONS[dtype]}
     whole = run(method, stop=6, **settings)
     resumed = run(method, ckpt_path=tmp_path / "saved.ckpt", **settings)
     assert len(whole.records) == 12 and resumed.records == whole.records[6:]
     resumed.assert_ends_as(whole)
-    assert {parameter.dtype for parameter in resumed.module.parameters()} == {DTYPES[precision]}
+    assert {parameter.dtype for parameter in resumed.module.parameters()} == {dtype}
     assert len({record.lr for record in whole.records}) == 12, "the schedule has no effect"
 
 
