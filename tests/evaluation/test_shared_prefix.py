@@ -25,7 +25,7 @@ GREEDILY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 class Layers(nn.Module):
     """Four layers that count how often they run, an embedding before and a head after them."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, skip: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, way: str = "") -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(5)
@@ -33,7 +33,7 @@ class Layers(nn.Module):
             self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
             self.head = nn.Linear(8, 3)
         self.to(dtype)
-        self.skip = skip
+        self.way = way
         self.shift = 0  # of the token ids: another batch
         self.runs = Tape([0] * 4)
         for index, layer in enumerate(self.layers):
@@ -41,14 +41,23 @@ class Layers(nn.Module):
 
     def _run(self, index: int, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         self.runs[index] += 1
-        return hidden + forward(hidden)
+        hidden = hidden + forward(hidden)
+        self.outputs.append(hidden)
+        return hidden
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden = first = self.embedding(ids)
-        for index, layer in enumerate(self.layers):
+        hidden = self.embedding(ids)
+        self.outputs = Tape()
+        after = []
+        for layer in [*self.layers] * (2 if self.way == "loop" else 1):
             hidden = layer(hidden)
-            first = hidden if index == 0 else first
-        return self.head(hidden + first if self.skip else hidden).mean(1)
+            after.append(hidden)
+        match self.way:
+            case "skip":
+                hidden = hidden + after[0]
+            case "collected by layers":
+                hidden = hidden + self.outputs[3]
+        return self.head(hidden).mean(1)
 
     def loss(self, parts: int = 1) -> Tensor:
         ids, labels = (torch.arange(48).view(8, 6) + self.shift) % 20, torch.arange(8) % 3
@@ -190,14 +199,15 @@ def test_all_up_to_the_first_trained_parameter_is_shared(trained: tuple[str, ...
     assert step(net)[1] == runs
 
 
-def test_a_layer_that_is_read_elsewhere_is_not_shared() -> None:
-    net, plain = Layers(skip=True), Layers(skip=True)
+@pytest.mark.parametrize(("way", "reason"), [("skip", ""), ("collected by layers", ""), ("loop", ", because .* again")])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nothing_is_shared_where_layers_do_more_than_run_once_in_a_row(way: str, reason: str, parts: int) -> None:
+    net, plain = Layers(way=way), Layers(way=way)
     for one in (net, plain):
         one.train_only("layers.2")
-    with pytest.warns(UserWarning, match="cannot be shared"):
-        records, runs = step(net)
-    assert runs == [2] * 4
-    assert records == step(plain, share=False)[0]
+    with pytest.warns(UserWarning, match=f"cannot be shared by the forwards of a step{reason}"):
+        found = step(net, parts=parts)
+    assert found == step(plain, share=False, parts=parts)
 
 
 def test_hooks_of_others_see_every_run() -> None:

@@ -23,10 +23,12 @@ from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators, States
 from zolightning.evaluation.replaced import replaced_forward
+from zolightning.evaluation.row_groups import tensors_in
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
 _WRITES = ", because each writes a text of its own"
+_LOOPS = ", because the network runs them again on what trained layers have made"
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
@@ -67,6 +69,10 @@ class SharedPrefix:
         # For each time that the network runs in an evaluation, the output of the last of these layers, and the states
         # of the generators after it: where it is skipped, later layers must draw the same numbers all the same.
         self._outputs: list[tuple[Any, States | None]] = []
+        # For each of these times but the first, a digest of the tensors that the first layer was called with. The second
+        # evaluation, at other weights, must call it with the same: on another part of the batch, not on what comes out.
+        self._inputs: list[bytes] = []
+        self._is_independent = False  # whether that has been seen
         self._generators = Generators()
         self._proven = 0  # the greatest depth whose loss has been compared with that of computing everything
 
@@ -78,7 +84,8 @@ class SharedPrefix:
         The first call of a step computes everything. If it finds more layers to share than any step before, it repeats
         the evaluation with these skipped, and shares nothing from then on unless the loss has the same bits, because a
         network may do more with its layers than run one after the other. Evaluations that generate texts share nothing
-        either: each goes on from its own tokens, with keys and values of all layers.
+        either: each goes on from its own tokens, with keys and values of all layers. Nor do those of a network that
+        loops over its layers.
 
         Args:
             evaluate: evaluates the loss in `perturbed`, and within another context, in which layers are skipped.
@@ -88,20 +95,31 @@ class SharedPrefix:
         if self.depth is None and moving != self._kept_for:
             self.kept, self._kept_bytes, self._kept_depth, self._kept_for = {}, 0, 0, moving
         if self.depth is not None or (self.keep_bytes and self._kept_depth):
+            is_first = self.depth is None
             try:
-                return evaluate(self._recall(self._kept_depth) if self.depth is None else self._replay())
-            except _Continues:
-                self._give_up(_WRITES)
+                result = evaluate(self._recall(self._kept_depth) if is_first else self._replay())
+            except _CannotShare as error:
+                self._give_up(str(error))
                 return evaluate(nullcontext())
+            self._is_independent |= not is_first and len(self._outputs) > 1
+            return result
         result = evaluate(self._record(perturbed))
         if self.depth and self.depth > self._proven and torch.isfinite(result.loss):
-            again = evaluate(self._replay())
-            if torch.equal(again.loss, result.loss):
+            if self._gives_again(result, evaluate):
                 self._proven = self.depth
             else:
                 self._give_up("")
         self._kept_depth = min(self.depth or 0, self._proven)
         return result
+
+    def _gives_again(
+        self, result: LossAndTerms, evaluate: Callable[[AbstractContextManager[None]], LossAndTerms]
+    ) -> bool:
+        """Whether an evaluation has the same bits where layers are skipped."""
+        try:
+            return torch.equal(evaluate(self._replay()).loss, result.loss)
+        except Exception:  # whatever a network raises that misses what its layers have left elsewhere
+            return False
 
     def _give_up(self, reason: str) -> None:
         self.layers, self.depth = (), 0
@@ -119,7 +137,7 @@ class SharedPrefix:
             yield
         finally:
             self.shared = self.depth or 0
-            self.depth, self._outputs = None, []
+            self.depth, self._outputs, self._inputs = None, [], []
 
     @contextmanager
     def _record(self, perturbed: Perturbed) -> Iterator[None]:
@@ -129,6 +147,8 @@ class SharedPrefix:
             nonlocal depth, runs, continues
             if index == 0:
                 runs += 1
+                if runs > 1:
+                    self._note_inputs(args, kwargs)
                 continues = caches.come_again(args, kwargs) or continues
             if runs == 1 and index == depth and not perturbed.has_touched_any():
                 depth, self._outputs = index + 1, [(output, self._generators.states())]
@@ -161,7 +181,9 @@ class SharedPrefix:
             nonlocal digest, is_kept, before
             if index == 0:
                 if caches.come_again(args, kwargs):
-                    raise _Continues
+                    raise _CannotShare(_WRITES)
+                if self._outputs:
+                    self._note_inputs(args, kwargs)
                 digest, before = _digest((args, kwargs)), self._generators.states()
                 is_kept = digest in self.kept
                 if is_kept:
@@ -182,6 +204,14 @@ class SharedPrefix:
             yield
         self.depth = depth
 
+    def _note_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_independent:
+            self._inputs.append(_digest(tensors_in((args, kwargs))))
+
+    def _is_known(self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the first layer is called with what it was called with in this run of the first evaluation."""
+        return not run or self._is_independent or _digest(tensors_in((args, kwargs))) == self._inputs[run - 1]
+
     @contextmanager
     def _replay(self) -> Iterator[None]:
         run, caches = -1, _Caches()
@@ -191,7 +221,9 @@ class SharedPrefix:
             if index == 0:
                 run += 1
                 if caches.come_again(args, kwargs):
-                    raise _Continues
+                    raise _CannotShare(_WRITES)
+                if run >= len(self._outputs) or not self._is_known(run, args, kwargs):
+                    raise _CannotShare(_LOOPS)
             output, states = self._outputs[run]
             if index + 1 == self.depth and states is not None:
                 self._generators.set(states)
@@ -209,8 +241,8 @@ class SharedPrefix:
             yield
 
 
-class _Continues(Exception):
-    """The network goes on from a text that another evaluation may have continued differently."""
+class _CannotShare(Exception):
+    """The evaluations of a step cannot share layers; the message says why."""
 
 
 class _Caches:
