@@ -37,16 +37,19 @@ _NO_FORWARD = getattr_static(nn.Module, "forward")
 def network_of(
     module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
 ) -> nn.Module:
-    """The outermost submodule with a forward of its own that holds all `parameters`, or else the module itself.
+    """What to run for several evaluations at once: a module's outermost submodule that holds all `parameters`.
 
     Args:
-        module: what computes the loss: a LightningModule that holds the network, or in a plain loop the network.
+        module: what computes the loss: a LightningModule that holds the network; in a plain loop the network, which is
+            then what runs, or what holds it.
         parameters: those that train.
         option: the setting that needs it.
 
     Raises:
         ValueError: if there is none.
     """
+    if not hasattr(module, "training_step") and _has_forward(module):
+        return module
     wanted = set(parameters)
     for submodule in module.modules():
         if submodule is not module and _has_forward(submodule) and wanted <= set(submodule.parameters()):
