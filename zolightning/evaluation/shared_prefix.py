@@ -69,8 +69,8 @@ class SharedPrefix:
         # For each time that the network runs in an evaluation, the output of the last of these layers, and the states
         # of the generators after it: where it is skipped, later layers must draw the same numbers all the same.
         self._outputs: list[tuple[Any, States | None]] = []
-        # For each of these times but the first, a digest of the tensors that the first layer was called with. The second
-        # evaluation, at other weights, must call it with the same: on another part of the batch, not on what comes out.
+        # For each of these times but the first, a digest of the tensors that the first layer was called with. The
+        # second evaluation, at other weights, must call it with the same: another part of the batch, not an output.
         self._inputs: list[bytes] = []
         self._is_independent = False  # whether that has been seen
         self._generators = Generators()
