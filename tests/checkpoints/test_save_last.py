@@ -54,11 +54,15 @@ def test_the_end_of_training(make_run: Any, make_whole: Any, end: dict[str, Any]
 
 
 class Clamped(Validated):
-    """Writes to its weights when a batch is over."""
+    """Writes to its weights when a batch or a validation is over."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         with torch.no_grad():
             self.net[0].weight.clamp_(-0.3, 0.3)
+
+    def on_validation_end(self) -> None:
+        with torch.no_grad():
+            self.net[0].bias.clamp_(-0.1, 0.1)
 
 
 @pytest.mark.parametrize("method", [partial(MeZO, lr=1e-2), partial(LOZO, lr=0.03, rank=2)])
@@ -70,7 +74,17 @@ def test_what_the_module_does_at_the_end_of_the_batch_is_saved(make_run: Any, me
     assert stopped.saved()["state_dict"]["net.0.weight"].abs().max() <= 0.3
     resumed.fit("last", validate=False).assert_ends_as(whole)
     assert resumed.watch.grads == {step: grads for step, grads in whole.watch.grads.items() if step > 5}
-    assert "on_train_batch_end" not in vars(resumed.module)
+    assert not {"on_train_batch_end", "on_validation_end"} & vars(resumed.module).keys()
+
+
+def test_what_the_module_does_at_the_end_of_a_validation_is_saved(make_run: Any) -> None:
+    often = {"val_check_interval": 5, "check_val_every_n_epoch": None}
+    whole, stopped, resumed = (make_run(folder, max_steps=steps, **often) for folder, steps in _PARTS)
+    for run in (whole, stopped, resumed):
+        run.module = Clamped()
+    whole.fit(), stopped.fit()
+    assert stopped.saved()["state_dict"]["net.0.bias"].abs().max() <= 0.1
+    resumed.fit("last").assert_ends_as(whole)
 
 
 def test_every_so_many_steps(make_run: Any) -> None:

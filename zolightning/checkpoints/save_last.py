@@ -3,8 +3,9 @@
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -113,7 +114,7 @@ class SaveLast(ModelCheckpoint):
         self._resumed = {}
         if stage == "fit":
             self._defer_folding(trainer)
-            self._save_after_hook_of(trainer, pl_module)
+            self._save_after_hooks_of(trainer, pl_module)
         if stage == "fit" and not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
             require_writable("dirpath", folder)
@@ -183,6 +184,9 @@ class SaveLast(ModelCheckpoint):
             self._stop_here(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Does nothing, unlike that of ModelCheckpoint."""
+
+    def _validation_ends(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validation_due = False
             self._save(trainer)
@@ -249,20 +253,16 @@ class SaveLast(ModelCheckpoint):
     def _advice(self, trainer: L.Trainer) -> str:
         return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=quote(str(self._folder)))}"
 
-    def _save_after_hook_of(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Saves at the end of a batch after the module's own ``on_train_batch_end``, which follows those of callbacks.
+    def _save_after_hooks_of(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Saves at the end of a batch or validation after the module's own hook, which follows those of callbacks.
 
         What it does to weights (clamps, a teacher's average) would be missing after a resume, because it would not run.
         """
-        own = module.on_train_batch_end
-
-        @wraps(own)  # with its name, by which others see whose hook it is
-        def on_train_batch_end(*args: Any) -> None:
-            own(*args)
-            self._batch_ends(trainer)
-
         self._restore.close()
-        self._restore.enter_context(replaced(module, "on_train_batch_end", on_train_batch_end))
+        for name, ends in (("on_train_batch_end", self._batch_ends), ("on_validation_end", self._validation_ends)):
+            self._restore.enter_context(
+                replaced(module, name, _followed(getattr(module, name), partial(ends, trainer)))
+            )
 
     @staticmethod
     def _defer_folding(trainer: L.Trainer) -> None:
@@ -322,6 +322,17 @@ class SaveLast(ModelCheckpoint):
     def _stop_here(self, trainer: L.Trainer) -> None:
         if self._stopping:
             raise SystemExit(exit_status(trainer, self._stopping))
+
+
+def _followed(own: Callable[..., None], after: Callable[[], None]) -> Callable[..., None]:
+    """A hook that calls another function after its own one, by whose name others see whose hook it is."""
+
+    @wraps(own)
+    def hook(*args: Any) -> None:
+        own(*args)
+        after()
+
+    return hook
 
 
 class _First(Callback):
