@@ -54,6 +54,27 @@ def test_evaluations_share_a_forward(method: Any, trained: str) -> None:
     assert one_by_one - together == 4 * 3 - 4  # three fewer in each step; once four more, to compare
 
 
+class WithLoss(nn.Module):
+    """Computes its loss itself, from a network that holds all that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).square().mean()
+
+
+def test_a_network_in_a_module_that_computes_the_loss() -> None:
+    net, inputs = WithLoss(), torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
+    optimizer = MeZO(net.parameters(), lr=1e-2, num_queries=2, seed=3)
+    optimizer.attach(net, evaluations_per_forward=4)
+    for _ in range(2):
+        before = Network.forwards
+        optimizer.estimate(lambda: net(inputs))
+    assert Network.forwards - before == 1
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_graphs_give_the_same_bits(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     capture = CPUCapture()

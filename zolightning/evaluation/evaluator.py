@@ -20,7 +20,7 @@ from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.snapshot import Lasting
-from zolightning.evaluation.stacked import StackedNetwork, network_of
+from zolightning.evaluation.stacked import StackedNetwork, networks_of
 from zolightning.evaluation.submodules import Submodules
 from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
@@ -55,7 +55,7 @@ class Evaluator:
         self._moving: set[int] = set()  # the parameters that moved in it
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
-        self._stack: StackedNetwork | None = None
+        self._stacks: list[StackedNetwork] = []  # the one in use, and what is tried after it
         self._examples: ExampleNetwork | None = None
         self._runs_one_by_one = False  # whether each example has a forward of its own
 
@@ -88,9 +88,10 @@ class Evaluator:
         self._reads = KnownReads(module)
         self.prefix = SharedPrefix(self._layers(), keep_prefix_bytes)
         if evaluations_per_forward > 1:
-            self._stack = StackedNetwork(network_of(module, parameters), evaluations_per_forward)
+            networks = networks_of(module, parameters)
+            self._stacks = [StackedNetwork(network, evaluations_per_forward) for network in networks]
         if cuda_graphs:
-            network = network_of(module, parameters, "cuda_graphs")
+            network, *_ = networks_of(module, parameters, "cuda_graphs")
             self.graphs = GraphedNetwork(network, CudaCapture(parameters[0].device))
 
     def detach(self) -> None:
@@ -106,8 +107,7 @@ class Evaluator:
         self._is_watched = False
         if self.module is not None:
             self.prefix = SharedPrefix(self._layers(), self.prefix.keep_bytes)
-        if self._stack is not None:
-            self._stack = StackedNetwork(self._stack.network, self._stack.size)
+        self._stacks = [StackedNetwork(stack.network, stack.size) for stack in self._stacks]
         if self._examples is not None:
             self._examples = ExampleNetwork(self._examples.network)
         if self.graphs is not None:
@@ -116,7 +116,7 @@ class Evaluator:
     @property
     def evaluations_per_forward(self) -> int:
         """How many evaluations share a run of the network."""
-        return 1 if self._stack is None else self._stack.size
+        return self._stacks[0].size if self._stacks else 1
 
     def evaluate(
         self,
@@ -223,18 +223,24 @@ class Evaluator:
         """
         if self.graphs is not None:
             self.graphs.begin_step(generators)
-        if self._stack is not None and self._reads.has_unseen:
-            self._stop_stacking("such parameters cannot be stacked")
+        if self._stacks and self._reads.has_unseen:
+            self._stacks = []
+            self._warn_of_one_by_one("such parameters cannot be stacked")
         self.is_first = leaves_traces
         if parts is not None:
             return self._losses_of_examples(parts, contexts, generators, leaves_traces), []
-        if self._stack is not None and not contexts[0].in_place:
+        reasons: list[CannotStack] = []
+        while self._stacks and not contexts[0].in_place:
             try:
-                return self._stack.evaluate(evaluate, contexts, generators, self.graphs), []
+                return self._stacks[0].evaluate(evaluate, contexts, generators, self.graphs), []
             except CannotStack as error:
-                self._stop_stacking(
-                    f"{error}. Set it to 1, or freeze a parameter that is in the way, or give it a `vector_lr` of 0"
-                )
+                reasons.append(error)
+                del self._stacks[0]
+                if not self._stacks:
+                    self._warn_of_one_by_one(
+                        f"{reasons[0]}. Set it to 1, or freeze a parameter that is in the way, or give it a "
+                        "`vector_lr` of 0"
+                    )
                 for context in contexts:
                     context.seen.clear()  # all functions were watched; below only those in readers are
                 self.is_first = leaves_traces
@@ -285,14 +291,15 @@ class Evaluator:
             raise CannotStack("some parameters are perturbed in place, which no example has to itself")
         if self._examples is None:
             try:
-                self._examples = ExampleNetwork(network_of(self.module, context.perturbations))
+                network, *_ = networks_of(self.module, context.perturbations)
+                self._examples = ExampleNetwork(network)
             except ValueError:
                 name = type(self.module).__name__
                 raise CannotStack(f"no submodule of {name} holds all parameters that train") from None
         return self._examples
 
-    def _stop_stacking(self, reason: str) -> None:
-        self._stack = None
+    @staticmethod
+    def _warn_of_one_by_one(reason: str) -> None:
         rank_zero_warn(f"`evaluations_per_forward` is 1 from here on: {reason}.")
 
     def _found_submodules(self) -> list[nn.Module]:

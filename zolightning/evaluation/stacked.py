@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from inspect import getattr_static
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,34 +35,35 @@ from zolightning.evaluation.row_groups import CannotStack, perturbed_by
 _NO_FORWARD = getattr_static(nn.Module, "forward")
 
 
-def network_of(
+def networks_of(
     module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
-) -> nn.Module:
-    """What to run for several evaluations at once: a module's outermost submodule that holds all `parameters`.
+) -> list[nn.Module]:
+    """What may run for several evaluations at once, the best first: modules with a forward that hold all `parameters`.
+
+    A module that computes the loss holds its network, the outermost such submodule. In a plain loop the module itself
+    may be the network, and comes first; its submodule is the network where it computes its loss itself.
 
     Args:
-        module: what computes the loss: a LightningModule that holds the network; in a plain loop the network, which is
-            then what runs, or what holds it.
+        module: what computes the loss: a LightningModule, or what is attached in a plain loop.
         parameters: those that train.
         option: the setting that needs it.
 
     Raises:
         ValueError: if there is none.
     """
-    if not hasattr(module, "training_step") and _has_forward(module):
-        return module
     wanted = set(parameters)
-    for submodule in module.modules():
-        if submodule is not module and _has_forward(submodule) and wanted <= set(submodule.parameters()):
-            return submodule
-    if _has_forward(module):
-        return module
-    children = ", ".join(name for name, _ in module.named_children()) or "none"
-    raise ValueError(
-        f"`{option}` needs one submodule that holds all trainable parameters and is called for the loss, and "
-        f"{type(module).__name__} has none such: its children are {children}. Put the network into one module, or "
-        f"leave `{option}` at its default."
-    )
+    inner = (m for m in module.modules() if m is not module and _has_forward(m) and wanted <= set(m.parameters()))
+    found = list(islice(inner, 1))
+    if _has_forward(module) and (not found or not hasattr(module, "training_step")):
+        found.insert(0, module)
+    if not found:
+        children = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise ValueError(
+            f"`{option}` needs one submodule that holds all trainable parameters and is called for the loss, and "
+            f"{type(module).__name__} has none such: its children are {children}. Put the network into one module, or "
+            f"leave `{option}` at its default."
+        )
+    return found
 
 
 def _has_forward(module: nn.Module) -> bool:

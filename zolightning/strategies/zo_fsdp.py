@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from zolightning.directions.shards import gathered, is_sharded, own_part, whole
-from zolightning.evaluation.stacked import network_of
+from zolightning.evaluation.stacked import networks_of
 from zolightning.layers import find_layers
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.strategies.ranks import leave_at_exit
@@ -101,7 +101,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         layers = find_layers(module, self.layers_name).layers
         parts: list[nn.Module] = [*layers]
         with suppress(ValueError):  # if the module itself holds the layers, the rest of it is not sharded
-            parts.append(network_of(module, chain(*(layer.parameters() for layer in layers))))
+            parts += networks_of(module, chain(*(layer.parameters() for layer in layers)))[:1]
         for part in (*parts, module):
             part.to(self.root_device)
             for tensor in chain(part.parameters(), part.buffers()):
