@@ -1,6 +1,7 @@
 """Blocks in turn under a Trainer: what moves, what is shared, resumed, shown and refused."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_losses_are_those_without_a_shared_prefix(fit: Fit, monkeypatch: pytest.
     descent = BlockCoordinateDescent(RandomPermutation(), interval=1)
     _, shared = fit(partial(MEZO, num_queries=2), descent)
     assert max(descent._shares) == 3 / 4 * 3 / 4, "three of four layers, in three of four evaluations"
-    monkeypatch.setattr(SharedPrefix, "evaluate", lambda _, evaluate, context: evaluate(context))
+    monkeypatch.setattr(SharedPrefix, "evaluate", lambda _, evaluate, context: evaluate(nullcontext()))
     _, alone = fit(partial(MEZO, num_queries=2), BlockCoordinateDescent(RandomPermutation(), interval=1))
     assert shared == alone and len({record.blocks for record in shared}) == 5
 
