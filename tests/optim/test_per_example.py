@@ -296,14 +296,29 @@ class Centred(nn.Module):
         return self.linear(x) - (self.linear(x).mean(0) if len(x) > 1 else 0)
 
 
-def test_examples_run_one_by_one_where_rows_are_not_independent() -> None:
+class Recurrent(nn.Module):
+    """A network whose hidden state has the rows in its second dimension, and takes those of all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(5, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x[:, None])[0][:, -1]
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [(Centred, "not those of separate runs.*not independent"), (Recurrent, "the loss fails on its output")],
+)
+def test_examples_run_one_by_one_where_rows_are_not_independent(network: type[nn.Module], reason: str) -> None:
     net = Mlp(0.0)
-    net.net = Centred().double()
+    net.net = network().double()
     batches = [MicroBatch(net.loss, {i: partial(net.loss, slice(i, i + 1)) for i in range(8)})]
     optimizer = LOZO(net.named_parameters(), rank=2, eps=EPS, num_queries=8, estimator=PerExample(), seed=4)
     optimizer.attach(net)
     expected = in_a_loop(net, optimizer, list(range(8)))
-    with pytest.warns(UserWarning, match="once an example from here on.*not those of separate runs.*not independent"):
+    with pytest.warns(UserWarning, match=f"once an example from here on.*{reason}"):
         record = optimizer.estimate(net.loss, micro_batches=batches)
     assert record.projected_grads == pytest.approx(expected, rel=1e-6)
     optimizer.estimate(net.loss, micro_batches=batches)  # and without another warning

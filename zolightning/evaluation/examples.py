@@ -210,6 +210,12 @@ class _Run(NetworkRun):
         try:
             with context:
                 return evaluate()
+        except CannotStack:
+            raise
+        except Exception as error:  # the loss of single runs will tell if it is to blame
+            if not self.calls:
+                raise
+            raise CannotStack(f"the loss fails on its output: {type(error).__name__}: {error}") from error
         finally:
             self._is_whole = False
 
