@@ -1,5 +1,6 @@
 """Finds out, before the first step, where a loss reads parameters: unseen by torch's functions, or in which modules."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from typing import Any
 
@@ -129,7 +130,7 @@ def find_readers(
     """The submodules that own some of `parameters`, each with those that it may read, if nothing else reads any.
 
     Found by two evaluations along one random direction, one of them with all functions watched: their losses must have
-    the same bits. A read elsewhere is missed only if it does not move the loss and is not the only one.
+    the same bits, and each parameter must be read as often.
 
     Args:
         module: the module that owns all of the parameters.
@@ -153,19 +154,33 @@ def find_readers(
         named, seed=0, step=0, coefficients={q: _TRIAL_EPS * 0.7**q for q in range(4)}, kind="gaussian"
     )
     scratch, moved = Scratch(), {named[name]: change for name, change in changes.items()}
-    with Perturbed(moved, (), scratch) as everywhere:
+    everywhere = Perturbed(moved, (), scratch)
+    everywhere.seen = reads = _Reads()
+    with everywhere:
         loss = evaluate()
     in_owners = _ByReader(moved, (), scratch, owners)
     with in_owners:
         same_loss = evaluate()
     seen = in_owners.seen_in
-    if set().union(*seen.values()) != everywhere.seen or not torch.equal(loss, same_loss):
+    if sum(seen.values(), Counter()) != reads.counts or not torch.equal(loss, same_loss):
         return None
     return {owner: frozenset(p for p in parameters if id(p) in seen[owner] or p in owned[owner]) for owner in owners}
 
 
+class _Reads(set[int]):
+    """The ids of the parameters that functions have read, and how often each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+
+    def add(self, key: int) -> None:
+        super().add(key)
+        self.counts[key] += 1
+
+
 class _ByReader(Perturbed):
-    """Notes the ids of the parameters that are seen in the forward of each of its readers, but for readers in there.
+    """Counts the reads of parameters in the forward of each of its readers, but for readers in there.
 
     Not by hooks: nn.TransformerEncoderLayer has a forward in C++ that reads parameters unseen, and where it finds hooks
     it calls its submodules instead.
@@ -173,17 +188,17 @@ class _ByReader(Perturbed):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.seen_in: dict[nn.Module, set[int]] = {reader: set() for reader in self.readers or ()}
+        self.seen_in: dict[nn.Module, Counter[int]] = {reader: Counter() for reader in self.readers or ()}
 
     def _forward_of(self, reader: nn.Module) -> Callable[..., Any]:
         own = super()._forward_of(reader)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            outside, self.seen = self.seen, set()
+            outside, self.seen = self.seen, (reads := _Reads())
             try:
                 return own(*args, **kwargs)
             finally:
-                self.seen_in[reader] |= self.seen
+                self.seen_in[reader] += reads.counts
                 self.seen = outside
 
         return forward
