@@ -16,6 +16,7 @@ from zolightning.commands import configs, run_report
 from zolightning.commands.output import hush
 from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
+from zolightning.strategies.ranks import leave_at_exit
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -55,6 +56,7 @@ def console() -> None:
     """
     keep_freed_memory()
     repeat_products()
+    leave_at_exit()  # under Lightning's own strategies too
     sys.path.append(os.getcwd())  # where a user's own classes and functions are, last: it hides no package
     try:
         try:

@@ -1,5 +1,7 @@
 """Ranks hold the same weights, and do what one does with the same batches and queries."""
 
+import subprocess
+import sys
 from typing import Any
 
 import lightning as L
@@ -211,3 +213,17 @@ def test_a_checksum_changes_with_any_bit(dtype: torch.dtype, size: int) -> None:
         bits = changed.view(torch.uint8)[place * dtype.itemsize :]
         bits[0] ^= 1
         assert not torch.equal(before, checksum([tensors[0], changed, tensors[2]], torch.device("cpu")))
+
+
+def test_a_command_leaves_the_process_group_when_it_ends() -> None:
+    """Under Lightning's strategies too, which leave gloo's to the interpreter: it sometimes aborts then."""
+    program = (
+        "import atexit\n"
+        "import torch.distributed as dist\n"
+        "from zolightning import __main__ as command\n"
+        "atexit.register(lambda: print('in a group' if dist.is_initialized() else 'left'))\n"
+        "command.main = lambda: dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "command.console()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stdout) == (0, "left\n"), ended.stderr
