@@ -25,7 +25,7 @@ from zolightning.bench.__main__ import main
 from zolightning.bench.figures import COLUMNS, Figures
 from zolightning.bench.floors import Ceilings
 from zolightning.bench.gpu import MINIATURE, Part, Sizes, parts, run_here
-from zolightning.bench.kernel_cost import measure_kernels
+from zolightning.bench.kernel_cost import PIECES_MIB, measure_kernels
 from zolightning.bench.rows import BY_NAME
 from zolightning.bench.step_cost import Settings
 from zolightning.bench.step_records import Cost
@@ -67,6 +67,8 @@ def test_every_part_runs_in_miniature(tmp_path: Path, device: str) -> None:
     assert {name: found["bits"][name] for name in sofar} == sofar
     assert found["bits"]["machine"]["torch"] == torch.__version__
     assert ("gpu" in found["bits"]["machine"]) == (device == "cuda")
+    pieces = {"not perturbed", "whole", *(f"pieces of {mib} MiB" for mib in PIECES_MIB)}
+    assert found["pieces"].keys() == {"part", *(f"64 x 32, 4 tokens, {name}" for name in pieces)}
     assert float(found["kernels"]["update exact, 5000 elements, gaussian, 1 queries"]["gb_per_second"]) > 0
     steps = found["steps of config:tiny"]
     for name in ("forward", "MeZO", "LOZO rank 4", "published"):

@@ -2,9 +2,10 @@
 
 What is known least comes first: do the loops over parameters write the bits of the CPU's; what do whole steps take, in
 time and memory, on models by shape, with CUDA graphs and without, ours and published; is a run the same twice, and when
-it is resumed; how near do the loops come to the bandwidth of the card, and what do they cost without Triton. Each part
-runs in processes of its own and has a time limit. Its figures are appended to one CSV file as soon as they are there, a
-line each; what fails or runs out of time leaves a line that says so, and what comes next goes on.
+it is resumed; in pieces of which size is a large matrix multiplied fastest; how near do the loops come to the bandwidth
+of the card, and what do they cost without Triton. Each part runs in processes of its own and has a time limit. Its
+figures are appended to one CSV file as soon as they are there, a line each; what fails or runs out of time leaves a
+line that says so, and what comes next goes on.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from zolightning.bench.bits import HUGE, comparisons
 from zolightning.bench.figures import COLUMNS, Figures, append
 from zolightning.bench.floors import Ceilings, floor_table
-from zolightning.bench.kernel_cost import measure_kernels
+from zolightning.bench.kernel_cost import measure_kernels, measure_pieces
 from zolightning.bench.measure import environment, release, require
 from zolightning.bench.repetition import compare, runs
 from zolightning.bench.report import machine
@@ -61,6 +62,7 @@ class Sizes:
             two.
         huge: number of elements of a tensor that int32 cannot count; None: no such tensor.
         kernels: numbers of elements of the weights that kernels are timed on.
+        product: shape of the matrix that is multiplied in pieces, by inputs of as many `tokens`: OPT-13B's.
         steps: the models whose steps are measured; the last one is also measured without Triton.
         repeated_shape: the model whose training is repeated.
         repeated_steps: steps of each repeated run.
@@ -70,11 +72,16 @@ class Sizes:
     bits_processes: int = 12
     huge: int | None = HUGE
     kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
+    product: tuple[int, int] = (20480, 5120)
+    tokens: tuple[int, ...] = (304, 608, 4096)
     steps: tuple[Steps, ...] = (
         Steps(
             Settings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5),
-            ("forward", "forward, CUDA graphs", "MeZO, CUDA graphs", "LOZO rank 4, CUDA graphs", "published"),
-            80,
+            (
+                *("forward", "forward, CUDA graphs", "MeZO, CUDA graphs"),
+                *("MeZO, both signs in one forward, CUDA graphs", "LOZO rank 4, CUDA graphs", "published"),
+            ),
+            90,
         ),
         Steps(
             Settings("config:llama-3-8b", seq_len=64, lengths=256, prompt_batches=2, repeats=5),
@@ -99,7 +106,7 @@ _TINY = Steps(
     ("forward", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4", "published", "published, answer logits"),
     60,
 )
-MINIATURE = Sizes(1003, 1, None, (5000,), (_TINY,), "tiny", 2)
+MINIATURE = Sizes(1003, 1, None, (5000,), (64, 32), (4,), (_TINY,), "tiny", 2)
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,10 @@ def parts(sizes: Sizes) -> list[Part]:
     return [
         Part("bits", 120, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
         *(Part(f"steps of {steps.settings.model}", steps.limit, (partial(_steps, steps),)) for steps in sizes.steps),
-        Part("resume", 70, (partial(_resume, sizes),)),
-        Part("kernels", 20, (partial(_kernels, sizes),)),
-        *(Part(row.name, 25, (partial(_parity, parity, row.name),), row.environment) for row in PARITY),
+        Part("resume", 65, (partial(_resume, sizes),)),
+        Part("pieces", 10, (partial(_pieces, sizes),)),
+        Part("kernels", 15, (partial(_kernels, sizes),)),
+        *(Part(row.name, 20, (partial(_parity, parity, row.name),), row.environment) for row in PARITY),
     ]
 
 
@@ -179,6 +187,11 @@ def _bits(sizes: Sizes, place: int, device: torch.device, figures: Figures) -> N
 
 def _kernels(sizes: Sizes, device: torch.device, figures: Figures) -> None:
     for record in measure_kernels(device, sizes.kernels, _ceilings(device, figures)):
+        figures.write(**record)
+
+
+def _pieces(sizes: Sizes, device: torch.device, figures: Figures) -> None:
+    for record in measure_pieces(device, *sizes.product, sizes.tokens):
         figures.write(**record)
 
 

@@ -1,4 +1,4 @@
-"""How near the loops over parameters come to the bandwidth of a copy."""
+"""How near the loops over parameters come to the bandwidth of a copy, and what products with perturbed weights take."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -6,17 +6,24 @@ from types import ModuleType
 from typing import get_args
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zolightning import kernels
 from zolightning.bench.floors import Ceilings
 from zolightning.bench.loop_runs import noise
 from zolightning.bench.measure import kernel_seconds
 from zolightning.commands.tables import Record
+from zolightning.directions.dense import Direction
+from zolightning.evaluation.buffer import Buffer
+from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.products import changed_pieces, multiply
 from zolightning.kernels import torch_loops
 from zolightning.kernels.adam import adam_step
 from zolightning.kernels.noise import NoiseKind
 
 ROWS_READ = 4096  # of a table of as many elements
+PIECES_MIB = (64, 32, 16, 8)
 
 
 def measure_kernels(device: torch.device, sizes: Sequence[int], ceilings: Ceilings) -> Iterator[Record]:
@@ -72,3 +79,47 @@ def _measure(
             "gb_per_second": moved / seconds / 1e9,
             "over_floor": seconds * ceilings.bytes_per_second / moved,
         }
+
+
+@torch.no_grad()
+def measure_pieces(device: torch.device, rows: int, columns: int, tokens: Sequence[int]) -> Iterator[Record]:
+    """Times the product with a matrix that is perturbed and multiplied piece by piece, for some sizes of a piece.
+
+    A piece that is small enough is still in the second-level cache when it is multiplied, and is overwritten there by
+    the next one; its product may be too small for the whole card.
+
+    Args:
+        device: device to measure; on CUDA all work of a product is one graph.
+        rows, columns: shape of the matrix.
+        tokens: numbers of rows that it is multiplied with.
+    """
+    weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.bfloat16, device=device), requires_grad=False)
+    drawn = noise(1, "gaussian", device, 1e-3)
+    direction, buffer = Direction(drawn.keys, drawn.coefficients, drawn.kind), Buffer(device)
+    for count in tokens:
+        inputs = torch.randn(count, columns, device=device).to(weight.dtype)
+        output = inputs.new_empty(count, rows)
+        product = partial(_product_in_pieces, inputs, weight, direction, buffer, output)
+        work: dict[str, Callable[[], object]] = {"not perturbed": partial(F.linear, inputs, weight)}
+        work |= {"whole": partial(product, weight.nbytes)}
+        work |= {f"pieces of {mib} MiB": partial(product, mib * 2**20) for mib in PIECES_MIB}
+        for name, call in work.items():
+            seconds = kernel_seconds(_as_one_graph(call, device), device)
+            yield {"name": f"{rows} x {columns}, {count} tokens, {name}", "milliseconds": 1e3 * seconds}
+
+
+def _product_in_pieces(
+    inputs: Tensor, weight: nn.Parameter, direction: Direction, buffer: Buffer, output: Tensor, limit: int
+) -> None:
+    for part, piece in changed_pieces(weight, direction, buffer, limit):
+        multiply(inputs, piece.T, None, output[:, part])
+
+
+def _as_one_graph(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """On CUDA a function that replays all that `call` launches, so that the host takes no part in its time."""
+    if device.type != "cuda":
+        return call
+    call()  # compiles what it needs, and takes its memory
+    capture = CudaCapture(device)
+    capture.warm_up(call)
+    return capture.record(call)[1]

@@ -206,6 +206,7 @@ ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]
 GRAPHED = [
     Row("forward, CUDA graphs", _GraphedForward, forwards=1),
     _ours("MeZO, CUDA graphs", _MEZO, cuda_graphs=True),
+    _ours("MeZO, both signs in one forward, CUDA graphs", _MEZO, evaluations_per_forward=2, cuda_graphs=True),
     _ours("LOZO rank 4, CUDA graphs", _LOZO, cuda_graphs=True),
 ]
 # What the loops in Triton are for

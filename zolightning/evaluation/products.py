@@ -54,10 +54,10 @@ def linear_in_pieces(
     if device != HOST and inputs.dtype == weight.dtype and not torch.is_autocast_enabled(device):
         rows = inputs.reshape(-1, inputs.shape[-1])
         output = rows.new_empty(len(rows), len(weight))
-        for part, piece in _changed(weight, change, buffer):
+        for part, piece in changed_pieces(weight, change, buffer, PIECE_BYTES):
             multiply(rows, piece.T, None if bias is None else bias[part], output[:, part])
         return output.view(*inputs.shape[:-1], -1)
-    for part, piece in _changed(weight, change, buffer):
+    for part, piece in changed_pieces(weight, change, buffer, PIECE_BYTES):
         columns = F.linear(inputs, piece, None if bias is None else bias[part])
         if output is None:  # whose dtype autocast chooses
             output = columns.new_empty(*inputs.shape[:-1], len(weight))
@@ -66,8 +66,9 @@ def linear_in_pieces(
     return output
 
 
-def _changed(weight: nn.Parameter, change: ByRows, buffer: Buffer) -> Iterator[tuple[slice, Tensor]]:
-    for part in pieces(weight, PIECE_BYTES):
+def changed_pieces(weight: nn.Parameter, change: ByRows, buffer: Buffer, limit: int) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces of a perturbed matrix, of at most `limit` bytes, and their rows; the next one takes the same memory."""
+    for part in pieces(weight, limit):
         rows = weight[part]
         piece = buffer.tensor(rows.shape, rows.dtype, weight.requires_grad)
         change.add_to(rows, piece, start=part.start * weight.shape[1])
