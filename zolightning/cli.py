@@ -1,5 +1,6 @@
 """The command ``zolightning``: LightningCLI with this project's defaults."""
 
+import argparse
 import json
 import sys
 import warnings
@@ -54,6 +55,8 @@ _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
     **{name: {"model", "datamodule"} for name in ("doctor", "profile", "sweep-layers", "export", "replay")},
 }
+# The config.yaml of a run has these, whatever command reads it.
+_NOT_READ: dict[str, Any] = {"ckpt_path": str | None, "weights_only": bool | None}
 _PARSER_KWARGS: dict[str, Any] = {
     "prog": "zolightning",
     "version": installed_version("zolightning") or "unknown: not installed",
@@ -103,9 +106,13 @@ class ZerothOrderCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Without arguments for subcommands that nobody has asked for: those of all of them take half a second."""
-        if self._only in (None, subcommand):
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        return self.init_parser(**kwargs)
+        if self._only not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name, kind in _NOT_READ.items():
+            if name not in self._subcommand_method_arguments[subcommand]:
+                parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
@@ -131,11 +138,10 @@ class ZerothOrderCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_groups(config, ("trainer", "model", "data", "evaluation", *self._parser(self.subcommand).callback_keys))
-        if self.subcommand != "fit":
-            # True, and of no interest where nothing is saved.
-            warnings.filterwarnings("ignore", "The dirpath has changed.*")
         if self.subcommand == "fit":
             take_name(config)
+        else:  # true, and of no interest where nothing is saved
+            warnings.filterwarnings("ignore", "The dirpath has changed.*")
         _name_run(config)
         self.datamodule = self._made("data")
         choose_monitor(config, self.datamodule)

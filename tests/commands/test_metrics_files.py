@@ -21,7 +21,7 @@ def test_neither_an_error_nor_a_full_disk_costs_more_than_the_latest(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    write = metrics_files._replace
+    write = metrics_files.replace_text
 
     def full_at_first(path: Path, text: str) -> None:
         if not runs.version(0).joinpath("ledger.bin").exists():
@@ -33,7 +33,7 @@ def test_neither_an_error_nor_a_full_disk_costs_more_than_the_latest(
             seen.append(runs.metrics(0)["state"])
             raise RuntimeError("the fifth step")
 
-    monkeypatch.setattr(metrics_files, "_replace", full_at_first)
+    monkeypatch.setattr(metrics_files, "replace_text", full_at_first)
     monkeypatch.setattr("zolightning.callbacks.RunMonitor.on_train_batch_end", fail)
     message = r"metrics\.json and curves\.csv of .* are not up to date: .*No space left"
     with pytest.raises(RuntimeError, match="the fifth step"), pytest.warns(UserWarning, match=message):

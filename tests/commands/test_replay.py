@@ -1,18 +1,20 @@
 """``zolightning replay`` makes the model of a run again from its base model and its ledger."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
 from cli_runs import Runs, printed, refused
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.ledger import Ledger
-from zolightning.commands.replay import replay_to_folder
+from zolightning.commands.trainer import Trainer
 from zolightning.optim import MeZO
 
 pytestmark = [
@@ -75,23 +77,29 @@ def test_a_run_along_the_massive_direction_is_replayed(runs: Runs) -> None:
     assert all(torch.equal(weight, expected[re.search("lora_.", name)[0]]) for name, weight in replayed.items())
 
 
+def replay_to(output: str, callbacks: Sequence[Callback] = (ZerothOrder(MeZO),)) -> None:
+    Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks)).replay(
+        L.LightningModule(), "ledger.bin", output
+    )
+
+
 class TestRefused:
     """Before the ledger is read."""
 
     def test_a_folder_with_something_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match=r"`output` is .*, which is not empty"):
-            replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", str(tmp_path), None)
+            replay_to(str(tmp_path))
 
     @pytest.mark.parametrize("folder", ["/proc/x", __file__])
     def test_a_folder_that_cannot_be(self, folder: str) -> None:
         with pytest.raises(ValueError, match=r"`output` is .*, (where no file can be written|which is not empty)"):
-            replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", folder, None)
+            replay_to(folder)
 
     def test_no_method(self, tmp_path: Path) -> None:
         with pytest.raises(MisconfigurationException, match="`method` is null"):
-            replay_to_folder(L.LightningModule(), [], "ledger.bin", str(tmp_path), None)
+            replay_to(str(tmp_path), [])
 
     def test_a_module_that_cannot_be_exported(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="LightningModule has no `export` method"):
-            replay_to_folder(L.LightningModule(), [ZerothOrder(MeZO)], "ledger.bin", str(tmp_path), None)
+            replay_to(str(tmp_path))

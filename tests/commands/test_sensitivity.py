@@ -1,8 +1,6 @@
 """The sensitivity scan against autograd."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,11 +80,3 @@ def test_frozen_layers_are_scanned_too(make_layers: Callable[..., nn.Module]) ->
     whole = scan(network, num_queries=2)
     assert scan(network.requires_grad_(False), num_queries=2) == whole
     assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_json(make_layers: Callable[..., nn.Module], tmp_path: Path) -> None:
-    found = scan(make_layers(), num_queries=2)
-    found.save(tmp_path / "sensitivity.json")
-    read = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert (read["relative_error"], read["dtype"]) == (0.5, "float64")
-    assert [layer["rms"] for layer in read["layers"]] == [layer.rms for layer in found.layers]

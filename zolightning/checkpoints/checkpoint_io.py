@@ -122,6 +122,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file by :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def require_writable(name: str, folder: Path) -> None:
     """Raises a ValueError that names a setting if no file can be written to its folder, or the folder not made."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]

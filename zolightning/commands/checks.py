@@ -13,6 +13,7 @@ from torch import nn
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.commands.configured_trainer import SILENT
 from zolightning.commands.output import quiet
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced
@@ -193,11 +194,8 @@ def _validated_once(trainer: L.Trainer, model: L.LightningModule, datamodule: L.
             devices=1,
             precision=trainer.precision,
             limit_val_batches=1,
-            logger=False,
             callbacks=[],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **SILENT,
         )
         return {name for metrics in runner.validate(model, datamodule, verbose=False) for name in metrics}
 

@@ -8,6 +8,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 
+# The settings of a Trainer that writes and shows nothing.
+SILENT: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
+
 
 class ConfiguredTrainer(L.Trainer):
     """Lightning's Trainer, which keeps its arguments and writes checkpoints atomically.
@@ -29,7 +34,4 @@ class ConfiguredTrainer(L.Trainer):
 
     def without_traces(self, **changes: Any) -> L.Trainer:
         """A fresh Trainer with the same arguments, but for `changes`, on one device, that writes and shows nothing."""
-        silent = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "fast_dev_run"), False
-        )
-        return self.with_settings(**silent, devices=1, num_nodes=1, strategy="auto", **changes)
+        return self.with_settings(**SILENT, fast_dev_run=False, devices=1, num_nodes=1, strategy="auto", **changes)

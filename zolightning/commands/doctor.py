@@ -35,23 +35,31 @@ from zolightning.scopes.calibration import calibration_batches, calibration_forw
 
 def examine(
     trainer: ConfiguredTrainer,
-    module: L.LightningModule,
-    datamodule: L.LightningDataModule | None,
-    probe: LearningRateProbe,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None = None,
+    num_steps: int = 8,
+    num_examples: int = 32,
 ) -> None:
-    """Takes the first steps of a run at a learning rate of 0, on one device, and prints what they show.
+    """Says what a run would be, and what stands in its way, before it begins; trains and writes nothing.
 
-    Nothing is written; weights are afterwards as they were, to the bit.
+    Takes the first steps of the run that the configuration describes, at a learning rate of 0, and prints for each
+    kind of parameter the share of perturbations and of updates that survives rounding; how large the differences of
+    losses are beside the rounding of a loss; the largest output; the time of a step, and memory; a range of learning
+    rates (LearningRateProbe); and what to change. Weights are afterwards as they were, to the bit.
 
     Args:
-        trainer: the Trainer with the settings and callbacks of the run.
-        module: the module to be trained.
-        datamodule: the data to train on.
-        probe: the callback that measures the learning rate, unless the run has one itself.
+        trainer: the Trainer with the settings and callbacks of the run, of which one device is used.
+        model: any module that could be trained.
+        datamodule: to train on.
+        num_steps: steps to measure with, unless the run has a LearningRateProbe, which says so itself.
+        num_examples: examples that learning rates are tried on, likewise; the default takes about 100 forwards.
 
     Raises:
-        MisconfigurationException: if the run has no zeroth-order method, or its first loss is not finite.
+        ValueError: naming the argument, its value and what is accepted.
+        MisconfigurationException: if there is no `method`, the first loss is not finite, or the number of steps is not
+            known.
     """
+    probe = LearningRateProbe(num_steps, num_examples)
     callbacks = silent_callbacks(trainer)
     if not any(isinstance(callback, ZerothOrder) for callback in callbacks):
         raise MisconfigurationException(
@@ -68,7 +76,7 @@ def examine(
             min_epochs=None,
             limit_val_batches=0,
         )
-        runner.fit(module, datamodule)
+        runner.fit(model, datamodule)
     _report(doctor.overview, doctor.examination)
 
 

@@ -17,43 +17,59 @@ from zolightning.network.quantization import refuse_quantized
 
 def export_model(
     trainer: ConfiguredTrainer,
-    module: L.LightningModule,
-    datamodule: L.LightningDataModule | None,
-    ckpt_path: str | None,
-    folder: Path,
-    merge: bool,
-    push_to_hub: str | None,
-    private: bool,
-    weights_only: bool,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None = None,
+    ckpt_path: str | None = None,
+    folder: str = "exported",
+    merge: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    weights_only: bool | None = None,
 ) -> None:
-    """Writes the model of a checkpoint, and its model card, to a new folder; uploads that if `push_to_hub` is given.
+    """Writes a fine-tuned model as a Hugging Face folder, with a model card, and uploads it on request.
+
+    Of a run that trained adapters it is PEFT's folder of them. With a checkpoint come ``README.md``, the card, with
+    method, settings and metrics of the run, and ``training.yaml``, the settings to repeat it by.
+
+    Args:
+        trainer: the Trainer, which has the settings of the command line.
+        model: a module with an ``export`` method, such as CausalLM.
+        datamodule: whose task the card names.
+        ckpt_path: checkpoint of the run; without it the pretrained weights are written.
+        folder: where to write config, weights and tokenizer; must not exist, or be empty.
+        merge: add LoRA adapters to the weights beside them, and write the whole model.
+        push_to_hub: repository of the Hugging Face hub, ``owner/name``, to upload the folder to, as who is logged in
+            there (``hf auth login``); nothing is uploaded if not given.
+        private: whether a repository that has to be made is private.
+        weights_only: False to unpickle a checkpoint that holds more than tensors; only if you trust its source.
 
     Raises:
-        ValueError: if `ckpt_path`, `folder`, `merge` or `push_to_hub` cannot be used, before anything is written; or
-            if the hub does not accept the folder, with its reason.
+        ValueError: naming `ckpt_path`, `folder`, `merge` or `push_to_hub`, before anything is written; or with the
+            hub's reason, if it does not accept the folder.
     """
-    require_new_folder("folder", folder)
-    export = getattr(module, "export", None)
+    target = Path(folder)
+    require_new_folder("folder", target)
+    export = getattr(model, "export", None)
     if not callable(export):
-        raise ValueError(f"{type(module).__name__} has no `export` method.")
+        raise ValueError(f"{type(model).__name__} has no `export` method.")
     if ckpt_path is not None and not Path(ckpt_path).is_file():
         raise ValueError(f"`ckpt_path` is {ckpt_path}, which is not a file.")
     if push_to_hub is not None:
         _check_repository(push_to_hub)
     if ckpt_path is not None:
-        checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=weights_only)
-        _load(module, checkpoint)
+        checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=weights_only is not False)
+        _load(model, checkpoint)
     if merge:
-        refuse_quantized(module, "`merge`")
-        merge_adapter(module.model)  # type: ignore[arg-type]  # modules that are exported have a network of that name
-    export(folder)
-    if ckpt_path is not None and getattr(module, "model", None) is not None:
+        refuse_quantized(model, "`merge`")
+        merge_adapter(model.model)  # type: ignore[arg-type]  # modules that are exported have a network of that name
+    export(target)
+    if ckpt_path is not None and getattr(model, "model", None) is not None:
         run_folder = Path(ckpt_path).absolute().parent.parent
-        write_card(folder, module, datamodule, trainer.run_config, run_folder, checkpoint["global_step"])
+        write_card(target, model, datamodule, trainer.run_config, run_folder, checkpoint["global_step"])
     what = "the pretrained weights" if ckpt_path is None else f"step {checkpoint['global_step']}"
-    print(f"exported: {what}, to {folder}")
+    print(f"exported: {what}, to {target}")
     if push_to_hub is not None:
-        _upload(folder, push_to_hub, private)
+        _upload(target, push_to_hub, private)
 
 
 def _load(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -92,6 +92,7 @@ class HelpAll(argparse.Action):
 def short_help(parser: argparse.ArgumentParser) -> str:
     """The options that people use, in groups, a line each."""
     actions = {action.dest: action for action in parser._actions}
+    hidden = {dest for dest, action in actions.items() if action.help == argparse.SUPPRESS}
     grouped = {name for names in _GROUPS.values() for name in names} | {"help"}
     whole_groups = {dest.partition(".")[0] for dest in actions if "." in dest}  # each takes a file of its settings
     own = tuple(
@@ -102,7 +103,8 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     lines = [f"usage: {parser.usage}", "", *textwrap.wrap(parser.description or "", _WIDTH)]
     groups = {f"{parser.prog.split()[-1]} only": own, **_GROUPS} if own else _GROUPS
     for title, names in groups.items():
-        entries = [_entry(actions[name]) if name in actions else [f"  {name}"] for name in names]
+        shown = [name for name in names if name not in hidden]
+        entries = [_entry(actions[name]) if name in actions else [f"  {name}"] for name in shown]
         lines += ["", f"{title}:", *(line for entry in entries for line in entry)]
     lines += ["", "--help_all lists every option, of Lightning's Trainer too."]
     return "\n".join(lines) + "\n"

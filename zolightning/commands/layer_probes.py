@@ -1,9 +1,6 @@
 """Linear probes after each layer, which show after how many layers a network could end for a task."""
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,41 +25,16 @@ class LayerProbe:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class LayerProbes:
-    """Probes of several layers.
+def probe_layer(num_layers: int, inputs: Tensor, rows: Tensor) -> LayerProbe:
+    """Fits a probe to the head's inputs after `num_layers` layers.
 
-    Attributes:
-        probes: from the first layer to the last.
-    """
-
-    probes: tuple[LayerProbe, ...]
-
-    @property
-    def best(self) -> LayerProbe:
-        """The probe with the least loss."""
-        return min(self.probes, key=lambda probe: probe.loss)
-
-    def save(self, path: Path) -> None:
-        """Writes JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-
-def probe_layers(
-    features: Mapping[int, tuple[Tensor, Tensor]], on_probe: Callable[[], object] = lambda: None
-) -> LayerProbes:
-    """Fits a probe to the head's inputs after each of several numbers of layers.
-
-    The penalty of each is chosen as :class:`~zolightning.callbacks.LinearProbing` chooses it.
+    The penalty is chosen as :class:`~zolightning.callbacks.LinearProbing` chooses it.
 
     Args:
-        features: by the number of layers: the head's inputs, (N, H), and the right rows of the head, (N,).
-        on_probe: called after each probe.
+        num_layers: number of layers that are left.
+        inputs: the head's inputs, (N, H).
+        rows: the right rows of the head, (N,).
     """
-    probes = []
-    for count, (inputs, rows) in features.items():
-        classes, targets = rows.cpu().unique(return_inverse=True)
-        _, found = strongest_validated(inputs.double().cpu(), targets, len(classes), CS, TOLERANCE)
-        probes.append(LayerProbe(count, found.loss, found.error, found.accuracy))
-        on_probe()
-    return LayerProbes(tuple(probes))
+    classes, targets = rows.cpu().unique(return_inverse=True)
+    _, found = strongest_validated(inputs.double().cpu(), targets, len(classes), CS, TOLERANCE)
+    return LayerProbe(num_layers, found.loss, found.error, found.accuracy)

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from zolightning.checkpoints.checkpoint_io import remove_unfinished, replacing
+from zolightning.checkpoints.checkpoint_io import remove_unfinished, replace_text
 from zolightning.commands.event_log import EventLog
 from zolightning.commands.run_folder import Run, run_of
 from zolightning.partners import tensorboards
@@ -77,13 +77,13 @@ class MetricsFiles(Callback):
         folder = self._log.folder
         try:
             if self.subcommand != "fit":
-                _replace(folder / METRICS, as_json(self._evaluated(trainer) | {"versions": library_versions()}))
+                replace_text(folder / METRICS, as_json(self._evaluated(trainer) | {"versions": library_versions()}))
                 return
             self._log.read()
             run = run_of(self._log, dict(getattr(trainer, "run_config", {})), trainer.global_step, self._state)
             if run.curves:
-                _replace(folder / METRICS, as_json(run_metrics(run) | {"versions": library_versions()}))
-                _replace(folder / CURVES, curves_csv([run]))
+                replace_text(folder / METRICS, as_json(run_metrics(run) | {"versions": library_versions()}))
+                replace_text(folder / CURVES, curves_csv([run]))
         except OSError as error:  # a full disk, for one: the run goes on
             rank_zero_warn(f"{METRICS} and {CURVES} of {folder} are not up to date: {error}")
 
@@ -137,11 +137,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def library_versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import lightning as L
 import lightning_utilities.core.rank_zero as rank_zero
@@ -25,15 +24,9 @@ def output_folder(trainer: L.Trainer, output: str | None, name: str) -> Path:
     Raises:
         ValueError: if nothing can be written there.
     """
-    folder = _run_folder(trainer) / name if output is None else Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`output` is {folder}, where no file can be written: {error.strerror}. Name a folder of your own."
-        ) from None
+    folder = _versions_folder(trainer) / name if output is None else Path(output)
+    require_writable("output", folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -44,7 +37,7 @@ def require_new_folder(name: str, folder: Path) -> None:
     require_writable(name, folder)
 
 
-def _run_folder(trainer: L.Trainer) -> Path:
+def _versions_folder(trainer: L.Trainer) -> Path:
     logger = trainer.logger
     if logger is None or logger.save_dir is None:
         return Path(trainer.default_root_dir)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from zolightning.checkpoints.checkpoint_io import replacing
+from zolightning.checkpoints.checkpoint_io import replace_text
 from zolightning.commands.explanations import explain
 from zolightning.commands.help import HelpAll, short_help
 
@@ -51,8 +51,7 @@ class OneLineParser(LightningArgumentParser):
         if args or multifile or not overwrite or "://" in str(path):
             super().save(namespace, path, *args, overwrite=overwrite, multifile=multifile, **kwargs)
             return
-        with replacing(Path(path)) as file:
-            file.write(self.dump(namespace, **kwargs).encode())
+        replace_text(Path(path), self.dump(namespace, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser of an inner class, whose message becomes a part of the outer one's

@@ -1,19 +1,21 @@
 """``zolightning profile``: what the layers of a pretrained model look like before any training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
 
 from zolightning.callbacks.linear_probing import require_few_classes, require_probed
 from zolightning.commands.configured_trainer import ConfiguredTrainer
-from zolightning.commands.layer_probes import LayerProbes, probe_layers
-from zolightning.commands.output import quiet
+from zolightning.commands.layer_probes import LayerProbe, probe_layer
+from zolightning.commands.output import output_folder, quiet
 from zolightning.commands.plots import (
     activation_figure,
     probe_figure,
@@ -38,115 +40,98 @@ _TIMED_STEPS = 3  # for each scope, after one that is not timed
 _FINDING_READS = 3  # forwards by which a method finds out where parameters are read
 
 
-@dataclass(frozen=True)
-class LayerProfile:
-    """Profiles the layers of a model on the first training prompts, and writes tables, plots and JSON.
+def profile_layers(
+    trainer: ConfiguredTrainer,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None = None,
+    num_prompts: int = 32,
+    sensitivity_queries: int = 0,
+    time_model: bool = False,
+    probe_every: int = 0,
+    layers_name: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Shows how large the outputs of each layer are, and which layer stands out.
+
+    Prints a table, and which layer each rule selects; draws PNG files and the same figures for TensorBoard; and
+    writes ``profile.json``, which the DominantLayer callback takes as its `profile`.
 
     Args:
+        trainer: the Trainer whose precision and accelerator are used, on one device.
+        model: a module with recognisable layers, such as CausalLM.
+        datamodule: whose first training prompts are read.
         num_prompts: training prompts to run.
-        sensitivity_queries: directions a layer along which the loss of one batch is probed; 0 for no probing.
-        time_model: whether to time steps of scopes of different sizes, on one batch.
-        probe_every: linear probes of what the head would read after this many layers, after twice as many and so on, on
-            all training examples; 0 for none. Says where the network may end: `model.num_layers`.
-        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`.
+        sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show which layer the
+            loss feels most, in --trainer.precision 32-true; 0 probes nothing.
+        time_model: also time steps that move more and more parameters, and fit what a parameter costs.
+        probe_every: also fit linear probes to what the head would read after every so many layers, on all training
+            examples: where they tell most of the task, `model.num_layers` may end the network; 0 fits none.
+        layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
+        output: folder for the files; ``profile`` beside the versions of the run if not given.
 
     Raises:
-        ValueError: naming an argument, its value and what is accepted.
+        ValueError: naming the argument, its value and what is accepted.
     """
+    if num_prompts < 1:
+        raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
+    if sensitivity_queries < 0:
+        raise ValueError(f"`sensitivity_queries` must be 0 for no scan, or more, got {sensitivity_queries}.")
+    if probe_every < 0:
+        raise ValueError(f"`probe_every` must be 0 for no probes, or more, got {probe_every}.")
+    folder = output_folder(trainer, output, "profile")
+    find_layers(model, layers_name)
+    if probe_every:
+        require_probed(model, "`probe_every`")
+    if sensitivity_queries or time_model:
+        refuse_quantized(model, "`sensitivity_queries` or `time_model`")
+    progress = partial(tqdm, disable=trainer.progress_bar_callback is None, leave=False)
 
-    num_prompts: int = 32
-    sensitivity_queries: int = 0
-    time_model: bool = False
-    probe_every: int = 0
-    layers_name: str | None = None
+    def look(runner: L.Trainer, _: L.LightningModule) -> None:
+        with runner.precision_plugin.forward_context():
+            examples = calibration_batches(runner, model, num_prompts)
+            batches = [runner.precision_plugin.convert_input(batch) for batch in examples]
+            stack = find_layers(model, layers_name)
+            parts = growing_parts(model, stack) if time_model else {}
+            scan_forwards = (1 + (2 * sensitivity_queries + _FINDING_READS) * len(stack)) * bool(sensitivity_queries)
+            timed_forwards = ((_TIMED_STEPS + 1) * (1 + 2 * len(parts)) + _FINDING_READS * len(parts)) * time_model
+            _announce(len(batches) + scan_forwards + timed_forwards, partial(_loss, model, batches[0]))
+            profile = profile_activations(model, progress(batches, desc="activations"), stack)
+            selected = _report_activations(profile, folder)
+            if sensitivity_queries:
+                with progress(desc="sensitivity", total=scan_forwards) as bar:
+                    sensitivity = scan_sensitivity(stack, partial(_loss, model, batches[0], bar), sensitivity_queries)
+                _report_sensitivity(sensitivity, selected, folder)
+            if time_model:
+                with progress(desc="step times", total=timed_forwards) as bar:
+                    times = measure_step_times(model, parts, partial(_loss, model, batches[0], bar), _TIMED_STEPS)
+                _report_step_times(times, folder)
+            if probe_every:
+                counts = range(len(stack), 0, -probe_every)[::-1]
+                with progress(desc="features") as bar:
+                    features = _features(runner, model, counts, on_batch=bar.update)
+                with_bar = progress(features.items(), desc="linear probes")
+                _report_probes([probe_layer(count, *found) for count, found in with_bar], folder)
 
-    def __post_init__(self) -> None:
-        if self.num_prompts < 1:
-            raise ValueError(f"`num_prompts` must be at least 1, got {self.num_prompts}.")
-        if self.sensitivity_queries < 0:
-            raise ValueError(f"`sensitivity_queries` must be 0 for no scan, or more, got {self.sensitivity_queries}.")
-        if self.probe_every < 0:
-            raise ValueError(f"`probe_every` must be 0 for no probes, or more, got {self.probe_every}.")
-
-    def run(
-        self,
-        trainer: ConfiguredTrainer,
-        module: L.LightningModule,
-        datamodule: L.LightningDataModule | None,
-        folder: Path,
-    ) -> None:
-        """Profiles `module` on one device, in the precision of `trainer`; files go to `folder`."""
-        find_layers(module, self.layers_name)
-        if self.probe_every:
-            require_probed(module, "`probe_every`")
-        if self.sensitivity_queries or self.time_model:
-            refuse_quantized(module, "`sensitivity_queries` or `time_model`")
-
-        def look(runner: L.Trainer) -> None:
-            with runner.precision_plugin.forward_context():
-                self._look(runner, module, folder, show_progress=trainer.progress_bar_callback is not None)
-
-        # A fit that ends before its first step: it prepares data, device and precision as any other does.
-        with quiet():
-            runner = trainer.without_traces(callbacks=[_OnceReady(look)], max_epochs=-1, limit_train_batches=0)
-            runner.fit(module, datamodule)
-        print(f"\nwritten to {folder}")
-
-    def _look(self, runner: L.Trainer, module: L.LightningModule, folder: Path, show_progress: bool) -> None:
-        stack = find_layers(module, self.layers_name)
-        batches = [
-            runner.precision_plugin.convert_input(batch)
-            for batch in calibration_batches(runner, module, self.num_prompts)
-        ]
-
-        def evaluate() -> Tensor:
-            output: Any = calibration_forward(module, batches[0])
-            return output["loss"] if isinstance(output, Mapping) else output
-
-        def progress(what: str, total: int | None) -> "tqdm[Any]":
-            return tqdm(desc=what, total=total, disable=not show_progress, leave=False)
-
-        chosen = growing_parts(module, stack) if self.time_model else {}
-        self._announce(evaluate, len(batches), len(stack), len(chosen))
-        with progress("activations", len(batches)) as bar:
-            profile = profile_activations(module, _counted(batches, bar), stack)
-        selected = _report_activations(profile, folder)
-        if self.sensitivity_queries:
-            with progress("sensitivity", 1 + 2 * self.sensitivity_queries * len(stack)) as bar:
-                probe = _counting(evaluate, bar)
-                sensitivity = scan_sensitivity(stack, probe, self.sensitivity_queries)
-            _report_sensitivity(sensitivity, selected, folder)
-        if self.time_model:
-            with progress("step times", (_TIMED_STEPS + 1) * (1 + len(chosen))) as bar:
-                times = measure_step_times(module, chosen, evaluate, _TIMED_STEPS, on_step=bar.update)
-            _report_step_times(times, folder)
-        if self.probe_every:
-            counts = range(len(stack), 0, -self.probe_every)[::-1]
-            with progress("features", None) as bar:
-                features = _features(runner, module, counts, on_batch=bar.update)
-            with progress("linear probes", len(counts)) as bar:
-                probes = probe_layers(features, on_probe=bar.update)
-            _report_probes(probes, folder)
-
-    def _announce(self, evaluate: Callable[[], Tensor], batches: int, layers: int, scopes: int) -> None:
-        """Says how long the rest will take, from one forward."""
-        seconds = min(round_robin({"": evaluate}, 2)[""])
-        forwards = batches
-        if self.sensitivity_queries:
-            forwards += 1 + (2 * self.sensitivity_queries + _FINDING_READS) * layers
-        if scopes:
-            forwards += (_TIMED_STEPS + 1) * (1 + 2 * scopes) + _FINDING_READS * scopes
-        print(f"{forwards} forwards of {seconds:.2g} s to go: about {rough_duration(forwards * seconds)}", flush=True)
+    # A fit that ends before its first step: it prepares data, device and precision as any other does.
+    with quiet():
+        callbacks = [LambdaCallback(on_fit_start=look)]
+        runner = trainer.without_traces(callbacks=callbacks, max_epochs=-1, limit_train_batches=0)
+        runner.fit(model, datamodule)
+    print(f"\nwritten to {folder}")
 
 
-class _OnceReady(Callback):
-    """Does something when data, device and precision are those of a fit, before any step."""
+def _announce(forwards: int, evaluate: Callable[[], Tensor]) -> None:
+    """Says how long some forwards will take, from two of them."""
+    seconds = min(round_robin({"": evaluate}, 2)[""])
+    print(f"{forwards} forwards of {seconds:.2g} s to go: about {rough_duration(forwards * seconds)}", flush=True)
 
-    def __init__(self, do: Callable[[L.Trainer], None]) -> None:
-        self._do = do
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._do(trainer)
+def _loss(module: L.LightningModule, batch: Any, bar: "tqdm[Any] | None" = None) -> Tensor:
+    """The loss of a batch, which counts on a progress bar."""
+    output: Any = calibration_forward(module, batch)
+    if bar is not None:
+        bar.update()
+    return output["loss"] if isinstance(output, Mapping) else output
 
 
 def _features(
@@ -185,7 +170,7 @@ def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:
 
 
 def _report_sensitivity(sensitivity: Sensitivity, selected: int | None, folder: Path) -> None:
-    sensitivity.save(folder / "sensitivity.json")
+    _write(folder / "sensitivity.json", asdict(sensitivity) | {"relative_error": sensitivity.relative_error})
     title = "Loss of one batch when one layer is perturbed"
     print_table(title, [asdict(layer) for layer in sensitivity.layers])
     print(
@@ -201,7 +186,7 @@ def _report_sensitivity(sensitivity: Sensitivity, selected: int | None, folder: 
 
 
 def _report_step_times(times: StepTimes, folder: Path) -> None:
-    times.save(folder / "step_time.json")
+    _write(folder / "step_time.json", asdict(times))
     title = "Time of a two-sided step of one query"
     rows = [
         {
@@ -221,25 +206,15 @@ def _report_step_times(times: StepTimes, folder: Path) -> None:
     save_figure(step_time_figure(times, title), folder, "step_time")
 
 
-def _report_probes(probes: LayerProbes, folder: Path) -> None:
-    probes.save(folder / "probes.json")
+def _report_probes(probes: Sequence[LayerProbe], folder: Path) -> None:
+    rows = [asdict(probe) for probe in probes]
+    _write(folder / "probes.json", {"probes": rows})
     title = "Linear probes after some of the layers, in five-fold cross-validation"
-    print_table(title, [asdict(probe) for probe in probes.probes])
-    best = probes.best.num_layers
+    print_table(title, rows)
+    best = min(probes, key=lambda probe: probe.loss).num_layers
     print(f"The least loss is after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
     save_figure(probe_figure(probes, title), folder, "probes")
 
 
-def _counted(batches: Sequence[Any], bar: "tqdm[Any]") -> Iterator[Any]:
-    for batch in batches:
-        yield batch
-        bar.update()
-
-
-def _counting(evaluate: Callable[[], Tensor], bar: "tqdm[Any]") -> Callable[[], Tensor]:
-    def evaluated() -> Tensor:
-        loss = evaluate()
-        bar.update()
-        return loss
-
-    return evaluated
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

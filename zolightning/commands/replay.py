@@ -1,99 +1,107 @@
 """``zolightning replay``: makes a Hugging Face folder from base model and ledger, or validates a running run."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import ZerothOrder
-from zolightning.callbacks.zeroth_order import Method
-from zolightning.checkpoints.follow import follow
-from zolightning.checkpoints.replay import Replayed, replay
-from zolightning.commands.output import require_new_folder
+from zolightning.checkpoints.follow import follow as follow_ledger
+from zolightning.checkpoints.replay import replay
+from zolightning.commands.configured_trainer import SILENT, ConfiguredTrainer
+from zolightning.commands.output import quiet, require_new_folder
 from zolightning.messages import counted
+from zolightning.partners import find_callbacks
 
-Validate = Callable[[], Iterable[dict[str, float]]]
 
-
-def replay_to_folder(
-    model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str | None, step: int | None
+def replay_run(
+    trainer: ConfiguredTrainer,
+    model: L.LightningModule,
+    ledger: str,
+    output: str | None = None,
+    datamodule: L.LightningDataModule | None = None,
+    step: int | None = None,
+    follow: bool = False,
 ) -> None:
-    """Replays a run by the method of its ZerothOrder callback, and exports the resulting model.
+    """Makes a fine-tuned model again from its base model and the run's ledger, and writes it as a folder.
+
+    Neither data nor forward passes are needed. Where the run has ended, its weights are compared to the last bit. With
+    `follow`, a run that trains in another process is validated at its newest step, again and again.
+
+    Args:
+        trainer: the Trainer, with the run's ZerothOrder among its callbacks.
+        model: as the run had it before its first step, with an ``export`` method, such as CausalLM.
+        ledger: the ``ledger.bin`` of the run.
+        output: folder in which to write config, weights and tokenizer; must not exist, or be empty. Needed unless
+            `follow` is given.
+        datamodule: whose validation data `follow` reads.
+        step: after which step of the run to stop; all of them if not given.
+        follow: validate the newest step while the run goes on, print the metrics, and end when it ends.
 
     Raises:
-        ValueError: if `output` is missing or not empty, or the ledger does not fit the model or the method.
-        MisconfigurationException: if the result differs from the run's weights, because something else changed them.
+        ValueError: if `ledger`, `output` or `step` cannot be, or the ledger does not fit the model or the method.
+        MisconfigurationException: if there is no method, or the result differs from the run's weights, because
+            something else changed them.
     """
-    if output is None:
+    if follow and step is not None:
+        raise ValueError(f"`step` is {step} and `follow` is given, which goes on to the last one. Leave one out.")
+    if output is None and not follow:
         raise ValueError(
             "`output` is not given: the folder in which to write the model. Or give `follow`, to validate."
         )
-    method, export = _method(callbacks), _export_to(model, output)
+    methods = [callback.method for callback in find_callbacks(trainer, ZerothOrder)]
+    if not methods:
+        raise MisconfigurationException(
+            "`method` is null, and a ledger is replayed by the method that the run was trained by: name the run's "
+            "config.yaml as --config."
+        )
+    export = None if output is None else _export_to(model, Path(output))
+    model.to(trainer.strategy.root_device)
     start = time.perf_counter()
-    done = replay(ledger, model, method, step)
-    what = f"replayed {counted(done.steps, 'step')} in {time.perf_counter() - start:.1f} s"
-    _export(export, done, ledger, output, what)
-
-
-def follow_run(
-    model: L.LightningModule, callbacks: Iterable[Callback], ledger: str, output: str | None, validate: Validate
-) -> None:
-    """Validates the newest step of a run, again and again until the run ends, and exports the model it ended with.
-
-    Args:
-        model: the base model of the run.
-        callbacks: the callbacks of the run, with ZerothOrder, which has the method.
-        ledger: path of the run's ledger.
-        output: folder to export to; None for no export.
-        validate: validates the model, and returns the metrics of each validation loader.
-
-    Raises:
-        ValueError, MisconfigurationException: see :func:`replay_to_folder`.
-    """
-    method, export = _method(callbacks), None if output is None else _export_to(model, output)
-
-    def evaluate(step: int) -> None:
-        values = [f"{name} {value:.4f}" for metrics in validate() for name, value in sorted(metrics.items())]
-        print(f"step {step}: {', '.join(values)}", flush=True)
-
-    done = follow(ledger, model, method, evaluate)
-    what = f"the run ended after {counted(done.steps, 'step')}"
+    if follow:
+        done = follow_ledger(ledger, model, methods[0], _validation(trainer, model, datamodule))
+        what = f"the run ended after {counted(done.steps, 'step')}"
+    else:
+        done = replay(ledger, model, methods[0], step)
+        what = f"replayed {counted(done.steps, 'step')} in {time.perf_counter() - start:.1f} s"
     if export is None:
         print(what if done.sealed is not None else f"{what}, before its end: it was stopped or killed", flush=True)
-    else:
-        _export(export, done, ledger, str(output), what)
-
-
-def _method(callbacks: Iterable[Callback]) -> Method:
-    for callback in callbacks:
-        if isinstance(callback, ZerothOrder):
-            return callback.method
-    raise MisconfigurationException(
-        "`method` is null, and a ledger is replayed by the method that the run was trained by: name the run's "
-        "config.yaml as --config."
-    )
-
-
-def _export_to(model: L.LightningModule, output: str) -> Callable[[Path], None]:
-    require_new_folder("output", Path(output))
-    export: Callable[[Path], None] | None = getattr(model, "export", None)
-    if not callable(export):
-        raise ValueError(
-            f"{type(model).__name__} has no `export` method; in Python zolightning.checkpoints has replay."
-        )
-    return export
-
-
-def _export(export: Callable[[Path], None], done: Replayed, ledger: str, output: str, what: str) -> None:
+        return
     if done.sealed is False:
         raise MisconfigurationException(
             f"After {counted(done.steps, 'step')} the weights are not those that the run of {ledger} ended with: "
             "something else than the method changed them in the run (a hook that averages or clamps them), or bases "
             "were drawn on another device. Nothing was written; a checkpoint of the run can be exported."
         )
-    export(Path(output))
+    export()
     equal = ", equal to the last bit to the weights the run ended with" if done.sealed else ""
     print(f"{what}{equal}: {output}", flush=True)
+
+
+def _export_to(model: L.LightningModule, folder: Path) -> Callable[[], None]:
+    require_new_folder("output", folder)
+    export = getattr(model, "export", None)
+    if not callable(export):
+        raise ValueError(
+            f"{type(model).__name__} has no `export` method; in Python zolightning.checkpoints has replay."
+        )
+    return partial(export, folder)
+
+
+def _validation(
+    trainer: ConfiguredTrainer, model: L.LightningModule, datamodule: L.LightningDataModule | None
+) -> Callable[[int], None]:
+    """A function that validates the model and prints the metrics of a step."""
+    validator = trainer.with_settings(callbacks=[], **SILENT)
+
+    def validate(step: int) -> None:
+        with quiet():
+            found = validator.validate(model, datamodule, verbose=False)
+        model.to(trainer.strategy.root_device)  # Lightning leaves it on the host
+        values = [f"{name} {value:.4f}" for metrics in found for name, value in sorted(metrics.items())]
+        print(f"step {step}: {', '.join(values)}", flush=True)
+
+    return validate

@@ -75,10 +75,6 @@ class Run:
         """The value of a metric after a step, if one was logged."""
         return next((point.value for point in self.curves.get(metric, []) if point.step == step), None)
 
-    def last(self, metric: str) -> Point | None:
-        """The latest value of a metric."""
-        return self.curves[metric][-1] if metric in self.curves else None
-
     def peak(self, metric: str) -> float | None:
         """The largest value of a metric."""
         return max((point.value for point in self.curves.get(metric, [])), default=None)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
+from statistics import median_high
 from string import ascii_uppercase
 from typing import Any
 
@@ -108,10 +109,8 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
 def _curves(runs: Sequence[Run]) -> Iterator[str]:
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
     by_passes = [run for run in runs if run.spent.forward_passes is not None]
-    unit, name = max(
-        (scale for scale in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if scale[0] < _longest(runs)),
-        default=(1, "seconds"),
-    )
+    longest = max(run.spent.seconds for run in runs)
+    unit, name = (3600, "hours") if longest > 3600 else (60, "minutes") if longest > 60 else (1, "seconds")
     axes: dict[str, Callable[[Point], float | None]] = {"steps": lambda point: point.step}
     if by_passes:
         axes["forward passes"] = lambda point: point.forward_passes
@@ -203,12 +202,8 @@ def _several(metrics: Mapping[str, float]) -> str:
 
 
 def _median(run: Run, metric: str) -> float | None:
-    values = sorted(point.value for point in run.curves.get(metric, []))
-    return values[len(values) // 2] if values else None
-
-
-def _longest(runs: Sequence[Run]) -> float:
-    return max(run.spent.seconds for run in runs)
+    values = [point.value for point in run.curves.get(metric, [])]
+    return median_high(values) if values else None
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from zolightning.checkpoints.checkpoint_io import LAST, replacing
+from zolightning.checkpoints.checkpoint_io import LAST, replace_text
 from zolightning.checkpoints.ledger import LEDGER
 from zolightning.commands.checks import check_seed
 from zolightning.commands.metrics_files import METRICS, as_json
@@ -101,8 +101,7 @@ def _group(base: Path, subcommand: str, settings: Mapping[str, Any]) -> Path:
         if path.read_text(encoding="utf-8") == text:
             return path.parent
         number += 1
-    with replacing(path) as file:
-        file.write(text.encode())
+    replace_text(path, text)
     return path.parent
 
 
@@ -151,8 +150,7 @@ def _report(group: Path, subcommand: str, seeds: Sequence[int]) -> None:
         mean[name] = statistics.fmean(values)
         deviation[name] = statistics.stdev(values) if len(values) > 1 else None
     runs = {str(seed): {"folder": str(_folder(group, seed)), **measured[seed]} for seed in seeds}
-    with replacing(group / _RESULTS) as file:
-        file.write(as_json({"seeds": runs, "mean": mean, "standard_deviation": deviation}).encode())
+    replace_text(group / _RESULTS, as_json({"seeds": runs, "mean": mean, "standard_deviation": deviation}))
     if names:
         rows: list[tuple[str, Mapping[str, float | None]]] = [(str(seed), of) for seed, of in measured.items()]
         rows += [("mean", mean), ("standard deviation", deviation)]

@@ -1,10 +1,8 @@
 """Measures how much the loss changes when each layer is perturbed, before any training."""
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,10 +52,6 @@ class Sensitivity:
         """Standard error of each `rms` over `rms`: projections of a gradient on Gaussian directions are Gaussian."""
         return 1 / math.sqrt(2 * self.num_queries)
 
-    def save(self, path: Path) -> None:
-        """Writes JSON."""
-        path.write_text(json.dumps(asdict(self) | {"relative_error": self.relative_error}, indent=2) + "\n")
-
 
 @torch.no_grad()
 def scan_sensitivity(
@@ -83,7 +77,7 @@ def scan_sensitivity(
         eps: standard deviation of the perturbation of each weight.
         seed: seed of the directions; None takes that of ``seed_everything``.
     """
-    loss = _number(evaluate())
+    loss = evaluate().double().item()
     layers = []
     for index in range(len(stack)):
         named = stack.parameters(index)
@@ -94,7 +88,3 @@ def scan_sensitivity(
         layers.append(LayerSensitivity(index, rms, sum(abs(p - loss) for p in plus) / num_queries))
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     return Sensitivity(loss, eps, num_queries, dtype, tuple(layers))
-
-
-def _number(loss: Tensor) -> float:
-    return float(loss.detach().double())

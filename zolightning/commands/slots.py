@@ -7,6 +7,7 @@ object, so a later file or flag replaces it, where a list of callbacks would gro
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -34,43 +35,26 @@ _NEED_A_METHOD = (*_OF_ANY_METHOD, *OF_A_METHOD)
 CLASSES = ("method", "scope", "linear_probing", *_NEED_A_METHOD)
 SLOTS = (*CLASSES, "evaluation")
 _EVALUATION = {name: parameter.default for name, parameter in inspect.signature(ZerothOrder).parameters.items()}
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "method": (
+        Method,
+        "zeroth-order method: MeZO, LOZO, SubZero, ...; without one `model.optimizer` trains by backpropagation",
+    ),
+    "lr_scheduler": (LRSchedulerCallable, "scheduler of the method, stepped after every step"),
+    "scope": (Scope, "which parameters train: DominantLayer, TrainLayers, ...; all of them if none"),
+    "linear_probing": (LinearProbing, "fit the head by logistic regression before the first step"),
+    "blocks": (BlockCoordinateDescent, "which of them move when: block coordinate descent"),
+    "resampling": (SubspaceResampling, "when a subspace method draws new subspaces"),
+    "transport": (MomentumTransport, "what becomes of its momentum then: project, reset or keep"),
+    "lr_probe": (LearningRateProbe, "measure the learning rate in the first steps of a run"),
+    "lr_control": (LearningRateControl, "lower the learning rate where training stalls"),
+}
 
 
 def add_slots(parser: LightningArgumentParser) -> None:
     """Adds the slots to a parser."""
-    parser.add_argument(
-        "--method",
-        type=Method | None,
-        help="zeroth-order method: MeZO, LOZO, SubZero, ...; without one `model.optimizer` trains by backpropagation",
-    )
-    parser.add_argument(
-        "--lr_scheduler", type=LRSchedulerCallable | None, help="scheduler of the method, stepped after every step"
-    )
-    parser.add_argument(
-        "--scope",
-        type=Scope | None,
-        help="which parameters train: DominantLayer, TrainLayers, ...; all of them if none",
-    )
-    parser.add_argument(
-        "--linear_probing",
-        type=LinearProbing | None,
-        help="fit the head by logistic regression before the first step",
-    )
-    parser.add_argument(
-        "--blocks", type=BlockCoordinateDescent | None, help="which of them move when: block coordinate descent"
-    )
-    parser.add_argument(
-        "--resampling", type=SubspaceResampling | None, help="when a subspace method draws new subspaces"
-    )
-    parser.add_argument(
-        "--transport", type=MomentumTransport | None, help="what becomes of its momentum then: project, reset or keep"
-    )
-    parser.add_argument(
-        "--lr_probe", type=LearningRateProbe | None, help="measure the learning rate in the first steps of a run"
-    )
-    parser.add_argument(
-        "--lr_control", type=LearningRateControl | None, help="lower the learning rate where training stalls"
-    )
+    for slot, (kind, said) in _OPTIONS.items():
+        parser.add_argument(f"--{slot}", type=kind | None, help=said)
     parser.add_class_arguments(ZerothOrder, "evaluation", skip={"method", "lr_scheduler"}, instantiate=False)
 
 

@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
-from zolightning.commands.configured_trainer import ConfiguredTrainer
-from zolightning.commands.output import quiet, silent_callbacks
+from zolightning.commands.configured_trainer import SILENT, ConfiguredTrainer
+from zolightning.commands.output import output_folder, quiet, silent_callbacks
 from zolightning.commands.plots import save_figure, sweep_figure
 from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
@@ -31,69 +32,82 @@ from zolightning.optim import NonFiniteLossError
 from zolightning.scopes.scope import Scope
 
 
-class LayerSweep:
-    """Trains each layer alone from the same weights, on the same batches, and evaluates it.
+def train_each_layer(
+    trainer: ConfiguredTrainer,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None = None,
+    steps: int = 200,
+    layers: list[int] | Literal["all"] = "all",
+    first_order: bool = False,
+    evaluate: Literal["validation", "test"] = "validation",
+    layers_name: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Trains each layer alone from the same weights on the same batches, and compares what they learn.
+
+    The method and all else but the number of steps come from the configuration. Each finished layer is a line of
+    ``results.csv``; the same command again goes on where it was interrupted.
 
     Args:
         trainer: the Trainer whose settings each run has, except for steps, logging and checkpoints.
-        module: the module to train; its weights are restored afterwards.
-        datamodule: the data to train and evaluate on.
-        layers: indices of the layers to train, or "all".
-        steps: training steps for each layer.
-        first_order: train by the module's own optimizer and backpropagation, without the ZerothOrder callback.
-        evaluate: the split to evaluate on.
-        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`.
-        folder: where ``results.csv``, ``settings.json`` and plots are written. Layers that are in ``results.csv``
-            already are not trained again.
+        model: a module with recognisable layers, such as CausalLM; its weights are restored afterwards.
+        datamodule: to train and to evaluate on.
+        steps: training steps of each layer.
+        layers: indices of the layers to train, such as ``[0,1,5]``, or ``all``.
+        first_order: train by backpropagation and the module's own optimizer instead of the zeroth-order method.
+        evaluate: the split whose metrics are reported.
+        layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
+        output: folder for ``results.csv``, ``settings.json`` and plots; ``sweep-layers`` beside the versions of the run
+            if not given.
 
     Raises:
-        ValueError: naming an argument, its value and what is accepted.
+        ValueError: naming the argument, its value and what is accepted.
         MisconfigurationException: naming a setting of the Trainer under which a sweep makes no sense.
     """
+    folder = output_folder(trainer, output, "sweep-layers-first-order" if first_order else "sweep-layers")
+    _Sweep(trainer, model, datamodule, steps, layers, first_order, evaluate, layers_name, folder).run()
 
-    def __init__(
-        self,
-        trainer: ConfiguredTrainer,
-        module: L.LightningModule,
-        datamodule: L.LightningDataModule | None,
-        layers: list[int] | Literal["all"],
-        steps: int,
-        first_order: bool,
-        evaluate: Literal["validation", "test"],
-        layers_name: str | None,
-        folder: Path,
-    ) -> None:
-        if steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {steps}.")
-        refuse_quantized(module, "sweep-layers")
-        self.trainer, self.module, self.datamodule = trainer, module, datamodule
-        self.steps, self.first_order, self.evaluate, self.layers_name = steps, first_order, evaluate, layers_name
-        self.folder = folder
-        self.stack = find_layers(module, layers_name)
-        self.layers = _chosen(self.stack, layers)
-        self.callbacks = _callbacks(trainer, module, first_order)
+
+@dataclass
+class _Sweep:
+    """The runs of :func:`train_each_layer`, and their results."""
+
+    trainer: ConfiguredTrainer
+    module: L.LightningModule
+    datamodule: L.LightningDataModule | None
+    steps: int
+    layers: list[int] | Literal["all"]
+    first_order: bool
+    evaluate: Literal["validation", "test"]
+    layers_name: str | None
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        refuse_quantized(self.module, "sweep-layers")
+        self.stack = find_layers(self.module, self.layers_name)
+        self.indices = _chosen(self.stack, self.layers)
+        self.callbacks = _callbacks(self.trainer, self.module, self.first_order)
         # What every layer's run sets itself, and results therefore do not depend on.
         self.replaced = {
-            "max_steps": steps,
+            "max_steps": self.steps,
             "max_epochs": -1,
             "fast_dev_run": False,
-            "val_check_interval": steps + 1,
+            "val_check_interval": self.steps + 1,
             "check_val_every_n_epoch": None,
-            "log_every_n_steps": steps,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": folder,
+            "log_every_n_steps": self.steps,
+            "default_root_dir": self.folder,
+            **SILENT,
         }
-        self.results = SweepResults(folder, self._settings())
+        self.results = SweepResults(self.folder, self._settings())
 
     def run(self) -> None:
         """Trains the layers that have no result yet; then prints and draws all results."""
         weights = _copy_of(self.module)
-        pending = [index for index in self.layers if str(index) not in self.results.rows]
-        total = len(pending) * self.steps
-        with quiet(), tqdm(total=total, unit="step", disable=not self._has_progress_bar()) as bar:
+        pending = [index for index in self.indices if str(index) not in self.results.rows]
+        has_bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        with quiet(), tqdm(total=len(pending) * self.steps, unit="step", disable=not has_bar) as bar:
             try:
                 if ZERO_SHOT not in self.results.rows:
                     with isolate_rng():
@@ -111,16 +125,16 @@ class LayerSweep:
         bar.set_description(f"layer {index}")
         # A method that has trained goes on with further directions in its next fit, and each layer is to have the same.
         kept = [copy(callback) if isinstance(callback, ZerothOrder) else callback for callback in self.callbacks]
-        callbacks = [*kept, TrainLayers([index], layers_name=self.layers_name), _Progress(bar)]
+        progress = LambdaCallback(on_train_batch_end=lambda *_: bar.update())
+        callbacks = [*kept, TrainLayers([index], layers_name=self.layers_name), progress]
         runner = self.trainer.with_settings(**self.replaced, callbacks=callbacks)
         parameters = sum(parameter.numel() for parameter in self.stack.parameters(index).values())
         started = time.perf_counter()
+        metrics: dict[str, float | None] = {}
         try:
             runner.fit(self.module, self.datamodule)
         except NonFiniteLossError:
-            metrics: dict[str, float | None] = dict.fromkeys(self.results.metric_names)
-        else:
-            metrics = {}
+            metrics = dict.fromkeys(self.results.metric_names)
         seconds = time.perf_counter() - started
         return SweepRow(str(index), parameters, runner.global_step, seconds, metrics or self._evaluated())
 
@@ -151,7 +165,8 @@ class LayerSweep:
     def _report(self) -> None:
         zero_shot, rows = self.results.rows[ZERO_SHOT], self.results.layers()
         table = [{"layer": row.layer, "parameters": row.parameters, "steps": row.steps} | row.metrics for row in rows]
-        title = f"each layer alone, {counted(self.steps, 'step')}, {self._method()}, {self.evaluate}"
+        method = "backpropagation" if self.first_order else "zeroth order"
+        title = f"each layer alone, {counted(self.steps, 'step')}, {method}, {self.evaluate}"
         print_table(title, [{"layer": ZERO_SHOT, "parameters": 0, "steps": 0} | zero_shot.metrics, *table])
         curves = {
             name: {int(row.layer): value for row in rows if (value := row.metrics[name]) is not None}
@@ -160,12 +175,6 @@ class LayerSweep:
         known = {name: value for name, value in zero_shot.metrics.items() if value is not None}
         save_figure(sweep_figure(curves, known, len(self.stack), title), self.folder, "sweep")
         print(f"\nwritten to {self.folder}: results.csv, settings.json, sweep.png")
-
-    def _method(self) -> str:
-        return "backpropagation" if self.first_order else "zeroth order"
-
-    def _has_progress_bar(self) -> bool:
-        return self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
 
     def _settings(self) -> dict[str, Any]:
         """All that results depend on."""
@@ -194,14 +203,6 @@ def _chosen(stack: LayerStack, layers: list[int] | Literal["all"]) -> list[int]:
     for index in layers:
         check_index(stack, index, "layers")
     return sorted(set(layers))
-
-
-class _Progress(Callback):
-    def __init__(self, bar: "tqdm[Any]") -> None:
-        self._bar = bar
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._bar.update()
 
 
 def _callbacks(trainer: ConfiguredTrainer, module: L.LightningModule, first_order: bool) -> list[Callback]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zolightning.checkpoints.checkpoint_io import replace_text
+
 ZERO_SHOT = "zero-shot"
 _COLUMNS = ("layer", "parameters", "steps", "seconds")
 
@@ -80,9 +82,7 @@ class SweepResults:
                     f"`output` is {path.parent}, whose results.csv has no settings.json beside it that says where it "
                     "comes from. Name another folder."
                 )
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(settings, indent=2) + "\n")
-            draft.replace(path)
+            replace_text(path, json.dumps(settings, indent=2) + "\n")
             return
         there, here = (dict(flat(s)) for s in (json.loads(path.read_text()), settings))
         changed = [key for key in there | here if there.get(key) != here.get(key)]

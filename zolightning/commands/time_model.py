@@ -1,12 +1,10 @@
 """Measures and models the time of a training step as a function of how many parameters it moves."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +19,13 @@ Evaluate = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class StepTimeModel:
-    """``T = 2 q F + q gamma |S|``: seconds of a two-sided step of q queries that moves \\|S\\| parameters.
+    """``T = 2 F + gamma |S|``: seconds of a two-sided step of one query that moves \\|S\\| parameters.
 
     The cost model of Dominant-Layer ZO (arXiv 2606.05516, equations 3 to 11).
 
     Attributes:
         forward: F, seconds of one evaluation of the loss.
-        per_parameter: gamma, seconds that a query spends on each parameter: perturbing it twice and updating it.
+        per_parameter: gamma, seconds that a step spends on each parameter: perturbing it twice and updating it.
         r_squared: share of the variance of the measured times that the model explains.
     """
 
@@ -36,7 +34,7 @@ class StepTimeModel:
     r_squared: float
 
     @classmethod
-    def fit(cls, parameters: Sequence[int], seconds: Sequence[float], num_queries: int = 1) -> "StepTimeModel":
+    def fit(cls, parameters: Sequence[int], seconds: Sequence[float]) -> "StepTimeModel":
         """The least squares fit to measured steps.
 
         Raises:
@@ -46,11 +44,11 @@ class StepTimeModel:
             raise ValueError(f"A line needs two different numbers of parameters, got {list(parameters)}.")
         slope, intercept = statistics.linear_regression(parameters, seconds)
         r_squared = statistics.correlation(parameters, seconds) ** 2
-        return cls(intercept / (2 * num_queries), slope / num_queries, r_squared)
+        return cls(intercept / 2, slope, r_squared)
 
-    def seconds(self, parameters: int, num_queries: int = 1) -> float:
+    def seconds(self, parameters: int) -> float:
         """The predicted time of a step."""
-        return num_queries * (2 * self.forward + self.per_parameter * parameters)
+        return 2 * self.forward + self.per_parameter * parameters
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,6 @@ class StepTimes:
     steps: tuple[MeasuredStep, ...]
     model: StepTimeModel
 
-    def save(self, path: Path) -> None:
-        """Writes JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
 
 def growing_parts(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]]:
     """Parts of a network by name, smallest first.
@@ -102,7 +96,6 @@ def measure_step_times(
     parts: dict[str, list[nn.Parameter]],
     evaluate: Evaluate,
     repeats: int = 3,
-    on_step: Callable[[], object] = lambda: None,
 ) -> StepTimes:
     """Times MeZO steps that move each part in turns, and fits the model to their medians.
 
@@ -113,7 +106,6 @@ def measure_step_times(
         parts: their parameters, by name.
         evaluate: the loss of one batch.
         repeats: timed steps of each part; one more comes before them.
-        on_step: called after each step and each timed forward.
     """
     optimizer = MeZO(module.parameters())
     optimizer.attach(module)
@@ -123,14 +115,8 @@ def measure_step_times(
         with trainable_as({parameter: parameter in chosen for parameter in module.parameters()}):  # as a scope does
             record = optimizer.estimate(evaluate)
             optimizer.apply(replace(record, projected_grads=tuple(0.0 for _ in record.projected_grads)))
-        on_step()
 
-    @torch.no_grad()
-    def forward() -> None:
-        evaluate()
-        on_step()
-
-    work: dict[str, Callable[[], None]] = {"": forward}
+    work: dict[str, Callable[[], object]] = {"": torch.no_grad()(evaluate)}
     work |= {name: partial(step, parameters) for name, parameters in parts.items()}
     medians = {name: statistics.median(seconds) for name, seconds in round_robin(work, repeats).items()}
     steps = tuple(
