@@ -122,14 +122,13 @@ def plan(
         **changes: attributes of the optimizer, such as ``update_precision="native"``.
     """
     trained = list(trained)
-    found = _state_bytes(trained, method, **changes)
+    state = state_bytes(trained, method, **changes)
     scratch = max(scratch_bytes(one.weight for one in trained), unpacked_bytes(module))
     activations, logits = _forward_bytes(module, batch)
     graphs: int | None = 0
     if cuda_graphs:
-        graphs = None if activations is None or logits is None else scratch + activations + logits + found.factors
-    planned = MemoryPlan(weight_bytes(module), found.device, scratch, activations, logits, graphs)
-    return replace(planned, host=found.host)
+        graphs = None if activations is None or logits is None else scratch + activations + logits + state.factors
+    return MemoryPlan(weight_bytes(module), state.device, scratch, activations, logits, graphs, host=state.host)
 
 
 def trained_whole(weights: Iterable[Tensor], beside: bool = False) -> list[Trained]:
@@ -150,18 +149,12 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
-def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> tuple[int, int]:
-    """Bytes that the state of a method takes when it is largest: on the device, and in host memory."""
-    found = _state_bytes(trained, method, **changes)
-    return found.device, found.host
-
-
 def sketch_bytes(trained: Iterable[Trained], directions: int) -> int:
     """Bytes of the second moments of the matrices' inputs, from which that many `directions` of each are taken."""
     return sum(moment_bytes(shape[1], directions) for _, shape, _ in trained if len(shape) == 2)
 
 
-class _State(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes of a method's state on the device and on the host, and of the factors of low-rank perturbations in it."""
 
     device: int
@@ -169,9 +162,9 @@ class _State(NamedTuple):
     factors: int
 
 
-def _state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> _State:
-    """Finds the bytes for each shape by two steps of the method on it, with a :meth:`fold` in between."""
-    counted: dict[tuple[tuple[int, ...], torch.dtype, bool], _State] = {}
+def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> StateBytes:
+    """The state when it is largest: for each shape by two steps of the method on it, with a :meth:`fold` in between."""
+    counted: dict[tuple[tuple[int, ...], torch.dtype, bool], StateBytes] = {}
     found = []
     for weight, shape, beside in trained:
         key = (shape, weight.dtype, beside)
@@ -179,10 +172,10 @@ def _state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> 
             stand_in = nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta"))
             counted[key] = _state_of(stand_in, method, beside, changes)
         found.append(counted[key])
-    return _State(*(sum(each) for each in zip(*found, strict=True))) if found else _State(0, 0, 0)
+    return StateBytes(*(sum(each) for each in zip(*found, strict=True))) if found else StateBytes(0, 0, 0)
 
 
-def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dict[str, Any]) -> _State:
+def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dict[str, Any]) -> StateBytes:
     optimizer = method([stand_in])
     if beside:
         optimizer.blocks.parameters.append(frozenset())
@@ -198,7 +191,7 @@ def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dic
     optimizer.apply(replace(record, step=1, folds=optimizer.param_groups[0].get("folds", 0)))
     changed = [change for change in optimizer.offsets().values() if isinstance(change, LowRank)]
     factors = [factor for change in changed for factor in (change.basis.left, change.basis.right, change.pending)]
-    return _State(
+    return StateBytes(
         optimizer.state_bytes(),
         optimizer.host_bytes(),
         sum(factor.nbytes for factor in factors if factor is not None),

@@ -134,11 +134,10 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
         return
     sizes = {name: other.peak for name, other in others().items()}
     width = max(map(len, sizes), default=0)
-    lines = [f"The run needs {in_units(plan.peak)} of the device's memory, and {in_units(free)} are free: {plan}."]
-    lines += [
-        f"  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}" for name, peak in sizes.items()
-    ]
-    message = "\n".join([lines[0], "Other ways, or a smaller batch:", *lines[1:]])
+    message = f"The run needs {in_units(plan.peak)} of the device's memory, and {in_units(free)} are free: {plan}.\n"
+    message += "Other ways, or a smaller batch:"
+    for name, peak in sizes.items():
+        message += f"\n  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}"
     if plan.certain > free:
         raise MisconfigurationException(message)
     rank_zero_warn(message)
@@ -210,8 +209,8 @@ def _memory_plan(
     for blocks in _blocks_in(trainer):
         if blocks.left_state == "reset":
             moving = blocks.largest(optimizer)
-            state, host = state_bytes([t for t in trained if t.weight in moving], zeroth_order.method)
-            planned = replace(planned, state=state, host=host)
+            state = state_bytes([t for t in trained if t.weight in moving], zeroth_order.method)
+            planned = replace(planned, state=state.device, host=state.host)
     device = trainer.strategy.root_device
     if device.type == "cuda":
         devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
