@@ -77,28 +77,22 @@ def measure(subject: Subject, batch_size: int, folder: Path | None, batches: int
     }
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``blocks`` to the benchmarks."""
-    parser = commands.add_parser(
-        "blocks",
-        description=__doc__,
-        help="steps in one layer at a time, by batch size",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
     add = parser.add_argument
     add("--model", required=True, help="as of `step`")
-    add("--precision", choices=DTYPES, default="bf16-true", help="of the weights (bf16-true)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32], help="rows a batch (1 4 16 32)")
+    add("--precision", choices=DTYPES, default="bf16-true", help="of the weights")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    add("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32], help="rows a batch")
     add("--data-path", type=Path, help="folder of SST-2 as JSON lines, not the package's sentiment set")
-    add("--prompt-batches", type=int, default=2, help="batches of prompts (2)")
-    add("--repeats", type=int, default=3, help="passes that a median is taken of (3)")
-    add("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process, on shared machines (wall)")
+    add("--prompt-batches", type=int, default=2, help="batches of prompts")
+    add("--repeats", type=int, default=3, help="passes that a median is taken of")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process, on shared machines")
     add("--output", type=Path, default=Path("logs/bench/blocks.csv"), help="file to write")
-    parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
+    """Runs the benchmark."""
     device = torch.device(arguments.device)
     subject = Subject.load(arguments.model, arguments.precision, device)
     records = [

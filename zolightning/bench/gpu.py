@@ -250,22 +250,16 @@ def _ceilings(device: torch.device, figures: Figures) -> Ceilings:
     return ceilings
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``gpu`` to the benchmarks."""
-    parser = commands.add_parser(
-        "gpu",
-        description=__doc__,
-        help="bits, steps, memory and kernels of a GPU in eight minutes",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: cuda)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
     parser.add_argument("--miniature", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--parts", nargs="+", help="regular expressions: the parts to run; all if not given")
     parser.add_argument("--output", type=Path, default=Path("logs/bench/gpu.csv"), help="file to append to")
-    parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
+    """Runs the benchmark."""
     device = torch.device(arguments.device)
     require(device)
     for part in parts(MINIATURE if arguments.miniature else Sizes()):

@@ -200,25 +200,18 @@ def total(chosen: Iterable[Signal]) -> Signal:
     return sum(chosen, Signal(0.0, 0.0))
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``signal`` to the benchmarks."""
-    parser = commands.add_parser(
-        "signal",
-        description=__doc__,
-        help="which maps have gradients that stand out of their noise",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
     add = parser.add_argument
     add("--config", nargs="+", required=True, metavar="WORD", help="files and settings, as for `learn`")
     add("--patterns", nargs="*", default=[], help="regular expressions, a line for the maps whose names match each")
-    add("--examples", type=int, default=256, help="validation rows to look at, in batches of 16 (256)")
-    add("--batch-size", type=int, default=16, help="B, of training (16)")
+    add("--examples", type=int, default=256, help="validation rows to look at, in batches of 16")
+    add("--batch-size", type=int, default=16, help="B, of training")
     add("--without-bias", action="store_true", help="the gradient of the loss as it is, calibration and all")
     add("--output", type=Path, help="CSV file to append a line a map to")
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
     size = max(1, min(16, arguments.examples // PARTS))
     own = [f"data.num_validation={arguments.examples}", f"data.eval_batch_size={size}"]

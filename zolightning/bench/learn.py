@@ -168,14 +168,8 @@ def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[
                     yield one, key
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``learn`` to the benchmarks."""
-    parser = commands.add_parser(
-        "learn",
-        description=__doc__,
-        help="which method learns most, at equal forwards and at equal time",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
     add = parser.add_argument
     add("--entry", action="append", default=[], metavar='"NAME: WORDS"', help="files and settings; as many as wanted")
     add("--preset", choices=("papers",), help="the published methods, and AdamW, for 40,000 forwards each")
@@ -188,18 +182,18 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     add("--forwards", type=int, help="of each run; a backward counts as two")
     add("--seconds", type=float, help="of training in each run")
-    add("--grid", nargs="+", type=float, default=Settings.grid, help="factors of each entry's learning rate (1)")
-    add("--seeds", nargs="+", type=int, default=Settings.seeds, help="the first one is the grid's (0)")
-    add("--validations", type=int, default=Settings.validations, help="of a run (default: 20)")
-    add("--clock", choices=CLOCKS, default=Settings.clock, help="cpu: time of this process, on shared machines (wall)")
-    add("--device", choices=("cuda", "cpu"), default=Settings.device, help="where to run (default: cuda)")
+    add("--grid", nargs="+", type=float, default=Settings.grid, help="factors of each entry's learning rate")
+    add("--seeds", nargs="+", type=int, default=Settings.seeds, help="the first one is the grid's")
+    add("--validations", type=int, default=Settings.validations, help="of a run")
+    add("--clock", choices=CLOCKS, default=Settings.clock, help="cpu: time of this process, on shared machines")
+    add("--device", choices=("cuda", "cpu"), default=Settings.device, help="where to run")
     add("--time-limit", type=float, help="seconds of this command after which no step is begun")
     add("--output", type=Path, default=Settings.output, help="file to append to")
     add("--folder", type=Path, default=Settings.folder, help="of the checkpoints")
-    parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
+    """Runs the benchmark."""
     settings = {
         field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)
     }

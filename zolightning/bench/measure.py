@@ -5,7 +5,6 @@ import os
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from zolightning.commands.timing import seconds_of
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CPU = torch.device("cpu")
@@ -86,12 +87,7 @@ def kernel_seconds(call: Callable[[], object], device: torch.device, repeats: in
             end.record()
         torch.cuda.synchronize(device)
         return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    return statistics.median(seconds_of(call) for _ in range(repeats))
 
 
 def in_fresh_process(

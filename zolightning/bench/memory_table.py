@@ -96,22 +96,16 @@ def cell(planned: MemoryPlan) -> str:
     return f"{needed / 1e9:.1f} ({card}){beside}"
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``memory`` to the benchmarks."""
-    parser = commands.add_parser(
-        "memory",
-        description=__doc__,
-        help="GB by model and mode",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=MODELS, metavar="MODEL", help=", ".join(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[16], help="sequences of a forward pass")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--positions", type=int, default=1, help="of them with logits that are read")
-    parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
+    """Runs the benchmark."""
     batches = [BatchShape(rows, arguments.length, arguments.positions) for rows in arguments.rows]
     for line in table(arguments.models, batches):
         print(line, flush=True)

@@ -17,6 +17,7 @@ from zolightning.bench.shapes import model_of_shape
 from zolightning.bench.step_cost import random_token_loss
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
+from zolightning.commands.configured_trainer import SILENT
 from zolightning.optim import (
     GRZO,
     LOZO,
@@ -165,10 +166,7 @@ def _run(
             precision="bf16-true",
             callbacks=[ZerothOrder(method, cuda_graphs=cuda_graphs), recorder, *resampling],
             plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **SILENT,
         )
         loader = DataLoader(TensorDataset(torch.arange(steps)))
         trainer.fit(module, loader, ckpt_path=resume_from, weights_only=True if resume_from else None)

@@ -31,6 +31,7 @@ from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.bench.subject import DTYPES
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.weights_digest import weights_digest
+from zolightning.commands.configured_trainer import SILENT
 from zolightning.commands.output import hush, quiet
 from zolightning.commands.tables import Record, print_table
 from zolightning.malloc import keep_freed_memory
@@ -125,11 +126,8 @@ class Clock(Callback):
         return call(*args, **kwargs)
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``scale`` to the benchmarks."""
-    parser = commands.add_parser(
-        "scale", description=__doc__, help="two ranks", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
     parser.add_argument("--model", choices=SHAPES, default=Settings.model, help="shape, with random weights")
     parser.add_argument("--precision", choices=DTYPES, default=Settings.precision, help="of the weights")
     parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="rows of the global batch, even")
@@ -137,7 +135,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="timed steps of each way in a round")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="turns of each way")
     parser.add_argument("--output", type=Path, default=Settings.output, help="file to write")
-    parser.set_defaults(run=lambda found: run(Settings(**{name: vars(found)[name] for name in vars(Settings())})))
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Runs the benchmark."""
+    run(Settings(**{name: vars(arguments)[name] for name in vars(Settings())}))
 
 
 def run(settings: Settings) -> None:
@@ -220,11 +222,8 @@ def _fit(settings: Settings, way: Way) -> tuple[list[tuple[float, ...]], str]:
             precision=settings.precision,  # type: ignore[arg-type]  # a choice of the parser's
             max_steps=steps,
             callbacks=[ZerothOrder(partial(MeZO, lr=1e-6, num_queries=way.num_queries)), clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             use_distributed_sampler=False,
+            **SILENT,
         )
         share = range(trainer.global_rank // size, rows, way.ranks // size)
         data = DataLoader(TensorDataset(ids, targets), settings.batch_size * size // way.ranks, sampler=share)

@@ -1,4 +1,7 @@
-"""The command ``python -m zolightning.bench step``: what a training step takes, ours and as published."""
+"""The command ``python -m zolightning.bench step``: what a training step takes, ours and as published.
+
+All rows take a quarter of an hour on two cores.
+"""
 
 import argparse
 import re
@@ -20,14 +23,8 @@ from zolightning.bench.subject import DTYPES
 from zolightning.commands.tables import Record, print_table
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``step`` to the benchmarks."""
-    parser = commands.add_parser(
-        "step",
-        description=f"{__doc__} All rows take a quarter of an hour on two cores.",
-        help="a training step",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the benchmark to a parser."""
     parser.add_argument(
         "--model", required=True, help="hub id, folder, GGUF file, pypi:// address, or config: and the name of a shape"
     )
@@ -54,7 +51,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--repeats", type=_at_least(1), default=Settings.repeats, help="rounds a median is taken of")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; its own choice if not given")
     parser.add_argument("--output", type=Path, default=Settings.output, help="file to write")
-    parser.set_defaults(run=_run)
 
 
 def run(settings: Settings) -> None:
@@ -91,7 +87,8 @@ def _source(settings: Settings) -> str:
     return str(settings.data_path or "the packaged sentiment set")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
+    """Runs the benchmark."""
     settings = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
     run(Settings(**settings | {"rows": tuple(arguments.rows)}))
 
