@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from checkpoint_runs import AS_EXPECTED, Validated
+from checkpoint_runs import AS_EXPECTED, EVERY_6, Validated
 from zolightning.checkpoints.save_last import SaveLast
 from zolightning.optim import LOZO, MeZO
 
@@ -165,3 +165,15 @@ def test_resuming_another_kind_of_run_is_refused(make_run: Any, options: dict[st
 def test_intervals_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be positive"):
         SaveLast(**option)
+
+
+def test_a_checkpoint_of_the_last_validation_does_not_ask_for_it_again(make_run: Any, tmp_path: Path) -> None:
+    """One that another callback saves, before this one has been told that the validation is over."""
+
+    def run(steps: int) -> Any:
+        best = ModelCheckpoint(tmp_path / "best", monitor="val/loss", filename="{step}")
+        return make_run(max_steps=steps, callbacks=[best], **EVERY_6)
+
+    run(6).fit()
+    resumed = run(8).fit(tmp_path / "best/step=6.ckpt")
+    assert sorted(resumed.watch.grads) == [7, 8] and not resumed.watch.validated

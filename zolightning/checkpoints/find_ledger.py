@@ -1,6 +1,5 @@
 """Finds the ledger that leads to a checkpoint, or that of a run to be resumed without one."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.ledger import LEDGER, DamagedLedgerError, Ledger
-from zolightning.checkpoints.ledger_header import Header
+from zolightning.checkpoints.ledger_header import Header, as_json_values
 from zolightning.messages import counted, some
 from zolightning.optim.record import StepRecord
 
@@ -63,8 +62,7 @@ def ledger_of(path: Path, header: Header) -> Ledger:
         MisconfigurationException: if it belongs to a run with another model or other settings; naming them.
     """
     ledger = Ledger(path)
-    # as they are in a file, where a tuple is a list
-    own, found = json.loads(json.dumps(asdict(header))), asdict(ledger.header)
+    own, found = as_json_values(asdict(header)), asdict(ledger.header)
     other = [f"`{name}`" for name in own if own[name] != found[name] and name != "zolightning"]
     if other:
         raise MisconfigurationException(

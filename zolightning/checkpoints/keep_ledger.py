@@ -122,17 +122,14 @@ class KeepLedger(Callback):
         self.go_on = None  # a second fit goes on from the first one
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._write()
-        self._speak_again(trainer)
+        self._end_step(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._write()
-            self._speak_again(trainer)
+            self._end_step(trainer)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._write()
-        self._speak_again(trainer)
+        self._end_step(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.ledger is not None:
@@ -210,8 +207,9 @@ class KeepLedger(Callback):
             self._hook.remove()
             self._hook = None
 
-    def _speak_again(self, trainer: L.Trainer) -> None:
-        """Gives the Trainer its loggers back after the last step that was taken from the ledger."""
+    def _end_step(self, trainer: L.Trainer) -> None:
+        """Writes a step that is over; after the last one that was taken from the ledger, the Trainer logs again."""
+        self._write()
         if self._muted is not None and trainer.optimizers[0].param_groups[0]["step"] >= self._muted.until:
             self._muted.end(trainer)
             self._muted = None

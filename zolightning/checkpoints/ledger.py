@@ -34,6 +34,7 @@ _START = struct.Struct("<8sII")
 _SEAL = struct.Struct("<I32s")
 _CHECKSUM = struct.Struct("<I")
 _MAGIC = b"zoledger"
+_UNSEALED = bytes(_SEAL.size + _CHECKSUM.size)
 
 
 class DamagedLedgerError(RuntimeError):
@@ -49,6 +50,10 @@ class Ledger:
 
     Args:
         path: path of the file.
+
+    Attributes:
+        header: what is in the file before its entries.
+        checksum: that of the last entry which this object has written.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -76,9 +81,9 @@ class Ledger:
         self.header = Header(**json.loads(header))
         self._codec = EntryCodec(self.header.fields[:-1], self.header.seed)
         self._seal_at = _START.size + length + _CHECKSUM.size
-        self._entries_at = self._seal_at + _SEAL.size + _CHECKSUM.size
+        self._entries_at = self._seal_at + len(_UNSEALED)
         self._file: Any = None
-        self._checksum = self._header_checksum
+        self.checksum = self._header_checksum
         self._length = 0
 
     @classmethod
@@ -92,18 +97,13 @@ class Ledger:
         start = _START.pack(_MAGIC, VERSION, len(text)) + text
         with replacing(path) as file:
             file.write(start + _CHECKSUM.pack(zlib.crc32(start)))
-            file.write(bytes(_SEAL.size + _CHECKSUM.size))
+            file.write(_UNSEALED)
         return cls(path)
 
     @property
     def entry_size(self) -> int:
         """The number of bytes of an entry."""
         return self._codec.size + _CHECKSUM.size
-
-    @property
-    def checksum(self) -> int:
-        """The checksum of the last entry that this object has written."""
-        return self._checksum
 
     def __len__(self) -> int:
         """The number of complete entries."""
@@ -180,7 +180,7 @@ class Ledger:
         """Copies the first `steps` steps to a ledger at `path`, with the files of given bases beside it."""
         with self.path.open("rb") as file, replacing(path) as copy:
             copy.write(file.read(self._seal_at))
-            copy.write(bytes(_SEAL.size + _CHECKSUM.size))
+            copy.write(_UNSEALED)
             file.seek(self._entries_at)
             copy.write(file.read(steps * self.entry_size))
         for bases in self.path.parent.glob(f"{self.path.stem}-bases-*.pt"):
@@ -201,7 +201,7 @@ class Ledger:
             BlockingIOError: if another process writes the file.
             OSError: if the file cannot be written.
         """
-        self._checksum, self._length, seal = self.checksum_after(steps), steps, self.seal()
+        self.checksum, self._length, seal = self.checksum_after(steps), steps, self.seal()
         self._file = self.path.open("r+b", buffering=0)
         try:
             # This lock ends with the process and is not inherited, but is lost if the process closes another handle.
@@ -212,7 +212,7 @@ class Ledger:
                 f"The ledger {self.path} is written by another process: its run has not ended."
             ) from None
         if seal is not None and seal[0] > steps:
-            self._write_at(self._seal_at, bytes(_SEAL.size + _CHECKSUM.size))
+            self._write_at(self._seal_at, _UNSEALED)
         self._file.truncate(self._place(steps + keep))
 
     def append(self, record: StepRecord) -> None:
@@ -229,7 +229,7 @@ class Ledger:
             body = self._codec.pack(record)
         except ValueError as error:
             raise ValueError(f"{self.path} cannot take step {step}: {error}") from None
-        checksum = zlib.crc32(body, self._checksum)
+        checksum = zlib.crc32(body, self.checksum)
         entry = body + _CHECKSUM.pack(checksum)
         try:
             self._write_at(self._place(self._length), entry)
@@ -238,7 +238,7 @@ class Ledger:
             raise OSError(
                 error.errno, f"The ledger {self.path} could not be written at step {step} ({error.strerror})"
             ) from error
-        self._checksum, self._length = checksum, self._length + 1
+        self.checksum, self._length = checksum, self._length + 1
 
     def sync(self) -> None:
         """Flushes all entries to the disk."""

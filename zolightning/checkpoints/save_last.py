@@ -5,21 +5,21 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.moved import find_files_again
-from zolightning.checkpoints.running_metrics import RunningMetrics
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
@@ -77,6 +77,7 @@ class SaveLast(ModelCheckpoint):
         for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_minutes", every_n_minutes)):
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive, or None for never, got {value}.")
+        # With `save_top_k` 0 the hooks of ModelCheckpoint save nothing; those below do.
         super().__init__(dirpath, filename=self.CHECKPOINT_NAME_LAST, save_top_k=0, enable_version_counter=False)
         self.every_n_train_steps = every_n_train_steps
         self.every_n_minutes = every_n_minutes
@@ -86,24 +87,18 @@ class SaveLast(ModelCheckpoint):
         self._is_training = False
         self._saved_at = 0.0
         self._step_before_batch = 0
-        self._validation_due = False
+        self._validation_due = False  # in the checkpoint that is being saved
         self._resumed: dict[str, Any] = {}
         self._metrics_before: dict[str, Any] = {}  # the batch
         self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
-        self._first = _First(self)
-        self._restore = ExitStack()  # gives a module its own hook back
-
-    @property
-    def state_key(self) -> str:
-        return type(self).__qualname__
+        self._first = BeforeOthers(self._save_after_error)
+        self._restore = ExitStack()  # gives module and strategy their own methods back
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # This callback comes last, so that the file holds the state of the others; its `_first` comes first, to save
         # after an error before others clean up. (Lightning still iterates over the old list.)
-        others = [
-            callback for callback in callbacks_of(trainer) if callback is not self and callback is not self._first
-        ]
+        others = [callback for callback in callbacks_of(trainer) if callback not in (self, self._first)]
         trainer.callbacks = [self._first, *others, self]  # type: ignore[attr-defined]  # as in `callbacks_of`
         if len(trainer.checkpoint_callbacks) == 2:  # this one and that of the best weights
             warnings.filterwarnings("ignore", ".* is called with Trainer configured with multiple `ModelCheckpoint`")
@@ -112,10 +107,20 @@ class SaveLast(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._folder = trainer.log_dir or trainer.default_root_dir
         self._resumed = {}
-        if stage == "fit":
-            self._defer_folding(trainer)
-            self._save_after_hooks_of(trainer, pl_module)
-        if stage == "fit" and not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
+        if stage != "fit":
+            return
+        strategy: Any = trainer.strategy
+        self._restore.close()
+        for owner, name, method in (
+            # Weights of a subspace method are folded one by one, as a checkpoint is written.
+            (strategy, "lightning_module_state_dict", deferring()(strategy.lightning_module_state_dict)),
+            # After the module's own hooks, which follow those of callbacks: what they do to weights (clamps, a
+            # teacher's average) would be missing after a resume, because they would not run.
+            (pl_module, "on_train_batch_end", _followed(pl_module.on_train_batch_end, self._batch_ends, trainer)),
+            (pl_module, "on_validation_end", _followed(pl_module.on_validation_end, self._validation_ends, trainer)),
+        ):
+            self._restore.enter_context(replaced(owner, name, method))
+        if not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
             require_writable("dirpath", folder)
             remove_unfinished(folder)
@@ -161,16 +166,9 @@ class SaveLast(ModelCheckpoint):
         is_step = steps is not None and trainer.global_step % steps == 0
         # Not at the end of training, when Lightning has counted an unfinished epoch as a finished one.
         is_last_step = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if self._stopping or is_time or is_step or is_last_step:
-            self._validation_due = is_validation_next(trainer)
-            if self._stopping or not self._validation_due:
-                self._save(trainer)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Does nothing, unlike that of ModelCheckpoint."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Does nothing, unlike that of ModelCheckpoint."""
+        validation_due = is_validation_next(trainer)
+        if self._stopping or ((is_time or is_step or is_last_step) and not validation_due):
+            self._save(trainer, validation_due)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != trainer.max_steps:  # a resumed run without a step left would not validate
@@ -179,16 +177,12 @@ class SaveLast(ModelCheckpoint):
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # With several ranks, which may have different numbers of batches, only at the next training step.
         if self._signal.number and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
-            self._stopping, self._validation_due = self._signal.number, True
-            self._save(trainer)
+            self._stopping = self._signal.number
+            self._save(trainer, validation_due=True)
             self._stop_here(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Does nothing, unlike that of ModelCheckpoint."""
 
     def _validation_ends(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._validation_due = False
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -197,91 +191,56 @@ class SaveLast(ModelCheckpoint):
         is_late = number and not self._stopping  # after the last batch, of training or of validation
         self._stopping = number
         if is_late or self._last_global_step_saved != trainer.global_step:
-            self._validation_due = False
             self._save(trainer)
         self._stop_here(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Does nothing: `_First` has called :meth:`save_after_error` before other callbacks cleaned up."""
-
-    def save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
+    def _save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
         """Saves the last complete step after an exception in training, unless a ledger or a file has it already."""
         is_training = self._is_training
         self._end_training()
-        self._restore.close()
         if not is_training or not isinstance(exception, Exception) or trainer.world_size > 1:
             return
         if self._last_global_step_saved == trainer.global_step:
             return
-        if self._has_ledger(trainer) and (self._last_global_step_saved or self._resumed):
+        # A ledger is better than a checkpoint saved now: a loader's state may have advanced to the batch that failed.
+        has_ledger = any(callback.ledger is not None for callback in find_callbacks(trainer, KeepLedger))
+        if has_ledger and (self._last_global_step_saved or self._resumed):
             self.last_model_path = self.format_checkpoint_name({})
-            rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice(trainer)}")
+            rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice()}")
         elif is_between_steps(trainer, self._step_before_batch):
-            self._validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
+            validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
             self._is_taken_back = take_back_batch(trainer)
-            self._save(trainer)
-            rank_zero_info(f"{self._where(trainer)} {self._advice(trainer)}")
+            self._save(trainer, validation_due)
+            rank_zero_info(f"{self._where(trainer)} {self._advice()}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore.close()  # Lightning calls no teardown after an exception or an interrupt
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end_training()
         self._restore.close()
-        vars(trainer.strategy).pop("lightning_module_state_dict", None)
-
-    @staticmethod
-    def _has_ledger(trainer: L.Trainer) -> bool:
-        """Whether a ledger holds the steps since the last checkpoint, which is then enough to resume from.
-
-        It is better than one saved now, because the state of a loader may have advanced to the batch that failed.
-        """
-        return any(callback.ledger is not None for callback in find_callbacks(trainer, KeepLedger))
 
     # What it saves
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, validation_due: bool = False) -> None:
         if not is_dry_run(trainer):
+            self._validation_due = validation_due
             self.last_model_path = self.format_checkpoint_name({})
             self._save_checkpoint(trainer, self.last_model_path)
+            self._validation_due = False
         if self._stopping:
             name = signal.Signals(self._stopping).name
-            rank_zero_info(f"Stopped by {name}. {self._where(trainer)} {self._advice(trainer)}")
-        self._validation_due = False
+            rank_zero_info(f"Stopped by {name}. {self._where(trainer)} {self._advice()}")
         self._saved_at = time.monotonic()
 
     def _where(self, trainer: L.Trainer) -> str:
         return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
 
-    def _advice(self, trainer: L.Trainer) -> str:
+    def _advice(self) -> str:
         return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=quote(str(self._folder)))}"
 
-    def _save_after_hooks_of(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Saves at the end of a batch or validation after the module's own hook, which follows those of callbacks.
-
-        What it does to weights (clamps, a teacher's average) would be missing after a resume, because it would not run.
-        """
-        self._restore.close()
-        for name, ends in (("on_train_batch_end", self._batch_ends), ("on_validation_end", self._validation_ends)):
-            self._restore.enter_context(
-                replaced(module, name, _followed(getattr(module, name), partial(ends, trainer)))
-            )
-
-    @staticmethod
-    def _defer_folding(trainer: L.Trainer) -> None:
-        """Makes the Trainer's checkpoints fold the weights of a subspace method one by one, as they are written."""
-        strategy = trainer.strategy
-        vars(strategy).pop("lightning_module_state_dict", None)
-        own = strategy.lightning_module_state_dict
-
-        def lightning_module_state_dict() -> dict[str, Any]:
-            with deferring():
-                return own()
-
-        strategy.lightning_module_state_dict = lightning_module_state_dict  # type: ignore[method-assign]
-
     def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Does nothing: a run does not take over the paths of another run's checkpoints."""
+        return {}  # a run does not take over the paths of another run's checkpoints
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = {
@@ -324,36 +283,12 @@ class SaveLast(ModelCheckpoint):
             raise SystemExit(exit_status(trainer, self._stopping))
 
 
-def _followed(own: Callable[..., None], after: Callable[[], None]) -> Callable[..., None]:
+def _followed(own: Callable[..., None], after: Callable[[L.Trainer], None], trainer: L.Trainer) -> Callable[..., None]:
     """A hook that calls another function after its own one, by whose name others see whose hook it is."""
 
     @wraps(own)
     def hook(*args: Any) -> None:
         own(*args)
-        after()
+        after(trainer)
 
     return hook
-
-
-class _First(Callback):
-    """A callback that comes first in a Trainer: others see the right epoch, and clean up after an error is saved."""
-
-    def __init__(self, save_last: SaveLast) -> None:
-        self.save_last = save_last
-        self.epoch: EpochOfLastBatch | None = None
-        self.metrics = RunningMetrics()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self.epoch is not None:
-            self.epoch.batch_starts()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.metrics.batch_ends(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.epoch is not None:
-            self.epoch.epoch_ends()
-        self.metrics.epoch_ends(pl_module)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.save_last.save_after_error(trainer, exception)

@@ -1,0 +1,42 @@
+"""A callback that comes first in a Trainer, where :class:`~zolightning.checkpoints.save_last.SaveLast` comes last."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from zolightning.checkpoints.running_metrics import RunningMetrics
+from zolightning.training_loop import EpochOfLastBatch
+
+
+class BeforeOthers(Callback):
+    """Other callbacks see the right epoch and metrics in a resumed run, and clean up after an error is saved.
+
+    Args:
+        save_after_error: called with the Trainer and the exception.
+
+    Attributes:
+        metrics: the metrics of the present epoch.
+        epoch: Lightning's count of epochs, from the start of training on.
+    """
+
+    def __init__(self, save_after_error: Callable[[L.Trainer, BaseException], None]) -> None:
+        self.metrics = RunningMetrics()
+        self.epoch: EpochOfLastBatch | None = None
+        self._save_after_error = save_after_error
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.epoch is not None:
+            self.epoch.batch_starts()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.metrics.batch_ends(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.epoch is not None:
+            self.epoch.epoch_ends()
+        self.metrics.epoch_ends(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._save_after_error(trainer, exception)
