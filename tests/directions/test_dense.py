@@ -1,6 +1,6 @@
 """A direction is the same wherever, however and in whatever company it is generated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from optimizer_steps import standard
 from zolightning.directions.dense import Direction, compute_dtype, directions
+from zolightning.directions.masked import MagnitudeMasked, Masked, RandomMask
+from zolightning.directions.scaled import FullCurvature, ScaledDirection
 from zolightning.kernels import compiled, native
 from zolightning.kernels.noise import CODE_SCALE, NOISE_KINDS, NoiseKind, codes, coefficient, key
+from zolightning.optim import MeZO
+from zolightning.optim.precision import add_direction
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCALE = 2.0**-3  # times a code of 4 bits: exact in every dtype
@@ -177,6 +181,35 @@ class TestAccumulate:
         direction().accumulate(parts[:4])
         direction().accumulate(parts[4:], start=4)
         assert torch.equal(parts, whole)
+
+
+OTHERS: dict[str, Callable[[Direction], Direction]] = {
+    "plain": lambda direction: direction,
+    "mask": lambda direction: Masked(direction, RandomMask(torch.tensor([5, 6], dtype=torch.int32), 0.5)),
+    "small weights": lambda direction: MagnitudeMasked(direction, 0.7),
+    "curvature": lambda direction: ScaledDirection(direction, FullCurvature(torch.linspace(1, 4, 12).double())),
+}
+
+
+class TestOfElements:
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_they_are_what_is_added_to_a_weight(self, name: str) -> None:
+        weight = torch.linspace(-1, 1, 12, dtype=torch.float64)
+        direction = OTHERS[name](directions({"w": weight}, 3, 5, {0: 1.0, 2: -0.5}, "gaussian")["w"])
+        direction.add_to(weight, moved := torch.empty_like(weight))
+        found = direction.of_elements(weight)
+        torch.testing.assert_close(found, moved - weight, rtol=0, atol=1e-14)
+        assert torch.equal(direction.of_elements(weight[4:8], 4), found[4:8])
+
+    @pytest.mark.parametrize("name", ["mask", "small weights"])
+    def test_loops_that_would_overlook_a_mask_are_not_given_one(self, name: str) -> None:
+        weight = torch.ones(12)
+        with pytest.raises(TypeError, match="Masked is no argument of a loop: "):
+            add_direction(weight, {}, OTHERS[name](directions({"w": weight}, 3, 5, {0: 1.0}, "gaussian")["w"]), "exact")
+
+    def test_steps_go_along_the_directions_of_evaluations(self) -> None:
+        with pytest.raises(TypeError, match=r"Half overrides `directions`.*override `directions_of`"):
+            type("Half", (MeZO,), {"directions": lambda *_: {}})
 
 
 class TestDirections:

@@ -98,6 +98,20 @@ class Direction(Noise):
         kernels.add(noise, Noise(self.keys, one, self.kind), start=self.first + start)
         return noise
 
+    def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
+        """This direction as a tensor, for methods that do more than add it: an estimated gradient, for one.
+
+        Args:
+            weight: some stored elements, (n,).
+            start: index of the first of them in the tensor that the direction is of.
+
+        Returns:
+            (n,), float32, or float64 for double-precision weights. An element that does not move is -0.0.
+        """
+        found = torch.zeros(weight.numel(), dtype=compute_dtype(weight.dtype), device=weight.device)
+        self.accumulate(found, start=start)
+        return found
+
     def arguments(self) -> dict[str, Any]:
         """The arguments by which the loops of :mod:`zolightning.kernels` add this direction."""
         return {"noise": self, "start": self.first}

@@ -1,6 +1,6 @@
 """Directions that leave some elements of a parameter unchanged to the bit."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ class MagnitudeMasked(Direction):
 
     def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
         return super().unit_noise(weight, start).where(weight.abs() <= self.threshold, 0.0)
+
+    def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
+        """As of any direction; -0.0 for large weights."""
+        return super().of_elements(weight, start).where(weight.abs() <= self.threshold, -0.0)
+
+    def arguments(self) -> dict[str, Any]:
+        """There are none: a loop gets the threshold beside the direction.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("MagnitudeMasked is no argument of a loop: give `add_directions` its `threshold` beside it.")
 
 
 class Mask(Protocol):
@@ -106,11 +118,18 @@ class Masked(Direction):
         index = torch.arange(start, start + weight.numel(), device=weight.device)
         return super().unit_noise(weight, start).where(self.mask.at(index), 0.0)
 
-    def of_elements(self, numel: int, start: int) -> Tensor:
-        """The direction at `numel` elements from `start` on; -0.0 where the mask is False, which changes no sum."""
-        noise = torch.zeros(numel, dtype=self.coefficients.dtype, device=self.coefficients.device)
-        self.accumulate(noise, start=start)
-        return torch.where(self.mask.at(torch.arange(start, start + numel, device=noise.device)), noise, -0.0)
+    def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
+        """As of any direction; -0.0 where the mask is False, which changes no sum."""
+        index = torch.arange(start, start + weight.numel(), device=weight.device)
+        return super().of_elements(weight, start).where(self.mask.at(index), -0.0)
+
+    def arguments(self) -> dict[str, Any]:
+        """There are none: loops know no masks.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("Masked is no argument of a loop: add its `of_elements` by `add_tensor`.")
 
     def _restore(self, weight: Tensor, out: Tensor, start: int) -> None:
         weight, out = weight.view(-1), out.view(-1)

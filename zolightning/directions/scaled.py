@@ -99,6 +99,12 @@ class ScaledDirection(Direction):
         for part, own in self.curvature.parts(start, weight.numel()):
             kernels.perturb_both(plus[part], minus[part], weight[part], self, start + part.start, own)
 
+    def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
+        found = super().of_elements(weight, start)
+        for part, own in self.curvature.parts(start, weight.numel()):
+            found[part].div_(own.sqrt())
+        return found
+
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         own = self.curvature.at_rows(rows, table.shape[1])
         kernels.perturb_rows(out, table, rows, self, own)

@@ -74,7 +74,7 @@ def cores_of_groups(changes: Mapping[nn.Parameter, Sequence[Perturbation | None]
     sources: list[Tensor | None] = []
     directions: list[Direction] = []
     for parameter, each in changes.items():
-        plain = [(c, c.direction) for c in each if isinstance(c, LowRank) and type(c.direction) is Direction]
+        plain = [(c, c.direction) for c in each if type(c) is LowRank and type(c.direction) is Direction]
         if not plain or len(plain) < len(each):
             continue
         shape = plain[0][0].basis.core_shape(plain[0][0].shape)
@@ -103,6 +103,6 @@ def _small(
         is_scaled = isinstance(change, ScaledDirection) and isinstance(change.curvature, FullCurvature)
         if is_scaled or type(change) is Direction:
             return parameter, change, tuple(parameter.shape), parameter.requires_grad
-    if isinstance(change, LowRank) and type(change.direction) is Direction:
+    if type(change) is LowRank and type(change.direction) is Direction:
         return change.pending, change.direction, change.basis.core_shape(change.shape), False
     return None, None, (), False

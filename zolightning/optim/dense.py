@@ -37,6 +37,14 @@ class DenseOptimizer(ZerothOrderOptimizer):
         super().__init__(params, defaults, **common)
         self.noise: NoiseKind = noise
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "directions" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} overrides `directions`, and steps would not go along the directions of evaluations: "
+                "override `directions_of`, which makes those of both."
+            )
+
     def directions(
         self, group: dict[str, Any], seed: int, step: int, coefficients: Mapping[int, float]
     ) -> dict[nn.Parameter, Direction]:
@@ -51,12 +59,20 @@ class DenseOptimizer(ZerothOrderOptimizer):
             coefficients: the coefficient of each query; queries that are left out do not take part.
         """
         named = self.named(group)
-        return dict(zip(named, self._directions_of(named, seed, step, coefficients), strict=True))
+        return dict(zip(named, self.directions_of(named, seed, step, coefficients), strict=True))
 
-    def _directions_of(
+    def directions_of(
         self, named: Mapping[nn.Parameter, str], seed: int, step: int, coefficients: Mapping[int, float]
     ) -> Iterable[Direction]:
-        """:meth:`directions` in the order of the parameters."""
+        """The directions of some parameters in turn: all that perturbs or moves one is made here.
+
+        Override it to search along others: scaled ones (:meth:`~zolightning.directions.dense.Direction.times`) or those
+        of other `coefficients`. The same arguments must give the same directions until the step is over.
+
+        Args:
+            named: names of parameters that move.
+            seed, step, coefficients: see :meth:`directions`.
+        """
         return directions(dict(zip(named.values(), named, strict=True)), seed, step, coefficients, self.noise).values()
 
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
@@ -104,7 +120,7 @@ class DenseDescent(DenseOptimizer):
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
             named = self.named(group)
-            gradients = of_own_rows(self._directions_of(named, record.seed, record.step, coefficients), named)
+            gradients = of_own_rows(self.directions_of(named, record.seed, record.step, coefficients), named)
             states = [self.state[parameter] for parameter in named]
             with all_contiguous(named, self.slices) as weights:
                 self.update_parameters(weights, states, gradients, group, lr)

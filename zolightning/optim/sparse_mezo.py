@@ -97,7 +97,7 @@ class SparseMeZO(DenseOptimizer):
                     continue
                 with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                     for part in chunks(weight.numel(), chunk_size(weight)):
-                        noise = masked.of_elements(part.stop - part.start, first + part.start)
+                        noise = masked.of_elements(weight.view(-1)[part], first + part.start)
                         add_tensor(weight, state, noise, self.update_precision, start=part.start)
             states = [self.state[parameter] for parameter in moves]
             with all_contiguous(moves, self.slices) as weights:
