@@ -163,6 +163,47 @@ def test_the_low_rank_method_moves_by_its_formula(examples: SimpleNamespace) -> 
     assert core.abs().min() > 0.99  # random signs are never 0
 
 
+def test_the_sign_method_moves_by_its_formula(examples: SimpleNamespace) -> None:
+    net, before = nn.Linear(3, 2), torch.full((2, 3), 0.25)
+    net.weight.data.copy_(before)
+    optimizer = examples.ZOSignSGD(net.named_parameters(), lr=0.125, noise="rademacher", seed=3)
+    optimizer.attach(net)
+    record = optimizer.estimate(lambda: net(torch.ones(1, 3)).square().mean())
+    direction = optimizer.directions(optimizer.param_groups[0], record.seed, record.step, {0: 1.0})[net.weight]
+    optimizer.step()
+    sign = (record.projected_grads[0] * direction.of_elements(torch.zeros(6))).sign().view(2, 3)
+    assert torch.equal(net.weight, before - 0.125 * sign)
+
+
+def test_the_layerwise_method_is_mezo_with_other_directions(examples: SimpleNamespace) -> None:
+    nets = [nn.Linear(3, 2).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    moves = []
+    for net, ratio in zip(nets, (1.0, 4.0), strict=True):
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        optimizer = examples.LayerwiseMeZO(net.named_parameters(), lr=1e-2, ratio=ratio, seed=3)
+        optimizer.attach(net)
+        record = optimizer.estimate(lambda net=net: net.weight.sum() + net.bias.sum())
+        optimizer.step()
+        moves.append([(p - b) / record.projected_grads[0] for p, b in zip(net.parameters(), before, strict=True)])
+    (weight, bias), (same_weight, farther_bias) = moves
+    torch.testing.assert_close(same_weight, weight, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(farther_bias, 4 * bias, rtol=1e-6, atol=1e-9)
+
+
+def test_the_line_search_takes_the_best_step(examples: SimpleNamespace) -> None:
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    found = {}
+    for lr in (0.05, 0.25, 1.0):  # for the loss p ** 2 / 2 and signs as directions a rate of 1 goes to the minimum
+        parameter.data.fill_(1.0)
+        optimizer = MeZO([parameter], lr=lr, noise="rademacher", estimator=examples.LineSearch(), seed=0)
+        record = optimizer.estimate(lambda: parameter.square().sum() / 2)
+        optimizer.step()
+        found[lr] = parameter.item()
+        assert record.forward_passes == 5 and len(record.losses) == 2
+    assert found == pytest.approx({0.05: 0.8, 0.25: 0.0, 1.0: 0.0}, abs=1e-5)
+
+
 def test_the_method_learns_under_a_trainer(
     examples: SimpleNamespace, make_trainer: Any, make_regression: Any, regression_data: Any
 ) -> None:

@@ -1,18 +1,21 @@
 """Estimators against closed forms on a quadratic, where finite differences can be worked out by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimizer_steps import standard
 from zolightning.kernels.noise import NoiseKind, key
 from zolightning.optim import MeZO
 from zolightning.optim.estimators import Estimator, OneSided, Population, Probe, TwoSided, ZScores
+from zolightning.optim.probing import losses_along
+from zolightning.optim.share import Share
 
 DIM = 24
 EPS = 1e-2
@@ -50,6 +53,68 @@ class TestProbes:
     def test_population_needs_no_baseline(self) -> None:
         assert Population().probes(3) == [Probe(0, 1), Probe(1, 1), Probe(2, 1)]
         assert Population().min_queries == 2
+
+    def test_signs_are_signs(self) -> None:
+        class Far(TwoSided):
+            def probes(self, num_queries: int) -> list[Probe]:
+                return [Probe(0, 1), Probe(0, 2)]
+
+        with pytest.raises(ValueError, match=r"`probes` of Far has Probe\(query=0, sign=2\), and a sign is"):
+            MeZO([nn.Parameter(torch.zeros(2))], estimator=Far())
+
+
+class Counting(nn.Module):
+    """Counts its evaluations in a buffer, of which a step keeps the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(POINT.clone())
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self) -> Tensor:
+        self.count += 1
+        return loss(self.x)
+
+
+class Along(TwoSided):
+    """Evaluates two further points."""
+
+    found: tuple[float, ...] = ()
+
+    def evaluate(self, optimizer: Any, loss_fn: Any, share: Share, micro_batches: Any = None) -> Any:
+        probed = super().evaluate(optimizer, loss_fn, share, micro_batches)
+        (group,) = optimizer.param_groups
+        moves = [optimizer.directions(group, group["seed"], group["step"], {1: length}) for length in (0.5, -2.0)]
+        self.found = tuple(losses_along(optimizer, moves, loss_fn, share))
+        return probed
+
+
+class TestLossesAlong:
+    def test_they_are_losses_of_moved_weights_and_leave_no_traces(self) -> None:
+        module = Counting()
+        optimizer = MeZO(module.named_parameters(), eps=EPS, estimator=Along(), seed=0)
+        optimizer.attach(module)
+        record = optimizer.estimate(module)
+        expected = [loss(POINT + length * z(1)).item() for length in (0.5, -2.0)]
+        assert optimizer.estimator.found == pytest.approx(expected, rel=1e-6)
+        assert record.forward_passes == 4 and len(record.losses) == 2
+        assert record.leaves_traces and module.count == 1
+
+    def test_ranks_share_and_average_them(self) -> None:
+        found, sent = [], []
+        for index in (0, 1):  # rank 0 makes the first of the two, rank 1 the other one
+
+            def total(own: Tensor) -> Tensor:
+                sent.append(own)
+                return own + torch.tensor([[3.0, 3.0]], dtype=torch.float64)  # of another rank, a mean of 1 over 3
+
+            module = Counting()
+            optimizer = MeZO(module.named_parameters(), eps=EPS, estimator=Along(), seed=0)
+            optimizer.estimate(module, Share(total, 0, index, 2))
+            found.append(optimizer.estimator.found)
+        own = [loss(POINT + length * z(1)).item() for length in (0.5, -2.0)]
+        assert found[0] == pytest.approx(((own[0] + 3) / 4, 1.0), rel=1e-6)
+        assert found[1] == pytest.approx((1.0, (own[1] + 3) / 4), rel=1e-6)
 
 
 class TestClosedForms:

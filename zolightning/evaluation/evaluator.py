@@ -164,7 +164,9 @@ class Evaluator:
             if self._is_read_elsewhere(unread, trainable):
                 self._reads.forget(unread)
                 results, _ = evaluate(find_contexts())
-            self._held, self.left_traces = traces.finish(), traces.found or self.leaves_more
+            self._held = traces.finish()
+            if leaves_traces:  # others are made beside the step's own
+                self.left_traces = traces.found or self.leaves_more
         return results
 
     def _run(

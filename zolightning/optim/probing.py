@@ -82,19 +82,58 @@ def evaluate_probes(
     runs = [probes[start : min(start + size, own.stop)] for start in range(own.start, own.stop, size)]
     perturbations = perturbations_at(optimizer, runs)
     results = losses_at(optimizer, perturbations, loss_fn, share, leaves_traces=leaves_traces) if own else []
-    sums = [sums_of(terms, loss) for loss, terms in results]
-    if len(own) == len(probes):
-        totals = torch.stack(sums)
-    else:  # evaluations of other ranks are zeros, to which the sum over ranks adds them
-        totals = torch.zeros(len(probes), 2, dtype=torch.float64, device=device_of(optimizer))
-        for place, values in zip(own, sums, strict=True):
-            totals[place] = values
-    totals = totals if share.sum is None else share.sum(totals)
-    losses, terms = totals[:, 0] / totals[:, 1], totals[:, 1]
+    losses, terms = _over_ranks(optimizer, results, len(probes), share)
     grads = estimator.projected_grads(losses, optimizer.param_groups[0]["eps"])
     numbers, count = torch.cat([losses, terms, grads]).tolist(), len(probes)
     require_terms(numbers[count : 2 * count])
     return Probed(numbers[:count], numbers[2 * count :], 0 in numbers[count : 2 * count])
+
+
+def losses_along(
+    optimizer: "ZerothOrderOptimizer",
+    moves: Sequence[Mapping[nn.Parameter, Perturbation]],
+    loss_fn: LossFunction,
+    share: Share,
+) -> list[float]:
+    """The loss of a step at further points, for an estimator that chooses these by the losses that it has seen.
+
+    Like the losses of probes they are evaluated with the step's random numbers, shared by ranks and averaged over them,
+    and counted as forward passes of the step. The module is as the step's first evaluation has left it.
+
+    Args:
+        optimizer: the method.
+        moves: for each point what is added to parameters, each in its trainable shape, besides pending updates:
+            ``optimizer.directions(group, group["seed"], group["step"], {query: 0.1})``, for one.
+        loss_fn, share: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
+
+    Returns:
+        One loss for each point, the same on all ranks; NaN if there was no term to average.
+
+    Raises:
+        ValueError: if a number of terms is negative.
+    """
+    whole = [of_whole_parameters(optimizer, {**optimizer.offsets(), **moves[place]}) for place in share.of(len(moves))]
+    results = losses_at(optimizer, whole, loss_fn, share, leaves_traces=False) if whole else []
+    losses, terms = _over_ranks(optimizer, results, len(moves), share)
+    optimizer.count(len(moves))
+    numbers = torch.cat([losses, terms]).tolist()
+    require_terms(numbers[len(moves) :])
+    return numbers[: len(moves)]
+
+
+def _over_ranks(
+    optimizer: "ZerothOrderOptimizer", results: Sequence[LossAndTerms], count: int, share: Share
+) -> tuple[Tensor, Tensor]:
+    """The losses of `count` evaluations and their numbers of terms, each float64, (count,), of this rank's results."""
+    sums = [sums_of(terms, loss) for loss, terms in results]
+    if len(sums) == count:
+        totals = torch.stack(sums)
+    else:  # evaluations of other ranks are zeros, to which the sum over ranks adds them
+        totals = torch.zeros(count, 2, dtype=torch.float64, device=device_of(optimizer))
+        for place, values in zip(share.of(count), sums, strict=True):
+            totals[place] = values
+    totals = totals if share.sum is None else share.sum(totals)
+    return totals[:, 0] / totals[:, 1], totals[:, 1]
 
 
 def perturbations_at(
