@@ -1,6 +1,7 @@
 """Zeroth-order training of any LightningModule."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, 
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
 from zolightning.callbacks.subspace_resampling import require_resampling
+from zolightning.evaluation.fresh_batches import FreshBatches
 from zolightning.evaluation.losses import LossOutput
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_prefix
@@ -138,10 +140,12 @@ class ZerothOrder(Callback):
         own_step, own_optimizers = pl_module.training_step, pl_module.configure_optimizers
         own_end = pl_module.on_train_end
         takes_index = is_param_in_hook_signature(own_step, "batch_idx", min_args=2)
+        batches = FreshBatches()
 
         def zeroth_order_training_step(batch: Any, batch_idx: int = 0) -> Any:
             index = (batch_idx,) if takes_index else ()
-            return self._step(pl_module, lambda part: own_step(part, *index), batch, batch_idx)
+            evaluate = partial(batches.evaluate, lambda part: own_step(part, *index))
+            return self._step(pl_module, evaluate, batch, batch_idx)
 
         def fold_and_end_training() -> None:
             # Later than the checkpoints of callbacks, from which a run may go on, and earlier than Lightning takes the

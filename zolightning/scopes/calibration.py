@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from zolightning.evaluation.fresh_batches import copied
 from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.mode import evaluation_mode
 from zolightning.evaluation.replaced import replaced
@@ -50,7 +51,7 @@ def own_loss(module: L.LightningModule, batch: Any) -> LossOutput:
         traces = Traces(list(module.modules()), set(), trained)
         with traces.watched():
             index = (0,) if takes_index else ()
-            return traces.evaluate(lambda: step(module, batch, *index), is_first=False)
+            return traces.evaluate(lambda: step(module, copied(batch), *index), is_first=False)
 
 
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
