@@ -14,7 +14,7 @@ perturbed in place, from a copy.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.descriptions import describes
 from zolightning.evaluation.products import HOST, PRODUCTS, ByRows, factors_of, is_cut, linear_in_pieces
-from zolightning.evaluation.replaced import replaced_forwards
+from zolightning.evaluation.replaced import StandIn, replaced_forwards
 from zolightning.evaluation.scratch import Scratch
 
 _CONTAINERS = (list, tuple)  # in which a function may get parameters
@@ -137,8 +137,8 @@ class Perturbed(TorchFunctionMode):
         attributes = vars(reader)  # past nn.Module's own attribute access, which takes longer
         is_linear = type(reader).forward is nn.Linear.forward and "forward" not in attributes
         if is_linear and {"weight", "bias"} <= attributes["_parameters"].keys():
-            return partial(self._linear_forward, reader)
-        return partial(self._watch, reader.forward)
+            return StandIn(self._linear_forward, reader.forward)
+        return StandIn(self._watch, reader.forward)
 
     def _watch(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Replaces the forward of a module that reads parameters: watches the functions called in there."""
@@ -152,11 +152,11 @@ class Perturbed(TorchFunctionMode):
             super().__exit__(None, None, None)
             self._is_watching = False
 
-    def _linear_forward(self, module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
+    def _linear_forward(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Replaces the forward of an ``nn.Linear``, which is known to call ``F.linear``: nothing has to be watched."""
         if len(args) != 1 or kwargs or self._is_watching or self._is_paused or is_compiling():
-            return self._watch(partial(nn.Linear.forward, module), *args, **kwargs)
-        own = module._parameters
+            return self._watch(forward, *args, **kwargs)
+        own = forward.__self__._parameters
         return self.run(F.linear, (args[0], own["weight"], own["bias"]), {})
 
     def __torch_function__(

@@ -12,6 +12,7 @@ from zolightning.directions.shards import own_rows
 from zolightning.directions.trials import FlippedBit, Unchanged
 from zolightning.evaluation.gathered import Gathered
 from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.replaced import StandIn
 from zolightning.evaluation.scratch import Scratch
 
 # The modules that read parameters, each with those that it owns or has read in its own forward
@@ -193,7 +194,7 @@ class _ByReader(Perturbed):
     def _forward_of(self, reader: nn.Module) -> Callable[..., Any]:
         own = super()._forward_of(reader)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             outside, self.seen = self.seen, (reads := _Reads())
             try:
                 return own(*args, **kwargs)
@@ -201,4 +202,4 @@ class _ByReader(Perturbed):
                 self.seen_in[reader] += reads.counts
                 self.seen = outside
 
-        return forward
+        return StandIn(forward, reader.forward)

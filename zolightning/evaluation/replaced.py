@@ -2,10 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import nn
+
+
+class StandIn(partial[Any]):
+    """A function in the place of a module's ``forward``, which is its first argument; a copy has its own forward.
+
+    So a loss may make a copy of a network that it evaluates (``copy.deepcopy``), of a teacher for one.
+    """
+
+    def __reduce__(self) -> Any:
+        return _itself, self.args
+
+
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
 
 
 @contextmanager
@@ -25,7 +39,8 @@ def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterat
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """A context in which a module has another ``forward``, with the signature of its own, which ``generate`` reads."""
-    with replaced(module, "forward", wraps(module.forward)(lambda *args, **kwargs: forward(*args, **kwargs))):
+    stand_in = StandIn(lambda _, *args, **kwargs: forward(*args, **kwargs), module.forward)
+    with replaced(module, "forward", update_wrapper(stand_in, module.forward)):
         yield
 
 
