@@ -18,7 +18,7 @@ from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import WHOLE, Share
 from zolightning.partners import log_number
 from zolightning.strategies.ranks import LossExchange, layout_of
-from zolightning.training_loop import log_again
+from zolightning.training_loop import log_again, log_nothing
 
 
 def zeroth_order_step(
@@ -130,6 +130,8 @@ def _log(module: L.LightningModule, optimizer: ZerothOrderOptimizer, record: Ste
     log_number(module, "zo/forward_passes", optimizer.param_groups[0]["forward_passes"])
     if not record.projected_grads:
         log_number(module, "zo/skipped", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
+        for name in {"zo/projected_grad", "train/loss"} - own_names:
+            log_nothing(module, name)
         return
     squares = [g * g for g in record.projected_grads]
     log_number(module, "zo/projected_grad", (sum(squares) / len(squares)) ** 0.5)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.types import _Stateful
 from torch import Tensor
 
 
@@ -51,6 +52,17 @@ def validate(trainer: L.Trainer) -> None:
     connector._first_loop_iter = first_loop_iter
 
 
+def log_nothing(module: L.LightningModule, name: str) -> None:
+    """Makes a step log nothing by a name under which an earlier one did: Lightning would log that value again.
+
+    What is logged by the epoch is left as it is.
+    """
+    results = module.trainer._results
+    known = None if results is None else results.get(f"{module._current_fx_name}.{name}")
+    if known is not None and not known.meta.on_epoch:
+        known.reset()
+
+
 class EpochOfLastBatch:
     """Mends Lightning's count of epochs in a run that was saved at the last batch of one, and restored.
 
@@ -91,6 +103,18 @@ class EpochOfLastBatch:
             progress.completed += epochs
 
 
+def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
+    """Whether a run that was saved at the last batch of an epoch, and goes on from there, ends that epoch.
+
+    It does if there is more to train, and its loaders go on at their end, see :class:`EpochOfLastBatch`.
+    """
+    loop = trainer.fit_loop
+    if trainer.global_step == trainer.max_steps or loop.epoch_progress.current.processed == trainer.max_epochs:
+        return False
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    return all(isinstance(loader, _Stateful) for loader in loaders)
+
+
 def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
     """Whether the weights, and all else that a checkpoint holds, are those after ``trainer.global_step`` steps.
 
@@ -111,10 +135,21 @@ def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
     return not is_in_batch or trainer.global_step == step_before_batch
 
 
+def is_in_batch(trainer: L.Trainer) -> bool:
+    """Whether a batch is trained on, or callbacks are being told that it is over: its metrics are not logged yet."""
+    batch = trainer.fit_loop.epoch_loop.batch_progress.total
+    return batch.started != batch.completed  # type: ignore[attr-defined]  # as above
+
+
 def is_at_end_of_batch(trainer: L.Trainer) -> bool:
     """Whether callbacks are being told that a batch is over, before a validation that may be due."""
     batch = trainer.fit_loop.epoch_loop.batch_progress.total
     return batch.processed != batch.completed  # type: ignore[attr-defined]  # as above
+
+
+def log_batch(trainer: L.Trainer) -> None:
+    """Logs what a batch is to log that is over, as the training loop does once callbacks have been told."""
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def is_validation_next(trainer: L.Trainer) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -78,6 +79,23 @@ class TestNonFinite:
         assert trainer.callback_metrics["zo/skipped"] == 1  # in the last epoch
         assert [i for i, record in enumerate(recorder.records) if not record.projected_grads] == [2, 9]
         assert all(parameter.isfinite().all() for parameter in broken.parameters())
+
+    def test_a_skipped_batch_logs_no_loss(
+        self, broken: L.LightningModule, make_trainer: MakeTrainer, regression_data: MakeData
+    ) -> None:
+        """Lightning logs the last value of a name again in a step that logs none."""
+        logged: dict[str, list[int]] = {}
+
+        class Logger(DummyLogger):
+            def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+                for name in metrics:
+                    logged.setdefault(name, []).append(step)
+
+        callback = ZerothOrder(partial(MeZO, lr=1e-2), skip_nonfinite=True)
+        trainer = make_trainer(max_steps=5, callbacks=[callback], logger=Logger(), log_every_n_steps=1)
+        trainer.fit(broken, regression_data())
+        assert logged["zo/lr"] == [0, 1, 2, 3, 4]
+        assert logged["train/loss"] == logged["zo/projected_grad"] == [0, 1, 3, 4]
 
 
 class TestGivingBack:

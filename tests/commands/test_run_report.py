@@ -157,6 +157,16 @@ def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
         assert read_run(folder).state == "not finished"
 
 
+def test_curves_that_end_before_the_run_are_said(runs: Runs, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs.version(0), tmp_path / "run")
+    assert (read_run(folder).step, read_run(folder).state) == (6, "finished")
+    training = max(event_files(folder), key=lambda file: file.stat().st_size)
+    content = training.read_bytes()
+    training.write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=r"curves of .* end at step \d, and the run took 6 steps: an event file"):
+        assert read_run(folder).state == "finished"
+
+
 def test_event_files_are_in_the_order_in_which_one_process_began_them(tmp_path: Path) -> None:
     names = [
         f"events.out.tfevents.{name}" for name in ("1700000000.host-2.local.77.9", "1700000000.host-2.local.77.10")

@@ -14,6 +14,8 @@ from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.commands.event_log import EventLog, Point
 from zolightning.messages import some
 
+_LOG_EVERY = 50  # steps, Lightning's default
+
 
 @dataclass(frozen=True)
 class Run:
@@ -111,7 +113,14 @@ def read_run(folder: Path) -> Run:
             f"{folder} has no curve of a training yet: its event files (events.out.tfevents.*) hold no step. A run "
             "writes to them every `trainer.log_every_n_steps` steps."
         )
-    step, state = _progress(folder, config, max(points[-1].step for points in curves.values()), log.ended)
+    logged = max(points[-1].step for points in curves.values())
+    step, state = _progress(folder, config, logged, log.ended)
+    every = (config.get("trainer") or {}).get("log_every_n_steps") or _LOG_EVERY
+    if state == "finished" and step - logged >= every:
+        rank_zero_warn(
+            f"The curves of {folder} end at step {logged}, and the run took {step} steps: an event file "
+            "(events.out.tfevents.*) is cut off or missing."
+        )
     return run_of(log, config, step, state)
 
 
