@@ -6,6 +6,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torchmetrics import MeanAbsoluteError
 
 from forked_ranks import end_process, fork_ranks
 from zolightning.blocks import Bandit
@@ -26,6 +28,7 @@ from zolightning.callbacks import (
     LearningRateProbe,
     MomentumTransport,
     RunOverview,
+    SaveLast,
     SubspaceResampling,
     ZerothOrder,
 )
@@ -210,6 +213,64 @@ def train_with_lightnings_sampler(ranks: int, folder: Path) -> None:
     torch.save(left, folder / f"sampler-{trainer.global_rank}-of-{ranks}.pt")
 
 
+class Batches:
+    """Batches of a rank, which go on where a checkpoint was written."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.batches, self.next = list(loader(rank, ranks)), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+class Averaging(Module):
+    """Logs in the ways that an epoch sums up over ranks; some of it in its first two batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = MeanAbsoluteError()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.error(self.net(batch[0]), batch[1])
+        self.log("error", self.error, on_step=False, on_epoch=True)
+        for reduced in ("mean", "max", "sum"):
+            self.log(reduced, loss, on_step=False, on_epoch=True, reduce_fx=reduced, sync_dist=True)
+            if batch_idx < 2:
+                self.log(f"early_{reduced}", loss, on_step=False, on_epoch=True, reduce_fx=reduced, sync_dist=True)
+        return loss
+
+
+def train_in_two_parts(ranks: int, folder: Path) -> None:
+    """What an epoch logs in which a run stops, and in which it does not."""
+    logged = {}
+    for name, parts in (("whole", (STEPS,)), ("in two parts", (4, STEPS))):
+        for steps in parts:
+            trainer = make_trainer(
+                ranks,
+                [ZerothOrder(partial(MeZO, lr=1e-2)), SaveLast(folder / name)],
+                ZerothOrderDDP(),
+                enable_checkpointing=True,
+                max_steps=steps,
+            )
+            path = None if steps == parts[0] else folder / name / "last.ckpt"
+            trainer.fit(Averaging(), Batches(trainer.global_rank, ranks), ckpt_path=path)
+        logged[name] = dict(trainer.callback_metrics)
+    torch.save(logged, folder / f"logged-{trainer.global_rank}-of-{ranks}.pt")
+
+
 def refuse(folder: Path) -> None:
     """Runs that end before the first step."""
     module = Module()
@@ -237,6 +298,8 @@ def main(folder: Path) -> None:
         def run(ranks: int = ranks, names: list[str] = names) -> None:
             for name in names:
                 train(name, ranks, folder)
+            if ranks == 2:
+                train_in_two_parts(ranks, folder)
             if ranks < 4:
                 train_with_lightnings_sampler(ranks, folder)
             else:

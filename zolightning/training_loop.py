@@ -109,7 +109,8 @@ def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
     It does if there is more to train, and its loaders go on at their end, see :class:`EpochOfLastBatch`.
     """
     loop = trainer.fit_loop
-    if trainer.global_step == trainer.max_steps or loop.epoch_progress.current.processed == trainer.max_epochs:
+    epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # declared as a tracker of less
+    if trainer.global_step == trainer.max_steps or epochs == trainer.max_epochs:
         return False
     loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
     return all(isinstance(loader, _Stateful) for loader in loaders)

@@ -5,8 +5,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Run, Validated
 from zolightning.checkpoints.replay import Replayed, replay
@@ -89,3 +92,33 @@ def test_a_run_goes_on_after(
     assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
     assert min(resumed.watch.grads) > 5, "it did not begin anew"
     assert not list(run.path.parent.glob(".*")), "no half a file is left"
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ("ledger_run", f"The ledger has step {FAULT_AT - 1}, the last complete one."),  # and the run takes it again
+        ("make_run", f"Step {FAULT_AT}, the last complete one, is saved in "),
+    ],
+)
+def test_a_step_at_whose_end_a_callback_fails_is_logged_once(
+    request: pytest.FixtureRequest, make_whole: MakeRun, caplog: pytest.LogCaptureFixture, runs: str, said: str
+) -> None:
+    make_run, logged = request.getfixturevalue(runs), []
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            if "train/loss" in metrics:
+                logged.append(step)
+
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == FAULT_AT:
+                raise RuntimeError("planned")
+
+    options = EVERY_6 | {"logger": Logger(), "log_every_n_steps": 1}
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="planned"):
+        make_run(**options, callbacks=[Fails()]).fit()
+    assert said in caplog.text
+    make_run(**options).fit("last").assert_ends_as(make_whole(**EVERY_6))
+    assert logged == list(range(20))

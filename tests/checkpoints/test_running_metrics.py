@@ -1,5 +1,7 @@
 """What is logged by the epoch, and what callbacks find at its end, is that of the whole epoch after a resume in it."""
 
+import os
+import signal
 from typing import Any
 
 import lightning as L
@@ -7,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError
 
 from checkpoint_runs import AS_EXPECTED, Killed, Run, Validated, die
@@ -78,6 +81,23 @@ def test_of_the_whole_epoch(request: pytest.FixtureRequest, runs: str, kill: int
     assert {step: resumed.epochs.found[step] for step in later} == later
 
 
+def test_of_the_next_epoch_alone_where_a_loader_begins_it(make_run: Any) -> None:
+    """A plain loader, which begins anew where the run was stopped in the last batch of an epoch."""
+    whole, stopped, resumed = (make(make_run, folder) for folder in ("whole", "run", "run"))
+    stopped.module.in_step.at[EPOCH - 1] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    loader = DataLoader(whole.data, batch_size=4)
+    whole.trainer.fit(whole.module, loader)
+    with pytest.raises(SystemExit):
+        stopped.trainer.fit(stopped.module, loader)
+    resumed.trainer.fit(resumed.module, loader, ckpt_path="last")
+    found = stopped.epochs.found | resumed.epochs.found
+    assert found.keys() == whole.epochs.found.keys() and found[2 * EPOCH]["sum"] > 0
+    for name in ("mean_epoch", "min", "max", "sum", "error", "early"):
+        assert [of_epoch[name] for of_epoch in found.values()] == pytest.approx(
+            [of_epoch[name] for of_epoch in whole.epochs.found.values()]
+        ), name
+
+
 def test_a_batch_that_failed_is_not_in_the_sums(make_run: Any) -> None:
     def fail(module: Averaging, batch: Any, batch_idx: int) -> Tensor:
         loss = Averaging.training_step(module, batch, batch_idx)
@@ -89,7 +109,7 @@ def test_a_batch_that_failed_is_not_in_the_sums(make_run: Any) -> None:
     failed.module.training_step = fail.__get__(failed.module)
     with pytest.raises(OSError, match="planned"):
         failed.fit(validate=False)
-    sums, expected = (run.saved()["zolightning.SaveLast"]["metrics"]["epoch"] for run in (failed, stopped))
+    sums, expected = (run.saved()["zolightning.SaveLast"]["metrics"][0]["epoch"] for run in (failed, stopped))
     assert sums == expected and sums["training_step.early"]["updates"] == 2
 
 

@@ -177,3 +177,13 @@ def test_a_checkpoint_of_the_last_validation_does_not_ask_for_it_again(make_run:
     run(6).fit()
     resumed = run(8).fit(tmp_path / "best/step=6.ckpt")
     assert sorted(resumed.watch.grads) == [7, 8] and not resumed.watch.validated
+
+
+def test_a_second_fit_is_saved_though_it_has_as_many_steps(make_run: Any) -> None:
+    """By the same callback: it has not saved that step of this fit."""
+    first, second = make_run(max_steps=-1, max_epochs=1), make_run(max_steps=-1, max_epochs=1)
+    first.fit(validate=False)
+    second.trainer.callbacks[second.trainer.callbacks.index(second.last)] = first.last
+    second.module.net[0].weight.data.add_(1)
+    second.fit(validate=False)
+    assert torch.equal(second.saved()["state_dict"]["net.0.weight"], second.module.net[0].weight)

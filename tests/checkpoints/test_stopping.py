@@ -6,8 +6,10 @@ import time
 from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6
 from zolightning.optim import LOZO, MeZO, NonFiniteLossError
@@ -62,6 +64,22 @@ def test_a_run_that_was_told_to_stop_goes_on(
     validated = stopped.watch.validated | resumed.watch.validated
     assert validated == whole.watch.validated
     assert stopped.watch.batches + resumed.watch.batches == whole.watch.batches
+
+
+def test_an_epoch_ends_once(make_run: Any) -> None:
+    """Where a run is stopped in its last batch: what ends with it, and what is logged then, is left to the next run."""
+    ended: list[int] = []
+
+    class Ends(Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            ended.append(trainer.global_step)
+
+    stopped = make_run(callbacks=[Ends()], **EVERY_EPOCH)
+    stopped.module.in_step.at[6] = kill
+    with pytest.raises(SystemExit):
+        stopped.fit(validate=False)
+    make_run(callbacks=[Ends()], **EVERY_EPOCH).fit("last", validate=False)
+    assert ended == [7, 14, 21]
 
 
 def test_what_a_stopped_run_says(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:

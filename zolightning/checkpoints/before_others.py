@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from zolightning.checkpoints.running_metrics import RunningMetrics
-from zolightning.training_loop import EpochOfLastBatch
+from zolightning.training_loop import EpochOfLastBatch, ends_epoch_when_resumed
 
 
 class BeforeOthers(Callback):
@@ -15,25 +15,33 @@ class BeforeOthers(Callback):
 
     Args:
         save_after_error: called with the Trainer and the exception.
+        stop_here: called with the Trainer at the end of an epoch that the run can end when it goes on.
 
     Attributes:
         metrics: the metrics of the present epoch.
         epoch: Lightning's count of epochs, from the start of training on.
     """
 
-    def __init__(self, save_after_error: Callable[[L.Trainer, BaseException], None]) -> None:
+    def __init__(
+        self, save_after_error: Callable[[L.Trainer, BaseException], None], stop_here: Callable[[L.Trainer], None]
+    ) -> None:
         self.metrics = RunningMetrics()
         self.epoch: EpochOfLastBatch | None = None
         self._save_after_error = save_after_error
+        self._stop_here = stop_here
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.epoch is not None:
+            if self.epoch.is_counted:
+                self.metrics.epoch_begins()
             self.epoch.batch_starts()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.metrics.batch_ends(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if ends_epoch_when_resumed(trainer):
+            self._stop_here(trainer)
         if self.epoch is not None:
             self.epoch.epoch_ends()
         self.metrics.epoch_ends(pl_module)

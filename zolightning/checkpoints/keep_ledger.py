@@ -26,6 +26,7 @@ from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
 from zolightning.partners import callbacks_of, is_dry_run, zeroth_order_optimizer
+from zolightning.training_loop import is_in_batch
 
 _KEY = "zolightning.KeepLedger"
 
@@ -159,6 +160,8 @@ class KeepLedger(Callback):
         self._end(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if is_in_batch(trainer):  # its step, if it was taken, is in no curve: the run that goes on takes it again
+            self._pending = None
         self._end(trainer)  # Lightning calls no teardown after an exception or an interrupt
 
     # Writing

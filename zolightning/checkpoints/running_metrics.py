@@ -4,19 +4,20 @@ A run that goes on from the middle of an epoch would log the mean of the rest of
 metric at the end of the epoch would find none.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import Metric
 
+from zolightning.strategies.ranks import one_line_errors
 from zolightning.training_loop import is_at_end_of_batch
 
 
 class RunningMetrics:
-    """The metrics of a fit, to be kept in its checkpoints and put back when it goes on.
-
-    With several ranks, those of the first one are kept.
-    """
+    """The metrics of a fit on one rank, to be kept in its checkpoints and put back when it goes on."""
 
     def __init__(self) -> None:
         self._earlier: dict[str, dict[str, Any]] = {}  # sums of before the checkpoint that no batch has added to yet
@@ -34,17 +35,28 @@ class RunningMetrics:
                 metric = result if result.is_tensor else result.value
                 sums[key] = {
                     "name": meta.forked_name(on_step=False),
-                    "options": {"logger": None if meta.logger else False, "prog_bar": meta.prog_bar},
+                    "options": {
+                        "logger": None if meta.logger else False,
+                        "prog_bar": meta.prog_bar,
+                        "reduce_fx": meta.reduce_fx.__name__,
+                        "sync_dist": meta.sync.should,
+                        "rank_zero_only": meta.sync.rank_zero_only,
+                    },
                     "attribute": meta.metric_attribute,  # of the module, where it is a metric of its own
                     "state": {name: _copied(state) for name, state in metric.metric_state.items()},
                     "updates": metric.update_count,
                 }
         return {"callback": dict(seen), "epoch": sums}
 
-    def restore(self, trainer: L.Trainer, module: L.LightningModule, saved: dict[str, Any]) -> None:
-        """Puts back what :meth:`now` returned, when training starts; nothing if `saved` is empty."""
-        trainer._logger_connector._callback_metrics.update(saved.get("callback", {}))
-        self._earlier = dict(saved.get("epoch", {}))
+    def restore(self, trainer: L.Trainer, module: L.LightningModule, saved: Sequence[dict[str, Any]]) -> None:
+        """Puts back what :meth:`now` returned on each rank, when training starts; nothing if `saved` is empty.
+
+        On another number of ranks sums begin anew: they are not those of the batches that a rank goes on with.
+        """
+        is_as_many = len(saved) == trainer.world_size
+        own = saved[trainer.global_rank if is_as_many else 0] if saved else {}
+        trainer._logger_connector._callback_metrics.update(own.get("callback", {}))
+        self._earlier = dict(own.get("epoch", {})) if is_as_many else {}
         self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         for sums in self._earlier.values():
             if (metric := self._metrics.get(sums["attribute"])) is not None:
@@ -66,14 +78,32 @@ class RunningMetrics:
     def epoch_ends(self, module: L.LightningModule) -> None:
         """Is told that the epoch is over: logs what no batch has logged since the checkpoint."""
         for sums in self._earlier.values():
-            state, metric = sums["state"], self._metrics.get(sums["attribute"])
+            state, metric, size = sums["state"], self._metrics.get(sums["attribute"]), 1
             value = state.get("value") if metric is None else metric.compute()
             if metric is not None:
                 metric.reset()
             elif "cumulated_batch_size" in state:
-                value = state["value"] / state["cumulated_batch_size"]
-            module.log(sums["name"], value, on_step=False, on_epoch=True, batch_size=1, **sums["options"])
+                size = int(state["cumulated_batch_size"])
+                value = state["value"] / size
+            module.log(sums["name"], value, on_step=False, on_epoch=True, batch_size=size, **sums["options"])
         self._earlier = {}
+
+    def epoch_begins(self) -> None:
+        """Is told that the epoch of the checkpoint is over, and its sums are logged already."""
+        for sums in self._earlier.values():
+            if (metric := self._metrics.get(sums["attribute"])) is not None:
+                metric.reset()
+        self._earlier = {}
+
+
+def of_all_ranks(trainer: L.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank has, by rank, on the first one; to be called by all of them."""
+    if trainer.world_size == 1:
+        return [own]
+    found: list[Any] = [None] * trainer.world_size
+    with one_line_errors(trainer):
+        torch.distributed.gather_object(move_data_to_device(own, "cpu"), found if trainer.is_global_zero else None)
+    return found
 
 
 def _copied(state: Any) -> Any:

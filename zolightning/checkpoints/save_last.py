@@ -20,6 +20,7 @@ from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.moved import find_files_again
+from zolightning.checkpoints.running_metrics import of_all_ranks
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
@@ -28,7 +29,9 @@ from zolightning.training_loop import (
     EpochOfLastBatch,
     is_at_end_of_batch,
     is_between_steps,
+    is_in_batch,
     is_validation_next,
+    log_batch,
     take_back_batch,
     validate,
 )
@@ -92,7 +95,7 @@ class SaveLast(ModelCheckpoint):
         self._metrics_before: dict[str, Any] = {}  # the batch
         self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
-        self._first = BeforeOthers(self._save_after_error)
+        self._first = BeforeOthers(self._save_after_error, self._stop_here)
         self._restore = ExitStack()  # gives module and strategy their own methods back
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -106,7 +109,7 @@ class SaveLast(ModelCheckpoint):
             self.dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
         super().setup(trainer, pl_module, stage)
         self._folder = trainer.log_dir or trainer.default_root_dir
-        self._resumed = {}
+        self._resumed, self._last_global_step_saved = {}, 0  # not those of an earlier fit
         if stage != "fit":
             return
         strategy: Any = trainer.strategy
@@ -149,7 +152,7 @@ class SaveLast(ModelCheckpoint):
         self._is_training, self._is_taken_back = True, False
         self._signal.listen()
         self._first.epoch = epoch = EpochOfLastBatch(trainer)
-        self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", {}))
+        self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()))
         if self._resumed.get("validation_due"):
             with epoch.not_over():
                 validate(trainer)
@@ -206,9 +209,12 @@ class SaveLast(ModelCheckpoint):
         has_ledger = any(callback.ledger is not None for callback in find_callbacks(trainer, KeepLedger))
         if has_ledger and (self._last_global_step_saved or self._resumed):
             self.last_model_path = self.format_checkpoint_name({})
-            rank_zero_info(f"The ledger has step {trainer.global_step}, the last complete one. {self._advice()}")
+            step = self._step_before_batch if is_in_batch(trainer) else trainer.global_step
+            rank_zero_info(f"The ledger has step {step}, the last complete one. {self._advice()}")
         elif is_between_steps(trainer, self._step_before_batch):
             validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
+            if is_at_end_of_batch(trainer):  # the run goes on after it, and would not log it
+                log_batch(trainer)
             self._is_taken_back = take_back_batch(trainer)
             self._save(trainer, validation_due)
             rank_zero_info(f"{self._where(trainer)} {self._advice()}")
@@ -247,7 +253,9 @@ class SaveLast(ModelCheckpoint):
             "validation_due": self._validation_due,
             "precision": str(trainer.precision),
             "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
-            "metrics": self._metrics_before if self._is_taken_back else self._first.metrics.now(trainer),
+            "metrics": of_all_ranks(
+                trainer, self._metrics_before if self._is_taken_back else self._first.metrics.now(trainer)
+            ),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
