@@ -115,6 +115,22 @@ class TestWhatTrainingStepReturns:
         for one, two in zip(records[0].records, records[1].records, strict=True):
             assert one.losses == pytest.approx(two.losses, rel=1e-6)
 
+    def test_a_part_without_terms_does_not_count(self, make_regression: MakeModule, fit: Fit) -> None:
+        """A mean over no terms is NaN: that of the tokens to predict of a part that has none, for example."""
+        records = [Records(), Records()]
+        for found, micro_batch_size in zip(records, (None, 1), strict=True):
+            module = make_regression()
+
+            def training_step(batch: Any, batch_idx: int, net: Any = module.net) -> dict[str, Any]:
+                inputs, targets = batch
+                counts = targets[:, 0] > 0
+                return {"loss": F.mse_loss(net(inputs)[counts], targets[counts]), "num_terms": counts.sum()}
+
+            module.training_step = training_step
+            fit(module, found, zeroth_order=ZerothOrder(METHOD, micro_batch_size=micro_batch_size))
+        for one, two in zip(*(found.records for found in records), strict=True):
+            assert one.losses == pytest.approx(two.losses, rel=1e-4)
+
     @pytest.mark.parametrize("terms", [0, 0.0, torch.tensor([0])])
     def test_no_terms_skip_the_batch_too(self, make_regression: MakeModule, fit: Fit, terms: Any) -> None:
         module, before = make_regression(), weights(make_regression())

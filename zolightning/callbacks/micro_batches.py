@@ -69,7 +69,8 @@ def evaluate_in_parts(training_step: Callable[[Any], Any], batch: Any, size: int
     if not parts:
         return None
     losses, terms = (torch.stack(values) for values in zip(*parts, strict=True))
-    return {"loss": (losses * terms).sum() / terms.sum(), "num_terms": terms.sum()}
+    sums = torch.where(terms == 0, 0, losses * terms)  # a mean over no terms may be NaN
+    return {"loss": sums.sum() / terms.sum(), "num_terms": terms.sum()}
 
 
 def in_examples(
