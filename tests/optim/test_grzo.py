@@ -1,6 +1,7 @@
 """GRZO against its definition: one core, signs of each example, and steps over the spread of a batch."""
 
 import statistics
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim import GRZO
+from zolightning.optim.estimators import TwoSided
 
 
 def test_directions_share_a_core_up_to_signs_and_a_step_adds_them_up() -> None:
@@ -43,6 +45,19 @@ def test_directions_share_a_core_up_to_signs_and_a_step_adds_them_up() -> None:
     torch.testing.assert_close(net.weight.detach(), weight - lr * step, rtol=1e-5, atol=1e-6)
     gradient = sum(g * core for g, core in zip(expected, cores, strict=True)) / 3
     torch.testing.assert_close(optimizer.core_gradient(net.weight, record), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_projected_gradients_have_no_spread_and_move_nothing() -> None:
+    """As those that are clipped at one bound, or those of an accuracy that changes alike for all examples."""
+    net = nn.Linear(5, 4)
+    optimizer = GRZO(net.named_parameters(), lr=0.1, rank=2, num_queries=3, clip=1.5, estimator=TwoSided())
+    optimizer.attach(net)
+    record = optimizer.estimate(lambda: net(torch.ones(5)).square().sum())
+    optimizer.step()
+    assert max(map(abs, record.projected_grads)) < 70
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    optimizer.apply(replace(record, step=1, projected_grads=(90.0, 80.0, 70.0)))
+    assert all(map(torch.equal, net.parameters(), before))
 
 
 @pytest.mark.parametrize(("argument", "value"), [("num_queries", 1), ("align_queries", True), ("rank", 0)])

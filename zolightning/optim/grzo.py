@@ -19,7 +19,7 @@ from zolightning.optim.normalization import normalized
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 
-_SPREAD_EPS = 1e-12  # for projected gradients that are all the same
+_LEAST_SPREAD = 1e-6  # of projected gradients, as a share of the largest: below it they differ by rounding alone
 
 
 class GRZO(SubspaceOptimizer):
@@ -28,8 +28,9 @@ class GRZO(SubspaceOptimizer):
     With V (n, r) Gaussian, drawn anew at each resampling, Z (m, r) Gaussian, new at each step and the same for all
     examples, and signs r_i (m,) and s_i (r,) of example i, its direction is ``D_i = (Z * r_i s_i') V' / sqrt(r)``; its
     entries have variance 1. All examples are evaluated along their directions in the same two forwards, and the weight
-    moves by ``-lr * mean_i(a_i D_i)``, where a_i are projected gradients over their standard deviation in the batch.
-    (LOZO with ``estimator=PerExample()`` has an independent core for each example instead.)
+    moves by ``-lr * mean_i(a_i D_i)``, where a_i are projected gradients over their standard deviation in the batch
+    (that of a sample, by N - 1); if all are equal, nothing moves. (LOZO with ``estimator=PerExample()`` has an
+    independent core for each example instead.)
 
     State: V, (n, r) in the weight's dtype; while updates are pending the core, (m, r) in fp32; within a step Z in fp32,
     and of ``num_queries (m + r)`` signs.
@@ -77,7 +78,7 @@ class GRZO(SubspaceOptimizer):
             {"lr": lr, "eps": eps},
             rank=rank,
             num_queries=num_queries,
-            vector_lr=lr if vector_lr is None else vector_lr,
+            vector_lr=vector_lr,
             estimator=PerExample() if estimator is None else estimator,
             **common,
         )
@@ -104,7 +105,9 @@ class GRZO(SubspaceOptimizer):
         for group, lr in zip(self.param_groups, record.lr, strict=True):
             matrices, vectors = self.split(group)
             projected_grads = normalized(group, record.projected_grads)
-            spread = statistics.stdev(projected_grads) + _SPREAD_EPS
+            spread = statistics.stdev(projected_grads)
+            if spread <= _LEAST_SPREAD * max(map(abs, projected_grads)):
+                spread = math.inf  # all alike, which says nothing of a step's size
             coefficients = [g / spread / len(projected_grads) for g in projected_grads]
             if group["vector_lr_ratio"]:
                 by_query = dict(enumerate(coefficients))
