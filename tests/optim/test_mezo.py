@@ -138,7 +138,7 @@ class TestMeZO:
             torch.testing.assert_close(before[name] - parameter, 0.25 * sum(steps) / 6, rtol=0, atol=5e-6)
 
     @pytest.mark.filterwarnings("ignore:3 parameters are unused", "ignore:All losses of a step were equal")
-    @pytest.mark.parametrize("options", [{"normalize": True}, {"clip": 1.0}, {"normalize": True, "clip": 1.0}])
+    @pytest.mark.parametrize("options", [{"normalize": True}, {"clip": 1.5}, {"normalize": True, "clip": 1.5}])
     def test_a_flat_loss_moves_nothing(self, make_problem: MakeProblem, options: dict[str, Any]) -> None:
         module, untouched = make_problem(), make_problem()
         optimizer = MeZO(module.named_parameters(), lr=1.0, **options)
@@ -153,7 +153,7 @@ class TestMeZO:
         [
             *[("momentum", value) for value in (-0.1, 1.0, float("nan"))],
             *[("rms_decay", value) for value in (-0.1, 1.0, float("nan"))],
-            *[("clip", value) for value in (0.0, -1.0, float("nan"))],
+            *[("clip", value) for value in (0.0, 1.0, float("inf"), float("nan"))],
             *[("weight_decay", value) for value in (-0.1, float("nan"))],
         ],
     )

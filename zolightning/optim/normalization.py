@@ -11,12 +11,20 @@ STATE = {"mean_square": 0.0, "mean_square_weight": 0.0}  # entries of a paramete
 def require_normalization(group: dict[str, Any]) -> None:
     """Raises a ValueError that names `rms_decay` or `clip`, its value and what is accepted."""
     require_fraction("rms_decay", group["rms_decay"])
-    if group["clip"] is not None:
-        require_positive("clip", group["clip"])
+    if (clip := group["clip"]) is not None:
+        require_positive("clip", clip)
+        if clip <= 1:
+            raise ValueError(
+                f"`clip` must be above 1, got {clip!r}: the RMS is that of clipped gradients, and would fall to 0."
+            )
 
 
 def normalized(group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
     """Clips projected gradients at a multiple of their running RMS, and divides them by it (MEAZO, arXiv 2605.03869).
+
+    Squares are those of clipped gradients. Each step's mean over the queries enters the running one with weight
+    ``1 - rms_decay``, which is divided by the sum of its weights, like Adam's moments. The RMS before a step clips its
+    gradients, and that with it divides them. Nothing is clipped before the first gradient that is not 0.
 
     Args:
         group: a parameter group, whose ``normalize`` and ``clip`` say which of the two is done, with ``rms_decay`` and
