@@ -66,6 +66,19 @@ def test_a_dense_step_is_the_projection_of_the_gradient(estimator: Estimator, co
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_parameter_without_dimensions_counts() -> None:
+    slope, start = torch.arange(1.0, 5).double(), torch.zeros(4).double()
+    net = nn.ParameterDict({"t": nn.Parameter(torch.tensor(0.5).double()), "v": nn.Parameter(start)})
+    optimizer = MeZO(net.named_parameters(), lr=1.0, seed=0, align_queries=True, num_queries=2)
+    optimizer.attach(net)
+    optimizer.estimate(lambda: net["t"] * 6 + net["v"] @ slope)
+    optimizer.step()
+    rows = np.concatenate([noise((), "t", 2), noise((4,), "v", 2)], axis=1)
+    expected = projection(rows, np.array([6.0, *slope])) / 2
+    found = [0.5 - net["t"].item(), *(-net["v"].detach())]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     ("method", "scale"), [(partial(SubZero, rank=3), 35**0.5 / 3), (partial(LOZO, rank=2, vector_lr=1.0), 1.0)]
 )

@@ -49,7 +49,8 @@ def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float],
         warns: whether to warn if they are returned unchanged.
     """
     queries = [optimizer.perturbations(query, 1) for query in range(len(projected_grads))]
-    shapes = {p: shape for p, change in queries[0].items() if (shape := _noise_shape(optimizer, p, change))}
+    found = {parameter: _noise_shape(optimizer, parameter, change) for parameter, change in queries[0].items()}
+    shapes = {parameter: shape for parameter, shape in found.items() if shape is not None}  # () is that of a scalar
     numbers = sum(map(math.prod, shapes.values()))
     if numbers > MOST_NUMBERS * len(queries):
         if warns:
