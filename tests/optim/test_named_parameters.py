@@ -13,6 +13,7 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.optim import LOZO, MeZO, StepRecord, SubspaceMeZO
+from zolightning.optim.estimating import set_lr_scale
 
 
 def test_names_follow_what_moves() -> None:
@@ -71,6 +72,17 @@ def test_a_group_that_is_added_between_steps_moves_along_what_was_evaluated(meth
     direction = (seen[-2] - seen[-1]) / 2 / 0.5
     torch.testing.assert_close(net["two"].weight.detach() - before, -0.25 * g * direction)
     assert direction.abs().sum() > 1
+
+
+def test_a_group_that_is_added_has_the_scale_of_the_learning_rate() -> None:
+    """That of LearningRateProbe and LearningRateControl, which they keep with the groups that there are."""
+    one, two = nn.Linear(2, 3), nn.Linear(3, 2)
+    optimizer = MeZO(one.parameters(), lr=0.5)
+    set_lr_scale(optimizer, 0.25)
+    optimizer.add_param_group({"params": list(two.parameters()), "lr": 2.0})
+    net = nn.Sequential(one, two)
+    optimizer.attach(net)
+    assert optimizer.estimate(lambda: net(torch.ones(2)).sum()).lr == (0.125, 0.5)
 
 
 def test_matrices_follow_ranks_and_slices() -> None:

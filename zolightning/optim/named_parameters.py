@@ -17,7 +17,7 @@ from zolightning.optim.checks import require_choice
 from zolightning.optim.precision import EXTRA_BITS, completed
 from zolightning.optim.settings import require_same_settings, settings_of
 
-_SHARED = ("step", "seed", "forward_passes", "refresh", "folds")  # by all groups: a direction is of one step and run
+_SHARED = ("step", "seed", "forward_passes", "refresh", "folds", "lr_scale")  # by all groups: they are of one run
 
 
 class NamedParameters(torch.optim.Optimizer):
@@ -93,7 +93,7 @@ class NamedParameters(torch.optim.Optimizer):
         """Adds parameters, named by the module the optimizer is attached to, if it is; also between two steps."""
         super().add_param_group(param_group)
         group, number = self.param_groups[-1], len(self.param_groups) - 1
-        group |= {name: self.param_groups[0][name] for name in _SHARED if name in group}
+        group |= {name: self.param_groups[0][name] for name in _SHARED if name in self.param_groups[0]}
         self.check(group)
         given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
         self.set_names(dict(zip(group["params"], given, strict=True)) | self.names)
