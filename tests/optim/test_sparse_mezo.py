@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from optimizer_steps import assert_same, attached, bits, run, weights
 from zolightning.directions.dense import Direction
 from zolightning.directions.masked import MagnitudeMasked, Masked, PackedMask, RandomMask, packed
+from zolightning.directions.slices import Slice
 from zolightning.kernels.noise import coefficient, key
 from zolightning.optim import SparseMeZO
 from zolightning.optim.sparse_mezo import kth_smallest_magnitude
@@ -95,6 +96,16 @@ class TestMask:
         nn.init.zeros_(net.linear.weight[4:])
         run(net, attached(SparseMeZO, net, lr=0.1), 20)
         assert (net.linear.weight[4:] != 0).all()
+
+    def test_the_share_that_moves_is_that_of_a_slice(self) -> None:
+        net = Net()
+        weight, part = net.linear.weight, Slice(0, torch.arange(4))
+        weight.data[4:] *= 100
+        optimizer = attached(SparseMeZO, net, [weight], lr=0.01)
+        optimizer.restrict({weight: part})
+        run(net, optimizer, 3)
+        share = (part.take(weight.detach()).abs() <= optimizer.state[weight]["threshold"]).double().mean().item()
+        assert optimizer.measurements()["share_moving"] == pytest.approx(share, abs=1e-12) and share > 0.1
 
     def test_a_block_that_is_left_keeps_its_threshold(self) -> None:
         net = Net(torch.bfloat16)

@@ -113,8 +113,10 @@ class SparseMeZO(DenseOptimizer):
         for _, _, parameter in self.trainable():
             threshold = self.state.get(parameter, {}).get("threshold", math.inf)
             if threshold < math.inf:
-                moves = strided(own_rows(parameter)).abs() <= threshold
-                moving, total = moving + float(moves.double().mean()) * parameter.numel(), total + parameter.numel()
+                weight, part = own_rows(parameter), self.slices.get(parameter)
+                moves = strided(weight if part is None else part.take(weight)).abs() <= threshold
+                size = math.prod(self.trainable_shape(parameter))
+                moving, total = moving + float(moves.double().mean()) * size, total + size
         return {"share_moving": moving / total} if total else {}
 
     def _mask_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
