@@ -30,8 +30,9 @@ class SubspaceOptimizer(SubspaceWeights):
     """Abstract base of the subspace methods: each matrix is perturbed and updated by ``left @ core @ right.T``.
 
     Only the small ``core`` is drawn at each step; the factors stay until new subspaces are drawn. Parameters with less
-    than two dimensions, and matrices too thin for a subspace, are searched along dense directions instead, with the
-    learning rate `vector_lr`; at 0 they do not train.
+    than two dimensions, and matrices of a single row or column, are searched along dense directions instead, with the
+    learning rate `vector_lr`; at 0 they do not train. (In half precision they are always updated as by
+    ``update_precision="exact"``: they are few.)
 
     New subspaces are drawn by :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`, which a plain
     training loop calls itself; otherwise all of training stays in the first subspace::
@@ -51,8 +52,9 @@ class SubspaceOptimizer(SubspaceWeights):
     Args:
         params, defaults, **common: see :class:`~zolightning.optim.base.ZerothOrderOptimizer` and, for
             `offload_low_words`, :class:`~zolightning.optim.subspace_weights.SubspaceWeights`.
-        rank: columns of a factor; :meth:`attach` logs the matrices that are too small for so many.
-        vector_lr: learning rate along dense directions; None takes `lr`. Schedulers scale it with `lr`.
+        rank: columns of a factor, at most as many as it has rows; :meth:`attach` logs the matrices with fewer.
+        vector_lr: learning rate along dense directions; None takes `lr`, that of each group. Schedulers scale it with
+            `lr`.
         noise: distribution of the cores and of dense directions, "gaussian" or "rademacher".
         normalize: divide projected gradients by their running RMS (arXiv 2605.03869), so that the step does not depend
             on the scale of the loss. (The step of a method that orthogonalizes never does.)
@@ -60,7 +62,8 @@ class SubspaceOptimizer(SubspaceWeights):
             of a matrix, the `rank` and the factors: `eps` is the RMS of a weight's perturbation, and `lr` times the
             projected gradient that of its step. With Adam or an orthogonalized step it is `lr` itself. Given factors
             are scaled to the norm of drawn ones, and factors of a method's own formula, such as 1 / rank, are left out.
-        clip: bound projected gradients at this multiple of their running RMS over earlier steps.
+        clip: bound projected gradients at this multiple of their running RMS over earlier steps, as they were clipped
+            there; above 1.
         rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
 
     `defaults` may hold ``momentum``, the decay of an exponential mean of gradients (``m = momentum * m + (1 - momentum)
@@ -91,12 +94,10 @@ class SubspaceOptimizer(SubspaceWeights):
         require_choice("noise", noise, NOISE_KINDS)
         require_integer("rank", rank)
         require_positive("lr", defaults.get("lr"))
-        vector_lr = defaults["lr"] if vector_lr is None else vector_lr
-        if not vector_lr >= 0:
-            raise ValueError(f"`vector_lr` must not be negative, got {vector_lr!r}.")
+        self.vector_lr = vector_lr
         shared = {
             "rank": rank,
-            "vector_lr_ratio": vector_lr / defaults["lr"],
+            "vector_lr_ratio": _ratio(vector_lr, defaults["lr"]),
             "momentum": 0.0,
             "betas": None,
             "transport": "project",
@@ -116,11 +117,12 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; a group may have its own ``vector_lr``."""
-        if "vector_lr" in param_group:
-            lr = param_group.get("lr", self.defaults["lr"])
-            param_group = param_group | {"vector_lr_ratio": param_group["vector_lr"] / lr}
-            del param_group["vector_lr"]
-        super().add_param_group(param_group)
+        own = dict(param_group)
+        vector_lr = own.pop("vector_lr", self.vector_lr)
+        super().add_param_group(own)
+        if "vector_lr_ratio" not in param_group:  # as it is in groups of another optimizer
+            group = self.param_groups[-1]
+            group["vector_lr_ratio"] = _ratio(vector_lr, group["lr"])
 
     # What a method defines
 
@@ -339,3 +341,12 @@ class SubspaceOptimizer(SubspaceWeights):
             scaled = {query: scale * value for query, value in coefficients.items()}
             found |= directions(named, seed, step, scaled, self.noise)
         return found
+
+
+def _ratio(vector_lr: float | None, lr: float) -> float:
+    """`vector_lr` as a multiple of `lr`, with which schedulers scale it."""
+    if vector_lr is None:
+        return 1.0
+    if not vector_lr >= 0:
+        raise ValueError(f"`vector_lr` must not be negative, got {vector_lr!r}.")
+    return vector_lr / lr

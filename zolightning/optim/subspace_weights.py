@@ -122,6 +122,11 @@ class SubspaceWeights(ZerothOrderOptimizer):
             basis = self._bases[parameter] = Basis(**anchored) if anchored else self._drawn(parameter)
         return basis
 
+    def set_names(self, names: Mapping[nn.Parameter, str]) -> None:
+        """As of any method; bases are drawn anew, for they depend on the names."""
+        super().set_names(names)
+        self._bases.clear()
+
     def given(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The factors of a matrix that were given to :meth:`resample`, by side, "left" or "right"."""
         state = self.state.get(parameter, {})
