@@ -22,8 +22,8 @@ class SubZero(SubspaceOptimizer):
     ``sqrt(m n) / r``: directions have the norm of MeZO's, and published learning rates apply. With "paper", s is 1. The
     two are not equivalent at any `lr`: s scales the perturbation, and its square the step.
 
-    A matrix with a side below `rank`, such as a LoRA factor, is reshaped to be as nearly square as possible. Where that
-    cannot be done (a prime number of elements), it is searched along dense directions.
+    A matrix with a side below `rank`, such as a LoRA factor, is reshaped to be as nearly square as possible. One of
+    a single row or column is searched along dense directions.
 
     State: U, (m, r), and V, (n, r), in the weight's dtype; the core, (r, r) in fp32, while it holds updates; each
     moment, the same again.
