@@ -1,9 +1,9 @@
 """The base class of LightningModules around pretrained networks: loading, training, metrics, saving."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning as L
 import torch
@@ -30,6 +30,7 @@ from zolightning.network.quantization import (
     refuse_training_all,
     require_quantization,
 )
+from zolightning.network.rotary import exact_frequencies
 from zolightning.network.structure import restore_structure, structure_of
 from zolightning.optim.schedules import WarmupDecay
 
@@ -250,6 +251,10 @@ class PretrainedModule(L.LightningModule):
         self.load_structure_dict(checkpoint)
         if self.strict_loading:
             refuse_other_weights(self, checkpoint["state_dict"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with exact_frequencies(self):  # from a precision of the Trainer
+            return super()._apply(fn, recurse)
 
     @property
     def head(self) -> nn.Linear:
