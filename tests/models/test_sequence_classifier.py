@@ -26,7 +26,7 @@ from zolightning.data.batch import collate
 from zolightning.data.marked import encode_texts
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM, SequenceClassifier
-from zolightning.models.correlation import Pearson
+from zolightning.models.correlation import Pearson, Spearman
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
 
@@ -173,21 +173,25 @@ def test_the_head_trains_with_an_adapter_to_start_from(tmp_path: Path) -> None:
     assert all(".lora_" in name for name in trained - module.head_parameters.keys())
 
 
-def test_the_correlation_of_numbers_that_differ_little(make_trainer: Callable[..., L.Trainer]) -> None:
-    """As those of a new head do; under bf16-true sums of them would be of bfloat16."""
+def test_correlations_of_numbers_that_differ_little(make_trainer: Callable[..., L.Trainer]) -> None:
+    """As those of a new head do; under bf16-true sums of them, or they themselves, would be of bfloat16."""
 
     class Says(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.metric = Pearson()
+            self.pearson, self.spearman = Pearson(), Spearman()
 
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-            self.metric.update(0.3 + batch[:, 0].float() / 1024, batch[:, 1])
-            self.log("pearson", self.metric)
+            for name, metric in {"pearson": self.pearson, "spearman": self.spearman}.items():
+                metric.update(0.3 + batch[:, 0].float() / 1024, batch[:, 1])
+                self.log(name, metric)
 
     rows = torch.randint(16, (40, 2))  # whole numbers, which no dtype rounds
     (metrics,) = make_trainer(precision="bf16-true").validate(Says(), DataLoader(rows, 8), verbose=False)
     assert metrics["pearson"] == pytest.approx(torch.corrcoef(rows.T.double())[0, 1].item(), abs=1e-5)
+    below, equal = ((rows[:, None] > rows).sum(1), (rows[:, None] == rows).sum(1))
+    ranks = below + (equal + 1) / 2
+    assert metrics["spearman"] == pytest.approx(torch.corrcoef(ranks.T.double())[0, 1].item(), abs=1e-5)
 
 
 def test_a_number_is_not_probed() -> None:

@@ -1,6 +1,5 @@
 """The LightningModule that fine-tunes a network with a classification or regression head over one or two texts."""
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.nn import functional as F
-from torchmetrics import SpearmanCorrCoef
 
 from zolightning.data.batch import Batch
 from zolightning.data.classification import Classification
@@ -20,7 +18,7 @@ from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts
 from zolightning.models.classifier import Classifier
-from zolightning.models.correlation import Pearson
+from zolightning.models.correlation import Pearson, Spearman
 from zolightning.models.suitability import refuse_reading_padding
 from zolightning.models.text_module import TextModule
 
@@ -78,9 +76,7 @@ class SequenceClassifier(TextModule, Classifier):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.says_number and stage != "predict":
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Metric `SpearmanCorr.* will save all targets")  # two numbers a row
-                self.metrics = ModuleDict({"pearson": Pearson(), "spearman": SpearmanCorrCoef()})
+            self.metrics = ModuleDict({"pearson": Pearson(), "spearman": Spearman()})
 
     def logits(self, batch: Batch) -> Tensor:
         return self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
