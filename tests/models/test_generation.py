@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from zolightning.callbacks import PredictionWriter
 from zolightning.data import PromptDataModule
@@ -87,6 +87,21 @@ def test_beams_find_the_likeliest_text(
         likeliest = max(scores, key=scores.__getitem__)
         clean = likeliest.replace("\u010a", "\n").replace("<unk>", "").replace("</s>", "")
         assert text == clean.split("\n")[0].strip()
+
+
+@torch.no_grad()
+def test_what_a_model_recommends_is_not_used(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As those of Qwen2.5-Instruct, which would change each text, also one of the likeliest tokens."""
+    model = make_model()
+    prompts = [[first, 7, 9, 12] for first in range(5, 37)]
+    ids = torch.tensor(prompts)
+    own = GenerationConfig(eos_token_id=1, repetition_penalty=1.5, do_sample=True, top_p=0.8, min_new_tokens=9)
+    model.generation_config = own
+    texts = generate(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens=12, stop="\n")
+    assert texts == [written_alone(model, prompt, 12) for prompt in prompts]
+    assert model.generation_config is own
 
 
 def test_sampled_texts_are_drawn_from_the_models_distribution(

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Decoding:
     """How the next token is chosen: fields of transformers' GenerationConfig. By default it is the likeliest one.
 
+    What a model recommends in its generation_config.json, such as a penalty for what was said before, has no effect. It
+    only tells the tokens that begin and end a text, and those that are never written.
+
     Args:
         do_sample: draw each token from the model's distribution, instead of taking the likeliest.
         temperature: divides the logits before tokens are drawn.
@@ -105,15 +108,35 @@ def generate(
         texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return torch.tensor([stop in text for text in texts], device=ids.device)
 
-    ends = model.generation_config.eos_token_id
     pad = next(id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if id is not None)
-    written = model.generate(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **(decoding or Decoding()).fields()
-        ),
-        stopping_criteria=StoppingCriteriaList([has_stopped]),
-    )
+    tokens = _tokens_of(model) | {"pad_token_id": pad}
+    fields = (decoding or Decoding()).fields()
+    with _without_own_settings(model):
+        written = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **tokens, **fields),
+            stopping_criteria=StoppingCriteriaList([has_stopped]),
+        )
     texts = tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)
     return [text.split(stop)[0].strip() for text in texts]
+
+
+def _tokens_of(model: Any) -> dict[str, Any]:
+    """The tokens that begin and end a model's texts, and those that it never writes, as fields of GenerationConfig."""
+    names = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+    never = ("bad_words_ids", "suppress_tokens")
+    return {name: getattr(model.generation_config, name) for name in names + never}
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """A context in which a model recommends no settings, which transformers would take where none are given."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
