@@ -109,3 +109,26 @@ def test_lines_before_a_broken_one_are_read(tmp_path: Path) -> None:
     WRITERS[".jsonl.gz"](path)
     rows = read_rows(path, "sentence")
     assert next(rows) == (0, ROWS[0])
+
+
+def test_a_column_of_a_csv_file_is_of_numbers_only_where_they_read_as_they_are_written(tmp_path: Path) -> None:
+    """Else prompts and references would hold 7 for 007."""
+    lines = [
+        "count,share,flag,code,version,when,spaced,gap,hole",
+        '12,0.5,true,007,1.10,2020-01-01,"1 ",007,NA',
+        "-3,2.0,false,12,2.5,2021-12-31,2,,4",
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    (first, second) = (row for _, row in read_rows(tmp_path / "train.csv", "count"))
+    numbers = {"count": 12, "share": 0.5, "flag": True, "spaced": 1}
+    assert first == numbers | {"code": "007", "version": "1.10", "when": "2020-01-01", "gap": "007", "hole": None}
+    numbers = {"count": -3, "share": 2.0, "flag": False, "spaced": 2}
+    assert second == numbers | {"code": "12", "version": "2.5", "when": "2021-12-31", "gap": "", "hole": 4}
+    assert [type(value) for value in second.values()] == [int, float, bool, str, str, str, int, str, int]
+
+
+def test_a_column_of_bytes_may_stand_beside_texts(tmp_path: Path) -> None:
+    """Such as images."""
+    rows = [{"image": b"\xff\xd8", "label": 1}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    assert [row for _, row in read_rows(tmp_path / "train.parquet", "label")] == rows

@@ -4,8 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ _OPEN: dict[str, Callable[..., Any]] = {
 }
 _DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 ENDINGS = (*_OPEN, *_DELIMITERS, ".parquet")
+_NULLS = ("", "NA", "N/A", "NULL", "null", "NaN", "nan")  # in a column of numbers or of truth values
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -58,9 +61,9 @@ def unit_of(path: Path) -> Unit:
 def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yields the rows of a file with their numbers, counted from 0. Empty lines of JSON are left out.
 
-    CSV and Parquet files are read by pyarrow, which finds out the type of each column of a CSV file. Of a folder of
-    images, each is a row with the fields `image`, its path in the folder around, and `label`, the folder in which it
-    lies, if it lies in another one.
+    CSV and Parquet files are read by pyarrow. A column of a CSV file holds numbers or truth values where all of them
+    read as they are written, 7 but not 007, and else texts. Of a folder of images, each is a row with the fields
+    `image`, its path in the folder around, and `label`, the folder in which it lies, if it lies in another one.
 
     Args:
         path: one that :func:`find_rows` found.
@@ -74,7 +77,8 @@ def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]
         return
     opened = next((open_file for ending, open_file in _OPEN.items() if path.name.endswith(ending)), None)
     if opened is None:
-        yield from enumerate(_read_table(path))
+        delimiter = next((mark for ending, mark in _DELIMITERS.items() if path.name.endswith(ending)), None)
+        yield from enumerate(_read_parquet(path) if delimiter is None else _read_csv(path, delimiter))
         return
     number = -1
     try:
@@ -100,29 +104,71 @@ def _images(folder: Path) -> Iterator[dict[str, Any]]:
         yield row if path.parent == folder else row | {"label": path.parent.name}
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa  # as long to import as a small file to read
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
-    delimiter = next((mark for ending, mark in _DELIMITERS.items() if path.name.endswith(ending)), None)
     try:
-        if delimiter is None:
-            table = parquet.read_table(path)
-        else:
-            _refuse_utf16(path)
-            options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-            table = csv.read_csv(path, parse_options=options)
+        table = parquet.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
-    for field in table.schema:
-        if pa.types.is_binary(field.type):
-            raise ValueError(f"{path}, column `{field.name}`: not UTF-8.")
-    names = table.column_names
+        raise _unreadable(path, error) from None
+    _refuse_twice(path, table.column_names)
+    return table.to_pylist()
+
+
+def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    try:
+        _refuse_utf16(path)
+        with csv.open_csv(path, parse_options=options) as reader:
+            fields = list(reader.schema)
+        names = [field.name for field in fields]
+        for field in fields:
+            if pa.types.is_binary(field.type):
+                raise ValueError(f"{path}, column `{field.name}`: not UTF-8.")
+        _refuse_twice(path, names)
+        if len(names) == 1 and any(mark in names[0] for mark in ",;\t|"):
+            raise ValueError(f"{path} has one column, {names[0]!r}: its values must be separated by {delimiter!r}.")
+        as_texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+        table = csv.read_csv(path, parse_options=options, convert_options=as_texts)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
+    columns = [_typed(column.to_pylist()) for column in table.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _typed(texts: Sequence[str]) -> Sequence[Any]:
+    """The values of a column: numbers, or truth values, if all texts are such or empty; else the texts."""
+    values: list[Any] = []
+    for text in texts:
+        values.append(_value_of(text.strip()))
+        if values[-1] is None and text not in _NULLS:
+            return texts
+    kinds = {isinstance(value, bool) for value in values if value is not None}
+    return values if len(kinds) < 2 else texts
+
+
+def _value_of(text: str) -> bool | int | float | None:
+    """A truth value, or a number that reads as the text does (7, but not 007 or 7.0e0); None for any other text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError, OverflowError):
+            if str(kind(text)) == text and math.isfinite(kind(text)):
+                return kind(text)
+    return None
+
+
+def _refuse_twice(path: Path, names: Sequence[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path} has the column `{twice[0]}` twice.")
-    if delimiter and len(names) == 1 and any(mark in names[0] for mark in ",;\t|"):
-        raise ValueError(f"{path} has one column, {names[0]!r}: its values must be separated by {delimiter!r}.")
-    return table.to_pylist()
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}.")
 
 
 def _refuse_utf16(path: Path) -> None:
