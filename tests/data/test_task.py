@@ -146,3 +146,14 @@ def test_templates_look_into_lists_and_decide_by_truth_values() -> None:
     task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
     row = {"words": ["no", "yes"], "loud": True, "options": {"first": "left"}, "count": 3}
     assert task.render(row)[0] == "yes! left 3"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "null"), (True, "true"), (["a"], r"\["), ({"a": 1}, r"\{"), (float("nan"), "nan"), (b"a", "b")],
+)
+@pytest.mark.parametrize("prompt", ["{{ about.title }}", "{% for one in about.all %}{{ one }} {% endfor %}"])
+def test_nor_are_those_inside_a_field(prompt: str, value: object, said: str) -> None:
+    task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    with pytest.raises(ValueError, match=f"do not fit this row: they write {said}.*, which is no text"):
+        task.render({"about": {"title": value, "all": ["one", value]}, "label": 0})

@@ -1,5 +1,6 @@
 """Jinja2 templates over the fields of a row. They may use any value, but write only text and numbers."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,9 @@ from jinja2.sandbox import SandboxedEnvironment
 MASK, SEPARATOR = "\ufdd0", "\ufdd1"
 
 # the final newline of a template belongs to the prompt
-_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_TEMPLATES = SandboxedEnvironment(
+    undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda value: _written(value)
+)
 _TEMPLATES.globals |= {"mask": MASK, "sep": SEPARATOR}
 
 
@@ -76,6 +79,16 @@ def _guard(field: str, value: Any) -> Any:
             guarded.field = field
             return guarded
     return value
+
+
+def _written(value: Any) -> Any:
+    """A value that a template writes as it stands, wherever in a row it lies; whole fields are guarded already."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    is_text = value is not None and not is_nan and not isinstance(value, bool | bytes | list | tuple | dict)
+    if is_text or isinstance(value, _NoText):
+        return value
+    found = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)[:80]
+    raise ValueError(f"they write {found}, which is no text")
 
 
 @lru_cache
