@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedConfig
 
 from cli_runs import CONFIGS, Runs
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
+from zolightning.data.batch import collate
+from zolightning.data.encoding import Example
 from zolightning.data.task_files import load_task
 from zolightning.models import LogisticRegressionLM
+from zolightning.models.head_features import answer_features
 from zolightning.network.logistic_regression import fit, most_accurate_c
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 37}
 
 
 def test_a_fit_is_where_the_gradient_vanishes() -> None:
@@ -92,6 +97,19 @@ def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_train
     gold = torch.arange(len(batch["label"])), batch["label"]
     right = torch.log_softmax(features @ head.T, -1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(right, log_probs[gold][mask[gold]], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [GraniteConfig(logits_scaling=8, **SIZES), CohereConfig(logit_scale=0.25, **SIZES)])
+def test_features_are_scaled_as_the_network_scales_its_logits(config: PreTrainedConfig) -> None:
+    """Else fitted rows would say what they were fitted to say only up to a factor."""
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts, answers = [[5, 9, 3], [7, 2, 8]], [[4], [6]]
+    examples = [Example(i, prompt, answers, label=i, text="") for i, prompt in enumerate(prompts)]
+    head = model.get_output_embeddings()
+    features, tokens = answer_features(model, head, collate(examples, 1, "classification"))
+    assert tokens.tolist() == [4, 6]
+    torch.testing.assert_close(features @ head.weight.T, model(torch.tensor(prompts)).logits[:, -1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 calls what jsonargparse 4.49 deprecates

@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, Pre
 from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.models.generation import generate
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
-from zolightning.models.seq2seq_lm import target_log_probs
+from zolightning.models.seq2seq_lm import target_features, target_log_probs
 from zolightning.network.adapter_folders import save_adapter
 from zolightning.network.adapters import add_adapter, lora_settings
 from zolightning.optim import LOZO, MeZO, StepRecord, ZerothOrderOptimizer
@@ -107,6 +107,18 @@ def test_each_prompt_is_encoded_once_and_parts_of_a_batch_score_as_the_whole() -
     parts = torch.cat([target_log_probs(model, part)[0] for part in micro_batches(batch, 1)])
     torch.testing.assert_close(parts, log_probs, atol=1e-5, rtol=1e-5)
     assert not model.get_decoder()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@torch.no_grad()
+def test_features_are_what_the_head_reads_of_the_right_answers_alone(architecture: str) -> None:
+    model = make_model(architecture)
+    head = model.get_output_embeddings()
+    features, tokens = target_features(model, head, make_batch())
+    rights = [(prompt, answers[label]) for (prompt, answers), label in zip(EXAMPLES, LABELS, strict=True)]
+    assert tokens.tolist() == [token for _, answer in rights for token in answer]
+    alone = [model(torch.tensor([prompt]), labels=torch.tensor([answer])).logits[0] for prompt, answer in rights]
+    torch.testing.assert_close(features @ head.weight.T, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
 def losses(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:

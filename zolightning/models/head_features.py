@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Te
     """The inputs of a causal language model's head from which it predicts the tokens of the right answers.
 
     Returns:
-        The inputs, (K, H), and the tokens, (K,).
+        The inputs, (K, H), times what the network multiplies its logits by, and the tokens, (K,).
     """
     label = batch["label"]
     examples = torch.arange(len(label), device=label.device)
@@ -38,4 +39,12 @@ def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Te
         last_logits(model, input_ids, attention_mask, count)
     hidden = read[0][:, -count:][:, : answer.shape[1]]
     is_token = answer >= 0
-    return hidden[is_token], answer[is_token]
+    return hidden[is_token] * _logit_scale(model), answer[is_token]
+
+
+def _logit_scale(model: nn.Module) -> float:
+    """What a network multiplies the outputs of its head by: 1, but for Cohere, Granite and Falcon H1."""
+    whole: Any = model
+    config = whole.config.get_text_config()
+    factor = getattr(model, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
+    return factor / getattr(config, "logits_scaling", 1.0)

@@ -16,6 +16,7 @@ from zolightning.data.row import Row
 from zolightning.data.seq2seq import encode_pair
 from zolightning.data.task import Task
 from zolightning.models.causal_lm import CausalLM
+from zolightning.models.head_features import inputs_of
 from zolightning.models.scoring import token_log_probs
 
 
@@ -43,6 +44,11 @@ class Seq2SeqLM(CausalLM):
 
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return target_log_probs(self.model, batch)
+
+    @torch.no_grad()
+    def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The head's inputs from which it predicts each token of the right answers, (K, H), and these tokens, (K,)."""
+        return target_features(self.model, self.head, batch)
 
     def refuse_unsuitable(self) -> None:
         config = self.model.config
@@ -84,6 +90,16 @@ def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     slots = index.tokens[2]
     log_probs = token_log_probs(logits[slots], answer_ids.flatten()[slots])
     return log_probs.new_zeros(mask.numel()).scatter(0, slots, log_probs).view_as(mask), mask
+
+
+def target_features(model: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The inputs of the output layer, (K, H), from which it predicts the K tokens of the right answers, and these."""
+    label = batch["label"]
+    right = torch.arange(len(label), device=label.device), label
+    with inputs_of(head) as read:
+        target_log_probs(model, batch)
+    answer = batch["answer_ids"][right]
+    return read[0].unflatten(0, batch["answer_ids"].shape[:2])[right][answer >= 0], answer[answer >= 0]
 
 
 @contextmanager
