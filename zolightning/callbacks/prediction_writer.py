@@ -1,6 +1,7 @@
 """Writes predictions to a file."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,4 +42,10 @@ class PredictionWriter(Callback):
         }
         with self._file.open("a") as file:
             for row in zip(*columns.values(), strict=True):
-                file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+                line = dict(zip(columns, map(_present, row), strict=True))
+                file.write(json.dumps(line) + "\n")
+
+
+def _present(value: Any) -> Any:
+    """Scores without those of candidates that other examples of the batch have, -inf, which JSON cannot say."""
+    return [score for score in value if score != -math.inf] if isinstance(value, list) else value
