@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
@@ -90,6 +91,13 @@ def test_two_steps_of_backpropagation_lower_the_loss(tiny_folder, batches, make_
     assert recorder.training == [True, True]
     assert recorder.logged[0]["train/loss"] == pytest.approx(before.item())
     assert recorder.logged[0]["train/accuracy"] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
+
+
+def test_more_examples_than_bfloat16_can_count(tiny_folder, make_batch):
+    """In whose steps tensors are bfloat16 by default under bf16-true."""
+    batch = make_batch(EXAMPLES[:1] * 257, [1] * 257, prompt_only=True)
+    with HalfPrecision("bf16-true").forward_context(), torch.no_grad():
+        assert CausalLM(str(tiny_folder)).evaluate(batch).num_terms.item() == 257
 
 
 def test_the_bar_shows_what_the_host_knows(tiny_folder, batches, make_trainer):

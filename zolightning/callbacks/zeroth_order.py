@@ -273,7 +273,7 @@ class ZerothOrder(Callback):
             )
             return self._step(pl_module, training_step, batch, batch_idx)
         if is_replaying:
-            return {"loss": torch.tensor(record.losses[0], device=pl_module.device)}
+            return {"loss": torch.tensor(record.losses[0], dtype=torch.float32, device=pl_module.device)}
         if first is None:
             rank_zero_warn("`training_step` returned None, which skips the batch. If that was on purpose, ignore this.")
         return first

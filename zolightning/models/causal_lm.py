@@ -185,4 +185,5 @@ class CausalLM(LanguageModel):
         self.log("train/reward", values.mean(), on_step=True, prog_bar=True)
         if (failures := getattr(reward, "failures", None)) is not None:  # in all evaluations of the run so far
             self.log("train/failed_rewards", float(sum(failures.values())), on_step=True)
-        return {"loss": -values.mean(), "num_terms": torch.full((), float(len(rewards)), device=self.device)}
+        count = torch.full_like(values[0], len(rewards))
+        return {"loss": -values.mean(), "num_terms": count}

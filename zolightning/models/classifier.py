@@ -73,7 +73,8 @@ class Classifier(PretrainedModule):
 
     def evaluate(self, batch: Any) -> Evaluation:
         scores, label = self.score(batch), self.label(batch)
-        examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
+        # made there: no copy to wait for
+        examples = torch.full((), len(label), dtype=torch.float32, device=label.device)
         return Evaluation(self.loss(scores, label), examples, scores)
 
     def loss(self, scores: Tensor, label: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class LanguageModel(TextModule):
         if batch["objective"] == "language_modeling":
             gold_tokens = mask[torch.arange(len(label), device=label.device), label].sum()
             return Evaluation(language_modeling_loss(log_probs, mask, label), gold_tokens.float(), choice)
-        examples = torch.full((), float(len(label)), device=label.device)  # made there: no copy to wait for
+        # made there: no copy to wait for
+        examples = torch.full((), len(label), dtype=torch.float32, device=label.device)
         return Evaluation(classification_loss(scores, label), examples, choice)
 
     def _calibrated(self, batch: Batch, log_probs: Tensor, mask: Tensor) -> Tensor:
