@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from zolightning.data import PromptDataModule
@@ -165,6 +166,23 @@ def test_an_empty_prompt_is_what_a_text_begins_with(
         assert example.content_free is not None
         assert example.content_free.prompt_ids == [one.bos_token_id]
         assert example.content_free.answer_ids == example.answer_ids
+
+
+def test_an_empty_prompt_after_demonstrations(encoded: Encoded) -> None:
+    """GPT-2's tokenizer, for one, has a token for two line breaks at the end of a text, and two within it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: id for id, piece in enumerate([*alphabet, "ĊĊ"])}
+    words = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    settings: dict[str, Any] = {"num_demonstrations": 2, "seed": 5, "calibration": "in_context"}
+    task = CALIBRATED | {"prompt": "{{ text }}\n", "content_free_prompt": ""}
+    for example in encoded(task, ROWS, tokenizer, split="test", **settings):
+        free = example.content_free
+        assert free is not None
+        before = shown(*ORDER[:2]).replace(" It was ", "\n")
+        for answer, ids in zip(("terrible", "great"), free.answer_ids, strict=True):
+            assert free.prompt_ids + ids == tokenizer(before + answer)["input_ids"]
 
 
 def test_calibration_of_a_tokenizer_that_begins_with_nothing(

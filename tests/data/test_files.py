@@ -97,6 +97,13 @@ def test_a_wrong_table_is_named(tmp_path: Path, text: str, message: str) -> None
         read_folder(tmp_path, "train", load_task("sst2"))
 
 
+def test_a_quotation_mark_that_swallows_rows(tmp_path: Path) -> None:
+    """In a file of tabs that were written as they are, as those of GLUE."""
+    (tmp_path / "train.tsv").write_text('sentence\tlabel\n"warm\t1\ncold\t0\na "slow" one\t1\n')
+    with pytest.raises(ValueError, match="column `sentence`: a quotation mark begins a value that goes on"):
+        list(read_rows(tmp_path / "train.tsv", "sentence"))
+
+
 def test_two_files_of_one_split(tmp_path: Path) -> None:
     for ending in (".jsonl", ".csv"):
         WRITERS[ending](tmp_path / f"test{ending}")

@@ -175,7 +175,6 @@ def test_a_layer_trains_as_it_was_before_and_the_rest_stays_quantised(
     assert all(torch.equal(weight, after[name]) for name, weight in fresh.named_parameters())
     module.export(tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.bfloat16)
-    exported.bfloat16()  # tables of positions too, as `trainer.precision` does
     assert {type(child) for child in exported.modules()} & {QuantizedLinear, Int8Linear} == set()
     assert torch.equal(log_probs(exported, data), log_probs(module.model.eval(), data))
 
@@ -213,7 +212,7 @@ def test_scales_alone_train(kind: Any, fit: Any, tiny_folder: Path, data: Data, 
     replay(tmp_path / "ledger.bin", replayed, method)
     assert all(torch.equal(weight, after[name]) for name, weight in replayed.named_parameters())
     module.export(tmp_path / "exported")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.bfloat16).bfloat16()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.bfloat16)
     assert torch.equal(log_probs(exported, data), log_probs(module.model.eval(), data))
 
 

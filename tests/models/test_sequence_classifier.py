@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -123,6 +124,10 @@ def test_what_does_not_go_together_is_refused(
     for prompt in (f"a{SEPARATOR}b{SEPARATOR}c", f"a{MASK}"):
         with pytest.raises(ValueError, match="reads a text, or two"):
             encode_texts(tiny_tokenizer(), prompt, 2, label=0, id=0, max_length=64)
+    bare = tiny_tokenizer()
+    bare.backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B", [])
+    with pytest.raises(ValueError, match="the text is empty"):
+        encode_texts(bare, "", 2, label=0, id=0, max_length=64)
     long = encode_texts(tiny_tokenizer(), "abcd" * 9, 2, label=0, id=0, max_length=8)
     assert long.truncated and long.prompt_ids == tiny_tokenizer()("abcdab")["input_ids"]
     with pytest.raises(ValueError, match=r"3 tokens .* do not hold a token of the text: at least 5 are needed"):

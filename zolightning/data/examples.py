@@ -65,6 +65,9 @@ def example_of(
     if not (prompt or shown or chat):
         prompt = _beginning(tokenizer)
     free = replace(row, prompt=prompt, answers=answers, turns=[Message(role="user", content=prompt)]).after(shown)
+    if not (prompt or chat) and shown:  # line breaks at the end of a text are often other tokens than those within it
+        kept = free.prompt.rstrip("\n")
+        free = replace(free, prompt=kept, answers=[free.prompt[len(kept) :] + answer for answer in answers])
     return replace(example, content_free=encoded(free))
 
 

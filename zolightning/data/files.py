@@ -136,6 +136,12 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
         table = csv.read_csv(path, parse_options=options, convert_options=as_texts)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
+    for name, column in zip(names, table.columns, strict=True):
+        if delimiter == "\t" and any("\t" in text and "\n" in text for text in column.to_pylist()):
+            raise ValueError(
+                f"{path}, column `{name}`: a quotation mark begins a value that goes on over several rows. Write "
+                "the rows to a .jsonl file, or double the mark and put the value in such marks."
+            )
     columns = [_typed(column.to_pylist()) for column in table.columns]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 

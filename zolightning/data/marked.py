@@ -79,6 +79,8 @@ def encode_texts(
         raise too_few_tokens(max_length, "a token of the text", needed=around + 1)
     ids = tokenizer(*texts, verbose=False)["input_ids"]
     kept = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+    if not kept:
+        raise ValueError("the text is empty")
     return Example(
         id=id,
         prompt_ids=kept,
