@@ -89,7 +89,12 @@ RUNS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "activations_queries": (partial(LOZO, lr=1e-2, rank=2, num_queries=2), {"size": 2, "activations": True}, (2,)),
     "probed": (partial(MeZO, lr=1e-2, num_queries=2), {"size": 2, "probe": True}, (2,)),
     "two_dimensions": (partial(MeZO, lr=1e-2), {"size": 2, "overview": True}, (4,)),
-    "signs_of_examples": (partial(MeZO, lr=1e-2, num_queries=8, estimator=PerExample()), {"size": 2}, (2,)),
+    "signs_of_examples": (
+        partial(MeZO, lr=1e-2, num_queries=8, estimator=PerExample()),
+        {"size": 2, "carries": True},
+        (2,),
+    ),
+    "carried": (partial(MeZO, lr=1e-2, num_queries=2), {"size": 2, "carries": True}, (2,)),
 }
 
 
@@ -117,6 +122,8 @@ class Module(L.LightningModule):
         torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1))
         self.options = options
+        if options.get("carries"):
+            self.register_buffer("running", torch.zeros(1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         inputs, targets = batch
@@ -124,7 +131,10 @@ class Module(L.LightningModule):
             return None
         if self.options.get("noisy"):
             inputs = inputs + torch.randn_like(inputs)
-        errors = (self.net(inputs) - targets).float().square()[:, 0]
+        outputs = self.net(inputs)
+        if self.options.get("carries"):  # from step to step
+            outputs, self.running = outputs + self.running, outputs.mean(0)
+        errors = (outputs - targets).float().square()[:, 0]
         if self.options.get("bad_step") == batch_idx:
             errors = torch.where(targets[:, 0] == BAD_TARGET, float("nan"), errors)
         if not self.options.get("weighted"):
@@ -185,7 +195,7 @@ def train(name: str, ranks: int, folder: Path) -> None:
     left = {"weights": module.state_dict(), "steps": recorder.steps, "global_step": trainer.global_step}
     left["model"] = recorder.model
     if ledger.path is not None:
-        base = Module()  # as rank 0 began
+        base = Module(**options)  # as rank 0 began
         left["replayed"] = [replay(ledger.path, base, method).sealed, base.state_dict()]
     torch.save(left, folder / f"{name}-{trainer.global_rank}-of-{ranks}.pt")
 

@@ -1,11 +1,13 @@
 """A step whose evaluations are made in parts has the record of a step made at once, whatever the method."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
 from optimizer_steps import MakeProblem, Method, attached, run
-from zolightning.optim import StepRecord, ZerothOrderOptimizer
+from zolightning.optim import MeZO, StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import Share
 
 pytestmark = pytest.mark.filterwarnings("ignore:`update_precision` is 'native'")
@@ -47,3 +49,18 @@ def test_parts_are_even_and_in_order_and_the_first_is_never_empty(evaluations: i
     parts = [Share(index=index, count=count).of(evaluations) for index in range(count)]
     assert [place for part in parts for place in part] == list(range(evaluations))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1 and parts[0]
+
+
+def test_a_step_without_a_share_in_one_of_several_processes_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under Fabric: weights would drift apart."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    weight = torch.nn.Parameter(torch.ones(2))
+    alone, together = (attached(MeZO, torch.nn.ParameterList([weight])) for _ in range(2))
+    with pytest.warns(UserWarning, match="2 processes run, and `estimate` has no `share`"):
+        alone.estimate(lambda: weight.square().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone.estimate(lambda: weight.square().sum())  # said once
+        together.estimate(lambda: weight.square().sum(), Share(lambda sums: sums))

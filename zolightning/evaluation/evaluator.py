@@ -127,6 +127,7 @@ class Evaluator:
         resting: Mapping[nn.Parameter, str] | None = None,
         leaves_traces: bool = True,
         micro_batches: MicroBatches | None = None,
+        first: Callable[[], Sequence[Perturbations]] | None = None,
     ) -> list[LossAndTerms]:
         """Evaluates a loss once under each of some perturbations.
 
@@ -142,6 +143,8 @@ class Evaluator:
             leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
             micro_batches: the batch in parts, if the losses of single examples are wanted. There is then a perturbation
                 for each example in turn, and the list may go through all examples several times.
+            first: makes the perturbations of the step's first run of the network, where that is another rank's. If the
+                module is changed, that is run here as well, so that all ranks keep what its first evaluation leaves.
 
         Returns:
             The loss and its number of terms for each of the `perturbations`.
@@ -156,14 +159,14 @@ class Evaluator:
             traces = Traces(modules, self._written, moving, self._held)
             run = partial(self._run, traces, rewind)
             parts = None if micro_batches is None else [part.each(run) for part in micro_batches]
-            find_contexts = partial(
-                self._reads.contexts, trainable, resting or {}, perturbations, lambda: run(loss_fn).loss
-            )
+            find_contexts = partial(self._reads.contexts, trainable, resting or {}, loss=lambda: run(loss_fn).loss)
             evaluate = partial(self._losses, partial(run, loss_fn), parts, generators, leaves_traces)
-            results, unread = evaluate(find_contexts())
+            results, unread = evaluate(find_contexts(perturbations))
             if self._is_read_elsewhere(unread, trainable):
                 self._reads.forget(unread)
-                results, _ = evaluate(find_contexts())
+                results, _ = evaluate(find_contexts(perturbations))
+            if first is not None and traces.found:
+                evaluate(find_contexts(first()))
             self._held = traces.finish()
             if leaves_traces:  # others are made beside the step's own
                 self.left_traces = traces.found or self.leaves_more

@@ -25,7 +25,7 @@ from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
 from zolightning.optim.record import Estimate, StepRecord
 from zolightning.optim.settings import refuse_unknown
-from zolightning.optim.share import WHOLE, Share
+from zolightning.optim.share import WHOLE, Share, warn_of_other_processes
 from zolightning.optim.stochastic_rounding import round_stochastically
 
 
@@ -222,6 +222,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             ValueError: if a number of terms is negative, or `micro_batches` are missing.
         """
         last = self._estimate
+        if share is WHOLE and last.record is None:
+            warn_of_other_processes()
         last.is_pending = False
         for hook in self._estimate_pre_hooks.values():
             hook(self, partial(squared_grad, self, loss_fn=loss_fn, share=share))

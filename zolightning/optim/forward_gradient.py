@@ -1,12 +1,13 @@
 """Differentiates a step's loss along its directions by forward-mode automatic differentiation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zolightning.directions.tangent import Tangent
@@ -46,12 +47,16 @@ def evaluate_derivatives(
         raise ValueError("`cuda_graphs` is True, and under ForwardGradient() no forward is recorded. Set it to False.")
     count, group = optimizer.num_queries, optimizer.param_groups[0]
     own = share.of(len(estimator.probes(count)))
-    whole = [of_whole_parameters(optimizer, optimizer.unit_directions(query)) for query in own]
-    tangents = [{parameter: Tangent(direction) for parameter, direction in found.items()} for found in whole]
+
+    def tangents_at(queries: Iterable[int]) -> list[dict[nn.Parameter, Tangent]]:
+        whole = [of_whole_parameters(optimizer, optimizer.unit_directions(query)) for query in queries]
+        return [{parameter: Tangent(direction) for parameter, direction in found.items()} for found in whole]
+
+    tangents = tangents_at(own)
     sums = torch.zeros(count, 3, dtype=torch.float64, device=device_of(optimizer))
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         with _named_operation():
-            results = losses_at(optimizer, tangents, loss_fn, share) if own else []
+            results = losses_at(optimizer, tangents, loss_fn, share, lambda: tangents_at([0])) if own else []
         for query, (dual, terms) in zip(own, results, strict=True):
             loss, derivative = forward_ad.unpack_dual(dual)
             hidden = [name for _, name, parameter in optimizer.trainable() if tangents[0][parameter].is_hidden]

@@ -1,10 +1,14 @@
 """Evaluates each example of a batch at weights perturbed along its own direction (``PerExample()``)."""
 
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.examples import MicroBatches
 from zolightning.evaluation.losses import LossFunction, require_terms
 from zolightning.optim.probing import Probe, Probed, device_of, losses_at, perturbations_at, sums_of
@@ -46,12 +50,18 @@ def evaluate_examples(
     probes = estimator.probes(count)
     own = share.of(len(probes))
     queries = [number % count for batch in micro_batches for number in batch.examples]
-    distinct, perturbations = tuple(dict.fromkeys(queries)), []
-    found = iter(perturbations_at(optimizer, [[Probe(q, probes[place].sign) for q in distinct] for place in own]))
-    for _ in own:
-        by_query = dict(zip(distinct, found, strict=False))
-        perturbations += [by_query[query] for query in queries]
-    results = losses_at(optimizer, perturbations, loss_fn, share, micro_batches=micro_batches) if own else []
+    distinct = tuple(dict.fromkeys(queries))
+
+    def perturbations_of(places: Iterable[int]) -> list[Mapping[nn.Parameter, Perturbation]]:
+        runs = [[Probe(query, probes[place].sign) for query in distinct] for place in places]
+        found, made = iter(perturbations_at(optimizer, runs)), []
+        for _ in runs:
+            by_query = dict(zip(distinct, found, strict=False))
+            made += [by_query[query] for query in queries]
+        return made
+
+    first, perturbations = partial(perturbations_of, [0]), perturbations_of(own)
+    results = losses_at(optimizer, perturbations, loss_fn, share, first, micro_batches=micro_batches) if own else []
     # Evaluations and examples of other ranks are zeros, to which the sum over ranks adds them.
     device = results[0].loss.device if results else device_of(optimizer)
     table = torch.zeros(len(probes), count, 2, dtype=torch.float64, device=device)

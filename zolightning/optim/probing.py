@@ -1,7 +1,9 @@
 """Evaluates losses at perturbed weights and makes projected gradients of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -81,7 +83,8 @@ def evaluate_probes(
     size = optimizer.evaluator.evaluations_per_forward
     runs = [probes[start : min(start + size, own.stop)] for start in range(own.start, own.stop, size)]
     perturbations = perturbations_at(optimizer, runs)
-    results = losses_at(optimizer, perturbations, loss_fn, share, leaves_traces=leaves_traces) if own else []
+    first = partial(perturbations_at, optimizer, [probes[: min(size, replace(share, index=0).of(len(probes)).stop)]])
+    results = losses_at(optimizer, perturbations, loss_fn, share, first, leaves_traces) if own else []
     losses, terms = _over_ranks(optimizer, results, len(probes), share)
     grads = estimator.projected_grads(losses, optimizer.param_groups[0]["eps"])
     numbers, count = torch.cat([losses, terms, grads]).tolist(), len(probes)
@@ -168,12 +171,14 @@ def losses_at(
     perturbations: Sequence[Mapping[nn.Parameter, Perturbation]],
     loss_fn: LossFunction,
     share: Share,
+    first: Callable[[], Sequence[Mapping[nn.Parameter, Perturbation]]] | None = None,
     leaves_traces: bool = True,
     micro_batches: MicroBatches | None = None,
 ) -> list[LossAndTerms]:
     """The loss at each of some perturbations of whole parameters, and the number of terms that it averages.
 
-    Its arguments are those of :func:`evaluate_probes` and of ``Evaluator.evaluate``.
+    Its arguments are those of :func:`evaluate_probes` and of ``Evaluator.evaluate``; `first` makes the perturbations of
+    the step's first run of the network, whichever rank makes it.
     """
     group = optimizer.param_groups[0]
     trainable: dict[nn.Parameter, str] = {}
@@ -187,6 +192,7 @@ def losses_at(
         {parameter: name for name, parameter in optimizer.at_rest()},
         leaves_traces,
         micro_batches,
+        first if share.index and leaves_traces else None,
     )
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from zolightning.rank_zero import rank_zero_warn
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,14 @@ class Share:
 
 
 WHOLE = Share()
+
+
+def warn_of_other_processes() -> None:
+    """Warns of a step without a share in one of several processes: its weights would not be those of the others."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            rank_zero_warn(
+                f"{count} processes run, and `estimate` has no `share`: each moves its weights by its own losses, so "
+                "that they are no longer the same. Give it `Share(sum, stream)`, which adds up losses over all of them."
+            )
