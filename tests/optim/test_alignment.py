@@ -128,6 +128,18 @@ def test_slices_and_scaled_directions() -> None:
     torch.testing.assert_close(before - net.w.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_in_which_nothing_moves() -> None:
+    net = Net()
+    optimizer = LOZO(net.named_parameters(), lr=1.0, vector_lr=0.0, align_queries=True, num_queries=2)
+    optimizer.attach(net)
+    optimizer.set_blocks([[net.w], [net.v]])
+    optimizer.activate([1])
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    assert optimizer.estimate(net).projected_grads == (0.0, 0.0)
+    optimizer.step()
+    assert all(map(torch.equal, net.parameters(), before))
+
+
 def test_of_orthogonal_directions_the_mean_is_kept() -> None:
     grads = torch.randn(5, dtype=torch.float64)
     torch.testing.assert_close(solve(16 * torch.eye(5, dtype=torch.float64), grads), grads, rtol=1e-14, atol=0)

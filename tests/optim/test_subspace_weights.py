@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zolightning.directions.basis import Basis
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.kernels import bfloat16
@@ -307,6 +308,53 @@ class TestHalfPrecision:
         shares = self.realised(update_precision, 5000, rms)
         for share, (low, high) in zip(shares, (read, whole), strict=True):
             assert low < share < high, shares
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "layer.weight",
+            Basis(right=torch.ones(7, 2)),
+            r"The right factor .* must have 8 rows and 1 to 8 columns, got",
+        ),
+        (
+            "layer.weight",
+            Basis(left=torch.ones(8, 9)),
+            r"The left factor .* must have 8 rows .* got the shape \(8, 9\)",
+        ),
+        ("layer.weight", Basis(right=torch.ones(8)), r"got the shape \(8,\)"),
+        ("layer.weight", Basis(), "The basis that is given for `layer.weight` has no factor"),
+        ("layer.bias", Basis(right=torch.ones(8, 2)), "A basis is given for `layer.bias`, which this method does not"),
+    ],
+)
+def test_given_bases_have_to_fit(name: str, given: Basis, message: str) -> None:
+    net = Net()
+    optimizer = attached(partial(LOZO, lr=0.05, rank=2), net)
+    with pytest.raises(ValueError, match=message):
+        optimizer.resample({net.get_parameter(name): given})
+    assert not optimizer.state and optimizer.param_groups[0]["refresh"] == 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(LOZO, lr=0.05, rank=4, momentum=0.9),
+        partial(SubspaceMeZO, lr=0.05, rank=4, betas=(0.9, 0.9)),
+        partial(ZOMOPI, lr=0.05, rank=4, power_rank=4, momentum=0.0, vector_lr=0.05),
+    ],
+)
+def test_given_bases_may_change_their_number_of_columns(method: Any) -> None:
+    """As those from activations do, where a batch has few tokens: momentum in another shape starts from zero."""
+    net = Net()
+    optimizer = attached(method, net)
+    for columns in (4, 2, 3):
+        optimizer.resample({net.layer.weight: Basis(right=torch.eye(8)[:, :columns])})
+        before = net.layer.weight.detach().clone()
+        train(net, optimizer, 2)
+        optimizer.fold()
+        moved = net.layer.weight.detach() - before
+        assert torch.linalg.matrix_rank(moved) == columns and not moved[:, columns:].any()
 
 
 def test_thin_matrices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float],
     queries = [optimizer.perturbations(query, 1) for query in range(len(projected_grads))]
     found = {parameter: _noise_shape(optimizer, parameter, change) for parameter, change in queries[0].items()}
     shapes = {parameter: shape for parameter, shape in found.items() if shape is not None}  # () is that of a scalar
+    if not shapes:  # nothing moves: a block without matrices, for one, where vectors have a rate of 0
+        return list(projected_grads)
     numbers = sum(map(math.prod, shapes.values()))
     if numbers > MOST_NUMBERS * len(queries):
         if warns:

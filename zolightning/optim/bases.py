@@ -101,6 +101,19 @@ class BasisKind:
         return matrix.rank / (matrix.rows if side == "left" else matrix.columns) if self.unit else float(matrix.rank)
 
 
+def require_factors(basis: Basis, matrix: Matrix, name: str) -> None:
+    """Raises a ValueError unless the factors of a basis that is given for a matrix, called `name`, have its sizes."""
+    if not basis.by_side:
+        raise ValueError(f"The basis that is given for `{name}` has no factor.")
+    for side, factor in basis.by_side.items():
+        size = matrix.rows if side == "left" else matrix.columns
+        if factor.ndim != 2 or len(factor) != size or not 1 <= factor.shape[1] <= size:
+            raise ValueError(
+                f"The {side} factor that is given for `{name}` must have {size} rows and 1 to {size} columns, got the "
+                f"shape {tuple(factor.shape)}."
+            )
+
+
 @functools.lru_cache(maxsize=4096)  # asked for every parameter several times a step
 def _matrix(sides: Sides, shape: tuple[int, ...], rank: int) -> Matrix | None:
     if len(shape) < 2:

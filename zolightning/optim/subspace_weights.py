@@ -14,7 +14,7 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, own_rows
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.bases import ANCHORED, GIVEN, BasisKind, Matrix
+from zolightning.optim.bases import ANCHORED, GIVEN, BasisKind, Matrix, require_factors
 from zolightning.optim.checks import require_choice
 from zolightning.optim.cores import add_lift
 from zolightning.optim.momentum_transport import momentum_of, transport_momentum
@@ -150,14 +150,16 @@ class SubspaceWeights(ZerothOrderOptimizer):
         Args:
             given: factors to use instead of drawn ones for some matrices, in any dtype. A method with a factor on one
                 side then searches on the side that is given, and one with factors on both sides draws the other. Given
-                factors stay until others are given, and are saved with the state.
+                factors stay until others are given, and are saved with the state. They may have another number of
+                columns than the rank: a momentum in a core of another shape starts from zero.
 
         Raises:
-            ValueError: if a matrix has momentum in a basis with a factor on the other side than the given one.
+            ValueError: if a basis does not fit, is that of a parameter without one, or has its factor on another side
+                than that of a momentum that there is.
         """
         recorded = self.recorded.pop(self.param_groups[0]["refresh"] + 1, None)
         given = (given or {}) if recorded is None else recorded
-        self._refuse_other_sides(given)
+        self._require_fitting(given)
         self.fold()
         moving = [  # frozen ones too: they may thaw
             (group, parameter, self.basis(parameter), momentum.view(self.basis(parameter).core_shape(matrix[:2])))
@@ -191,8 +193,13 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """Share of the momentum's squared norm that the last resampling kept; None if there was no momentum."""
         return self.param_groups[0].get("momentum_kept")
 
-    def _refuse_other_sides(self, given: Mapping[nn.Parameter, Basis]) -> None:
+    def _require_fitting(self, given: Mapping[nn.Parameter, Basis]) -> None:
+        own = {parameter for group in self.param_groups for parameter in group["params"]} if given else ()
         for parameter, basis in given.items():
+            matrix, name = self.matrix_of(parameter) if parameter in own else None, self.names.get(parameter, "?")
+            if matrix is None:
+                raise ValueError(f"A basis is given for `{name}`, which this method does not search in a subspace.")
+            require_factors(basis, matrix, name)
             if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
                 continue
             if (self.basis(parameter).left is None) != (basis.left is None):
@@ -215,7 +222,9 @@ class SubspaceWeights(ZerothOrderOptimizer):
                 new = new.anchored(old, momentum, min(group["anchor"], *momentum.shape), self.unit)
                 state.update(new.by_side)
             self._bases[parameter] = new
-            return transport_momentum(state, old, momentum, new, group["transport"])
+            matrix = self.matrix_of(parameter)
+            same_shape = matrix is not None and new.core_shape(matrix[:2]) == momentum.shape
+            return transport_momentum(state, old, momentum, new, group["transport"] if same_shape else "reset")
 
     def _drawn(self, parameter: nn.Parameter) -> Basis:
         """The basis that is drawn for a matrix at the present refresh index, with factors that were given."""

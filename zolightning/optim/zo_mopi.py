@@ -71,7 +71,7 @@ class ZOMOPI(SubspaceOptimizer):
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:
         columns = min(group["power_rank"], *gradients.shape[1:])
         for state, gradient in zip(states, gradients, strict=True):
-            if "right_basis" not in state:
+            if "right_basis" not in state or state["right_basis"].shape != (gradient.shape[1], columns):
                 # The leading right singular vectors that the first momentum itself gives: no draw, no warm-up.
                 state["right_basis"] = torch.linalg.svd(gradient, full_matrices=False).Vh[:columns].T.contiguous()
         steps, right = power_iteration(gradients, torch.stack([state["right_basis"] for state in states]))
