@@ -1,15 +1,19 @@
 """A run goes on with the method, and with the arguments, that its checkpoint was written with."""
 
+import inspect
+import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
-from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SubZero, ZerothOrderOptimizer
+from conftest import METHODS
+from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SubZero, ZerothOrderOptimizer, common
 from zolightning.optim.estimators import OneSided
+from zolightning.optim.settings import constructor_arguments
 
 
 def weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -89,3 +93,17 @@ def test_rates_of_vectors_are_said_as_they_were_given() -> None:
         "`lr` goes on as in the checkpoint, whose run was given 0.001",
         "`vector_lr` goes on as in the checkpoint, whose run was given 3e-05",
     ]
+
+
+@pytest.mark.parametrize("method", {made.func: None for made in METHODS.values()})
+def test_type_checkers_know_all_arguments(method: type[ZerothOrderOptimizer]) -> None:
+    found = re.search(r"\*\*common: Unpack\[(\w+)\]", inspect.getsource(method.__init__))
+    assert found is not None
+    known = get_type_hints(getattr(common, found[1]))
+    own = inspect.signature(method.__init__).parameters
+    accepted = constructor_arguments(method) - {"self", "params", "defaults"}
+    assert known.keys() | own.keys() - {"self", "params", "common"} == accepted
+    for base in method.__mro__[1:]:
+        if "__init__" in vars(base) and issubclass(base, ZerothOrderOptimizer):
+            of_base = get_type_hints(base.__init__)
+            assert {name: of_base[name] for name in known.keys() & of_base.keys()}.items() <= known.items()

@@ -14,6 +14,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.signed import Signed
 from zolightning.kernels.noise import NoiseKind, coefficient
 from zolightning.optim.bases import Matrix
+from zolightning.optim.common import SubspaceCommon, Unpack
 from zolightning.optim.estimators import Estimator, PerExample
 from zolightning.optim.normalization import normalized
 from zolightning.optim.record import StepRecord
@@ -66,7 +67,7 @@ class GRZO(SubspaceOptimizer):
         num_queries: int = 16,
         vector_lr: float | None = None,
         estimator: Estimator | None = None,
-        **common: Any,
+        **common: Unpack[SubspaceCommon],
     ) -> None:
         if common.get("align_queries"):
             raise ValueError("`align_queries` is True, and GRZO's directions share a core: set it to False.")

@@ -10,6 +10,7 @@ from torch import nn
 from zolightning.directions.dense import of_own_rows
 from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction
+from zolightning.optim.common import CommonAndQueries, Unpack
 from zolightning.optim.curvature import (
     CURVATURE_ESTIMATES,
     STRUCTURES,
@@ -84,7 +85,7 @@ class HiZOO(DenseOptimizer):
         curvature_bounds: tuple[float, float] = (1e-4, 1e4),
         weight_decay: float = 0.0,
         estimator: ThreePoint | None = None,
-        **common: Any,
+        **common: Unpack[CommonAndQueries],
     ) -> None:
         require_choice("curvature", curvature, STRUCTURES)
         require_choice("curvature_estimate", curvature_estimate, CURVATURE_ESTIMATES)

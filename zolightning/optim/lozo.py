@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zolightning.optim.common import SubspaceSettings, Unpack
 from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
 
@@ -50,7 +51,7 @@ class LOZO(SubspaceOptimizer):
         momentum: float = 0.0,
         betas: tuple[float, float] | None = None,
         vector_lr: float | None = None,
-        **common: Any,
+        **common: Unpack[SubspaceSettings],
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zolightning.directions.dense import Direction
 from zolightning.optim.checks import require_fraction
+from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import descend
 from zolightning.optim.normalization import STATE, normalized, require_normalization
@@ -52,7 +53,7 @@ class MeZO(DenseDescent):
         normalize: bool = False,
         clip: float | None = None,
         rms_decay: float = 0.99,
-        **common: Any,
+        **common: Unpack[DenseSettings],
     ) -> None:
         defaults = {
             "lr": lr,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zolightning.directions.dense import Direction
 from zolightning.optim.checks import require_fraction, require_positive
+from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import descend
 from zolightning.optim.precision import State
@@ -38,7 +39,7 @@ class MeZOAdam(DenseDescent):
         betas: tuple[float, float] = (0.9, 0.999),
         denominator_eps: float = 1e-8,
         weight_decay: float = 0.0,
-        **common: Any,
+        **common: Unpack[DenseSettings],
     ) -> None:
         defaults = {
             "lr": lr,

@@ -14,6 +14,7 @@ from zolightning.directions.shards import first_elements, own_rows, whole
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_choice
+from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.precision import add_directions, add_tensor, all_contiguous, as_contiguous
 from zolightning.optim.record import StepRecord
@@ -59,7 +60,7 @@ class SparseMeZO(DenseOptimizer):
         sparsity: float = 0.75,
         mask: MaskKind = "dynamic",
         sparse_embeddings: bool = True,
-        **common: Any,
+        **common: Unpack[DenseSettings],
     ) -> None:
         require_choice("mask", mask, MASKS)
         self.mask: MaskKind = mask

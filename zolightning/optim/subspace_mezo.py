@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from zolightning.optim.common import SubspaceSettings, Unpack
 from zolightning.optim.subspace import SubspaceOptimizer
 
 
@@ -40,7 +41,7 @@ class SubspaceMeZO(SubspaceOptimizer):
         momentum: float = 0.0,
         betas: tuple[float, float] | None = None,
         vector_lr: float | None = None,
-        **common: Any,
+        **common: Unpack[SubspaceSettings],
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)

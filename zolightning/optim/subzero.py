@@ -8,6 +8,7 @@ from torch import nn
 
 from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice
+from zolightning.optim.common import SubspaceSettings, Unpack
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Scaling = Literal["code", "paper"]
@@ -57,7 +58,7 @@ class SubZero(SubspaceOptimizer):
         momentum: float = 0.0,
         betas: tuple[float, float] | None = None,
         vector_lr: float | None = None,
-        **common: Any,
+        **common: Unpack[SubspaceSettings],
     ) -> None:
         require_choice("scaling", scaling, SCALINGS)
         self.scaling = scaling

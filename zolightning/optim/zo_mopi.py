@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zolightning.optim.checks import require_integer
+from zolightning.optim.common import SubspaceAndEstimator, Unpack
 from zolightning.optim.orthogonalization import power_iteration
 from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
@@ -57,7 +58,7 @@ class ZOMOPI(SubspaceOptimizer):
         momentum: float = 0.9,
         vector_lr: float = 1e-7,
         num_queries: int = 4,
-        **common: Any,
+        **common: Unpack[SubspaceAndEstimator],
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "power_rank": power_rank}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, num_queries=num_queries, **common)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from zolightning.optim.checks import require_choice
+from zolightning.optim.common import SubspaceAndEstimator, Unpack
 from zolightning.optim.orthogonalization import msign, newton_schulz
 from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
@@ -57,7 +58,7 @@ class ZOMuon(SubspaceOptimizer):
         momentum: float = 0.0,
         vector_lr: float = 1e-7,
         num_queries: int = 4,
-        **common: Any,
+        **common: Unpack[SubspaceAndEstimator],
     ) -> None:
         require_choice("orthogonalization", orthogonalization, ORTHOGONALIZATIONS)
         self.orthogonalization = orthogonalization

@@ -1,0 +1,65 @@
+"""The settings that methods have in common, by which type checkers and editors know what ``**common`` takes.
+
+What they mean, their defaults and their checks are with the constructors that read them, those of
+:class:`~zolightning.optim.base.ZerothOrderOptimizer`, :class:`~zolightning.optim.dense.DenseOptimizer` and
+:class:`~zolightning.optim.subspace.SubspaceOptimizer`.
+"""
+
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from zolightning.kernels.noise import NoiseKind
+from zolightning.optim.estimators import Estimator
+from zolightning.optim.precision import UpdatePrecision
+
+if TYPE_CHECKING:
+    from typing import Unpack as Unpack
+else:
+
+    class Unpack:
+        """At run time any arguments: the command line would read these names here, where they have no defaults."""
+
+        def __class_getitem__(cls, settings: type) -> Any:
+            return Any
+
+
+class Common(TypedDict, total=False):
+    """Of every method."""
+
+    noise: NoiseKind
+    align_queries: bool
+    seed: int | None
+    update_precision: UpdatePrecision
+
+
+class CommonAndQueries(Common, total=False):
+    """Of methods with dense directions that have an argument for the estimator."""
+
+    num_queries: int
+
+
+class DenseSettings(CommonAndQueries, total=False):
+    """Of methods with dense directions."""
+
+    estimator: Estimator | None
+
+
+class SubspaceCommon(Common, total=False):
+    """Of subspace methods that have arguments for queries and estimator."""
+
+    normalize: bool
+    normalize_directions: bool
+    clip: float | None
+    rms_decay: float
+    offload_low_words: bool
+
+
+class SubspaceAndEstimator(SubspaceCommon, total=False):
+    """Of subspace methods that have an argument for queries."""
+
+    estimator: Estimator | None
+
+
+class SubspaceSettings(SubspaceAndEstimator, total=False):
+    """Of subspace methods."""
+
+    num_queries: int
