@@ -59,6 +59,7 @@ _SUBCOMMANDS = {
 _NOT_READ: dict[str, Any] = {"ckpt_path": str | None, "weights_only": bool | None}
 _PARSER_KWARGS: dict[str, Any] = {
     "prog": "zolightning",
+    "usage": "zolightning COMMAND [--config FILE ...] [--OPTION VALUE ...]",
     "version": installed_version("zolightning") or "unknown: not installed",
     "description": "Fine-tunes language models by forward passes only. Two more commands have a `--help`: "
     "`configs` lists the config files of the package, `report` compares runs on a page.",

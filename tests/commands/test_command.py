@@ -46,6 +46,7 @@ def test_help(arguments: list[str], expected: list[str], capsys: pytest.CaptureF
     text = capsys.readouterr().out
     for part in expected:
         assert part in text
+    assert "--method.params" not in text and "usage: __main__" not in text  # which the Trainer gives, and noise
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import HelpFormatter
+from argparse import SUPPRESS, HelpFormatter
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,8 @@ class OneLineParser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line: the field, the value found and what is accepted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"allow_abbrev": False})
+        # Without a usage of its own a parser says none: that of `--method.help MeZO` would say again what is below it.
+        super().__init__(*args, **{"usage": SUPPRESS} | kwargs | {"allow_abbrev": False})
         self._negative_number_matcher = _NEGATIVE  # argparse's, of before Python 3.14, takes -1e-3 for a flag
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
