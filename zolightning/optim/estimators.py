@@ -96,7 +96,7 @@ class Estimator(ABC):
         if not isinstance(found, Integral) or found < least:
             name = type(self).__name__
             raise ValueError(f"`num_queries` must be an integer, at least {least} with {name}, got {found!r}.")
-        for probe in self.probes(found):
+        for probe in self.probes(least):  # a wrong number of queries may be large
             if probe.sign not in (-1, 0, 1):
                 raise ValueError(
                     f"`probes` of {type(self).__name__} has {probe}, and a sign is 1, -1 or 0 (the unperturbed "
