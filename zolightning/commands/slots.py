@@ -57,7 +57,8 @@ def add_slots(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{slot}", type=kind | None, help=said)
     # What the Trainer gives them is no setting.
     for slot, argument in {"method": "params", "lr_scheduler": "optimizer"}.items():
-        parser._option_string_actions[f"--{slot}.help"].sub_add_kwargs = {"skip": {argument}}
+        action: Any = parser._option_string_actions[f"--{slot}.help"]
+        action.sub_add_kwargs = {"skip": {argument}}
     parser.add_class_arguments(ZerothOrder, "evaluation", skip={"method", "lr_scheduler"}, instantiate=False)
 
 
