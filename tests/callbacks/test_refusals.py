@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -94,6 +94,12 @@ class TestRefusals:
         ((name, value),) = option.items()
         with pytest.raises(MisconfigurationException, match=f"`{name}` is {value}, and under 'zo_fsdp' .*'zo_ddp'"):
             refuse_unsupported(self.surroundings(strategy=strategy, callbacks=[ZerothOrder(MeZO, **option)]))
+
+    def test_averages_of_shards(self) -> None:
+        callbacks = [ZerothOrder(MeZO), EMAWeightAveraging()]
+        refuse_unsupported(self.surroundings(strategy=DDPStrategy(), callbacks=callbacks))
+        with pytest.raises(MisconfigurationException, match=r"has a EMAWeightAveraging, which averages .*'zo_ddp'"):
+            refuse_unsupported(self.surroundings(strategy=ZerothOrderFSDP(), callbacks=callbacks))
 
     def test_scaled_gradients(self) -> None:
         # By hand: on a CPU, the Trainer silently takes bf16-mixed for it

@@ -73,6 +73,11 @@ def refuse_unsupported(trainer: Any) -> None:
                 "reads a weight. Leave it at None, or use a strategy under which every rank holds all weights "
                 "('zo_ddp')."
             )
+        if averaging := [type(each).__name__ for each in trainer.callbacks if "WeightAveraging" in class_names(each)]:
+            raise MisconfigurationException(
+                f"`trainer.callbacks` has a {averaging[0]}, which averages whole weights, and under 'zo_fsdp' a rank "
+                "holds rows of them. Leave it out, or use a strategy under which every rank holds all ('zo_ddp')."
+            )
 
 
 def refuse_strategy(strategy: Any) -> None:
