@@ -124,6 +124,11 @@ def test_what_does_not_go_together_is_refused(
     for prompt in (f"a{SEPARATOR}b{SEPARATOR}c", f"a{MASK}"):
         with pytest.raises(ValueError, match="reads a text, or two"):
             encode_texts(tiny_tokenizer(), prompt, 2, label=0, id=0, max_length=64)
+    unknown = tiny_tokenizer()
+    unknown.add_special_tokens({"pad_token": "<padding>"})
+    unknown.save_pretrained(folder)
+    with pytest.raises(MisconfigurationException, match="'<padding>', has the number"):
+        SequenceClassifier(str(folder)).refuse_unsuitable()
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B", [])
     with pytest.raises(ValueError, match="the text is empty"):

@@ -59,9 +59,16 @@ def refuse_reading_padding(
         logits_of: runs the model: returns the logits, given tokens and their mask, both (rows, length).
 
     Raises:
-        MisconfigurationException: if the values exceed float16, or depend on the padding beside a text.
+        MisconfigurationException: if the values exceed float16, or depend on the padding beside a text; or the model
+            lacks the token for padding.
     """
     weight = model.get_input_embeddings().get_parameter("weight")
+    if (tokenizer.pad_token_id or 0) >= len(weight):
+        raise MisconfigurationException(
+            f"The token for padding of `model_name`, {tokenizer.pad_token!r}, has the number {tokenizer.pad_token_id}, "
+            f"but the model has embeddings for {len(weight)} only: resize them (`model.resize_token_embeddings`) and "
+            "save the model."
+        )
     others = [id for id in range(len(weight)) if id not in tokenizer.all_special_ids]
     chosen = [others[len(others) * i // _LENGTH] for i in range(_LENGTH)]
     if tokenizer.mask_token_id is not None:
