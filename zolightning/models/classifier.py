@@ -58,10 +58,11 @@ class Classifier(PretrainedModule):
         with inputs_of(self.head) as read:
             self.logits(batch)
         features = read[0]
-        if features.dim() == 3:  # it reads every token, of which the last one that is no padding counts
-            mask = batch["attention_mask"][:, 0]
-            place = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
-            features = features[torch.arange(len(mask), device=mask.device), place]
+        if features.dim() == 3:  # it reads every token, of which the last one counts that is not the one of padding
+            ids, pad = batch["input_ids"][:, 0], self.model.config.get_text_config().pad_token_id
+            counts = batch["attention_mask"][:, 0] if pad is None else ids != pad
+            place = (torch.arange(ids.shape[1], device=ids.device) * counts).argmax(dim=1)
+            features = features[torch.arange(len(ids), device=ids.device), place]
         return features, batch["label"]
 
     @abstractmethod
