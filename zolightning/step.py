@@ -61,9 +61,13 @@ def zeroth_order_step(
     wrapper: Any = module.optimizers()
     optimizer = getattr(wrapper, "optimizer", wrapper)
     if not isinstance(optimizer, ZerothOrderOptimizer):
+        several = (
+            [type(getattr(one, "optimizer", one)).__name__ for one in wrapper] if isinstance(wrapper, list) else []
+        )
+        more = ". Step an optimizer of other layers yourself, without handing it to Lightning" if several else ""
         raise MisconfigurationException(
             "`configure_optimizers` must return one zeroth-order method for `zeroth_order_step` "
-            f"(zolightning.optim.MeZO, for example), got {type(optimizer).__name__}."
+            f"(zolightning.optim.MeZO, for example), got {', '.join(several) or type(optimizer).__name__}{more}."
         )
     if module.automatic_optimization:
         raise MisconfigurationException(

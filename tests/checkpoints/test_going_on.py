@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.nn import functional as F
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die
 from zolightning.blocks import Bandit, GaussSouthwellSweep
@@ -290,3 +291,44 @@ def test_a_run_that_was_killed_before_its_seal_gets_one(ledger_run: MakeRun, mon
     assert replay(run.path.with_name("ledger.bin"), Validated(), MEZO) == Replayed(5, None)
     resumed = ledger_run(max_steps=5).fit("last", validate=False)
     assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(5, True)
+
+
+class HeadByGradient(Validated):
+    """Hands its body to a zeroth-order method, and trains its head itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.optim.AdamW(self.net[2].parameters(), lr=1e-2)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+
+    def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        with torch.enable_grad():
+            self.own.zero_grad()
+            F.mse_loss(self.net[2](self.net[:2](batch[0]).detach()), batch[1]).backward()
+            self.own.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["own"] = self.own.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.own.load_state_dict(checkpoint["own"])
+
+
+def test_layers_that_the_module_trains_by_backpropagation_go_on_too(ledger_run: MakeRun) -> None:
+    def run(folder: str, dies: bool = False, **options: Any) -> Run:
+        made = ledger_run(folder, **options, **EVERY_6)
+        made.module = HeadByGradient()
+        made.module.in_step.at |= {9: die} if dies else {}
+        return made
+
+    whole, killed = run("whole").fit(), run("killed", dies=True)
+    with pytest.raises(Killed):
+        killed.fit()
+    again = run("killed")
+    again.fit(ckpt_path=again.path)
+    again.assert_ends_as(whole)
+    before, base = HeadByGradient(), HeadByGradient()
+    assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), whole.module.parameters(), strict=True))
+    assert replay(whole.keep.path, base, MEZO).sealed is False  # it knows nothing of the head
