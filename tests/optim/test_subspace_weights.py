@@ -13,7 +13,16 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.kernels import bfloat16
-from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero
+from zolightning.optim import (
+    GRZO,
+    LOZO,
+    ZOMOPI,
+    SparseMeZO,
+    StepRecord,
+    SubspaceMeZO,
+    SubspaceOptimizer,
+    SubZero,
+)
 from zolightning.optim.probing import of_whole_parameters
 
 METHODS = [
@@ -382,7 +391,15 @@ def test_a_group_may_have_a_learning_rate_of_its_own_for_vectors() -> None:
     assert all("vector_lr" not in group for group in optimizer.param_groups)
 
 
-def test_a_group_cannot_ask_for_weight_decay() -> None:
-    group = {"params": list(nn.Linear(4, 3).named_parameters()), "weight_decay": 0.1}
-    with pytest.raises(ValueError, match=r"`weight_decay` is 0.1, and LOZO has none: use 0\."):
-        LOZO([group], lr=1e-2)
+@pytest.mark.parametrize(
+    ("method", "asked", "message"),
+    [
+        (LOZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, and LOZO has none: use 0\."),
+        (SparseMeZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, and SparseMeZO has none: use 0\."),
+        (GRZO, {"momentum": 0.9}, r"`momentum` is 0\.9, and GRZO keeps none"),
+    ],
+)
+def test_a_group_cannot_ask_for_what_a_method_does_not_do(method: Any, asked: dict[str, float], message: str) -> None:
+    group = {"params": list(nn.Linear(4, 3).named_parameters()), **asked}
+    with pytest.raises(ValueError, match=message):
+        method([group], lr=1e-2)

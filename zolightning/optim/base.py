@@ -116,6 +116,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             raise ValueError("`eps` must be the same in all parameter groups: they share the losses of a step.")
         if not group.get("weight_decay", 0.0) >= 0:
             raise ValueError(f"`weight_decay` must not be negative, got {group['weight_decay']!r}.")
+        if group.get("weight_decay") and "weight_decay" not in self.defaults:
+            raise ValueError(f"`weight_decay` is {group['weight_decay']!r}, and {type(self).__name__} has none: use 0.")
 
     def measurements(self) -> dict[str, float]:
         """Diagnostics of the method to be logged, by name; called every few dozen steps."""

@@ -86,6 +86,12 @@ class GRZO(SubspaceOptimizer):
         if num_queries == 1:
             raise ValueError("`num_queries` must be at least 2 for GRZO, which divides by their spread, got 1.")
 
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        for name in ("momentum", "betas"):
+            if group[name]:
+                raise ValueError(f"`{name}` is {group[name]!r}, and GRZO keeps none: leave it out.")
+
     def direction_scale(self, matrix: Matrix) -> float:
         return self.basis_kind.unit_rms_scale(matrix)
 

@@ -148,8 +148,6 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
-        if group.get("weight_decay"):
-            raise ValueError(f"`weight_decay` is {group['weight_decay']!r}, and {type(self).__name__} has none: use 0.")
         require_fraction("momentum", group["momentum"])
         require_normalization(group)
         for place, beta in enumerate(group["betas"] or ()):
