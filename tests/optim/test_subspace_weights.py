@@ -391,6 +391,16 @@ def test_a_group_may_have_a_learning_rate_of_its_own_for_vectors() -> None:
     assert all("vector_lr" not in group for group in optimizer.param_groups)
 
 
+def test_a_group_that_is_added_in_mid_run_is_resampled_like_the_others() -> None:
+    """By the choices of MomentumTransport and SubspaceResampling, which they made when the run began."""
+    net = Net()
+    optimizer = LOZO(net.embedding.parameters(), lr=0.05, momentum=0.9)
+    optimizer.attach(net)
+    optimizer.param_groups[0].update(transport="reset", anchor=2)
+    optimizer.add_param_group({"params": list(net.layer.parameters())})
+    assert [(group["transport"], group["anchor"]) for group in optimizer.param_groups] == [("reset", 2)] * 2
+
+
 @pytest.mark.parametrize(
     ("method", "asked", "message"),
     [

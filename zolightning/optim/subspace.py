@@ -116,8 +116,9 @@ class SubspaceOptimizer(SubspaceWeights):
         super().__init__(params, shared | STATE | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As any optimizer's; a group may have its own ``vector_lr``."""
-        own = dict(param_group)
+        """As any optimizer's; a group may have its own ``vector_lr``, and in mid-run has what callbacks set for all."""
+        set_for_all = {name: self.param_groups[0][name] for name in ("transport", "anchor") if self.attached}
+        own = {**set_for_all, **param_group}
         vector_lr = own.pop("vector_lr", self.vector_lr)
         super().add_param_group(own)
         if "vector_lr_ratio" not in param_group:  # as it is in groups of another optimizer
