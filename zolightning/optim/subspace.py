@@ -53,8 +53,8 @@ class SubspaceOptimizer(SubspaceWeights):
         params, defaults, **common: see :class:`~zolightning.optim.base.ZerothOrderOptimizer` and, for
             `offload_low_words`, :class:`~zolightning.optim.subspace_weights.SubspaceWeights`.
         rank: columns of a factor, at most as many as it has rows; :meth:`attach` logs the matrices with fewer.
-        vector_lr: learning rate along dense directions; None takes `lr`, that of each group. Schedulers scale it with
-            `lr`.
+        vector_lr: learning rate along dense directions; None takes `lr`. Schedulers scale it with `lr`, and so does the
+            `lr` of a group that has no `vector_lr` of its own.
         noise: distribution of the cores and of dense directions, "gaussian" or "rademacher".
         normalize: divide projected gradients by their running RMS (arXiv 2605.03869), so that the step does not depend
             on the scale of the loss. (The step of a method that orthogonalizes never does.)
@@ -94,7 +94,6 @@ class SubspaceOptimizer(SubspaceWeights):
         require_choice("noise", noise, NOISE_KINDS)
         require_integer("rank", rank)
         require_positive("lr", defaults.get("lr"))
-        self.vector_lr = vector_lr
         shared = {
             "rank": rank,
             "vector_lr_ratio": _ratio(vector_lr, defaults["lr"]),
@@ -119,9 +118,9 @@ class SubspaceOptimizer(SubspaceWeights):
         """As any optimizer's; a group may have its own ``vector_lr``, and in mid-run has what callbacks set for all."""
         set_for_all = {name: self.param_groups[0][name] for name in ("transport", "anchor") if self.attached}
         own = {**set_for_all, **param_group}
-        vector_lr = own.pop("vector_lr", self.vector_lr)
+        vector_lr = own.pop("vector_lr", None)
         super().add_param_group(own)
-        if "vector_lr_ratio" not in param_group:  # as it is in groups of another optimizer
+        if "vector_lr" in param_group:
             group = self.param_groups[-1]
             group["vector_lr_ratio"] = _ratio(vector_lr, group["lr"])
 
