@@ -114,6 +114,14 @@ def test_restored_probabilities(order: Bandit | AdaLeZO) -> None:
     assert other.probabilities == order.probabilities and other.state_dict() == order.state_dict()
 
 
+def test_what_was_learned_of_other_blocks_is_refused() -> None:
+    order = Bandit()
+    simulated(order, [1.0] * 4, visits=1, seed=0)
+    order.check(4, 1)
+    with pytest.raises(ValueError, match="learned the probabilities of 4 blocks in an earlier run, and there are 3"):
+        order.check(3, 1)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

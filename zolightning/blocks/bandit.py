@@ -67,6 +67,11 @@ class LearnedProbabilities(Order):
             raise ValueError(
                 f"`p_min` is {self.p_min:g}, which {num_blocks} blocks cannot have each: at most {1 / num_blocks:.4g}."
             )
+        if self.probabilities and len(self.probabilities) != num_blocks:
+            raise ValueError(
+                f"`order` is a {type(self).__name__} that has learned the probabilities of {len(self.probabilities)} "
+                f"blocks in an earlier run, and there are {num_blocks}: give each run its own."
+            )
 
     def choose(self, turn: Turn) -> Sequence[int]:
         """Draws without replacement within a visit, with replacement from visit to visit."""
