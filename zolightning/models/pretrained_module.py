@@ -289,8 +289,9 @@ class PretrainedModule(L.LightningModule):
         """Writes the model and its preprocessor in Hugging Face's format, for ``from_pretrained``.
 
         A model with a LoRA adapter or a prefix is written in PEFT's format, for
-        ``AutoPeftModelForCausalLM.from_pretrained`` and the like: the adapter only, and where its base model is. Any
-        other model with quantised weights is written as the ordinary one that computes the same.
+        ``AutoPeftModelForCausalLM.from_pretrained`` and the like: the adapter only, and where its base model is.
+        PEFT makes half-precision LoRA float32 when it loads it; ``autocast_adapter_dtype=False`` computes what was
+        trained. Any other model with quantised weights is written as the ordinary one that computes the same.
         """
         refuse_offloaded(self.model, "they cannot be written")
         if adapter_settings(self.model) is None:
