@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zolightning.__main__ import main
@@ -105,8 +105,9 @@ class ParseOnly(ZerothOrderCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
-    # One parser with the options of all commands
-    _prepare_subcommand_parser = LightningCLI._prepare_subcommand_parser
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        self._only = None  # one parser with the options of all commands
+        return super()._prepare_subcommand_parser(*args, **kwargs)
 
 
 @cache
