@@ -13,16 +13,7 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.kernels import bfloat16
-from zolightning.optim import (
-    GRZO,
-    LOZO,
-    ZOMOPI,
-    SparseMeZO,
-    StepRecord,
-    SubspaceMeZO,
-    SubspaceOptimizer,
-    SubZero,
-)
+from zolightning.optim import LOZO, ZOMOPI, StepRecord, SubspaceMeZO, SubspaceOptimizer, SubZero
 from zolightning.optim.probing import of_whole_parameters
 
 METHODS = [
@@ -375,37 +366,3 @@ def test_thin_matrices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     SubspaceMeZO(net.parameters(), rank=12).attach(net)
     SubspaceMeZO(net.parameters(), rank=8).attach(net)
     assert said == ["`rank` is 12, and less in 1 thin matrices: layer.weight 8."]
-
-
-def test_a_group_may_have_a_learning_rate_of_its_own_for_vectors() -> None:
-    weight, bias = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(4))
-    groups = [{"params": [weight]}, {"params": [bias], "lr": 0.5, "vector_lr": 0.1}]
-    optimizer = LOZO(groups, lr=1.0, vector_lr=0.25)
-    assert [group["vector_lr_ratio"] for group in optimizer.param_groups] == [0.25, 0.2]
-    with pytest.raises(ValueError, match=r"`vector_lr` must not be negative, got -0\.1"):
-        LOZO([{"params": [bias], "vector_lr": -0.1}])
-    assert all("vector_lr" not in group for group in optimizer.param_groups)
-
-
-def test_a_group_that_is_added_in_mid_run_is_resampled_like_the_others() -> None:
-    """By the choices of MomentumTransport and SubspaceResampling, which they made when the run began."""
-    net = Net()
-    optimizer = LOZO(net.embedding.parameters(), lr=0.05, momentum=0.9)
-    optimizer.attach(net)
-    optimizer.param_groups[0].update(transport="reset", anchor=2)
-    optimizer.add_param_group({"params": list(net.layer.parameters())})
-    assert [(group["transport"], group["anchor"]) for group in optimizer.param_groups] == [("reset", 2)] * 2
-
-
-@pytest.mark.parametrize(
-    ("method", "asked", "message"),
-    [
-        (LOZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, and LOZO has none: use 0\."),
-        (SparseMeZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, and SparseMeZO has none: use 0\."),
-        (GRZO, {"momentum": 0.9}, r"`momentum` is 0\.9, and GRZO keeps none"),
-    ],
-)
-def test_a_group_cannot_ask_for_what_a_method_does_not_do(method: Any, asked: dict[str, float], message: str) -> None:
-    group = {"params": list(nn.Linear(4, 3).named_parameters()), **asked}
-    with pytest.raises(ValueError, match=message):
-        method([group], lr=1e-2)
