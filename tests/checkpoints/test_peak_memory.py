@@ -43,10 +43,10 @@ class Module(L.LightningModule):
 save = SaveLast._save
 
 
-def measured(self, trainer):  # no callback: with one of others updates would be folded at every step
+def measured(self, trainer, *args):  # no callback: with one of others updates would be folded at every step
     reset_peak()
     before = peak_bytes()
-    save(self, trainer)
+    save(self, trainer, *args)
     print((peak_bytes() - before) / 2**20, flush=True)
 
 
