@@ -124,6 +124,9 @@ def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer:
     module.train_dataloader = lambda: DataLoader(TensorDataset(torch.randn(8, 4), torch.randn(8, 1)), batch_size=4)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in module.named_parameters()}
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="`layers_name` is 'nowhere'"):
+        trainer.profile(module, layers_name="nowhere")
+    assert not (tmp_path / "profile").exists()
     trainer.profile(module, layers_name=r"net\.\d", num_prompts=8)
     assert ActivationProfile.load(tmp_path / "profile/profile.json").num_prompts == 8
     for name, parameter in module.named_parameters():

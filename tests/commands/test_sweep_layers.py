@@ -237,7 +237,7 @@ def test_wrong_input_is_refused_before_training(
     with pytest.raises(Exception) as error:
         sweep(*callbacks, **arguments)
     assert message in str(error.value)
-    assert not (tmp_path / "sweep/results.csv").exists()
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_method_is_needed(make_trainer: Any, tmp_path: Path) -> None:

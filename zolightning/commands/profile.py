@@ -78,12 +78,12 @@ def profile_layers(
         raise ValueError(f"`sensitivity_queries` must be 0 for no scan, or more, got {sensitivity_queries}.")
     if probe_every < 0:
         raise ValueError(f"`probe_every` must be 0 for no probes, or more, got {probe_every}.")
-    folder = output_folder(trainer, output, "profile")
     find_layers(model, layers_name)
     if probe_every:
         require_probed(model, "`probe_every`")
     if sensitivity_queries or time_model:
         refuse_quantized(model, "`sensitivity_queries` or `time_model`")
+    folder = output_folder(trainer, output, "profile")
     progress = partial(tqdm, disable=trainer.progress_bar_callback is None, leave=False)
 
     def look(runner: L.Trainer, _: L.LightningModule) -> None:

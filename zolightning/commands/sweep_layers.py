@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -64,8 +63,7 @@ def train_each_layer(
         ValueError: naming the argument, its value and what is accepted.
         MisconfigurationException: naming a setting of the Trainer under which a sweep makes no sense.
     """
-    folder = output_folder(trainer, output, "sweep-layers-first-order" if first_order else "sweep-layers")
-    _Sweep(trainer, model, datamodule, steps, layers, first_order, evaluate, layers_name, folder).run()
+    _Sweep(trainer, model, datamodule, steps, layers, first_order, evaluate, layers_name, output).run()
 
 
 @dataclass
@@ -80,7 +78,7 @@ class _Sweep:
     first_order: bool
     evaluate: Literal["validation", "test"]
     layers_name: str | None
-    folder: Path
+    output: str | None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -89,6 +87,8 @@ class _Sweep:
         self.stack = find_layers(self.module, self.layers_name)
         self.indices = _chosen(self.stack, self.layers)
         self.callbacks = _callbacks(self.trainer, self.module, self.first_order)
+        name = "sweep-layers-first-order" if self.first_order else "sweep-layers"
+        self.folder = output_folder(self.trainer, self.output, name)
         # What every layer's run sets itself, and results therefore do not depend on.
         self.replaced = {
             "max_steps": self.steps,
