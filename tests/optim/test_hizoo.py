@@ -173,6 +173,16 @@ def test_a_graph_reads_a_full_curvature_where_it_lies(make_problem: MakeProblem)
     assert {change.curvature.values.tensor.data_ptr() for change in rebuilt.values()} == curvatures
 
 
+def test_what_is_in_no_block_has_extra_bits_and_no_curvature_to_measure(make_problem: MakeProblem) -> None:
+    problem = make_problem(torch.bfloat16)
+    optimizer = attached(HiZOO, problem, smoothing=1e-2)
+    optimizer.set_blocks([[problem.matrix]])
+    run(problem, optimizer, 2)
+    assert optimizer.state[problem.vector].keys() == {"low_word"}
+    low, middle, high = optimizer.measurements().values()
+    assert low < middle < high
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

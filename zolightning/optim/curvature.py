@@ -163,6 +163,11 @@ def update_(
         add_curved(weights, states, curvatures, directions, changes, precision, decays)
 
 
+def has_curvature(state: State) -> bool:
+    """Whether there is a curvature in a parameter's state, where there may be extra bits of its weight alone."""
+    return "curvature" in state or "curvature_rows" in state
+
+
 def sample(state: State) -> Tensor:
     """Some elements of the curvature in a state that has one, float64, on the host."""
     if "curvature_rows" in state:

@@ -16,6 +16,7 @@ from zolightning.optim.curvature import (
     STRUCTURES,
     CurvatureEstimate,
     Structure,
+    has_curvature,
     relative_change,
     sample,
     scaled,
@@ -157,7 +158,8 @@ class HiZOO(DenseOptimizer):
 
     def measurements(self) -> dict[str, float]:
         """Quantiles of the curvature, by a sample of each parameter."""
-        samples = [sample(self.state[p]) for _, _, p in self.trainable() if self.state.get(p)]
+        states = [self.state.get(parameter, {}) for _, _, parameter in self.trainable()]
+        samples = [sample(state) for state in states if has_curvature(state)]
         if not samples:
             return {}
         values = torch.cat(samples)
