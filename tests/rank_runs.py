@@ -33,9 +33,10 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.checkpoints.replay import replay
+from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, MeZOAdam
 from zolightning.optim.estimators import OneSided, PerExample, Population
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 STEPS, BATCH = 10, 8
 INPUTS = torch.randn(STEPS * BATCH, 4, generator=torch.Generator().manual_seed(1))
@@ -281,6 +282,37 @@ def train_in_two_parts(ranks: int, folder: Path) -> None:
     torch.save(logged, folder / f"logged-{trainer.global_rank}-of-{ranks}.pt")
 
 
+class Means(L.LightningModule):
+    """Logs the mean of the ones in a batch: as anybody does, and as a module of the package does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.metrics = nn.ModuleList(nn.Linear(1, 1) for _ in range(2)), nn.ModuleDict()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("own", batch.mean(), batch_size=len(batch), sync_dist=True)
+        PretrainedModule._evaluation_step(self, {"label": batch}, "val")
+
+    def evaluate(self, batch: Any) -> Evaluation:
+        return Evaluation(batch["label"].mean(), torch.tensor(len(batch["label"])), batch["label"])
+
+    def prediction(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def means(self, batch: Any, scores: Tensor) -> dict[str, float]:
+        return {"reward": batch["label"].mean().item()}
+
+
+def validate_uneven_parts(folder: Path) -> None:
+    """Two ranks with three and with two examples."""
+    logged = {}
+    for name, strategy in (("ddp", "ddp"), ("zo_ddp", ZerothOrderDDP()), ("zo_fsdp", ZerothOrderFSDP())):
+        trainer = make_trainer(2, [], strategy, limit_val_batches=1, use_distributed_sampler=False)
+        ones = torch.ones(3 - trainer.global_rank)
+        (logged[name],) = trainer.validate(Means(), DataLoader([ones], batch_size=None), verbose=False)
+    torch.save(logged, folder / f"means-{trainer.global_rank}-of-2.pt")
+
+
 def refuse(folder: Path) -> None:
     """Runs that end before the first step."""
     module = Module()
@@ -310,6 +342,7 @@ def main(folder: Path) -> None:
                 train(name, ranks, folder)
             if ranks == 2:
                 train_in_two_parts(ranks, folder)
+                validate_uneven_parts(folder)
             if ranks < 4:
                 train_with_lightnings_sampler(ranks, folder)
             else:

@@ -316,11 +316,18 @@ class PretrainedModule(L.LightningModule):
 
     def _evaluation_step(self, batch: Any, stage: Literal["val", "test"]) -> None:
         loss, num_terms, scores = self.evaluate(batch)
-        self.log(f"{stage}/loss", loss, batch_size=int(num_terms), sync_dist=True)
+        # Numbers of terms and examples as floats: of integers Lightning's strategies round the mean over ranks down
+        self.log(f"{stage}/loss", loss, batch_size=float(num_terms), sync_dist=True)  # type: ignore[arg-type]
         prediction, size = self.prediction(scores), len(batch["label"])
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
             metric.update(prediction, self.label(batch))
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=size)
         for name, value in self.means(batch, scores).items():
-            self.log(f"{stage}/{name}", value, prog_bar=name != "f1", batch_size=size, sync_dist=True)
+            self.log(
+                f"{stage}/{name}",
+                value,
+                prog_bar=name != "f1",
+                batch_size=float(size),  # type: ignore[arg-type]
+                sync_dist=True,
+            )

@@ -164,6 +164,16 @@ def one_line_errors(trainer: L.Trainer) -> Iterator[None]:
         ) from error
 
 
+def with_exact_mean(tensor: Any, reduce_op: Any) -> Any:
+    """A tensor to be reduced, in float64 if it has integers whose mean is asked for.
+
+    Lightning rounds such a mean down to an integer, and ``self.log(..., sync_dist=True)`` divides by the mean of the
+    ranks' numbers of examples: the mean of five ones on two ranks would be 5/2 / 2.
+    """
+    is_mean = reduce_op in ("mean", "avg", torch.distributed.ReduceOp.AVG)
+    return tensor.double() if is_mean and isinstance(tensor, Tensor) and not tensor.is_floating_point() else tensor
+
+
 def leave_at_exit() -> None:
     """Makes this process leave the process group when it ends; Lightning does so with NCCL only.
 

@@ -18,7 +18,7 @@ from torch.distributed import ReduceOp
 
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer
-from zolightning.strategies.ranks import CHECK_INTERVAL, Layout, leave_at_exit
+from zolightning.strategies.ranks import CHECK_INTERVAL, Layout, leave_at_exit, with_exact_mean
 
 
 class ZerothOrderDDP(DDPStrategy):
@@ -154,10 +154,10 @@ class ZerothOrderDDP(DDPStrategy):
             self.batch = None
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
-        """As under ``ddp``, but without its barrier, at which the host would wait for the GPU."""
+        """As under ``ddp``, but without its barrier, at which the host would wait for the GPU, and without rounding."""
         op = getattr(ReduceOp, reduce_op.upper(), None) if isinstance(reduce_op, str) else reduce_op
         if not isinstance(tensor, Tensor) or op in (None, ReduceOp.AVG) or not torch.distributed.is_initialized():
-            return super().reduce(tensor, group, reduce_op)
+            return super().reduce(with_exact_mean(tensor, reduce_op), group, reduce_op)
         torch.distributed.all_reduce(tensor, op, group)
         return tensor
 

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
@@ -21,7 +22,7 @@ from zolightning.directions.shards import gathered, is_sharded, own_part, whole
 from zolightning.evaluation.stacked import networks_of
 from zolightning.layers import find_layers
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.strategies.ranks import leave_at_exit
+from zolightning.strategies.ranks import leave_at_exit, with_exact_mean
 
 
 class ZerothOrderFSDP(ModelParallelStrategy):
@@ -109,6 +110,10 @@ class ZerothOrderFSDP(ModelParallelStrategy):
                     torch.distributed.broadcast(tensor.detach(), src=0)
             if part is not module:
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
+        """As in Lightning's base class, but without rounding means of integers."""
+        return super().reduce(with_exact_mean(tensor, reduce_op), group, reduce_op)
 
     # Checkpoints: those of Lightning's base class, with whole tensors
 
