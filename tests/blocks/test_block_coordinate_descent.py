@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,49 @@ def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
     (overview,) = events.Tensors("run/text_summary")[0].tensor_proto.string_val
     assert b"| blocks | 4 blocks by Bandit, others after every 2 steps |" in overview
     assert b"| scope | what is not frozen: 120 of 151 parameters train |" in overview
+
+
+@pytest.mark.parametrize("known", [0, 9])
+def test_the_share_of_layers_that_did_not_run(fit: Fit, monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """Also where their outputs are kept from step to step, and without steps that a ledger knows."""
+    runs = 0
+    own = nn.Linear.forward
+
+    def forward(self: nn.Linear, inputs: Tensor) -> Tensor:
+        nonlocal runs
+        runs += self.in_features == self.out_features  # a layer below the one that moves, not the stem or the head
+        return own(self, inputs)
+
+    class Compare(Callback):
+        """After the shares, which the runs of a step should have."""
+
+        def __init__(self) -> None:
+            self.runs: list[int] = []
+            self.logged: list[float] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            nonlocal runs
+            runs = 0
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.runs.append(runs)
+            self.logged.append(float(trainer.callback_metrics.get("zo/prefix_share", -1)))
+
+    class Know(Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.optimizers[0].expect(replace(record, leaves_traces=False) for record in records[:known])
+
+    def descent() -> BlockCoordinateDescent:
+        return BlockCoordinateDescent(Cyclic(descending=True), interval=100, others="never")
+
+    _, records = fit(MEZO, descent())
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    compare = Compare()
+    fit(None, Know(), descent(), compare, ZerothOrder(MEZO, keep_prefix_gib=0.001), log_every_n_steps=1)
+    shares = [1 - (runs + 2) / 8 for runs in compare.runs]  # the one that moves, and three below it, in two evaluations
+    assert compare.logged[:known] == [-1] * known
+    assert compare.logged[known + 1 :] == shares[known + 1 :]  # the first one finds out what can be shared
+    assert set(compare.logged[known:]) == ({0.375} if known else {0.375, 0.75})
 
 
 def test_what_moves_at_once_at_most() -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from zolightning.callbacks import (
     BlockCoordinateDescent,
@@ -27,6 +27,7 @@ from zolightning.callbacks import (
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.directions.slices import Slice
 from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, SubspaceMeZO, ZerothOrderOptimizer
+from zolightning.optim.record import StepRecord
 
 MEZO = partial(MeZO, lr=0.01)
 
@@ -131,14 +132,17 @@ def test_logs_after_resuming_between_two_log_steps(fit: Callable[..., Recorder],
     assert list(recorder.logged("run/steps_per_second")) == [5, 8, 11]
 
 
-def test_speed_leaves_out_validation(
-    make_trainer: Callable[..., L.Trainer],
-    make_regression: Callable[..., L.LightningModule],
-    regression_data: Callable[..., DataLoader],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = {"training": 0.0, "validation": 0.0}
-    monkeypatch.setattr(run_monitor, "time", SimpleNamespace(perf_counter=lambda: sum(clock.values())))
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What RunMonitor takes for the time: seconds by what took them."""
+    seconds = {"training": 0.0, "loading": 0.0, "validation": 0.0}
+    monkeypatch.setattr(run_monitor, "time", SimpleNamespace(perf_counter=lambda: sum(seconds.values())))
+    return seconds
+
+
+@pytest.fixture
+def slow(make_regression: Callable[..., L.LightningModule], clock: dict[str, float]) -> L.LightningModule:
+    """A module whose steps and validations take time."""
 
     class Slow(type(make_regression())):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -148,6 +152,15 @@ def test_speed_leaves_out_validation(
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             clock["validation"] += 0.5
 
+    return Slow()
+
+
+def test_speed_leaves_out_validation(
+    make_trainer: Callable[..., L.Trainer],
+    slow: L.LightningModule,
+    clock: dict[str, float],
+    regression_data: Callable[..., DataLoader],
+) -> None:
     recorder = Recorder()
     trainer = make_trainer(
         logger=recorder,
@@ -157,9 +170,64 @@ def test_speed_leaves_out_validation(
         val_check_interval=2,
         num_sanity_val_steps=0,
     )
-    trainer.fit(Slow(), regression_data(), regression_data(num_batches=1))
+    trainer.fit(slow, regression_data(), regression_data(num_batches=1))
     assert clock["validation"] == 1.0
     assert recorder.logged("run/steps_per_second")[3] == pytest.approx(4 / clock["training"])
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_speed_has_the_loading_and_all_batches_of_a_step(
+    make_trainer: Callable[..., L.Trainer],
+    slow: L.LightningModule,
+    clock: dict[str, float],
+    regression_data: Callable[..., DataLoader],
+) -> None:
+    """By backpropagation, with gradients of two batches a step."""
+
+    class SlowData(Dataset[Any]):
+        rows = regression_data().dataset
+
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> Any:
+            clock["loading"] += 0.25
+            return self.rows[index]
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        logger=recorder, callbacks=[RunMonitor()], max_steps=8, log_every_n_steps=4, accumulate_grad_batches=2
+    )
+    trainer.fit(slow, DataLoader(SlowData(), batch_size=1))
+    assert list(recorder.logged("run/steps_per_second")) == [3, 7]
+    assert recorder.logged("run/steps_per_second")[7] == pytest.approx(1 / (2 * 0.26), rel=0.15)  # one is loaded ahead
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_speed_leaves_out_steps_of_a_ledger(
+    make_trainer: Callable[..., L.Trainer],
+    slow: L.LightningModule,
+    clock: dict[str, float],
+    regression_data: Callable[..., DataLoader],
+) -> None:
+    """They take no evaluation."""
+    records: list[StepRecord] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            records.append(trainer.optimizers[0].record)
+
+    class Expect(Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.optimizers[0].expect(records)
+
+    make_trainer(callbacks=[ZerothOrder(MEZO), Keep()], max_steps=4).fit(slow, regression_data())
+    clock["training"], recorder = 0.0, Recorder()
+    trainer = make_trainer(
+        logger=recorder, callbacks=[Expect(), ZerothOrder(MEZO), RunMonitor()], max_steps=6, log_every_n_steps=6
+    )
+    trainer.fit(slow, regression_data())
+    assert recorder.logged("run/steps_per_second")[5] == pytest.approx(2 / clock["training"])
 
 
 @pytest.mark.parametrize(("method", "state"), [(partial(MeZO, lr=0.01), "0.0"), (partial(MeZOAdam, lr=0.01), "2.1")])

@@ -35,8 +35,8 @@ class BlockCoordinateDescent(Callback):
 
     To TensorBoard it writes the picture ``blocks/active`` at validations and at the end: when each block moved, its
     share of all steps, and its probability to be drawn next. It logs ``blocks/score/*`` and ``blocks/probability/*`` if
-    the order has them, and ``zo/prefix_share``, the share of a step's layer evaluations that were saved because an
-    earlier evaluation had made them.
+    the order has them, and ``zo/prefix_share``, the share of all runs of layers that were saved because an earlier
+    evaluation had made them: the mean over the last ``log_every_n_steps`` steps that were evaluated.
 
     Args:
         order: how the next blocks are chosen: ``Cyclic()`` (the default), ``RandomPermutation()``, ``Uniform()``,
@@ -81,7 +81,8 @@ class BlockCoordinateDescent(Callback):
         self.schedule: BlockSchedule | None = None
         self.timeline = Timeline(0)
         self._restored: dict[str, Any] | None = None
-        self._shares: deque[float] = deque()  # share of layer evaluations saved in each of the latest steps
+        self._evaluates = True  # in the present step, which a resumed run may take from a ledger instead
+        self._shares: deque[float] = deque()  # share of the runs of layers saved in each of the latest steps
 
     def describe(self) -> str:
         """The number of blocks and their order, in a few words."""
@@ -129,6 +130,9 @@ class BlockCoordinateDescent(Callback):
             f"BlockCoordinateDescent: {self.describe()}; of {min(sizes):,} to {max(sizes):,} parameters each."
         )
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._evaluates = not zeroth_order_optimizer(trainer, type(self).__name__).is_replaying
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer, schedule = zeroth_order_optimizer(trainer, type(self).__name__), self.schedule
         assert schedule is not None, "`on_fit_start` makes it"
@@ -136,9 +140,8 @@ class BlockCoordinateDescent(Callback):
         if record is None:
             return
         self.timeline.add(record.blocks)
-        layers, evaluations = len(optimizer.evaluator.prefix.layers), len(record.losses)
-        if layers:
-            self._shares.append(optimizer.evaluator.prefix.shared / layers * (evaluations - 1) / evaluations)
+        if self._evaluates and optimizer.evaluator.prefix.layers:
+            self._shares.append(optimizer.evaluator.prefix.share)
             log_number(pl_module, "zo/prefix_share", sum(self._shares) / len(self._shares))
         if record.step % self.interval == 0:
             self._log_scores(trainer, record.step)

@@ -19,31 +19,46 @@ from zolightning.partners import add_text, log_interval, log_number, methods_of,
 class RunMonitor(Callback):
     """Logs speed, memory and one sample of the data.
 
-    It logs ``run/steps_per_second`` (mean over the last ``log_every_n_steps`` training steps, without validation),
-    ``run/peak_memory_gib`` (of the process; on CUDA of the device's allocator) and, as ``method/...``, diagnostics of
-    the method, such as quantiles of HiZOO's curvature. When training starts, it writes the text of a training example
+    It logs ``run/steps_per_second`` (mean over the last ``log_every_n_steps`` training steps, with the loading of their
+    batches, without validations and without steps that a resumed run takes from a ledger), ``run/peak_memory_gib`` (the
+    largest so far of the process; on CUDA of the device's allocator) and, as ``method/...``, diagnostics of the method,
+    such as quantiles of HiZOO's curvature. When training starts, it writes the text of a training example
     to TensorBoard, as ``prompt``, if the datamodule has ``sample_text()``. When the fit ends, it prints how much memory
     the method's state takes: a subspace method has that of exact updates from when it first adds them to the weights.
     """
 
     def __init__(self) -> None:
-        self._started = 0.0
+        self._started: float | None = None  # when the present step began; None until its batch is there
+        self._step = 0  # the last one that was taken
         self._seconds: deque[float] = deque()  # durations of the latest steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seconds = deque(maxlen=log_interval(trainer))
+        self._started, self._step = None, trainer.global_step
         sample_text = getattr(getattr(trainer, "datamodule", None), "sample_text", None)
         if sample_text is not None and tensorboards(trainer):
             add_text(trainer, "prompt", sample_text())
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._started = time.perf_counter()
+        if any(method.is_replaying for method in methods_of(trainer)):
+            self._started = None
+        elif self._started is None:
+            self._started = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._seconds.append(time.perf_counter() - self._started)
+        if trainer.global_step == self._step:  # one of several batches whose gradients are accumulated
+            return
+        now, self._step = time.perf_counter(), trainer.global_step
+        if self._started is not None:
+            self._seconds.append(now - self._started)
+        self._started = now
         if trainer.global_step % log_interval(trainer):
             return
-        log_number(pl_module, "run/steps_per_second", len(self._seconds) / sum(self._seconds))
+        if self._seconds:
+            log_number(pl_module, "run/steps_per_second", len(self._seconds) / sum(self._seconds))
         log_number(pl_module, "run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
         for method in methods_of(trainer):
             for name, value in method.measurements().items():

@@ -65,7 +65,8 @@ class SharedPrefix:
         self._kept_depth = 0  # after how many layers they were taken
         self._kept_for: frozenset[int] = frozenset()  # ids of the parameters that moved meanwhile
         self.depth: int | None = None  # layers that later evaluations skip; None before the first evaluation
-        self.shared = 0  # `depth` of the last step
+        self.share = 0.0  # of all runs of layers in the last step, those that were skipped
+        self._runs = self._skipped = 0  # in this step: how often the network ran, and how many layers were skipped then
         # For each time that the network runs in an evaluation, the output of the last of these layers, and the states
         # of the generators after it: where it is skipped, later layers must draw the same numbers all the same.
         self._outputs: list[tuple[Any, States | None]] = []
@@ -116,10 +117,13 @@ class SharedPrefix:
         self, result: LossAndTerms, evaluate: Callable[[AbstractContextManager[None]], LossAndTerms]
     ) -> bool:
         """Whether an evaluation has the same bits where layers are skipped."""
+        counts = self._runs, self._skipped
         try:
             return torch.equal(evaluate(self._replay()).loss, result.loss)
         except Exception:  # whatever a network raises that misses what its layers have left elsewhere
             return False
+        finally:
+            self._runs, self._skipped = counts
 
     def _give_up(self, reason: str) -> None:
         self.layers, self.depth = (), 0
@@ -136,7 +140,8 @@ class SharedPrefix:
         try:
             yield
         finally:
-            self.shared = self.depth or 0
+            self.share = self._skipped / max(1, self._runs * len(self.layers))
+            self._runs = self._skipped = 0
             self.depth, self._outputs, self._inputs = None, [], []
 
     @contextmanager
@@ -147,6 +152,7 @@ class SharedPrefix:
             nonlocal depth, runs, continues
             if index == 0:
                 runs += 1
+                self._runs += 1
                 if runs > 1:
                     self._note_inputs(args, kwargs)
                 continues = caches.come_again(args, kwargs) or continues
@@ -186,7 +192,9 @@ class SharedPrefix:
                     self._note_inputs(args, kwargs)
                 digest, before = _digest((args, kwargs)), self._generators.states()
                 is_kept = digest in self.kept
+                self._runs += 1
                 if is_kept:
+                    self._skipped += depth
                     self._outputs.append((self.kept[digest], None))
             if is_kept:
                 return self._outputs[-1][0]
@@ -224,6 +232,8 @@ class SharedPrefix:
                     raise _CannotShare(_WRITES)
                 if run >= len(self._outputs) or not self._is_known(run, args, kwargs):
                     raise _CannotShare(_LOOPS)
+                self._runs += 1
+                self._skipped += self.depth or 0
             output, states = self._outputs[run]
             if index + 1 == self.depth and states is not None:
                 self._generators.set(states)
