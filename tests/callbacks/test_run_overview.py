@@ -1,5 +1,6 @@
 """The first words of a run, and what TensorBoard is told of it."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -62,6 +64,18 @@ def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptur
     assert [event.value for event in events.Scalars("by_forward_passes/val/loss")] == [
         event.value for event in events.Scalars("val/loss")
     ]
+
+
+def test_its_time_is_when_the_fit_began(fit: Callable[..., EventAccumulator]) -> None:
+    """What runs before it, such as a linear probe, is a part of the run."""
+    times: list[float] = []
+
+    class Probe(Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            times.append(time.time())
+
+    events = fit(ZerothOrder(partial(MeZO, lr=0.5)), Probe())
+    assert events.Tensors("run/text_summary")[0].wall_time < times[0]
 
 
 def test_backpropagation(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture) -> None:

@@ -29,8 +29,9 @@ def test_dominant_layer_of_every_architecture(
     module = make_module(architecture, outlier)
     stack = find_layers(module)
     before = weights(module)
-    fit(module, DominantLayer(), zeroth_order(), max_steps=1)
+    trainer = fit(module, DominantLayer(num_prompts=6), zeroth_order(), max_steps=1)
     assert moved(before, module).keys() == stack.parameters(outlier).keys()
+    assert trainer.optimizers[0].param_groups[0]["forward_passes"] == 2 + 2  # batches of three prompts
 
 
 def test_profile_from_a_file(

@@ -82,7 +82,10 @@ def test_the_block_of_the_largest_ratio_trains(settings: Any, make_trainer: Any,
     examples.dataset.div_(3)
     module = Layers()
     scope = TrainBySignal(num_queries=16, num_prompts=8, **settings)
-    make_trainer(max_steps=2, callbacks=[scope, zeroth_order()], precision="64-true").fit(module, examples)
+    trainer = make_trainer(max_steps=2, callbacks=[scope, zeroth_order()], precision="64-true")
+    trainer.fit(module, examples)
+    looks = 3 * 8 * (2 * 16 + 1)  # of three blocks, on eight batches of one example
+    assert trainer.optimizers[0].param_groups[0]["forward_passes"] == looks + 2 * 2
     assert [bool(layer.weight.any()) for layer in module.layers] == [False, True, False]
     assert all(parameter.requires_grad for parameter in module.parameters())
 
@@ -109,20 +112,21 @@ def test_a_resumed_run_does_not_look_again(
             if trainer.global_step == 4:
                 trainer.save_checkpoint(tmp_path / "four.ckpt")
 
-    def fit(ckpt_path: Path | None = None) -> L.LightningModule:
+    def fit(ckpt_path: Path | None = None) -> tuple[L.LightningModule, int]:
         module = Layers()
         callbacks = [TrainBySignal(num_queries=16, num_prompts=2), zeroth_order(), Save()]
         trainer = make_trainer(max_steps=8, callbacks=callbacks, precision="64-true")
         trainer.fit(module, StatefulDataLoader(examples.dataset, batch_size=1), ckpt_path=ckpt_path)
-        return module
+        return module, trainer.optimizers[0].param_groups[0]["forward_passes"]
 
-    whole = fit()
+    whole, forwards = fit()
 
     def look(*_: Any, **__: Any) -> None:
         raise AssertionError("looked again")
 
     monkeypatch.setattr(train_by_signal, "measure_signal", look)
-    resumed = fit(tmp_path / "four.ckpt")
+    resumed, of_both = fit(tmp_path / "four.ckpt")
+    assert of_both == forwards
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 

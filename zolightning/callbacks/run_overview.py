@@ -1,6 +1,7 @@
 """A summary of a run, printed when it begins and kept beside its curves."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -63,7 +64,11 @@ class RunOverview(Callback):
     def __init__(self, command: str | None = None) -> None:
         self.command = command
         self._settings: dict[str, Any] = {}
+        self._began = 0.0
         self._validated_before: dict[str, Any] = {}  # metrics of a validation that came before the fit
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._began = time.time()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lines = overview(trainer, pl_module)
@@ -78,7 +83,8 @@ class RunOverview(Callback):
             _log_by_forward_passes(trainer, self._validated_before)
         for logger in tensorboards(trainer):
             table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-            logger.experiment.add_text("run", f"| | |\n|-|-|\n{table}", trainer.global_step)
+            # From here on time counts in `metrics.json` and reports: probes before the first step are a part of the run
+            logger.experiment.add_text("run", f"| | |\n|-|-|\n{table}", trainer.global_step, self._began)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:

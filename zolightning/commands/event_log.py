@@ -21,7 +21,8 @@ class Point:
     Attributes:
         step: steps that had been taken; 0 is before training.
         forward_passes: forward passes of training so far; None if backpropagation trains.
-        seconds: time since training started, with validations, without pauses between a stop and a resumption.
+        seconds: time since the fit began, with probes before its first step and validations, without pauses between a
+            stop and a resumption.
         value: the value of the metric.
     """
 

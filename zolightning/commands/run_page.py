@@ -101,8 +101,8 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
         yield f"<tr><th>{_name(number, run)}</th>{cells}</tr>"
     yield "</tbody></table></div>"
     yield (
-        '<p class="note">Time is that of training with its validations, without pauses. Memory is the most that '
-        "tensors took on a GPU; without one, that the process took.</p>"
+        '<p class="note">Time is that of training with its validations and what was measured before the first '
+        "step, without pauses. Memory is the most that tensors took on a GPU; without one, that the process took.</p>"
     )
 
 

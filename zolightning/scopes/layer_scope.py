@@ -2,7 +2,7 @@
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -60,13 +60,20 @@ class LayerScope(Scope):
             pl_module.to(trainer.strategy.root_device)
             return calibration_batches(trainer, pl_module, self.num_prompts)
 
-        def calibrate() -> None:
+        def counted() -> Iterator[Any]:
+            nonlocal forwards
             for batch in batches():
+                forwards += 1
+                yield batch
+
+        def calibrate() -> None:
+            for batch in counted():
                 calibration_forward(pl_module, batch)
 
+        forwards = 0
         stack = find_layers(pl_module, self.layers_name)
         self.check_layers(stack)
-        choice = self.choose(stack, lambda: profile_activations(pl_module, batches(), stack))
+        choice = self.choose(stack, lambda: profile_activations(pl_module, counted(), stack))
         choice = trainer.strategy.broadcast(choice)
         layers = sorted(set(choice.layers))
         parts = self.part.select(pl_module, stack, layers, calibrate)
@@ -78,6 +85,7 @@ class LayerScope(Scope):
             reason=f"{self.part!r} of {_name(layers, len(stack))} (`{stack.name}`), {choice.reason}{also}",
             layers=tuple(layers),
             details=choice.details,
+            forward_passes=forwards,
         )
 
 

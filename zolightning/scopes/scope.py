@@ -14,7 +14,7 @@ from torch import nn
 from zolightning.directions.slices import Slice
 from zolightning.network.quantization import num_weights, unquantize
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.partners import add_text, find_callbacks
+from zolightning.partners import add_text, find_callbacks, methods_of
 
 _KEY = "scope"
 
@@ -28,12 +28,14 @@ class Selection:
         reason: what was chosen and why, in a few words.
         layers: indices of the chosen layers, if layers were chosen.
         details: the figures behind the choice, as a table.
+        forward_passes: how many forward passes the choice took; the first step counts them.
     """
 
     parameters: dict[str, Slice | None]
     reason: str
     layers: tuple[int, ...] = ()
     details: str = ""
+    forward_passes: int = 0
 
 
 class Scope(Callback, ABC):
@@ -102,6 +104,8 @@ class Scope(Callback, ABC):
                     "callback), or a `part` without channels."
                 )
             optimizer.restrict(slices)
+        for method in methods_of(trainer):
+            method.count(selection.forward_passes)
         count = sum(_size(parameters[name], part) for name, part in chosen.items())
         total = num_weights(pl_module)
         summary = (

@@ -27,8 +27,8 @@ class TrainBySignal(Scope):
     bias, from products of gradients of different batches, so `num_prompts` examples must make at least two batches.
 
     Costs about ``B (2 num_queries + 1)`` forwards per block for B batches, without gradients or an optimizer; a message
-    says how many. They are run once: a resumed run trains what its checkpoint says. In TensorBoard the text ``scope``
-    shows the estimates for all blocks.
+    says how many, and the first step counts them. They are run once: a resumed run trains what its checkpoint says. In
+    TensorBoard the text ``scope`` shows the estimates for all blocks.
 
     Args:
         num_blocks: number of blocks that train.
@@ -98,18 +98,18 @@ class TrainBySignal(Scope):
                 f"`num_prompts` is {self.num_prompts}, which is one batch of the training data, and a signal is told "
                 "from noise by two at least. Set it to twice the batch size, or more."
             )
+        forwards = len(blocks) * len(batches) * (2 * self.num_queries + 1)
         rank_zero_info(
-            f"TrainBySignal: {len(blocks) * len(batches) * (2 * self.num_queries + 1):,} forwards over "
-            f"{counted(len(blocks), 'block')}, and a few a block that find out where parameters are read."
+            f"TrainBySignal: {forwards:,} forwards over {counted(len(blocks), 'block')}, and a few a block that find "
+            "out where parameters are read."
         )
         losses = [partial(calibration_forward, pl_module, batch) for batch in batches]
         signals = measure_signal(pl_module, blocks, losses, self.num_queries, self.eps)
         best = sorted(signals, key=lambda signal: -signal.ratio)[: self.num_blocks]
         found = ", ".join(f"{signal.name} ({signal.ratio:.2g})" for signal in best)
         parameters = {names[p]: part for signal in best for p, part in blocks[signal.name].items()}
-        return Selection(
-            parameters, f"of {len(blocks)} blocks those of largest |g|^2 / tr H: {found}", (), table(signals)
-        )
+        reason = f"of {len(blocks)} blocks those of largest |g|^2 / tr H: {found}"
+        return Selection(parameters, reason, details=table(signals), forward_passes=forwards)
 
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Chooses unless a checkpoint does: Lightning restores one after ``setup`` and before the strategy's own."""
