@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 from cli_runs import NAME, Runs
 from optimizer_steps import standard
 from zolightning.callbacks import LearningRateProbe, ZerothOrder
+from zolightning.commands.doctor import _difference
 from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.commands.trainer import Trainer
 from zolightning.kernels.noise import key
 from zolightning.optim import LOZO, MeZO
+from zolightning.optim.estimators import Estimator, ForwardGradient, OneSided, Population, TwoSided, ZScores
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
 pytestmark = [
@@ -135,6 +138,21 @@ def test_noise_of_a_loss(step: float) -> None:
     assert step / math.sqrt(12) / 2 <= noise <= 2 * step / math.sqrt(12) + 1e-6
 
 
+@pytest.mark.parametrize("estimator", [TwoSided(), OneSided(), Population(), ZScores(), ForwardGradient()])
+def test_the_difference_of_two_losses(estimator: Estimator) -> None:
+    """Whatever projected gradients are made of it."""
+    net = Net(torch.float64)
+    optimizer = MeZO(net.named_parameters(), seed=0, num_queries=3, estimator=estimator)
+    optimizer.attach(net)
+    records = []
+    for _ in range(2):
+        records.append(optimizer.estimate(net))
+        optimizer.step()
+    pairs = [(one - two) ** 2 for record in records for one, two in combinations(record.losses, 2)]
+    expected = None if isinstance(estimator, ForwardGradient) else pytest.approx(np.sqrt(np.mean(pairs)))
+    assert _difference(optimizer, records) == expected
+
+
 def test_spacing() -> None:
     assert spacing(nn.Parameter(torch.full((4,), 1.5, dtype=torch.bfloat16))) == 2**-7
     assert spacing(nn.Parameter(torch.full((4,), 0.9, dtype=torch.float16))) == 2**-11
@@ -177,6 +195,7 @@ LOST = Survival(100, 4, 0.05, 1.0)
         ({"groups": [replace(GROUP, dtype=torch.float16, largest=2e4)]}, ["norm.weight reaches 20,000 when perturbed"]),
         ({"output": Output(3e4, "net.0", torch.float16)}, ["net.0 puts out 30,000, and float16 ends at 65,504"]),
         ({"noise": 5e-3}, ["Rounding moves each loss by 0.005, and two losses of a step differ by 0.01"]),
+        ({"difference": None, "noise": 1.0}, []),
         ({"difference": 0.0}, ["The loss is the same whatever is added"]),
         ({"lr": 2e-5}, ["`method.lr` 2e-05 is 10 times what was measured for 1,000 steps: the noise of the run would"]),
         ({"lr": 1e-7}, ["`method.lr` 1e-07 is 20 times smaller than what was measured"]),

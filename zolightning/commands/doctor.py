@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -146,7 +146,7 @@ class _Doctor(Callback):
             eps=groups[0]["eps"],
             update_precision=optimizer.update_precision,
             loss=last.loss,
-            difference=2 * groups[0]["eps"] * size,
+            difference=_difference(optimizer, self._records),
             noise=loss_noise(optimizer, self._evaluate),
             output=self._output,
             step_seconds=statistics.median(self._seconds[1:] or self._seconds or [math.nan]),  # the first one finds out
@@ -191,6 +191,18 @@ def _largest_output(module: nn.Module, evaluate: Any) -> Output:
         )
     finite = [output for output in seen if math.isfinite(output.value)]  # a mask may be infinite
     return max(finite, default=Output(0.0, type(module).__name__, torch.float32))
+
+
+def _difference(optimizer: ZerothOrderOptimizer, records: Sequence[StepRecord]) -> float | None:
+    """RMS of the difference of two losses of a step; None where all of them are at the same weights."""
+    estimator, eps = optimizer.estimator, optimizer.param_groups[0]["eps"]
+    if estimator.reads_examples:  # the losses of an example, which is alone on its direction
+        squares = [(2 * eps * g) ** 2 for record in records for g in record.projected_grads]
+    elif any(sign for _, sign in estimator.probes(optimizer.num_queries)):
+        squares = [2 * statistics.variance(record.losses) for record in records]
+    else:
+        return None
+    return math.sqrt(statistics.fmean(squares))
 
 
 def _in_groups(
@@ -243,9 +255,9 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
     )
     seconds, output = seen.step_seconds, seen.output.value
     largest = f"{output:,.0f}" if output >= 1000 else f"{output:.3g}"
+    differ = "" if seen.difference is None else f"two losses of a step differ by {seen.difference:.2g}, "
     lines = {
-        "loss": f"{seen.loss:.4f}; two losses of a step differ by {seen.difference:.2g}, rounding moves each by "
-        f"{seen.noise:.2g}",
+        "loss": f"{seen.loss:.4f}; {differ}rounding moves each by {seen.noise:.2g}",
         "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
         "a step takes": f"{seconds:.2g} s, {counted(seen.steps, 'step')} {rough_duration(seconds * seen.steps)}, "
         "without validations",

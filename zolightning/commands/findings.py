@@ -59,7 +59,7 @@ class Examination:
         eps: the perturbation scale.
         update_precision: how updates are added to weights.
         loss: the loss of the last measured step.
-        difference: RMS of the difference of two losses of a step, ``2 eps |g|``.
+        difference: RMS of the difference of two losses of a step; None where all of them are at the same weights.
         noise: standard deviation of the error that rounding adds to a loss.
         output: the largest output of a submodule.
         step_seconds: duration of a step.
@@ -74,7 +74,7 @@ class Examination:
     eps: float
     update_precision: str
     loss: float
-    difference: float
+    difference: float | None
     noise: float
     output: Output
     step_seconds: float
@@ -124,6 +124,8 @@ def _of_numbers(seen: Examination) -> Iterator[str]:
 
 
 def _of_the_loss(seen: Examination) -> Iterator[str]:
+    if seen.difference is None:
+        return
     if not seen.difference:
         yield (
             "The loss is the same whatever is added to the weights: it does not depend on what trains, or "

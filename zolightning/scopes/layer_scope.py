@@ -55,6 +55,8 @@ class LayerScope(Scope):
         self.part.check(pl_module, stack)
 
     def select(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Selection:
+        forwards = 0
+
         @functools.cache
         def batches() -> Sequence[Any]:
             pl_module.to(trainer.strategy.root_device)
@@ -70,7 +72,6 @@ class LayerScope(Scope):
             for batch in counted():
                 calibration_forward(pl_module, batch)
 
-        forwards = 0
         stack = find_layers(pl_module, self.layers_name)
         self.check_layers(stack)
         choice = self.choose(stack, lambda: profile_activations(pl_module, counted(), stack))
