@@ -1,6 +1,7 @@
 """``zolightning doctor``: figures against NumPy, what it says of them, and that it leaves everything as it was."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -254,6 +255,18 @@ def test_a_short_run_is_measured_in_fewer_steps(
     assert " measured for 3 steps, try " in printed and "LearningRateProbe" not in printed
     with pytest.raises(Exception, match="`doctor` measures in the steps before a run's last one, and the run has 1"):
         examined(make_regression(), regression_data(), tmp_path, steps=1, callbacks=[method])
+
+
+def test_a_rate_is_measured_for_all_steps_of_the_run(
+    make_regression: Any, regression_data: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Also of one in which those that measure would be most: it falls with the root of their number."""
+    rates = []
+    for steps in (10, 40):
+        method = ZerothOrder(partial(MeZO, lr=1e-4))
+        examined(make_regression(), regression_data(), tmp_path, steps, callbacks=[method])
+        rates.append(float(re.search(rf"(\S+) measured for {steps} steps", capsys.readouterr().out)[1]))
+    assert rates[0] == pytest.approx(2 * rates[1], rel=0.05)
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_name(

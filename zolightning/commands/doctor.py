@@ -97,11 +97,13 @@ class _Doctor(Callback):
         self._records: list[StepRecord] = []
         self._seconds: list[float] = []
         self._began = 0.0
+        self._steps = math.inf  # of the run
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.overview = overview(trainer, pl_module)
+        self._steps = self._probe.total_steps or trainer.estimated_stepping_batches
         if not self._sets_lr:
-            self._fit_into(trainer.estimated_stepping_batches)
+            self._fit_into(self._steps)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         batch = calibration_batches(trainer, pl_module, self._probe.num_examples)[0]
@@ -130,6 +132,8 @@ class _Doctor(Callback):
                 "`trainer.max_steps` to 2 or more."
             )
         self._probe.num_steps = self._bar.total = int(min(self._probe.num_steps, steps - 1))
+        if math.isfinite(steps):  # the run itself will train in all of its steps
+            self._probe.total_steps = int(steps) + self._probe.num_steps
 
     def _examined(self, trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> Examination:
         groups = optimizer.param_groups
@@ -150,7 +154,7 @@ class _Doctor(Callback):
             noise=loss_noise(optimizer, self._evaluate),
             output=self._output,
             step_seconds=statistics.median(self._seconds[1:] or self._seconds or [math.nan]),  # the first one finds out
-            steps=int(self._probe.total_steps or trainer.estimated_stepping_batches),
+            steps=int(self._steps),
             lr=rates[0],
             measured_lr=None if scale == 1.0 else begins * scale,  # the probe leaves it where it has found none
             cost=self._probe.noise,
