@@ -1,9 +1,11 @@
-"""Docstrings: an ``Args`` section names the arguments that there are, each on a line of its own."""
+"""Docstrings: an ``Args`` section names the arguments that there are, and that of a large room all of its files."""
 
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parent.parent / "zolightning"
 _SECTION = re.compile(
@@ -49,3 +51,10 @@ def test_args_are_the_arguments() -> None:
                 place = f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}"
                 wrong.append(f"{place}: no such argument {found - wanted}, no entry {wanted - found - mentioned}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", ["callbacks", "data", "directions", "evaluation", "optim", "scopes"])
+def test_a_room_says_in_which_order_to_read_its_files(room: str) -> None:
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))
+    named = re.findall(r"``(\w+)``", ast.get_docstring(tree) or "")
+    assert sorted(named) == sorted(path.stem for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from live_bytes import LiveBytes
 from zolightning.directions.second_moment import SecondMoment
-from zolightning.evaluation.static import Parts
+from zolightning.evaluation.graph_inputs import Parts
 from zolightning.memory import (
     BatchShape,
     plan,

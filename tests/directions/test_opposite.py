@@ -11,7 +11,7 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.opposite import Opposite, have_opposites
 from zolightning.directions.signed import Signed
 from zolightning.directions.slices import Slice
-from zolightning.evaluation.static import Parts
+from zolightning.evaluation.graph_inputs import Parts
 from zolightning.optim import MeZO, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.estimators import Probe
 from zolightning.optim.probing import perturbations_at

@@ -21,9 +21,9 @@ from networks import (
     written_to_the_weights,
 )
 from zolightning.directions.trials import FlippedBit
-from zolightning.evaluation import products, scratch
+from zolightning.evaluation import scratch, torch_functions
+from zolightning.evaluation.find_reads import find_readers, find_unseen
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import find_readers, find_unseen
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -117,14 +117,14 @@ class TestAudit:
 
     def test_products_in_pieces_may_round_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As kernels for fewer columns do in half precision, by more than flipped bits change the loss."""
-        own = products.linear_in_pieces
+        own = torch_functions.linear_in_pieces
         monkeypatch.setattr("zolightning.evaluation.perturbed.is_cut", lambda weight: weight.ndim == 2)
         monkeypatch.setattr("zolightning.evaluation.perturbed.linear_in_pieces", lambda *args: own(*args) * 1.5)
         net = mlp()
         assert find_unseen(net.parameters(), lambda: applied(values(3, 4))(net)) == set()
 
     def test_no_more_than_a_piece_is_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (products, scratch):
+        for module in (torch_functions, scratch):
             monkeypatch.setattr(module, "PIECE_BYTES", 2**16)
         net, inputs = nn.Sequential(nn.Linear(64, 2048), nn.Linear(2048, 64)), values(3, 64)
         peaks = []

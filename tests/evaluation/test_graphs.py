@@ -21,7 +21,7 @@ from graph_runs import (
     train,
 )
 from training import assert_equal, weights
-from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.optim import LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon

@@ -18,8 +18,8 @@ from networks import (
     written_to_the_weights,
 )
 from zolightning.directions.trials import FlippedBit
+from zolightning.evaluation.find_reads import find_readers, find_unseen
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import find_readers, find_unseen
 from zolightning.evaluation.scratch import Scratch
 
 pytestmark = pytest.mark.usefixtures("no_grad")

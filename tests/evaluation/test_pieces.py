@@ -11,9 +11,9 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.dense import Direction, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.trials import FlippedBit
-from zolightning.evaluation import products as products_file
 from zolightning.evaluation import row_groups as row_groups_file
 from zolightning.evaluation import scratch as scratch_file
+from zolightning.evaluation import torch_functions
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.row_groups import RowGroups
 from zolightning.evaluation.scratch import Scratch, pieces, scratch_bytes
@@ -25,7 +25,7 @@ ROW = 7 * 4  # bytes of a row of 7 float32
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight rows, at most."""
-    for file in (products_file, row_groups_file, scratch_file):
+    for file in (torch_functions, row_groups_file, scratch_file):
         monkeypatch.setattr(file, "PIECE_BYTES", 8 * ROW + 3)
 
 
@@ -67,7 +67,7 @@ def test_the_output_is_that_of_the_perturbed_matrix(
     starts: list[tuple[int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products_file, "HOST", host)
+    monkeypatch.setattr(torch_functions, "HOST", host)
     layer, inputs = nn.Linear(7, 21, bias).to(dtype), values(2, 3, 7).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with written_to_the_weights(layer):

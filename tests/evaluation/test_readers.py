@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.trials import FlippedBit
+from zolightning.evaluation.find_reads import find_readers
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import find_readers
 from zolightning.optim import MeZO, SubZero
 
 X = torch.linspace(-1, 1, 12).view(3, 4)

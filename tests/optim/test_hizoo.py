@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optimizer_steps import MakeProblem, assert_same, attached, run, standard, weights
 from zolightning.directions.dense import Direction
 from zolightning.directions.scaled import FactoredCurvature, FullCurvature, ScaledDirection
-from zolightning.evaluation.static import Parts
+from zolightning.evaluation.graph_inputs import Parts
 from zolightning.kernels.noise import coefficient, key
 from zolightning.optim import HiZOO, MeZO, StepRecord
 

@@ -16,8 +16,8 @@ from zolightning.bench.measure import kernel_seconds
 from zolightning.commands.tables import Record
 from zolightning.directions.dense import Direction
 from zolightning.evaluation.buffer import Buffer
-from zolightning.evaluation.capture import CudaCapture
-from zolightning.evaluation.products import changed_pieces, multiply
+from zolightning.evaluation.graph_capture import CudaCapture
+from zolightning.evaluation.torch_functions import changed_pieces, multiply
 from zolightning.kernels import torch_loops
 from zolightning.kernels.adam import adam_step
 from zolightning.kernels.noise import NoiseKind

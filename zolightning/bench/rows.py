@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zolightning.bench.published import PublishedMeZO
 from zolightning.blocks import Bandit, Blocks, BlockSchedule, Cyclic, Order
-from zolightning.evaluation.capture import CudaCapture
+from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed

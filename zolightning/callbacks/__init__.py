@@ -1,4 +1,15 @@
-"""Callbacks: what is trained, when, and what is recorded."""
+"""Callbacks: what is trained, when, and what is recorded.
+
+In the order of reading:
+
+* A method in the place of backpropagation: ``zeroth_order``, ``own_optimizer``, ``refusals``, ``micro_batches``,
+  ``folding``.
+* Subspaces: ``subspace_resampling``, ``activation_bases``, ``momentum_transport``, ``spectra``.
+* Blocks: ``block_coordinate_descent``.
+* Learning rates: ``learning_rate_control``; ``learning_rate_probe``, ``replayed_walks``.
+* Before the first step: ``linear_probing``.
+* What is shown and written: ``run_overview``, ``run_monitor``, ``step_progress``, ``prediction_writer``.
+"""
 
 from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent

@@ -25,7 +25,7 @@ class HasOpposite(Perturbation, Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class InPlace:
+class Uncopied:
     """Marks a large tensor of a perturbation that stays at its address: CUDA graphs read it there, without a copy."""
 
     tensor: Tensor

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from zolightning import kernels
 from zolightning.directions.dense import Direction
-from zolightning.directions.perturbation import InPlace
+from zolightning.directions.perturbation import Uncopied
 from zolightning.directions.shards import gathered, is_sharded
 from zolightning.kernels.compiled import CHUNK, chunk_size
 
@@ -26,7 +26,7 @@ class FullCurvature:
     """
 
     def __init__(self, values: Tensor, parameter: Tensor | None = None) -> None:
-        self.values = InPlace(values)
+        self.values = Uncopied(values)
         self.parameter = parameter if parameter is not None and is_sharded(parameter) else None
 
     def whole(self) -> Tensor:

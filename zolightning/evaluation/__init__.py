@@ -1,1 +1,14 @@
-"""Evaluation: how a loss sees moved weights."""
+"""Evaluations: how a loss sees moved weights, which stay as they are.
+
+In the order of reading:
+
+* A loss and the evaluations of a step: ``losses``, ``evaluator``, ``mode``.
+* Weights are exchanged while they are read: ``perturbed``, ``torch_functions``, ``replaced``; in memory that is used
+  again: ``scratch``, ``buffer``, ``small_tensors``.
+* Where they are read: ``known_reads``, ``find_reads``, ``gathered_weights``.
+* Every evaluation of a step finds the same: ``randomness``, ``fresh_batches``, ``traces``, ``snapshot``,
+  ``submodules``.
+* What evaluations share: the lower layers (``shared_prefix``); or one forward (``shared_forward``, ``row_groups``) for
+  all weights (``stacked``) or for each example (``examples``).
+* Forwards replayed from CUDA graphs: ``graphs``, ``graph_capture``, ``graph_inputs``, ``graph_validity``.
+"""

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from zolightning.evaluation.capture import CudaCapture
 from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, MicroBatches
+from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms
 from zolightning.evaluation.mode import all_in_evaluation_mode
-from zolightning.evaluation.network_run import one_by_one
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.row_groups import CannotStack
+from zolightning.evaluation.shared_forward import one_by_one
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.snapshot import Lasting
 from zolightning.evaluation.stacked import StackedNetwork, networks_of

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput
-from zolightning.evaluation.network_run import Call, NetworkRun, computes_in_half, one_by_one
 from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
+from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one
 from zolightning.evaluation.shared_prefix import SharedPrefix
 
 Output = TypeVar("Output", bound=LossOutput, covariant=True)
@@ -199,7 +199,7 @@ class ExampleNetwork:
         return True
 
 
-class _Run(NetworkRun):
+class _Run(SharedForward):
     """The calls of a network, first for all examples, then for each one, which gets its rows of the first output."""
 
     _is_whole = False  # whether all examples are evaluated together now

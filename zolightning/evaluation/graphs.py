@@ -28,15 +28,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from zolightning.evaluation.capture import Capture, describe_failure
+from zolightning.evaluation.graph_capture import Capture, describe_failure
+from zolightning.evaluation.graph_inputs import (
+    Arguments,
+    CannotCapture,
+    Parts,
+    Perturbations,
+    Tables,
+    copy_into,
+    static_copy,
+)
+from zolightning.evaluation.graph_validity import NetworkState, snapshot_of
 from zolightning.evaluation.losses import LossAndTerms
-from zolightning.evaluation.network_state import NetworkState, snapshot_of
 from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import RowGroups
 from zolightning.evaluation.scratch import Scratch
-from zolightning.evaluation.static import Arguments, CannotCapture, Parts, Perturbations, Tables, copy_into, static_copy
 from zolightning.rank_zero import rank_zero_warn
 
 LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and what the driver needs

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from zolightning.directions.opposite import Opposite
 from zolightning.directions.perturbation import Perturbation
-from zolightning.evaluation.gathered import Gathered
+from zolightning.evaluation.find_reads import Readers, find_readers, find_unread, find_unseen
+from zolightning.evaluation.gathered_weights import Gathered
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.reads import Readers, find_readers, find_unread, find_unseen
 from zolightning.evaluation.scratch import Scratch
 from zolightning.messages import counted, some
 from zolightning.rank_zero import rank_zero_warn

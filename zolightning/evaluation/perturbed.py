@@ -8,7 +8,7 @@ that read another's parameter (``nn.MultiheadAttention``) need no special care. 
 read only in the forward of the modules that own them, which is the rule, only calls in there are watched.
 
 Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
-perturbation. :func:`zolightning.evaluation.reads.find_unseen` finds such parameters before the first step; they are
+perturbation. Parameters that it reads are found before the first step (:mod:`zolightning.evaluation.find_reads`), and
 perturbed in place, from a copy.
 """
 
@@ -27,10 +27,17 @@ from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.tangent import Tangent
 from zolightning.evaluation.buffer import Buffer
-from zolightning.evaluation.descriptions import describes
-from zolightning.evaluation.products import HOST, PRODUCTS, ByRows, factors_of, is_cut, linear_in_pieces
 from zolightning.evaluation.replaced import StandIn, replaced_forwards
 from zolightning.evaluation.scratch import Scratch
+from zolightning.evaluation.torch_functions import (
+    HOST,
+    PRODUCTS,
+    ByRows,
+    describes,
+    factors_of,
+    is_cut,
+    linear_in_pieces,
+)
 
 _CONTAINERS = (list, tuple)  # in which a function may get parameters
 
@@ -43,9 +50,9 @@ class Perturbed(TorchFunctionMode):
             Parameters that are left out are read as they are stored.
         in_place: parameters that are perturbed in place and restored from a copy on exit; their reads are not noticed.
         scratch: buffers to reuse from one context to the next.
-        readers: the modules in whose ``forward`` the other parameters are read, and nowhere else, see
-            :func:`zolightning.evaluation.reads.find_readers`; functions called elsewhere then cost nothing extra. None
-            watches all functions.
+        readers: the modules in whose ``forward`` the other parameters are read, and nowhere else
+            (:func:`zolightning.evaluation.find_reads.find_readers`); functions called elsewhere then cost nothing
+            extra. None watches all functions.
     """
 
     def __init__(
@@ -65,7 +72,7 @@ class Perturbed(TorchFunctionMode):
         self._is_paused = False
         self._is_watching = False
         # Small tensors, perturbed together at the first read of one of them, by device and id; None outside the context
-        self._together: dict[torch.device, dict[int, Tensor]] | None = None
+        self._small: dict[torch.device, dict[int, Tensor]] | None = None
         self.seen: set[int] = set()  # ids of the parameters that some function has read
 
     @cached_property
@@ -125,11 +132,11 @@ class Perturbed(TorchFunctionMode):
             else:
                 restore.enter_context(replaced_forwards(self.readers, self._forward_of))
             self._restore = restore.pop_all()
-        self._together = {}
+        self._small = {}
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._together = None
+        self._small = None
         self._restore.__exit__(*exception)
 
     def _forward_of(self, reader: Any) -> Callable[..., Any]:
@@ -185,8 +192,8 @@ class Perturbed(TorchFunctionMode):
         output = func(*args, **kwargs)
         if taken:
             self.scratch.give_back(taken, output)  # a view keeps its buffer; the next call gets a new one
-        for device in self._together or ():
-            self.scratch.together(device).spare(output)
+        for device in self._small or ():
+            self.scratch.small_tensors(device).spare(output)
         return output
 
     def _reads(self, values: Iterable[Any]) -> bool:
@@ -237,13 +244,13 @@ class Perturbed(TorchFunctionMode):
         the host nothing later.
         """
         device = parameter.device
-        if self._together is None or device.type == HOST or torch.is_grad_enabled():
+        if self._small is None or device.type == HOST or torch.is_grad_enabled():
             return None
-        if device not in self._together:
+        if device not in self._small:
             is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             watched = ((p, change) for p, change in self.perturbations.items() if id(p) in self._ids)
-            self._together[device] = {} if is_recorded else self.scratch.together(device).make(watched)
-        return self._together[device].get(id(parameter))
+            self._small[device] = {} if is_recorded else self.scratch.small_tensors(device).make(watched)
+        return self._small[device].get(id(parameter))
 
     def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
         """``F.linear`` with perturbed tensors, apart because it is called most often."""

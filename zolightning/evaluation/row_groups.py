@@ -17,9 +17,9 @@ from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.products import HOST, PRODUCTS, ByRows, factors_of, multiply
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
-from zolightning.evaluation.together import cores_of_groups
+from zolightning.evaluation.small_tensors import cores_of_groups
+from zolightning.evaluation.torch_functions import HOST, PRODUCTS, ByRows, factors_of, multiply
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zolightning.evaluation.buffer import Buffer
-from zolightning.evaluation.together import Together
+from zolightning.evaluation.small_tensors import SmallTensors
 
 # A larger matrix is perturbed and multiplied in pieces of rows: an output layer has as many as the vocabulary.
 PIECE_BYTES = 64 * 2**20
@@ -17,11 +17,11 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: dict[torch.device, list[Buffer]] = {}
-        self._together: dict[torch.device, Together] = {}
+        self._small_tensors: dict[torch.device, SmallTensors] = {}
 
-    def together(self, device: torch.device) -> Together:
+    def small_tensors(self, device: torch.device) -> SmallTensors:
         """The memory of the small tensors of an evaluation, which are perturbed together."""
-        return self._together.setdefault(device, Together(device))
+        return self._small_tensors.setdefault(device, SmallTensors(device))
 
     def take(self, device: torch.device) -> Buffer:
         """A free buffer; the one given back last, so that each keeps about its size."""

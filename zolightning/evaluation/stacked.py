@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
-from zolightning.evaluation.network_run import NetworkRun, computes_in_half, one_by_one
 from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
+from zolightning.evaluation.shared_forward import SharedForward, computes_in_half, one_by_one
 
 _NO_FORWARD = getattr_static(nn.Module, "forward")
 
@@ -131,11 +131,11 @@ class StackedNetwork:
         contexts: Sequence[Perturbed],
         generators: Generators,
         graphs: GraphedNetwork | None,
-    ) -> NetworkRun:
+    ) -> SharedForward:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
         with ExitStack() as stack:
             readers = stack.enter_context(watched_everywhere(contexts))
-            run = NetworkRun(self.network, contexts, readers, generators, graphs)
+            run = SharedForward(self.network, contexts, readers, generators, graphs)
             stack.enter_context(replaced_forward(self.network, run.forward))
             if hasattr(self.network, "generate"):
                 stack.enter_context(replaced(self.network, "generate", run.generate))

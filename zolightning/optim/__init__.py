@@ -1,4 +1,19 @@
-"""Zeroth-order methods: each is a ``torch.optim.Optimizer``, in a file of its own."""
+"""Zeroth-order methods: each is a ``torch.optim.Optimizer``, in a file of its own.
+
+In the order of reading:
+
+* The classes under a method: ``named_parameters`` (with ``blocks``), ``base``; then ``dense``, or ``subspace_weights``
+  and ``subspace``.
+* Methods with dense directions: ``mezo``, ``mezo_adam``, ``hizoo``, ``sparse_mezo``. In subspaces: ``lozo``, ``grzo``,
+  ``subzero``, ``subspace_mezo``, ``zo_muon``, ``zo_mopi``.
+* A step's losses become a record: ``estimators``, ``probing``, ``per_example``, ``forward_gradient``, ``alignment``,
+  ``share``, ``record``, ``estimating``.
+* A record becomes an update: ``precision``, ``moments``, ``normalization``, ``curvature``, ``orthogonalization``,
+  ``offload``, ``stochastic_rounding``.
+* Subspaces: ``bases``, ``cores``, ``momentum_transport``, ``readback``, ``state_dicts``, ``deferred``.
+* Settings: ``common``, ``checks``, ``settings``; ``schedules`` of learning rates; ``samples`` for curves.
+* A method of your own: ``check_method``.
+"""
 
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.grzo import GRZO

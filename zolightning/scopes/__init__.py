@@ -1,4 +1,13 @@
-"""Scopes: callbacks that choose the parameters that train, and parts, which choose parameters of a layer."""
+"""Scopes: callbacks that choose the parameters that train, and parts, which choose parameters of a layer.
+
+In the order of reading:
+
+* By names: ``scope``, ``train_parameters``, ``train_head``, ``prefix_tuning``.
+* By layers: ``layer_scope``, ``train_layers``, ``random_layer``, ``dominant_layer``; ``parts`` and
+  ``massive_direction`` say what trains of a layer.
+* By what forward passes show: ``calibration`` runs them; ``activation_profile`` and ``rules`` find the dominant layer,
+  ``signal`` and ``trainable`` serve ``train_by_signal``, ``input_moments`` and ``token_mask`` look at single tokens.
+"""
 
 from zolightning.scopes.dominant_layer import DominantLayer
 from zolightning.scopes.massive_direction import MassiveDirection

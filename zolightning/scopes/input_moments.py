@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from zolightning.directions.second_moment import SecondMoment
 from zolightning.directions.slices import Slice
-from zolightning.evaluation.products import PRODUCTS, factors_of
+from zolightning.evaluation.torch_functions import PRODUCTS, factors_of
 from zolightning.scopes.token_mask import TokenMask
 
 Side = Literal["left", "right"]  # of a weight, where its inputs are: ``x W'`` has them on the right

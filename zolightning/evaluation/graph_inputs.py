@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.opposite import Opposite
-from zolightning.directions.perturbation import InPlace, Perturbation
+from zolightning.directions.perturbation import Perturbation, Uncopied
 from zolightning.directions.slices import SlicedPerturbation
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
@@ -162,8 +162,8 @@ class Parts:
             return self._low_rank(value)
         if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
             return value
-        if kind is InPlace:
-            return self._in_place(value.tensor)
+        if kind is Uncopied:
+            return self._uncopied(value.tensor)
         known = self._known.get(key := id(value))
         if known is not None:
             return known
@@ -180,10 +180,10 @@ class Parts:
         self._known[key] = found
         return found
 
-    def _in_place(self, tensor: Tensor) -> Hashable:
+    def _uncopied(self, tensor: Tensor) -> Hashable:
         if tensor.device != self._device:
             raise CannotCapture(f"a tensor of a perturbation is on {tensor.device}, not on {self._device}")
-        return InPlace, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        return Uncopied, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
     def _tensor(self, tensor: Tensor) -> Hashable:
         table = tensor._base
@@ -299,7 +299,7 @@ def _members(value: Any) -> dict[Any, Any]:
 def _rebuilt(value: Any, exchanged: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return exchanged(value)
-    if type(value) in _PLAIN or isinstance(value, InPlace):
+    if type(value) in _PLAIN or isinstance(value, Uncopied):
         return value
     members = {name: _rebuilt(member, exchanged) for name, member in _members(value).items()}
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ _MOST = 2**17  # elements: larger tensors are worth a launch of their own, and u
 _ALIGNMENT = 16  # bytes, which threads read and write at once
 
 
-class Together(Buffer):
+class SmallTensors(Buffer):
     """Memory for the small perturbed tensors of an evaluation, which the next evaluation reuses."""
 
     def __init__(self, device: torch.device) -> None:

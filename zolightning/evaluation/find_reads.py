@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zolightning.directions.dense import directions
 from zolightning.directions.shards import own_rows
 from zolightning.directions.trials import FlippedBit, Unchanged
-from zolightning.evaluation.gathered import Gathered
+from zolightning.evaluation.gathered_weights import Gathered
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.replaced import StandIn
 from zolightning.evaluation.scratch import Scratch

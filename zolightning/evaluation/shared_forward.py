@@ -26,7 +26,7 @@ class Call(NamedTuple):
     rows: int  # of the output, all evaluations together
 
 
-class NetworkRun:
+class SharedForward:
     """Stands in for a network during several evaluations: it runs in the first one, on the rows of all of them.
 
     :meth:`forward` and :meth:`generate` replace the network's methods. In the first evaluation they run the network and

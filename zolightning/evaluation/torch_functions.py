@@ -1,4 +1,4 @@
-"""Products with a weight: which of torch's functions they are, and how a large perturbed matrix is multiplied.
+"""Torch's functions of a weight: those that only describe it, and products, also of large perturbed matrices.
 
 A large matrix, such as an output layer, is perturbed and multiplied piece by piece, so that only a piece is in memory
 at a time. A piece is some of its rows, which become columns of the output. Kernels for fewer columns may add in another
@@ -19,10 +19,24 @@ from zolightning.directions.trials import FlippedBit, Unchanged
 from zolightning.evaluation.buffer import Buffer
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 
+# Getters that return a tensor that holds the parameter's values; all others (shape, dtype, ...) only describe it.
+_VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+_DESCRIPTIONS = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "__len__"}
+    | {"is_floating_point", "is_complex", "__hash__", "get_device", "storage_offset"}
+)
 # Functions that multiply by a weight, and which of their arguments are the weight, the input and the bias
 PRODUCTS = {F.linear: (1, 0, 2), torch.addmm: (2, 1, 0)}
 HOST = "cpu"  # the device on which a launch costs nothing
 ByRows = Direction | LowRank | FlippedBit | Unchanged  # changes that can be written to some rows of a matrix
+
+
+def describes(func: Callable[..., Any]) -> bool:
+    """Whether a function that is handed a tensor only describes it: its shape, its dtype, where it lies."""
+    name = func.__name__
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", None) not in _VALUE_GETTERS
+    return name in _DESCRIPTIONS
 
 
 def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
