@@ -16,9 +16,9 @@ from masked_models import ARCHITECTURES, WORDS, tiny_tokenizer, write_tiny
 from zolightning.callbacks import LinearProbing, SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.data.batch import collate
+from zolightning.data.bidirectional import encode_masked
 from zolightning.data.encoding import encode
 from zolightning.data.examples import example_of
-from zolightning.data.marked import encode_masked
 from zolightning.data.row import Row
 from zolightning.data.task_files import load_task, task_of
 from zolightning.data.templates import MASK, SEPARATOR

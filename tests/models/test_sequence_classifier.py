@@ -24,7 +24,7 @@ from masked_models import ARCHITECTURES, tiny_tokenizer, write_tiny
 from zolightning.callbacks import LinearProbing, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.data.batch import collate
-from zolightning.data.marked import encode_texts
+from zolightning.data.bidirectional import encode_for_classifier
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM, SequenceClassifier
 from zolightning.models.correlation import Pearson, Spearman
@@ -69,7 +69,9 @@ def test_logits_of_a_batch_are_those_of_each_pair_alone(architecture: str, tmp_p
     is_llama = architecture == "llama"
     folder = write_llama(tmp_path) if is_llama else write_tiny(tmp_path, architecture, HEAD, num_labels=3)
     module = SequenceClassifier(str(folder))
-    examples = [encode_texts(module.tokenizer, SEPARATOR.join(row), 3, label=1, id=0, max_length=256) for row in ROWS]
+    examples = [
+        encode_for_classifier(module.tokenizer, SEPARATOR.join(row), 3, label=1, id=0, max_length=256) for row in ROWS
+    ]
     batch = collate(examples, 1, "classification", padding_side=module.padding_side)
     module.refuse_unsuitable()
     module.model.eval()
@@ -123,7 +125,7 @@ def test_what_does_not_go_together_is_refused(
         validate(data(objective="language_modeling"))
     for prompt in (f"a{SEPARATOR}b{SEPARATOR}c", f"a{MASK}"):
         with pytest.raises(ValueError, match="reads a text, or two"):
-            encode_texts(tiny_tokenizer(), prompt, 2, label=0, id=0, max_length=64)
+            encode_for_classifier(tiny_tokenizer(), prompt, 2, label=0, id=0, max_length=64)
     unknown = tiny_tokenizer()
     unknown.add_special_tokens({"pad_token": "<padding>"})
     unknown.save_pretrained(folder)
@@ -132,11 +134,11 @@ def test_what_does_not_go_together_is_refused(
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B", [])
     with pytest.raises(ValueError, match="the text is empty"):
-        encode_texts(bare, "", 2, label=0, id=0, max_length=64)
-    long = encode_texts(tiny_tokenizer(), "abcd" * 9, 2, label=0, id=0, max_length=8)
+        encode_for_classifier(bare, "", 2, label=0, id=0, max_length=64)
+    long = encode_for_classifier(tiny_tokenizer(), "abcd" * 9, 2, label=0, id=0, max_length=8)
     assert long.truncated and long.prompt_ids == tiny_tokenizer()("abcdab")["input_ids"]
     with pytest.raises(ValueError, match=r"3 tokens .* do not hold a token of the text: at least 5 are needed"):
-        encode_texts(tiny_tokenizer(), f"a{SEPARATOR}b", 2, label=0, id=0, max_length=3)
+        encode_for_classifier(tiny_tokenizer(), f"a{SEPARATOR}b", 2, label=0, id=0, max_length=3)
     with pytest.raises(ValueError, match="`num_classes` must be at least 2, or 1 for a number, got 0"):
         SequenceClassifier(str(folder), num_classes=0)
     with pytest.raises(ValueError, match=r"lacks 4 weights of RobertaForSequenceClassification .*num_classes"):
@@ -249,7 +251,7 @@ def test_a_head_of_one_output_says_a_number(
 
 def test_numbers_are_not_rounded_with_a_batch(tmp_path: Path) -> None:
     module = SequenceClassifier(str(write_tiny(tmp_path, "bert")), num_classes=1)
-    examples = [encode_texts(module.tokenizer, "a", 1, label=0, id=0, max_length=64)] * 3
+    examples = [encode_for_classifier(module.tokenizer, "a", 1, label=0, id=0, max_length=64)] * 3
     numbers = [1987.25, -0.1, None]
     examples = [replace(example, target=number) for example, number in zip(examples, numbers, strict=True)]
     batch = HalfPrecision("bf16-true").convert_input(collate(examples, 1, "regression"))

@@ -1,4 +1,16 @@
-"""Tasks, rows and batches."""
+"""Tasks, rows and batches.
+
+In the order of reading:
+
+* A task: ``task``, ``task_files``, ``templates``; kinds of tasks: ``labelled`` and ``candidates`` (``classification``,
+  ``multiple_choice``, ``image_classification``), ``single_answer`` (``completion``, ``conversation``, ``plain_text``),
+  ``generation``, ``regression``.
+* Its rows as text: ``files``, ``source``, ``sampling``, ``row``, ``rows``.
+* In tokens: ``examples``, ``chat``; ``encoding`` for decoders, ``bidirectional`` and ``seq2seq`` for other networks;
+  ``refusals``.
+* In batches: ``batch``, ``batching``, ``images``; data modules: ``task_datamodule``, ``datamodule``,
+  ``image_datamodule``.
+"""
 
 from zolightning.data.batch import Batch
 from zolightning.data.classification import Classification

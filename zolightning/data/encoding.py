@@ -108,7 +108,7 @@ def encode(
     )
 
 
-def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: int, max_length: int) -> Example:
+def encode_whole_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: int, max_length: int) -> Example:
     """Turns a whole text into tokens, all but the first of which are the answer. A long one loses its end.
 
     Raises:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from zolightning.data.chat import chat_prompt, chat_prompt_and_answer
 from zolightning.data.conversation import Conversation, Message
-from zolightning.data.encoding import Example, encode, encode_text
+from zolightning.data.encoding import Example, encode, encode_whole_text
 from zolightning.data.generation import Generation
 from zolightning.data.plain_text import PlainText
 from zolightning.data.regression import Regression
@@ -95,7 +95,7 @@ def _example(
     if isinstance(task, Regression):
         raise ValueError("`target` is a number, which SequenceClassifier says by a head, and this model has none")
     if isinstance(task, PlainText):
-        return encode_text(tokenizer, row.answers[0], id=row.id, max_length=max_length)
+        return encode_whole_text(tokenizer, row.answers[0], id=row.id, max_length=max_length)
     prompt, answers = row.prompt, row.answers
     if isinstance(task, Conversation):
         prompt, answer = chat_prompt_and_answer(tokenizer, row.turns)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.data.batch import Batch
+from zolightning.data.bidirectional import encode_masked
 from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
-from zolightning.data.marked import encode_masked
 from zolightning.data.plain_text import PlainText
 from zolightning.data.row import Row
 from zolightning.data.task import Task

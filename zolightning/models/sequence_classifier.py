@@ -9,9 +9,9 @@ from torch.nn import ModuleDict
 from torch.nn import functional as F
 
 from zolightning.data.batch import Batch
+from zolightning.data.bidirectional import encode_for_classifier
 from zolightning.data.classification import Classification
 from zolightning.data.encoding import Example
-from zolightning.data.marked import encode_texts
 from zolightning.data.regression import Regression
 from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
@@ -65,7 +65,7 @@ class SequenceClassifier(TextModule, Classifier):
                 "with a `target`, without `data.chat` and `data.num_demonstrations`"
             )
         label = row.right[0] if row.right else NO_LABEL
-        example = encode_texts(
+        example = encode_for_classifier(
             self.tokenizer, row.prompt, task.num_classes or 1, label=label, id=row.id, max_length=max_length
         )
         if isinstance(task, Regression) and row.right:

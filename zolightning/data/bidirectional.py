@@ -61,7 +61,7 @@ def encode_masked(
     )
 
 
-def encode_texts(
+def encode_for_classifier(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, num_classes: int, *, label: int, id: int, max_length: int
 ) -> Example:
     """Turns a text, or two with a separator between them, into at most `max_length` tokens as the tokenizer does.
