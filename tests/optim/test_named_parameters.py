@@ -13,7 +13,6 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.optim import LOZO, MeZO, StepRecord, SubspaceMeZO
-from zolightning.optim.estimating import set_lr_scale
 
 
 def test_names_follow_what_moves() -> None:
@@ -78,7 +77,7 @@ def test_a_group_that_is_added_has_the_scale_of_the_learning_rate() -> None:
     """That of LearningRateProbe and LearningRateControl, which they keep with the groups that there are."""
     one, two = nn.Linear(2, 3), nn.Linear(3, 2)
     optimizer = MeZO(one.parameters(), lr=0.5)
-    set_lr_scale(optimizer, 0.25)
+    optimizer.lr_scale = 0.25
     optimizer.add_param_group({"params": list(two.parameters()), "lr": 2.0})
     net = nn.Sequential(one, two)
     optimizer.attach(net)

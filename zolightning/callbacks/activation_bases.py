@@ -135,7 +135,7 @@ class ActivationBases:
             name: Searched(parameter, matrix.rank)
             for group in optimizer.param_groups
             for name, (parameter, matrix) in optimizer.split(group, frozen=True)[0].items()
-            if parameter.requires_grad and optimizer.trainable_shape(parameter) == matrix[:2]
+            if parameter.requires_grad and optimizer.trainable_shape(parameter) == matrix.shape
         }
         count = self.skip + max((matrix.rank for matrix in matrices.values()), default=0)
         batches = [batch]

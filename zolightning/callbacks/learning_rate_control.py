@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.messages import counted
 from zolightning.optim.checks import require_integer, require_positive
-from zolightning.optim.estimating import set_lr_scale
 from zolightning.partners import zeroth_order_optimizer
 
 _RISEN = 3.0  # standard errors of the difference of two means
@@ -64,7 +63,7 @@ class LearningRateControl(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
-        record, scale = optimizer.record, optimizer.param_groups[0].get("lr_scale", 1.0)
+        record, scale = optimizer.record, optimizer.lr_scale
         if record is None or not record.projected_grads or not any(record.lr):  # skipped, or a probe is looking
             return
         if self._lowest is None:
@@ -80,7 +79,7 @@ class LearningRateControl(Callback):
         self._best, self._not_better = None, 0
         lowered = max(self.factor * scale, self._lowest)
         if lowered < scale:
-            set_lr_scale(optimizer, lowered)
+            optimizer.lr_scale = lowered
             rank_zero_info(
                 f"LearningRateControl: `lr` times {lowered / scale:.3g} after step {record.step}, because the training "
                 f"loss {why}."

@@ -15,7 +15,6 @@ from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
 from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_positive
-from zolightning.optim.estimating import set_lr_scale
 from zolightning.optim.record import StepRecord
 from zolightning.partners import tensorboards, zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
@@ -96,19 +95,19 @@ class LearningRateProbe(Callback):
             return
         self._refuse_if_short(self._steps_left(trainer))
         self._records = []
-        set_lr_scale(optimizer, 0.0)
+        optimizer.lr_scale = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         record = optimizer.record
-        if optimizer.param_groups[0]["lr_scale"] or record is None or not record.projected_grads:
+        if optimizer.lr_scale or record is None or not record.projected_grads:
             return
         self._records.append(record)
         if self._has_measured(optimizer):
             self._set_rate(trainer, pl_module, optimizer)
 
     def _has_measured(self, optimizer: ZerothOrderOptimizer) -> bool:
-        return not optimizer.param_groups[0]["lr_scale"] and len(self._records) >= self.num_steps
+        return not optimizer.lr_scale and len(self._records) >= self.num_steps
 
     def _set_rate(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> None:
         batches = calibration_batches(trainer, pl_module, self.num_examples)
@@ -118,7 +117,7 @@ class LearningRateProbe(Callback):
         self._records = []  # not before: a run that goes on after an error in a walk repeats the walks
         optimizer.count(walks.forwards)
         if found is None:
-            set_lr_scale(optimizer, 1.0)
+            optimizer.lr_scale = 1.0
             rank_zero_warn(
                 f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, made the loss of "
                 f"{self.num_examples} examples rise by {_SHARES[-1]:g} of it. Set `lr` yourself."
@@ -127,7 +126,7 @@ class LearningRateProbe(Callback):
         steps = int(self._steps_left(trainer))
         share = math.sqrt(self.noise / found.share)  # of the distance
         scale = share * found.scale * math.sqrt(walks.length / _at_full_rate(trainer, steps))
-        set_lr_scale(optimizer, scale)
+        optimizer.lr_scale = scale
         summary = (
             f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {counted(steps, 'step')}, which go "
             f"{share:.2g} times as far as what raises the loss of {self.num_examples} examples, {found.loss:.4f}, by "

@@ -90,7 +90,7 @@ class Spectra(Callback):
                 spectra["estimate"] = basis.singular_values(optimizer.core_gradient(parameter, record))
             momentum = momentum_of(optimizer.state[parameter])
             if "momentum" in self.sources and momentum is not None:
-                spectra["momentum"] = basis.singular_values(momentum.view(basis.core_shape(matrix[:2])))
+                spectra["momentum"] = basis.singular_values(momentum.view(basis.core_shape(matrix.shape)))
             if name in self._gradients:
                 spectra["gradient"] = self._gradients[name]
             for source, values in spectra.items():

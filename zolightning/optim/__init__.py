@@ -7,7 +7,7 @@ In the order of reading:
 * Methods with dense directions: ``mezo``, ``mezo_adam``, ``hizoo``, ``sparse_mezo``. In subspaces: ``lozo``, ``grzo``,
   ``subzero``, ``subspace_mezo``, ``zo_muon``, ``zo_mopi``.
 * A step's losses become a record: ``estimators``, ``probing``, ``per_example``, ``forward_gradient``, ``alignment``,
-  ``share``, ``record``, ``estimating``.
+  ``share``, ``record``, ``evaluate_step``.
 * A record becomes an update: ``precision``, ``moments``, ``normalization``, ``curvature``, ``orthogonalization``,
   ``offload``, ``stochastic_rounding``.
 * Subspaces: ``bases``, ``cores``, ``momentum_transport``, ``readback``, ``state_dicts``, ``deferred``.

@@ -19,8 +19,8 @@ from zolightning.evaluation.examples import MicroBatches
 from zolightning.evaluation.losses import LossFunction
 from zolightning.kernels.noise import key as noise_key
 from zolightning.optim import checks
-from zolightning.optim.estimating import evaluate_step, squared_grad
 from zolightning.optim.estimators import Estimator, TwoSided
+from zolightning.optim.evaluate_step import evaluate_step, squared_grad
 from zolightning.optim.named_parameters import NamedParameters
 from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
 from zolightning.optim.record import Estimate, StepRecord
@@ -93,6 +93,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         self.evaluator = Evaluator()
         self._estimate = Estimate()
         self._estimate_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        defaults = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
         super().__init__(params, defaults | {"step": 0, "seed": int(seed), "forward_passes": 0})
 
     # What a method defines
@@ -278,8 +279,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     def register_estimate_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Registers a hook that is called as ``hook(optimizer, squared_grad)`` before every :meth:`estimate`.
 
-        ``squared_grad(block, num_queries=1)`` is :func:`~zolightning.optim.estimating.squared_grad` on the loss of that
-        estimate. The hook may :meth:`activate` blocks.
+        ``squared_grad(block, num_queries=1)`` is :func:`~zolightning.optim.evaluate_step.squared_grad` on the loss of
+        that estimate. The hook may :meth:`activate` blocks.
 
         Returns:
             A handle whose ``remove()`` removes the hook.

@@ -36,6 +36,11 @@ class Matrix(NamedTuple):
     columns: int
     rank: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.columns
+
 
 @dataclass(frozen=True)
 class BasisKind:

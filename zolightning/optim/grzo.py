@@ -105,7 +105,7 @@ class GRZO(SubspaceOptimizer):
                 factor, core = sign * group["eps"] * self.direction_scale(matrix), self._cores[name]
                 for query, changes in found.items():
                     signs = self._signs[name, query]
-                    changes[parameter] = Signed(basis, matrix[:2], pending, core, signs, factor)
+                    changes[parameter] = Signed(basis, matrix.shape, pending, core, signs, factor)
         return found
 
     def update(self, record: StepRecord) -> None:
@@ -161,7 +161,7 @@ class GRZO(SubspaceOptimizer):
         if run != self._drawn_in:
             self._forget()
             self._drawn_in = run
-        shapes = {name: self.basis(parameter).core_shape(matrix[:2]) for name, (parameter, matrix) in matrices.items()}
+        shapes = {name: self.basis(weight).core_shape(matrix.shape) for name, (weight, matrix) in matrices.items()}
         parameters = {name: parameter for name, (parameter, _) in matrices.items()}
         cores = {(name, 0): math.prod(shape) for name, shape in shapes.items() if name not in self._cores}
         for (name, _), core in _drawn(cores, "shared", parameters, run, self.noise).items():

@@ -102,7 +102,7 @@ class HiZOO(DenseOptimizer):
             "lr": lr,
             "eps": eps,
             "smoothing": _schedule(smoothing),
-            "curvature_bounds": tuple(curvature_bounds),
+            "curvature_bounds": curvature_bounds,
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults, estimator=estimator, **common)

@@ -53,7 +53,7 @@ class LOZO(SubspaceOptimizer):
         vector_lr: float | None = None,
         **common: Unpack[SubspaceSettings],
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def core_step(self, gradients: Tensor, states: list[State], group: dict[str, Any]) -> Tensor:

@@ -44,7 +44,7 @@ class MeZOAdam(DenseDescent):
         defaults = {
             "lr": lr,
             "eps": eps,
-            "betas": tuple(betas),
+            "betas": betas,
             "denominator_eps": denominator_eps,
             "weight_decay": weight_decay,
         }

@@ -104,6 +104,16 @@ class NamedParameters(torch.optim.Optimizer):
                 "of one module's `named_parameters()`, or pass parameters without names."
             )
 
+    @property
+    def lr_scale(self) -> float:
+        """Multiplies the learning rates of all further records; `lr` itself is set anew by schedulers."""
+        return float(self.param_groups[0].get("lr_scale", 1.0))
+
+    @lr_scale.setter
+    def lr_scale(self, scale: float) -> None:
+        for group in self.param_groups:
+            group["lr_scale"] = scale
+
     def set_names(self, names: Mapping[nn.Parameter, str]) -> None:
         """Names parameters, or names them anew."""
         self.names |= names

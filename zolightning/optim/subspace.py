@@ -222,7 +222,7 @@ class SubspaceOptimizer(SubspaceWeights):
         for group in self.param_groups:
             matrices, vectors = self.split(group)
             shared = {
-                name: (parameter, self.basis(parameter), matrix[:2], self.state.get(parameter, {}).get("core"))
+                name: (parameter, self.basis(parameter), matrix.shape, self.state.get(parameter, {}).get("core"))
                 for name, (parameter, matrix) in matrices.items()
             }
             moved.update(parameter for parameter, *_ in shared.values())
@@ -287,7 +287,7 @@ class SubspaceOptimizer(SubspaceWeights):
         name, matrix = self.names[parameter], self.matrix_of(parameter)
         assert matrix is not None, "it has a core"
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
-        shape = self.basis(parameter).core_shape(matrix[:2])
+        shape = self.basis(parameter).core_shape(matrix.shape)
         gradient = torch.zeros(shape, dtype=compute_dtype(parameter.dtype), device=parameter.device)
         named = {name: (parameter, matrix)}
         self._core_directions(named, record.seed, record.step, coefficients)[name].accumulate(gradient)

@@ -43,5 +43,5 @@ class SubspaceMeZO(SubspaceOptimizer):
         vector_lr: float | None = None,
         **common: Unpack[SubspaceSettings],
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)

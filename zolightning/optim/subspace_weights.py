@@ -162,7 +162,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         self._require_fitting(given)
         self.fold()
         moving = [  # frozen ones too: they may thaw
-            (group, parameter, self.basis(parameter), momentum.view(self.basis(parameter).core_shape(matrix[:2])))
+            (group, parameter, self.basis(parameter), momentum.view(self.basis(parameter).core_shape(matrix.shape)))
             for group in self.param_groups
             for parameter, matrix in self.split(group, frozen=True)[0].values()
             if (momentum := momentum_of(self.state.get(parameter, {}))) is not None
@@ -223,7 +223,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
                 state.update(new.by_side)
             self._bases[parameter] = new
             matrix = self.matrix_of(parameter)
-            same_shape = matrix is not None and new.core_shape(matrix[:2]) == momentum.shape
+            same_shape = matrix is not None and new.core_shape(matrix.shape) == momentum.shape
             return transport_momentum(state, old, momentum, new, group["transport"] if same_shape else "reset")
 
     def _drawn(self, parameter: nn.Parameter) -> Basis:
@@ -247,7 +247,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """The core of a matrix, in the core shape of its basis, fp32 or wider; zeros if it had none."""
         state = self.state[parameter]
         if "core" not in state:
-            shape = self.basis(parameter).core_shape(matrix[:2])
+            shape = self.basis(parameter).core_shape(matrix.shape)
             state["core"] = torch.zeros(shape, dtype=compute_dtype(parameter.dtype), device=parameter.device)
         return state["core"]
 
@@ -273,7 +273,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         Args:
             but: parameters that are left out.
         """
-        return {p: LowRank(self.basis(p), matrix[:2], core, None) for _, p, matrix, core in self.pending(but)}
+        return {p: LowRank(self.basis(p), matrix.shape, core, None) for _, p, matrix, core in self.pending(but)}
 
     @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
     @torch.no_grad()

@@ -62,7 +62,7 @@ class SubZero(SubspaceOptimizer):
     ) -> None:
         require_choice("scaling", scaling, SCALINGS)
         self.scaling = scaling
-        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": None if betas is None else tuple(betas)}
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)
 
     def direction_scale(self, matrix: Matrix) -> float:

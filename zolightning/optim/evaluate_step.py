@@ -88,12 +88,6 @@ def squared_grad(
     return mean if math.isfinite(mean) else 0.0
 
 
-def set_lr_scale(optimizer: "ZerothOrderOptimizer", scale: float) -> None:
-    """Multiplies the learning rates of all further records; `lr` itself belongs to schedulers, which set it anew."""
-    for group in optimizer.param_groups:
-        group["lr_scale"] = scale
-
-
 def _count_nonfinite(found: Probed, last: Estimate, skip_nonfinite: bool, step: int) -> None:
     """Counts steps in a row with a loss that is not finite.
 
@@ -113,7 +107,7 @@ def _record_of(found: Probed, optimizer: "ZerothOrderOptimizer", measured: int) 
     return StepRecord(
         step=first["step"],
         seed=first["seed"],
-        lr=tuple(float(group["lr"]) * group.get("lr_scale", 1.0) * weight for group in groups),
+        lr=tuple(float(group["lr"]) * optimizer.lr_scale * weight for group in groups),
         projected_grads=tuple(found.projected_grads) if found.is_finite else (),
         losses=tuple(found.losses),
         forward_passes=len(found.losses) * optimizer.estimator.forwards + measured,
