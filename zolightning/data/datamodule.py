@@ -95,17 +95,17 @@ class PromptDataModule(TaskDataModule):
         super().__init__(
             chosen_task(task, prompt, answers),
             path,
-            batch_size,
-            eval_batch_size,
-            num_train,
-            num_validation,
-            num_test,
-            examples_per_class,
-            seed,
-            fixed_batches,
-            num_workers,
-            num_demonstrations,
-            demonstrations_per_row,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_train=num_train,
+            num_validation=num_validation,
+            num_test=num_test,
+            examples_per_class=examples_per_class,
+            seed=seed,
+            fixed_batches=fixed_batches,
+            num_workers=num_workers,
+            num_demonstrations=num_demonstrations,
+            demonstrations_per_row=demonstrations_per_row,
         )
         if isinstance(self.task, ImageClassification):
             raise ValueError(f"Task {self.task.name} is of images: `data.class_path` must be ImageDataModule.")

@@ -69,15 +69,15 @@ class ImageDataModule(TaskDataModule):
         super().__init__(
             chosen,
             path,
-            batch_size,
-            eval_batch_size,
-            num_train,
-            num_validation,
-            num_test,
-            examples_per_class,
-            seed,
-            fixed_batches,
-            num_workers,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_train=num_train,
+            num_validation=num_validation,
+            num_test=num_test,
+            examples_per_class=examples_per_class,
+            seed=seed,
+            fixed_batches=fixed_batches,
+            num_workers=num_workers,
         )
 
     def check_row(self, row: Row) -> None:

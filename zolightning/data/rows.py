@@ -1,7 +1,9 @@
 """The rows of a task: read, checked, sampled, and given demonstrations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,6 +20,14 @@ from zolightning.messages import counted
 from zolightning.rank_zero import rank_zero_warn
 
 
+class Sampled(NamedTuple):
+    """Some rows of a split, by their indices."""
+
+    split: Split
+    indices: list[int]
+
+
+@dataclass
 class Rows:
     """Samples rows as MeZO does: for training and validation from the official training split, unless a folder has a
     file for the latter, and for the test from the official validation split.
@@ -34,46 +44,32 @@ class Rows:
         seed: decides which rows are sampled.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        folder: Path | None,
-        num_train: int,
-        num_validation: int,
-        num_test: int,
-        examples_per_class: int | None,
-        num_demonstrations: int,
-        demonstrations_per_row: bool,
-        seed: int,
-    ) -> None:
-        self.task = task
-        self.folder = folder
-        self.num_train = num_train
-        self.num_validation = num_validation
-        self.num_test = num_test
-        self.examples_per_class = examples_per_class
-        self.num_demonstrations = num_demonstrations
-        self.demonstrations_per_row = demonstrations_per_row
-        self.seed = seed
-        self._fewer: set[str] = set()  # origins of splits of which it was said that they have fewer rows than asked for
+    task: Task
+    folder: Path | None
+    num_train: int
+    num_validation: int
+    num_test: int
+    examples_per_class: int | None
+    num_demonstrations: int
+    demonstrations_per_row: bool
+    seed: int
+
+    # Origins of splits of which it was said that they have fewer rows than asked for
+    _fewer: set[str] = field(default_factory=set, init=False)
 
     def train_and_validation(self) -> dict[str, list[Row]]:
         """The sampled rows by the name of their split."""
-        (train, chosen), (validation, validated) = self._sampled()
-        trained = chosen if self.demonstrations_per_row else chosen[self.num_demonstrations :]
-        if isinstance(self.task, LabelledTask) and len(trained) > 1 == len({train.labels[i] for i in trained}):
-            label = self.task.labels[train.labels[trained[0]]]
-            rank_zero_warn(f"{train.origin}: all {len(trained)} training rows have the label {label!r}.")
-        return {
-            "train": self._write(train, trained, (train, chosen)),
-            "validation": self._write(validation, validated, (train, chosen)),
-        }
+        train, validation = self._sampled()
+        split, trained = train.split, train.indices[0 if self.demonstrations_per_row else self.num_demonstrations :]
+        if isinstance(self.task, LabelledTask) and len(trained) > 1 == len({split.labels[i] for i in trained}):
+            label = self.task.labels[split.labels[trained[0]]]
+            rank_zero_warn(f"{split.origin}: all {len(trained)} training rows have the label {label!r}.")
+        return {"train": self._write(Sampled(split, trained), train), "validation": self._write(validation, train)}
 
     def test(self, labelled: bool) -> list[Row]:
         """The sampled rows to test on, or to predict, where a row need not be `labelled`."""
-        split = self.read("test", labelled)
-        examples = self._sampled()[0] if self.num_demonstrations else (split, [])
-        return self._write(split, self._sample(split, self.num_test), examples)
+        test = self._sample(self.read("test", labelled), self.num_test)
+        return self._write(test, self._sampled()[0] if self.num_demonstrations else test)
 
     def all_of(self, name: str) -> Iterator[Row]:
         """All rows of a split; raises ValueError for one that does not fit the task."""
@@ -88,23 +84,21 @@ class Rows:
         assert hub is not None, "a task has a folder or a hub data set"
         return read_hub(hub, hub.test if name == "test" else hub.train, self.task)
 
-    def _sampled(self) -> tuple[tuple[Split, list[int]], tuple[Split, list[int]]]:
-        """The splits to train and to validate on, and which rows of them."""
+    def _sampled(self) -> tuple[Sampled, Sampled]:
+        """The rows to train and to validate on."""
         train = self.read("train")
         if self.folder is not None and find_rows(self.folder, "validation") is not None:
             validation = self.read("validation")
             if self.examples_per_class is None:
-                chosen = [self._sample(train, self.num_train), self._sample(validation, self.num_validation)]
-            else:
-                chosen = [self._per_class(split, self.examples_per_class, 1)[0] for split in (train, validation)]
-            return (train, self._classes_in_turn(chosen[0])), (validation, chosen[1])
+                return self._sample(train, self.num_train), self._sample(validation, self.num_validation)
+            ((chosen,), (validated,)) = (self._per_class(s, self.examples_per_class, 1) for s in (train, validation))
+            return Sampled(train, self._classes_in_turn(chosen)), Sampled(validation, validated)
         if self.examples_per_class is not None:
-            chosen = self._per_class(train, self.examples_per_class, 2)
-            chosen[0] = self._classes_in_turn(chosen[0])
-        else:
-            self._say_if_fewer(train, self.num_train + self.num_validation)
-            chosen = list(sample_train_and_validation(train, self.num_train, self.num_validation, self.seed))
-        return (train, chosen[0]), (train, chosen[1])
+            chosen, validated = self._per_class(train, self.examples_per_class, 2)
+            return Sampled(train, self._classes_in_turn(chosen)), Sampled(train, validated)
+        self._say_if_fewer(train, self.num_train + self.num_validation)
+        chosen, validated = sample_train_and_validation(train, self.num_train, self.num_validation, self.seed)
+        return Sampled(train, chosen), Sampled(train, validated)
 
     def _per_class(self, split: Split, count: int, num_parts: int) -> list[list[int]]:
         assert isinstance(self.task, LabelledTask), "other tasks have no classes"
@@ -118,9 +112,9 @@ class Rows:
             index for number in range(self.examples_per_class) for index in chosen[number :: self.examples_per_class]
         ]
 
-    def _sample(self, split: Split, count: int) -> list[int]:
+    def _sample(self, split: Split, count: int) -> Sampled:
         self._say_if_fewer(split, count)
-        return sample(split, count, self.seed)
+        return Sampled(split, sample(split, count, self.seed))
 
     def _say_if_fewer(self, split: Split, count: int) -> None:
         """Says once if a split has fewer rows than asked for; not for the rows that come with a task."""
@@ -130,33 +124,32 @@ class Rows:
                 f"{split.origin}: {counted(len(split), 'row')}, fewer than the {count} asked for; all are used."
             )
 
-    def _write(self, split: Split, chosen: Sequence[int], sampled: tuple[Split, Sequence[int]]) -> list[Row]:
-        """The chosen rows of a split as text, each with demonstrations from the sampled training rows."""
-        rows = [self._row(split, index) for index in chosen]
+    def _write(self, chosen: Sampled, train: Sampled) -> list[Row]:
+        """The chosen rows as text, each with demonstrations from the sampled training rows."""
+        rows = [self._row(chosen.split, index) for index in chosen.indices]
         if not self.num_demonstrations:
             return rows
-        train, of_all = sampled
         if not self.demonstrations_per_row:
-            shown = [self._row(train, index) for index in of_all[: self.num_demonstrations]]
+            shown = [self._row(train.split, index) for index in train.indices[: self.num_demonstrations]]
             return [row.after(shown) for row in rows]
         # the seeds of MeZO's `sample_train_sets`
         seeds = np.random.RandomState(self.seed).randint(0, 10_000, len(rows)).tolist()
         written: dict[int, Row] = {}
-        for place, (index, seed) in enumerate(zip(chosen, seeds, strict=True)):
-            others = self._drawn(train, of_all, seed, index if split is train else None)
-            written |= {other: self._row(train, other) for other in others if other not in written}
+        for place, (index, seed) in enumerate(zip(chosen.indices, seeds, strict=True)):
+            others = self._drawn(train, seed, index if chosen.split is train.split else None)
+            written |= {other: self._row(train.split, other) for other in others if other not in written}
             rows[place] = rows[place].after([written[other] for other in others])
         return rows
 
-    def _drawn(self, train: Split, sampled: Sequence[int], seed: int, own: int | None) -> list[int]:
+    def _drawn(self, train: Sampled, seed: int, own: int | None) -> list[int]:
         """The training rows to show before a row; `own` is its own index, left out, if it is a training row."""
         if self.examples_per_class is None:
-            drawn = sample(train, self.num_demonstrations + 1, seed)
+            drawn = sample(train.split, self.num_demonstrations + 1, seed)
             return [other for other in drawn if other != own][: self.num_demonstrations]
         by_class: dict[int, list[int]] = {candidate: [] for candidate in range(self.task.num_classes or 0)}
-        for other in np.random.RandomState(seed).permutation(sampled).tolist():
+        for other in np.random.RandomState(seed).permutation(train.indices).tolist():
             if other != own:
-                by_class[train.labels[other]].append(other)
+                by_class[train.split.labels[other]].append(other)
         return [other for members in by_class.values() for other in members[: self.num_demonstrations // len(by_class)]]
 
     def _row(self, split: Split, index: int) -> Row:

@@ -45,6 +45,7 @@ class TaskDataModule(L.LightningDataModule):
         self,
         task: Task,
         path: str | None,
+        *,
         batch_size: int,
         eval_batch_size: int | None,
         num_train: int | None,
@@ -87,13 +88,13 @@ class TaskDataModule(L.LightningDataModule):
         self._rows = Rows(
             task,
             self.folder,
-            self.num_train,
-            self.num_validation,
-            self.num_test,
-            examples_per_class,
-            num_demonstrations,
-            demonstrations_per_row,
-            seed,
+            num_train=self.num_train,
+            num_validation=self.num_validation,
+            num_test=self.num_test,
+            examples_per_class=examples_per_class,
+            num_demonstrations=num_demonstrations,
+            demonstrations_per_row=demonstrations_per_row,
+            seed=seed,
         )
 
     @abstractmethod
