@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from zolightning.data import PromptDataModule
+from zolightning.data.encoding import Example
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -21,7 +22,23 @@ Texts = Callable[..., list[tuple[str, str]]]
 def test_a_completion_is_a_prompt_and_its_continuation(texts: Texts, tokenizer: PreTrainedTokenizerFast) -> None:
     task = {"name": "own", "prompt": "{{ instruction }}\n", "answer": "{{ output }}\n"}
     rows = [{"instruction": "the soup?", "output": "great"}, {"instruction": "the roof?", "output": "terrible"}]
-    assert texts(task, rows, tokenizer) == [("the soup?\n", "great\n"), ("the roof?\n", "terrible\n")]
+    assert texts(task, rows, tokenizer) == [("the soup?\n", "great\n</s>"), ("the roof?\n", "terrible\n</s>")]
+
+
+def test_a_completion_that_has_its_end_gets_no_second(texts: Texts, tokenizer: PreTrainedTokenizerFast) -> None:
+    task = {"name": "own", "prompt": "{{ instruction }}\n", "answer": "{{ output }}</s>"}
+    assert texts(task, [{"instruction": "the soup?", "output": "great"}], tokenizer) == [("the soup?\n", "great</s>")]
+
+
+@pytest.mark.parametrize("answer", [{"answer": " {{ output }}"}, {"references": "output"}])
+def test_in_a_chat_what_is_written_ends_as_a_turn_of_the_assistant(
+    encoded: Callable[..., list[Example]], chat_tokenizer: PreTrainedTokenizerFast, answer: dict[str, str]
+) -> None:
+    task = {"name": "own", "prompt": "{{ instruction }}", **answer}
+    (example,) = encoded(task, [{"instruction": "the soup?", "output": "great"}], chat_tokenizer, chat=True)
+    talk = [{"role": "user", "content": "the soup?"}, {"role": "assistant", "content": "great"}]
+    expected = chat_tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+    assert [*example.prompt_ids, *example.answer_ids[0]] == expected
 
 
 def test_of_a_plain_text_all_but_the_first_token_is_trained(texts: Texts, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -32,6 +32,17 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
     return prompt, whole[len(prompt) :]
 
 
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> str:
+    """What the template writes after what the assistant says next: the token that ends a turn.
+
+    Raises:
+        ValueError: as :func:`chat_prompt`.
+    """
+    said = "Yes"
+    whole = _written(tokenizer, [*turns, Message(role="assistant", content=said)], add_generation_prompt=False)
+    return whole.rpartition(said)[2]
+
+
 def _written(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(

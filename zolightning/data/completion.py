@@ -14,6 +14,9 @@ from zolightning.data.templates import check_template, fill, template_fields
 class Completion(SingleAnswer, PromptTask):
     """A prompt whose right continuation is trained by its likelihood; validation reports the loss.
 
+    The continuation ends with the tokenizer's end of a text, or of an assistant's turn in a chat template, so that a
+    model learns where to end.
+
     Args:
         answer: Jinja2 template of the continuation, over the fields of a row.
     """

@@ -123,6 +123,14 @@ def encode_whole_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: in
     )
 
 
+def ended(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """A text with the token that ends one, if the tokenizer has such a token and neither has written it already."""
+    end = tokenizer.eos_token
+    if end is None or text.endswith(end) or tokenizer(text, verbose=False)["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        return text
+    return text + end
+
+
 def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises ValueError if an example has a token that is in the tokenizer, but not in the model."""
     largest = max(max(ids) for ids in (example.prompt_ids, *example.answer_ids))

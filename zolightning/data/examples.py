@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zolightning.data.chat import chat_prompt, chat_prompt_and_answer
+from zolightning.data.chat import chat_prompt, chat_prompt_and_answer, end_of_turn
+from zolightning.data.completion import Completion
 from zolightning.data.conversation import Conversation, Message
-from zolightning.data.encoding import Example, encode, encode_whole_text
+from zolightning.data.encoding import Example, encode, encode_whole_text, ended
 from zolightning.data.generation import Generation
 from zolightning.data.plain_text import PlainText
 from zolightning.data.regression import Regression
@@ -102,6 +103,11 @@ def _example(
         answers = [answer]
     elif chat:
         prompt, answers = chat_prompt(tokenizer, row.turns), [answer.lstrip(" ") for answer in answers]
+        if isinstance(task, Completion | Generation):
+            end = end_of_turn(tokenizer, row.turns)
+            answers = [answer.strip() + end for answer in answers]
+    elif isinstance(task, Completion):
+        answers = [ended(tokenizer, answer) for answer in answers]
     return encode(
         tokenizer,
         prompt,

@@ -20,7 +20,7 @@ class Generation(PromptTask):
     Args:
         references: the field with the right text, or a list of them; `answers.text` is the field `text` of `answers`.
         answer: Jinja2 template of what to train, over the fields of a row and `reference`. It should end with `stop`,
-            or the model does not learn to end.
+            or the model does not learn to end; in a chat template it ends as a turn does.
         stop: what ends a generated text.
         max_new_tokens: tokens of a generated text, at most. Long prompts are cut so that they fit.
     """
