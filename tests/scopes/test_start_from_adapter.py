@@ -17,7 +17,10 @@ from zolightning.models.scoring import last_logits
 from zolightning.scopes import LoRA
 
 # PEFT 0.21 with transformers 5.23
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+]
 
 IDS = torch.tensor([[5, 9, 3, 22], [0, 7, 7, 8]])
 
@@ -36,7 +39,7 @@ def write_adapter(folder: Path) -> Callable[..., Path]:
         torch.manual_seed(3)
         model = get_peft_model(base, config)
         for name, weight in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 torch.nn.init.normal_(weight, std=0.1)
         model.save_pretrained(folder / target)
         return folder / target
@@ -50,8 +53,9 @@ def write_adapter(folder: Path) -> Callable[..., Path]:
         LoraConfig(r=3, lora_alpha=6, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]),
         LoraConfig(r=3, use_rslora=True, rank_pattern={"q_proj": 2}, target_modules="all-linear"),
         LoraConfig(r=2, use_dora=True, target_modules=r".*\.1\.mlp\.up_proj"),
+        LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),  # PEFT's file repeats the embeddings
     ],
-    ids=["dropout", "rslora", "dora"],
+    ids=["dropout", "rslora", "dora", "embeddings"],
 )
 def test_training_begins_with_it_and_ends_in_peft(
     config: LoraConfig, write_adapter: Any, train: Callable[..., Any], folder: Path
@@ -125,6 +129,14 @@ def test_folders_that_are_refused(spoil: Callable[[Path], Any], message: str, wr
     with pytest.raises(ValueError, match=f"`adapter` '{adapter}' {message}") as refused:
         CausalLM(str(folder / "model"), adapter=str(adapter))
     assert "\n" not in str(refused.value)
+
+
+def test_embeddings_of_an_adapter_s_own_are_refused(write_adapter: Any, folder: Path) -> None:
+    adapter = write_adapter(LoraConfig(r=2, target_modules=["embed_tokens"]))
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    damaged(lambda _, weights: weights[name].add_(1))(adapter)
+    with pytest.raises(ValueError, match=r"has a model.embed_tokens.base_layer.weight of shape .*, other than the mod"):
+        CausalLM(str(folder / "model"), adapter=str(adapter))
 
 
 def test_what_is_no_adapter(write_adapter: Any, folder: Path) -> None:

@@ -125,8 +125,8 @@ def encode_whole_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: in
 
 def ended(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     """A text with the token that ends one, if the tokenizer has such a token and neither has written it already."""
-    end = tokenizer.eos_token
-    if end is None or text.endswith(end) or tokenizer(text, verbose=False)["input_ids"][-1:] == [tokenizer.eos_token_id]:
+    end, last = tokenizer.eos_token, [tokenizer.eos_token_id]
+    if end is None or text.endswith(end) or tokenizer(text, verbose=False)["input_ids"][-1:] == last:
         return text
     return text + end
 

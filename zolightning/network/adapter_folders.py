@@ -1,10 +1,11 @@
 """Saves adapters to folders in PEFT's format, and loads them from there."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from zolightning.messages import differing
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONFIG = "adapter_config.json"
+_MERGE = "Merge it into its model (peft: merge_and_unload), and start from that."
 
 
 def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str, Tensor] | None = None) -> None:
@@ -92,6 +94,7 @@ def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tens
             raise ValueError(f"{misfit}: {str(error).partition(chr(10))[0]}") from None
     others = {f"base_model.model.{name}": weight.detach() for name, weight in (head or {}).items()}
     own = {**_saved_weights(model), **{name: others[name] for name in others.keys() & weights.keys()}}
+    weights = _without_copies(model, adapter, weights, keep=own)
     shapes, found = ({name: tuple(w.shape) for name, w in each.items()} for each in (own, weights))
     if different := differing(shapes, found):
         raise ValueError(f"{misfit}: {different}.")
@@ -111,6 +114,27 @@ def _saved_weights(model: "PreTrainedModel") -> Mapping[str, Tensor]:
     # Without the embeddings: no adapter changes them, and to see that they are the base model's PEFT would ask the hub.
     weights = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     return {f"base_model.model.{name}": weight for name, weight in weights.items()}
+
+
+def _without_copies(
+    model: "PreTrainedModel", adapter: str, weights: Mapping[str, Tensor], keep: Container[str]
+) -> dict[str, Tensor]:
+    """An adapter's weights without those that its file repeats of the model: PEFT does so of embeddings with LoRA.
+
+    Raises:
+        ValueError: if one of them is not the model's.
+    """
+    base = {f"base_model.model.{name}": weight for name, weight in model.state_dict().items()}
+    copies = {name: base[name] for name in base.keys() & weights.keys() if name not in keep}
+    for name, weight in copies.items():
+        found = weights[name].to(weight)
+        if found.shape != weight.shape or not torch.equal(found, weight):
+            raise ValueError(
+                f"`adapter` {adapter!r} has a {name.removeprefix('base_model.model.')} of shape {tuple(found.shape)}, "
+                f"other than the model's: embeddings that were resized, or trained beside LoRA, which is not supported."
+                f" {_MERGE}"
+            )
+    return {name: weight for name, weight in weights.items() if name not in copies}
 
 
 def _folder_of(adapter: str) -> Path:
@@ -143,7 +167,7 @@ def _refuse_kinds(adapter: str, config: Any) -> None:
         if kind == LORA and (value := getattr(config, name, default)) not in (default, []):
             raise ValueError(
                 f"`adapter` {adapter!r} has {name} {value!r}: it changes more than LoRA adds, which is not supported. "
-                "Merge it into its model (peft: merge_and_unload), and start from that."
+                f"{_MERGE}"
             )
     initial = getattr(config, "init_lora_weights", True)
     if kind == LORA and not isinstance(initial, bool) and initial != "gaussian":
