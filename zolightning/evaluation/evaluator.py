@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from zolightning.evaluation.examples import ExampleNetwork, MicroBatch, MicroBatches
+from zolightning.evaluation.examples import Examples, MicroBatch, MicroBatches
 from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.known_reads import KnownReads, Perturbations
@@ -16,15 +16,12 @@ from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_t
 from zolightning.evaluation.mode import all_in_evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.row_groups import CannotStack
-from zolightning.evaluation.shared_forward import one_by_one
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.snapshot import Lasting
 from zolightning.evaluation.stacked import StackedNetwork, networks_of
 from zolightning.evaluation.submodules import Submodules
 from zolightning.evaluation.traces import Traces
 from zolightning.messages import some
-from zolightning.rank_zero import rank_zero_warn
 
 
 class Evaluator:
@@ -55,9 +52,8 @@ class Evaluator:
         self._moving: set[int] = set()  # the parameters that moved in it
         self._written: set[int] = set()  # tensors beside the weights that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
-        self._stacks: list[StackedNetwork] = []  # the one in use, and what is tried after it
-        self._examples: ExampleNetwork | None = None
-        self._runs_one_by_one = False  # whether each example has a forward of its own
+        self._stacked = StackedNetwork()
+        self._examples = Examples()
 
     def attach(
         self,
@@ -87,9 +83,8 @@ class Evaluator:
         self._is_watched = False
         self._reads = KnownReads(module)
         self.prefix = SharedPrefix(self._layers(), keep_prefix_bytes)
-        if evaluations_per_forward > 1:
-            networks = networks_of(module, parameters)
-            self._stacks = [StackedNetwork(network, evaluations_per_forward) for network in networks]
+        networks = networks_of(module, parameters) if evaluations_per_forward > 1 else ()
+        self._stacked, self._examples = StackedNetwork(networks, evaluations_per_forward), Examples()
         if cuda_graphs:
             network, *_ = networks_of(module, parameters, "cuda_graphs")
             self.graphs = GraphedNetwork(network, CudaCapture(parameters[0].device))
@@ -107,16 +102,15 @@ class Evaluator:
         self._is_watched = False
         if self.module is not None:
             self.prefix = SharedPrefix(self._layers(), self.prefix.keep_bytes)
-        self._stacks = [StackedNetwork(stack.network, stack.size) for stack in self._stacks]
-        if self._examples is not None:
-            self._examples = ExampleNetwork(self._examples.network)
+        self._stacked.forget()
+        self._examples.forget()
         if self.graphs is not None:
             self.graphs.clear()
 
     @property
     def evaluations_per_forward(self) -> int:
         """How many evaluations share a run of the network."""
-        return self._stacks[0].size if self._stacks else 1
+        return self._stacked.size
 
     def evaluate(
         self,
@@ -228,84 +222,25 @@ class Evaluator:
         """
         if self.graphs is not None:
             self.graphs.begin_step(generators)
-        if self._stacks and self._reads.has_unseen:
-            self._stacks = []
-            self._warn_of_one_by_one("such parameters cannot be stacked")
-        self.is_first = leaves_traces
+        if self._reads.has_unseen:
+            self._stacked.give_up("such parameters cannot be stacked")
+
+        def begin() -> None:
+            self.is_first = leaves_traces
+
+        begin()
         if parts is not None:
-            return self._losses_of_examples(parts, contexts, generators, leaves_traces), []
-        reasons: list[CannotStack] = []
-        while self._stacks and not contexts[0].in_place:
-            try:
-                return self._stacks[0].evaluate(evaluate, contexts, generators, self.graphs), []
-            except CannotStack as error:
-                reasons.append(error)
-                del self._stacks[0]
-                if not self._stacks:
-                    self._warn_of_one_by_one(
-                        f"{reasons[0]}. Set it to 1, or freeze a parameter that is in the way, or give it a "
-                        "`vector_lr` of 0"
-                    )
-                for context in contexts:
-                    context.seen.clear()  # all functions were watched; below only those in readers are
-                self.is_first = leaves_traces
+            module, prefix, graphs = self.module, self.prefix, self.graphs
+            return self._examples.evaluate(parts, contexts, generators, module, prefix, graphs, begin), []
+        if self._stacked and not contexts[0].in_place:
+            results = self._stacked.evaluate(evaluate, contexts, generators, self.graphs, begin)
+            if results is not None:
+                return results, []
         if self.graphs is not None and not self.graphs.is_off:
             return self.graphs.evaluate(evaluate, contexts), contexts[0].unread()
         with self.prefix.one_step(generators):
             results = [self.prefix.evaluate(partial(evaluate, context), context) for context in contexts]
         return results, contexts[0].unread()
-
-    def _losses_of_examples(
-        self,
-        parts: Sequence[MicroBatch[LossAndTerms]],
-        contexts: Sequence[Perturbed],
-        generators: Generators,
-        leaves_traces: bool,
-    ) -> list[LossAndTerms]:
-        """The losses of all examples in turn, as many times as there are contexts for each example."""
-        results: list[LossAndTerms] = []
-        examples = [evaluate for part in parts for evaluate in part.examples.values()]
-        prefix = self.prefix if self.graphs is None or self.graphs.is_off else None
-        with self.prefix.one_step(generators):
-            for start in range(0, len(contexts), len(examples)):
-                own = contexts[start : start + len(examples)]
-                if not self._runs_one_by_one:
-                    try:
-                        network = self._network_of_examples(own[0])
-                        results += network.evaluate(parts, own, generators, prefix, self.graphs)
-                        continue
-                    except CannotStack as error:
-                        self._runs_one_by_one = True
-                        rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
-                if not results and leaves_traces:  # those that stay are of all examples
-                    self.is_first = True
-                    with own[0]:
-                        parts[0].loss()
-                results += one_by_one(examples, own)
-        return results
-
-    def _network_of_examples(self, context: Perturbed) -> ExampleNetwork:
-        """The network that runs examples together.
-
-        Raises:
-            CannotStack: if there is no such network.
-        """
-        if self.module is None:
-            raise CannotStack("the optimizer is not attached to a module")
-        if context.in_place:
-            raise CannotStack("some parameters are perturbed in place, which no example has to itself")
-        if self._examples is None:
-            try:
-                network, *_ = networks_of(self.module, context.perturbations)
-                self._examples = ExampleNetwork(network)
-            except ValueError:
-                name = type(self.module).__name__
-                raise CannotStack(f"no submodule of {name} holds all parameters that train") from None
-        return self._examples
-
-    @staticmethod
-    def _warn_of_one_by_one(reason: str) -> None:
-        rank_zero_warn(f"`evaluations_per_forward` is 1 from here on: {reason}.")
 
     def _found_submodules(self) -> list[nn.Module]:
         """All submodules; if they, or their parameters, are not those of the last step, what was found is forgotten."""

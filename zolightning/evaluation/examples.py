@@ -28,6 +28,8 @@ from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
 from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one
 from zolightning.evaluation.shared_prefix import SharedPrefix
+from zolightning.evaluation.stacked import networks_of
+from zolightning.rank_zero import rank_zero_warn
 
 Output = TypeVar("Output", bound=LossOutput, covariant=True)
 Other = TypeVar("Other", bound=LossOutput)
@@ -72,42 +74,76 @@ class _Found(NamedTuple):
     cuts: tuple[Any, ...] | None
 
 
-class ExampleNetwork:
-    """Evaluates the losses of a batch's examples at once.
+class Examples:
+    """Evaluates the losses of a batch's examples, at once or, where that cannot be, one by one."""
 
-    Args:
-        network: called, once or several times, by the loss.
-    """
+    def __init__(self) -> None:
+        self._network: Any = None  # the module that the loss calls, once or several times
+        self._runs_one_by_one = False  # from the first failure on
+        self._trusted: set[tuple[Any, ...]] = set()  # sets of tensors whose division has given the right losses
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._trusted: set[tuple[Any, ...]] = set()
+    def forget(self) -> None:
+        """Forgets which ways to divide rows gave the right losses."""
+        self._trusted.clear()
 
     @torch.no_grad()
     def evaluate(
         self,
-        batches: Sequence[MicroBatch[LossAndTerms]],
+        parts: Sequence[MicroBatch[LossAndTerms]],
         contexts: Sequence[Perturbed],
         generators: Generators,
-        prefix: SharedPrefix | None,
-        graphs: GraphedNetwork | None = None,
+        module: nn.Module | None,
+        prefix: SharedPrefix,
+        graphs: GraphedNetwork | None,
+        begin: Callable[[], None],
     ) -> list[LossAndTerms]:
-        """The loss and the number of terms of each example, each within its own context, none of them in place.
+        """The loss and the number of terms of each example, as many times as there are contexts for each.
 
         The first time that a certain set of tensors is split into examples, the losses of a few examples are compared
         with those of separate runs.
 
         Args:
-            batches: the parts of the batch, whose functions evaluate its losses.
-            contexts: for each example of these parts, in order, how it sees parameters.
+            parts: the batch in parts, whose functions evaluate its losses.
+            contexts: for each example in turn, how it sees parameters.
             generators: the random number generators that losses may draw from.
-            prefix: the layer outputs that the evaluations of a step share; None if the whole network runs each time.
+            module: holds the network; None if only functions are known.
+            prefix: the layer outputs that the evaluations of a step share.
             graphs: the network's forward as CUDA graphs, if any.
+            begin: called before the evaluations begin anew.
 
         Raises:
-            CannotStack: if the network cannot be run like this, or gives other losses.
             ValueError: if the loss of a batch is not the mean of those of its examples.
         """
+        results: list[LossAndTerms] = []
+        examples = [evaluate for part in parts for evaluate in part.examples.values()]
+        shared = prefix if graphs is None or graphs.is_off else None
+        with prefix.one_step(generators):
+            for start in range(0, len(contexts), len(examples)):
+                own = contexts[start : start + len(examples)]
+                if not self._runs_one_by_one:
+                    try:
+                        self._network = self._network or _network_in(module, own[0])
+                        results += self._at_once(parts, own, generators, shared, graphs)
+                        continue
+                    except CannotStack as error:
+                        self._runs_one_by_one = True
+                        rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
+                if not results:  # what stays of the first evaluation is to be that of all examples
+                    begin()
+                    with own[0]:
+                        parts[0].loss()
+                results += one_by_one(examples, own)
+        return results
+
+    def _at_once(
+        self,
+        batches: Sequence[MicroBatch[LossAndTerms]],
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        prefix: SharedPrefix | None,
+        graphs: GraphedNetwork | None,
+    ) -> list[LossAndTerms]:
+        """The losses of all examples once; raises CannotStack if the network gives other ones than separate runs."""
         shares = [contexts[start:stop] for start, stop in pairwise([0, *accumulate(len(b.examples) for b in batches)])]
         found: list[_Found] = []
 
@@ -146,8 +182,8 @@ class ExampleNetwork:
             losses = one_by_one(batch.examples.values(), contexts)
             return _Found(losses, losses[0], None)
         with watched_everywhere(contexts) as readers:
-            run = _Run(self.network, contexts, readers, generators, graphs)
-            with replaced_forward(self.network, run.forward):
+            run = _Run(self._network, contexts, readers, generators, graphs)
+            with replaced_forward(self._network, run.forward):
                 whole = run.evaluate_whole(contexts[0], batch.loss)
                 for context, evaluate in zip(contexts, batch.examples.values(), strict=True):
                     run.evaluate(context, evaluate)
@@ -155,14 +191,14 @@ class ExampleNetwork:
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)
         if not run.calls:
-            raise CannotStack(f"the loss does not call the {type(self.network).__name__} that is trained")
+            raise CannotStack(f"the loss does not call the {type(self._network).__name__} that is trained")
         return _Found(run.losses, whole, (len(contexts), *run.cuts))
 
     def _require_mean(self, losses: list[LossAndTerms], whole: LossAndTerms) -> None:
         """Raises a ValueError unless the loss of a batch is the mean of those of its examples, from one output."""
         terms = torch.stack([terms for _, terms in losses])
         mean = torch.stack([torch.where(terms == 0, 0, loss * terms) for loss, terms in losses]).sum() / terms.sum()
-        tolerance = 1e-2 if computes_in_half(self.network, mean.device) else 1e-3
+        tolerance = 1e-2 if computes_in_half(self._network, mean.device) else 1e-3
         if (mean - whole.loss).abs() > tolerance * whole.loss.abs() and (terms >= 0).all():
             raise ValueError(
                 f"`estimator` is PerExample(), and the loss of a batch, {whole.loss.item():g}, is not the mean of "
@@ -188,15 +224,27 @@ class ExampleNetwork:
         found = torch.stack([losses[place] for place in compared])
         if not torch.isfinite(torch.stack(alone)).all():
             return False
-        half = computes_in_half(self.network, found.device)
+        half = computes_in_half(self._network, found.device)
         # Kernels round in another way for another number of rows.
         tolerance = (5e-3 if half else 1e-5) * alone[0].norm() + (0.2 if half else 0.05) * (alone[1] - alone[0]).norm()
         if not (found - expected).norm() <= tolerance:
             raise CannotStack(
-                f"losses of examples by one run of {type(self.network).__name__}, {found.tolist()}, are not those of "
+                f"losses of examples by one run of {type(self._network).__name__}, {found.tolist()}, are not those of "
                 f"separate runs, {expected.tolist()}: its rows are not along the first dimension, or not independent"
             )
         return True
+
+
+def _network_in(module: nn.Module | None, context: Perturbed) -> nn.Module:
+    """The network that may run examples together; raises CannotStack if there is none."""
+    if module is None:
+        raise CannotStack("the optimizer is not attached to a module")
+    if context.in_place:
+        raise CannotStack("some parameters are perturbed in place, which no example has to itself")
+    try:
+        return networks_of(module, context.perturbations)[0]
+    except ValueError:
+        raise CannotStack(f"no submodule of {type(module).__name__} holds all parameters that train") from None
 
 
 class _Run(SharedForward):

@@ -31,6 +31,7 @@ from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
 from zolightning.evaluation.shared_forward import SharedForward, computes_in_half, one_by_one
+from zolightning.rank_zero import rank_zero_warn
 
 _NO_FORWARD = getattr_static(nn.Module, "forward")
 
@@ -73,17 +74,41 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 class StackedNetwork:
-    """Evaluates a loss under several perturbations at once.
+    """Evaluates a loss under several perturbations at once, by the first of some networks with which that works.
+
+    It is False where there is none, or none is left.
 
     Args:
-        network: called, once or several times, by the loss.
+        networks: what may run for several evaluations, the best first; called, once or several times, by the loss.
         size: evaluations that share a run.
     """
 
-    def __init__(self, network: nn.Module, size: int) -> None:
-        self.network = network
-        self.size = size
-        self._trusted: set[tuple[Any, ...]] = set()
+    def __init__(self, networks: Sequence[nn.Module] = (), size: int = 1) -> None:
+        self._networks = list(networks)
+        self._size = size
+        self._trusted: set[tuple[Any, ...]] = set()  # sets of tensors whose repetition has given the right losses
+
+    def __bool__(self) -> bool:
+        return bool(self._networks)
+
+    @property
+    def _network(self) -> nn.Module:
+        return self._networks[0]
+
+    @property
+    def size(self) -> int:
+        """Evaluations that share a run."""
+        return self._size if self._networks else 1
+
+    def forget(self) -> None:
+        """Forgets which ways to stack rows gave the right losses."""
+        self._trusted.clear()
+
+    def give_up(self, reason: str) -> None:
+        """Has each evaluation run by itself from here on."""
+        if self._networks:
+            self._networks.clear()
+            rank_zero_warn(f"`evaluations_per_forward` is 1 from here on: {reason}.")
 
     @torch.no_grad()
     def evaluate(
@@ -91,22 +116,46 @@ class StackedNetwork:
         evaluate: Callable[[], LossAndTerms],
         contexts: Sequence[Perturbed],
         generators: Generators,
-        graphs: GraphedNetwork | None = None,
-    ) -> list[LossAndTerms]:
-        """The loss and its number of terms within each of some contexts, none of them in place.
+        graphs: GraphedNetwork | None,
+        begin: Callable[[], None],
+    ) -> list[LossAndTerms] | None:
+        """The loss and its number of terms within each of some contexts; None if no network can be run like this.
 
         The first time that a certain set of tensors is repeated and split, the losses are compared with those of
         separate runs.
 
         Args:
             evaluate: evaluates the loss of the batch.
-            contexts: for each evaluation how it sees parameters.
+            contexts: for each evaluation how it sees parameters, none of them in place.
             generators: the random number generators that the loss may draw from.
             graphs: the network's forward as CUDA graphs, if any.
-
-        Raises:
-            CannotStack: if the network cannot be run like this, or gives other losses.
+            begin: called before the evaluations begin anew, with the next network or by themselves.
         """
+        reason = ""
+        while self._networks:
+            try:
+                return self._evaluate(evaluate, contexts, generators, graphs)
+            except CannotStack as error:
+                reason = reason or str(error)
+                if len(self._networks) > 1:
+                    del self._networks[0]
+                    self._trusted.clear()
+                else:
+                    how = "Set it to 1, or freeze a parameter that is in the way, or give it a `vector_lr` of 0"
+                    self.give_up(f"{reason}. {how}")
+                for context in contexts:
+                    context.seen.clear()  # all functions were watched; by themselves only those in readers are
+                begin()
+        return None
+
+    def _evaluate(
+        self,
+        evaluate: Callable[[], LossAndTerms],
+        contexts: Sequence[Perturbed],
+        generators: Generators,
+        graphs: GraphedNetwork | None,
+    ) -> list[LossAndTerms]:
+        """The losses by the first network; raises CannotStack if that gives other ones."""
         results: list[LossAndTerms] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
@@ -135,20 +184,20 @@ class StackedNetwork:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
         with ExitStack() as stack:
             readers = stack.enter_context(watched_everywhere(contexts))
-            run = SharedForward(self.network, contexts, readers, generators, graphs)
-            stack.enter_context(replaced_forward(self.network, run.forward))
-            if hasattr(self.network, "generate"):
-                stack.enter_context(replaced(self.network, "generate", run.generate))
+            run = SharedForward(self._network, contexts, readers, generators, graphs)
+            stack.enter_context(replaced_forward(self._network, run.forward))
+            if hasattr(self._network, "generate"):
+                stack.enter_context(replaced(self._network, "generate", run.generate))
             for context in contexts:
                 run.evaluate(context, evaluate)
         run.finish()
         if not run.calls and any(terms for _, terms in run.losses):
-            raise CannotStack(f"the loss does not call the {type(self.network).__name__} that is trained")
+            raise CannotStack(f"the loss does not call the {type(self._network).__name__} that is trained")
         return run
 
     def _scores(self, prompts: Sequence[Mapping[str, Tensor]]) -> LossAndTerms:
         """In place of a loss the mean square of the logits of the next token, with 1 as its number of terms."""
-        logits = [self.network(**prompt, use_cache=False).logits[:, -1].double() for prompt in prompts]
+        logits = [self._network(**prompt, use_cache=False).logits[:, -1].double() for prompt in prompts]
         loss = torch.cat(logits).square().mean()
         return LossAndTerms(loss, torch.ones_like(loss))
 
@@ -175,13 +224,13 @@ class StackedNetwork:
             return False
         expected = alone.repeat(len(contexts))[: len(contexts)]
         # Kernels round in another way for another number of rows.
-        rounding = (5e-3 if computes_in_half(self.network, alone.device) else 1e-5) * alone[0].abs()
+        rounding = (5e-3 if computes_in_half(self._network, alone.device) else 1e-5) * alone[0].abs()
         is_same = (together - expected).abs() <= rounding + 0.05 * (alone[1] - alone[0]).abs()
         # Among as many rows they round as before, so that little of what other groups do to a group is missed.
         is_independent = (together - all_flipped)[1::2].abs() <= rounding
         if not (is_same.all() and is_independent.all()):
             raise CannotStack(
-                f"the losses of {type(self.network).__name__} for repeated rows, {together.tolist()}, are not those of "
-                f"separate runs, {expected.tolist()}: its rows are not along the first dimension, or not independent"
+                f"the losses of {type(self._network).__name__} for repeated rows, {together.tolist()}, are not those "
+                f"of separate runs, {expected.tolist()}: its rows are not along the first dimension, or not independent"
             )
         return True
