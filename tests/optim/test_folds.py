@@ -44,9 +44,12 @@ def method(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def attached(method: Callable[..., SubspaceOptimizer], net: Net, **kwargs: Any) -> SubspaceOptimizer:
+def attached(
+    method: Callable[..., SubspaceOptimizer], net: Net, every_step: bool = True, **kwargs: Any
+) -> SubspaceOptimizer:
     optimizer = method(net.named_parameters(), **kwargs)
     optimizer.attach(net)
+    optimizer.fold_every_step = every_step
     return optimizer
 
 
@@ -92,8 +95,7 @@ def test_a_plain_loop_has_the_trained_weights_after_every_step(method: Any) -> N
 class TestTheSameBits:
     def test_replayed(self, method: Any, dtype: torch.dtype, every_step: bool) -> None:
         net, replayed = Net(dtype), Net(dtype)
-        optimizer = attached(method, net, seed=3)
-        optimizer.fold_every_step = every_step
+        optimizer = attached(method, net, every_step, seed=3)
         records = train(net, optimizer, range(11), resampled=(4, 8), folded=(1, 6, 7))
         lines = [json.dumps(asdict(record)) for record in records]
         fresh = attached(method, replayed, seed=9)
@@ -106,11 +108,9 @@ class TestTheSameBits:
     def test_resumed(self, method: Any, dtype: torch.dtype, every_step: bool) -> None:
         for stop in (2, 3, 6):
             net, restored = Net(dtype), Net(dtype)
-            optimizer = attached(method, net, seed=3)
-            optimizer.fold_every_step = every_step
+            optimizer = attached(method, net, every_step, seed=3)
             train(net, optimizer, range(stop), resampled=(4,), folded=(1,))
-            fresh = attached(method, restored, seed=9)
-            fresh.fold_every_step = every_step
+            fresh = attached(method, restored, every_step, seed=9)
             restored.load_state_dict(net.state_dict())
             fresh.load_state_dict(optimizer.state_dict())
             rest = range(stop, 9)
@@ -122,8 +122,7 @@ class TestTheSameBits:
         self, method: Any, dtype: torch.dtype, every_step: bool
     ) -> None:
         net, restored = Net(dtype), Net(dtype)
-        optimizer = attached(method, net, seed=3)
-        optimizer.fold_every_step = False
+        optimizer = attached(method, net, False, seed=3)
         train(net, optimizer, range(3))
         restored.load_state_dict(net.state_dict())
         if every_step:
@@ -219,8 +218,7 @@ class TestLargeCores:
         """By a run that is resumed, one that has the records of the steps, and a replay: the same folds and bits."""
         make = partial(SubspaceMeZO, lr=0.02, eps=1e-3, rank=4, seed=2)
         net = Net(torch.bfloat16)
-        optimizer = attached(make, net)
-        optimizer.fold_every_step = False
+        optimizer = attached(make, net, False)
         records, saved = [], []
         for step in range(12):
             saved.append(deepcopy((net.state_dict(), optimizer.state_dict())))
@@ -230,8 +228,7 @@ class TestLargeCores:
         trained = deepcopy(net.state_dict())
         for stop in range(12):
             resumed = Net(torch.bfloat16)
-            fresh = attached(make, resumed)
-            fresh.fold_every_step = False
+            fresh = attached(make, resumed, False)
             resumed.load_state_dict(saved[stop][0])
             fresh.load_state_dict(saved[stop][1])
             fresh.expect(records[stop : stop + 3])
@@ -252,8 +249,7 @@ def test_autocast_is_for_the_network(method: Any, every_step: bool) -> None:
     found = []
     for enabled in (True, False):
         net = Net()
-        optimizer = attached(method, net, lr=1e-4, num_queries=2, align_queries=True)
-        optimizer.fold_every_step = every_step
+        optimizer = attached(method, net, every_step, lr=1e-4, num_queries=2, align_queries=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             for step in range(6):
                 if step == 3:

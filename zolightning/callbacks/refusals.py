@@ -66,7 +66,7 @@ def refuse_unsupported(trainer: Any) -> None:
     if methods and methods[0].cuda_graphs:
         refuse_graphs(trainer.strategy.root_device)
     if methods and any(name in _SHARDING for name in class_names(trainer.strategy)):
-        refuse_with_shards(methods[0])
+        refuse_options_with_shards(methods[0])
         if any("SubspaceResampling" in class_names(callback) and callback.bases for callback in trainer.callbacks):
             raise MisconfigurationException(
                 "`bases` of SubspaceResampling are taken from activations, and under 'zo_fsdp' it is not known what "
@@ -120,7 +120,7 @@ def refuse_precision(precision: Any) -> None:
         )
 
 
-def refuse_with_shards(callback: Any) -> None:
+def refuse_options_with_shards(callback: Any) -> None:
     """Refuses options of ZerothOrder with which ranks would run different forwards, under sharded weights (FSDP2).
 
     Raises:

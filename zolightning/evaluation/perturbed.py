@@ -102,7 +102,7 @@ class Perturbed(TorchFunctionMode):
 
     @contextmanager
     def only_in(self, readers: Iterable[nn.Module] | None) -> Iterator[None]:
-        """Watches the forwards of `readers` alone, if this context is active and the innermost that watches all."""
+        """Watches functions in the forwards of `readers` alone, unless it is None or another context watches within."""
         if readers is None or _get_current_function_mode() is not self:
             yield
             return

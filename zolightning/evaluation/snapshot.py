@@ -17,7 +17,7 @@ _OURS = frozenset({"forward", "generate"})  # attributes that this package sets 
 _SKIPPED = frozenset(vars(nn.Module())) | _OURS  # with the bookkeeping of nn.Module
 
 
-class HeldTensor:
+class TensorSnapshot:
     """A tensor in a snapshot, with a copy of its values if it is known or likely to be written to."""
 
     __slots__ = ("copy", "key", "tensor", "version")
@@ -55,7 +55,7 @@ class HeldTensor:
         self.version = tensor._version
 
 
-class Held:
+class ModuleSnapshot:
     """The snapshot of one module.
 
     Args:
@@ -68,13 +68,13 @@ class Held:
     __slots__ = ("attributes", "containers", "contents", "generators", "has_only_registries", "saved", "tensors")
 
     def __init__(
-        self, attributes: dict[str, Any], written: Set[int], perturbed: Set[int], known: dict[int, HeldTensor]
+        self, attributes: dict[str, Any], written: Set[int], perturbed: Set[int], known: dict[int, TensorSnapshot]
     ) -> None:
         self.attributes, self.saved = attributes, dict(attributes)
         self.containers: list[Any] = []
         self.contents: list[Any] = []  # of the containers
         self.generators: list[tuple[torch.Generator, Tensor]] = []
-        self.tensors: list[HeldTensor] = []
+        self.tensors: list[TensorSnapshot] = []
 
         def visit(value: Any) -> None:
             kind = type(value)
@@ -89,7 +89,7 @@ class Held:
                     self.tensors.append(known[id(value)])
                 elif id(value) not in perturbed and not value.is_inference():
                     is_small = value.numel() <= _SMALL and not isinstance(value, nn.Parameter) and not value.is_meta
-                    known[id(value)] = HeldTensor(value, is_small or id(value) in written)
+                    known[id(value)] = TensorSnapshot(value, is_small or id(value) in written)
                     self.tensors.append(known[id(value)])
             elif kind is torch.Generator:
                 self.generators.append((value, value.get_state()))
@@ -104,7 +104,7 @@ class Held:
         self.has_only_registries = len(self.containers) == registries and not self.generators
 
     def is_lasting(self) -> bool:
-        """Whether :func:`_are_identical` can tell later if anything has changed: there are at most large tensors."""
+        """Whether :func:`_are_identical` can tell later if anything has changed: all tensors are without a copy."""
         return self.has_only_registries and not any([tensor.copy is not None for tensor in self.tensors])
 
     def restore(self) -> None:
@@ -118,7 +118,7 @@ class Held:
             generator.set_state(state)
 
 
-Lasting = Sequence[Held | None]
+Lasting = Sequence[ModuleSnapshot | None]
 
 
 class Snapshot:
@@ -138,7 +138,7 @@ class Snapshot:
         found = _unchanged(modules, earlier)
         known = {tensor.key: tensor for held in found if held is not None for tensor in held.tensors}
         self._held = [
-            Held(vars(module), written, perturbed, known) if held is None else held
+            ModuleSnapshot(vars(module), written, perturbed, known) if held is None else held
             for module, held in zip(modules, found, strict=True)
         ]
         self._tensors = list(known.values())
@@ -150,7 +150,7 @@ class Snapshot:
             for held in self._held
         ]
 
-    def large(self) -> list[HeldTensor]:
+    def large(self) -> list[TensorSnapshot]:
         """The tensors without a copy."""
         return [tensor for tensor in self._tensors if tensor.copy is None]
 
@@ -193,7 +193,7 @@ def _unchanged(modules: Sequence[nn.Module], earlier: Lasting) -> Lasting:
     return [held if held is not None and _are_identical([held]) else None for held in found]
 
 
-def _are_identical(snapshots: Sequence[Held]) -> bool:
+def _are_identical(snapshots: Sequence[ModuleSnapshot]) -> bool:
     """Whether modules hold the same tensors as in their lasting snapshots, and none of these has been written to."""
     registries = [registry for held in snapshots for registry in held.containers]
     contents = [content for held in snapshots for content in held.contents]
@@ -204,7 +204,7 @@ def _are_identical(snapshots: Sequence[Held]) -> bool:
     )
 
 
-def _have_same_attributes(snapshots: Iterable[Held]) -> bool:
+def _have_same_attributes(snapshots: Iterable[ModuleSnapshot]) -> bool:
     """Whether modules have attributes that are equal to those in their snapshots."""
     pairs = [(held.attributes, held.saved) for held in snapshots]
     try:  # most are equal, which calls nothing in Python

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zolightning.evaluation.snapshot import HeldTensor, Lasting, Snapshot
+from zolightning.evaluation.snapshot import Lasting, Snapshot, TensorSnapshot
 
 
 class Traces:
@@ -78,7 +78,7 @@ class CopyOnWrite(TorchFunctionMode):
     def __init__(self, snapshot: Snapshot, written: set[int]) -> None:
         super().__init__()
         self._written = written
-        self._by_storage: dict[int, list[HeldTensor]] = {}
+        self._by_storage: dict[int, list[TensorSnapshot]] = {}
         for large in snapshot.large():
             self._by_storage.setdefault(_storage(large.tensor), []).append(large)
 

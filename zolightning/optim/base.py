@@ -227,14 +227,14 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         last = self._estimate
         if share is WHOLE and last.record is None:
             warn_of_other_processes()
-        last.is_pending = False
+        last.is_unapplied = False
         for hook in self._estimate_pre_hooks.values():
             hook(self, partial(squared_grad, self, loss_fn=loss_fn, share=share))
         evaluates = not last.is_replaying
         found = evaluate_step(self, last, loss_fn, share, skip_nonfinite, micro_batches) if evaluates else None
         record = last.known.popleft() if last.known else found
         assert record is not None, "either it is known, or has just been made"
-        last.record, last.is_pending, last.measured = record, True, 0
+        last.record, last.is_unapplied, last.measured = record, True, 0
         return record
 
     @torch.no_grad()
@@ -249,13 +249,13 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         """
         result = None if closure is None else closure()
         record = self._estimate.record
-        if record is None or not self._estimate.is_pending:
+        if record is None or not self._estimate.is_unapplied:
             raise RuntimeError(
                 f"{type(self).__name__}.step() has no estimate to apply, and reads no gradients: use the callback "
                 "ZerothOrder, or call `zeroth_order_step(module, loss_fn)` or `optimizer.estimate(loss_fn)` first."
             )
         self.apply(record)
-        self._estimate.is_pending = False
+        self._estimate.is_unapplied = False
         return result
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ class Estimate:
 
     Attributes:
         record: the result; None before the first estimate.
-        is_pending: whether it has yet to be applied.
+        is_unapplied: whether it has yet to be applied.
         flat_in_a_row: number of estimates up to this one with equal losses.
         nonfinite_in_a_row: number of estimates up to this one with a loss that is not finite.
         measured: evaluations since then that the next record will count.
@@ -69,7 +69,7 @@ class Estimate:
     """
 
     record: StepRecord | None = None
-    is_pending: bool = False
+    is_unapplied: bool = False
     flat_in_a_row: int = 0
     nonfinite_in_a_row: int = 0
     measured: int = 0

@@ -252,28 +252,28 @@ class SubspaceWeights(ZerothOrderOptimizer):
         return state["core"]
 
     def pending(
-        self, but: Container[nn.Parameter] = ()
+        self, without: Container[nn.Parameter] = ()
     ) -> Iterator[tuple[dict[str, Any], nn.Parameter, Matrix, Tensor]]:
         """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too.
 
         Args:
-            but: parameters that are left out.
+            without: parameters that are left out.
         """
-        if not any(["core" in state and parameter not in but for parameter, state in self.state.items()]):
+        if not any(["core" in state and parameter not in without for parameter, state in self.state.items()]):
             return
         for group in self.param_groups:
             for parameter, matrix in self.split(group, frozen=True)[0].values():
                 core = self.state.get(parameter, {}).get("core")
-                if core is not None and parameter not in but:
+                if core is not None and parameter not in without:
                     yield group, parameter, matrix, core
 
-    def offsets(self, but: Container[nn.Parameter] = ()) -> dict[nn.Parameter, Perturbation]:
+    def offsets(self, without: Container[nn.Parameter] = ()) -> dict[nn.Parameter, Perturbation]:
         """The updates in cores that have not been added to the weights, those of frozen parameters too.
 
         Args:
-            but: parameters that are left out.
+            without: parameters that are left out.
         """
-        return {p: LowRank(self.basis(p), matrix.shape, core, None) for _, p, matrix, core in self.pending(but)}
+        return {p: LowRank(self.basis(p), matrix.shape, core, None) for _, p, matrix, core in self.pending(without)}
 
     @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
     @torch.no_grad()
