@@ -16,7 +16,7 @@ from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_positive
 from zolightning.optim.record import StepRecord
-from zolightning.partners import tensorboards, zeroth_order_optimizer
+from zolightning.partners import add_text, zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
 
 _SHARES = (1.0, 0.2)  # of the loss: rises that are looked for; the second one where it is bounded
@@ -134,8 +134,7 @@ class LearningRateProbe(Callback):
             f"{walks.forwards} forwards)."
         )
         rank_zero_info(summary)
-        for logger in tensorboards(trainer):
-            logger.experiment.add_text("learning_rate", summary, trainer.global_step)
+        add_text(trainer, "learning_rate", summary)
 
     def state_dict(self) -> dict[str, Any]:
         return {"records": [asdict(record) for record in self._records]}

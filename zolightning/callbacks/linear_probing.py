@@ -14,7 +14,7 @@ from torch import Tensor
 from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, joined_features, strongest_penalty
 from zolightning.network.model import pretrained_model
-from zolightning.partners import methods_of, tensorboards
+from zolightning.partners import add_text, methods_of
 from zolightning.scopes.calibration import read_examples
 
 CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4
@@ -116,8 +116,7 @@ class LinearProbing(Callback):
         for method in methods_of(trainer):
             method.count(len(batches))
         rank_zero_info(f"LinearProbing: {found}")
-        for logger in tensorboards(trainer):
-            logger.experiment.add_text("linear_probing", str(found), trainer.global_step)
+        add_text(trainer, "linear_probing", str(found))
 
 
 def require_probed(module: L.LightningModule, field: str) -> None:

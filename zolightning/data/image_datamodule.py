@@ -61,7 +61,7 @@ class ImageDataModule(TaskDataModule):
         num_workers: int = 0,
     ) -> None:
         require_pillow()
-        chosen = chosen_task(task, None, None)
+        chosen = chosen_task(task)
         if not isinstance(chosen, ImageClassification):
             raise ValueError(
                 f"ImageDataModule needs a task with `image`, the field of an image: {chosen.name} has none."

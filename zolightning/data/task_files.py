@@ -85,7 +85,7 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     return kind(**settings)
 
 
-def chosen_task(task: str | Mapping[str, Any], prompt: str | None, answers: Sequence[str] | None) -> Task:
+def chosen_task(task: str | Mapping[str, Any], prompt: str | None = None, answers: Sequence[str] | None = None) -> Task:
     """The task that the settings of a data module stand for.
 
     Args:

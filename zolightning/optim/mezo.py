@@ -10,7 +10,7 @@ from zolightning.optim.checks import require_fraction
 from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import descend
-from zolightning.optim.normalization import STATE, normalized, require_normalization
+from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
 from zolightning.optim.precision import State
 
 
@@ -64,7 +64,7 @@ class MeZO(DenseDescent):
             "clip": clip,
             "rms_decay": rms_decay,
         }
-        super().__init__(params, defaults | STATE, **common)
+        super().__init__(params, defaults | RUNNING_MEAN, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

@@ -5,7 +5,7 @@ from typing import Any
 
 from zolightning.optim.checks import require_fraction, require_positive
 
-STATE = {"mean_square": 0.0, "mean_square_weight": 0.0}  # entries of a parameter group, before the first step
+RUNNING_MEAN = {"mean_square": 0.0, "mean_square_weight": 0.0}  # entries of a parameter group, before the first step
 
 
 def require_normalization(group: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def normalized(group: dict[str, Any], projected_grads: tuple[float, ...]) -> tup
 
     Args:
         group: a parameter group, whose ``normalize`` and ``clip`` say which of the two is done, with ``rms_decay`` and
-            the entries of :data:`STATE`, which are updated.
+            the entries of :data:`RUNNING_MEAN`, which are updated.
         projected_grads: those of a step, one for each query.
     """
     if not group["normalize"] and group["clip"] is None:

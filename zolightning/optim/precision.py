@@ -61,7 +61,7 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
 
 def warn_of_native(names: Mapping[nn.Parameter, str]) -> None:
     """Warns that half-precision parameters among these, if there are any, lose updates to the precision "native"."""
-    half = [name for parameter, name in names.items() if parameter.dtype in (torch.bfloat16, torch.float16)]
+    half = [name for parameter, name in names.items() if parameter.dtype in _HALF]
     if half:
         rank_zero_warn(
             f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses none, "

@@ -17,7 +17,7 @@ from zolightning.optim.checks import require_choice, require_fraction, require_i
 from zolightning.optim.cores import half_spacing
 from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import TRANSPORTS
-from zolightning.optim.normalization import STATE, normalized, require_normalization
+from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
 from zolightning.optim.precision import State, all_contiguous
 from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
@@ -112,7 +112,7 @@ class SubspaceOptimizer(SubspaceWeights):
         self.normalize_directions = normalize_directions
         self._hooks: list[RemovableHandle] = []  # in the `state_dict()` of modules
         self._largest = LargestElements()  # one object, because wrappers copy an optimizer's attributes (Fabric does)
-        super().__init__(params, shared | STATE | defaults, **common)
+        super().__init__(params, shared | RUNNING_MEAN | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; a group may have its own ``vector_lr``, and in mid-run has what callbacks set for all."""
