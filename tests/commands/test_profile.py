@@ -109,7 +109,9 @@ def test_probes_of_layers(runs: Runs, tmp_path: Path, monkeypatch: pytest.Monkey
     assert [probe["num_layers"] for probe in probes] == [1, 2]
     runs("profile", "--probe_every", 2, "--model.num_layers", 1, "--output", tmp_path / "alone")
     assert json.loads((tmp_path / "alone/probes.json").read_text())["probes"] == probes[:1]
-    assert probes[0]["loss"] != probes[1]["loss"] and all(0 < probe["error"] < probe["loss"] for probe in probes)
+    assert probes[0]["loss"] != probes[1]["loss"] and all(
+        0 < probe["standard_error"] < probe["loss"] for probe in probes
+    )
     best = min(probes, key=lambda probe: probe["loss"])["num_layers"]
     assert f"--model.num_layers {best} --linear_probing LinearProbing" in output
     assert_plot(tmp_path / "probes.png")

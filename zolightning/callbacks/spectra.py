@@ -16,7 +16,7 @@ from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_integer, require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
-from zolightning.partners import log_number, subspace_optimizer, tensorboards
+from zolightning.partners import subspace_optimizer, tensorboards
 from zolightning.scopes.calibration import own_loss
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Spectra(Callback):
 
     For each chosen matrix it plots the singular values of each source over their index, relative to the largest, to
     TensorBoard as ``spectra/<name>``, and logs the stable rank, ``||M||_F^2 / ||M||_2^2``, as
-    ``spectra/<source>/<name>``. It does not change the run by a bit.
+    ``stable_rank/<source>/<name>``, both at the steps that it looks at. It does not change the run by a bit.
 
     Args:
         patterns: regular expressions; a matrix is chosen if one of them matches somewhere in its dotted name. It must
@@ -93,8 +93,9 @@ class Spectra(Callback):
                 spectra["momentum"] = basis.singular_values(momentum.view(basis.core_shape(matrix.shape)))
             if name in self._gradients:
                 spectra["gradient"] = self._gradients[name]
-            for source, values in spectra.items():
-                log_number(pl_module, f"spectra/{source}/{name}", stable_rank(values))
+            ranks = {f"stable_rank/{source}/{name}": stable_rank(values) for source, values in spectra.items()}
+            for each in trainer.loggers:
+                each.log_metrics(ranks, record.step)  # `pl_module.log` would repeat them at later steps
             for logger in tensorboards(trainer):
                 figure = spectra_figure(spectra, f"{name}, step {record.step}")
                 logger.experiment.add_figure(f"spectra/{name}", figure, record.step)

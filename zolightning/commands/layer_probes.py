@@ -15,13 +15,13 @@ class LayerProbe:
     Attributes:
         num_layers: number of layers that are left.
         loss: mean cross-entropy over the folds.
-        error: standard error of `loss` over the folds.
+        standard_error: that of `loss` over the folds.
         accuracy: mean accuracy over the folds.
     """
 
     num_layers: int
     loss: float
-    error: float
+    standard_error: float
     accuracy: float
 
 

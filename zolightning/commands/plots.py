@@ -51,7 +51,7 @@ def sensitivity_figure(sensitivity: Sensitivity, selected: int | None, title: st
     _line(below, layers, [layer.mean_change for layer in sensitivity.layers], None, _FIRST)
     below.set_ylabel(f"mean |change of the loss|, eps {sensitivity.eps:g}")
     for axes in (above, below):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a marker at the top is whole
         _mark(axes, selected)
     if selected is not None:
         below.legend(frameon=False)
@@ -62,7 +62,7 @@ def probe_figure(probes: Sequence[LayerProbe], title: str) -> Figure:
     """Loss and accuracy of linear probes over the number of layers."""
     figure, (above, below) = _figure(2, title)
     counts = [probe.num_layers for probe in probes]
-    losses, errors = ([getattr(probe, name) for probe in probes] for name in ("loss", "error"))
+    losses, errors = ([getattr(probe, name) for probe in probes] for name in ("loss", "standard_error"))
     above.errorbar(counts, losses, errors, color=_FIRST, marker="o", markersize=4, linewidth=1.5, capsize=2)
     above.set_ylabel("cross-entropy")
     above.set_title("± one standard error", fontsize=9, color=_QUIET)

@@ -174,8 +174,9 @@ def _report_sensitivity(sensitivity: Sensitivity, selected: int | None, folder: 
     title = "Loss of one batch when one layer is perturbed"
     print_table(title, [asdict(layer) for layer in sensitivity.layers])
     print(
-        f"rms estimates the norm of the layer's gradient with a standard error of {sensitivity.relative_error:.0%}; "
-        f"unperturbed loss {sensitivity.loss:.4f}"
+        f"rms, of the projected gradients, estimates the norm of the layer's gradient with a standard error of "
+        f"{sensitivity.relative_error:.0%};\nmean_change is that of the loss, {sensitivity.loss:.4f} unperturbed, in "
+        f"absolute value, when eps is {sensitivity.eps:g}"
     )
     if sensitivity.dtype in ("bfloat16", "float16"):
         print(

@@ -35,7 +35,7 @@ class LinearProbe(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.num_features:,} features of {self.weights.shape[1]:,} numbers, {len(self.rows):,} classes, C "
-            f"{self.c:.3g}; {100 * self.accuracy:.1f} % are fitted."
+            f"{self.c:.3g}; {100 * self.accuracy:.1f} % are told right."
         )
 
 
