@@ -2,9 +2,7 @@
 
 import gc
 import os
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,26 +12,22 @@ from typing import Any, TypeVar
 
 import torch
 
+from zolightning.callbacks.run_monitor import peak_memory, process_memory
 from zolightning.commands.timing import seconds_of
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 CPU = torch.device("cpu")
 Result = TypeVar("Result")
 
 
 def peak_bytes(device: torch.device = CPU) -> int:
     """The most memory held since :func:`reset_peak` where that is possible: by tensors on CUDA, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss is the fallback only: on Linux a child inherits that of the process that started it.
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return peak_memory(device)
 
 
 def resident_bytes(device: torch.device = CPU) -> int | None:
     """The memory that is held now, as :func:`peak_bytes` counts it; None where the system does not tell."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory("VmRSS")
 
 
 def reset_peak(device: torch.device = CPU) -> bool:
@@ -114,12 +108,3 @@ def require(device: torch.device) -> None:
     """Raises a SystemExit with one line if there is no such device."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("`--device` is cuda, and PyTorch finds no GPU that it can use. Use cpu.")
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return None
-    kibibytes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return next((int(number) * 1024 for number in kibibytes), None)

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -78,5 +79,16 @@ def peak_memory(device: torch.device) -> int:
     """The largest number of bytes held so far: by tensors on a CUDA device, on others by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is the fallback only: on Linux a child inherits that of the process that started it.
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return process_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_memory(field: str) -> int | None:
+    """Bytes that Linux says of this process: "VmRSS" is held now, "VmHWM" was the most; None on other systems."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    kibibytes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return next((int(number) * 1024 for number in kibibytes), None)
