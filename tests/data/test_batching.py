@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zolightning.data.batching import LengthBuckets, even_batches
+from zolightning.data.batching import Batches, LengthBuckets, TrainLoader, even_batches
 
 lengths_and_batch_size = st.tuples(st.lists(st.integers(1, 300), min_size=1, max_size=120), st.integers(1, 9))
 
@@ -107,6 +107,15 @@ def test_evaluation_counts_each_example_once_in_equally_many_batches(
     assert min(sizes) >= 1
     assert max(sizes) <= max(batch_size, 2)
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_all_ranks_look_at_the_first_examples_in_the_same_batches() -> None:
+    """Ranks that share weights would otherwise wait for each other."""
+    found = []
+    for rank in range(2):  # which have 7 and 6 of the 13 examples
+        batches = Batches(range(13), LengthBuckets([1] * 13, 8, num_replicas=2, rank=rank), list)
+        found.append(list(TrainLoader(batches, batch_size=None).first_batches(100)))
+    assert found == [[list(range(7)), list(range(7, 13))]] * 2
 
 
 def test_evaluation_starts_with_the_longest() -> None:

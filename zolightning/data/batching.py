@@ -177,8 +177,12 @@ class TrainLoader(DataLoader[Any]):
     dataset: Batches[LengthBuckets]
 
     def first_batches(self, num_examples: int) -> Iterator[Any]:
-        """The first examples as they are stored, whatever the order of training, in batches of the usual size."""
-        examples, size = self.dataset.examples[:num_examples], len(self.dataset.order[0])
+        """The first examples as they are stored, whatever the order of training, in batches of the usual size.
+
+        All ranks make the same batches, also where they cannot share a global batch evenly.
+        """
+        examples, order = self.dataset.examples[:num_examples], self.dataset.order
+        size = -(-order.global_batch_size // order.num_replicas)
         for start in range(0, len(examples), size):
             yield self.dataset.collate(examples[start : start + size])
 
