@@ -1,5 +1,6 @@
 """HiZOO: zeroth-order descent that is scaled by an estimated diagonal curvature."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -157,13 +158,18 @@ class HiZOO(DenseOptimizer):
             yield "curvature", self.curvature, "'full' or 'scalar'"
 
     def measurements(self) -> dict[str, float]:
-        """Quantiles of the curvature, by a sample of each parameter."""
-        states = [self.state.get(parameter, {}) for _, _, parameter in self.trainable()]
-        samples = [sample(state) for state in states if has_curvature(state)]
+        """Quantiles of the curvature over all weights, by a sample of each parameter."""
+        samples: list[torch.Tensor] = []
+        counts: list[torch.Tensor] = []  # for how many elements each of a sample stands
+        for _, _, parameter in self.trainable():
+            if has_curvature(state := self.state.get(parameter, {})):
+                samples.append(found := sample(state))
+                counts.append(torch.full_like(found, math.prod(self.trainable_shape(parameter)) / len(found)))
         if not samples:
             return {}
-        values = torch.cat(samples)
-        quantiles = values.quantile(torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
+        values, order = torch.cat(samples).sort()
+        up_to = torch.cat(counts)[order].cumsum(0)
+        quantiles = values[torch.searchsorted(up_to, up_to[-1] * up_to.new_tensor(_QUANTILES))].tolist()
         return {f"curvature_{q:g}": value for q, value in zip(_QUANTILES, quantiles, strict=True)}
 
 
