@@ -155,5 +155,19 @@ def test_templates_look_into_lists_and_decide_by_truth_values() -> None:
 @pytest.mark.parametrize("prompt", ["{{ about.title }}", "{% for one in about.all %}{{ one }} {% endfor %}"])
 def test_nor_are_those_inside_a_field(prompt: str, value: object, said: str) -> None:
     task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
-    with pytest.raises(ValueError, match=f"do not fit this row: they write {said}.*, which is no text"):
+    with pytest.raises(ValueError, match=f"(they write|is) {said}.*, which is no text"):
         task.render({"about": {"title": value, "all": ["one", value]}, "label": 0})
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{{ 'so ' ~ about.all }}", "{{ about.all | join(' ') }}", "{{ about.all | replace('a', 'b') }}"]
+)
+def test_nor_by_joining_them(prompt: str) -> None:
+    task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    with pytest.raises(ValueError, match=r"of field `about` is \[.*, which is no text"):
+        task.render({"about": {"all": [["one"]]}, "label": 0})
+
+
+def test_a_field_of_any_name_inside_a_field() -> None:
+    task = Classification(name="t", prompt="{{ about.field }}", answers=("a", "b"), labels=(0, 1))
+    assert task.render({"about": {"field": "rain"}, "label": 0})[0] == "rain"

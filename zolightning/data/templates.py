@@ -1,7 +1,7 @@
 """Jinja2 templates over the fields of a row. They may use any value, but write only text and numbers."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +34,7 @@ def template_fields(sources: Iterable[str]) -> frozenset[str]:
 
 def guarded(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
     """The fields of a row for :func:`fill`, in which a list, a mapping or a truth value raises an error if written."""
-    return {field: _guard(field, row[field]) for field in fields}
+    return {field: _guard(f"field `{field}`", row[field]) for field in fields}
 
 
 def fill(source: str, values: Mapping[str, Any]) -> str:
@@ -52,10 +52,10 @@ def fill(source: str, values: Mapping[str, Any]) -> str:
 class _NoText:
     """A value that a template may use but not write, because a prompt should not hold Python's notation."""
 
-    field = ""
+    _name = ""  # templates see no attribute with a leading underscore, but `row.name` as one of a mapping
 
     def __str__(self) -> str:
-        raise ValueError(f"field `{self.field}` is {self!r}, which is no text")
+        raise ValueError(f"{self._name} is {self!r}, which is no text")
 
 
 class _Truth(_NoText, int):
@@ -71,14 +71,19 @@ class _Mapping(_NoText, dict[str, Any]):
     pass
 
 
-def _guard(field: str, value: Any) -> Any:
-    guards: dict[type, Callable[[Any], _NoText]] = {bool: _Truth, list: _List, dict: _Mapping}
-    for kind, guard in guards.items():
-        if isinstance(value, kind):
-            guarded = guard(value)
-            guarded.field = field
-            return guarded
-    return value
+def _guard(name: str, value: Any) -> Any:
+    """The value, and all that is in it: `~` and filters such as `join` write what `finalize` does not see."""
+    guarded: _NoText
+    if isinstance(value, bool):
+        guarded = _Truth(value)
+    elif isinstance(value, list):
+        guarded = _List(_guard(f"an item of {name}", item) for item in value)
+    elif isinstance(value, dict):
+        guarded = _Mapping({key: _guard(f"`{key}` of {name}", item) for key, item in value.items()})
+    else:
+        return value
+    guarded._name = name
+    return guarded
 
 
 def _written(value: Any) -> Any:
