@@ -153,7 +153,34 @@ def test_that_there_are_fewer_rows_than_asked_for_is_said_once(
     assert messages == [f"{folder / 'train.jsonl'}: 20 rows, fewer than the 1005 asked for; all are used."]
     spectator.context_length = None
     make_trainer().validate(spectator, PromptDataModule("sentiment"), verbose=False)
-    assert len(messages) == 1
+    assert not any("fewer" in message for message in messages[1:])
+
+
+def test_that_only_some_rows_are_drawn_is_said_once(
+    write_rows: Callable[..., Path],
+    make_trainer: Callable[..., L.Trainer],
+    spectator: L.LightningModule,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr("zolightning.data.rows.rank_zero_info", messages.append)
+    folder = write_rows(train=20)
+    data = PromptDataModule("sst2", str(folder), num_train=8, num_validation=5, batch_size=4)
+    make_trainer().validate(spectator, data, verbose=False)
+    make_trainer(max_epochs=1).fit(spectator, datamodule=data)
+    assert messages == [f"{folder / 'train.jsonl'}: 13 of 20 rows are drawn (`data.num_train`, ...)."]
+
+
+def test_rows_that_say_nothing_are_counted(
+    tmp_path: Path, make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+) -> None:
+    (tmp_path / "train.csv").write_text('text,label\nrain,0\n"",1\nsun,1\n" ",0\n')
+    task = {"name": "own", "prompt": "{{ text }} It was", "answers": [" bad", " good"], "labels": [0, 1]}
+    data = PromptDataModule(task, str(tmp_path), num_train=3, num_validation=1, batch_size=1)
+    with pytest.warns(
+        UserWarning, match=r"train.csv: \d of \d rows? have nothing in `text`, the first of them row [13]"
+    ):
+        make_trainer(max_steps=1, limit_val_batches=0).fit(spectator, data)
 
 
 def test_a_token_for_padding_that_the_model_lacks_is_replaced(

@@ -56,7 +56,8 @@ class MultipleChoice(CandidatesTask):
         found = [choices.index(choice) for choice in dict.fromkeys(right) if choice in choices]
         if not found:
             raise ValueError(
-                f"field `{self.right_choices}` is {right!r}: none of that is in `{self.choices}`, {choices!r}"
+                f"field `{self.right_choices}` is {right!r}: none of that is in `{self.choices}`, {choices!r} "
+                "(the choice itself is asked for; its number or letter is a `label` of a task with `answers`)"
             )
         return tuple(found)
 

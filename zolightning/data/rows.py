@@ -54,8 +54,8 @@ class Rows:
     demonstrations_per_row: bool
     seed: int
 
-    # Origins of splits of which it was said that they have fewer rows than asked for
-    _fewer: set[str] = field(default_factory=set, init=False)
+    # Origins of splits of which it was said how many rows are used
+    _counted: set[str] = field(default_factory=set, init=False)
 
     def train_and_validation(self) -> dict[str, list[Row]]:
         """The sampled rows by the name of their split."""
@@ -96,7 +96,7 @@ class Rows:
         if self.examples_per_class is not None:
             chosen, validated = self._per_class(train, self.examples_per_class, 2)
             return Sampled(train, self._classes_in_turn(chosen)), Sampled(train, validated)
-        self._say_if_fewer(train, self.num_train + self.num_validation)
+        self._say_how_many(train, self.num_train + self.num_validation)
         chosen, validated = sample_train_and_validation(train, self.num_train, self.num_validation, self.seed)
         return Sampled(train, chosen), Sampled(train, validated)
 
@@ -113,13 +113,19 @@ class Rows:
         ]
 
     def _sample(self, split: Split, count: int) -> Sampled:
-        self._say_if_fewer(split, count)
+        self._say_how_many(split, count)
         return Sampled(split, sample(split, count, self.seed))
 
-    def _say_if_fewer(self, split: Split, count: int) -> None:
-        """Says once if a split has fewer rows than asked for; not for the rows that come with a task."""
-        if len(split) < count and self.folder != self.task.folder and split.origin not in self._fewer:
-            self._fewer.add(split.origin)
+    def _say_how_many(self, split: Split, count: int) -> None:
+        """Says once if a split has more rows than asked for, or fewer, unless these come with a task."""
+        if split.origin in self._counted:
+            return
+        self._counted.add(split.origin)
+        if len(split) > count:
+            rank_zero_info(
+                f"{split.origin}: {count} of {counted(len(split), 'row')} are drawn (`data.num_train`, ...)."
+            )
+        elif len(split) < count and self.folder != self.task.folder:
             rank_zero_info(
                 f"{split.origin}: {counted(len(split), 'row')}, fewer than the {count} asked for; all are used."
             )
@@ -127,6 +133,7 @@ class Rows:
     def _write(self, chosen: Sampled, train: Sampled) -> list[Row]:
         """The chosen rows as text, each with demonstrations from the sampled training rows."""
         rows = [self._row(chosen.split, index) for index in chosen.indices]
+        self._warn_of_blanks(chosen.split, rows)
         if not self.num_demonstrations:
             return rows
         if not self.demonstrations_per_row:
@@ -140,6 +147,17 @@ class Rows:
             written |= {other: self._row(train.split, other) for other in others if other not in written}
             rows[place] = rows[place].after([written[other] for other in others])
         return rows
+
+    def _warn_of_blanks(self, split: Split, rows: list[Row]) -> None:
+        """Warns of rows that say nothing, such as those of a CSV file whose cell is empty."""
+        names = sorted(self.task.template_fields)
+        blank = [row for row in rows if names and not "".join(str(row.fields[name]) for name in names).strip()]
+        if blank:
+            rank_zero_warn(
+                f"{split.origin}: {len(blank)} of {counted(len(rows), 'row')} have nothing in "
+                f"{', '.join(f'`{name}`' for name in names)}, the first of them {split.unit} "
+                f"{blank[0].id + (split.unit == 'line')}: take them out, if that is not meant."
+            )
 
     def _drawn(self, train: Sampled, seed: int, own: int | None) -> list[int]:
         """The training rows to show before a row; `own` is its own index, left out, if it is a training row."""
