@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli_runs import printed, refused
-from zolightning.data.task_files import load_task
+from zolightning.data.task_files import load_task, task_of
 from zolightning.packaged import configs, packaged
 
 ROOT = Path(__file__).parent.parent
@@ -87,3 +87,10 @@ def test_the_wheel_works_outside_a_checkout(tmp_path: Path) -> None:
     where = "import zolightning.packaged as p; print(p.configs()); print(p.packaged('zolightning/data/sentiment'))"
     result = subprocess.run([python, "-c", where], cwd=tmp_path, env={}, capture_output=True, text=True, timeout=250)
     assert [Path(line).is_relative_to(packages) for line in result.stdout.splitlines()] == [True, True], result.stderr
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert packaged("~/rows") == tmp_path / "rows"
+    task = {"name": "own", "prompt": "{{ text }}", "answers": ["a", "b"], "labels": [0, 1]}
+    assert task_of({**task, "folder": "~/rows"}).folder == tmp_path / "rows"

@@ -272,6 +272,9 @@ def _name_run(config: Any) -> None:
     init_args = getattr(logger, "init_args", None)
     if init_args is not None and init_args.get("save_dir") == LOGS and config.trainer.default_root_dir is not None:
         init_args["save_dir"] = str(config.trainer.default_root_dir)
+    if init_args is not None and str(init_args.get("save_dir")).startswith("~"):
+        # otherwise the curves were in the home and the checkpoints in a folder named `~`
+        init_args["save_dir"] = str(Path(init_args["save_dir"]).expanduser())
     if init_args is not None and init_args.get("name") in (None, "lightning_logs"):
         stems = [Path(str(path)).stem for path in config.get("config") or []]
         init_args["name"] = "-".join(stems) or "run"

@@ -6,12 +6,12 @@ _PACKAGE = Path(__file__).parent
 
 
 def packaged(path: str | Path) -> Path:
-    """`path`, or the file or folder of that name that came with the package where there is none at `path`.
+    """`path`, with a home for its `~`, or the file or folder of that name that came with the package if there is none.
 
     Only names below ``configs/`` and ``zolightning/`` are looked for. In a wheel both are inside the package; in a
     checkout, ``configs/`` is beside it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() or path.parts[:1] not in (("configs",), ("zolightning",)):
         return path
     candidates = (_PACKAGE / path, _PACKAGE.parent / path)

@@ -75,11 +75,12 @@ def test_fit_says_accuracy_before_and_after(finished: tuple[Runs, str]) -> None:
     assert "Tip" not in output and "litlogger" not in output
 
 
-def test_default_root_dir_moves_the_run(runs: Runs) -> None:
+def test_default_root_dir_moves_the_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = runs.arguments("fit", "--trainer.max_steps", 1, "--trainer.val_check_interval", 1)
     at = arguments.index("--trainer.logger.init_args.save_dir")
     del arguments[at : at + 2]
-    printed([*arguments, "--trainer.default_root_dir", str(runs.folder / "elsewhere")])
+    monkeypatch.setenv("HOME", str(runs.folder))
+    printed([*arguments, "--trainer.default_root_dir", "~/elsewhere"])
     (checkpoint,) = runs.folder.glob("elsewhere/*/version_0/checkpoints/last.ckpt")
     assert list(checkpoint.parent.parent.glob("events.*")) and not (runs.folder / "logs").exists()
 
