@@ -117,6 +117,9 @@ class TestRefusals:
     def test_precisions_that_work(self, plugin: Precision) -> None:
         refuse_unsupported(self.surroundings(precision_plugin=plugin))
 
+    def test_no_clipping_is_none_or_zero(self) -> None:
+        refuse_unsupported(self.surroundings(gradient_clip_val=0))
+
     def test_two_methods(self) -> None:
         made = [ZerothOrder(MeZO), type("Mine", (ZerothOrder,), {})(MeZO)]
         with pytest.raises(MisconfigurationException, match="has 2 ZerothOrder, and a run has one method"):

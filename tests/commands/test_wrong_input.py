@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cli_runs import Runs, parsed, refused
+from zolightning.__main__ import main
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -96,6 +97,13 @@ def test_a_file_of_predictions_that_cannot_be_written(runs: Runs) -> None:
 def test_a_group_of_settings_that_is_null(runs: Runs) -> None:
     (runs.folder / "null.yaml").write_text("checkpoint: null\n")
     assert runs.refused("fit", "--config", runs.folder / "null.yaml").startswith("error: `checkpoint` is null, and ")
+
+
+def test_a_group_of_settings_that_is_unknown(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs.folder / "more.yaml").write_text("x-common: {lr: 1.0e-3}\n")
+    with pytest.raises(SystemExit):
+        main(runs.arguments("fit", "--config", runs.folder / "more.yaml", "--print_config"))
+    assert capsys.readouterr().err == "error: `x-common.lr` is no setting.\n"
 
 
 @pytest.mark.filterwarnings("ignore:Discarding init_args")

@@ -53,7 +53,7 @@ def refuse_unsupported(trainer: Any) -> None:
                 "computes batch norms anew in a last epoch that accumulates gradients: zeroth-order training does "
                 "neither. Use WeightAveraging or EMAWeightAveraging."
             )
-    if trainer.gradient_clip_val is not None:
+    if (trainer.gradient_clip_val or 0) > 0:  # Lightning clips by nothing else
         raise MisconfigurationException(
             f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "
             "to clip. Use `clip` of the method, which bounds the projected gradient."

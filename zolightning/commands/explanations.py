@@ -45,6 +45,8 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         return f"`{found[1]}.help` is {found[2]!r}, which is no class that `{found[1]}` takes."
     if beside := _beside_class_path(inner):
         return f"`{field}` has `{beside}` beside `class_path`: settings of a class go under `init_args`."
+    if not field and (found := re.match(r"Option '([^']+)' is not accepted", message)):
+        return _unknown(found[1], found[1], "", [option.removeprefix("--") for option in options])
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         where = _class_at(message, found)
         return _unknown(f"{field}.{found[1]}", found[1], where, _arguments_of(where))

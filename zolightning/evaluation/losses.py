@@ -57,7 +57,9 @@ def loss_and_terms(output: LossOutput) -> LossAndTerms:
         loss, terms = output.get("loss"), output.get("num_terms", 1.0)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         plain = loss if loss is None or isinstance(loss, int | float) else f"a {type(loss).__name__}"
-        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', plain)}.")
+        keys = [f"`{key}`" for key in output if key != "num_terms"] if isinstance(output, Mapping) else []
+        without = f": a dictionary with {', '.join(keys)}, and no `loss`" if keys and "`loss`" not in keys else ""
+        raise TypeError(f"The loss must be a tensor with one element, got {getattr(loss, 'shape', plain)}{without}.")
     if not (isinstance(terms, int | float) or (isinstance(terms, Tensor) and terms.numel() == 1)):
         raise ValueError(
             "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
