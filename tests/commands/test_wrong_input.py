@@ -31,7 +31,10 @@ pytestmark = [
         (("--trainer.accumulate_grad_batches", "2"), "`trainer.accumulate_grad_batches` is 2"),
         (("--trainer.gradient_clip_val", "1.0"), "`trainer.gradient_clip_val` is 1.0"),
         (("--data.init_args.task", "sst3"), "`data.task` must be one of agnews, "),
-        (("--data.init_args.path", "no/such/folder"), "`data.path` must be a folder of files"),
+        (
+            ("--data.init_args.path", "no/such/folder"),
+            "`data.path` must be a folder of files, got 'no/such/folder', which is none in /",
+        ),
         (("--data.init_args.batch_size", "0"), "`data.batch_size` must be at least 1, got 0"),
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
         (

@@ -175,3 +175,11 @@ def test_an_unreachable_hub_is_asked_once(
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", no_network)
     assert len(read_hub(HUB, "train", task)) == 1
     assert datasets.config.HF_HUB_OFFLINE
+
+
+def test_an_empty_cell_is_no_label(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("sentence,label\nrain,bad\nsun,\n")
+    task = Classification(name="t", prompt="{{ sentence }}", answers=("a", "b"), labels=("bad", "good"))
+    assert read_folder(tmp_path, "test", task, labelled=False).labels == [0, NO_LABEL]
+    with pytest.raises(ValueError, match=r"row 1: label '' in field `label` must be one of \['bad', 'good'\]"):
+        read_folder(tmp_path, "test", task)

@@ -101,7 +101,7 @@ def read_hub(hub: HubDataset, name: str, task: Task) -> Split:
 
 def _label(row: Mapping[str, Any], task: Task, labelled: bool = True) -> int | None:
     """The index of the right answer; NO_LABEL if the row has none and needs none, None for a row to leave out."""
-    if not labelled and any(row.get(field) is None for field in task.label_fields):
+    if not labelled and any(row.get(field) in (None, "") for field in task.label_fields):
         return NO_LABEL
     right = task.right(row)
     return right if right is None else right[0]

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -84,7 +85,9 @@ class TaskDataModule(L.LightningDataModule):
         if self.folder is None and task.hub is None:
             raise ValueError(f"`data.path` must be a folder of rows, because task {task.name} names no source.")
         if self.folder is not None and not self.folder.is_dir():
-            raise ValueError(f"`data.path` must be a folder of files, got {str(self.folder)!r}, which is none.")
+            where = "" if self.folder.is_absolute() else f" in {Path.cwd()}"
+            name = "data.path" if self.folder != task.folder else "data.task.folder"
+            raise ValueError(f"`{name}` must be a folder of files, got {str(self.folder)!r}, which is none{where}.")
         self._rows = Rows(
             task,
             self.folder,
