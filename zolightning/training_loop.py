@@ -1,11 +1,9 @@
 """Parts of Lightning's training loop that have no public names."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.types import _Stateful
 from torch import Tensor
 
 
@@ -61,59 +59,6 @@ def log_nothing(module: L.LightningModule, name: str) -> None:
     known = None if results is None else results.get(f"{module._current_fx_name}.{name}")
     if known is not None and not known.meta.on_epoch:
         known.reset()
-
-
-class EpochOfLastBatch:
-    """Mends Lightning's count of epochs in a run that was saved at the last batch of one, and restored.
-
-    Lightning counts that epoch before training goes on, and then takes another turn for it. A loader that resumes at
-    its end has no batch for this turn, and the epoch would be counted twice; any other begins its next epoch, whose
-    beginning would not be counted.
-    """
-
-    def __init__(self, trainer: L.Trainer) -> None:
-        loop = trainer.fit_loop
-        is_at_last_batch = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-        self.is_counted = loop.restarted_mid_epoch and is_at_last_batch  # already, and its turn is not over
-        self._progress: tuple[Any, Any] = (loop.epoch_progress.current, loop.epoch_progress.total)
-
-    @contextmanager
-    def not_over(self) -> Iterator[None]:
-        """A context in which the epoch is not counted yet."""
-        self._end(-self.is_counted)
-        yield
-        self._end(self.is_counted)
-
-    def batch_starts(self) -> None:
-        """Is told that there is a batch, which is one of the next epoch."""
-        if self.is_counted:
-            for progress in self._progress:
-                progress.ready += 1
-                progress.started += 1
-        self.is_counted = False
-
-    def epoch_ends(self) -> None:
-        """Is told that Lightning is about to count an epoch."""
-        self._end(-self.is_counted)
-        self.is_counted = False
-
-    def _end(self, epochs: int) -> None:
-        for progress in self._progress:
-            progress.processed += epochs
-            progress.completed += epochs
-
-
-def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
-    """Whether a run that was saved at the last batch of an epoch, and goes on from there, ends that epoch.
-
-    It does if there is more to train, and its loaders go on at their end, see :class:`EpochOfLastBatch`.
-    """
-    loop = trainer.fit_loop
-    epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # declared as a tracker of less
-    if trainer.global_step == trainer.max_steps or epochs == trainer.max_epochs:
-        return False
-    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
-    return all(isinstance(loader, _Stateful) for loader in loaders)
 
 
 def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:

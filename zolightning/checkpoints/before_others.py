@@ -6,35 +6,34 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from zolightning.checkpoints.resumed_epoch import ResumedEpoch, ends_epoch_when_resumed
 from zolightning.checkpoints.running_metrics import RunningMetrics
-from zolightning.training_loop import EpochOfLastBatch, ends_epoch_when_resumed
 
 
 class BeforeOthers(Callback):
-    """Other callbacks see the right epoch and metrics in a resumed run, and clean up after an error is saved.
+    """Other callbacks see the right epoch and metrics in a resumed run, and clean up after it is saved.
 
     Args:
+        save_at_end: called with the Trainer at the end of training.
         save_after_error: called with the Trainer and the exception.
         stop_here: called with the Trainer at the end of an epoch that the run can end when it goes on.
 
     Attributes:
         metrics: the metrics of the present epoch.
-        epoch: Lightning's count of epochs, from the start of training on.
+        epoch: that in which the run goes on, from the start of training on.
     """
 
     def __init__(
-        self, save_after_error: Callable[[L.Trainer, BaseException], None], stop_here: Callable[[L.Trainer], None]
+        self,
+        save_at_end: Callable[[L.Trainer], None],
+        save_after_error: Callable[[L.Trainer, BaseException], None],
+        stop_here: Callable[[L.Trainer], None],
     ) -> None:
         self.metrics = RunningMetrics()
-        self.epoch: EpochOfLastBatch | None = None
+        self.epoch: ResumedEpoch | None = None
+        self._save_at_end = save_at_end
         self._save_after_error = save_after_error
         self._stop_here = stop_here
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self.epoch is not None:
-            if self.epoch.is_counted:
-                self.metrics.epoch_begins()
-            self.epoch.batch_starts()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.metrics.batch_ends(trainer)
@@ -45,6 +44,9 @@ class BeforeOthers(Callback):
         if self.epoch is not None:
             self.epoch.epoch_ends()
         self.metrics.epoch_ends(pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save_at_end(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._save_after_error(trainer, exception)

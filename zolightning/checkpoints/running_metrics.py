@@ -48,15 +48,18 @@ class RunningMetrics:
                 }
         return {"callback": dict(seen), "epoch": sums}
 
-    def restore(self, trainer: L.Trainer, module: L.LightningModule, saved: Sequence[dict[str, Any]]) -> None:
+    def restore(
+        self, trainer: L.Trainer, module: L.LightningModule, saved: Sequence[dict[str, Any]], is_over: bool = False
+    ) -> None:
         """Puts back what :meth:`now` returned on each rank, when training starts; nothing if `saved` is empty.
 
-        On another number of ranks sums begin anew: they are not those of the batches that a rank goes on with.
+        On another number of ranks sums begin anew: they are not those of the batches that a rank goes on with. They do
+        so, too, if `is_over`, the epoch of the checkpoint.
         """
         is_as_many = len(saved) == trainer.world_size
         own = saved[trainer.global_rank if is_as_many else 0] if saved else {}
         trainer._logger_connector._callback_metrics.update(own.get("callback", {}))
-        self._earlier = dict(own.get("epoch", {})) if is_as_many else {}
+        self._earlier = dict(own.get("epoch", {})) if is_as_many and not is_over else {}
         self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         for sums in self._earlier.values():
             if (metric := self._metrics.get(sums["attribute"])) is not None:
@@ -86,13 +89,6 @@ class RunningMetrics:
                 size = int(state["cumulated_batch_size"])
                 value = state["value"] / size
             module.log(sums["name"], value, on_step=False, on_epoch=True, batch_size=size, **sums["options"])
-        self._earlier = {}
-
-    def epoch_begins(self) -> None:
-        """Is told that the epoch of the checkpoint is over, and its sums are logged already."""
-        for sums in self._earlier.values():
-            if (metric := self._metrics.get(sums["attribute"])) is not None:
-                metric.reset()
         self._earlier = {}
 
 

@@ -8,25 +8,27 @@ from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
+from zolightning.checkpoints.generators import generators_of_all_ranks, restore_generators
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.moved import find_files_again
+from zolightning.checkpoints.resumed_epoch import ResumedEpoch
 from zolightning.checkpoints.running_metrics import of_all_ranks
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
 from zolightning.training_loop import (
-    EpochOfLastBatch,
     is_at_end_of_batch,
     is_between_steps,
     is_in_batch,
@@ -52,10 +54,10 @@ class SaveLast(ModelCheckpoint):
       is saved: a resumed run takes them from there, and repeats the batch that failed.
 
     If a validation was due when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch
-    (``on_epoch=True``) go on too, also those of torchmetrics. ``Trainer.fit(ckpt_path="last")`` finds
-    the file if `dirpath` is the same in both runs. Use this callback besides a ModelCheckpoint for the best weights,
-    and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, with which a kill does no harm at any
-    time.
+    (``on_epoch=True``) go on too, also those of torchmetrics, and the random generators by which loaders shuffle.
+    ``Trainer.fit(ckpt_path="last")`` finds the file if `dirpath` is the same in both runs. Use this callback besides a
+    ModelCheckpoint for the best weights, and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`,
+    with which a kill does no harm at any time.
 
     Args:
         dirpath: folder of ``last.ckpt``; None takes that of the run's other ModelCheckpoint, or else its default.
@@ -95,7 +97,7 @@ class SaveLast(ModelCheckpoint):
         self._metrics_before: dict[str, Any] = {}  # the batch
         self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
-        self._first = BeforeOthers(self._save_after_error, self._stop_here)
+        self._first = BeforeOthers(self._save_at_end, self._save_after_error, self._stop_here)
         self._restore = ExitStack()  # gives module and strategy their own methods back
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -119,6 +121,7 @@ class SaveLast(ModelCheckpoint):
             (strategy, "lightning_module_state_dict", deferring()(strategy.lightning_module_state_dict)),
             # After the module's own hooks, which follow those of callbacks: what they do to weights (clamps, a
             # teacher's average) would be missing after a resume, because they would not run.
+            (pl_module, "on_train_start", _followed(pl_module.on_train_start, self._training_starts, trainer)),
             (pl_module, "on_train_batch_end", _followed(pl_module.on_train_batch_end, self._batch_ends, trainer)),
             (pl_module, "on_validation_end", _followed(pl_module.on_validation_end, self._validation_ends, trainer)),
         ):
@@ -151,8 +154,17 @@ class SaveLast(ModelCheckpoint):
         self._stopping = 0
         self._is_training, self._is_taken_back = True, False
         self._signal.listen()
-        self._first.epoch = epoch = EpochOfLastBatch(trainer)
-        self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()))
+        self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
+        self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()), is_over=epoch.is_next)
+
+    def _training_starts(self, trainer: L.Trainer) -> None:
+        epoch, validation = self._first.epoch, cast(Any, trainer.fit_loop.epoch_loop.val_loop)
+        assert epoch is not None
+        # Lightning begins a validation to pass over it, for which loaders draw random numbers.
+        passed_over = isolate_rng()(validation.increment_progress_to_evaluation_end)
+        self._restore.enter_context(replaced(validation, "increment_progress_to_evaluation_end", passed_over))
+        restore_generators(trainer, self._resumed.get("generators", ()))
+        epoch.loaders_begin()
         if self._resumed.get("validation_due"):
             with epoch.not_over():
                 validate(trainer)
@@ -193,9 +205,14 @@ class SaveLast(ModelCheckpoint):
         (number,) = largest_of_ranks(trainer, self._signal.number)
         is_late = number and not self._stopping  # after the last batch, of training or of validation
         self._stopping = number
-        if is_late or self._last_global_step_saved != trainer.global_step:
+        if is_late:
             self._save(trainer)
         self._stop_here(trainer)
+
+    def _save_at_end(self, trainer: L.Trainer) -> None:
+        """Saves the last step before others end training: an average of weights would take their place."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save(trainer)
 
     def _save_after_error(self, trainer: L.Trainer, exception: BaseException) -> None:
         """Saves the last complete step after an exception in training, unless a ledger or a file has it already."""
@@ -250,12 +267,15 @@ class SaveLast(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = {
-            "validation_due": self._validation_due,
+            # Also in a checkpoint of another callback, which is saved before it
+            "validation_due": self._validation_due or (is_at_end_of_batch(trainer) and is_validation_next(trainer)),
+            "taken_back": self._is_taken_back,
             "precision": str(trainer.precision),
             "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
             "metrics": of_all_ranks(
                 trainer, self._metrics_before if self._is_taken_back else self._first.metrics.now(trainer)
             ),
+            "generators": generators_of_all_ranks(trainer),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,178 @@
+"""A run goes on as if it had not been stopped where an epoch ends, and loaders draw what they would have drawn."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from checkpoint_runs import AS_EXPECTED, EVERY_6, Run, Validated
+
+pytestmark = [
+    *AS_EXPECTED,
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
+]
+MakeRun = Callable[..., Run]
+EPOCH = 7  # batches
+
+
+class Noisy(Dataset):
+    """Draws random numbers for each example, as augmentations do."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.data[index][0] + 0.1 * torch.randn(4), self.data[index][1]
+
+
+class Pairs(Validated):
+    """Trains on the examples of two loaders together."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(tuple(map(torch.cat, zip(*batch, strict=True))), batch_idx)
+
+
+def shuffled(data: Any) -> Any:
+    return StatefulDataLoader(data, batch_size=4, shuffle=True)
+
+
+def cycled(data: Any) -> Any:
+    return CombinedLoader([shuffled(data), shuffled(torch.utils.data.Subset(data, range(12)))], "max_size_cycle")
+
+
+def plain(data: Any) -> Any:
+    return DataLoader(data, batch_size=4, shuffle=True)
+
+
+def noisy(data: Any) -> Any:
+    return shuffled(Noisy(data))
+
+
+class Ends(Callback):
+    """The steps after which an epoch ended."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.found.append(trainer.global_step)
+
+
+def make(make_run: MakeRun, folder: str, loader: Any, **options: Any) -> Run:
+    ends = Ends()
+    run = make_run(folder, **options | {"callbacks": [ends, *options.get("callbacks", ())]})
+    run.ends = ends
+    if loader is cycled:
+        run.module = Pairs()
+    return run
+
+
+def fit(run: Run, loader: Any, path: Any = None, validate: bool = True) -> Run:
+    L.seed_everything(5, verbose=False)
+    loaders = [loader(run.data), StatefulDataLoader(run.data, batch_size=4)][: 1 + validate]
+    run.trainer.fit(run.module, *loaders, ckpt_path=path, weights_only=True if path else None)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("loader", "at", "options"),
+    [
+        (shuffled, 3, {"limit_train_batches": 3}),
+        (shuffled, 3, {"limit_train_batches": 3, "reload_dataloaders_every_n_epochs": 1}),
+        (cycled, EPOCH, {}),
+        (cycled, EPOCH, EVERY_6),
+        (cycled, 5, EVERY_6),  # after the shorter one has begun again
+        (plain, EPOCH, {}),
+        (plain, EPOCH, EVERY_6),
+        (noisy, 3, {}),
+        (noisy, EPOCH, {}),  # a validation is due, for which its loader draws
+    ],
+)
+def test_from_the_last_batch(make_run: MakeRun, loader: Any, at: int, options: dict[str, Any]) -> None:
+    whole, stopped, resumed = (make(make_run, name, loader, **options) for name in ("whole", "run", "run"))
+    fit(whole, loader)
+    stopped.module.in_step.at[at - 1] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        fit(stopped, loader)
+    fit(resumed, loader, "last").assert_ends_as(whole)
+    assert stopped.watch.grads | resumed.watch.grads == whole.watch.grads
+    assert stopped.watch.epochs | resumed.watch.epochs == whole.watch.epochs
+    assert stopped.watch.validated | resumed.watch.validated == whole.watch.validated
+    assert stopped.ends.found + resumed.ends.found == whole.ends.found
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": -1, "max_epochs": 3}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize(("loader", "limit"), [(shuffled, EPOCH), (shuffled, 3), (plain, EPOCH)])
+def test_from_a_checkpoint_of_an_epochs_end(
+    make_run: MakeRun, tmp_path: Path, loader: Any, limit: int, validate: bool, options: dict[str, Any]
+) -> None:
+    saved = ModelCheckpoint(tmp_path / "ends", "{step}", save_on_train_epoch_end=True, save_top_k=-1)
+    whole = make(make_run, "whole", loader, limit_train_batches=limit, callbacks=[saved], **options)
+    resumed = make(make_run, "run", loader, limit_train_batches=limit, **options)
+    fit(whole, loader, validate=validate)
+    fit(resumed, loader, tmp_path / f"ends/step={limit}.ckpt", validate).assert_ends_as(whole)
+    assert resumed.watch.grads == {step: grads for step, grads in whole.watch.grads.items() if step > limit}
+    assert resumed.ends.found == whole.ends.found[1:]
+    logged = [run.trainer.fit_loop.epoch_loop._batches_that_stepped for run in (whole, resumed)]
+    assert logged[0] == logged[1]
+
+
+def test_a_shorter_loader_that_begins_again_is_warned_of(make_run: MakeRun) -> None:
+    def uneven(data: Any) -> Any:
+        short = shuffled(torch.utils.data.Subset(data, range(4)))
+        return CombinedLoader([shuffled(data), short], "max_size")
+
+    class First(Validated):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch[0], batch_idx)
+
+    def run(steps: int) -> Run:
+        made = make_run(max_steps=steps)
+        made.module = First()
+        return made
+
+    fit(run(3), uneven)
+    with pytest.warns(UserWarning, match="of mode 'max_size', of which a shorter loader was at its end"):
+        fit(run(4), uneven, "last")
+
+
+def test_a_validation_that_was_due_where_another_callback_saved(make_run: MakeRun, tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=6, save_top_k=-1)
+    whole, resumed = make_run("whole", callbacks=[saved], **EVERY_6).fit(), make_run(**EVERY_6)
+    resumed.fit(tmp_path / "steps/step=6.ckpt")
+    assert resumed.watch.validated == whole.watch.validated
+
+
+def test_the_steps_of_curves_after_an_early_stop(make_run: MakeRun) -> None:
+    """A run that is told to stop validates, which another one does not at this step."""
+    stopped = make_run(**EVERY_6)
+    stopped.module.in_step.at[2] = lambda: setattr(stopped.trainer, "should_stop", True)
+    assert stopped.fit().trainer.global_step == 3 and 3 in stopped.watch.validated
+    resumed, whole = make_run(**EVERY_6).fit("last"), make_run("whole", **EVERY_6).fit()
+    resumed.assert_ends_as(whole)
+    assert resumed.watch.batches == whole.watch.batches
+
+
+def test_a_run_of_epochs_goes_on_from_its_weights_and_not_from_their_average(make_run: MakeRun) -> None:
+    whole, first, more = (
+        make_run(name, callbacks=[EMAWeightAveraging(decay=0.9)], max_steps=-1, max_epochs=epochs)
+        for name, epochs in (("whole", 3), ("run", 1), ("run", 3))
+    )
+    whole.fit(validate=False)
+    first.fit(validate=False)
+    more.fit("last", validate=False).assert_ends_as(whole)

@@ -1,0 +1,106 @@
+"""Where in its epoch a restored run goes on, which Lightning's loop leaves open at the ends of epochs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning as L
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+
+
+class ResumedEpoch:
+    """Mends Lightning's count of epochs, and what its loaders do, in a run that was saved at the end of one.
+
+    * Saved at the last batch: Lightning counts the epoch before training goes on, and then takes another turn for it.
+      This turn gets no batch, so that the epoch ends, is counted once, and all loaders begin the next one. Otherwise
+      they would go on where they were: beyond ``limit_train_batches``, or with another round of the shorter ones of a
+      CombinedLoader.
+    * Saved after it, by hooks of the epoch's end: these would be called again, or the state of the loaders, by which
+      they shuffle, be forgotten. The next epoch begins here.
+
+    Args:
+        trainer: the Trainer, when training starts.
+        is_taken_back: whether the run was saved after an error, in the batch that comes next.
+
+    Attributes:
+        is_counted: whether the epoch is counted already, and its turn is not over.
+        is_next: whether the run goes on with the beginning of an epoch.
+    """
+
+    def __init__(self, trainer: L.Trainer, is_taken_back: bool) -> None:
+        self._loop = loop = cast(Any, trainer.fit_loop)
+        progress = loop.epoch_progress
+        is_at_last_batch = loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch
+        self.is_counted = is_at_last_batch and loop.epoch_loop.restarted_on_train_batch_end
+        self._progress = (progress.current, progress.total)
+        is_between = not loop.restarted_mid_epoch and progress.current.ready == progress.current.processed
+        self.is_next = loop.is_resuming and is_between
+        if loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last and not is_taken_back:
+            # Lightning counts this batch for loggers where it passes over a validation, and only there
+            loop.epoch_loop._batches_that_stepped += not loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if loop.restarted_mid_epoch:
+            _warn_of_loaders_at_their_end(loop._combined_loader, loop.epoch_loop.batch_progress.current.ready)
+        if is_at_last_batch:
+            loop._data_fetcher.reset()
+            loop._data_fetcher.done = True
+            loop._last_train_dl_reload_epoch += self.is_counted  # not in this turn
+        elif self.is_next:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        loop = self._loop
+        if loop.restarted_on_epoch_end:
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            cast(Any, _Loop.restarting).fset(
+                loop, False
+            )  # that of the loop itself is always true in a run of so many steps
+        if loop._combined_loader_states_to_load:
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)
+
+    def loaders_begin(self) -> None:
+        """Has loaders begin the next epoch, if the last one is over; once the random generators are restored."""
+        if self.is_next:
+            self._loop.setup_data()  # anew, where `reload_dataloaders_every_n_epochs` says so
+            iter(self._loop._data_fetcher)
+
+    @contextmanager
+    def not_over(self) -> Iterator[None]:
+        """A context in which the epoch is not counted yet."""
+        self._end(-self.is_counted)
+        yield
+        self._end(self.is_counted)
+
+    def epoch_ends(self) -> None:
+        """Is told that Lightning is about to count an epoch."""
+        self._end(-self.is_counted)
+        self._loop._last_train_dl_reload_epoch -= self.is_counted
+        self.is_counted = False
+
+    def _end(self, epochs: int) -> None:
+        for progress in self._progress:
+            progress.processed += epochs
+            progress.completed += epochs
+
+
+def _warn_of_loaders_at_their_end(combined: CombinedLoader, batches: int) -> None:
+    """Warns of a loader that was at its end within an epoch: restored, it begins again."""
+    if combined._mode == "max_size" and any((sized_len(loader) or batches) < batches for loader in combined.flattened):
+        rank_zero_warn(
+            "This run goes on in an epoch of a CombinedLoader of mode 'max_size', of which a shorter loader was at its "
+            "end and begins again: batches are others than those of a run that never stopped. Go on from a checkpoint "
+            "of an epoch's end, or use the mode 'max_size_cycle' or 'min_size'."
+        )
+
+
+def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
+    """Whether a run that was saved at the last batch of an epoch, and goes on from there, ends that epoch.
+
+    It does if there is more to train, see :class:`ResumedEpoch`.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # declared as less
+    return trainer.global_step != trainer.max_steps and epochs != trainer.max_epochs
