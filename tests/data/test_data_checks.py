@@ -171,16 +171,22 @@ def test_that_only_some_rows_are_drawn_is_said_once(
     assert messages == [f"{folder / 'train.jsonl'}: 13 of 20 rows are drawn (`data.num_train`, ...)."]
 
 
-def test_rows_that_say_nothing_are_counted(
-    tmp_path: Path, make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+def test_that_rows_say_nothing_is_said_once(
+    tmp_path: Path,
+    make_trainer: Callable[..., L.Trainer],
+    spectator: L.LightningModule,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr("zolightning.data.rows.rank_zero_warn", messages.append)
     (tmp_path / "train.csv").write_text('text,label\nrain,0\n"",1\nsun,1\n" ",0\n')
+    (tmp_path / "validation.csv").write_text("text,label\nrain,0\n")
     task = {"name": "own", "prompt": "{{ text }} It was", "answers": [" bad", " good"], "labels": [0, 1]}
-    data = PromptDataModule(task, str(tmp_path), num_train=3, num_validation=1, batch_size=1)
-    with pytest.warns(
-        UserWarning, match=r"train.csv: \d of \d rows? have nothing in `text`, the first of them row [13]"
-    ):
+    data = PromptDataModule(task, str(tmp_path), batch_size=1)
+    for _ in range(2):
         make_trainer(max_steps=1, limit_val_batches=0).fit(spectator, data)
+    (message,) = messages
+    assert "train.csv: 2 of 4 rows have nothing in `text`, the first of them row 1: take" in message
 
 
 def test_a_token_for_padding_that_the_model_lacks_is_replaced(

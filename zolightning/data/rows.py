@@ -56,6 +56,8 @@ class Rows:
 
     # Origins of splits of which it was said how many rows are used
     _counted: set[str] = field(default_factory=set, init=False)
+    # Origins of splits, with a number of rows of which it was said that some say nothing
+    _warned: set[tuple[str, int]] = field(default_factory=set, init=False)
 
     def train_and_validation(self) -> dict[str, list[Row]]:
         """The sampled rows by the name of their split."""
@@ -151,12 +153,13 @@ class Rows:
     def _warn_of_blanks(self, split: Split, rows: list[Row]) -> None:
         """Warns of rows that say nothing, such as those of a CSV file whose cell is empty."""
         names = sorted(self.task.template_fields)
-        blank = [row for row in rows if names and not "".join(str(row.fields[name]) for name in names).strip()]
-        if blank:
+        blank = [row.id for row in rows if names and not "".join(str(row.fields[name]) for name in names).strip()]
+        if blank and (split.origin, len(rows)) not in self._warned:
+            self._warned.add((split.origin, len(rows)))
             rank_zero_warn(
                 f"{split.origin}: {len(blank)} of {counted(len(rows), 'row')} have nothing in "
                 f"{', '.join(f'`{name}`' for name in names)}, the first of them {split.unit} "
-                f"{blank[0].id + (split.unit == 'line')}: take them out, if that is not meant."
+                f"{min(blank) + (split.unit == 'line')}: take them out, if that is not meant."
             )
 
     def _drawn(self, train: Sampled, seed: int, own: int | None) -> list[int]:
