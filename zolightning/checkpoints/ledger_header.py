@@ -14,7 +14,7 @@ from zolightning.optim.settings import settings_of
 from zolightning.versions import installed_version
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
-_APART = ("param_names", "blocks", "block_weight", "lr_scale")
+_APART = ("param_names", "blocks", "block_weight", "lr_scale", "measured")
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         found = evaluate_step(self, last, loss_fn, share, skip_nonfinite, micro_batches) if evaluates else None
         record = last.known.popleft() if last.known else found
         assert record is not None, "either it is known, or has just been made"
-        last.record, last.is_unapplied, last.measured = record, True, 0
+        last.record, last.is_unapplied = record, True
         return record
 
     @torch.no_grad()
@@ -270,6 +270,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         for group in self.param_groups:
             group["step"] = record.step + 1
             group["forward_passes"] += record.forward_passes
+            group.pop("measured", None)
 
     @property
     def record(self) -> StepRecord | None:
@@ -291,7 +292,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     def count(self, evaluations: int) -> None:
         """Adds evaluations that were made between steps to the ``forward_passes`` of the next record."""
-        self._estimate.measured += evaluations
+        group = self.param_groups[0]  # which checkpoints hold
+        group["measured"] = group.get("measured", 0) + evaluations
 
     def expect(self, records: Iterable[StepRecord], evaluate: bool = False) -> None:
         """Has the next estimates return these records, see :meth:`~zolightning.optim.record.Estimate.expect`."""

@@ -56,7 +56,7 @@ def evaluate_step(
     _count_nonfinite(found, last, skip_nonfinite, optimizer.param_groups[0]["step"])
     if optimizer.align_queries and found.is_finite:
         found = found._replace(projected_grads=aligned(optimizer, found.projected_grads, warns=last.record is None))
-    return _record_of(found, optimizer, last.measured)
+    return _record_of(found, optimizer)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _count_nonfinite(found: Probed, last: Estimate, skip_nonfinite: bool, step: 
         raise NonFiniteLossError(f"The loss is not finite at step {step}{many}: {values}.")
 
 
-def _record_of(found: Probed, optimizer: "ZerothOrderOptimizer", measured: int) -> StepRecord:
+def _record_of(found: Probed, optimizer: "ZerothOrderOptimizer") -> StepRecord:
     groups = optimizer.param_groups
     first, weight = groups[0], groups[0].get("block_weight", 1.0)
     return StepRecord(
@@ -110,7 +110,7 @@ def _record_of(found: Probed, optimizer: "ZerothOrderOptimizer", measured: int) 
         lr=tuple(float(group["lr"]) * optimizer.lr_scale * weight for group in groups),
         projected_grads=tuple(found.projected_grads) if found.is_finite else (),
         losses=tuple(found.losses),
-        forward_passes=len(found.losses) * optimizer.estimator.forwards + measured,
+        forward_passes=len(found.losses) * optimizer.estimator.forwards + first.get("measured", 0),
         refresh=first.get("refresh", 0),
         folds=first.get("folds", 0),
         blocks=optimizer.active,

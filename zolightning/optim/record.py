@@ -63,7 +63,6 @@ class Estimate:
         is_unapplied: whether it has yet to be applied.
         flat_in_a_row: number of estimates up to this one with equal losses.
         nonfinite_in_a_row: number of estimates up to this one with a loss that is not finite.
-        measured: evaluations since then that the next record will count.
         known: records to be returned by the next estimates, see ``ZerothOrderOptimizer.expect``.
         evaluates_known: whether the losses of these steps are evaluated nevertheless.
     """
@@ -72,7 +71,6 @@ class Estimate:
     is_unapplied: bool = False
     flat_in_a_row: int = 0
     nonfinite_in_a_row: int = 0
-    measured: int = 0
     known: deque[StepRecord] = field(default_factory=deque)
     evaluates_known: bool = False
 
