@@ -127,7 +127,9 @@ def test_the_squared_gradient_of_a_block(make_problem: Callable[..., nn.Module],
     # Twenty squares of Gaussian numbers, each of standard deviation sqrt(2) times the mean: 32 % of it
     lifted = gradient if isinstance(optimizer, MeZO) else gradient @ optimizer.basis(problem.matrix).right
     assert found == [pytest.approx(lifted.square().sum().item(), rel=0.64)]
-    assert (record.blocks, record.forward_passes, optimizer.estimate(problem).forward_passes) == ((1,), 42, 2)
+    assert (record.blocks, record.forward_passes) == ((1,), 42)
+    optimizer.step()
+    assert optimizer.estimate(problem).forward_passes == 2
 
 
 @pytest.mark.parametrize(

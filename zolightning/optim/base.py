@@ -291,7 +291,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         return handle
 
     def count(self, evaluations: int) -> None:
-        """Adds evaluations that were made between steps to the ``forward_passes`` of the next record."""
+        """Adds evaluations that were made between steps to the ``forward_passes`` of the next step's record."""
         group = self.param_groups[0]  # which checkpoints hold
         group["measured"] = group.get("measured", 0) + evaluations
 
