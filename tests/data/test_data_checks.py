@@ -138,7 +138,16 @@ def test_files_are_checked_without_a_model(write_rows: Callable[..., Path]) -> N
         data.check_rows("validation")
 
 
-def test_that_there_are_fewer_rows_than_asked_for_is_said_once(
+@pytest.mark.parametrize(
+    ("num_train", "message"),
+    [
+        (1000, "20 rows, fewer than the 1005 asked for; all are used."),
+        (8, "13 of 20 rows are drawn (`data.num_train`, ...)."),
+    ],
+)
+def test_how_many_rows_are_used_is_said_once(
+    num_train: int,
+    message: str,
     write_rows: Callable[..., Path],
     make_trainer: Callable[..., L.Trainer],
     spectator: L.LightningModule,
@@ -147,28 +156,13 @@ def test_that_there_are_fewer_rows_than_asked_for_is_said_once(
     messages: list[str] = []
     monkeypatch.setattr("zolightning.data.rows.rank_zero_info", messages.append)
     folder = write_rows(train=20)
-    data = PromptDataModule("sst2", str(folder), num_validation=5, batch_size=4)
+    data = PromptDataModule("sst2", str(folder), num_train=num_train, num_validation=5, batch_size=4)
     make_trainer().validate(spectator, data, verbose=False)
     make_trainer(max_epochs=1).fit(spectator, datamodule=data)
-    assert messages == [f"{folder / 'train.jsonl'}: 20 rows, fewer than the 1005 asked for; all are used."]
+    assert messages == [f"{folder / 'train.jsonl'}: {message}"]
     spectator.context_length = None
     make_trainer().validate(spectator, PromptDataModule("sentiment"), verbose=False)
-    assert not any("fewer" in message for message in messages[1:])
-
-
-def test_that_only_some_rows_are_drawn_is_said_once(
-    write_rows: Callable[..., Path],
-    make_trainer: Callable[..., L.Trainer],
-    spectator: L.LightningModule,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    messages: list[str] = []
-    monkeypatch.setattr("zolightning.data.rows.rank_zero_info", messages.append)
-    folder = write_rows(train=20)
-    data = PromptDataModule("sst2", str(folder), num_train=8, num_validation=5, batch_size=4)
-    make_trainer().validate(spectator, data, verbose=False)
-    make_trainer(max_epochs=1).fit(spectator, datamodule=data)
-    assert messages == [f"{folder / 'train.jsonl'}: 13 of 20 rows are drawn (`data.num_train`, ...)."]
+    assert not any("fewer" in later for later in messages[1:])
 
 
 def test_that_rows_say_nothing_is_said_once(
