@@ -11,18 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from live_bytes import LiveBytes
+from zolightning.directions.basis import Basis
 from zolightning.directions.second_moment import SecondMoment
 from zolightning.evaluation.graph_inputs import Parts
 from zolightning.memory import (
     BatchShape,
+    kept_direction_bytes,
     plan,
     sketch_bytes,
     state_bytes,
     trained_by,
     trained_whole,
     weight_bytes,
+    with_bases_of_inputs,
 )
 from zolightning.memory_alternatives import (
     LORA_RANK,
@@ -35,7 +39,7 @@ from zolightning.memory_alternatives import (
 from zolightning.messages import in_units
 from zolightning.network.adapters import add_adapter, lora_settings
 from zolightning.network.quantization import quantize, quantized_linears
-from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, StepRecord, SubspaceOptimizer
+from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, StepRecord, SubspaceOptimizer, SubZero
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTHS: dict[str, dict[str, Any]] = {
@@ -106,7 +110,7 @@ def test_a_method_may_divide_by_the_spread_of_its_losses() -> None:
 
 def test_state_in_host_memory() -> None:
     weights = trained_whole([torch.zeros(8, 6, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)])
-    on_device, nothing, _ = state_bytes(weights, partial(LOZO, rank=2))
+    on_device, nothing, *_ = state_bytes(weights, partial(LOZO, rank=2))
     assert state_bytes(weights, partial(LOZO, rank=2, offload_low_words=True))[:2] == (on_device - 8 * 6 * 2, 8 * 6 * 2)
     assert state_bytes(weights, partial(LOZO, rank=2), offload_low_words=True)[:2] == (on_device - 8 * 6 * 2, 8 * 6 * 2)
     assert nothing == 0
@@ -156,11 +160,47 @@ def test_cuda_graphs_allocate_the_forward_again_and_copy_factors(method: Any) ->
     assert plan(network, trained, method, cuda_graphs=True).graphs is None
 
 
+class Reads(nn.Module):
+    """An embedding, and two maps that have their inputs on different sides of their weights."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, inputs)
+        self.linear, self.across = nn.Linear(inputs, 12), Conv1D(5, inputs)
+
+    def forward(self) -> Tensor:
+        rows = self.embedding.weight
+        return self.linear(rows).float().square().mean() + self.across(rows).float().square().mean()
+
+
 @pytest.mark.parametrize(("inputs", "count"), [(40, 4), (100, 4), (72, 4)])
 def test_sketches_of_what_layers_read(inputs: int, count: int) -> None:
-    moment = SecondMoment(inputs, count, 0, "w", torch.device("cpu"))
-    weights = trained_whole([torch.empty(3, inputs), torch.empty(7), torch.empty(5, inputs)])
+    moment, module = SecondMoment(inputs, count, 0, "w", torch.device("cpu")), Reads(inputs)
+    weights = with_bases_of_inputs(module, trained_whole(module.parameters()))
     assert sketch_bytes(weights, count) == 2 * (moment.test.nbytes + moment.product.nbytes)
+    moment.add(torch.rand(200, inputs))
+    kept = moment.leading(count)
+    assert kept_direction_bytes(weights, count) == 2 * (kept.directions.nbytes + kept.values.nbytes + 4)
+
+
+@pytest.mark.parametrize(
+    "method", [partial(LOZO, rank=2, momentum=0.9), partial(SubZero, rank=4), partial(ZOMOPI, rank=6, power_rank=3)]
+)
+def test_state_with_bases_of_inputs(method: Any) -> None:
+    """The factor has as many rows as there are inputs, and the core as there are outputs, for any method."""
+    module = Reads(40).bfloat16()
+    optimizer = method(module.named_parameters(), lr=1e-6)
+    optimizer.attach(module)
+    optimizer.fold_every_step = False
+    expected = state_bytes(with_bases_of_inputs(module, trained_by(optimizer)), method)
+    sides = {module.linear.weight: "right", module.across.weight: "left"}
+    ranks = {weight: optimizer.matrix_of(weight).rank for weight in sides}
+    optimizer.resample({weight: Basis(**{side: torch.rand(40, ranks[weight])}) for weight, side in sides.items()})
+    for _ in range(2):
+        optimizer.fold()  # leaves low words beside the next core
+        optimizer.estimate(module)
+        optimizer.step()
+    assert optimizer.state_bytes() == expected.device
 
 
 def test_networks_of_other_kinds_are_not_estimated() -> None:

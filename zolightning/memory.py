@@ -8,21 +8,24 @@ estimated as the forward's memory and its scratch once more, and a copy of the f
 Attention implementations that store a matrix of scores are not accounted for. GB are 1e9 bytes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from zolightning.directions.basis import Basis
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.second_moment import moment_bytes
 from zolightning.evaluation.scratch import scratch_bytes
-from zolightning.layers import FeedForward, find_layers, mlp_of
+from zolightning.layers import FeedForward, find_layers, is_conv1d, mlp_of
 from zolightning.messages import in_units
 from zolightning.network.quantization import quantized_linears
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
+from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.scopes.input_moments import INPUT_DIM, Side
 
 Method = Callable[..., ZerothOrderOptimizer]
 
@@ -34,11 +37,13 @@ class Trained(NamedTuple):
         weight: the whole weight.
         shape: the shape of the weight, or of the slice of it that trains.
         beside: whether it is in no block while other weights are in blocks; some methods keep less for it.
+        side: where a matrix has its inputs, "left" or "right", if a factor comes from these and is not drawn.
     """
 
     weight: Tensor
     shape: tuple[int, ...]
     beside: bool = False
+    side: Side | None = None
 
 
 class BatchShape(NamedTuple):
@@ -144,6 +149,18 @@ def trained_by(optimizer: ZerothOrderOptimizer) -> list[Trained]:
     return [Trained(p, optimizer.trainable_shape(p), optimizer.blocks.is_beside(p)) for p in parameters]
 
 
+def with_bases_of_inputs(module: nn.Module, trained: Iterable[Trained]) -> list[Trained]:
+    """The same weights, of which matrices other than embeddings have their factors from inputs (ActivationBases)."""
+    embedded = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    across = {id(child.weight) for child in module.modules() if is_conv1d(child)}
+    found = []
+    for one in trained:
+        is_read = len(one.shape) == 2 and min(one.shape) > 1 and id(one.weight) not in embedded
+        side: Side = "left" if id(one.weight) in across else "right"
+        found.append(one._replace(side=side) if is_read else one)
+    return found
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; shared ones count once."""
     return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
@@ -151,36 +168,58 @@ def weight_bytes(module: nn.Module) -> int:
 
 def sketch_bytes(trained: Iterable[Trained], directions: int) -> int:
     """Bytes of the second moments of the matrices' inputs, from which that many `directions` of each are taken."""
-    return sum(moment_bytes(shape[1], directions) for _, shape, _ in trained if len(shape) == 2)
+    return sum(moment_bytes(size, directions) for size in _input_sizes(trained))
+
+
+def kept_direction_bytes(trained: Iterable[Trained], directions: int) -> int:
+    """Bytes of the directions themselves and of their eigenvalues, where they are kept for the next refresh."""
+    return sum(4 * ((size + 1) * min(directions, size) + 1) for size in _input_sizes(trained))
+
+
+def _input_sizes(trained: Iterable[Trained]) -> list[int]:
+    return [one.shape[INPUT_DIM[one.side]] for one in trained if one.side is not None]
 
 
 class StateBytes(NamedTuple):
-    """Bytes of a method's state on the device and on the host, and of the factors of low-rank perturbations in it."""
+    """Bytes of a method's state.
+
+    Attributes:
+        device: those on the device.
+        host: those on the host.
+        factors: of those on the device, the factors of low-rank perturbations.
+        at_rest: of those on the device, what is kept of a block that does not move, where its state is reset.
+    """
 
     device: int
     host: int
     factors: int
+    at_rest: int
 
 
 def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> StateBytes:
     """The state when it is largest: for each shape by two steps of the method on it, with a :meth:`fold` in between."""
-    counted: dict[tuple[tuple[int, ...], torch.dtype, bool], StateBytes] = {}
+    counted: dict[Hashable, StateBytes] = {}
     found = []
-    for weight, shape, beside in trained:
-        key = (shape, weight.dtype, beside)
+    for weight, shape, beside, side in trained:
+        key = (shape, weight.dtype, beside, side)
         if key not in counted:
             stand_in = nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta"))
-            counted[key] = _state_of(stand_in, method, beside, changes)
+            counted[key] = _state_of(stand_in, method, beside, side, changes)
         found.append(counted[key])
-    return StateBytes(*(sum(each) for each in zip(*found, strict=True))) if found else StateBytes(0, 0, 0)
+    return StateBytes(*(sum(each) for each in zip(*found, strict=True))) if found else StateBytes(0, 0, 0, 0)
 
 
-def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dict[str, Any]) -> StateBytes:
+def _state_of(
+    stand_in: nn.Parameter, method: Method, beside: bool, side: Side | None, changes: dict[str, Any]
+) -> StateBytes:
     optimizer = method([stand_in])
     if beside:
         optimizer.blocks.parameters.append(frozenset())
     for name, value in changes.items():
         setattr(optimizer, name, value)
+    if side is not None and isinstance(optimizer, SubspaceOptimizer) and (matrix := optimizer.matrix_of(stand_in)):
+        size = matrix.shape[INPUT_DIM[side]]
+        optimizer.resample({stand_in: Basis(**{side: torch.zeros(size, min(matrix.rank, size), device="meta")})})
     # Losses that differ: a method may divide by their spread.
     losses = tuple(map(float, range(len(optimizer.estimator.probes(optimizer.num_queries)))))
     record = StepRecord(
@@ -191,10 +230,12 @@ def _state_of(stand_in: nn.Parameter, method: Method, beside: bool, changes: dic
     optimizer.apply(replace(record, step=1, folds=optimizer.param_groups[0].get("folds", 0)))
     changed = [change for change in optimizer.offsets().values() if isinstance(change, LowRank)]
     factors = [factor for change in changed for factor in (change.basis.left, change.basis.right, change.pending)]
+    kept = optimizer.state.get(stand_in, {})
     return StateBytes(
         optimizer.state_bytes(),
         optimizer.host_bytes(),
         sum(factor.nbytes for factor in factors if factor is not None),
+        sum(getattr(value, "nbytes", 0) for name, value in kept.items() if name in optimizer.kept_at_rest),
     )
 
 

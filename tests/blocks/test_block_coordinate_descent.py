@@ -23,7 +23,7 @@ from training import Records, assert_equal, weights
 from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, RandomPermutation, find_blocks
 from zolightning.callbacks import BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.evaluation.shared_prefix import SharedPrefix
-from zolightning.optim import HiZOO, MeZO, SubZero
+from zolightning.optim import HiZOO, MeZO, SparseMeZO, SubZero
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 
@@ -257,6 +257,22 @@ def test_what_moves_at_once_at_most() -> None:
         descent.schedule = BlockSchedule(find_blocks(module, moving, others=others), blocks_per_step=2)
         found = descent.largest(MEZO(moving))
         assert found == {*module.layers[0].parameters(), *module.layers[1].parameters()} | around
+
+
+def test_the_plan_of_memory_has_what_blocks_at_rest_keep(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Count(Callback):
+        most = 0
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.most = max(self.most, trainer.optimizers[0].state_bytes())
+
+    monkeypatch.setattr("zolightning.memory.in_units", str)
+    caplog.set_level("INFO")
+    count, method = Count(), partial(SparseMeZO, lr=0.05, mask="fixed")
+    fit(method, BlockCoordinateDescent(interval=1), RunOverview(), count, precision="bf16-true", max_steps=5)
+    assert f", state {count.most}, " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The first words of a run, and what TensorBoard is told of it."""
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -104,6 +105,18 @@ def test_what_bases_of_inputs_take_is_said(
     bases = ActivationBases(examples="batch")
     fit(ZerothOrder(partial(LOZO, lr=1e-3, rank=1)), SubspaceResampling(bases=bases))
     assert any("sketches 0.0 MB" in message for message in caplog.messages)
+
+
+def test_directions_that_are_kept_for_the_next_refresh(
+    fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zolightning.memory.in_units", str)
+    caplog.set_level("INFO")
+    for decay in (0.0, 0.5):
+        bases = ActivationBases(examples="batch", refresh=True, decay=decay)
+        fit(ZerothOrder(partial(LOZO, lr=1e-3, rank=1)), SubspaceResampling(bases=bases))
+    without, with_them = map(int, re.findall(r", state (\d+), ", caplog.text))
+    assert with_them - without == 4 * (4 + 2)  # a direction of four inputs, its eigenvalue and the energy
 
 
 def test_the_run_is_the_same_without_it(

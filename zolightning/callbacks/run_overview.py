@@ -25,11 +25,13 @@ from zolightning.memory import (
     BatchShape,
     MemoryPlan,
     Trained,
+    kept_direction_bytes,
     plan,
     sketch_bytes,
     state_bytes,
     trained_by,
     weight_bytes,
+    with_bases_of_inputs,
 )
 from zolightning.memory_alternatives import alternatives
 from zolightning.messages import in_units
@@ -207,21 +209,24 @@ def _memory_plan(
     """
     (zeroth_order, *_) = find_callbacks(trainer, ZerothOrder)
     setting = zeroth_order.method, _largest_batch(trainer, zeroth_order), optimizer.evaluator.graphs is not None
+    bases = next((found.bases for found in find_callbacks(trainer, SubspaceResampling)), None)
+    trained = trained if bases is None else with_bases_of_inputs(module, trained)
     planned = plan(module, trained, *setting)
-    for resampling in find_callbacks(trainer, SubspaceResampling):
-        if resampling.bases is not None:
-            directions = resampling.bases.skip + max(group["rank"] for group in optimizer.param_groups)
-            planned = replace(planned, sketches=sketch_bytes(trained, directions))
     for blocks in _blocks_in(trainer):
         if blocks.left_state == "reset":
-            moving = blocks.largest(optimizer)
-            state = state_bytes([t for t in trained if t.weight in moving], zeroth_order.method)
-            planned = replace(planned, state=state.device, host=state.host)
+            largest = blocks.largest(optimizer)
+            moving = state_bytes([one for one in trained if one.weight in largest], zeroth_order.method)
+            others = state_bytes([one for one in trained if one.weight not in largest], zeroth_order.method)
+            planned = replace(planned, state=moving.device + others.at_rest, host=moving.host)
+    if bases is not None:
+        directions = bases.skip + max(group["rank"] for group in optimizer.param_groups)
+        kept = kept_direction_bytes(trained, directions) if bases.decay else 0
+        planned = replace(planned, state=planned.state + kept, sketches=sketch_bytes(trained, directions))
     device = trainer.strategy.root_device
     if device.type == "cuda":
         devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
-        others = partial(alternatives, module, trained, *setting)
-        refuse_too_large(planned, sum(map(free_bytes, devices)), others)
+        other_ways = partial(alternatives, module, trained, *setting)
+        refuse_too_large(planned, sum(map(free_bytes, devices)), other_ways)
     return planned
 
 
