@@ -30,6 +30,7 @@ from zolightning.optim import (
     SubspaceMeZO,
     SubZero,
     ZerothOrderOptimizer,
+    ZOAdaMM,
     ZOMuon,
 )
 from zolightning.optim.estimators import OneSided, Population, TwoSided
@@ -110,6 +111,7 @@ METHODS: dict[str, Method] = {
     "mezo-low-byte": partial(MeZO, lr=0.02, update_precision="low_byte"),
     "mezo-adam": partial(MeZOAdam, lr=0.05),
     "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.05, weight_decay=0.1, num_queries=2),
+    "zo-adamm": partial(ZOAdaMM, lr=0.02, weight_decay=0.1),
     "hizoo": partial(HiZOO, lr=0.02, smoothing=1e-5),
     "hizoo-centered": partial(
         HiZOO, lr=0.02, smoothing={0: 1e-5, 2: 2e-5}, curvature_estimate="centered", weight_decay=0.1, num_queries=2

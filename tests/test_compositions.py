@@ -52,6 +52,7 @@ from zolightning.optim import (
     SubspaceOptimizer,
     SubZero,
     WarmupDecay,
+    ZOAdaMM,
     ZOMuon,
 )
 from zolightning.optim.estimators import OneSided, PerExample, Population, TwoSided, ZScores
@@ -185,6 +186,7 @@ DENSE = {
         },
     ),
     MeZOAdam: st.fixed_dictionaries({}, optional={"weight_decay": st.just(0.1)}),
+    ZOAdaMM: st.fixed_dictionaries({}, optional={"weight_decay": st.just(0.1)}),
     HiZOO: st.fixed_dictionaries(
         {"smoothing": st.sampled_from([1e-3, {0: 1e-5, 4: 1e-4}])},
         optional={

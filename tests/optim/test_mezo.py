@@ -1,4 +1,4 @@
-"""MeZO and MeZO-Adam against restatements of their definitions."""
+"""MeZO, MeZO-Adam and ZO-AdaMM against restatements of their definitions."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from optimizer_steps import MakeProblem, run, standard
 from zolightning.kernels.noise import NoiseKind, key
-from zolightning.optim import MeZO, MeZOAdam
+from zolightning.optim import MeZO, MeZOAdam, ZOAdaMM
 from zolightning.optim.estimators import OneSided, Population
 from zolightning.optim.share import Share
 
@@ -219,6 +219,33 @@ class TestMeZO:
         ]
         assert len(messages) == warns
         assert not warns or "matrix, images, vector" in messages[0]
+
+
+class TestZOAdaMM:
+    def test_it_is_amsgrad_on_the_estimate(self, make_problem: MakeProblem) -> None:
+        module, reference = make_problem(torch.float64), make_problem(torch.float64)
+        optimizer = ZOAdaMM(module.named_parameters(), lr=0.02, betas=(0.8, 0.5), weight_decay=0.2)
+        train(module, optimizer)
+        moments = {name: [torch.zeros_like(p)] * 3 for name, p in reference.named_parameters()}
+        has_fallen = False
+        for step in range(STEPS):
+            z = z_of(reference, step)
+            g = projected_grad(reference, z, 1e-3)
+            for name, parameter in reference.named_parameters():
+                m, v, h = moments[name]
+                m, v = 0.8 * m + 0.2 * g * z[name], 0.5 * v + 0.5 * (g * z[name]) ** 2
+                moments[name] = [m, v, torch.maximum(h, v)]
+                has_fallen |= bool((v < h).any())
+                with torch.no_grad():
+                    parameter *= 1 - 0.02 * 0.2 * (parameter.ndim > 1)
+                    parameter -= 0.02 * m / (moments[name][2].sqrt() + 1e-8)
+        assert has_fallen  # so that Adam would have gone elsewhere
+        assert_followed(module, reference)
+
+    def test_memory(self, make_problem: MakeProblem) -> None:
+        module = make_problem(torch.bfloat16)
+        train(module, optimizer := ZOAdaMM(module.named_parameters()), steps=1)
+        assert optimizer.state_bytes() == sum(p.numel() for p in module.parameters()) * (12 + 2)
 
 
 class TestMeZOAdam:

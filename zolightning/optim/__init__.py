@@ -4,8 +4,8 @@ In the order of reading:
 
 * The classes under a method: ``named_parameters`` (with ``blocks``), ``base``; then ``dense``, or ``subspace_weights``
   and ``subspace``.
-* Methods with dense directions: ``mezo``, ``mezo_adam``, ``hizoo``, ``sparse_mezo``. In subspaces: ``lozo``, ``grzo``,
-  ``subzero``, ``subspace_mezo``, ``zo_muon``, ``zo_mopi``.
+* Methods with dense directions: ``mezo``, ``mezo_adam``, ``zo_adamm``, ``hizoo``, ``sparse_mezo``. In subspaces:
+  ``lozo``, ``grzo``, ``subzero``, ``subspace_mezo``, ``zo_muon``, ``zo_mopi``.
 * A step's losses become a record: ``estimators``, ``probing``, ``per_example``, ``forward_gradient``, ``alignment``,
   ``share``, ``record``, ``evaluate_step``.
 * A record becomes an update: ``precision``, ``moments``, ``normalization``, ``curvature``, ``orthogonalization``,
@@ -27,6 +27,7 @@ from zolightning.optim.sparse_mezo import SparseMeZO
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_mezo import SubspaceMeZO
 from zolightning.optim.subzero import SubZero
+from zolightning.optim.zo_adamm import ZOAdaMM
 from zolightning.optim.zo_mopi import ZOMOPI
 from zolightning.optim.zo_muon import ZOMuon
 
@@ -44,6 +45,7 @@ __all__ = [
     "SubspaceMeZO",
     "SubspaceOptimizer",
     "WarmupDecay",
+    "ZOAdaMM",
     "ZOMuon",
     "ZerothOrderOptimizer",
 ]

@@ -87,7 +87,7 @@ def momentum_(
     Returns:
         The buffers, (n,) each, float32 or wider.
     """
-    buffers = [_moment(state, "momentum_buffer", weight) for state, weight in zip(states, weights, strict=True)]
+    buffers = [moment(state, "momentum_buffer", weight) for state, weight in zip(states, weights, strict=True)]
     accumulate_each(gradients, buffers, momentum)
     return buffers
 
@@ -123,14 +123,15 @@ def adam_(
         moved = [weights[place] for place in places]
         own, directions = [states[place] for place in places], [gradients[place] for place in places]
         moments = [
-            (_moment(state, "exp_avg", weight), _moment(state, "exp_avg_sq", weight))
+            (moment(state, "exp_avg", weight), moment(state, "exp_avg_sq", weight))
             for state, weight in zip(own, moved, strict=True)
         ]
         step = adam_step(betas, count, denominator_eps, scale)
         add_adam(moved, own, moments, directions, step, precision, [decays[place] for place in places])
 
 
-def _moment(state: State, name: str, weight: Tensor) -> Tensor:
+def moment(state: State, name: str, weight: Tensor) -> Tensor:
+    """``state[name]``, (n,), float32 or wider for a weight of n elements; made of zeros if it is not there."""
     if name not in state:
         state[name] = torch.zeros(weight.numel(), dtype=compute_dtype(weight.dtype), device=weight.device)
     return state[name]
