@@ -87,10 +87,6 @@ trainer = L.Trainer(accelerator="cpu", max_steps=2, callbacks=callbacks, logger=
 trainer.fit(net, DataLoader(torch.randn(8, 4), batch_size=4))
 assert trainer.global_step == 2
 assert not any(map(torch.equal, before, net.layers[1].up.parameters()))
-
-# Nor do benchmarks on random tokens.
-from zolightning.bench.__main__ import parser
-assert parser().parse_args(["step", "--model", "config:tiny"]).model == "config:tiny"
 """
     )
 

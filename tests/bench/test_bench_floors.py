@@ -67,7 +67,7 @@ def test_drawn_prompts_are_as_long_as_those_of_the_task(task: str, mean: float) 
 
 
 def test_drawn_prompts_of_one_length() -> None:
-    assert [len(example.prompt_ids) for example in draw_prompts(6, 3, 50)] == [6, 6, 6]
+    assert [len(example.prompt_ids) for example in draw_prompts("6", 3, 50)] == [6, 6, 6]
 
 
 def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

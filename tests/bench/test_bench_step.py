@@ -116,7 +116,7 @@ def test_rows_with_graphs_keep_them(
 
 
 def test_rows_are_chosen_by_name() -> None:
-    rows = step.Settings("nowhere", rows=("LOZO", "native")).chosen(ROWS)
+    rows = step.Settings("nowhere", rows=["LOZO", "native"]).chosen(ROWS)
     assert [row.name for row in rows] == ["forward", "published", "MeZO native", "LOZO rank 4"]
     assert step.Settings("nowhere").chosen(ROWS) == ROWS
 
@@ -247,15 +247,15 @@ def test_what_was_measured_is_written_if_the_rest_fails(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--batch-size 0", "--batch-size: must be at least 1, got 0"),
-        ("--rows (", "--rows: must be a regular expression, got '('"),
-        ("--rows LOZO LOZZO", "--rows: must match the name of a row, got 'LOZZO'; there are forward, published"),
-        ("--seq-len 1", "--seq-len: must be at least 2, got 1"),
-        ("--lengths cola", "--lengths: must be one of sst2, rte, boolq, or a number of tokens, got 'cola'"),
+        ("--batch-size 0", "`--batch-size` must be at least 1, got 0"),
+        ("--rows (", "`--rows` must be regular expressions, got '('"),
+        ("--rows LOZO LOZZO", "`--rows` 'LOZZO' matches no row; there are forward, published"),
+        ("--seq-len 1", "`--seq-len` must be at least 2, got 1"),
+        ("--lengths cola", "`--lengths` must be one of sst2, rte, boolq, or a number of tokens, got 'cola'"),
         ("--precision bf16-mixed", "--precision: invalid choice: 'bf16-mixed'"),
     ],
 )
 def test_arguments_are_checked(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         main(["step", "--model", "nowhere", *arguments.split()])
-    assert message in capsys.readouterr().err
+    assert message in f"{refused.value} {capsys.readouterr().err}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zolightning.bench.__main__ import main
-from zolightning.bench.memory_table import CARDS, CONTEXT, MODES, cell
+from zolightning.bench.memory import CARDS, CONTEXT, MODES, cell
 from zolightning.bench.shapes import model_of_shape
 from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan

@@ -4,18 +4,20 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
-from zolightning.bench import block_time, gpu, gradient_signal, learn, memory_table, scale, step_command
+from transformers.hf_argparser import HfArgumentParser
+
+from zolightning.bench import blocks, gpu, learn, memory, scale, signal, step
 from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
 
-# Each module has `add_arguments`, to a parser, and `run_command`, with the arguments that it returns.
+# Each module has `Settings`, a dataclass whose fields are the options, and `run`, the benchmark as a function of them.
 _BENCHMARKS: dict[str, tuple[ModuleType, str]] = {
-    "step": (step_command, "a training step"),
+    "step": (step, "a training step"),
     "gpu": (gpu, "bits, steps, memory and kernels of a GPU in eight minutes"),
     "learn": (learn, "which method learns most, at equal forwards and at equal time"),
-    "signal": (gradient_signal, "which maps have gradients that stand out of their noise"),
-    "memory": (memory_table, "GB by model and mode"),
-    "blocks": (block_time, "steps in one layer at a time, by batch size"),
+    "signal": (signal, "which maps have gradients that stand out of their noise"),
+    "memory": (memory, "GB by model and mode"),
+    "blocks": (blocks, "steps in one layer at a time, by batch size"),
     "scale": (scale, "two ranks"),
 }
 
@@ -25,20 +27,21 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line; ``run`` of the arguments that it returns is the benchmark, a function of them."""
+    """The parser of the command line; it returns the name of the ``benchmark`` and its options."""
     parser = argparse.ArgumentParser(prog="python -m zolightning.bench", description=__doc__)
-    commands = parser.add_subparsers(title="benchmarks", required=True)
+    commands = parser.add_subparsers(title="benchmarks", dest="benchmark", required=True, parser_class=HfArgumentParser)
     for name, (module, said) in _BENCHMARKS.items():
-        command = commands.add_parser(name, description=module.__doc__, help=said, formatter_class=_Help)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run_command)
+        commands.add_parser(
+            name, dataclass_types=module.Settings, description=module.__doc__, help=said, formatter_class=_Help
+        )
     return parser
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; `args` stands in for ``sys.argv[1:]``."""
-    arguments = parser().parse_args(args)
-    arguments.run(arguments)
+    options = vars(parser().parse_args(args))
+    module, _ = _BENCHMARKS[options.pop("benchmark")]
+    module.run(module.Settings(**options))
 
 
 if __name__ == "__main__":

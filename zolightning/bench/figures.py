@@ -1,4 +1,4 @@
-"""A CSV file that is written line by line, so that a run which ends early loses none."""
+"""CSV files of figures: written as a whole, or line by line, so that a run which ends early loses none."""
 
 import csv
 import traceback
@@ -6,8 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from zolightning.commands.tables import Record
+
 Value = str | float | None
 COLUMNS = ("part", "name", "figure", "value")
+
+
+def write_csv(path: Path, tables: Mapping[str, Sequence[Record]], context: Record) -> None:
+    """Writes all tables to one file: a line has the name of its table, its record, and the context."""
+    lines = [{"table": table, **record, **context} for table, records in tables.items() for record in records]
+    columns = [column for column in dict.fromkeys(key for line in lines for key in line) if column not in context]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *context], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def append(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Value]]) -> None:

@@ -8,7 +8,6 @@ figures are appended to one CSV file as soon as they are there, a line each; wha
 line that says so, and what comes next goes on.
 """
 
-import argparse
 import re
 import time
 from collections.abc import Callable
@@ -24,16 +23,27 @@ from zolightning.bench.bits import HUGE, comparisons
 from zolightning.bench.figures import COLUMNS, Figures, append
 from zolightning.bench.floors import Ceilings, floor_table
 from zolightning.bench.kernel_cost import measure_kernels, measure_pieces
-from zolightning.bench.measure import environment, release, require
+from zolightning.bench.measure import environment, machine, release, require
+from zolightning.bench.options import Device, option
 from zolightning.bench.repetition import compare, runs
-from zolightning.bench.report import machine
 from zolightning.bench.rows import BY_NAME, FORWARD, GRAPHED, PARITY, PUBLISHED_ANSWERS
-from zolightning.bench.step_cost import Settings, load, measure_costs, measure_memory
+from zolightning.bench.step_cost import Settings as StepSettings
+from zolightning.bench.step_cost import load, measure_costs, measure_memory
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
 from zolightning.commands.tables import Record
 from zolightning.cublas import repeat_products
 
 _CASES = 10  # comparisons of bits to a line
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the benchmark."""
+
+    device: Device = option("where to run", "cuda")
+    miniature: bool = option("tiny sizes, to see that everything runs", False)
+    parts: list[str] = option("regular expressions: the parts to run; all if not given", [])
+    output: Path = option("file to append to", Path("logs/bench/gpu.csv"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Steps:
         limit: seconds that all of it may take.
     """
 
-    settings: Settings
+    settings: StepSettings
     rows: tuple[str, ...]
     limit: float
 
@@ -76,7 +86,7 @@ class Sizes:
     tokens: tuple[int, ...] = (304, 608, 4096)
     steps: tuple[Steps, ...] = (
         Steps(
-            Settings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5),
+            StepSettings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5),
             (
                 *("forward", "forward, CUDA graphs", "MeZO, CUDA graphs"),
                 *("MeZO, both signs in one forward, CUDA graphs", "LOZO rank 4, CUDA graphs", "published"),
@@ -84,7 +94,7 @@ class Sizes:
             90,
         ),
         Steps(
-            Settings("config:llama-3-8b", seq_len=64, lengths=256, prompt_batches=2, repeats=5),
+            StepSettings("config:llama-3-8b", seq_len=64, lengths="256", prompt_batches=2, repeats=5),
             (
                 *("forward", "forward, CUDA graphs", "LOZO rank 4, CUDA graphs", "MeZO, CUDA graphs", "LOZO rank 4"),
                 *("MeZO", "MeZO native", "SubZero rank 64", "ZO-MOPI rank 64, power rank 16"),
@@ -92,7 +102,7 @@ class Sizes:
             90,
         ),
         Steps(
-            Settings("config:opt-1.3b", seq_len=32, prompt_batches=4, repeats=5),
+            StepSettings("config:opt-1.3b", seq_len=32, prompt_batches=4, repeats=5),
             ("forward", "forward, CUDA graphs", "published", "MeZO, CUDA graphs", "LOZO rank 4, CUDA graphs", "MeZO"),
             50,
         ),
@@ -102,7 +112,7 @@ class Sizes:
 
 
 _TINY = Steps(
-    Settings("config:tiny", batch_size=2, seq_len=8, prompt_batches=1, repeats=1),
+    StepSettings("config:tiny", batch_size=2, seq_len=8, prompt_batches=1, repeats=1),
     ("forward", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4", "published", "published, answer logits"),
     60,
 )
@@ -235,7 +245,7 @@ def _resume(sizes: Sizes, device: torch.device, figures: Figures) -> None:
             figures.write(name, **found)
 
 
-def _parity(settings: Settings, name: str, device: torch.device, figures: Figures) -> None:
+def _parity(settings: StepSettings, name: str, device: torch.device, figures: Figures) -> None:
     cost = measure_costs(replace(settings, device=device.type), [name])[name]
     figures.write(name, seconds=cost.median, mean_seconds=cost.prompt_seconds)
 
@@ -250,19 +260,11 @@ def _ceilings(device: torch.device, figures: Figures) -> Ceilings:
     return ceilings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the benchmark to a parser."""
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run")
-    parser.add_argument("--miniature", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--parts", nargs="+", help="regular expressions: the parts to run; all if not given")
-    parser.add_argument("--output", type=Path, default=Path("logs/bench/gpu.csv"), help="file to append to")
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark."""
-    device = torch.device(arguments.device)
+def run(settings: Settings) -> None:
+    """Runs the parts, one after the other."""
+    device = torch.device(settings.device)
     require(device)
-    for part in parts(MINIATURE if arguments.miniature else Sizes()):
-        if not arguments.parts or any(re.search(pattern, part.name) for pattern in arguments.parts):
-            run_part(part, device, arguments.output)
-    print(f"\nappended to {arguments.output}")
+    for part in parts(MINIATURE if settings.miniature else Sizes()):
+        if not settings.parts or any(re.search(pattern, part.name) for pattern in settings.parts):
+            run_part(part, device, settings.output)
+    print(f"\nappended to {settings.output}")

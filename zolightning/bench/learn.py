@@ -21,14 +21,14 @@ Runs as long as the papers', which no CPU can do: ``--preset papers`` with a ``-
 model as small as SmolLM2-135M, ``evaluation.cuda_graphs=true evaluation.evaluations_per_forward=8`` may go into it.
 """
 
-import argparse
 import hashlib
 import json
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -37,8 +37,9 @@ from zolightning.bench.learn_entries import callbacks, described, learning_rate,
 from zolightning.bench.learn_report import draw, print_tables
 from zolightning.bench.learn_results import Entry, Key, Unit
 from zolightning.bench.learn_results import read as read_curves
-from zolightning.bench.learn_run import CLOCKS, Limits, Stopped, train
+from zolightning.bench.learn_run import Limits, Stopped, train
 from zolightning.bench.measure import require
+from zolightning.bench.options import Clock, Device, option
 from zolightning.commands.output import quiet
 from zolightning.data import PromptDataModule
 
@@ -62,59 +63,65 @@ PAPERS_FORWARDS = 40_000
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of the command.
+    """The options of the benchmark."""
 
-    Attributes:
-        entries: files and settings of each entry, by its name.
-        config: files and settings shared by all entries; an entry's own replace them.
-        forwards: number of forwards that a run may use; None: any.
-        seconds: seconds of training that a run may use; None: any.
-        grid: factors of each entry's learning rate.
-        seeds: seeds of the sampled rows, their order and the directions; the grid uses the first.
-        validations: number of validations of a run within its first limit.
-        clock: what counts the seconds: "wall" or "cpu".
-        device: ``cuda`` or ``cpu``.
-        time_limit: seconds after which the command begins no step; None: no limit.
-        output: file to append to.
-        folder: folder of the checkpoints.
-    """
+    entry: list[str] = option("files and settings; as many as wanted", [], action="extend", metavar='"NAME: WORDS"')
+    preset: Literal["papers"] | None = option("the published methods, and AdamW, for 40,000 forwards each", None)
+    config: list[str] = option("files and settings of all entries, before theirs", [], action="extend", metavar="WORDS")
+    forwards: int | None = option("of each run; a backward counts as two", None)
+    seconds: float | None = option("of training in each run", None)
+    grid: list[float] = option("factors of each entry's learning rate", [1.0])
+    seeds: list[int] = option("of the sampled rows, their order and the directions; the first one is the grid's", [0])
+    validations: int = option("of a run within its first limit", 20)
+    clock: Clock = option("cpu: time of this process, on shared machines", "wall")
+    device: Device = option("where to run", "cuda")
+    time_limit: float | None = option("seconds of this command after which no step is begun", None)
+    output: Path = option("file to append to", Path("logs/evidence/learn.csv"))
+    folder: Path = option("of the checkpoints", Path("logs/learn-runs"))
 
-    entries: dict[str, str]
-    config: str = ""
-    forwards: int | None = None
-    seconds: float | None = None
-    grid: tuple[float, ...] = (1.0,)
-    seeds: tuple[int, ...] = (0,)
-    validations: int = 20
-    clock: str = "wall"
-    device: str = "cuda"
-    time_limit: float | None = None
-    output: Path = Path("logs/evidence/learn.csv")
-    folder: Path = Path("logs/learn-runs")
+    def __post_init__(self) -> None:
+        if not self.entries():
+            raise SystemExit("`--entry` or `--preset` must be given: there is nothing to compare.")
+        if not self.preset and self.forwards is None and self.seconds is None:
+            raise SystemExit("`--forwards` or `--seconds` must be given, or both: they say when a run ends.")
+        for name in ("forwards", "seconds", "validations"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SystemExit(f"`--{name}` must be positive, got {value}.")
 
     def limits(self) -> dict[Unit, float]:
-        """The limits that are given, by unit."""
+        """The limits by unit."""
         given: dict[Unit, float | None] = {"forwards": self.forwards, "seconds": self.seconds}
-        return {unit: limit for unit, limit in given.items() if limit is not None}
+        return {unit: limit for unit, limit in given.items() if limit is not None} or {"forwards": PAPERS_FORWARDS}
+
+    def entries(self) -> dict[str, str]:
+        """Files and settings of each entry, by its name."""
+        found = dict(PAPERS) if self.preset else {}
+        for text in self.entry:
+            name, colon, words = text.partition(":")
+            if not colon or not words.strip():
+                raise SystemExit(f'`--entry` must be a name and files or settings, "MeZO: FILE", got {text!r}.')
+            found[name.strip()] = words
+        return found
 
 
 def entry(settings: Settings, name: str, words: str) -> Entry:
     """Reads an entry.
 
     Raises:
-        ValueError: naming the entry and what is wrong with it.
+        SystemExit: naming the entry and what is wrong with it.
     """
     try:
-        config = read(f"{settings.config} {words}")
+        config = read(" ".join([*settings.config, words]))
         lr = learning_rate(config)
         callbacks(config)  # what is wrong with them is said before the first run
         data = make(config, "data").data
     except (MisconfigurationException, ValueError) as error:
-        raise ValueError(f"`--entry` {name!r}: {error}") from None
+        raise SystemExit(f"`--entry` {name!r}: {error}") from None
     depends_on = [described(config), settings.limits(), settings.validations, settings.clock, settings.device]
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:8]
     task = data.task.name if isinstance(data, PromptDataModule) else type(data).__name__
-    grid = settings.grid if config.lr_probe is None else (1.0,)
+    grid = settings.grid if config.lr_probe is None else [1.0]
     keys = [Key(digest, task, name, float(f"{lr * factor:.6g}"), settings.seeds[0]) for factor in grid]
     return Entry(name, config, tuple(keys))
 
@@ -122,7 +129,7 @@ def entry(settings: Settings, name: str, words: str) -> Entry:
 def run(settings: Settings) -> None:
     """Makes the runs that are not finished, one after the other, and says what all of them found."""
     require(torch.device(settings.device))
-    entries = [entry(settings, name, words) for name, words in settings.entries.items()]
+    entries = [entry(settings, name, words) for name, words in settings.entries().items()]
     end = None if settings.time_limit is None else time.monotonic() + settings.time_limit
     limits = Limits(settings.limits(), settings.clock, settings.validations, end)
     failed = []
@@ -166,54 +173,3 @@ def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[
                 key = replace(best, seed=seed)
                 if not curves[key].tested:
                     yield one, key
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the benchmark to a parser."""
-    add = parser.add_argument
-    add("--entry", action="append", default=[], metavar='"NAME: WORDS"', help="files and settings; as many as wanted")
-    add("--preset", choices=("papers",), help="the published methods, and AdamW, for 40,000 forwards each")
-    add(
-        "--config",
-        action="append",
-        default=[],
-        metavar="WORDS",
-        help="files and settings of all entries, before theirs",
-    )
-    add("--forwards", type=int, help="of each run; a backward counts as two")
-    add("--seconds", type=float, help="of training in each run")
-    add("--grid", nargs="+", type=float, default=Settings.grid, help="factors of each entry's learning rate")
-    add("--seeds", nargs="+", type=int, default=Settings.seeds, help="the first one is the grid's")
-    add("--validations", type=int, default=Settings.validations, help="of a run")
-    add("--clock", choices=CLOCKS, default=Settings.clock, help="cpu: time of this process, on shared machines")
-    add("--device", choices=("cuda", "cpu"), default=Settings.device, help="where to run")
-    add("--time-limit", type=float, help="seconds of this command after which no step is begun")
-    add("--output", type=Path, default=Settings.output, help="file to append to")
-    add("--folder", type=Path, default=Settings.folder, help="of the checkpoints")
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark."""
-    settings = {
-        field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)
-    }
-    settings |= {name: tuple(settings[name]) for name in ("grid", "seeds")} | {"config": " ".join(arguments.config)}
-    entries = dict(PAPERS) if arguments.preset else {}
-    for text in arguments.entry:
-        name, colon, words = text.partition(":")
-        if not colon or not words.strip():
-            raise SystemExit(f'`--entry` must be a name and files or settings, "MeZO: FILE", got {text!r}.')
-        entries[name.strip()] = words
-    if not entries:
-        raise SystemExit("`--entry` or `--preset` must be given: there is nothing to compare.")
-    if arguments.preset and arguments.forwards is None and arguments.seconds is None:
-        settings["forwards"] = PAPERS_FORWARDS
-    if settings["forwards"] is None and settings["seconds"] is None:
-        raise SystemExit("`--forwards` or `--seconds` must be given, or both: they say when a run ends.")
-    for name in ("forwards", "seconds", "validations"):
-        if settings[name] is not None and not settings[name] > 0:
-            raise SystemExit(f"`--{name}` must be positive, got {settings[name]}.")
-    try:
-        run(Settings(entries=entries, **settings))
-    except ValueError as error:
-        raise SystemExit(str(error)) from error

@@ -32,7 +32,7 @@ _TEXT = {
 LENGTHS = {task: tuple(map(int, text.split())) for task, text in _TEXT.items()}
 
 
-def draw_prompts(lengths: str | int, count: int, vocabulary: int) -> list[Example]:
+def draw_prompts(lengths: str, count: int, vocabulary: int) -> list[Example]:
     """Examples with two answers of one token each.
 
     Args:
@@ -41,7 +41,7 @@ def draw_prompts(lengths: str | int, count: int, vocabulary: int) -> list[Exampl
         vocabulary: tokens are drawn from those below.
     """
     random = np.random.RandomState(0)
-    tokens = random.choice(LENGTHS[lengths], count) if isinstance(lengths, str) else [lengths] * count
+    tokens = random.choice(LENGTHS[lengths], count) if lengths in LENGTHS else [int(lengths)] * count
     return [
         Example(id, random.randint(vocabulary, size=length).tolist(), [[1], [2]], label=id % 2, text="")
         for id, length in enumerate(tokens)

@@ -1,8 +1,10 @@
-"""Time and bytes: of a process on CPUs, of torch's allocator and the whole card on CUDA."""
+"""Time and bytes: of a process on CPUs, of torch's allocator and the whole card on CUDA; and which machine it is."""
 
 import gc
 import os
+import platform
 import statistics
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import torch
 
 from zolightning.callbacks.run_monitor import peak_memory, process_memory
 from zolightning.commands.timing import seconds_of
+from zolightning.versions import installed_version
 
 _CLEAR = Path("/proc/self/clear_refs")
 CPU = torch.device("cpu")
@@ -108,3 +111,40 @@ def require(device: torch.device) -> None:
     """Raises a SystemExit with one line if there is no such device."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("`--device` is cuda, and PyTorch finds no GPU that it can use. Use cpu.")
+
+
+def machine(device: torch.device = CPU) -> dict[str, str | int | None]:
+    """What figures depend on beside the arguments; of a card, its software and how much is free: None without one."""
+    host: dict[str, str | int | None] = {
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type != "cuda":
+        return host | dict.fromkeys(("gpu", "gpu_gib", "gpu_free_gib", "driver", "cuda", "triton"))
+    free, total = torch.cuda.mem_get_info(device)
+    return host | {
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_gib": f"{total / 2**30:.1f}",
+        "gpu_free_gib": f"{free / 2**30:.1f}",
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": installed_version("triton"),
+    }
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -5,7 +5,6 @@ or its two signs (sign). The ways take turns in the same two processes; the seco
 What they exchange is counted where it is handed to ``torch.distributed``, for a small model as well as a large one.
 """
 
-import argparse
 import socket
 import statistics
 import time
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from zolightning.bench.measure import environment
-from zolightning.bench.report import machine, write_csv
+from zolightning.bench.figures import write_csv
+from zolightning.bench.measure import environment, machine
+from zolightning.bench.options import Precision, option
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.bench.subject import DTYPES
 from zolightning.callbacks import ZerothOrder
@@ -61,15 +61,15 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure: a model by shape, a global batch of random tokens, and how often."""
+    """The options of the benchmark."""
 
-    model: str = "small"
-    precision: str = "bf16-true"
-    batch_size: int = 16
-    seq_len: int = 256
-    steps: int = 3
-    rounds: int = 2
-    output: Path = Path("logs/bench/scale.csv")
+    model: str = option("shape, with random weights", "small", choices=SHAPES)
+    precision: Precision = option("of the weights", "bf16-true")
+    batch_size: int = option("rows of the global batch, even", 16)
+    seq_len: int = option("random tokens a row", 256)
+    steps: int = option("timed steps of each way in a round", 3)
+    rounds: int = option("turns of each way", 2)
+    output: Path = option("file to write", Path("logs/bench/scale.csv"))
 
 
 class LastToken(L.LightningModule):
@@ -124,22 +124,6 @@ class Clock(Callback):
         self.counts[place] += 1
         self.counts[place + 1] += sum(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         return call(*args, **kwargs)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the benchmark to a parser."""
-    parser.add_argument("--model", choices=SHAPES, default=Settings.model, help="shape, with random weights")
-    parser.add_argument("--precision", choices=DTYPES, default=Settings.precision, help="of the weights")
-    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="rows of the global batch, even")
-    parser.add_argument("--seq-len", type=int, default=Settings.seq_len, help="random tokens a row")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="timed steps of each way in a round")
-    parser.add_argument("--rounds", type=int, default=Settings.rounds, help="turns of each way")
-    parser.add_argument("--output", type=Path, default=Settings.output, help="file to write")
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark."""
-    run(Settings(**{name: vars(arguments)[name] for name in vars(Settings())}))
 
 
 def run(settings: Settings) -> None:
@@ -219,7 +203,7 @@ def _fit(settings: Settings, way: Way) -> tuple[list[tuple[float, ...]], str]:
             accelerator="cpu",
             devices=way.ranks,
             strategy=ZerothOrderDDP(perturbation_parallel_size=size) if way.ranks > 1 else "auto",
-            precision=settings.precision,  # type: ignore[arg-type]  # a choice of the parser's
+            precision=settings.precision,
             max_steps=steps,
             callbacks=[ZerothOrder(partial(MeZO, lr=1e-6, num_queries=way.num_queries)), clock],
             use_distributed_sampler=False,

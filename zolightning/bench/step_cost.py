@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.bench.floors import Ceilings, floor_table, forward_flops, parameter_side_bytes
+from zolightning.bench.lengths import LENGTHS
 from zolightning.bench.measure import (
     free_bytes,
     in_fresh_process,
@@ -25,7 +26,7 @@ from zolightning.bench.measure import (
     reset_peak,
     resident_bytes,
 )
-from zolightning.bench.orthogonalization_cost import measure_orthogonalization
+from zolightning.bench.options import Precision, option, require_at_least
 from zolightning.bench.prompts import Prompts, check_same_loss, time_prompts
 from zolightning.bench.rows import (
     BY_NAME,
@@ -40,6 +41,7 @@ from zolightning.bench.rows import (
     Row,
     state_bytes,
 )
+from zolightning.bench.step_parts import measure_orthogonalization
 from zolightning.bench.step_records import Cost, Memory, Workload, memory_record, prompt_record, rates, token_record
 from zolightning.bench.subject import Subject
 from zolightning.commands.tables import Record
@@ -51,39 +53,34 @@ MEMORY_STEPS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of the command.
+    """The options of ``step``."""
 
-    Attributes:
-        model: what ``model.model_name`` accepts: a hub id, a folder, a GGUF file or ``pypi://``; or ``config:`` and
-            the name of a shape (:data:`zolightning.bench.shapes.SHAPES`), whose weights are random.
-        precision: precision of the weights, and so of all computation.
-        device: ``cpu`` or ``cuda``.
-        batch_size: rows of random tokens, and examples of prompts, a batch.
-        seq_len: random tokens a row.
-        data_path: folder of SST-2 as JSON lines; the package's sentiment set if not given.
-        lengths: lengths of the prompts for a model by shape: those of a task, or a number of tokens.
-        prompt_batches: batches of prompts that a mean is taken over.
-        noise_elements: elements of the tensor that noise is made for.
-        rows: regular expressions; only rows whose names match one of them are measured, and those they are compared
-            with. All rows where there is none.
-        repeats: timed rounds, and passes over the prompts, that a median is taken over.
-        threads: number of threads for torch; its own choice if not given.
-        output: the file to write.
-    """
+    model: str = option("hub id, folder, GGUF file, pypi:// address, or config: and the name of a shape")
+    precision: Precision = option("of the weights, and so of all computation", "bf16-true")
+    device: str = option("where to run", "cpu", choices=("cpu", "cuda"))
+    batch_size: int = option("rows of random tokens, and examples of prompts, a batch", 16)
+    seq_len: int = option("random tokens a row", 32)
+    data_path: Path | None = option("folder of SST-2 as JSON lines, not the package's sentiment set", None)
+    lengths: str = option("prompts of a model by shape: as long as those of a task, or so many tokens each", "sst2")
+    prompt_batches: int = option("batches of prompts that a mean is taken of", 8)
+    noise_elements: int = option("elements to make noise for", 10_000_000)
+    rows: list[str] = option("regular expressions: the rows to measure, beside those they are compared with", [])
+    repeats: int = option("rounds that a median is taken of", 7)
+    threads: int | None = option("of torch; its own choice if not given", None)
+    output: Path = option("file to write", Path("logs/bench/step.csv"))
 
-    model: str
-    precision: str = "bf16-true"
-    device: str = "cpu"
-    batch_size: int = 16
-    seq_len: int = 32
-    data_path: Path | None = None
-    lengths: str | int = "sst2"
-    prompt_batches: int = 8
-    noise_elements: int = 10_000_000
-    rows: tuple[str, ...] = ()
-    repeats: int = 7
-    threads: int | None = None
-    output: Path = Path("logs/bench/step.csv")
+    def __post_init__(self) -> None:
+        require_at_least(self, batch_size=1, seq_len=2, prompt_batches=1, noise_elements=1, repeats=1, threads=1)
+        if self.lengths not in LENGTHS and not (self.lengths.isdecimal() and int(self.lengths)):
+            accepted = f"one of {', '.join(LENGTHS)}, or a number of tokens"
+            raise SystemExit(f"`--lengths` must be {accepted}, got {self.lengths!r}.")
+        for pattern in self.rows:
+            try:
+                found = any(re.search(pattern, name) for name in BY_NAME)
+            except re.error as error:
+                raise SystemExit(f"`--rows` must be regular expressions, got {pattern!r}: {error}.") from None
+            if not found:
+                raise SystemExit(f"`--rows` {pattern!r} matches no row; there are {', '.join(BY_NAME)}.")
 
     def chosen(self, rows: list[Row]) -> list[Row]:
         """The rows that are to be measured, out of `rows`."""

@@ -53,7 +53,7 @@ class Subject:
         """The token that pads rows. It is masked out, so any will do for a model without tokenizer."""
         return (self.tokenizer and self.tokenizer.pad_token_id) or 0
 
-    def examples(self, folder: Path | None, lengths: str | int, batches: int, batch_size: int) -> list[Example]:
+    def examples(self, folder: Path | None, lengths: str, batches: int, batch_size: int) -> list[Example]:
         """Real prompts where there is a tokenizer, drawn ones of real lengths otherwise.
 
         Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zolightning.bench.__main__ import main
-from zolightning.bench.block_time import passes_for, speedup
+from zolightning.bench.blocks import passes_for, speedup
 
 
 def test_model_of_time() -> None:

@@ -1,17 +1,43 @@
-"""What the orthogonalizations of a step cost: those of ZO-Muon and of ZO-MOPI, for the cores of a model."""
+"""Parts of a step by themselves: noise against ``torch.normal``, and the orthogonalizations of ZO-Muon and ZO-MOPI."""
 
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.commands.tables import Record
 from zolightning.commands.timing import round_robin
+from zolightning.directions.dense import directions
+from zolightning.kernels.noise import NoiseKind
 from zolightning.optim.orthogonalization import msign, newton_schulz, power_iteration
+
+
+def measure_noise(elements: int, repeats: int, device: torch.device) -> list[Record]:
+    """Elements a second that ``torch.normal`` draws, and that ours reads, adds noise to and writes."""
+    records: list[Record] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(elements, dtype=dtype, device=device), requires_grad=False)
+        out = torch.empty_like(weight)
+        normal = partial(torch.normal, 0.0, 1.0, size=(elements,), dtype=dtype, device=device)
+        work = {"torch.normal": normal} | {
+            f"ours {kind}": partial(directions({"weight": weight}, 0, 0, {0: 1e-3}, kind)["weight"].add_to, weight, out)
+            for kind in get_args(NoiseKind)
+        }
+        medians = {name: statistics.median(seconds) for name, seconds in round_robin(work, repeats).items()}
+        records += [
+            {
+                "row": f"{name} {str(dtype).removeprefix('torch.')}",
+                "elements_per_second": elements / median,
+                "row_over_torch_normal": medians["torch.normal"] / median,
+            }
+            for name, median in medians.items()
+        ]
+    return records
 
 
 def measure_orthogonalization(model: nn.Module, rank: int, power_rank: int, repeats: int) -> list[Record]:

@@ -20,7 +20,6 @@ does not count as signal, and S may turn out negative where there is none.
     --config configs/tasks/sst2.yaml configs/models/smollm2_135m.yaml data.path=SST2
 """
 
-import argparse
 import math
 import re
 import shlex
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 
 from zolightning.bench.figures import Value, append
 from zolightning.bench.learn_entries import make, read
+from zolightning.bench.options import option
 from zolightning.commands.tables import Record, print_table
 from zolightning.directions.second_moment import SecondMoment, scaled
 from zolightning.layers import find_layers
@@ -46,6 +46,18 @@ from zolightning.models.scoring import answer_log_probs, candidate_scores
 
 PARTS = 4
 _LIMIT = 5.0  # of `rms`, the default of ActivationBases
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the benchmark."""
+
+    config: list[str] = option("files and settings, as for `learn`", metavar="WORD")
+    patterns: list[str] = option("regular expressions, a line for the maps whose names match each", [])
+    examples: int = option("validation rows to look at, in batches of 16", 256)
+    batch_size: int = option("B, of training", 16)
+    without_bias: bool = option("the gradient of the loss as it is, calibration and all", False)
+    output: Path | None = option("CSV file to append a line a map to", None)
 
 
 @dataclass
@@ -200,43 +212,32 @@ def total(chosen: Iterable[Signal]) -> Signal:
     return sum(chosen, Signal(0.0, 0.0))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the benchmark to a parser."""
-    add = parser.add_argument
-    add("--config", nargs="+", required=True, metavar="WORD", help="files and settings, as for `learn`")
-    add("--patterns", nargs="*", default=[], help="regular expressions, a line for the maps whose names match each")
-    add("--examples", type=int, default=256, help="validation rows to look at, in batches of 16")
-    add("--batch-size", type=int, default=16, help="B, of training")
-    add("--without-bias", action="store_true", help="the gradient of the loss as it is, calibration and all")
-    add("--output", type=Path, help="CSV file to append a line a map to")
-
-
-def run_command(arguments: argparse.Namespace) -> None:
+def run(settings: Settings) -> None:
     """Prints the tables."""
-    size = max(1, min(16, arguments.examples // PARTS))
-    own = [f"data.num_validation={arguments.examples}", f"data.eval_batch_size={size}"]
-    config = read(shlex.join([*arguments.config, *own]))
+    size = max(1, min(16, settings.examples // PARTS))
+    own = [f"data.num_validation={settings.examples}", f"data.eval_batch_size={size}"]
+    config = read(shlex.join([*settings.config, *own]))
     L.seed_everything(0, verbose=False)
     made = make(config, "model", "data")
     module, data = made.model, made.data
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, limit_val_batches=1)
     trainer.validate(module, data, verbose=False)
-    found, counts = measure(module, list(data.val_dataloader()), not arguments.without_bias)
+    found, counts = measure(module, list(data.val_dataloader()), not settings.without_bias)
     each = {name: signals(one, counts) for name, one in found.items()}
     layers = find_layers(module).names
     sets = {"all": ""} | {layer.rpartition(".")[2].rjust(3): re.escape(layer) + r"\." for layer in layers}
     for kind in ("cores", "matrices"):
         records = [
             total(signal[kind] for name, signal in each.items() if re.search(pattern, name)).record(
-                title, arguments.batch_size
+                title, settings.batch_size
             )
-            for title, pattern in (sets | {pattern: pattern for pattern in arguments.patterns}).items()
+            for title, pattern in (sets | {pattern: pattern for pattern in settings.patterns}).items()
         ]
         print_table(f"{sum(counts)} examples, {kind}", records)
-    if arguments.output:
+    if settings.output:
         lines: list[dict[str, Value]] = [
             {"map": name, "searched": kind, "S": one.signal, "N": one.noise}
             for name, of in each.items()
             for kind, one in of.items()
         ]
-        append(arguments.output, ("map", "searched", "S", "N"), lines)
+        append(settings.output, ("map", "searched", "S", "N"), lines)

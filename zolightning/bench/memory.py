@@ -3,22 +3,38 @@
 Computed from shapes (:mod:`zolightning.memory`) on any machine; nothing is downloaded, and no weight is allocated.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
 
+from zolightning.bench.options import option
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.layers import find_layers
 from zolightning.memory import BatchShape, MemoryPlan, Trained, plan, trained_whole
 from zolightning.memory_alternatives import layer, on_quantized, with_lora, with_scales
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubZero
 
-MODELS = ("opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b")
 # Bytes to plan with, by what cards are called: of so many GiB 2 % are left for what an estimate misses.
 CARDS = {gigabytes: gigabytes * 2**30 * 98 // 100 for gigabytes in (24, 48, 80)}
 CONTEXT = 800 * 10**6  # bytes for CUDA's context, workspaces of its libraries, and space lost between blocks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the benchmark."""
+
+    models: list[str] = option(
+        f"of {', '.join(SHAPES)}",
+        ["opt-1.3b", "llama-2-7b", "llama-3-8b", "qwen3-8b", "opt-13b", "qwen3-14b"],
+        choices=SHAPES,
+        metavar="MODEL",
+    )
+    rows: list[int] = option("sequences of a forward pass", [16])
+    length: int = option("tokens of each", 256)
+    positions: int = option("of them with logits that are read", 1)
+
 
 Mode = Callable[[nn.Module, BatchShape], MemoryPlan]
 
@@ -96,16 +112,9 @@ def cell(planned: MemoryPlan) -> str:
     return f"{needed / 1e9:.1f} ({card}){beside}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the benchmark to a parser."""
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=MODELS, metavar="MODEL", help=", ".join(SHAPES))
-    parser.add_argument("--rows", nargs="+", type=int, default=[16], help="sequences of a forward pass")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--positions", type=int, default=1, help="of them with logits that are read")
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark."""
-    batches = [BatchShape(rows, arguments.length, arguments.positions) for rows in arguments.rows]
-    for line in table(arguments.models, batches):
+def run(settings: Settings) -> None:
+    """Prints the table."""
+    for line in table(
+        settings.models, [BatchShape(rows, settings.length, settings.positions) for rows in settings.rows]
+    ):
         print(line, flush=True)

@@ -15,20 +15,37 @@ Measured: seconds on prompts of SST-2 at several batch sizes, of which x is what
 factors, beside what the model says of them.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from zolightning.bench.figures import write_csv
 from zolightning.bench.learn_run import CLOCKS
+from zolightning.bench.measure import machine
+from zolightning.bench.options import Clock, Device, Precision, option
 from zolightning.bench.prompts import Prompts, time_prompts
-from zolightning.bench.report import machine, write_csv
 from zolightning.bench.rows import BY_NAME, FORWARD
-from zolightning.bench.subject import DTYPES, Subject
+from zolightning.bench.subject import Subject
 from zolightning.commands.tables import Record, print_table
 from zolightning.layers import find_layers
 
 ROWS = ("MeZO", "HiZOO", "Sparse-MeZO", "MeZO-BCD, layers", "FOCUS, cyclic", "FOCUS, embeddings and head beside")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the benchmark."""
+
+    model: str = option("as of `step`")
+    precision: Precision = option("of the weights", "bf16-true")
+    device: Device = option("where to run", "cpu")
+    batch_sizes: list[int] = option("rows a batch", [1, 4, 16, 32])
+    data_path: Path | None = option("folder of SST-2 as JSON lines, not the package's sentiment set", None)
+    prompt_batches: int = option("batches of prompts", 2)
+    repeats: int = option("passes that a median is taken of", 3)
+    clock: Clock = option("cpu: time of this process, on shared machines", "wall")
+    output: Path = option("file to write", Path("logs/bench/blocks.csv"))
 
 
 def speedup(passes: float, layers: int, beside: float = 0.0, shared: bool = True) -> float:
@@ -49,14 +66,14 @@ def passes_for(factor: float, layers: int, shared: bool = True) -> float:
     return (factor * (2 if shared else 3) - 2) / (1 - factor / layers)
 
 
-def measure(subject: Subject, batch_size: int, folder: Path | None, batches: int, repeats: int, clock: str) -> Record:
+def measure(subject: Subject, batch_size: int, settings: Settings) -> Record:
     """Seconds of the rows on prompts, in turns, and the factors measured beside those of the model in this file."""
     model, rows = subject.model, [FORWARD, *(BY_NAME[name] for name in ROWS)]
     device = next(model.parameters()).device
-    examples = subject.examples(folder, "sst2", batches, batch_size)
+    examples = subject.examples(settings.data_path, "sst2", settings.prompt_batches, batch_size)
     prompts = Prompts.of(examples, batch_size, subject.pad_id, device)
     work = [(row.make(model), prompts.losses(row, model)) for row in rows]
-    found = time_prompts(work, repeats, CLOCKS[clock])
+    found = time_prompts(work, settings.repeats, CLOCKS[settings.clock])
     seconds = {row.name: taken / row.steps for row, taken in zip(rows, found, strict=True)}
     forward, mezo = seconds[FORWARD.name], seconds["MeZO"]
     stack = find_layers(model)
@@ -77,28 +94,11 @@ def measure(subject: Subject, batch_size: int, folder: Path | None, batches: int
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the benchmark to a parser."""
-    add = parser.add_argument
-    add("--model", required=True, help="as of `step`")
-    add("--precision", choices=DTYPES, default="bf16-true", help="of the weights")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32], help="rows a batch")
-    add("--data-path", type=Path, help="folder of SST-2 as JSON lines, not the package's sentiment set")
-    add("--prompt-batches", type=int, default=2, help="batches of prompts")
-    add("--repeats", type=int, default=3, help="passes that a median is taken of")
-    add("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process, on shared machines")
-    add("--output", type=Path, default=Path("logs/bench/blocks.csv"), help="file to write")
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark."""
-    device = torch.device(arguments.device)
-    subject = Subject.load(arguments.model, arguments.precision, device)
-    records = [
-        measure(subject, size, arguments.data_path, arguments.prompt_batches, arguments.repeats, arguments.clock)
-        for size in arguments.batch_sizes
-    ]
+def run(settings: Settings) -> None:
+    """Measures, prints a table and writes it to a file."""
+    device = torch.device(settings.device)
+    subject = Subject.load(settings.model, settings.precision, device)
+    records = [measure(subject, size, settings) for size in settings.batch_sizes]
     # Sizes are the columns here: there are few of them, and many figures.
     figures = [name for name in records[0] if name != "batch"]
     print_table(
@@ -109,5 +109,5 @@ def run_command(arguments: argparse.Namespace) -> None:
         f"\nFor a factor of 1.83 MeZO's passes must take {passes_for(1.83, 48, shared=False):.1f} forwards where 48 "
         f"layers share nothing, {passes_for(1.83, 48):.1f} where they share what lies below."
     )
-    write_csv(arguments.output, {"blocks": records}, machine(device) | {"model": arguments.model})
-    print(f"written to {arguments.output}")
+    write_csv(settings.output, {"blocks": records}, machine(device) | {"model": settings.model})
+    print(f"written to {settings.output}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from zolightning.bench.__main__ import main
-from zolightning.bench.gradient_signal import PARTS, Signal, best_bias, measure, signals
+from zolightning.bench.signal import PARTS, Signal, best_bias, measure, signals
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
 from zolightning.models.scoring import answer_log_probs, candidate_scores
