@@ -12,7 +12,7 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.cli import ZerothOrderCLI
-from zolightning.commands import configs, run_report
+from zolightning.commands import configs, report
 from zolightning.commands.output import hush
 from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
@@ -33,7 +33,7 @@ def main(args: ArgsType = None) -> None:
         if isinstance(words, list) and words[:1] == ["configs"]:
             configs.main(words[1:])
         elif isinstance(words, list) and words[:1] == ["report"]:
-            run_report.main(words[1:])
+            report.main(words[1:])
         else:
             ZerothOrderCLI(args)
     except KeyboardInterrupt:

@@ -8,8 +8,8 @@ from typing import Any
 
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.metrics_files import as_json, curves_csv, run_metrics
+from zolightning.commands.report_page import page
 from zolightning.commands.run_folder import Run, read_run
-from zolightning.commands.run_page import page
 from zolightning.commands.sweep_results import flat
 from zolightning.commands.tables import print_table
 from zolightning.messages import counted

@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cli_runs import NAME, Runs, printed, refused
 from zolightning.commands.event_log import event_files
+from zolightning.commands.report import differing_settings
+from zolightning.commands.report_curves import Line, curves_svg
 from zolightning.commands.run_folder import read_run
-from zolightning.commands.run_plots import Line, curves_svg
-from zolightning.commands.run_report import differing_settings
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -132,7 +132,7 @@ def test_the_page_holds_all_that_it_shows(runs: Runs, files: Any) -> None:
 
 def test_a_fraction_of_a_minute_is_written_as_one() -> None:
     for last, ticks in ((1.6, {"0", "0.4", "0.8", "1.2", "1.6"}), (20_000, {"0", "5k", "10k", "15k", "20k"})):
-        plot = Reader(curves_svg([Line(0, "A", [0, last], [1, 2])], "time in minutes", "loss"))
+        plot = Reader(curves_svg([Line(0, [0, last], [1, 2])], "time in minutes", "loss"))
         assert ticks <= {text.strip() for text in plot.texts}
 
 
