@@ -103,7 +103,7 @@ def test_sensitivity_and_step_times(runs: Runs) -> None:
 
 def test_probes_of_layers(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the first layer is what a network of one layer gives."""
-    monkeypatch.setattr("zolightning.commands.layer_probes.CS", (0.001, 0.01))  # all would take seconds
+    monkeypatch.setattr("zolightning.commands.profile.CS", (0.001, 0.01))  # all would take seconds
     output = runs("profile", "--num_prompts", 4, "--probe_every", 1, "--output", tmp_path)
     probes = json.loads((tmp_path / "probes.json").read_text())["probes"]
     assert [probe["num_layers"] for probe in probes] == [1, 2]

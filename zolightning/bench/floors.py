@@ -18,15 +18,10 @@ from zolightning.optim.precision import state_bytes
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine does at best, measured in the same run.
+    """What the machine does at best, measured in the same run."""
 
-    Attributes:
-        bytes_per_second: rate of a copy, counting the bytes read and those written.
-        flops_per_second: rate of a product of square matrices in the dtype of the weights.
-    """
-
-    bytes_per_second: float
-    flops_per_second: float
+    bytes_per_second: float  # rate of a copy, counting the bytes read and those written
+    flops_per_second: float  # rate of a product of square matrices in the dtype of the weights
 
     @classmethod
     def measure(

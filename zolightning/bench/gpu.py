@@ -48,42 +48,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of one model.
+    """Steps of one model."""
 
-    Attributes:
-        settings: the model and its batches.
-        rows: names of :mod:`~zolightning.bench.rows`, in the order in which they are measured; the first is the
-            forward, with which the others are compared.
-        limit: seconds that all of it may take.
-    """
-
-    settings: StepSettings
+    settings: StepSettings  # the model and its batches
+    # names of rows.py, in the order in which they are measured; the first is the forward, with
+    # which the others are compared
     rows: tuple[str, ...]
-    limit: float
+    limit: float  # seconds that all of it may take
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of all parts.
+    """The sizes of all parts."""
 
-    Attributes:
-        bits: number of elements of the tensors whose bits are compared.
-        bits_processes: number of processes that share the comparisons: for each of these the host compiles a loop or
-            two.
-        huge: number of elements of a tensor that int32 cannot count; None: no such tensor.
-        kernels: numbers of elements of the weights that kernels are timed on.
-        product: shape of the matrix that is multiplied in pieces, by inputs of as many `tokens`: OPT-13B's.
-        steps: the models whose steps are measured; the last one is also measured without Triton.
-        repeated_shape: the model whose training is repeated.
-        repeated_steps: steps of each repeated run.
-    """
-
-    bits: int = 100_003
+    bits: int = 100_003  # number of elements of the tensors whose bits are compared
+    # number of processes that share the comparisons: for each of these the host compiles a loop or two
     bits_processes: int = 12
-    huge: int | None = HUGE
+    huge: int | None = HUGE  # number of elements of a tensor that int32 cannot count; None: no such tensor
+    # numbers of elements of the weights that kernels are timed on
     kernels: tuple[int, ...] = (16 * 2**20, 4096 * 14336, 128256 * 4096)
+    # shape of the matrix that is multiplied in pieces, by inputs of as many `tokens`: OPT-13B's
     product: tuple[int, int] = (20480, 5120)
     tokens: tuple[int, ...] = (304, 608, 4096)
+    # the models whose steps are measured; the last one is also measured without Triton
     steps: tuple[Steps, ...] = (
         Steps(
             StepSettings("config:opt-13b", seq_len=32, prompt_batches=4, repeats=5),
@@ -107,8 +94,8 @@ class Sizes:
             50,
         ),
     )
-    repeated_shape: str = "smollm2-135m"
-    repeated_steps: int = 8
+    repeated_shape: str = "smollm2-135m"  # the model whose training is repeated
+    repeated_steps: int = 8  # steps of each repeated run
 
 
 _TINY = Steps(
@@ -121,19 +108,13 @@ MINIATURE = Sizes(1003, 1, None, (5000,), (64, 32), (4,), (_TINY,), "tiny", 2)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the run.
+    """A part of the run."""
 
-    Attributes:
-        name: name in the file.
-        limit: seconds that it may take.
-        runs: functions that write its figures, each in a process of its own, all at once.
-        environment: environment variables of these processes.
-    """
-
-    name: str
-    limit: float
+    name: str  # name in the file
+    limit: float  # seconds that it may take
+    # functions that write its figures, each in a process of its own, all at once
     runs: tuple[Callable[[torch.device, Figures], None], ...]
-    environment: tuple[tuple[str, str], ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()  # environment variables of these processes
 
 
 def parts(sizes: Sizes) -> list[Part]:

@@ -18,40 +18,23 @@ Unit = Literal["forwards", "seconds"]
 
 @dataclass(frozen=True)
 class Key:
-    """Identifies a run.
+    """Identifies a run."""
 
-    Attributes:
-        setting: short hash of everything else that the run depends on.
-        task: name of the task.
-        entry: name of the entry.
-        lr: learning rate.
-        seed: seed of the sampled rows, their order and the directions.
-    """
-
-    setting: str
+    setting: str  # short hash of everything else that the run depends on
     task: str
     entry: str
     lr: float
-    seed: int
+    seed: int  # seed of the sampled rows, their order and the directions
 
 
 @dataclass(frozen=True)
 class Line:
-    """An evaluation of a run.
+    """An evaluation of a run."""
 
-    Attributes:
-        split: "val", "test", or "diverged" where a training loss was not finite and nothing was evaluated.
-        step: number of steps before it.
-        forwards: forwards that those steps took. A backward counts as two.
-        seconds: seconds that they took, without validations.
-        loss: loss on the split.
-        accuracy: accuracy on the split.
-    """
-
-    split: str
-    step: int
-    forwards: int
-    seconds: float
+    split: str  # "val", "test", or "diverged" where a training loss was not finite and nothing was evaluated
+    step: int  # number of steps before it
+    forwards: int  # forwards that those steps took. A backward counts as two
+    seconds: float  # seconds that they took, without validations
     loss: float
     accuracy: float
 
@@ -62,17 +45,12 @@ class Line:
 
 @dataclass
 class Curve:
-    """All evaluations of a run.
+    """All evaluations of a run."""
 
-    Attributes:
-        validated: validations by step.
-        tested: tests of the best weights within each limit, by step; only a finished run has them.
-        has_diverged: whether a training loss was not finite.
-    """
-
-    validated: dict[int, Line] = field(default_factory=dict)
+    validated: dict[int, Line] = field(default_factory=dict)  # validations by step
+    # tests of the best weights within each limit, by step; only a finished run has them
     tested: dict[int, Line] = field(default_factory=dict)
-    has_diverged: bool = False
+    has_diverged: bool = False  # whether a training loss was not finite
 
     def within(self, unit: Unit, limit: float) -> list[Line]:
         """Validations before a limit is passed."""
@@ -99,17 +77,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Entry:
-    """One of the configurations that are compared.
+    """One of the configurations that are compared."""
 
-    Attributes:
-        name: its name in tables.
-        config: configuration of all its runs, with the learning rate that its files give.
-        keys: the runs of its learning-rate grid.
-    """
-
-    name: str
-    config: "Namespace"
-    keys: tuple[Key, ...]
+    name: str  # its name in tables
+    config: "Namespace"  # configuration of all its runs, with the learning rate that its files give
+    keys: tuple[Key, ...]  # the runs of its learning-rate grid
 
     def finished(self, curves: Mapping[Key, Curve]) -> list[Key]:
         """The finished runs of the grid."""

@@ -29,18 +29,12 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Limits:
-    """What each run may use; it goes on until it has used all of it.
+    """What each run may use; it goes on until it has used all of it."""
 
-    Attributes:
-        limits: numbers of forwards, or of seconds of training, or both.
-        clock: "wall", or "cpu" for the time of this process on all cores, which others on the machine hardly change.
-        validations: number of validations within the first limit, beside one before it and one at the end of each.
-        end: value of ``time.monotonic()`` after which no step is begun; the next command goes on. None: no end.
-    """
-
-    limits: Mapping[Unit, float]
-    clock: str
-    validations: int
+    limits: Mapping[Unit, float]  # numbers of forwards, or of seconds of training, or both
+    clock: str  # "wall", or "cpu" for the time of this process on all cores, which others on the machine hardly change
+    validations: int  # number of validations within the first limit, beside one before it and one at the end of each
+    # value of ``time.monotonic()`` after which no step is begun; the next command goes on. None: no end
     end: float | None = None
 
 

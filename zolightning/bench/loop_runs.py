@@ -52,16 +52,11 @@ class LoopRuns:
     Their arguments: ``dtype`` of the weights, ``out`` dtype of the perturbed ones, ``extra_bits`` dtype of what
     completes weights to float32; the number of ``queries`` and the ``kind`` of their noise; the ``decay`` of weights;
     ``shape`` "scaled" for noise divided by the root of a curvature, "masked" for noise of small weights only.
-
-    Attributes:
-        loops: a backend, or :mod:`zolightning.kernels`, which chooses one.
-        device: device of the tensors.
-        numel: number of elements of a tensor; some have fewer, or three times as many.
     """
 
-    loops: Any
-    device: torch.device
-    numel: int
+    loops: Any  # a backend, or :mod:`zolightning.kernels`, which chooses one
+    device: torch.device  # device of the tensors
+    numel: int  # number of elements of a tensor; some have fewer, or three times as many
 
     def perturb(
         self, dtype: torch.dtype, out: torch.dtype, queries: int, kind: NoiseKind, start: int, shape: Shape = None

@@ -31,20 +31,14 @@ RANK, POWER_RANK = 64, 16
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
+    """A row of a table."""
 
-    Attributes:
-        name: name in the table.
-        make: takes a model and returns its training step: a function that takes the loss of a batch.
-        forwards: how often a step evaluates the loss.
-        steps: steps made by one call, more than one where they differ in cost; their mean is reported.
-        environment: environment variables that the row needs from the start of its process.
-    """
-
-    name: str
+    name: str  # name in the table
+    # takes a model and returns its training step: a function that takes the loss of a batch
     make: Callable[[nn.Module], Step]
-    forwards: int = 2
-    steps: int = 1
+    forwards: int = 2  # how often a step evaluates the loss
+    steps: int = 1  # steps made by one call, more than one where they differ in cost; their mean is reported
+    # environment variables that the row needs from the start of its process
     environment: tuple[tuple[str, str], ...] = ()
 
 

@@ -62,18 +62,12 @@ class Settings:
 
 @dataclass
 class Gradients:
-    """Sums over examples of the gradients of one linear map with n inputs and m outputs.
+    """Sums over examples of the gradients of one linear map with n inputs and m outputs."""
 
-    Attributes:
-        direction: (n, 1), the leading direction of the inputs, scaled.
-        sums: (parts, m), for each part the sum of its gradients times `direction`.
-        whole: (parts, m, n), for each part the sum of its gradients.
-        squares: (2,), sums over all examples of the squared norms of these products, and of the gradients.
-    """
-
-    direction: Tensor
-    sums: Tensor
-    whole: Tensor
+    direction: Tensor  # (n, 1), the leading direction of the inputs, scaled
+    sums: Tensor  # (parts, m), for each part the sum of its gradients times `direction`
+    whole: Tensor  # (parts, m, n), for each part the sum of its gradients
+    # (2,), sums over all examples of the squared norms of these products, and of the gradients
     squares: Tensor = field(default_factory=lambda: torch.zeros(2))
 
     def add(self, part: int, inputs: Tensor, outer: Tensor) -> None:

@@ -13,57 +13,35 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes used by a process that does nothing but a few steps; on CUDA, bytes of its tensors on the card.
+    """Bytes used by a process that does nothing but a few steps; on CUDA, bytes of its tensors on the card."""
 
-    Attributes:
-        loading: peak until the model was loaded.
-        loaded: bytes held before the first step; None where the system does not say.
-        peak: peak during the steps, or of the whole process where the system cannot tell them apart.
-        state: bytes that the step keeps beside the weights.
-        reserved: peak of the memory that torch's allocator reserved on the card; None on a CPU.
-        free: free memory of the card after the steps; None on a CPU.
-    """
-
-    loading: int
-    loaded: int | None
-    peak: int
-    state: int
-    reserved: int | None = None
-    free: int | None = None
+    loading: int  # peak until the model was loaded
+    loaded: int | None  # bytes held before the first step; None where the system does not say
+    peak: int  # peak during the steps, or of the whole process where the system cannot tell them apart
+    state: int  # bytes that the step keeps beside the weights
+    reserved: int | None = None  # peak of the memory that torch's allocator reserved on the card; None on a CPU
+    free: int | None = None  # free memory of the card after the steps; None on a CPU
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the figures of a row are computed from, beside its seconds.
+    """What the figures of a row are computed from, beside its seconds."""
 
-    Attributes:
-        forwards: number of forwards in a step.
-        tokens: number of tokens in a forward.
-        flops: floating point operations of a forward.
-        parameter_bytes: least number of bytes that a step moves beside its forwards; None where that is not known.
-    """
-
-    forwards: int
-    tokens: float
-    flops: float
+    forwards: int  # number of forwards in a step
+    tokens: float  # number of tokens in a forward
+    flops: float  # floating point operations of a forward
+    # least number of bytes that a step moves beside its forwards; None where that is not known
     parameter_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Times of a row's steps, and the work that they did.
+    """Times of a row's steps, and the work that they did."""
 
-    Attributes:
-        seconds: time of each timed step on random tokens; empty where that was not measured.
-        prompt_seconds: mean time of a step on prompts.
-        tokens: work of a step on random tokens.
-        prompts: mean work of a step on prompts.
-    """
-
-    seconds: list[float]
-    prompt_seconds: float
-    tokens: Workload
-    prompts: Workload
+    seconds: list[float]  # time of each timed step on random tokens; empty where that was not measured
+    prompt_seconds: float  # mean time of a step on prompts
+    tokens: Workload  # work of a step on random tokens
+    prompts: Workload  # mean work of a step on prompts
 
     @property
     def median(self) -> float:

@@ -16,20 +16,14 @@ _SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/for
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a metric, with the steps, forward passes and time that had been spent when it was logged.
+    """A value of a metric, with the steps, forward passes and time that had been spent when it was logged."""
 
-    Attributes:
-        step: steps that had been taken; 0 is before training.
-        forward_passes: forward passes of training so far; None if backpropagation trains.
-        seconds: time since the fit began, with probes before its first step and validations, without pauses between a
-            stop and a resumption.
-        value: the value of the metric.
-    """
-
-    step: int
-    forward_passes: int | None
+    step: int  # steps that had been taken; 0 is before training
+    forward_passes: int | None  # forward passes of training so far; None if backpropagation trains
+    # time since the fit began, with probes before its first step and validations, without pauses between a stop and a
+    # resumption
     seconds: float
-    value: float
+    value: float  # the value of the metric
 
 
 def event_files(folder: Path) -> list[Path]:

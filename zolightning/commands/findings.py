@@ -17,25 +17,16 @@ _ROOM = 4.0  # the factor by which numbers may grow in training
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters whose names differ only in numbers.
+    """Parameters whose names differ only in numbers."""
 
-    Attributes:
-        name: their name, with ``*`` in place of the numbers.
-        dtype: their dtype.
-        numel: number of elements of all of them.
-        largest: largest absolute value of an element.
-        spacing: distance between neighbouring numbers of this dtype at an element of average size; the largest of all.
-        perturbation: how much of ``eps z`` rounding leaves in the weights that are read.
-        update: how much of ``lr g z`` rounding leaves in the weights that are stored.
-    """
-
-    name: str
-    dtype: torch.dtype
-    numel: int
-    largest: float
+    name: str  # their name, with ``*`` in place of the numbers
+    dtype: torch.dtype  # their dtype
+    numel: int  # number of elements of all of them
+    largest: float  # largest absolute value of an element
+    # distance between neighbouring numbers of this dtype at an element of average size; the largest of all
     spacing: float
-    perturbation: Survival
-    update: Survival
+    perturbation: Survival  # how much of ``eps z`` rounding leaves in the weights that are read
+    update: Survival  # how much of ``lr g z`` rounding leaves in the weights that are stored
 
     @property
     def dtype_name(self) -> str:
@@ -52,37 +43,22 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Examination:
-    """The measurements made before a run.
+    """The measurements made before a run."""
 
-    Attributes:
-        groups: the parameters that train, in groups.
-        eps: the perturbation scale.
-        update_precision: how updates are added to weights.
-        loss: the loss of the last measured step.
-        difference: RMS of the difference of two losses of a step; None where all of them are at the same weights.
-        noise: standard deviation of the error that rounding adds to a loss.
-        output: the largest output of a submodule.
-        step_seconds: duration of a step.
-        steps: number of steps of the run.
-        lr: the learning rate with which the run would begin.
-        measured_lr: the learning rate that LearningRateProbe has measured; None if it found none.
-        cost: rise of the loss by the noise of the whole run at that rate, as a share of the loss.
-        sets_lr: whether the run itself begins with the measured rate.
-    """
-
-    groups: Sequence[ParameterGroup]
-    eps: float
-    update_precision: str
-    loss: float
+    groups: Sequence[ParameterGroup]  # the parameters that train, in groups
+    eps: float  # the perturbation scale
+    update_precision: str  # how updates are added to weights
+    loss: float  # the loss of the last measured step
+    # RMS of the difference of two losses of a step; None where all of them are at the same weights
     difference: float | None
-    noise: float
-    output: Output
-    step_seconds: float
-    steps: int
-    lr: float
-    measured_lr: float | None
-    cost: float
-    sets_lr: bool
+    noise: float  # standard deviation of the error that rounding adds to a loss
+    output: Output  # the largest output of a submodule
+    step_seconds: float  # duration of a step
+    steps: int  # number of steps of the run
+    lr: float  # the learning rate with which the run would begin
+    measured_lr: float | None  # the learning rate that LearningRateProbe has measured; None if it found none
+    cost: float  # rise of the loss by the noise of the whole run at that rate, as a share of the loss
+    sets_lr: bool  # whether the run itself begins with the measured rate
 
 
 def findings(seen: Examination) -> Iterator[str]:

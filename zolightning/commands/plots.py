@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from zolightning.commands.layer_probes import LayerProbe
 from zolightning.commands.sensitivity import Sensitivity
 from zolightning.commands.time_model import StepTimes
+from zolightning.network.logistic_regression import CrossValidation
 from zolightning.scopes.activation_profile import ActivationProfile
 
 # Two series at most share axes: blue and orange differ for the colour-blind too.
@@ -58,15 +58,14 @@ def sensitivity_figure(sensitivity: Sensitivity, selected: int | None, title: st
     return figure
 
 
-def probe_figure(probes: Sequence[LayerProbe], title: str) -> Figure:
-    """Loss and accuracy of linear probes over the number of layers."""
+def probe_figure(probes: Mapping[int, CrossValidation], title: str) -> Figure:
+    """Loss and accuracy of linear probes by the number of layers below them."""
     figure, (above, below) = _figure(2, title)
-    counts = [probe.num_layers for probe in probes]
-    losses, errors = ([getattr(probe, name) for probe in probes] for name in ("loss", "standard_error"))
-    above.errorbar(counts, losses, errors, color=_FIRST, marker="o", markersize=4, linewidth=1.5, capsize=2)
+    losses, errors = ([getattr(probe, name) for probe in probes.values()] for name in ("loss", "error"))
+    above.errorbar(list(probes), losses, errors, color=_FIRST, marker="o", markersize=4, linewidth=1.5, capsize=2)
     above.set_ylabel("cross-entropy")
     above.set_title("± one standard error", fontsize=9, color=_QUIET)
-    _line(below, counts, [probe.accuracy for probe in probes], None, _FIRST)
+    _line(below, list(probes), [probe.accuracy for probe in probes.values()], None, _FIRST)
     below.set_ylabel("accuracy")
     below.set_xlabel("layers")
     return figure

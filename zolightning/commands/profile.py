@@ -12,9 +12,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
 
-from zolightning.callbacks.linear_probing import require_few_classes, require_probed
+from zolightning.callbacks.linear_probing import CS, TOLERANCE, require_few_classes, require_probed
 from zolightning.commands.configured_trainer import ConfiguredTrainer
-from zolightning.commands.layer_probes import LayerProbe, probe_layer
 from zolightning.commands.output import output_folder, quiet
 from zolightning.commands.plots import (
     activation_figure,
@@ -30,7 +29,7 @@ from zolightning.commands.timing import round_robin
 from zolightning.layers import find_layers
 from zolightning.messages import counted, rough_duration
 from zolightning.network.early_exit import at_each_exit
-from zolightning.network.logistic_regression import joined_features
+from zolightning.network.logistic_regression import CrossValidation, joined_features, strongest_validated
 from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward, read_examples
@@ -110,7 +109,7 @@ def profile_layers(
                 with progress(desc="features") as bar:
                     features = _features(runner, model, counts, on_batch=bar.update)
                 with_bar = progress(features.items(), desc="linear probes")
-                _report_probes([probe_layer(count, *found) for count, found in with_bar], folder)
+                _report_probes({count: _probed(*found) for count, found in with_bar}, folder)
 
     # A fit that ends before its first step: it prepares data, device and precision as any other does.
     with quiet():
@@ -207,12 +206,21 @@ def _report_step_times(times: StepTimes, folder: Path) -> None:
     save_figure(step_time_figure(times, title), folder, "step_time")
 
 
-def _report_probes(probes: Sequence[LayerProbe], folder: Path) -> None:
-    rows = [asdict(probe) for probe in probes]
+def _probed(inputs: Tensor, rows: Tensor) -> CrossValidation:
+    """How well a probe of the head's inputs (N, H) tells its right rows (N,), penalised as LinearProbing chooses it."""
+    classes, targets = rows.cpu().unique(return_inverse=True)
+    return strongest_validated(inputs.double().cpu(), targets, len(classes), CS, TOLERANCE)[1]
+
+
+def _report_probes(probes: Mapping[int, CrossValidation], folder: Path) -> None:
+    rows = [
+        {"num_layers": count, "loss": probe.loss, "standard_error": probe.error, "accuracy": probe.accuracy}
+        for count, probe in probes.items()
+    ]
     _write(folder / "probes.json", {"probes": rows})
     title = "Linear probes after some of the layers, in five-fold cross-validation"
     print_table(title, rows)
-    best = min(probes, key=lambda probe: probe.loss).num_layers
+    best = min(probes, key=lambda count: probes[count].loss)
     print(f"The least loss is after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
     save_figure(probe_figure(probes, title), folder, "probes")
 

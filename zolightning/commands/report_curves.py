@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from string import ascii_uppercase
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
 _DASHES = ("solid", "dashed", "dotted", "dashdot")  # of those that have a colour again
 _TEXT = "#444444"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # texts are texts
     "svg.hashsalt": "zolightning",
     "font.size": 10,

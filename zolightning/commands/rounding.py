@@ -25,19 +25,12 @@ _POINTS, _SPACING, _ORDER = 8, 0.05, 4  # number and spacing of weights at which
 
 @dataclass(frozen=True)
 class Survival:
-    """Compares intended changes of elements with the changes that remain after rounding, by sums over elements.
+    """Compares intended changes of elements with the changes that remain after rounding, by sums over elements."""
 
-    Attributes:
-        meant: number of elements that should change.
-        changed: number of those that do change.
-        product: sum of products of the intended and the real change.
-        square: sum of squares of the intended change.
-    """
-
-    meant: int = 0
-    changed: int = 0
-    product: float = 0.0
-    square: float = 0.0
+    meant: int = 0  # number of elements that should change
+    changed: int = 0  # number of those that do change
+    product: float = 0.0  # sum of products of the intended and the real change
+    square: float = 0.0  # sum of squares of the intended change
 
     @classmethod
     def of(cls, meant: Tensor, real: Tensor) -> "Survival":

@@ -19,28 +19,17 @@ _LOG_EVERY = 50  # steps, Lightning's default
 
 @dataclass(frozen=True)
 class Run:
-    """A run that trains or has trained.
+    """A run that trains or has trained."""
 
-    Attributes:
-        folder: the folder of the run.
-        config: the settings in its ``config.yaml``.
-        overview: RunOverview's texts by their titles: ``method``, ``scope``, ``memory`` and others.
-        commands: the commands that started and resumed it.
-        curves: the values of each metric, in the order of steps.
-        test: metrics of its test, if there was one.
-        step: how many steps have been taken.
-        state: ``finished`` (it has taken ``max_steps``), ``running``, ``ended`` (before these, by a callback, a signal,
-            epochs or time), ``interrupted``, or ``not finished`` where a run without a ledger does not show whether it
-            still runs.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    overview: dict[str, str]
-    commands: list[str]
-    curves: dict[str, list[Point]]
-    test: dict[str, float]
-    step: int
+    folder: Path  # the folder of the run
+    config: dict[str, Any]  # the settings in its ``config.yaml``
+    overview: dict[str, str]  # RunOverview's texts by their titles: ``method``, ``scope``, ``memory`` and others
+    commands: list[str]  # the commands that started and resumed it
+    curves: dict[str, list[Point]]  # the values of each metric, in the order of steps
+    test: dict[str, float]  # metrics of its test, if there was one
+    step: int  # how many steps have been taken
+    # ``finished`` (it has taken ``max_steps``), ``running``, ``ended`` (before these, by a callback, a signal, epochs
+    # or time), ``interrupted``, or ``not finished`` where a run without a ledger does not show whether it still runs
     state: str
 
     @property

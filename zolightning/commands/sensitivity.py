@@ -16,36 +16,22 @@ Evaluate = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What directions restricted to one layer did to the loss.
+    """What directions restricted to one layer did to the loss."""
 
-    Attributes:
-        layer: index of the layer.
-        rms: root mean square of the two-sided projected gradients, an estimate of the norm of the layer's gradient.
-        mean_change: mean of ``|L(W + eps z) - L(W)|``.
-    """
-
-    layer: int
-    rms: float
-    mean_change: float
+    layer: int  # index of the layer
+    rms: float  # root mean square of the two-sided projected gradients, an estimate of the norm of the layer's gradient
+    mean_change: float  # mean of ``|L(W + eps z) - L(W)|``
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The scan of all layers.
+    """The scan of all layers."""
 
-    Attributes:
-        loss: the loss of the batch at the stored weights.
-        eps: standard deviation of the perturbation of each weight.
-        num_queries: directions for each layer.
-        dtype: the dtype of the layers.
-        layers: one entry a layer, in order.
-    """
-
-    loss: float
-    eps: float
-    num_queries: int
-    dtype: str
-    layers: tuple[LayerSensitivity, ...]
+    loss: float  # the loss of the batch at the stored weights
+    eps: float  # standard deviation of the perturbation of each weight
+    num_queries: int  # directions for each layer
+    dtype: str  # the dtype of the layers
+    layers: tuple[LayerSensitivity, ...]  # one entry a layer, in order
 
     @property
     def relative_error(self) -> float:

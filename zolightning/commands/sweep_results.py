@@ -1,15 +1,14 @@
-"""The results of a sweep, in a file that grows by one line a layer and survives interruptions."""
+"""The results of a sweep, in a file that has one line more after each layer and survives interruptions."""
 
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zolightning.checkpoints.checkpoint_io import replace_text
+from zolightning.checkpoints.checkpoint_io import remove_unfinished, replace_text
 
 ZERO_SHOT = "zero-shot"
 _COLUMNS = ("layer", "parameters", "steps", "seconds")
@@ -17,21 +16,13 @@ _COLUMNS = ("layer", "parameters", "steps", "seconds")
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A line of the file.
+    """A line of the file."""
 
-    Attributes:
-        layer: index of the layer as text, or "zero-shot".
-        parameters: number of parameters that were trained.
-        steps: number of steps.
-        seconds: duration of the training.
-        metrics: metrics of the evaluation afterwards; all None if training diverged.
-    """
-
-    layer: str
-    parameters: int
+    layer: str  # its index, or "zero-shot"
+    parameters: int  # how many were trained
     steps: int
-    seconds: float
-    metrics: dict[str, float | None]
+    seconds: float  # of the training
+    metrics: dict[str, float | None]  # of the evaluation afterwards; all None if training diverged
 
 
 class SweepResults:
@@ -48,27 +39,29 @@ class SweepResults:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / "results.csv"
         self.rows: dict[str, SweepRow] = {}
+        remove_unfinished(folder)
         self._keep_settings(folder / "settings.json", json.loads(json.dumps(settings)))
         if self.path.exists():
-            self._read()
+            for line in csv.DictReader(self.path.read_text().splitlines()):
+                layer, parameters, steps, seconds = (line.pop(column) for column in _COLUMNS)
+                metrics = {name: float(value) if value else None for name, value in line.items()}
+                self.rows[layer] = SweepRow(layer, int(parameters), int(steps), float(seconds), metrics)
 
     @property
     def metric_names(self) -> list[str]:
         """The metrics of every line, those of the first one."""
-        return list(self.rows[ZERO_SHOT].metrics)
+        return list(next(iter(self.rows.values())).metrics)
 
     def append(self, row: SweepRow) -> None:
-        """Adds a line with one write, so that a kill leaves a whole file; the first row decides the metrics."""
+        """Adds a line and writes the file anew, which is whole whenever this is killed."""
+        self.rows[row.layer] = row
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        if not self.rows:
-            writer.writerow([*_COLUMNS, *row.metrics])
-        self.rows[row.layer] = row
-        metrics = [row.metrics[name] for name in self.metric_names]
-        writer.writerow([row.layer, row.parameters, row.steps, f"{row.seconds:.3f}", *metrics])
-        with self.path.open("ab", buffering=0) as file:
-            file.write(text.getvalue().encode())
-            os.fsync(file.fileno())
+        writer.writerow([*_COLUMNS, *self.metric_names])
+        for each in self.rows.values():
+            metrics = [each.metrics[name] for name in self.metric_names]
+            writer.writerow([each.layer, each.parameters, each.steps, f"{each.seconds:.3f}", *metrics])
+        replace_text(self.path, text.getvalue())
 
     def layers(self) -> list[SweepRow]:
         """The rows of layers, in the order of the layers."""
@@ -93,30 +86,11 @@ class SweepResults:
                 "or repeat the settings."
             )
 
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the machine went down in the middle of a line
-            os.truncate(self.path, len(whole))
-        for line in csv.DictReader(io.StringIO(whole.decode())):
-            row = SweepRow(
-                layer=line.pop("layer"),
-                parameters=int(line.pop("parameters")),
-                steps=int(line.pop("steps")),
-                seconds=float(line.pop("seconds")),
-                metrics={name: float(value) if value else None for name, value in line.items()},
-            )
-            self.rows[row.layer] = row
-
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested dictionaries and lists, by dotted name."""
-    if isinstance(value, Mapping) and value:
-        items: Any = value.items()
-    elif isinstance(value, list) and value:
-        items = enumerate(value)
+    if isinstance(value, Mapping | list) and value:
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
-        return
-    for key, inner in items:
-        yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -22,16 +22,11 @@ class StepTimeModel:
     """``T = 2 F + gamma |S|``: seconds of a two-sided step of one query that moves \\|S\\| parameters.
 
     The cost model of Dominant-Layer ZO (arXiv 2606.05516, equations 3 to 11).
-
-    Attributes:
-        forward: F, seconds of one evaluation of the loss.
-        per_parameter: gamma, seconds that a step spends on each parameter: perturbing it twice and updating it.
-        r_squared: share of the variance of the measured times that the model explains.
     """
 
-    forward: float
-    per_parameter: float
-    r_squared: float
+    forward: float  # F, seconds of one evaluation of the loss
+    per_parameter: float  # gamma, seconds that a step spends on each parameter: perturbing it twice and updating it
+    r_squared: float  # share of the variance of the measured times that the model explains
 
     @classmethod
     def fit(cls, parameters: Sequence[int], seconds: Sequence[float]) -> "StepTimeModel":
@@ -62,17 +57,11 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured steps and the model fitted to them.
+    """Measured steps and the model fitted to them."""
 
-    Attributes:
-        forward: seconds of one evaluation of the loss, timed by itself.
-        steps: from the smallest scope to the largest.
-        model: fitted to `steps`.
-    """
-
-    forward: float
-    steps: tuple[MeasuredStep, ...]
-    model: StepTimeModel
+    forward: float  # seconds of one evaluation of the loss, timed by itself
+    steps: tuple[MeasuredStep, ...]  # from the smallest scope to the largest
+    model: StepTimeModel  # fitted to `steps`
 
 
 def growing_parts(module: nn.Module, stack: LayerStack) -> dict[str, list[nn.Parameter]]:
