@@ -10,7 +10,7 @@ from torch import nn
 from zolightning.bench.floors import Ceilings, floor_table, forward_flops, perturbed_bytes
 from zolightning.bench.lengths import LENGTHS, draw_prompts
 from zolightning.bench.shapes import model_of_shape
-from zolightning.bench.step_cost import random_token_loss
+from zolightning.bench.step import random_token_loss
 from zolightning.bench.step_records import Workload, rates
 from zolightning.commands import timing
 

@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 
-from zolightning.bench import bits, gpu, repetition, step_cost
+from zolightning.bench import bits, gpu, repetition, step
 from zolightning.bench.__main__ import main
 from zolightning.bench.figures import COLUMNS, Figures
 from zolightning.bench.floors import Ceilings
 from zolightning.bench.gpu import MINIATURE, Part, Sizes, parts, run_here
 from zolightning.bench.kernel_cost import PIECES_MIB, measure_kernels
 from zolightning.bench.rows import BY_NAME
-from zolightning.bench.step_cost import Settings
+from zolightning.bench.step import Settings
 from zolightning.bench.step_records import Cost
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process a part takes seconds to import torch, and so do runs of all methods, and collecting garbage."""
     monkeypatch.setattr(gpu, "run_part", run_here)
-    monkeypatch.setattr(step_cost, "reset_peak", lambda device: True)
+    monkeypatch.setattr(step, "reset_peak", lambda device: True)
     chosen = ("MeZO", "ZO-MOPI")
     monkeypatch.setattr(repetition, "METHODS", {name: repetition.METHODS[name] for name in chosen})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graph_runs import CPUCapture
-from zolightning.bench import step_cost as step
+from zolightning.bench import step
 from zolightning.bench.__main__ import main
 from zolightning.bench.measure import peak_bytes, reset_peak
 from zolightning.bench.rows import (

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 from zolightning.bench.figures import write_csv
-from zolightning.bench.learn_run import CLOCKS
 from zolightning.bench.measure import machine
-from zolightning.bench.options import Clock, Device, Precision, option
+from zolightning.bench.options import CLOCKS, Clock, Device, Precision, option
 from zolightning.bench.prompts import Prompts, time_prompts
 from zolightning.bench.rows import BY_NAME, FORWARD
 from zolightning.bench.subject import Subject

@@ -35,12 +35,7 @@ def append(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Va
 
 
 class Figures:
-    """Writes figures, one line of a CSV file for each, and prints them.
-
-    Args:
-        path: the file.
-        part: name of the part of the run that the figures belong to.
-    """
+    """Writes figures, one line of a CSV file for each, and prints them."""
 
     def __init__(self, path: Path, part: str) -> None:
         self.path = path

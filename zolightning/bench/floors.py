@@ -88,13 +88,7 @@ def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | N
 
 
 def floor_table(model: nn.Module, flops: float, ceilings: Ceilings) -> list[Record]:
-    """The least milliseconds that each part of a two-sided dense step takes, if it trains all of `model`.
-
-    Args:
-        model: the model that is perturbed and updated.
-        flops: floating point operations of one forward.
-        ceilings: the machine's best rates.
-    """
+    """The least milliseconds that each part of a two-sided dense step takes, if it trains all of `model`."""
     parameters = list(model.parameters())
     scratch, weights = perturbed_bytes(model, parameters), sum(parameter.nbytes for parameter in parameters)
     low_words = sum(p.numel() * state_bytes(p.dtype, "exact") for p in parameters)

@@ -27,8 +27,8 @@ from zolightning.bench.measure import environment, machine, release, require
 from zolightning.bench.options import Device, option
 from zolightning.bench.repetition import compare, runs
 from zolightning.bench.rows import BY_NAME, FORWARD, GRAPHED, PARITY, PUBLISHED_ANSWERS
-from zolightning.bench.step_cost import Settings as StepSettings
-from zolightning.bench.step_cost import load, measure_costs, measure_memory
+from zolightning.bench.step import Settings as StepSettings
+from zolightning.bench.step import load, measure_costs, measure_memory
 from zolightning.bench.step_records import Cost, Memory, memory_record, prompt_record, rates, token_record
 from zolightning.commands.tables import Record
 from zolightning.cublas import repeat_products

@@ -30,11 +30,6 @@ def measure_kernels(device: torch.device, sizes: Sequence[int], ceilings: Ceilin
     """Times each kernel in bf16: milliseconds, gigabytes read and written a second, and the time over that of a copy.
 
     The most important come first: one query and the largest size; the loops of PyTorch come last.
-
-    Args:
-        device: device to measure.
-        sizes: numbers of elements of a weight.
-        ceilings: the machine's best rates.
     """
     for queries in (1, 2, 8):
         for kind in get_args(NoiseKind):

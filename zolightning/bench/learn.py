@@ -34,8 +34,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.bench.learn_entries import callbacks, described, learning_rate, make, read, with_learning_rate
-from zolightning.bench.learn_report import draw, print_tables
-from zolightning.bench.learn_results import Entry, Key, Unit
+from zolightning.bench.learn_results import Entry, Key, Unit, draw, print_tables
 from zolightning.bench.learn_results import read as read_curves
 from zolightning.bench.learn_run import Limits, Stopped, train
 from zolightning.bench.measure import require

@@ -1,18 +1,16 @@
-"""What takes part in ``learn``: files of ``configs/`` and settings, read by the parser of ``zolightning fit``.
-
-The packages of the command line are imported when something is read: other benchmarks do without them.
-"""
+"""What takes part in ``learn``: files of ``configs/`` and settings, read by the parser of ``zolightning fit``."""
 
 import shlex
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback
 
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
-    from zolightning.commands.parser import OneLineParser
+from zolightning.commands.arguments import prepared
+from zolightning.commands.explanations import explain
+from zolightning.commands.options import fit_parser
+from zolightning.commands.slots import SLOTS, slot_callbacks
 
 _BY_PROTOCOL = {  # of the Trainer, whatever files say
     "max_steps": -1,
@@ -25,15 +23,10 @@ _BY_PROTOCOL = {  # of the Trainer, whatever files say
 }
 
 
-@cache
-def _parser() -> "OneLineParser":
-    """The parser of ``zolightning fit``, built once since that takes seconds."""
-    from zolightning.commands.options import fit_parser
-
-    return fit_parser()
+_parser = cache(fit_parser)  # which takes seconds
 
 
-def read(words: str) -> "Namespace":
+def read(words: str) -> Namespace:
     """The config that files and settings make, the later ones going first.
 
     Args:
@@ -44,11 +37,6 @@ def read(words: str) -> "Namespace":
     Raises:
         ValueError: naming a file or a setting, and what is wrong with it.
     """
-    from jsonargparse import ArgumentError
-
-    from zolightning.commands.arguments import prepared
-    from zolightning.commands.explanations import explain
-
     arguments: list[str] = []
     for word in shlex.split(words):
         arguments += [f"--{word}"] if "=" in word else ["--config", word]
@@ -61,18 +49,14 @@ def read(words: str) -> "Namespace":
     return config
 
 
-def described(config: "Namespace") -> str:
+def described(config: Namespace) -> str:
     """All settings that a run depends on and that are not the defaults, as JSON."""
-    from jsonargparse import Namespace
-
-    from zolightning.commands.slots import SLOTS
-
     own = Namespace({field: config[field] for field in (*SLOTS, "model", "data", "trainer")})
     text: str = _parser().dump(own, format="json", skip_default=True, skip_validation=True)
     return text
 
 
-def learning_rate(config: "Namespace") -> float:
+def learning_rate(config: Namespace) -> float:
     """The learning rate that a grid multiplies: the method's, or that of ``model.optimizer`` where there is no method.
 
     Raises:
@@ -84,34 +68,30 @@ def learning_rate(config: "Namespace") -> float:
         raise ValueError("`method.lr`, or `model.optimizer.lr` without a method, must be given.") from None
 
 
-def with_learning_rate(config: "Namespace", lr: float) -> "Namespace":
+def with_learning_rate(config: Namespace, lr: float) -> Namespace:
     """A copy with this learning rate."""
     changed = config.clone()
     _with_learning_rate(changed)["lr"] = lr
     return changed
 
 
-def make(config: "Namespace", *fields: str) -> "Namespace":
+def make(config: Namespace, *fields: str) -> Namespace:
     """New objects made from these fields of a config."""
-    from jsonargparse import Namespace
-
     made: Namespace = _parser().instantiate_classes(Namespace({field: config[field] for field in fields}))
     return made
 
 
-def callbacks(config: "Namespace") -> list[Callback]:
+def callbacks(config: Namespace) -> list[Callback]:
     """New callbacks for the method and the fields that belong to it; none for backpropagation.
 
     Raises:
         MisconfigurationException: naming a field that has nothing to act on.
         ValueError: by a method or scheduler, naming the argument, its value and what is accepted.
     """
-    from zolightning.commands.slots import SLOTS, slot_callbacks
-
     made = make(config, *SLOTS, "trainer")
     return [*slot_callbacks(config, made), *(made.trainer.callbacks or [])]
 
 
-def _with_learning_rate(config: "Namespace") -> Any:
+def _with_learning_rate(config: Namespace) -> Any:
     of = config.model.init_args["optimizer"] if config.method is None else config.method
     return of["init_args"]

@@ -7,24 +7,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from zolightning.bench.learn_entries import callbacks, make
 from zolightning.bench.learn_results import Key, Line, Unit, write
+from zolightning.bench.options import CLOCKS
 from zolightning.callbacks import SaveLast
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.resume import callback_states
 from zolightning.optim import NonFiniteLossError, WarmupDecay, ZerothOrderOptimizer
 
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
 _NEVER = 2**62  # batches or steps
 _BACKPROPAGATION = 3  # forwards a step: the backward takes about two of them
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,10 @@ class Stopped(Exception):
     """The command's time is over, and the run's last step is saved."""
 
 
-def train(key: Key, config: "Namespace", limits: Limits, device: str, output: Path, folder: Path) -> None:
-    """Makes a run, from its last checkpoint where there is one, and appends its validations and tests to a file.
+def train(key: Key, config: Namespace, limits: Limits, device: str, output: Path, folder: Path) -> None:
+    """Makes a run, from its last checkpoint where there is one, and appends its validations and tests to a CSV file.
 
-    Args:
-        key: identifies the run.
-        config: the entry's configuration, with the run's learning rate.
-        limits: when the run ends.
-        device: ``cuda`` or ``cpu``.
-        output: CSV file to append to.
-        folder: folder of the run's checkpoints, removed when the run is finished.
+    Checkpoints are in `folder`, which is removed when the run is finished.
 
     Raises:
         Stopped: the command's time was over first.
@@ -110,12 +102,6 @@ class Meter(Callback):
     """Counts what a run uses, says when to validate and when to stop, and keeps the best weights within each limit.
 
     Tells the Trainer and its :class:`~zolightning.optim.WarmupDecay` after each step how many steps the run will have.
-
-    Args:
-        key: identifies the run.
-        limits: what the run may use.
-        output: file to append validations to.
-        folder: folder of the checkpoints.
     """
 
     def __init__(self, key: Key, limits: Limits, output: Path, folder: Path) -> None:
@@ -228,18 +214,11 @@ class Meter(Callback):
 
 
 class Deadline(Callback):
-    """Stops a run as a cluster would: by SIGTERM, on which :class:`~zolightning.callbacks.SaveLast` saves and ends it.
-
-    Args:
-        at: value of ``time.monotonic()`` at which it stops the run; None: never.
-
-    Attributes:
-        has_passed: whether the run was stopped.
-    """
+    """Stops a run at a value of ``time.monotonic()`` as a cluster would: by SIGTERM, on which SaveLast saves it."""
 
     def __init__(self, at: float | None) -> None:
         self.at = at
-        self.has_passed = False
+        self.has_passed = False  # whether the run was stopped
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.at is not None and time.monotonic() >= self.at:

@@ -1,11 +1,13 @@
 """Options of a benchmark: fields of its dataclass ``Settings``, which transformers' HfArgumentParser reads."""
 
+import time
 from dataclasses import MISSING, field
 from typing import Any, Literal
 
 Precision = Literal["32-true", "bf16-true", "16-true"]
 Device = Literal["cpu", "cuda"]
 Clock = Literal["wall", "cpu"]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def option(said: str, default: Any = MISSING, **others: Any) -> Any:

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +15,11 @@ from zolightning.bench.floors import forward_flops
 from zolightning.bench.published import PublishedBatch, published_batch, published_loss
 from zolightning.bench.rows import PUBLISHED, Evaluate, Row, Step
 from zolightning.commands.timing import seconds_of
-from zolightning.data import Batch, load_task
+from zolightning.data import Batch
 from zolightning.data.batch import collate
 from zolightning.data.batching import LengthBuckets
-from zolightning.data.encoding import Example, encode
-from zolightning.data.sampling import sample
-from zolightning.data.source import read_folder
+from zolightning.data.encoding import Example
 from zolightning.models import answer_log_probs, candidate_scores, classification_loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # In half precision a log-probability of -8 is rounded to 1/16; the mean over a batch averages such errors.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -78,14 +72,7 @@ def time_prompts(
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[str], object] = lambda progress: None,
 ) -> list[float]:
-    """Seconds of each step: the mean over the batches of medians over passes, in which the steps take turns.
-
-    Args:
-        work: steps, each with the losses of its batches, equally many.
-        repeats: passes over the batches.
-        clock: returns the current time in seconds.
-        say: is told, at the beginning of each batch, which one it is.
-    """
+    """Seconds of each step: the mean over the batches of medians over passes, in which the steps take turns."""
     for step, losses in work:
         seconds_of(partial(step, losses[0]))  # what happens only once is not timed
     batches = len(work[0][1])
@@ -95,36 +82,6 @@ def time_prompts(
         passes = [[seconds_of(partial(step, losses[number]), clock) for step, losses in work] for _ in range(repeats)]
         medians.append([statistics.median(row) for row in zip(*passes, strict=True)])
     return [statistics.fmean(column) for column in zip(*medians, strict=True)]
-
-
-def load_examples(
-    tokenizer: "PreTrainedTokenizerBase", context_length: int, folder: Path | None, count: int, batch_size: int
-) -> list[Example]:
-    """Samples and encodes whole batches of training rows, or all rows where there is not one batch of them.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        context_length: the longest input of the model, in tokens.
-        folder: rows of SST-2; the sentiment set of the package if not given.
-        count: number of examples to sample.
-        batch_size: examples a batch.
-    """
-    task = load_task("sst2" if folder else "sentiment")
-    folder = folder or task.folder
-    assert folder is not None  # the package's set comes with its rows
-    split = read_folder(folder, "train", task)
-    chosen = sample(split, count, seed=0)
-    whole = len(chosen) // batch_size * batch_size
-    return [
-        encode(
-            tokenizer,
-            *task.render(split.row(index)),
-            label=split.labels[index],
-            id=split.ids[index],
-            max_length=context_length,
-        )
-        for index in chosen[: whole or None]
-    ]
 
 
 def check_same_loss(model: nn.Module, examples: Sequence[Example], pad_id: int) -> None:

@@ -21,12 +21,6 @@ class PublishedMeZO:
 
     A pass seeds torch's generator, draws ``torch.normal(0, 1)`` in the dtype of each parameter, and puts a new
     tensor in the place of the old one.
-
-    Args:
-        parameters: those to train.
-        lr: learning rate.
-        eps: perturbation scale.
-        seed: seed of the generator that draws each step's seed.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, eps: float, seed: int = 0) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning.bench.shapes import model_of_shape
-from zolightning.bench.step_cost import random_token_loss
+from zolightning.bench.step import random_token_loss
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.configured_trainer import SILENT
@@ -76,12 +76,7 @@ class RandomTokens(L.LightningModule):
 
 
 class Records(Callback):
-    """Keeps the step records of a run, and saves a checkpoint in its middle.
-
-    Args:
-        save_after: number of steps after which to save.
-        path: where to save.
-    """
+    """Keeps the step records of a run, and saves a checkpoint in its middle."""
 
     def __init__(self, save_after: int, path: Path) -> None:
         self.records: list[StepRecord | None] = []
@@ -116,15 +111,6 @@ def compare(
 
     The second run resumes from a checkpoint that the first wrote after half of its steps, with a model whose weights
     were zeros before. New subspaces are drawn at each quarter of the steps.
-
-    Args:
-        method: makes the optimizer.
-        cuda_graphs: whether forwards are replayed from CUDA graphs.
-        device: device of the runs.
-        shape: the model, a key of :data:`~zolightning.bench.shapes.SHAPES`.
-        steps: steps of a run.
-        batch_size: rows of random tokens a batch.
-        length: tokens a row.
     """
     tokens = torch.randint(2**31, (steps, batch_size, length), generator=torch.Generator().manual_seed(0))
     run = partial(_run, method, cuda_graphs, device)

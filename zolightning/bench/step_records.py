@@ -95,16 +95,7 @@ def prompt_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
 def rates(
     name: str, seconds: float, work: Workload, weights: int, ceilings: Ceilings, forward_seconds: float
 ) -> dict[str, Any]:
-    """Compares a step with the best that the machine can do.
-
-    Args:
-        name: name of the row.
-        seconds: time of a step.
-        work: what the step does.
-        weights: number of parameters of the model.
-        ceilings: the machine's best rates.
-        forward_seconds: time of one bare forward on the same batches.
-    """
+    """Compares a step with the best that the machine can do."""
     products, moved = work.forwards * work.flops / ceilings.flops_per_second, work.parameter_bytes
     rest = seconds - work.forwards * forward_seconds
     floor = None if moved is None else products + moved / ceilings.bytes_per_second

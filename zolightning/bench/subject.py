@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from zolightning.bench.lengths import draw_prompts
-from zolightning.bench.prompts import load_examples
 from zolightning.bench.shapes import PREFIX, model_of_shape
-from zolightning.data.encoding import Example
+from zolightning.data import load_task
+from zolightning.data.encoding import Example, encode
+from zolightning.data.sampling import sample
+from zolightning.data.source import read_folder
 from zolightning.models import CausalLM
 
 if TYPE_CHECKING:
@@ -60,9 +62,24 @@ class Subject:
             folder: rows of SST-2 for a tokenizer; the sentiment set of the package if not given.
             lengths: lengths of drawn prompts: those of a task in :data:`~zolightning.bench.lengths.LENGTHS`, or a
                 number of tokens.
-            batches: number of whole batches to make; fewer if there are too few rows.
+            batches: number of whole batches to make; fewer, or all rows, if there are too few.
             batch_size: examples a batch.
         """
         if self.tokenizer is None:
             return draw_prompts(lengths, batches * batch_size, self.vocabulary)
-        return load_examples(self.tokenizer, self.context_length, folder, batches * batch_size, batch_size)
+        task = load_task("sst2" if folder else "sentiment")
+        folder = folder or task.folder
+        assert folder is not None  # the package's set comes with its rows
+        split = read_folder(folder, "train", task)
+        chosen = sample(split, batches * batch_size, seed=0)
+        whole = len(chosen) // batch_size * batch_size
+        return [
+            encode(
+                self.tokenizer,
+                *task.render(split.row(index)),
+                label=split.labels[index],
+                id=split.ids[index],
+                max_length=self.context_length,
+            )
+            for index in chosen[: whole or None]
+        ]
