@@ -74,6 +74,8 @@ _PARSER_KWARGS: dict[str, Any] = {
 class ZerothOrderCLI(LightningCLI):
     """Adds checkpoints (best, last), a run monitor, a validation before training and a test after it."""
 
+    trainer: Trainer
+
     def __init__(self, args: ArgsType = None) -> None:
         self._ledger: Path | None = None  # of a run that goes on without a checkpoint
         self._begins_anew = False  # in the folder of a run that was killed before its first step

@@ -12,17 +12,11 @@ from zolightning.messages import counted
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The repeated layers of a network, in the order in which they run.
+    """The repeated layers of a network, in the order in which they run."""
 
-    Attributes:
-        name: dotted name of the list that holds them, or the regular expression that found them.
-        names: dotted name of each layer.
-        layers: the layers themselves.
-    """
-
-    name: str
-    names: tuple[str, ...]
-    layers: tuple[nn.Module, ...]
+    name: str  # dotted name of the list that holds them, or the regular expression that found them
+    names: tuple[str, ...]  # dotted name of each layer
+    layers: tuple[nn.Module, ...]  # the layers themselves
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -101,15 +95,10 @@ def check_index(stack: LayerStack, index: int, field: str = "layer") -> None:
 
 
 class FeedForward(NamedTuple):
-    """The feed-forward part of a layer; its channel j is entry j of what `down` reads.
+    """The feed-forward part of a layer; its channel j is entry j of what `down` reads."""
 
-    Attributes:
-        up: the linear maps that write the channels: two in a gated MLP, one in a plain one.
-        down: the linear map that reads them.
-    """
-
-    up: tuple[nn.Linear, ...]
-    down: nn.Linear
+    up: tuple[nn.Linear, ...]  # the linear maps that write the channels: two in a gated MLP, one in a plain one
+    down: nn.Linear  # the linear map that reads them
 
     @property
     def width(self) -> int:

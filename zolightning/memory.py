@@ -31,59 +31,38 @@ Method = Callable[..., ZerothOrderOptimizer]
 
 
 class Trained(NamedTuple):
-    """A weight that trains, on any device.
+    """A weight that trains, on any device."""
 
-    Attributes:
-        weight: the whole weight.
-        shape: the shape of the weight, or of the slice of it that trains.
-        beside: whether it is in no block while other weights are in blocks; some methods keep less for it.
-        side: where a matrix has its inputs, "left" or "right", if a factor comes from these and is not drawn.
-    """
-
-    weight: Tensor
-    shape: tuple[int, ...]
-    beside: bool = False
+    weight: Tensor  # the whole weight
+    shape: tuple[int, ...]  # the shape of the weight, or of the slice of it that trains
+    beside: bool = False  # whether it is in no block while other weights are in blocks; some methods keep less for it
+    # where a matrix has its inputs, "left" or "right", if a factor comes from these and is not drawn
     side: Side | None = None
 
 
 class BatchShape(NamedTuple):
-    """The shape of the input of one forward pass.
+    """The shape of the input of one forward pass."""
 
-    Attributes:
-        rows: number of sequences.
-        length: tokens of a sequence, with padding.
-        positions: at how many positions of a sequence logits are computed: 1 if answers are single tokens, otherwise
-            one more than the tokens of an answer.
-    """
-
-    rows: int
-    length: int
+    rows: int  # number of sequences
+    length: int  # tokens of a sequence, with padding
+    # at how many positions of a sequence logits are computed: 1 if answers are single tokens, otherwise one more than
+    # the tokens of an answer
     positions: int = 1
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on a device, by purpose.
+    """Bytes on a device, by purpose."""
 
-    Attributes:
-        weights: parameters and buffers.
-        state: the method's state at its largest.
-        scratch: perturbed or dequantised weights of the layer that runs.
-        activations: an estimate for one forward pass; None for other networks, or if the batch is unknown.
-        logits: an estimate, likewise.
-        graphs: an estimate for the pool of CUDA graphs; None if that of the forward pass is None.
-        sketches: an upper bound for the second moments of inputs, while bases are computed from activations.
-        host: state in host memory, which is not counted.
-    """
-
-    weights: int
-    state: int = 0
-    scratch: int = 0
+    weights: int  # parameters and buffers
+    state: int = 0  # the method's state at its largest
+    scratch: int = 0  # perturbed or dequantised weights of the layer that runs
+    # an estimate for one forward pass; None for other networks, or if the batch is unknown
     activations: int | None = None
-    logits: int | None = None
-    graphs: int | None = 0
-    sketches: int = 0
-    host: int = 0
+    logits: int | None = None  # an estimate, likewise
+    graphs: int | None = 0  # an estimate for the pool of CUDA graphs; None if that of the forward pass is None
+    sketches: int = 0  # an upper bound for the second moments of inputs, while bases are computed from activations
+    host: int = 0  # state in host memory, which is not counted
 
     @property
     def certain(self) -> int:
@@ -181,19 +160,12 @@ def _input_sizes(trained: Iterable[Trained]) -> list[int]:
 
 
 class StateBytes(NamedTuple):
-    """Bytes of a method's state.
+    """Bytes of a method's state."""
 
-    Attributes:
-        device: those on the device.
-        host: those on the host.
-        factors: of those on the device, the factors of low-rank perturbations.
-        at_rest: of those on the device, what is kept of a block that does not move, where its state is reset.
-    """
-
-    device: int
-    host: int
-    factors: int
-    at_rest: int
+    device: int  # those on the device
+    host: int  # those on the host
+    factors: int  # of those on the device, the factors of low-rank perturbations
+    at_rest: int  # of those on the device, what is kept of a block that does not move, where its state is reset
 
 
 def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> StateBytes:

@@ -28,7 +28,7 @@ from zolightning.checkpoints.checkpoint_io import DamagedCheckpointError
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
-from zolightning.commands.event_log import event_files
+from zolightning.commands.run_folder import event_files
 from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam, SubZero
 
 pytestmark = AS_EXPECTED

@@ -17,19 +17,17 @@ _FILES = ("--config", "-c")
 
 def prepared(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with all that this module changes in them."""
-    return with_resets(from_package(with_switches(up_to_help(arguments))))
+    words: list[str] = []
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        words += [option, value] if equals and option in _FILES else [word]
+    return with_resets(from_package(with_switches(up_to_help(words))))
 
 
 def from_package(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments in which ``configs/...`` names the packaged file where there is no other."""
-    resolved = list(arguments)
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option in _FILES and equals:
-            resolved[place] = f"{option}={packaged(value)}"
-        elif option in _FILES and place + 1 < len(arguments):
-            resolved[place + 1] = str(packaged(arguments[place + 1]))
-    return resolved
+    before = ["", *arguments]
+    return [str(packaged(word)) if option in _FILES else word for option, word in zip(before, arguments, strict=False)]
 
 
 def up_to_help(arguments: Sequence[str]) -> list[str]:
@@ -66,11 +64,11 @@ def with_resets(arguments: Sequence[str]) -> list[str]:
     replaced: list[str] = []
     end_of_files = 0
     for place, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
+        option = argument.partition("=")[0]
         if option in _FILES:
-            named = _classes_named(value or "".join(arguments[place + 1 : place + 2]))
+            named = _classes_named("".join(arguments[place + 1 : place + 2]))
             replaced += _nulls(slot for slot in CLASSES if slot in named or ("method" in named and slot in OF_A_METHOD))
-            end_of_files = len(replaced) + (1 if value else 2)
+            end_of_files = len(replaced) + 2
         elif option.startswith("--") and option.removeprefix("--") in CLASSES:
             if option == "--method" and end_of_files:
                 replaced[end_of_files:end_of_files] = _nulls(OF_A_METHOD)

@@ -13,7 +13,7 @@ from torch import nn
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
-from zolightning.commands.configured_trainer import SILENT
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.output import quiet
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced
@@ -164,7 +164,9 @@ def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
         )
 
 
-def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
+def check_monitors(
+    trainer: ConfiguredTrainer, model: L.LightningModule, datamodule: L.LightningDataModule | None
+) -> None:
     """Checks that the metrics which callbacks monitor exist.
 
     A module may name its metrics by a method ``validation_metrics(datamodule)``; otherwise one batch is validated,
@@ -186,17 +188,12 @@ def check_monitors(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
             )
 
 
-def _validated_once(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> set[str]:
+def _validated_once(
+    trainer: ConfiguredTrainer, model: L.LightningModule, datamodule: L.LightningDataModule | None
+) -> set[str]:
     """Names of the metrics that one batch of validation logs."""
     with quiet(), isolate_rng():
-        runner = L.Trainer(
-            accelerator="cpu" if trainer.strategy.root_device.type == "cpu" else "auto",
-            devices=1,
-            precision=trainer.precision,
-            limit_val_batches=1,
-            callbacks=[],
-            **SILENT,
-        )
+        runner = trainer.without_traces(callbacks=[], limit_val_batches=1)
         return {name for metrics in runner.validate(model, datamodule, verbose=False) for name in metrics}
 
 

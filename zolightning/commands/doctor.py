@@ -81,19 +81,14 @@ def examine(
 
 
 class _Doctor(Callback):
-    """Records the steps in which a LearningRateProbe measures, when no weight moves, and examines the run after them.
-
-    Args:
-        probe: the LearningRateProbe, which comes before this callback.
-        sets_lr: whether the probe belongs to the run, and so sets its learning rate.
-        bar: the progress bar of the steps.
-    """
+    """Records the steps in which `probe` measures, when no weight moves, and examines the run after them."""
 
     overview: dict[str, str]
     examination: Examination
 
     def __init__(self, probe: LearningRateProbe, sets_lr: bool, bar: "tqdm[Any]") -> None:
-        self._probe, self._sets_lr, self._bar = probe, sets_lr, bar
+        self._probe, self._bar = probe, bar
+        self._sets_lr = sets_lr  # whether the probe is the run's own
         self._records: list[StepRecord] = []
         self._seconds: list[float] = []
         self._began = 0.0

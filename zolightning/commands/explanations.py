@@ -27,13 +27,7 @@ _OTHER_COMMANDS = ("configs", "report")  # whose parsers are their own
 
 
 def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] = ()) -> str:
-    """Shortens an error message of jsonargparse, which may have 30 lines, to one line.
-
-    Args:
-        message: the message of jsonargparse.
-        options: all options, such as ``--trainer.max_steps``.
-        commands: all subcommands of the parser.
-    """
+    """Shortens an error message of jsonargparse, which may have 30 lines, to one line."""
     field, inner = _field(message), _innermost(message)
     if found := re.match(
         r'argument subcommand: invalid choice: \'(.*)\' \(|expected "subcommand" to be one of', message

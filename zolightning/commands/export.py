@@ -29,7 +29,7 @@ def export_model(
     """Writes a fine-tuned model as a Hugging Face folder, with a model card, and uploads it on request.
 
     Of a run that trained adapters it is PEFT's folder of them. With a checkpoint come ``README.md``, the card, with
-    method, settings and metrics of the run, and ``training.yaml``, the settings to repeat it by.
+    method, costs and metrics of the run, and ``training.yaml``, all settings, to repeat it by.
 
     Args:
         trainer: the Trainer, which has the settings of the command line.

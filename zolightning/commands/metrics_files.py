@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, replace_text
-from zolightning.commands.event_log import EventLog
-from zolightning.commands.run_folder import Run, run_of
+from zolightning.commands.run_folder import EventLog, Run, run_of
 from zolightning.partners import tensorboards
 from zolightning.rank_zero import rank_zero_warn
 from zolightning.versions import installed_version
@@ -34,11 +33,6 @@ class MetricsFiles(Callback):
     Both are written as a whole at the end of each validation, of the training and of a test, and where these are cut
     short by an error or a signal. They say what TensorBoard's event files in the folder say, and so have each step
     once, however often the run was stopped; without TensorBoard's logger nothing is written.
-
-    Args:
-        subcommand: ``fit``, ``validate`` or ``test``.
-        command: the command line of the run.
-        checkpoint: the checkpoint that is validated or tested.
     """
 
     def __init__(self, subcommand: str, command: str, checkpoint: str | None = None) -> None:

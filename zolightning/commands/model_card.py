@@ -10,7 +10,6 @@ import yaml
 
 from zolightning.commands.metrics_files import library_versions
 from zolightning.commands.run_folder import Run, read_run
-from zolightning.commands.sweep_results import flat
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -144,7 +143,7 @@ def _card(
         ),
         results=[(name, _text(before), _text(after)) for name, (before, after) in results.items()],
         step=step,
-        facts=[(key, _text(value)) for key, value in _facts(settings, run)],
+        facts=[(key, _text(value)) for key, value in _facts(run)],
         settings=SETTINGS,
         commands=[] if run is None else run.commands,
         versions=", ".join(f"{name} {version}" for name, version in library_versions().items()),
@@ -190,21 +189,14 @@ def _eval_results(
     ]
 
 
-def _facts(settings: Mapping[str, Any], run: Run | None) -> list[tuple[str, Any]]:
-    """The run's overview, its costs, and the settings of its method and data, as pairs for a table."""
+def _facts(run: Run | None) -> list[tuple[str, Any]]:
+    """The run's overview and its costs, as pairs for a table."""
     facts: list[tuple[str, Any]] = []
     if run is not None:
         facts += [(name, value) for name, value in run.overview.items() if name not in (*_OF_A_MACHINE, "command")]
         spent = {"forward passes": run.spent.forward_passes, "seconds": run.spent.seconds}
         spent |= {"peak memory, GiB": run.peak("run/peak_memory_gib")}
         facts += [(f"{name}, whole run", value) for name, value in spent.items() if value is not None]
-    chosen = {field: settings.get(field) for field in ("method", "scope", "data", "seed_everything")}
-    chosen["trainer"] = {"precision": (settings.get("trainer") or {}).get("precision")}
-    facts += [
-        (f"`{name.replace('.init_args', '').removesuffix('.class_path')}`", _own_name(value))
-        for name, value in flat(chosen)
-        if value not in (None, {}, []) and not name.startswith(("data.init_args.task.", "data.class_path"))
-    ]
     return facts
 
 

@@ -34,11 +34,6 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
     too. The same settings again go on there: seeds that are finished stay, one that was cut short goes on from its
     last step. A seed that fails does not keep the others from running.
 
-    Args:
-        subcommand: ``fit``, ``validate`` or ``test``.
-        config: the settings of the subcommand, with the run's name in ``trainer.logger``.
-        text: the same settings in YAML.
-
     Raises:
         ValueError: naming the setting that does not go with several seeds.
         RuntimeError: when all have run, naming the seeds that failed.

@@ -65,10 +65,6 @@ def add_slots(parser: LightningArgumentParser) -> None:
 def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
     """The callbacks of the slots, checked against each other and those of ``trainer.callbacks``.
 
-    Args:
-        config: the settings of a subcommand, as parsed.
-        made: the same settings, instantiated; the run has its ``trainer.callbacks`` besides the returned ones.
-
     Raises:
         MisconfigurationException: naming a slot that has nothing to act on, or whose callback is in the list too.
         ValueError: from a method or scheduler, naming the argument, its value and what is accepted.

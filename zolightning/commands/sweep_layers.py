@@ -3,17 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from zolightning.callbacks import TrainLayers, ZerothOrder
@@ -104,7 +101,7 @@ class _Sweep:
 
     def run(self) -> None:
         """Trains the layers that have no result yet; then prints and draws all results."""
-        weights = _copy_of(self.module)
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
         pending = [index for index in self.indices if str(index) not in self.results.rows]
         has_bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         with quiet(), tqdm(total=len(pending) * self.steps, unit="step", disable=not has_bar) as bar:
@@ -113,11 +110,11 @@ class _Sweep:
                     with isolate_rng():
                         self._keep(SweepRow(ZERO_SHOT, 0, 0, 0.0, self._evaluated()))
                 for index in pending:
-                    _restore(self.module, weights)
+                    self.module.load_state_dict(weights)
                     with isolate_rng():  # the same batches and the same dropout for each layer
                         self._keep(self._trained(index, bar))
             finally:
-                _restore(self.module, weights)
+                self.module.load_state_dict(weights)
         if self.trainer.is_global_zero:
             self._report()
 
@@ -226,20 +223,3 @@ def _callbacks(trainer: ConfiguredTrainer, module: L.LightningModule, first_orde
     for callback in methods:
         callback.method(list(module.parameters()))
     return kept
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _copy_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(module)}
-
-
-@torch.no_grad()
-def _restore(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    # The Trainer's precision may have changed the dtype since: a cast rounds as the first one did.
-    for name, tensor in _tensors(module):
-        if name in weights:
-            tensor.copy_(weights[name])

@@ -28,10 +28,6 @@ class SweepRow:
 class SweepResults:
     """``results.csv`` and, beside it, ``settings.json`` with what its lines depend on.
 
-    Args:
-        folder: the folder of both files; results that are already there are read.
-        settings: the settings of this sweep, compared with those in the folder.
-
     Raises:
         ValueError: if the folder holds results of other settings.
     """

@@ -89,12 +89,6 @@ def measure_step_times(
     """Times MeZO steps that move each part in turns, and fits the model to their medians.
 
     The steps are whole but for one thing: their projected gradients are set to zero, so that the weights stay.
-
-    Args:
-        module: owns the parameters of all parts.
-        parts: their parameters, by name.
-        evaluate: the loss of one batch.
-        repeats: timed steps of each part; one more comes before them.
     """
     optimizer = MeZO(module.parameters())
     optimizer.attach(module)
