@@ -168,6 +168,24 @@ def test_nor_by_joining_them(prompt: str) -> None:
         task.render({"about": {"all": [["one"]]}, "label": 0})
 
 
+@pytest.mark.parametrize("prompt", ["{{ 'so ' ~ about.x }}", "{{ about.all | join(' ') }}", "{{ about.x | upper }}"])
+def test_a_null_inside_a_field_is_not_written_either(prompt: str) -> None:
+    task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+    with pytest.raises(ValueError, match="of field `about` is null, which is no text"):
+        task.render({"about": {"x": None, "all": ["one", None]}, "label": 0})
+
+
+def test_templates_decide_by_nulls_and_write_json() -> None:
+    row = {"about": {"x": None, "all": ["one", None], "loud": True}, "label": 0}
+    for prompt, written in {
+        "{{ about.x or 'no' }} {{ about.all | reject('none') | join }}": "no one",
+        "{% if about.x is none and about.x == none %}null{% endif %}": "null",
+        "{{ about | tojson }}": '{"all": ["one", null], "loud": true, "x": null}',
+    }.items():
+        task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
+        assert task.render(row)[0] == written
+
+
 def test_a_field_of_any_name_inside_a_field() -> None:
     task = Classification(name="t", prompt="{{ about.field }}", answers=("a", "b"), labels=(0, 1))
     assert task.render({"about": {"field": "rain"}, "label": 0})[0] == "rain"

@@ -1,5 +1,6 @@
 """Jinja2 templates over the fields of a row. They may use any value, but write only text and numbers."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -16,6 +17,8 @@ _TEMPLATES = SandboxedEnvironment(
     undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda value: _written(value)
 )
 _TEMPLATES.globals |= {"mask": MASK, "sep": SEPARATOR}
+_TEMPLATES.tests["none"] = lambda value: value is None or isinstance(value, _Null)
+_TEMPLATES.policies["json.dumps_function"] = lambda value, **settings: json.dumps(_plain(value), **settings)
 
 
 def check_template(key: str, source: str) -> None:
@@ -33,7 +36,7 @@ def template_fields(sources: Iterable[str]) -> frozenset[str]:
 
 
 def guarded(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """The fields of a row for :func:`fill`, in which a list, a mapping or a truth value raises an error if written."""
+    """The fields of a row for :func:`fill`; to write a list, a mapping, a truth value or a null of them is an error."""
     return {field: _guard(f"field `{field}`", row[field]) for field in fields}
 
 
@@ -63,6 +66,22 @@ class _Truth(_NoText, int):
         return "true" if self else "false"
 
 
+class _Null(_NoText):
+    """Stands for None: false, equal to it, and `is none`."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _Null)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def __repr__(self) -> str:
+        return "null"
+
+
 class _List(_NoText, list[Any]):
     pass
 
@@ -80,10 +99,21 @@ def _guard(name: str, value: Any) -> Any:
         guarded = _List(_guard(f"an item of {name}", item) for item in value)
     elif isinstance(value, dict):
         guarded = _Mapping({key: _guard(f"`{key}` of {name}", item) for key, item in value.items()})
+    elif value is None:
+        guarded = _Null()
     else:
         return value
     guarded._name = name
     return guarded
+
+
+def _plain(value: Any) -> Any:
+    """The value that was guarded, for `tojson`, whose text is JSON's notation."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, _Null) else bool(value) if isinstance(value, _Truth) else value
 
 
 def _written(value: Any) -> Any:
