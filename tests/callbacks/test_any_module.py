@@ -183,6 +183,18 @@ class TestStrangers:
         ):
             fit(Penalty())
 
+    def test_a_step_that_calls_backward(self, make_regression: MakeModule, fit: Fit) -> None:
+        class Backward(type(make_regression())):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                loss = super().training_step(batch, batch_idx)
+                loss.backward()
+                return loss
+
+        with pytest.raises(
+            MisconfigurationException, match=r"of Backward calls `backward\(\)`, and ZerothOrder trains by"
+        ):
+            fit(Backward())
+
     def test_losses_in_train_mode_only(self, make_regression: MakeModule, fit: Fit) -> None:
         """As detection networks do: their error is told what caused it, and how to be served."""
 

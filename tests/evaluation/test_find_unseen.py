@@ -90,7 +90,9 @@ class TestAudit:
         loss = applied(IDS)
         loss(net)  # from here on the norms are what they should be
         before = snapshot(net)
-        with pytest.raises(ValueError, match=r"A parameter of shape \(11, 5\) is changed by the forward pass itself"):
+        with pytest.raises(
+            ValueError, match=r"A parameter of shape \(11, 5\) is changed by the evaluation of the loss itself"
+        ):
             find_unseen(net.parameters(), lambda: loss(net))
         assert_unchanged(net, before)
 

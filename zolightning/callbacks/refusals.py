@@ -208,3 +208,29 @@ def refuse_graphs(device: torch.device) -> None:
 def class_names(thing: object) -> list[str]:
     """Names of the classes that an object is an instance of, its own first."""
     return [base.__name__ for base in type(thing).__mro__]
+
+
+def refuse_own_gradients(module: L.LightningModule, error: RuntimeError) -> None:
+    """Says what is wrong if an error is that a loss does not depend on the parameters by which it is differentiated."""
+    if "used in the graph" in str(error):
+        raise MisconfigurationException(
+            f"`training_step` of {type(module).__name__} differentiates by the module's parameters, and ZerothOrder "
+            "evaluates it at perturbed copies of them. Differentiate by inputs, or by copies made in the step "
+            "(`torch.func.functional_call`), or leave that term out."
+        ) from error
+
+
+def gradients_of(module: L.LightningModule) -> list[tuple[int, int] | None]:
+    """For each parameter what tells whether its gradient has changed since, without reading values."""
+    gradients = (parameter.grad for parameter in module.parameters())
+    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+
+
+def refuse_backward(module: L.LightningModule, before: list[tuple[int, int] | None]) -> None:
+    """Raises a MisconfigurationException if gradients are not those that :func:`gradients_of` has seen `before`."""
+    if gradients_of(module) != before:
+        raise MisconfigurationException(
+            f"`training_step` of {type(module).__name__} calls `backward()`, and ZerothOrder trains by the loss that "
+            "it returns: nothing would read these gradients. Leave that out. An optimizer of your own can step in "
+            "`on_train_batch_end`, under `torch.enable_grad()`."
+        )

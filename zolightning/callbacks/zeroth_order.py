@@ -19,7 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from zolightning.callbacks.folding import choose_folding
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
-from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
+from zolightning.callbacks.refusals import (
+    gradients_of,
+    made_scheduler,
+    refuse_backward,
+    refuse_module,
+    refuse_own_gradients,
+    refuse_unsupported,
+)
 from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.fresh_batches import FreshBatches
 from zolightning.evaluation.losses import LossOutput
@@ -242,12 +249,15 @@ class ZerothOrder(Callback):
 
         def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> LossOutput:
             nonlocal first
+            gradients = gradients_of(pl_module) if self._differentiates else None
             try:
                 with torch.set_grad_enabled(self._differentiates):
                     output = training_step(part) if size is None else evaluate_in_parts(training_step, part, size)
             except Exception as error:
                 error.add_note(_NOTE)
                 raise
+            if gradients is not None:
+                refuse_backward(pl_module, gradients)
             if evaluator.is_first:
                 first = apply_to_collection(output, Tensor, Tensor.detach)
             return with_num_terms(output, part, pl_module.device)
@@ -263,7 +273,7 @@ class ZerothOrder(Callback):
             raise NonFiniteLossError(f"{error} {self._advice(batch, batch_idx)}") from None
         except RuntimeError as error:
             if self._differentiates:
-                _refuse_own_gradients(pl_module, error)
+                refuse_own_gradients(pl_module, error)
             if self._differentiates or "does not require grad" not in str(error):
                 raise
             self._differentiates = True
@@ -286,16 +296,6 @@ class ZerothOrder(Callback):
             f"Batch {batch_idx}{which}. The weights are those of the last step; a smaller `lr` or `eps` may help"
             f"{otherwise}."
         )
-
-
-def _refuse_own_gradients(module: L.LightningModule, error: RuntimeError) -> None:
-    """Says what is wrong if an error is that a loss does not depend on the parameters by which it is differentiated."""
-    if "used in the graph" in str(error):
-        raise MisconfigurationException(
-            f"`training_step` of {type(module).__name__} differentiates by the module's parameters, and ZerothOrder "
-            "evaluates it at perturbed copies of them. Differentiate by inputs, or by copies made in the step "
-            "(`torch.func.functional_call`), or leave that term out."
-        ) from error
 
 
 def _fold(trainer: L.Trainer) -> None:

@@ -47,8 +47,9 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
     for parameter, version in zip(parameters, versions, strict=True):
         if parameter._version != version:
             raise ValueError(
-                f"A parameter of shape {tuple(parameter.shape)} is changed by the forward pass itself, as that of "
-                "nn.Embedding is with `max_norm`, so that its losses cannot be compared. Freeze it, or leave that out."
+                f"A parameter of shape {tuple(parameter.shape)} is changed by the evaluation of the loss itself (an "
+                "optimizer's step in it, nn.Embedding's `max_norm`), so that losses cannot be compared. Leave that "
+                "out, or freeze the parameter."
             )
     if not torch.isfinite(loss):
         return None
