@@ -115,6 +115,9 @@ class PretrainedModule(L.LightningModule):
             quantize(self.model, quantization)
         if adapter is not None:
             self.load_adapter(adapter)
+        # What `load_from_checkpoint` makes the module of; the rest is in `structure_dict`
+        made_of = {"model_name": model_name, "dtype": dtype, "attention": attention, "quantization": quantization}
+        self._made_of = {k: v for k, v in (made_of | {"num_classes": num_classes}).items() if v is not None}
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
@@ -244,6 +247,7 @@ class PretrainedModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.structure_dict())
+        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, self._made_of)  # unless a subclass has saved its own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_offloaded(self.model, "no checkpoint can be loaded into them")
