@@ -82,15 +82,22 @@ def test_the_loss_is_minus_the_mean_reward_of_what_moved_weights_write(
     assert "train/reward" in trainer.logged_metrics
 
 
-def test_failed_rewards_are_logged(
-    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer]
+def test_failed_rewards_are_logged_and_counted_on(
+    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     folder, data = rewarded
     module = CausalLM(str(folder), reward=InProcesses(fails, processes=1))
     trainer = make_trainer(max_steps=2, limit_val_batches=0, callbacks=[ZerothOrder(partial(MeZO, lr=0.1))])
     with pytest.warns(UserWarning, match="A reward failed, .* KeyError: 'a reason'"):
         trainer.fit(module, data)
-    assert trainer.logged_metrics["train/failed_rewards"] == module.reward.failures["KeyError"] - 3 > 3
+    failures = module.reward.failures["KeyError"]
+    assert trainer.logged_metrics["train/failed_rewards"] == failures - 3 > 3
+
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    module = CausalLM(str(folder), reward=InProcesses(fails, processes=1))
+    trainer = make_trainer(max_steps=3, limit_val_batches=0, callbacks=[ZerothOrder(partial(MeZO, lr=0.1))])
+    trainer.fit(module, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert trainer.logged_metrics["train/failed_rewards"] > failures
 
 
 @pytest.mark.filterwarnings("error:.*evaluations_per_forward")

@@ -55,6 +55,13 @@ _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
     **{name: {"model", "datamodule"} for name in ("doctor", "profile", "sweep-layers", "export", "replay")},
 }
+# Of Lightning's commands; those of this package have docstrings.
+_DESCRIPTIONS = {
+    "fit": "Trains a model, and validates it every so many steps.",
+    "validate": "Measures a model on the validation data.",
+    "test": "Measures a model on the test data.",
+    "predict": "Writes what a model predicts for the test data, which need no labels, to a file.",
+}
 # The config.yaml of a run has these, whatever command reads it.
 _NOT_READ: dict[str, Any] = {"ckpt_path": str | None, "weights_only": bool | None}
 _PARSER_KWARGS: dict[str, Any] = {
@@ -66,6 +73,7 @@ _PARSER_KWARGS: dict[str, Any] = {
     # argparse would list a hundred options, here and before every error.
     **{
         name: {"usage": f"zolightning {name} --config FILE [--config FILE ...] [--OPTION VALUE ...]"}
+        | ({"description": _DESCRIPTIONS[name]} if name in _DESCRIPTIONS else {})
         for name in _SUBCOMMANDS
     },
 }
@@ -95,6 +103,11 @@ class ZerothOrderCLI(LightningCLI):
             parser_class=OneLineParser,
             args=args,
         )
+
+    def setup_parser(self, *args: Any, **settings: Any) -> None:
+        super().setup_parser(*args, **settings)
+        for listed in getattr(self.parser._subcommands_action, "_choices_actions", ()):
+            listed.help = _DESCRIPTIONS.get(listed.dest, listed.help)  # Lightning lists the first lines of docstrings
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)

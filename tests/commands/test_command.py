@@ -28,6 +28,8 @@ pytestmark = [
     ("arguments", "expected"),
     [
         (["--help"], ["Fine-tunes language models by forward passes only.", "fit", "export"]),
+        (["--help"], ["Measures a model on the test data.\n", "Measures a model on the validation data.\n"]),
+        (["test", "--help"], ["Measures a model on the test data.\n"]),
         (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "or val/loss"]),
         (["fit", "--help"], ["--method.help MeZO", "--trainer.precision", "--ckpt_path", "--help_all"]),
         (["fit", "--help_all"], ["--trainer.overfit_batches", "--evaluation.skip_nonfinite"]),

@@ -124,6 +124,16 @@ class CausalLM(LanguageModel):
             )
         super().setup(stage)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if failures := getattr(self.reward, "failures", None):
+            checkpoint["failed_rewards"] = dict(failures)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if (failures := getattr(self.reward, "failures", None)) is not None:
+            failures.update(checkpoint.get("failed_rewards", {}))
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
         if self.reward is not None and self._generation is not None:
