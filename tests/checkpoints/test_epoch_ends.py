@@ -176,3 +176,43 @@ def test_a_run_of_epochs_goes_on_from_its_weights_and_not_from_their_average(mak
     whole.fit(validate=False)
     first.fit(validate=False)
     more.fit("last", validate=False).assert_ends_as(whole)
+
+
+class StopsAtEnd(Callback):
+    """Gets a signal when the last batch is over."""
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_signal_after_the_last_step_leaves_an_epoch_unfinished(make_run: MakeRun, validate: bool) -> None:
+    """That was saved before Lightning counted it: a run of more steps goes on in it."""
+    stopped = make(make_run, "run", shuffled, max_steps=10, callbacks=[StopsAtEnd()])
+    with pytest.raises(SystemExit):
+        fit(stopped, shuffled, validate=validate)
+    whole, resumed = make(make_run, "whole", shuffled), make(make_run, "run", shuffled)
+    fit(whole, shuffled, validate=validate)
+    fit(resumed, shuffled, "last", validate).assert_ends_as(whole)
+    assert stopped.watch.epochs | resumed.watch.epochs == whole.watch.epochs
+
+
+@pytest.mark.parametrize("more", [{"max_epochs": 4}, {"max_steps": 24}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_run_that_had_ended_is_started_again_and_then_for_more(
+    make_run: MakeRun, validate: bool, more: dict[str, Any]
+) -> None:
+    """Started again it saves what Lightning has at the end of training: all epochs are counted."""
+
+    def of_epochs(folder: str, **options: Any) -> Run:
+        limits = {"limit_train_batches": 6, "max_steps": -1, "max_epochs": -1}
+        return make(make_run, folder, shuffled, **limits | EVERY_6 | options)
+
+    whole, resumed = of_epochs("whole", **more), of_epochs("run", **more)
+    fit(whole, shuffled, validate=validate)
+    fit(of_epochs("run", max_epochs=2), shuffled, validate=validate)
+    fit(of_epochs("run", max_epochs=2), shuffled, "last", validate)
+    fit(resumed, shuffled, "last", validate).assert_ends_as(whole)
+    assert resumed.watch.epochs == {step: epoch for step, epoch in whole.watch.epochs.items() if step > 12}
+    logged = [run.trainer.fit_loop.epoch_loop._batches_that_stepped for run in (whole, resumed)]
+    assert logged[0] == logged[1]

@@ -54,8 +54,8 @@ class ResumedEpoch:
         if loop.restarted_on_epoch_end:
             loop.epoch_progress.increment_completed()
             loop.reset_restart_stage()
-            # The base class's: that of the loop itself stays true in a run of so many steps
-            cast(Any, _Loop.restarting).fset(loop, False)
+        # The base class's: that of the loop itself stays true in a run of so many steps
+        cast(Any, _Loop.restarting).fset(loop, False)
         if loop._combined_loader_states_to_load:
             loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
             loop._combined_loader_states_to_load = []

@@ -205,8 +205,8 @@ class SaveLast(ModelCheckpoint):
         (number,) = largest_of_ranks(trainer, self._signal.number)
         is_late = number and not self._stopping  # after the last batch, of training or of validation
         self._stopping = number
-        if is_late:
-            self._save(trainer)
+        if is_late:  # the step is saved already, while Lightning had not counted an unfinished epoch as a finished one
+            self._say_stopped(trainer)
         self._stop_here(trainer)
 
     def _save_at_end(self, trainer: L.Trainer) -> None:
@@ -252,9 +252,11 @@ class SaveLast(ModelCheckpoint):
             self._save_checkpoint(trainer, self.last_model_path)
             self._validation_due = False
         if self._stopping:
-            name = signal.Signals(self._stopping).name
-            rank_zero_info(f"Stopped by {name}. {self._where(trainer)} {self._advice()}")
+            self._say_stopped(trainer)
         self._saved_at = time.monotonic()
+
+    def _say_stopped(self, trainer: L.Trainer) -> None:
+        rank_zero_info(f"Stopped by {signal.Signals(self._stopping).name}. {self._where(trainer)} {self._advice()}")
 
     def _where(self, trainer: L.Trainer) -> str:
         return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
