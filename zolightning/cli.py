@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from zolightning.callbacks import (
     BlockCoordinateDescent,
@@ -240,10 +241,15 @@ class ZerothOrderCLI(LightningCLI):
                 callback.check(self.trainer)
         check_training(self.trainer, self.model, self.datamodule)
         check_monitors(self.trainer, self.model, self.datamodule)
+        # Whether a validation comes first changes nothing of a fit: a run that goes on has none. An average of weights
+        # has the dtype that they have now.
+        self.trainer.precision_plugin.convert_module(self.model)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
             if self._begins_anew:
                 log_once(self.trainer)
-            self._say("before training", self.trainer.validate(self.model, self.datamodule, verbose=False))
+            with isolate_rng():
+                found = self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self._say("before training", found)
         if self._begins_anew:
             log_once(self.trainer)  # again: a fit writes to another file than a validation before it
 

@@ -236,6 +236,27 @@ def test_a_run_that_was_killed_before_its_ledger_begins_anew_in_its_folder(
         assert steps == [0, 1], tag
 
 
+def test_a_validation_before_training_changes_nothing_of_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed before its first checkpoint goes on without it: random numbers and averages are as ever."""
+    (runs.folder / "draws.py").write_text(
+        "import torch\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Draw(Callback):\n"
+        "    def on_validation_batch_end(self, *_): torch.rand(())\n"  # as loaders and data sets may
+        "    def on_train_batch_end(self, trainer, module, *_): module.log('train/drawn', torch.rand(()))\n"
+    )
+    monkeypatch.syspath_prepend(runs.folder)
+    for validate_first in ("true", "false"):
+        averaged = ("--trainer.callbacks+", "EMAWeightAveraging", "--trainer.precision", "bf16-true")
+        own = ("--trainer.callbacks+", "draws.Draw", "--trainer.max_steps", 2, "--validate_first", validate_first)
+        runs("fit", *averaged, *own)
+    assert runs.scalars(0)["train/drawn"] == runs.scalars(1)["train/drawn"]
+    ends = [last_of(runs, version)["state_dict"] for version in (0, 1)]
+    assert all(
+        torch.equal(ends[0][name], weight) and weight.dtype == ends[0][name].dtype for name, weight in ends[1].items()
+    )
+
+
 def test_a_run_without_a_validation_ends_with_its_last_step(runs: Runs) -> None:
     output = runs("fit", "--trainer.max_steps", 2, "--trainer.val_check_interval", 100, "--test_last", "true")
     assert last_of(runs)["global_step"] == 2
