@@ -72,6 +72,16 @@ class Ends(Callback):
         self.found.append(trainer.global_step)
 
 
+class Estimates(Callback):
+    """Has the loaders made before a run is restored, as a scheduler over all steps does."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert trainer.estimated_stepping_batches == 3 * EPOCH
+
+
+EPOCHS = {"max_steps": -1, "max_epochs": 3, "callbacks": [Estimates()]}
+
+
 def make(make_run: MakeRun, folder: str, loader: Any, **options: Any) -> Run:
     ends = Ends()
     run = make_run(folder, **options | {"callbacks": [ends, *options.get("callbacks", ())]})
@@ -100,6 +110,8 @@ def fit(run: Run, loader: Any, path: Any = None, validate: bool = True) -> Run:
         (plain, EPOCH, EVERY_6),
         (noisy, 3, {}),
         (noisy, EPOCH, {}),  # a validation is due, for which its loader draws
+        (shuffled, 10, EPOCHS),
+        (shuffled, EPOCH, EPOCHS),
     ],
 )
 def test_from_the_last_batch(make_run: MakeRun, loader: Any, at: int, options: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ class ResumedEpoch:
       CombinedLoader.
     * Saved after it, by hooks of the epoch's end: these would be called again, or the state of the loaders, by which
       they shuffle, be forgotten. The next epoch begins here.
+    * Loaders that were made before the run was restored, as a scheduler does that asks for
+      ``Trainer.estimated_stepping_batches``, would begin with the first batch of the epoch.
 
     Args:
         trainer: the Trainer, when training starts.
@@ -35,6 +37,12 @@ class ResumedEpoch:
         is_at_last_batch = loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch
         self.is_counted = is_at_last_batch and loop.epoch_loop.restarted_on_train_batch_end
         self._progress = (progress.current, progress.total)
+        if (
+            loop._combined_loader_states_to_load
+        ):  # left by Lightning where an epoch is over, or loaders were there before
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)
         is_between = not loop.restarted_mid_epoch and progress.current.ready == progress.current.processed
         self.is_next = loop.is_resuming and is_between
         if loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last and not is_taken_back:
@@ -56,10 +64,6 @@ class ResumedEpoch:
             loop.reset_restart_stage()
         # The base class's: that of the loop itself stays true in a run of so many steps
         cast(Any, _Loop.restarting).fset(loop, False)
-        if loop._combined_loader_states_to_load:
-            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-            loop._combined_loader_states_to_load = []
-            iter(loop._data_fetcher)
 
     def loaders_begin(self) -> None:
         """Has loaders begin the next epoch, if the last one is over; once the random generators are restored."""
