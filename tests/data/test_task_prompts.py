@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from zolightning.data.candidates import CandidatesTask
-from zolightning.data.classification import Classification
+from zolightning.data.classification import CandidatesTask, Classification
 from zolightning.data.task_files import load_task
 from zolightning.packaged import configs
 

@@ -7,8 +7,7 @@ characters that Unicode keeps for a program's own use.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zolightning.data.encoding import Example
-from zolightning.data.refusals import name_of, too_few_tokens
+from zolightning.data.encoding import Example, name_of, too_few_tokens
 from zolightning.data.templates import MASK, SEPARATOR
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zolightning.data.conversation import Message
-from zolightning.data.refusals import name_of
+from zolightning.data.encoding import name_of
+from zolightning.data.language_modeling import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

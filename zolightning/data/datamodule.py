@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, get_args
 
 from zolightning.data.batch import Batch, collate
+from zolightning.data.classification import ImageClassification
 from zolightning.data.encoding import Example, check_tokens
 from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
-from zolightning.data.image_classification import ImageClassification
 from zolightning.data.row import Row
 from zolightning.data.task import PromptTask
 from zolightning.data.task_datamodule import TaskDataModule, check_at_least
@@ -20,10 +20,6 @@ from zolightning.messages import counted
 
 class PromptDataModule(TaskDataModule):
     """Batches of prompts with candidate answers, tokenized for the model that the Trainer runs.
-
-    Rows come from the Hugging Face hub or from a folder of files, and are sampled as in MeZO: training
-    and validation rows from the official training split, test rows from the official validation split. A
-    folder may have a file ``validation`` of its own.
 
     The LightningModule must have a `tokenizer` and a `context_length`. It may have a method `encode`, which is called
     with what :func:`~zolightning.data.examples.example_of` is, but for the tokenizer, and in its place; a
@@ -35,21 +31,10 @@ class PromptDataModule(TaskDataModule):
             :class:`~zolightning.data.Task` themselves.
         path: folder with the files ``train``, ``test`` and optionally ``validation``, each as JSON lines (``.jsonl``,
             or compressed), ``.csv``, ``.tsv`` or ``.parquet``, instead of the hub.
-        batch_size: training examples a batch, on each rank.
-        eval_batch_size: examples a batch otherwise; `batch_size` if not given.
-        num_train: training rows to sample; the task's number, mostly 1000, if not given.
-        num_validation: validation rows to sample; the task's number, mostly 500, if not given.
-        num_test: test rows to sample; the task's number, mostly 1000, if not given.
-        examples_per_class: sample this many rows of each class for training, and again for validation,
-            instead of `num_train` and `num_validation` rows.
-        seed: decides which rows are sampled and the order of the training batches.
         max_length: tokens of a prompt with its answer, at most; longer prompts lose their beginning. The
             model's context length is a limit in any case.
-        fixed_batches: whether every epoch has the same training batches, in an order of its own, for
-            `keep_prefix_gib` of the ZerothOrder callback.
         pad_to_multiple_of: what the length of a training batch is a multiple of, so that there are few lengths, for
             `cuda_graphs` of the ZerothOrder callback.
-        num_workers: processes that build batches. The rows are in memory, so 0 is mostly the fastest.
         num_demonstrations: in-context examples: training rows, which are not trained on then, that stand with their
             right answers before every prompt, as many of them as fit. MeZO shows 32. With `examples_per_class` as many
             of each class are shown.
@@ -61,6 +46,7 @@ class PromptDataModule(TaskDataModule):
         chat: whether to write prompts as the user's turn in the tokenizer's chat template.
         prompt: Jinja2 template instead of the task's.
         answers: Jinja2 templates of the candidates instead of the task's, in the same order.
+        **settings: how many rows are sampled, and how they make batches, see :class:`TaskDataModule`.
 
     Example:
         >>> data = PromptDataModule("sst2", num_train=512)
@@ -74,39 +60,18 @@ class PromptDataModule(TaskDataModule):
         self,
         task: str | dict[str, Any],
         path: str | None = None,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        num_train: int | None = None,
-        num_validation: int | None = None,
-        num_test: int | None = None,
-        examples_per_class: int | None = None,
-        seed: int = 0,
+        *,
         max_length: int = 2048,
-        fixed_batches: bool = False,
         pad_to_multiple_of: int = 1,
-        num_workers: int = 0,
         num_demonstrations: int = 0,
         demonstrations_per_row: bool = False,
         calibration: Calibration | None = None,
         chat: bool = False,
         prompt: str | None = None,
         answers: list[str] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            chosen_task(task, prompt, answers),
-            path,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_train=num_train,
-            num_validation=num_validation,
-            num_test=num_test,
-            examples_per_class=examples_per_class,
-            seed=seed,
-            fixed_batches=fixed_batches,
-            num_workers=num_workers,
-            num_demonstrations=num_demonstrations,
-            demonstrations_per_row=demonstrations_per_row,
-        )
+        super().__init__(chosen_task(task, prompt, answers), path, **settings)
         if isinstance(self.task, ImageClassification):
             raise ValueError(f"Task {self.task.name} is of images: `data.class_path` must be ImageDataModule.")
         self.max_length = max_length
@@ -121,9 +86,9 @@ class PromptDataModule(TaskDataModule):
         if num_demonstrations and not isinstance(self.task, PromptTask):
             raise ValueError(f"`data.num_demonstrations` needs prompts and answers; task {self.task.name} has none.")
         self._num_sampled = self.num_train
-        if examples_per_class is not None:
+        if self.examples_per_class is not None:
             classes = self.num_classes or 1
-            self._num_sampled = classes * examples_per_class
+            self._num_sampled = classes * self.examples_per_class
             if num_demonstrations % classes:
                 raise ValueError(
                     f"`data.num_demonstrations` {num_demonstrations} must be a multiple of the {classes} classes: with "
@@ -142,6 +107,8 @@ class PromptDataModule(TaskDataModule):
             raise ValueError(
                 f"`data.calibration` needs a `content_free_prompt`, of which task {self.task.name} has none."
             )
+        self._rows.num_demonstrations = num_demonstrations
+        self._rows.demonstrations_per_row = demonstrations_per_row
 
     def check_training(self) -> None:
         """Raises ValueError where all training rows are shown as demonstrations, as they may be for a test."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zolightning.data.refusals import name_of, require_distinct, too_few_tokens
 from zolightning.data.templates import MASK, SEPARATOR
 
 if TYPE_CHECKING:
@@ -139,3 +138,28 @@ def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTo
             f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the number {largest}, but the model has "
             f"embeddings for {num_embeddings} only: resize them (`model.resize_token_embeddings`) and save the model"
         )
+
+
+def name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The name of a tokenizer for messages: where it was loaded from, or else its class."""
+    return tokenizer.name_or_path or type(tokenizer).__name__
+
+
+def require_distinct(
+    tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str], answer_ids: Sequence[Sequence[int]]
+) -> None:
+    """Raises ValueError if an answer has no tokens, or two have the same."""
+    if not all(answer_ids):
+        raise ValueError(f"the tokenizer {name_of(tokenizer)} makes no token of one of the answers {list(answers)!r}")
+    if len(set(map(tuple, answer_ids))) < len(answer_ids):
+        raise ValueError(
+            f"the tokenizer {name_of(tokenizer)} gives two of the answers {list(answers)!r} the same tokens"
+        )
+
+
+def too_few_tokens(max_length: int, what: str, needed: int) -> ValueError:
+    """The error for a `max_length` that is too small for `what`, which needs at least `needed` tokens."""
+    return ValueError(
+        f"{max_length} tokens (`data.max_length` or the model's context length) do not hold {what}: at least {needed} "
+        "are needed"
+    )

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from zolightning.data.chat import chat_prompt, chat_prompt_and_answer, end_of_turn
-from zolightning.data.completion import Completion
-from zolightning.data.conversation import Conversation, Message
 from zolightning.data.encoding import Example, encode, encode_whole_text, ended
 from zolightning.data.generation import Generation
-from zolightning.data.plain_text import PlainText
+from zolightning.data.language_modeling import Completion, Conversation, Message, PlainText
 from zolightning.data.regression import Regression
 from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from zolightning.data.candidates import CandidatesTask
+from zolightning.data.classification import CandidatesTask
 from zolightning.data.task import Objective
 from zolightning.data.templates import check_template, fill, template_fields
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zolightning.data.conversation import Message
+from zolightning.data.language_modeling import Message
 from zolightning.data.templates import MASK, SEPARATOR
 
 

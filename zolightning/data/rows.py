@@ -1,6 +1,6 @@
 """The rows of a task: read, checked, sampled, and given demonstrations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -8,14 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from zolightning.data.candidates import CandidatesTask
-from zolightning.data.conversation import Conversation, Message
+from zolightning.data.classification import CandidatesTask, LabelledTask
 from zolightning.data.files import find_rows
-from zolightning.data.labelled import LabelledTask
+from zolightning.data.language_modeling import Conversation, Message
 from zolightning.data.row import Row
-from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
-from zolightning.data.task import Task
+from zolightning.data.task import Label, Task
 from zolightning.messages import counted
 from zolightning.rank_zero import rank_zero_warn
 
@@ -32,16 +30,9 @@ class Rows:
     """Samples rows as MeZO does: for training and validation from the official training split, unless a folder has a
     file for the latter, and for the test from the official validation split.
 
-    Args:
-        task: the task, which turns a row into a prompt and answers.
-        folder: where files of rows are; the task's data set on the hub if None.
-        num_train, num_validation, num_test: how many rows to sample.
-        examples_per_class: how many rows of each class to sample for training, and again for validation, instead.
-        num_demonstrations: how many of the sampled training rows are not trained on, but shown before every other row;
-            with `examples_per_class` as many of each class.
-        demonstrations_per_row: whether each row is shown others, drawn for it: from the training split as in MeZO, or
-            with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
-        seed: decides which rows are sampled.
+    Its fields are arguments of :class:`~zolightning.data.PromptDataModule`, but for `folder`: where files of rows are,
+    None for the task's data set on the hub. Demonstrations of each row are drawn from the training split as in MeZO, or
+    with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
     """
 
     task: Task
@@ -50,9 +41,9 @@ class Rows:
     num_validation: int
     num_test: int
     examples_per_class: int | None
-    num_demonstrations: int
-    demonstrations_per_row: bool
     seed: int
+    num_demonstrations: int = 0
+    demonstrations_per_row: bool = False
 
     # Origins of splits of which it was said how many rows are used
     _counted: set[str] = field(default_factory=set, init=False)
@@ -186,3 +177,57 @@ class Rows:
             raise ValueError(f"Task {self.task.name}, {where}: {error}.") from None
         turns = turns or [Message(role="user", content=prompt)]
         return Row(split.ids[index], where, prompt, answers, right, references, turns, row, (), content_free)
+
+
+def sample(split: Split, count: int, seed: int) -> list[int]:
+    """Returns `count` random indices, or all if there are fewer.
+
+    The permutation is that of ``numpy.random.seed(seed); numpy.random.permutation(len(split))``, so it is the
+    one of MeZO's code (https://github.com/princeton-nlp/MeZO) and of those built on it.
+    """
+    return _permutation(split, seed)[:count]
+
+
+def sample_train_and_validation(
+    split: Split, num_train: int, num_validation: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Splits one source in two: the last `num_validation` of the sampled rows are for validation, as in MeZO.
+
+    If there are too few rows, training has to do with less and validation stays complete.
+
+    Raises:
+        ValueError: if no row would be left to train on.
+    """
+    chosen = sample(split, num_train + num_validation, seed)
+    if len(chosen) <= num_validation:
+        raise ValueError(
+            f"{split.origin} has {counted(len(chosen), 'row')}: `data.num_validation` {num_validation} leaves none of "
+            f"them for `data.num_train` {num_train}."
+        )
+    return chosen[:-num_validation], chosen[-num_validation:]
+
+
+def sample_per_class(
+    split: Split, per_class: int, labels: Sequence[Label], num_parts: int, seed: int
+) -> list[list[int]]:
+    """Draws `num_parts` disjoint lists of indices that hold `per_class` rows of each class, as LM-BFF does
+    (Gao et al., 2021, arXiv:2012.15723).
+
+    Raises:
+        ValueError: if a class has too few rows.
+    """
+    by_class: list[list[int]] = [[] for _ in labels]
+    for index in _permutation(split, seed):
+        by_class[split.labels[index]].append(index)
+    for label, members in zip(labels, by_class, strict=True):
+        if len(members) < per_class * num_parts:
+            raise ValueError(
+                f"{split.origin}: `data.examples_per_class` {per_class} needs {counted(per_class * num_parts, 'row')} "
+                f"of each class, but label {label!r} has {len(members)}."
+            )
+    starts = range(0, per_class * num_parts, per_class)
+    return [[index for members in by_class for index in members[start : start + per_class]] for start in starts]
+
+
+def _permutation(split: Split, seed: int) -> list[int]:
+    return np.random.RandomState(seed).permutation(len(split)).tolist()

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zolightning.data.encoding import Example
-from zolightning.data.refusals import require_distinct, too_few_tokens
+from zolightning.data.encoding import Example, require_distinct, too_few_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zolightning.data.classification import ImageClassification
 from zolightning.data.files import Unit, find_rows, read_rows, unit_of
-from zolightning.data.image_classification import ImageClassification
 from zolightning.data.task import HubDataset, Task
 
 

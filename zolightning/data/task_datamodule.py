@@ -9,7 +9,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
-from zolightning.data.labelled import LabelledTask
+from zolightning.data.classification import LabelledTask
 from zolightning.data.row import Row
 from zolightning.data.rows import Rows
 from zolightning.data.task import Task
@@ -17,7 +17,7 @@ from zolightning.packaged import packaged
 
 
 class TaskDataModule(L.LightningDataModule):
-    """Batches of a task's examples.
+    """Abstract base of data modules: batches of a task's examples, on each rank.
 
     Rows come from the Hugging Face hub or from a folder of files, and are sampled as in MeZO: training and validation
     rows from the official training split, test rows from the official validation split. A folder may have a
@@ -27,16 +27,16 @@ class TaskDataModule(L.LightningDataModule):
         task: the task.
         path: folder of rows, instead of the hub.
         batch_size: training examples a batch, on each rank.
-        eval_batch_size: examples a batch otherwise; `batch_size` if None.
-        num_train: training rows to sample; the task's number if None. So are `num_validation` and `num_test`.
-        num_validation: validation rows to sample.
-        num_test: test rows to sample.
-        examples_per_class: sample this many rows of each class for training, and again for validation, instead.
+        eval_batch_size: examples a batch otherwise; `batch_size` if not given.
+        num_train: training rows to sample; the task's number, mostly 1000, if not given.
+        num_validation: validation rows to sample; the task's number, mostly 500, if not given.
+        num_test: test rows to sample; the task's number, mostly 1000, if not given.
+        examples_per_class: sample this many rows of each class for training, and again for validation,
+            instead of `num_train` and `num_validation` rows.
         seed: decides which rows are sampled and the order of the training batches.
-        fixed_batches: whether every epoch has the same training batches, in an order of its own.
-        num_workers: processes that build batches.
-        num_demonstrations: training rows that stand before every other one.
-        demonstrations_per_row: whether others are drawn for every row.
+        fixed_batches: whether every epoch has the same training batches, in an order of its own, for
+            `keep_prefix_gib` of the ZerothOrder callback.
+        num_workers: processes that build batches. Texts are in memory, so 0 is mostly the fastest for them.
 
     Raises:
         ValueError: if an argument is not what it should be.
@@ -47,17 +47,15 @@ class TaskDataModule(L.LightningDataModule):
         task: Task,
         path: str | None,
         *,
-        batch_size: int,
-        eval_batch_size: int | None,
-        num_train: int | None,
-        num_validation: int | None,
-        num_test: int | None,
-        examples_per_class: int | None,
-        seed: int,
-        fixed_batches: bool,
-        num_workers: int,
-        num_demonstrations: int = 0,
-        demonstrations_per_row: bool = False,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        num_train: int | None = None,
+        num_validation: int | None = None,
+        num_test: int | None = None,
+        examples_per_class: int | None = None,
+        seed: int = 0,
+        fixed_batches: bool = False,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.task = task
@@ -95,8 +93,6 @@ class TaskDataModule(L.LightningDataModule):
             num_validation=self.num_validation,
             num_test=self.num_test,
             examples_per_class=examples_per_class,
-            num_demonstrations=num_demonstrations,
-            demonstrations_per_row=demonstrations_per_row,
             seed=seed,
         )
 

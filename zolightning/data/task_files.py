@@ -8,13 +8,10 @@ from typing import Any
 
 import yaml
 
-from zolightning.data.classification import Classification
-from zolightning.data.completion import Completion
-from zolightning.data.conversation import Conversation
+from zolightning.data.classification import Classification, ImageClassification
 from zolightning.data.generation import Generation
-from zolightning.data.image_classification import ImageClassification
+from zolightning.data.language_modeling import Completion, Conversation, PlainText
 from zolightning.data.multiple_choice import MultipleChoice
-from zolightning.data.plain_text import PlainText
 from zolightning.data.regression import Regression
 from zolightning.data.task import HubDataset, PromptTask, Task
 from zolightning.packaged import configs, packaged

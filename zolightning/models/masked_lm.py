@@ -11,7 +11,7 @@ from zolightning.data.batch import Batch
 from zolightning.data.bidirectional import encode_masked
 from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
-from zolightning.data.plain_text import PlainText
+from zolightning.data.language_modeling import PlainText
 from zolightning.data.row import Row
 from zolightning.data.task import Task
 from zolightning.models.bidirectional import run_on_prompts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zolightning.data.batch import AnswerIndex, Batch
 from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
-from zolightning.data.plain_text import PlainText
+from zolightning.data.language_modeling import PlainText
 from zolightning.data.row import Row
 from zolightning.data.seq2seq import encode_pair
 from zolightning.data.task import Task
