@@ -69,7 +69,7 @@ def test_the_first_step_finds_the_fitted_rows(
     found = [plain.head_features(batch) for batch in loader.first_batches(24)]
     features, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
     classes, targets = tokens.unique(return_inverse=True)
-    c = strongest_penalty(features.double(), targets, len(classes), CS, 1e-7)
+    c, _ = strongest_penalty(features.double(), targets, len(classes), CS, 1e-7)
     expected = head.index_copy(0, classes, fit(features.double(), targets, len(classes), c, 1e-8).float())
     torch.testing.assert_close(watch.weights.pop("model.lm_head.weight"), expected, rtol=1e-2, atol=1e-3)
     assert watch.weights.keys() == before.keys()  # the head was one with the embeddings, and these stay
@@ -98,7 +98,7 @@ def test_of_fits_as_good_the_least_sure_one_is_taken() -> None:
         limit = found[best].mean() + found[best].std() / 5**0.5
         best_ones.append(cs[best])
         taken.append(next(c for c, losses in zip(cs, found, strict=True) if losses.mean() <= limit))
-        assert strongest_penalty(features, targets, 2, cs[::-1], 1e-7) == taken[-1]
+        assert strongest_penalty(features, targets, 2, cs[::-1], 1e-7)[0] == taken[-1]
     assert sum(taken) < sum(best_ones)
 
 

@@ -21,7 +21,7 @@ from zolightning.data.encoding import Example
 from zolightning.data.task_files import load_task
 from zolightning.models import LogisticRegressionLM
 from zolightning.models.head_features import answer_features
-from zolightning.network.logistic_regression import fit, most_accurate_c
+from zolightning.network.logistic_regression import fit, most_accurate
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 37}
 
@@ -51,7 +51,7 @@ def test_the_penalty_is_chosen_by_folds_left_out() -> None:
             right += int(((features[is_out] @ weights.T).argmax(1) == targets[is_out]).sum())
         return right / 50
 
-    assert most_accurate_c(features, targets, 2, cs, 1e-6) == max(cs, key=accuracy)
+    assert most_accurate(features, targets, 2, cs, 1e-6)[0] == max(cs, key=accuracy)
 
 
 @pytest.fixture

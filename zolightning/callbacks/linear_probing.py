@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, joined_features, strongest_penalty
-from zolightning.network.model import pretrained_model
+from zolightning.network.structure import pretrained_model
 from zolightning.partners import add_text, methods_of
 from zolightning.scopes.calibration import read_examples
 

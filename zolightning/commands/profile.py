@@ -29,7 +29,7 @@ from zolightning.commands.timing import round_robin
 from zolightning.layers import LayerStack, find_layers
 from zolightning.messages import counted, rough_duration
 from zolightning.network.early_exit import at_each_exit
-from zolightning.network.logistic_regression import CrossValidation, joined_features, strongest_validated
+from zolightning.network.logistic_regression import CrossValidation, joined_features, strongest_penalty
 from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward, read_examples
@@ -223,7 +223,7 @@ def _report_step_times(times: StepTimes, folder: Path) -> None:
 def _probed(inputs: Tensor, rows: Tensor) -> CrossValidation:
     """How well a probe of the head's inputs (N, H) tells its right rows (N,), penalised as LinearProbing chooses it."""
     classes, targets = rows.cpu().unique(return_inverse=True)
-    return strongest_validated(inputs.double().cpu(), targets, len(classes), CS, TOLERANCE)[1]
+    return strongest_penalty(inputs.double().cpu(), targets, len(classes), CS, TOLERANCE)[1]
 
 
 def _report_probes(probes: Mapping[int, CrossValidation], folder: Path) -> None:

@@ -23,11 +23,11 @@ def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """A context in which `method` is called instead of the module's method of this name."""
-    attributes = vars(module)  # past nn.Module's own attribute access, which takes longer
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A context in which a module, or any object, has another method or attribute of this name."""
+    attributes = vars(owner)  # past nn.Module's own attribute access, which takes longer
     own = attributes.get(name)
-    attributes[name] = method
+    attributes[name] = value
     try:
         yield
     finally:

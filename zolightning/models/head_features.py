@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.data.batch import Batch
-from zolightning.models.scoring import last_logits
+from zolightning.models.scoring import last_logits, of_label
 
 
 @contextmanager
 def inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
     """A context that collects the first argument of each call of a module."""
     read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    try:
+    with head.register_forward_pre_hook(lambda _, args: read.append(args[0])):
         yield read
-    finally:
-        hook.remove()
 
 
 def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -29,10 +26,9 @@ def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Te
         The inputs, (K, H), times what the network multiplies its logits by, and the tokens, (K,).
     """
     label = batch["label"]
-    examples = torch.arange(len(label), device=label.device)
-    answer = batch["answer_ids"][examples, label]  # (B, A), at the end of the row
+    answer = of_label(batch["answer_ids"], label)  # (B, A), at the end of the row
     row = label if batch["input_ids"].shape[1] > 1 else torch.zeros_like(label)
-    input_ids, attention_mask = (batch[name][examples, row] for name in ("input_ids", "attention_mask"))
+    input_ids, attention_mask = (of_label(batch[name], row) for name in ("input_ids", "attention_mask"))
     is_prompt = batch["input_ids"].shape[1] == 1 and answer.shape[1] == 1  # else the answer is in the row
     count = answer.shape[1] + (not is_prompt)
     with inputs_of(head) as read:

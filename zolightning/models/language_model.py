@@ -13,6 +13,7 @@ from zolightning.models.scoring import (
     candidate_scores,
     classification_loss,
     language_modeling_loss,
+    of_label,
 )
 from zolightning.models.text_module import TextModule
 
@@ -26,19 +27,18 @@ class LanguageModel(TextModule):
 
     def score(self, batch: Batch) -> Tensor:
         log_probs, mask = self.answer_log_probs(batch)
-        if "content_free" not in batch:
-            return candidate_scores(log_probs, mask)
-        return self._calibrated(batch, log_probs, mask)
+        if "content_free" in batch:
+            return self._calibrated(batch, log_probs, mask)
+        return candidate_scores(log_probs, mask)
 
     def evaluate(self, batch: Batch) -> Evaluation:
         label = batch["label"]
         log_probs, mask = self.answer_log_probs(batch)
-        choice = scores = candidate_scores(log_probs, mask)
-        if "content_free" in batch:
-            choice = self._calibrated(batch, log_probs, mask)
+        scores = candidate_scores(log_probs, mask)
+        choice = self._calibrated(batch, log_probs, mask) if "content_free" in batch else scores
         if batch["objective"] == "language_modeling":
-            gold_tokens = mask[torch.arange(len(label), device=label.device), label].sum()
-            return Evaluation(language_modeling_loss(log_probs, mask, label), gold_tokens.float(), choice)
+            gold_tokens = of_label(mask, label).sum().float()
+            return Evaluation(language_modeling_loss(log_probs, mask, label), gold_tokens, choice)
         # made there: no copy to wait for
         examples = torch.full((), len(label), dtype=torch.float32, device=label.device)
         return Evaluation(classification_loss(scores, label), examples, choice)

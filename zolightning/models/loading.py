@@ -15,7 +15,7 @@ from zolightning.network.head import belongs_to_head
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CAUSAL = "AutoModelForCausalLM"
 ADAPTER = "it is an adapter, not a model. Name its base model here, and the adapter as `adapter`."
@@ -72,6 +72,23 @@ def load_model(
     if unused:
         rank_zero_warn(f"{source} has {len(unused)} weights that {type(model).__name__} does not use: {some(unused)}.")
     return model
+
+
+def load_gguf(
+    path: Path, dtype: torch.dtype, attention: str | None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Loads llama.cpp's format as an ordinary model, its quantized weights unpacked so that they can be trained."""
+    from transformers import AutoTokenizer, GgufConfig
+
+    model = load_model(
+        path.parent,
+        gguf_file=path.name,
+        dtype=dtype,
+        attn_implementation=attention,
+        # without it the model counts as quantized, and refuses to be saved or converted to another dtype
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _take_new_head(model: "PreTrainedModel", info: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from zolightning.data.batch import Batch
 from zolightning.models.causal_lm import CausalLM
 from zolightning.network.head import is_tied, set_rows, untie_head
-from zolightning.network.logistic_regression import CS, check_probe, fit_probe, joined_features, most_accurate_c
+from zolightning.network.logistic_regression import CS, check_probe, fit_probe, joined_features, most_accurate
 from zolightning.network.quantization import Quantization
 from zolightning.scopes.calibration import read_examples
 
@@ -91,7 +91,7 @@ class LogisticRegression(Optimizer):
         """
         features, rows = closure()
         cs, tolerance = (self.param_groups[0][name] for name in ("cs", "tolerance"))
-        found = fit_probe(features, rows, cs, tolerance, most_accurate_c)
+        found = fit_probe(features, rows, cs, tolerance, most_accurate)
         set_rows(self._head, found.rows, found.weights)
         rank_zero_info(f"Linear probing: {found}")
         return found.accuracy

@@ -14,9 +14,9 @@ from zolightning.data.examples import example_of
 from zolightning.data.language_modeling import PlainText
 from zolightning.data.row import Row
 from zolightning.data.task import Task
-from zolightning.models.bidirectional import run_on_prompts
 from zolightning.models.head_features import inputs_of
 from zolightning.models.language_model import LanguageModel
+from zolightning.models.scoring import of_label, single_token_log_probs
 from zolightning.models.suitability import refuse_reading_padding
 
 
@@ -52,25 +52,20 @@ class MaskedLM(LanguageModel):
 
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
-        answer_ids = batch["answer_ids"]
-        mask = answer_ids >= 0
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        return log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1).masked_fill(~mask, 0.0), mask
+        return single_token_log_probs(logits, batch["answer_ids"])
 
     @torch.no_grad()
     def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The output layer's inputs at the mask of each row, (B, H), and the tokens that belong there, (B,)."""
         with inputs_of(self.head) as read:
             self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
-        label = batch["label"]
-        return read[0].squeeze(1), batch["answer_ids"][torch.arange(len(label), device=label.device), label, 0]
+        return read[0].squeeze(1), of_label(batch["answer_ids"], batch["label"])[:, 0]
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The logits at the mask of each row, (rows, vocabulary)."""
         mask_id = cast(int, self.tokenizer.mask_token_id)
         with _hidden_states_at(self.model.base_model, mask_id):
-            logits = run_on_prompts(self.model, self.tokenizer, input_ids, attention_mask).logits
-        return logits.squeeze(1)
+            return self.logits_both_ways(input_ids, attention_mask).squeeze(1)
 
 
 @contextmanager
@@ -88,11 +83,8 @@ def _hidden_states_at(network: nn.Module, token: int) -> Iterator[None]:
         output.last_hidden_state = _at(output.last_hidden_state, ids == token)
         return output
 
-    hook = network.register_forward_hook(select, with_kwargs=True)
-    try:
+    with network.register_forward_hook(select, with_kwargs=True):
         yield
-    finally:
-        hook.remove()
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zolightning.models.gguf import load_gguf
-from zolightning.models.loading import ADAPTER, CAUSAL, load_model
+from zolightning.models.loading import ADAPTER, CAUSAL, load_gguf, load_model
 from zolightning.models.pypi import cached_pypi_model
 from zolightning.models.spread import DeviceMap, check_devices, keep_in_place
 

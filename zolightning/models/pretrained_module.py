@@ -207,11 +207,7 @@ class PretrainedModule(L.LightningModule):
     def on_validation_start(self) -> None:
         self._refuse_unsuitable()
 
-    def on_test_start(self) -> None:
-        self._refuse_unsuitable()
-
-    def on_predict_start(self) -> None:
-        self._refuse_unsuitable()
+    on_test_start = on_predict_start = on_validation_start
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""

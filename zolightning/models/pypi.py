@@ -14,7 +14,7 @@ from urllib.parse import quote
 import torch
 from filelock import FileLock
 
-from zolightning.models.gguf import load_gguf
+from zolightning.models.loading import load_gguf
 from zolightning.models.saving import share_weights
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 

@@ -20,26 +20,30 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Where an answer is shorter than others, the log-probability is 0. Absent candidates are not run.
     """
     answer_ids = batch["answer_ids"]
-    mask = answer_ids >= 0
     answer_length = answer_ids.shape[2]
-
     if batch["input_ids"].shape[1] == 1 and answer_length == 1:
         logits = last_logits(model, batch["input_ids"][:, 0], batch["attention_mask"][:, 0], count=1)
-        log_probs = torch.log_softmax(logits[:, 0], dim=-1, dtype=torch.float32)  # (B, vocabulary)
-        log_probs = log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1)
-        return log_probs.masked_fill(~mask, 0.0), mask
+        return single_token_log_probs(logits[:, 0], answer_ids)
 
     index = AnswerIndex.of_batch(batch)
     input_ids, attention_mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
     if index.rows is not None:
         input_ids, attention_mask = input_ids[index.rows], attention_mask[index.rows]
     logits = last_logits(model, input_ids, attention_mask, count=answer_length + 1)
+    mask = answer_ids >= 0
     # an answer token is predicted one position before it stands
     if index.tokens is None:
         return token_log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
     rows, places, slots = index.tokens
     log_probs = token_log_probs(logits[rows, places], answer_ids.flatten()[slots])
     return log_probs.new_zeros(mask.numel()).scatter(0, slots, log_probs).view_as(mask), mask
+
+
+def single_token_log_probs(logits: Tensor, answer_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probability of each answer of one token, (B, C, 1), and their mask, by the logits, (B, vocabulary)."""
+    mask = answer_ids >= 0
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return log_probs.gather(-1, answer_ids[:, :, 0].clamp(min=0)).unsqueeze(-1).masked_fill(~mask, 0.0), mask
 
 
 def candidate_scores(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -71,8 +75,12 @@ def classification_loss(scores: Tensor, label: Tensor) -> Tensor:
 
 def language_modeling_loss(log_probs: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     """Returns the negative log-likelihood of the gold answers; mean over all their tokens in the batch."""
-    rows = torch.arange(len(label), device=label.device)
-    return -log_probs[rows, label].sum() / mask[rows, label].sum()
+    return -of_label(log_probs, label).sum() / of_label(mask, label).sum()
+
+
+def of_label(values: Tensor, label: Tensor) -> Tensor:
+    """What belongs to the right candidate of each example: (B, ...) of (B, C, ...)."""
+    return values[torch.arange(len(label), device=label.device), label]
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

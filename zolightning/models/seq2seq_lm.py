@@ -17,7 +17,7 @@ from zolightning.data.seq2seq import encode_pair
 from zolightning.data.task import Task
 from zolightning.models.causal_lm import CausalLM
 from zolightning.models.head_features import inputs_of
-from zolightning.models.scoring import token_log_probs
+from zolightning.models.scoring import of_label, token_log_probs
 
 
 class Seq2SeqLM(CausalLM):
@@ -94,12 +94,11 @@ def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def target_features(model: Any, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The inputs of the output layer, (K, H), from which it predicts the K tokens of the right answers, and these."""
-    label = batch["label"]
-    right = torch.arange(len(label), device=label.device), label
     with inputs_of(head) as read:
         target_log_probs(model, batch)
-    answer = batch["answer_ids"][right]
-    return read[0].unflatten(0, batch["answer_ids"].shape[:2])[right][answer >= 0], answer[answer >= 0]
+    answer = of_label(batch["answer_ids"], batch["label"])
+    hidden = of_label(read[0].unflatten(0, batch["answer_ids"].shape[:2]), batch["label"])
+    return hidden[answer >= 0], answer[answer >= 0]
 
 
 @contextmanager
@@ -116,8 +115,5 @@ def _candidates_of_a_prompt(decoder: nn.Module, count: int) -> Iterator[None]:
             rows |= {name: kwargs[name].repeat_interleave(count, dim=0) for name in encoded}
         return args, kwargs | rows
 
-    hook = decoder.register_forward_pre_hook(spread, with_kwargs=True)
-    try:
+    with decoder.register_forward_pre_hook(spread, with_kwargs=True):
         yield
-    finally:
-        hook.remove()

@@ -16,7 +16,6 @@ from zolightning.data.regression import Regression
 from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
-from zolightning.models.bidirectional import run_on_prompts
 from zolightning.models.classifier import Classifier
 from zolightning.models.correlation import Pearson, Spearman
 from zolightning.models.suitability import refuse_reading_padding
@@ -79,7 +78,7 @@ class SequenceClassifier(TextModule, Classifier):
             self.metrics = ModuleDict({"pearson": Pearson(), "spearman": Spearman()})
 
     def logits(self, batch: Batch) -> Tensor:
-        return self._logits(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
+        return self.logits_both_ways(batch["input_ids"][:, 0], batch["attention_mask"][:, 0])
 
     def loss(self, scores: Tensor, label: Tensor) -> Tensor:
         return F.mse_loss(scores[:, 0], label) if self.says_number else super().loss(scores, label)
@@ -92,7 +91,4 @@ class SequenceClassifier(TextModule, Classifier):
         return scores[:, 0] if self.says_number else super().prediction(scores)
 
     def refuse_unsuitable(self) -> None:
-        refuse_reading_padding(self.model, self.tokenizer, self._logits)
-
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return run_on_prompts(self.model, self.tokenizer, input_ids, attention_mask).logits
+        refuse_reading_padding(self.model, self.tokenizer, self.logits_both_ways)

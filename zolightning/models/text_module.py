@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from torch import Tensor
+
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.network.prefix import prefix_of
 from zolightning.scopes import PrefixTuning
@@ -43,3 +45,16 @@ class TextModule(PretrainedModule):
     def num_embeddings(self) -> int:
         """The number of tokens that the model knows; the tokenizer may have more, which no text should contain."""
         return self.model.get_input_embeddings().get_parameter("weight").shape[0]
+
+    def logits_both_ways(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits of a network that reads a text both ways, for tokens and their mask, both (rows, length).
+
+        Position ids, which count from the left, are the network's own. One that tells two texts apart by token types,
+        as BERT does, gets the number of separators before each token.
+        """
+        types = {}
+        num_types = getattr(self.model.config, "type_vocab_size", 1)
+        if num_types > 1 and "token_type_ids" in self.tokenizer.model_input_names:
+            separators = (input_ids == self.tokenizer.sep_token_id).long()
+            types["token_type_ids"] = (separators.cumsum(dim=-1) - separators).clamp(max=num_types - 1)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits

@@ -1,7 +1,7 @@
 """Early exit: keeps only the first layers of a network, so that its head reads the output of a middle layer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -64,17 +64,11 @@ def at_each_exit(model: "PreTrainedModel", exits: Sequence[int], run: Callable[[
     """
     layers = _layers(model)
     outputs: dict[nn.Module, Any] = {}
-
-    def keep(layer: nn.Module, _: Any, output: Any) -> None:
-        outputs[layer] = output
-
-    hooks = [layers[count - 1].register_forward_hook(keep) for count in exits[:-1]]
-    try:
-        with _exit_after(layers, exits[-1]):
-            last = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, _exit_after(layers, exits[-1]):
+        for count in exits[:-1]:
+            hook = layers[count - 1].register_forward_hook(lambda layer, _, output: outputs.update({layer: output}))
+            hooks.enter_context(hook)
+        last = run()
     found = []
     for count in exits[:-1]:
         recalled = partial(_forward_to, outputs[layers[count - 1]])
@@ -109,10 +103,9 @@ def restore_early_exit(model: "PreTrainedModel", num_layers: int | None) -> None
     Raises:
         ValueError: the model has fewer layers than that.
     """
-    found = early_exit(model)
     if num_layers is not None:
         keep_first_layers(model, num_layers)
-    elif found is not None:
+    elif (found := early_exit(model)) is not None:
         raise ValueError(f"`num_layers` is {found}, and the weights to load are of all layers: leave it out.")
 
 

@@ -44,7 +44,7 @@ def fit_probe(
     rows: Tensor,
     cs: Sequence[float],
     tolerance: float,
-    choose: Callable[[Tensor, Tensor, int, Sequence[float], float], float],
+    choose: Callable[..., tuple[float, "CrossValidation"]],
 ) -> LinearProbe:
     """Fits rows of a head to features, on the host in float64.
 
@@ -55,10 +55,10 @@ def fit_probe(
         rows: the right row of the head for each of them, (N,).
         cs: values of the weight of the data against the penalty, of which `choose` chooses one.
         tolerance: the largest entry of the gradient at which a fit ends.
-        choose: :func:`most_accurate_c` or :func:`strongest_penalty`.
+        choose: :func:`most_accurate` or :func:`strongest_penalty`.
     """
     found, (classes, targets) = features.double().cpu(), rows.cpu().unique(return_inverse=True)
-    c = choose(found, targets, len(classes), cs, tolerance)
+    c = cs[0] if len(cs) == 1 else choose(found, targets, len(classes), cs, tolerance)[0]
     weights = fit(found, targets, len(classes), c, tolerance)
     return LinearProbe(classes, weights, accuracy(found @ weights.T, targets).item(), len(found), c)
 
@@ -117,52 +117,31 @@ class CrossValidation(NamedTuple):
     """What fits to the other folds are worth on each fold.
 
     Attributes:
-        losses: mean cross-entropies, (folds,).
-        accuracies: shares of the examples whose target has the largest score, (folds,).
+        loss: mean of the folds' cross-entropies.
+        error: standard error of `loss`.
+        accuracy: mean share of the examples whose target has the largest score.
     """
 
-    losses: Tensor
-    accuracies: Tensor
-
-    @property
-    def loss(self) -> float:
-        """The mean loss."""
-        return self.losses.mean().item()
-
-    @property
-    def error(self) -> float:
-        """The standard error of the mean loss."""
-        return self.losses.std().item() / len(self.losses) ** 0.5 if len(self.losses) > 1 else 0.0
-
-    @property
-    def accuracy(self) -> float:
-        """The mean accuracy."""
-        return self.accuracies.mean().item()
+    loss: float
+    error: float
+    accuracy: float
 
 
-def most_accurate_c(
+def most_accurate(
     features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
-) -> float:
-    """The value of ``c`` with the best mean accuracy on five folds left out in turn; of equal ones the first.
+) -> tuple[float, CrossValidation]:
+    """The ``c`` with the best mean accuracy on five folds left out in turn; of equal ones the first.
 
     Each fold has its share of each class, in the order of the rows, as scikit-learn's ``StratifiedKFold`` deals them.
     """
-    if len(cs) == 1:
-        return cs[0]
-    return max(cs, key=lambda c: cross_validate(features, targets, num_classes, c, tolerance).accuracy)
+    tried = ((c, cross_validate(features, targets, num_classes, c, tolerance)) for c in cs)
+    return max(tried, key=lambda one: one[1].accuracy)
 
 
 def strongest_penalty(
     features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
-) -> float:
-    """The ``c`` of :func:`strongest_validated`, or the only one."""
-    return cs[0] if len(cs) == 1 else strongest_validated(features, targets, num_classes, cs, tolerance)[0]
-
-
-def strongest_validated(
-    features: Tensor, targets: Tensor, num_classes: int, cs: Sequence[float], tolerance: float
 ) -> tuple[float, CrossValidation]:
-    """The smallest ``c`` whose loss on the folds is within one standard error of the least, and its cross-validation.
+    """The smallest ``c`` whose loss on the folds is within one standard error of the least.
 
     The rule of Breiman et al. (1984, *Classification and Regression Trees*, 3.4.3): of fits that tell unknown rows
     apart about equally well, the one that is least sure of the known ones. Values are tried from the smallest on, until
@@ -195,5 +174,8 @@ def cross_validate(features: Tensor, targets: Tensor, num_classes: int, c: float
             scores = features[is_out] @ weights.T
             losses.append(F.cross_entropy(scores, targets[is_out]))
             accuracies.append(accuracy(scores, targets[is_out]))
-    nothing = features.new_zeros(1)
-    return CrossValidation(*(torch.stack(values) if values else nothing for values in (losses, accuracies)))
+    if not losses:
+        return CrossValidation(0.0, 0.0, 0.0)
+    by_fold, count = torch.stack(losses), len(losses)
+    error = by_fold.std().item() / count**0.5 if count > 1 else 0.0
+    return CrossValidation(by_fold.mean().item(), error, torch.stack(accuracies).mean().item())

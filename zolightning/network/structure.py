@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from zolightning.network.adapters import adapter_settings, fixed_factors, load_fixed_factors, restore_adapter
 from zolightning.network.early_exit import early_exit, restore_early_exit
 from zolightning.network.head import has_untied_head, restore_head
@@ -10,6 +12,13 @@ from zolightning.network.quantization import quantization_settings, restore_quan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def pretrained_model(module: nn.Module) -> "PreTrainedModel | None":
+    """The outermost model of transformers in a module; None if there is none."""
+    from transformers import PreTrainedModel
+
+    return next((submodule for submodule in module.modules() if isinstance(submodule, PreTrainedModel)), None)
 
 
 def structure_of(model: "PreTrainedModel") -> dict[str, Any]:

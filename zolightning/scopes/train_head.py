@@ -6,7 +6,7 @@ import lightning as L
 
 from zolightning.network.adapters import adapter_settings
 from zolightning.network.head import is_tied, untie_head
-from zolightning.network.model import pretrained_model
+from zolightning.network.structure import pretrained_model
 from zolightning.scopes.scope import Scope, Selection
 
 
