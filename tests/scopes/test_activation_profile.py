@@ -205,9 +205,10 @@ def test_profile_as_a_file(make_module: Callable[..., Any], make_batches: Callab
     profile = profile_of(make_module("llama", outlier=1), make_batches())
     profile.save(tmp_path / "profile.json")
     assert ActivationProfile.load(tmp_path / "profile.json") == profile
-    for text in ("", "[]", "{}", profile.to_json().replace('"peak"', '"top"')):
+    for text in ("", "[]", "{}", (tmp_path / "profile.json").read_text().replace('"peak"', '"top"')):
+        (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="not an activation profile"):
-            ActivationProfile.from_json(text)
+            ActivationProfile.load(tmp_path / "other.json")
 
 
 def test_fingerprints_tell_shapes_apart(make_module: Callable[..., Any]) -> None:

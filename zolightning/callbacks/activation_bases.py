@@ -125,11 +125,8 @@ class ActivationBases:
     ) -> InputBases:
         """Runs the module on examples at its stored weights and computes bases from the inputs of its matrices.
 
-        Args:
-            trainer: provides the training data and the strategy.
-            pl_module: its ``training_step`` is run, in evaluation mode and without gradients.
-            optimizer: the method; its frozen matrices get no bases.
-            batch: the training batch of the next step.
+        Its ``training_step`` is run, in evaluation mode and without gradients; `batch` is that of the next step. Frozen
+        matrices get no bases.
         """
         matrices = {
             name: Searched(parameter, matrix.rank)

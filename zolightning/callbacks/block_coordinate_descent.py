@@ -88,7 +88,8 @@ class BlockCoordinateDescent(Callback):
         """The number of blocks and their order, in a few words."""
         count = f"{self.blocks_per_step} of " if self.blocks_per_step > 1 else ""
         number = "" if self.schedule is None else f"{len(self.schedule.blocks)} "
-        return f"{count}{number}blocks by {type(self.order).__name__}, others after every {_steps(self.interval)}"
+        steps = "step" if self.interval == 1 else f"{self.interval} steps"
+        return f"{count}{number}blocks by {type(self.order).__name__}, others after every {steps}"
 
     @property
     def never(self) -> Sequence[nn.Parameter]:
@@ -153,11 +154,11 @@ class BlockCoordinateDescent(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._draw(trainer)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._detach()
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.detach()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._detach()  # Lightning calls no teardown after an exception or an interrupt
+    on_exception = teardown  # Lightning calls no teardown after an exception or an interrupt
 
     def state_dict(self) -> dict[str, Any]:
         if self.schedule is None:
@@ -213,11 +214,3 @@ class BlockCoordinateDescent(Callback):
         for logger in tensorboards(trainer):
             figure = self.timeline.figure(self.schedule.blocks.names, getattr(self.order, "probabilities", ()))
             logger.experiment.add_figure("blocks/active", figure, trainer.global_step)
-
-    def _detach(self) -> None:
-        if self.schedule is not None:
-            self.schedule.detach()
-
-
-def _steps(number: int) -> str:
-    return "step" if number == 1 else f"{number} steps"

@@ -1,5 +1,7 @@
 """Refuses, before the first step, Trainer settings and modules that cannot be trained by forward passes.
 
+Each function raises a MisconfigurationException with the setting, the value found and what is accepted.
+
 Classes are recognised by the names of their bases, because ``lightning`` and ``pytorch_lightning`` are one code base
 under two names, whose classes are not each other's.
 """
@@ -29,11 +31,7 @@ _PRECISIONS = "'32-true', '64-true', 'bf16-true', '16-true' or 'bf16-mixed'"
 
 
 def refuse_unsupported(trainer: Any) -> None:
-    """Refuses a Trainer's strategy, precision, options and callbacks.
-
-    Raises:
-        MisconfigurationException: naming the option, the value found and what is accepted.
-    """
+    """Refuses a Trainer's strategy, precision, options and callbacks."""
     refuse_strategy(trainer.strategy)
     refuse_precision(trainer.precision_plugin)
     if trainer.accumulate_grad_batches != 1:
@@ -81,11 +79,7 @@ def refuse_unsupported(trainer: Any) -> None:
 
 
 def refuse_strategy(strategy: Any) -> None:
-    """Refuses a strategy, given as an object or by the name that the Trainer knows it by.
-
-    Raises:
-        MisconfigurationException: if it shards parameters or runs the optimizer itself.
-    """
+    """Refuses a strategy that shards parameters or runs the optimizer, given as an object or by the Trainer's name."""
     names = [strategy] if isinstance(strategy, str) else class_names(strategy)
     found = repr(strategy) if isinstance(strategy, str) else names[0]
     if any(name in _SHARDING for name in names):
@@ -102,11 +96,7 @@ def refuse_strategy(strategy: Any) -> None:
 
 
 def refuse_precision(precision: Any) -> None:
-    """Refuses a precision, given as a plugin or by the name that the Trainer knows it by.
-
-    Raises:
-        MisconfigurationException: if it scales gradients, or replaces the layers that hold the weights.
-    """
+    """Refuses a precision that scales gradients or replaces layers, given as a plugin or by the Trainer's name."""
     names = [] if isinstance(precision, str | int) else class_names(precision)
     value = str(precision) if isinstance(precision, str | int) else precision.precision
     if value in ("16", "16-mixed"):
@@ -121,11 +111,7 @@ def refuse_precision(precision: Any) -> None:
 
 
 def refuse_options_with_shards(callback: Any) -> None:
-    """Refuses options of ZerothOrder with which ranks would run different forwards, under sharded weights (FSDP2).
-
-    Raises:
-        MisconfigurationException: naming the option and its value.
-    """
+    """Refuses options of ZerothOrder with which ranks would run different forwards, under sharded weights (FSDP2)."""
     defaults = {"micro_batch_size": None, "evaluations_per_forward": 1, "keep_prefix_gib": 0.0, "cuda_graphs": False}
     for name, default in defaults.items():
         if (value := getattr(callback, name)) != default:
@@ -136,11 +122,7 @@ def refuse_options_with_shards(callback: Any) -> None:
 
 
 def refuse_module(module: L.LightningModule) -> None:
-    """Refuses modules whose ``training_step`` cannot be evaluated several times on one batch.
-
-    Raises:
-        MisconfigurationException: naming what the module has and what it needs.
-    """
+    """Refuses modules whose ``training_step`` cannot be evaluated several times on one batch."""
     name = type(module).__name__
     if not module.automatic_optimization:
         raise MisconfigurationException(
@@ -162,11 +144,7 @@ def refuse_module(module: L.LightningModule) -> None:
 
 
 def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
-    """Makes a scheduler, and refuses one that waits for a metric, or changes more of a method than its learning rate.
-
-    Raises:
-        MisconfigurationException: naming the scheduler and what to use instead.
-    """
+    """Makes a scheduler; refuses one that waits for a metric, or changes more of a method than its learning rate."""
     method = type(optimizer).__name__
     try:
         scheduler = make(optimizer)
@@ -193,11 +171,7 @@ def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> An
 
 
 def refuse_graphs(device: torch.device) -> None:
-    """Refuses `cuda_graphs` on a device that has none.
-
-    Raises:
-        MisconfigurationException: naming the device.
-    """
+    """Refuses `cuda_graphs` on a device that has none."""
     if device.type != "cuda":
         raise MisconfigurationException(
             f"`cuda_graphs` is True, and the run is on '{device.type}', which has none. Use `trainer.accelerator` "

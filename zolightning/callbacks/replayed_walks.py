@@ -71,11 +71,7 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
 
 
 class WeightsAndState:
-    """A copy, in host memory, of the weights that train and of the method's state, to restore them from.
-
-    Args:
-        optimizer: the method.
-    """
+    """A copy, in host memory, of the weights that train and of a method's state, to restore them from."""
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
         self._optimizer = optimizer
@@ -98,11 +94,7 @@ class ReplayedWalks:
     a sum of several, while low-rank directions differ widely, and with momentum a step continues in the next ones.
     Steps in an earlier subspace or block are left out.
 
-    Args:
-        module: the module whose ``training_step`` computes the loss.
-        optimizer: the method that took the steps.
-        records: the records of the steps.
-        batches: batches to evaluate the loss on; each walk takes the next one.
+    The loss is that of the module's ``training_step``; each walk takes the next one of the batches.
 
     Attributes:
         lr: the learning rate of each parameter group at a scale of 1.

@@ -163,7 +163,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
             continue
         yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
         yield "a step", _evaluations(trainer, optimizer)
-        never = {parameter for blocks in _blocks_in(trainer) for parameter in blocks.never}
+        never = {parameter for blocks in find_callbacks(trainer, BlockCoordinateDescent) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
         planned = _memory_plan(trainer, module, optimizer, trained)
@@ -173,7 +173,7 @@ def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[s
     total = num_weights(module)
     chosen = ", ".join(scopes) or ("all parameters" if count == total else "what is not frozen")
     yield "scope", f"{chosen}: {count:,} of {total:,} parameters train"
-    for blocks in _blocks_in(trainer):
+    for blocks in find_callbacks(trainer, BlockCoordinateDescent):
         yield "blocks", blocks.describe()
     if trainer.world_size > 1:
         yield "ranks", str(layout_of(trainer))
@@ -196,23 +196,13 @@ def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:
 def _memory_plan(
     trainer: L.Trainer, module: L.LightningModule, optimizer: ZerothOrderOptimizer, trained: list[Trained]
 ) -> MemoryPlan:
-    """The memory plan of a run, unless that is refused because it does not fit.
-
-    Args:
-        trainer: the run's.
-        module: the module that trains.
-        optimizer: its method.
-        trained: the weights that train.
-
-    Raises:
-        MisconfigurationException: see :func:`refuse_too_large`.
-    """
+    """The memory plan of a run, unless :func:`refuse_too_large` refuses it."""
     (zeroth_order, *_) = find_callbacks(trainer, ZerothOrder)
     setting = zeroth_order.method, _largest_batch(trainer, zeroth_order), optimizer.evaluator.graphs is not None
     bases = next((found.bases for found in find_callbacks(trainer, SubspaceResampling)), None)
     trained = trained if bases is None else with_bases_of_inputs(module, trained)
     planned = plan(module, trained, *setting)
-    for blocks in _blocks_in(trainer):
+    for blocks in find_callbacks(trainer, BlockCoordinateDescent):
         if blocks.left_state == "reset":
             largest = blocks.largest(optimizer)
             moving = state_bytes([one for one in trained if one.weight in largest], zeroth_order.method)
@@ -256,7 +246,7 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     for resampling in find_callbacks(trainer, SubspaceResampling):
         settings["resampling.interval"] = resampling.interval
         settings["resampling.bases"] = None if resampling.bases is None else str(resampling.bases)
-    for blocks in _blocks_in(trainer):
+    for blocks in find_callbacks(trainer, BlockCoordinateDescent):
         settings["blocks.order"] = type(blocks.order).__name__
         settings["blocks.interval"] = blocks.interval
         settings["blocks.blocks_per_step"] = blocks.blocks_per_step
@@ -277,7 +267,3 @@ def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape 
         return None
     rows, length, positions = largest(zeroth_order.micro_batch_size)
     return BatchShape(rows * zeroth_order.evaluations_per_forward, length, positions)
-
-
-def _blocks_in(trainer: L.Trainer) -> list[BlockCoordinateDescent]:
-    return find_callbacks(trainer, BlockCoordinateDescent)

@@ -176,12 +176,6 @@ class ZerothOrder(Callback):
         refuse_unsupported(trainer)
         refuse_module(pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._give_back(trainer, pl_module)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._give_back(trainer, pl_module)  # Lightning calls no teardown after an exception or an interrupt
-
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # Not only when it starts: a run that goes on from a checkpoint of this batch skips the validation.
         if is_validation_next(trainer):
@@ -194,7 +188,7 @@ class ZerothOrder(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _fold(trainer)  # of a run that was resumed after its last step, which has no `on_train_end`
 
-    def _give_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if not self._replaced:
             return
         for optimizer in methods_of(trainer):
@@ -209,6 +203,8 @@ class ZerothOrder(Callback):
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
         pl_module.automatic_optimization = True
+
+    on_exception = teardown  # Lightning calls no teardown after an exception or an interrupt
 
     def _configure(self, pl_module: L.LightningModule, configured: Any) -> Any:
         """What the module's ``configure_optimizers`` returns to Lightning in place of `configured`."""

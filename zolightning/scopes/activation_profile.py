@@ -84,19 +84,19 @@ class ActivationProfile:
     num_prompts: int
     layers: tuple[LayerStatistics, ...]
 
-    def to_json(self) -> str:
-        """The profile as JSON text."""
-        return json.dumps(asdict(self), indent=2)
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_json(cls, text: str) -> "ActivationProfile":
-        """Reads what :meth:`to_json` wrote.
+    def load(cls, path: str | Path) -> "ActivationProfile":
+        """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the text is not a profile.
+            ValueError: if the file is no profile.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
             layers = [
                 LayerStatistics(**layer | {name: tuple(layer[name]) for name in ("channels", "tokens")})
                 for layer in content["layers"]
@@ -104,15 +104,6 @@ class ActivationProfile:
             return cls(Fingerprint(**content["fingerprint"]), content["num_prompts"], tuple(layers))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"not an activation profile ({type(error).__name__}: {error})") from None
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ActivationProfile":
-        """Reads what :meth:`save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def table(self) -> str:
         """One line a layer; `jump` is its maximum over that of the layer before."""
@@ -151,7 +142,7 @@ def profile_activations(module: L.LightningModule, batches: Iterable[Any], stack
                 hidden = output if isinstance(output, Tensor) else output[0]
                 recorder.add(hidden.detach(), mask.of(hidden))
 
-            hooks.callback(layer.register_forward_hook(record).remove)
+            hooks.enter_context(layer.register_forward_hook(record))
         count = 0
         for batch in batches:
             count += 1

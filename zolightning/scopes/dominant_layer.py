@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from zolightning.layers import LayerStack, check_index
 from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint
@@ -22,10 +23,9 @@ class DominantLayer(LayerScope):
         rules: how to choose, in order of preference. Default: the first layer with massive activations (above 100 and
             1000 times the median), or else the layer with the largest jump of the maximum in the first half of the
             network, if that is at least fivefold.
-        num_prompts: number of training examples to run.
-        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
         profile: a file written by ``zolightning profile``, to use instead of running the network.
         layer: index of the layer, from 0, if it is known already.
+        **settings: those of :class:`~zolightning.scopes.layer_scope.LayerScope`.
 
     Raises:
         ValueError: before training, naming an argument; or with the whole profile if no rule finds a layer.
@@ -40,12 +40,11 @@ class DominantLayer(LayerScope):
         part: Part | None = None,
         extra_layers: Sequence[int] = (),
         rules: Sequence[Rule] | None = None,
-        num_prompts: int = 32,
-        layers_name: str | None = None,
         profile: str | None = None,
         layer: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(part, layers_name, num_prompts)
+        super().__init__(part, **settings)
         if layer is not None and profile is not None:
             raise ValueError(f"`layer` is {layer} and `profile` is {profile!r}: give one of them.")
         self.extra_layers = extra_layers

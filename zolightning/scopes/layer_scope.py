@@ -32,7 +32,7 @@ class LayerScope(Scope):
     Args:
         part: which parameters of the layers train; all of them by default.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
-        num_prompts: number of training examples to run if the choice depends on activations.
+        num_prompts: number of training examples to run if the choice, or the part, depends on activations.
     """
 
     def __init__(self, part: Part | None = None, layers_name: str | None = None, num_prompts: int = 32) -> None:

@@ -201,7 +201,7 @@ def outlier_channels(
                     maxima = values.amax(dim=0)
                     largest[index] = torch.maximum(largest[index], maxima) if index in largest else maxima
 
-            hooks.callback(mlp_of(stack.layers[index]).down.register_forward_pre_hook(record).remove)
+            hooks.enter_context(mlp_of(stack.layers[index]).down.register_forward_pre_hook(record))
         calibrate()
     channels: dict[int, Tensor] = {}
     for index in indices:

@@ -1,6 +1,7 @@
 """Trains a layer drawn at random: the control for the dominant layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 from zolightning.kernels.noise import key
 from zolightning.layers import LayerStack
@@ -18,14 +19,11 @@ class RandomLayer(LayerScope):
     Args:
         part: which parameters of the layer train; all of them by default.
         seed: seed of the draw.
-        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
-        num_prompts: number of training examples to run if the part depends on activations.
+        **settings: those of :class:`~zolightning.scopes.layer_scope.LayerScope`.
     """
 
-    def __init__(
-        self, part: Part | None = None, seed: int = 0, layers_name: str | None = None, num_prompts: int = 32
-    ) -> None:
-        super().__init__(part, layers_name, num_prompts)
+    def __init__(self, part: Part | None = None, seed: int = 0, **settings: Any) -> None:
+        super().__init__(part, **settings)
         require_seed(seed)
         self.seed = seed
 

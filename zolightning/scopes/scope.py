@@ -116,11 +116,12 @@ class Scope(Callback, ABC):
         lines = [summary, *selection.details.splitlines(), *map(_describe, chosen, chosen.values())]
         add_text(trainer, "scope", "\n".join(lines))
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._give_back()
+    def teardown(self, *_: Any, **__: Any) -> None:
+        for parameter, trainable in self._trainable.items():
+            parameter.requires_grad_(trainable)
+        self._trainable = {}
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._give_back()  # Lightning calls no teardown after an exception or an interrupt
+    on_exception = teardown  # Lightning calls no teardown after an exception or an interrupt
 
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # All ranks look at the same prompts, but different processors may differ in the last bits.
@@ -138,11 +139,6 @@ class Scope(Callback, ABC):
                 "(`requires_grad=False`). Unfreeze at least one."
             )
         self._selection = selection
-
-    def _give_back(self) -> None:
-        for parameter, trainable in self._trainable.items():
-            parameter.requires_grad_(trainable)
-        self._trainable = {}
 
 
 def scopes_of(trainer: L.Trainer) -> list[Scope]:

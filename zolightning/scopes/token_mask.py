@@ -39,8 +39,8 @@ class TokenMask(AbstractContextManager["TokenMask"]):
                 def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = position) -> None:
                     self._enter(kwargs.get("attention_mask", args[at] if at < len(args) else None))
 
-                self._hooks.callback(submodule.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                self._hooks.callback(submodule.register_forward_hook(self._leave, always_call=True).remove)
+                self._hooks.enter_context(submodule.register_forward_pre_hook(enter, with_kwargs=True))
+                self._hooks.enter_context(submodule.register_forward_hook(self._leave, always_call=True))
         return self
 
     def __exit__(self, *exception: Any) -> None:

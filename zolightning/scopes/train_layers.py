@@ -1,7 +1,7 @@
 """Trains layers by their numbers."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from zolightning.layers import LayerStack, check_index
 from zolightning.scopes.activation_profile import ActivationProfile
@@ -15,22 +15,15 @@ class TrainLayers(LayerScope):
     Args:
         layers: indices from 0, or "all".
         part: which parameters of the layers train; all of them by default.
-        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
-        num_prompts: number of training examples to run if the part depends on activations.
+        **settings: those of :class:`~zolightning.scopes.layer_scope.LayerScope`.
 
     Example::
 
         callbacks = [TrainLayers("all", part=LoRA(rank=8)), ZerothOrder(partial(MeZO, lr=1e-5))]
     """
 
-    def __init__(
-        self,
-        layers: Sequence[int] | Literal["all"],
-        part: Part | None = None,
-        layers_name: str | None = None,
-        num_prompts: int = 32,
-    ) -> None:
-        super().__init__(part, layers_name, num_prompts)
+    def __init__(self, layers: Sequence[int] | Literal["all"], part: Part | None = None, **settings: Any) -> None:
+        super().__init__(part, **settings)
         if not layers or (isinstance(layers, str) and layers != "all"):
             raise ValueError(f"`layers` must be a list of at least one index, or 'all', got {layers!r}.")
         self.layers = layers
