@@ -49,14 +49,9 @@ def find_blocks(
     those of ``nn.Embedding`` are the block ``embeddings``, and the rest (head, final norm) are the block ``head``. A
     head that is tied to the embeddings is in ``embeddings``.
 
-    Args:
-        module: the network, or a module around it.
-        trainable: its parameters that train.
-        patterns: regular expressions, one for each block: a parameter belongs to the first one that matches somewhere
-            in its dotted name. Parameters that match none are the block ``others``.
-        others: what happens to parameters outside the layers, or that match no pattern. "blocks": they are blocks as
-            above. "always": they move in every step, besides the active blocks. "never": they are frozen.
-        layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found by structure if not given.
+    With patterns, one for each block, a parameter belongs to the first one that matches somewhere in its dotted name;
+    those that match none are the block ``others``. If `others` is not "blocks", what is outside of the layers or
+    patterns is no block: "always" moves it in every step, and "never" freezes it.
 
     Raises:
         ValueError: if there are no layers, nothing in them trains, a pattern matches no parameter that an earlier one

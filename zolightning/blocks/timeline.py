@@ -12,24 +12,14 @@ if TYPE_CHECKING:
 class Timeline:
     """Counts the steps in which each block moved, for spans of equally many steps.
 
-    When the table is full, neighbouring spans are merged, so that it serves a run of any length.
-
-    Args:
-        num_blocks: rows of the table.
-        columns: the largest number of spans, even.
-        start: number of the first step.
-
-    Attributes:
-        counts: (num_blocks, columns), int32.
-        span: number of steps in a column.
-        steps: number of steps counted so far.
-        start: number of the first step.
+    When the table is full, neighbouring spans are merged, so that it serves a run of any length. The number of columns
+    is even, and `start` the number of the first step.
     """
 
     def __init__(self, num_blocks: int, columns: int = 512, start: int = 0) -> None:
         self.counts = torch.zeros(num_blocks, columns, dtype=torch.int32)
-        self.span = 1
-        self.steps = 0
+        self.span = 1  # steps in a column
+        self.steps = 0  # counted so far
         self.start = start
 
     def add(self, active: Sequence[int]) -> None:
@@ -42,12 +32,7 @@ class Timeline:
         self.steps += 1
 
     def figure(self, names: Sequence[str], probabilities: Sequence[float] = ()) -> "Figure":
-        """A figure with a row for each block: when it moved, its share of all steps, and its probability.
-
-        Args:
-            names: names of the blocks.
-            probabilities: their present probabilities to be drawn, if their order has any.
-        """
+        """A figure with a row for each block: when it moved, its share of all steps, and its probability."""
         from matplotlib.figure import Figure
 
         used = -(-self.steps // self.span)

@@ -13,14 +13,7 @@ from zolightning.checkpoints.running_metrics import RunningMetrics
 class BeforeOthers(Callback):
     """Other callbacks see the right epoch and metrics in a resumed run, and clean up after it is saved.
 
-    Args:
-        save_at_end: called with the Trainer at the end of training.
-        save_after_error: called with the Trainer and the exception.
-        stop_here: called with the Trainer at the end of an epoch that the run can end when it goes on.
-
-    Attributes:
-        metrics: the metrics of the present epoch.
-        epoch: that in which the run goes on, from the start of training on.
+    It stops at the end of an epoch that the run can end when it goes on.
     """
 
     def __init__(
@@ -29,8 +22,8 @@ class BeforeOthers(Callback):
         save_after_error: Callable[[L.Trainer, BaseException], None],
         stop_here: Callable[[L.Trainer], None],
     ) -> None:
-        self.metrics = RunningMetrics()
-        self.epoch: ResumedEpoch | None = None
+        self.metrics = RunningMetrics()  # of the present epoch
+        self.epoch: ResumedEpoch | None = None  # in which the run goes on, once training has started
         self._save_at_end = save_at_end
         self._save_after_error = save_after_error
         self._stop_here = stop_here

@@ -16,9 +16,8 @@ from zolightning.checkpoints.checkpoint_io import LAST, require_writable
 from zolightning.checkpoints.find_ledger import NoLedgerError, free_path, ledger_of, ledger_to, whole_records
 from zolightning.checkpoints.given_bases import load_bases, save_bases
 from zolightning.checkpoints.ledger import Ledger
-from zolightning.checkpoints.ledger_header import Header, describe_run
+from zolightning.checkpoints.ledger_header import Header, Unrecorded, describe_run
 from zolightning.checkpoints.run_logs import Muted, log_once, not_yet_logged
-from zolightning.checkpoints.unrecorded import Unrecorded
 from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.directions.shards import is_sharded
 from zolightning.messages import counted
@@ -122,15 +121,18 @@ class KeepLedger(Callback):
         self._take(trainer, pl_module, optimizer, taken)
         self.go_on = None  # a second fit goes on from the first one
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._end_step(trainer)
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        # A step is over: it is written, and after the last one that was taken from the ledger the Trainer logs again.
+        self._write()
+        if self._muted is not None and trainer.optimizers[0].param_groups[0]["step"] >= self._muted.until:
+            self._muted.end(trainer)
+            self._muted = None
+
+    on_train_end = on_train_batch_start
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._end_step(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._end_step(trainer)
+            self.on_train_batch_start(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.ledger is not None:
@@ -152,9 +154,7 @@ class KeepLedger(Callback):
         if self.ledger is not None or any(map(is_sharded, parameters.values())):
             self._optimizer.fold()  # ZerothOrder may do so after this callback
             digest = weights_digest(parameters)
-            if self.ledger is not None:
-                self.ledger.close(digest)
-                self._stop()
+            self._close(digest)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end(trainer)
@@ -199,32 +199,20 @@ class KeepLedger(Callback):
             self._muted.end(trainer)
             self._muted = None
 
-    def _close(self) -> None:
+    def _close(self, digest: str | None = None) -> None:
         if self.ledger is not None:
-            self.ledger.close()
-            self._stop()
-
-    def _stop(self) -> None:
-        self.ledger = self._pending = None
+            self.ledger.close(digest)
+            self.ledger = self._pending = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _end_step(self, trainer: L.Trainer) -> None:
-        """Writes a step that is over; after the last one that was taken from the ledger, the Trainer logs again."""
-        self._write()
-        if self._muted is not None and trainer.optimizers[0].param_groups[0]["step"] >= self._muted.until:
-            self._muted.end(trainer)
-            self._muted = None
 
     # Going on
 
     def _open(self, optimizer: ZerothOrderOptimizer, header: Header | None) -> list[StepRecord]:
         """Opens this run's ledger and returns the records of earlier steps that are to be taken from it next.
 
-        Args:
-            optimizer: the run's.
-            header: the header for a new ledger; None if the run goes on from a checkpoint.
+        `header` is that of a new ledger; None if the run goes on from a checkpoint.
         """
         if header is not None and (self.go_on is None or not Path(self.go_on).is_file()):
             self.ledger = Ledger.create(free_path(self._folder), header)
@@ -256,11 +244,7 @@ class KeepLedger(Callback):
         return taken
 
     def _take(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        optimizer: ZerothOrderOptimizer,
-        taken: list[StepRecord],
+        self, trainer: L.Trainer, module: L.LightningModule, optimizer: ZerothOrderOptimizer, taken: list[StepRecord]
     ) -> None:
         """Has the optimizer of each rank take the next steps from the first rank's records, while nothing is logged."""
         given = {record.refresh for record in taken if record.given and record.refresh != self._refresh}
@@ -269,7 +253,7 @@ class KeepLedger(Callback):
         waits = _waits_for_training(trainer)
         optimizer.expect(taken, evaluate=waits)
         if isinstance(optimizer, SubspaceWeights):
-            parameters = dict(pl_module.named_parameters())
+            parameters = dict(module.named_parameters())
             optimizer.recorded = {
                 refresh: {parameters[name]: basis for name, basis in of_names.items()}
                 for refresh, of_names in bases.items()

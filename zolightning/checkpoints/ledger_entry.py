@@ -11,12 +11,7 @@ _ESTIMATED, _TRACES, _GIVEN = 1, 2, 4  # bits of `flags`
 
 
 class EntryCodec:
-    """Converts records to bytes and back, without the checksum of an entry.
-
-    Args:
-        fields: name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order.
-        seed: seed of the run, which entries do not repeat.
-    """
+    """Converts records to bytes and back, without the checksum of an entry, by the header's `fields` and `seed`."""
 
     def __init__(self, fields: Sequence[Sequence[Any]], seed: int) -> None:
         self._counts = {str(name): int(count) for name, _, count in fields}

@@ -1,4 +1,4 @@
-"""The header of a ledger: what is needed to interpret the records of a run."""
+"""The header of a ledger: what is needed to interpret the records of a run, which must not change in the run."""
 
 import json
 from dataclasses import dataclass
@@ -10,11 +10,13 @@ from torch import nn
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.kernels.noise import codes, key
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.settings import settings_of
+from zolightning.optim.settings import constructor_arguments, settings_of
 from zolightning.versions import installed_version
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _APART = ("param_names", "blocks", "block_weight", "lr_scale", "measured")
+_SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
+_RECORDED = {"params", "lr", "seed"}
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,31 @@ def first_numbers() -> list[int]:
     words = torch.tensor(key(1234, 7, 3, "weight"), dtype=torch.int32)
     index = torch.arange(16, dtype=torch.int32)
     return [*words.tolist(), *codes(index, words, "gaussian").tolist(), *codes(index, words, "rademacher").tolist()]
+
+
+class Unrecorded:
+    """The hyperparameters of an optimizer that its records do not hold, and which of its parameters train.
+
+    If one of them changes in mid-run, the ledger must end.
+    """
+
+    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
+        self._names = (constructor_arguments(type(optimizer)) | _SET_LATER) - _RECORDED
+        self._values = self._of(optimizer)
+
+    def change(self, optimizer: ZerothOrderOptimizer) -> str | None:
+        """What has changed since, in words; None if nothing has."""
+        values = self._of(optimizer)
+        if values == self._values:
+            return None
+        pairs = zip(values, self._values, strict=False)
+        names = sorted({name for now, then in pairs for name in now if now[name] != then.get(name)})
+        return f"`{names[0]}` of a parameter group changed" if names else "a parameter group was added"
+
+    def _of(self, optimizer: ZerothOrderOptimizer) -> list[dict[str, Any]]:
+        """The values of each parameter group."""
+        return [
+            {name: group[name] for name in self._names & group.keys()}
+            | {"requires_grad": [parameter.requires_grad for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]

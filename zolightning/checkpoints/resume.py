@@ -1,4 +1,4 @@
-"""Which checkpoint ``--ckpt_path`` means, and the folder in which a resumed run goes on."""
+"""Which checkpoint ``--ckpt_path`` means, and the folder in which a resumed run goes on, also where that was moved."""
 
 import re
 import zipfile
@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import LAST
 from zolightning.checkpoints.ledger import LEDGER, is_written
 from zolightning.messages import some
+from zolightning.partners import find_callbacks
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace  # a package of the command line, which others do without
 
 _FOLDER = "checkpoints"  # of a run, beside its config.yaml
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of a ModelCheckpoint
 
 
 def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
@@ -177,3 +181,25 @@ def _is_pickle(path: Path) -> bool:
     """Torch's format before 1.6."""
     with path.open("rb") as file:
         return file.read(1) == b"\x80"
+
+
+def find_files_again(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Changes the paths in a checkpoint to those of the same files beside it, from where the run goes on.
+
+    To be called before the states of callbacks are loaded: Lightning compares the folder's name of then and of now, and
+    forgets the best checkpoint if they differ.
+    """
+    here = Path(str(trainer.ckpt_path)).resolve().parent
+    for callback in find_callbacks(trainer, ModelCheckpoint):
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if state and callback.dirpath and Path(callback.dirpath).resolve() == here:
+            checkpoint["callbacks"][callback.state_key] = _in_folder(state, Path(callback.dirpath))
+
+
+def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def there(path: str) -> str:
+        return path and str(folder / Path(path).name)
+
+    paths = {name: there(state[name]) for name in _PATHS if name in state}
+    best = {there(path): score for path, score in state.get("best_k_models", {}).items()}
+    return state | paths | {"best_k_models": best, "dirpath": str(folder)}

@@ -13,12 +13,7 @@ from zolightning.partners import tensorboards
 
 
 class Muted:
-    """Replaces a Trainer's loggers by ones that write nothing.
-
-    Args:
-        trainer: the Trainer.
-        until: the first step that is to be logged again.
-    """
+    """Replaces a Trainer's loggers by ones that write nothing; `until` is the first step to be logged again."""
 
     def __init__(self, trainer: L.Trainer, until: int) -> None:
         self.until = until
@@ -42,11 +37,7 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
     """Makes TensorBoard's loggers skip values of the last step and of later ones that are in their folders already.
 
     Such values are left by a process that was killed after it had logged a step or a validation and before it had
-    completed it.
-
-    Args:
-        trainer: the Trainer of the resumed run.
-        rest: the result of :func:`not_yet_logged` in the last step, which is logged now if it has not been.
+    completed it. What :func:`not_yet_logged` found in the last step, `rest`, is logged now if it has not been.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

@@ -21,7 +21,7 @@ from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
 from zolightning.checkpoints.generators import generators_of_all_ranks, restore_generators
 from zolightning.checkpoints.keep_ledger import KeepLedger
-from zolightning.checkpoints.moved import find_files_again
+from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
 from zolightning.checkpoints.running_metrics import of_all_ranks
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks

@@ -119,16 +119,10 @@ def collate(
     with_prompts: bool = False,
     padding_side: Literal["left", "right"] = "left",
 ) -> Batch:
-    """Stacks examples into a batch.
+    """Stacks examples, one at least, into a batch.
 
-    Args:
-        examples: at least one.
-        pad_id: token beside short rows. It is masked out; any valid token will do.
-        objective: passed on.
-        gold_only: whether to leave out the wrong candidates.
-        multiple: what the length of a row is a multiple of.
-        with_prompts: whether to add what texts are generated from, and compared with.
-        padding_side: the side on which prompts are padded.
+    Short rows are filled up with `pad_id`, which is masked out, to a `multiple` of a length. `gold_only` leaves out the
+    wrong candidates; `with_prompts` adds what texts are generated from, and compared with.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]

@@ -1,8 +1,4 @@
-"""Prompts for networks that read both ways: a mask where the answer stands, and separators between texts.
-
-In a template these are ``{{ mask }}`` and ``{{ sep }}``; in its text, until a tokenizer puts its own tokens there, two
-characters that Unicode keeps for a program's own use.
-"""
+"""Prompts for networks that read both ways: a mask where the answer stands, and separators between texts."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

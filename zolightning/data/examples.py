@@ -34,17 +34,9 @@ def example_of(
 ) -> Example:
     """Turns a row and its demonstrations into tokens, at most `max_length` of them.
 
-    Where they do not all fit, as many demonstrations are left out as it takes, the first ones.
-
-    Args:
-        task: the row's task.
-        row: the row in words.
-        tokenizer: the model's tokenizer.
-        max_length: tokens of prompt and answer together.
-        chat: whether a prompt is a user's turn in the tokenizer's chat template.
-        encode: makes tokens of a prompt and its answers.
-        calibration: whether to encode the row without its content as well: after its demonstrations (`in_context`) or
-            without them (`zero_shot`).
+    Where they do not all fit, as many demonstrations are left out as it takes, the first ones. In a `chat` a prompt is
+    a user's turn in the tokenizer's chat template. For a `calibration` the row is encoded without its content as well:
+    after its demonstrations (`in_context`) or without them (`zero_shot`).
 
     Raises:
         ValueError: if the tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.

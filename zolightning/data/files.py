@@ -59,15 +59,12 @@ def unit_of(path: Path) -> Unit:
 
 
 def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yields the rows of a file with their numbers, counted from 0. Empty lines of JSON are left out.
+    """Yields the rows of what :func:`find_rows` found, with their numbers, counted from 0.
 
+    Empty lines of JSON are left out; errors say what a row should be like by an `example`, a field that rows have.
     CSV and Parquet files are read by pyarrow. A column of a CSV file holds numbers or truth values where all of them
     read as they are written, 7 but not 007, and else texts. Of a folder of images, each is a row with the fields
     `image`, its path in the folder around, and `label`, the folder in which it lies, if it lies in another one.
-
-    Args:
-        path: one that :func:`find_rows` found.
-        example: a field that rows have, for messages.
 
     Raises:
         ValueError: if the file, or a line of it, cannot be read; says which.

@@ -55,9 +55,8 @@ def require_pillow() -> None:
 def image_of(value: Any, folder: Path | None) -> Path | bytes:
     """The file of an image, or what is in it, by the value of a row's field.
 
-    Args:
-        value: a path, bytes, or one of both as data sets of ``datasets`` hold them, ``{"bytes": ..., "path": ...}``.
-        folder: what a relative path starts from; the working directory if None.
+    That is a path, from a folder or else the working directory, or bytes, or one of both as data sets of ``datasets``
+    hold them, ``{"bytes": ..., "path": ...}``.
 
     Raises:
         ValueError: if it is none of these, or there is no such file.
@@ -109,12 +108,7 @@ def read_image(example: ImageExample) -> Any:
 def collate_images(
     examples: Sequence[ImageExample], processor: Callable[..., Any], objective: Objective = "classification"
 ) -> ImageBatch:
-    """Reads images into a batch.
-
-    Args:
-        examples: at least one.
-        processor: the model's image processor.
-        objective: passed on.
+    """Reads images, one at least, into a batch, by the model's image processor.
 
     Raises:
         ValueError: if an image cannot be read; says which.

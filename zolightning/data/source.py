@@ -46,11 +46,7 @@ NO_LABEL = -1  # the label of a row whose right answer is not known
 def read_folder(folder: Path, name: str, task: Task, labelled: bool = True) -> Split:
     """Reads the file of a split in a folder, such as ``train.jsonl``, and checks every row against the task.
 
-    Args:
-        folder: where the file is.
-        name: "train", "validation" or "test".
-        task: says which fields a row needs.
-        labelled: whether every row needs a label. Otherwise that of a row without one is `NO_LABEL`.
+    Unless rows must be `labelled`, the label of one without is `NO_LABEL`.
 
     Raises:
         ValueError: if the file is missing or empty, or a row of it does not fit the task; says which.

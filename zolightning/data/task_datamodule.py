@@ -131,12 +131,9 @@ class TaskDataModule(L.LightningDataModule):
             self._examples["test"] = self.encode("test", self._rows.test(labelled=stage != "predict"))
 
     def check_rows(self, *names: str) -> None:
-        """Reads splits, and checks their rows as far as that is possible without a model, which takes a moment.
+        """Reads splits ("train", "validation", "test"), and checks their rows as far as is possible without a model.
 
         With it, a bad row of the test split is found before training, for example.
-
-        Args:
-            *names: the splits: some of "train", "validation" and "test".
 
         Raises:
             ValueError: if a row does not fit the task, or a file is missing; says which line or file.

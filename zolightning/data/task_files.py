@@ -54,11 +54,9 @@ def load_task(name: str) -> Task:
 
 
 def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
-    """Makes a task of plain values.
+    """Makes a task of plain values: the fields of one of its kinds, with ``hub`` as a mapping of its own.
 
-    Args:
-        values: the fields of one of the kinds of tasks; ``hub`` as a mapping of its own.
-        beside: what a relative ``folder`` starts from; the working directory if not given.
+    A relative ``folder`` starts from the one `beside`, or else from the working directory.
 
     Raises:
         ValueError: if a field is unknown, missing or wrong; says which.
@@ -83,12 +81,7 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
 
 
 def chosen_task(task: str | Mapping[str, Any], prompt: str | None = None, answers: Sequence[str] | None = None) -> Task:
-    """The task that the settings of a data module stand for.
-
-    Args:
-        task: name, path or fields of a task.
-        prompt: template instead of the task's.
-        answers: templates of the candidates instead of those of a classification.
+    """The task that these settings of :class:`~zolightning.data.PromptDataModule` stand for.
 
     Raises:
         ValueError: naming the setting, and what is wrong with it.

@@ -19,14 +19,9 @@ TAKE_CAUSAL_MASKS = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt",
 def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
     """The mask to pass to a network of Hugging Face's, together with position ids, instead of a padding mask.
 
-    Args:
-        network: the network.
-        mask: (rows, length), 0 on padding.
-
-    Returns:
-        The :func:`causal_mask`, or `mask` itself where that cannot be used: for architectures that are not in
-        :data:`TAKE_CAUSAL_MASKS`, and for attention that is not sdpa, not causal, or in a window shorter than the rows.
-        Also on a CPU, where nobody waits, and where kernels for causal attention do half the work without padding.
+    It is the :func:`causal_mask`, or `mask` itself where that cannot be used: for architectures that are not in
+    :data:`TAKE_CAUSAL_MASKS`, and for attention that is not sdpa, not causal, or in a window shorter than the rows.
+    Also on a CPU, where nobody waits, and where kernels for causal attention do half the work without padding.
     """
     config, prefix = getattr(network, "config", None), prefix_of(network)
     window = getattr(config, "sliding_window", None)
@@ -45,11 +40,8 @@ def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
 def causal_mask(mask: Tensor) -> Tensor:
     """Whether each token attends to each, (rows, 1, length, length): to those before it and itself, but to no padding.
 
-    Padding on the left, which has nothing else, attends to itself: kernels of attention for CUDA differentiate a row
-    of nothing as NaN.
-
-    Args:
-        mask: (rows, length), 0 on padding.
+    `mask` is (rows, length), 0 on padding. Padding on the left, which has nothing else, attends to itself: kernels of
+    attention for CUDA differentiate a row of nothing as NaN.
     """
     length = mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()

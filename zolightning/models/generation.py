@@ -88,17 +88,8 @@ def generate(
     A row ends with the token whose text contains `stop`, also one that merges it with other characters, or with the
     model's own end of a text.
 
-    Args:
-        model: a model of transformers that can generate.
-        tokenizer: its tokenizer.
-        prompt_ids: (B, P), padded on the left, or on the right if an encoder reads them.
-        prompt_mask: (B, P), 0 on padding.
-        max_new_tokens: tokens to write, at most.
-        stop: what ends a text; it is cut off.
-        decoding: how the next token is chosen; the likeliest if None. Sampling draws from torch's generators.
-
-    Returns:
-        B texts without outer spaces.
+    The prompts are (B, P), padded on the left, or on the right if an encoder reads them, with a mask that is 0 on
+    padding. Returns B texts without outer spaces. Sampling draws from torch's generators.
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 

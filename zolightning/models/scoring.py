@@ -57,12 +57,8 @@ def calibrated_scores(log_probs: Tensor, mask: Tensor, free: Tensor) -> Tensor:
 
     It is compared with the prompt without its content (surface form competition, Holtzman et al. 2021,
     arXiv:2104.08315, domain conditional PMI). As in MeZO's ``--sfc`` and ``--icl_sfc``, log-probabilities are summed
-    over a candidate's tokens, not averaged.
-
-    Args:
-        log_probs: log-probabilities of each candidate's tokens after the prompt, (B, C, A).
-        mask: which of these tokens exist, (B, C, A).
-        free: log-probabilities of the same candidates after the content-free prompt, (B, C, any number).
+    over a candidate's tokens, not averaged: `log_probs` after the prompt, (B, C, A), of which the tokens in `mask`
+    exist, and `free` after the content-free prompt, (B, C, any number).
     """
     gains = log_probs.sum(dim=-1) - free.sum(dim=-1)
     return gains.masked_fill(~mask.any(dim=-1), float("-inf"))

@@ -53,10 +53,7 @@ def refuse_reading_padding(
 ) -> None:
     """Runs a model of transformers that reads both ways with padding and without it, as :func:`refuse_unsuitable` does.
 
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        logits_of: runs the model: returns the logits, given tokens and their mask, both (rows, length).
+    `logits_of` runs it: it returns the logits, given tokens and their mask, both (rows, length).
 
     Raises:
         MisconfigurationException: if the values exceed float16, or depend on the padding beside a text; or the model

@@ -32,10 +32,7 @@ _MERGE = "Merge it into its model (peft: merge_and_unload), and start from that.
 def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str, Tensor] | None = None) -> None:
     """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``.
 
-    Args:
-        model: a model with an adapter.
-        folder: where to write it.
-        head: other weights of the model that have been trained, by their names in the model.
+    With it goes the `head`: other weights that have been trained, by their names in the model.
 
     Raises:
         ValueError: if the model has an early exit, which PEFT's format cannot describe.
@@ -59,12 +56,10 @@ def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str
 
 
 def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tensor] | None = None) -> None:
-    """Puts the adapter of a PEFT folder into a model without one, and freezes all else, as PEFT does.
+    """Puts an adapter, LoRA or a prefix, into a model without one, and freezes all else, as PEFT does.
 
-    Args:
-        model: the base model of the adapter.
-        adapter: a folder in PEFT's format, or an id on the Hugging Face hub: LoRA, or a prefix.
-        head: other weights that may be in the folder (PEFT's ``modules_to_save``), by their names in the model.
+    It is in a folder in PEFT's format, or on the Hugging Face hub; beside it there may be weights of the `head` (PEFT's
+    ``modules_to_save``), by their names in the model.
 
     Raises:
         ValueError: if there is no adapter, or it is of another kind or does not fit the model; in one line.

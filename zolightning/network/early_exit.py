@@ -55,12 +55,7 @@ def at_each_exit(model: "PreTrainedModel", exits: Sequence[int], run: Callable[[
 
     The layers themselves run only once, in the call for the last exit. In the other calls each layer returns a stored
     output at once, so that such a call costs only what comes before and after the layers. The config does not change.
-    The output of one layer for each exit is kept in memory meanwhile.
-
-    Args:
-        model: the model.
-        exits: after how many layers the model ends, the largest number last.
-        run: runs the model once.
+    The output of one layer for each exit is kept in memory meanwhile. The largest of the exits is the last.
     """
     layers = _layers(model)
     outputs: dict[nn.Module, Any] = {}

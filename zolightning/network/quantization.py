@@ -165,9 +165,7 @@ def require_quantization(kind: str) -> None:
 def quantize(module: nn.Module, kind: Quantization) -> None:
     """Quantises the linear maps of a module in place: each ``nn.Linear`` but the output layer and tied ones.
 
-    Args:
-        module: such as a model of transformers. Embeddings, norms and biases stay as they are.
-        kind: "int8", 8 bits a weight; or "nf4", 4.25 bits in bfloat16, which needs bitsandbytes.
+    Embeddings, norms and biases stay as they are. "int8" takes 8 bits a weight, "nf4" 4.25.
 
     Raises:
         ValueError: if there is nothing to quantise, or bitsandbytes is not installed.
@@ -207,14 +205,7 @@ def num_weights(module: nn.Module) -> int:
 
 
 def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
-    """Restores the original values of quantised weights that are to train.
-
-    Args:
-        module: the module that holds the parameters.
-        names: names of the parameters that are to train; those that are not quantised are ignored.
-
-    Returns:
-        The names of the scales that are no longer there.
+    """Restores those of the parameters that are to train which are quantised; the names of the scales that are gone.
 
     Raises:
         MisconfigurationException: if the original weights have been forgotten, or nothing would stay quantised.

@@ -124,12 +124,8 @@ class ActivationProfile:
 def profile_activations(module: L.LightningModule, batches: Iterable[Any], stack: LayerStack) -> ActivationProfile:
     """Measures the outputs of all layers in one pass over `batches`, keeping no activation.
 
-    Run it in float32 or bfloat16: the values it looks for exceed what float16 can hold.
-
-    Args:
-        module: owns the layers; its ``training_step`` runs the network. Mode and hooks are as before afterwards.
-        batches: on the module's device.
-        stack: its layers.
+    Run it in float32 or bfloat16: the values it looks for exceed what float16 can hold. The module's ``training_step``
+    runs the network, on batches on its device.
 
     Raises:
         ValueError: if there is no batch, a layer does not run, or an output is not finite.

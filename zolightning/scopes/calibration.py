@@ -22,12 +22,6 @@ from zolightning.evaluation.traces import Traces
 T = TypeVar("T")
 
 
-@torch.no_grad()
-def calibration_forward(module: L.LightningModule, batch: Any) -> LossOutput:
-    """:func:`own_loss` without gradients."""
-    return own_loss(module, batch)
-
-
 def own_loss(module: L.LightningModule, batch: Any) -> LossOutput:
     """What the module's own ``training_step`` returns for a batch, in evaluation mode, without logging and traces.
 
@@ -52,6 +46,9 @@ def own_loss(module: L.LightningModule, batch: Any) -> LossOutput:
         with traces.watched():
             index = (0,) if takes_index else ()
             return traces.evaluate(lambda: step(module, copied(batch), *index), is_first=False)
+
+
+calibration_forward = torch.no_grad()(own_loss)
 
 
 def calibration_batches(trainer: L.Trainer, module: L.LightningModule, num_prompts: int) -> list[Any]:
@@ -80,11 +77,7 @@ def read_examples(
 ) -> list[T]:
     """What `read` returns for each batch of the first training examples, in evaluation mode and without gradients.
 
-    Args:
-        trainer: provides the training data and the precision.
-        module: the module that `read` runs.
-        read: called with each batch.
-        num_examples: how many examples to read; None takes all.
+    `num_examples` None takes all.
     """
     batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
     with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():

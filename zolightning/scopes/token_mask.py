@@ -60,9 +60,8 @@ class TokenMask(AbstractContextManager["TokenMask"]):
     def of(self, activations: Tensor, with_first: bool = True) -> Tensor:
         """True where `activations` belong to a token: as many entries as they have without their last dimension.
 
-        Args:
-            activations: activations at all positions, or at the last ones.
-            with_first: whether to count the first token of each row, whose activations are massive in many models.
+        They are those at all positions, or at the last ones. The first token of each row, whose activations are massive
+        in many models, counts only `with_first`.
 
         Raises:
             ValueError: if the shape of the network's mask does not fit.
