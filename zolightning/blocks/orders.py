@@ -12,24 +12,15 @@ from zolightning.optim.checks import require_integer
 
 @dataclass(frozen=True)
 class Turn:
-    """What an order may base its choice on. A *visit* is the span of steps in which the chosen blocks move.
+    """What an order may base its choice on. A *visit* is the span of steps in which the chosen blocks move."""
 
-    Attributes:
-        visit: number of the visit, from 0.
-        seed: the run's seed, which is the same on all ranks.
-        num_blocks: number of blocks.
-        count: number of blocks to choose.
-        norm: called with a block's index, returns the 2-norm of its weights.
-        squared_grad: called with a block's index and a number of directions, returns the mean squared projected
-            gradient of that block alone on the batch of the next step, at two evaluations per direction
-            (:meth:`~zolightning.optim.ZerothOrderOptimizer.squared_grad`).
-    """
-
-    visit: int
-    seed: int
+    visit: int  # number of the visit, from 0
+    seed: int  # the run's, which is the same on all ranks
     num_blocks: int
-    count: int
-    norm: Callable[[int], float]
+    count: int  # of blocks to choose
+    norm: Callable[[int], float]  # the 2-norm of a block's weights
+    # Of a block and a number of directions: the mean squared projected gradient of that block alone on the batch of the
+    # next step, at two evaluations per direction (ZerothOrderOptimizer.squared_grad)
     squared_grad: Callable[[int, int], float]
 
 

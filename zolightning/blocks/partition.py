@@ -17,15 +17,10 @@ OTHERS: tuple[str, ...] = ("blocks", "always", "never")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Trainable parameters, divided into blocks.
+    """Trainable parameters, divided into blocks."""
 
-    Attributes:
-        parameters: the parameters of each block, by its name.
-        never: parameters that never move.
-    """
-
-    parameters: Mapping[str, Sequence[nn.Parameter]]
-    never: Sequence[nn.Parameter] = ()
+    parameters: Mapping[str, Sequence[nn.Parameter]]  # of each block, by its name
+    never: Sequence[nn.Parameter] = ()  # that never move
 
     def __len__(self) -> int:
         return len(self.parameters)

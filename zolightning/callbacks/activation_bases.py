@@ -34,19 +34,12 @@ class Searched(NamedTuple):
 
 
 class InputBases(NamedTuple):
-    """The bases that were found.
+    """The bases that were found."""
 
-    Attributes:
-        given: for each matrix with known inputs, a factor on their side.
-        shares: for each of these, by name, the share of its inputs' energy in the span of the factor.
-        without: names of the matrices that keep the method's own factors.
-        forward_passes: the number of forward passes it took.
-    """
-
-    given: dict[nn.Parameter, Basis]
-    shares: dict[str, float]
-    without: list[str]
-    forward_passes: int
+    given: dict[nn.Parameter, Basis]  # for each matrix with known inputs, a factor on their side
+    shares: dict[str, float]  # of the inputs' energy that lies in the span of the factor, by name of the matrix
+    without: list[str]  # names of the matrices that keep the method's own factors
+    forward_passes: int  # that it took
 
     @property
     def share(self) -> float:

@@ -106,13 +106,7 @@ class BlockCoordinateDescent(Callback):
         return {parameter for _, _, parameter in optimizer.trainable() if parameter not in resting}
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises what ``on_fit_start`` raises, unless a scope has yet to choose what trains.
-
-        The command line calls it before the validation that precedes a fit.
-
-        Raises:
-            MisconfigurationException: naming the argument, what was found and what is accepted.
-        """
+        """Raises what ``on_fit_start`` raises, for the command line, unless a scope has yet to choose what trains."""
         if not scopes_of(trainer):
             self._make_schedule(pl_module, [p for p in pl_module.parameters() if p.requires_grad])
 
@@ -173,11 +167,7 @@ class BlockCoordinateDescent(Callback):
             self.check_resume(checkpoint.get("callbacks", {}))
 
     def check_resume(self, states: Mapping[str, Any]) -> None:
-        """Refuses to resume a run with other blocks, as far as the saved states of its callbacks show.
-
-        Raises:
-            MisconfigurationException: naming what that run has otherwise.
-        """
+        """Refuses to resume a run that has other blocks by the saved states of its callbacks; names what differs."""
         if not states.get(self.state_key):
             raise MisconfigurationException(
                 "`ckpt_path` is a checkpoint of a run without BlockCoordinateDescent, in which all parameters moved. "

@@ -79,10 +79,7 @@ class LearningRateProbe(Callback):
         self._records: list[StepRecord] = []
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises what ``on_train_start`` raises if the run is too short.
-
-        The command line calls it before the validation that precedes a fit.
-        """
+        """Raises what ``on_train_start`` raises if the run is too short, for the command line."""
         steps = trainer.max_steps if self.total_steps is None else self.total_steps
         if steps >= 0:
             self._refuse_if_short(steps)

@@ -25,21 +25,13 @@ _NEAR = 2.0  # a scale within this factor of the one looked for is good enough
 
 @dataclass(frozen=True)
 class FoundScale:
-    """The learning rate at which walks raise the loss by a given share of itself.
+    """The learning rate at which walks raise the loss by a given share of itself."""
 
-    Attributes:
-        scale: multiple of the method's learning rates.
-        share: the rise that was looked for, as a share of the loss.
-        loss: the loss before the walks.
-        rise: a rise that was measured, near the one looked for.
-        error: standard error of `rise`.
-    """
-
-    scale: float
-    share: float
-    loss: float
-    rise: float
-    error: float
+    scale: float  # multiple of the method's learning rates
+    share: float  # of the loss: the rise that was looked for
+    loss: float  # before the walks
+    rise: float  # one that was measured, near the one looked for
+    error: float  # standard error of `rise`
 
 
 def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: float, share: float) -> FoundScale | None:

@@ -24,11 +24,7 @@ class EntryCodec:
         return self._struct.size
 
     def pack(self, record: StepRecord) -> bytes:
-        """The bytes of a record.
-
-        Raises:
-            ValueError: if it does not have the number of values that entries have.
-        """
+        """The bytes of a record. Raises a ValueError if it does not have the number of values that entries have."""
         skipped = [0.0] * (0 if record.projected_grads else self._counts["projected_grads"])
         bits = bytearray(self._counts.get("blocks", 0))
         for block in record.blocks:

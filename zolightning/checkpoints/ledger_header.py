@@ -21,35 +21,19 @@ _RECORDED = {"params", "lr", "seed"}
 
 @dataclass(frozen=True)
 class Header:
-    """What is needed to interpret a run's records, as plain values of JSON.
+    """What is needed to interpret a run's records, as plain values of JSON."""
 
-    Attributes:
-        zolightning: version of the package that wrote the ledger.
-        noise: the first numbers of a direction, to detect a release with other noise.
-        seed: seed of the run's directions.
-        method: class and settings of the method, see :func:`~zolightning.optim.settings.settings_of`.
-        groups: for each parameter group the ``names`` of its parameters, and its hyperparameters and counters before
-            the first step.
-        slices: ``dim`` and ``index`` of parameters that train in part, by name.
-        blocks: names of the parameters of each block; empty if there are no blocks.
-        structure: what was added to the network (adapters, for example), from the module's ``structure_dict()``; None
-            if it has no such method.
-        tensors: dtype and shape of every parameter and saved buffer of the module.
-        weights: their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`.
-        fields: name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order.
-    """
-
-    zolightning: str
-    noise: list[int]
-    seed: int
-    method: dict[str, Any]
-    groups: list[dict[str, Any]]
-    slices: dict[str, dict[str, Any]]
-    blocks: list[list[str]]
-    structure: dict[str, Any] | None
-    tensors: dict[str, list[Any]]
-    weights: str
-    fields: list[list[Any]]
+    zolightning: str  # version of the package that wrote the ledger
+    noise: list[int]  # the first numbers of a direction, to detect a release with other noise
+    seed: int  # of the run's directions
+    method: dict[str, Any]  # class and settings, see :func:`~zolightning.optim.settings.settings_of`
+    groups: list[dict[str, Any]]  # of each its parameters' `names`, and what it has before the first step
+    slices: dict[str, dict[str, Any]]  # `dim` and `index` of parameters that train in part, by name
+    blocks: list[list[str]]  # names of the parameters of each block; empty if there are no blocks
+    structure: dict[str, Any] | None  # what was added to the network: the module's `structure_dict()`, or None
+    tensors: dict[str, list[Any]]  # dtype and shape of every parameter and saved buffer of the module
+    weights: str  # their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`
+    fields: list[list[Any]]  # name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order
 
     @property
     def first_step(self) -> int:

@@ -24,16 +24,10 @@ _IN_RECORDS = ("lr", "vector_lr")  # whatever a method is made with
 
 @dataclass(frozen=True)
 class Replayed:
-    """The result of a replay.
+    """The result of a replay."""
 
-    Attributes:
-        steps: number of steps that were replayed.
-        sealed: whether the weights have the bits of those at the end of the run; None if that is not known, because
-            the run went on or has not ended.
-    """
-
-    steps: int
-    sealed: bool | None
+    steps: int  # that were replayed
+    sealed: bool | None  # whether weights have the bits of the run's end; None if it went on or has not ended
 
 
 class Replay:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zolightning.commands.timing import round_robin
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.optim import MeZO
-from zolightning.scopes.trainable import trainable_as
+from zolightning.scopes.scope import trainable_as
 
 Evaluate = Callable[[], Tensor]
 

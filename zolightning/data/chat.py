@@ -1,4 +1,7 @@
-"""Writes conversations with a tokenizer's chat template."""
+"""Writes conversations with a tokenizer's chat template.
+
+A ValueError says if the tokenizer has none, or one that refuses these turns.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def chat_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> str:
-    """The text after which the assistant's next turn begins.
-
-    Raises:
-        ValueError: if the tokenizer has no chat template, or one that refuses these turns.
-    """
+    """The text after which the assistant's next turn begins."""
     return _written(tokenizer, turns, add_generation_prompt=True)
 
 
@@ -23,7 +22,7 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
     """A conversation in two parts: everything up to the last turn, and that turn with what the template ends it by.
 
     Raises:
-        ValueError: as :func:`chat_prompt`, or if the template writes earlier turns differently once there is an answer.
+        ValueError: also if the template writes earlier turns differently once there is an answer.
     """
     prompt = chat_prompt(tokenizer, turns[:-1])
     whole = _written(tokenizer, turns, add_generation_prompt=False)
@@ -33,11 +32,7 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> str:
-    """What the template writes after what the assistant says next: the token that ends a turn.
-
-    Raises:
-        ValueError: as :func:`chat_prompt`.
-    """
+    """What the template writes after what the assistant says next: the token that ends a turn."""
     said = "Yes"
     whole = _written(tokenizer, [*turns, Message(role="assistant", content=said)], add_generation_prompt=False)
     return whole.rpartition(said)[2]

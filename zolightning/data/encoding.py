@@ -12,35 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A row in tokens.
+    """A row in tokens."""
 
-    Args:
-        id: where the row stands in its source, counted from 0.
-        prompt_ids: the prompt, with the tokens that the tokenizer starts a text with.
-        answer_ids: the candidates.
-        label: index of the right candidate; -1 if it is not known.
-        text: the prompt, and the right answer in double brackets.
-        truncated: whether the prompt lost its beginning.
-        right: indices of all candidates that are right.
-        references: what a generated answer is compared with.
-        has_decoder: whether answers are read by a decoder and the prompt by an encoder, not one after the other.
-        num_left_out: how many demonstrations do not fit.
-        content_free: the same candidates after the prompt without its content, where scores are calibrated by it.
-        target: the right number of a regression, if it is known.
-    """
-
-    id: int
-    prompt_ids: list[int]
-    answer_ids: list[list[int]]
-    label: int
-    text: str
-    truncated: bool = False
-    right: tuple[int, ...] = ()
-    references: tuple[str, ...] = ()
-    has_decoder: bool = False
-    num_left_out: int = 0
-    content_free: "Example | None" = None
-    target: float | None = None
+    id: int  # where the row stands in its source, counted from 0
+    prompt_ids: list[int]  # with the tokens that the tokenizer starts a text with
+    answer_ids: list[list[int]]  # of the candidates
+    label: int  # index of the right candidate; -1 if it is not known
+    text: str  # the prompt, and the right answer in double brackets
+    truncated: bool = False  # whether the prompt lost its beginning
+    right: tuple[int, ...] = ()  # indices of all candidates that are right
+    references: tuple[str, ...] = ()  # what a generated answer is compared with
+    has_decoder: bool = False  # whether a decoder reads answers and an encoder the prompt, not one after the other
+    num_left_out: int = 0  # how many demonstrations do not fit
+    content_free: "Example | None" = None  # the same candidates after the prompt without its content, to calibrate by
+    target: float | None = None  # the right number of a regression, if it is known
 
     @property
     def length(self) -> int:

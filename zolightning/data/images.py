@@ -1,4 +1,4 @@
-"""Reads images, from files or from the bytes that data sets hold, into batches."""
+"""Reads images, from files or from the bytes that data sets hold, into batches; a ValueError names one that fails."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,19 +17,12 @@ from zolightning.data.task import Objective
 
 @dataclass(frozen=True)
 class ImageExample:
-    """An image that is read when a batch needs it.
+    """An image that is read when a batch needs it."""
 
-    Args:
-        id: where its row stands in its source, counted from 0.
-        where: the same for messages, with the source.
-        image: the file, or what is in it.
-        label: index of its class; -1 if it is not known.
-    """
-
-    id: int
-    where: str
-    image: Path | bytes
-    label: int
+    id: int  # where its row stands in its source, counted from 0
+    where: str  # the same for messages, with the source
+    image: Path | bytes  # the file, or what is in it
+    label: int  # index of its class; -1 if it is not known
 
     @property
     def length(self) -> int:
@@ -75,11 +68,7 @@ def image_of(value: Any, folder: Path | None) -> Path | bytes:
 
 @contextmanager
 def opened(image: Path | bytes) -> Iterator[Any]:
-    """A context with a Pillow image, of which only the first bytes have been read (less than a tenth of a millisecond).
-
-    Raises:
-        ValueError: if it cannot be read, now or within the context.
-    """
+    """A context with a Pillow image, of which only the first bytes have been read (in less than 0.1 ms)."""
     from PIL import Image
 
     try:
@@ -91,11 +80,7 @@ def opened(image: Path | bytes) -> Iterator[Any]:
 
 
 def read_image(example: ImageExample) -> Any:
-    """The image as a Pillow image, in RGB and the right way up.
-
-    Raises:
-        ValueError: if it cannot be read; says which.
-    """
+    """The image as a Pillow image, in RGB and the right way up."""
     from PIL import ImageOps
 
     try:
@@ -108,11 +93,7 @@ def read_image(example: ImageExample) -> Any:
 def collate_images(
     examples: Sequence[ImageExample], processor: Callable[..., Any], objective: Objective = "classification"
 ) -> ImageBatch:
-    """Reads images, one at least, into a batch, by the model's image processor.
-
-    Raises:
-        ValueError: if an image cannot be read; says which.
-    """
+    """Reads images, one at least, into a batch, by the model's image processor."""
     return ImageBatch(
         # first, because Lightning infers the batch size from the entries that follow what has no size
         objective=objective,

@@ -10,31 +10,18 @@ from zolightning.data.templates import MASK, SEPARATOR
 
 @dataclass(frozen=True)
 class Row:
-    """A row as text, before it is tokenized.
+    """A row as text, before it is tokenized."""
 
-    Args:
-        id: where the row stands in its source, counted from 0.
-        where: the same for messages, with the source.
-        prompt: the prompt, with its demonstrations.
-        answers: the candidates.
-        right: indices of those that are right, the one to train on first; none if that is not known.
-        references: what a generated text is compared with.
-        turns: the prompt for a chat template: the user's turn, or all turns of a conversation.
-        shown: the demonstrations, other rows in the prompt, each with its first right answer.
-        fields: the row itself.
-        content_free: prompt and answers without the row's content, where the task says what that is.
-    """
-
-    id: int
-    where: str
-    prompt: str
-    answers: list[str]
-    right: tuple[int, ...]
-    references: tuple[str, ...]
-    turns: list[Message]
-    fields: Mapping[str, Any]
-    shown: tuple["Row", ...] = ()
-    content_free: tuple[str, list[str]] | None = None
+    id: int  # where the row stands in its source, counted from 0
+    where: str  # the same for messages, with the source
+    prompt: str  # with its demonstrations
+    answers: list[str]  # the candidates
+    right: tuple[int, ...]  # indices of those that are right, the one to train on first; none if that is not known
+    references: tuple[str, ...]  # what a generated text is compared with
+    turns: list[Message]  # the prompt for a chat template: the user's turn, or all turns of a conversation
+    fields: Mapping[str, Any]  # the row itself
+    shown: tuple["Row", ...] = ()  # the demonstrations, other rows in the prompt, each with its first right answer
+    content_free: tuple[str, list[str]] | None = None  # prompt and answers without the row's content, if there are such
 
     @property
     def demonstration(self) -> str:

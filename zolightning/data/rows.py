@@ -185,7 +185,7 @@ def sample(split: Split, count: int, seed: int) -> list[int]:
     The permutation is that of ``numpy.random.seed(seed); numpy.random.permutation(len(split))``, so it is the
     one of MeZO's code (https://github.com/princeton-nlp/MeZO) and of those built on it.
     """
-    return _permutation(split, seed)[:count]
+    return np.random.RandomState(seed).permutation(len(split))[:count].tolist()
 
 
 def sample_train_and_validation(
@@ -217,7 +217,7 @@ def sample_per_class(
         ValueError: if a class has too few rows.
     """
     by_class: list[list[int]] = [[] for _ in labels]
-    for index in _permutation(split, seed):
+    for index in sample(split, len(split), seed):
         by_class[split.labels[index]].append(index)
     for label, members in zip(labels, by_class, strict=True):
         if len(members) < per_class * num_parts:
@@ -227,7 +227,3 @@ def sample_per_class(
             )
     starts = range(0, per_class * num_parts, per_class)
     return [[index for members in by_class for index in members[start : start + per_class]] for start in starts]
-
-
-def _permutation(split: Split, seed: int) -> list[int]:
-    return np.random.RandomState(seed).permutation(len(split)).tolist()

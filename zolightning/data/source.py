@@ -12,21 +12,13 @@ from zolightning.data.task import HubDataset, Task
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split that a task can use, in the order of their source.
+    """The rows of one split that a task can use, in the order of their source."""
 
-    Args:
-        origin: the file or data set, for messages.
-        unit: what a row is called there.
-        ids: where each row stands in its source, counted from 0.
-        labels: index of the right answer of each row, the first of several; `NO_LABEL` if it is not known.
-        rows: the rows themselves, by id.
-    """
-
-    origin: str
-    unit: Unit
-    ids: Sequence[int]
-    labels: Sequence[int]
-    rows: Any
+    origin: str  # the file or data set, for messages
+    unit: Unit  # what a row is called there
+    ids: Sequence[int]  # where each row stands in its source, counted from 0
+    labels: Sequence[int]  # index of the right answer of each row, the first of several; `NO_LABEL` if it is not known
+    rows: Any  # the rows themselves, by id
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -16,21 +16,13 @@ Label = int | str
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set on the Hugging Face hub and its splits to train and test on.
+    """A data set on the Hugging Face hub and its splits to train and test on."""
 
-    Args:
-        path: repository, such as ``nyu-mll/glue``.
-        name: configuration within the repository, such as ``sst2``.
-        train: split that training and validation rows are sampled from.
-        test: split that test rows are sampled from; its labels must be public.
-        revision: branch, tag or commit.
-    """
-
-    path: str
-    name: str | None = None
-    train: str = "train"
-    test: str = "validation"
-    revision: str | None = None
+    path: str  # repository, such as ``nyu-mll/glue``
+    name: str | None = None  # configuration within the repository, such as ``sst2``
+    train: str = "train"  # split that training and validation rows are sampled from
+    test: str = "validation"  # split that test rows are sampled from; its labels must be public
+    revision: str | None = None  # branch, tag or commit
 
     def __post_init__(self) -> None:
         for field in fields(self):

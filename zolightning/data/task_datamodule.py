@@ -98,11 +98,7 @@ class TaskDataModule(L.LightningDataModule):
 
     @abstractmethod
     def encode(self, name: str, rows: Sequence[Row]) -> list[Any]:
-        """Makes examples of the rows of a split, each with a `length`.
-
-        Raises:
-            ValueError: if one does not fit the model; says which.
-        """
+        """Makes examples of the rows of a split, each with a `length`; a ValueError names one that does not fit."""
 
     @abstractmethod
     def collate(self, for_training: bool) -> Callable[[Sequence[Any]], Any]:

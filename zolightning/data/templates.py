@@ -41,11 +41,7 @@ def guarded(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
 
 
 def fill(source: str, values: Mapping[str, Any]) -> str:
-    """Returns the text of a template.
-
-    Raises:
-        ValueError: if the template does not fit these values.
-    """
+    """Returns the text of a template. Raises a ValueError if the template does not fit these values."""
     try:
         return _compile(source).render(values)
     except (TemplateError, TypeError, ValueError) as error:

@@ -40,11 +40,7 @@ class Classifier(PretrainedModule):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer of the head.
-
-        Raises:
-            ValueError: if it is no ``nn.Linear``.
-        """
+        """The last layer of the head. Raises a ValueError if it is no ``nn.Linear``."""
         modules = {name.rpartition(".")[0]: None for name in self.head_parameters}
         found = [self.model.get_submodule(name) for name in modules]
         last = found[-1] if found else None

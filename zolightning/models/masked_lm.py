@@ -36,11 +36,7 @@ class MaskedLM(LanguageModel):
     network_class = "AutoModelForMaskedLM"
 
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
-        """A row in tokens.
-
-        Raises:
-            ValueError: if there is no prompt, or it has no mask or several, or an answer is not one token.
-        """
+        """A row in tokens, in place of :func:`~zolightning.data.examples.example_of`."""
         if chat:
             raise ValueError("`data.chat` is true, and a masked language model does not chat")
         if isinstance(task, PlainText):

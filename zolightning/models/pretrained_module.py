@@ -36,17 +36,11 @@ from zolightning.optim.schedules import WarmupDecay
 
 
 class Evaluation(NamedTuple):
-    """The loss and the scores of a batch of B examples.
+    """The loss and the scores of a batch of B examples."""
 
-    Attributes:
-        loss: the mean loss, a scalar.
-        num_terms: the number of terms of which it is the mean, a scalar on the same device.
-        scores: the result of :meth:`PretrainedModule.score`.
-    """
-
-    loss: Tensor
-    num_terms: Tensor
-    scores: Tensor
+    loss: Tensor  # the mean loss, a scalar
+    num_terms: Tensor  # of how many terms it is the mean, a scalar on the same device
+    scores: Tensor  # the result of :meth:`PretrainedModule.score`
 
 
 class PretrainedModule(L.LightningModule):
@@ -258,11 +252,7 @@ class PretrainedModule(L.LightningModule):
 
     @property
     def head(self) -> nn.Linear:
-        """The output layer.
-
-        Raises:
-            ValueError: if there is none, or it is no ``nn.Linear``.
-        """
+        """The output layer. Raises a ValueError if there is none, or it is no ``nn.Linear``."""
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"`model_name` is a {type(self.model).__name__}, which has no head to probe.")

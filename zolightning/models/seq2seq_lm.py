@@ -33,11 +33,7 @@ class Seq2SeqLM(CausalLM):
     padding_side = "right"
 
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
-        """A row in tokens.
-
-        Raises:
-            ValueError: if there is no prompt, or the tokenizer makes nothing of a part of the row.
-        """
+        """A row in tokens, in place of :func:`~zolightning.data.examples.example_of`."""
         if isinstance(task, PlainText):
             raise ValueError("Seq2SeqLM needs a prompt and an answer, and plain text has none: use CausalLM")
         return example_of(task, row, self.tokenizer, max_length, chat, encode_pair)

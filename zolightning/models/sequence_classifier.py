@@ -49,12 +49,7 @@ class SequenceClassifier(TextModule, Classifier):
         return self.model.config.num_labels == 1
 
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
-        """A row in tokens.
-
-        Raises:
-            ValueError: if the task has neither classes nor a number, or another objective; or the prompt is of more
-                than two texts.
-        """
+        """A row in tokens, in place of :func:`~zolightning.data.examples.example_of`."""
         is_known = isinstance(task, Regression) or (
             isinstance(task, Classification) and task.objective != "language_modeling"
         )

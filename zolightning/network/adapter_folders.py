@@ -17,9 +17,9 @@ from zolightning.network.adapters import (
     adapter_parameters,
     add_adapter,
     inject_lora,
-    refuse_sharded,
 )
 from zolightning.network.early_exit import early_exit
+from zolightning.network.head import refuse_sharded
 from zolightning.network.prefix import prefix_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def load_adapter(model: "PreTrainedModel", adapter: str, head: Mapping[str, Tens
     if config.peft_type == PREFIX:
         add_adapter(model, {"peft_type": PREFIX, "num_virtual_tokens": config.num_virtual_tokens})
     else:
-        refuse_sharded(model)
+        refuse_sharded(model, "An adapter is to be added to")
         config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
         try:
             inject_lora(model, config)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zolightning.directions.shards import is_sharded
 from zolightning.layers import is_conv1d
 from zolightning.messages import some
+from zolightning.network.head import refuse_sharded
 from zolightning.network.plain_tensors import as_plain, from_plain
 from zolightning.network.prefix import add_prefix, prefix_of, remove_prefix
 
@@ -106,7 +106,7 @@ def add_adapter(model: "PreTrainedModel", settings: AdapterSettings) -> None:
     Raises:
         ValueError: if the model's weights are sharded over ranks already, or it takes no prefix.
     """
-    refuse_sharded(model)
+    refuse_sharded(model, "An adapter is to be added to")
     if settings["peft_type"] == PREFIX:
         from peft import PrefixTuningConfig
 
@@ -213,13 +213,3 @@ def inject_lora(model: "PreTrainedModel", config: Any) -> None:
         inject_adapter_in_model(config, model, ADAPTER)
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
-
-
-def refuse_sharded(model: "PreTrainedModel") -> None:
-    """Raises a ValueError if the model's weights are sharded over ranks, when no adapter can be added any more."""
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            "An adapter is to be added to a model whose weights are sharded over ranks already, as they are from a "
-            "validation on: set `validate_first` to False, or use a strategy under which every rank holds all of them "
-            "('zo_ddp')."
-        )

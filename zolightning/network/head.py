@@ -40,12 +40,7 @@ def untie_head(model: "PreTrainedModel") -> None:
     Raises:
         ValueError: if weights are sharded over ranks already, or the model scales its outputs because they are tied.
     """
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            "The head is to be untied from the embeddings of a model whose weights are sharded over ranks already, as "
-            "they are from a validation on: set `validate_first` to False, or use a strategy under which every rank "
-            "holds all of them ('zo_ddp')."
-        )
+    refuse_sharded(model, "The head is to be untied from the embeddings of")
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"The head of {type(model).__name__} cannot be untied from its embeddings: such a model scales what a tied "
@@ -56,6 +51,15 @@ def untie_head(model: "PreTrainedModel") -> None:
     head.weight = nn.Parameter(tied.detach().clone(), tied.requires_grad)
     _set_config(model, tied=False)
     setattr(model, _UNTIED, True)
+
+
+def refuse_sharded(model: "PreTrainedModel", what: str) -> None:
+    """Raises a ValueError if a model's weights are sharded over ranks, when none can be added any more."""
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f"{what} a model whose weights are sharded over ranks already, as they are from a validation on: set "
+            "`validate_first` to False, or use a strategy under which every rank holds all of them ('zo_ddp')."
+        )
 
 
 def restore_head(model: "PreTrainedModel", untied: bool) -> None:

@@ -16,21 +16,13 @@ _MOST_ITERATIONS = 5000
 
 
 class LinearProbe(NamedTuple):
-    """A fitted linear probe: new values for some rows of a head.
+    """A fitted linear probe: new values for some rows of a head."""
 
-    Attributes:
-        rows: the indices of these rows, (K,).
-        weights: their values, (K, H), float64.
-        accuracy: the share of the fitted examples for which the right row has the largest score.
-        num_features: the number of fitted examples.
-        c: the weight of the data against the penalty.
-    """
-
-    rows: Tensor
-    weights: Tensor
-    accuracy: float
-    num_features: int
-    c: float
+    rows: Tensor  # indices of these rows, (K,)
+    weights: Tensor  # their values, (K, H), float64
+    accuracy: float  # share of the fitted examples for which the right row has the largest score
+    num_features: int  # fitted examples
+    c: float  # weight of the data against the penalty
 
     def __str__(self) -> str:
         return (
@@ -114,17 +106,11 @@ def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 class CrossValidation(NamedTuple):
-    """What fits to the other folds are worth on each fold.
+    """What fits to the other folds are worth on each fold."""
 
-    Attributes:
-        loss: mean of the folds' cross-entropies.
-        error: standard error of `loss`.
-        accuracy: mean share of the examples whose target has the largest score.
-    """
-
-    loss: float
-    error: float
-    accuracy: float
+    loss: float  # mean of the folds' cross-entropies
+    error: float  # standard error of `loss`
+    accuracy: float  # mean share of the examples whose target has the largest score
 
 
 def most_accurate(

@@ -137,11 +137,7 @@ _CLASSES: dict[Quantization, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4"
 
 
 def bitsandbytes() -> Any:
-    """The package, loaded at the first use.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
+    """The package, loaded at the first use. Raises a ValueError if it is not installed."""
     # On some processors it says that a faster kernel, which nobody calls here, is on the hub.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     try:
@@ -172,8 +168,7 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
     """
     require_quantization(kind)
     owners = Counter(id(parameter) for child in module.modules() for parameter in child._parameters.values())
-    find_output_layer = getattr(module, "get_output_embeddings", lambda: None)
-    output_layer = find_output_layer()
+    output_layer = getattr(module, "get_output_embeddings", lambda: None)()
     chosen = {
         name: child
         for name, child in module.named_modules()

@@ -71,11 +71,7 @@ def _reward_of(reward: Reward, text: str, references: Sequence[str]) -> Any:
 
 
 def as_number(value: Any, text: str) -> float:
-    """The reward of a text as a float; a truth value is 1 or 0.
-
-    Raises:
-        ValueError: if it is no finite number.
-    """
+    """The reward of a text as a float; a truth value is 1 or 0. Raises a ValueError if it is no finite number."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError):  # None, a list, a tensor of several elements

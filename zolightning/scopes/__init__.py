@@ -6,7 +6,7 @@ In the order of reading:
 * By layers: ``layer_scope``, ``train_layers``, ``random_layer``, ``dominant_layer``; ``parts`` and
   ``massive_direction`` say what trains of a layer.
 * By what forward passes show: ``calibration`` runs them; ``activation_profile`` and ``rules`` find the dominant layer,
-  ``signal`` and ``trainable`` serve ``train_by_signal``, ``input_moments`` and ``token_mask`` look at single tokens.
+  ``signal`` serves ``train_by_signal``, ``input_moments`` and ``token_mask`` look at single tokens.
 """
 
 from zolightning.scopes.dominant_layer import DominantLayer

@@ -23,17 +23,11 @@ _KEPT = 4  # channels and token positions worth reporting: outliers sit in very 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identifies the architecture that a profile was measured on.
+    """Identifies the architecture that a profile was measured on."""
 
-    Attributes:
-        layer_class: class of the layers.
-        num_layers: number of layers.
-        shapes: hash of the names and shapes of their parameters.
-    """
-
-    layer_class: str
+    layer_class: str  # of the layers
     num_layers: int
-    shapes: str
+    shapes: str  # hash of the names and shapes of their parameters
 
     @classmethod
     def of(cls, stack: LayerStack) -> "Fingerprint":
@@ -51,38 +45,23 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of a layer's output (the residual stream after it), without padding, in float32.
+    """Statistics of a layer's output (the residual stream after it), without padding, in float32."""
 
-    Attributes:
-        max: largest absolute value, median over the sequences.
-        mean: mean absolute value, mean over the sequences.
-        median: median absolute value, median over the sequences.
-        peak: largest absolute value of all sequences.
-        channels: the channels with the largest values, largest first.
-        tokens: the positions at which the sequences have their maxima, from the first token on, most frequent first.
-    """
-
-    max: float
-    mean: float
-    median: float
-    peak: float
-    channels: tuple[int, ...]
-    tokens: tuple[int, ...]
+    max: float  # largest absolute value, median over the sequences
+    mean: float  # mean absolute value, mean over the sequences
+    median: float  # median absolute value, median over the sequences
+    peak: float  # largest absolute value of all sequences
+    channels: tuple[int, ...]  # those with the largest values, largest first
+    tokens: tuple[int, ...]  # positions of the sequences' maxima, from the first token on, most frequent first
 
 
 @dataclass(frozen=True)
 class ActivationProfile:
-    """Statistics of all layers of one model.
+    """Statistics of all layers of one model."""
 
-    Attributes:
-        fingerprint: of the model.
-        num_prompts: sequences that were run; a prompt with several long candidates counts once for each.
-        layers: one entry a layer, in order.
-    """
-
-    fingerprint: Fingerprint
-    num_prompts: int
-    layers: tuple[LayerStatistics, ...]
+    fingerprint: Fingerprint  # of the model
+    num_prompts: int  # sequences that were run; a prompt with several long candidates counts once for each
+    layers: tuple[LayerStatistics, ...]  # in order
 
     def save(self, path: str | Path) -> None:
         """Writes JSON."""
@@ -90,11 +69,7 @@ class ActivationProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "ActivationProfile":
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            ValueError: if the file is no profile.
-        """
+        """Reads what :meth:`save` wrote. Raises a ValueError if the file is no profile."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             layers = [

@@ -232,11 +232,7 @@ def model_around(part: Part, module: nn.Module, stack: LayerStack) -> tuple[str,
 
 
 def require_adapter(part: Part, model: Any, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Adds an adapter to the linear maps of these names in a model, unless it has that one.
-
-    Raises:
-        ValueError: if it has another one.
-    """
+    """Adds an adapter to the linear maps of these names in a model, unless it has that one; a ValueError for others."""
     wanted = lora_settings(rank, alpha, list(targets))
     present = adapter_settings(model)
     if present is None:

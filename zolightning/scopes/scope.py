@@ -1,6 +1,8 @@
 """The base class of the callbacks that choose which parameters train."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,21 +23,13 @@ _KEY = "scope"
 
 @dataclass(frozen=True)
 class Selection:
-    """The parameters that a scope chose.
+    """The parameters that a scope chose."""
 
-    Attributes:
-        parameters: names of the parameters that train, with their slices; None for a whole parameter.
-        reason: what was chosen and why, in a few words.
-        layers: indices of the chosen layers, if layers were chosen.
-        details: the figures behind the choice, as a table.
-        forward_passes: how many forward passes the choice took; the first step counts them.
-    """
-
-    parameters: dict[str, Slice | None]
-    reason: str
-    layers: tuple[int, ...] = ()
-    details: str = ""
-    forward_passes: int = 0
+    parameters: dict[str, Slice | None]  # names of those that train, with their slices; None for a whole parameter
+    reason: str  # what was chosen and why, in a few words
+    layers: tuple[int, ...] = ()  # indices of the chosen layers, if layers were chosen
+    details: str = ""  # the figures behind the choice, as a table
+    forward_passes: int = 0  # that the choice took; the first step counts them
 
 
 class Scope(Callback, ABC):
@@ -154,6 +148,19 @@ def refuse_two_scopes(trainer: L.Trainer) -> None:
             f"`trainer.callbacks` has {len(scopes)} scopes, {', '.join(scopes)}: each would freeze what the others "
             "train. Keep one; DominantLayer takes `extra_layers`, TrainParameters several `patterns`."
         )
+
+
+@contextmanager
+def trainable_as(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
+    """A context in which ``requires_grad`` of these parameters is as wanted; afterwards it is what it was before."""
+    before = {parameter: parameter.requires_grad for parameter in wanted}
+    try:
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
+        yield
+    finally:
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
 
 
 def _size(parameter: nn.Parameter, part: Slice | None) -> int:

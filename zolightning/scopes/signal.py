@@ -12,31 +12,20 @@ from zolightning.evaluation.losses import LossFunction
 from zolightning.optim import MeZO
 from zolightning.optim.estimators import ThreePoint
 from zolightning.scopes.parts import ChosenParameters
-from zolightning.scopes.trainable import trainable_as
+from zolightning.scopes.scope import trainable_as
 
 
 @dataclass(frozen=True)
 class BlockSignal:
-    """Estimates for one block with gradient g and Hessian H, each with its standard error.
-
-    Attributes:
-        name: name of the block.
-        size: number of elements that would train.
-        squared_grad: ``|g|^2``; the estimate is unbiased and may be negative.
-        squared_grad_error: its standard error.
-        curvature: ``tr H``; the estimate is unbiased and may be negative.
-        curvature_error: its standard error.
-        least_curvature: a lower bound for the curvature in :attr:`ratio`, twice the median standard error of all
-            blocks, so that noise is not taken for flatness.
-    """
+    """Estimates for one block with gradient g and Hessian H; they are unbiased and may be negative."""
 
     name: str
-    size: int
-    squared_grad: float
-    squared_grad_error: float
-    curvature: float
-    curvature_error: float
-    least_curvature: float
+    size: int  # elements that would train
+    squared_grad: float  # ``|g|^2``
+    squared_grad_error: float  # its standard error
+    curvature: float  # ``tr H``
+    curvature_error: float  # its standard error
+    least_curvature: float  # twice the median standard error of all blocks, so that noise is not taken for flatness
 
     @property
     def ratio(self) -> float:
