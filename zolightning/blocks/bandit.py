@@ -13,11 +13,7 @@ from zolightning.optim.checks import require_fraction, require_integer, require_
 def project_to_simplex(weights: Sequence[float], p_min: float) -> list[float]:
     """The Kullback-Leibler projection of some weights onto the probabilities that are all at least `p_min`.
 
-    The result is the weights times a common factor, or `p_min` where that is larger.
-
-    Args:
-        weights: positive; they need not sum to one.
-        p_min: at most ``1 / len(weights)``.
+    The result is the weights, which are positive, times a common factor, or `p_min` where that is larger.
     """
     smallest_first = sorted(range(len(weights)), key=lambda index: weights[index])
     rest = math.fsum(weights)

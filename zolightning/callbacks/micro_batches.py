@@ -76,17 +76,10 @@ def evaluate_in_parts(training_step: Callable[[Any], Any], batch: Any, size: int
 def in_examples(
     loss: Callable[[Any], Any], batch: Any, size: int | None, rank: int, ranks: int
 ) -> list[MicroBatch[Any]]:
-    """A batch in parts, with the loss of each example.
+    """The batch of one rank in parts of `size` examples, or in one part, with the loss of each example.
 
-    Args:
-        loss: computes the loss of a part of the batch.
-        batch: the batch of one rank.
-        size: number of examples in a part; None for one part.
-        rank, ranks: the rank and how many there are. Lightning's sampler deals examples to ranks in turn, so example k
-            of a rank is number ``k ranks + rank`` in the batch of all ranks.
-
-    Raises:
-        ValueError: if nothing in the batch can be cut.
+    Lightning's sampler deals examples to ranks in turn, so example k of a rank is number ``k ranks + rank`` in the
+    batch of all ranks.
     """
     examples = {k * ranks + rank: partial(loss, example) for k, example in enumerate(micro_batches(batch, 1))}
     size = size or len(examples)

@@ -38,16 +38,8 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
     """Finds the scale of learning rates at which walks raise the loss by a share of itself, on average.
 
     The rise is about proportional to the square of the distance. A few walks find the right magnitude, and all of them
-    the result.
-
-    Args:
-        rises: called with a scale and a number of walks, returns the rise of the loss after each of them, (walks,).
-        num_walks: how many walks there are.
-        loss: the loss before the walks.
-        share: the rise to look for, as a share of `loss`.
-
-    Returns:
-        None if the loss does not rise so much within a factor of 10^11.
+    the result; None if the loss does not rise so much within a factor of 10^11. `rises` takes a scale and a number of
+    walks, and returns the rise of the loss after each of them, (walks,).
     """
     scale, count, wanted = 1.0, min(_FEW, num_walks), share * abs(loss)
     for _ in range(_ROUNDS):

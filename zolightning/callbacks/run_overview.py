@@ -128,15 +128,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[str, MemoryPlan]]) -> None:
-    """Refuses a run that cannot fit, and warns of one that will not if the estimate of its forward pass is right.
-
-    Args:
-        plan: the memory plan of the run.
-        free: bytes that are free for it.
-        others: makes the memory plans of other ways to train the same network, by the settings that choose them.
+    """Warns of a run that will not fit into the free bytes if the estimate of its forward pass is right.
 
     Raises:
-        MisconfigurationException: if even without a forward pass the run needs more; with the sizes of the other ways.
+        MisconfigurationException: if even without a forward pass it needs more; with the sizes of the other ways to
+            train the same network, by the settings that choose them.
     """
     if plan.peak <= free:
         return

@@ -23,14 +23,9 @@ def follow(
 ) -> Replayed:
     """Keeps a module at the newest weights of a run while that trains in another process, until it ends.
 
-    Args:
-        path, module, method: see :class:`~zolightning.checkpoints.replay.Replay`.
-        evaluate: called with the number of a step while the module has the weights after that step; then again for
-            the newest step at that time. It may move the module to another device but must move it back.
-        seconds: time between two looks at the ledger while it has nothing new.
-
-    Returns:
-        The result of the replay, when no process writes the ledger any more.
+    `evaluate` is called with the number of a step while the module has the weights after that step; then again for the
+    newest step at that time. It may move the module to another device but must move it back. While the ledger has
+    nothing new, it is looked at after so many seconds, until no process writes it any more.
 
     Raises:
         DamagedLedgerError: if steps that were followed are no longer in the ledger, for example because the run was

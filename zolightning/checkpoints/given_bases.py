@@ -11,11 +11,7 @@ from zolightning.optim.subspace_weights import SubspaceWeights
 
 
 def save_bases(ledger: Ledger, refresh: int, optimizer: SubspaceWeights) -> None:
-    """Writes the factors that a method was given at a refresh to ``ledger-bases-REFRESH.pt``.
-
-    Raises:
-        OSError: if the file cannot be written, with the path and the reason.
-    """
+    """Writes the factors that a method was given at a refresh to ``ledger-bases-REFRESH.pt``."""
     # Those of blocks at rest too, which move later
     factors = {optimizer.names[p]: optimizer.given(p) for group in optimizer.param_groups for p in group["params"]}
     with replacing(_path(ledger, refresh)) as file:
@@ -26,8 +22,7 @@ def load_bases(ledger: Ledger, refresh: int) -> dict[str, Basis]:
     """Reads what :func:`save_bases` wrote, by name of the parameter.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        DamagedCheckpointError: if it is empty, cut off or changed.
+        FileNotFoundError, DamagedCheckpointError: if there is no such file, or it is not as it was written.
         ValueError: if it is of another run.
     """
     path = _path(ledger, refresh)

@@ -20,19 +20,8 @@ class LengthBuckets:
 
     A rank gets every `num_replicas`-th example of a global batch, so n ranks with a batch size of b/n see
     together what one rank with b sees. Examples that do not fill a last batch sit out an epoch (other ones
-    each time), unless there is no full batch at all.
-
-    Args:
-        lengths: length of each example.
-        batch_size: examples a batch on each rank.
-        seed: seed of the order.
-        num_replicas: number of ranks that share a global batch.
-        rank: this one.
-        bucket_batches: batches in a window. More of them means less padding; 1 is a plain shuffle.
-        fixed: whether the same examples stay together.
-
-    Raises:
-        ValueError: if there are fewer examples than ranks.
+    each time), unless there is no full batch at all; fewer examples than ranks are a ValueError. More batches in a
+    window mean less padding; 1 is a plain shuffle. With `fixed` the same examples stay together.
     """
 
     def __init__(
@@ -96,20 +85,12 @@ def even_batches(lengths: Sequence[int], batch_size: int, num_replicas: int = 1,
 
     The longest examples come first, so what does not fit in memory fails at once. Equal numbers matter
     wherever ranks talk in every forward, as with sharded weights: a rank with a batch less would leave the
-    others waiting. So the examples are spread over all batches, whose sizes differ by one at most.
-
-    Args:
-        lengths: length of each example.
-        batch_size: examples a batch on each rank. Only if this is 1, and the examples do not divide by the
-            number of ranks, does a batch have one example more.
-        num_replicas: number of ranks that share a global batch.
-        rank: this one.
+    others waiting. So the examples are spread over all batches, whose sizes differ by one at most. Only if
+    `batch_size` is 1, and the examples do not divide by the number of ranks, does a batch have one more. Fewer
+    examples than ranks are a ValueError.
 
     Returns:
         The examples of each batch of this rank.
-
-    Raises:
-        ValueError: if there are fewer examples than ranks.
     """
     _check_enough_examples(len(lengths), num_replicas)
     num_batches = min(-(-len(lengths) // (batch_size * num_replicas)), len(lengths) // num_replicas)

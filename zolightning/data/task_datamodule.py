@@ -155,8 +155,7 @@ class TaskDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         return self._eval_dataloader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_dataloader("test")
+    predict_dataloader = test_dataloader
 
     def module(self) -> Any:
         """The LightningModule that runs, whatever attributes it has."""

@@ -40,14 +40,9 @@ def fit_probe(
 ) -> LinearProbe:
     """Fits rows of a head to features, on the host in float64.
 
-    That takes less time than the forward passes, and gives the same result for every device.
-
-    Args:
-        features: the inputs of the head, (N, H).
-        rows: the right row of the head for each of them, (N,).
-        cs: values of the weight of the data against the penalty, of which `choose` chooses one.
-        tolerance: the largest entry of the gradient at which a fit ends.
-        choose: :func:`most_accurate` or :func:`strongest_penalty`.
+    That takes less time than the forward passes, and gives the same result for every device. Features are (N, H), the
+    right row of the head for each (N,). `choose` (:func:`most_accurate` or :func:`strongest_penalty`) chooses one of
+    the `cs`.
     """
     found, (classes, targets) = features.double().cpu(), rows.cpu().unique(return_inverse=True)
     c = cs[0] if len(cs) == 1 else choose(found, targets, len(classes), cs, tolerance)[0]
@@ -146,11 +141,7 @@ def strongest_penalty(
 
 
 def cross_validate(features: Tensor, targets: Tensor, num_classes: int, c: float, tolerance: float) -> CrossValidation:
-    """Five-fold cross-validation; folds that are empty, or hold all examples, are left out.
-
-    Args:
-        features, targets, num_classes, c, tolerance: see :func:`fit`.
-    """
+    """Five-fold cross-validation of :func:`fit`; folds that are empty, or hold all examples, are left out."""
     # How many examples of the same class come before each one
     same = F.one_hot(targets, num_classes).cumsum(0).gather(1, targets[:, None])[:, 0] - 1
     losses, accuracies = [], []

@@ -51,13 +51,9 @@ def measure_signal(
     Costs ``B (2 num_queries + 1)`` evaluations per block, and a few that find where parameters are read. Evaluate in
     float32 if possible: in half precision a perturbation also changes the rounding in the forward pass.
 
-    Args:
-        module: owns the parameters, which are unchanged afterwards.
-        blocks: the parameters of each block, with their slices, by name; no parameter is in two blocks.
-        losses: compute the losses of at least two batches without common examples.
-        num_queries: number of directions for each block, at least 2, because their spread gives the errors.
-        eps: standard deviation of the perturbation of each weight.
-        seed: seed of the directions; None takes that of ``seed_everything``.
+    No parameter is in two blocks, and the batches of the losses, two at least, have no common examples. The spread over
+    directions, two at least, gives the errors. `eps` is the standard deviation of the perturbation of each weight; a
+    `seed` None is that of ``seed_everything``.
 
     Raises:
         ValueError: if there are less than two batches.

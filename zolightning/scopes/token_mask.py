@@ -15,11 +15,7 @@ class TokenMask(AbstractContextManager["TokenMask"]):
 
     A mask with two dimensions is 1 at tokens and 0 at padding, on either side. One with four, (rows, 1, queries, keys),
     is True where a query attends to a key, which then is a token. A mask applies until the call that it was passed to
-    returns. If the network gets none, every position is a token.
-
-    Args:
-        module: the network, or a module around it.
-        stack: its layers, whose own masks are ignored.
+    returns. If the network gets none, every position is a token. Masks of the layers themselves are ignored.
     """
 
     def __init__(self, module: nn.Module, stack: LayerStack) -> None:
