@@ -100,13 +100,11 @@ class Bandit(LearnedProbabilities):
 
     Args:
         step_size: how fast probabilities change: about 0.02 for 2,000 visits, 0.05 for 200.
-        p_min: the least probability of a block; None for ``0.1 / blocks``.
-        queries: number of directions along which a block is probed alone at the end of its visit; at 0 the visit's
-            steps are its score.
+        **settings: `p_min` and `queries` of :class:`LearnedProbabilities`.
     """
 
-    def __init__(self, step_size: float = 0.05, p_min: float | None = None, queries: int = 0) -> None:
-        super().__init__(p_min, queries)
+    def __init__(self, step_size: float = 0.05, **settings: Any) -> None:
+        super().__init__(**settings)
         require_positive("step_size", step_size)
         self.step_size = step_size
         self.max_seen = 0.0
@@ -129,18 +127,16 @@ class AdaLeZO(LearnedProbabilities):
 
     The score of a block is an exponential mean of the squared projected gradients of its visits; blocks not visited yet
     have the mean score of the others. Probabilities are proportional to the root of the scores, which minimizes the
-    variance, and at least `p_min`. The learning rate of a step is multiplied by ``1 / (blocks * p)``, so that each
-    block moves, on average, as if all had the same probability.
+    variance, and at least `p_min`. The learning rate of a step is multiplied by ``1 / (blocks * p)``, at most 10 by
+    default, so that each block moves, on average, as if all had the same probability.
 
     Args:
         decay: decay of the exponential mean, per visit of a block.
-        p_min: the least probability of a block, which bounds the factor; None for ``0.1 / blocks``, a factor up to 10.
-        queries: number of directions along which a block is probed alone at the end of its visit; at 0 the visit's
-            steps are its score.
+        **settings: `p_min` and `queries` of :class:`LearnedProbabilities`.
     """
 
-    def __init__(self, decay: float = 0.8, p_min: float | None = None, queries: int = 0) -> None:
-        super().__init__(p_min, queries)
+    def __init__(self, decay: float = 0.8, **settings: Any) -> None:
+        super().__init__(**settings)
         require_fraction("decay", decay)
         self.decay = decay
         self.means: dict[int, float] = {}

@@ -1,6 +1,5 @@
 """Orders: how the blocks that move next are chosen."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_integer
+from zolightning.optim.settings import constructor_arguments
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Order(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments with plain values, which are compared when a run is resumed."""
-        names = inspect.signature(type(self).__init__).parameters
+        names = constructor_arguments(type(self))
         plain = (bool, int, float, str, type(None))
         return {name: value for name, value in vars(self).items() if name in names and isinstance(value, plain)}
 

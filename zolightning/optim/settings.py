@@ -18,9 +18,9 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
-def constructor_arguments(method: type[torch.optim.Optimizer]) -> set[str]:
-    """The names of the arguments of a method's constructor and of those of its base classes."""
-    return set().union(*(_arguments_of(vars(cls)["__init__"]) for cls in method.__mro__ if "__init__" in vars(cls)))
+def constructor_arguments(made: type) -> set[str]:
+    """The names of the arguments of a class's constructor and of those of its base classes."""
+    return set().union(*(_arguments_of(vars(cls)["__init__"]) for cls in made.__mro__ if "__init__" in vars(cls)))
 
 
 @cache

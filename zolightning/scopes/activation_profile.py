@@ -103,7 +103,7 @@ def profile_activations(module: L.LightningModule, batches: Iterable[Any], stack
     runs the network, on batches on its device.
 
     Raises:
-        ValueError: if there is no batch, a layer does not run, or an output is not finite.
+        ValueError: if a layer does not run, or an output is not finite.
     """
     recorders = [_Recorder(index) for index in range(len(stack))]
     with TokenMask(module, stack) as mask, ExitStack() as hooks:
@@ -114,12 +114,8 @@ def profile_activations(module: L.LightningModule, batches: Iterable[Any], stack
                 recorder.add(hidden.detach(), mask.of(hidden))
 
             hooks.enter_context(layer.register_forward_hook(record))
-        count = 0
         for batch in batches:
-            count += 1
             calibration_forward(module, batch)
-    if not count:
-        raise ValueError("The calibration set is empty: at least one batch is needed.")
     for index, recorder in enumerate(recorders):
         if not recorder.maxima:
             raise ValueError(
