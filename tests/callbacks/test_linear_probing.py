@@ -167,7 +167,7 @@ def test_what_the_head_of_a_classifier_reads(
 def test_what_is_refused(
     model: Callable[[], CausalLM], make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="`num_examples` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_examples` must be an integer, at least 1, got 0"):
         LinearProbing(0)
     with pytest.raises(ValueError, match="`cs` must be at least one number above 0, got"):
         LinearProbing(cs=[0.0])

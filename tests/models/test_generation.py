@@ -123,10 +123,10 @@ def test_sampled_texts_are_drawn_from_the_models_distribution(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"do_sample": True, "temperature": 0.0}, r"`decoding\.temperature` must be above 0, got 0\.0"),
+        ({"do_sample": True, "temperature": 0.0}, r"`decoding\.temperature` must be a positive number, got 0\.0"),
         ({"do_sample": True, "top_p": 1.5}, r"`decoding\.top_p` must be above 0 and at most 1, got 1\.5"),
-        ({"do_sample": True, "top_k": -1}, r"`decoding\.top_k` must be at least 1, or 0 for all tokens, got -1"),
-        ({"num_beams": 0}, r"`decoding\.num_beams` must be at least 1, got 0"),
+        ({"do_sample": True, "top_k": -1}, r"`decoding\.top_k` must be an integer, at least 0, got -1"),
+        ({"num_beams": 0}, r"`decoding\.num_beams` must be an integer, at least 1, got 0"),
         ({"temperature": 0.7}, r"`decoding\.do_sample` is False, so that .* have no effect"),
     ],
 )

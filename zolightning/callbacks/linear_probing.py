@@ -14,6 +14,7 @@ from torch import Tensor
 from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, joined_features, strongest_penalty
 from zolightning.network.structure import pretrained_model
+from zolightning.optim.checks import require_integer
 from zolightning.partners import add_text, methods_of
 from zolightning.scopes.calibration import read_examples
 
@@ -62,8 +63,8 @@ class LinearProbing(Callback):
     unties_head = True  # before a scope chooses, for which the head has a name of its own then
 
     def __init__(self, num_examples: int | None = None, cs: Sequence[float] = CS, tolerance: float = TOLERANCE) -> None:
-        if num_examples is not None and num_examples < 1:
-            raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
+        if num_examples is not None:
+            require_integer("num_examples", num_examples)
         check_probe(cs, tolerance)
         self.num_examples = num_examples
         self.cs = tuple(cs)

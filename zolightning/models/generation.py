@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced
+from zolightning.optim.checks import require_integer, require_positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,14 +42,11 @@ class Decoding:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"`decoding.temperature` must be above 0, got {self.temperature}.")
-        if self.top_k < 0:
-            raise ValueError(f"`decoding.top_k` must be at least 1, or 0 for all tokens, got {self.top_k}.")
+        require_positive("decoding.temperature", self.temperature)
+        require_integer("decoding.top_k", self.top_k, least=0)
+        require_integer("decoding.num_beams", self.num_beams)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`decoding.top_p` must be above 0 and at most 1, got {self.top_p}.")
-        if self.num_beams < 1:
-            raise ValueError(f"`decoding.num_beams` must be at least 1, got {self.num_beams}.")
         if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             raise ValueError(
                 "`decoding.do_sample` is False, so that `temperature`, `top_k` and `top_p` have no effect: set it to "

@@ -40,6 +40,8 @@ def load_pretrained(
         RuntimeError: if a Python package cannot be downloaded.
         ValueError: if anything else about the arguments makes loading impossible.
     """
+    import transformers
+
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     torch_dtype = _DTYPES[dtype or "float32"]
@@ -57,15 +59,12 @@ def load_pretrained(
                 )
             model, preprocessor = load_gguf(source, torch_dtype, attention)
         else:
-            options: dict[str, Any] = {
-                "dtype": torch_dtype,
-                "attn_implementation": attention,
-                "num_classes": num_classes,
-            }
-            if device_map is not None:
-                check_devices(device_map)
-                options["device_map"] = device_map
-            model, preprocessor = _load_hugging_face(source, network_class, preprocessor_class, options)
+            if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+                raise ValueError(ADAPTER)
+            check_devices(device_map)
+            options = {"dtype": torch_dtype, "attn_implementation": attention, "device_map": device_map}
+            model = load_model(source, network_class, num_classes, **options)
+            preprocessor = getattr(transformers, preprocessor_class).from_pretrained(source, trust_remote_code=False)
 
     if device_map is not None:
         keep_in_place(model)
@@ -100,17 +99,6 @@ def _source_of(name: str) -> Path | str:
     if not path.exists() and (path.is_absolute() or path.suffix == ".gguf" or name.startswith((".", "~"))):
         raise FileNotFoundError(f"`model_name` {name!r} is a path, but nothing is there.")
     return path if path.exists() else _hub_source(name)
-
-
-def _load_hugging_face(
-    source: Path | str, network_class: str, preprocessor_class: str, options: dict[str, Any]
-) -> "tuple[PreTrainedModel, Any]":
-    import transformers
-
-    if isinstance(source, Path) and (source / "adapter_config.json").is_file():
-        raise ValueError(ADAPTER)
-    model = load_model(source, network_class, **options)
-    return model, getattr(transformers, preprocessor_class).from_pretrained(source, trust_remote_code=False)
 
 
 def _hub_source(name: str) -> str:

@@ -60,7 +60,7 @@ def is_spread(network: nn.Module) -> bool:
     return "_apply" in vars(network)
 
 
-def check_devices(device_map: DeviceMap) -> None:
+def check_devices(device_map: DeviceMap | None) -> None:
     """Raises ValueError if a device map names a GPU that is not there."""
     count = torch.cuda.device_count()
     for place in device_map.values() if isinstance(device_map, dict) else ():
