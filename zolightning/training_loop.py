@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 
@@ -103,6 +104,16 @@ def is_validation_next(trainer: L.Trainer) -> bool:
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher
     return trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def may_exchange_weights(trainer: L.Trainer) -> bool:
+    """Whether a validation may run with other weights than the trained ones, as WeightAveraging has it do.
+
+    Callbacks and modules do so where a validation begins.
+    """
+    hook = "on_validation_epoch_start"
+    callbacks = any(is_overridden(hook, callback, L.Callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return callbacks or is_overridden(hook, trainer.lightning_module)
 
 
 def take_back_batch(trainer: L.Trainer) -> bool:

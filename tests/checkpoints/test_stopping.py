@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6
 from zolightning.optim import LOZO, MeZO, NonFiniteLossError
@@ -144,6 +144,19 @@ def test_an_error_in_a_validation(make_run: Any, make_whole: Any) -> None:
     resumed, whole = make_run(**EVERY_6).fit("last"), make_whole(**EVERY_6)
     resumed.assert_ends_as(whole)
     assert run.watch.validated | resumed.watch.validated == whole.watch.validated
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_averages_that_a_validation_runs_with_are_not_saved_as_the_weights(make_run: Any, error: bool) -> None:
+    def averaging(folder: str) -> Any:
+        return make_run(folder, callbacks=[EMAWeightAveraging(decay=0.5)], **EVERY_6)
+
+    whole, stopped, resumed = averaging("whole").fit(), averaging("run"), averaging("run")
+    stopped.module.in_validation.at[12, 1] = partial(int, "no number") if error else kill
+    with pytest.raises(ValueError if error else SystemExit):
+        stopped.fit()
+    resumed.fit("last").assert_ends_as(whole)
+    assert stopped.watch.grads | resumed.watch.grads == whole.watch.grads
 
 
 def test_an_error_within_an_update_saves_nothing(make_run: Any) -> None:

@@ -34,6 +34,7 @@ from zolightning.training_loop import (
     is_in_batch,
     is_validation_next,
     log_batch,
+    may_exchange_weights,
     take_back_batch,
     validate,
 )
@@ -190,8 +191,10 @@ class SaveLast(ModelCheckpoint):
             self._stop_here(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # With several ranks, which may have different numbers of batches, only at the next training step.
-        if self._signal.number and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
+        # With several ranks, which may have different numbers of batches, and with averages in the place of the
+        # weights, only at the next training step.
+        is_here = trainer.world_size == 1 and not may_exchange_weights(trainer)
+        if self._signal.number and trainer.state.fn == TrainerFn.FITTING and is_here:
             self._stopping = self._signal.number
             self._save(trainer, validation_due=True)
             self._stop_here(trainer)
@@ -228,6 +231,8 @@ class SaveLast(ModelCheckpoint):
             self.last_model_path = self.format_checkpoint_name({})
             step = self._step_before_batch if is_in_batch(trainer) else trainer.global_step
             rank_zero_info(f"The ledger has step {step}, the last complete one. {self._advice()}")
+        elif trainer.validating and may_exchange_weights(trainer):
+            rank_zero_info("Nothing is saved: in a validation, the weights may be averages of those that are trained.")
         elif is_between_steps(trainer, self._step_before_batch):
             validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
             if is_at_end_of_batch(trainer):  # the run goes on after it, and would not log it
