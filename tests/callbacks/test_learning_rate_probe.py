@@ -80,6 +80,33 @@ def test_where_the_search_begins_does_not_matter(examples: DataLoader, make_trai
     assert rate(1e-6) == pytest.approx(rate(0.1), rel=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 12])
+def test_walks_are_measured_on_all_examples(batch_size: int, make_trainer: Any) -> None:
+    """Whatever the batch size of a rank is; there are three walks, each of a step."""
+    rows, seen = torch.randn(60, 5, dtype=torch.float64), set()
+
+    class Seen(Quadratic):
+        in_step = True
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if not self.in_step and (self.w != 1).any():  # at the end of a walk: no step has moved it yet
+                seen.update(map(tuple, batch.tolist()))
+            return super().training_step(batch, batch_idx)
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Seen, *_: Any) -> None:
+            module.in_step = True
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Seen, *_: Any) -> None:
+            module.in_step = False
+
+    callbacks = [Steps(), LearningRateProbe(num_steps=3, num_examples=12), ZerothOrder(partial(MeZO, lr=0.1))]
+    make_trainer(max_steps=4, max_epochs=-1, callbacks=callbacks, precision="64-true").fit(
+        Seen(), DataLoader(rows, batch_size=batch_size)
+    )
+    assert seen == set(map(tuple, rows[:12].tolist()))
+
+
 def test_momentum_changes_no_rate(make_trainer: Any) -> None:
     """In the end a gradient moves the weights as far with momentum as without, and walks are long enough to show it."""
 

@@ -139,6 +139,15 @@ class TestWhatTrainingStepReturns:
         fit(module)
         assert_equal(weights(module), before)
 
+    def test_a_batch_without_rows_is_skipped(self, make_trainer: MakeTrainer, make_regression: MakeModule) -> None:
+        """Its mean is NaN. Of several ranks the others' rows count; a tensor that is always empty does not."""
+        rows = [[torch.zeros(0), torch.rand(size, 4), torch.rand(size, 1)] for size in (4, 0, 4)]
+        module, records = make_regression(), Records()
+        module.training_step = lambda batch, batch_idx: F.mse_loss(module.net(batch[1]), batch[2])
+        trainer = make_trainer(max_steps=3, callbacks=[ZerothOrder(METHOD), records])
+        trainer.fit(module, DataLoader(rows, batch_size=None))
+        assert [bool(record.projected_grads) for record in records.records] == [True, False, True]
+
     @pytest.mark.parametrize(
         ("change", "found"),
         [

@@ -51,12 +51,14 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
 def with_num_terms(output: Any, batch: Any, device: torch.device | None = None) -> dict[str, Any]:
     """What ``training_step`` returned for a batch, as a dictionary with ``"loss"`` and ``"num_terms"``.
 
-    ``"num_terms"`` is the number of examples in the batch unless ``training_step`` returned another number. If it
-    returned None to skip the batch, it is 0, and the loss a NaN on `device`.
+    ``"num_terms"`` is the number of examples in the batch, 0 if it has no rows, unless ``training_step`` returned
+    another number. If it returned None to skip the batch, it is 0, and the loss a NaN on `device`.
     """
     if output is None:
         return {"loss": torch.tensor(torch.nan, device=device), "num_terms": 0}
-    return {"num_terms": batch_size(batch) or 1, **(output if isinstance(output, Mapping) else {"loss": output})}
+    size = batch_size(batch)
+    terms = 1 if size is None else size
+    return {"num_terms": terms, **(output if isinstance(output, Mapping) else {"loss": output})}
 
 
 def evaluate_in_parts(training_step: Callable[[Any], Any], batch: Any, size: int) -> dict[str, Any] | None:

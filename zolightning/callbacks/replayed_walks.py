@@ -78,7 +78,8 @@ class ReplayedWalks:
     a sum of several, while low-rank directions differ widely, and with momentum a step continues in the next ones.
     Steps in an earlier subspace or block are left out.
 
-    The loss is that of the module's ``training_step``; each walk takes the next one of the batches.
+    The loss is that of the module's ``training_step``; walks share the batches: each walk takes the next one, or the
+    next and others where there are more batches than walks.
 
     Attributes:
         lr: the learning rate of each parameter group at a scale of 1.
@@ -104,7 +105,7 @@ class ReplayedWalks:
         self._batches = [self._precision.convert_input(batch) for batch in batches]
         self._start = WeightsAndState(optimizer)
         self.forwards = 0
-        self._before = torch.stack([self._loss_after([], 0.0, batch) for batch in self._batches])
+        self._before = self._losses_after([], 0.0, range(len(self._batches)))
 
     def __len__(self) -> int:
         return len(self._walks)
@@ -118,25 +119,28 @@ class ReplayedWalks:
         """The rise of the loss after each of the first `count` walks and its opposite, on average, (count,)."""
         found = []
         for number, walk in enumerate(self._walks[:count]):
-            place = number % len(self._batches)
-            both = [self._loss_after(walk, sign * scale, self._batches[place]) for sign in (1, -1)]
-            found.append((both[0] + both[1]) / 2 - self._before[place])
+            places = range(number % len(self._batches), len(self._batches), len(self._walks))
+            both = [self._losses_after(walk, sign * scale, places) for sign in (1, -1)]
+            found.append(((both[0] + both[1]) / 2 - self._before[list(places)]).mean())
         return torch.stack(found)
 
     @torch.no_grad()
-    def _loss_after(self, walk: Sequence[StepRecord], scale: float, batch: Any) -> Tensor:
-        """The loss of a batch, float64, at the end of a walk at `scale` times the method's learning rates."""
+    def _losses_after(self, walk: Sequence[StepRecord], scale: float, places: range) -> Tensor:
+        """The losses of some batches, float64, at the end of a walk at `scale` times the method's learning rates."""
         optimizer, lr = self._optimizer, tuple(scale * lr for lr in self.lr)
-        self.forwards += 1
+        self.forwards += len(places)
         try:
             for record in walk:
                 optimizer.apply(replace(record, lr=lr))
             optimizer.fold()
-            with isolate_rng(), self._precision.train_step_context():  # the same random numbers each time
-                loss, _ = loss_and_terms(calibration_forward(self._module, batch))
-            return loss.double().cpu()
+            return torch.stack([self._loss(self._batches[place]) for place in places])
         finally:
             self._start.put_back()
+
+    def _loss(self, batch: Any) -> Tensor:
+        with isolate_rng(), self._precision.train_step_context():  # the same random numbers each time
+            loss, _ = loss_and_terms(calibration_forward(self._module, batch))
+        return loss.double().cpu()
 
 
 def _signed(records: Sequence[StepRecord], seed: int) -> list[list[StepRecord]]:

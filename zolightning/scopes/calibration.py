@@ -106,7 +106,7 @@ def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
 
 
 def batch_size(batch: Any) -> int | None:
-    """The length of the first tensor found in a batch that has a first dimension."""
+    """The length of the first tensor in a batch that has rows; 0 if none has any, and None if there is no tensor."""
     lengths: list[int] = []
     apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
-    return lengths[0] if lengths else None
+    return next(filter(None, lengths), 0) if lengths else None
