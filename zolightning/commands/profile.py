@@ -61,8 +61,8 @@ def profile_layers(
         model: a module with recognisable layers, such as CausalLM.
         datamodule: whose first training prompts are read.
         num_prompts: training prompts to run.
-        sensitivity_queries: directions a layer along which the loss is probed as well, as TrainBySignal does: 8 to 32
-            show which layer the loss feels most, in --trainer.precision 32-true; 0 probes nothing.
+        sensitivity_queries: directions a layer of TrainBySignal's estimates: 8 to 32 show which layer the loss feels
+            most, in --trainer.precision 32-true; 0 estimates nothing.
         time_model: also time steps that move more and more parameters, and fit what a parameter costs.
         probe_every: also fit linear probes to what the head would read after every so many layers, on all training
             examples: where they tell most of the task, `model.num_layers` may end the network; 0 fits none.
