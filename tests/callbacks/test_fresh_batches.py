@@ -84,16 +84,23 @@ class Pair:
     names: list[str]
 
 
+@dataclass(frozen=True)
+class FrozenPair:
+    x: Tensor
+    names: list[str]
+
+
 @pytest.mark.parametrize(
     ("batch", "change"),
     [
         (Pair(torch.ones(2), ["a"]), lambda batch: batch.x.add_(1)),
         (Pair(torch.ones(2), ["a"]), lambda batch: batch.names.append("b")),
         (Pair(torch.ones(2), ["a"]), lambda batch: setattr(batch, "x", None)),
+        (FrozenPair(torch.ones(2), ["a"]), lambda batch: batch.x.add_(1)),
         ([torch.ones(2), {"y": torch.ones(2)}], lambda batch: batch[1]["y"][0].zero_()),
         ((torch.ones(2),), lambda batch: batch[0].resize_(1)),
     ],
-    ids=["a field", "a list in it", "another field", "a view", "a shape"],
+    ids=["a field", "a list in it", "another field", "a frozen field", "a view", "a shape"],
 )
 def test_what_a_batch_may_be(batch: Any, change: Callable[[Any], Any]) -> None:
     batches, before = FreshBatches(), repr(batch)

@@ -11,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,6 +29,7 @@ from zolightning.callbacks.refusals import (
 from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.fresh_batches import FreshBatches
 from zolightning.evaluation.losses import LossOutput
+from zolightning.evaluation.nested import map_tensors
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_prefix
 from zolightning.optim.schedules import WarmupDecay
@@ -255,7 +255,7 @@ class ZerothOrder(Callback):
             if gradients is not None:
                 refuse_backward(pl_module, gradients)
             if evaluator.is_first:
-                first = apply_to_collection(output, Tensor, Tensor.detach)
+                first = map_tensors(Tensor.detach, output)
             return with_num_terms(output, part, pl_module.device)
 
         examples = None

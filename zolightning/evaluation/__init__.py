@@ -7,7 +7,7 @@ In the order of reading:
   again: ``scratch``, ``buffer``, ``small_tensors``.
 * Where they are read: ``known_reads``, ``find_reads``, ``gathered_weights``.
 * Every evaluation of a step finds the same: ``randomness``, ``fresh_batches``, ``traces``, ``snapshot``,
-  ``submodules``.
+  ``submodules``; ``nested`` finds the tensors of a batch.
 * What evaluations share: the lower layers (``shared_prefix``); or one forward (``shared_forward``, ``row_groups``) for
   all weights (``stacked``) or for each example (``examples``).
 * Forwards replayed from CUDA graphs: ``graphs``, ``graph_capture``, ``graph_inputs``, ``graph_validity``.

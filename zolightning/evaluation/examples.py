@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput
+from zolightning.evaluation.nested import tensors_in
 from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
-from zolightning.evaluation.row_groups import CannotStack, perturbed_by, tensors_in
+from zolightning.evaluation.row_groups import CannotStack, perturbed_by
 from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.evaluation.stacked import networks_of

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+from zolightning.evaluation.nested import map_tensors
 
 
 class FreshBatches:
@@ -44,7 +45,7 @@ class FreshBatches:
 
 def copied(batch: Any) -> Any:
     """A batch with copies of all tensors in it, and of what holds them."""
-    return apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
+    return map_tensors(Tensor.clone, batch)
 
 
 def _contents(value: Any) -> Iterator[Any]:

@@ -9,13 +9,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank, stacked_product
 from zolightning.directions.perturbation import Perturbation
+from zolightning.evaluation.nested import map_tensors, tensors_in
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 from zolightning.evaluation.small_tensors import cores_of_groups
@@ -70,7 +70,7 @@ class RowGroups(Perturbed):
             def part(tensor: Tensor, index: int = index) -> Tensor:
                 return tensor.chunk(count)[index] if self._has_rows(tensor) else tensor
 
-            own_args, own_kwargs = apply_to_collection((args, kwargs), Tensor, part)
+            own_args, own_kwargs = map_tensors(part, (args, kwargs))
             outputs.append(group.run(func, own_args, own_kwargs))
         if not any(cut):
             outputs = [self._spread(output, index, tensors) for index, output in enumerate(outputs)]
@@ -239,18 +239,6 @@ def _perturbed(
 def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbation]:
     """The parameters that some of these contexts perturb, each with one of its perturbations."""
     return {p: w for context in contexts for p, w in context.perturbations.items() if w is not None}
-
-
-def tensors_in(data: Any) -> list[Tensor]:
-    """All tensors in nested containers, in order."""
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    apply_to_collection(data, Tensor, keep)
-    return found
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.nested import map_tensors, tensors_in
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
-from zolightning.evaluation.row_groups import CannotStack, RowGroups, tensors_in
+from zolightning.evaluation.row_groups import CannotStack, RowGroups
 
 _OTHER_INPUTS = "the network is called with other inputs in each evaluation"
 
@@ -138,7 +138,7 @@ class SharedForward:
             self.cuts.append(is_rows)
             return self.spread(tensor) if is_rows else tensor
 
-        args, kwargs = apply_to_collection((args, kwargs), Tensor, spread)
+        args, kwargs = map_tensors(spread, (args, kwargs))
         total = self.count_rows(rows)
         stacked = RowGroups(self._contexts, total, self._held)
         function: Any = self._network_generate if self._is_writing else self._network_forward
@@ -194,4 +194,4 @@ def _part(output: Any, index: int, count: int, rows: int) -> Any:
             )
         return tensor.chunk(count)[index]
 
-    return apply_to_collection(output, Tensor, part)
+    return map_tensors(part, output)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.nested import tensors_in
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators, States
 from zolightning.evaluation.replaced import replaced_forward
-from zolightning.evaluation.row_groups import tensors_in
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 

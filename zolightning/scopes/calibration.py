@@ -9,13 +9,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from zolightning.evaluation.fresh_batches import copied
 from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.mode import evaluation_mode
+from zolightning.evaluation.nested import tensors_in
 from zolightning.evaluation.replaced import replaced
 from zolightning.evaluation.traces import Traces
 
@@ -107,6 +106,5 @@ def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
 
 def batch_size(batch: Any) -> int | None:
     """The length of the first tensor in a batch that has rows; 0 if none has any, and None if there is no tensor."""
-    lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: lengths.extend(tensor.shape[:1]), allow_frozen=True)
+    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim]
     return next(filter(None, lengths), 0) if lengths else None

@@ -11,10 +11,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from zolightning.directions.shards import is_sharded
+from zolightning.evaluation.nested import tensors_in
 from zolightning.optim import ZerothOrderOptimizer
 
 CHECK_INTERVAL = 100  # steps; reading all weights once takes less than one of them
@@ -220,9 +220,7 @@ def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterato
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
-    return [tensor for tensor in found if tensor.layout == torch.strided]
+    return [tensor for tensor in tensors_in(batch) if tensor.layout == torch.strided]
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int, int] | None:
