@@ -93,7 +93,8 @@ class HiZOO(DenseOptimizer):
         require_choice("curvature_estimate", curvature_estimate, CURVATURE_ESTIMATES)
         estimator = ThreePoint() if estimator is None else estimator
         if not isinstance(estimator, ThreePoint):
-            raise ValueError(f"`estimator` must be ThreePoint(), which HiZOO reads curvature from, got {estimator!r}.")
+            found = type(estimator).__name__
+            raise ValueError(f"`estimator` must be ThreePoint(), which HiZOO reads curvature from, got {found}().")
         if curvature_estimate == "centered" and (curvature == "scalar" or common.get("noise") == "rademacher"):
             what = "`curvature` 'scalar'" if curvature == "scalar" else "`noise` 'rademacher'"
             raise ValueError(f"`curvature_estimate` must be 'code' with {what}, with which 'centered' says nothing.")
