@@ -94,7 +94,7 @@ def test_going_on_cuts_off_the_steps_after(ledger: tuple[Ledger, list[StepRecord
 
 
 def test_anybody_can_read_it(ledger: tuple[Ledger, list[StepRecord]]) -> None:
-    """With NumPy, as the package's README says."""
+    """With NumPy, as the module's docstring says."""
     file, records = ledger
     fields = np.dtype([(name, kind, () if count == 1 else (count,)) for name, kind, count in file.header.fields])
     data = file.path.read_bytes()

@@ -261,5 +261,7 @@ def test_help_of_a_class_ends_the_command(line: str, kept: str) -> None:
 
 def test_a_method_that_lacks_a_method_is_told_which() -> None:
     method: Any = partial(DenseOptimizer, defaults={"lr": 1e-3, "eps": 1e-3})
-    with pytest.raises(MisconfigurationException, match=r"abstract class DenseOptimizer .* '?update'?\. 'A method' in"):
+    with pytest.raises(
+        MisconfigurationException, match=r"abstract class DenseOptimizer .* '?update'?\. 'How do I add a method\?' in"
+    ):
         trial(method)

@@ -1,14 +1,23 @@
 """The ledger of a run: a file with the record of every step, from which its trained weights can be computed.
 
-Layout, with all numbers little-endian (``zolightning/README.md`` has the table):
+Layout of version 2, with all numbers little-endian:
 
-1. ``zoledger``, the version of the layout and the length of what follows (both uint32);
-2. the header, a JSON object (:mod:`~zolightning.checkpoints.ledger_header`), and the CRC-32 of everything before
-   (uint32);
+1. ``zoledger`` (8 bytes), the version of the layout and the length n of what follows (both uint32); readers of another
+   version refuse the file;
+2. the header, a JSON object of n bytes (:mod:`~zolightning.checkpoints.ledger_header`): package version, seed, method
+   and settings, parameter groups, blocks and slices, names, dtypes and shapes of all tensors, SHA-256 of the base
+   weights, the first numbers of a direction, ``fields``; then the CRC-32 of everything before (uint32);
 3. the seal, 40 bytes: a number of steps (uint32), the digest of the weights after them (SHA-256), and the CRC-32 of
    both; zeros until a fit has ended;
-4. one entry a step, all of the length that the header's ``fields`` add up to. An entry ends with the CRC-32 of its
-   other bytes, continued from that of the entry before (the first: from the header's).
+4. one entry a step, all of the length that ``fields`` add up to.
+
+The fields of an entry, in order: ``step`` and ``forward_passes`` (uint32); ``flags`` (uint8; bit 0: the step was not
+skipped, bit 1: its loss wrote to the module or logged by the epoch, bit 2: its bases were given); for methods with
+subspaces ``refresh`` and ``folds`` (uint32); ``lr``, one a parameter group, ``projected_grads``, one a query, and
+``losses``, one an evaluation (float64); with blocks ``blocks`` (uint8), a bit for each, of those that moved; and
+``checksum`` (uint32), the CRC-32 of the entry's other bytes, continued from that of the entry before (the first: from
+the header's). NumPy takes them as they are:
+``np.fromfile(path, np.dtype([(name, kind, (count,)) for ...]), offset=60 + n)``.
 """
 
 import fcntl

@@ -160,7 +160,7 @@ def trial(method: Method) -> ZerothOrderOptimizer:
         if "abstract method" not in str(error):
             raise
         raise MisconfigurationException(
-            f"`method`: {error}. 'A method' in zolightning/README.md says what a class must define."
+            f"`method`: {error}. 'How do I add a method?' in zolightning/README.md says what a class must define."
         ) from error
     if not isinstance(optimizer, ZerothOrderOptimizer):
         raise MisconfigurationException(
