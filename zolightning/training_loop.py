@@ -106,6 +106,14 @@ def is_validation_next(trainer: L.Trainer) -> bool:
     return trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def is_accumulating(trainer: L.Trainer) -> bool:
+    """Whether there are gradients of earlier batches, by backpropagation, which no checkpoint holds."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]  # as above
+    is_last = batches == trainer.num_training_batches
+    accumulates = trainer.lightning_module.automatic_optimization and batches % trainer.accumulate_grad_batches != 0
+    return accumulates and not is_last
+
+
 def may_exchange_weights(trainer: L.Trainer) -> bool:
     """Whether a validation may run with other weights than the trained ones, as WeightAveraging has it do.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
-from checkpoint_runs import AS_EXPECTED, EVERY_6
+from checkpoint_runs import AS_EXPECTED, EVERY_6, Killed, die
 from zolightning.optim import LOZO, MeZO, NonFiniteLossError
 
 pytestmark = AS_EXPECTED
@@ -157,6 +157,19 @@ def test_averages_that_a_validation_runs_with_are_not_saved_as_the_weights(make_
         stopped.fit()
     resumed.fit("last").assert_ends_as(whole)
     assert stopped.watch.grads | resumed.watch.grads == whole.watch.grads
+
+
+@pytest.mark.parametrize("stop", [kill, die])
+def test_nothing_is_saved_while_gradients_are_accumulated(make_run: Any, make_whole: Any, stop: Any) -> None:
+    """No checkpoint holds them; here a validation comes after every third batch, and each step is of two."""
+    options = {"method": None, "max_steps": 9, "accumulate_grad_batches": 2, **EVERY_6, "val_check_interval": 3}
+    stopped = make_run(last={"every_n_minutes": 1e-9}, **options)
+    after_first = partial(stopped.module.in_step.at.update, {1: stop})  # in the second batch of the second step
+    stopped.module.in_validation.at[1, 0] = after_first
+    with pytest.raises((SystemExit, Killed)):
+        stopped.fit()
+    assert stopped.saved()["global_step"] == (2 if stop is kill else 1)
+    make_run(**options).fit("last").assert_ends_as(make_whole(**options))
 
 
 def test_an_error_within_an_update_saves_nothing(make_run: Any) -> None:

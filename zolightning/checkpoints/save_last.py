@@ -29,6 +29,7 @@ from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
 from zolightning.training_loop import (
+    is_accumulating,
     is_at_end_of_batch,
     is_between_steps,
     is_in_batch,
@@ -47,9 +48,9 @@ class SaveLast(ModelCheckpoint):
 
     It is saved when training ends, after every validation, at intervals of steps or minutes, and
 
-    * on SIGTERM and Ctrl-C, after the step that is being taken. The process then ends with status 143 or 130, and a
-      message says how to resume. All ranks stop after the same step, whichever of them got the signal. A second Ctrl-C
-      ends the process at once, without saving.
+    * on SIGTERM and Ctrl-C, after the step that is being taken, and all batches whose gradients it accumulates. The
+      process then ends with status 143 or 130, and a message says how to resume. All ranks stop after the same step,
+      whichever of them got the signal. A second Ctrl-C ends the process at once, without saving.
     * on an exception, if there is a single rank and the weights are those of the last complete step. If a
       :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has recorded the steps since the last checkpoint, nothing
       is saved: a resumed run takes them from there, and repeats the batch that failed.
@@ -176,6 +177,8 @@ class SaveLast(ModelCheckpoint):
         self._metrics_before = self._first.metrics.now(trainer)
 
     def _batch_ends(self, trainer: L.Trainer) -> None:
+        if is_accumulating(trainer):
+            return
         steps, minutes = self.every_n_train_steps, self.every_n_minutes
         is_over = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         self._stopping, is_time = largest_of_ranks(trainer, self._signal.number, is_over)
@@ -193,14 +196,14 @@ class SaveLast(ModelCheckpoint):
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # With several ranks, which may have different numbers of batches, and with averages in the place of the
         # weights, only at the next training step.
-        is_here = trainer.world_size == 1 and not may_exchange_weights(trainer)
+        is_here = trainer.world_size == 1 and not (may_exchange_weights(trainer) or is_accumulating(trainer))
         if self._signal.number and trainer.state.fn == TrainerFn.FITTING and is_here:
             self._stopping = self._signal.number
             self._save(trainer, validation_due=True)
             self._stop_here(trainer)
 
     def _validation_ends(self, trainer: L.Trainer) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not is_accumulating(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -233,6 +236,8 @@ class SaveLast(ModelCheckpoint):
             rank_zero_info(f"The ledger has step {step}, the last complete one. {self._advice()}")
         elif trainer.validating and may_exchange_weights(trainer):
             rank_zero_info("Nothing is saved: in a validation, the weights may be averages of those that are trained.")
+        elif is_accumulating(trainer):
+            rank_zero_info("Nothing is saved: gradients are being accumulated.")
         elif is_between_steps(trainer, self._step_before_batch):
             validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
             if is_at_end_of_batch(trainer):  # the run goes on after it, and would not log it
