@@ -40,12 +40,12 @@ class MagnitudeMasked(Direction):
         return super().of_elements(weight, start).where(weight.abs() <= self.threshold, -0.0)
 
     def arguments(self) -> dict[str, Any]:
-        """There are none: a loop gets the threshold beside the direction.
+        """There are none: most loops know no threshold.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("MagnitudeMasked is no argument of a loop: give `add_directions` its `threshold` beside it.")
+        raise TypeError("MagnitudeMasked is no argument of a loop: add its `of_elements` by `add_tensor`.")
 
 
 class Mask(Protocol):

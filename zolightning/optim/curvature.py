@@ -29,7 +29,7 @@ Several queries are averaged. H begins as 1 and stays within bounds. Three struc
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from zolightning.directions.dense import Direction, coefficient_tensor, compute_
 from zolightning.directions.scaled import FactoredCurvature, FullCurvature, ScaledDirection
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import CODE_SCALE, NoiseKind
-from zolightning.optim.precision import State, UpdatePrecision, add_curved, add_curved_part, add_directions
+from zolightning.optim.precision import State, UpdatePrecision, stored, stored_each
 from zolightning.optim.samples import strided
 
 Structure = Literal["full", "row_column", "scalar"]
@@ -120,7 +120,7 @@ def update_(
     change: RelativeChange,
     structure: Structure,
     precision: UpdatePrecision,
-    decays: Sequence[float],
+    decay: float,
 ) -> None:
     """Changes the curvatures in `states`, made there if needed, and then adds ``direction / sqrt(H)`` to each weight.
 
@@ -134,33 +134,30 @@ def update_(
         change: the change of the curvatures.
         structure: the structure of the curvatures.
         precision: how sums are rounded.
-        decays: a factor for each weight, by which it is multiplied first.
+        decay: multiplies matrices first.
     """
-    if structure == "scalar":
-        floor, ceiling = change.bounds
-        for state in states:
-            curvature = state.get("curvature", 1.0)
-            state["curvature"] = min(max(curvature + curvature * (change.shift + sum(change.ratios)), floor), ceiling)
-        moves = [scaled(direction, state, change.bounds) for direction, state in zip(directions, states, strict=True)]
-        add_directions(weights, states, moves, precision, decays)
-        return
-    whole = []
-    for one in zip(weights, states, directions, decays, strict=True):
-        weight, state, direction, decay = one
+    floor, ceiling = change.bounds
+    of_place: dict[Any, Change] = {}
+    plain: list[dict[str, Any]] = []
+    curved: list[dict[str, Any]] = []
+    calls = stored_each(weights, states, precision, decay)
+    for call, weight, state, direction in zip(calls, weights, states, directions, strict=True):
+        if structure == "scalar":
+            before = state.get("curvature", 1.0)
+            state["curvature"] = min(max(before + before * (change.shift + sum(change.ratios)), floor), ceiling)
+            plain.append({**call, **scaled(direction, state, change.bounds).arguments()})
+            continue
+        place = direction.kind, weight.dtype, weight.device
+        if place not in of_place:
+            of_place[place] = change.of_codes(*place)
         if structure == "row_column" and weight.ndim >= 2:
-            of_codes = change.of_codes(direction.kind, weight.dtype, weight.device)
-            _update_factored_(weight, state, direction, of_codes, precision, decay)
+            _update_factored_(weight, state, direction, of_place[place], precision, call["decay"])
             continue
         if "curvature" not in state:
             state["curvature"] = _ones(weight.numel(), weight)
-        whole.append(one)
-    if whole:
-        weights, states, directions, decays = zip(*whole, strict=True)
-        curvatures = [state["curvature"] for state in states]
-        places = [(direction.kind, w.dtype, w.device) for direction, w in zip(directions, weights, strict=True)]
-        of_place = {place: change.of_codes(*place) for place in set(places)}
-        changes = [of_place[place] for place in places]
-        add_curved(weights, states, curvatures, directions, changes, precision, decays)
+        curved.append({**call, **direction.arguments(), "curvature": state["curvature"], "change": of_place[place]})
+    kernels.for_each(kernels.add, plain)
+    kernels.for_each(kernels.add_curved, curved)
 
 
 def has_curvature(state: State) -> bool:
@@ -194,7 +191,8 @@ def _update_factored_(
     curvature.columns.copy_(sums / rows)
     unchanged = change._replace(shift=0.0, squares=torch.zeros_like(change.squares))
     for part, own in curvature.parts(0, weight.numel()):
-        add_curved_part(weight, state, own, direction, unchanged, precision, decay, part.start)
+        own_part = stored(weight, state, precision, part)
+        kernels.add_curved(**own_part, curvature=own, noise=direction, change=unchanged, decay=decay, start=part.start)
 
 
 def _ones(numel: int, like: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zolightning.directions.dense import Direction, directions, of_own_rows
+from zolightning.directions.dense import Direction, directions
 from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.checks import require_choice
-from zolightning.optim.precision import State, all_contiguous
+from zolightning.optim.precision import State
 from zolightning.optim.record import StepRecord
 
 
@@ -120,7 +120,6 @@ class DenseDescent(DenseOptimizer):
             scale = self.gradient_scale(group, lr) / len(projected_grads)
             coefficients = {query: scale * g for query, g in enumerate(projected_grads)}
             named = self.named(group)
-            gradients = of_own_rows(self.directions_of(named, record.seed, record.step, coefficients), named)
-            states = [self.state[parameter] for parameter in named]
-            with all_contiguous(named, self.slices) as weights:
+            found = self.directions_of(named, record.seed, record.step, coefficients)
+            with self.to_move(named, found) as (weights, states, gradients):
                 self.update_parameters(weights, states, gradients, group, lr)

@@ -1,14 +1,12 @@
 """HiZOO: zeroth-order descent that is scaled by an estimated diagonal curvature."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from zolightning.directions.dense import of_own_rows
 from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction
 from zolightning.optim.common import CommonAndQueries, Unpack
@@ -25,7 +23,7 @@ from zolightning.optim.curvature import (
 )
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import ThreePoint
-from zolightning.optim.precision import add_directions, all_contiguous
+from zolightning.optim.moments import descend
 from zolightning.optim.record import StepRecord
 
 _QUANTILES = (0.01, 0.5, 0.99)  # of the curvature, that are shown
@@ -142,16 +140,13 @@ class HiZOO(DenseOptimizer):
             )
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
             found = self.directions(group, record.seed, record.step, coefficients)
+            decay = 1 - lr * group["weight_decay"]
             beside = {parameter: move for parameter, move in found.items() if self.blocks.is_beside(parameter)}
             curved = {p: move for p, move in found.items() if p not in beside} if beside else found
-            add_curved: Callable[..., None] = partial(update_, change=change, structure=self.curvature)
-            for moves, add in ((beside, add_directions), (curved, add_curved)):
-                states = [self.state[parameter] for parameter in moves]
-                own = of_own_rows(moves.values(), moves)
-                decay = 1 - lr * group["weight_decay"]
-                with all_contiguous(moves, self.slices) as weights:
-                    decays = [decay if weight.ndim >= 2 else 1.0 for weight in weights]
-                    add(weights, states, own, precision=self.update_precision, decays=decays)
+            with self.to_move(beside, beside.values()) as (weights, states, moves):
+                descend(weights, states, moves, group, lr, self.update_precision)
+            with self.to_move(curved, curved.values()) as (weights, states, moves):
+                update_(weights, states, moves, change, self.curvature, self.update_precision, decay)
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:
         yield from super().needs_whole()

@@ -3,16 +3,16 @@
 The gradient comes as a :class:`~zolightning.directions.dense.Direction`: it is generated where it is needed.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zolightning import kernels
 from zolightning.directions.dense import Direction, accumulate_each, compute_dtype
-from zolightning.kernels.adam import adam_step
-from zolightning.optim.precision import State, UpdatePrecision, add_adam, add_directions, add_tensors
+from zolightning.kernels.adam import AdamStep, adam_step
+from zolightning.optim.precision import State, UpdatePrecision, stored_each
 
 _DENOMINATOR_EPS = 1e-8  # Adam's epsilon, where a method has no setting for it
 
@@ -21,7 +21,7 @@ def descend(
     weights: Sequence[Tensor],
     states: Sequence[State],
     gradients: Sequence[Direction],
-    group: dict[str, Any],
+    group: Mapping[str, Any],
     lr: float,
     precision: UpdatePrecision,
 ) -> None:
@@ -37,20 +37,27 @@ def descend(
         lr: learning rate of this step.
         precision: how sums are rounded.
     """
-    decay = 1 - lr * group.get("weight_decay", 0.0)
-    decays = [decay if weight.ndim >= 2 else 1.0 for weight in weights]
+    calls = stored_each(weights, states, precision, 1 - lr * group.get("weight_decay", 0.0))
     if group.get("betas"):
-        denominator_eps = group.get("denominator_eps", _DENOMINATOR_EPS)
-        adam_(states, weights, gradients, group["betas"], denominator_eps, -lr, precision, decays)
+        step_of: dict[int, AdamStep] = {}  # by its number: parameters of blocks have counts of their own
+        for call, weight, state, gradient in zip(calls, weights, states, gradients, strict=True):
+            state["step"] = count = state.get("step", 0) + 1
+            if count not in step_of:
+                step_of[count] = adam_step(group["betas"], count, group.get("denominator_eps", _DENOMINATOR_EPS), -lr)
+            mean, square = moment(state, "exp_avg", weight), moment(state, "exp_avg_sq", weight)
+            call |= {**gradient.arguments(), "mean": mean, "square": square, "step": step_of[count]}
+        kernels.for_each(kernels.add_adam, calls)
     elif group.get("momentum"):
-        means = momentum_(states, weights, gradients, group["momentum"])
-        add_tensors(weights, states, means, precision, decays, -lr)
+        means = _momentum(weights, states, gradients, group["momentum"])
+        deltas = zip(calls, means, strict=True)
+        kernels.for_each(kernels.add_delta, [{**call, "delta": mean, "scale": -lr} for call, mean in deltas])
     else:
-        add_directions(weights, states, gradients, precision, decays)
+        moves = zip(calls, gradients, strict=True)
+        kernels.for_each(kernels.add, [{**call, **gradient.arguments()} for call, gradient in moves])
 
 
 def smoothed(
-    cores: Sequence[Tensor], states: Sequence[State], gradients: Sequence[Direction], group: dict[str, Any]
+    cores: Sequence[Tensor], states: Sequence[State], gradients: Sequence[Direction], group: Mapping[str, Any]
 ) -> list[Tensor]:
     """The gradients of cores after Adam or momentum, as :func:`descend` chooses them, in the shapes of the cores.
 
@@ -61,73 +68,25 @@ def smoothed(
         group: the settings, as for :func:`descend`.
     """
     if group["momentum"] and not group["betas"]:
-        found = momentum_(states, cores, gradients, group["momentum"])
+        found = _momentum(cores, states, gradients, group["momentum"])
     else:
         sizes = [core.numel() for core in cores]
         zeros = torch.zeros(sum(sizes), dtype=cores[0].dtype, device=cores[0].device)
         found = list(zeros.split(sizes))
         if group["betas"]:
-            adam_(states, found, gradients, group["betas"], _DENOMINATOR_EPS, 1.0, "exact", [1.0] * len(found))
+            descend(found, states, gradients, {"betas": group["betas"]}, -1.0, "exact")
         else:
             accumulate_each(gradients, found)
     return [gradient.view(core.shape) for gradient, core in zip(found, cores, strict=True)]
 
 
-def momentum_(
-    states: Sequence[State], weights: Sequence[Tensor], gradients: Sequence[Direction], momentum: float
+def _momentum(
+    weights: Sequence[Tensor], states: Sequence[State], gradients: Sequence[Direction], momentum: float
 ) -> list[Tensor]:
-    """Moves ``state["momentum_buffer"]`` of each parameter towards its gradient.
-
-    Args:
-        states: entries in the optimizer's state; the buffers are made there, of zeros, if needed.
-        weights: what the gradients are of, n elements each in any shape.
-        gradients: already times ``1 - momentum``.
-        momentum: decay of the mean.
-
-    Returns:
-        The buffers, (n,) each, float32 or wider.
-    """
-    buffers = [moment(state, "momentum_buffer", weight) for state, weight in zip(states, weights, strict=True)]
+    """Moves the ``momentum_buffer`` of each state, (n,), towards a gradient, given times ``1 - momentum``."""
+    buffers = [moment(state, "momentum_buffer", weight) for weight, state in zip(weights, states, strict=True)]
     accumulate_each(gradients, buffers, momentum)
     return buffers
-
-
-def adam_(
-    states: Sequence[State],
-    weights: Sequence[Tensor],
-    gradients: Sequence[Direction],
-    betas: tuple[float, float],
-    denominator_eps: float,
-    scale: float,
-    precision: UpdatePrecision,
-    decays: Sequence[float],
-) -> None:
-    """One step of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1): moves moments and weights in one pass.
-
-    Args:
-        states: entries in the optimizer's state; ``exp_avg`` and ``exp_avg_sq``, (n,) each, are made there, of zeros,
-            if needed, and ``step`` counts.
-        weights: n elements each in any shape, contiguous.
-        gradients: the estimated gradients.
-        betas: decays of the first and second moment.
-        denominator_eps: added to the root of the second moment.
-        scale: minus the learning rate.
-        precision: how sums are rounded.
-        decays: multiply the weights first.
-    """
-    by_count: defaultdict[int, list[int]] = defaultdict(list)  # parameters of blocks have counts of their own
-    for place, state in enumerate(states):
-        state["step"] = state.get("step", 0) + 1
-        by_count[state["step"]].append(place)
-    for count, places in by_count.items():
-        moved = [weights[place] for place in places]
-        own, directions = [states[place] for place in places], [gradients[place] for place in places]
-        moments = [
-            (moment(state, "exp_avg", weight), moment(state, "exp_avg_sq", weight))
-            for state, weight in zip(own, moved, strict=True)
-        ]
-        step = adam_step(betas, count, denominator_eps, scale)
-        add_adam(moved, own, moments, directions, step, precision, [decays[place] for place in places])
 
 
 def moment(state: State, name: str, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The parameters of a method: their names, which of them move, slices of them, and their state."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from operator import is_
 from typing import Any, ClassVar
@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.shards import is_sharded
+from zolightning.directions.dense import Direction, of_own_rows
+from zolightning.directions.shards import is_sharded, own_rows
 from zolightning.directions.slices import Slice
 from zolightning.optim.blocks import LEFT_STATES, LeftState, ParameterBlocks
 from zolightning.optim.checks import require_choice
-from zolightning.optim.precision import EXTRA_BITS, completed
+from zolightning.optim.precision import EXTRA_BITS, State, as_contiguous, completed
 from zolightning.optim.settings import require_same_settings, settings_of
 
 _SHARED = ("step", "seed", "forward_passes", "refresh", "folds", "lr_scale")  # by all groups: they are of one run
@@ -213,6 +214,23 @@ class NamedParameters(torch.optim.Optimizer):
             self.release(self.blocks.at_rest)
 
     # Their state
+
+    @contextmanager
+    def to_move(
+        self, parameters: Collection[nn.Parameter], directions: Iterable[Direction]
+    ) -> Iterator[tuple[list[Tensor], list[State], list[Direction]]]:
+        """What a step along `directions` moves: weights or slices of them, contiguous, and the state of each.
+
+        With the part of each direction that belongs to it, if parameters are sharded and only rows are on this rank.
+        """
+        with ExitStack() as stack:
+            weights = [
+                (parameter.detach() if type(parameter) is nn.Parameter else own_rows(parameter))
+                if not (self.slices and parameter in self.slices) and parameter.is_contiguous()
+                else stack.enter_context(as_contiguous(parameter, self.slices.get(parameter)))
+                for parameter in parameters
+            ]
+            yield weights, [self.state[parameter] for parameter in parameters], of_own_rows(directions, parameters)
 
     def completed(self, parameter: nn.Parameter) -> Tensor:
         """The trained values of a parameter with all the bits that are kept of them, flat.

@@ -28,8 +28,8 @@ value: in fp16 exactly, unless the value equals the rounded master; in bf16 plus
 most half a unit in the last place.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -39,9 +39,7 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.shards import own_rows
 from zolightning.directions.slices import Slice
-from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.bfloat16 import read_split
-from zolightning.kernels.curvature import Change
 from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
 
@@ -87,18 +85,6 @@ def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tens
         data.copy_(weight)
 
 
-@contextmanager
-def all_contiguous(parameters: Iterable[nn.Parameter], slices: Mapping[nn.Parameter, Slice]) -> Iterator[list[Tensor]]:
-    """:func:`as_contiguous` of several parameters; `slices` holds those that train in part."""
-    with ExitStack() as stack:
-        yield [
-            (parameter.detach() if type(parameter) is nn.Parameter else own_rows(parameter))
-            if not (slices and parameter in slices) and parameter.is_contiguous()
-            else stack.enter_context(as_contiguous(parameter, slices.get(parameter)))
-            for parameter in parameters
-        ]
-
-
 def completed(weight: Tensor, extra_bits: Mapping[str, Tensor]) -> Tensor:
     """A weight with its extra bits: the number that updates are added to.
 
@@ -128,86 +114,7 @@ def add_direction(
         precision: how the sum is rounded.
         decay: multiplies the weight first (decoupled weight decay is ``1 - lr * weight_decay``).
     """
-    add_directions([weight], [state], [direction], precision, [decay])
-
-
-def add_directions(
-    weights: Sequence[Tensor],
-    states: Sequence[State],
-    directions: Sequence[Direction],
-    precision: UpdatePrecision,
-    decays: Sequence[float],
-    thresholds: Sequence[float | None] | None = None,
-) -> None:
-    """:func:`add_direction` for several weights, in few launches on a GPU.
-
-    Args:
-        weights: see :func:`add_direction`, also for `states`, `directions`, `precision` and `decays`.
-        thresholds: for each weight, elements with a larger absolute value are left unchanged; None for no threshold.
-    """
-    each = _each(weights, states, directions, precision, decays)
-    if thresholds is not None:
-        each = [one | {"threshold": threshold} for one, threshold in zip(each, thresholds, strict=True)]
-    kernels.for_each(kernels.add, each)
-
-
-def add_adam(
-    weights: Sequence[Tensor],
-    states: Sequence[State],
-    moments: Sequence[tuple[Tensor, Tensor]],
-    gradients: Sequence[Direction],
-    step: AdamStep,
-    precision: UpdatePrecision,
-    decays: Sequence[float],
-) -> None:
-    """One step of Adam on several weights: updates the moments and the weights in one pass.
-
-    Args:
-        weights: see :func:`add_directions`, also for `states`, `precision` and `decays`.
-        moments: the first and the second moment of each weight, (n,), float32, or float64 for double-precision weights.
-        gradients: the estimated gradient of each weight.
-        step: Adam's coefficients in this step.
-    """
-    each = zip(_each(weights, states, gradients, precision, decays), moments, strict=True)
-    kernels.for_each(kernels.add_adam, [one | {"mean": m, "square": v, "step": step} for one, (m, v) in each])
-
-
-def add_curved(
-    weights: Sequence[Tensor],
-    states: Sequence[State],
-    curvatures: Sequence[Tensor],
-    directions: Sequence[Direction],
-    changes: Sequence[Change],
-    precision: UpdatePrecision,
-    decays: Sequence[float],
-) -> None:
-    """Changes curvatures, and then ``weight = decay * weight + direction / sqrt(curvature)``, in one pass.
-
-    Args:
-        weights: see :func:`add_directions`, also for `states`, `directions`, `precision` and `decays`.
-        curvatures: (n,) each, float32, or float64 for double-precision weights.
-        changes: how each curvature changes before it is used.
-    """
-    each = zip(_each(weights, states, directions, precision, decays), curvatures, changes, strict=True)
-    kernels.for_each(kernels.add_curved, [one | {"curvature": h, "change": change} for one, h, change in each])
-
-
-def add_curved_part(
-    weight: Tensor,
-    state: State,
-    curvature: Tensor,
-    direction: Direction,
-    change: Change,
-    precision: UpdatePrecision,
-    decay: float,
-    start: int,
-) -> None:
-    """:func:`add_curved` for some elements of one weight: from `start` on, as many as `curvature` has."""
-    flat = weight.view(-1)
-    extra_bits = _extra_bits(flat, state, precision)
-    part = slice(start, start + curvature.numel())
-    own, first = None if extra_bits is None else extra_bits[part], direction.first + start
-    kernels.add_curved(flat[part], curvature, direction, change, decay, own, first)
+    kernels.add(**stored(weight, state, precision), **direction.arguments(), decay=decay)
 
 
 def add_tensor(
@@ -230,56 +137,37 @@ def add_tensor(
         start: index of the first of them.
         scale: multiplies `delta` first.
     """
-    flat = weight.view(-1)
-    extra_bits = _extra_bits(flat, state, precision)
     part = slice(start, start + delta.numel())
-    kernels.add_delta(flat[part], delta, decay, None if extra_bits is None else extra_bits[part], scale)
+    kernels.add_delta(**stored(weight, state, precision, part), delta=delta, decay=decay, scale=scale)
 
 
-def add_tensors(
-    weights: Sequence[Tensor],
-    states: Sequence[State],
-    deltas: Sequence[Tensor],
-    precision: UpdatePrecision,
-    decays: Sequence[float],
-    scale: float,
-) -> None:
-    """:func:`add_tensor` for several whole weights, in few launches on a GPU."""
-    stored = _stored(weights, states, precision)
-    each = [
-        {"weight": weight, "extra_bits": extra_bits, "delta": delta.view(-1), "decay": decay, "scale": scale}
-        for (weight, extra_bits), delta, decay in zip(stored, deltas, decays, strict=True)
-    ]
-    kernels.for_each(kernels.add_delta, each)
+def stored(weight: Tensor, state: State, precision: UpdatePrecision, part: slice | None = None) -> dict[str, Any]:
+    """A weight as the loops of :mod:`zolightning.kernels` take it: the arguments ``weight`` and ``extra_bits``, (n,).
+
+    Args:
+        weight, state, precision: see :func:`add_direction`.
+        part: the elements that are wanted; None for all.
+    """
+    flat = weight.view(-1)
+    extra_bits = _extra_bits(flat, state, precision) if flat.dtype in _HALF and precision != "native" else None
+    if part is not None:
+        flat, extra_bits = flat[part], None if extra_bits is None else extra_bits[part]
+    return {"weight": flat, "extra_bits": extra_bits}
 
 
-def _each(
-    weights: Sequence[Tensor],
-    states: Sequence[State],
-    directions: Sequence[Direction],
-    precision: UpdatePrecision,
-    decays: Sequence[float],
+def stored_each(
+    weights: Sequence[Tensor], states: Sequence[State], precision: UpdatePrecision, decay: float
 ) -> list[dict[str, Any]]:
-    """The arguments of a kernel that adds a direction, for each weight."""
-    stored = zip(_stored(weights, states, precision), directions, decays, strict=True)
+    """:func:`stored` of several weights, and the argument ``decay``, which is 1 for weights of less than two
+    dimensions."""
     return [
-        {**d.arguments(), "decay": decay, "weight": flat, "extra_bits": extra_bits}
-        for (flat, extra_bits), d, decay in stored
+        {**stored(weight, state, precision), "decay": decay if weight.ndim >= 2 else 1.0}
+        for weight, state in zip(weights, states, strict=True)
     ]
 
 
-def _stored(
-    weights: Sequence[Tensor], states: Sequence[State], precision: UpdatePrecision
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Weights, (n,) each, and their extra bits."""
-    flats = [(weight.view(-1), state) for weight, state in zip(weights, states, strict=True)]
-    return [(flat, _extra_bits(flat, state, precision) if flat.dtype in _HALF else None) for flat, state in flats]
-
-
-def _extra_bits(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor | None:
-    """The extra bits of a half-precision weight, (n,), made at its first update; None if it has none."""
-    if precision == "native" or flat.dtype not in _HALF:
-        return None
+def _extra_bits(flat: Tensor, state: State, precision: UpdatePrecision) -> Tensor:
+    """The extra bits of a half-precision weight, (n,), made at its first update."""
     if flat.dtype == torch.float16:
         if "master" not in state:
             state["master"] = flat.float()

@@ -7,16 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.masked import MagnitudeMasked, Masked, PackedMask, RandomMask, packed
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.shards import first_elements, own_rows, whole
+from zolightning.directions.shards import own_rows, whole
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
 from zolightning.optim.checks import require_choice
 from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseOptimizer
-from zolightning.optim.precision import add_directions, add_tensor, all_contiguous, as_contiguous
+from zolightning.optim.precision import add_tensor, as_contiguous, stored
 from zolightning.optim.record import StepRecord
 from zolightning.optim.samples import strided
 
@@ -84,26 +85,23 @@ class SparseMeZO(DenseOptimizer):
     def update(self, record: StepRecord) -> None:
         for group, lr in zip(self.param_groups, record.lr, strict=True):
             coefficients = {q: -lr * g / self.num_queries for q, g in enumerate(record.projected_grads)}
-            moves: dict[nn.Parameter, Direction] = {}
-            thresholds: list[float | None] = []
             directions = self.directions(group, record.seed, record.step, coefficients)
-            for (parameter, direction), first in zip(directions.items(), first_elements(directions), strict=True):
-                kept, state = self._mask_of(parameter, group), self.state[parameter]
-                masked = self._masked(direction, kept, group)
-                state.update(kept)
-                self._first.pop(parameter, None)
-                if not isinstance(masked, Masked):
-                    moves[parameter] = direction.of_rows(first) if first else direction
-                    thresholds.append(masked.threshold if isinstance(masked, MagnitudeMasked) else None)
-                    continue
-                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+            calls: list[dict[str, Any]] = []
+            with self.to_move(directions, directions.values()) as own:
+                for parameter, weight, state, direction in zip(directions, *own, strict=True):
+                    kept = self._mask_of(parameter, group)
+                    masked = self._masked(direction, kept, group)
+                    state.update(kept)
+                    self._first.pop(parameter, None)
+                    if not isinstance(masked, Masked):
+                        threshold = masked.threshold if isinstance(masked, MagnitudeMasked) else None
+                        call = {**stored(weight, state, self.update_precision), **direction.arguments()}
+                        calls.append({**call, "threshold": threshold})
+                        continue
                     for part in chunks(weight.numel(), chunk_size(weight)):
-                        noise = masked.of_elements(weight.view(-1)[part], first + part.start)
+                        noise = masked.of_elements(weight.view(-1)[part], direction.first + part.start)
                         add_tensor(weight, state, noise, self.update_precision, start=part.start)
-            states = [self.state[parameter] for parameter in moves]
-            with all_contiguous(moves, self.slices) as weights:
-                decays = [1.0] * len(weights)
-                add_directions(weights, states, list(moves.values()), self.update_precision, decays, thresholds)
+                kernels.for_each(kernels.add, calls)
 
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
         return name not in self.kept_at_rest

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zolightning.directions.dense import Direction, compute_dtype, directions, of_own_rows
+from zolightning.directions.dense import Direction, compute_dtype, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
@@ -18,7 +18,7 @@ from zolightning.optim.cores import half_spacing
 from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
-from zolightning.optim.precision import State, all_contiguous
+from zolightning.optim.precision import State
 from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
 from zolightning.optim.state_dicts import substitute_in_state_dicts
@@ -317,9 +317,7 @@ class SubspaceOptimizer(SubspaceWeights):
         scale = 1.0 if group["momentum"] or group["betas"] else -lr
         scaled = {query: scale * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
-        states = [self.state[parameter] for parameter in vectors.values()]
-        moves = of_own_rows(gradients.values(), vectors.values())
-        with all_contiguous(vectors.values(), self.slices) as weights:
+        with self.to_move(vectors.values(), gradients.values()) as (weights, states, moves):
             descend(weights, states, moves, group, lr, "exact")
 
     def _core_directions(
