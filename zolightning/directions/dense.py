@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zolightning import kernels
-from zolightning.directions.shards import first_elements
+from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import CODE_SCALE, Noise, NoiseKind, coefficient, keys_of, on_device
 
 
@@ -142,8 +142,8 @@ def negated(direction: Direction) -> Coefficients:
 
 def of_own_rows(directions: Iterable[Direction], parameters: Iterable[Tensor]) -> list[Direction]:
     """The part of each direction that belongs to the rows of its parameter that this rank holds."""
-    pairs = zip(directions, first_elements(parameters), strict=True)
-    return [direction.of_rows(first) if first else direction for direction, first in pairs]
+    pairs = zip(directions, parameters, strict=True)
+    return [d if type(p) is nn.Parameter else d.of_rows(first_element(p)) for d, p in pairs]  # few are looked into
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:

@@ -5,7 +5,6 @@ within the whole, so that noise does not depend on how it is sharded.
 """
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
@@ -33,11 +32,6 @@ def first_element(tensor: Tensor) -> int:
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return offset[0] * math.prod(tensor.shape[1:]) if offset else 0
-
-
-def first_elements(tensors: Iterable[Tensor]) -> list[int]:
-    """:func:`first_element` of each of several tensors."""
-    return [0 if type(tensor) is nn.Parameter else first_element(tensor) for tensor in tensors]  # none is looked into
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -41,12 +41,7 @@ def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float],
 
     With d queries or more that is the gradient itself. In the scale d / q, d is taken to be the mean squared norm of
     the directions. With more than ``MOST_NUMBERS`` elements per query there is nothing to gain, and the projected
-    gradients are returned unchanged.
-
-    Args:
-        optimizer: before its step.
-        projected_grads: one for each query.
-        warns: whether to warn if they are returned unchanged.
+    gradients are returned unchanged; if it `warns`, a warning says so.
     """
     queries = [optimizer.perturbations(query, 1) for query in range(len(projected_grads))]
     found = {parameter: _noise_shape(optimizer, parameter, change) for parameter, change in queries[0].items()}

@@ -13,20 +13,18 @@ from torch.utils.hooks import RemovableHandle
 
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.perturbation import Perturbation
-from zolightning.directions.shards import first_element, is_sharded
+from zolightning.directions.shards import is_sharded
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatches
 from zolightning.evaluation.losses import LossFunction
-from zolightning.kernels.noise import key as noise_key
 from zolightning.optim import checks
 from zolightning.optim.estimators import Estimator, TwoSided
 from zolightning.optim.evaluate_step import evaluate_step, squared_grad
 from zolightning.optim.named_parameters import NamedParameters
-from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, as_contiguous, warn_of_native
+from zolightning.optim.precision import UPDATE_PRECISIONS, UpdatePrecision, warn_of_native
 from zolightning.optim.record import Estimate, StepRecord
 from zolightning.optim.settings import refuse_unknown
 from zolightning.optim.share import WHOLE, Share, warn_of_other_processes
-from zolightning.optim.stochastic_rounding import round_stochastically
 
 
 class ZerothOrderOptimizer(NamedParameters, ABC):
@@ -83,7 +81,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.require_seed(seed)
         estimator = TwoSided() if estimator is None else estimator
-        checks.require_estimator(estimator)
+        if not isinstance(estimator, Estimator):
+            raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
         self.num_queries = num_queries
         self.align_queries = align_queries
         self.estimator = estimator
@@ -315,20 +314,3 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         # A scheduler sets `step` to a function of the optimizer that it has.
         own = {name: value for name, value in vars(self).items() if "hook" not in name and name != "step"}
         return own | {"evaluator": Evaluator(), "_estimate_pre_hooks": OrderedDict()}
-
-    # What is kept of weights
-
-    def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the state of parameters, but for `kept_at_rest`; half-precision weights are rounded stochastically.
-
-        The random numbers are a function of the step and of the parameter's name.
-        """
-        for parameter in parameters if self.drops_left_state else ():
-            if extra_bits := {name: bits.to(parameter.device) for name, bits in self.extra_bits(parameter).items()}:
-                key = noise_key(0, self.param_groups[0]["step"], -1, self.names[parameter])
-                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
-                    first = first_element(parameter)
-                    round_stochastically(weight, extra_bits, self.update_precision, key, first)
-            state = self.state.pop(parameter, {})
-            if kept := {name: state[name] for name in self.kept_at_rest if name in state}:
-                self.state[parameter] = kept

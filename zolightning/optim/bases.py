@@ -106,8 +106,13 @@ class BasisKind:
         return matrix.rank / (matrix.rows if side == "left" else matrix.columns) if self.unit else float(matrix.rank)
 
 
-def require_factors(basis: Basis, matrix: Matrix, name: str) -> None:
-    """Raises a ValueError unless the factors of a basis that is given for a matrix, called `name`, have its sizes."""
+def require_factors(basis: Basis, matrix: Matrix | None, name: str, of_momentum: Basis | None) -> None:
+    """Raises a ValueError unless a basis can be given for a matrix (None if it is none) called `name`.
+
+    `of_momentum` is the one-sided basis in which it has momentum, if it has.
+    """
+    if matrix is None:
+        raise ValueError(f"A basis is given for `{name}`, which this method does not search in a subspace.")
     if not basis.by_side:
         raise ValueError(f"The basis that is given for `{name}` has no factor.")
     for side, factor in basis.by_side.items():
@@ -117,6 +122,11 @@ def require_factors(basis: Basis, matrix: Matrix, name: str) -> None:
                 f"The {side} factor that is given for `{name}` must have {size} rows and 1 to {size} columns, got the "
                 f"shape {tuple(factor.shape)}."
             )
+    if of_momentum is not None and (of_momentum.left is None) != (basis.left is None):
+        raise ValueError(
+            f"`{name}` has momentum in a basis of the other side than the one given. Give bases before the first step, "
+            "or start a new run from the weights."
+        )
 
 
 @functools.lru_cache(maxsize=4096)  # asked for every parameter several times a step

@@ -26,16 +26,7 @@ class ParameterBlocks:
         self.at_rest: set[nn.Parameter] = set()
 
     def define(self, blocks: Sequence[Iterable[nn.Parameter]], own: Mapping[nn.Parameter, str]) -> None:
-        """Divides parameters into blocks; see :meth:`~zolightning.optim.ZerothOrderOptimizer.set_blocks`.
-
-        Args:
-            blocks: the parameters of each.
-            own: the names of the optimizer's parameters.
-
-        Raises:
-            ValueError: if a block has no trainable parameter, shares one with another block, or has one that is not
-                the optimizer's.
-        """
+        """As ``set_blocks`` of the optimizer, given the names of its `own` parameters."""
         found = [frozenset(block) for block in blocks]
         taken: set[nn.Parameter] = set()
         for index, block in enumerate(found):

@@ -2,8 +2,7 @@
 
 import copy
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -50,7 +49,7 @@ def check_method(method: Method, steps: int = 8) -> None:
         check_method(partial(MyMethod, lr=1e-2, num_queries=4))
     """
     run = _Run(method)
-    with _saying(type(run.optimizer).__name__):
+    try:
         run.go(steps)
         _check_seed(run, _Run(method).go(steps))
         _check_estimate(method, steps)
@@ -60,6 +59,12 @@ def check_method(method: Method, steps: int = 8) -> None:
         _check_what_rests(method, steps)
         _check_half_precision(run, method)
         _check_descent(method, 10 * steps)
+    except _Found as found:
+        raise ValueError(f"{type(run.optimizer).__name__}: {found}") from None
+
+
+class _Found(Exception):
+    """Something that a method does otherwise."""
 
 
 class _Network(nn.Module):
@@ -113,25 +118,8 @@ class _Run:
             self.optimizer.step()
         return self
 
-    def loss(self) -> float:
-        with torch.no_grad():
-            return _loss_of(self.network).item()
-
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-
-@contextmanager
-def _saying(name: str) -> Iterator[None]:
-    """Puts the name of the method before what is found."""
-    try:
-        yield
-    except _Found as found:
-        raise ValueError(f"{name}: {found}") from None
-
-
-class _Found(Exception):
-    """Something that a method does otherwise."""
 
 
 def _different(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -154,11 +142,16 @@ def _check_estimate(method: Method, steps: int) -> None:
                 f"projected gradients, and a ledger has room for {len(probes)}, one for each of its `probes`, and for "
                 f"{optimizer.num_queries}, the `num_queries`. Give as many."
             )
-        for probe, loss in zip(probes, record.losses, strict=True):
-            _require_equal(loss, _loss_at(run, probe), f"the loss of query {probe.query} and sign {probe.sign}")
+        written = [_loss_at(run, probe) for probe in probes]
         optimizer.step()
-        for loss, other in zip(record.losses, stacked.go(done).records[-1].losses if stacked else (), strict=False):
-            _require_equal(other, loss, "a loss under `evaluations_per_forward` 2")
+        together = stacked.go(done).records[-1].losses if stacked else record.losses
+        for probe, *losses in zip(probes, written, record.losses, together, strict=True):
+            if max(losses) - min(losses) > _ROUNDING * (1 + abs(losses[0])):
+                raise _Found(
+                    f"the loss of query {probe.query} and sign {probe.sign} is {losses[0]} at weights which `add_to` "
+                    f"of its perturbations writes, was {losses[1]}, and {losses[2]} with `evaluations_per_forward` 2: "
+                    "`add_to_rows`, `opposite` and what else a perturbation has must do the same."
+                )
 
 
 def _loss_at(run: _Run, probe: Probe) -> float:
@@ -170,14 +163,6 @@ def _loss_at(run: _Run, probe: Probe) -> float:
             changes[parameter].add_to(parameter.detach(), own.data)
     with torch.no_grad():
         return _loss_of(moved).item()
-
-
-def _require_equal(one: float, other: float, what: str) -> None:
-    if abs(one - other) > _ROUNDING * (1 + abs(one)):
-        raise _Found(
-            f"{what} is not that of the weights which `add_to` of its perturbations writes. `add_to_rows`, `opposite` "
-            "and what else a perturbation has must do the same."
-        )
 
 
 def _check_seed(run: _Run, other: _Run) -> None:
@@ -287,8 +272,9 @@ def _check_half_precision(run: _Run, method: Method) -> None:
 
 def _check_descent(method: Method, steps: int) -> None:
     run = _Run(method)
-    before = run.loss()
-    if not (after := run.go(steps).loss()) < before:
+    with torch.no_grad():
+        before, after = _loss_of(run.network).item(), _loss_of(run.go(steps).network).item()
+    if not after < before:
         raise _Found(
             f"the loss rose from {before:.3g} to {after:.3g} in {steps} steps. Do steps go along the directions that "
             "losses were evaluated on, and against the gradient? If so, choose another `lr`."

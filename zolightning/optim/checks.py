@@ -47,12 +47,6 @@ def require_patterns(patterns: Sequence[str]) -> None:
             raise ValueError(f"`patterns` has '{pattern}', which is no regular expression: {error}.") from None
 
 
-def require_estimator(estimator: object) -> None:
-    """Raises a ValueError unless it is an estimator."""
-    if not isinstance(estimator, Estimator):
-        raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
-
-
 def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None:
     """Raises a ValueError if the evaluations of this estimator cannot share a forward pass, and are to."""
     if evaluations_per_forward > 1 and estimator.why_unbatched:
@@ -76,8 +70,7 @@ def require_prefix(keep_prefix_gib: float, cuda_graphs: bool) -> None:
 def refuse_with_shards(settings: Iterable[tuple[str, object, str]]) -> None:
     """Raises a ValueError that names the first of some settings which do not work with sharded parameters (FSDP2).
 
-    Args:
-        settings: the name of each, its value, and one that works.
+    Each has a name, a value, and one that works.
     """
     for name, value, accepted in settings:
         raise ValueError(

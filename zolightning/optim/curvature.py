@@ -43,9 +43,7 @@ from zolightning.optim.precision import State, UpdatePrecision, stored, stored_e
 from zolightning.optim.samples import strided
 
 Structure = Literal["full", "row_column", "scalar"]
-STRUCTURES: tuple[str, ...] = ("full", "row_column", "scalar")
 CurvatureEstimate = Literal["code", "centered"]
-CURVATURE_ESTIMATES: tuple[str, ...] = ("code", "centered")
 _LARGEST = 1e30  # of a relative change of curvature: far beyond the bounds of any, and no overflow
 # The mean of u**4 (3 for a normal distribution), by which a centered estimate is made unbiased.
 _FOURTH_MOMENT: dict[NoiseKind, float] = {"gaussian": 2.875, "rademacher": 1.0}
@@ -128,12 +126,9 @@ def update_(
     a time.
 
     Args:
-        weights: contiguous, of any shapes.
-        states: the parameters' entries in the optimizer's state.
+        weights, states, precision: see :func:`~zolightning.optim.moments.descend`.
         directions: the moves of the weights before they are divided by ``sqrt(H)``.
-        change: the change of the curvatures.
-        structure: the structure of the curvatures.
-        precision: how sums are rounded.
+        change, structure: of the curvatures.
         decay: multiplies matrices first.
     """
     floor, ceiling = change.bounds

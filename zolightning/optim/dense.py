@@ -26,12 +26,7 @@ class DenseOptimizer(ZerothOrderOptimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        *,
-        noise: NoiseKind = "gaussian",
-        **common: Any,
+        self, params: Iterable[Any], defaults: dict[str, Any], *, noise: NoiseKind = "gaussian", **common: Any
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
         super().__init__(params, defaults, **common)

@@ -84,9 +84,6 @@ class Estimator(ABC):
         Args:
             optimizer: the method, which defines the directions.
             loss_fn, share, micro_batches: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
-
-        Raises:
-            ValueError: if a number of terms is negative.
         """
         return evaluate_probes(optimizer, self, self.probes(optimizer.num_queries), loss_fn, share)
 

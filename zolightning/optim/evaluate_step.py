@@ -10,13 +10,7 @@ from zolightning.evaluation.losses import LossFunction
 from zolightning.optim.alignment import aligned
 from zolightning.optim.estimators import TwoSided
 from zolightning.optim.probing import Probe, Probed, evaluate_probes
-from zolightning.optim.record import (
-    FLAT_IN_A_ROW,
-    MAX_NONFINITE_IN_A_ROW,
-    Estimate,
-    NonFiniteLossError,
-    StepRecord,
-)
+from zolightning.optim.record import FLAT_IN_A_ROW, MAX_NONFINITE_IN_A_ROW, Estimate, NonFiniteLossError, StepRecord
 from zolightning.optim.share import WHOLE, Share
 from zolightning.rank_zero import rank_zero_warn
 
@@ -34,11 +28,8 @@ def evaluate_step(
 ) -> StepRecord:
     """Evaluates the losses of a step and makes its record, which has no projected gradients if one is not finite.
 
-    Args:
-        optimizer: the method, which defines what each evaluation adds to the weights.
-        last: its last estimate, which counts steps whose losses are all equal or not finite.
-        loss_fn, share, skip_nonfinite, micro_batches: see
-            :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`; the exceptions are those listed there.
+    The other arguments and the exceptions are those of ``optimizer.estimate``; its `last` one counts steps whose losses
+    are all equal or not finite.
     """
     found = optimizer.estimator.evaluate(optimizer, loss_fn, share, micro_batches)
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
@@ -70,12 +61,6 @@ def squared_grad(
     standard deviation is sqrt(2). It costs ``2 num_queries`` evaluations, which the next record counts. The directions
     are other ones than those of any step.
 
-    Args:
-        optimizer: the method.
-        block: index of the block.
-        num_queries: directions to average over.
-        loss_fn, share: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
-
     Returns:
         The mean, or 0 if a loss is not finite.
     """
@@ -89,11 +74,7 @@ def squared_grad(
 
 
 def _count_nonfinite(found: Probed, last: Estimate, skip_nonfinite: bool, step: int) -> None:
-    """Counts steps in a row with a loss that is not finite.
-
-    Raises:
-        NonFiniteLossError: if there are more of them than may be skipped.
-    """
+    """Counts steps in a row with a loss that is not finite; raises if there are more of them than may be skipped."""
     last.nonfinite_in_a_row = 0 if found.is_finite else last.nonfinite_in_a_row + (not found.is_empty)
     if last.nonfinite_in_a_row > (MAX_NONFINITE_IN_A_ROW if skip_nonfinite else 0) and not found.is_empty:
         values = ", ".join(f"{loss:g}" for loss in found.losses)

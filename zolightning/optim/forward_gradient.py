@@ -26,13 +26,8 @@ def evaluate_derivatives(
 ) -> Probed:
     """Differentiates a loss along the direction of each query, at the stored weights.
 
-    Attention runs as separate operations, because its fused kernels have no forward-mode derivative.
-
-    Args:
-        optimizer: the method, which defines the directions.
-        estimator: its estimator.
-        loss_fn: computes the loss of one batch, and its number of terms if that is not 1.
-        share: which of the derivatives this rank computes, and how it gets those of the others.
+    Attention runs as separate operations, because its fused kernels have no forward-mode derivative. The arguments are
+    those of ``Estimator.evaluate``.
 
     Returns:
         The loss at the stored weights, once for each query, and its derivatives. Where a derivative is not finite, it
@@ -40,8 +35,7 @@ def evaluate_derivatives(
 
     Raises:
         ValueError: if the loss cannot be differentiated: an operation has no forward derivative, a parameter is read
-            where it cannot be exchanged, or the loss does not depend on the parameters by torch's operations; or if a
-            number of terms is negative.
+            where it cannot be exchanged, or the loss does not depend on the parameters by torch's operations.
     """
     if optimizer.evaluator.graphs is not None:
         raise ValueError("`cuda_graphs` is True, and under ForwardGradient() no forward is recorded. Set it to False.")

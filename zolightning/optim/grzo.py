@@ -19,7 +19,9 @@ from zolightning.optim.estimators import Estimator, PerExample
 from zolightning.optim.normalization import normalized
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.optim.subspace_weights import Matrices
 
+_Pair = tuple[str, int]  # the name of a parameter, and a query
 _LEAST_SPREAD = 1e-6  # of projected gradients, as a share of the largest: below it they differ by rounding alone
 
 
@@ -72,7 +74,7 @@ class GRZO(SubspaceOptimizer):
         if common.get("align_queries"):
             raise ValueError("`align_queries` is True, and GRZO's directions share a core: set it to False.")
         self._cores: dict[str, Tensor] = {}  # drawn in a step, by name
-        self._signs: dict[tuple[str, int], Tensor] = {}  # by name and query, first those of rows
+        self._signs: dict[_Pair, Tensor] = {}  # first those of rows
         self._drawn_in = (0, 0)  # seed and step
         super().__init__(
             params,
@@ -116,9 +118,7 @@ class GRZO(SubspaceOptimizer):
             if spread <= _LEAST_SPREAD * max(map(abs, projected_grads)):
                 spread = math.inf  # all alike, which says nothing of a step's size
             coefficients = [g / spread / len(projected_grads) for g in projected_grads]
-            if group["vector_lr_ratio"]:
-                by_query = dict(enumerate(coefficients))
-                self.update_vectors(group, vectors, record, by_query, lr * group["vector_lr_ratio"])
+            self.update_vectors(group, vectors, record, dict(enumerate(coefficients)), lr)
             batches: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
             for name, (parameter, matrix) in matrices.items():
                 core = self.core(parameter, matrix)
@@ -134,14 +134,8 @@ class GRZO(SubspaceOptimizer):
         own = {name: pair for name, pair in matrices.items() if pair[0] is parameter}
         return self._sums(own, record, [g / len(record.projected_grads) for g in record.projected_grads])[0]
 
-    def _sums(
-        self, matrices: dict[str, tuple[nn.Parameter, Matrix]], record: StepRecord, coefficients: list[float]
-    ) -> Tensor:
-        """The sum over queries of coefficient times core, for matrices whose cores have one shape.
-
-        Returns:
-            (matrices, *core shape).
-        """
+    def _sums(self, matrices: Matrices, record: StepRecord, coefficients: list[float]) -> Tensor:
+        """The sum over queries of coefficient times core, (matrices, *core shape); all cores have one shape."""
         queries = range(len(coefficients))
         self._draw_cores(matrices, (record.seed, record.step), queries)
         cores = torch.stack([self._cores[name] for name in matrices])
@@ -151,9 +145,7 @@ class GRZO(SubspaceOptimizer):
         _, matrix = next(iter(matrices.values()))
         return cores * (rows.mT @ (weights * columns)) * self.direction_scale(matrix)
 
-    def _draw_cores(
-        self, matrices: dict[str, tuple[nn.Parameter, Matrix]], run: tuple[int, int], queries: Sequence[int]
-    ) -> None:
+    def _draw_cores(self, matrices: Matrices, run: tuple[int, int], queries: Sequence[int]) -> None:
         """Draws the cores, which all queries share, and the signs that this step has not drawn yet.
 
         It takes one launch on a GPU for cores and one for signs.
@@ -176,29 +168,20 @@ class GRZO(SubspaceOptimizer):
 
 
 def _drawn(
-    sizes: dict[tuple[str, int], int],
-    what: str,
-    parameters: dict[str, nn.Parameter],
-    run: tuple[int, int],
-    kind: NoiseKind,
-) -> dict[tuple[str, int], Tensor]:
+    sizes: dict[_Pair, int], what: str, parameters: dict[str, nn.Parameter], run: tuple[int, int], kind: NoiseKind
+) -> dict[_Pair, Tensor]:
     """Draws noise for pairs of a parameter's name and a query, in the dtype in which the parameter is perturbed.
 
-    Args:
-        sizes: how many numbers to draw for each pair.
-        what: appended to the parameter's name in the key of the noise.
-        parameters: the parameters by name.
-        run: seed and step.
-        kind: the distribution.
+    `sizes` says how many numbers, and `what` is appended to the name in the key of the noise of a `run`: seed and step.
     """
     named = {f"{name}/{what}": parameters[name] for name, _ in sizes}
     places = {query: place for place, query in enumerate(dict.fromkeys(query for _, query in sizes))}
     found = directions(named, *run, dict.fromkeys(places, 1.0), kind) if sizes else {}
-    alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[str, int]]] = defaultdict(list)
+    alike: defaultdict[tuple[torch.dtype, torch.device], list[_Pair]] = defaultdict(list)
     for pair in sizes:
         parameter = parameters[pair[0]]
         alike[compute_dtype(parameter.dtype), parameter.device].append(pair)
-    drawn: dict[tuple[str, int], Tensor] = {}
+    drawn: dict[_Pair, Tensor] = {}
     for (dtype, device), pairs in alike.items():
         # One launch takes tensors of multiples of 16 elements, so the last ones may be of no use.
         whole = [-(-sizes[pair] // 16) * 16 for pair in pairs]

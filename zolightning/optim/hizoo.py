@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -11,8 +11,6 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.optim.checks import require_choice, require_fraction
 from zolightning.optim.common import CommonAndQueries, Unpack
 from zolightning.optim.curvature import (
-    CURVATURE_ESTIMATES,
-    STRUCTURES,
     CurvatureEstimate,
     Structure,
     has_curvature,
@@ -87,8 +85,8 @@ class HiZOO(DenseOptimizer):
         estimator: ThreePoint | None = None,
         **common: Unpack[CommonAndQueries],
     ) -> None:
-        require_choice("curvature", curvature, STRUCTURES)
-        require_choice("curvature_estimate", curvature_estimate, CURVATURE_ESTIMATES)
+        require_choice("curvature", curvature, get_args(Structure))
+        require_choice("curvature_estimate", curvature_estimate, get_args(CurvatureEstimate))
         estimator = ThreePoint() if estimator is None else estimator
         if not isinstance(estimator, ThreePoint):
             found = type(estimator).__name__
@@ -98,14 +96,9 @@ class HiZOO(DenseOptimizer):
             raise ValueError(f"`curvature_estimate` must be 'code' with {what}, with which 'centered' says nothing.")
         self.curvature: Structure = curvature
         self.curvature_estimate: CurvatureEstimate = curvature_estimate
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "smoothing": _schedule(smoothing),
-            "curvature_bounds": curvature_bounds,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults, estimator=estimator, **common)
+        descent = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        curving = {"smoothing": _schedule(smoothing), "curvature_bounds": curvature_bounds}
+        super().__init__(params, descent | curving, estimator=estimator, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -130,14 +123,8 @@ class HiZOO(DenseOptimizer):
     def update(self, record: StepRecord) -> None:
         differences = self.estimator.second_differences(record.losses)
         for group, lr in zip(self.param_groups, record.lr, strict=True):
-            change = relative_change(
-                self.curvature_estimate,
-                _at(group["smoothing"], record.step),
-                differences,
-                group["eps"],
-                self.noise,
-                group["curvature_bounds"],
-            )
+            smoothing, bounds = _at(group["smoothing"], record.step), group["curvature_bounds"]
+            change = relative_change(self.curvature_estimate, smoothing, differences, group["eps"], self.noise, bounds)
             coefficients = {query: -lr * g / self.num_queries for query, g in enumerate(record.projected_grads)}
             found = self.directions(group, record.seed, record.step, coefficients)
             decay = 1 - lr * group["weight_decay"]
@@ -170,11 +157,7 @@ class HiZOO(DenseOptimizer):
 
 
 def _schedule(smoothing: Any) -> float | tuple[tuple[int, float], ...]:
-    """A smoothing as it is kept: a number, or steps and values in order.
-
-    Raises:
-        ValueError: if a value or a step is out of range, or the first step has no value.
-    """
+    """A smoothing as it is kept: a number, or steps and values in order; a ValueError says what is out of range."""
     if not isinstance(smoothing, Mapping | tuple):
         require_fraction("smoothing", smoothing)
         return smoothing

@@ -55,16 +55,9 @@ class MeZO(DenseDescent):
         rms_decay: float = 0.99,
         **common: Unpack[DenseSettings],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "normalize": normalize,
-            "clip": clip,
-            "rms_decay": rms_decay,
-        }
-        super().__init__(params, defaults | RUNNING_MEAN, **common)
+        descent = {"lr": lr, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
+        normalization = {"normalize": normalize, "clip": clip, "rms_decay": rms_decay}
+        super().__init__(params, descent | normalization | RUNNING_MEAN, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

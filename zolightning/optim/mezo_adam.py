@@ -41,14 +41,8 @@ class MeZOAdam(DenseDescent):
         weight_decay: float = 0.0,
         **common: Unpack[DenseSettings],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "betas": betas,
-            "denominator_eps": denominator_eps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults, **common)
+        adam = {"betas": betas, "denominator_eps": denominator_eps, "weight_decay": weight_decay}
+        super().__init__(params, {"lr": lr, "eps": eps} | adam, **common)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

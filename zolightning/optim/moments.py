@@ -61,11 +61,7 @@ def smoothed(
 ) -> list[Tensor]:
     """The gradients of cores after Adam or momentum, as :func:`descend` chooses them, in the shapes of the cores.
 
-    Args:
-        cores: tensors of one dtype and device; they are not changed.
-        states: their entries in the optimizer's state.
-        gradients: the estimates, times ``1 - momentum`` where there is momentum.
-        group: the settings, as for :func:`descend`.
+    The cores, of one dtype and device, do not move. With momentum the gradients are given times ``1 - momentum``.
     """
     if group["momentum"] and not group["betas"]:
         found = _momentum(cores, states, gradients, group["momentum"])

@@ -1,6 +1,5 @@
 """The parameters of a method: their names, which of them move, slices of them, and their state."""
 
-from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.directions.dense import Direction, of_own_rows
-from zolightning.directions.shards import is_sharded, own_rows
+from zolightning.directions.shards import first_element, is_sharded, own_rows
 from zolightning.directions.slices import Slice
+from zolightning.kernels.bfloat16 import read_split
+from zolightning.kernels.noise import key as noise_key
 from zolightning.optim.blocks import LEFT_STATES, LeftState, ParameterBlocks
 from zolightning.optim.checks import require_choice
-from zolightning.optim.precision import EXTRA_BITS, State, as_contiguous, completed
+from zolightning.optim.precision import EXTRA_BITS, State, UpdatePrecision, as_contiguous
 from zolightning.optim.settings import require_same_settings, settings_of
+from zolightning.optim.stochastic_rounding import round_stochastically
 
 _SHARED = ("step", "seed", "forward_passes", "refresh", "folds", "lr_scale")  # by all groups: they are of one run
 
@@ -30,6 +32,7 @@ class NamedParameters(torch.optim.Optimizer):
         blocks: the blocks of parameters, see :meth:`set_blocks`.
     """
 
+    update_precision: UpdatePrecision  # an argument of ZerothOrderOptimizer
     kept_at_rest: ClassVar[tuple[str, ...]] = ()  # entries of the state that stay when a block becomes inactive
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -47,10 +50,6 @@ class NamedParameters(torch.optim.Optimizer):
 
     def fold(self) -> None:
         """Adds pending updates to the stored weights; most methods have none."""
-
-    @abstractmethod
-    def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the state of parameters that do not move for a while, where blocks are not to keep it."""
 
     def is_by_element(self, parameter: nn.Parameter, name: str) -> bool:
         """Whether the tensor of this name in a parameter's state has one entry for each element of the parameter.
@@ -72,16 +71,13 @@ class NamedParameters(torch.optim.Optimizer):
 
         It is the same object for as long as these are the same, because looking a parameter up calls Python.
         """
-        parameters = group["params"] if frozen else self.moving(group)
+        parameters, at_rest = group["params"], self.blocks.at_rest
+        if not frozen:
+            parameters = [p for p in parameters if p.requires_grad and not (at_rest and p in at_rest)]
         known = self._named.get((id(group), frozen))
         if known is None or len(known) != len(parameters) or not all(map(is_, known, parameters)):
             known = self._named[id(group), frozen] = {parameter: self.names[parameter] for parameter in parameters}
         return known
-
-    def moving(self, group: dict[str, Any]) -> list[nn.Parameter]:
-        """The parameters of a group that a step may change."""
-        found, at_rest = [p for p in group["params"] if p.requires_grad], self.blocks.at_rest
-        return [parameter for parameter in found if parameter not in at_rest] if at_rest else found
 
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of what trains but does not move now; where losses read it is found out as well."""
@@ -188,11 +184,8 @@ class NamedParameters(torch.optim.Optimizer):
         the blocks that were active in its step.
 
         Args:
-            blocks: indices of blocks.
+            blocks: indices of blocks that have been set.
             weight: multiplies the learning rates for as long as these blocks are active.
-
-        Raises:
-            ValueError: if there is no such block.
         """
         blocks = tuple(sorted(set(blocks)))
         self.blocks.require(blocks)
@@ -237,8 +230,27 @@ class NamedParameters(torch.optim.Optimizer):
 
         For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
         """
-        part, weight = self.slices.get(parameter), parameter.detach()
-        return completed(weight if part is None else part.take(weight), self.extra_bits(parameter))
+        part, weight, extra_bits = self.slices.get(parameter), parameter.detach(), self.extra_bits(parameter)
+        if "master" in extra_bits:
+            return extra_bits["master"]
+        flat = (weight if part is None else part.take(weight)).reshape(-1)
+        low = next(iter(extra_bits.values()), None)
+        return flat if low is None else read_split(flat, low.to(flat.device))
+
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drops the state of parameters, but for `kept_at_rest`; half-precision weights are rounded stochastically.
+
+        The random numbers are a function of the step and of the parameter's name.
+        """
+        for parameter in parameters if self.drops_left_state else ():
+            if extra_bits := {name: bits.to(parameter.device) for name, bits in self.extra_bits(parameter).items()}:
+                key = noise_key(0, self.param_groups[0]["step"], -1, self.names[parameter])
+                with as_contiguous(parameter, self.slices.get(parameter)) as weight:
+                    first = first_element(parameter)
+                    round_stochastically(weight, extra_bits, self.update_precision, key, first)
+            state = self.state.pop(parameter, {})
+            if kept := {name: state[name] for name in self.kept_at_rest if name in state}:
+                self.state[parameter] = kept
 
     def extra_bits(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         """The extra bits that are kept of a half-precision weight, by name."""
@@ -275,7 +287,11 @@ class NamedParameters(torch.optim.Optimizer):
         # torch casts restored state to the parameter's dtype, which would ruin low words, masters and moments.
         super().load_state_dict({**state_dict, "state": {}})
         for index, parameter in self.numbered(state_dict):
-            for name, value in state_dict["state"].get(index, {}).items():
-                is_tensor = isinstance(value, Tensor)
-                self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value
+            self.restore(parameter, state_dict["state"].get(index, {}))
         self.blocks.activate(self.active)
+
+    def restore(self, parameter: nn.Parameter, entries: Mapping[str, Any]) -> None:
+        """Takes over a parameter's state from a checkpoint."""
+        for name, value in entries.items():
+            is_tensor = isinstance(value, Tensor)
+            self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value

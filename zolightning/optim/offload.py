@@ -20,11 +20,10 @@ def add_offloaded(
     """Adds an update to a weight piece by piece, with the bits of :func:`~zolightning.optim.precision.add_tensor`.
 
     Args:
-        weight: the parameter's data, n elements in any shape, contiguous.
+        weight, precision: as of that function; the weight has n elements.
         host: its low word or master, (n,), in host memory; made there at the first update, pinned for a GPU.
         pieces: for each piece the index of its first element and the update, (k,), float32. Together they cover the
             weight. Only one of them is on the device at a time.
-        precision: how sums are rounded.
     """
     before = dict(host)
     for start, delta in pieces:

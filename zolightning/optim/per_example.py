@@ -26,27 +26,17 @@ def evaluate_examples(
     share: Share,
     micro_batches: MicroBatches | None,
 ) -> Probed:
-    """Evaluates each example at the weights of its query, with both signs.
-
-    Args:
-        optimizer: the method, which defines the perturbations of each query.
-        estimator: turns losses into projected gradients.
-        loss_fn: computes the loss of the batch.
-        share: which of the two evaluations this rank makes, and how it gets the results of the others.
-        micro_batches: the batch in parts, with the loss of each example and its number.
+    """Evaluates each example at the weights of its query, with both signs; arguments as of ``Estimator.evaluate``.
 
     Returns:
         The projected gradients, and as losses the means over the batch for either sign.
-
-    Raises:
-        ValueError: if there are no `micro_batches`, or a number of terms is negative.
     """
     if micro_batches is None:
         raise ValueError(
             "`estimator` is PerExample(), which needs the loss of each example: give `micro_batches` to `estimate` or "
             "`zeroth_order_step`, as the ZerothOrder callback does, or choose TwoSided()."
         )
-    group, count = optimizer.param_groups[0], optimizer.num_queries
+    count = optimizer.num_queries
     probes = estimator.probes(count)
     own = share.of(len(probes))
     queries = [number % count for batch in micro_batches for number in batch.examples]
@@ -70,7 +60,7 @@ def evaluate_examples(
     table = table if share.sum is None else share.sum(table)
     sums, terms = table.unbind(-1)  # each (evaluations, queries)
     shares = sums / terms.sum(dim=1, keepdim=True)  # what each query contributes to the batch's loss
-    grads = estimator.projected_grads(count * shares.T.flatten(), group["eps"])
+    grads = estimator.projected_grads(count * shares.T.flatten(), optimizer.param_groups[0]["eps"])
     numbers = torch.cat([shares.sum(dim=1), terms.sum(dim=1), terms.amin()[None], grads]).tolist()
     losses, all_terms, (least, *projected_grads) = numbers[:2], numbers[2:4], numbers[4:]
     require_terms([least])

@@ -39,7 +39,6 @@ from zolightning import kernels
 from zolightning.directions.dense import Direction
 from zolightning.directions.shards import own_rows
 from zolightning.directions.slices import Slice
-from zolightning.kernels.bfloat16 import read_split
 from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
 
@@ -83,23 +82,6 @@ def as_contiguous(parameter: Tensor, part: Slice | None = None) -> Iterator[Tens
     yield weight
     if weight is not data:
         data.copy_(weight)
-
-
-def completed(weight: Tensor, extra_bits: Mapping[str, Tensor]) -> Tensor:
-    """A weight with its extra bits: the number that updates are added to.
-
-    Args:
-        weight: the parameter's data, any shape.
-        extra_bits: its extra bits by their names in ``EXTRA_BITS``, flat, on any device; other entries are ignored.
-
-    Returns:
-        A flat tensor: the float32 numbers, or the weight itself if it has no extra bits.
-    """
-    flat = weight.reshape(-1)
-    if "master" in extra_bits:
-        return extra_bits["master"]
-    low = next((extra_bits[name] for name in EXTRA_BITS if name in extra_bits), None)
-    return flat if low is None else read_split(flat, low.to(flat.device))
 
 
 def add_direction(

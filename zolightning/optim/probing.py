@@ -68,16 +68,8 @@ def evaluate_probes(
 
     It synchronizes with the device once, when it reads all results at the end.
 
-    Args:
-        optimizer: the method, which defines the perturbations.
-        estimator: turns losses into projected gradients.
-        probes: the evaluations, in the order that the estimator expects.
-        loss_fn: computes the loss of one batch, and its number of terms if that is not 1.
-        share: which of the evaluations this rank makes, and how it gets the results of the others.
-        leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
-
-    Raises:
-        ValueError: if a number of terms is negative.
+    The `probes` are in the order that the estimator expects, and the module keeps the changes that the first of them
+    makes to it if it `leaves_traces`. The other arguments are those of ``Estimator.evaluate``.
     """
     own = share.of(len(probes))
     size = optimizer.evaluator.evaluations_per_forward
@@ -111,9 +103,6 @@ def losses_along(
 
     Returns:
         One loss for each point, the same on all ranks; NaN if there was no term to average.
-
-    Raises:
-        ValueError: if a number of terms is negative.
     """
     whole = [of_whole_parameters(optimizer, {**optimizer.offsets(), **moves[place]}) for place in share.of(len(moves))]
     results = losses_at(optimizer, whole, loss_fn, share, leaves_traces=False) if whole else []
@@ -180,20 +169,13 @@ def losses_at(
     Its arguments are those of :func:`evaluate_probes` and of ``Evaluator.evaluate``; `first` makes the perturbations of
     the step's first run of the network, whichever rank makes it.
     """
-    group = optimizer.param_groups[0]
-    trainable: dict[nn.Parameter, str] = {}
+    group, trainable = optimizer.param_groups[0], dict[nn.Parameter, str]()
     for own in optimizer.param_groups:
         trainable |= optimizer.named(own)
-    return optimizer.evaluator.evaluate(
-        loss_fn,
-        trainable,
-        perturbations,
-        (group["seed"], group["step"], share.stream),
-        {parameter: name for name, parameter in optimizer.at_rest()},
-        leaves_traces,
-        micro_batches,
-        first if share.index and leaves_traces else None,
-    )
+    run, at_rest = (group["seed"], group["step"], share.stream), {p: name for name, p in optimizer.at_rest()}
+    first = first if share.index and leaves_traces else None
+    evaluate = optimizer.evaluator.evaluate
+    return evaluate(loss_fn, trainable, perturbations, run, at_rest, leaves_traces, micro_batches, first)
 
 
 def device_of(optimizer: "ZerothOrderOptimizer") -> torch.device:

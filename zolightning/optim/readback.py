@@ -21,14 +21,12 @@ class LargestElements:
 
     def ask(self, tensors: list[Tensor]) -> None:
         """Starts the copy for these tensors, which must not change before :meth:`of` is called; drops earlier ones."""
-        self.forget()
+        self._tensors, self._found, self._copied = [], None, None
         if tensors:
             device = tensors[0].device
             found = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, ord=math.inf)])
-            self._tensors, self._found = (
-                [ref(tensor) for tensor in tensors],
-                found.to("cpu", non_blocking=device.type == "cuda"),
-            )
+            self._tensors = [ref(tensor) for tensor in tensors]
+            self._found = found.to("cpu", non_blocking=device.type == "cuda")
             if device.type == "cuda":
                 self._copied = torch.cuda.Event()
                 self._copied.record(torch.cuda.current_stream(device))
@@ -41,7 +39,3 @@ class LargestElements:
         if self._copied is not None:
             self._copied.synchronize()
         return [] if self._found is None else self._found.tolist()
-
-    def forget(self) -> None:
-        """Drops the tensors."""
-        self._tensors, self._found, self._copied = [], None, None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.samples import strided
 
 MaskKind = Literal["dynamic", "fixed", "random"]
-MASKS: tuple[str, ...] = ("dynamic", "fixed", "random")
 
 
 class SparseMeZO(DenseOptimizer):
@@ -63,7 +62,7 @@ class SparseMeZO(DenseOptimizer):
         sparse_embeddings: bool = True,
         **common: Unpack[DenseSettings],
     ) -> None:
-        require_choice("mask", mask, MASKS)
+        require_choice("mask", mask, get_args(MaskKind))
         self.mask: MaskKind = mask
         self.sparse_embeddings = sparse_embeddings
         self._first: dict[nn.Parameter, dict[str, Any]] = {}  # masks of an estimate whose step has not stored them yet
@@ -149,10 +148,9 @@ class SparseMeZO(DenseOptimizer):
         )
 
     def _masked(self, direction: Direction, mask: dict[str, Any], group: dict[str, Any]) -> Direction:
-        if "mask" in mask and self.mask == "random":
-            return Masked(direction, RandomMask(mask["mask"], 1 - group["sparsity"]))
-        if "mask" in mask:
-            return Masked(direction, PackedMask(mask["mask"]))
+        if (kept := mask.get("mask")) is not None:
+            is_random = self.mask == "random"
+            return Masked(direction, RandomMask(kept, 1 - group["sparsity"]) if is_random else PackedMask(kept))
         threshold = mask.get("threshold", math.inf)
         return direction if threshold == math.inf else MagnitudeMasked(direction, threshold)
 

@@ -18,19 +18,11 @@ def substitute_in_state_dicts(
     is_due: Callable[[nn.Parameter], bool],
     substitute: Callable[[nn.Parameter], Tensor],
 ) -> list[RemovableHandle]:
-    """Registers hooks that replace some parameters in the ``state_dict()`` of a module and of its submodules.
+    """Registers hooks that replace `parameters` that are due in the ``state_dict()`` of a module and its submodules.
 
-    Args:
-        module: the module.
-        parameters: its parameters that may be replaced.
-        is_due: whether a parameter is to be replaced now.
-        substitute: makes the tensor that replaces a parameter, of the same shape and dtype; within
-            :func:`~zolightning.optim.deferred.deferring` it is called when the tensor is read.
-
-    Returns:
-        Handles, whose ``remove()`` removes the hooks.
+    `substitute` makes the tensor that replaces a parameter, of the same shape and dtype; within
+    :func:`~zolightning.optim.deferred.deferring` it is called when the tensor is read. The handles remove the hooks.
     """
-
     return [
         # An object for each: torch marks it by an attribute. No closure: a module is copied and pickled with its hooks.
         owner.register_state_dict_post_hook(partial(_write, is_due, substitute))

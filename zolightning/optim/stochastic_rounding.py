@@ -15,14 +15,8 @@ def round_stochastically(
 ) -> None:
     """Rounds a half-precision weight to its dtype stochastically, so that its extra bits can be dropped without bias.
 
-    Each element becomes one of the two nearest numbers, with probabilities that make the unrounded value its mean.
-
-    Args:
-        weight: the parameter's data, any shape, contiguous.
-        extra_bits: its extra bits, by their name in ``EXTRA_BITS``; meaningless afterwards.
-        precision: the precision with which updates have been added.
-        key: the key of the random numbers.
-        first: index of the first element in the whole parameter.
+    Each element becomes one of the two nearest numbers, with probabilities that make the unrounded value its mean. The
+    random numbers are those of `key`, from `first` on, the index of the weight's first element in the whole parameter.
     """
     flat, words = weight.view(-1), on_device(torch.tensor(key, dtype=torch.int32), weight.device)
     for part in chunks(flat.numel(), chunk_size(flat)):

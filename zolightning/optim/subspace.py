@@ -1,20 +1,20 @@
 """The base class of methods that search in a subspace of each weight matrix."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zolightning.directions.dense import Direction, compute_dtype, directions
+from zolightning.directions.autocast import autocast_dtype
+from zolightning.directions.dense import Direction, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.messages import some
 from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
-from zolightning.optim.cores import half_spacing
 from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import TRANSPORTS
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
@@ -22,7 +22,7 @@ from zolightning.optim.precision import State
 from zolightning.optim.readback import LargestElements
 from zolightning.optim.record import StepRecord
 from zolightning.optim.state_dicts import substitute_in_state_dicts
-from zolightning.optim.subspace_weights import SubspaceWeights
+from zolightning.optim.subspace_weights import Matrices, SubspaceWeights
 from zolightning.rank_zero import rank_zero_info
 
 
@@ -35,16 +35,7 @@ class SubspaceOptimizer(SubspaceWeights):
     ``update_precision="exact"``: they are few.)
 
     New subspaces are drawn by :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`, which a plain
-    training loop calls itself; otherwise all of training stays in the first subspace::
-
-        optimizer = SubZero(model.named_parameters(), rank=16)
-        optimizer.attach(model)
-        for step, batch in enumerate(batches):
-            if step and step % 100 == 0:
-                optimizer.resample()
-            optimizer.estimate(lambda: loss_of(model, batch))
-            optimizer.step()
-        optimizer.detach()
+    training loop calls itself, every 100 steps for example; otherwise all of training stays in the first subspace.
 
     A method sets :attr:`sides`, on which a basis has a factor, and :attr:`unit`, whether columns are orthonormal, and
     defines :meth:`core_step`.
@@ -94,25 +85,15 @@ class SubspaceOptimizer(SubspaceWeights):
         require_choice("noise", noise, NOISE_KINDS)
         require_integer("rank", rank)
         require_positive("lr", defaults.get("lr"))
-        shared = {
-            "rank": rank,
-            "vector_lr_ratio": _ratio(vector_lr, defaults["lr"]),
-            "momentum": 0.0,
-            "betas": None,
-            "transport": "project",
-            "anchor": 0,
-            "refresh": 0,
-            "folds": 0,
-            "given": 0,
-            "normalize": normalize,
-            "clip": clip,
-            "rms_decay": rms_decay,
-        }
+        settings = {"rank": rank, "normalize": normalize, "clip": clip, "rms_decay": rms_decay}
+        settings |= {"vector_lr_ratio": _ratio(vector_lr, defaults["lr"]), "momentum": 0.0, "betas": None}
+        counters = {"refresh": 0, "given": 0, "folds": 0}
+        set_by_callbacks = {"transport": "project", "anchor": 0}
         self.noise: NoiseKind = noise
         self.normalize_directions = normalize_directions
         self._hooks: list[RemovableHandle] = []  # in the `state_dict()` of modules
         self._largest = LargestElements()  # one object, because wrappers copy an optimizer's attributes (Fabric does)
-        super().__init__(params, shared | RUNNING_MEAN | defaults, **common)
+        super().__init__(params, settings | counters | set_by_callbacks | RUNNING_MEAN | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; a group may have its own ``vector_lr``, and in mid-run has what callbacks set for all."""
@@ -218,14 +199,12 @@ class SubspaceOptimizer(SubspaceWeights):
     def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
         """As of any method; what all queries have in common is looked up once."""
         found: dict[int, dict[nn.Parameter, Perturbation]] = {query: {} for query in queries}
-        moved: set[nn.Parameter] = set()
         for group in self.param_groups:
             matrices, vectors = self.split(group)
             shared = {
                 name: (parameter, self.basis(parameter), matrix.shape, self.state.get(parameter, {}).get("core"))
                 for name, (parameter, matrix) in matrices.items()
             }
-            moved.update(parameter for parameter, *_ in shared.values())
             for query, changes in found.items():
                 coefficients = {query: sign * group["eps"]}
                 if group["vector_lr_ratio"]:
@@ -234,7 +213,7 @@ class SubspaceOptimizer(SubspaceWeights):
                 cores = self._core_directions(matrices, group["seed"], group["step"], coefficients)
                 for name, (parameter, basis, shape, pending) in shared.items():
                     changes[parameter] = LowRank(basis, shape, pending, cores[name])
-        offsets = self.offsets(moved)
+        offsets = self.offsets(without=next(iter(found.values()), {}))
         for changes in found.values():
             changes |= offsets
         return found
@@ -245,29 +224,25 @@ class SubspaceOptimizer(SubspaceWeights):
             keep = 1 - group["momentum"] if group["momentum"] and not group["betas"] else 1.0
             projected_grads = normalized(group, record.projected_grads)
             coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
-            if group["vector_lr_ratio"]:
-                self.update_vectors(group, vectors, record, coefficients, lr * group["vector_lr_ratio"])
-            run = record.seed, record.step
-            gradients = self._core_directions(matrices, *run, coefficients, as_drawn=self.normalize_directions)
-            batches: dict[Hashable, list[str]] = {}  # matrices whose cores move together
+            self.update_vectors(group, vectors, record, coefficients, lr)
+            as_drawn = self.normalize_directions  # else gradients have the scale of directions already
+            gradients = self._core_directions(matrices, record.seed, record.step, coefficients, as_drawn)
+            batches: dict[tuple[Any, ...], list[tuple[State, Direction]]] = {}  # of cores that move together
             for name, (parameter, matrix) in matrices.items():
-                core = self.core(parameter, matrix)
-                is_turned = self.basis_kind.is_turned(self.basis(parameter))
-                alike = self._update_scale(matrix), is_turned, core.shape, core.dtype, core.device
-                batches.setdefault(alike, []).append(name)
-            for names in batches.values():
-                batch = [(*matrices[name], gradients[name]) for name in names]
-                self._update_cores(batch, group, lr)
+                core, is_turned = self.core(parameter, matrix), self.basis_kind.is_turned(self.basis(parameter))
+                scale = self.direction_scale(matrix) if as_drawn else 1.0
+                alike = scale, is_turned, core.shape, core.dtype, core.device
+                batches.setdefault(alike, []).append((self.state[parameter], gradients[name]))
+            for (scale, is_turned, *_), batch in batches.items():
+                self._update_cores(batch, group, is_turned, lr * scale)
 
     def _update_cores(
-        self, batch: Sequence[tuple[nn.Parameter, Matrix, Direction]], group: dict[str, Any], lr: float
+        self, batch: Sequence[tuple[State, Direction]], group: dict[str, Any], is_turned: bool, lr: float
     ) -> None:
-        """Moves the cores of matrices that are alike, given the estimated gradient of each."""
-        parameters = [parameter for parameter, _, _ in batch]
-        states = [self.state[parameter] for parameter in parameters]
+        """Moves the cores in some states, given the estimated gradient of each."""
+        states = [state for state, _ in batch]
         cores = [state["core"] for state in states]
-        gradients = torch.stack(smoothed(cores, states, [gradient for *_, gradient in batch], group))
-        is_turned = self.basis_kind.is_turned(self.basis(parameters[0]))
+        gradients = torch.stack(smoothed(cores, states, [gradient for _, gradient in batch], group))
         gradients = gradients.mT.contiguous() if is_turned else gradients
         steps = self.core_step(gradients, states, group)
         if steps.shape != gradients.shape:
@@ -275,34 +250,33 @@ class SubspaceOptimizer(SubspaceWeights):
                 f"`core_step` of {type(self).__name__} must return steps of the shape of the gradients, "
                 f"{tuple(gradients.shape)}, got {tuple(steps.shape)}."
             )
-        steps = steps.mT if is_turned else steps
-        torch._foreach_sub_(cores, steps.unbind(), alpha=lr * self._update_scale(batch[0][1]))
-
-    def _update_scale(self, matrix: Matrix) -> float:
-        """The factor of a core's step: :meth:`direction_scale`, unless the gradient has it already."""
-        return self.direction_scale(matrix) if self.normalize_directions else 1.0
+        torch._foreach_sub_(cores, (steps.mT if is_turned else steps).unbind(), alpha=lr)
 
     def core_gradient(self, parameter: nn.Parameter, record: StepRecord) -> Tensor:
         """The estimated gradient of a matrix with respect to its core in the present basis, of the core's shape."""
         name, matrix = self.names[parameter], self.matrix_of(parameter)
         assert matrix is not None, "it has a core"
         coefficients = {q: g / len(record.projected_grads) for q, g in enumerate(record.projected_grads)}
+        found = self._core_directions({name: (parameter, matrix)}, record.seed, record.step, coefficients)
         shape = self.basis(parameter).core_shape(matrix.shape)
-        gradient = torch.zeros(shape, dtype=compute_dtype(parameter.dtype), device=parameter.device)
-        named = {name: (parameter, matrix)}
-        self._core_directions(named, record.seed, record.step, coefficients)[name].accumulate(gradient)
-        return gradient
+        like = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        return found[name].of_elements(like).view(shape)
 
     def _half_cores(self) -> tuple[list[Tensor], list[float]]:
-        """The cores that a network computes with in half precision, and the largest element that each may have."""
+        """The cores that a network computes with in half precision, and the largest element that each may have.
+
+        Beyond it the perturbation of an element is less than the spacing of numbers of its size, and their sum would
+        lose most of it. Only the largest one is asked for: a maximum, unlike a sum, is the same in any order.
+        """
         places = {(parameter.device, parameter.dtype) for group in self.param_groups for parameter in group["params"]}
-        spacings = {place: spacing for place in places if (spacing := half_spacing(*place)) is not None}
+        computed_in = {(device, dtype): autocast_dtype(device) or dtype for device, dtype in places}
+        half = {place: torch.finfo(dtype).eps for place, dtype in computed_in.items() if dtype.itemsize == 2}
         cores: list[Tensor] = []
         limits: list[float] = []
-        for group, parameter, matrix, core in self.pending() if spacings else ():
-            if (place := (parameter.device, parameter.dtype)) in spacings:
+        for group, parameter, matrix, core in self.pending() if half else ():
+            if (spacing := half.get((parameter.device, parameter.dtype))) is not None:
                 cores.append(core)
-                limits.append(group["eps"] * self.direction_scale(matrix) / spacings[place])
+                limits.append(group["eps"] * self.direction_scale(matrix) / spacing)
         return cores, limits
 
     def update_vectors(
@@ -313,7 +287,10 @@ class SubspaceOptimizer(SubspaceWeights):
         coefficients: dict[int, float],
         lr: float,
     ) -> None:
-        """Moves the parameters without a subspace, with momentum or Adam where cores have it."""
+        """Moves the parameters without a subspace, if they train, with momentum or Adam where cores have it."""
+        if not group["vector_lr_ratio"]:
+            return
+        lr *= group["vector_lr_ratio"]
         scale = 1.0 if group["momentum"] or group["betas"] else -lr
         scaled = {query: scale * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
@@ -321,12 +298,7 @@ class SubspaceOptimizer(SubspaceWeights):
             descend(weights, states, moves, group, lr, "exact")
 
     def _core_directions(
-        self,
-        matrices: dict[str, tuple[nn.Parameter, Matrix]],
-        seed: int,
-        step: int,
-        coefficients: dict[int, float],
-        as_drawn: bool = False,
+        self, matrices: Matrices, seed: int, step: int, coefficients: dict[int, float], as_drawn: bool = False
     ) -> dict[str, Direction]:
         """The sum over queries of coefficient times core for each matrix; `as_drawn` leaves the scale out."""
         by_scale: dict[float, dict[str, Tensor]] = {}

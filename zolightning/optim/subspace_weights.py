@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,14 @@ from zolightning.directions.shards import first_element, own_rows
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.bases import ANCHORED, GIVEN, BasisKind, Matrix, require_factors
 from zolightning.optim.checks import require_choice
-from zolightning.optim.cores import add_lift
+from zolightning.optim.cores import lift_in_pieces
 from zolightning.optim.momentum_transport import momentum_of, transport_momentum
-from zolightning.optim.offload import to_host
-from zolightning.optim.precision import EXTRA_BITS, State, as_contiguous
+from zolightning.optim.offload import add_offloaded, to_host
+from zolightning.optim.precision import EXTRA_BITS, State, add_tensor, as_contiguous
 
-Split = tuple[dict[str, tuple[nn.Parameter, Matrix]], dict[str, nn.Parameter]]
+Matrices = dict[str, tuple[nn.Parameter, Matrix]]
+Split = tuple[Matrices, dict[str, nn.Parameter]]
+Pending = tuple[dict[str, Any], nn.Parameter, Matrix, Tensor]
 
 
 class SubspaceWeights(ZerothOrderOptimizer):
@@ -36,7 +39,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         offload_low_words: keep the extra bits of half-precision matrices (2 bytes per bf16 weight, 4 per fp16 one) in
             host memory and move them to the device, piece by piece, when cores are folded. The bits are the same, at
             the price of a transfer each way per fold, so it is meant for rare folds (`fold_every_step` False). It may
-            differ between a run and the checkpoint that it resumes.
+            differ between a run and the checkpoint that it resumes. Refused where `update_precision` keeps no bits.
 
     The state of a matrix has these entries, each only while it is needed:
 
@@ -51,9 +54,6 @@ class SubspaceWeights(ZerothOrderOptimizer):
     Attributes:
         fold_every_step: whether each step ends with a :meth:`fold`.
         recorded: in a replay, the given bases of the recorded run by their refresh index, which :meth:`resample` takes.
-
-    Raises:
-        ValueError: if `offload_low_words` is set and `update_precision` keeps nothing, or the class has no `sides`.
     """
 
     kept_at_rest = tuple(GIVEN.values())
@@ -70,7 +70,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
         self.basis_kind = BasisKind(self.sides, self.unit)
         self._bases: dict[nn.Parameter, Basis] = {}
-        self._splits: dict[tuple[int, bool], tuple[tuple[Any, ...], Split]] = {}  # of what, and the split of that
+        self._splits: dict[tuple[int, bool], tuple[object, Split]] = {}  # of what, and the split of that
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)  # Trainers move `state` to the device
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
@@ -90,16 +90,14 @@ class SubspaceWeights(ZerothOrderOptimizer):
         return self.matrix(parameter, self.group_of(parameter)["rank"])
 
     def split(self, group: dict[str, Any], frozen: bool = False) -> Split:
-        """Divides the trainable parameters of a group, or with `frozen` all of them, by how they are searched.
+        """The trainable parameters of a group, or with `frozen` all of them, by name; not to be changed.
 
-        Returns:
-            Two mappings from names, not to be changed: to parameters that are searched in a subspace, each with its
-            matrix; and to the others, which are searched along dense directions.
+        First those that are searched in a subspace, each with its matrix; then those searched along dense directions.
         """
         named = self.named(group, frozen)
         of = named, group["rank"], dict(self.slices), [parameter.shape for parameter in named]
-        before, found = self._splits.get((id(group), frozen), ((None,), ({}, {})))
-        if before[0] is not named or before[1:] != of[1:]:
+        before, found = self._splits.get((id(group), frozen), (None, ({}, {})))
+        if before != of:
             matrices, vectors = found = {}, {}
             for parameter, name in named.items():
                 if (matrix := self.matrix(parameter, group["rank"])) is None:
@@ -110,11 +108,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         return found
 
     def basis(self, parameter: nn.Parameter) -> Basis:
-        """The present basis of a matrix: factors (rows, rank) and (columns, rank), in the dtype of its weight.
-
-        Raises:
-            ValueError: if the parameter is not searched in a subspace.
-        """
+        """The present basis of a matrix: factors (rows, rank) and (columns, rank), in the dtype of its weight."""
         basis = self._bases.get(parameter)
         if basis is None:
             state = self.state.get(parameter, {})
@@ -141,9 +135,6 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def resample(self, given: Mapping[nn.Parameter, Basis] | None = None) -> None:
         """Folds the cores into the weights, draws the next bases and expresses the momentum in them.
 
-        Under a Trainer :class:`~zolightning.callbacks.SubspaceResampling` calls it. A plain training loop calls it
-        itself, every 50 steps for example; otherwise all of training stays in the first subspace.
-
         Sets :attr:`momentum_kept`. Adam's second moments are kept as they are: that of ``g z`` is the second moment of
         g in any coordinates.
 
@@ -151,40 +142,41 @@ class SubspaceWeights(ZerothOrderOptimizer):
             given: factors to use instead of drawn ones for some matrices, in any dtype. A method with a factor on one
                 side then searches on the side that is given, and one with factors on both sides draws the other. Given
                 factors stay until others are given, and are saved with the state. They may have another number of
-                columns than the rank: a momentum in a core of another shape starts from zero.
-
-        Raises:
-            ValueError: if a basis does not fit, is that of a parameter without one, or has its factor on another side
-                than that of a momentum that there is.
+                columns than the rank: a momentum in a core of another shape starts from zero. A ValueError says where
+                one does not fit the parameter or its momentum.
         """
         recorded = self.recorded.pop(self.param_groups[0]["refresh"] + 1, None)
         given = (given or {}) if recorded is None else recorded
-        self._require_fitting(given)
+        trained = {parameter for group in self.param_groups for parameter in group["params"]} if given else ()
+        for parameter, basis in given.items():
+            matrix = self.matrix_of(parameter) if parameter in trained else None
+            has_side = matrix and self.sides != "both" and momentum_of(self.state.get(parameter, {})) is not None
+            require_factors(basis, matrix, self.names.get(parameter, "?"), self.basis(parameter) if has_side else None)
         self.fold()
         moving = [  # frozen ones too: they may thaw
-            (group, parameter, self.basis(parameter), momentum.view(self.basis(parameter).core_shape(matrix.shape)))
+            (group, parameter, matrix, self.basis(parameter))
             for group in self.param_groups
             for parameter, matrix in self.split(group, frozen=True)[0].values()
-            if (momentum := momentum_of(self.state.get(parameter, {}))) is not None
+            if momentum_of(self.state.get(parameter, {})) is not None
         ]
         self._bases.clear()
-        for state in self.state.values():
-            for side in ANCHORED:
-                state.pop(side, None)
+        for state, side in product(self.state.values(), ANCHORED):
+            state.pop(side, None)
         for parameter, basis in given.items():
-            matrix = self.matrix_of(parameter) if self.normalize_directions and recorded is None else None
-            # Those of a record have been scaled.
-            scaled = basis if matrix is None else self.basis_kind.as_long_as_drawn(basis, matrix)
-            for side, factor in scaled.by_side.items():
-                own = factor.to(parameter.device, parameter.dtype, copy=True)  # that nobody else writes to
-                self.state[parameter][GIVEN[side]] = own
+            matrix = self.matrix_of(parameter)
+            if matrix is not None and self.normalize_directions and recorded is None:  # recorded ones are as long
+                basis = self.basis_kind.as_long_as_drawn(basis, matrix)
+            for side, factor in basis.by_side.items():
+                self.state[parameter][GIVEN[side]] = factor.to(parameter.device, parameter.dtype, copy=True)
         for group in self.param_groups:
             group["refresh"] += 1
             if given:
                 group["given"] = group["refresh"]
         before = after = 0.0
-        for group, parameter, old, core in moving:
-            norms = self._take_along(group, parameter, old, core)
+        for group, parameter, matrix, old in moving:
+            with without_autocast(parameter.device):
+                state, drawn = self.state[parameter], self._drawn(parameter)
+                self._bases[parameter], *norms = transport_momentum(state, matrix, old, drawn, group, self.unit)
             before, after = before + norms[0], after + norms[1]
         self.param_groups[0]["momentum_kept"] = after / before if before else None
 
@@ -192,39 +184,6 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def momentum_kept(self) -> float | None:
         """Share of the momentum's squared norm that the last resampling kept; None if there was no momentum."""
         return self.param_groups[0].get("momentum_kept")
-
-    def _require_fitting(self, given: Mapping[nn.Parameter, Basis]) -> None:
-        own = {parameter for group in self.param_groups for parameter in group["params"]} if given else ()
-        for parameter, basis in given.items():
-            matrix, name = self.matrix_of(parameter) if parameter in own else None, self.names.get(parameter, "?")
-            if matrix is None:
-                raise ValueError(f"A basis is given for `{name}`, which this method does not search in a subspace.")
-            require_factors(basis, matrix, name)
-            if self.sides == "both" or momentum_of(self.state.get(parameter, {})) is None:
-                continue
-            if (self.basis(parameter).left is None) != (basis.left is None):
-                raise ValueError(
-                    f"`{self.names[parameter]}` has momentum in a basis of the other side than the one given. Give "
-                    "bases before the first step, or start a new run from the weights."
-                )
-
-    def _take_along(
-        self, group: dict[str, Any], parameter: nn.Parameter, old: Basis, momentum: Tensor
-    ) -> tuple[float, float]:
-        """Draws a matrix's next basis and moves its momentum, in the shape of a core, there from the `old` one.
-
-        Returns:
-            The squared norm of the momentum before and after.
-        """
-        with without_autocast(parameter.device):
-            state, new = self.state[parameter], self._drawn(parameter)
-            if group["anchor"]:
-                new = new.anchored(old, momentum, min(group["anchor"], *momentum.shape), self.unit)
-                state.update(new.by_side)
-            self._bases[parameter] = new
-            matrix = self.matrix_of(parameter)
-            same_shape = matrix is not None and new.core_shape(matrix.shape) == momentum.shape
-            return transport_momentum(state, old, momentum, new, group["transport"] if same_shape else "reset")
 
     def _drawn(self, parameter: nn.Parameter) -> Basis:
         """The basis that is drawn for a matrix at the present refresh index, with factors that were given."""
@@ -238,10 +197,9 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of any method; also frozen parameters that lack updates, for losses read them moved."""
         yield from super().at_rest()
-        for group in self.param_groups:
-            for name, (parameter, _) in self.split(group, frozen=True)[0].items():
-                if not parameter.requires_grad and self.is_pending(parameter):
-                    yield name, parameter
+        for _, parameter, _, _ in self.pending():
+            if not parameter.requires_grad:
+                yield self.names[parameter], parameter
 
     def core(self, parameter: nn.Parameter, matrix: Matrix) -> Tensor:
         """The core of a matrix, in the core shape of its basis, fp32 or wider; zeros if it had none."""
@@ -251,14 +209,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
             state["core"] = torch.zeros(shape, dtype=compute_dtype(parameter.dtype), device=parameter.device)
         return state["core"]
 
-    def pending(
-        self, without: Container[nn.Parameter] = ()
-    ) -> Iterator[tuple[dict[str, Any], nn.Parameter, Matrix, Tensor]]:
-        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too.
-
-        Args:
-            without: parameters that are left out.
-        """
+    def pending(self, without: Container[nn.Parameter] = ()) -> Iterator[Pending]:
+        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too."""
         if not any(["core" in state and parameter not in without for parameter, state in self.state.items()]):
             return
         for group in self.param_groups:
@@ -268,11 +220,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
                     yield group, parameter, matrix, core
 
     def offsets(self, without: Container[nn.Parameter] = ()) -> dict[nn.Parameter, Perturbation]:
-        """The updates in cores that have not been added to the weights, those of frozen parameters too.
-
-        Args:
-            without: parameters that are left out.
-        """
+        """The updates in cores that have not been added to the weights, those of frozen parameters too."""
         return {p: LowRank(self.basis(p), matrix.shape, core, None) for _, p, matrix, core in self.pending(without)}
 
     @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
@@ -292,8 +240,13 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def _add_lift(self, weight: Tensor, parameter: nn.Parameter, extra_bits: State) -> None:
         """Adds the lift of a parameter's core to its weight, or to this rank's rows of it."""
         basis, core = self.basis(parameter), self.state[parameter]["core"]
-        first, precision = first_element(parameter), self.update_precision
-        add_lift(weight, first, basis, core, extra_bits, precision, self.offload_low_words)
+        with without_autocast(weight.device):
+            pieces = lift_in_pieces(basis, core, weight, first_element(parameter))
+            if self.offload_low_words:
+                add_offloaded(weight, extra_bits, pieces, self.update_precision)
+                return
+            for start, delta in pieces:
+                add_tensor(weight, extra_bits, delta, self.update_precision, start=start)
 
     def is_pending(self, parameter: nn.Parameter) -> bool:
         """Whether the weight of a matrix lacks updates."""
@@ -304,8 +257,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """A copy of a weight with its pending updates."""
         folded = parameter.detach().clone()
         with as_contiguous(folded, self.slices.get(parameter)) as weight:
-            extra_bits = {name: bits.clone() for name, bits in self.extra_bits(parameter).items()}
-            self._add_lift(weight, parameter, extra_bits)
+            self._add_lift(weight, parameter, {name: bits.clone() for name, bits in self.extra_bits(parameter).items()})
         return folded
 
     # What is kept
@@ -353,19 +305,16 @@ class SubspaceWeights(ZerothOrderOptimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a run, including the stored weights of matrices with a core."""
-        state, apart = dict(state_dict["state"]), {}  # apart: tensors as large as weights, kept off the device
-        for index, parameter in self.numbered(state_dict):
-            entries = dict(state.get(index, {}))
-            is_offloaded = self.offload_low_words and self.matrix_of(parameter) is not None
-            names = {"base", *EXTRA_BITS} if is_offloaded else {"base"}
-            apart[parameter] = {name: entries.pop(name) for name in names & entries.keys()}
-            state[index] = entries
-        super().load_state_dict(state_dict | {"state": state})
+        super().load_state_dict(state_dict)
         self._bases.clear()
-        for parameter, entries in apart.items():
-            if "base" in entries:
-                own = own_rows(parameter)
-                own.copy_(entries.pop("base").view(own.shape))
-            self._offloaded[parameter] = {name: to_host(bits, parameter.device) for name, bits in entries.items()}
         if self.fold_every_step and self.attached:  # else the bases' names may not be known yet
             self.fold()
+
+    def restore(self, parameter: nn.Parameter, entries: Mapping[str, Any]) -> None:
+        is_offloaded = self.offload_low_words and self.matrix_of(parameter) is not None
+        apart = {"base", *EXTRA_BITS} if is_offloaded else {"base"}  # as large as weights, and kept off the device
+        bits = entries.keys() & apart - {"base"}
+        self._offloaded[parameter] = {name: to_host(entries[name], parameter.device) for name in bits}
+        if "base" in entries:
+            (own := own_rows(parameter)).copy_(entries["base"].view(own.shape))
+        super().restore(parameter, {name: value for name, value in entries.items() if name not in apart})

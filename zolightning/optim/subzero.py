@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from zolightning.optim.common import SubspaceSettings, Unpack
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Scaling = Literal["code", "paper"]
-SCALINGS: tuple[str, ...] = ("code", "paper")
 
 
 class SubZero(SubspaceOptimizer):
@@ -60,7 +59,7 @@ class SubZero(SubspaceOptimizer):
         vector_lr: float | None = None,
         **common: Unpack[SubspaceSettings],
     ) -> None:
-        require_choice("scaling", scaling, SCALINGS)
+        require_choice("scaling", scaling, get_args(Scaling))
         self.scaling = scaling
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "betas": betas}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, **common)

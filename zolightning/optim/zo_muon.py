@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from zolightning.optim.precision import State
 from zolightning.optim.subspace import SubspaceOptimizer
 
 Orthogonalization = Literal["newton_schulz", "svd"]
-ORTHOGONALIZATIONS: tuple[str, ...] = ("newton_schulz", "svd")
 
 
 class ZOMuon(SubspaceOptimizer):
@@ -60,7 +59,7 @@ class ZOMuon(SubspaceOptimizer):
         num_queries: int = 4,
         **common: Unpack[SubspaceAndEstimator],
     ) -> None:
-        require_choice("orthogonalization", orthogonalization, ORTHOGONALIZATIONS)
+        require_choice("orthogonalization", orthogonalization, get_args(Orthogonalization))
         self.orthogonalization = orthogonalization
         defaults = {"lr": lr, "eps": eps, "momentum": momentum}
         super().__init__(params, defaults, rank=rank, vector_lr=vector_lr, num_queries=num_queries, **common)
