@@ -172,6 +172,7 @@ METHODS = "MeZO, MeZOAdam, "
         ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
         ("--method.momentm 3", "`method.momentm` is no setting of MeZO (did you mean momentum?)"),
         ("--method.lr abc", "`method.lr` is 'abc'; accepted: a number."),
+        ("--model.num_labels 3", "`model.num_labels` is no setting of CausalLM (did you mean num_classes?)"),
         ("--method.noise gausian", "is 'gausian' (did you mean gaussian?); accepted: 'gaussian', 'rademacher'."),
         ("--method.estimator OneSide", "`method.estimator` is 'OneSide', which is no class of that kind (did you"),
         ("--method null --method.lr 3", "`method` names no class, whose settings these would be; accepted: "),

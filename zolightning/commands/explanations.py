@@ -21,6 +21,7 @@ _TYPES = {
     "collections.abc.Sequence": "a list",
     "collections.abc.Iterable": "a list",
 }
+_OURS = {"num_labels": "num_classes"}  # by what transformers calls them
 _MOST_NAMES = 30
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 _OTHER_COMMANDS = ("configs", "report")  # whose parsers are their own
@@ -138,7 +139,9 @@ def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> st
     names = sorted({other for other in names if other.startswith("-") == name.startswith("-")})
     group, _, last = name.rpartition(".")
     siblings = {other.rpartition(".")[2].lstrip("-"): other for other in names if other.rpartition(".")[0] == group}
-    close = [siblings[found] for found in _closest(last.lstrip("-"), siblings)] or _closest(name, names, 0.8)
+    last = last.lstrip("-")
+    same = [_OURS[last]] if _OURS.get(last) in siblings else _closest(last, siblings)
+    close = [siblings[found] for found in same] or _closest(name, names, 0.8)
     of = f" of {_short(class_path)}" if class_path else ""
     listed = f"; accepted: {', '.join(names)}" if class_path else ""
     return f"`{field}` is no setting{of}{_hint(close)}{listed}."
