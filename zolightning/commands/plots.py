@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
+from zolightning.commands.sensitivity import Sensitivity
 from zolightning.commands.time_model import StepTimes
 from zolightning.network.logistic_regression import CrossValidation
 from zolightning.scopes.activation_profile import ActivationProfile
-from zolightning.scopes.signal import BlockSignal
 
 # Two series at most share axes: blue and orange differ for the colour-blind too.
 _FIRST, _SECOND, _ACCENT, _QUIET = "#1f6fb4", "#e07b00", "#b3261e", "#6b6b6b"
@@ -39,17 +39,22 @@ def activation_figure(profile: ActivationProfile, selected: int | None, title: s
     return figure
 
 
-def sensitivity_figure(signals: Sequence[BlockSignal], selected: int | None, title: str) -> Figure:
-    """Squared gradients and curvatures of layers."""
-    figure, panels = _figure(2, title)
-    for axes, name, label in zip(panels, ("squared_grad", "curvature"), ("|g|²", "tr H"), strict=True):
-        values, errors = ([getattr(signal, f"{name}{end}") for signal in signals] for end in ("", "_error"))
-        layers = range(len(signals))
-        axes.errorbar(layers, values, errors, color=_FIRST, marker="o", markersize=4, linewidth=1.5, capsize=2)
-        axes.set_ylabel(f"{label} ± one standard error")
+def sensitivity_figure(sensitivity: Sensitivity, selected: int | None, title: str) -> Figure:
+    """What perturbing each layer does to the loss (the kind of figure 4 of arXiv 2606.05516)."""
+    figure, (above, below) = _figure(2, title)
+    layers = [layer.layer for layer in sensitivity.layers]
+    rms = [layer.rms for layer in sensitivity.layers]
+    errors = [value * sensitivity.relative_error for value in rms]
+    above.errorbar(layers, rms, errors, color=_FIRST, marker="o", markersize=4, linewidth=1.5, capsize=2)
+    above.set_ylabel("RMS of the projected gradient")
+    above.set_title(f"± one standard error, {sensitivity.num_queries} directions a layer", fontsize=9, color=_QUIET)
+    _line(below, layers, [layer.mean_change for layer in sensitivity.layers], None, _FIRST)
+    below.set_ylabel(f"mean |change of the loss|, eps {sensitivity.eps:g}")
+    for axes in (above, below):
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a marker at the top is whole
         _mark(axes, selected)
     if selected is not None:
-        panels[1].legend(frameon=False)
+        below.legend(frameon=False)
     return figure
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
@@ -23,21 +22,21 @@ from zolightning.commands.plots import (
     sensitivity_figure,
     step_time_figure,
 )
+from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.tables import print_table
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times
 from zolightning.commands.timing import round_robin
-from zolightning.layers import LayerStack, find_layers
+from zolightning.layers import find_layers
 from zolightning.messages import counted, rough_duration
 from zolightning.network.early_exit import at_each_exit
 from zolightning.network.logistic_regression import CrossValidation, joined_features, strongest_penalty
 from zolightning.network.quantization import refuse_quantized
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward, read_examples
-from zolightning.scopes.parts import ChosenParameters
 from zolightning.scopes.rules import DEFAULT_RULES
-from zolightning.scopes.signal import BlockSignal, measure_signal, table
 
 _TIMED_STEPS = 3  # for each scope, after one that is not timed
+_FINDING_READS = 3  # forwards by which a method finds out where parameters are read
 
 
 def profile_layers(
@@ -61,8 +60,8 @@ def profile_layers(
         model: a module with recognisable layers, such as CausalLM.
         datamodule: whose first training prompts are read.
         num_prompts: training prompts to run.
-        sensitivity_queries: directions a layer of TrainBySignal's estimates: 8 to 32 show which layer the loss feels
-            most, in --trainer.precision 32-true; 0 estimates nothing.
+        sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show which layer the
+            loss feels most, in --trainer.precision 32-true; 0 probes nothing.
         time_model: also time steps that move more and more parameters, and fit what a parameter costs.
         probe_every: also fit linear probes to what the head would read after every so many layers, on all training
             examples: where they tell most of the task, `model.num_layers` may end the network; 0 fits none.
@@ -92,23 +91,17 @@ def profile_layers(
             batches = [runner.precision_plugin.convert_input(batch) for batch in examples]
             stack = find_layers(model, layers_name)
             parts = growing_parts(model, stack) if time_model else {}
-            if sensitivity_queries and len(batches) < 2:
-                raise ValueError(
-                    f"`num_prompts` is {num_prompts}, which is one batch, and `sensitivity_queries` tells signal from "
-                    "noise by two at least. Set it to twice the batch size, or more."
-                )
-            scan_forwards = len(stack) * len(batches) * (2 * sensitivity_queries + 1) * bool(sensitivity_queries)
-            timed_forwards = (_TIMED_STEPS + 1) * (1 + 2 * len(parts)) * time_model
+            scan_forwards = (1 + (2 * sensitivity_queries + _FINDING_READS) * len(stack)) * bool(sensitivity_queries)
+            timed_forwards = ((_TIMED_STEPS + 1) * (1 + 2 * len(parts)) + _FINDING_READS * len(parts)) * time_model
             _announce(len(batches) + scan_forwards + timed_forwards, partial(_loss, model, batches[0]))
             profile = profile_activations(model, progress(batches, desc="activations"), stack)
             selected = _report_activations(profile, folder)
             if sensitivity_queries:
-                with progress(desc="sensitivity") as bar:
-                    losses = [partial(_loss, model, batch, bar) for batch in batches]
-                    signals = measure_signal(model, _blocks(stack), losses, sensitivity_queries)
-                _report_sensitivity(signals, next(model.parameters()).dtype, selected, folder)
+                with progress(desc="sensitivity", total=scan_forwards) as bar:
+                    sensitivity = scan_sensitivity(stack, partial(_loss, model, batches[0], bar), sensitivity_queries)
+                _report_sensitivity(sensitivity, selected, folder)
             if time_model:
-                with progress(desc="step times") as bar:
+                with progress(desc="step times", total=timed_forwards) as bar:
                     times = measure_step_times(model, parts, partial(_loss, model, batches[0], bar), _TIMED_STEPS)
                 _report_step_times(times, folder)
             if probe_every:
@@ -175,28 +168,22 @@ def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:
     return selected
 
 
-def _blocks(stack: LayerStack) -> dict[str, ChosenParameters]:
-    """The parameters of each layer; shared ones are the first one's."""
-    found: dict[str, ChosenParameters] = {}
-    for index in range(len(stack)):
-        taken = {parameter for block in found.values() for parameter in block}
-        found[f"layer {index}"] = dict.fromkeys(p for p in stack.parameters(index).values() if p not in taken)
-    return {name: block for name, block in found.items() if block}
-
-
-def _report_sensitivity(signals: Sequence[BlockSignal], dtype: torch.dtype, selected: int | None, folder: Path) -> None:
-    rows = [asdict(signal) | {"ratio": signal.ratio} for signal in signals]
-    (folder / "sensitivity.json").write_text(as_json({"layers": rows}))
-    title = "Squared gradient and curvature of each layer"
-    print(f"\n{title}\n{table(signals)}")
-    print("The best step along random directions of a layer lowers the loss by half its ratio, |g|^2 / tr H.")
-    if dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+def _report_sensitivity(sensitivity: Sensitivity, selected: int | None, folder: Path) -> None:
+    found = asdict(sensitivity) | {"relative_error": sensitivity.relative_error}
+    (folder / "sensitivity.json").write_text(as_json(found))
+    title = "Loss of one batch when one layer is perturbed"
+    print_table(title, [asdict(layer) for layer in sensitivity.layers])
+    print(
+        f"rms, of the projected gradients, estimates the norm of the layer's gradient with a standard error of "
+        f"{sensitivity.relative_error:.0%};\nmean_change is that of the loss, {sensitivity.loss:.4f} unperturbed, in "
+        f"absolute value, when eps is {sensitivity.eps:g}"
+    )
+    if sensitivity.dtype in ("bfloat16", "float16"):
         print(
-            f"The layers are in {name}, where rounding can move the loss more than the gradient does and all layers "
-            "then look alike: repeat with --trainer.precision 32-true."
+            f"The layers are in {sensitivity.dtype}, where rounding can move the loss more than the gradient does and "
+            "all layers then look alike: repeat with --trainer.precision 32-true."
         )
-    save_figure(sensitivity_figure(signals, selected, title), folder, "sensitivity")
+    save_figure(sensitivity_figure(sensitivity, selected, title), folder, "sensitivity")
 
 
 def _report_step_times(times: StepTimes, folder: Path) -> None:
