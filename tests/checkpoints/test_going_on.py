@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -291,6 +291,23 @@ def test_a_run_that_was_killed_before_its_seal_gets_one(ledger_run: MakeRun, mon
     assert replay(run.path.with_name("ledger.bin"), Validated(), MEZO) == Replayed(5, None)
     resumed = ledger_run(max_steps=5).fit("last", validate=False)
     assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(5, True)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_run_that_has_ended_ends_again_with_the_same_weights(ledger_run: MakeRun) -> None:
+    """Early, and with averages of the weights in their place."""
+
+    def run() -> Run:
+        stopping = EarlyStopping("val/loss", patience=1, min_delta=9.0)
+        return ledger_run(callbacks=[stopping, EMAWeightAveraging(decay=0.5)], **EVERY_6)
+
+    ended, again = run().fit(), run()
+    ledger = ended.keep.path.read_bytes()
+    again.fit("last").assert_ends_as(ended)
+    assert ended.trainer.global_step == 12 and not again.watch.grads
+    assert again.keep.path.read_bytes() == ledger
+    longer = ledger_run(callbacks=[EMAWeightAveraging(decay=0.5)], **EVERY_6).fit("last")
+    assert longer.trainer.global_step == 20  # as nothing stops it any more
 
 
 class HeadByGradient(Validated):

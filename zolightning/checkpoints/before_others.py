@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch, ends_epoch_when_resumed
 from zolightning.checkpoints.running_metrics import RunningMetrics
+from zolightning.partners import find_callbacks
 
 
 class BeforeOthers(Callback):
@@ -40,6 +41,11 @@ class BeforeOthers(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_at_end(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.epoch is None:  # resumed after the last step: no `on_train_end`, in which averages become the weights
+            for averaging in find_callbacks(trainer, WeightAveraging):
+                averaging.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._save_after_error(trainer, exception)

@@ -11,7 +11,8 @@ from shlex import quote
 from typing import Any, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -55,7 +56,8 @@ class SaveLast(ModelCheckpoint):
       :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has recorded the steps since the last checkpoint, nothing
       is saved: a resumed run takes them from there, and repeats the batch that failed.
 
-    If a validation was due when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch
+    A run that has ended, by EarlyStopping too, trains no more with the same settings when it is resumed. If a
+    validation was due when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch
     (``on_epoch=True``) go on too, also those of torchmetrics, and the random generators by which loaders shuffle.
     ``Trainer.fit(ckpt_path="last")`` finds the file if `dirpath` is the same in both runs. Use this callback besides a
     ModelCheckpoint for the best weights, and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`,
@@ -114,6 +116,7 @@ class SaveLast(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._folder = trainer.log_dir or trainer.default_root_dir
         self._resumed, self._last_global_step_saved = {}, 0  # not those of an earlier fit
+        self._first.epoch = None
         if stage != "fit":
             return
         strategy: Any = trainer.strategy
@@ -311,6 +314,10 @@ class SaveLast(ModelCheckpoint):
                 f"The checkpoint was written by {' and '.join(saved)}, and this run trains with "
                 f"{' and '.join(optimizers)}. Resume with the same method, or start a new run."
             )
+        stops = (callback.stopping_reason for callback in find_callbacks(trainer, EarlyStopping))
+        if self._resumed and any(reason != EarlyStoppingReason.NOT_STOPPED for reason in stops):
+            trainer.should_stop = True  # which Lightning has forgotten
+            rank_zero_info("EarlyStopping has ended this run. It trains on without that callback.")
 
     # Stopping
 
