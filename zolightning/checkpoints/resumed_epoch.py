@@ -37,9 +37,8 @@ class ResumedEpoch:
         is_at_last_batch = loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch
         self.is_counted = is_at_last_batch and loop.epoch_loop.restarted_on_train_batch_end
         self._progress = (progress.current, progress.total)
-        if (
-            loop._combined_loader_states_to_load
-        ):  # left by Lightning where an epoch is over, or loaders were there before
+        # Left by Lightning where an epoch is over, or loaders were there before
+        if loop._combined_loader_states_to_load:
             loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
             loop._combined_loader_states_to_load = []
             iter(loop._data_fetcher)
