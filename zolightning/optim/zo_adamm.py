@@ -16,9 +16,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # torch.optim's names
 
 
 class ZOAdaMM(MeZOAdam):
-    """ZO-AdaMM (Chen et al., "ZO-AdaMM: Zeroth-Order Adaptive Momentum Method for Black-Box Optimization", arXiv
-    1910.06513, NeurIPS 2019, algorithm 1 without constraints): the second moment in the denominator never falls.
+    """ZO-AdaMM (arXiv 1910.06513, NeurIPS 2019): AMSGrad on the estimate ``g z``, whose second moment never falls.
 
+    It is the paper's algorithm 1 without constraints:
     ``m = beta1 m + (1 - beta1) g z``, ``v = beta2 v + (1 - beta2) (g z)^2``, ``h = max(h, v)``, and the weight moves by
     ``-lr m / (sqrt(h) + denominator_eps)``. As in the paper, and unlike in Adam, moments that begin at 0 are not
     corrected for it: the first steps are longer, up to ``(1 - beta1) / sqrt(1 - beta2)`` times `lr`, 3.2 times by
