@@ -58,6 +58,15 @@ def plain(data: Any) -> Any:
     return DataLoader(data, batch_size=4, shuffle=True)
 
 
+def of_its_own(kind: Any) -> Any:
+    """Loaders with a generator that nothing else draws from."""
+
+    def loader(data: Any) -> Any:
+        return kind(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    return loader
+
+
 def noisy(data: Any) -> Any:
     return shuffled(Noisy(data))
 
@@ -112,6 +121,9 @@ def fit(run: Run, loader: Any, path: Any = None, validate: bool = True) -> Run:
         (noisy, EPOCH, {}),  # a validation is due, for which its loader draws
         (shuffled, 10, EPOCHS),
         (shuffled, EPOCH, EPOCHS),
+        (of_its_own(StatefulDataLoader), 3, {}),
+        (of_its_own(StatefulDataLoader), EPOCH, {}),
+        (of_its_own(DataLoader), EPOCH, {}),
     ],
 )
 def test_from_the_last_batch(make_run: MakeRun, loader: Any, at: int, options: dict[str, Any]) -> None:
@@ -129,7 +141,9 @@ def test_from_the_last_batch(make_run: MakeRun, loader: Any, at: int, options: d
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": -1, "max_epochs": 3}], ids=["steps", "epochs"])
 @pytest.mark.parametrize("validate", [True, False])
-@pytest.mark.parametrize(("loader", "limit"), [(shuffled, EPOCH), (shuffled, 3), (plain, EPOCH)])
+@pytest.mark.parametrize(
+    ("loader", "limit"), [(shuffled, EPOCH), (shuffled, 3), (plain, EPOCH), (of_its_own(DataLoader), EPOCH)]
+)
 def test_from_a_checkpoint_of_an_epochs_end(
     make_run: MakeRun, tmp_path: Path, loader: Any, limit: int, validate: bool, options: dict[str, Any]
 ) -> None:

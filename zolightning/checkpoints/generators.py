@@ -4,20 +4,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import torch
 
 from zolightning.checkpoints.running_metrics import of_all_ranks
 from zolightning.evaluation.randomness import Generators, States
 
 
 def generators_of_all_ranks(trainer: L.Trainer) -> list[dict[str, Any]]:
-    """The states of torch's, NumPy's and Python's global generators by rank, as plain values, on the first rank."""
+    """The states of generators by rank, as plain values, on the first rank.
+
+    They are torch's, NumPy's and Python's global ones, and those that training's loaders were given.
+    """
     device = trainer.strategy.root_device
     states = Generators([device]).states()
     numpy = (
         None if states.numpy is None else [part.tolist() if part is states.numpy[1] else part for part in states.numpy]
     )
+    loaders = [generator.get_state() for generator in _of_loaders(trainer)]
     return of_all_ranks(
-        trainer, {"device": device.type, "torch": states.torch, "numpy": numpy, "python": states.python}
+        trainer,
+        {"device": device.type, "torch": states.torch, "numpy": numpy, "python": states.python, "loaders": loaders},
     )
 
 
@@ -29,3 +35,12 @@ def restore_generators(trainer: L.Trainer, saved: Sequence[dict[str, Any]]) -> N
     own = saved[trainer.global_rank]
     numpy = None if own["numpy"] is None else tuple(own["numpy"])
     Generators([device]).set(States(own["torch"], numpy, own["python"]))
+    for generator, state in zip(_of_loaders(trainer), own.get("loaders", ()), strict=False):
+        generator.set_state(state)
+
+
+def _of_loaders(trainer: L.Trainer) -> list[torch.Generator]:
+    combined = trainer.fit_loop._combined_loader
+    loaders = [] if combined is None else combined.flattened
+    found = (getattr(of, "generator", None) for loader in loaders for of in (loader, getattr(loader, "sampler", None)))
+    return [generator for generator in found if generator is not None]
