@@ -82,8 +82,10 @@ def test_an_epoch_ends_once(make_run: Any) -> None:
     assert ended == [7, 14, 21]
 
 
-def test_what_a_stopped_run_says(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    run = make_run(last={"how_to_go_on": "again {folder} from {path}"})
+@pytest.mark.parametrize("steps", [3, 9])
+def test_what_a_stopped_run_says(make_run: Any, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, also in the last step, which a validation and the end of training save again."""
+    run = make_run(last={"how_to_go_on": "again {folder} from {path}"}, max_steps=steps, val_check_interval=3)
     run.module.in_step.at[2] = kill
     with caplog.at_level("INFO"), pytest.raises(SystemExit):
         run.fit()

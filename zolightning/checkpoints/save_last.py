@@ -211,11 +211,7 @@ class SaveLast(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_training()
-        (number,) = largest_of_ranks(trainer, self._signal.number)
-        is_late = number and not self._stopping  # after the last batch, of training or of validation
-        self._stopping = number
-        if is_late:  # the step is saved already, while Lightning had not counted an unfinished epoch as a finished one
-            self._say_stopped(trainer)
+        (self._stopping,) = largest_of_ranks(trainer, self._signal.number)
         self._stop_here(trainer)
 
     def _save_at_end(self, trainer: L.Trainer) -> None:
@@ -264,12 +260,7 @@ class SaveLast(ModelCheckpoint):
             self.last_model_path = self.format_checkpoint_name({})
             self._save_checkpoint(trainer, self.last_model_path)
             self._validation_due = False
-        if self._stopping:
-            self._say_stopped(trainer)
         self._saved_at = time.monotonic()
-
-    def _say_stopped(self, trainer: L.Trainer) -> None:
-        rank_zero_info(f"Stopped by {signal.Signals(self._stopping).name}. {self._where(trainer)} {self._advice()}")
 
     def _where(self, trainer: L.Trainer) -> str:
         return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
@@ -326,7 +317,9 @@ class SaveLast(ModelCheckpoint):
         self._signal.ignore()
 
     def _stop_here(self, trainer: L.Trainer) -> None:
+        """Ends the process if it was told to, after the last step has been saved."""
         if self._stopping:
+            rank_zero_info(f"Stopped by {signal.Signals(self._stopping).name}. {self._where(trainer)} {self._advice()}")
             raise SystemExit(exit_status(trainer, self._stopping))
 
 
