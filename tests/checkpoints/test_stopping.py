@@ -148,6 +148,17 @@ def test_an_error_in_a_validation(make_run: Any, make_whole: Any) -> None:
     assert run.watch.validated | resumed.watch.validated == whole.watch.validated
 
 
+def test_a_signal_in_the_last_validation_lets_it_end(make_run: Any, make_whole: Any) -> None:
+    """No run that goes on has a step left, after which it could validate."""
+    options = {"max_steps": 18, **EVERY_6}
+    stopped = make_run(**options)
+    stopped.module.in_validation.at[18, 2] = kill
+    with pytest.raises(SystemExit):
+        stopped.fit()
+    assert stopped.watch.validated == make_whole(**options).watch.validated
+    make_run(**options).fit("last").assert_ends_as(stopped)
+
+
 @pytest.mark.parametrize("error", [False, True])
 def test_averages_that_a_validation_runs_with_are_not_saved_as_the_weights(make_run: Any, error: bool) -> None:
     def averaging(folder: str) -> Any:

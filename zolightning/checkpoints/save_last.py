@@ -193,14 +193,15 @@ class SaveLast(ModelCheckpoint):
             self._save(trainer, validation_due)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step != trainer.max_steps:  # a resumed run without a step left would not validate
+        if _has_steps_left(trainer):
             self._stop_here(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # With several ranks, which may have different numbers of batches, and with averages in the place of the
         # weights, only at the next training step.
         is_here = trainer.world_size == 1 and not (may_exchange_weights(trainer) or is_accumulating(trainer))
-        if self._signal.number and trainer.state.fn == TrainerFn.FITTING and is_here:
+        is_here = is_here and trainer.state.fn == TrainerFn.FITTING and _has_steps_left(trainer)
+        if self._signal.number and is_here:
             self._stopping = self._signal.number
             self._save(trainer, validation_due=True)
             self._stop_here(trainer)
@@ -321,6 +322,11 @@ class SaveLast(ModelCheckpoint):
         if self._stopping:
             rank_zero_info(f"Stopped by {signal.Signals(self._stopping).name}. {self._where(trainer)} {self._advice()}")
             raise SystemExit(exit_status(trainer, self._stopping))
+
+
+def _has_steps_left(trainer: L.Trainer) -> bool:
+    """Whether a run that goes on from here does a validation that is due; without a step left it trains nothing."""
+    return trainer.global_step != trainer.max_steps
 
 
 def _followed(own: Callable[..., None], after: Callable[[L.Trainer], None], trainer: L.Trainer) -> Callable[..., None]:
