@@ -139,6 +139,18 @@ def test_from_the_last_batch(make_run: MakeRun, loader: Any, at: int, options: d
     assert stopped.ends.found + resumed.ends.found == whole.ends.found
 
 
+def test_from_within_a_validation(make_run: MakeRun) -> None:
+    """Its loader has drawn a random number, and draws it again when the validation begins again, however often."""
+    whole, first, second, resumed = (make(make_run, name, noisy, **EVERY_6) for name in ("whole", "run", "run", "run"))
+    fit(whole, noisy)
+    for run, path in ((first, None), (second, "last")):
+        run.module.in_validation.at[6, 1] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            fit(run, noisy, path)
+    fit(resumed, noisy, "last").assert_ends_as(whole)
+    assert first.watch.grads | resumed.watch.grads == whole.watch.grads
+
+
 @pytest.mark.parametrize("options", [{}, {"max_steps": -1, "max_epochs": 3}], ids=["steps", "epochs"])
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize(

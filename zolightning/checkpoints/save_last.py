@@ -99,6 +99,7 @@ class SaveLast(ModelCheckpoint):
         self._validation_due = False  # in the checkpoint that is being saved
         self._resumed: dict[str, Any] = {}
         self._metrics_before: dict[str, Any] = {}  # the batch
+        self._generators_before: list[dict[str, Any]] = []  # the validation
         self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
         self._first = BeforeOthers(self._save_at_end, self._save_after_error, self._stop_here)
@@ -171,6 +172,7 @@ class SaveLast(ModelCheckpoint):
         restore_generators(trainer, self._resumed.get("generators", ()))
         epoch.loaders_begin()
         if self._resumed.get("validation_due"):
+            self._generators_before = generators_of_all_ranks(trainer)
             with epoch.not_over():
                 validate(trainer)
 
@@ -189,6 +191,8 @@ class SaveLast(ModelCheckpoint):
         # Not at the end of training, when Lightning has counted an unfinished epoch as a finished one.
         is_last_step = trainer.should_stop or trainer.global_step == trainer.max_steps
         validation_due = is_validation_next(trainer)
+        if validation_due:
+            self._generators_before = generators_of_all_ranks(trainer)
         if self._stopping or ((is_time or is_step or is_last_step) and not validation_due):
             self._save(trainer, validation_due)
 
@@ -273,6 +277,7 @@ class SaveLast(ModelCheckpoint):
         return {}  # a run does not take over the paths of another run's checkpoints
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        is_begun_again = self._validation_due and trainer.validating  # and draws again what it has drawn
         checkpoint[_KEY] = {
             # Also in a checkpoint of another callback, which is saved before it
             "validation_due": self._validation_due or (is_at_end_of_batch(trainer) and is_validation_next(trainer)),
@@ -282,7 +287,7 @@ class SaveLast(ModelCheckpoint):
             "metrics": of_all_ranks(
                 trainer, self._metrics_before if self._is_taken_back else self._first.metrics.now(trainer)
             ),
-            "generators": generators_of_all_ranks(trainer),
+            "generators": self._generators_before if is_begun_again else generators_of_all_ranks(trainer),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
