@@ -44,6 +44,9 @@ class Epochs(Callback):
     def __init__(self) -> None:
         self.found: dict[int, dict[str, float]] = {}
 
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        module.log("step", float(trainer.global_step), on_step=False, on_epoch=True)
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._note(trainer)
 
@@ -63,7 +66,7 @@ def make(make_run: Any, folder: str, **options: Any) -> Run:
     return run
 
 
-@pytest.mark.parametrize(("kill", "every"), [(9, 1), (12, 3), (15, 7)])  # in the beginning, later, at the end
+@pytest.mark.parametrize(("kill", "every"), [(9, 1), (12, 3), (13, 13), (15, 7)])  # the beginning, later, at the end
 @pytest.mark.parametrize("runs", ["make_run", "ledger_run"])
 def test_of_the_whole_epoch(request: pytest.FixtureRequest, runs: str, kill: int, every: int) -> None:
     make_run = request.getfixturevalue(runs)
@@ -71,10 +74,11 @@ def test_of_the_whole_epoch(request: pytest.FixtureRequest, runs: str, kill: int
     whole = make(make_run, "whole", **options).fit(validate=False)
     assert whole.epochs.found.keys() == {7, 14, 21}
     assert whole.epochs.found[14].keys() >= {"mean_epoch", "last", "min", "max", "sum", "error", "early"}
-    killed = make(make_run, "run", **options)
-    killed.module.in_step.at[kill] = die
-    with pytest.raises(Killed):
-        killed.fit(validate=False)
+    for at, path in ((kill, None), (kill + 1, "last")):
+        killed = make(make_run, "run", **options)
+        killed.module.in_step.at[at] = die
+        with pytest.raises(Killed):
+            killed.fit(path, validate=False)
     resumed = make(make_run, "run", **options).fit("last", validate=False)
     resumed.assert_ends_as(whole)
     later = {step: metrics for step, metrics in whole.epochs.found.items() if step > kill // EPOCH * EPOCH}

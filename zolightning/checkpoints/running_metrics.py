@@ -25,6 +25,7 @@ class RunningMetrics:
 
     def now(self, trainer: L.Trainer) -> dict[str, Any]:
         """The last values that callbacks see, and the sums of what training logs by the epoch, for a checkpoint."""
+        self.batch_ends(trainer)  # again: other callbacks may have logged since
         connector = trainer._logger_connector
         # The property has what the batch has logged, and between batches would compute the means of the epoch.
         seen = connector.callback_metrics if is_at_end_of_batch(trainer) else connector._callback_metrics
@@ -80,6 +81,7 @@ class RunningMetrics:
 
     def epoch_ends(self, module: L.LightningModule) -> None:
         """Is told that the epoch is over: logs what no batch has logged since the checkpoint."""
+        self.batch_ends(module.trainer)  # as above
         for sums in self._earlier.values():
             state, metric, size = sums["state"], self._metrics.get(sums["attribute"]), 1
             value = state.get("value") if metric is None else metric.compute()
