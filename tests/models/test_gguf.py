@@ -90,6 +90,14 @@ def folders(path: Path) -> list[str]:
     return [entry.name for entry in path.iterdir() if entry.is_dir()]
 
 
+def test_classes_are_refused_before_anything_is_fetched(gguf_file):
+    for name in (str(gguf_file), "pypi://nowhere==1.0/model.gguf"):
+        with pytest.raises(
+            ValueError, match=r"^`num_classes` 3 is for classifiers, and AutoModelForCausalLM loads none"
+        ):
+            load_pretrained(name, num_classes=3)
+
+
 def test_a_file_loads_as_a_model_that_can_be_trained_and_saved(gguf_file, embedding, tmp_path):
     model, tokenizer = load_pretrained(str(gguf_file))
     assert torch.equal(model.get_input_embeddings().weight, torch.from_numpy(embedding).float())

@@ -30,15 +30,10 @@ def load_model(
     one, whose weights depend on the seed of ``seed_everything`` (or 0); torch's generators do not change.
 
     Raises:
-        ValueError: if a weight is missing from the file, or has another shape there, `source` is an adapter, or classes
-            are asked of another kind of network, or fewer than one.
+        ValueError: if a weight is missing from the file, or has another shape there, or `source` is an adapter.
     """
     import transformers
 
-    if num_classes is not None and not network_class.endswith("Classification"):
-        raise ValueError(f"`num_classes` {num_classes} is for classifiers, and {network_class} loads none.")
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"`num_classes` must be at least 2, or 1 for a number, got {num_classes}.")
     if num_classes is not None:
         options["num_labels"] = num_classes
     with _without_reports(), torch.random.fork_rng(devices=[]):

