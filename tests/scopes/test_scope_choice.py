@@ -109,6 +109,11 @@ def test_every_layer_scope_takes_a_part() -> None:
         assert isinstance(scope, LayerScope) and isinstance(scope.part, MLP)
 
 
+def test_what_dominant_layer_took_fourth_is_not_taken_for_a_profile() -> None:
+    with pytest.raises(TypeError, match="positional arguments"):
+        DominantLayer(None, (), None, 64)  # type: ignore[misc]  # was `num_prompts`
+
+
 def test_two_scopes(make_module: Callable[..., Any], fit: Callable[..., L.Trainer]) -> None:
     with pytest.raises(MisconfigurationException, match=r"`trainer.callbacks` has 2 scopes, TrainLayers, RandomLayer"):
         fit(make_module(), TrainLayers([1]), zeroth_order(), RandomLayer())

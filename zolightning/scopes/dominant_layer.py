@@ -40,6 +40,7 @@ class DominantLayer(LayerScope):
         part: Part | None = None,
         extra_layers: Sequence[int] = (),
         rules: Sequence[Rule] | None = None,
+        *,
         profile: str | None = None,
         layer: int | None = None,
         **settings: Any,
