@@ -1,6 +1,6 @@
 """Tensors in nested containers are replaced in copies of the containers, which stay as they are."""
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ MAKE = {
     "a tuple": lambda a, b: (a, "text", b),
     "a named tuple": lambda a, b: (Named(a, "n"), b),
     "a mapping": lambda a, b: OrderedDict(x=a, y={"z": b}),
+    "a deque": lambda a, b: deque([a, b]),
     "a default": lambda a, b: defaultdict(list, x=[a, b]),
     "a batch of a tokenizer": lambda a, b: BatchEncoding({"input_ids": a, "labels": b}),
     "a dataclass": mutable,

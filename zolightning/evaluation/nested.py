@@ -3,7 +3,7 @@
 Lightning's ``apply_to_collection`` does much the same. The methods do without it, as they need PyTorch only.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -15,8 +15,8 @@ from torch import Tensor
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     """A copy of `data` with ``function(tensor)`` in the place of each tensor.
 
-    Looked into are mappings, lists, tuples (named ones too) and dataclasses (frozen ones too), which are copied. Other
-    objects are those of `data`.
+    Looked into are mappings, lists, deques, tuples (named ones too) and dataclasses (frozen ones too), which are
+    copied. Other objects are those of `data`.
     """
     if isinstance(data, Tensor):
         return function(data)
@@ -26,7 +26,7 @@ def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
         found = {name: map_tensors(function, value) for name, value in data.items()}
         make: Any = type(data)
         return make(data.default_factory, found) if isinstance(data, defaultdict) else make(found)
-    if isinstance(data, list | tuple):
+    if isinstance(data, list | tuple | deque):
         members = [map_tensors(function, member) for member in data]
         make = type(data)
         return make(*members) if hasattr(data, "_fields") else make(members)
