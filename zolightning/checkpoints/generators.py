@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from zolightning.checkpoints.running_metrics import of_all_ranks
 from zolightning.evaluation.randomness import Generators, States
+from zolightning.strategies.ranks import of_all_ranks
 
 
 def generators_of_all_ranks(trainer: L.Trainer) -> list[dict[str, Any]]:

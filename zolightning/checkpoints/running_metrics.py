@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import Metric
 
-from zolightning.strategies.ranks import one_line_errors
 from zolightning.training_loop import is_at_end_of_batch
 
 
@@ -92,16 +89,6 @@ class RunningMetrics:
                 value = state["value"] / size
             module.log(sums["name"], value, on_step=False, on_epoch=True, batch_size=size, **sums["options"])
         self._earlier = {}
-
-
-def of_all_ranks(trainer: L.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank has, by rank, on the first one; to be called by all of them."""
-    if trainer.world_size == 1:
-        return [own]
-    found: list[Any] = [None] * trainer.world_size
-    with one_line_errors(trainer):
-        torch.distributed.gather_object(move_data_to_device(own, "cpu"), found if trainer.is_global_zero else None)
-    return found
 
 
 def _copied(state: Any) -> Any:

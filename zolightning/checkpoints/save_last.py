@@ -24,11 +24,11 @@ from zolightning.checkpoints.generators import generators_of_all_ranks, restore_
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
-from zolightning.checkpoints.running_metrics import of_all_ranks
-from zolightning.checkpoints.stop_signal import StopSignal, exit_status, largest_of_ranks
+from zolightning.checkpoints.stop_signal import StopSignal, exit_status
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
+from zolightning.strategies.ranks import largest_of_ranks, of_all_ranks
 from zolightning.training_loop import (
     is_accumulating,
     is_at_end_of_batch,

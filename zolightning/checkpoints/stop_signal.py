@@ -7,9 +7,6 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
-
-from zolightning.strategies.ranks import one_line_errors
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -42,15 +39,6 @@ class StopSignal:
             # Not with `print`, which the signal may have interrupted.
             os.write(2, b"\nThe run stops after this step and is saved. Ctrl-C again stops it at once.\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
-    """The maximum of each value over all ranks."""
-    if trainer.world_size == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
-    with one_line_errors(trainer):
-        return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
 
 
 def exit_status(trainer: L.Trainer, number: int) -> int:

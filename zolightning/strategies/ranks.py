@@ -1,4 +1,4 @@
-"""The ranks of a run: how they divide a step, how they exchange losses, and checks that they agree."""
+"""The ranks of a run: how they divide a step, what they exchange, and checks that they agree."""
 
 import atexit
 import itertools
@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from zolightning.directions.shards import is_sharded
@@ -99,7 +100,7 @@ class LossExchange:
         return summed[: totals.numel()].view_as(totals)
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        with one_line_errors(self._module.trainer):
+        with _one_line_errors(self._module.trainer):
             # Losses may come from the CPU, where NCCL cannot add them.
             return self._module.trainer.strategy.reduce(tensor.to(self._module.device), reduce_op="sum")
 
@@ -147,8 +148,27 @@ class LossExchange:
             )
 
 
+def largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
+    """The maximum of each value over all ranks."""
+    if trainer.world_size == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
+    with _one_line_errors(trainer):
+        return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
+
+
+def of_all_ranks(trainer: L.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank has, by rank, on the first one; to be called by all of them."""
+    if trainer.world_size == 1:
+        return [own]
+    found: list[Any] = [None] * trainer.world_size
+    with _one_line_errors(trainer):
+        torch.distributed.gather_object(move_data_to_device(own, "cpu"), found if trainer.is_global_zero else None)
+    return found
+
+
 @contextmanager
-def one_line_errors(trainer: L.Trainer) -> Iterator[None]:
+def _one_line_errors(trainer: L.Trainer) -> Iterator[None]:
     """A context that turns torch's errors in a collective into one line.
 
     Raises:
