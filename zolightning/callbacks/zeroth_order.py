@@ -1,6 +1,7 @@
 """Zeroth-order training of any LightningModule."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.evaluation.fresh_batches import FreshBatches
 from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.nested import map_tensors
+from zolightning.evaluation.replaced import replaced
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.checks import require_integer, require_prefix
 from zolightning.optim.schedules import WarmupDecay
@@ -129,7 +131,7 @@ class ZerothOrder(Callback):
         self.evaluations_per_forward = evaluations_per_forward
         self.keep_prefix_gib = keep_prefix_gib
         self.cuda_graphs = cuda_graphs
-        self._replaced: dict[str, Any] = {}  # attributes of the module before the fit; None where its class had them
+        self._restore = ExitStack()  # undoes what `setup` has done
         self._differentiates = False
         self._counters: dict[str, int] = {}  # at the end of the last fit with this callback
 
@@ -160,14 +162,14 @@ class ZerothOrder(Callback):
             _fold(trainer)
             own_end()
 
-        replacements = {
-            "training_step": zeroth_order_training_step,
-            "configure_optimizers": lambda: self._configure(pl_module, own_optimizers()),
-            "on_train_end": fold_and_end_training,
-        }
+        self._restore.callback(self._detach, trainer, pl_module)
         # An instance may have a step of its own, as modules under torch.compile do.
-        self._replaced = {name: vars(pl_module).get(name) for name in replacements}
-        vars(pl_module).update(replacements)
+        for name, method in (
+            ("training_step", zeroth_order_training_step),
+            ("configure_optimizers", lambda: self._configure(pl_module, own_optimizers())),
+            ("on_train_end", fold_and_end_training),
+        ):
+            self._restore.enter_context(replaced(pl_module, name, method))
         pl_module.automatic_optimization = False
         self._differentiates = False
 
@@ -188,23 +190,19 @@ class ZerothOrder(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _fold(trainer)  # of a run that was resumed after its last step, which has no `on_train_end`
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        if not self._replaced:
-            return
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._restore.close()
+
+    on_exception = teardown  # Lightning calls no teardown after an exception or an interrupt
+
+    def _detach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for optimizer in methods_of(trainer):
             optimizer.detach()
             self._counters = {name: optimizer.param_groups[0].get(name, 0) for name in _COUNTERS}
-        for name, own in self._replaced.items():
-            del vars(pl_module)[name]
-            if own is not None:
-                vars(pl_module)[name] = own
-        self._replaced = {}
         # `trainer.global_step` reads the automatic counter of an automatic module, also after the fit.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
         pl_module.automatic_optimization = True
-
-    on_exception = teardown  # Lightning calls no teardown after an exception or an interrupt
 
     def _configure(self, pl_module: L.LightningModule, configured: Any) -> Any:
         """What the module's ``configure_optimizers`` returns to Lightning in place of `configured`."""
