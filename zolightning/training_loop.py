@@ -62,6 +62,24 @@ def log_nothing(module: L.LightningModule, name: str) -> None:
         known.reset()
 
 
+def after_restoring(trainer: L.Trainer, call: Callable[[], None]) -> None:
+    """Has a fit call a function once a checkpoint has been loaded, if there is one, and before the strategy is set up.
+
+    To be called in a callback's ``setup``, which is not told of a checkpoint. Where a strategy is set up first, so that
+    the weights have a place, the checkpoint is loaded after the call.
+    """
+    strategy = trainer.strategy
+    vars(strategy).pop("setup", None)  # of a fit that failed before it came to that
+    set_up = strategy.setup
+
+    def call_and_set_up(trainer: L.Trainer) -> None:
+        del vars(strategy)["setup"]
+        call()
+        set_up(trainer)
+
+    vars(strategy)["setup"] = call_and_set_up
+
+
 def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
     """Whether the weights, and all else that a checkpoint holds, are those after ``trainer.global_step`` steps.
 

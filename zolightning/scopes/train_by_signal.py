@@ -16,6 +16,7 @@ from zolightning.scopes.calibration import calibration_batches, calibration_forw
 from zolightning.scopes.parts import ChosenParameters, Part, WholeLayer
 from zolightning.scopes.scope import Scope, Selection
 from zolightning.scopes.signal import measure_signal, table
+from zolightning.training_loop import after_restoring
 
 
 class TrainBySignal(Scope):
@@ -112,19 +113,14 @@ class TrainBySignal(Scope):
         return Selection(parameters, reason, details=table(signals), forward_passes=forwards)
 
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Chooses unless a checkpoint does: Lightning restores one after ``setup`` and before the strategy's own."""
-        self._selection = None
-        strategy, choose = trainer.strategy, super()._choose
-        vars(strategy).pop("setup", None)  # of a fit that failed before it was called
-        set_up = strategy.setup
+        """Measures only if no checkpoint says what trains."""
+        self._selection, choose = None, super()._choose
 
-        def choose_and_set_up(trainer: L.Trainer) -> None:
-            del vars(strategy)["setup"]
+        def choose_unless_restored() -> None:
             if self._selection is None:
                 choose(trainer, pl_module)
-            set_up(trainer)
 
-        vars(strategy)["setup"] = choose_and_set_up
+        after_restoring(trainer, choose_unless_restored)
 
     def _blocks(self, pl_module: L.LightningModule, batches: Sequence[Any]) -> dict[str, ChosenParameters]:
         """The parameters of each block that may train."""
