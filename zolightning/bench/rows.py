@@ -15,7 +15,6 @@ from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.randomness import Generators
 from zolightning.layers import find_layers
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SparseMeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -131,7 +130,7 @@ class _GraphedForward:
 
     @torch.no_grad()
     def __call__(self, evaluate: Evaluate) -> None:
-        self.graphs.begin_step(Generators())
+        self.graphs.begin_step()
         self.graphs.evaluate(lambda: LossAndTerms(evaluate(), torch.ones(())), [Perturbed({})])
 
 

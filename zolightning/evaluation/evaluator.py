@@ -17,7 +17,6 @@ from zolightning.evaluation.mode import all_in_evaluation_mode
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
-from zolightning.evaluation.snapshot import Lasting
 from zolightning.evaluation.stacked import StackedNetwork, networks_of
 from zolightning.evaluation.submodules import Submodules
 from zolightning.evaluation.traces import Traces
@@ -48,10 +47,7 @@ class Evaluator:
         self.is_first = self.left_traces = self.leaves_more = False
         self._reads = KnownReads()
         self._submodules: Submodules | None = None  # at the last step
-        self._held: Lasting = ()  # what they held before it, see `Traces`
-        self._moving: set[int] = set()  # the parameters that moved in it
-        self._written: set[int] = set()  # tensors beside the weights that evaluations write to
-        self._is_watched = False  # whether one evaluation has been watched for these
+        self._traces = Traces()
         self._stacked = StackedNetwork()
         self._examples = Examples()
 
@@ -78,28 +74,26 @@ class Evaluator:
             ValueError: if evaluations are to share runs, or graphs to be recorded, and no network holds all parameters;
                 or graphs on a device that has none.
         """
-        self.module = module
-        self._submodules, self._held = None, ()
-        self._is_watched = False
+        self.module, self._submodules = module, None
+        self._traces.forget()
         self._reads = KnownReads(module)
         self.prefix = SharedPrefix(self._layers(), keep_prefix_bytes)
         networks = networks_of(module, parameters) if evaluations_per_forward > 1 else ()
-        self._stacked, self._examples = StackedNetwork(networks, evaluations_per_forward), Examples()
+        self._stacked, self._examples = StackedNetwork(networks, evaluations_per_forward), Examples(module)
         if cuda_graphs:
             network, *_ = networks_of(module, parameters, "cuda_graphs")
             self.graphs = GraphedNetwork(network, CudaCapture(parameters[0].device))
 
     def detach(self) -> None:
         """Undoes :meth:`attach`."""
-        self.module = None
-        self._submodules, self._held = None, ()
-        self.graphs = None
+        self.module = self._submodules = self.graphs = None
+        self._traces.forget()
         self._reads = KnownReads()
 
     def forget(self) -> None:
         """Forgets where parameters are read and what evaluations share, so that the next step finds it out anew."""
         self._reads.forget()
-        self._is_watched = False
+        self._traces.forget()
         if self.module is not None:
             self.prefix = SharedPrefix(self._layers(), self.prefix.keep_bytes)
         self._stacked.forget()
@@ -145,13 +139,13 @@ class Evaluator:
         """
         self._reads.gathered.give_back()  # what others' forwards have left
         generators = Generators({parameter.device for parameter in trainable})
-        moving = set(map(id, chain(trainable, resting or {}, *perturbations)))
-        modules = self._found_submodules()
-        with all_in_evaluation_mode(modules), generators.rewound(*randomness) as rewind:
-            if moving != self._moving:
-                self._held, self._moving = (), moving
-            traces = Traces(modules, self._written, moving, self._held)
-            run = partial(self._run, traces, rewind)
+        modules, moving = self._found_submodules(), set(map(id, chain(trainable, resting or {}, *perturbations)))
+        with (
+            all_in_evaluation_mode(modules),
+            generators.rewound(*randomness) as rewind,
+            self._traces.step(modules, moving),
+        ):
+            run = partial(self._run, rewind)
             parts = None if micro_batches is None else [part.each(run) for part in micro_batches]
             find_contexts = partial(self._reads.contexts, trainable, resting or {}, loss=lambda: run(loss_fn).loss)
             evaluate = partial(self._losses, partial(run, loss_fn), parts, generators, leaves_traces)
@@ -159,34 +153,29 @@ class Evaluator:
             if self._is_read_elsewhere(unread, trainable):
                 self._reads.forget(unread)
                 results, _ = evaluate(find_contexts(perturbations))
-            if first is not None and traces.found:
+            if first is not None and self._traces.found:
                 evaluate(find_contexts(first()))
-            self._held = traces.finish()
             if leaves_traces:  # others are made beside the step's own
-                self.left_traces = traces.found or self.leaves_more
+                self.left_traces = self._traces.found or self.leaves_more
         return results
 
     def _run(
-        self,
-        traces: Traces,
-        rewind: Callable[[], None],
-        loss_fn: LossFunction,
-        *contexts: AbstractContextManager[Any],
+        self, rewind: Callable[[], None], loss_fn: LossFunction, *contexts: AbstractContextManager[Any]
     ) -> LossAndTerms:
         """One evaluation of a step within some contexts, by the step's random numbers; what it writes is undone."""
 
         def evaluated() -> LossAndTerms:
             with ExitStack() as stack:
-                for context in contexts if self._is_watched else (*contexts, traces.watched()):
+                for context in (*contexts, self._traces.watched()):
                     stack.enter_context(context)
                 stack.callback(self._reads.gathered.give_back)
                 return loss_and_terms(loss_fn())
 
         rewind()
         try:
-            return traces.evaluate(evaluated, self.is_first)
+            return self._traces.evaluate(evaluated, self.is_first)
         finally:
-            self.is_first, self._is_watched = False, True
+            self.is_first = False
 
     def _is_read_elsewhere(self, unread: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]) -> bool:
         """Whether some parameters are not, or no longer, read where they were read in earlier steps.
@@ -221,7 +210,7 @@ class Evaluator:
             contexts: for each evaluation, how it sees parameters.
         """
         if self.graphs is not None:
-            self.graphs.begin_step(generators)
+            self.graphs.begin_step()
         if self._reads.has_unseen:
             self._stacked.give_up("such parameters cannot be stacked")
 
@@ -230,10 +219,10 @@ class Evaluator:
 
         begin()
         if parts is not None:
-            module, prefix, graphs = self.module, self.prefix, self.graphs
-            return self._examples.evaluate(parts, contexts, generators, module, prefix, graphs, begin), []
+            with self.prefix.one_step(generators):
+                return self._examples.evaluate(parts, contexts, self.prefix, self.graphs, begin), []
         if self._stacked and not contexts[0].in_place:
-            results = self._stacked.evaluate(evaluate, contexts, generators, self.graphs, begin)
+            results = self._stacked.evaluate(evaluate, contexts, self.graphs, begin)
             if results is not None:
                 return results, []
         if self.graphs is not None and not self.graphs.is_off:
@@ -249,7 +238,7 @@ class Evaluator:
         if self._submodules is None or not self._submodules.are_same():
             if self._submodules is not None:
                 self.forget()
-            self._submodules, self._held = Submodules(self.module), ()
+            self._submodules = Submodules(self.module)
         return self._submodules.modules
 
     def _layers(self) -> Sequence[nn.Module]:

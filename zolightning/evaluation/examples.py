@@ -24,7 +24,6 @@ from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput
 from zolightning.evaluation.nested import tensors_in
 from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
-from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
 from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one
@@ -76,10 +75,15 @@ class _Found(NamedTuple):
 
 
 class Examples:
-    """Evaluates the losses of a batch's examples, at once or, where that cannot be, one by one."""
+    """Evaluates the losses of a batch's examples, at once or, where that cannot be, one by one.
 
-    def __init__(self) -> None:
-        self._network: Any = None  # the module that the loss calls, once or several times
+    Args:
+        module: holds the network; None if only functions are known.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self._module = module
+        self._network: Any = None  # in it, which the loss calls, once or several times
         self._runs_one_by_one = False  # from the first failure on
         self._trusted: set[tuple[Any, ...]] = set()  # sets of tensors whose division has given the right losses
 
@@ -92,8 +96,6 @@ class Examples:
         self,
         parts: Sequence[MicroBatch[LossAndTerms]],
         contexts: Sequence[Perturbed],
-        generators: Generators,
-        module: nn.Module | None,
         prefix: SharedPrefix,
         graphs: GraphedNetwork | None,
         begin: Callable[[], None],
@@ -106,8 +108,6 @@ class Examples:
         Args:
             parts: the batch in parts, whose functions evaluate its losses.
             contexts: for each example in turn, how it sees parameters.
-            generators: the random number generators that losses may draw from.
-            module: holds the network; None if only functions are known.
             prefix: the layer outputs that the evaluations of a step share.
             graphs: the network's forward as CUDA graphs, if any.
             begin: called before the evaluations begin anew.
@@ -118,29 +118,27 @@ class Examples:
         results: list[LossAndTerms] = []
         examples = [evaluate for part in parts for evaluate in part.examples.values()]
         shared = prefix if graphs is None or graphs.is_off else None
-        with prefix.one_step(generators):
-            for start in range(0, len(contexts), len(examples)):
-                own = contexts[start : start + len(examples)]
-                if not self._runs_one_by_one:
-                    try:
-                        self._network = self._network or _network_in(module, own[0])
-                        results += self._at_once(parts, own, generators, shared, graphs)
-                        continue
-                    except CannotStack as error:
-                        self._runs_one_by_one = True
-                        rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
-                if not results:  # what stays of the first evaluation is to be that of all examples
-                    begin()
-                    with own[0]:
-                        parts[0].loss()
-                results += one_by_one(examples, own)
+        for start in range(0, len(contexts), len(examples)):
+            own = contexts[start : start + len(examples)]
+            if not self._runs_one_by_one:
+                try:
+                    self._network = self._network or _network_in(self._module, own[0])
+                    results += self._at_once(parts, own, shared, graphs)
+                    continue
+                except CannotStack as error:
+                    self._runs_one_by_one = True
+                    rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
+            if not results:  # what stays of the first evaluation is to be that of all examples
+                begin()
+                with own[0]:
+                    parts[0].loss()
+            results += one_by_one(examples, own)
         return results
 
     def _at_once(
         self,
         batches: Sequence[MicroBatch[LossAndTerms]],
         contexts: Sequence[Perturbed],
-        generators: Generators,
         prefix: SharedPrefix | None,
         graphs: GraphedNetwork | None,
     ) -> list[LossAndTerms]:
@@ -151,9 +149,7 @@ class Examples:
         def run(within: AbstractContextManager[None]) -> LossAndTerms:
             """Evaluates all examples, and returns the sums of their losses and terms, by which runs are compared."""
             with within:
-                found[:] = [
-                    self._together(batch, own, generators, graphs) for batch, own in zip(batches, shares, strict=True)
-                ]
+                found[:] = [self._together(batch, own, graphs) for batch, own in zip(batches, shares, strict=True)]
             losses, terms = zip(*(pair for each in found for pair in each.losses), strict=True)
             return LossAndTerms(torch.stack(losses).sum(), torch.stack(terms).sum())
 
@@ -165,7 +161,7 @@ class Examples:
         for batch, own, (losses, whole, cuts) in zip(batches, shares, found, strict=True):
             if cuts is not None and cuts not in self._trusted:
                 self._require_mean(losses, whole)
-                if self._agrees(batch, own, generators):
+                if self._agrees(batch, own):
                     self._trusted.add(cuts)
                 else:
                     losses = one_by_one(batch.examples.values(), own)
@@ -173,17 +169,13 @@ class Examples:
         return results
 
     def _together(
-        self,
-        batch: MicroBatch[LossAndTerms],
-        contexts: Sequence[Perturbed],
-        generators: Generators,
-        graphs: GraphedNetwork | None,
+        self, batch: MicroBatch[LossAndTerms], contexts: Sequence[Perturbed], graphs: GraphedNetwork | None
     ) -> _Found:
         if len(contexts) == 1:
             losses = one_by_one(batch.examples.values(), contexts)
             return _Found(losses, losses[0], None)
         with watched_everywhere(contexts) as readers:
-            run = _Run(self._network, contexts, readers, generators, graphs)
+            run = _Run(self._network, contexts, readers, graphs)
             with replaced_forward(self._network, run.forward):
                 whole = run.evaluate_whole(contexts[0], batch.loss)
                 for context, evaluate in zip(contexts, batch.examples.values(), strict=True):
@@ -207,7 +199,7 @@ class Examples:
                 "or, if it compares examples with each other, choose TwoSided()."
             )
 
-    def _agrees(self, batch: MicroBatch[LossAndTerms], contexts: Sequence[Perturbed], generators: Generators) -> bool:
+    def _agrees(self, batch: MicroBatch[LossAndTerms], contexts: Sequence[Perturbed]) -> bool:
         """Whether losses are those of separate runs, tried with parameters a few percent off for every other example.
 
         False if a loss is not finite, so that nothing can be compared.
@@ -221,7 +213,7 @@ class Examples:
         few = list(batch.examples.values())[:: compared.step]
         alone = [torch.stack([found.loss for found in one_by_one(few, [c] * len(few))]) for c in (plain, flipped)]
         expected = torch.where(torch.arange(len(compared), device=alone[0].device) % 2 == 0, alone[1], alone[0])
-        losses = [found.loss for found in self._together(batch, changed, generators, None).losses]
+        losses = [found.loss for found in self._together(batch, changed, None).losses]
         found = torch.stack([losses[place] for place in compared])
         if not torch.isfinite(torch.stack(alone)).all():
             return False

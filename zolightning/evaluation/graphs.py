@@ -76,7 +76,6 @@ class GraphedNetwork:
         self._held: NetworkState | None = None
         self._unsettled = 0  # steps in a row that began with other modules
         self._step = 0
-        self._generators = Generators()
 
     def evaluate(self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
         """The loss and its number of terms under each of some perturbations."""
@@ -95,15 +94,10 @@ class GraphedNetwork:
         self._uses.clear()
         self._held = None
 
-    def begin_step(self, generators: Generators) -> None:
-        """Drops graphs that were recorded with other modules, or with their weights at other addresses.
-
-        Args:
-            generators: what the evaluations of the step draw from.
-        """
+    def begin_step(self) -> None:
+        """Drops graphs that were recorded with other modules, or with their weights at other addresses."""
         if self.is_off:
             return
-        self._generators = generators
         self._step += 1
         if self._held is not None and self._held.is_same():
             self._unsettled = 0
@@ -236,12 +230,12 @@ class GraphedNetwork:
 
     def _warm_up(self, run: Callable[[], Any], inputs: Sequence[Tensor]) -> None:
         """Runs the callable once before it is recorded; refuses it if it has effects that a replay would not have."""
-        before = snapshot_of(self.network)
-        states, versions = self._generators.states(), [tensor._version for tensor in inputs]
+        before, generators = snapshot_of(self.network), Generators([self._capture.device])
+        states, versions = generators.states(), [tensor._version for tensor in inputs]
         for leaf in tree_flatten(self._capture.warm_up(run))[0]:
             if not isinstance(leaf, Tensor | int | float | str | None):
                 raise CannotCapture(f"it returns {type(leaf).__name__}, of which a replay would not make another one")
-        if not self._generators.states().equal(states):
+        if not generators.states().equal(states):
             raise CannotCapture("it draws random numbers")
         if not before.is_now():
             raise CannotCapture("it changes what its modules hold, a buffer or a counter")

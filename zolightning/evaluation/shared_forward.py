@@ -36,7 +36,6 @@ class SharedForward:
         network: the network.
         contexts: how each evaluation sees parameters, all functions being watched.
         readers: the modules in which watching is enough, if they are known.
-        generators: the random number generators that evaluations may draw from.
         graphs: the network's forward as CUDA graphs, if any.
     """
 
@@ -45,7 +44,6 @@ class SharedForward:
         network: nn.Module,
         contexts: Sequence[Perturbed],
         readers: Iterable[nn.Module] | None,
-        generators: Generators,
         graphs: GraphedNetwork | None,
     ) -> None:
         self.losses: list[LossAndTerms] = []
@@ -53,7 +51,6 @@ class SharedForward:
         self.cuts: list[Any] = []  # which tensors were split, in order
         self._contexts = contexts
         self._readers = readers
-        self._generators = generators
         self._network = network
         self._network_forward = network.forward
         self._network_generate = getattr(network, "generate", None)
@@ -61,7 +58,9 @@ class SharedForward:
         self.prompts: list[dict[str, Tensor]] = []  # of what `generate` has written, by a decoder
         self._graphs = graphs
         self._held = {id(buffer): name for name, buffer in network.named_buffers()}
-        self._held |= {id(parameter): name for name, parameter in network.named_parameters()}
+        parameters = dict(network.named_parameters())
+        self._held |= {id(parameter): name for name, parameter in parameters.items()}
+        self._generators = Generators({parameter.device for parameter in parameters.values()})
         self._call = 0
         self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
 

@@ -27,7 +27,6 @@ from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
-from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by
 from zolightning.evaluation.shared_forward import SharedForward, computes_in_half, one_by_one
@@ -115,7 +114,6 @@ class StackedNetwork:
         self,
         evaluate: Callable[[], LossAndTerms],
         contexts: Sequence[Perturbed],
-        generators: Generators,
         graphs: GraphedNetwork | None,
         begin: Callable[[], None],
     ) -> list[LossAndTerms] | None:
@@ -127,14 +125,13 @@ class StackedNetwork:
         Args:
             evaluate: evaluates the loss of the batch.
             contexts: for each evaluation how it sees parameters, none of them in place.
-            generators: the random number generators that the loss may draw from.
             graphs: the network's forward as CUDA graphs, if any.
             begin: called before the evaluations begin anew, with the next network or by themselves.
         """
         reason = ""
         while self._networks:
             try:
-                return self._evaluate(evaluate, contexts, generators, graphs)
+                return self._evaluate(evaluate, contexts, graphs)
             except CannotStack as error:
                 reason = reason or str(error)
                 if len(self._networks) > 1:
@@ -149,11 +146,7 @@ class StackedNetwork:
         return None
 
     def _evaluate(
-        self,
-        evaluate: Callable[[], LossAndTerms],
-        contexts: Sequence[Perturbed],
-        generators: Generators,
-        graphs: GraphedNetwork | None,
+        self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed], graphs: GraphedNetwork | None
     ) -> list[LossAndTerms]:
         """The losses by the first network; raises CannotStack if that gives other ones."""
         results: list[LossAndTerms] = []
@@ -162,12 +155,12 @@ class StackedNetwork:
             if len(chunk) == 1:
                 results += one_by_one([evaluate], chunk) if graphs is None else graphs.evaluate(evaluate, chunk)
                 continue
-            run = self._run(evaluate, chunk, generators, graphs)
+            run = self._run(evaluate, chunk, graphs)
             found, cuts = run.losses, (len(chunk), *run.cuts)
             if run.calls and cuts not in self._trusted:
                 # Equal texts say little about equal numbers, so the scores of tokens are compared instead.
                 compared = partial(self._scores, run.prompts) if any(run.prompts) else evaluate
-                if self._agrees(compared, chunk, generators, graphs):
+                if self._agrees(compared, chunk, graphs):
                     self._trusted.add(cuts)
                 else:
                     found = one_by_one([evaluate] * len(chunk), chunk)
@@ -175,16 +168,12 @@ class StackedNetwork:
         return results
 
     def _run(
-        self,
-        evaluate: Callable[[], LossAndTerms],
-        contexts: Sequence[Perturbed],
-        generators: Generators,
-        graphs: GraphedNetwork | None,
+        self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed], graphs: GraphedNetwork | None
     ) -> SharedForward:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
         with ExitStack() as stack:
             readers = stack.enter_context(watched_everywhere(contexts))
-            run = SharedForward(self._network, contexts, readers, generators, graphs)
+            run = SharedForward(self._network, contexts, readers, graphs)
             stack.enter_context(replaced_forward(self._network, run.forward))
             if hasattr(self._network, "generate"):
                 stack.enter_context(replaced(self._network, "generate", run.generate))
@@ -202,11 +191,7 @@ class StackedNetwork:
         return LossAndTerms(loss, torch.ones_like(loss))
 
     def _agrees(
-        self,
-        evaluate: Callable[[], LossAndTerms],
-        contexts: Sequence[Perturbed],
-        generators: Generators,
-        graphs: GraphedNetwork | None,
+        self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed], graphs: GraphedNetwork | None
     ) -> bool:
         """Whether stacked losses are those of separate runs, tried with half of the groups a few percent off.
 
@@ -217,7 +202,7 @@ class StackedNetwork:
         mixed = [Perturbed(flipped if i % 2 else plain) for i in range(len(contexts))]
         alone = torch.stack([found.loss for found in one_by_one([evaluate] * 2, mixed[:2])])
         together, all_flipped = (
-            torch.stack([found.loss for found in self._run(evaluate, groups, generators, graphs).losses])
+            torch.stack([found.loss for found in self._run(evaluate, groups, graphs).losses])
             for groups in (mixed, [Perturbed(flipped) for _ in contexts])
         )
         if not torch.isfinite(alone).all():

@@ -12,6 +12,7 @@ with what the first one left in it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,32 +20,50 @@ from torch.overrides import TorchFunctionMode
 
 from zolightning.evaluation.snapshot import Lasting, Snapshot, TensorSnapshot
 
+_NOTHING = Snapshot((), set(), frozenset())
+
 
 class Traces:
-    """Undoes what the evaluations of a step write; :meth:`finish` puts back what the first one wrote.
+    """Undoes what the evaluations of a step write, but for the first one.
 
-    Args:
-        modules: all submodules of the network; none if only a function is known.
-        written: ids of tensors that were written to in earlier steps; more are added.
-        perturbed: ids of the parameters that the evaluations perturb.
-        earlier: the result of :meth:`finish` of an earlier step with the same `modules` and `perturbed`.
+    From step to step it remembers which tensors evaluations write to, and what of the modules has not changed.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        written: set[int],
-        perturbed: Set[int],
-        earlier: Lasting = (),
-    ) -> None:
-        self._modules = modules
-        self._written = written
-        self._perturbed = perturbed
-        self._before = Snapshot(modules, written, perturbed, earlier)
-        self._first: Snapshot | None = None
+    def __init__(self) -> None:
+        self._modules: Sequence[nn.Module] = ()
+        self._perturbed: Set[int] = frozenset()
+        self._written: set[int] = set()  # ids of tensors that evaluations write to
+        self._is_watched = False  # whether one evaluation has been watched for these
+        self._lasting: Lasting = ()  # what the modules held before the last step
+        self._before = _NOTHING
+        self._first: Snapshot | None = None  # after the first evaluation, if it wrote anything
+
+    def forget(self) -> None:
+        """Has the next evaluation watched again, and the state of all modules read anew."""
+        self._is_watched, self._lasting = False, ()
+
+    @contextmanager
+    def step(self, modules: Sequence[nn.Module], perturbed: Set[int]) -> Iterator[None]:
+        """A context for the evaluations of a step, at whose end the module is in the state after the first one.
+
+        Args:
+            modules: all submodules of the network, in one object for as long as they are the same; none if only a
+                function is known.
+            perturbed: ids of the parameters that the evaluations perturb.
+        """
+        if modules is not self._modules or perturbed != self._perturbed:
+            self._modules, self._perturbed, self._lasting = modules, perturbed, ()
+        self._before = Snapshot(modules, self._written, perturbed, self._lasting)
+        try:
+            yield
+            if self._first is not None:
+                self._first.restore()
+            self._lasting = self._before.lasting()
+        finally:
+            self._before, self._first = _NOTHING, None  # which hold copies of tensors
 
     def evaluate(self, evaluate: Callable[[], Any], is_first: bool) -> Any:
-        """Evaluates a loss and undoes what it wrote, also where it fails; `is_first` keeps it for the end."""
+        """Evaluates a loss and undoes what it wrote, also where it fails; `is_first` keeps it for the step's end."""
         is_written = True
         try:
             result = evaluate()
@@ -53,23 +72,18 @@ class Traces:
                 self._first = Snapshot(self._modules, self._written, self._perturbed, self._before.lasting())
             return result
         finally:
+            self._is_watched = True
             if is_written:
                 self._before.restore()
 
     @property
     def found(self) -> bool:
-        """Whether the first evaluation wrote anything."""
+        """Whether the first evaluation of the present step wrote anything."""
         return self._first is not None
 
-    def finish(self) -> Lasting:
-        """Puts the module into the state after the first evaluation; returns what the next step takes as `earlier`."""
-        if self._first is not None:
-            self._first.restore()
-        return self._before.lasting()
-
-    def watched(self) -> "CopyOnWrite":
-        """A context for the very first evaluation, which copies large tensors just before they are written to."""
-        return CopyOnWrite(self._before, self._written)
+    def watched(self) -> AbstractContextManager[object]:
+        """A context for an evaluation, the very first of which copies large tensors just before they are written to."""
+        return nullcontext() if self._is_watched else CopyOnWrite(self._before, self._written)
 
 
 class CopyOnWrite(TorchFunctionMode):

@@ -41,8 +41,8 @@ def own_loss(module: L.LightningModule, batch: Any) -> LossOutput:
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # beside `self`, as Lightning counts
     with evaluation_mode(module), replaced(module, "log", lambda *_, **__: None):
         trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
-        traces = Traces(list(module.modules()), set(), trained)
-        with traces.watched():
+        traces = Traces()
+        with traces.step(list(module.modules()), trained), traces.watched():
             index = (0,) if takes_index else ()
             return traces.evaluate(lambda: step(module, copied(batch), *index), is_first=False)
 
