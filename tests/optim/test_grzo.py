@@ -3,11 +3,13 @@
 import statistics
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from zolightning.directions.dense import Direction, directions
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim import GRZO
 from zolightning.optim.estimators import TwoSided
@@ -58,6 +60,22 @@ def test_equal_projected_gradients_have_no_spread_and_move_nothing() -> None:
     before = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer.apply(replace(record, step=1, projected_grads=(90.0, 80.0, 70.0)))
     assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_noise_of_matrices_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Linear(5, 4)
+    optimizer = GRZO(net.named_parameters(), rank=2, num_queries=3)
+    optimizer.attach(net)
+    asked: list[str] = []
+
+    def recording(named: dict[str, nn.Parameter], *arguments: Any) -> dict[str, Direction]:
+        asked.extend(named)
+        return directions(named, *arguments)
+
+    for module in ("grzo", "subspace"):
+        monkeypatch.setattr(f"zolightning.optim.{module}.directions", recording)
+    optimizer.perturbations_of(range(3), 1)
+    assert asked == [*["bias"] * 3, "weight/shared", "weight/signs"]
 
 
 @pytest.mark.parametrize(("argument", "value"), [("num_queries", 1), ("align_queries", True), ("rank", 0)])

@@ -12,6 +12,7 @@ from zolightning.directions.scaled import FactoredCurvature, FullCurvature, Scal
 from zolightning.evaluation.graph_inputs import Parts
 from zolightning.kernels.noise import coefficient, key
 from zolightning.optim import HiZOO, MeZO, StepRecord
+from zolightning.optim.estimators import TwoSided
 
 STRUCTURES = ("full", "row_column", "scalar")
 
@@ -202,6 +203,7 @@ def test_quantiles_are_of_weights_not_of_parameters() -> None:
         ({"curvature_estimate": "paper"}, "`curvature_estimate` must be one of"),
         ({"curvature_estimate": "centered", "curvature": "scalar"}, "must be 'code' with `curvature` 'scalar'"),
         ({"curvature_estimate": "centered", "noise": "rademacher"}, "must be 'code' with `noise` 'rademacher'"),
+        ({"estimator": TwoSided()}, r"`estimator` must be ThreePoint\(\), which HiZOO .*, got TwoSided\(\)\."),
         ({"curvature_bounds": (0.0, 2.0)}, "`curvature_bounds` must be a number above 0"),
         ({"curvature_bounds": (0.5, float("inf"))}, "`curvature_bounds` must be a number above 0"),
     ],

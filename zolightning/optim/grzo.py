@@ -97,17 +97,17 @@ class GRZO(SubspaceOptimizer):
     def direction_scale(self, matrix: Matrix) -> float:
         return self.basis_kind.unit_rms_scale(matrix)
 
-    def perturbations_of(self, queries: Iterable[int], sign: int) -> dict[int, dict[nn.Parameter, Perturbation]]:
-        found = super().perturbations_of(queries, sign)
-        for group in self.param_groups:
-            matrices = self.split(group)[0]
-            self._draw_cores(matrices, (group["seed"], group["step"]), tuple(found))
-            for name, (parameter, matrix) in matrices.items():
-                pending, basis = self.state.get(parameter, {}).get("core"), self.basis(parameter)
-                factor, core = sign * group["eps"] * self.direction_scale(matrix), self._cores[name]
-                for query, changes in found.items():
-                    signs = self._signs[name, query]
-                    changes[parameter] = Signed(basis, matrix.shape, pending, core, signs, factor)
+    def perturbations_of_matrices(
+        self, group: dict[str, Any], matrices: Matrices, queries: Sequence[int], sign: int
+    ) -> dict[int, dict[nn.Parameter, Perturbation]]:
+        found: dict[int, dict[nn.Parameter, Perturbation]] = {query: {} for query in queries}
+        self._draw_cores(matrices, (group["seed"], group["step"]), queries)
+        for name, (parameter, matrix) in matrices.items():
+            pending, basis = self.state.get(parameter, {}).get("core"), self.basis(parameter)
+            factor, core = sign * group["eps"] * self.direction_scale(matrix), self._cores[name]
+            for query, changes in found.items():
+                signs = self._signs[name, query]
+                changes[parameter] = Signed(basis, matrix.shape, pending, core, signs, factor)
         return found
 
     def update(self, record: StepRecord) -> None:

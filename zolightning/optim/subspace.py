@@ -201,21 +201,28 @@ class SubspaceOptimizer(SubspaceWeights):
         found: dict[int, dict[nn.Parameter, Perturbation]] = {query: {} for query in queries}
         for group in self.param_groups:
             matrices, vectors = self.split(group)
-            shared = {
-                name: (parameter, self.basis(parameter), matrix.shape, self.state.get(parameter, {}).get("core"))
-                for name, (parameter, matrix) in matrices.items()
-            }
-            for query, changes in found.items():
-                coefficients = {query: sign * group["eps"]}
-                if group["vector_lr_ratio"]:
-                    dense = directions(vectors, group["seed"], group["step"], coefficients, self.noise)
-                    changes |= {parameter: dense[name] for name, parameter in vectors.items()}
-                cores = self._core_directions(matrices, group["seed"], group["step"], coefficients)
-                for name, (parameter, basis, shape, pending) in shared.items():
-                    changes[parameter] = LowRank(basis, shape, pending, cores[name])
+            for query, changes in found.items() if group["vector_lr_ratio"] else ():
+                dense = directions(vectors, group["seed"], group["step"], {query: sign * group["eps"]}, self.noise)
+                changes |= {parameter: dense[name] for name, parameter in vectors.items()}
+            for query, changes in self.perturbations_of_matrices(group, matrices, tuple(found), sign).items():
+                found[query] |= changes
         offsets = self.offsets(without=next(iter(found.values()), {}))
         for changes in found.values():
             changes |= offsets
+        return found
+
+    def perturbations_of_matrices(
+        self, group: dict[str, Any], matrices: Matrices, queries: Sequence[int], sign: int
+    ) -> dict[int, dict[nn.Parameter, Perturbation]]:
+        """What :meth:`perturbations_of` says of the matrices of a group."""
+        shared = [
+            (name, parameter, self.basis(parameter), matrix.shape, self.state.get(parameter, {}).get("core"))
+            for name, (parameter, matrix) in matrices.items()
+        ]
+        found: dict[int, dict[nn.Parameter, Perturbation]] = {}
+        for query in queries:
+            cores = self._core_directions(matrices, group["seed"], group["step"], {query: sign * group["eps"]})
+            found[query] = {p: LowRank(basis, shape, core, cores[name]) for name, p, basis, shape, core in shared}
         return found
 
     def update(self, record: StepRecord) -> None:
