@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from tqdm import tqdm
 
 from zolightning.callbacks import TrainLayers, ZerothOrder
@@ -101,7 +103,7 @@ class _Sweep:
 
     def run(self) -> None:
         """Trains the layers that have no result yet; then prints and draws all results."""
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
+        start = _Tensors(self.module)
         pending = [index for index in self.indices if str(index) not in self.results.rows]
         has_bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         with quiet(), tqdm(total=len(pending) * self.steps, unit="step", disable=not has_bar) as bar:
@@ -110,11 +112,11 @@ class _Sweep:
                     with isolate_rng():
                         self._keep(SweepRow(ZERO_SHOT, 0, 0, 0.0, self._evaluated()))
                 for index in pending:
-                    self.module.load_state_dict(weights)
+                    start.put_back()
                     with isolate_rng():  # the same batches and the same dropout for each layer
                         self._keep(self._trained(index, bar))
             finally:
-                self.module.load_state_dict(weights)
+                start.put_back()
         if self.trainer.is_global_zero:
             self._report()
 
@@ -190,6 +192,25 @@ class _Sweep:
             "trainer": trainer_config,
             **{slot: config.get(slot) for slot in SLOTS},
         }
+
+
+class _Tensors:
+    """A copy, in host memory, of a module's parameters and buffers, those too that its state dict leaves out."""
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self._module = module
+        self._saved = {name: _to_host(tensor) for name, tensor in module.state_dict().items()}
+        self._unsaved = {name: _to_host(b) for name, b in module.named_buffers() if name not in self._saved}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        self._module.load_state_dict(self._saved)
+        for name, values in self._unsaved.items():
+            self._module.get_buffer(name).copy_(values)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _chosen(stack: LayerStack, layers: list[int] | Literal["all"]) -> list[int]:
