@@ -168,11 +168,6 @@ def test_plain_text_is_not_for_masked_models(tmp_path: Path, make_trainer: Calla
         make_trainer().validate(module, data, verbose=False)
 
 
-def test_classes_are_not_for_masked_models(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`num_classes` 3 is for classifiers, and AutoModelForMaskedLM loads none"):
-        MaskedLM(str(write_tiny(tmp_path)), num_classes=3)
-
-
 class TestEncoding:
     encode = staticmethod(partial(encode_masked, tiny_tokenizer(), label=1, id=0, max_length=64))
 

@@ -188,6 +188,12 @@ def test_an_adapter_is_refused_with_what_to_do_instead(tiny_folder):
     assert_refused(tiny_folder, "it is an adapter, not a model. Name its base model here, and the adapter as `adapter`")
 
 
+def test_a_model_without_a_tokenizer_is_refused(tiny_folder):
+    for path in tiny_folder.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(tiny_folder, "it has no tokenizer.json")
+
+
 def test_no_code_of_a_folder_is_run_and_nobody_is_asked(tiny_folder, monkeypatch):
     (tiny_folder / "code.py").write_text("raise SystemExit('ran')")
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}

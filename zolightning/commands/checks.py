@@ -89,6 +89,11 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             "`trainer.val_check_interval` must be above 0, a number of batches or a share of an epoch, got "
             f"{interval}. Without validations a run is made by `trainer.limit_val_batches: 0`."
         )
+    if isinstance(interval, float) and trainer.check_val_every_n_epoch is None:
+        raise ValueError(
+            f"`trainer.val_check_interval` is {interval}, a share of an epoch, and `trainer.check_val_every_n_epoch` "
+            "is null, with which it is a whole number of batches. Set the latter to 1, or give such a number."
+        )
     model = config.model.get("init_args", {})
     quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
     if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:

@@ -23,15 +23,26 @@ class Classifier(PretrainedModule):
     """A pretrained network whose head has a logit for each class, trained by the cross-entropy.
 
     With an `adapter` to start from, the head trains too.
+
+    Args:
+        model_name: an id on the Hugging Face hub or a folder in Hugging Face's format.
+        num_classes: number of classes (Hugging Face's `num_labels`). If the model has another number, its head is
+            replaced by a new one, whose weights depend on `seed_everything`. Default: the model's number.
+        **settings: how the network is loaded and trained, see
+            :class:`~zolightning.models.pretrained_module.PretrainedModule`.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(self, model_name: str, *, num_classes: int | None = None, **settings: Any) -> None:
+        self._num_classes = num_classes  # before the constructor that loads the network by it
+        super().__init__(model_name, **settings)
         config = self.model.config
         config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
         if adapter_settings(self.model) is not None:  # which froze the head, though it may be a new one
             for parameter in self.head_parameters.values():
                 parameter.requires_grad_(True)
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {"num_classes": self._num_classes}
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:

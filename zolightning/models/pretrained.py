@@ -90,6 +90,8 @@ def _one_line_errors(name: str, attention: str | None, device_map: DeviceMap | N
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, SafetensorError):
             reason = f"a safetensors file is damaged ({reason}). Fetch or copy the model again."
+        elif "backend tokenizer" in reason:  # and four more lines
+            reason = "it has no tokenizer.json, nor another tokenizer's file that could be read (with sentencepiece?)."
         elif "trust_remote_code" in str(error):
             reason = "it brings code of its own (`auto_map` in config.json), and no code of a model is run."
         setting = "" if attention is None else f" with `attention` {attention!r}"

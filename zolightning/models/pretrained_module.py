@@ -69,8 +69,6 @@ class PretrainedModule(L.LightningModule):
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
             a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
             evaluated, not trained. Default: all on the Trainer's device.
-        num_classes: number of classes of a classifier (Hugging Face's `num_labels`). If the model has another number,
-            its head is replaced by a new one, whose weights depend on `seed_everything`. Default: the model's number.
         adapter: a folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
             alone trains, or with the head of a classifier. Default: none.
         num_layers: keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
@@ -91,7 +89,6 @@ class PretrainedModule(L.LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         attention: str | None = None,
         quantization: Quantization | None = None,
-        num_classes: int | None = None,
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
         num_layers: int | None = None,
@@ -99,9 +96,8 @@ class PretrainedModule(L.LightningModule):
         super().__init__()
         if quantization is not None:
             require_quantization(quantization)
-        self.model, self.preprocessor = load_pretrained(
-            model_name, dtype, attention, self.network_class, self.preprocessor_class, device_map, num_classes
-        )
+        classes, own = (self.network_class, self.preprocessor_class), self._own_settings()
+        self.model, self.preprocessor = load_pretrained(model_name, dtype, attention, *classes, device_map, **own)
         if num_layers is not None:
             keep_first_layers(self.model, num_layers)
         if quantization is not None:
@@ -111,12 +107,16 @@ class PretrainedModule(L.LightningModule):
             self.load_adapter(adapter)
         # What `load_from_checkpoint` makes the module of; the rest is in `structure_dict`
         made_of = {"model_name": model_name, "dtype": dtype, "attention": attention, "quantization": quantization}
-        self._made_of = {k: v for k, v in (made_of | {"num_classes": num_classes}).items() if v is not None}
+        self._made_of = {name: value for name, value in (made_of | own).items() if value is not None}
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
         self._suitable = False  # not known yet
         self._rows_set: list[int] = []  # of the head, in place of the pretrained ones
+
+    def _own_settings(self) -> dict[str, Any]:
+        """What a subclass loads the network by besides: arguments of `load_pretrained`, and of its constructor."""
+        return {}
 
     @abstractmethod
     def score(self, batch: Any) -> Tensor:
