@@ -186,6 +186,23 @@ class InputGradient(nn.Module):
             return torch.autograd.grad(self.net(x).sum(), x)[0]
 
 
+class Transformed(nn.Module):
+    """Is differentiated by its inputs, and mapped over them, by torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 4)
+        self.conv, self.linear = nn.Conv1d(1, 2, 3), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        def output(x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(self.conv(x[None]).flatten())).sum()
+
+        rows = torch.vmap(lambda example: self.embedding(example).mean(0))(ids)
+        _, slopes = torch.func.jvp(torch.vmap(output), (rows,), (torch.ones_like(rows),))
+        return torch.vmap(torch.func.grad(output))(rows) + torch.func.hessian(output)(rows[0]).sum(0) + slopes.sum()
+
+
 def channels_last_net() -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.Flatten())
     return net.to(memory_format=torch.channels_last)
@@ -219,6 +236,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "addmm": (AddMM, applied(values(3, 4))),
     "assorted": (Assorted, applied(values(3, 4))),
     "input_gradient": (InputGradient, applied(values(3, 4))),
+    "transformed": (Transformed, applied(IDS)),
     "attention": (partial(nn.MultiheadAttention, 8, 2, batch_first=True), applied(*[values(2, 5, 8)] * 3)),
     "attention_of_other_keys": (
         partial(nn.MultiheadAttention, 8, 2, kdim=6, vdim=4),

@@ -171,6 +171,29 @@ class TestStrangers:
         assert caplog.text.count("`training_step` of Physics differentiates") == 1
         assert all(parameter.grad is None for parameter in module.parameters())
 
+    @pytest.mark.parametrize("method", [MeZO, partial(LOZO, rank=1)])
+    def test_derivatives_by_torch_func(self, make_regression: MakeModule, fit: Fit, method: Any) -> None:
+        """A step has the losses that it has with derivatives by autograd, and so has a run after it."""
+
+        class Gradient(type(make_regression())):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                points = batch[0].clone().requires_grad_()
+                (slopes,) = torch.autograd.grad(self.net(points).sum(), points, create_graph=True)
+                return (slopes.norm(dim=1) - 1).square().mean()
+
+        class Transform(type(make_regression())):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                slopes = torch.vmap(torch.func.grad(lambda point: self.net(point).sum()))(batch[0])
+                return (slopes.norm(dim=1) - 1).square().mean()
+
+        losses = []
+        for make in (Transform, Gradient, Transform):
+            records = Records()
+            callbacks = [records] if method is MeZO else [records, SubspaceResampling(2)]
+            fit(make(), *callbacks, zeroth_order=ZerothOrder(partial(method, lr=1e-2, eps=1e-2)))
+            losses.append([loss for record in records.records for loss in record.losses])
+        assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 8
+
     def test_a_loss_of_gradients_by_parameters(self, make_regression: MakeModule, fit: Fit) -> None:
         class Penalty(type(make_regression())):
             def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -50,6 +50,8 @@ class Reader(nn.Module):
             case "unseen":
                 with torch._C.DisableTorchFunction():
                     return self.linear(x)
+            case "by torch.func":
+                return torch.vmap(torch.func.grad(lambda row: self.linear(row).square().sum()))(x)
             case _:
                 return self.linear(x)
 
@@ -71,6 +73,9 @@ class Oddity(Counting):
             return (self.net(self.inputs * self.net.linear.bias) - 0.5).square().mean()
         if self.way == "input written anew":
             self.inputs.copy_(self.inputs.clone())
+        if self.way == "within torch.func":
+            slopes = torch.vmap(torch.func.grad(lambda row: self.net(row[None]).square().sum()))(self.inputs)
+            return (slopes - 0.5).square().mean()
         output = self.net(self.inputs)
         return output if self.way == "scalar" else (output - 0.5).square().mean()
 
@@ -86,6 +91,8 @@ class TestFallsBack:
             ("a little of others' rows", "losses of Reader for repeated rows, .* or not independent"),
             ("scalar", r"returns a tensor of shape \(\) for .* a loss must be computed outside"),
             ("unseen", "such parameters cannot be stacked"),
+            ("by torch.func", r"torch.func \(grad, jvp, vmap\) transforms the network"),
+            ("within torch.func", r"torch.func \(grad, jvp, vmap\) transforms the network"),
             ("not called", "does not call the Reader"),
             ("parameter in the input", "other inputs in each evaluation"),
             ("input written anew", "an input of the network is changed in place"),

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_of_transforms
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -36,6 +37,7 @@ from zolightning.evaluation.torch_functions import (
     describes,
     factors_of,
     is_cut,
+    is_transformed,
     linear_in_pieces,
 )
 
@@ -180,6 +182,11 @@ class Perturbed(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a function that was given a parameter, with the perturbed parameter."""
+        if is_transformed():
+            with outside_of_transforms():  # whose tensors have no memory to write to, and end with them
+                args = tuple([self.exchange(arg) for arg in args])
+                kwargs = {name: self.exchange(arg) for name, arg in kwargs.items()}
+            return func(*args, **kwargs)
         if func is F.linear and len(args) == 3 and not kwargs:
             return self._linear(*args)
         if func is F.embedding and (output := self._lookup(args, kwargs)) is not None:
@@ -205,10 +212,10 @@ class Perturbed(TorchFunctionMode):
                 return True
         return False
 
-    def exchange(self, value: Any, taken: list[Buffer]) -> Any:
+    def exchange(self, value: Any, taken: list[Buffer] | None = None) -> Any:
         """Replaces parameters by perturbed copies, in buffers that are added to `taken`.
 
-        While autograd records, which may keep its inputs, the copies have memory of their own.
+        With None, and while autograd records, which may keep its inputs, the copies have memory of their own.
         """
         if isinstance(value, _CONTAINERS):
             return type(value)(self.exchange(v, taken) for v in value) if self._reads(value) else value
@@ -220,10 +227,10 @@ class Perturbed(TorchFunctionMode):
             return value
         return self._copy(value, perturbation, taken)
 
-    def _copy(self, weight: nn.Parameter, perturbation: Perturbation, taken: list[Buffer]) -> Tensor:
+    def _copy(self, weight: nn.Parameter, perturbation: Perturbation, taken: list[Buffer] | None) -> Tensor:
         if isinstance(perturbation, Tangent):
             return perturbation.dual(weight)
-        if torch.is_grad_enabled():
+        if taken is None or torch.is_grad_enabled():
             with torch.no_grad():
                 stored = weight.detach().contiguous()
                 perturbed = torch.empty_like(stored)

@@ -19,7 +19,7 @@ from zolightning.evaluation.nested import map_tensors, tensors_in
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 from zolightning.evaluation.small_tensors import cores_of_groups
-from zolightning.evaluation.torch_functions import HOST, PRODUCTS, ByRows, factors_of, multiply
+from zolightning.evaluation.torch_functions import HOST, PRODUCTS, ByRows, factors_of, is_transformed, multiply
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 
@@ -38,6 +38,7 @@ class RowGroups(Perturbed):
     """
 
     def __init__(self, groups: Sequence[Perturbed], rows: int, held: Mapping[int, str]) -> None:
+        _refuse_transforms()
         super().__init__(perturbed_by(groups), scratch=groups[0].scratch, readers=groups[0].readers)
         self.groups = groups
         self.rows = rows
@@ -50,6 +51,7 @@ class RowGroups(Perturbed):
             return self._run(func, args, kwargs)
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _refuse_transforms()
         tensors = _arguments(args, kwargs)
         cut = [self._has_rows(tensor) for tensor in tensors]
         held = [id(tensor) for tensor in tensors if id(tensor) in self.held]
@@ -234,6 +236,11 @@ def _perturbed(
     else:
         change.add_to(stored, outs[0])
     return outs
+
+
+def _refuse_transforms() -> None:
+    if is_transformed():
+        raise CannotStack("torch.func (grad, jvp, vmap) transforms the network")
 
 
 def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbation]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import functional as F
 
 from zolightning.directions.dense import Direction
@@ -44,6 +45,11 @@ def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, An
     count = len(args)
     weight, inputs, bias = [args[place] if place < count else None for place in PRODUCTS[func]]
     return weight, inputs, bias
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs: ``grad``, ``jvp``, ``vmap``."""
+    return peek_interpreter_stack() is not None
 
 
 def is_cut(weight: Tensor) -> bool:
