@@ -23,9 +23,9 @@ from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, LossOutput
 from zolightning.evaluation.nested import tensors_in
-from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
+from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.replaced import replaced_forward
-from zolightning.evaluation.row_groups import CannotStack, perturbed_by
+from zolightning.evaluation.row_groups import CannotStack, perturbed_by, watched_everywhere
 from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.evaluation.stacked import networks_of
@@ -174,12 +174,11 @@ class Examples:
         if len(contexts) == 1:
             losses = one_by_one(batch.examples.values(), contexts)
             return _Found(losses, losses[0], None)
-        with watched_everywhere(contexts) as readers:
-            run = _Run(self._network, contexts, readers, graphs)
-            with replaced_forward(self._network, run.forward):
-                whole = run.evaluate_whole(contexts[0], batch.loss)
-                for context, evaluate in zip(contexts, batch.examples.values(), strict=True):
-                    run.evaluate(context, evaluate)
+        run = _Run(self._network, contexts, graphs)
+        with watched_everywhere(contexts), replaced_forward(self._network, run.forward):
+            whole = run.evaluate_whole(contexts[0], batch.loss)
+            for context, evaluate in zip(contexts, batch.examples.values(), strict=True):
+                run.evaluate(context, evaluate)
         run.finish()
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)

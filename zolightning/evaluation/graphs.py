@@ -40,10 +40,10 @@ from zolightning.evaluation.graph_inputs import (
 )
 from zolightning.evaluation.graph_validity import NetworkState, snapshot_of
 from zolightning.evaluation.losses import LossAndTerms
-from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
+from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
-from zolightning.evaluation.row_groups import RowGroups
+from zolightning.evaluation.row_groups import RowGroups, watched_everywhere
 from zolightning.evaluation.scratch import Scratch
 from zolightning.rank_zero import rank_zero_warn
 
@@ -81,9 +81,9 @@ class GraphedNetwork:
         """The loss and its number of terms under each of some perturbations."""
         results: list[LossAndTerms] = []
         known: dict[int, Parts] = {}
-        with watched_everywhere(contexts) as readers:
+        with watched_everywhere(contexts):
             for context in contexts:
-                run = partial(self.run, self.network.forward, context, readers, known)
+                run = partial(self.run, self.network.forward, context, known)
                 with context, replaced_forward(self.network, run):
                     results.append(evaluate())
         return results
@@ -122,7 +122,6 @@ class GraphedNetwork:
         self,
         own: Callable[..., Any],
         context: Perturbed,
-        readers: Iterable[nn.Module] | None,
         known: dict[int, Parts],
         *args: Any,
         **kwargs: Any,
@@ -132,13 +131,12 @@ class GraphedNetwork:
         Args:
             own: the forward without a graph.
             context: how each group of rows sees parameters, or how all rows do; it watches all functions.
-            readers: the modules in which watching is enough, if they are known.
             known: the parts of perturbations that have been described in this step, by their id; added to.
             *args: the arguments of the forward.
             **kwargs: its keyword arguments.
         """
-        if readers is not None and self.network in readers:
-            readers = None  # `own` is called directly, not by the `forward` that watches
+        # `own` is called past the network's `forward` that would watch
+        readers = None if context.reads_in(self.network) else context.readers
 
         def run() -> Any:
             with context.only_in(readers):

@@ -12,7 +12,7 @@ perturbation. Parameters that it reads are found before the first step (:mod:`zo
 perturbed in place, from a copy.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -55,6 +55,10 @@ class Perturbed(TorchFunctionMode):
         readers: the modules in whose ``forward`` the other parameters are read, and nowhere else
             (:func:`zolightning.evaluation.find_reads.find_readers`); functions called elsewhere then cost nothing
             extra. None watches all functions.
+
+    Attributes:
+        is_everywhere: whether all functions are watched, though the readers are known.
+        seen: ids of the parameters that some function has read.
     """
 
     def __init__(
@@ -70,12 +74,13 @@ class Perturbed(TorchFunctionMode):
         self._ids = set(map(id, perturbations)).difference(map(id, self.in_place))  # that functions are watched for
         self.scratch = scratch or Scratch()
         self.readers = readers
+        self.is_everywhere = False
+        self.seen: set[int] = set()
         self._restore = ExitStack()
         self._is_paused = False
         self._is_watching = False
         # Small tensors, perturbed together at the first read of one of them, by device and id; None outside the context
         self._small: dict[torch.device, dict[int, Tensor]] | None = None
-        self.seen: set[int] = set()  # ids of the parameters that some function has read
 
     @cached_property
     def _by_id(self) -> dict[int, Perturbation | None]:
@@ -85,6 +90,10 @@ class Perturbed(TorchFunctionMode):
     def has_touched_any(self) -> bool:
         """Whether any of the parameters may have been read so far."""
         return bool(self.seen or self.in_place)
+
+    def reads_in(self, module: nn.Module) -> bool:
+        """Whether a module is one of the readers."""
+        return self.readers is not None and module in self.readers
 
     def unread(self) -> list[nn.Parameter]:
         """The parameters that no function has read so far, without those perturbed in place."""
@@ -128,7 +137,7 @@ class Perturbed(TorchFunctionMode):
                 perturbation.add_to(original, perturbed)
                 restore.callback(parameter.detach().copy_, original)
                 parameter.detach().copy_(perturbed)
-            if self.readers is None:
+            if self.readers is None or self.is_everywhere:
                 super().__enter__()
                 restore.push(super().__exit__)
             else:
@@ -313,20 +322,3 @@ class Perturbed(TorchFunctionMode):
             self.seen.add(id(weight))
         self.scratch.give_back(taken)
         return output
-
-
-@contextmanager
-def watched_everywhere(contexts: Sequence[Perturbed]) -> Iterator[Iterable[nn.Module] | None]:
-    """Has contexts with the same readers watch all functions for a while, and yields the readers.
-
-    Where another function runs in the place of the network, so few are called that this costs less than to exchange
-    the forwards of hundreds of modules.
-    """
-    readers = contexts[0].readers
-    for context in contexts:
-        context.readers = None
-    try:
-        yield readers
-    finally:
-        for context in contexts:
-            context.readers = readers

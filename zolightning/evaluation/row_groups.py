@@ -5,6 +5,7 @@ gain, and otherwise once for each group's rows. Products and embeddings write al
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -246,6 +247,22 @@ def _refuse_transforms() -> None:
 def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbation]:
     """The parameters that some of these contexts perturb, each with one of its perturbations."""
     return {p: w for context in contexts for p, w in context.perturbations.items() if w is not None}
+
+
+@contextmanager
+def watched_everywhere(contexts: Sequence[Perturbed]) -> Iterator[None]:
+    """Has contexts watch all functions for a while.
+
+    Where another function runs in the place of the network, so few are called that this costs less than to exchange
+    the forwards of hundreds of modules.
+    """
+    for context in contexts:
+        context.is_everywhere = True
+    try:
+        yield
+    finally:
+        for context in contexts:
+            context.is_everywhere = False
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

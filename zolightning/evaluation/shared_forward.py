@@ -35,22 +35,14 @@ class SharedForward:
     Args:
         network: the network.
         contexts: how each evaluation sees parameters, all functions being watched.
-        readers: the modules in which watching is enough, if they are known.
         graphs: the network's forward as CUDA graphs, if any.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        contexts: Sequence[Perturbed],
-        readers: Iterable[nn.Module] | None,
-        graphs: GraphedNetwork | None,
-    ) -> None:
+    def __init__(self, network: nn.Module, contexts: Sequence[Perturbed], graphs: GraphedNetwork | None) -> None:
         self.losses: list[LossAndTerms] = []
         self.calls: list[Call] = []
         self.cuts: list[Any] = []  # which tensors were split, in order
         self._contexts = contexts
-        self._readers = readers
         self._network = network
         self._network_forward = network.forward
         self._network_generate = getattr(network, "generate", None)
@@ -141,10 +133,11 @@ class SharedForward:
         total = self.count_rows(rows)
         stacked = RowGroups(self._contexts, total, self._held)
         function: Any = self._network_generate if self._is_writing else self._network_forward
-        if self._graphs is not None and not self._is_writing:
-            function = partial(self._graphs.run, function, stacked, self._readers, {})
-        elif self._readers is not None and self._network not in self._readers:
-            stacked.readers = self._readers  # else its own forward runs, past the one that would watch
+        graphs = None if self._is_writing else self._graphs
+        # The network's own forward runs, past the one that would watch
+        stacked.is_everywhere = graphs is not None or stacked.reads_in(self._network)
+        if graphs is not None:
+            function = partial(graphs.run, function, stacked, {})
         before = self._generators.states()
         try:
             with self._contexts[0].paused(), stacked:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
-from zolightning.evaluation.perturbed import Perturbed, watched_everywhere
+from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.replaced import replaced, replaced_forward
-from zolightning.evaluation.row_groups import CannotStack, perturbed_by
+from zolightning.evaluation.row_groups import CannotStack, perturbed_by, watched_everywhere
 from zolightning.evaluation.shared_forward import SharedForward, computes_in_half, one_by_one
 from zolightning.rank_zero import rank_zero_warn
 
@@ -171,9 +171,9 @@ class StackedNetwork:
         self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed], graphs: GraphedNetwork | None
     ) -> SharedForward:
         """Evaluates the loss in each context, with runs of the network for all of them; no run for an empty batch."""
+        run = SharedForward(self._network, contexts, graphs)
         with ExitStack() as stack:
-            readers = stack.enter_context(watched_everywhere(contexts))
-            run = SharedForward(self._network, contexts, readers, graphs)
+            stack.enter_context(watched_everywhere(contexts))
             stack.enter_context(replaced_forward(self._network, run.forward))
             if hasattr(self._network, "generate"):
                 stack.enter_context(replaced(self._network, "generate", run.generate))
