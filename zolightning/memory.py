@@ -8,7 +8,7 @@ estimated as the forward's memory and its scratch once more, and a copy of the f
 Attention implementations that store a matrix of scores are not accounted for. GB are 1e9 bytes.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -22,12 +22,10 @@ from zolightning.evaluation.scratch import scratch_bytes
 from zolightning.layers import FeedForward, find_layers, is_conv1d, mlp_of
 from zolightning.messages import in_units
 from zolightning.network.quantization import quantized_linears
-from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.base import Method, ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.input_moments import INPUT_DIM, Side
-
-Method = Callable[..., ZerothOrderOptimizer]
 
 
 class Trained(NamedTuple):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.layers import find_layers, is_conv1d
-from zolightning.memory import BatchShape, MemoryPlan, Method, Trained, first_mlp, plan, trained_whole, unpacked_bytes
+from zolightning.memory import BatchShape, MemoryPlan, Trained, first_mlp, plan, trained_whole, unpacked_bytes
 from zolightning.network.quantization import Quantization
+from zolightning.optim.base import Method
 from zolightning.optim.lozo import LOZO
 from zolightning.optim.precision import UPDATE_PRECISIONS
 from zolightning.optim.subspace_weights import SubspaceWeights

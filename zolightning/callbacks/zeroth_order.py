@@ -1,6 +1,6 @@
 """Zeroth-order training of any LightningModule."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -33,14 +33,13 @@ from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.nested import map_tensors
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
+from zolightning.optim.base import Method
 from zolightning.optim.checks import require_integer, require_prefix
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
 from zolightning.step import zeroth_order_step
 from zolightning.strategies.ranks import layout_of
 from zolightning.training_loop import is_validation_next
-
-Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
 
 _COUNTERS = ("step", "refresh", "folds")  # of a method, which determine its directions and bases
 _NOTE = (

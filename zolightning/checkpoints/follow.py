@@ -1,25 +1,20 @@
 """Follows a run in another process by its ledger."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from zolightning.checkpoints.ledger import DamagedLedgerError
 from zolightning.checkpoints.replay import Replay, Replayed
-from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.base import Method, ZerothOrderOptimizer
 from zolightning.optim.subspace_weights import SubspaceWeights
 
 
 def follow(
-    path: str | Path,
-    module: nn.Module,
-    method: Callable[[Iterable[Any]], ZerothOrderOptimizer],
-    evaluate: Callable[[int], None],
-    seconds: float = 1.0,
+    path: str | Path, module: nn.Module, method: Method, evaluate: Callable[[int], None], seconds: float = 1.0
 ) -> Replayed:
     """Keeps a module at the newest weights of a run while that trains in another process, until it ends.
 

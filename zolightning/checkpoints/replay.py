@@ -1,6 +1,5 @@
 """Computes trained weights from base weights and a ledger, without data or forward passes."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from zolightning.checkpoints.ledger_header import as_json_values, first_numbers,
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.directions.slices import Slice
 from zolightning.messages import differing
-from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.base import Method, ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
 from zolightning.optim.subspace_weights import SubspaceWeights
@@ -49,9 +48,7 @@ class Replay:
             layout or of the noise; in one line, before anything is changed but dtypes.
     """
 
-    def __init__(
-        self, path: str | Path, module: nn.Module, method: Callable[[Iterable[Any]], ZerothOrderOptimizer]
-    ) -> None:
+    def __init__(self, path: str | Path, module: nn.Module, method: Method) -> None:
         self.ledger, self.steps = Ledger(Path(path)), 0
         self._module, header = module, self.ledger.header
         if header.noise != first_numbers():
@@ -110,12 +107,7 @@ class Replay:
         return weights_digest(dict(self._module.named_parameters())) == seal[1]
 
 
-def replay(
-    path: str | Path,
-    module: nn.Module,
-    method: Callable[[Iterable[Any]], ZerothOrderOptimizer],
-    step: int | None = None,
-) -> Replayed:
+def replay(path: str | Path, module: nn.Module, method: Method, step: int | None = None) -> Replayed:
     """Turns a module with a run's base weights into the module that the run trained.
 
     For methods with dense directions the weights have the bits of the run on any device. Subspace methods compute bases
@@ -165,9 +157,7 @@ def _cast(ledger: Ledger, module: nn.Module) -> None:
             tensor.data = tensor.data.to(getattr(torch, dtype.removeprefix("torch.")))
 
 
-def _rebuild(
-    ledger: Ledger, parameters: dict[str, nn.Parameter], method: Callable[[Iterable[Any]], ZerothOrderOptimizer]
-) -> ZerothOrderOptimizer:
+def _rebuild(ledger: Ledger, parameters: dict[str, nn.Parameter], method: Method) -> ZerothOrderOptimizer:
     """The run's method over the run's parameter groups, in its state before the first step."""
     groups = ledger.header.groups
     optimizer = method([{"params": [(name, parameters[name]) for name in group["names"]]} for group in groups])

@@ -24,9 +24,9 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
-from zolightning.callbacks.zeroth_order import Method
 from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
+from zolightning.optim.base import Method
 from zolightning.scopes import Scope
 
 OF_A_METHOD = ("lr_scheduler", "resampling", "transport")  # go with it when another replaces it

@@ -314,3 +314,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         # A scheduler sets `step` to a function of the optimizer that it has.
         own = {name: value for name, value in vars(self).items() if "hook" not in name and name != "step"}
         return own | {"evaluator": Evaluator(), "_estimate_pre_hooks": OrderedDict()}
+
+
+Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
+"""Makes a method from parameters, as ``partial(MeZO, lr=1e-6)`` does."""

@@ -2,23 +2,20 @@
 
 import copy
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.directions.slices import Slice
-from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.base import Method, ZerothOrderOptimizer
 from zolightning.optim.probing import Probe
 from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments, settings_of
 from zolightning.optim.subspace import SubspaceOptimizer
-
-Method = Callable[[Iterable[Any]], ZerothOrderOptimizer]
 
 _SMALL = 1e-4  # a factor of learning rates, by which updates are far below the spacing of bfloat16 numbers
 _LOST = 0.1  # the share of such updates that a method may lose: rounded bases lose 0.02 of them
