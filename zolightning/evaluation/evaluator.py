@@ -1,6 +1,6 @@
 """Evaluates a loss at perturbed weights; the optimizer says which perturbations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
@@ -11,16 +11,15 @@ from torch import nn
 from zolightning.evaluation.examples import Examples, MicroBatch, MicroBatches
 from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.graphs import GraphedNetwork
-from zolightning.evaluation.known_reads import KnownReads, Perturbations
+from zolightning.evaluation.known_reads import KnownReads
 from zolightning.evaluation.losses import LossAndTerms, LossFunction, loss_and_terms
 from zolightning.evaluation.mode import all_in_evaluation_mode
-from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.perturbed import Perturbations, Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.shared_prefix import SharedPrefix, layers_of
 from zolightning.evaluation.stacked import StackedNetwork, networks_of
 from zolightning.evaluation.submodules import Submodules
 from zolightning.evaluation.traces import Traces
-from zolightning.messages import some
 
 
 class Evaluator:
@@ -150,7 +149,7 @@ class Evaluator:
             find_contexts = partial(self._reads.contexts, trainable, resting or {}, loss=lambda: run(loss_fn).loss)
             evaluate = partial(self._losses, partial(run, loss_fn), parts, generators, leaves_traces)
             results, unread = evaluate(find_contexts(perturbations))
-            if self._is_read_elsewhere(unread, trainable):
+            if self._reads.are_outdated(unread, trainable):
                 self._reads.forget(unread)
                 results, _ = evaluate(find_contexts(perturbations))
             if first is not None and self._traces.found:
@@ -176,21 +175,6 @@ class Evaluator:
             return self._traces.evaluate(evaluated, self.is_first)
         finally:
             self.is_first = False
-
-    def _is_read_elsewhere(self, unread: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]) -> bool:
-        """Whether some parameters are not, or no longer, read where they were read in earlier steps.
-
-        Raises:
-            RuntimeError: if they are sharded; other ranks would not know that it is to be found out anew.
-        """
-        if unread and self._reads.gathered and self._reads.knows(trainable):
-            raise RuntimeError(
-                f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this one, "
-                f"of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters are sharded "
-                "over ranks, the same must be read in each step."
-            )
-        # Sharded ones that are not known: the loss was not finite, so that it was not found out which are read at all.
-        return bool(unread) and not self._reads.gathered
 
     def _losses(
         self,

@@ -8,27 +8,26 @@ that it was recorded with.
 
 import copy
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zolightning.directions.dense import Direction
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.opposite import Opposite
-from zolightning.directions.perturbation import Perturbation, Uncopied
+from zolightning.directions.perturbation import Uncopied
 from zolightning.directions.slices import SlicedPerturbation
+from zolightning.evaluation.perturbed import Perturbations
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 
 # What makes the opposite of a perturbation by negating the coefficients of directions alone
 _BY_COEFFICIENTS = (Direction.opposite, LowRank.opposite, SlicedPerturbation.opposite)
 _OF_DIRECTIONS = frozenset({"keys", "coefficients", "kind", "values", "first"})  # attributes of every direction
-
-Perturbations = Mapping[nn.Parameter, Perturbation | None]
 
 
 class CannotCapture(Exception):
@@ -145,7 +144,7 @@ class Parts:
 
         @functools.cache
         def exchanged(tensor: Tensor) -> Tensor:
-            table = _table_of(tensor)
+            table = tensor if tensor._base is None else tensor._base  # of which it is a view
             offset = tensor.storage_offset() - table.storage_offset()
             return tables[self._places[id(table)]].as_strided(tensor.shape, tensor.stride(), offset)
 
@@ -272,11 +271,6 @@ def _without_repeats(tensor: Tensor) -> Tensor:
     if 0 not in tensor.stride():
         return tensor
     return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-
-
-def _table_of(tensor: Tensor) -> Tensor:
-    """The tensor of which this one is a view; the tensor itself if it is not a view."""
-    return tensor if tensor._base is None else tensor._base
 
 
 def _described(leaf: Any) -> Hashable:

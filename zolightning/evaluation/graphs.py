@@ -29,18 +29,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zolightning.evaluation.graph_capture import Capture, describe_failure
-from zolightning.evaluation.graph_inputs import (
-    Arguments,
-    CannotCapture,
-    Parts,
-    Perturbations,
-    Tables,
-    copy_into,
-    static_copy,
-)
+from zolightning.evaluation.graph_inputs import Arguments, CannotCapture, Parts, Tables, copy_into, static_copy
 from zolightning.evaluation.graph_validity import NetworkState, snapshot_of
 from zolightning.evaluation.losses import LossAndTerms
-from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.perturbed import Perturbations, Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import RowGroups, watched_everywhere

@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from zolightning.directions.opposite import Opposite
-from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation.find_reads import Readers, find_readers, find_unread, find_unseen
 from zolightning.evaluation.gathered_weights import Gathered
-from zolightning.evaluation.perturbed import Perturbed
+from zolightning.evaluation.perturbed import Perturbations, Perturbed
 from zolightning.evaluation.scratch import Scratch
 from zolightning.messages import counted, some
 from zolightning.rank_zero import rank_zero_warn
 
-Perturbations = Mapping[nn.Parameter, Perturbation]
 Names = Mapping[nn.Parameter, str]
 
 
@@ -52,6 +50,21 @@ class KnownReads:
         forgotten = self._seen | self._unseen if parameters is None else set(parameters)
         self._seen -= forgotten
         self._unseen -= forgotten
+
+    def are_outdated(self, unread: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]) -> bool:
+        """Whether a step's `unread` parameters are not, or no longer, read where they were read in earlier steps.
+
+        Raises:
+            RuntimeError: if they are sharded; other ranks would not know that it is to be found out anew.
+        """
+        if unread and self.gathered and self.knows(trainable):
+            raise RuntimeError(
+                f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this one, "
+                f"of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters are sharded "
+                "over ranks, the same must be read in each step."
+            )
+        # Sharded ones that are not known: the loss was not finite, so that it was not found out which are read at all.
+        return bool(unread) and not self.gathered
 
     def contexts(
         self, trainable: Names, resting: Names, perturbations: Sequence[Perturbations], loss: Callable[[], Tensor]
@@ -102,7 +115,7 @@ class KnownReads:
             )
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:
-        watched: dict[nn.Parameter, Perturbation | None] = {**dict.fromkeys(trainable), **perturbations}
+        watched: Perturbations = {**dict.fromkeys(trainable), **perturbations}
         if self.gathered:
             read = {self.gathered.read(p): change for p, change in watched.items() if p not in self._unseen}
             return Perturbed(read, (), self._scratch)

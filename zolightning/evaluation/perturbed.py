@@ -43,13 +43,15 @@ from zolightning.evaluation.torch_functions import (
 
 _CONTAINERS = (list, tuple)  # in which a function may get parameters
 
+Perturbations = Mapping[nn.Parameter, Perturbation | None]
+"""How each parameter is perturbed in an evaluation; with None, it is only noted that the parameter is read."""
+
 
 class Perturbed(TorchFunctionMode):
     """A context in which torch functions see perturbed parameters.
 
     Args:
-        perturbations: how each parameter is perturbed; with None the context only notes that the parameter is read.
-            Parameters that are left out are read as they are stored.
+        perturbations: how each parameter is perturbed. Parameters that are left out are read as they are stored.
         in_place: parameters that are perturbed in place and restored from a copy on exit; their reads are not noticed.
         scratch: buffers to reuse from one context to the next.
         readers: the modules in whose ``forward`` the other parameters are read, and nowhere else
@@ -63,7 +65,7 @@ class Perturbed(TorchFunctionMode):
 
     def __init__(
         self,
-        perturbations: Mapping[nn.Parameter, Perturbation | None],
+        perturbations: Perturbations,
         in_place: Iterable[nn.Parameter] = (),
         scratch: Scratch | None = None,
         readers: Iterable[nn.Module] | None = None,
