@@ -23,7 +23,7 @@ EXAMPLES: tuple[str, ...] = ("prompts", "batch")
 
 _DIRECTIONS, _VALUES = "input_directions", "input_values"  # kept in the state for `decay`; values, and the energy
 
-Readers = list[tuple[str, Side]]  # names of matrices that read the same, and the side on which each has its inputs
+SameInputs = list[tuple[str, Side]]  # names of matrices that read the same, and the side on which each has its inputs
 
 
 class Searched(NamedTuple):
@@ -162,7 +162,7 @@ class ActivationBases:
         matrices: dict[str, Searched],
         count: int,
         batches: list[Any],
-    ) -> tuple[list[Readers], list[SecondMoment]]:
+    ) -> tuple[list[SameInputs], list[SecondMoment]]:
         """Runs the module on the batches.
 
         Returns:
@@ -178,7 +178,7 @@ class ActivationBases:
 
         tokens = TokenMask(pl_module, _layers(pl_module))
         watch = InputMoments({p: optimizer.slices.get(p) for p in names}, tokens, new, self.first_token)
-        groups: list[Readers] = []
+        groups: list[SameInputs] = []
         moments: list[SecondMoment] = []
         for number in range(self.passes):
             for moment in moments:
@@ -208,9 +208,9 @@ def _kept_in(state: dict[str, Any]) -> Leading | None:
     return Leading(state[_DIRECTIONS], state[_VALUES][:-1], state[_VALUES][-1].item())
 
 
-def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[Readers]:
+def _groups(watch: InputMoments, names: dict[nn.Parameter, str]) -> list[SameInputs]:
     """Name and side of all matrices, in groups that share a moment."""
-    groups: dict[int, Readers] = {}
+    groups: dict[int, SameInputs] = {}
     for weight, (side, moment) in watch.moments.items():
         groups.setdefault(id(moment), []).append((names[weight], side))
     return list(groups.values())

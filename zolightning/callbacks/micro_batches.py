@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.evaluation.losses import loss_and_terms
-from zolightning.scopes.calibration import batch_size
+from zolightning.evaluation.nested import batch_size
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -104,15 +104,6 @@ class RunOverview(Callback):
             logger.log_hyperparams(self._settings, metrics, trainer.global_step)
 
 
-def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-    """The summary of a run: texts by their titles, in order.
-
-    Raises:
-        MisconfigurationException: if weights, state and scratch are more than a GPU has free.
-    """
-    return dict(_overview(trainer, module))
-
-
 def _log_by_forward_passes(trainer: L.Trainer, metrics: Mapping[str, Any]) -> None:
     for method in methods_of(trainer):
         for logger in tensorboards(trainer):
@@ -147,37 +138,44 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
     rank_zero_warn(message)
 
 
-def _overview(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str]]:
+def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+    """The summary of a run: texts by their titles, in order.
+
+    Raises:
+        MisconfigurationException: if weights, state and scratch are more than a GPU has free.
+    """
+    lines: dict[str, str] = {}
     count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     for optimizer in trainer.optimizers:
         name = type(optimizer).__name__
         if not isinstance(optimizer, ZerothOrderOptimizer):
             lr = optimizer.param_groups[0].get("lr")
-            yield "method", name if lr is None else f"backpropagation by {name}, lr {lr:g}"
+            lines["method"] = name if lr is None else f"backpropagation by {name}, lr {lr:g}"
             weights = in_units(weight_bytes(module))
-            yield "memory", f"weights {weights}, gradients and the optimizer's state, activations"
+            lines["memory"] = f"weights {weights}, gradients and the optimizer's state, activations"
             continue
-        yield "method", ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
-        yield "a step", _evaluations(trainer, optimizer)
+        lines["method"] = ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
+        lines["a step"] = _evaluations(trainer, optimizer)
         never = {parameter for blocks in find_callbacks(trainer, BlockCoordinateDescent) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
         planned = _memory_plan(trainer, module, optimizer, trained)
         peak = "" if planned.activations is None else f"; {in_units(planned.peak)} at the peak"
-        yield "memory", f"{planned}{peak}"
+        lines["memory"] = f"{planned}{peak}"
     scopes = [type(scope).__name__ for scope in scopes_of(trainer)]
     total = num_weights(module)
     chosen = ", ".join(scopes) or ("all parameters" if count == total else "what is not frozen")
-    yield "scope", f"{chosen}: {count:,} of {total:,} parameters train"
+    lines["scope"] = f"{chosen}: {count:,} of {total:,} parameters train"
     for blocks in find_callbacks(trainer, BlockCoordinateDescent):
-        yield "blocks", blocks.describe()
+        lines["blocks"] = blocks.describe()
     if trainer.world_size > 1:
-        yield "ranks", str(layout_of(trainer))
+        lines["ranks"] = str(layout_of(trainer))
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
-        yield "goes to", folder
+        lines["goes to"] = folder
         if tensorboards(trainer):
-            yield "watch it", f"tensorboard --logdir {quote(str(Path(folder).parent))}"
+            lines["watch it"] = f"tensorboard --logdir {quote(str(Path(folder).parent))}"
+    return lines
 
 
 def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:

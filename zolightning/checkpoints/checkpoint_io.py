@@ -75,11 +75,9 @@ def require_whole(path: Path) -> None:
     """
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {path} does not exist.")
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start:
+    if not path.stat().st_size:
         raise DamagedCheckpointError(_damaged(path, "it is empty"))
-    if start.startswith(b"\x80"):  # a bare pickle, torch's format before 1.6, has no checksums
+    if is_pickle(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -88,6 +86,12 @@ def require_whole(path: Path) -> None:
         raise DamagedCheckpointError(_damaged(path, f"it is cut off or changed ({error})")) from error
     if broken is not None:
         raise DamagedCheckpointError(_damaged(path, f"the checksum of its entry `{broken}` is wrong"))
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a checkpoint is a bare pickle, torch's format before 1.6, which has no checksums."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.checkpoints.checkpoint_io import LAST
+from zolightning.checkpoints.checkpoint_io import LAST, is_pickle
 from zolightning.checkpoints.ledger import LEDGER, is_written
 from zolightning.messages import some
 from zolightning.partners import find_callbacks
@@ -55,7 +55,7 @@ def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
         return
     if not Path(path).is_file():
         raise MisconfigurationException(f"`ckpt_path` is {path}, which is not a file.")
-    if not zipfile.is_zipfile(path) and not _is_pickle(Path(path)):
+    if not zipfile.is_zipfile(path) and not is_pickle(Path(path)):
         ledger = Path(path).absolute().parents[1] / LEDGER
         other = (
             f" Its run can go on from its first step: --ckpt_path {ledger}" if of_ledgers and ledger.is_file() else ""
@@ -175,12 +175,6 @@ def _versions_folder(config: "Namespace") -> Path:
 def _version(folder: Path) -> tuple[int, str]:
     number = folder.name.removeprefix("version_")
     return int(number) if number.isdigit() else -1, number
-
-
-def _is_pickle(path: Path) -> bool:
-    """Torch's format before 1.6."""
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
 
 
 def find_files_again(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

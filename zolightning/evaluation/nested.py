@@ -45,6 +45,12 @@ def tensors_in(data: Any) -> list[Tensor]:
     return found
 
 
+def batch_size(batch: Any) -> int | None:
+    """The length of the first tensor in a batch that has rows; 0 if none has any, and None if there is no tensor."""
+    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim]
+    return next(filter(None, lengths), 0) if lengths else None
+
+
 def _mapped_dataclass(function: Callable[[Tensor], Any], data: Any) -> Any:
     result: Any = copy(data)
     for field in fields(data):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from zolightning.evaluation.fresh_batches import copied
 from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.mode import evaluation_mode
-from zolightning.evaluation.nested import tensors_in
+from zolightning.evaluation.nested import batch_size
 from zolightning.evaluation.replaced import replaced
 from zolightning.evaluation.traces import Traces
 
@@ -102,9 +102,3 @@ def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
         seen += batch_size(batch) or 1
         if seen >= num_prompts:
             return
-
-
-def batch_size(batch: Any) -> int | None:
-    """The length of the first tensor in a batch that has rows; 0 if none has any, and None if there is no tensor."""
-    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim]
-    return next(filter(None, lengths), 0) if lengths else None

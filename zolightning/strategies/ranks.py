@@ -112,7 +112,8 @@ class LossExchange:
             batches = min(batches, trainer.max_steps)
         counts = torch.tensor([self._step, -1 if batches == float("inf") else batches], dtype=torch.float64)
         held = (tensor for tensor in _held(self._module, self._optimizer) if tensor.device == device)
-        rows = _tensors(getattr(trainer.strategy, "batch", None))
+        batch = tensors_in(getattr(trainer.strategy, "batch", None))
+        rows = (tensor for tensor in batch if tensor.layout == torch.strided)
         return torch.cat([counts.to(device), checksum(held, device), checksum(rows, device)])
 
     def _compare(self, ranks: list[list[float]]) -> None:
@@ -237,10 +238,6 @@ def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterato
         for parameter in itertools.filterfalse(is_sharded, group["params"]):
             state = optimizer.state.get(parameter, {})
             yield from (state[name] for name in sorted(state) if isinstance(state[name], Tensor))
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [tensor for tensor in tensors_in(batch) if tensor.layout == torch.strided]
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int, int] | None:
