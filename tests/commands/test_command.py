@@ -39,6 +39,7 @@ pytestmark = [
         (["fit", "--model.help", "CausalLM"], ["--model.model_name", "GGUF"]),
         (["fit", "--data.help", "PromptDataModule"], ["--data.task", ".parquet"]),
         (["export", "--help"], ["--folder", "--ckpt_path"]),
+        (["predict", "--help"], ["--predictions.path", "(default: predictions.jsonl)"]),
     ],
 )
 def test_help(arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +92,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"zolightning {version('zolightning')}\n"
+
+
+def test_help_has_no_markup_and_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["fit", "--method.help", "MeZO"], ["profile", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    printed = capsys.readouterr().out
+    assert "see `zolightning.kernels.noise`" in " ".join(printed.split())
+    assert ":mod:" not in printed and "``" not in printed
+    assert "after every so many layers (default: 0)" in " ".join(printed.split())
 
 
 def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 _WIDTH, _COLUMN = 118, 39
+_ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 # The options that people use, by topic; entries that are no options are printed as lines of text.
 _GROUPS: dict[str, tuple[str, ...]] = {
@@ -51,6 +52,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "keep_ledger",
     ),
 }
+_OF_A_COMMAND = {"predict": ("predictions.path",)}  # beside its own arguments
 _WORDS = {
     "method": "MeZO, LOZO, SubZero, ...: zeroth-order method; without one, backpropagation by `model.optimizer`",
     "scope": "DominantLayer, TrainLayers, ...: which parameters train; without one, all",
@@ -64,7 +66,9 @@ _WORDS = {
     "trainer.default_root_dir": "folder of runs: curves, config, checkpoints",
     "trainer.val_check_interval": "training batches between two validations",
     "checkpoint.monitor": "metric of the best checkpoint; null: the first that the task has, or val/loss",
-    "ckpt_path": "checkpoint to go on from: a file, last or best",
+    "checkpoint.mode": "min or max, of a metric that `checkpoint.monitor` names",
+    "ckpt_path": "checkpoint to go on from, or to look at: a file, last or best",
+    "predictions.path": "file to write",
     "weights_only": "false to unpickle a checkpoint of a source that you trust",
     "keep_ledger": "append each step to ledger.bin, of which `zolightning replay` makes the model again",
     "save_last.every_n_minutes": "save the last step this often",
@@ -95,13 +99,14 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     hidden = {dest for dest, action in actions.items() if action.help == argparse.SUPPRESS}
     grouped = {name for names in _GROUPS.values() for name in names} | {"help"}
     whole_groups = {dest.partition(".")[0] for dest in actions if "." in dest}  # each takes a file of its settings
-    own = tuple(
+    command = parser.prog.split()[-1]
+    own = _OF_A_COMMAND.get(command, ()) + tuple(
         dest
         for dest, action in actions.items()
         if dest not in grouped | whole_groups and "." not in dest and not isinstance(action, HelpAll)
     )
     lines = [f"usage: {parser.usage}", "", *textwrap.wrap(parser.description or "", _WIDTH)]
-    groups = {f"{parser.prog.split()[-1]} only": own, **_GROUPS} if own else _GROUPS
+    groups = {f"{command} only": own, **_GROUPS} if own else _GROUPS
     for title, names in groups.items():
         shown = [name for name in names if name not in hidden]
         entries = [_entry(actions[name]) if name in actions else [f"  {name}"] for name in shown]
@@ -110,9 +115,14 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     return "\n".join(lines) + "\n"
 
 
+def without_markup(text: str) -> str:
+    """Text of docstrings as it is read on a screen, without Sphinx's roles and with single backticks."""
+    return _ROLE.sub(r"`\1`", text).replace("``", "`")
+
+
 def _entry(action: argparse.Action) -> list[str]:
     option = f"  {action.option_strings[-1].rstrip('+')}"
-    plain = " ".join((action.help or "").replace("``", "`").split())
+    plain = " ".join(without_markup(action.help or "").split())
     text = _WORDS.get(action.dest) or re.split(r"(?<=[.;])\s|\s\(default|\s\(type", plain)[0].rstrip(".;")
     default = action.default
     if isinstance(default, str | int | float) and not isinstance(default, type) and default not in ("==SUPPRESS==", ""):

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from zolightning.checkpoints.checkpoint_io import replace_text
 from zolightning.commands.explanations import explain
-from zolightning.commands.help import HelpAll, short_help
+from zolightning.commands.help import HelpAll, short_help, without_markup
 
 _NEGATIVE = re.compile(r"-(\d|\.\d)[\d.eE+-]*$")
 
@@ -29,12 +29,12 @@ class OneLineParser(LightningArgumentParser):
         if formatter is None and any(isinstance(action, HelpAll) for action in self._actions):
             return short_help(self)
         text: str = super().format_help() if formatter is None else super().format_help(formatter)
-        return text
+        return without_markup(text)
 
     def format_all_help(self) -> str:
         """What jsonargparse says of every option."""
         text: str = super().format_help()
-        return text
+        return without_markup(text)
 
     def save(
         self,

@@ -63,8 +63,8 @@ def profile_layers(
         sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show which layer the
             loss feels most, in --trainer.precision 32-true; 0 probes nothing.
         time_model: also time steps that move more and more parameters, and fit what a parameter costs.
-        probe_every: also fit linear probes to what the head would read after every so many layers, on all training
-            examples: where they tell most of the task, `model.num_layers` may end the network; 0 fits none.
+        probe_every: also fit linear probes to what the head would read after every so many layers; 0 fits none. All
+            training examples are read. Where probes tell most of the task, `model.num_layers` may end the network.
         layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
         output: folder for the files; ``profile`` beside the versions of the run if not given.
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         description="Compares runs, finished or not: writes report.html (one page: results, curves against steps, "
         "forward passes and time, memory, the settings that differ, the commands), report.json (the numbers of its "
         "tables) and report.csv (all curves).",
-        epilog="zolightning report logs/sst2-mezo/version_0 logs/sst2-lozo/version_0",
+        epilog="For example: zolightning report logs/sst2-mezo/version_0 logs/sst2-lozo/version_0",
     )
     parser.add_argument(
         "folders", nargs="+", metavar="RUN", help="folder of a run, or one that holds version_0, version_1, ..."

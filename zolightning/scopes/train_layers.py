@@ -29,8 +29,8 @@ class TrainLayers(LayerScope):
         self.layers = layers
 
     def check_layers(self, stack: LayerStack) -> None:
-        for index in () if self.layers == "all" else self.layers:
+        for index in () if isinstance(self.layers, str) else self.layers:
             check_index(stack, index, "layers")
 
     def choose(self, stack: LayerStack, profile: Callable[[], ActivationProfile]) -> ChosenLayers:
-        return ChosenLayers(range(len(stack)) if self.layers == "all" else tuple(self.layers), "as given")
+        return ChosenLayers(range(len(stack)) if isinstance(self.layers, str) else tuple(self.layers), "as given")
