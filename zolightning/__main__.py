@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed import DistNetworkError
 
 from zolightning.cli import ZerothOrderCLI
 from zolightning.commands import configs, report
@@ -83,6 +84,8 @@ def _advice(error: BaseException) -> str | None:
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""
             return f"`ckpt_path` holds something else than tensors and plain values{what} and was not loaded."
+        if isinstance(cause, DistNetworkError) and "EADDRINUSE" in str(cause):
+            return f"`MASTER_PORT` is {os.environ['MASTER_PORT']}, which another program listens on: name another port."
         for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
             if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
                 return str(cause)

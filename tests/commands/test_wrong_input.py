@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert error.startswith("error: " + message)
     assert "\n" not in error
     assert "before training" not in output.getvalue()  # not after minutes of validation
+
+
+def test_a_port_in_use(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        error = runs.refused("fit", "--trainer.strategy", "zo_ddp", "--trainer.devices", 1)
+    assert error == f"error: `MASTER_PORT` is {port}, which another program listens on: name another port."
 
 
 def test_a_scope_that_leaves_nothing_quantised(runs: Runs) -> None:

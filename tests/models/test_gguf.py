@@ -98,6 +98,12 @@ def test_classes_are_refused_before_anything_is_fetched(gguf_file):
             load_pretrained(name, num_classes=3)
 
 
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setenv("ZOLIGHTNING_CACHE", "/proc/x")
+    with pytest.raises(ValueError, match=r"`ZOLIGHTNING_CACHE` is /proc/x, where no file can be written: No such file"):
+        load_pretrained("pypi://nowhere==1.0/model.gguf")
+
+
 def test_a_file_loads_as_a_model_that_can_be_trained_and_saved(gguf_file, embedding, tmp_path):
     model, tokenizer = load_pretrained(str(gguf_file))
     assert torch.equal(model.get_input_embeddings().weight, torch.from_numpy(embedding).float())

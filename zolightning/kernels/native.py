@@ -218,7 +218,8 @@ def _library() -> ctypes.CDLL | None:
         reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
         rank_zero_warn(
             f"The C loops could not be compiled ({reason[0] if reason else type(error).__name__}); noise is made by "
-            "torch: the same numbers, many times slower. Install a C compiler (gcc or clang)."
+            "torch: the same numbers, many times slower. It takes a C compiler (gcc or clang) and a cache that can be "
+            "written to (ZOLIGHTNING_CACHE)."
         )
         return None
     for name, arguments in _ARGUMENTS.items():

