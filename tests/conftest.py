@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zolightning.kernels.compiled import _Compiler
 from zolightning.optim import (
+    EGGROLL,
     GRZO,
     LOZO,
     ZOMOPI,
@@ -121,6 +122,10 @@ METHODS: dict[str, Method] = {
     "sparse-mezo-fixed": partial(SparseMeZO, lr=0.02, sparsity=0.1, mask="fixed", update_precision="low_byte"),
     "lozo": partial(LOZO, lr=0.03, rank=3),
     "lozo-momentum": partial(LOZO, lr=0.03, rank=2, momentum=0.9, num_queries=2),
+    "eggroll": partial(EGGROLL, lr=0.04, rank=2, num_queries=4),
+    "eggroll-two-sided": partial(
+        EGGROLL, lr=0.02, rank=1, num_queries=2, weight_decay=0.1, estimator=TwoSided(), update_precision="low_byte"
+    ),
     "grzo": partial(GRZO, lr=0.1, rank=3, num_queries=6, estimator=TwoSided()),
     "subzero": partial(SubZero, lr=0.02, rank=3),
     "subzero-paper": partial(SubZero, lr=0.02, rank=3, scaling="paper", noise="rademacher"),

@@ -41,6 +41,7 @@ from zolightning.callbacks import (
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.replay import replay
 from zolightning.optim import (
+    EGGROLL,
     GRZO,
     LOZO,
     ZOMOPI,
@@ -194,6 +195,7 @@ DENSE = {
             "curvature_estimate": st.just("centered"),
         },
     ),
+    EGGROLL: st.fixed_dictionaries({}, optional={"rank": st.just(2), "weight_decay": st.just(0.1)}),
     SparseMeZO: st.fixed_dictionaries(
         {}, optional={"mask": st.sampled_from(["dynamic", "fixed", "random"]), "sparsity": st.just(0.5)}
     ),

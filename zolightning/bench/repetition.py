@@ -19,6 +19,7 @@ from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.configured_trainer import SILENT
 from zolightning.optim import (
+    EGGROLL,
     GRZO,
     LOZO,
     ZOMOPI,
@@ -43,6 +44,7 @@ METHODS: dict[str, partial[Any]] = {
     "MeZO-Adam": partial(MeZOAdam, lr=1e-5),
     "Subspace-MeZO": partial(SubspaceMeZO, lr=1e-5, rank=16),
     "GRZO": partial(GRZO, lr=1e-4, rank=8, num_queries=2, estimator=TwoSided()),
+    "EGGROLL": partial(EGGROLL, lr=1e-5, num_queries=4),
     "HiZOO": partial(HiZOO, lr=1e-5),
     "Sparse-MeZO": partial(SparseMeZO, lr=1e-5),
     "MeZO": partial(MeZO, lr=1e-5, weight_decay=1e-3),

@@ -105,10 +105,10 @@ def stacked_product(
 ) -> Tensor | None:
     """Output of a product whose input rows form groups of equal size, each with a perturbation of its own.
 
-    The products with the weight and the factors, which all groups share, are made once; only those with cores differ.
+    The product with the weight is made once, and so are those with factors where all groups share a basis.
 
     Args:
-        groups: perturbations of one weight, with the same basis and the same pending core.
+        groups: perturbations of one weight, with cores of one shape.
         func: ``F.linear``, or ``torch.addmm`` (as GPT-2's layers call it), whose weight is transposed.
         inputs: (..., n), or (k, m) for ``torch.addmm``.
         weight: (m, n), unperturbed.
@@ -124,7 +124,8 @@ def stacked_product(
     size_in, size_out = shape[::-1] if is_linear else shape
     if weight.shape != shape or _building_costs_less(rows.shape[0], len(groups), size_in, size_out, weight.device.type):
         return None
-    first, second = (basis.right, basis.left) if is_linear else (basis.left, basis.right)
+    bases = [basis] if all(group.basis is basis for group in groups) else [group.basis for group in groups]
+    before, after = ("right", "left") if is_linear else ("left", "right")
     is_same_bias = all(bias is biases[0] for bias in biases)
     bias = biases[0] if is_same_bias else None
     # As a matrix of rows, because torch would copy the weight for each example of a strided batch.
@@ -138,18 +139,29 @@ def stacked_product(
         cores = torch.empty(count, *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
         groups[0].write_cores(groups, cores)
     cores = (cores.mT if is_linear else cores).to(dtype)
-    thin = rows.to(dtype) if first is None else rows.to(dtype) @ first.to(dtype)
-    # One batched product, which is much faster than a product for each group.
-    parts = thin.view(count, -1, thin.shape[-1])
-    if second is None:
-        output.view(count, -1, output.shape[-1]).baddbmm_(parts, cores)
+    # Batched products, which are much faster than a product for each group.
+    parts, factors = rows.to(dtype).view(count, -1, rows.shape[1]), _factors(bases, before, dtype)
+    if len(factors) == 1:
+        parts = (parts.flatten(0, 1) @ factors[0]).view(count, -1, cores.shape[1])
+    elif factors:
+        parts = torch.bmm(parts, torch.stack(factors))
+    factors, parts_of_output = _factors(bases, after, dtype), output.view(count, -1, output.shape[-1])
+    if not factors:
+        parts_of_output.baddbmm_(parts, cores)
+    elif len(factors) == 1:
+        output.addmm_(torch.bmm(parts, cores).flatten(0, 1), factors[0].T)
     else:
-        output.addmm_(torch.bmm(parts, cores).flatten(0, 1), second.T.to(dtype))
+        parts_of_output.baddbmm_(torch.bmm(parts, cores), torch.stack(factors).mT)
     if not is_same_bias:
         for part, own in zip(output.chunk(count), biases, strict=True):
             if own is not None:
                 part.add_(own)
     return output.view(*inputs.shape[:-1], -1)
+
+
+def _factors(bases: Sequence[Basis], side: str, dtype: torch.dtype) -> list[Tensor]:
+    """The factors of some bases on one side; none if they have none there."""
+    return [basis.by_side[side].to(dtype) for basis in bases if side in basis.by_side]
 
 
 def _building_costs_less(rows: int, groups: int, size_in: int, size_out: int, device_type: str) -> bool:

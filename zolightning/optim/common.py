@@ -22,13 +22,18 @@ else:
             return Any
 
 
-class Common(TypedDict, total=False):
+class Basic(TypedDict, total=False):
     """Of every method."""
 
-    noise: NoiseKind
     align_queries: bool
     seed: int | None
     update_precision: UpdatePrecision
+
+
+class Common(Basic, total=False):
+    """Of every method whose base takes the noise."""
+
+    noise: NoiseKind
 
 
 class CommonAndQueries(Common, total=False):
