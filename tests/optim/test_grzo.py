@@ -72,7 +72,7 @@ def test_noise_of_matrices_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> Non
         asked.extend(named)
         return directions(named, *arguments)
 
-    for module in ("grzo", "subspace"):
+    for module in ("drawn", "subspace"):
         monkeypatch.setattr(f"zolightning.optim.{module}.directions", recording)
     optimizer.perturbations_of(range(3), 1)
     assert asked == [*["bias"] * 3, "weight/shared", "weight/signs"]

@@ -153,21 +153,6 @@ def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], d
     kernels.for_each(kernels.add, each)
 
 
-def as_tensors(directions: Sequence[Direction], sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """The first elements of some directions, as flat tensors of some sizes and dtypes, in few launches on a GPU."""
-    places = [(direction.keys.device, dtype) for direction, dtype in zip(directions, dtypes, strict=True)]
-    found: list[Tensor] = [torch.empty(0)] * len(directions)
-    for device, dtype in dict.fromkeys(places):
-        own = [index for index, place in enumerate(places) if place == (device, dtype)]
-        # One launch takes tensors of multiples of 16 elements, so the last ones may be of no use.
-        whole = [-(-sizes[index] // 16) * 16 for index in own]
-        totals = torch.zeros(sum(whole), dtype=dtype, device=device).split(whole)
-        accumulate_each([directions[index] for index in own], totals)
-        for index, total in zip(own, totals, strict=True):
-            found[index] = total[: sizes[index]]
-    return found
-
-
 def directions(
     parameters: Mapping[str, Tensor],
     seed: int,

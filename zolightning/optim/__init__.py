@@ -9,7 +9,7 @@ In the order of reading:
 * A step's losses become a record: ``estimators``, ``probing``, ``per_example``, ``forward_gradient``, ``alignment``,
   ``share``, ``record``, ``evaluate_step``.
 * A record becomes an update: ``precision``, ``moments``, ``normalization``, ``curvature``, ``orthogonalization``,
-  ``offload``, ``stochastic_rounding``.
+  ``offload``, ``stochastic_rounding``, ``drawn``.
 * Subspaces: ``bases``, ``cores``, ``momentum_transport``, ``readback``, ``state_dicts``, ``deferred``.
 * Settings: ``common``, ``checks``, ``settings``; ``schedules`` of learning rates; ``samples`` for curves.
 * A method of your own: ``check_method``.

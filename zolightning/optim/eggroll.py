@@ -1,14 +1,13 @@
 """EGGROLL: each direction is a low-rank matrix of its own, so that a population is cheap in one forward."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.basis import Basis
-from zolightning.directions.dense import Direction, as_tensors, compute_dtype, directions
+from zolightning.directions.dense import Direction, compute_dtype, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element
@@ -18,6 +17,7 @@ from zolightning.optim.bases import BasisKind, Matrix
 from zolightning.optim.checks import require_choice, require_integer
 from zolightning.optim.common import Basic, Unpack
 from zolightning.optim.cores import lift_in_pieces
+from zolightning.optim.drawn import drawn
 from zolightning.optim.estimators import Estimator, ZScores
 from zolightning.optim.moments import descend
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
@@ -133,11 +133,13 @@ class EGGROLL(ZerothOrderOptimizer):
         coefficients: Mapping[int, float],
         decay: float,
     ) -> None:
-        """Adds the sum over queries of coefficient times direction to a matrix, as one product of wide factors."""
+        """Adds the sum over queries of coefficient times direction to a matrix, as one product of wide factors.
+
+        One matrix at a time, because the factors of a large population take memory.
+        """
         lefts, rights = (self._factors(side, {parameter: matrix}, run, coefficients) for side in ("left", "right"))
-        wide = compute_dtype(parameter.dtype)
         scale = matrix.rank**-0.5
-        left = torch.cat([lefts[parameter, q].to(wide) * (c * scale) for q, c in coefficients.items()], dim=1)
+        left = torch.cat([lefts[parameter, q] * (c * scale) for q, c in coefficients.items()], dim=1)
         basis = Basis(right=torch.cat([rights[parameter, q] for q in coefficients], dim=1))
         with as_contiguous(parameter, self.slices.get(parameter)) as weight:
             for start, delta in lift_in_pieces(basis, left, weight, first_element(parameter)):
@@ -158,18 +160,17 @@ class EGGROLL(ZerothOrderOptimizer):
         return dict(zip(named.values(), found.values(), strict=True))
 
     def _factors(
-        self, side: str, matrices: Mapping[nn.Parameter, Matrix], run: tuple[int, int], queries: Iterable[int]
+        self, side: str, matrices: Mapping[nn.Parameter, Matrix], run: tuple[int, int], queries: Collection[int]
     ) -> dict[tuple[nn.Parameter, int], Tensor]:
-        """The factors on one side, "left" or "right", by parameter and query: (m, r) or (n, r), in the weight's dtype.
+        """The factors of some queries on one side, by parameter and query.
 
-        Noise has so few values that every dtype holds it exactly.
+        Args:
+            side: "left", for factors (m, r) in float32 or wider, or "right", for (n, r) in the weight's dtype.
+            matrices, run, queries: of which they are; `run` is the seed and the step.
         """
-        noise = {
-            (parameter, query): direction
-            for query in queries
-            for parameter, direction in self._along(matrices, f"/{side}", run, {query: 1.0}).items()
-        }
-        shapes = {p: (m.rows if side == "left" else m.columns, m.rank) for p, m in matrices.items()}
-        sizes, dtypes = [math.prod(shapes[p]) for p, _ in noise], [p.dtype for p, _ in noise]
-        drawn = zip(noise, as_tensors(list(noise.values()), sizes, dtypes), strict=True)
-        return {key: factor.view(shapes[key[0]]) for key, factor in drawn}
+        is_left, named = side == "left", {self.names[parameter]: parameter for parameter in matrices}
+        rows = {p: m.rows if is_left else m.columns for p, m in matrices.items()}
+        sizes = {(name, query): rows[p] * matrices[p].rank for name, p in named.items() for query in queries}
+        dtypes = {name: compute_dtype(p.dtype) if is_left else p.dtype for name, p in named.items()}
+        found = drawn(sizes, side, named, run, self.noise, dtypes)
+        return {(p := named[name], query): noise.view(rows[p], -1) for (name, query), noise in found.items()}

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.directions.dense import Direction, accumulate_each, coefficient_tensor, compute_dtype, directions
+from zolightning.directions.dense import coefficient_tensor, compute_dtype
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.signed import Signed
-from zolightning.kernels.noise import NoiseKind, coefficient
 from zolightning.optim.bases import Matrix
 from zolightning.optim.common import SubspaceCommon, Unpack
+from zolightning.optim.drawn import Pair, drawn
 from zolightning.optim.estimators import Estimator, PerExample
 from zolightning.optim.normalization import normalized
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrices
 
-_Pair = tuple[str, int]  # the name of a parameter, and a query
 _LEAST_SPREAD = 1e-6  # of projected gradients, as a share of the largest: below it they differ by rounding alone
 
 
@@ -74,7 +73,7 @@ class GRZO(SubspaceOptimizer):
         if common.get("align_queries"):
             raise ValueError("`align_queries` is True, and GRZO's directions share a core: set it to False.")
         self._cores: dict[str, Tensor] = {}  # drawn in a step, by name
-        self._signs: dict[_Pair, Tensor] = {}  # first those of rows
+        self._signs: dict[Pair, Tensor] = {}  # first those of rows
         self._drawn_in = (0, 0)  # seed and step
         super().__init__(
             params,
@@ -155,39 +154,14 @@ class GRZO(SubspaceOptimizer):
             self._drawn_in = run
         shapes = {name: self.basis(weight).core_shape(matrix.shape) for name, (weight, matrix) in matrices.items()}
         parameters = {name: parameter for name, (parameter, _) in matrices.items()}
+        dtypes = {name: compute_dtype(parameter.dtype) for name, parameter in parameters.items()}
         cores = {(name, 0): math.prod(shape) for name, shape in shapes.items() if name not in self._cores}
-        for (name, _), core in _drawn(cores, "shared", parameters, run, self.noise).items():
+        for (name, _), core in drawn(cores, "shared", parameters, run, self.noise, dtypes).items():
             self._cores[name] = core.view(shapes[name])
         pairs = ((name, query) for name in matrices for query in queries)
         signs = {pair: sum(shapes[pair[0]]) for pair in pairs if pair not in self._signs}
-        self._signs |= _drawn(signs, "signs", parameters, run, "rademacher")
+        self._signs |= drawn(signs, "signs", parameters, run, "rademacher", dtypes)
 
     def _forget(self) -> None:
         self._cores.clear()
         self._signs.clear()
-
-
-def _drawn(
-    sizes: dict[_Pair, int], what: str, parameters: dict[str, nn.Parameter], run: tuple[int, int], kind: NoiseKind
-) -> dict[_Pair, Tensor]:
-    """Draws noise for pairs of a parameter's name and a query, in the dtype in which the parameter is perturbed.
-
-    `sizes` says how many numbers, and `what` is appended to the name in the key of the noise of a `run`: seed and step.
-    """
-    named = {f"{name}/{what}": parameters[name] for name, _ in sizes}
-    places = {query: place for place, query in enumerate(dict.fromkeys(query for _, query in sizes))}
-    found = directions(named, *run, dict.fromkeys(places, 1.0), kind) if sizes else {}
-    alike: defaultdict[tuple[torch.dtype, torch.device], list[_Pair]] = defaultdict(list)
-    for pair in sizes:
-        parameter = parameters[pair[0]]
-        alike[compute_dtype(parameter.dtype), parameter.device].append(pair)
-    drawn: dict[_Pair, Tensor] = {}
-    for (dtype, device), pairs in alike.items():
-        # One launch takes tensors of multiples of 16 elements, so the last ones may be of no use.
-        whole = [-(-sizes[pair] // 16) * 16 for pair in pairs]
-        noises = torch.zeros(sum(whole), dtype=dtype, device=device).split(whole)
-        one = coefficient_tensor((coefficient(1.0, kind),), dtype, device)
-        keys = [found[f"{name}/{what}"].keys[places[query]][None] for name, query in pairs]
-        accumulate_each([Direction(key, one, kind) for key in keys], noises)
-        drawn |= {pair: noise[: sizes[pair]] for pair, noise in zip(pairs, noises, strict=True)}
-    return drawn
