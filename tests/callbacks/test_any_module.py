@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from training import Records, assert_equal, weights
+from training import Records, assert_equal, moved, weights
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
 from zolightning.optim import LOZO, MeZO
 
@@ -151,6 +151,78 @@ class TestOwnOptimizers:
         module.configure_optimizers = lambda: torch.optim.SGD(module.net[3].parameters(), lr=0.1)
         with pytest.raises(MisconfigurationException, match="No parameter is trainable: the SGD that"):
             fit(module)
+
+
+class TestThawing:
+    """Parameters that begin to train in mid-run."""
+
+    @pytest.fixture
+    def thawing(self, make_regression: MakeModule) -> type[L.LightningModule]:
+        class Thawing(type(make_regression())):
+            add = False
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.net[0].requires_grad_(False)
+
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+                if batch_idx == 2:
+                    self.net[0].requires_grad_(True)
+                    if self.add:
+                        self.trainer.optimizers[0].add_param_group({"params": list(self.net[0].parameters())})
+
+        return Thawing
+
+    @pytest.mark.parametrize("has_optimizer", [True, False])
+    def test_is_refused(self, thawing: type[L.LightningModule], fit: Fit, has_optimizer: bool) -> None:
+        module, records = thawing(), Records()
+        if not has_optimizer:
+            module.configure_optimizers = lambda: None
+        with pytest.raises(
+            MisconfigurationException, match=r"^`net.0.weight`, `net.0.bias`: `requires_grad` was False when the MeZO"
+        ):
+            fit(module, records)
+        assert len(records.records) == 2
+
+    def test_of_what_is_added(self, thawing: type[L.LightningModule], fit: Fit) -> None:
+        module = thawing()
+        module.add, before = True, weights(module)
+        fit(module)
+        assert moved(before, module).keys() == before.keys()
+
+    def test_of_what_the_own_optimizer_leaves_out(self, thawing: type[L.LightningModule], fit: Fit) -> None:
+        """By backpropagation it would not train either."""
+        module = thawing()
+        module.configure_optimizers = lambda: torch.optim.SGD(module.net[3].parameters(), lr=0.1)
+        before = weights(module)
+        fit(module)
+        assert moved(before, module).keys() == {"net.3.weight", "net.3.bias"}
+
+    def test_of_what_was_frozen_after_the_start(self, make_regression: MakeModule, fit: Fit) -> None:
+        class Freezing(type(make_regression())):
+            def on_train_start(self) -> None:
+                self.net[0].requires_grad_(False)
+
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+                self.net[0].requires_grad_(batch_idx >= 2)
+
+        module, records = Freezing(), Records()
+        before = weights(module)
+        fit(module, records)
+        assert moved(before, module).keys() == before.keys()
+
+    def test_in_the_loss_is_refused(self, make_regression: MakeModule, fit: Fit) -> None:
+        """As two adapters of PEFT's do, each of which is set in turn: the first one would never move."""
+
+        class Switching(type(make_regression())):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                for active in (0, 3):
+                    for layer in (0, 3):
+                        self.net[layer].requires_grad_(layer == active)
+                return super().training_step(batch, batch_idx)
+
+        with pytest.raises(ValueError, match=r"The loss has changed `requires_grad` of net.0.bias, net.0.weight, as"):
+            fit(Switching())
 
 
 class TestStrangers:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -76,6 +77,11 @@ class OwnOptimizer:
         if decayed and free:
             return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
         return [{"params": own}]
+
+    def left_out(self, module: L.LightningModule) -> list[nn.Parameter]:
+        """The frozen parameters that would train once they are not: the optimizer's, or all if there is none."""
+        groups = [{"params": module.parameters()}] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if not parameter.requires_grad]
 
     def replaced(self, module: L.LightningModule) -> str:
         """The end of a message: the optimizer and schedulers that do not run, and hooks that are not called."""

@@ -6,16 +6,19 @@ Classes are recognised by the names of their bases, because ``lightning`` and ``
 under two names, whose classes are not each other's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from zolightning.messages import some
 
 _WHOLE_PARAMETERS = ("SingleDeviceStrategy", "DDPStrategy")  # strategies under which each rank holds all of them
 _SHARDING = ("zo_fsdp", "ZerothOrderFSDP")  # strategies under which each rank holds some rows
@@ -140,6 +143,26 @@ def refuse_module(module: L.LightningModule) -> None:
             raise MisconfigurationException(
                 f"`{parameter_name}` of {name} has no shape yet, as in nn.LazyLinear. Run one forward pass, "
                 "`module(example)`, before `trainer.fit`."
+            )
+
+
+def refuse_thawed(module: L.LightningModule, method: Optimizer, left_out: Iterable[nn.Parameter]) -> None:
+    """Refuses a step if parameters train that were frozen when the method was made, and so are not the method's.
+
+    Args:
+        module: the module.
+        method: the method, to which a callback may have added some of them (BackboneFinetuning).
+        left_out: the parameters that were frozen.
+    """
+    thawed = [parameter for parameter in left_out if parameter.requires_grad]
+    if thawed:
+        added = {parameter for group in method.param_groups for parameter in group["params"]}
+        names = {parameter: f"`{name}`" for name, parameter in module.named_parameters()}
+        if missing := [names[parameter] for parameter in thawed if parameter not in added]:
+            raise MisconfigurationException(
+                f"{some(missing)}: `requires_grad` was False when the {type(method).__name__} of this run was made, "
+                "and is True now. Freeze in `on_train_start`, after that, or add what thaws, as BackboneFinetuning "
+                'does: `trainer.optimizers[0].add_param_group({"params": ...})`.'
             )
 
 

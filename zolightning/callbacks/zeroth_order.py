@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +25,7 @@ from zolightning.callbacks.refusals import (
     refuse_backward,
     refuse_module,
     refuse_own_gradients,
+    refuse_thawed,
     refuse_unsupported,
 )
 from zolightning.callbacks.subspace_resampling import require_resampling
@@ -131,6 +132,7 @@ class ZerothOrder(Callback):
         self.keep_prefix_gib = keep_prefix_gib
         self.cuda_graphs = cuda_graphs
         self._restore = ExitStack()  # undoes what `setup` has done
+        self._left_out: list[nn.Parameter] = []  # that the module's optimizer holds, and the method does not
         self._differentiates = False
         self._counters: dict[str, int] = {}  # at the end of the last fit with this callback
 
@@ -206,7 +208,7 @@ class ZerothOrder(Callback):
     def _configure(self, pl_module: L.LightningModule, configured: Any) -> Any:
         """What the module's ``configure_optimizers`` returns to Lightning in place of `configured`."""
         own = OwnOptimizer(configured)
-        groups = own.groups(pl_module)
+        groups, self._left_out = own.groups(pl_module), own.left_out(pl_module)
         optimizer = self.method(groups if len(groups) > 1 else groups[0]["params"])
         if not isinstance(optimizer, ZerothOrderOptimizer):
             raise MisconfigurationException(
@@ -238,6 +240,7 @@ class ZerothOrder(Callback):
         """Trains on a batch, and returns what `training_step` returned in its first call."""
         first: Any = None
         (optimizer, *_) = methods_of(pl_module.trainer)
+        refuse_thawed(pl_module, optimizer, self._left_out)
         evaluator, is_replaying = optimizer.evaluator, optimizer.is_replaying
 
         def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> LossOutput:

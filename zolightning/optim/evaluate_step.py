@@ -1,12 +1,15 @@
 """The first half of a step: its losses become projected gradients, and these a record."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from zolightning.evaluation.examples import MicroBatches
 from zolightning.evaluation.losses import LossFunction
+from zolightning.messages import some
 from zolightning.optim.alignment import aligned
 from zolightning.optim.estimators import TwoSided
 from zolightning.optim.probing import Probe, Probed, evaluate_probes
@@ -31,7 +34,9 @@ def evaluate_step(
     The other arguments and the exceptions are those of ``optimizer.estimate``; its `last` one counts steps whose losses
     are all equal or not finite.
     """
+    moving = [optimizer.named(group) for group in optimizer.param_groups]
     found = optimizer.estimator.evaluate(optimizer, loss_fn, share, micro_batches)
+    _require_same(moving, optimizer)
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
     if last.flat_in_a_row == FLAT_IN_A_ROW:  # perhaps weights are now read where perturbations do not reach them
         optimizer.evaluator.forget()
@@ -71,6 +76,17 @@ def squared_grad(
     optimizer.count(len(probes))
     mean = sum(grad * grad for grad in grads) / len(grads)
     return mean if math.isfinite(mean) else 0.0
+
+
+def _require_same(moving: Sequence[Mapping[nn.Parameter, str]], optimizer: "ZerothOrderOptimizer") -> None:
+    """Raises a ValueError unless the step will move those parameters that it has perturbed."""
+    for before, group in zip(moving, optimizer.param_groups, strict=True):
+        if (now := optimizer.named(group)) is not before:
+            names = sorted({before.get(p) or now[p] for p in before.keys() ^ now.keys()})
+            raise ValueError(
+                f"The loss has changed `requires_grad` of {some(names)}, as `set_adapter` of PEFT does, and a step "
+                "moves what it has perturbed. Let the loss set it back, or set it before the step."
+            )
 
 
 def _count_nonfinite(found: Probed, last: Estimate, skip_nonfinite: bool, step: int) -> None:
