@@ -224,22 +224,21 @@ class KeepLedger(Callback):
         else:
             assert self._saved is not None, "only for a run without a checkpoint is there a header"
             try:
-                found, steps = ledger_to(
-                    self._saved or {}, optimizer.param_groups[0]["step"], self._folder, self._checkpoint
-                )
+                found, steps = ledger_to(self._saved, optimizer.param_groups[0]["step"], self._folder, self._checkpoint)
             except NoLedgerError as error:
                 self._give_up(str(error))
                 return []
             is_last = self._checkpoint is not None and self._checkpoint.name == LAST
         records = whole_records(found) if is_last else list(found.records(min(steps, len(found))))
+        written = min(steps, len(records))  # a kill before the end of the checkpoint's step leaves it out
         is_own = found.path.parent.resolve() == self._folder.resolve()
         # In another folder, the steps after a checkpoint stay with the run that took them.
         taken = records[steps:] if is_last and (is_own or header is not None) else []
         if not is_own:
-            found = found.copy(free_path(self._folder), min(steps + len(taken), len(records)))
-        found.go_on(min(steps, len(records)), keep=len(taken))
+            found = found.copy(free_path(self._folder), written + len(taken))
+        found.go_on(written, keep=len(taken))
         self.ledger = found
-        if len(records) < steps and self._saved is not None:  # killed before the step of the checkpoint was over
+        if written < steps and self._saved is not None:
             found.append(StepRecord(**self._saved["pending"]))
         return taken
 

@@ -40,7 +40,7 @@ class Traces:
 
     def forget(self) -> None:
         """Has the next evaluation watched again, and the state of all modules read anew."""
-        self._is_watched, self._lasting = False, ()
+        self._is_watched, self._modules, self._lasting = False, (), ()
 
     @contextmanager
     def step(self, modules: Sequence[nn.Module], perturbed: Set[int]) -> Iterator[None]:
