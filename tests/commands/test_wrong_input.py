@@ -48,6 +48,11 @@ pytestmark = [
         (("--seed_everything", "-1"), "`seed_everything` must be at least 0 and below 2**32, got -1"),
         (("--trainer.max_steps", "-1"), "`trainer.max_steps` is -1 and `trainer.max_epochs` is None: the run would"),
         (("--trainer.max_steps", "0"), "`trainer.max_steps` is 0: nothing would be trained"),
+        (("--trainer.max_steps", "-1", "--trainer.max_epochs", "0"), "`trainer.max_epochs` is 0: nothing would be tr"),
+        (
+            ("--method", "LOZO", "--method.momentum", "0.9", "--resampling.anchor", "9"),
+            "`anchor` must be at most the method's `rank`, 2, got 9.",
+        ),
         (("--trainer.val_check_interval", "-1"), "`trainer.val_check_interval` must be above 0, a number of batches"),
         (("--trainer.val_check_interval", "0.5"), "`trainer.val_check_interval` is 0.5, a share of an epoch, and `t"),
         (("--scope", "TrainParameters", "--scope.patterns", "['q_prj']"), "`patterns` has 'q_prj', which matches no"),
@@ -106,6 +111,8 @@ def test_a_scope_that_leaves_nothing_quantised(runs: Runs) -> None:
 def test_a_file_of_predictions_that_cannot_be_written(runs: Runs) -> None:
     error = runs.refused("predict", "--predictions.path", "/proc/x/all.jsonl")
     assert error.startswith("error: `predictions.path` is /proc/x, where no file can be written: ")
+    error = runs.refused("predict", "--predictions.path", runs.folder)
+    assert error == f"error: `predictions.path` is {runs.folder}, which is a folder. Name a file."
 
 
 def test_a_group_of_settings_that_is_null(runs: Runs) -> None:
@@ -180,6 +187,9 @@ METHODS = "MeZO, MeZOAdam, "
         ("--method no.such.Method", "is 'no.such.Method', and there is no module no, neither installed nor"),
         ("--method.estimator no.such.Class", "`method.estimator` is 'no.such.Class', and there is no module no"),
         ("--method torch.optim.SGD", "`method` is 'torch.optim.SGD', which is no class of that kind; accepted: "),
+        ("--method [MeZO,LOZO]", "`method` is \"['MeZO', 'LOZO']\", which is no class of that kind; accepted: GRZO, "),
+        ("--method 5", "`method` is '5', which is no class of that kind; accepted: GRZO, "),
+        ("--method LOZO --method.betas [0.9]", "`method.betas` is '[0.9]'; accepted: a list of 2 or null."),
         ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
         ("--method.momentm 3", "`method.momentm` is no setting of MeZO (did you mean momentum?)"),
         ("--method.lr abc", "`method.lr` is 'abc'; accepted: a number."),
@@ -235,6 +245,7 @@ def test_wrong_options_take_one_line(
         (b"data: {class_path: PromptDataModule, batch_size: 3}", "`data` has `batch_size` beside `class_path`: "),
         (b"method: [", "is not YAML: while parsing a flow node"),
         (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
+        (b"trainer: {}\nmethod: MeZO\ntrainer: {}\n", "is not YAML: `trainer` is there twice, in lines 1 and 3."),
         (b"- a", "holds list, not a mapping of fields."),
         (b"", "is empty."),
         (None, "wrong.yaml', which is no file."),

@@ -54,7 +54,14 @@ class SubspaceResampling(Callback):
                 f"`trainer.callbacks` has {len(intervals)} SubspaceResampling, with `interval` {intervals}: each would "
                 "draw bases. Keep one."
             )
-        for group in subspace_optimizer(trainer, type(self).__name__).param_groups:
+        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        self.check_anchor(optimizer)
+        for group in optimizer.param_groups:
+            group["anchor"] = self.anchor
+
+    def check_anchor(self, optimizer: SubspaceOptimizer) -> None:
+        """Raises a MisconfigurationException if the method has no directions, or fewer, that could stay."""
+        for group in optimizer.param_groups:
             if self.anchor and not (group["momentum"] or group["betas"]):
                 raise MisconfigurationException(
                     f"`anchor` is {self.anchor}, and the method keeps no momentum whose directions could stay. "
@@ -64,7 +71,6 @@ class SubspaceResampling(Callback):
                 raise MisconfigurationException(
                     f"`anchor` must be at most the method's `rank`, {group['rank']}, got {self.anchor}."
                 )
-            group["anchor"] = self.anchor
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -6,6 +6,7 @@ nothing when a later file or flag names another class for it.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -81,6 +82,19 @@ def _nulls(slots: Iterable[str]) -> list[str]:
     return [word for slot in slots for word in (f"--{slot}", "null")]
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a field that is there twice, of which the first one would be passed over."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in first:
+                raise ValueError(f"`{key.value}` is there twice, in lines {first[key.value]} and {line}")
+            first[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _classes_named(config: str) -> set[str]:
     """The slots for which a config names a class or null; the config is the path of a file or YAML text.
 
@@ -92,7 +106,8 @@ def _classes_named(config: str) -> set[str]:
         packaged_ones = " `zolightning configs` lists those that come with the package." if "configs" in config else ""
         raise ValueError(f"`--config` is {config!r}, which is no file.{packaged_ones}")
     try:
-        values = yaml.safe_load(config if is_text and not Path(config).is_file() else Path(config).read_text("utf-8"))
+        text = config if is_text and not Path(config).is_file() else Path(config).read_text("utf-8")
+        values = yaml.load(text, _EachKeyOnce)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"`--config` {config} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):

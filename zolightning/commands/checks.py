@@ -81,6 +81,8 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             )
         if trainer.max_steps == 0:
             raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
+        if trainer.max_epochs == 0:
+            raise ValueError("`trainer.max_epochs` is 0: nothing would be trained. Set it to 1 or more.")
         if trainer.limit_train_batches == 0:
             raise ValueError("`trainer.limit_train_batches` is 0: nothing would be trained. Set it to 1 or more.")
     interval = trainer.val_check_interval
@@ -105,7 +107,10 @@ def check_settings(config: Namespace, subcommand: str) -> None:
     for path in _folders(config):
         require_writable(*path)
     if subcommand == "predict":
-        require_writable("predictions.path", Path(config.predictions.path).parent)
+        predictions = Path(config.predictions.path)
+        if predictions.is_dir():
+            raise ValueError(f"`predictions.path` is {predictions}, which is a folder. Name a file.")
+        require_writable("predictions.path", predictions.parent)
 
 
 def check_method(optimizer: ZerothOrderOptimizer) -> None:

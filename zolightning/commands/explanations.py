@@ -17,6 +17,7 @@ _TYPES = {
     "str": "a string",
     "NoneType": "null",
     "list": "a list",
+    "tuple": "a list",
     "dict": "a mapping",
     "collections.abc.Sequence": "a list",
     "collections.abc.Iterable": "a list",
@@ -69,9 +70,12 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         given = next(name for value in values for name in ([value] if isinstance(value, str) else value or ()) if name)
         close = _closest(_short(given), _subclass_names(inner))
         return f"`{field}` is {given!r}, which is no class of that kind{_hint(close)}{_accepted_classes(inner)}."
+    found = re.search(r"Expected (?:an import path or a subclass spec, but got|a dot import path string:) (.*)", inner)
+    if found and _bases(inner):
+        return f"`{field}` is {found[1]!r}, which is no class of that kind{_accepted_classes(inner)}."
     if found := re.search(r"argument (?:-c/)?(\S+): (.*)", message):
         return f"`{found[1]}`: {found[2]}."
-    expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^]]*\])", inner)
+    expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^]]*\]|tuple with \d+)", inner)
     given = re.findall(r"(?:Got value|Given value): ([^\n]*?)(?:\. Got value|\n|$)", inner)
     if field and expected and given:
         choices = re.findall(r"'([^']*)'", " ".join(type_ for type_ in expected if "Literal" in type_))
@@ -160,6 +164,8 @@ def _hint(close: list[str]) -> str:
 def _described(type_: str) -> str:
     if type_.startswith("typing.Literal"):
         return type_[len("typing.Literal[") : -1]
+    if type_.startswith("tuple with"):
+        return f"a list of {type_.rpartition(' ')[2]}"
     name = type_[len("<class '") : -len("'>")]
     return _TYPES.get(name, _short(name))
 

@@ -138,6 +138,8 @@ def _of_a_subspace(
     name = type(optimizer).__name__
     is_subspace = isinstance(optimizer, SubspaceOptimizer)
     has_momentum = is_subspace and bool(optimizer.param_groups[0]["momentum"] or optimizer.param_groups[0]["betas"])
+    if is_subspace and made.resampling is not None:
+        made.resampling.check_anchor(optimizer)
     found: list[Callback] = []
     for slot, callback, wanted, lack in (
         ("resampling", SubspaceResampling, is_subspace, "searches no subspaces"),
