@@ -101,9 +101,11 @@ def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:
 
 
 def is_in_batch(trainer: L.Trainer) -> bool:
-    """Whether a batch is trained on, or callbacks are being told that it is over: its metrics are not logged yet."""
-    batch = trainer.fit_loop.epoch_loop.batch_progress.total
-    return batch.started != batch.completed  # type: ignore[attr-defined]  # as above
+    """Whether a batch is trained on, or callbacks and loggers are being told that it is over."""
+    loop = trainer.fit_loop.epoch_loop
+    batch = loop.batch_progress.total
+    is_logged = trainer.validating or loop._batches_that_stepped >= trainer.global_step
+    return not is_logged or batch.started != batch.completed  # type: ignore[attr-defined]  # as above
 
 
 def is_at_end_of_batch(trainer: L.Trainer) -> bool:

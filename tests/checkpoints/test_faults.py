@@ -94,6 +94,29 @@ def test_a_run_goes_on_after(
     assert not list(run.path.parent.glob(".*")), "no half a file is left"
 
 
+def test_a_step_that_cannot_be_logged_is_taken_again(
+    ledger_run: MakeRun, make_whole: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For one when the disk is full: it would be missing in the curves."""
+    logged: list[int] = []
+
+    class Logger(DummyLogger):
+        is_full = True
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            if self.is_full and step == FAULT_AT:
+                raise OSError(errno.ENOSPC, "no space")
+            logged.extend([step] * ("train/loss" in metrics))
+
+    options = EVERY_6 | {"logger": Logger(), "log_every_n_steps": 1}
+    with caplog.at_level("INFO"), pytest.raises(OSError, match="no space"):
+        ledger_run(**options).fit()
+    assert f"The ledger has step {FAULT_AT}, the last complete one." in caplog.text
+    options["logger"].is_full = False
+    ledger_run(**options).fit("last").assert_ends_as(make_whole(**EVERY_6))
+    assert logged == list(range(20))
+
+
 @pytest.mark.parametrize(
     ("runs", "said"),
     [

@@ -66,10 +66,10 @@ class MetricsFiles(Callback):
     def _write(self, trainer: L.Trainer) -> None:
         if self._log is None:
             return
-        for logger in tensorboards(trainer):
-            logger.experiment.flush()
         folder = self._log.folder
         try:
+            for logger in tensorboards(trainer):
+                logger.experiment.flush()
             if self.subcommand != "fit":
                 replace_text(folder / METRICS, as_json(self._evaluated(trainer) | {"versions": library_versions()}))
                 return
