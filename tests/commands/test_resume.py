@@ -264,6 +264,15 @@ def test_a_run_without_a_validation_ends_with_its_last_step(runs: Runs) -> None:
     assert "knows of no best one" in runs.refused("test", "--ckpt_path", "best")
 
 
+def test_the_best_of_a_run_that_validates_at_the_ends_of_epochs(runs: Runs) -> None:
+    """Which the last checkpoint names: Lightning would save the best one later than that."""
+    every_epoch = ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", 1]
+    runs("fit", *every_epoch, "--trainer.max_steps", -1, "--trainer.max_epochs", 1)
+    (best,) = (runs.version(0) / "checkpoints").glob("best*")
+    runs("validate", "--ckpt_path", "best")
+    assert runs.metrics(1)["checkpoint"] == str(best)
+
+
 def test_checkpoints_can_be_turned_off(runs: Runs) -> None:
     output = runs("fit", "--trainer.enable_checkpointing", "false", "--test_last", "true")
     assert not (runs.version(0) / "checkpoints").exists()

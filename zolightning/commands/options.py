@@ -42,6 +42,7 @@ def add_options(parser: LightningArgumentParser) -> None:
             "checkpoint.monitor": None,  # `choose_monitor` says what that is
             "checkpoint.mode": "max",
             "checkpoint.filename": "best-{step}",
+            "checkpoint.save_on_train_epoch_end": False,  # but with the validation: `last.ckpt` names the best one
             "checkpoint.enable_version_counter": False,  # the same step again is that of a run that was killed
         }
     )
