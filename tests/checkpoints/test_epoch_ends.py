@@ -248,8 +248,10 @@ def test_a_run_that_had_ended_is_started_again_and_then_for_more(
 
     whole, resumed = of_epochs("whole", **more), of_epochs("run", **more)
     fit(whole, shuffled, validate=validate)
-    fit(of_epochs("run", max_epochs=2), shuffled, validate=validate)
-    fit(of_epochs("run", max_epochs=2), shuffled, "last", validate)
+    ended = [of_epochs("run", max_epochs=2) for _ in range(3)]
+    for run, path in zip(ended, (None, "last", "last"), strict=True):
+        fit(run, shuffled, path, validate)
+        assert run.trainer.fit_loop.epoch_loop._batches_that_stepped == 12
     fit(resumed, shuffled, "last", validate).assert_ends_as(whole)
     assert resumed.watch.epochs == {step: epoch for step, epoch in whole.watch.epochs.items() if step > 12}
     logged = [run.trainer.fit_loop.epoch_loop._batches_that_stepped for run in (whole, resumed)]

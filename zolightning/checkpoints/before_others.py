@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
-from zolightning.checkpoints.resumed_epoch import ResumedEpoch, ends_epoch_when_resumed
+from zolightning.checkpoints.resumed_epoch import ResumedEpoch, count_last_batch, ends_epoch_when_resumed
 from zolightning.checkpoints.running_metrics import RunningMetrics
 from zolightning.partners import find_callbacks
 
@@ -43,8 +43,9 @@ class BeforeOthers(Callback):
         self._save_at_end(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.epoch is None:  # resumed after the last step: no `on_train_end`, in which averages become the weights
-            for averaging in find_callbacks(trainer, WeightAveraging):
+        if self.epoch is None:  # resumed after the last step
+            count_last_batch(trainer)
+            for averaging in find_callbacks(trainer, WeightAveraging):  # which make averages the weights there
                 averaging.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

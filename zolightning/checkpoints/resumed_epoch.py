@@ -106,3 +106,12 @@ def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
     """
     epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # declared as less
     return trainer.global_step != trainer.max_steps and epochs != trainer.max_epochs
+
+
+def count_last_batch(trainer: L.Trainer) -> None:
+    """Counts the last batch of a run that was restored after it, and does not train, for what is still logged.
+
+    Lightning does so after it has saved the run, unless the epoch was over.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    trainer.fit_loop.epoch_loop._batches_that_stepped += progress.ready != progress.processed  # type: ignore[attr-defined]
