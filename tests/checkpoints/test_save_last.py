@@ -1,8 +1,12 @@
 """The last step is always saved, and a run that goes on from it equals one that was never stopped."""
 
+import errno
+import fcntl
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -136,6 +140,33 @@ def test_another_file_of_the_last_step_is_refused(make_run: Any, tmp_path: Path)
     with pytest.raises(MisconfigurationException, match="`save_last` of ModelCheckpoint is True, and SaveLast keeps"):
         make_run(callbacks=[ModelCheckpoint(make_run().path.parent, save_last=True)]).fit()
     make_run(callbacks=[ModelCheckpoint(tmp_path / "other", save_last=True)], max_steps=1).fit()
+
+
+def test_another_process_that_trains_in_its_folder_is_refused(make_run: Any) -> None:
+    """Two of them would write the same files. The folder is as it was found once a run has ended."""
+
+    def try_too() -> None:
+        with pytest.raises(BlockingIOError, match=r"Another process trains, and saves its steps in .*/run: its run"):
+            make_run().fit()
+
+    def in_step() -> None:
+        other = get_context("fork").Process(target=try_too)
+        other.start()
+        other.join(60)
+        assert other.exitcode == 0
+
+    run = make_run(max_steps=3)
+    run.module.in_step.at[1] = in_step
+    run.fit()
+    assert [file.name for file in run.path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_on_a_disk_without_locks(ledger_run: Any, make_whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clusters have; nothing is known there of other processes."""
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    ledger_run(max_steps=4).fit()
+    ledger_run().fit("last").assert_ends_as(make_whole())
 
 
 def test_what_a_killed_process_was_writing_is_removed(make_run: Any) -> None:

@@ -208,7 +208,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(
     every_step = ["--trainer.val_check_interval", 1]
     with pytest.raises(GeneratorExit):
         runs("fit", "--trainer.callbacks+", "kills.Kill", *every_step[:-1], 100)
-    assert not (runs.version(0) / "checkpoints").exists()
+    assert not (runs.version(0) / "checkpoints/last.ckpt").exists()
     with caplog.at_level("INFO"):
         output = runs("fit", "--ckpt_path", "last", *every_step)
     assert ("2 steps are taken from the ledger" in caplog.text) == (step == 2)
@@ -325,17 +325,19 @@ def test_other_settings_than_the_checkpoint_s(resumed: tuple[Runs, str], options
     assert words in message and "\n" not in message
 
 
-def test_a_run_that_has_not_ended_is_left_alone(resumed: tuple[Runs, str]) -> None:
+@pytest.mark.parametrize("written", ["ledger.bin", "checkpoints/.lock"])
+def test_a_run_that_has_not_ended_is_left_alone(resumed: tuple[Runs, str], written: str) -> None:
     run = resumed[0].version(0)
+    (run / written).touch()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     hold = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
     hold += "; sys.stdin.read()"
-    with Popen([sys.executable, "-c", hold, str(run / "ledger.bin")], stdin=PIPE, stdout=PIPE) as other:
+    with Popen([sys.executable, "-c", hold, str(run / written)], stdin=PIPE, stdout=PIPE) as other:
         assert other.stdin is not None and other.stdout is not None
         other.stdout.readline()
         message = refused(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])
         other.stdin.close()
-    assert message.startswith("error: `ckpt_path` is of a run that has not ended: another process writes ")
+    assert f"error: `ckpt_path` is of a run that has not ended: another process writes {run / written}." in message
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 

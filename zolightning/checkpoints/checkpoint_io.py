@@ -1,10 +1,11 @@
 """Writes checkpoint files atomically, and verifies them before they are loaded."""
 
+import errno
 import fcntl
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -15,6 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 LAST = "last.ckpt"  # the name of a run's last checkpoint
+LOCK = ".lock"  # the name of a file that the process has locked whose checkpoints are beside it
 _UNFINISHED = ".unfinished"
 
 
@@ -108,7 +110,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(OSError):  # on a disk without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -149,9 +152,45 @@ def remove_unfinished(folder: Path) -> None:
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError:  # it is being written, or the disk has no locks
                 continue
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """A context in which no other process can be in one for the same folder.
+
+    Raises:
+        BlockingIOError: if another process is.
+        OSError: if no file can be written to the folder.
+    """
+    path = folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        if not lock(file) or not os.fstat(file.fileno()).st_nlink:  # the other one has just removed it
+            raise BlockingIOError(f"Another process trains, and saves its steps in {folder}: its run has not ended.")
+        yield
+        path.unlink(missing_ok=True)
+
+
+def lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks an open file, for as long as it is open, unless another process has done so; returns whether none has.
+
+    On a disk without locks, as some of clusters are, it is not known, and True. Such a lock ends with the process and
+    is not inherited, but is lost if the process closes another handle of the file.
+    """
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def is_written(path: Path) -> bool:
+    """Whether another process has a file open to write and locked."""
+    with path.open("rb") as file:
+        return not lock(file, fcntl.LOCK_SH)
 
 
 def _sync_folder(folder: Path) -> None:

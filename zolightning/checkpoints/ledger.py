@@ -20,7 +20,6 @@ the header's). NumPy takes them as they are:
 ``np.fromfile(path, np.dtype([(name, kind, (count,)) for ...]), offset=60 + n)``.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -31,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zolightning.checkpoints.checkpoint_io import replacing
+from zolightning.checkpoints.checkpoint_io import is_written, lock, replacing
 from zolightning.checkpoints.ledger_entry import EntryCodec
 from zolightning.checkpoints.ledger_header import Header
 from zolightning.messages import counted
@@ -212,14 +211,9 @@ class Ledger:
         """
         self.checksum, self._length, seal = self.checksum_after(steps), steps, self.seal()
         self._file = self.path.open("r+b", buffering=0)
-        try:
-            # This lock ends with the process and is not inherited, but is lost if the process closes another handle.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(self._file):
             self._file.close()
-            raise BlockingIOError(
-                f"The ledger {self.path} is written by another process: its run has not ended."
-            ) from None
+            raise BlockingIOError(f"The ledger {self.path} is written by another process: its run has not ended.")
         if seal is not None and seal[0] > steps:
             self._write_at(self._seal_at, _UNSEALED)
         self._file.truncate(self._place(steps + keep))
@@ -266,13 +260,3 @@ class Ledger:
         while content:  # a nearly full disk may take a part only
             written = os.pwrite(self._file.fileno(), content, place)
             place, content = place + written, content[written:]
-
-
-def is_written(path: Path) -> bool:
-    """Whether another process has a ledger open to write."""
-    with path.open("rb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False

@@ -12,8 +12,8 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.checkpoints.checkpoint_io import LAST, is_pickle
-from zolightning.checkpoints.ledger import LEDGER, is_written
+from zolightning.checkpoints.checkpoint_io import LAST, LOCK, is_pickle, is_written
+from zolightning.checkpoints.ledger import LEDGER
 from zolightning.messages import some
 from zolightning.partners import find_callbacks
 
@@ -98,10 +98,11 @@ def go_on_in_folder(config: "Namespace") -> bool:
         if not _is_by_config_of(folder, logger.init_args):
             return False
         logger.init_args.save_dir = str(folder.parents[1])
-    if (ledger := folder / LEDGER).is_file() and is_written(ledger):  # before anything in the folder is written anew
-        raise MisconfigurationException(
-            f"`ckpt_path` is of a run that has not ended: another process writes {ledger}. Wait for it, or stop it."
-        )
+    for file in (folder / LEDGER, folder / _FOLDER / LOCK):  # before anything in the folder is written anew
+        if file.is_file() and is_written(file):
+            raise MisconfigurationException(
+                f"`ckpt_path` is of a run that has not ended: another process writes {file}. Wait for it, or stop it."
+            )
     logger.init_args.version = int(folder.name.removeprefix("version_"))
     return True
 

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from zolightning.checkpoints.before_others import BeforeOthers
-from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable
+from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable, sole_writer
 from zolightning.checkpoints.generators import generators_of_all_ranks, restore_generators
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.resume import find_files_again
@@ -72,6 +72,7 @@ class SaveLast(ModelCheckpoint):
 
     Raises:
         ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
+        BlockingIOError: in ``setup``, if another process trains with a SaveLast of the same `dirpath`.
         MisconfigurationException: before training, if a run is resumed with another optimizer or precision than its
             checkpoint's, or another ModelCheckpoint has ``save_last`` set and the same folder.
     """
@@ -103,7 +104,7 @@ class SaveLast(ModelCheckpoint):
         self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
         self._first = BeforeOthers(self._save_at_end, self._save_after_error, self._stop_here)
-        self._restore = ExitStack()  # gives module and strategy their own methods back
+        self._restore = ExitStack()  # gives module and strategy their own methods back, and the folder to others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # This callback comes last, so that the file holds the state of the others; its `_first` comes first, to save
@@ -135,6 +136,7 @@ class SaveLast(ModelCheckpoint):
         if not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = Path(str(self.dirpath))
             require_writable("dirpath", folder)
+            self._restore.enter_context(sole_writer(folder))
             remove_unfinished(folder)
 
     def check(self, trainer: L.Trainer) -> None:
