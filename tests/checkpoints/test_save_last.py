@@ -12,11 +12,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from checkpoint_runs import AS_EXPECTED, EVERY_6, Validated
+from checkpoint_runs import AS_EXPECTED, EVERY_6, Killed, Validated, die
 from zolightning.checkpoints.save_last import SaveLast
+from zolightning.commands.run_folder import event_files
 from zolightning.optim import LOZO, MeZO
 
 pytestmark = AS_EXPECTED
@@ -122,6 +125,7 @@ def test_the_best_checkpoint_is_that_of_the_whole_run(make_run: Any) -> None:
     step = max(validated, key=validated.__getitem__)
     assert step < 9, "the best is to be found in the first part"
     assert checkpoints[1].best_model_path == str(folder / f"best-step={step}.ckpt")
+    assert checkpoints[1].current_score == checkpoints[0].current_score == validated[step]
     assert float(checkpoints[1].best_model_score) == validated[step]
     (tested,) = second.trainer.test(
         second.module, StatefulDataLoader(second.data, batch_size=4), ckpt_path="best", verbose=False
@@ -167,6 +171,24 @@ def test_on_a_disk_without_locks(ledger_run: Any, make_whole: Any, monkeypatch: 
         monkeypatch.setattr(fcntl, name, Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
     ledger_run(max_steps=4).fit()
     ledger_run().fit("last").assert_ends_as(make_whole())
+
+
+def test_steps_that_are_taken_again_are_logged_once(make_run: Any, tmp_path: Path) -> None:
+    """Those after a checkpoint that no ledger has."""
+
+    def run() -> Any:
+        logger = TensorBoardLogger(tmp_path / "run", name="", version="")
+        return make_run(last={"every_n_train_steps": 3}, max_steps=8, logger=logger, log_every_n_steps=1)
+
+    killed = run()
+    killed.module.in_step.at[5] = die
+    with pytest.raises(Killed):
+        killed.fit(validate=False)
+    assert killed.saved()["global_step"] == 3
+    run().fit("last", validate=False)
+    events = [EventAccumulator(str(file)).Reload() for file in event_files(tmp_path / "run")]
+    steps = [event.step for file in events for event in file.Scalars("train/loss")]
+    assert steps == list(range(8))
 
 
 def test_what_a_killed_process_was_writing_is_removed(make_run: Any) -> None:

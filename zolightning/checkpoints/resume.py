@@ -189,6 +189,7 @@ def find_files_again(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if state and callback.dirpath and Path(callback.dirpath).resolve() == here:
             checkpoint["callbacks"][callback.state_key] = _in_folder(state, Path(callback.dirpath))
+            callback.current_score = state.get("current_score")  # which Lightning forgets
 
 
 def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:

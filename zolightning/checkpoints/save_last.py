@@ -24,6 +24,7 @@ from zolightning.checkpoints.generators import generators_of_all_ranks, restore_
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
+from zolightning.checkpoints.run_logs import log_once
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
@@ -164,6 +165,8 @@ class SaveLast(ModelCheckpoint):
         self._signal.listen()
         self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
         self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()), is_over=epoch.is_next)
+        if self._resumed and not find_callbacks(trainer, KeepLedger):
+            log_once(trainer)  # steps after the checkpoint that were logged, and are taken again
 
     def _training_starts(self, trainer: L.Trainer) -> None:
         epoch, validation = self._first.epoch, cast(Any, trainer.fit_loop.epoch_loop.val_loop)
