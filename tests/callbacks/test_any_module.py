@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from training import Records, assert_equal, moved, weights
 from zolightning.callbacks import SubspaceResampling, ZerothOrder
@@ -51,6 +52,14 @@ class TestStepsOfAnInstance:
         fit(compiled)
         assert hasattr(module.training_step, "__wrapped__")  # dynamo's
         assert_equal(weights(plain), weights(module))
+
+
+def test_a_module_that_knows_its_trainer_is_copied(make_regression: MakeModule, make_trainer: MakeTrainer) -> None:
+    """As WeightAveraging does, and as the command line makes modules: the functions of their settings know it."""
+    module = make_regression()
+    trainer = make_trainer(max_steps=1, callbacks=[ZerothOrder(METHOD), EMAWeightAveraging()])
+    module.make = partial(print, trainer)
+    trainer.fit(module, DataLoader(TensorDataset(torch.ones(4, 4), torch.ones(4, 1))))
 
 
 class TestFittingTwice:

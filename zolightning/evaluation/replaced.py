@@ -22,18 +22,24 @@ def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A context in which a module, or any object, has another method or attribute of this name."""
-    attributes = vars(owner)  # past nn.Module's own attribute access, which takes longer
-    own = attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        del attributes[name]
-        if own is not None:
-            attributes[name] = own
+class replaced:
+    """A context in which a module, or any object, has another method or attribute of this name.
+
+    It can be copied while it is open, as a generator cannot: with a Trainer, by a module that knows it.
+    """
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self._attributes = vars(owner)  # past nn.Module's own attribute access, which takes longer
+        self._name, self._value = name, value
+
+    def __enter__(self) -> None:
+        self._own = self._attributes.get(self._name)
+        self._attributes[self._name] = self._value
+
+    def __exit__(self, *_: Any) -> None:
+        del self._attributes[self._name]
+        if self._own is not None:
+            self._attributes[self._name] = self._own
 
 
 @contextmanager

@@ -108,8 +108,10 @@ class PretrainedModule(L.LightningModule):
         # What `load_from_checkpoint` makes the module of; the rest is in `structure_dict`
         made_of = {"model_name": model_name, "dtype": dtype, "attention": attention, "quantization": quantization}
         self._made_of = {name: value for name, value in (made_of | own).items() if value is not None}
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        # As functions, which copies of the module share (WeightAveraging makes one): those of the command line hold all
+        # that it has made, the Trainer for one
+        self.optimizer = lambda params: optimizer(params)
+        self.lr_scheduler = lr_scheduler and (lambda optimizer: lr_scheduler(optimizer))
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
         self._suitable = False  # not known yet
         self._rows_set: list[int] = []  # of the head, in place of the pretrained ones
