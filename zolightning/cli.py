@@ -65,6 +65,7 @@ _DESCRIPTIONS = {
 }
 # The config.yaml of a run has these, whatever command reads it.
 _NOT_READ: dict[str, Any] = {"ckpt_path": str | None, "weights_only": bool | None}
+_NO_GPU = "`trainer.accelerator` is 'gpu', and torch finds none here: use 'cpu' or 'auto'."
 _PARSER_KWARGS: dict[str, Any] = {
     "prog": "zolightning",
     "usage": "zolightning COMMAND [--config FILE ...] [--OPTION VALUE ...]",
@@ -217,8 +218,10 @@ class ZerothOrderCLI(LightningCLI):
             made.trainer.callbacks.append(MetricsFiles(self.subcommand, command, made.ckpt_path))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError) as error:  # Lightning's, of a strategy, accelerator or devices that are none
-            raise MisconfigurationException(str(error)) from error
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            # Lightning's, of a strategy, accelerator or devices that are none
+            is_no_gpu = "No supported gpu backend" in str(error)
+            raise MisconfigurationException(_NO_GPU if is_no_gpu else str(error)) from error
         trainer.run_config = self._plain_config()
         refuse_two_scopes(trainer)
         if self.subcommand == "fit" and is_zeroth_order:

@@ -93,6 +93,12 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert "before training" not in output.getvalue()  # not after minutes of validation
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(runs: Runs) -> None:
+    error = runs.refused("fit", "--trainer.accelerator", "gpu")
+    assert error == "error: `trainer.accelerator` is 'gpu', and torch finds none here: use 'cpu' or 'auto'."
+
+
 def test_a_port_in_use(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
