@@ -16,8 +16,9 @@ from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.layers import find_layers
-from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SparseMeZO, SubZero, ZOMuon
+from zolightning.optim import EGGROLL, LOZO, ZOMOPI, HiZOO, MeZO, SparseMeZO, SubZero, ZOMuon
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.estimators import ZScores
 from zolightning.optim.subspace_weights import SubspaceWeights
 
 Evaluate = Callable[[], Tensor]
@@ -195,7 +196,16 @@ SUBSPACE = [
         for k in (2, 4, 8)
     ),
 ]
-ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE]
+POPULATIONS = [
+    _ours(
+        f"{name}, 8 members in one forward",
+        partial(method, lr=LR, eps=EPS, num_queries=8, estimator=ZScores(), seed=0),
+        8,
+        evaluations_per_forward=8,
+    )
+    for name, method in (("ES", MeZO), ("EGGROLL", EGGROLL))
+]
+ROWS = [FORWARD, PUBLISHED, *DENSE, *SUBSPACE, *POPULATIONS]
 GRAPHED = [
     Row("forward, CUDA graphs", _GraphedForward, forwards=1),
     _ours("MeZO, CUDA graphs", _MEZO, cuda_graphs=True),
