@@ -124,8 +124,13 @@ def stacked_product(
     size_in, size_out = shape[::-1] if is_linear else shape
     if weight.shape != shape or _building_costs_less(rows.shape[0], len(groups), size_in, size_out, weight.device.type):
         return None
-    bases = [basis] if all(group.basis is basis for group in groups) else [group.basis for group in groups]
-    before, after = ("right", "left") if is_linear else ("left", "right")
+    bases = [group.basis for group in groups]
+    # Not always one object: graphs copy what holds the factors
+    if len(bases) > 1 and all(other.left is basis.left and other.right is basis.right for other in bases):
+        bases = [basis]
+    left = [own.left for own in bases if own.left is not None]
+    right = [own.right for own in bases if own.right is not None]
+    before, after = (right, left) if is_linear else (left, right)
     is_same_bias = all(bias is biases[0] for bias in biases)
     bias = biases[0] if is_same_bias else None
     # As a matrix of rows, because torch would copy the weight for each example of a strided batch.
@@ -140,28 +145,21 @@ def stacked_product(
         groups[0].write_cores(groups, cores)
     cores = (cores.mT if is_linear else cores).to(dtype)
     # Batched products, which are much faster than a product for each group.
-    parts, factors = rows.to(dtype).view(count, -1, rows.shape[1]), _factors(bases, before, dtype)
-    if len(factors) == 1:
-        parts = (parts.flatten(0, 1) @ factors[0]).view(count, -1, cores.shape[1])
-    elif factors:
-        parts = torch.bmm(parts, torch.stack(factors))
-    factors, parts_of_output = _factors(bases, after, dtype), output.view(count, -1, output.shape[-1])
-    if not factors:
-        parts_of_output.baddbmm_(parts, cores)
-    elif len(factors) == 1:
-        output.addmm_(torch.bmm(parts, cores).flatten(0, 1), factors[0].T)
+    thin = rows.to(dtype) @ before[0].to(dtype) if len(before) == 1 else rows.to(dtype)
+    parts = thin.view(count, -1, thin.shape[-1])
+    if len(before) > 1:
+        parts = torch.bmm(parts, torch.stack(before).to(dtype))
+    if len(after) == 1:
+        output.addmm_(torch.bmm(parts, cores).flatten(0, 1), after[0].T.to(dtype))
+    elif after:
+        output.view(count, -1, output.shape[-1]).baddbmm_(torch.bmm(parts, cores), torch.stack(after).mT.to(dtype))
     else:
-        parts_of_output.baddbmm_(torch.bmm(parts, cores), torch.stack(factors).mT)
+        output.view(count, -1, output.shape[-1]).baddbmm_(parts, cores)
     if not is_same_bias:
         for part, own in zip(output.chunk(count), biases, strict=True):
             if own is not None:
                 part.add_(own)
     return output.view(*inputs.shape[:-1], -1)
-
-
-def _factors(bases: Sequence[Basis], side: str, dtype: torch.dtype) -> list[Tensor]:
-    """The factors of some bases on one side; none if they have none there."""
-    return [basis.by_side[side].to(dtype) for basis in bases if side in basis.by_side]
 
 
 def _building_costs_less(rows: int, groups: int, size_in: int, size_out: int, device_type: str) -> bool:
