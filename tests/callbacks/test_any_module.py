@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -251,6 +251,44 @@ class TestStrangers:
         assert sum(losses[-7:]) < 0.8 * sum(losses[:7])
         assert caplog.text.count("`training_step` of Physics differentiates") == 1
         assert all(parameter.grad is None for parameter in module.parameters())
+
+    def test_targets_of_the_network_itself(self, make_regression: MakeModule, fit: Fit) -> None:
+        """Where they are made before the step, projected gradients are autograd's; ``detach`` in the step does nothing.
+
+        The loss is the distance of outputs from those for other inputs, which backpropagation takes as fixed (SimSiam).
+        """
+
+        class Detached(type(make_regression())):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return F.mse_loss(self.net(batch[0]), self.net(2 * batch[0]).detach())
+
+        class Before(type(make_regression())):
+            def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+                with torch.no_grad():
+                    return (*batch, self.net(2 * batch[0]))
+
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return F.mse_loss(self.net(batch[0]), batch[2])
+
+        class Derivatives(Callback):
+            """Of the loss of :class:`Detached`, along the direction of each step, before it."""
+
+            def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+                (method,) = trainer.optimizers
+                group = method.param_groups[0]
+                moves = method.directions(group, group["seed"], group["step"], {0: 1.0})
+                with torch.enable_grad():
+                    loss = Detached.training_step(pl_module, batch, batch_idx)
+                slopes = torch.autograd.grad(loss, list(moves))
+                along = [move.of_elements(p.detach().view(-1)).view_as(p) for p, move in moves.items()]
+                derivatives.append(sum(float((s * z).sum()) for s, z in zip(slopes, along, strict=True)))
+
+        for make, is_right in ((Before, True), (Detached, False)):
+            module, records, derivatives = make(), Records(), list[float]()
+            module.net[2] = nn.Identity()  # in place of the dropout
+            fit(module, records, Derivatives(), zeroth_order=ZerothOrder(partial(MeZO, lr=1e-2, eps=1e-3)))
+            found = [record.projected_grads[0] for record in records.records]
+            assert len(found) == 4 and (found == pytest.approx(derivatives, rel=0.02, abs=1e-3)) == is_right
 
     @pytest.mark.parametrize("method", [MeZO, partial(LOZO, rank=1)])
     def test_derivatives_by_torch_func(self, make_regression: MakeModule, fit: Fit, method: Any) -> None:
