@@ -1,6 +1,7 @@
 """Copies numbers from a device to the host ahead of their use, so that the host does not wait for them."""
 
 import math
+from collections.abc import Sequence
 from weakref import ref
 
 import torch
@@ -24,7 +25,7 @@ class LargestElements:
         self._tensors, self._found, self._copied = [], None, None
         if tensors:
             device = tensors[0].device
-            found = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, ord=math.inf)])
+            found = torch.stack([largest.to(device) for largest in _largest(tensors)])
             self._tensors = [ref(tensor) for tensor in tensors]
             self._found = found.to("cpu", non_blocking=device.type == "cuda")
             if device.type == "cuda":
@@ -39,3 +40,10 @@ class LargestElements:
         if self._copied is not None:
             self._copied.synchronize()
         return [] if self._found is None else self._found.tolist()
+
+
+def _largest(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The largest absolute value of each: on a GPU in few launches, which take ten times as long on a CPU."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.abs().max() for tensor in tensors]
+    return torch._foreach_norm(tensors, ord=math.inf)
