@@ -20,11 +20,16 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     scaled = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(_TINY)
     gram = scaled @ scaled.mT
-    product = identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    for _ in range(steps):
-        factor = a * identity + b * gram + c * (gram @ gram)
-        product = factor @ product
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+    def polynomial(gram: Tensor) -> Tensor:
+        return a * identity + b * gram + c * (gram @ gram)
+
+    product = factor = polynomial(gram)
+    for _ in range(steps - 1):
         gram = factor @ gram @ factor  # they commute, and are symmetric
+        factor = polynomial(gram)
+        product = factor @ product
     result = product @ scaled
     return result if wide is matrices else result.mT
 
