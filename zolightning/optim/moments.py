@@ -63,16 +63,13 @@ def smoothed(
 
     The cores, of one dtype and device, do not move. With momentum the gradients are given times ``1 - momentum``.
     """
-    if group["momentum"] and not group["betas"]:
+    if group["momentum"]:
         found = _momentum(cores, states, gradients, group["momentum"])
     else:
         sizes = [core.numel() for core in cores]
         zeros = torch.zeros(sum(sizes), dtype=cores[0].dtype, device=cores[0].device)
         found = list(zeros.split(sizes))
-        if group["betas"]:
-            descend(found, states, gradients, {"betas": group["betas"]}, -1.0, "exact")
-        else:
-            accumulate_each(gradients, found)
+        descend(found, states, gradients, {"betas": group["betas"]}, -1.0, "exact")
     return [gradient.view(core.shape) for gradient, core in zip(found, cores, strict=True)]
 
 

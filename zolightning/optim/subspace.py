@@ -133,6 +133,11 @@ class SubspaceOptimizer(SubspaceWeights):
         require_normalization(group)
         for place, beta in enumerate(group["betas"] or ()):
             require_fraction(f"betas[{place}]", beta)
+        if group["momentum"] and group["betas"]:
+            raise ValueError(
+                f"`momentum` is {group['momentum']!r}, and `betas` {group['betas']!r} have one of their own: leave one "
+                "of the two out."
+            )
         require_choice("transport", group["transport"], TRANSPORTS)
 
     # A step
@@ -228,7 +233,7 @@ class SubspaceOptimizer(SubspaceWeights):
     def update(self, record: StepRecord) -> None:
         for group, lr in zip(self.param_groups, record.lr, strict=True):
             matrices, vectors = self.split(group)
-            keep = 1 - group["momentum"] if group["momentum"] and not group["betas"] else 1.0
+            keep = 1 - group["momentum"]
             projected_grads = normalized(group, record.projected_grads)
             coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
             self.update_vectors(group, vectors, record, coefficients, lr)
