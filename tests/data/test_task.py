@@ -15,6 +15,10 @@ labels: [dry, wet]
 """
 
 
+WRITTEN = "name: x\nprompt: y\nreferences: a.text\n"
+CHOICES = 'name: x\nprompt: y\nchoices: a\nanswer: "{{ choice }}"\nright_choices: b\n'
+
+
 def write(folder: Path, text: str) -> str:
     path = folder / "mine.yaml"
     path.write_text(text, encoding="utf-8")
@@ -42,6 +46,27 @@ def test_a_config_file_is_a_task_too(tmp_path: Path) -> None:
 def test_a_label_outside_the_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"label 'snow' in field `label` must be one of \['dry', 'wet'\]"):
         load_task(write(tmp_path, GOOD)).right({"label": "snow"})
+
+
+def test_references_may_be_nested_numbers_and_several(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, WRITTEN))
+    assert task.right({"a": {"text": "one"}}) == (0,)
+    assert task.reference_texts({"a": {"text": ["one", 2, 0.5]}}) == ("one", "2", "0.5")
+    assert task.answers_to({"a": {"text": ["one", 2]}}, {}) == [" one\n"]
+    assert task.answers_to({"a": None}, {}) == ["\n"], "nothing to train on: a text will be written"
+
+
+@pytest.mark.parametrize("found", [None, "one", {}, {"text": None}])
+def test_a_row_without_references(tmp_path: Path, found: object) -> None:
+    with pytest.raises(ValueError, match=r"field `a\.text` is missing or null"):
+        load_task(write(tmp_path, WRITTEN)).right({"a": found})
+
+
+@pytest.mark.parametrize("found", [[], " ", ["one", ""], {"one": 1}, True, float("nan")])
+def test_references_that_are_no_texts(tmp_path: Path, found: object) -> None:
+    """Among them truth values and NaN, of which a model would learn to write Python's notation."""
+    with pytest.raises(ValueError, match=r"field `a\.text` must be a text or a list of texts, none empty, got "):
+        load_task(write(tmp_path, WRITTEN)).right({"a": {"text": found}})
 
 
 def test_truth_values_are_labels_of_their_own(tmp_path: Path) -> None:
@@ -90,6 +115,12 @@ def test_unknown_task() -> None:
         (GOOD.replace("report }}", "report | shout }}"), "`prompt` is not a Jinja2 template: No filter named 'shout'"),
         (GOOD.replace('" No"', '"{{ no"'), "`answers` is not a Jinja2 template"),
         (GOOD + "objective: regression\n", "`objective` must be one of .*'classification'.* got 'regression'"),
+        (WRITTEN + "stop: ''\n", "`stop` must be a text, such as a line break, got ''"),
+        (WRITTEN + "max_new_tokens: 0\n", "`max_new_tokens` must be at least 1, got 0"),
+        (WRITTEN + "max_new_tokens: 2.5\n", r"`max_new_tokens` must be at least 1, got 2\.5"),
+        (CHOICES.replace("prompt: y", "prompt: '{{'"), "`prompt` is not a Jinja2 template"),
+        (CHOICES.replace("choice }}", "choice"), "`answer` is not a Jinja2 template"),
+        (CHOICES + "objective: classification\n", r"`objective` must be one of \('language_modeling', 'accuracy'\)"),
         (GOOD + "num_validation: 0\n", "`num_validation` must be at least 1, got 0"),
         (GOOD + "num_train: many\n", "`num_train` must be at least 1, got 'many'"),
         ("data:\n  batch_size: 3\n", "a task must be a mapping"),

@@ -1,5 +1,6 @@
 """Generation: the answer is a text that the model writes, compared with the row's references."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,13 @@ class Generation(PromptTask):
                 raise ValueError(f"field `{self.references}` is missing or null")
             value = value[key]
         texts = value if isinstance(value, list | tuple) else [value]
-        if not texts or not all(isinstance(text, str | int | float) and str(text).strip() for text in texts):
+        if not texts or not all(map(_is_text, texts)):
             raise ValueError(f"field `{self.references}` must be a text or a list of texts, none empty, got {value!r}")
         return tuple(map(str, texts))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a number, or a text that is not empty; a truth value or NaN would be Python's notation."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
