@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -186,6 +187,23 @@ def test_a_plain_loop_does_the_same(fit: Fit, regression_data: Callable[..., Dat
     assert optimizer.record == records[-1]
     schedule.detach()
     assert not optimizer._estimate_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_an_order_learns_the_mean_square_of_a_visit(regression_data: Callable[..., DataLoader]) -> None:
+    class Learning(Cyclic):
+        def learn(self, blocks: Any, squared_grad: float, alone: Any) -> None:
+            learned.append((*blocks, squared_grad))
+
+    learned: list[tuple[float, ...]] = []
+    module, squares = Layered(), []
+    optimizer = MEZO(module.parameters(), num_queries=3)
+    optimizer.attach(module)
+    BlockSchedule(find_blocks(module, module.parameters()), Learning(), interval=2).attach(optimizer)
+    for batch, _ in zip(regression_data(), range(5), strict=False):
+        optimizer.estimate(lambda batch=batch: module.training_step(batch, 0))
+        squares += [np.square(optimizer.record.projected_grads).mean()]
+        optimizer.step()
+    assert learned == [(0, pytest.approx(sum(squares[:2]) / 2)), (1, pytest.approx(sum(squares[2:4]) / 2))]
 
 
 def test_tensorboard(fit: Fit, tmp_path: Path) -> None:

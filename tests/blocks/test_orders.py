@@ -104,6 +104,14 @@ def test_adalezo_weights_are_unbiased() -> None:
     assert weighted == pytest.approx([1 / D] * D, rel=0.25)
 
 
+def test_adalezo_takes_unvisited_blocks_for_typical_ones() -> None:
+    order = AdaLeZO(decay=0.5)
+    choices(order, 1)
+    for block, squared_grad in ((0, 4.0), (1, 10.0), (1, 22.0)):
+        order.reward(block, squared_grad)
+    assert order.scores == [4.0, 16.0, 10.0, 10.0, 10.0]
+
+
 @pytest.mark.parametrize("order", [Bandit(), AdaLeZO()])
 def test_restored_probabilities(order: Bandit | AdaLeZO) -> None:
     simulated(order, [1.0, 2.0, 3.0], 5, seed=1)

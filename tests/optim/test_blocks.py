@@ -130,6 +130,17 @@ def test_the_squared_gradient_of_a_block(make_problem: Callable[..., nn.Module],
     assert (record.blocks, record.forward_passes) == ((1,), 42)
     optimizer.step()
     assert optimizer.estimate(problem).forward_passes == 2
+    optimizer.register_estimate_pre_hook(lambda _, squared_grad: found.append(squared_grad(0, 1)))
+    optimizer.estimate(lambda: problem() + float("inf"), skip_nonfinite=True)
+    assert found[1:] == [0.0], "a loss that is not finite says nothing of a block"
+
+
+def test_the_weight_of_blocks_multiplies_their_learning_rates(make_problem: Callable[..., nn.Module]) -> None:
+    problem = make_problem()
+    optimizer = in_blocks(partial(MeZO, lr=0.5), problem)
+    optimizer.lr_scale = 0.5
+    optimizer.activate([0], weight=0.125)
+    assert optimizer.estimate(problem).lr == (0.5 * 0.5 * 0.125,)
 
 
 @pytest.mark.parametrize(

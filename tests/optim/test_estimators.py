@@ -102,7 +102,7 @@ class TestLossesAlong:
 
     def test_ranks_share_and_average_them(self) -> None:
         found, sent = [], []
-        for index in (0, 1):  # rank 0 makes the first of the two, rank 1 the other one
+        for index in (0, 1, 2):  # rank 0 makes the first of the two, rank 1 the other one, rank 2 none
 
             def total(own: Tensor) -> Tensor:
                 sent.append(own)
@@ -110,11 +110,12 @@ class TestLossesAlong:
 
             module = Counting()
             optimizer = MeZO(module.named_parameters(), eps=EPS, estimator=Along(), seed=0)
-            optimizer.estimate(module, Share(total, 0, index, 2))
+            optimizer.estimate(module, Share(total, 0, index, 3))
             found.append(optimizer.estimator.found)
         own = [loss(POINT + length * z(1)).item() for length in (0.5, -2.0)]
         assert found[0] == pytest.approx(((own[0] + 3) / 4, 1.0), rel=1e-6)
         assert found[1] == pytest.approx((1.0, (own[1] + 3) / 4), rel=1e-6)
+        assert found[2] == (1.0, 1.0)
 
 
 class TestClosedForms:

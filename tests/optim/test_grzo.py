@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from zolightning.directions.basis import Basis
 from zolightning.directions.dense import Direction, directions
+from zolightning.directions.signed import Signed
 from zolightning.evaluation.examples import MicroBatch
 from zolightning.optim import GRZO
 from zolightning.optim.estimators import TwoSided
@@ -78,7 +80,21 @@ def test_noise_of_matrices_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [*["bias"] * 3, "weight/shared", "weight/signs"]
 
 
+@pytest.mark.parametrize("factors", [(0.5, 0.5), (0.5, -0.5)])
+@pytest.mark.parametrize("pending", [None, torch.ones(4, 2)])
+def test_cores_of_one_run_are_those_of_each(factors: tuple[float, float], pending: torch.Tensor | None) -> None:
+    """Of perturbations with one sign, which are written at once, and with both."""
+    core, signs = torch.randn(4, 2), torch.randint(2, (2, 6)) * 2 - 1
+    basis = Basis(right=torch.randn(5, 2))
+    groups = [Signed(basis, (4, 5), pending, core, *own) for own in zip(signs, factors, strict=True)]
+    Signed.write_cores(groups, found := torch.empty(2, 4, 2))
+    offset = torch.zeros(4, 2) if pending is None else pending
+    expected = [offset + factor * core * torch.outer(s[:4], s[4:]) for s, factor in zip(signs, factors, strict=True)]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
 @pytest.mark.parametrize(("argument", "value"), [("num_queries", 1), ("align_queries", True), ("rank", 0)])
 def test_bad_values(argument: str, value: object) -> None:
+    """Also with an estimator that would take them."""
     with pytest.raises(ValueError, match=f"`{argument}`"):
-        GRZO([nn.Parameter(torch.ones(3, 3))], **{argument: value})
+        GRZO([nn.Parameter(torch.ones(3, 3))], estimator=TwoSided(), **{argument: value})

@@ -98,7 +98,9 @@ class TestStep:
         assert record.losses[0] == make_problem()().item()
         assert record.forward_passes == 5
 
-    def test_probes_have_the_old_curvature_and_steps_the_new_one(self) -> None:
+    @pytest.mark.parametrize("plus", [1.25, 0.75])
+    def test_probes_have_the_old_curvature_and_steps_the_new_one(self, plus: float) -> None:
+        """Of a second difference of either sign, whose absolute value counts."""
         weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
         optimizer = HiZOO([("w", weight)], smoothing=0.5, eps=0.5)
         old = torch.tensor([1.0, 2.0, 4.0, 1.5, 0.5, 9.0], dtype=torch.float64)
@@ -107,7 +109,7 @@ class TestStep:
         optimizer.perturbations(0, -1)[weight].add_to(weight.detach(), perturbed)
         u = standard((6,), key(0, 0, 0, "w")).double()
         torch.testing.assert_close(perturbed.flatten(), -0.5 * u / old.sqrt())
-        optimizer.apply(StepRecord(0, 0, (0.25,), (3.0,), (1.0, 1.25, 1.0), 3))
+        optimizer.apply(StepRecord(0, 0, (0.25,), (3.0,), (1.0, plus, 1.0), 3))
         new = 0.5 * old + 0.5 * 0.25 / (2 * 0.25) * old * u**2
         torch.testing.assert_close(optimizer.state[weight]["curvature"], new)
         torch.testing.assert_close(weight.detach().flatten(), -0.25 * 3 * u / new.sqrt())
@@ -191,6 +193,14 @@ def test_quantiles_are_of_weights_not_of_parameters() -> None:
     for parameter, curvature in ((large, 1.0), (small, 100.0)):
         optimizer.state[parameter]["curvature"] = torch.full_like(parameter, curvature)
     assert optimizer.measurements() == {"curvature_0.01": 1.0, "curvature_0.5": 1.0, "curvature_0.99": 100.0}
+
+
+def test_quantiles_of_rows_times_columns() -> None:
+    parameter = nn.Parameter(torch.ones(4, 100))
+    optimizer = HiZOO([parameter], curvature="row_column")
+    columns = torch.tensor([0.5] * 40 + [3.0] * 60)  # products of 0.5 and 1, 3, 6 for 20, 20, 30 and 30 % of weights
+    optimizer.state[parameter] |= {"curvature_rows": torch.tensor([1.0, 2, 1, 2]), "curvature_columns": columns}
+    assert optimizer.measurements() == {"curvature_0.01": 0.5, "curvature_0.5": 3.0, "curvature_0.99": 6.0}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zolightning.optim.cores._CHUNK", 18)  # three rows of `up` at a time
+    monkeypatch.setattr("zolightning.optim.cores.chunk_size", lambda _: 18)
 
 
 def attached(method: Callable[..., SubspaceOptimizer], net: Net, **kwargs: Any) -> SubspaceOptimizer:

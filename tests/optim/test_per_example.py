@@ -203,6 +203,9 @@ def test_losses_are_means_over_the_batch_and_terms_weigh_examples() -> None:
     assert record.losses == pytest.approx((mean, mean), rel=1e-4)
     expected = [6 * w / sum(terms) * move if w else 0.0 for w, move in zip(terms, moves, strict=True)]
     assert record.projected_grads == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    nothing = {e: lambda: (torch.tensor(float("nan")), 0.0) for e in batch.examples}
+    record = optimizer.estimate(net.loss, micro_batches=[MicroBatch(lambda: nothing[0](), nothing)])
+    assert record.projected_grads == (), "a step without terms is skipped"
 
 
 def test_ranks_add_up() -> None:

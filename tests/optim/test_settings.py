@@ -58,6 +58,13 @@ def test_arguments_of_one_class_are_known(no_grad: None) -> None:
         SubZero(weights(), rank=3).load_state_dict(saved)
 
 
+def test_another_schedule_of_smoothing_is_refused() -> None:
+    saved = HiZOO(weights(), smoothing={5: 0.1, 0: 0.2}).state_dict()
+    HiZOO(weights(), smoothing={"0": 0.2, "5": 0.1}).load_state_dict(saved)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"`smoothing` is \(\(0, 0\.2\), \(5, 0\.3\)\), there .*\(5, 0\.1\)\)"):
+        HiZOO(weights(), smoothing={0: 0.2, 5: 0.3}).load_state_dict(saved)
+
+
 def test_another_dtype_is_refused() -> None:
     saved = MEZO(weights()).state_dict()
     with pytest.raises(ValueError, match="`dtype` is 'bfloat16', there 'float32'"):

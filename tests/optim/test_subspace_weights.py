@@ -13,6 +13,7 @@ from zolightning.directions.basis import Basis
 from zolightning.directions.slices import Slice
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.optim import LOZO, ZOMOPI, SubspaceMeZO, SubspaceOptimizer, SubZero
+from zolightning.optim.cores import lift_in_pieces
 from zolightning.optim.probing import of_whole_parameters
 
 METHODS = [
@@ -193,6 +194,19 @@ class TestResampling:
         optimizer.fold()
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), Net().parameters(), strict=True))
         assert optimizer.momentum_kept is None
+
+
+@pytest.mark.parametrize("first", [0, 6, 14])
+def test_a_lift_in_pieces(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """Of a whole matrix and of a rank's rows, which may begin within a piece; three rows at a time."""
+    monkeypatch.setattr("zolightning.optim.cores._CHUNK", 7)
+    monkeypatch.setattr("zolightning.optim.cores.chunk_size", lambda _: 6)
+    basis, core = Basis(torch.randn(9, 3), torch.randn(2, 2)), torch.randn(3, 2)
+    pieces = list(lift_in_pieces(basis, core, weight := torch.zeros(18 - first), first))
+    for start, piece in pieces:
+        weight[start : start + len(piece)] += piece
+    torch.testing.assert_close(weight, basis.lift(core).flatten()[first:])
+    assert [start for start, _ in pieces] == {0: [0, 6, 12], 6: [0, 6], 14: [0]}[first]
 
 
 class TestMomentum:
