@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tape import Tape
-from zolightning.optim import LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
-from zolightning.optim.estimators import OneSided
+from zolightning.optim import EGGROLL, LOZO, ZOMOPI, MeZO, StepRecord, SubZero, ZerothOrderOptimizer
+from zolightning.optim.estimators import OneSided, TwoSided
 
 Method = Callable[..., ZerothOrderOptimizer]
 
@@ -33,6 +33,7 @@ METHODS = {
     "mopi": partial(ZOMOPI, rank=4, power_rank=2, lr=1e-2, vector_lr=1e-3, num_queries=2),
     "mopi-one-sided": partial(ZOMOPI, rank=4, power_rank=2, lr=1e-2, num_queries=3, estimator=OneSided()),
     "mezo": partial(MeZO, lr=1e-3, num_queries=2),
+    "eggroll": partial(EGGROLL, rank=2, lr=1e-3, num_queries=2, estimator=TwoSided()),
 }
 
 WARN_ONLY_WHERE_EXPECTED = pytest.mark.filterwarnings(

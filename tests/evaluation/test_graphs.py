@@ -24,12 +24,13 @@ from training import assert_equal, weights
 from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.optim import LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
+from zolightning.optim import EGGROLL, LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 from zolightning.optim.estimators import OneSided
 
 METHODS = {
     "mezo": partial(MeZO, lr=1e-2, num_queries=2),
     "one_sided": partial(MeZO, lr=1e-2, num_queries=2, estimator=OneSided(), noise="rademacher", momentum=0.5),
+    "eggroll": partial(EGGROLL, lr=1e-2, num_queries=4),
     "lozo": partial(LOZO, lr=1e-2, rank=2),
     "subzero": partial(SubZero, lr=1e-2, rank=2, momentum=0.5, vector_lr=1e-2),
     "zo_muon": partial(ZOMuon, lr=1e-2, rank=2, vector_lr=1e-2),
@@ -50,7 +51,7 @@ class TestTheSameBits:
         assert capture.recorded == 2 * kinds
         assert capture.replayed > capture.recorded
 
-    @pytest.mark.parametrize("method", ["mezo", "one_sided", "subzero"])
+    @pytest.mark.parametrize("method", ["mezo", "one_sided", "eggroll", "subzero"])
     def test_of_evaluations_that_share_a_forward(self, method: str) -> None:
         batches = [(inputs(2 + step % 2, 4, seed=step),) for step in range(6)]
         plain, graphed, capture = seeded(mlp), seeded(mlp), CPUCapture()

@@ -41,7 +41,7 @@ class Scaled(nn.Sequential):
 
 # Every architecture along matrices of low rank and along dense ones, and every method on one of them
 PAIRS = [(architecture, method) for architecture in ("opt", "gpt2", "llama", "qwen3") for method in ("subzero", "mezo")]
-PAIRS += [("gpt2", "lozo"), ("opt", "mopi"), ("llama", "mopi-one-sided")]
+PAIRS += [("gpt2", "lozo"), ("gpt2", "eggroll"), ("opt", "mopi"), ("llama", "mopi-one-sided")]
 
 
 class TestSameLosses:
