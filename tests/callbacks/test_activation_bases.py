@@ -95,10 +95,10 @@ def factors(module: Classifier, name: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def inputs(name: str, first_token: bool = True) -> Tensor:
+def inputs(name: str, first_token: bool = True, examples: slice = slice(None)) -> Tensor:
     """What a map of the untrained network reads at tokens, computed by hand."""
     network, read = Network(), []
-    for row in rows():
+    for row in rows()[examples]:
         hidden = network.embedding(row["ids"])
         a, b = network.layers[0].values()
         after = torch.tanh(a(hidden)) * b(hidden)
@@ -125,6 +125,15 @@ def test_directions_are_those_of_an_svd_of_the_inputs(fit: Callable[..., Classif
 def test_padding_does_not_count(fit: Callable[..., Classifier]) -> None:
     one, other = (fit(METHODS["lozo"], ActivationBases(), padding=padding) for padding in (0, 7))
     assert torch.equal(factors(one, "head.weight")["right"], factors(other, "head.weight")["right"])
+
+
+def test_examples_have_the_precision_of_the_run(make_trainer: Any, make_regression: Any, regression_data: Any) -> None:
+    method = ZerothOrder(METHODS["lozo"])
+    trainer = make_trainer(
+        max_steps=1, callbacks=[SubspaceResampling(bases=ActivationBases()), method], precision="bf16-true"
+    )
+    trainer.fit(make_regression(), regression_data())
+    assert trainer.optimizers[0].has_given
 
 
 def test_scaling_and_skipping(fit: Callable[..., Classifier]) -> None:
@@ -194,6 +203,29 @@ def test_what_is_known_stays_by_its_share() -> None:
     expected = 0.75 * old.T @ old / 50 + 0.25 * new.T @ new / 80
     torch.testing.assert_close(moments[1].product / 80, expected)
     assert moments[1].leading(5).share == pytest.approx(1, rel=1e-5)
+
+
+def test_a_refresh_mixes_in_what_is_known(fit: Callable[..., Classifier]) -> None:
+    """Of the first batch's inputs the two directions that its bases had; the weights hardly move."""
+    bases = ActivationBases(examples="batch", scaling="unit", refresh=True, decay=0.75)
+    module = fit(partial(LOZO, lr=1e-12, rank=2), bases, max_steps=2, interval=1)
+    old, new = (read.T @ read / len(read) for read in (inputs("across", examples=slice(i, i + 4)) for i in (0, 4)))
+    values, vectors = (found[..., -2:] for found in torch.linalg.eigh(old))
+    mixed = torch.linalg.eigh(0.75 * vectors * values @ vectors.T + 0.25 * new).eigenvectors[:, -2:]
+    assert_same_directions(factors(module, "across.weight")["left"], mixed.flip(1))
+
+
+def test_a_refresh_runs_the_trained_weights(fit: Callable[..., Classifier]) -> None:
+    """Though updates wait until then, unless a callback looks at weights."""
+
+    class Looks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            pass
+
+    method, bases = partial(LOZO, lr=0.5, rank=2), ActivationBases(refresh=True, scaling="unit")
+    waiting, written = (fit(method, bases, *looks, max_steps=3) for looks in ([], [Looks()]))
+    for one, other in zip(*(factors(module, "across.weight").values() for module in (waiting, written)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

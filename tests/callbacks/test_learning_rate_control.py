@@ -1,6 +1,8 @@
 """When the learning rate is lowered."""
 
+import math
 import random
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ from zolightning.optim import MeZO
 
 
 class Scripted(L.LightningModule):
-    """Has the losses it is told to have, with noise of 0.01, and a weight that hardly matters."""
+    """Has the losses it is told to have, with some noise, and a weight that hardly matters."""
 
-    def __init__(self, losses: list[float]) -> None:
+    def __init__(self, losses: list[float], noise: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        noise = random.Random(4)
-        self.losses = [loss + noise.gauss(0, 0.01) for loss in losses]
+        drawn = random.Random(4)
+        self.losses = [loss + drawn.gauss(0, noise) for loss in losses]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.losses[self.trainer.global_step] + 1e-3 * self.weight
@@ -38,30 +40,41 @@ class Scripted(L.LightningModule):
 def rates(make_trainer: Any) -> Any:
     """Learning rates of the steps of a run with these losses."""
 
-    def run(losses: list[float], *callbacks: Any, **settings: Any) -> list[float]:
+    def run(losses: list[float], *, noise: float = 0.01, **settings: Any) -> list[float]:
         records, control = Records(), LearningRateControl(**{"interval": 4, "patience": 3} | settings)
         trainer = make_trainer(
             max_steps=len(losses),
-            callbacks=[*callbacks, ZerothOrder(partial(MeZO, lr=1.0, eps=1.0)), control, records],
+            callbacks=[ZerothOrder(partial(MeZO, lr=1.0, eps=1.0), skip_nonfinite=True), control, records],
         )
-        trainer.fit(Scripted(losses), DataLoader(torch.zeros(len(losses), 1), batch_size=1))
+        trainer.fit(Scripted(losses, noise), DataLoader(torch.zeros(len(losses), 1), batch_size=1))
         return [record.lr[0] for record in records.records]
 
     return run
 
 
 def test_losses_that_fall_keep_the_rate(rates: Any) -> None:
-    assert set(rates([1 - 0.02 * step for step in range(40)])) == {1.0}
+    losses = [1 - 0.02 * step for step in range(40)]
+    losses[1] = math.nan  # of a step that is skipped
+    assert set(rates(losses)) == {1.0}
 
 
 def test_losses_that_rise_lower_it_at_once(rates: Any) -> None:
-    # Of intervals of four steps the third is the first to be above the best one.
-    assert rates([1.0] * 4 + [0.8] * 4 + [1.2] * 8) == [1.0] * 12 + [0.5] * 4
+    # Of intervals of four steps the third is the first to be above the best one; the next one is then the best.
+    assert rates([1.0] * 4 + [0.8] * 4 + [1.2] * 16) == [1.0] * 12 + [0.5] * 12
+
+
+@pytest.mark.parametrize(("rise", "rate"), [(0.98, 1.0), (1.02, 0.5)])
+def test_a_rise_is_three_standard_errors_of_a_difference(rise: float, rate: float, rates: Any) -> None:
+    one, other = [1.03, 0.97] * 2, [1.04, 0.96] * 2
+    by = rise * 3 * math.sqrt((statistics.variance(one) + statistics.variance(other)) / 4)
+    assert rates([*one, *(loss + by for loss in other), 2.0], noise=0.0)[-1] == rate
 
 
 def test_losses_that_stay_lower_it_after_some_patience(rates: Any) -> None:
     losses = [1.0] * 4 + [0.9] * 4 + [0.91] * 20  # within the noise: nothing rises
     assert rates(losses, factor=0.1) == [1.0] * 20 + [0.1] * 8
+    means = [1.0, 1.01, 0.99, 1.0, 1.0, 0.98, 1.0]  # two in a row are no better, and one after the next best
+    assert set(rates([mean + by for mean in means for by in (0.1, -0.1) * 2], noise=0.0)) == {1.0}
 
 
 def test_the_rate_has_a_floor(rates: Any) -> None:

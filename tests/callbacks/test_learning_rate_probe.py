@@ -68,6 +68,7 @@ def test_the_rate_is_that_of_the_quadratic(examples: DataLoader, make_trainer: A
     cost = sum((CURVATURES * step.square()).sum().item() for step in steps) / 3
     (rate,) = {record.lr[0] for record in records.records[3:]}
     assert rate == pytest.approx(math.sqrt(2 * 0.02 * loss / ((40 - 3) * cost)), rel=1e-6)
+    assert probe.state_dict() == {"records": []}
 
 
 def test_where_the_search_begins_does_not_matter(examples: DataLoader, make_trainer: Any) -> None:
@@ -78,6 +79,17 @@ def test_where_the_search_begins_does_not_matter(examples: DataLoader, make_trai
         return records.records[-1].lr[0]
 
     assert rate(1e-6) == pytest.approx(rate(0.1), rel=1e-3)
+
+
+def test_a_step_that_is_skipped_measures_nothing(examples: DataLoader, make_trainer: Any) -> None:
+    class Skipped(Quadratic):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (math.nan if self.trainer.global_step == 1 else 1.0)
+
+    records = Records()
+    callbacks = [LearningRateProbe(3, 8), ZerothOrder(partial(MeZO, lr=0.1), skip_nonfinite=True), records]
+    make_trainer(max_steps=6, callbacks=callbacks, precision="64-true").fit(Skipped(), examples)
+    assert [record.lr[0] > 0 for record in records.records] == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 12])
@@ -281,8 +293,9 @@ def test_refusals(make_regression: Any, regression_data: Any, make_trainer: Any)
         make_trainer(callbacks=[probe, *callbacks], **options).fit(make_regression(), regression_data())
 
     mezo = ZerothOrder(partial(MeZO, lr=1e-2))
-    with pytest.raises(MisconfigurationException, match=r"`num_steps` of LearningRateProbe is 16, .* the run has 10"):
-        fit(LearningRateProbe(), mezo, max_steps=10)
+    with pytest.raises(MisconfigurationException, match=r"`num_steps` of LearningRateProbe is 16, .* the run has 16"):
+        fit(LearningRateProbe(), mezo, max_steps=16)
+    LearningRateProbe().check(make_trainer(max_epochs=1), make_regression())  # of as many steps as there are batches
     with pytest.raises(MisconfigurationException, match="Set `max_steps` of the Trainer, or `total_steps`"):
         fit(LearningRateProbe(), mezo, max_epochs=-1)
     with pytest.raises(MisconfigurationException, match=r"LearningRateProbe needs a zeroth-order method .* got SGD"):

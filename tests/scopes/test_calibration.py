@@ -14,7 +14,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from zolightning import CausalLM
 from zolightning.data import PromptDataModule
-from zolightning.scopes.calibration import calibration_batches, calibration_forward
+from zolightning.scopes.calibration import calibration_batches, calibration_forward, read_examples
 
 
 class Look(Callback):
@@ -80,7 +80,7 @@ def test_training_does_not_notice(kind: str, look: Callable[..., Look], make_loa
     before = rows(look(loader(), None).seen)
     after = look(loader(), 5)
     assert rows(after.seen) == before
-    assert len(rows(after.calibration)) == 5
+    assert [len(rows([batch])) for batch in after.calibration] == [3, 2]
 
 
 def test_batches_that_are_ready(look: Callable[..., Look], make_batches: Callable[..., Any]) -> None:
@@ -97,6 +97,33 @@ def test_a_stream(look: Callable[..., Look], make_loader: Callable[..., DataLoad
 
     run = look(DataLoader(Stream(), batch_size=3, collate_fn=plain.collate_fn), 4)
     assert rows(run.calibration) == rows(list(plain))[:6]
+
+
+def test_batches_pass_the_hooks_of_the_module(
+    make_trainer: Callable[..., L.Trainer],
+    make_module: Callable[..., Any],
+    make_loader: Callable[..., DataLoader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = make_module()
+    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        monkeypatch.setattr(type(module), name, lambda _, batch, index, name=name: batch | {name: index})
+    look = Look(1)
+    make_trainer(max_steps=1, callbacks=look).fit(module, make_loader())
+    assert [*look.calibration[0]] == [*look.seen[0]] != [*next(iter(make_loader()))]
+
+
+def test_examples_are_read_in_the_precision_of_the_run(
+    make_trainer: Callable[..., L.Trainer], make_regression: Callable[..., L.LightningModule], regression_data: Any
+) -> None:
+    class Read(Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.found = read_examples(trainer, pl_module, lambda batch: (batch[0].dtype, torch.get_default_dtype()))
+
+    make_trainer(max_steps=1, callbacks=(look := Read()), precision="bf16-true").fit(
+        make_regression(), regression_data()
+    )
+    assert set(look.found) == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_no_examples(look: Callable[..., Look]) -> None:
@@ -147,18 +174,24 @@ def test_the_index_of_a_batch_may_have_any_name(
 
 
 def test_the_module_keeps_no_trace(make_module: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an accuracy, a counter and a running mean, which would count examples that no step was taken on."""
+    """Of an accuracy, a counter and a running mean, which would count examples that no step was taken on.
+
+    The batch is not changed either.
+    """
     module = make_module()
     module.accuracy, module.seen = BinaryAccuracy(), 0
     module.register_buffer("mean", torch.zeros(5000))  # above the size that is copied beforehand
+    batch = {"weight": torch.zeros(2)}
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         self.accuracy.update(torch.ones(4), torch.ones(4))
         self.seen += 1
         self.mean.add_(1.0)
+        batch.pop("weight").add_(1.0)
         return self.mean.mean()
 
     monkeypatch.setattr(type(module), "training_step", training_step)
-    assert calibration_forward(module, "batch").item() == 1.0
+    assert calibration_forward(module, batch).item() == 1.0
+    assert not batch["weight"].any()
     assert (module.seen, module.accuracy.update_count, module.mean.abs().sum().item()) == (0, 0, 0.0)
     assert not module.accuracy.tp.any()

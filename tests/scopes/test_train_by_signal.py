@@ -52,19 +52,23 @@ def examples() -> DataLoader:
 def test_estimates_agree_with_autograd(examples: DataLoader) -> None:
     module, batches = Layers(), list(examples)[:3]
     blocks = {f"layer {index}": {layer.weight: None} for index, layer in enumerate(module.layers)}
+    blocks["layer 1"][module.layers[1].weight] = Slice(0, torch.arange(7, 40))
+    module.layers[0].weight.requires_grad_(False)
     losses = [partial(module.training_step, batch) for batch in batches]
     found = measure_signal(module, blocks, losses, num_queries=100, eps=1e-2, seed=1)
 
-    for signal, layer in zip(found, module.layers, strict=True):
-        grads = torch.stack([torch.autograd.grad(loss(), layer.weight)[0] for loss in losses])
+    assert [layer.weight.requires_grad for layer in module.layers] == [False, True, True]
+    module.layers[0].weight.requires_grad_(True)
+    for index, (signal, layer) in enumerate(zip(found, module.layers, strict=True)):
+        part = range(7, 40) if index == 1 else range(50)
+        grads = torch.stack([torch.autograd.grad(loss(), layer.weight)[0][part] for loss in losses])
         pairs = [one @ other for i, one in enumerate(grads) for j, other in enumerate(grads) if i != j]
         assert abs(signal.squared_grad - sum(pairs).item() / len(pairs)) < 5 * signal.squared_grad_error
         (gradient,) = torch.autograd.grad(losses[0](), layer.weight, create_graph=True)
-        trace = sum(
-            torch.autograd.grad(entry, layer.weight, retain_graph=True)[0][i] for i, entry in enumerate(gradient)
-        )
+        trace = sum(torch.autograd.grad(gradient[i], layer.weight, retain_graph=True)[0][i] for i in part)
         assert abs(signal.curvature - trace.item()) < 5 * signal.curvature_error
-        assert signal.size == 50 and not layer.weight.any()
+        assert signal.size == len(part) and not layer.weight.any()
+        assert signal.least_curvature == 2 * sorted(signal.curvature_error for signal in found)[1]
     # Squares would count the batches' noise, which is as large in the layer without a slope.
     assert abs(found[2].squared_grad) < 200 < grads.square().sum().item() / len(grads)
 
@@ -72,7 +76,8 @@ def test_estimates_agree_with_autograd(examples: DataLoader) -> None:
 def test_a_curvature_that_noise_makes_small_is_no_flatness() -> None:
     flat = BlockSignal("flat", 1, 1.0, 0.1, -30.0, 1.0, least_curvature=20.0)
     steep = BlockSignal("steep", 1, 4.0, 0.1, 40.0, 1.0, least_curvature=20.0)
-    assert (flat.ratio, steep.ratio) == (0.05, 0.1)
+    linear = BlockSignal("linear", 1, 4.0, 0.1, 0.0, 0.0, least_curvature=0.0)
+    assert (flat.ratio, steep.ratio, linear.ratio) == (0.05, 0.1, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ class ActivationBases:
         count = self.skip + max((matrix.rank for matrix in matrices.values()), default=0)
         batches = [batch]
         if self.examples == "prompts":
-            batches = calibration_batches(trainer, pl_module, self.num_prompts)
+            examples = calibration_batches(trainer, pl_module, self.num_prompts)
+            batches = [trainer.precision_plugin.convert_input(batch) for batch in examples]
         groups, moments = self._look(trainer, pl_module, optimizer, matrices, count, batches)
         found: list[Leading | None] = []
         for ((name, _), *_), moment in zip(groups, moments, strict=True):

@@ -80,7 +80,7 @@ def read_examples(
     """
     batches = calibration_batches(trainer, module, sys.maxsize if num_examples is None else num_examples)
     with torch.no_grad(), evaluation_mode(module), trainer.precision_plugin.forward_context():
-        return [read(batch) for batch in batches]
+        return [read(trainer.precision_plugin.convert_input(batch)) for batch in batches]
 
 
 def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
@@ -91,7 +91,7 @@ def _first_batches(loader: Any, num_prompts: int) -> Iterator[Any]:
         if loader.batch_size is not None or loader.batch_sampler is not None:
             size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
             first = Subset(loader.dataset, range(min(num_prompts, len(cast(Sized, loader.dataset)))))
-            yield from DataLoader(first, size, collate_fn=loader.collate_fn) if len(first) else ()
+            yield from DataLoader(first, size, collate_fn=loader.collate_fn)
             return
         loader = DataLoader(loader.dataset, batch_size=None, collate_fn=loader.collate_fn)
     if not isinstance(loader, Iterable) or isinstance(loader, dict | list | tuple):

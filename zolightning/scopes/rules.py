@@ -92,7 +92,7 @@ class Jump(Rule):
     def __call__(self, profile: ActivationProfile) -> int | None:
         maxima = [layer.max for layer in profile.layers]
         last = len(maxima) // 2 if self.first_half_only else len(maxima) - 1
-        jumps = {i: maxima[i] / maxima[i - 1] for i in range(1, min(last, len(maxima) - 1) + 1) if maxima[i - 1] > 0}
+        jumps = {i: maxima[i] / maxima[i - 1] for i in range(1, last + 1) if maxima[i - 1] > 0}
         best = max(jumps, key=jumps.__getitem__, default=None)
         return best if best is not None and jumps[best] >= self.ratio else None
 
