@@ -205,9 +205,14 @@ def test_unit_tests() -> None:
         "import os; os._exit(0)": 0,
         "while True: print('x' * 1000)": 0,
         "x = 'x' * 10**11": 0,
+        "```\ndef double(x): return 2 * x\n```": 1,
+        "```py\nimport os\nassert 'PATH' not in os.environ\ndef double(x): return 2 * x": 1,
+        "open('large', 'wb').write(bytes(2**21))": 0,
+        "import os, sys; print('Oops', file=sys.stderr, flush=True); os._exit(3)": 0,
     }
     assert reward.all_of([(text, tests) for text in texts]) == list(texts.values())
     expected = {"TypeError": 1, "SyntaxError": 2, "exit status 0": 2, "timeout": 2, "MemoryError": 2}
+    expected |= {"OSError": 2, "exit status 3": 2}
     assert reward.failures == expected
     with pytest.warns(UserWarning, match="UnitTests got a row without references, its tests"):
         assert reward("", []) == 0  # no tests, nothing passed

@@ -1,6 +1,7 @@
 """The ledger's file: what is cut off, changed or of another run is told."""
 
 import resource
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from zolightning.checkpoints.find_ledger import ledger_of
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.ledger_header import describe_run
 from zolightning.checkpoints.replay import replay
+from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.optim import MeZO, MeZOAdam, StepRecord
 
 MEZO = partial(MeZO, lr=0.02, momentum=0.5)
@@ -91,6 +93,41 @@ def test_going_on_cuts_off_the_steps_after(ledger: tuple[Ledger, list[StepRecord
         file.append(record)
     file.close()
     assert file.path.read_bytes() == whole  # no seal either: it was of steps that are gone
+
+
+def test_a_record_of_other_numbers_is_refused(ledger: tuple[Ledger, list[StepRecord]]) -> None:
+    file, records = ledger
+    file.go_on(7)
+    with pytest.raises(ValueError, match=r"cannot take step 7: it has 2 of `projected_grads`, .* have room for 1"):
+        file.append(replace(records[7], projected_grads=(1.0, 2.0)))
+    file.append(records[7])
+    file.close()
+
+
+def test_entries_say_which_of_many_blocks_moved(tmp_path: Path) -> None:
+    module = nn.ParameterList(torch.ones(2) for _ in range(18))
+    optimizer = attached(MEZO, module)
+    optimizer.set_blocks([[parameter] for parameter in module])
+    ledger, records = Ledger.create(tmp_path / "ledger.bin", describe_run(optimizer, module)), []
+    ledger.go_on(0)
+    for blocks in ([0], [7, 8], [3, 16, 17], range(18)):
+        optimizer.activate(blocks)
+        records.append(optimizer.estimate(lambda: sum(parameter.square().sum() for parameter in module)))
+        optimizer.step()
+        ledger.append(records[-1])
+    ledger.close()
+    assert [record.blocks for record in records] == [(0,), (7, 8), (3, 16, 17), tuple(range(18))]
+    assert list(ledger.records()) == records
+
+
+def test_a_digest_is_of_dtypes_shapes_and_bits() -> None:
+    zeros = torch.zeros(4)
+    others = [zeros.view(2, 2), zeros.int(), torch.tensor([0.0, 0.0, 0.0, -0.0])]
+    assert len({weights_digest({"w": tensor}) for tensor in (zeros, *others)}) == 4
+    assert weights_digest({"w": torch.zeros(8)[::2]}) == weights_digest({"w": zeros}) != weights_digest({"v": zeros})
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("made_anew", zeros, persistent=False)
+    assert base_tensors(module).keys() == module.state_dict().keys()
 
 
 def test_anybody_can_read_it(ledger: tuple[Ledger, list[StepRecord]]) -> None:

@@ -22,20 +22,29 @@ class OthersAdded:
     def __init__(self, ranks: int, changed: tuple[int, int] | None = None) -> None:
         self.ranks, self.changed = ranks, changed
         self.sent: list[int] = []
+        self.batches: list[float] = []
 
     def reduce(self, tensor: Tensor, reduce_op: str) -> Tensor:
         self.sent.append(tensor.nbytes)
         if tensor.ndim == 1:
             said = tensor[-6 * self.ranks :].view(self.ranks, 6)
             said[:] = said[0].clone()
+            self.batches.append(said[0, BATCHES].item())
             if self.changed is not None:
                 said[self.changed] += 1
         return tensor
 
 
-def estimate(strategy: OthersAdded, layout: Layout, optimizer: MeZO, net: nn.Module) -> None:
+def estimate(
+    strategy: OthersAdded, layout: Layout, optimizer: MeZO, net: nn.Module, num_batches: float = 10, max_steps: int = -1
+) -> None:
     trainer = SimpleNamespace(
-        strategy=strategy, global_rank=0, global_step=0, num_training_batches=10, max_steps=-1, world_size=4
+        strategy=strategy,
+        global_rank=0,
+        global_step=0,
+        num_training_batches=num_batches,
+        max_steps=max_steps,
+        world_size=4,
     )
     module: Any = SimpleNamespace(trainer=trainer, global_rank=0, device=torch.device("cpu"), parameters=net.parameters)
     optimizer.estimate(lambda: net(torch.ones(1, 3)).sum(), Share(LossExchange(module, optimizer, layout)))
@@ -62,6 +71,13 @@ def test_the_rank_is_named_that_is_not_like_the_others(net: nn.Module, changed: 
     with pytest.raises(RanksError, match=message):
         estimate(OthersAdded(4, changed), Layout(4, 2), MeZO(net.parameters()), net)
     assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_batches_that_no_step_takes_may_differ(net: nn.Module) -> None:
+    strategy = OthersAdded(4)
+    for num_batches, max_steps in ((10, -1), (float("inf"), -1), (10, 20), (10, 5), (8, 5), (float("inf"), 5)):
+        estimate(strategy, Layout(4), MeZO(net.parameters()), net, num_batches, max_steps)
+    assert strategy.batches == [10, -1, 10, 5, 5, 5]
 
 
 def test_rows_may_differ_between_groups(net: nn.Module) -> None:
