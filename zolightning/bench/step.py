@@ -1,7 +1,7 @@
 """What a training step takes, in time and memory, ours and as published: ``python -m zolightning.bench step``.
 
 On a CPU, times come from one process in which the rows take turns, and peaks of memory from a fresh process for each
-row; all rows take twenty minutes on two cores. On a GPU, where the states of all rows do not fit side by side,
+row; all rows take half an hour on two cores. On a GPU, where the states of all rows do not fit side by side,
 each row has the card and a new model to itself.
 """
 
