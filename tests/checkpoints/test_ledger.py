@@ -125,6 +125,7 @@ def test_a_digest_is_of_dtypes_shapes_and_bits() -> None:
     others = [zeros.view(2, 2), zeros.int(), torch.tensor([0.0, 0.0, 0.0, -0.0])]
     assert len({weights_digest({"w": tensor}) for tensor in (zeros, *others)}) == 4
     assert weights_digest({"w": torch.zeros(8)[::2]}) == weights_digest({"w": zeros}) != weights_digest({"v": zeros})
+    assert weights_digest({"w": torch.zeros(4)[::2][:1]}) == weights_digest({"w": torch.zeros(1)})
     module = nn.BatchNorm1d(2)
     module.register_buffer("made_anew", zeros, persistent=False)
     assert base_tensors(module).keys() == module.state_dict().keys()

@@ -222,14 +222,14 @@ def test_a_layout_says_what_each_rank_does() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])
 @pytest.mark.parametrize("size", [1, 7, 64, 1001])
 def test_a_checksum_changes_with_any_bit(dtype: torch.dtype, size: int) -> None:
-    tensors = [torch.randn(3), torch.randn(size + 1).to(dtype)[1:], torch.zeros(())]
+    tensors = [torch.randn(3), torch.randn(size + 1).to(dtype)[1:], torch.zeros(()), torch.zeros(4)[::2][:1]]
     before = checksum(tensors, torch.device("cpu"))
     assert torch.equal(before, checksum([tensor.clone() for tensor in tensors], torch.device("cpu")))
     for place in {0, size // 2, size - 1}:
         changed = tensors[1].clone()
         bits = changed.view(torch.uint8)[place * dtype.itemsize :]
         bits[0] ^= 1
-        assert not torch.equal(before, checksum([tensors[0], changed, tensors[2]], torch.device("cpu")))
+        assert not torch.equal(before, checksum([tensors[0], changed, *tensors[2:]], torch.device("cpu")))
 
 
 def test_a_command_leaves_the_process_group_when_it_ends() -> None:

@@ -33,6 +33,12 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as bytes, uint8, one-dimensional, on its device."""
+    data = tensor.detach().contiguous()
+    # A single element may have any stride and be contiguous, and with another one than 1 it has no view as bytes.
+    return data.as_strided((data.numel(),), (1,)).view(torch.uint8)
+
+
 def _hash(tensor: Tensor) -> str:
-    data = whole(tensor).contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
+    return hashlib.sha256(flat_bytes(whole(tensor).cpu()).numpy().data).hexdigest()

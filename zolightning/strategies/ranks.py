@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
+from zolightning.checkpoints.weights_digest import flat_bytes
 from zolightning.directions.shards import is_sharded
 from zolightning.evaluation.nested import tensors_in
 from zolightning.optim import ZerothOrderOptimizer
@@ -224,7 +225,7 @@ def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def _sum_of_words(tensor: Tensor) -> Tensor:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = flat_bytes(tensor)
     if data.storage_offset() % 8:
         data = data.clone()
     whole = data.numel() // 8 * 8
