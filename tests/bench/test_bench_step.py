@@ -19,6 +19,7 @@ from zolightning.bench.rows import (
     DENSE,
     FORWARD,
     GRAPHED,
+    POPULATIONS,
     PUBLISHED,
     PUBLISHED_ANSWERS,
     ROWS,
@@ -41,7 +42,7 @@ RANDOM_TOKEN_COLUMNS = [
     "stateless_peak_over_forward",
     "peak_beyond_mib",
 ]
-ON_PROMPTS = [PUBLISHED, PUBLISHED_ANSWERS, FORWARD, *DENSE, *SUBSPACE]
+ON_PROMPTS = [PUBLISHED, PUBLISHED_ANSWERS, FORWARD, *DENSE, *SUBSPACE, *POPULATIONS]
 FLOORS = [
     "two forwards",
     "scratch, one pass a sign",
@@ -174,6 +175,8 @@ def test_command(
         assert float(rates["MeZO, both signs in one forward"]["floor_bytes_per_weight"]) == 2 + 4 + 8
         assert float(rates["MeZO native"]["floor_bytes_per_weight"]) == 2 * 4 + 4
         assert float(rates["LOZO rank 4"]["floor_bytes_per_weight"]) == 0
+        assert float(rates["ES, 8 members in one forward"]["floor_bytes_per_weight"]) == 8 * 4 + 8
+        assert float(rates["EGGROLL, 8 members in one forward"]["floor_bytes_per_weight"]) == 8
         assert [line["row"] for line in named[f"floors on {table}"]] == FLOORS
     assert [line["row"] for line in named["noise"]] == [
         f"{name} {dtype}"

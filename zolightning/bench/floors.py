@@ -13,7 +13,9 @@ from zolightning.bench.measure import kernel_seconds
 from zolightning.bench.rows import OptimizerStep, Step
 from zolightning.commands.tables import Record
 from zolightning.optim.dense import DenseOptimizer
+from zolightning.optim.estimators import TwoSided
 from zolightning.optim.precision import state_bytes
+from zolightning.optim.subspace_weights import SubspaceWeights
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,20 @@ def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | N
 
     For each evaluation, a dense method reads every weight and writes the perturbed weight to a scratch tensor; both
     signs need one read where they share a forward. The update reads and writes each weight and the bits that complete
-    it to fp32. Low-rank methods touch no weight between two resamplings.
+    it to fp32. Methods with low-rank directions have the update only, those in a subspace nothing between two
+    resamplings.
     """
     if not isinstance(step, OptimizerStep):
         return None
     optimizer = step.optimizer
-    if not isinstance(optimizer, DenseOptimizer):
+    if isinstance(optimizer, SubspaceWeights):
         return 0
     trained = [parameter for _, _, parameter in optimizer.trainable()]
     update = sum(p.nbytes + p.numel() * state_bytes(p.dtype, optimizer.update_precision) for p in trained)
-    reads = forwards if step.evaluations_per_forward == 1 else forwards // 2
+    if not isinstance(optimizer, DenseOptimizer):
+        return 2 * update
+    shares_reads = step.evaluations_per_forward > 1 and isinstance(optimizer.estimator, TwoSided)
+    reads = forwards // 2 if shares_reads else forwards
     return (reads + forwards) * perturbed_bytes(model, trained) + 2 * update
 
 
