@@ -84,6 +84,8 @@ def _advice(error: BaseException) -> str | None:
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""
             return f"`ckpt_path` holds something else than tensors and plain values{what} and was not loaded."
+        if isinstance(cause, KeyError) and cause.args == ("pytorch-lightning_version",):
+            return "`ckpt_path` is a file of torch's, and no checkpoint of a Trainer: it does not say what was trained."
         if isinstance(cause, DistNetworkError) and "EADDRINUSE" in str(cause):
             return f"`MASTER_PORT` is {os.environ['MASTER_PORT']}, which another program listens on: name another port."
         for raised in traceback.extract_tb(cause.__traceback__)[-1:]:

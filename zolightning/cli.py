@@ -41,6 +41,7 @@ from zolightning.commands.checks import (
     check_training,
     choose_monitor,
 )
+from zolightning.commands.leave_as_found import LeaveAsFound
 from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.options import CLASS_DEFAULTS, LOGS, SEED, TRAINER_DEFAULTS, add_options
 from zolightning.commands.parser import OneLineParser
@@ -89,6 +90,7 @@ class ZerothOrderCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self._ledger: Path | None = None  # of a run that goes on without a checkpoint
         self._begins_anew = False  # in the folder of a run that was killed before its first step
+        self._leave_as_found = LeaveAsFound()
         words = sys.argv[1:] if args is None else args
         self._only = words[0] if isinstance(words, list) and words and words[0] in _SUBCOMMANDS else None
         super().__init__(
@@ -213,13 +215,13 @@ class ZerothOrderCLI(LightningCLI):
         if self.subcommand == "fit" and made.keep_ledger and is_zeroth_order:
             made.trainer.callbacks.append(KeepLedger(go_on=self._ledger))
         command = join(["zolightning", *sys.argv[1:]])
-        made.trainer.callbacks.append(RunOverview(command))
+        made.trainer.callbacks += [RunOverview(command), self._leave_as_found]
         if self.subcommand in ("fit", "validate", "test"):
             made.trainer.callbacks.append(MetricsFiles(self.subcommand, command, made.ckpt_path))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            # Lightning's, of a strategy, accelerator or devices that are none
+        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+            # Lightning's, of a strategy, accelerator or devices that are none, or of a callback that is there twice
             is_no_gpu = "No supported gpu backend" in str(error)
             raise MisconfigurationException(_NO_GPU if is_no_gpu else str(error)) from error
         trainer.run_config = self._plain_config()
@@ -227,6 +229,10 @@ class ZerothOrderCLI(LightningCLI):
         if self.subcommand == "fit" and is_zeroth_order:
             refuse_unsupported(trainer)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._leave_as_found.watch(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]

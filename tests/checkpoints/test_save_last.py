@@ -143,6 +143,7 @@ def test_another_file_of_the_last_step_is_refused(make_run: Any, tmp_path: Path)
     """Lightning calls it ``last-v1.ckpt`` in the same folder, and goes on from the newer of the two."""
     with pytest.raises(MisconfigurationException, match="`save_last` of ModelCheckpoint is True, and SaveLast keeps"):
         make_run(callbacks=[ModelCheckpoint(make_run().path.parent, save_last=True)]).fit()
+    assert not make_run().path.parent.exists(), "a run that is refused leaves no folder"
     make_run(callbacks=[ModelCheckpoint(tmp_path / "other", save_last=True)], max_steps=1).fit()
 
 

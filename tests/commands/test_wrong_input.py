@@ -91,6 +91,7 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
     assert error.startswith("error: " + message)
     assert "\n" not in error
     assert "before training" not in output.getvalue()  # not after minutes of validation
+    assert not (runs.folder / "logs").exists()
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")

@@ -166,12 +166,27 @@ def sole_writer(folder: Path) -> Iterator[None]:
         OSError: if no file can be written to the folder.
     """
     path = folder / LOCK
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        if not lock(file) or not os.fstat(file.fileno()).st_nlink:  # the other one has just removed it
-            raise BlockingIOError(f"Another process trains, and saves its steps in {folder}: its run has not ended.")
+    with without_new_folders(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            if not lock(file) or not os.fstat(file.fileno()).st_nlink:  # the other one has just removed it
+                raise BlockingIOError(
+                    f"Another process trains, and saves its steps in {folder}: its run has not ended."
+                )
+            yield
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def without_new_folders(folder: Path) -> Iterator[None]:
+    """A context after which `folder`, and those above it, are gone again if they are new and nothing is in them."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
         yield
-        path.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # it is not empty, or was never made
+            for each in new:
+                each.rmdir()
 
 
 def lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
