@@ -108,6 +108,16 @@ def test_a_method_may_divide_by_the_spread_of_its_losses() -> None:
     assert state_bytes(weights, ByTheSpread) == state_bytes(weights, MeZO)
 
 
+def test_a_method_may_read_numbers_of_its_tensors() -> None:
+    class ByTheNorm(MeZO):
+        def update(self, record: StepRecord) -> None:
+            norms = [parameter.norm().item() for _, _, parameter in self.trainable()]
+            super().update(replace(record, lr=tuple(lr / (1 + sum(norms)) for lr in record.lr)))
+
+    weights = trained_whole([torch.ones(8, 6, dtype=torch.bfloat16, device="meta")])
+    assert state_bytes(weights, partial(ByTheNorm, momentum=0.9)) == state_bytes(weights, partial(MeZO, momentum=0.9))
+
+
 def test_state_in_host_memory() -> None:
     weights = trained_whole([torch.zeros(8, 6, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)])
     on_device, nothing, *_ = state_bytes(weights, partial(LOZO, rank=2))

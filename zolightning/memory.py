@@ -1,7 +1,7 @@
 """Computes the memory that a run needs on a device from shapes, before the run.
 
 The bytes of weights and of a method's state are exact: the method takes steps on parameters of the same shapes on
-torch's ``meta`` device, which holds no data. Scratch memory is that of dense perturbations. For a forward pass, the
+torch's ``meta`` device, which holds no data, or on the CPU if it reads numbers. Scratch memory is that of dense perturbations. For a forward pass, the
 largest buffers that exist at once are estimated, for causal language models with one MLP per layer: those of an MLP,
 and the logits at the positions where answers are read. CUDA graphs of a run share a pool of their own, which is
 estimated as the forward's memory and its scratch once more, and a copy of the factors of low-rank perturbations.
@@ -10,6 +10,7 @@ Attention implementations that store a matrix of scores are not accounted for. G
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -173,8 +174,11 @@ def state_bytes(trained: Iterable[Trained], method: Method, **changes: Any) -> S
     for weight, shape, beside, side in trained:
         key = (shape, weight.dtype, beside, side)
         if key not in counted:
-            stand_in = nn.Parameter(torch.zeros(*shape, dtype=weight.dtype, device="meta"))
-            counted[key] = _state_of(stand_in, method, beside, side, changes)
+            on = partial(torch.zeros, *shape, dtype=weight.dtype)
+            try:
+                counted[key] = _state_of(nn.Parameter(on(device="meta")), method, beside, side, changes)
+            except RuntimeError:  # a method of the user's may read numbers (`item()`, `if`), which need data
+                counted[key] = _state_of(nn.Parameter(on(device="cpu")), method, beside, side, changes)
         found.append(counted[key])
     return StateBytes(*(sum(each) for each in zip(*found, strict=True))) if found else StateBytes(0, 0, 0, 0)
 
@@ -189,7 +193,7 @@ def _state_of(
         setattr(optimizer, name, value)
     if side is not None and isinstance(optimizer, SubspaceOptimizer) and (matrix := optimizer.matrix_of(stand_in)):
         size = matrix.shape[INPUT_DIM[side]]
-        optimizer.resample({stand_in: Basis(**{side: torch.zeros(size, min(matrix.rank, size), device="meta")})})
+        optimizer.resample({stand_in: Basis(**{side: torch.zeros(size, min(matrix.rank, size), device=stand_in.device)})})
     # Losses that differ: a method may divide by their spread.
     losses = tuple(map(float, range(len(optimizer.estimator.probes(optimizer.num_queries)))))
     record = StepRecord(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,3 +42,20 @@ def test_it_asks_for_numbers_ten_times_a_second_at_most(
     trainer.fit(make_regression(), regression_data(num_batches=12))
     assert list(dict.fromkeys(bar.steps)) == steps  # Lightning asks at the end of the epoch, too
     assert bar.train_progress_bar.n == bar.train_progress_bar.total == 12
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_that_goes_on_in_mid_epoch(
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+    tmp_path: Path,
+) -> None:
+    """Lightning calls no ``on_train_epoch_start`` then."""
+    for max_steps, path in ((5, None), (8, tmp_path / "5.ckpt")):
+        bar, callback = StepProgressBar(), ZerothOrder(partial(MeZO, lr=0.01))
+        trainer = make_trainer(callbacks=[callback, bar], max_steps=max_steps, enable_progress_bar=True)
+        trainer.fit(make_regression(), regression_data(num_batches=12), ckpt_path=path)
+        assert bar.train_progress_bar.n == bar.train_progress_bar.total == max_steps
+        trainer.save_checkpoint(tmp_path / "5.ckpt")
+    assert bar.train_progress_bar.initial == 5  # so that the speed is that of this run

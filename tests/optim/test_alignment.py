@@ -156,6 +156,21 @@ def test_where_nothing_is_to_be_gained_it_says_so_once() -> None:
     optimizers[0].estimate(weight.sum)
 
 
+def test_perturbations_of_the_users_own_are_refused_by_name() -> None:
+    class Shift:
+        def add_to(self, weight: Tensor, out: Tensor) -> None:
+            out.copy_(weight + 1e-3)
+
+    class Shifts(MeZO):
+        def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Any]:
+            return {parameter: Shift() for _, _, parameter in self.trainable()}
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Shifts([weight], num_queries=2, align_queries=True)
+    with pytest.raises(ValueError, match="`align_queries` is True, and Shift is no Direction.* False"):
+        optimizer.estimate(lambda: weight.sum())
+
+
 def test_the_variance_that_it_saves() -> None:
     """Mean squares in squared gradients: of the mean (d - 2 + k + q) / q, with a kurtosis k, and d / q if aligned.
 

@@ -19,14 +19,16 @@ class StepProgressBar(TQDMProgressBar):
         super().__init__(*args, **kwargs)
         self._updated = -self._SECONDS
 
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_start()
+        if trainer.max_steps >= 0:
+            self.train_progress_bar.total = trainer.max_steps
+            self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+            self.train_progress_bar.set_description("step")
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.max_steps < 0:
             super().on_train_epoch_start(trainer)
-            return
-        self.train_progress_bar.total = trainer.max_steps
-        self.train_progress_bar.initial = 0
-        self.train_progress_bar.n = trainer.global_step
-        self.train_progress_bar.set_description("step")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         if trainer.max_steps < 0:

@@ -99,5 +99,9 @@ def _products(
 
 def _direction(change: Perturbation) -> Direction:
     found = change.direction if isinstance(change, LowRank) else change
-    assert isinstance(found, Direction)
+    if not isinstance(found, Direction):  # a perturbation of the user's
+        raise ValueError(
+            f"`align_queries` is True, and {type(found).__name__} is no Direction, whose noise it compares: set it to "
+            "False."
+        )
     return found
