@@ -1,11 +1,11 @@
 """Computes the memory that a run needs on a device from shapes, before the run.
 
 The bytes of weights and of a method's state are exact: the method takes steps on parameters of the same shapes on
-torch's ``meta`` device, which holds no data, or on the CPU if it reads numbers. Scratch memory is that of dense perturbations. For a forward pass, the
-largest buffers that exist at once are estimated, for causal language models with one MLP per layer: those of an MLP,
-and the logits at the positions where answers are read. CUDA graphs of a run share a pool of their own, which is
-estimated as the forward's memory and its scratch once more, and a copy of the factors of low-rank perturbations.
-Attention implementations that store a matrix of scores are not accounted for. GB are 1e9 bytes.
+torch's ``meta`` device, which holds no data, or on the CPU if it reads numbers. Scratch memory is that of dense
+perturbations. For a forward pass, the largest buffers that exist at once are estimated, for causal language models with
+one MLP per layer: those of an MLP, and the logits at the positions where answers are read. CUDA graphs of a run share a
+pool of their own, which is estimated as the forward's memory and its scratch once more, and a copy of the factors of
+low-rank perturbations. Attention implementations that store a matrix of scores are not accounted for. GB are 1e9 bytes.
 """
 
 from collections.abc import Hashable, Iterable
@@ -193,7 +193,8 @@ def _state_of(
         setattr(optimizer, name, value)
     if side is not None and isinstance(optimizer, SubspaceOptimizer) and (matrix := optimizer.matrix_of(stand_in)):
         size = matrix.shape[INPUT_DIM[side]]
-        optimizer.resample({stand_in: Basis(**{side: torch.zeros(size, min(matrix.rank, size), device=stand_in.device)})})
+        factor = torch.zeros(size, min(matrix.rank, size), device=stand_in.device)
+        optimizer.resample({stand_in: Basis(**{side: factor})})
     # Losses that differ: a method may divide by their spread.
     losses = tuple(map(float, range(len(optimizer.estimator.probes(optimizer.num_queries)))))
     record = StepRecord(
