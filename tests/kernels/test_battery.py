@@ -30,7 +30,7 @@ static uint32_t row, column, stride, key0, key1;
 static int reversed;
 
 static unsigned int next(void) {
-    uint32_t bits = hash_bits(row * stride + column, key0, key1), mirrored = 0;
+    uint32_t bits = hash_bits((row * stride + column) * INDEX_FACTOR, key0, key1), mirrored = 0;
     row++;
     if (stride > 1 && row == ROWS) {
         row = 0, column++;

@@ -237,6 +237,22 @@ class TestLibrary:
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
         assert native.available(torch.empty(2)) and library.exists()
 
+    @pytest.mark.parametrize("flag", ["-D", "-U"])
+    def test_with_and_without_an_instruction_that_counts_bits(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+    ) -> None:
+        monkeypatch.setenv("ZOLIGHTNING_CACHE", str(tmp_path))
+        monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, f"{flag}__AVX512VPOPCNTDQ__"])
+        weight, d = any_numbers(BLOCK + 3, torch.bfloat16, 0), direction([0.5, -2.0], "gaussian")
+
+        def loop() -> Tensor:
+            out = torch.empty_like(weight)
+            d.add_to(weight, out)
+            return out
+
+        assert_same_bits(*by_c_and_by_torch(loop))
+        assert len(list((tmp_path / "native").iterdir())) == 1
+
     def test_it_may_be_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ZOLIGHTNING_NATIVE", "0")
         assert not native.available(torch.empty(2))
