@@ -1,5 +1,6 @@
 """ZerothOrder in a Trainer: what it works together with, bad losses, and what it gives back."""
 
+import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -212,8 +213,11 @@ class TestInATrainer:
         assert trainer.callback_metrics["zo/lr"] == pytest.approx(2.5e-3)
         assert trainer.callback_metrics["zo/forward_passes"] == 3 * 21
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1.25e-3)
-        names = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
-        assert {"train/loss", "zo/projected_grad", "zo/lr", "zo/forward_passes", "val/loss"} <= set(names)
+        with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {"train/loss", "zo/projected_grad", "zo/lr", "zo/forward_passes", "val/loss"} <= set(rows[0])
+        monitored = [float(row["lr-MeZO"]) for row in rows if row["lr-MeZO"]]
+        assert monitored == [1e-2] * 7 + [5e-3] * 7 + [2.5e-3] * 7  # at every step, as the schedule goes
 
     def test_the_run_seed_is_that_of_seed_everything(
         self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer

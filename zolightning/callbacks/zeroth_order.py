@@ -232,7 +232,7 @@ class ZerothOrder(Callback):
         scheduler = made_scheduler(self.lr_scheduler, optimizer)
         if isinstance(scheduler, WarmupDecay):
             scheduler.fit_to(pl_module.trainer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _step(
         self, pl_module: L.LightningModule, training_step: Callable[[Any], Any], batch: Any, batch_idx: int

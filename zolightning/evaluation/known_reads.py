@@ -111,7 +111,7 @@ class KnownReads:
             rank_zero_warn(
                 f"{counted(len(unseen), 'parameter is', 'parameters are')} unused or read where torch's Python "
                 "functions do not see it, and perturbed in place from a copy, which costs their size in memory: "
-                f"{names}."
+                f"{names}. Freeze what is unused: it moves at random."
             )
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:

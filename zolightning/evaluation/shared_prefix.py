@@ -29,6 +29,7 @@ from zolightning.rank_zero import rank_zero_warn
 
 _WRITES = ", because each writes a text of its own"
 _LOOPS = ", because the network runs them again on what trained layers have made"
+_BESIDE = ", because the network does more between them than hand on their outputs (it adds residuals, for one)"
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
@@ -109,7 +110,7 @@ class SharedPrefix:
             if self._gives_again(result, evaluate):
                 self._proven = self.depth
             else:
-                self._give_up("")
+                self._give_up(_BESIDE)
         self._kept_depth = min(self.depth or 0, self._proven)
         return result
 
@@ -127,7 +128,10 @@ class SharedPrefix:
 
     def _give_up(self, reason: str) -> None:
         self.layers, self.depth = (), 0
-        rank_zero_warn(f"The layers below the first trained one cannot be shared by the forwards of a step{reason}.")
+        rank_zero_warn(
+            f"The layers below the first trained one cannot be shared by the forwards of a step{reason}. Each runs "
+            "all of them, which takes longer."
+        )
 
     @contextmanager
     def one_step(self, generators: Generators) -> Iterator[None]:
