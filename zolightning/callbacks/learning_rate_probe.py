@@ -50,8 +50,8 @@ class LearningRateProbe(Callback):
     Args:
         num_steps: steps to measure with.
         num_examples: training examples to average the loss over, the first ones of the data.
-        noise: rise of the loss by the noise of the whole run, as a share of the initial loss. Of 0.01 and 0.03 the
-            default ended lower in short runs of two models on two tasks.
+        noise: rise of the loss by the noise of the whole run, as a share of the initial loss. In short runs of two
+            models on two tasks the loss ended lower with the default than with 0.01.
         total_steps: length of the run in steps; None takes the Trainer's.
 
     Raises:

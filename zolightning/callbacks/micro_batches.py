@@ -16,7 +16,7 @@ from zolightning.evaluation.nested import batch_size
 
 @runtime_checkable
 class HasParts(Protocol):
-    """What belongs to a batch of `size` examples and says itself what belongs to a part of them."""
+    """Data of a batch of `size` examples that can make the data of a part of it."""
 
     size: int
 

@@ -79,7 +79,7 @@ class OwnOptimizer:
         return [{"params": own}]
 
     def left_out(self, module: L.LightningModule) -> list[nn.Parameter]:
-        """The frozen parameters that would train once they are not: the optimizer's, or all if there is none."""
+        """The frozen parameters that would train if they thawed: those of the optimizer, or all if there is none."""
         groups = [{"params": module.parameters()}] if self.optimizer is None else self.optimizer.param_groups
         return [parameter for group in groups for parameter in group["params"] if not parameter.requires_grad]
 

@@ -2,11 +2,11 @@
 
 Each function raises a MisconfigurationException with the setting, the value found and what is accepted.
 
-Classes are recognised by the names of their bases, because ``lightning`` and ``pytorch_lightning`` are one code base
-under two names, whose classes are not each other's.
+Classes are recognised by the names of their bases, because ``lightning`` and ``pytorch_lightning`` are the same code
+under two names, and their classes are different objects.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -42,18 +42,7 @@ def refuse_unsupported(trainer: Any) -> None:
             f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, and zeroth-order training has no "
             "gradients to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
         )
-    for callback in trainer.callbacks:
-        if "GradientAccumulationScheduler" in class_names(callback):
-            raise MisconfigurationException(
-                "`trainer.callbacks` has a GradientAccumulationScheduler, and zeroth-order training has no gradients "
-                "to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
-            )
-        if "StochasticWeightAveraging" in class_names(callback):
-            raise MisconfigurationException(
-                "`trainer.callbacks` has a StochasticWeightAveraging, which changes learning rates by epochs, and "
-                "computes batch norms anew in a last epoch that accumulates gradients: zeroth-order training does "
-                "neither. Use WeightAveraging or EMAWeightAveraging."
-            )
+    _refuse_callbacks(trainer.callbacks)
     if (trainer.gradient_clip_val or 0) > 0:  # Lightning clips by nothing else
         raise MisconfigurationException(
             f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "
@@ -68,16 +57,21 @@ def refuse_unsupported(trainer: Any) -> None:
         refuse_graphs(trainer.strategy.root_device)
     if methods and any(name in _SHARDING for name in class_names(trainer.strategy)):
         refuse_options_with_shards(methods[0])
-        if any("SubspaceResampling" in class_names(callback) and callback.bases for callback in trainer.callbacks):
+        _refuse_callbacks_with_shards(trainer.callbacks)
+
+
+def _refuse_callbacks(callbacks: Iterable[Any]) -> None:
+    for callback in callbacks:
+        if "GradientAccumulationScheduler" in class_names(callback):
             raise MisconfigurationException(
-                "`bases` of SubspaceResampling are taken from activations, and under 'zo_fsdp' it is not known what "
-                "reads a weight. Leave it at None, or use a strategy under which every rank holds all weights "
-                "('zo_ddp')."
+                "`trainer.callbacks` has a GradientAccumulationScheduler, and zeroth-order training has no gradients "
+                "to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
             )
-        if averaging := [type(each).__name__ for each in trainer.callbacks if "WeightAveraging" in class_names(each)]:
+        if "StochasticWeightAveraging" in class_names(callback):
             raise MisconfigurationException(
-                f"`trainer.callbacks` has a {averaging[0]}, which averages whole weights, and under 'zo_fsdp' a rank "
-                "holds rows of them. Leave it out, or use a strategy under which every rank holds all ('zo_ddp')."
+                "`trainer.callbacks` has a StochasticWeightAveraging, which changes learning rates by epochs, and "
+                "computes batch norms anew in a last epoch that accumulates gradients: zeroth-order training does "
+                "neither. Use WeightAveraging or EMAWeightAveraging."
             )
 
 
@@ -122,6 +116,21 @@ def refuse_options_with_shards(callback: Any) -> None:
                 f"`{name}` is {value}, and under 'zo_fsdp' all ranks must run the same forwards of the whole network. "
                 f"Leave it at {default}, or use a strategy under which every rank holds all weights ('zo_ddp')."
             )
+
+
+def _refuse_callbacks_with_shards(callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks that read whole weights, under sharded ones (FSDP2)."""
+    if any("SubspaceResampling" in class_names(callback) and callback.bases for callback in callbacks):
+        raise MisconfigurationException(
+            "`bases` of SubspaceResampling are taken from activations, and under 'zo_fsdp' it is not known what "
+            "reads a weight. Leave it at None, or use a strategy under which every rank holds all weights "
+            "('zo_ddp')."
+        )
+    if averaging := [type(each).__name__ for each in callbacks if "WeightAveraging" in class_names(each)]:
+        raise MisconfigurationException(
+            f"`trainer.callbacks` has a {averaging[0]}, which averages whole weights, and under 'zo_fsdp' a rank "
+            "holds rows of them. Leave it out, or use a strategy under which every rank holds all ('zo_ddp')."
+        )
 
 
 def refuse_module(module: L.LightningModule) -> None:
@@ -218,7 +227,7 @@ def refuse_own_gradients(module: L.LightningModule, error: RuntimeError) -> None
 
 
 def gradients_of(module: L.LightningModule) -> list[tuple[int, int] | None]:
-    """For each parameter what tells whether its gradient has changed since, without reading values."""
+    """For each parameter what changes with its gradient, so that no values have to be compared."""
     gradients = (parameter.grad for parameter in module.parameters())
     return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 

@@ -60,7 +60,7 @@ class SubspaceResampling(Callback):
             group["anchor"] = self.anchor
 
     def check_anchor(self, optimizer: SubspaceOptimizer) -> None:
-        """Raises a MisconfigurationException if the method has no directions, or fewer, that could stay."""
+        """Raises a MisconfigurationException if the momentum has fewer directions that could stay, or there is none."""
         for group in optimizer.param_groups:
             if self.anchor and not (group["momentum"] or group["betas"]):
                 raise MisconfigurationException(

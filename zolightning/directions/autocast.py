@@ -1,4 +1,4 @@
-"""Switches autocast off for the package's own matrix products; it is meant for those of the network."""
+"""Switches autocast off for the package's own matrix products: autocast is meant for those of the network."""
 
 from contextlib import AbstractContextManager, nullcontext
 

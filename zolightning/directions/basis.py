@@ -83,8 +83,7 @@ class Basis:
         return core
 
     def anchored(self, old: "Basis", core: Tensor, count: int, unit: bool) -> "Basis":
-        """A basis whose first columns are dominant directions of a core in another basis, and the rest those of this
-        one.
+        """A basis whose first columns are dominant directions of a core in another basis, and the others this one's.
 
         Args:
             old: the basis of `core`, with factors on the same sides as this one.

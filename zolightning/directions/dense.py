@@ -48,7 +48,7 @@ class Direction(Noise):
         return made
 
     def is_opposite(self, other: object) -> bool:
-        """Whether `other` is known to be this direction with negated coefficients, without reading from the device."""
+        """Whether `other` is this direction with negated coefficients; False if only the device knows them."""
         return (
             isinstance(other, Direction)
             and type(self) is type(other)
@@ -60,7 +60,7 @@ class Direction(Noise):
         )
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
-        """Writes ``weight + direction`` to `out`; both contiguous, their first element has index `start`.
+        """Writes ``weight + direction`` to `out`; both are contiguous, and their first element is number `start`.
 
         The dtype of `out` may be narrower than that of `weight`.
         """

@@ -49,7 +49,7 @@ class MagnitudeMasked(Direction):
 
 
 class Mask(Protocol):
-    """Which elements of a parameter move, whatever it holds."""
+    """Which elements of a parameter move, whatever their values are."""
 
     def at(self, index: Tensor) -> Tensor:
         """Whether elements move, bool, given their indices, int64, both of any shape."""

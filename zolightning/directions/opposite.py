@@ -13,17 +13,17 @@ Changes = Mapping[nn.Parameter, Perturbation | None]
 
 
 def have_opposites(changes: Changes) -> bool:
-    """Whether the opposite of each of some perturbations is known."""
+    """Whether all of these perturbations have an ``opposite``."""
     return all(hasattr(kind, "opposite") for kind in set(map(type, changes.values())) - {type(None)})
 
 
 class Opposite(Mapping[nn.Parameter, Any]):
-    """Some perturbations with their directions negated, each of which is made when the first is asked for.
+    """Some perturbations with their directions negated, all of which are made when the first one is asked for.
 
-    Where evaluations are CUDA graphs none is: a graph needs the negated coefficients alone.
+    Evaluations by CUDA graphs never ask: a graph needs the negated coefficients only.
 
     Args:
-        of: perturbations by parameter, which :func:`have_opposites`; None where there is none.
+        of: perturbations by parameter, None where there is none; :func:`have_opposites` must hold for them.
     """
 
     def __init__(self, of: Changes) -> None:

@@ -134,9 +134,10 @@ def scaled(leading: Leading, scaling: Scaling, limit: float) -> Tensor:
     """The columns of a basis, (n, k): directions v of eigenvalue l.
 
     * ``unit``: v, as long as the orthonormal columns that SubZero, ZO-Muon, ZO-MOPI and Subspace-MeZO draw;
-    * ``rms``: ``v sqrt(n) min(1, limit / sqrt(l))``, as long as LOZO's Gaussian columns on average, but no longer than
-      to see the inputs, times sqrt(n), at root mean square `limit`: this tames massive activations;
-    * ``whitened``: ``v / sqrt(l)``, along each of which a step changes the layer's output alike.
+    * ``rms``: ``v sqrt(n) min(1, limit / sqrt(l))``, as long as LOZO's Gaussian columns on average, but shorter where
+      the products of the inputs with it would have a root mean square above ``limit sqrt(n)``, as with massive
+      activations;
+    * ``whitened``: ``v / sqrt(l)``, so that equal steps along all columns change the layer's output equally.
     """
     if scaling == "unit":
         return leading.directions

@@ -1,4 +1,4 @@
-"""Perturbations of trials, by which it is found out where parameters are read: one bit of each element, and none."""
+"""Perturbations for the trials that find where parameters are read: a flipped bit in each element, or no change."""
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class FlippedBit:
 
 
 class Unchanged:
-    """Changes nothing, but has the parameter read as a perturbed one is: from scratch memory, a large matrix in pieces.
+    """Changes nothing, but has the parameter read like a perturbed one: from scratch memory, a large matrix in pieces.
 
-    Products of pieces may round in another way than the product of the whole matrix, and losses at the stored weights
-    must round as perturbed ones do.
+    Products of pieces may round otherwise than the product of the whole matrix, and losses at the stored weights must
+    round as perturbed ones do.
     """
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:

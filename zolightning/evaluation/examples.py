@@ -50,7 +50,7 @@ class MicroBatch(NamedTuple, Generic[Output]):
     examples: Mapping[int, Callable[[], Output]]
 
     def each(self, evaluate: Callable[[LossFunction], Other]) -> "MicroBatch[Other]":
-        """The same examples, whose losses are those that `evaluate` makes of these functions."""
+        """The same examples, where `evaluate` is given each loss function and returns the loss."""
         own = {number: partial(evaluate, loss) for number, loss in self.examples.items()}
         return MicroBatch(partial(evaluate, self.loss), own)
 

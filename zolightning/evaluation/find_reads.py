@@ -1,4 +1,4 @@
-"""Finds out, before the first step, where a loss reads parameters: unseen by torch's functions, or in which modules."""
+"""Finds, before the first step, which parameters torch's functions do not see, and which modules read the others."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
@@ -182,7 +182,7 @@ class _Reads(set[int]):
 
 
 class _ByReader(Perturbed):
-    """Counts the reads of parameters in the forward of each of its readers, but for readers in there.
+    """Counts the reads of parameters in the forward of each reader, without those of other readers inside it.
 
     Not by hooks: nn.TransformerEncoderLayer has a forward in C++ that reads parameters unseen, and where it finds hooks
     it calls its submodules instead.

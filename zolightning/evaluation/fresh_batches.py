@@ -13,9 +13,9 @@ class FreshBatches:
     """Evaluates ``training_step`` on batches that none of its earlier calls has changed.
 
     It may write to a tensor of its batch (``x.div_(255)``), or take an entry out of it (``batch.pop("labels")``), which
-    the next evaluation of the same step would miss. The first call of a fit is given a copy, by which it is seen
-    whether it does; if so, every call is given one. Objects that are no tensors, mappings, lists, tuples or dataclasses
-    are handed on as they are.
+    the next evaluation of the same step would miss. The first call of a fit gets a copy, which shows whether it does;
+    if so, every call gets one. Objects that are no tensors, mappings, lists, tuples or dataclasses are handed on as
+    they are.
     """
 
     def __init__(self) -> None:

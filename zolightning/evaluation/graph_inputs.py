@@ -91,8 +91,8 @@ class Parts:
         self._known: dict[int, Hashable] = {}  # descriptions of objects, which several parameters may share, by id
         self._has_opposites = len(groups) > 1
         self._alike: dict[Hashable, tuple[int, Any]] = {}  # the number of each kind of direction, and its first offset
-        self._directions: dict[int, Direction] = {}  # one of each coefficients, by id
-        self._kinds: set[type] = set()  # of what perturbations are made of, beside plain directions
+        self._directions: dict[int, Direction] = {}  # one for each tensor of coefficients, by its id
+        self._kinds: set[type] = set()  # the classes of what perturbations consist of, beside plain directions
         described: list[Hashable] = [len(group) for group in groups]
         numbers: dict[int, int] = {}  # of groups, by id
         for number, group in enumerate(groups):
@@ -116,7 +116,8 @@ class Parts:
         Args:
             groups: how each group of rows sees parameters.
             device: of the tensors.
-            known: of single groups, by their id, which stays theirs since parts refer to them; added to.
+            known: the parts of single groups, by the group's id; new ones are added. Parts keep their groups alive, so
+                that no other object gets that id.
         """
         if len(groups) > 1:
             return Parts(groups, device)

@@ -16,7 +16,7 @@ Names = Mapping[nn.Parameter, str]
 
 
 class KnownReads:
-    """Makes the contexts in which losses see perturbed parameters, by what it knows of where these are read.
+    """Makes the contexts in which losses see perturbed parameters, and remembers where these are read.
 
     Args:
         module: the module that owns the parameters; None for parameters without a module.
@@ -52,7 +52,7 @@ class KnownReads:
         self._unseen -= forgotten
 
     def are_outdated(self, unread: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]) -> bool:
-        """Whether a step's `unread` parameters are not, or no longer, read where they were read in earlier steps.
+        """Whether what is known is outdated, because a step has left parameters `unread` that earlier steps have read.
 
         Raises:
             RuntimeError: if they are sharded; other ranks would not know that it is to be found out anew.

@@ -9,9 +9,10 @@ from torch import nn
 
 
 class StandIn(partial[Any]):
-    """A function in the place of a module's ``forward``, which is its first argument; a copy has its own forward.
+    """A function in the place of a module's ``forward``, which is its first argument. It is not copied with the module.
 
-    So a loss may make a copy of a network that it evaluates (``copy.deepcopy``), of a teacher for one.
+    A loss may copy the network that it evaluates (``copy.deepcopy``), to make a teacher for one: the copy has its own
+    forward.
     """
 
     def __reduce__(self) -> Any:
@@ -25,7 +26,7 @@ def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
 class replaced:
     """A context in which a module, or any object, has another method or attribute of this name.
 
-    It can be copied while it is open, as a generator cannot: with a Trainer, by a module that knows it.
+    A class and no generator, because it must be possible to copy it while it is open: a module may copy its Trainer.
     """
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:

@@ -97,7 +97,7 @@ def _perturb(outs: Sequence[Tensor], sources: Sequence[Tensor | None], direction
 def _small(
     parameter: nn.Parameter, change: Perturbation | None
 ) -> tuple[Tensor | None, Direction | None, tuple[int, ...], bool]:
-    """Of a small tensor to be made: what the direction is added to (None for zeros), the direction (None if there is
+    """A small tensor to be made: what the direction is added to (None for zeros), the direction (None if there is
     nothing to make), the tensor's shape, and whether it requires gradients."""
     if isinstance(change, Direction) and parameter.ndim < 2 and parameter.is_contiguous():
         is_scaled = isinstance(change, ScaledDirection) and isinstance(change.curvature, FullCurvature)

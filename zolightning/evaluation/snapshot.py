@@ -41,7 +41,7 @@ class TensorSnapshot:
         return self.copy is not None and tensor.is_cpu and not torch.equal(tensor, self.copy)
 
     def restore(self, written: set[int]) -> None:
-        """Puts its values back if it may have been written to; without a copy, notes in `written` to make one next."""
+        """Puts its values back if it may have been written to; without a copy, notes in `written` that it needs one."""
         if not self.is_written(written):
             return
         tensor = self.tensor

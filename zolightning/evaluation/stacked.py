@@ -75,7 +75,7 @@ def _has_forward(module: nn.Module) -> bool:
 class StackedNetwork:
     """Evaluates a loss under several perturbations at once, by the first of some networks with which that works.
 
-    It is False where there is none, or none is left.
+    Its truth value is False where there is no such network, or none is left.
 
     Args:
         networks: what may run for several evaluations, the best first; called, once or several times, by the loss.

@@ -36,9 +36,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     Hyperparameters and counters (``step``, ``seed``) are in ``param_groups`` and the tensors kept for each parameter in
     ``state``, so Lightning saves, restores, schedules and monitors a method like any other optimizer.
 
-    A method defines :meth:`perturbations` and :meth:`update`, usually by one of the bases
-    :class:`~zolightning.optim.dense.DenseOptimizer` and :class:`~zolightning.optim.subspace.SubspaceOptimizer`; what
-    else it may define is below them.
+    A method defines :meth:`perturbations` and :meth:`update`, usually by deriving from
+    :class:`~zolightning.optim.dense.DenseOptimizer` or :class:`~zolightning.optim.subspace.SubspaceOptimizer`. What
+    else it may define comes after these two.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``.
@@ -259,7 +259,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     @torch.no_grad()
     def apply(self, record: StepRecord) -> None:
-        """Applies a record, of this run or of a replayed one: equal weights before it are equal to the bit after it."""
+        """Applies a record, of this run or of a replayed one. Weights that were equal stay equal to the last bit."""
         if tuple(record.blocks) != self.active:  # of another run
             self.activate(record.blocks)
         if record.projected_grads:

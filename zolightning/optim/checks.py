@@ -48,7 +48,7 @@ def require_patterns(patterns: Sequence[str]) -> None:
 
 
 def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None:
-    """Raises a ValueError if the evaluations of this estimator cannot share a forward pass, and are to."""
+    """Raises a ValueError if evaluations are to share a forward pass, and those of this estimator cannot."""
     if evaluations_per_forward > 1 and estimator.why_unbatched:
         raise ValueError(
             f"`evaluations_per_forward` is {evaluations_per_forward}, and under {type(estimator).__name__}() "
@@ -57,7 +57,7 @@ def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None
 
 
 def require_prefix(keep_prefix_gib: float, cuda_graphs: bool) -> None:
-    """Raises a ValueError unless outputs of layers may be kept like this, which graphs do not pass over."""
+    """Raises a ValueError if `keep_prefix_gib` is negative, or above 0 with CUDA graphs, which skip no layers."""
     if not keep_prefix_gib >= 0:
         raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
     if cuda_graphs and keep_prefix_gib:

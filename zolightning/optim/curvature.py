@@ -12,8 +12,8 @@ estimate       H becomes
 =============  ==============================================
 
 For a quadratic of Hessian Q, ``D / eps**2`` is ``u' H^-1/2 Q H^-1/2 u``, and the second form estimates its diagonal:
-the mean of what a multiplies is ``Q_ii``. (So for a normal u. The fourth moment of ours is 2.875, where that is 3, and
-the form is multiplied by 2 / 1.875, which gives it the same mean.) The first one, that of the released code and of
+the mean of what a multiplies is ``Q_ii``. (This holds for a normal u. Ours has a fourth moment of 2.875 instead of 3,
+so the form is multiplied by 2 / 1.875, which gives it the same mean.) The first one, that of the released code and of
 algorithm 1, leaves out the ``- 1`` and takes the absolute value: its mean is ``Q_ii + H_ii trace(H^-1 Q) / 2``, in
 which the trace outweighs ``Q_ii`` by far where there are many parameters. H is then one number for all, times noise.
 

@@ -49,7 +49,7 @@ class EGGROLL(ZerothOrderOptimizer):
         rank: r, at most the smaller side of a matrix.
         num_queries: members of the population.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
-        normalize: divide projected gradients by their running RMS (arXiv 2605.03869); z-scores are so already.
+        normalize: divide projected gradients by their running RMS (arXiv 2605.03869); that of z-scores is 1 already.
         clip: bound projected gradients at this multiple of their running RMS over earlier steps; above 1.
         rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
         noise: distribution of the factors and of dense directions, "gaussian" or "rademacher".

@@ -31,8 +31,8 @@ def evaluate_step(
 ) -> StepRecord:
     """Evaluates the losses of a step and makes its record, which has no projected gradients if one is not finite.
 
-    The other arguments and the exceptions are those of ``optimizer.estimate``; its `last` one counts steps whose losses
-    are all equal or not finite.
+    `last` is the optimizer's last estimate, which counts steps in a row whose losses are all equal or not finite. The
+    other arguments and the exceptions are those of ``optimizer.estimate``.
     """
     moving = [optimizer.named(group) for group in optimizer.param_groups]
     found = optimizer.estimator.evaluate(optimizer, loss_fn, share, micro_batches)

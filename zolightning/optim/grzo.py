@@ -34,12 +34,13 @@ class GRZO(SubspaceOptimizer):
     (that of a sample, by N - 1); if all are equal, nothing moves. (LOZO with ``estimator=PerExample()`` has an
     independent core for each example instead.)
 
-    State: V, (n, r) in the weight's dtype; while updates are pending the core, (m, r) in fp32; within a step Z in fp32,
-    and of ``num_queries (m + r)`` signs.
+    State: V, (n, r) in the weight's dtype; the core, (m, r) in fp32, while updates are pending; within a step also Z in
+    fp32 and ``num_queries (m + r)`` signs.
 
-    Differs from the authors' code (LiyanTan111/GRZO-public): there s_i are n signs, of the weight's columns, so that
-    directions leave the span of V (unless "strict", where they are 1); signs of norms are here dense directions; and
-    signs are random, where a low bit made a checkerboard. Their learning rate is ``2 eps`` times `lr`.
+    Differs from the authors' code (LiyanTan111/GRZO-public): there s_i has n signs, one for each column of the weight,
+    so that directions leave the span of V (in its "strict" variant they are all 1); norms have signs there, and dense
+    directions here; and its signs, the low bit of a hash, form a checkerboard. Their learning rate is ``2 eps`` times
+    `lr`.
 
     Args:
         params: parameters or parameter groups.

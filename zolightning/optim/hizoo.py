@@ -43,10 +43,10 @@ class HiZOO(DenseOptimizer):
     curvature, as FOCUS and B-PDF have it for embeddings and head.
 
     It has no counterpart in a subspace: the diagonal of a Hessian in the coordinates of one basis says nothing about
-    those of the next. What keeps few numbers is curvature of adapters (``configs/scopes/lora.yaml``) or of blocks.
+    those of the next. To keep fewer numbers, train adapters (``configs/scopes/lora.yaml``) or blocks.
 
-    Second differences are divided by ``eps**2``: what rounds the losses of half-precision weights enters the curvature
-    that much enlarged. Where the curvature runs to its upper bound, take a larger `eps` or a smaller `smoothing`.
+    Second differences are divided by ``eps**2``, which enlarges the rounding errors of half-precision losses as much.
+    If the curvature runs to its upper bound, take a larger `eps` or a smaller `smoothing`.
 
     Memory beside that of :class:`~zolightning.optim.MeZO`: 4 bytes a weight for a full curvature, next to nothing for
     the others.

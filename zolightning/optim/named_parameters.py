@@ -80,7 +80,7 @@ class NamedParameters(torch.optim.Optimizer):
         return known
 
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of what trains but does not move now; where losses read it is found out as well."""
+        """Name and parameter of what trains but does not move now; the evaluator finds where losses read these, too."""
         for group in self.param_groups if self.blocks.at_rest else ():
             for parameter in group["params"]:
                 if parameter.requires_grad and parameter in self.blocks.at_rest:
@@ -266,7 +266,7 @@ class NamedParameters(torch.optim.Optimizer):
         return 0
 
     def numbered(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
-        """The parameters, each after its number in a ``state_dict``, by which torch refers to it there."""
+        """Pairs of a number, by which a ``state_dict`` refers to a parameter, and that parameter."""
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         return zip(numbers, parameters, strict=False)  # torch compares their numbers itself, and says so better

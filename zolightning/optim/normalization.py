@@ -23,8 +23,9 @@ def normalized(group: dict[str, Any], projected_grads: tuple[float, ...]) -> tup
     """Clips projected gradients at a multiple of their running RMS, and divides them by it (MEAZO, arXiv 2605.03869).
 
     Squares are those of clipped gradients. Each step's mean over the queries enters the running one with weight
-    ``1 - rms_decay``, which is divided by the sum of its weights, like Adam's moments. The RMS before a step clips its
-    gradients, and that with it divides them. Nothing is clipped before the first gradient that is not 0.
+    ``1 - rms_decay``, which is divided by the sum of its weights, like Adam's moments. Gradients are clipped by the RMS
+    of the steps before, and divided by the one that includes theirs. Nothing is clipped before the first gradient that
+    is not 0.
 
     Args:
         group: a parameter group, whose ``normalize`` and ``clip`` say which of the two is done, with ``rms_decay`` and
