@@ -72,7 +72,7 @@ def perturbed_bytes(model: nn.Module, parameters: list[nn.Parameter]) -> int:
 
 
 def parameter_side_bytes(model: nn.Module, step: Step, forwards: int) -> int | None:
-    """The least number of bytes that a step of one of our methods moves beside its forwards; None for other steps.
+    """The least number of bytes that a step of one of our methods moves besides its forwards; None for other steps.
 
     For each evaluation, a dense method reads every weight and writes the perturbed weight to a scratch tensor; both
     signs need one read where they share a forward. The update reads and writes each weight and the bits that complete

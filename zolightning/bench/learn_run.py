@@ -31,7 +31,7 @@ class Limits:
 
     limits: Mapping[Unit, float]  # numbers of forwards, or of seconds of training, or both
     clock: str  # "wall", or "cpu" for the time of this process on all cores, which others on the machine hardly change
-    validations: int  # number of validations within the first limit, beside one before it and one at the end of each
+    validations: int  # number of validations within the first limit, besides one before it and one at the end of each
     # value of ``time.monotonic()`` after which no step is begun; the next command goes on. None: no end
     end: float | None = None
 

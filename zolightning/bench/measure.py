@@ -114,7 +114,7 @@ def require(device: torch.device) -> None:
 
 
 def machine(device: torch.device = CPU) -> dict[str, str | int | None]:
-    """What figures depend on beside the arguments; of a card, its software and how much is free: None without one."""
+    """What figures depend on besides the arguments; of a card, its software and how much is free: None without one."""
     host: dict[str, str | int | None] = {
         "torch": torch.__version__,
         "cpu": _cpu_name(),

@@ -90,7 +90,7 @@ def table(models: Iterable[str], batches: Sequence[BatchShape]) -> Iterator[str]
     """Lines of Markdown: a row a mode, a column a model and batch.
 
     A cell is the peak in GB (1e9 bytes), CUDA's own share included, then the smallest card that has as much, or a dash,
-    and with a plus the host memory that is used beside.
+    and with a plus the host memory that is used besides.
     """
     columns = {
         name if len(batches) == 1 else f"{name}, {batch.rows} rows": (network, batch)

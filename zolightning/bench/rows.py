@@ -114,7 +114,7 @@ class ResamplingStep(OptimizerStep):
 
 
 def state_bytes(step: Step) -> int:
-    """Bytes that a step keeps beside the weights."""
+    """Bytes that a step keeps besides the weights."""
     return step.optimizer.state_bytes() if isinstance(step, OptimizerStep) else 0
 
 

@@ -18,19 +18,19 @@ class Memory:
     loading: int  # peak until the model was loaded
     loaded: int | None  # bytes held before the first step; None where the system does not say
     peak: int  # peak during the steps, or of the whole process where the system cannot tell them apart
-    state: int  # bytes that the step keeps beside the weights
+    state: int  # bytes that the step keeps besides the weights
     reserved: int | None = None  # peak of the memory that torch's allocator reserved on the card; None on a CPU
     free: int | None = None  # free memory of the card after the steps; None on a CPU
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the figures of a row are computed from, beside its seconds."""
+    """What the figures of a row are computed from, besides its seconds."""
 
     forwards: int  # number of forwards in a step
     tokens: float  # number of tokens in a forward
     flops: float  # floating point operations of a forward
-    # least number of bytes that a step moves beside its forwards; None where that is not known
+    # least number of bytes that a step moves besides its forwards; None where that is not known
     parameter_bytes: int | None
 
 

@@ -52,7 +52,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "keep_ledger",
     ),
 }
-_OF_A_COMMAND = {"predict": ("predictions.path",)}  # beside its own arguments
+_OF_A_COMMAND = {"predict": ("predictions.path",)}  # besides its own arguments
 _WORDS = {
     "method": "MeZO, LOZO, SubZero, ...: zeroth-order method; without one, backpropagation by `model.optimizer`",
     "scope": "DominantLayer, TrainLayers, ...: which parameters train; without one, all",

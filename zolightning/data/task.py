@@ -72,7 +72,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def validation_metrics(self) -> tuple[str, ...]:
-        """What a validation reports, beside the loss."""
+        """What a validation reports, besides the loss."""
 
     @property
     @abstractmethod

@@ -111,7 +111,7 @@ class TaskDataModule(L.LightningDataModule):
 
     @property
     def validation_metrics(self) -> tuple[str, ...]:
-        """What a validation reports of this task, beside the loss."""
+        """What a validation reports of this task, besides the loss."""
         return self.task.validation_metrics
 
     def prepare_data(self) -> None:

@@ -92,7 +92,7 @@ class Parts:
         self._has_opposites = len(groups) > 1
         self._alike: dict[Hashable, tuple[int, Any]] = {}  # the number of each kind of direction, and its first offset
         self._directions: dict[int, Direction] = {}  # one for each tensor of coefficients, by its id
-        self._kinds: set[type] = set()  # the classes of what perturbations consist of, beside plain directions
+        self._kinds: set[type] = set()  # the classes of what perturbations consist of, besides plain directions
         described: list[Hashable] = [len(group) for group in groups]
         numbers: dict[int, int] = {}  # of groups, by id
         for number, group in enumerate(groups):

@@ -5,7 +5,7 @@ were given to :meth:`~zolightning.optim.subspace.SubspaceOptimizer.resample`, an
 the momentum (*anchored* ones): these are in the state of their parameter.
 
 Factors have the dtype of the weight. A bf16 run therefore searches in a slightly different subspace than an fp32 run,
-and with orthonormal factors ends 0.2 to 1.5 % of the distance moved beside it, even with the same losses.
+and with orthonormal factors ends 0.2 to 1.5 % of the distance moved away from it, even with the same losses.
 """
 
 import functools

@@ -48,7 +48,7 @@ class HiZOO(DenseOptimizer):
     Second differences are divided by ``eps**2``, which enlarges the rounding errors of half-precision losses as much.
     If the curvature runs to its upper bound, take a larger `eps` or a smaller `smoothing`.
 
-    Memory beside that of :class:`~zolightning.optim.MeZO`: 4 bytes a weight for a full curvature, next to nothing for
+    Memory besides that of :class:`~zolightning.optim.MeZO`: 4 bytes a weight for a full curvature, next to nothing for
     the others.
 
     Args:
