@@ -162,6 +162,7 @@ def test_language_modeling_trains_on_the_right_answer_and_evaluates_all(
     assert validation["label"].tolist() == [id % 2 for id in validation["id"].tolist()]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # of a machine with one core
 def test_workers_build_the_same_batches(
     write_rows: Callable[..., Path],
     make_trainer: Callable[..., L.Trainer],
