@@ -24,6 +24,7 @@ from zolightning.optim import (
     GRZO,
     LOZO,
     ZOMOPI,
+    ConMeZO,
     HiZOO,
     MeZO,
     MeZOAdam,
@@ -113,6 +114,10 @@ METHODS: dict[str, Method] = {
     "mezo-adam": partial(MeZOAdam, lr=0.05),
     "mezo-adam-weight-decay": partial(MeZOAdam, lr=0.05, weight_decay=0.1, num_queries=2),
     "zo-adamm": partial(ZOAdaMM, lr=0.02, weight_decay=0.1),
+    "con-mezo": partial(ConMeZO, lr=0.02, momentum=0.5),
+    "con-mezo-all": partial(
+        ConMeZO, lr=0.05, momentum=0.8, angle=1.2, weight_decay=0.1, normalize=True, clip=2.0, num_queries=2
+    ),
     "hizoo": partial(HiZOO, lr=0.02, smoothing=1e-5),
     "hizoo-centered": partial(
         HiZOO, lr=0.02, smoothing={0: 1e-5, 2: 2e-5}, curvature_estimate="centered", weight_decay=0.1, num_queries=2

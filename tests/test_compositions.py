@@ -45,6 +45,7 @@ from zolightning.optim import (
     GRZO,
     LOZO,
     ZOMOPI,
+    ConMeZO,
     HiZOO,
     MeZO,
     MeZOAdam,
@@ -188,6 +189,7 @@ DENSE = {
     ),
     MeZOAdam: st.fixed_dictionaries({}, optional={"weight_decay": st.just(0.1)}),
     ZOAdaMM: st.fixed_dictionaries({}, optional={"weight_decay": st.just(0.1)}),
+    ConMeZO: st.fixed_dictionaries({}, optional={"angle": st.just(1.2), "normalize": st.booleans()}),
     HiZOO: st.fixed_dictionaries(
         {"smoothing": st.sampled_from([1e-3, {0: 1e-5, 4: 1e-4}])},
         optional={

@@ -4,8 +4,9 @@ In the order of reading:
 
 * The classes under a method: ``named_parameters`` (with ``blocks``), ``base``; then ``dense``, or ``subspace_weights``
   and ``subspace``.
-* Methods with dense directions: ``mezo``, ``mezo_adam``, ``zo_adamm``, ``hizoo``, ``sparse_mezo``. With low-rank
-  ones: ``eggroll``. In subspaces: ``lozo``, ``grzo``, ``subzero``, ``subspace_mezo``, ``zo_muon``, ``zo_mopi``.
+* Methods with dense directions: ``mezo``, ``mezo_adam``, ``zo_adamm``, ``con_mezo``, ``hizoo``, ``sparse_mezo``. With
+  low-rank ones: ``eggroll``. In subspaces: ``lozo``, ``grzo``, ``subzero``, ``subspace_mezo``, ``zo_muon``,
+  ``zo_mopi``.
 * A step's losses become a record: ``estimators``, ``probing``, ``per_example``, ``forward_gradient``, ``alignment``,
   ``share``, ``record``, ``evaluate_step``.
 * A record becomes an update: ``precision``, ``moments``, ``normalization``, ``curvature``, ``orthogonalization``,
@@ -16,6 +17,7 @@ In the order of reading:
 """
 
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.con_mezo import ConMeZO
 from zolightning.optim.eggroll import EGGROLL
 from zolightning.optim.grzo import GRZO
 from zolightning.optim.hizoo import HiZOO
@@ -37,6 +39,7 @@ __all__ = [
     "GRZO",
     "LOZO",
     "ZOMOPI",
+    "ConMeZO",
     "HiZOO",
     "MeZO",
     "MeZOAdam",

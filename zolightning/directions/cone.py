@@ -1,0 +1,80 @@
+"""Directions that lean towards a stored tensor, so that they lie in a cone around it (ConMeZO)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolightning.directions.dense import Direction, Negated
+from zolightning.directions.perturbation import Uncopied
+from zolightning.kernels.compiled import chunk_size, chunks
+from zolightning.kernels.noise import CODE_SCALE
+
+
+class ConeDirection(Direction):
+    """``direction + scale * axis``, computed where it is added; it takes a pass over memory more than the direction.
+
+    Args:
+        direction: the direction that is to lean.
+        axis: (n,), the flat tensor towards which it leans, float32, or float64 for double-precision weights.
+        scale: a multiple of it, without dimensions, of the same dtype and device.
+    """
+
+    def __init__(self, direction: Direction, axis: Tensor, scale: Tensor) -> None:
+        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        self.axis = Uncopied(axis)
+        self.scale = scale
+
+    def opposite(self, negated: Negated) -> "ConeDirection":
+        return ConeDirection(super().opposite(negated), self.axis.tensor, -self.scale)
+
+    def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
+        super().accumulate(total, decay, start)
+        # Sums and products apart: a fused one would round otherwise on a GPU than on a CPU.
+        total.view(-1).add_(self.axis.tensor[start : start + total.numel()] * self.scale)
+
+    def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
+        found = self.axis.tensor[start : start + weight.numel()] * self.scale
+        super().accumulate(found, start=start)
+        return found
+
+    def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
+        out = out.view(-1)
+        for part, own, move in self._moves(weight, start):
+            out[part].copy_(move.add_(own))
+
+    def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
+        plus, minus = plus.view(-1), minus.view(-1)
+        for part, own, move in self._moves(weight, start):
+            minus[part].copy_(own - move)
+            plus[part].copy_(move.add_(own))
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
+        columns = torch.arange(table.shape[1], device=rows.device)
+        index = (rows.long()[:, None] * table.shape[1] + columns).to(torch.int32)
+        move = self.at(index) + self.axis.tensor.view(table.shape)[rows] * self.scale
+        out.copy_(table[rows] + move)
+
+    def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
+        """The direction over the coefficient of its one query: noise of unit variance that leans as it does."""
+        assert self.values is not None
+        return self.of_elements(weight, start).float() / (self.values[0] / CODE_SCALE[self.kind])
+
+    def arguments(self) -> dict[str, Any]:
+        """There are none: loops know no axis.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("ConeDirection is no argument of a loop: add its `of_elements` by `add_tensor`.")
+
+    def _moves(self, weight: Tensor, start: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Chunks of a weight, the elements of each and this direction for them, in memory that the next one reuses."""
+        weight, axis = weight.view(-1), self.axis.tensor[start : start + weight.numel()]
+        size = chunk_size(weight)
+        buffer = axis.new_empty(min(size, weight.numel()))
+        for part in chunks(weight.numel(), size):
+            move = torch.mul(axis[part], self.scale, out=buffer[: part.stop - part.start])
+            super().accumulate(move, start=start + part.start)
+            yield part, weight[part], move
