@@ -12,9 +12,9 @@ from zolightning.partners import find_callbacks
 
 
 class BeforeOthers(Callback):
-    """Other callbacks see the right epoch and metrics in a resumed run, and clean up after it is saved.
+    """Makes other callbacks see the right epoch and metrics in a resumed run, and clean up only after it is saved.
 
-    It stops at the end of an epoch that the run can end when it goes on.
+    A run that was told to stop ends here, before others have ended the epoch, if it ends the epoch when it is resumed.
     """
 
     def __init__(

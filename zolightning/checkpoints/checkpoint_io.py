@@ -159,10 +159,10 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """A context in which no other process can be in one for the same folder.
+    """A context that only one process at a time can be in for a folder.
 
     Raises:
-        BlockingIOError: if another process is.
+        BlockingIOError: if another process is in it.
         OSError: if no file can be written to the folder.
     """
     path = folder / LOCK
@@ -179,7 +179,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def without_new_folders(folder: Path) -> Iterator[None]:
-    """A context after which `folder`, and those above it, are gone again if they are new and nothing is in them."""
+    """A context that removes `folder`, and those above it, at its end, if they were made in it and are empty."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
@@ -190,10 +190,10 @@ def without_new_folders(folder: Path) -> Iterator[None]:
 
 
 def lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks an open file, for as long as it is open, unless another process has done so; returns whether none has.
+    """Locks a file for as long as it is open; returns False if another process has locked it.
 
-    On a disk without locks, as some of clusters are, it is not known, and True. Such a lock ends with the process and
-    is not inherited, but is lost if the process closes another handle of the file.
+    Returns True on a disk without locks, as clusters may have, where this cannot be known. A lock ends with the process
+    and is not inherited, but is lost if the process closes another handle of the file.
     """
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)

@@ -16,11 +16,11 @@ from zolightning.optim.subspace_weights import SubspaceWeights
 def follow(
     path: str | Path, module: nn.Module, method: Method, evaluate: Callable[[int], None], seconds: float = 1.0
 ) -> Replayed:
-    """Keeps a module at the newest weights of a run while that trains in another process, until it ends.
+    """Keeps a module at the newest weights of a run that trains in another process, until the run ends.
 
     `evaluate` is called with the number of a step while the module has the weights after that step; then again for the
-    newest step at that time. It may move the module to another device but must move it back. While the ledger has
-    nothing new, it is looked at after so many seconds, until no process writes it any more.
+    newest step at that time. It may move the module to another device but must move it back. A ledger with nothing new
+    is looked at again every so many `seconds`, until no process writes it any more.
 
     Raises:
         DamagedLedgerError: if steps that were followed are no longer in the ledger, for example because the run was

@@ -335,7 +335,7 @@ class SaveLast(ModelCheckpoint):
 
 
 def _has_steps_left(trainer: L.Trainer) -> bool:
-    """Whether a run that goes on from here does a validation that is due; without a step left it trains nothing."""
+    """Whether a run that goes on from here has a step to take: without one it does not even validate."""
     return trainer.global_step != trainer.max_steps
 
 

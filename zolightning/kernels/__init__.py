@@ -228,7 +228,7 @@ def add_delta(
 
 
 def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> None:
-    """Calls a loop once with each of these arguments; on a GPU in few launches, whose time small tensors do not fill.
+    """Calls a loop once with each of these arguments; on a GPU in few launches, as small tensors do not fill one.
 
     Args:
         loop: ``perturb``, ``add``, ``add_curved``, ``add_adam`` or ``add_delta`` of this module.

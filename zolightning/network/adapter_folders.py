@@ -114,7 +114,7 @@ def _saved_weights(model: "PreTrainedModel") -> Mapping[str, Tensor]:
 def _without_copies(
     model: "PreTrainedModel", adapter: str, weights: Mapping[str, Tensor], keep: Container[str]
 ) -> dict[str, Tensor]:
-    """An adapter's weights without those that its file repeats of the model: PEFT does so of embeddings with LoRA.
+    """An adapter's weights without those of the model that its file repeats, as PEFT does with adapted embeddings.
 
     Raises:
         ValueError: if one of them is not the model's.

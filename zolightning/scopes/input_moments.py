@@ -21,9 +21,13 @@ class InputMoments(TorchFunctionMode):
     """A context that gathers the second moments of the inputs of weights, without keeping activations.
 
     Weights with the same input tensor, such as the query, key and value projections of a layer, share a moment. Weights
-    that are used in other ways than by a product (embeddings, convolutions) have none. Weights come with the slice that
-    trains, or None if all does; `new` makes a moment for one and the side of its inputs. The mask of tokens must be
-    active as well.
+    that are used in other ways than by a product (embeddings, convolutions) have none.
+
+    Args:
+        weights: the weights, each with the slice of it that trains, or None if all of it does.
+        tokens: the mask of tokens, which must be active as well.
+        new: makes an empty moment, given a weight and the side on which its inputs are.
+        first_token: whether to count the first token of each sequence.
 
     Attributes:
         moments: for weights whose inputs were seen, their side ("right" for ``x W'``, "left" for ``x W``) and moment.
