@@ -58,6 +58,7 @@ def test_the_loss_is_minus_the_mean_reward_of_what_moved_weights_write(
             self.before = copy.deepcopy(pl_module.model.state_dict())
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            assert outputs["num_terms"] == len(batch["id"]) == 3
             # the first step evaluates more often, to find where weights are read
             steps.append((batch, written[-2:], self.before, copy.deepcopy(pl_module.model.state_dict())))
 
@@ -127,7 +128,8 @@ def sampled_run(
     folder: Path, data: PromptDataModule, make_trainer: Callable[..., L.Trainer], steps: int, **options: Any
 ) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
     """The texts of each evaluation of the last step, and the weights after it."""
-    module = CausalLM(str(folder), reward=letters, decoding=Decoding(do_sample=True, top_k=20, temperature=2.0))
+    decoding = options.pop("decoding", Decoding(do_sample=True, top_k=20, temperature=2.0))
+    module = CausalLM(str(folder), reward=letters, decoding=decoding)
     written: list[list[str]] = []
     generate = module.generate
     module.generate = lambda *args: written.append(generate(*args)) or written[-1]
@@ -146,7 +148,7 @@ def test_sampled_texts_are_a_function_of_seed_and_step(
     run = partial(sampled_run, *rewarded, make_trainer)
     (plus, minus), _ = run(1, eps=1e-9)
     assert plus == minus and len(set(plus)) > 1
-    assert run(2, eps=1e-9)[0] != [plus, minus]
+    assert run(2, eps=1e-9)[0] != [plus, minus] != run(1, eps=1e-9, decoding=None)[0]
     torch.rand(5)  # whatever was drawn before
     texts, weights = run(3)
     run(2, save=tmp_path / "saved.ckpt")

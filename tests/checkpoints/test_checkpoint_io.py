@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,8 @@ class Fails:
 
 def test_what_is_saved_is_loaded_also_by_torch(tmp_path: Path) -> None:
     path = saved(tmp_path / "made" / "é")
-    assert_is_checkpoint(AtomicCheckpointIO().load_checkpoint(path, weights_only=True))
+    found = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
+    assert_is_checkpoint(found)
     assert_is_checkpoint(torch.load(path, weights_only=True))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -123,6 +125,25 @@ def test_a_write_that_fails_leaves_the_previous_file(tmp_path: Path, error: Base
         assert str(path) in str(raised.value) and "No space left on device" in str(raised.value)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     assert_is_checkpoint(torch.load(path, weights_only=True))
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may come in between."""
+    done: list[Any] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(found.st_mode) else found.st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", lambda *paths: (done.append("replaced"), replace(*paths)))
+    with replacing(tmp_path / "last.ckpt") as file:
+        file.write(b"all of it")
+    assert done == [9, "replaced", "folder"]
 
 
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
@@ -181,6 +202,14 @@ def test_loading_executes_nothing(tmp_path: Path, weights_only: bool | None, is_
     with pytest.raises(UnpicklingError):
         AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only)
     assert not (tmp_path / "executed").exists()
+
+
+def test_an_error_that_is_not_of_the_file(tmp_path: Path) -> None:
+    def no_device(storage: Any, location: str) -> Any:
+        raise RuntimeError("there is no such device")
+
+    with pytest.raises(RuntimeError, match=r"^there is no such device$"):
+        AtomicCheckpointIO().load_checkpoint(saved(tmp_path), no_device)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optimizer_steps import MakeProblem, Method, assert_same, attached, weights
+from optimizer_steps import MakeProblem, Method, assert_same, attached, bits, weights
 from zolightning.checkpoints.follow import follow
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.ledger_header import describe_run
@@ -21,6 +21,7 @@ class Training:
     def __init__(self, make_problem: MakeProblem, method: Method, path: Path) -> None:
         self.problem = make_problem()
         self.optimizer = attached(method, self.problem, seed=9)
+        self.optimizer.param_groups[0]["step"] = 10  # it has been trained before
         self.optimizer.fold_every_step = False
         self.ledger = Ledger.create(path, describe_run(self.optimizer, self.problem))
         self.ledger.go_on(0)
@@ -52,25 +53,30 @@ def test_each_look_is_at_the_newest_step(
 
     def evaluate(step: int) -> None:
         seen.append(step)
-        assert_same(weights(replayed), training.weights[step])
+        assert_same({name: bits(weight) for name, weight in replayed.named_parameters()}, training.weights[step])
 
     monkeypatch.setattr(Ledger, "is_written", is_written)
     replayed = make_problem()
     assert follow(tmp_path / "ledger.bin", replayed, method, evaluate, seconds=0.0) == Replayed(8, True)
-    assert seen == [3, 4, 8]
+    assert seen == [13, 14, 18]
     assert_same(weights(replayed), weights(training.problem))
 
 
+@pytest.mark.parametrize("steps", [2, 6])
 def test_a_run_that_was_set_back_is_not_followed(
-    make_problem: MakeProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_problem: MakeProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    training = Training(make_problem, partial(MeZO, lr=0.02), tmp_path / "ledger.bin")
+    training, other = (
+        Training(make_problem, partial(MeZO, lr=lr), tmp_path / name)
+        for lr, name in ((0.02, "ledger.bin"), (0.03, "other.bin"))
+    )
     training.go_on(5)
+    other.go_on(steps)
+    training.ledger.close()
+    other.ledger.close()
 
     def set_back(step: int) -> None:
-        training.ledger.close()
-        training.ledger.go_on(2)
-        training.ledger.close()
+        training.ledger.path.write_bytes(other.ledger.path.read_bytes())
 
     monkeypatch.setattr(Ledger, "is_written", lambda _: True)
     with pytest.raises(DamagedLedgerError, match="does not have the 5 steps any more that were followed"):

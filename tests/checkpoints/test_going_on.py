@@ -185,12 +185,16 @@ def test_a_callback_that_waits_for_a_metric_of_training_has_it(ledger_run: MakeR
 
 
 @pytest.mark.parametrize("kill", [0, 1, 5])
-def test_before_the_first_checkpoint(ledger_run: MakeRun, make_whole: MakeRun, kill: int) -> None:
+def test_before_the_first_checkpoint(
+    ledger_run: MakeRun, make_whole: MakeRun, monkeypatch: pytest.MonkeyPatch, kill: int
+) -> None:
+    """With a later release, too."""
     killed = ledger_run()
     killed.module.in_step.at[kill] = die
     with pytest.raises(Killed):
         killed.fit()
     assert not killed.path.exists()
+    monkeypatch.setattr("zolightning.checkpoints.ledger_header.this_release", lambda: "later")
     resumed = ledger_run(go_on=True)
     evaluated = steps_evaluated(resumed)
     resumed.fit()

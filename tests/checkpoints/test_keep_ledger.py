@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from checkpoint_runs import AS_EXPECTED, MEZO, Killed, Run, Validated, die
 from zolightning.callbacks import (
@@ -116,12 +118,28 @@ def test_after_a_kill_it_goes_on_without_gap_or_double(ledger_run: Callable[...,
     assert [file.name for file in path.parent.glob("*ledger*")] == ["ledger.bin"]
 
 
-def test_in_another_folder_it_begins_with_a_copy(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
-    first = ledger_run(max_steps=12).fit()
-    first.path.rename(tmp_path / "run/at-12.ckpt")
-    second = ledger_run("elsewhere").fit(tmp_path / "run/at-12.ckpt")
-    assert len(Ledger(first.keep.path)) == 12 and second.keep.path == tmp_path / "elsewhere/ledger.bin"
+@pytest.mark.parametrize("folder", ["run", "moved"])
+def test_in_another_folder_it_begins_with_a_copy(ledger_run: Callable[..., Run], tmp_path: Path, folder: str) -> None:
+    (tmp_path / "run/saved").mkdir(parents=True)
+    ledger_run(max_steps=12).fit().path.rename(tmp_path / "run/saved/at-12.ckpt")
+    (tmp_path / "run").rename(tmp_path / folder)
+    second = ledger_run("elsewhere").fit(tmp_path / folder / "saved/at-12.ckpt")
+    assert len(Ledger(tmp_path / folder / "ledger.bin")) == 12
+    assert second.keep.path == tmp_path / "elsewhere/ledger.bin"
     assert_replays(second, MEZO)
+
+
+def test_a_copy_of_a_folder_goes_on_by_itself(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
+    ledger_run(max_steps=6).fit()
+    copytree(tmp_path / "run", tmp_path / "copy")
+    second = ledger_run("copy").fit("last")
+    path = second.keep.path
+    assert path == tmp_path / "copy/ledger.bin" and len(Ledger(tmp_path / "run/ledger.bin")) == 6
+    assert_replays(second, MEZO)
+    second.trainer.validate(second.module, DataLoader(second.data, batch_size=4), verbose=False)
+    assert second.keep.path == path
+    second.trainer.fit_loop.epoch_loop.max_steps = 22  # a second fit does not go on from that checkpoint
+    assert len(Ledger(second.fit().keep.path)) == 2
 
 
 def test_a_new_run_leaves_an_old_ledger_alone(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -135,7 +153,7 @@ def test_a_new_run_leaves_an_old_ledger_alone(ledger_run: Callable[..., Run], tm
     assert ledger.header.first_step == 20 and [record.step for record in ledger.records()] == [20, 21, 22, 23, 24]
 
 
-@pytest.mark.parametrize("what", ["missing", "shorter", "damaged", "of another run", "without"])
+@pytest.mark.parametrize("what", ["missing", "another file", "shorter", "damaged", "of another run", "without"])
 def test_a_ledger_that_does_not_lead_to_the_checkpoint(
     ledger_run: Callable[..., Run], make_run: Callable[..., Run], what: str
 ) -> None:
@@ -146,6 +164,7 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint(
     whole = b"" if what == "without" else path.read_bytes()
     changes: dict[str, tuple[Callable[[], Any], str]] = {
         "missing": (path.unlink, "there is no .*ledger.bin"),
+        "another file": (lambda: path.write_bytes(b"a text"), "does not begin with `zoledger`"),
         "shorter": (lambda: path.write_bytes(whole[:-50]), "has 4 steps, and the checkpoint is of step 6"),
         "damaged": (lambda: path.write_bytes(whole[:-60] + bytes(15) + whole[-45:]), "the entry of step 4, at byte"),
         "of another run": (
@@ -224,6 +243,24 @@ def test_it_needs_a_method_and_a_folder(
     run.keep.dirpath = tmp_path / "file/folder"
     with pytest.raises(ValueError, match=r"`dirpath` is .*, where no file can be written"):
         run.fit()
+
+
+def test_it_is_on_the_disk_before_a_checkpoint_is(
+    ledger_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps but the present one, which the checkpoint holds."""
+    synced: list[int] = []
+    monkeypatch.setattr(Ledger, "sync", lambda ledger: synced.append(len(ledger)))
+    run = ledger_run(last={"every_n_train_steps": 4}, max_steps=8)
+    run.module.in_step.at[5] = lambda: synced.append(len(Ledger(run.keep.path)))
+    run.fit()
+    assert synced[:2] == [3, 5]
+
+
+def test_a_fast_dev_run_writes_nothing(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = ledger_run(fast_dev_run=2).fit()
+    assert run.trainer.global_step == 2 and run.keep.path is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_it_changes_nothing_of_the_training(ledger_run: Callable[..., Run], make_whole: Callable[..., Run]) -> None:

@@ -8,6 +8,7 @@ from stacked_runs import DEVICES
 from waits import Waits
 from zolightning.models.attention_masks import TAKE_CAUSAL_MASKS, attention_mask_for, causal_mask
 from zolightning.models.scoring import last_logits
+from zolightning.network.prefix import add_prefix
 
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
 
@@ -51,6 +52,14 @@ def test_networks_that_need_the_mask_keep_it(make_model, changes, is_kept):
     assert (attention_mask_for(network, mask) is mask) == is_kept
     assert attention_mask_for(network, MASK) is MASK
     assert attention_mask_for(nn.Identity(), mask) is mask
+
+
+def test_a_prefix_is_a_part_of_what_a_window_holds(make_model):
+    network, mask = make_model("llama"), MASK.to("meta")
+    add_prefix(network, 2)
+    for window, is_kept in {7: True, 8: False}.items():
+        network.config.sliding_window = window
+        assert (attention_mask_for(network, mask) is mask) == is_kept
 
 
 def test_no_token_is_left_without_any_to_attend_to():

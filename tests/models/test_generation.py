@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from zolightning.callbacks import PredictionWriter
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
-from zolightning.models.generation import Decoding, generate
+from zolightning.models.generation import Decoding, drawn_from, generate
 from zolightning.rewards import exact_match, token_f1
 
 # several tokens hold a line break beside other characters, as those of today's large vocabularies do
@@ -28,12 +29,16 @@ PIECES = [
 ]  # "\u010a" is "\n"
 
 
+def tokenizer_of(pieces: list[str], **special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=pieces[0]))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **special)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {piece: id for id, piece in enumerate(PIECES)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    return tokenizer_of(PIECES, unk_token="<unk>")
 
 
 def written_alone(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> str:
@@ -65,6 +70,39 @@ def test_a_padded_batch_writes_what_each_prompt_alone_does(
     lengths = list(map(len, expected))
     assert min(lengths) < 3 and max(lengths) == 12  # some stopped early, some at the limit
 
+    tokens: list[int] = []
+    model.get_decoder().register_forward_pre_hook(lambda *_: tokens.append(1))
+    short = [row for row, text in enumerate(expected) if len(text) < 3]
+    generate(model, tokenizer, ids[short], mask[short], max_new_tokens=12, stop="\n")
+    assert len(tokens) < 12  # no forward after the last of them has ended
+
+
+@torch.no_grad()
+def test_a_text_has_nothing_before_it_and_after_its_end(make_model: Callable[..., PreTrainedModel]) -> None:
+    """Neither a stop in its prompt, nor the space before its first word, nor token 0, a letter, where it is shorter."""
+    model = make_model()
+    model.generation_config.eos_token_id = 17
+    spaced = tokenizer_of(["!", "</s>", *PIECES[2:5], *(f"\u0120{letter}" for letter in PIECES[5:])])
+    ids = torch.tensor([[first, 3, 9, 12] for first in range(5, 21)])
+    write = partial(generate, model, spaced, max_new_tokens=12, stop="\n")
+    texts = write(ids, torch.ones_like(ids))
+    alone = [write(row[None], torch.ones_like(row[None])) for row in ids]
+    assert texts == [text for (text,) in alone]
+    assert all(text == text.strip() for text in texts) and any(" " in text for text in texts)
+    assert any(text.endswith(" m") and len(text) < 12 for text in texts)  # the token that ends one is a letter
+
+
+def test_what_is_drawn_is_a_function_of_the_seed_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(seed: int, number: int) -> float:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        with drawn_from(number, torch.device("cpu")):
+            return torch.rand(1).item()
+
+    before = torch.get_rng_state()
+    each = [drawn(seed, number) for seed in (1, 2) for number in (1, 2)]
+    assert len(set(each)) == 4 and drawn(2, 2) == each[-1]
+    assert torch.equal(torch.get_rng_state(), before)
+
 
 @torch.no_grad()
 def test_beams_find_the_likeliest_text(
@@ -72,10 +110,10 @@ def test_beams_find_the_likeliest_text(
 ) -> None:
     """Of all texts of two tokens, by whole forward passes; one that ends with its first token competes by its mean."""
     model, width = make_model(), len(PIECES)
-    ids = torch.tensor([[7, 9, 12], [20, 8, 30]])
-    mask = torch.ones_like(ids)
-    beams = Decoding(num_beams=width)
-    texts = generate(model, tokenizer, ids, mask, max_new_tokens=2, stop="\n", decoding=beams)
+    ids = torch.tensor([[7, 9, 12], [20, 8, 12]])
+    write = partial(generate, model, tokenizer, ids, torch.ones_like(ids), max_new_tokens=2, stop="\n")
+    texts = write(decoding=Decoding(num_beams=width))
+    assert texts != write()
     for row, text in zip(ids, texts, strict=True):
         first = model(row[None]).logits[0, -1].log_softmax(-1)
         two = torch.cat([row.expand(width, -1), torch.arange(width)[:, None]], dim=1)
@@ -125,6 +163,7 @@ def test_sampled_texts_are_drawn_from_the_models_distribution(
     [
         ({"do_sample": True, "temperature": 0.0}, r"`decoding\.temperature` must be a positive number, got 0\.0"),
         ({"do_sample": True, "top_p": 1.5}, r"`decoding\.top_p` must be above 0 and at most 1, got 1\.5"),
+        ({"do_sample": True, "top_p": 0.0}, r"`decoding\.top_p` must be above 0 and at most 1, got 0\.0"),
         ({"do_sample": True, "top_k": -1}, r"`decoding\.top_k` must be an integer, at least 0, got -1"),
         ({"num_beams": 0}, r"`decoding\.num_beams` must be an integer, at least 1, got 0"),
         ({"temperature": 0.7}, r"`decoding\.do_sample` is False, so that .* have no effect"),

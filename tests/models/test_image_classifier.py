@@ -1,6 +1,7 @@
 """Image classifiers: their losses are those of transformers, and a new head depends on the seed alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -106,14 +107,23 @@ def test_a_head_of_other_classes_than_the_task_is_refused(folder: Path) -> None:
         validate(ImageClassifier(str(folder)), Images(num_classes=5))
 
 
+def test_classes_of_images_are_named_by_their_labels(folder: Path) -> None:
+    module = ImageClassifier(str(folder))
+    module._name_classes(SimpleNamespace(labels=[3, 7, 9]))
+    assert module.model.config.id2label == {0: "3", 1: "7", 2: "9"}
+
+
 def test_a_network_that_lacks_more_than_a_head_is_refused(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "layernorm_before" in name)
-    del weights[name]
+    weight = weights.pop(name)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the file lacks 1 weights of ViTForImageClassification"):
+        ImageClassifier(str(folder), num_classes=5)
+    save_file(weights | {name: weight[1:]}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has the shape \(15,\) in the file and \(16,\) by config\.json"):
         ImageClassifier(str(folder), num_classes=5)
 
 

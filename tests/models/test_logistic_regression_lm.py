@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, GraniteConfig, PreTrainedConfig
 
 from cli_runs import CONFIGS, Runs
 from zolightning import CausalLM
@@ -24,6 +24,12 @@ from zolightning.models.head_features import answer_features
 from zolightning.network.logistic_regression import fit, most_accurate
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 37}
+MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4}
+SCALED = [
+    GraniteConfig(logits_scaling=8, **SIZES),
+    CohereConfig(logit_scale=0.25, **SIZES),
+    FalconH1Config(lm_head_multiplier=0.5, num_key_value_heads=2, **MAMBA, **SIZES),
+]
 
 
 def test_a_fit_is_where_the_gradient_vanishes() -> None:
@@ -71,7 +77,9 @@ def data(folder: Path, **settings: Any) -> PromptDataModule:
 @pytest.mark.parametrize("objective", ["classification", "language_modeling"])
 def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_trainer: Callable[..., L.Trainer]) -> None:
     before = AutoModelForCausalLM.from_pretrained(folder / "model").lm_head.weight.detach()
-    model = LogisticRegressionLM(str(folder / "model"), cs=[1.0], tolerance=1e-6)
+    model = LogisticRegressionLM(str(folder / "model"), attention="eager", cs=[1.0], tolerance=1e-6)
+    assert model.model.config._attn_implementation == "eager"
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.lm_head.weight"]
     rows = data(folder, task=asdict(load_task("sst2")) | {"objective": objective})
     trainer = make_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(model, datamodule=rows)
@@ -90,6 +98,9 @@ def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_train
     classes, targets = tokens.unique(return_inverse=True)
     expected = fit(features.double(), targets, len(classes), c=1.0, tolerance=1e-8)
     torch.testing.assert_close(head[classes], expected.float(), rtol=1e-3, atol=1e-4)
+    accuracy = (features @ head[classes].T).argmax(1).eq(targets).float().mean().item()
+    assert 0 < accuracy < 1 and trainer.logged_metrics["train/accuracy"] == pytest.approx(accuracy)
+    make_trainer(limit_test_batches=1).test(model, rows, verbose=False)  # whatever its number of steps
     batch = next(iter(rows.train_dataloader()))
     features, tokens = model.head_features(batch)
     # the features are what the module's own forward pass reads
@@ -100,7 +111,7 @@ def test_the_rows_of_answers_are_fitted(objective: str, folder: Path, make_train
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [GraniteConfig(logits_scaling=8, **SIZES), CohereConfig(logit_scale=0.25, **SIZES)])
+@pytest.mark.parametrize("config", SCALED)
 def test_features_are_scaled_as_the_network_scales_its_logits(config: PreTrainedConfig) -> None:
     """Else fitted rows would say what they were fitted to say only up to a factor."""
     model = AutoModelForCausalLM.from_config(config).eval()

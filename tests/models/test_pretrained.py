@@ -39,6 +39,13 @@ def test_a_folder_loads_in_eval_mode_with_a_tokenizer_that_pads_on_the_left(tiny
     assert tokenizer(["good", "a plain story"], padding=True)["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
 
 
+def test_a_token_for_padding_stays(tiny_folder, tiny_tokenizer, monkeypatch):
+    tiny_tokenizer.pad_token = "<unk>"
+    tiny_tokenizer.save_pretrained(tiny_folder)
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert load_pretrained(f"~/{tiny_folder.name}")[1].pad_token == "<unk>"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_are_loaded_in_the_dtype_asked_for(tiny_folder, dtype):
     model, _ = load_pretrained(str(tiny_folder), dtype=dtype)
@@ -89,7 +96,7 @@ def test_a_name_of_no_form_is_refused(offline_hub):
     assert_one_line(error, "'some lab/tiny/llama'", "not of the form of a hub id", "pypi://")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere/at/all", "nowhere.gguf"])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere/at/all", "nowhere.gguf"])
 def test_a_path_to_nothing_is_refused(name):
     with pytest.raises(FileNotFoundError) as error:
         load_pretrained(name)
@@ -100,6 +107,20 @@ def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         load_pretrained(str(tmp_path))
     assert_one_line(error, repr(str(tmp_path)), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"network_class": "AutoModelForMaskedLM"}, "a file holds a causal language model"),
+        ({"device_map": "auto"}, "with `device_map` 'auto': a GGUF file is loaded on one device"),
+    ],
+)
+def test_what_a_file_cannot_be_loaded_as_is_refused(tmp_path, options, reason):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError) as error:
+        load_pretrained(str(tmp_path / "model.gguf"), **options)
+    assert_one_line(error, reason)
 
 
 def test_an_unknown_dtype_is_refused():

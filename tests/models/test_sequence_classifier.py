@@ -28,6 +28,7 @@ from zolightning.data.bidirectional import encode_for_classifier
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM, SequenceClassifier
 from zolightning.models.correlation import Pearson, Spearman
+from zolightning.models.loading import load_model
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
 
@@ -179,6 +180,8 @@ def test_the_head_trains_with_an_adapter_to_start_from(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", "bert")
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     get_peft_model(base, LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"^it is an adapter, not a model\."):
+        load_model(tmp_path / "adapter", HEAD, num_classes=3)
     module = SequenceClassifier(str(folder), num_classes=3, adapter=str(tmp_path / "adapter"))
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     assert module.head_parameters.keys() < trained
@@ -262,10 +265,12 @@ def test_numbers_are_not_rounded_with_a_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "answers", "labels", "expected"),
     [
-        (None, ["no", "yes", "maybe"], [0, 1, 2], ["no", "yes", "maybe"]),
+        (None, [" no", " yes", " maybe"], [0, 1, 2], ["no", "yes", "maybe"]),
+        (None, ["no", "yes", "maybe"], ["0", "1", "2"], ["no", "yes", "maybe"]),
         (None, ["{{ one }}", "yes", "maybe"], [0, 1, 2], ["0", "1", "2"]),
         (["against", "for", "neither"], ["no", "yes", "maybe"], [0, 1, 2], ["against", "for", "neither"]),
         (["against", "for", "neither"], ["no", "yes", "maybe"], ["N", "Y", "M"], ["N", "Y", "M"]),
+        (["N", "Y", "M"], ["no", "yes", "maybe"], ["N", "Y", "M"], ["N", "Y", "M"]),
     ],
 )
 def test_classes_keep_the_names_of_the_data_or_the_checkpoint(
@@ -276,6 +281,7 @@ def test_classes_keep_the_names_of_the_data_or_the_checkpoint(
     module._name_classes(PromptDataModule(TASK | {"answers": answers, "labels": labels}, str(tmp_path)).task)
     module.load_structure_dict(module.structure_dict())
     assert module.model.config.id2label == dict(enumerate(expected))
+    assert module.model.config.label2id == {name: number for number, name in enumerate(expected)}
 
 
 def test_labels_in_another_order_than_the_classes_of_the_head_are_warned_of(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class Classifier(PretrainedModule):
         is_named = present != [f"LABEL_{number}" for number in range(len(present))]
         if any(isinstance(label, str) and not label.isdecimal() for label in labels):
             names = list(map(str, labels))
-            if is_named and names != present and sorted(map(str.lower, names)) == sorted(map(str.lower, present)):
+            if names != present and sorted(map(str.lower, names)) == sorted(map(str.lower, present)):
                 rank_zero_warn(
                     f"The head of `model_name` has the classes {present}, and the task's `labels` the same in another "
                     f"order, {labels}: they are numbered in the latter. Change the order for what the head has learnt."

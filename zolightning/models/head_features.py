@@ -29,7 +29,7 @@ def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Te
     answer = of_label(batch["answer_ids"], label)  # (B, A), at the end of the row
     row = label if batch["input_ids"].shape[1] > 1 else torch.zeros_like(label)
     input_ids, attention_mask = (of_label(batch[name], row) for name in ("input_ids", "attention_mask"))
-    is_prompt = batch["input_ids"].shape[1] == 1 and answer.shape[1] == 1  # else the answer is in the row
+    is_prompt = answer.shape[1] == 1  # else the answer is in the row
     count = answer.shape[1] + (not is_prompt)
     with inputs_of(head) as read:
         last_logits(model, input_ids, attention_mask, count)

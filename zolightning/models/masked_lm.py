@@ -74,8 +74,6 @@ def _hidden_states_at(network: nn.Module, token: int) -> Iterator[None]:
 
     def select(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        if isinstance(output, tuple):
-            return (_at(output[0], ids == token), *output[1:])
         output.last_hidden_state = _at(output.last_hidden_state, ids == token)
         return output
 
