@@ -58,19 +58,18 @@ def descend(
 
 def smoothed(
     cores: Sequence[Tensor], states: Sequence[State], gradients: Sequence[Direction], group: Mapping[str, Any]
-) -> list[Tensor]:
-    """The gradients of cores after Adam or momentum, as :func:`descend` chooses them, in the shapes of the cores.
+) -> Tensor:
+    """The gradients of cores after Adam or momentum, as :func:`descend` chooses them, (cores, *core shape).
 
-    The cores, of one dtype and device, do not move. With momentum the gradients are given times ``1 - momentum``.
+    The cores, of one shape, dtype and device, do not move. With momentum the gradients are given times
+    ``1 - momentum``.
     """
     if group["momentum"]:
-        found = _momentum(cores, states, gradients, group["momentum"])
+        found = torch.stack(_momentum(cores, states, gradients, group["momentum"]))
     else:
-        sizes = [core.numel() for core in cores]
-        zeros = torch.zeros(sum(sizes), dtype=cores[0].dtype, device=cores[0].device)
-        found = list(zeros.split(sizes))
-        descend(found, states, gradients, {"betas": group["betas"]}, -1.0, "exact")
-    return [gradient.view(core.shape) for gradient, core in zip(found, cores, strict=True)]
+        found = torch.zeros(len(cores), cores[0].numel(), dtype=cores[0].dtype, device=cores[0].device)
+        descend(found.unbind(), states, gradients, {"betas": group["betas"]}, -1.0, "exact")
+    return found.view(len(cores), *cores[0].shape)
 
 
 def _momentum(

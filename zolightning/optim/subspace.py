@@ -254,7 +254,7 @@ class SubspaceOptimizer(SubspaceWeights):
         """Moves the cores in some states, given the estimated gradient of each."""
         states = [state for state, _ in batch]
         cores = [state["core"] for state in states]
-        gradients = torch.stack(smoothed(cores, states, [gradient for _, gradient in batch], group))
+        gradients = smoothed(cores, states, [gradient for _, gradient in batch], group)
         gradients = gradients.mT.contiguous() if is_turned else gradients
         steps = self.core_step(gradients, states, group)
         if steps.shape != gradients.shape:
