@@ -1,6 +1,7 @@
 """ConMeZO against a restatement of its definition."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optimizer_steps import MakeProblem, run, standard
+from zolightning.directions.cone import ConeDirection
 from zolightning.directions.dense import negated
 from zolightning.directions.slices import Slice
 from zolightning.kernels.noise import key
 from zolightning.optim import ConMeZO, MeZO
+from zolightning.optim.probing import losses_along
+from zolightning.optim.share import WHOLE
 
 STEPS, QUERIES = 12, 2
 
@@ -83,20 +87,42 @@ class Table(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_and_both_signs_have_the_bits_of_the_whole(dtype: torch.dtype) -> None:
+def test_rows_and_the_other_sign_have_the_same_bits(dtype: torch.dtype) -> None:
     module = Table(dtype)
     optimizer = ConMeZO(module.named_parameters(), lr=0.02, angle=0.8, eps=0.1)
     run(module, optimizer, 2)
-    weight = module.table.detach()
-    plus, minus, rows = torch.empty_like(weight), torch.empty_like(weight), torch.tensor([5, 0])
-    out, other = torch.empty(2, 4, dtype=dtype), torch.empty_like(weight)
-    change, opposite = (optimizer.perturbations(0, sign)[module.table] for sign in (1, -1))
-    change.add_both(weight, plus, minus)
-    change.add_to_rows(weight, rows, out)
-    assert torch.equal(out, plus[rows])
-    for found in (opposite, change.opposite(negated)):
-        found.add_to(weight, other)
-        assert torch.equal(other, minus)
+    weight, rows = module.table.detach(), torch.tensor([5, 0])
+    whole, few, other = torch.empty_like(weight), torch.empty(2, 4, dtype=dtype), torch.empty_like(weight)
+    for sign in (1, -1):
+        change, opposite = (optimizer.perturbations(0, s)[module.table] for s in (sign, -sign))
+        change.add_to(weight, whole)
+        change.add_to_rows(weight, rows, few)
+        assert torch.equal(few, whole[rows])
+        opposite.opposite(negated).add_to(weight, other)
+        assert torch.equal(other, whole)
+
+
+def test_only_the_noise_is_opposite() -> None:
+    """Of two points on the same side of the axis, neither is taken for the other's opposite in one forward."""
+    torch.manual_seed(2)
+    found, x = [], torch.randn(3, 4)
+    for together in (1, 2):
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+        torch.nn.utils.vector_to_parameters(torch.linspace(-1, 1, 31), net.parameters())
+        optimizer = MeZO(net.named_parameters(), lr=0.1)
+        optimizer.attach(net, evaluations_per_forward=together)
+        run_of = partial(lambda net: net(x).square().mean(), net)
+        optimizer.estimate(run_of)  # finds where parameters are read
+        moves = [
+            {
+                p: ConeDirection(z, torch.ones(p.numel()), torch.tensor(0.5))
+                for p, z in optimizer.multiples(0, s).items()
+            }
+            for s in (0.25, -0.25)
+        ]
+        found.append(losses_along(optimizer, moves, run_of, WHOLE))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert abs(found[0][0] - found[0][1]) > 1e-3
 
 
 def test_the_norm_is_that_of_what_moves(make_problem: MakeProblem) -> None:

@@ -1,6 +1,5 @@
 """Directions that lean towards a stored tensor, so that they lie in a cone around it (ConMeZO)."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +28,10 @@ class ConeDirection(Direction):
     def opposite(self, negated: Negated) -> "ConeDirection":
         return ConeDirection(super().opposite(negated), self.axis.tensor, -self.scale)
 
+    def is_opposite(self, other: object) -> bool:
+        """False: only the device knows whether the scales are opposite. So nobody asks for :meth:`add_both`."""
+        return False
+
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         super().accumulate(total, decay, start)
         # Sums and products apart: a fused one would round otherwise on a GPU than on a CPU.
@@ -40,15 +43,13 @@ class ConeDirection(Direction):
         return found
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
-        out = out.view(-1)
-        for part, own, move in self._moves(weight, start):
-            out[part].copy_(move.add_(own))
-
-    def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
-        plus, minus = plus.view(-1), minus.view(-1)
-        for part, own, move in self._moves(weight, start):
-            minus[part].copy_(own - move)
-            plus[part].copy_(move.add_(own))
+        weight, out, axis = weight.view(-1), out.view(-1), self.axis.tensor[start : start + weight.numel()]
+        size = chunk_size(weight)
+        buffer = axis.new_empty(min(size, weight.numel()))
+        for part in chunks(weight.numel(), size):
+            move = torch.mul(axis[part], self.scale, out=buffer[: part.stop - part.start])
+            super().accumulate(move, start=start + part.start)
+            out[part].copy_(move.add_(weight[part]))
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
         columns = torch.arange(table.shape[1], device=rows.device)
@@ -68,13 +69,3 @@ class ConeDirection(Direction):
             TypeError: always.
         """
         raise TypeError("ConeDirection is no argument of a loop: add its `of_elements` by `add_tensor`.")
-
-    def _moves(self, weight: Tensor, start: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Chunks of a weight, the elements of each and this direction for them, in memory that the next one reuses."""
-        weight, axis = weight.view(-1), self.axis.tensor[start : start + weight.numel()]
-        size = chunk_size(weight)
-        buffer = axis.new_empty(min(size, weight.numel()))
-        for part in chunks(weight.numel(), size):
-            move = torch.mul(axis[part], self.scale, out=buffer[: part.stop - part.start])
-            super().accumulate(move, start=start + part.start)
-            yield part, weight[part], move
