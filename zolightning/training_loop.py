@@ -40,10 +40,13 @@ def _has_logged_again(log: Any, name: str, value: Any = None, *args: Any, **opti
 
 def validate(trainer: L.Trainer) -> None:
     """Runs the validation that was due when a run was stopped, as the training loop would have."""
-    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
+    connector = trainer._logger_connector
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
     first_loop_iter = connector._first_loop_iter
     loop.restarting = False
     loop.reset_restart_stage()
+    for count in (loop.batch_progress.total, loop.batch_progress.current):
+        count.ready = count.started = count.processed = count.completed  # or a later run would go back to finish it
     trainer.validating = True
     loop.run()
     loop._has_run = False  # the training loop takes its first turn for the validation and passes over it
@@ -144,16 +147,18 @@ def may_exchange_weights(trainer: L.Trainer) -> bool:
     return callbacks or is_overridden(hook, trainer.lightning_module)
 
 
-def take_back_batch(trainer: L.Trainer) -> bool:
-    """Forgets that a batch was begun whose step was not taken, so that validations come after as many steps as ever.
-
-    Returns:
-        Whether there was such a batch.
-    """
+def take_back_batch(trainer: L.Trainer) -> None:
+    """Forgets a batch whose step was not taken, so that validations come after as many steps as ever."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    is_begun = bool(progress.total.ready != progress.total.processed)  # type: ignore[attr-defined]  # as above
-    if is_begun:
-        for count in (progress.total, progress.current):
-            count.ready = count.started = count.processed  # type: ignore[attr-defined]
-        progress.is_last_batch = False
-    return is_begun
+    for count in (progress.total, progress.current):
+        count.ready = count.started = count.processed  # type: ignore[attr-defined]  # as above
+    progress.is_last_batch = False
+
+
+def take_back_end_of_epoch(trainer: L.Trainer) -> bool:
+    """Forgets that callbacks and loggers were being told that an epoch is over; returns whether they were."""
+    progress: Any = trainer.fit_loop.epoch_progress
+    is_ending = bool(progress.total.processed != progress.total.completed)
+    for count in (progress.total, progress.current):
+        count.processed -= is_ending
+    return is_ending

@@ -124,7 +124,7 @@ def test_a_second_interrupt_ends_the_run_at_once(make_run: Any) -> None:
 
 @pytest.mark.parametrize("at", [4, 6])
 def test_an_error_leaves_the_last_complete_step(make_run: Any, make_whole: Any, at: int) -> None:
-    """And the run goes on after it, but for the batch which it was at."""
+    """And the run goes on after it, with the batch that it was at."""
     run = make_run(**EVERY_6)
     run.module.in_step.at[at] = lambda: float("nan")
     with pytest.raises(NonFiniteLossError):
@@ -133,6 +133,7 @@ def test_an_error_leaves_the_last_complete_step(make_run: Any, make_whole: Any, 
     for name, weight in run.module.state_dict().items():
         assert torch.equal(run.saved()["state_dict"][name], weight)
     resumed, whole = make_run(**EVERY_6).fit("last"), make_whole(**EVERY_6)
+    resumed.assert_ends_as(whole)
     assert sorted(run.watch.grads) + sorted(resumed.watch.grads) == sorted(whole.watch.grads)
     assert (run.watch.batches + resumed.watch.batches) == whole.watch.batches
     assert [*run.watch.validated, *resumed.watch.validated] == list(whole.watch.validated)

@@ -24,7 +24,7 @@ from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
-from zolightning.partners import callbacks_of, is_dry_run, zeroth_order_optimizer
+from zolightning.partners import callbacks_of, find_callbacks, is_dry_run, zeroth_order_optimizer
 from zolightning.training_loop import is_in_batch
 
 _KEY = "zolightning.KeepLedger"
@@ -128,7 +128,7 @@ class KeepLedger(Callback):
             self._muted.end(trainer)
             self._muted = None
 
-    on_train_end = on_train_batch_start
+    on_train_epoch_end = on_train_end = on_train_batch_start
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -263,6 +263,13 @@ class KeepLedger(Callback):
             forwards = f" ({evaluated} by running the network, for what it keeps or logs)" if evaluated else ""
             steps = counted(len(taken), "step is", "steps are")
             rank_zero_info(f"{steps} taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
+
+
+def ledger_of_run(trainer: L.Trainer) -> Path | None:
+    """The ledger that a run writes; None if it writes none."""
+    return next(
+        (callback.path for callback in find_callbacks(trainer, KeepLedger) if callback.ledger is not None), None
+    )
 
 
 def _waits_for_training(trainer: L.Trainer) -> bool:

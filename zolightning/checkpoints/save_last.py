@@ -21,11 +21,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable, sole_writer
 from zolightning.checkpoints.generators import generators_of_all_ranks, restore_generators
-from zolightning.checkpoints.keep_ledger import KeepLedger
+from zolightning.checkpoints.keep_ledger import KeepLedger, ledger_of_run
 from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
 from zolightning.checkpoints.run_logs import log_once
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status
+from zolightning.checkpoints.unfinished_batch import UnfinishedBatch
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
@@ -33,12 +34,8 @@ from zolightning.strategies.ranks import largest_of_ranks, of_all_ranks
 from zolightning.training_loop import (
     is_accumulating,
     is_at_end_of_batch,
-    is_between_steps,
-    is_in_batch,
     is_validation_next,
-    log_batch,
     may_exchange_weights,
-    take_back_batch,
     validate,
 )
 
@@ -53,9 +50,10 @@ class SaveLast(ModelCheckpoint):
     * on SIGTERM and Ctrl-C, after the step that is being taken, and all batches whose gradients it accumulates. The
       process then ends with status 143 or 130, and a message says how to resume. All ranks stop after the same step,
       whichever of them got the signal. A second Ctrl-C ends the process at once, without saving.
-    * on an exception, if there is a single rank and the weights are those of the last complete step. If a
-      :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` has recorded the steps since the last checkpoint, nothing
-      is saved: a resumed run takes them from there, and repeats the batch that failed.
+    * on an exception, if there is a single rank and the weights are those of the last complete step; a run that goes
+      on begins the batch that failed again. Beside a :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` nothing
+      is saved: the run takes the steps since the last checkpoint from there, and also what other callbacks do where a
+      batch begins is then done once.
 
     A run that has ended, by EarlyStopping too, trains no more with the same settings when it is resumed. If a
     validation was due when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch
@@ -97,14 +95,12 @@ class SaveLast(ModelCheckpoint):
         self._stopping = 0  # number of the signal for which all ranks stop
         self._is_training = False
         self._saved_at = 0.0
-        self._step_before_batch = 0
         self._validation_due = False  # in the checkpoint that is being saved
         self._resumed: dict[str, Any] = {}
-        self._metrics_before: dict[str, Any] = {}  # the batch
         self._generators_before: list[dict[str, Any]] = []  # the validation
-        self._is_taken_back = False  # whether that batch is begun again when the run goes on
         self._folder = ""  # the folder of the run's logs
         self._first = BeforeOthers(self._save_at_end, self._save_after_error, self._stop_here)
+        self._batch = UnfinishedBatch(self._first.metrics)
         self._restore = ExitStack()  # gives module and strategy their own methods back, and the folder to others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -123,6 +119,8 @@ class SaveLast(ModelCheckpoint):
         if stage != "fit":
             return
         strategy: Any = trainer.strategy
+        loop: Any = trainer.fit_loop
+        self._batch = UnfinishedBatch(self._first.metrics)
         self._restore.close()
         for owner, name, method in (
             # Weights of a subspace method are folded one by one, as a checkpoint is written.
@@ -132,6 +130,8 @@ class SaveLast(ModelCheckpoint):
             (pl_module, "on_train_start", _followed(pl_module.on_train_start, self._training_starts, trainer)),
             (pl_module, "on_train_batch_end", _followed(pl_module.on_train_batch_end, self._batch_ends, trainer)),
             (pl_module, "on_validation_end", _followed(pl_module.on_validation_end, self._validation_ends, trainer)),
+            (loop.epoch_loop, "advance", self._batch.remembering(trainer, loop.epoch_loop.advance)),
+            (loop, "run", _followed(loop.run, self._loop_ends, trainer)),
         ):
             self._restore.enter_context(replaced(owner, name, method))
         if not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
@@ -161,7 +161,7 @@ class SaveLast(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
         self._stopping = 0
-        self._is_training, self._is_taken_back = True, False
+        self._is_training = True
         self._signal.listen()
         self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
         self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()), is_over=epoch.is_next)
@@ -181,10 +181,13 @@ class SaveLast(ModelCheckpoint):
             with epoch.not_over():
                 validate(trainer)
 
+    def _loop_ends(self, trainer: L.Trainer) -> None:
+        if self._first.epoch is None and self._resumed.get("validation_due"):  # with no step left before it
+            restore_generators(trainer, self._resumed.get("generators", ()))
+            validate(trainer)
+
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._stop_here(trainer)
-        self._step_before_batch = trainer.global_step
-        self._metrics_before = self._first.metrics.now(trainer)
 
     def _batch_ends(self, trainer: L.Trainer) -> None:
         if is_accumulating(trainer):
@@ -237,22 +240,13 @@ class SaveLast(ModelCheckpoint):
             return
         if self._last_global_step_saved == trainer.global_step:
             return
-        # A ledger is better than a checkpoint saved now: a loader's state may have advanced to the batch that failed.
-        has_ledger = any(callback.ledger is not None for callback in find_callbacks(trainer, KeepLedger))
-        if has_ledger and (self._last_global_step_saved or self._resumed):
-            self.last_model_path = self.format_checkpoint_name({})
-            step = self._step_before_batch if is_in_batch(trainer) else trainer.global_step
-            rank_zero_info(f"The ledger has step {step}, the last complete one. {self._advice()}")
-        elif trainer.validating and may_exchange_weights(trainer):
-            rank_zero_info("Nothing is saved: in a validation, the weights may be averages of those that are trained.")
-        elif is_accumulating(trainer):
-            rank_zero_info("Nothing is saved: gradients are being accumulated.")
-        elif is_between_steps(trainer, self._step_before_batch):
-            validation_due = trainer.validating or (is_at_end_of_batch(trainer) and is_validation_next(trainer))
-            if is_at_end_of_batch(trainer):  # the run goes on after it, and would not log it
-                log_batch(trainer)
-            self._is_taken_back = take_back_batch(trainer)
-            self._save(trainer, validation_due)
+        if (ledger := ledger_of_run(trainer)) is not None:
+            step = self._batch.last_step(trainer)
+            rank_zero_info(f"The ledger has step {step}, the last complete one. {self._advice(ledger)}")
+        elif (reason := self._batch.why_not_saved(trainer)) is not None:
+            rank_zero_info(f"Nothing is saved: {reason}")
+        else:
+            self._save(trainer, validation_due=self._batch.end(trainer))
             rank_zero_info(f"{self._where(trainer)} {self._advice()}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -275,8 +269,11 @@ class SaveLast(ModelCheckpoint):
     def _where(self, trainer: L.Trainer) -> str:
         return f"Step {trainer.global_step}, the last complete one, is saved in {self.last_model_path}."
 
-    def _advice(self) -> str:
-        return f"To go on: {self.how_to_go_on.format(path=self.last_model_path, folder=quote(str(self._folder)))}"
+    def _advice(self, ledger: Path | None = None) -> str:
+        how, path = self.how_to_go_on, self.format_checkpoint_name({})
+        if ledger is not None and "{path}" in how and not Path(path).exists():
+            return f'To go on, from the first step: KeepLedger(go_on="{ledger}").'
+        return f"To go on: {how.format(path=path, folder=quote(str(self._folder)))}"
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # a run does not take over the paths of another run's checkpoints
@@ -286,13 +283,12 @@ class SaveLast(ModelCheckpoint):
         checkpoint[_KEY] = {
             # Also in a checkpoint of another callback, which is saved before it
             "validation_due": self._validation_due or (is_at_end_of_batch(trainer) and is_validation_next(trainer)),
-            "taken_back": self._is_taken_back,
+            "taken_back": self._batch.is_counted,
             "precision": str(trainer.precision),
             "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
-            "metrics": of_all_ranks(
-                trainer, self._metrics_before if self._is_taken_back else self._first.metrics.now(trainer)
-            ),
+            "metrics": of_all_ranks(trainer, self._first.metrics.now(trainer)),
             "generators": self._generators_before if is_begun_again else generators_of_all_ranks(trainer),
+            **self._batch.put_into(checkpoint),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
