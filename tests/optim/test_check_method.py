@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import METHODS
 from zolightning.directions.low_rank import LowRank
+from zolightning.directions.perturbation import Perturbation
 from zolightning.evaluation import perturbed, row_groups
 from zolightning.optim import MeZO, StepRecord, SubZero
 from zolightning.optim.check_method import check_method
@@ -172,3 +173,20 @@ def test_faults_are_named(name: str) -> None:
     method, message = FAULTS[name]
     with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
         check_method(method)
+
+
+class Trusting(MeZO):
+    """Takes for granted that all parameters have state as soon as one of them has."""
+
+    def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
+        if self.state:
+            [self.state[parameter]["momentum_buffer"] for _, _, parameter in self.trainable()]
+        return super().perturbations(query, sign)
+
+
+def test_an_error_of_the_methods_own_says_in_what_situation() -> None:
+    with pytest.raises(KeyError, match="momentum_buffer") as error:
+        check_method(partial(Trusting, lr=1e-2, momentum=0.9))
+    assert error.value.__notes__ == [
+        "(Raised in `check_method`, while a block moved again, whose state was dropped when it came to rest.)"
+    ]

@@ -2,7 +2,8 @@
 
 import copy
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -147,7 +148,7 @@ def _check_estimate(method: Method, steps: int) -> None:
                 raise _Found(
                     f"the loss of query {probe.query} and sign {probe.sign} is {losses[0]} at weights which `add_to` "
                     f"of its perturbations writes, was {losses[1]}, and {losses[2]} with `evaluations_per_forward` 2: "
-                    "`add_to_rows`, `opposite` and what else a perturbation has must do the same."
+                    "`add_to_rows`, `opposite`, `is_opposite`, `add_both` and what else a perturbation has must agree."
                 )
 
 
@@ -236,14 +237,27 @@ def _check_what_rests(method: Method, steps: int) -> None:
         (resting, "at rest (`activate`)", slice(None)),
         (sliced, "outside of its slice (`restrict`)", [1, 4]),
     ):
-        if not torch.equal(run.go(steps).weights()["hidden.weight"][kept], before[kept]):
+        with _named(f"`hidden.weight` was {what}"):
+            run.go(steps)
+        if not torch.equal(run.weights()["hidden.weight"][kept], before[kept]):
             raise _Found(
                 f"it moved what is {what} of `hidden.weight`. Go over `self.named(group)`, `self.trainable()` or "
                 "`self.directions(group, ...)`, and write by `as_contiguous(parameter, self.slices.get(parameter))`."
             )
-    for block in (0, 1):  # which have lost their state
+    for block in (0, 1):
         resting.optimizer.activate([block])
-        resting.go(len(resting.records) + 2)
+        with _named("a block moved again, whose state was dropped when it came to rest"):
+            resting.go(len(resting.records) + 2)
+
+
+@contextmanager
+def _named(situation: str) -> Iterator[None]:
+    """Adds to an error of the method's own in what situation it was raised."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"(Raised in `check_method`, while {situation}.)")
+        raise
 
 
 def _check_half_precision(run: _Run, method: Method) -> None:
