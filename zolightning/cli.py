@@ -55,6 +55,7 @@ from zolightning.versions import installed_version
 
 _SUBCOMMANDS = {
     **LightningCLI.subcommands(),
+    "predict": LightningCLI.subcommands()["predict"] | {"return_predictions"},  # they go to a file, batch by batch
     **{name: {"model", "datamodule"} for name in ("doctor", "profile", "sweep-layers", "export", "replay")},
 }
 # Of Lightning's commands; those of this package have docstrings.
@@ -233,6 +234,10 @@ class ZerothOrderCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with self._leave_as_found.watch(self.trainer):
             super()._run_subcommand(subcommand)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return arguments | ({"return_predictions": False} if subcommand == "predict" else {})
 
     def before_fit(self) -> None:
         config = self.config[self.subcommand]

@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli_runs import CONFIGS, Runs, parsed, printed, refused
+from zolightning.commands.trainer import Trainer
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.
@@ -111,8 +113,12 @@ def test_test_reads_a_checkpoint(finished: tuple[Runs, str]) -> None:
     assert of_file["test"] == {tag: pytest.approx(value) for tag, (value,) in tested.items()}
 
 
-def test_predict_writes_a_line_an_example(finished: tuple[Runs, str], tmp_path: Path) -> None:
+def test_predict_writes_a_line_an_example(
+    finished: tuple[Runs, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, _ = finished
+    predict = Mock(wraps=Trainer.predict)
+    monkeypatch.setattr(Trainer, "predict", lambda *args, **options: predict(*args, **options))
     path = tmp_path / "made" / "predictions.jsonl"
     for _ in range(2):  # a second run replaces the file
         runs("predict", "--ckpt_path", runs.version(0) / "checkpoints/last.ckpt", "--predictions.path", path)
@@ -120,6 +126,7 @@ def test_predict_writes_a_line_an_example(finished: tuple[Runs, str], tmp_path: 
     assert len({row["id"] for row in rows}) == len(rows) == 10
     for row in rows:
         assert row["prediction"] == row["scores"].index(max(row["scores"]))
+    assert predict.call_args.kwargs["return_predictions"] is False, "nobody reads what a Trainer would keep of them"
 
 
 def test_resumed_run_equals_uninterrupted_run(finished: tuple[Runs, str], runs: Runs) -> None:

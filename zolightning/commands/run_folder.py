@@ -34,7 +34,7 @@ class Point:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files of a folder, in the order in which they were begun.
+    """The event files of a folder, in the order in which they were begun, if no clock was set back in between.
 
     Their names end with the second, the host, the process and the number of the file in its process. Numbers are
     compared as numbers: one process may begin its ninth and its tenth file within a second.
