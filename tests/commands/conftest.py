@@ -56,3 +56,19 @@ def runs(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> "Runs":
 
     write_tiny_model(tmp_path / "model")
     return Runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    tmp_path_factory: pytest.TempPathFactory, write_tiny_model: Callable[..., Path], fresh_process: None
+) -> "tuple[Runs, str]":
+    """Three steps, and three more by the run's config.yaml alone, with the test at the end; and what was printed."""
+    from cli_runs import Runs, printed  # as above
+
+    folder = tmp_path_factory.mktemp("resumed")
+    write_tiny_model(folder / "model")
+    runs = Runs(folder)
+    runs("fit", "--trainer.max_steps", 3, "--trainer.val_check_interval", 1)
+    config = runs.version(0) / "config.yaml"
+    arguments = ["--ckpt_path", "last", "--trainer.max_steps", "6", "--test_last", "true"]
+    return runs, printed(["fit", "--config", str(config), *arguments])

@@ -3,16 +3,13 @@
 import signal
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
 from pathlib import Path
 from shlex import quote
 from typing import Any, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,9 +22,10 @@ from zolightning.checkpoints.keep_ledger import KeepLedger, ledger_of_run
 from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
 from zolightning.checkpoints.run_logs import log_once
+from zolightning.checkpoints.same_run import describe, refuse_other_method, refuse_other_precision, stop_if_ended
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status
 from zolightning.checkpoints.unfinished_batch import UnfinishedBatch
-from zolightning.evaluation.replaced import replaced
+from zolightning.evaluation.replaced import followed, replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
 from zolightning.strategies.ranks import largest_of_ranks, of_all_ranks
@@ -127,11 +125,11 @@ class SaveLast(ModelCheckpoint):
             (strategy, "lightning_module_state_dict", deferring()(strategy.lightning_module_state_dict)),
             # After the module's own hooks, which follow those of callbacks: what they do to weights (clamps, a
             # teacher's average) would be missing after a resume, because they would not run.
-            (pl_module, "on_train_start", _followed(pl_module.on_train_start, self._training_starts, trainer)),
-            (pl_module, "on_train_batch_end", _followed(pl_module.on_train_batch_end, self._batch_ends, trainer)),
-            (pl_module, "on_validation_end", _followed(pl_module.on_validation_end, self._validation_ends, trainer)),
+            (pl_module, "on_train_start", followed(pl_module.on_train_start, self._training_starts, trainer)),
+            (pl_module, "on_train_batch_end", followed(pl_module.on_train_batch_end, self._batch_ends, trainer)),
+            (pl_module, "on_validation_end", followed(pl_module.on_validation_end, self._validation_ends, trainer)),
             (loop.epoch_loop, "advance", self._batch.remembering(trainer, loop.epoch_loop.advance)),
-            (loop, "run", _followed(loop.run, self._loop_ends, trainer)),
+            (loop, "run", followed(loop.run, self._loop_ends, trainer)),
         ):
             self._restore.enter_context(replaced(owner, name, method))
         if not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
@@ -284,38 +282,23 @@ class SaveLast(ModelCheckpoint):
             # Also in a checkpoint of another callback, which is saved before it
             "validation_due": self._validation_due or (is_at_end_of_batch(trainer) and is_validation_next(trainer)),
             "taken_back": self._batch.is_counted,
-            "precision": str(trainer.precision),
-            "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+            **describe(trainer),
             "metrics": of_all_ranks(trainer, self._first.metrics.now(trainer)),
             "generators": self._generators_before if is_begun_again else generators_of_all_ranks(trainer),
             **self._batch.put_into(checkpoint),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        self._resumed = checkpoint.get(_KEY, {})
-        precision = self._resumed.get("precision", str(trainer.precision))
-        if precision != str(trainer.precision):
-            raise MisconfigurationException(
-                f"`trainer.precision` is '{trainer.precision}', and the checkpoint's run has '{precision}'. "
-                "Resume with the same one."
-            )
-        find_files_again(trainer, checkpoint)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = checkpoint.get(_KEY, {})
+            refuse_other_precision(trainer, self._resumed)
+            find_files_again(trainer, checkpoint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.check(trainer)
-        optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-        saved = self._resumed.get("optimizers", optimizers)
-        if saved != optimizers:
-            raise MisconfigurationException(
-                f"The checkpoint was written by {' and '.join(saved)}, and this run trains with "
-                f"{' and '.join(optimizers)}. Resume with the same method, or start a new run."
-            )
-        stops = (callback.stopping_reason for callback in find_callbacks(trainer, EarlyStopping))
-        if self._resumed and any(reason != EarlyStoppingReason.NOT_STOPPED for reason in stops):
-            trainer.should_stop = True  # which Lightning has forgotten
-            rank_zero_info("EarlyStopping has ended this run. It trains on without that callback.")
+        refuse_other_method(trainer, self._resumed)
+        if self._resumed:
+            stop_if_ended(trainer)
 
     # Stopping
 
@@ -333,14 +316,3 @@ class SaveLast(ModelCheckpoint):
 def _has_steps_left(trainer: L.Trainer) -> bool:
     """Whether a run that goes on from here has a step to take: without one it does not even validate."""
     return trainer.global_step != trainer.max_steps
-
-
-def _followed(own: Callable[..., None], after: Callable[[L.Trainer], None], trainer: L.Trainer) -> Callable[..., None]:
-    """A hook that calls another function after its own one, by whose name others see whose hook it is."""
-
-    @wraps(own)
-    def hook(*args: Any) -> None:
-        own(*args)
-        after(trainer)
-
-    return hook

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial, update_wrapper
+from functools import partial, update_wrapper, wraps
 from typing import Any
 
 from torch import nn
@@ -41,6 +41,17 @@ class replaced:
         del self._attributes[self._name]
         if self._own is not None:
             self._attributes[self._name] = self._own
+
+
+def followed(own: Callable[..., None], after: Callable[..., None], *arguments: Any) -> Callable[..., None]:
+    """A method that calls another function after its own one, by whose name others see whose method it is."""
+
+    @wraps(own)
+    def method(*args: Any) -> None:
+        own(*args)
+        after(*arguments)
+
+    return method
 
 
 @contextmanager
