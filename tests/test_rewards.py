@@ -53,6 +53,12 @@ def test_a_pattern(pattern: str, text: str, expected: int) -> None:
     assert Pattern(pattern)(text, ["42", "a+b"]) == expected
 
 
+def test_a_pattern_without_a_reference() -> None:
+    reward = Pattern("s.x")
+    reward.check([])
+    assert reward("six", []) == 1
+
+
 def test_a_pattern_that_is_none() -> None:
     with pytest.raises(ValueError, match=r"`pattern` is no regular expression: .*unterminated"):
         Pattern("(a|b")
@@ -141,23 +147,33 @@ def test_a_reward_that_is_a_number(value: Any) -> None:
     ("text", "expected"),
     [
         ("3 * (7 - 5)", 1),
+        ("\n 3 * (7 - 5)", 1),
         ("(7-5)*3 = 6", 1),  # what follows an equals sign is not read
         ("7 * 3 - 5 * 3", 0.1),  # 6, with a number twice
         ("3 + 7 - 5", 0.1),  # 5
         ("6", 0.1),
         ("3 / (7 - 5) / 0", 0.1),
         ("3 * 7 - (5 * 3", 0),
+        ("3 * (7 - 5) # six", 0),
+        ("3.0 * (7 - 5)", 0),
         ("9 ** 9 ** 9", 0),
         ("7 // 3", 0),
         ("3(7 - 5)", 0),
         ("__import__('os').getcwd()", 0),
-        ("1+" * 500 + "1", 0),
+        ("1+" * 99 + "11", 0.1),
+        ("1+" * 99 + "111", 0),
         ("(" * 150 + "1" + ")" * 40, 0),
         ("", 0),
     ],
 )
 def test_countdown(text: str, expected: float) -> None:
     assert Countdown(format_reward=0.1)(text, ["3 * (7 - 5)"]) == expected
+    assert bool(Countdown(format_reward=1.0)(text, ["3 * (7 - 5)"])) == bool(expected)
+
+
+@pytest.mark.parametrize("text", ["3 / (7 - 7) + 1", "1 + 3 / (7 - 7)"])
+def test_a_part_of_an_expression_may_have_no_value(text: str) -> None:
+    assert Countdown()(text, ["3 * (7 - 7) + 1"]) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -203,6 +219,8 @@ def test_unit_tests() -> None:
         "from __future__ import annotations\ndef double(x: int): return 2 * x": 1,
         "def double(x: return": 0,
         "import os; os._exit(0)": 0,
+        "import os; os._exit(200)": 0,
+        "import os; os._exit(1)": 0,
         "while True: print('x' * 1000)": 0,
         "x = 'x' * 10**11": 0,
         "```\ndef double(x): return 2 * x\n```": 1,
@@ -212,11 +230,25 @@ def test_unit_tests() -> None:
     }
     assert reward.all_of([(text, tests) for text in texts]) == list(texts.values())
     expected = {"TypeError": 1, "SyntaxError": 2, "exit status 0": 2, "timeout": 2, "MemoryError": 2}
-    expected |= {"OSError": 2, "exit status 3": 2}
+    expected |= {"OSError": 2, "exit status 3": 2, "exit status 1": 2, "exit status 200": 2}
     assert reward.failures == expected
     with pytest.warns(UserWarning, match="UnitTests got a row without references, its tests"):
         assert reward("", []) == 0  # no tests, nothing passed
-    assert reward.failures == expected | {"no tests": 1}
+    assert reward.all_of([("", []), ("", [])]) == [0, 0]
+    assert reward.failures == expected | {"no tests": 3}
+
+
+def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    waits = f"import os, time; number = os.fork() or time.sleep(60); open({str(started)!r}, 'w').write(str(number))"
+    assert UnitTests()(waits, ["assert number"]) == 1
+    state = Path(f"/proc/{started.read_text()}/status")
+    for _ in range(100):
+        if not state.exists() or "zombie" in state.read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("it runs on")
 
 
 @pytest.mark.parametrize(
@@ -232,3 +264,20 @@ def test_references_that_a_reward_cannot_do_with_are_refused(reward: Any, refere
     reward = reward() if isinstance(reward, partial) else reward  # it needs a package
     with pytest.raises(ValueError, match=message):
         reward.check(references)
+    if isinstance(reward, Countdown):
+        with pytest.raises(ValueError, match=message):
+            reward("3", references)
+
+
+@pytest.mark.parametrize("make", [UnitTests, partial(InProcesses, unruly)])
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"), [("timeout", 0.0, "above 0 seconds"), ("processes", 0, "at least 1")]
+)
+def test_numbers_out_of_range(make: Callable[..., Any], name: str, value: float, wanted: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be {wanted}.*, got {value}"):
+        make(**{name: value})
+
+
+def test_memory_that_python_does_not_start_with() -> None:
+    with pytest.raises(ValueError, match=r"`memory_mib` must be at least 64, .*, got 63"):
+        UnitTests(memory_mib=63)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zolightning.callbacks import ZerothOrder
-from zolightning.callbacks.micro_batches import micro_batches
+from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, micro_batches
 from zolightning.optim import MeZO, StepRecord
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -83,6 +83,20 @@ class TestMicroBatches:
                 "n": 3,
             }
             assert torch.equal(part["bias"], torch.ones(1, 5))
+
+    def test_parts_that_are_skipped_or_have_no_terms_do_not_count(self) -> None:
+        outputs = iter([None, {"loss": torch.tensor(torch.nan), "num_terms": 0}, torch.tensor(2.0), torch.tensor(5.0)])
+        found = evaluate_in_parts(lambda _: next(outputs), self.X, 2)
+        assert found == {"loss": (2 * 2.0 + 5.0) / 3, "num_terms": 3}
+        assert evaluate_in_parts(lambda _: None, self.X, 2) is None
+
+    def test_examples_have_their_numbers_in_the_batch_of_all_ranks(self) -> None:
+        parts = in_examples(Tensor.tolist, self.X, 3, rank=1, ranks=4)
+        assert [part.loss() for part in parts] == [[0, 1, 2], [3, 4, 5], [6]]
+        found = [{number: loss() for number, loss in part.examples.items()} for part in parts]
+        assert found == [{1: [0], 5: [1], 9: [2]}, {13: [3], 17: [4], 21: [5]}, {25: [6]}]
+        (whole,) = in_examples(Tensor.tolist, self.X, None, rank=0, ranks=1)
+        assert list(whole.examples) == self.X.tolist()
 
     @pytest.mark.parametrize("batch", [["a", "b"], {"n": 3}, None])
     def test_there_must_be_something_to_cut(self, batch: Any) -> None:

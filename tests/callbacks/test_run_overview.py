@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,7 +31,8 @@ def fit(
         trainer = make_trainer(
             max_steps=4,
             val_check_interval=2,
-            num_sanity_val_steps=0,
+            num_sanity_val_steps=1,  # of which nothing is logged
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
             logger=logger,
             log_every_n_steps=1,
             callbacks=[*callbacks, RunOverview("zolightning fit --config mine.yaml")],
@@ -43,9 +44,10 @@ def fit(
     return run
 
 
-def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture) -> None:
+def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     caplog.set_level("INFO")
-    events = fit(ZerothOrder(partial(MeZO, lr=0.5, momentum=0.9, num_queries=3)))
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss", mode="max")
+    events = fit(ZerothOrder(partial(MeZO, lr=0.5, momentum=0.9, num_queries=3)), best)
     first_words = next(message for message in caplog.messages if message.startswith("method"))
     for part in (
         "MeZO, lr 0.5, ",
@@ -65,6 +67,9 @@ def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptur
     assert [event.value for event in events.Scalars("by_forward_passes/val/loss")] == [
         event.value for event in events.Scalars("val/loss")
     ]
+    assert [tag for tag in events.Tags()["scalars"] if tag.startswith("by_")] == ["by_forward_passes/val/loss"]
+    in_the_fit = [event.value for event in events.Scalars("val/loss")][1:]
+    assert events.Scalars("best/val/loss")[0].value == max(in_the_fit) != in_the_fit[-1]
 
 
 def test_its_time_is_when_the_fit_began(fit: Callable[..., EventAccumulator]) -> None:

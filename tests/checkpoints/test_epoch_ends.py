@@ -139,6 +139,13 @@ def test_from_the_last_batch(make_run: MakeRun, loader: Any, at: int, options: d
     assert stopped.ends.found + resumed.ends.found == whole.ends.found
 
 
+@pytest.mark.parametrize("loader", [shuffled, of_its_own(DataLoader)])
+def test_a_new_run_reads_what_it_would_without_it(make_run: MakeRun, loader: Any) -> None:
+    run, without = (make(make_run, name, loader, max_steps=EPOCH + 2) for name in ("run", "without"))
+    without.trainer.callbacks.remove(without.last)
+    assert fit(run, loader).watch.grads == fit(without, loader).watch.grads
+
+
 def test_from_within_a_validation(make_run: MakeRun) -> None:
     """Its loader has drawn a random number, and draws it again when the validation begins again, however often."""
     whole, first, second, resumed = (make(make_run, name, noisy, **EVERY_6) for name in ("whole", "run", "run", "run"))

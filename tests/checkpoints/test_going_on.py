@@ -201,6 +201,8 @@ def test_before_the_first_checkpoint(
     assert evaluated == set(range(kill, 20))
     resumed.assert_ends_as(make_whole())
     assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
+    resumed.trainer.fit_loop.epoch_loop.max_steps = 21  # a second fit, in which nothing is to go on
+    assert len(Ledger(resumed.fit().keep.path)) == 1
 
 
 def test_before_the_first_checkpoint_only_with_the_same_model_and_settings(ledger_run: MakeRun) -> None:

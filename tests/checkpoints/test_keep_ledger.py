@@ -85,6 +85,7 @@ def test_scopes_blocks_and_bases(
     assert_replays(run, method)
     # In the middle of an interval, what a checkpoint has: the weights folded
     assert_replays(run, method, step=13, sealed=None)
+    assert any(run.keep.path.parent.glob("*.pt")) == any(getattr(callback, "bases", None) for callback in callbacks)
 
 
 def test_groups_and_a_schedule(ledger_run: Callable[..., Run]) -> None:
