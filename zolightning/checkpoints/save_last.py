@@ -53,9 +53,10 @@ class SaveLast(ModelCheckpoint):
       is saved: the run takes the steps since the last checkpoint from there, and also what other callbacks do where a
       batch begins is then done once.
 
-    A run that has ended, by EarlyStopping too, trains no more with the same settings when it is resumed. If a
-    validation was due when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch
-    (``on_epoch=True``) go on too, also those of torchmetrics, and the random generators by which loaders shuffle.
+    A run that has ended, by EarlyStopping too, trains no more with the same settings when it is resumed; what the end
+    of an epoch logs that `max_steps` cuts short is lost if an error or a kill comes in between. If a validation was due
+    when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch (``on_epoch=True``) go on
+    too, also those of torchmetrics, and the random generators by which loaders shuffle.
     ``Trainer.fit(ckpt_path="last")`` finds the file if `dirpath` is the same in both runs. Use this callback besides a
     ModelCheckpoint for the best weights, and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`,
     with which a kill does no harm at any time.
