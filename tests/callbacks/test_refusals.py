@@ -128,7 +128,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"accumulate_grad_batches": 4}, "`trainer.accumulate_grad_batches` is 4.*`micro_batch_size`"),
+            ({"accumulate_grad_batches": 2}, "`trainer.accumulate_grad_batches` is 2.*`micro_batch_size`"),
             ({"gradient_clip_val": 0.5}, "`trainer.gradient_clip_val` is 0.5.*`clip`"),
             (
                 {"callbacks": [ZerothOrder(MeZO), GradientAccumulationScheduler({3: 2})]},

@@ -152,6 +152,7 @@ class TestRefusals:
             {"patterns": ["w"], "every_n_steps": 0},
             {"patterns": ["w"], "sources": "gradient"},
             {"patterns": ["w"], "sources": ["hessian"]},
+            {"patterns": ["w"], "sources": []},
         ],
     )
     def test_values(self, arguments: dict[str, Any]) -> None:

@@ -35,6 +35,10 @@ SCOPES: dict[str, tuple[Callable[[], Scope], Callable[[L.LightningModule], dict[
         lambda: DominantLayer(extra_layers=[4, 2]),
         lambda m: sizes(m, LAYER.format(2)) | sizes(m, LAYER.format(4)),
     ),
+    "given layers": (
+        lambda: DominantLayer(layer=0, extra_layers=[4]),
+        lambda m: sizes(m, LAYER.format(0)) | sizes(m, LAYER.format(4)),
+    ),
     "dominant MLP": (lambda: DominantLayer(MLP()), lambda m: sizes(m, LAYER.format("2.mlp"))),
     "dominant channels": (
         lambda: DominantLayer(OutlierChannels(TENTH)),

@@ -51,7 +51,7 @@ class Spectra(Callback):
     ) -> None:
         require_patterns(patterns)
         require_integer("every_n_steps", every_n_steps)
-        if isinstance(sources, str) or not sources or not set(sources) <= set(SOURCES):
+        if not sources or not set(sources) <= set(SOURCES):
             raise ValueError(f"`sources` must be a list of some of {SOURCES}, got {sources!r}.")
         self.patterns = tuple(patterns)
         self.every_n_steps = every_n_steps
