@@ -60,14 +60,14 @@ def test_a_pattern_without_a_reference() -> None:
 
 
 def test_a_pattern_that_is_none() -> None:
-    with pytest.raises(ValueError, match=r"`pattern` is no regular expression: .*unterminated"):
+    with pytest.raises(ValueError, match=r"`pattern` is not a regular expression: .*unterminated"):
         Pattern("(a|b")
 
 
 def test_a_reward_that_fails_is_zero_and_counted() -> None:
     reward = InProcesses(unruly, processes=2, timeout=2.0)
     texts = ["four", "raise", "hang", "die", "sixsix", "raise", "nan", "", "exit"]
-    with pytest.warns(UserWarning, match="A reward failed, which is counted and makes it 0: ") as warned:
+    with pytest.warns(UserWarning, match="A reward failed and counts as 0: ") as warned:
         assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0, 0]
     assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1, "SystemExit": 1}
     assert sum("A reward failed" in str(warning.message) for warning in warned) == 5  # one of each kind
@@ -110,7 +110,7 @@ def test_a_reward_that_raises_is_named_with_its_line_and_the_text() -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda prompts, completions, **columns: [1.0], "of whole batches as TRL's rewards are. Write a function of"),
+        (lambda prompts, completions, **columns: [1.0], "which takes whole batches, like TRL's rewards. Write a func"),
         (lambda text: 1.0, r"`reward` is <lambda>\(text\), which does not take a text and its references"),
         (lambda text, references, key: 1.0, "which does not take a text and its references"),
         (len, "`reward` is len.*which does not take a text and its references"),

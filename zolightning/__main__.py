@@ -1,4 +1,4 @@
-"""The command ``zolightning``, also as ``python -m zolightning``: runs it, and says in one line what cannot work."""
+"""The command ``zolightning``, also as ``python -m zolightning``: runs it, and reports wrong input in one line."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def main(args: ArgsType = None) -> None:
         print("Stopped by SIGINT.", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's in a validation, which says so by itself
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's in a validation, with a message of its own
             raise SystemExit(_INTERRUPTED) from None
         raise
     except Exception as error:
@@ -51,7 +51,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def console() -> None:
-    """Is the command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``).
+    """The command ``zolightning``: :func:`main`, whose output may go to a pipe that is closed early (``| head``).
 
     What a config names by its import path may be a file in the working directory, as for ``python -m zolightning``.
     """
@@ -83,11 +83,11 @@ def _advice(error: BaseException) -> str | None:
         if isinstance(cause, UnpicklingError):
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""
-            return f"`ckpt_path` holds something else than tensors and plain values{what} and was not loaded."
+            return f"`ckpt_path` holds something other than tensors and plain values{what} and was not loaded."
         if isinstance(cause, KeyError) and cause.args == ("pytorch-lightning_version",):
-            return "`ckpt_path` is a file of torch's, and no checkpoint of a Trainer: it does not say what was trained."
+            return "`ckpt_path` is a file of torch's, but not a Trainer's checkpoint: it does not say what was trained."
         if isinstance(cause, DistNetworkError) and "EADDRINUSE" in str(cause):
-            return f"`MASTER_PORT` is {os.environ['MASTER_PORT']}, which another program listens on: name another port."
+            return f"`MASTER_PORT` is {os.environ['MASTER_PORT']}, which another program listens on: set another port."
         for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
             if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
                 return str(cause)

@@ -61,18 +61,18 @@ _SUBCOMMANDS = {
 # Of Lightning's commands; those of this package have docstrings.
 _DESCRIPTIONS = {
     "fit": "Trains a model, and validates it every so many steps.",
-    "validate": "Measures a model on the validation data.",
-    "test": "Measures a model on the test data.",
+    "validate": "Evaluates a model on the validation data.",
+    "test": "Evaluates a model on the test data.",
     "predict": "Writes what a model predicts for the test data, which need no labels, to a file.",
 }
 # The config.yaml of a run has these, whatever command reads it.
 _NOT_READ: dict[str, Any] = {"ckpt_path": str | None, "weights_only": bool | None}
-_NO_GPU = "`trainer.accelerator` is 'gpu', and torch finds none here: use 'cpu' or 'auto'."
+_NO_GPU = "`trainer.accelerator` is 'gpu', but torch finds none here: use 'cpu' or 'auto'."
 _PARSER_KWARGS: dict[str, Any] = {
     "prog": "zolightning",
     "usage": "zolightning COMMAND [--config FILE ...] [--OPTION VALUE ...]",
     "version": installed_version("zolightning") or "unknown: not installed",
-    "description": "Fine-tunes language models by forward passes only. Two more commands have a `--help`: "
+    "description": "Fine-tunes language models with forward passes only. Two more commands have a `--help`: "
     "`configs` lists the config files of the package, `report` compares runs on a page.",
     # argparse would list a hundred options, here and before every error.
     **{
@@ -126,7 +126,7 @@ class ZerothOrderCLI(LightningCLI):
         return _SUBCOMMANDS
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Without arguments for subcommands that nobody has asked for: those of all of them take half a second."""
+        """Leaves out the arguments of subcommands that nobody has asked for: to add all takes half a second."""
         if self._only not in (None, subcommand):
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -146,7 +146,7 @@ class ZerothOrderCLI(LightningCLI):
         """Nothing: Lightning would read a whole checkpoint here for hyperparameters, which the config has."""
 
     def _dump_config(self) -> None:
-        """What ``save_hyperparameters`` of a module saves."""
+        """Makes what ``save_hyperparameters`` of a module saves."""
         if not hasattr(self, "config_dump"):
             self.config_dump = self._plain_config()
 
@@ -175,10 +175,10 @@ class ZerothOrderCLI(LightningCLI):
         _refuse_gradients(config)
 
     def instantiate_classes(self) -> None:
-        """Makes the model last: whatever is wrong elsewhere is said before it is loaded."""
+        """Makes the model last: errors elsewhere are reported before it is loaded."""
         name, config = str(self.subcommand), self.config.clone()
         if name == "fit":
-            self.config[name].ckpt_path = None  # of this command, and no part of what the run's config.yaml says
+            self.config[name].ckpt_path = None  # it belongs to this command, not to the run's config.yaml
             if go_on_in_folder(config[name]):
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             if is_ledger(config[name].ckpt_path):
@@ -199,7 +199,7 @@ class ZerothOrderCLI(LightningCLI):
         self.model = self._made("model")
 
     def _made(self, field: str) -> Any:
-        """What a field of the config names, made alone."""
+        """The object that a field of the config names, made by itself."""
         name = str(self.subcommand)
         only = Namespace({name: Namespace({field: self.config[name][field]}), "subcommand": name})
         return self.parser.instantiate_classes(only)[name][field]
@@ -222,7 +222,7 @@ class ZerothOrderCLI(LightningCLI):
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-            # Lightning's, of a strategy, accelerator or devices that are none, or of a callback that is there twice
+            # Lightning's, about an unknown strategy, accelerator or devices, or a callback that is given twice
             is_no_gpu = "No supported gpu backend" in str(error)
             raise MisconfigurationException(_NO_GPU if is_no_gpu else str(error)) from error
         trainer.run_config = self._plain_config()
@@ -255,8 +255,8 @@ class ZerothOrderCLI(LightningCLI):
                 callback.check(self.trainer)
         check_training(self.trainer, self.model, self.datamodule)
         check_monitors(self.trainer, self.model, self.datamodule)
-        # Whether a validation comes first changes nothing of a fit: a run that goes on has none. An average of weights
-        # has the dtype that they have now.
+        # Now, not only with a validation: a fit must be the same with and without one, as a resumed run has none. An
+        # average of the weights has the dtype that they have now.
         self.trainer.precision_plugin.convert_module(self.model)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
             if self._begins_anew:
@@ -299,7 +299,7 @@ class ZerothOrderCLI(LightningCLI):
 
 
 def _name_run(config: Any) -> None:
-    """Calls a run after its config files, unless it has a name: ``logs/sst2-mezo/version_0``.
+    """Names a run after its config files, unless it has a name: ``logs/sst2-mezo/version_0``.
 
     The folder is that of ``trainer.default_root_dir`` unless the logger has one of its own.
     """
@@ -308,7 +308,7 @@ def _name_run(config: Any) -> None:
     if init_args is not None and init_args.get("save_dir") == LOGS and config.trainer.default_root_dir is not None:
         init_args["save_dir"] = str(config.trainer.default_root_dir)
     if init_args is not None and str(init_args.get("save_dir")).startswith("~"):
-        # otherwise the curves were in the home and the checkpoints in a folder named `~`
+        # otherwise the curves would be in the home folder, and the checkpoints in a folder named `~`
         init_args["save_dir"] = str(Path(init_args["save_dir"]).expanduser())
     if init_args is not None and init_args.get("name") in (None, "lightning_logs"):
         stems = [Path(str(path)).stem for path in config.get("config") or []]
@@ -318,8 +318,8 @@ def _name_run(config: Any) -> None:
 def _refuse_gradients(config: Any) -> None:
     """Refuses by name, and as early as possible, what the ZerothOrder callback refuses in its ``setup``.
 
-    Lightning speaks first otherwise, and of other things: of a GPU that sharding needs, of a package that is not
-    installed; and on a CPU it quietly trains in bf16-mixed when it is told 16-mixed.
+    Otherwise Lightning's errors come first, about other things: a GPU that sharding needs, a package that is not
+    installed; and on a CPU it silently trains in bf16-mixed when 16-mixed is asked for.
     """
     callbacks = config.trainer.callbacks or []
     if config.method is None and not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):

@@ -61,7 +61,7 @@ def _find_by_name(module: nn.Module, name: str) -> LayerStack:
     try:
         pattern = re.compile(name)
     except re.error as error:
-        raise ValueError(f"`layers_name` is '{name}', which is no regular expression: {error}.") from None
+        raise ValueError(f"`layers_name` is '{name}', which is not a regular expression: {error}.") from None
     found = {path: submodule for path, submodule in module.named_modules() if path and pattern.fullmatch(path)}
     if len(found) == 1 and isinstance(next(iter(found.values())), nn.ModuleList | nn.Sequential):
         return _members(next(iter(found)), found)
@@ -156,7 +156,7 @@ def _linears_outside_attention(module: nn.Module, path: str = "") -> Iterator[tu
 def is_conv1d(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a ``Conv1D`` of transformers, which has the attributes of a linear map.
 
-    It is told by its name, because transformers need not be installed.
+    It is recognised by its name, because transformers need not be installed.
     """
     return any(
         f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__

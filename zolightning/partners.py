@@ -69,14 +69,14 @@ def log_interval(trainer: L.Trainer) -> int:
 def tensorboards(trainer: L.Trainer) -> list[Any]:
     """The loggers of a Trainer that write to TensorBoard; none on ranks other than the first.
 
-    They are recognised by name: those of ``pytorch_lightning`` are another class than those of ``lightning``.
+    They are recognised by name, because ``pytorch_lightning`` and ``lightning`` have classes of their own.
     """
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger for logger in loggers if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)]
 
 
 def log_number(module: L.LightningModule, name: str, value: float, **options: Any) -> None:
-    """As ``module.log``, without waiting for a GPU, to which Lightning copies a number of Python.
+    """Like ``module.log``, but without waiting for a GPU, to which Lightning would copy a Python number.
 
     It is logged in float32, whatever the precision of the run.
     """

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def log_again(log: Callable[..., None], name: str, *args: Any, **options: Any) -> None:
-    """``log(name, *args, **options)``, in 50 calls of Python instead of 1,900 where a hook logs what it has before.
+    """``log(name, *args, **options)``, with 50 Python calls instead of 1,900 if the hook has logged this name before.
 
-    The others check options again, and copy what is kept of the name to the device where it is already.
+    The calls that are saved check the options again, and copy the stored result to the device that it is on already.
 
     Args:
-        log: the method of a LightningModule. One that a class has of its own is always called, and so is Lightning's
-            at the first batch of an epoch, for values of which it makes one of the epoch, and for other options.
+        log: the ``log`` of a LightningModule. It is always called if the class overrides it, at the first batch of an
+            epoch, for values that are reduced over the epoch, and if the options have changed.
         name: the name that is logged.
-        *args: the value, and other arguments; with more than a tensor there is nothing to gain.
+        *args: the value, and other arguments; nothing is saved unless the value is a tensor and the only one.
         **options: options of ``log``.
     """
     if getattr(log, "__qualname__", "") != "LightningModule.log" or not _has_logged_again(log, name, *args, **options):
@@ -55,7 +55,7 @@ def validate(trainer: L.Trainer) -> None:
 
 
 def log_nothing(module: L.LightningModule, name: str) -> None:
-    """Makes a step log nothing by a name under which an earlier one did: Lightning would log that value again.
+    """Makes a step log nothing under a name that an earlier step logged: Lightning would log the old value again.
 
     What is logged by the epoch is left as it is.
     """
@@ -72,7 +72,7 @@ def after_restoring(trainer: L.Trainer, call: Callable[[], None]) -> None:
     the weights have a place, the checkpoint is loaded after the call.
     """
     strategy = trainer.strategy
-    vars(strategy).pop("setup", None)  # of a fit that failed before it came to that
+    vars(strategy).pop("setup", None)  # left by a fit that failed before it was called
     set_up = strategy.setup
 
     def call_and_set_up(trainer: L.Trainer) -> None:
@@ -118,7 +118,7 @@ def is_at_end_of_batch(trainer: L.Trainer) -> bool:
 
 
 def log_batch(trainer: L.Trainer) -> None:
-    """Logs what a batch is to log that is over, as the training loop does once callbacks have been told."""
+    """Logs the metrics of a batch that is over, as the training loop does once callbacks have been told."""
     trainer._logger_connector.update_train_step_metrics()
 
 
@@ -138,7 +138,7 @@ def is_accumulating(trainer: L.Trainer) -> bool:
 
 
 def may_exchange_weights(trainer: L.Trainer) -> bool:
-    """Whether a validation may run with other weights than the trained ones, as WeightAveraging has it do.
+    """Whether a validation may run with weights other than the trained ones, as under WeightAveraging.
 
     Callbacks and modules do so where a validation begins.
     """
@@ -148,7 +148,7 @@ def may_exchange_weights(trainer: L.Trainer) -> bool:
 
 
 def take_back_batch(trainer: L.Trainer) -> None:
-    """Forgets a batch whose step was not taken, so that validations come after as many steps as ever."""
+    """Forgets a batch whose step was not taken, so that validations still come after the same numbers of steps."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     for count in (progress.total, progress.current):
         count.ready = count.started = count.processed  # type: ignore[attr-defined]  # as above

@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     (whole,) = command(*arguments, output="whole.csv").values()
     (begun,) = command(*arguments, "--time-limit", "0.01").values()
     assert [line["step"] for line in begun] == ["0"]
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     assert not (tmp_path / "curves.png").exists(), "there is no finished run to draw"
     (resumed,) = command(*arguments).values()
     assert (tmp_path / "curves.png").exists()
@@ -248,13 +248,16 @@ def test_entries_of_the_papers_can_be_made(words: str) -> None:
         ([*MEZO], "`--forwards` or `--seconds` must be given"),
         ([*MEZO, "--forwards", "0"], "`--forwards` must be positive, got 0"),
         (["--entry", "MeZO", "--forwards", "2"], "got 'MeZO'"),
-        (["--entry", "A: configs/nothing.yaml", "--forwards", "2"], "'A': .*'configs/nothing.yaml', which is no file"),
+        (
+            ["--entry", "A: configs/nothing.yaml", "--forwards", "2"],
+            "'A': .*configs/nothing.yaml', which is not a file",
+        ),
         (["--entry", "A: data.task=sst2", "--forwards", "2"], "`model.model_name` must be given"),
         (
             ["--entry", f"A: {GIVEN} model=lightning.pytorch.demos.boring_classes.BoringModel", "--forwards", "2"],
             "`method.lr`, or",
         ),
-        (["--entry", f"A: {GIVEN} metod.lr=1", "--forwards", "2"], "`--metod.lr` is no setting"),
+        (["--entry", f"A: {GIVEN} metod.lr=1", "--forwards", "2"], "`--metod.lr` is not a setting"),
         (["--entry", f"A: {GIVEN} method=MeZO method.lrr=1", "--forwards", "2"], "'A': .*did you mean lr"),
         (["--entry", f"A: {GIVEN} method=MeZO resampling.interval=2", "--forwards", "2"], "`resampling` is given, and"),
     ],

@@ -69,7 +69,7 @@ def test_of_a_language_model(write_tiny_model: Callable[..., Path], tmp_path: Pa
         ({"patterns": ["layers", "attention"]}, "`patterns` has 'attention', which matches nothing that trains"),
         ({"patterns": ["layers", r"layers\.1"]}, r"`patterns` has 'layers\\\.1', which matches .* no earlier pattern"),
         ({"patterns": ["layers"], "others": "always"}, "Blocks take turns, .* divided into 1: layers "),
-        ({"patterns": ["("]}, r"`patterns` has '\(', which is no regular expression"),
+        ({"patterns": ["("]}, r"`patterns` has '\(', which is not a regular expression"),
         ({"patterns": []}, "`patterns` must be a list of at least one"),
         ({"others": "frozen"}, "`others` must be one of"),
         ({"layers_name": "blocks"}, "`layers_name` is 'blocks', which matches nothing"),

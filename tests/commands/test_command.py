@@ -27,9 +27,9 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], ["Fine-tunes language models by forward passes only.", "fit", "export"]),
-        (["--help"], ["Measures a model on the test data.\n", "Measures a model on the validation data.\n"]),
-        (["test", "--help"], ["Measures a model on the test data.\n"]),
+        (["--help"], ["Fine-tunes language models with forward passes only.", "fit", "export"]),
+        (["--help"], ["Evaluates a model on the test data.\n", "Evaluates a model on the validation data.\n"]),
+        (["test", "--help"], ["Evaluates a model on the test data.\n"]),
         (["fit", "--help"], ["usage: zolightning fit --config", "--validate_first", "--test_last", "or val/loss"]),
         (["fit", "--help"], ["--method.help MeZO", "--trainer.precision", "--ckpt_path", "--help_all"]),
         (["fit", "--help_all"], ["--trainer.overfit_batches", "--evaluation.skip_nonfinite"]),
@@ -76,8 +76,8 @@ def test_a_command_makes_its_own_parser_only(
     ("words", "wrong"),
     [
         ([], "no command is given"),
-        (["fitt"], "'fitt' is no command (did you mean fit?)"),
-        (["reprot", "logs"], "'reprot' is no command (did you mean report?)"),
+        (["fitt"], "'fitt' is not a command (did you mean fit?)"),
+        (["reprot", "logs"], "'reprot' is not a command (did you mean report?)"),
     ],
 )
 def test_a_wrong_command_is_told_all_there_are(

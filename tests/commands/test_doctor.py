@@ -192,9 +192,9 @@ LOST = Survival(100, 4, 0.05, 1.0)
             {"groups": [replace(GROUP, update=LOST)], "update_precision": "native"},
             ["norm.weight (5% is kept); set `method.update_precision` to exact"],
         ),
-        ({"groups": [replace(GROUP, update=LOST)]}, ["norm.weight (5% is kept); steps are that small"]),
+        ({"groups": [replace(GROUP, update=LOST)]}, ["norm.weight (5% is kept); steps are too small"]),
         ({"groups": [replace(GROUP, dtype=torch.float16, largest=2e4)]}, ["norm.weight reaches 20,000 when perturbed"]),
-        ({"output": Output(3e4, "net.0", torch.float16)}, ["net.0 puts out 30,000, and float16 ends at 65,504"]),
+        ({"output": Output(3e4, "net.0", torch.float16)}, ["net.0 outputs 30,000, and float16 ends at 65,504"]),
         ({"noise": 5e-3}, ["Rounding moves each loss by 0.005, and two losses of a step differ by 0.01"]),
         ({"difference": None, "noise": 1.0}, []),
         ({"difference": 0.0}, ["The loss is the same whatever is added"]),
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_name(
     with torch.no_grad():
         module.net[3].weight.fill_(3e38)
         module.net[0].weight.fill_(1.0)
-    with pytest.raises(Exception, match=r"The loss is (inf|nan) before the first step, and net\.3 is the first to put"):
+    with pytest.raises(Exception, match=r"The loss is (inf|nan) before the first step, and net\.3 is the first to out"):
         examined(module, regression_data(), tmp_path, callbacks=[ZerothOrder(partial(MeZO, lr=1e-3))])
 
 

@@ -93,13 +93,15 @@ def push(folder: Path, name: str) -> None:
 def test_a_hub_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, refuses="403 Forbidden\nmore of it")
     folder = tmp_path / "mine"
-    message = f"The hub did not take else/mine: 403 Forbidden. The model is in {folder}; to try again: hf upload"
+    message = f"The hub did not accept else/mine: 403 Forbidden. The model is in {folder}; to try again: hf upload"
     with pytest.raises(ValueError, match=re.escape(message)):
         push(folder, "else/mine")
     assert folder.is_dir()
 
 
-@pytest.mark.parametrize(("name", "message"), [("a/b/c", "no repository, owner/name"), ("a/b", "nobody is logged in")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("a/b/c", "not a repository, owner/name"), ("a/b", "nobody is logged in")]
+)
 def test_what_cannot_be_pushed_is_not_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:

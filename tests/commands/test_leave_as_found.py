@@ -38,7 +38,7 @@ def write_rows(folder: Path, label: int) -> None:
         ("fit", ("--data.chat", "true"), "has no chat template"),
         ("fit", ("--trainer.callbacks", "[{{class_path: SubspaceResampling}}]"), "SubspaceResampling needs a subspace"),
         ("fit", ("--ckpt_path", "{folder}/other.ckpt"), "`ckpt_path` is of another model"),
-        ("fit", ("--ckpt_path", "{folder}/plain.ckpt"), "`ckpt_path` is a file of torch's, and no checkpoint"),
+        ("fit", ("--ckpt_path", "{folder}/plain.ckpt"), "`ckpt_path` is a file of torch's, but not a Trainer"),
         ("fit", ("--trainer.callbacks", "[{{class_path: zolightning.callbacks.SaveLast}}]"), "Found more than one"),
     ],
 )

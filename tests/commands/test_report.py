@@ -202,14 +202,14 @@ def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["no/such"], "There is no folder no/such."),
-        (["empty"], "empty is no folder of a run: it has no config.yaml"),
+        (["empty"], "empty is not the folder of a run: it has no config.yaml"),
         (
             ["."],
-            ". is no folder of a run: it has no config.yaml, which `zolightning fit` writes there. Name those below",
+            ". is not the folder of a run: it has no config.yaml, which `zolightning fit` writes there. Name th",
         ),
         (["silent"], "silent has no curve of a training yet"),
         (["cut"], "cut/config.yaml holds no settings: it is empty, or was cut off."),
-        (["other"], "other/config.yaml is no YAML: 'utf-8' codec can't decode"),
+        (["other"], "other/config.yaml is not YAML: 'utf-8' codec can't decode"),
         (["versions"], "versions holds 1 version, and none that has trained."),
         (["run", "--output", "page.txt"], "`--output` is page.txt, and must end with .html."),
         (["run", "--output", "/proc/x/page.html"], "`--output` is /proc/x, where no file can be written: "),

@@ -92,7 +92,7 @@ def test_a_seed_that_fails_is_named_and_the_others_run(runs: Runs, processes: Pr
 
     processes.statuses = {1: -9}
     assert run(runs) == (
-        "error: Not all seeds have run to their end: 1 (exit status -9). The same command tries these again."
+        "error: Not all seeds have run to the end: 1 (exit status -9). The same command tries these again."
     )
     first, second = processes.started
     assert first.ckpt_path == "last" and first.seed_everything == 1  # by its own config.yaml

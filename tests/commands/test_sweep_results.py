@@ -51,7 +51,7 @@ def test_a_kill_while_a_line_is_added_leaves_the_lines_before(tmp_path: Path, mo
 def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     SweepResults(tmp_path, SETTINGS)
     SweepResults(tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match="holds results of other settings") as error:
+    with pytest.raises(ValueError, match="holds results of different settings") as error:
         SweepResults(tmp_path, SETTINGS | changes)
     assert message in str(error.value) and str(tmp_path) in str(error.value)
 

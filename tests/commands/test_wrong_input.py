@@ -34,7 +34,7 @@ pytestmark = [
         (("--data.init_args.task", "sst3"), "`data.task` must be one of agnews, "),
         (
             ("--data.init_args.path", "no/such/folder"),
-            "`data.path` must be a folder of files, got 'no/such/folder', which is none in /",
+            "`data.path` must be a folder of files, got 'no/such/folder', which is not one in /",
         ),
         (("--data.init_args.batch_size", "0"), "`data.batch_size` must be at least 1, got 0"),
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
@@ -68,20 +68,20 @@ pytestmark = [
             ("--checkpoint.monitor", "val/loss"),
             "`checkpoint.mode` is 'max', and `checkpoint.monitor` 'val/loss': the w",
         ),
-        (("--model.reward", "zolightning.rewards.token_f1"), "`model.reward` is of generated texts, and the task gen"),
+        (("--model.reward", "zolightning.rewards.token_f1"), "`model.reward` is for generated texts, and the task gen"),
         (
             ("--method", "null", "--data.task.objective", "accuracy"),
             "The task's `objective` is 'accuracy', which has no",
         ),
         (("--data.task.objective", "f1"), "`data.task`: `objective` must be one of ('classification', 'accuracy', 'la"),
-        (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` waits for the metric 'val/acc', which the valid"),
+        (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` asks for the metric 'val/acc', which the valida"),
         (
             ("--trainer.callbacks", "[{class_path: BlockCoordinateDescent}, {class_path: BlockCoordinateDescent}]"),
             "`trainer.callbacks` holds 2 BlockCoordinateDescent: blocks have one order. Keep one.",
         ),
         (
             ("--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/los}}]"),
-            "`EarlyStopping` waits for the metric 'val/los', which the validation does not log. It logs val/accuracy, ",
+            "`EarlyStopping` asks for the metric 'val/los', which the validation does not log. It logs val/accuracy, ",
         ),
     ],
 )
@@ -97,7 +97,7 @@ def test_wrong_settings_take_one_line(runs: Runs, options: tuple[str, str], mess
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(runs: Runs) -> None:
     error = runs.refused("fit", "--trainer.accelerator", "gpu")
-    assert error == "error: `trainer.accelerator` is 'gpu', and torch finds none here: use 'cpu' or 'auto'."
+    assert error == "error: `trainer.accelerator` is 'gpu', but torch finds none here: use 'cpu' or 'auto'."
 
 
 def test_a_port_in_use(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_a_port_in_use(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         error = runs.refused("fit", "--trainer.strategy", "zo_ddp", "--trainer.devices", 1)
-    assert error == f"error: `MASTER_PORT` is {port}, which another program listens on: name another port."
+    assert error == f"error: `MASTER_PORT` is {port}, which another program listens on: set another port."
 
 
 def test_a_scope_that_leaves_nothing_quantised(runs: Runs) -> None:
@@ -124,14 +124,14 @@ def test_a_file_of_predictions_that_cannot_be_written(runs: Runs) -> None:
 
 def test_a_group_of_settings_that_is_null(runs: Runs) -> None:
     (runs.folder / "null.yaml").write_text("checkpoint: null\n")
-    assert runs.refused("fit", "--config", runs.folder / "null.yaml").startswith("error: `checkpoint` is null, and ")
+    assert runs.refused("fit", "--config", runs.folder / "null.yaml").startswith("error: `checkpoint` is null, but ")
 
 
 def test_a_group_of_settings_that_is_unknown(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     (runs.folder / "more.yaml").write_text("x-common: {lr: 1.0e-3}\n")
     with pytest.raises(SystemExit):
         main(runs.arguments("fit", "--config", runs.folder / "more.yaml", "--print_config"))
-    assert capsys.readouterr().err == "error: `x-common.lr` is no setting.\n"
+    assert capsys.readouterr().err == "error: `x-common.lr` is not a setting.\n"
 
 
 @pytest.mark.filterwarnings("ignore:Discarding init_args")
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_runs_code_is_not_loaded_and_gets_no_advice_how(
     torch.save({"state_dict": {}, "evil": Evil()}, path)
     for subcommand in ("validate", "fit"):
         error = runs.refused(subcommand, "--ckpt_path", path)
-        assert error.startswith("error: `ckpt_path` holds something else than tensors and plain values, posix.system")
+        assert error.startswith("error: `ckpt_path` holds something other than tensors and plain values, posix.system")
         assert "weights_only" not in error and "\n" not in error
     assert "this ran" not in capfd.readouterr().out
 
@@ -186,43 +186,43 @@ def test_nothing_to_validate_or_to_test(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method Mezo", "`method` is 'Mezo', which is no class of that kind (did you mean MeZO?); accepted: "),
+        ("--method Mezo", "`method` is 'Mezo', which is not a class of that kind (did you mean MeZO?); accepted: "),
         ("--method no.such.Method", "is 'no.such.Method', and there is no module no, neither installed nor"),
         ("--method.estimator no.such.Class", "`method.estimator` is 'no.such.Class', and there is no module no"),
-        ("--method torch.optim.SGD", "`method` is 'torch.optim.SGD', which is no class of that kind; accepted: "),
-        ("--method [MeZO,LOZO]", "`method` is \"['MeZO', 'LOZO']\", which is no class of that kind; accepted: "),
-        ("--method 5", "`method` is '5', which is no class of that kind; accepted: "),
+        ("--method torch.optim.SGD", "`method` is 'torch.optim.SGD', which is not a class of that kind; accepted: "),
+        ("--method [MeZO,LOZO]", "`method` is \"['MeZO', 'LOZO']\", which is not a class of that kind; accepted: "),
+        ("--method 5", "`method` is '5', which is not a class of that kind; accepted: "),
         ("--method LOZO --method.betas [0.9]", "`method.betas` is '[0.9]'; accepted: a list of 2 or null."),
-        ("--method.rnk 3", "`method.rnk` is no setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
-        ("--method.momentm 3", "`method.momentm` is no setting of MeZO (did you mean momentum?)"),
+        ("--method.rnk 3", "`method.rnk` is not a setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
+        ("--method.momentm 3", "`method.momentm` is not a setting of MeZO (did you mean momentum?)"),
         ("--method.lr abc", "`method.lr` is 'abc'; accepted: a number."),
-        ("--model.num_labels 3", "`model.num_labels` is no setting of CausalLM"),
+        ("--model.num_labels 3", "`model.num_labels` is not a setting of CausalLM"),
         ("--model.num_labels 3", "; accepted: adapter, attention, decoding, device_map, dtype, lr_scheduler, "),
         (
             "--model zolightning.models.SequenceClassifier --model.num_labels 3",
-            "`model.num_labels` is no setting of SequenceClassifier (did you mean num_classes?)",
+            "`model.num_labels` is not a setting of SequenceClassifier (did you mean num_classes?)",
         ),
         ("--method.noise gausian", "is 'gausian' (did you mean gaussian?); accepted: 'gaussian', 'rademacher'."),
-        ("--method.estimator OneSide", "`method.estimator` is 'OneSide', which is no class of that kind (did you"),
-        ("--method null --method.lr 3", "`method` names no class, whose settings these would be; accepted: "),
-        ("--scope.layers [0]", "`scope` names no class, whose settings these would be; accepted: "),
+        ("--method.estimator OneSide", "`method.estimator` is 'OneSide', which is not a class of that kind (did you"),
+        ("--method null --method.lr 3", "`method` names no class for these settings; accepted: "),
+        ("--scope.layers [0]", "`scope` names no class for these settings; accepted: "),
         ("--scope TrainLayers", "`scope.layers` must be given for TrainLayers."),
         ("--scope DominantLayer --scope.part LoRA --scope.part.rank x", "`scope.part.rank` is 'x'; accepted: an int"),
-        ("--evaluation.micro_batch 2", "`--evaluation.micro_batch` is no setting (did you mean --evaluation.micro"),
-        ("--trainer.max_step 1", "`--trainer.max_step` is no setting (did you mean --trainer.max_steps?)."),
+        ("--evaluation.micro_batch 2", "`--evaluation.micro_batch` is not a setting (did you mean --evaluation.micro"),
+        ("--trainer.max_step 1", "`--trainer.max_step` is not a setting (did you mean --trainer.max_steps?)."),
         ("--trainer.max_steps many", "`trainer.max_steps` is 'many'; accepted: an integer."),
-        ("--data.bogus 1", "`data.bogus` is no setting of PromptDataModule; accepted: answers, batch_size"),
+        ("--data.bogus 1", "`data.bogus` is not a setting of PromptDataModule; accepted: answers, batch_size"),
         (
             "--data NoModule",
-            "`data` is 'NoModule', which is no class of that kind",
+            "`data` is 'NoModule', which is not a class of that kind",
         ),
         ("--model.dtype float8", "`model.dtype` is 'float8' (did you mean float32?); accepted: 'float32', "),
-        ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is no setting of AdamW; accepted: "),
-        ("--method.help Nope", "`method.help` is 'Nope', which is no class that `method` takes."),
-        ("--scope.help torch.Tensor", "`scope.help` is 'torch.Tensor', which is no class that `scope` takes."),
+        ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is not a setting of AdamW; accepted: "),
+        ("--method.help Nope", "`method.help` is 'Nope', which is not a class that `method` takes."),
+        ("--scope.help torch.Tensor", "`scope.help` is 'torch.Tensor', which is not a class that `scope` takes."),
         ("--model.reward my_reward", "`model.reward` is 'my_reward', which names no function; accepted: a path to"),
-        ("--nothing 1", "`--nothing` is no setting."),
-        ("--wrong 1", "`--wrong` is no setting."),  # what it has in common with --config are the hyphens
+        ("--nothing 1", "`--nothing` is not a setting."),
+        ("--wrong 1", "`--wrong` is not a setting."),  # what it has in common with --config are the hyphens
         ("--ckpt_path", "`--ckpt_path`: expected one argument."),
     ],
 )
@@ -239,8 +239,8 @@ def test_wrong_options_take_one_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"methd: MeZO", "`methd` is no setting (did you mean method?)."),
-        (b"trainer: {max_step: 4}", "`trainer.max_step` is no setting (did you mean trainer.max_steps?)."),
+        (b"methd: MeZO", "`methd` is not a setting (did you mean method?)."),
+        (b"trainer: {max_step: 4}", "`trainer.max_step` is not a setting (did you mean trainer.max_steps?)."),
         (
             b"method: {class_path: MeZO, lr: 1}",
             "`method` has `lr` beside `class_path`: settings of a class go under `in",
@@ -248,10 +248,10 @@ def test_wrong_options_take_one_line(
         (b"data: {class_path: PromptDataModule, batch_size: 3}", "`data` has `batch_size` beside `class_path`: "),
         (b"method: [", "is not YAML: while parsing a flow node"),
         (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
-        (b"trainer: {}\nmethod: MeZO\ntrainer: {}\n", "is not YAML: `trainer` is there twice, in lines 1 and 3."),
+        (b"trainer: {}\nmethod: MeZO\ntrainer: {}\n", "is not YAML: `trainer` is given twice, in lines 1 and 3."),
         (b"- a", "holds list, not a mapping of fields."),
         (b"", "is empty."),
-        (None, "wrong.yaml', which is no file."),
+        (None, "wrong.yaml', which is not a file."),
     ],
 )
 def test_wrong_config_files_take_one_line(

@@ -180,7 +180,7 @@ def test_that_rows_say_nothing_is_said_once(
     for _ in range(2):
         make_trainer(max_steps=1, limit_val_batches=0).fit(spectator, data)
     (message,) = messages
-    assert "train.csv: 2 of 4 rows have nothing in `text`, the first of them row 1: take" in message
+    assert "train.csv: 2 of 4 rows are blank in `text`, the first of them row 1: remove" in message
 
 
 def test_a_token_for_padding_that_the_model_lacks_is_replaced(
@@ -194,5 +194,5 @@ def test_a_token_for_padding_that_the_model_lacks_is_replaced(
     assert max(batch["input_ids"].max() for batch in data.train_dataloader()) < spectator.num_embeddings
 
     spectator.num_embeddings = 3
-    with pytest.raises(ValueError, match=r"test\.jsonl, line 3: the token '.*' has the number"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 3: the token '.*' has the id"):
         make_trainer().test(spectator, data)

@@ -159,5 +159,5 @@ def test_a_callback_may_look_at_batches(fit: Callable[..., list[list[int]]], tmp
 
 def test_other_batches_than_before_are_reported(fit: Callable[..., list[list[int]]], tmp_path: Path) -> None:
     fit(2, save_to=tmp_path / "2.ckpt")
-    with pytest.warns(UserWarning, match=r"other training batches \(global batch size 5, now 4\)"):
+    with pytest.warns(UserWarning, match=r"different training batches \(global batch size 5, now 4\)"):
         fit(3, ckpt_path=tmp_path / "2.ckpt", batch_size=4)

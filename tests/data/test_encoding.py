@@ -39,7 +39,7 @@ def test_a_token_that_the_model_does_not_know_is_named(tokenizer: PreTrainedToke
     example = encode(tokenizer, "the soup", [" good", " great"], label=0, id=0, max_length=64)
     largest = max(map(max, (example.prompt_ids, *example.answer_ids)))
     check_tokens(example, largest + 1, tokenizer)
-    with pytest.raises(ValueError, match=rf"has the number {largest}, but the model has embeddings for {largest} only"):
+    with pytest.raises(ValueError, match=rf"has the id {largest}, but the model has embeddings for {largest} only"):
         check_tokens(example, largest, tokenizer)
 
 

@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said_in_a_line(pets: Path, make_trainer: Callable[...,
     refused(r"line 1, field `image`: must be the path of an image.*got 3")
     with pytest.raises(ValueError, match="ImageDataModule needs a task with `image`"):
         ImageDataModule("sst2", str(pets))
-    with pytest.raises(ValueError, match=r"pets is of images: `data.class_path` must be ImageDataModule"):
+    with pytest.raises(ValueError, match=r"pets classifies images: `data.class_path` must be ImageDataModule"):
         PromptDataModule(PETS, str(pets))
     (pets / "empty/test").mkdir(parents=True)
     with pytest.raises(

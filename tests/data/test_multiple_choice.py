@@ -35,7 +35,7 @@ def test_candidates_of_a_row() -> None:
         ({"options": "good"}, "field `options` must be a list of texts or numbers, got 'good'"),
         ({"options": ["good", ["bad"]]}, "field `options` must be a list of texts or numbers"),
         ({"options": ["good", "good"]}, "field `options` must have two choices or more"),
-        ({"right": ["worse"]}, r"field `right` is \['worse'\]: none of that is in `options`"),
+        ({"right": ["worse"]}, r"field `right` is \['worse'\], which is not in `options`"),
         ({"right": None}, "field `right` is missing or null"),
     ],
 )
@@ -48,7 +48,7 @@ def test_a_row_that_does_not_fit(tmp_path: Path, change: dict, message: str) -> 
 def test_classes_are_needed_where_classes_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`data\.examples_per_class` needs classes, of which task own has none"):
         PromptDataModule(TASK, str(tmp_path), examples_per_class=2)
-    with pytest.raises(ValueError, match=r"`data\.answers` are those of classes; task own makes its own"):
+    with pytest.raises(ValueError, match=r"`data\.answers` is for tasks with classes; task own makes its own"):
         PromptDataModule(TASK, str(tmp_path), answers=["a", "b"])
 
 

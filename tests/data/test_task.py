@@ -186,7 +186,7 @@ def test_templates_look_into_lists_and_decide_by_truth_values() -> None:
 @pytest.mark.parametrize("prompt", ["{{ about.title }}", "{% for one in about.all %}{{ one }} {% endfor %}"])
 def test_nor_are_those_inside_a_field(prompt: str, value: object, said: str) -> None:
     task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
-    with pytest.raises(ValueError, match=f"(they write|is) {said}.*, which is no text"):
+    with pytest.raises(ValueError, match=f"(they write|is) {said}.*, which is not text"):
         task.render({"about": {"title": value, "all": ["one", value]}, "label": 0})
 
 
@@ -195,14 +195,14 @@ def test_nor_are_those_inside_a_field(prompt: str, value: object, said: str) -> 
 )
 def test_nor_by_joining_them(prompt: str) -> None:
     task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
-    with pytest.raises(ValueError, match=r"of field `about` is \[.*, which is no text"):
+    with pytest.raises(ValueError, match=r"of field `about` is \[.*, which is not text"):
         task.render({"about": {"all": [["one"]]}, "label": 0})
 
 
 @pytest.mark.parametrize("prompt", ["{{ 'so ' ~ about.x }}", "{{ about.all | join(' ') }}", "{{ about.x | upper }}"])
 def test_a_null_inside_a_field_is_not_written_either(prompt: str) -> None:
     task = Classification(name="t", prompt=prompt, answers=("a", "b"), labels=(0, 1))
-    with pytest.raises(ValueError, match="of field `about` is null, which is no text"):
+    with pytest.raises(ValueError, match="of field `about` is null, which is not text"):
         task.render({"about": {"x": None, "all": ["one", None]}, "label": 0})
 
 

@@ -113,6 +113,6 @@ def test_what_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
         keep_first_layers(AutoModelForSeq2SeqLM.from_config(config), 1)
     module = CausalLM(str(tiny_folder), num_layers=1)
     add_adapter(module.model, lora_settings(2, 4.0, ["model.layers.0.self_attn.q_proj"]))
-    with pytest.raises(ValueError, match="`num_layers` is 1, and a folder of an adapter does not say so"):
+    with pytest.raises(ValueError, match="`num_layers` is 1, which an adapter's folder cannot record"):
         module.export(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

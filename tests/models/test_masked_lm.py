@@ -203,13 +203,13 @@ class TestEncoding:
     @pytest.mark.parametrize(
         ("prompt", "answers", "line"),
         [
-            ("It was", WORDS, r"needs one `\{\{ mask \}\}` in the prompt, got 0"),
+            ("It was", WORDS, r"needs exactly one `\{\{ mask \}\}` in the prompt, got 0"),
             (f"{MASK}{MASK}", WORDS, "got 2"),
-            (f"<mask> {MASK}", WORDS, "the text holds the mask of the tokenizer .* itself, <mask>"),
-            (f"It was{MASK}", [" bad", " ugly"], "makes others of the answer ' ugly': Ġ, u, g, l, y"),
-            (f"It was{MASK}", [" bad", ""], "makes others of the answer '': none"),
+            (f"<mask> {MASK}", WORDS, "the text itself contains the mask token of the tokenizer .*, <mask>"),
+            (f"It was{MASK}", [" bad", " ugly"], "the answer ' ugly' is not one token .*: it gives Ġ, u, g, l, y"),
+            (f"It was{MASK}", [" bad", ""], "the answer '' is not one token .*: it gives none"),
             (f"It was{MASK}", [" bad", " bad"], "gives two of the answers .* the same token"),
-            (f"It was{MASK}", [" bad", "<unk>"], "makes others of the answer '<unk>'"),
+            (f"It was{MASK}", [" bad", "<unk>"], "the answer '<unk>' is not one token"),
         ],
     )
     def test_what_cannot_be_is_refused(self, prompt: str, answers: list[str], line: str) -> None:

@@ -93,7 +93,7 @@ def test_a_hub_out_of_reach_is_said_at_once(offline_hub):
 def test_a_name_of_no_form_is_refused(offline_hub):
     with pytest.raises(ValueError) as error:
         load_pretrained("some lab/tiny/llama")
-    assert_one_line(error, "'some lab/tiny/llama'", "not of the form of a hub id", "pypi://")
+    assert_one_line(error, "'some lab/tiny/llama'", "not a valid hub id", "pypi://")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere/at/all", "nowhere.gguf"])

@@ -130,7 +130,7 @@ def test_what_does_not_go_together_is_refused(
     unknown = tiny_tokenizer()
     unknown.add_special_tokens({"pad_token": "<padding>"})
     unknown.save_pretrained(folder)
-    with pytest.raises(MisconfigurationException, match="'<padding>', has the number"):
+    with pytest.raises(MisconfigurationException, match="'<padding>', has the id"):
         SequenceClassifier(str(folder)).refuse_unsuitable()
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B", [])
@@ -245,7 +245,7 @@ def test_a_head_of_one_output_says_a_number(
 
     with pytest.raises(MisconfigurationException, match=r"has 3 classes, and the task 1: set `model.num_classes`"):
         make_trainer().validate(SequenceClassifier(str(folder), num_classes=3), data(), verbose=False)
-    with pytest.raises(ValueError, match=r"likeness, .*`target` is a number, which SequenceClassifier says"):
+    with pytest.raises(ValueError, match=r"likeness, .*`target` is a number, which needs SequenceClassifier"):
         make_trainer().validate(MaskedLM(str(folder)), data(), verbose=False)
     (tmp_path / "test.jsonl").write_text('{"one": "a", "two": "b", "how": "much"}\n')
     with pytest.raises(ValueError, match=r"test.jsonl, line 1: field `how` must be a number, got 'much'"):
@@ -288,7 +288,7 @@ def test_labels_in_another_order_than_the_classes_of_the_head_are_warned_of(tmp_
     names = dict(enumerate(["against", "for", "neither"]))
     module = SequenceClassifier(str(write_tiny(tmp_path, "roberta", HEAD, num_labels=3, id2label=names)))
     task = PromptDataModule(TASK | {"labels": ["For", "Neither", "Against"]}, str(tmp_path)).task
-    with pytest.warns(UserWarning, match=r"the same in another order, .*: they are numbered in the latter"):
+    with pytest.warns(UserWarning, match=r"the same in another order, .*, in which they are numbered"):
         module._name_classes(task)
 
 

@@ -146,7 +146,7 @@ def test_vectors_are_sequences_of_one_token() -> None:
     profile = profile_of(Constant(1.0), [(HIDDEN[0],)])
     assert profile.num_prompts == 3
     assert profile.layers[0].tokens == (0,)
-    with pytest.raises(ValueError, match=r"Layer 0 puts out a tensor of shape \(1, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"Layer 0 returns a tensor of shape \(1, 2, 3, 3\)"):
         profile_of(Constant(1.0), [(HIDDEN[None],)])
 
 

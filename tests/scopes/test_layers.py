@@ -84,7 +84,7 @@ def test_layers_by_name() -> None:
         ("nothing", r"matches nothing in Sequential. Accepted are one list \(body\)"),
         ("head", "matches head in Sequential"),
         ("body.*", "`body.0` inside another match"),
-        ("bo(dy", "no regular expression"),
+        ("bo(dy", "not a regular expression"),
     ],
 )
 def test_names_that_find_no_layers(name: str, found: str) -> None:

@@ -51,7 +51,7 @@ def test_profile_from_a_file(
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"`profile` is .*broken.json', which is not an activation profile"):
         fit(make_module(), DominantLayer(profile=str(tmp_path / "broken.json")), zeroth_order())
-    with pytest.raises(ValueError, match=r"`profile` is 'none.json', which is no file"):
+    with pytest.raises(ValueError, match=r"`profile` is 'none.json', which is not a file"):
         fit(make_module(), DominantLayer(profile="none.json"), zeroth_order())
 
 
@@ -133,7 +133,7 @@ def test_two_scopes(make_module: Callable[..., Any], fit: Callable[..., L.Traine
         (lambda: RandomLayer(seed=2**63), r"`seed` must be an integer of at most 64 bits"),
         (lambda: TrainParameters([]), r"`patterns` must be a list of at least one regular expression, got \[\]"),
         (lambda: TrainParameters("attn"), r"`patterns` must be a list .* got 'attn'"),
-        (lambda: TrainParameters(["q_proj", "(("]), r"`patterns` has '\(\(', which is no regular expression"),
+        (lambda: TrainParameters(["q_proj", "(("]), r"`patterns` has '\(\(', which is not a regular expression"),
         (
             lambda: TrainParameters(["q_proj", "query"]),
             r"`patterns` has 'query', which matches no parameter. There are network.model.",
@@ -161,7 +161,7 @@ def test_what_is_refused_before_training(
         ),
         (TrainLayers([6]), "`layers` is 6"),
         (DominantLayer(extra_layers=[9]), "`extra_layers` is 9"),
-        (DominantLayer(profile="none.json"), "`profile` is 'none.json', which is no file"),
+        (DominantLayer(profile="none.json"), "`profile` is 'none.json', which is not a file"),
         (
             DominantLayer(LoRA(target_modules=["q_proj", "query"])),
             "`target_modules` matches nothing for query in layer 0",

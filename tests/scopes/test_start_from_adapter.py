@@ -110,8 +110,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "adapter_config.json").unlink(), "is no folder of PEFT's: it needs adapter_config.json"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), "is no folder of PEFT's"),
+        (lambda f: (f / "adapter_config.json").unlink(), "is not a folder of PEFT's: it needs adapter_config.json"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "is not a folder of PEFT's"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read: JSONDecodeError"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 20), "cannot be read: SafetensorError"),
         (damaged(lambda c, _: c.update(peft_type="NEW")), "cannot be read: "),
@@ -135,7 +135,7 @@ def test_embeddings_of_an_adapter_s_own_are_refused(write_adapter: Any, folder: 
     adapter = write_adapter(LoraConfig(r=2, target_modules=["embed_tokens"]))
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     damaged(lambda _, weights: weights[name].add_(1))(adapter)
-    with pytest.raises(ValueError, match=r"has a model.embed_tokens.base_layer.weight of shape .*, other than the mod"):
+    with pytest.raises(ValueError, match=r"has a model.embed_tokens.base_layer.weight of shape .*, which is not the"):
         CausalLM(str(folder / "model"), adapter=str(adapter))
 
 

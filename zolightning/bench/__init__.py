@@ -1,1 +1,1 @@
-"""Benchmarks, ``python -m zolightning.bench``: what they measure, and what they found, is in ``logs/README.md``."""
+"""Benchmarks, ``python -m zolightning.bench``; ``logs/README.md`` says what they measure and what they found."""

@@ -13,7 +13,7 @@ from zolightning.malloc import keep_freed_memory
 # Each has a module of its name, with `Settings`, a dataclass whose fields are the options, and `run`, a function of it.
 _BENCHMARKS = {
     "step": "a training step",
-    "gpu": "bits, steps, memory and kernels of a GPU in eight minutes",
+    "gpu": "bits, steps, memory and kernels on a GPU in eight minutes",
     "learn": "which method learns most, at equal forwards and at equal time",
     "signal": "which maps have gradients that stand out of their noise",
     "memory": "GB by model and mode",
@@ -23,7 +23,7 @@ _BENCHMARKS = {
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The documentation of a benchmark as it is written, and the default of each option."""
+    """Shows the documentation of a benchmark as it is written, and the default of each option."""
 
 
 def parser(names: Iterable[str] = _BENCHMARKS) -> argparse.ArgumentParser:

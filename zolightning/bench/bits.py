@@ -1,4 +1,4 @@
-"""Whether the loops over parameters write the same bits as those of the CPU: on a device, or in another backend."""
+"""Whether the loops over parameters write the same bits on a device, or in another backend, as on the CPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,7 +30,7 @@ def comparisons(
 ) -> Iterator[tuple[str, Callable[[torch.device], int]]]:
     """Names of comparisons, each with a function of a device.
 
-    It returns how many of the elements that a loop writes on the device have other bits than on the CPU.
+    The function returns how many of the elements that a loop writes on the device have different bits than on the CPU.
 
     Args:
         elements: number of elements of the tensors; an odd number is best.
@@ -51,7 +51,7 @@ def comparisons(
 def _cases() -> Iterator[tuple[Any, ...]]:
     """Tuples of a method of LoopRuns and its arguments.
 
-    The loops that steps use most go first: a device compiles a loop or two for each case, and may not come to the end.
+    The loops that steps use most come first: a device compiles a loop or two for each case, and may not get to the end.
     """
     few = tuple(zip((1, 3), NOISE_KINDS, strict=True))
     one, *more = product((1, 2, 3), NOISE_KINDS)
@@ -120,7 +120,7 @@ def _compare_huge(case: Callable[[torch.device, int, int], Outputs], elements: i
 
 
 def _differing(ours: Outputs, expected: Outputs) -> int:
-    """Elements with other bits, but for those that are NaN in both."""
+    """Number of elements with different bits, without those that are NaN in both."""
     count = 0
     for one, other in zip(ours, expected, strict=True):
         one = one.cpu()

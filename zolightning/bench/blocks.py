@@ -1,7 +1,7 @@
 """When steps in one layer at a time are faster than steps of all weights: ``python -m zolightning.bench blocks``.
 
-A step is forwards and passes over the parameters it moves. In units of one bare forward, where passes over all weights
-of a step of MeZO take x of them, L layers move one at a time, and nothing but layers moves:
+A step is forwards and passes over the parameters it moves. If the passes of MeZO over all weights take x times as long
+as one bare forward, and L layers move one at a time and nothing else does, a step takes, in units of that forward:
 
 * MeZO: ``2 + x``
 * FOCUS: ``3 + x / L``; and where what lies below the layer is computed once, ``2 + x / L`` on average, since two of the
@@ -11,8 +11,8 @@ So FOCUS is faster by any factor only where x is large: short prompts, small bat
 for OPT-30B at batches of 32 (1.83, three full forwards, 48 layers) takes an x of 3.6: passes that take two thirds of
 MeZO's step. With embeddings and head moving in each step, their share of the weights is moved beside the layer.
 
-Measured: seconds on prompts of SST-2 at several batch sizes, of which x is what MeZO takes beyond two forwards; and the
-factors, beside what the model says of them.
+Measured: seconds on prompts of SST-2 at several batch sizes, where x is what MeZO takes beyond two forwards; and the
+factors, next to those that the model predicts.
 """
 
 from dataclasses import dataclass
@@ -42,13 +42,13 @@ class Settings:
     batch_sizes: list[int] = option("rows a batch", [1, 4, 16, 32])
     data_path: Path | None = option("folder of SST-2 as JSON lines, not the package's sentiment set", None)
     prompt_batches: int = option("batches of prompts", 2)
-    repeats: int = option("passes that a median is taken of", 3)
+    repeats: int = option("rounds that a median is taken over", 3)
     clock: Clock = option("cpu: time of this process, on shared machines", "wall")
     output: Path = option("file to write", Path("logs/bench/blocks.csv"))
 
 
 def speedup(passes: float, layers: int, beside: float = 0.0, shared: bool = True) -> float:
-    """How many times as fast a step of FOCUS is as one of MeZO.
+    """How many times as fast as a step of MeZO one of FOCUS is.
 
     Args:
         passes: time of the passes over all weights in a step of MeZO, in units of one forward.
@@ -66,7 +66,7 @@ def passes_for(factor: float, layers: int, shared: bool = True) -> float:
 
 
 def measure(subject: Subject, batch_size: int, settings: Settings) -> Record:
-    """Seconds of the rows on prompts, in turns, and the factors measured beside those of the model in this file."""
+    """Seconds of the rows on prompts, in turns, and the factors measured next to those of the model in this file."""
     model, rows = subject.model, [FORWARD, *(BY_NAME[name] for name in ROWS)]
     device = next(model.parameters()).device
     examples = subject.examples(settings.data_path, "sst2", settings.prompt_batches, batch_size)

@@ -20,7 +20,7 @@ from zolightning.optim.subspace_weights import SubspaceWeights
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine does at best, measured in the same run."""
+    """The best that the machine can do, measured in the same run."""
 
     bytes_per_second: float  # rate of a copy, counting the bytes read and those written
     flops_per_second: float  # rate of a product of square matrices in the dtype of the weights
@@ -45,7 +45,7 @@ class Ceilings:
         repeats = 20 if is_cuda else 5
         copying = kernel_seconds(partial(target.copy_, source), device, repeats)
         del source, target
-        # Random, for a card draws less power and clocks higher on zeros.
+        # Random, because a card draws less power and clocks higher on zeros.
         left, right = torch.randn(2, width, width, device=device).to(dtype)
         out = torch.empty_like(left)
         multiplying = kernel_seconds(partial(torch.mm, left, right, out=out), device, repeats)

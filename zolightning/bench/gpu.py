@@ -1,11 +1,11 @@
-"""What a GPU can be asked in eight minutes: ``python -m zolightning.bench gpu``.
+"""Measures a GPU in eight minutes: ``python -m zolightning.bench gpu``.
 
-What is known least comes first: do the loops over parameters write the bits of the CPU's; what do whole steps take, in
-time and memory, on models by shape, with CUDA graphs and without, ours and published; is a run the same twice, and when
-it is resumed; in pieces of which size is a large matrix multiplied fastest; how near do the loops come to the bandwidth
-of the card, and what do they cost without Triton. Each part runs in processes of its own and has a time limit. Its
-figures are appended to one CSV file as soon as they are there, a line each; what fails or runs out of time leaves a
-line that says so, and what comes next goes on.
+What is known least comes first: do the loops over parameters write the same bits as on the CPU; what do whole steps
+take, in time and memory, on models by shape, with CUDA graphs and without, ours and published; is a run the same twice,
+and when it is resumed; in pieces of which size is a large matrix multiplied fastest; how near do the loops come to the
+bandwidth of the card, and what do they cost without Triton. Each part runs in processes of its own and has a time
+limit. Its figures are appended to one CSV file as soon as they are there, a line each; a part that fails or runs out of
+time leaves a line that says so, and the next part follows.
 """
 
 import re
@@ -118,7 +118,7 @@ class Part:
 
 
 def parts(sizes: Sizes) -> list[Part]:
-    """The parts, the most important first: eight minutes, if each of them takes all of its time."""
+    """The parts, the most important first; they take eight minutes if each uses all of its time."""
     parity = sizes.steps[-1].settings  # beside the row MeZO of the same model, whose loops are in Triton
     return [
         Part("bits", 120, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
@@ -133,7 +133,7 @@ def parts(sizes: Sizes) -> list[Part]:
 def run_part(part: Part, device: torch.device, path: Path) -> None:
     """Runs a part in processes of its own, which are killed when its time is over, and writes how long they took."""
     begin, figures = time.monotonic(), Figures(path, part.name)
-    append(path, COLUMNS, [])  # the head, which each of several processes would write
+    append(path, COLUMNS, [])  # the header, which otherwise each of several processes would write
     context = get_context("spawn")
     processes = [context.Process(target=run_here, args=(part, device, path, place)) for place in range(len(part.runs))]
     with environment(part.environment):
@@ -151,8 +151,8 @@ def run_part(part: Part, device: torch.device, path: Path) -> None:
 
 
 def run_here(part: Part, device: torch.device, path: Path, place: int = 0) -> None:
-    """Runs one of a part's runs in this process, and writes whether it came to its end."""
-    repeat_products()  # the environment is that of the process that started this one, what torch is told is not
+    """Runs one of a part's runs in this process, and writes whether it got to its end."""
+    repeat_products()  # environment variables are inherited from the parent process, torch's settings are not
     figures = Figures(path, part.name)
     with figures.guarded("part"):
         part.runs[place](device, figures)
@@ -171,7 +171,7 @@ def _bits(sizes: Sizes, place: int, device: torch.device, figures: Figures) -> N
                 figures.write(name, differing=count)
             else:
                 equal += 1
-        if cases % _CASES == 0:  # the part may not come to its end
+        if cases % _CASES == 0:  # the part may not get to its end
             figures.write(f"the first {cases} from {place}", equal=equal)
     figures.write(f"all from {place}", cases=cases, equal=equal)
 

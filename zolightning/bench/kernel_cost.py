@@ -1,4 +1,4 @@
-"""How near the loops over parameters come to the bandwidth of a copy, and what products with perturbed weights take."""
+"""How near the loops over parameters come to the bandwidth of a copy, and times of products with perturbed weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,7 +27,7 @@ PIECES_MIB = (64, 32, 16, 8)
 
 
 def measure_kernels(device: torch.device, sizes: Sequence[int], ceilings: Ceilings) -> Iterator[Record]:
-    """Times each kernel in bf16: milliseconds, gigabytes read and written a second, and the time over that of a copy.
+    """Times each kernel in bf16: milliseconds, gigabytes per second read and written, and the time over that of a copy.
 
     The most important come first: one query and the largest size; the loops of PyTorch come last.
     """
@@ -111,10 +111,10 @@ def _product_in_pieces(
 
 
 def _as_one_graph(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On CUDA a function that replays all that `call` launches, so that the host takes no part in its time."""
+    """On CUDA a function that replays all that `call` launches, so that its time does not include the host's."""
     if device.type != "cuda":
         return call
-    call()  # compiles what it needs, and takes its memory
+    call()  # compiles what it needs, and allocates its memory
     capture = CudaCapture(device)
     capture.warm_up(call)
     return capture.record(call)[1]

@@ -2,16 +2,16 @@
 
 Entries are files of ``configs/`` and settings as for ``zolightning fit``: any model, method, scope, or combination.
 Each is trained with every learning rate of a grid, of the same size for all, then with further seeds at the learning
-rate of the least validation loss: found at equal forwards for the table at equal forwards, at equal seconds of training
-for the table at equal time. An entry that measures its learning rate (``lr_probe``) has no grid, and pays for what it
-measures. A run goes on until it has used up both limits, so one run mostly serves both tables. What is tested is the
-weights with the least validation loss within the limit. Lines are appended to a CSV file as they are known; the same
-command again passes over finished runs and goes on with the others from their last checkpoint. At the end it prints the
+rate with the lowest validation loss: found at equal forwards for the table at equal forwards, at equal seconds of
+training for the table at equal time. An entry that measures its learning rate (``lr_probe``) has no grid, and its
+measurements count. A run goes on until it has used up both limits, so one run usually serves both tables. The weights
+with the lowest validation loss within the limit are tested. Lines are appended to a CSV file as they are known; the
+same command again skips finished runs and resumes the others from their last checkpoint. At the end it prints the
 tables and draws all curves beside the file.
 
-The length of a run is estimated after each step: the steps that what is left of its limits will do for, at the mean
-cost of a step so far. ``WarmupDecay`` and ``lr_probe`` go by it, so that a rate that falls to 0 does so where the run
-ends. Under two limits that is the later one, and the table of the other shows a rate that has not fallen yet.
+The length of a run is estimated after each step: the steps that the rest of its limits suffices for, at the mean cost
+of a step so far. ``WarmupDecay`` and ``lr_probe`` use this estimate, so that a rate that falls to 0 does so where the
+run ends. Under two limits that is the later one, and the table of the other shows a rate that has not fallen yet.
 
   python -m zolightning.bench learn --forwards 600 --seconds 120 --grid 0.3 1 3 --seeds 0 1 \\
     --config "configs/tasks/sst2.yaml configs/models/smollm2_135m.yaml data.path=SST2" \\
@@ -113,7 +113,7 @@ def entry(settings: Settings, name: str, words: str) -> Entry:
     try:
         config = read(" ".join([*settings.config, words]))
         lr = learning_rate(config)
-        callbacks(config)  # what is wrong with them is said before the first run
+        callbacks(config)  # their errors are raised before the first run
         data = make(config, "data").data
     except (MisconfigurationException, ValueError) as error:
         raise SystemExit(f"`--entry` {name!r}: {error}") from None
@@ -126,7 +126,7 @@ def entry(settings: Settings, name: str, words: str) -> Entry:
 
 
 def run(settings: Settings) -> None:
-    """Makes the runs that are not finished, one after the other, and says what all of them found."""
+    """Makes the runs that are not finished, one after the other, and prints what all of them found."""
     require(torch.device(settings.device))
     entries = [entry(settings, name, words) for name, words in settings.entries().items()]
     end = None if settings.time_limit is None else time.monotonic() + settings.time_limit
@@ -143,16 +143,16 @@ def run(settings: Settings) -> None:
                     train(key, config, limits, settings.device, settings.output, folder)
             except Stopped:
                 raise
-            except Exception:  # such as too little memory, which others may do with
+            except Exception:  # such as too little memory, which may suffice for others
                 traceback.print_exc()
                 failed.append(f"{key.entry}, lr {key.lr:g}, seed {key.seed}")
     except Stopped:
-        print("The time is over; the same command goes on.")
+        print("The time is over; the same command continues.")
     curves = read_curves(settings.output)
     print_tables(entries, curves, settings.limits())
     draw(settings.output.with_suffix(".png"), entries, curves, settings.limits())
     if failed:
-        raise SystemExit(f"Runs that failed, and why is said above: {'; '.join(failed)}.")
+        raise SystemExit(f"Runs that failed, for the reasons above: {'; '.join(failed)}.")
 
 
 def _unfinished(settings: Settings, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Key]]:

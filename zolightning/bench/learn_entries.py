@@ -27,12 +27,12 @@ _parser = cache(fit_parser)  # which takes seconds
 
 
 def read(words: str) -> Namespace:
-    """The config that files and settings make, the later ones going first.
+    """The config that files and settings make; later ones override earlier ones.
 
     Args:
         words: such as ``configs/methods/mezo.yaml scope=DominantLayer method.lr=1e-4``, split as by a shell: what
             would be ``--config configs/methods/mezo.yaml --scope=DominantLayer --method.lr=1e-4`` of ``zolightning
-            fit``. Lengths of runs, loggers and numbers of devices mean nothing.
+            fit``. Lengths of runs, loggers and numbers of devices are ignored.
 
     Raises:
         ValueError: naming a file or a setting, and what is wrong with it.
@@ -86,7 +86,7 @@ def callbacks(config: Namespace) -> list[Callback]:
 
     Raises:
         MisconfigurationException: naming a field that has nothing to act on.
-        ValueError: by a method or scheduler, naming the argument, its value and what is accepted.
+        ValueError: from a method or scheduler, naming the argument, its value and what is accepted.
     """
     made = make(config, *SLOTS, "trainer")
     return [*slot_callbacks(config, made), *(made.trainer.callbacks or [])]

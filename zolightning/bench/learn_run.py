@@ -214,7 +214,7 @@ class Meter(Callback):
 
 
 class Deadline(Callback):
-    """Stops a run at a value of ``time.monotonic()`` as a cluster would: by SIGTERM, on which SaveLast saves it."""
+    """Stops a run at a value of ``time.monotonic()`` as a cluster would: with SIGTERM, on which SaveLast saves it."""
 
     def __init__(self, at: float | None) -> None:
         self.at = at

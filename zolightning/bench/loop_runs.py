@@ -1,4 +1,4 @@
-"""Runs of the loops over parameters, on numbers of any bit pattern."""
+"""Runs of the loops over parameters, on numbers with random bit patterns."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def noise(queries: int, kind: NoiseKind, device: torch.device, size: float = 1e-
 
 
 def any_bits(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Numbers of any bit pattern: zeros of both signs, subnormal numbers, infinities and NaNs among them."""
+    """Numbers with random bit patterns: zeros of both signs, subnormal numbers, infinities and NaNs among them."""
     integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     limits = torch.iinfo(integer)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Time and bytes: of a process on CPUs, of torch's allocator and the whole card on CUDA; and which machine it is."""
+"""Time and memory: of a process on CPUs, of torch's allocator and the whole card on CUDA; and which machine it is."""
 
 import gc
 import os
@@ -63,14 +63,14 @@ def reserved_peak_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free bytes of the card, other processes being counted; None without a card."""
+    """Free bytes of the card, after what other processes use; None without a card."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def kernel_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median seconds of work that `call` starts on `device`; on CUDA without the host's part in starting it.
+    """Median seconds of work that `call` starts on `device`; on CUDA without the host's time for launching it.
 
-    There, a pass over 256 MB goes before each call: it empties the second-level cache, and while it runs the host has
+    There, a pass over 256 MB comes before each call: it empties the second-level cache, and while it runs the host has
     time to queue what comes next.
     """
     call()  # what happens only once is not timed
@@ -110,11 +110,11 @@ def environment(variables: Iterable[tuple[str, str]]) -> Iterator[None]:
 def require(device: torch.device) -> None:
     """Raises a SystemExit with one line if there is no such device."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("`--device` is cuda, and PyTorch finds no GPU that it can use. Use cpu.")
+        raise SystemExit("`--device` is cuda, but PyTorch finds no GPU that it can use. Use cpu.")
 
 
 def machine(device: torch.device = CPU) -> dict[str, str | int | None]:
-    """What figures depend on besides the arguments; of a card, its software and how much is free: None without one."""
+    """What figures depend on besides the arguments; the card, its software and its free memory are None without one."""
     host: dict[str, str | int | None] = {
         "torch": torch.__version__,
         "cpu": _cpu_name(),

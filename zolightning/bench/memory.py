@@ -1,4 +1,4 @@
-"""GB that training takes of a GPU, by model and mode, as a table in Markdown: ``python -m zolightning.bench memory``.
+"""GB that training takes on a GPU, by model and mode, as a table in Markdown: ``python -m zolightning.bench memory``.
 
 Computed from shapes (:mod:`zolightning.memory`) on any machine; nothing is downloaded, and no weight is allocated.
 """
@@ -16,7 +16,7 @@ from zolightning.memory import BatchShape, MemoryPlan, Trained, plan, trained_wh
 from zolightning.memory_alternatives import layer, on_quantized, with_lora, with_scales
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, SubZero
 
-# Bytes to plan with, by what cards are called: of so many GiB 2 % are left for what an estimate misses.
+# Bytes to plan with, by the nominal GiB of a card: 2 % are left for what an estimate misses.
 CARDS = {gigabytes: gigabytes * 2**30 * 98 // 100 for gigabytes in (24, 48, 80)}
 CONTEXT = 800 * 10**6  # bytes for CUDA's context, workspaces of its libraries, and space lost between blocks
 
@@ -49,7 +49,7 @@ def _layers(model: nn.Module) -> list[Trained]:
 
 
 def _focus(model: nn.Module) -> list[Trained]:
-    """What FOCUS moves at once: a layer, and beside it all that is not in layers."""
+    """What FOCUS moves at once: a layer, and all that is not in layers."""
     stack = find_layers(model)
     in_layers = {parameter for index in range(len(stack)) for parameter in stack.parameters(index).values()}
     return layer(model) + trained_whole((p for p in model.parameters() if p not in in_layers), beside=True)

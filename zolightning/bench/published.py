@@ -1,4 +1,4 @@
-"""The published MeZO recipe, restated plainly: what a step of ours is compared with.
+"""The published MeZO recipe, restated plainly, to compare our steps with.
 
 Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333: algorithm 1 and the choices
 of its released code (https://github.com/princeton-nlp/MeZO), none of them improved. Only the speed and the memory of
@@ -19,8 +19,8 @@ from zolightning.data.encoding import Example
 class PublishedMeZO:
     """Two losses between four passes over the parameters, each of which draws the same noise anew.
 
-    A pass seeds torch's generator, draws ``torch.normal(0, 1)`` in the dtype of each parameter, and puts a new
-    tensor in the place of the old one.
+    A pass seeds torch's generator, draws ``torch.normal(0, 1)`` in the dtype of each parameter, and replaces the old
+    tensor by a new one.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, eps: float, seed: int = 0) -> None:

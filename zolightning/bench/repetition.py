@@ -56,7 +56,7 @@ GRAPHED = ("MeZO", "LOZO")  # with CUDA graphs once more, where there are any
 
 
 class RandomTokens(L.LightningModule):
-    """A model by shape that learns to predict random tokens, other ones at each step.
+    """A model by shape that learns to predict random tokens, different ones at each step.
 
     Args:
         shape: a key of :data:`~zolightning.bench.shapes.SHAPES`; the weights are bfloat16.

@@ -1,8 +1,8 @@
-"""Where a task's gradient stands out of its noise: ``python -m zolightning.bench signal``.
+"""Where a task's gradient stands out from its noise: ``python -m zolightning.bench signal``.
 
-Gradients by backpropagation, at the weights as they are, of the numbers that rank-1 bases from activations search: of
-each linear map in the layers the product of its gradient with the leading direction v of its inputs, scaled as
-``ActivationBases`` does. Of each set of maps it prints
+Gradients by backpropagation, at the weights as they are, in the subspaces of rank-1 bases from activations: for each
+linear map in the layers, the product of its gradient with the leading direction v of its inputs, scaled as
+``ActivationBases`` does. For each set of maps it prints
 
 * S, the squared norm of the mean gradient, N, the variance of the gradients of single examples around it, both in all,
   and N / S: batches of N / S examples have as much noise as signal;
@@ -11,10 +11,10 @@ each linear map in the layers the product of its gradient with the leading direc
 * that learning rate, ``S / (Q sqrt(S + N / B))``, for a method with `normalize`: it falls as the signal does;
 * S and N of the whole matrices, which MeZO searches.
 
-Most of the first gradient says which answers are too likely whatever the prompt. A bias for each answer learns that in
-no time, so it is fitted first, and the gradient is that of what is left; ``--without-bias`` leaves it out. Examples are
-dealt into four parts, each with a bias of its own, and S is the mean product of the gradients of two parts: noise
-does not count as signal, and S may turn out negative where there is none.
+Most of the first gradient says which answers are too likely whatever the prompt. A bias for each answer learns that
+very fast, so it is fitted first, and the gradient is that of the loss with it; ``--without-bias`` leaves it out.
+Examples are dealt into four parts, each with a bias of its own, and S is the mean product of the gradients of two
+parts: noise does not count as signal, and S may turn out negative where there is none.
 
   python -m zolightning.bench signal --patterns "layers.1[0-9]" "(gate|up)_proj" \\
     --config configs/tasks/sst2.yaml configs/models/smollm2_135m.yaml data.path=SST2
@@ -166,7 +166,7 @@ def measure(module: CausalLM, batches: Sequence[Any], with_bias: bool) -> tuple[
 
 
 def best_bias(scores: Tensor, labels: Tensor) -> Tensor:
-    """What added to the scores (B, C) of the answers gives the least loss; a pull to 0 where an answer never occurs."""
+    """The bias of the scores (B, C) of the answers with the lowest loss; pulled to 0 if an answer never occurs."""
     bias = torch.zeros(scores.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([bias], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -1,4 +1,4 @@
-"""What a training step takes, in time and memory, ours and as published: ``python -m zolightning.bench step``.
+"""What a training step takes in time and memory, ours and as published: ``python -m zolightning.bench step``.
 
 On a CPU, times come from one process in which the rows take turns, and peaks of memory from a fresh process for each
 row; all rows take half an hour on two cores. On a GPU, where the states of all rows do not fit side by side,
@@ -67,10 +67,10 @@ class Settings:
     seq_len: int = option("random tokens a row", 32)
     data_path: Path | None = option("folder of SST-2 as JSON lines, not the package's sentiment set", None)
     lengths: str = option("prompts of a model by shape: as long as those of a task, or so many tokens each", "sst2")
-    prompt_batches: int = option("batches of prompts that a mean is taken of", 8)
+    prompt_batches: int = option("batches of prompts that a mean is taken over", 8)
     noise_elements: int = option("elements to make noise for", 10_000_000)
-    rows: list[str] = option("regular expressions: the rows to measure, beside those they are compared with", [])
-    repeats: int = option("rounds that a median is taken of", 7)
+    rows: list[str] = option("regular expressions: the rows to measure, besides those they are compared with", [])
+    repeats: int = option("rounds that a median is taken over", 7)
     threads: int | None = option("of torch; its own choice if not given", None)
     output: Path = option("file to write", Path("logs/bench/step.csv"))
 
@@ -112,7 +112,7 @@ def run(settings: Settings) -> None:
     tables: dict[str, list[Record]] = {}
     for name, records in measure_step(settings, ceilings):
         tables[name] = records
-        write_csv(settings.output, tables, context)  # what there is, should the rest not come
+        write_csv(settings.output, tables, context)  # what there is so far, in case the rest fails
     tables["noise"] = measure_noise(settings.noise_elements, settings.repeats, device)
     titles = {
         "random tokens": f"{settings.batch_size} x {settings.seq_len} random tokens, all logits",

@@ -85,7 +85,7 @@ def prompt_record(name: str, costs: Mapping[str, Cost]) -> dict[str, Any]:
     return {
         "row": name,
         "mean_seconds": cost.prompt_seconds,
-        # The recipe's own forwards are others: of all candidates and all logits.
+        # The recipe's own forwards differ: they have all candidates and all logits.
         "over_its_forwards": None if name == PUBLISHED.name else cost.prompt_seconds / own_forwards,
         "published_over_row": None if published is None else published.prompt_seconds / cost.prompt_seconds,
         "tokens_per_forward": cost.prompts.tokens,

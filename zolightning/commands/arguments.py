@@ -17,7 +17,7 @@ _FILES = ("--config", "-c")
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with all that this module changes in them."""
+    """Command-line arguments with all changes that this module makes."""
     words: list[str] = []
     for word in arguments:
         option, equals, value = word.partition("=")
@@ -83,14 +83,14 @@ def _nulls(slots: Iterable[str]) -> list[str]:
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a field that is there twice, of which the first one would be passed over."""
+    """Refuses a field that is given twice, the first of which would be ignored."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first: dict[Any, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
             if key.value in first:
-                raise ValueError(f"`{key.value}` is there twice, in lines {first[key.value]} and {line}")
+                raise ValueError(f"`{key.value}` is given twice, in lines {first[key.value]} and {line}")
             first[key.value] = line
         return super().construct_mapping(node, deep)
 
@@ -99,12 +99,12 @@ def _classes_named(config: str) -> set[str]:
     """The slots for which a config names a class or null; the config is the path of a file or YAML text.
 
     Raises:
-        ValueError: naming the file, if it is none, or not a mapping in YAML.
+        ValueError: naming the file, if it does not exist, or is not a mapping in YAML.
     """
     is_text = "\n" in config or ":" in config or config.lstrip().startswith("{")
     if not Path(config).is_file() and not is_text:
         packaged_ones = " `zolightning configs` lists those that come with the package." if "configs" in config else ""
-        raise ValueError(f"`--config` is {config!r}, which is no file.{packaged_ones}")
+        raise ValueError(f"`--config` is {config!r}, which is not a file.{packaged_ones}")
     try:
         text = config if is_text and not Path(config).is_file() else Path(config).read_text("utf-8")
         values = yaml.load(text, _EachKeyOnce)

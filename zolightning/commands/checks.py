@@ -38,8 +38,8 @@ def check_groups(config: Namespace, names: Iterable[str]) -> None:
     for name in names:
         if name in config and config[name] is None:  # a class without arguments has no group
             raise ValueError(
-                f"`{name}` is null, and holds settings. Leave it out to have the defaults; without checkpoints a run "
-                "is made by `trainer.enable_checkpointing: false`."
+                f"`{name}` is null, but it is a group of settings. Leave it out to get the defaults; for a run without "
+                "checkpoints set `trainer.enable_checkpointing: false`."
             )
 
 
@@ -89,18 +89,18 @@ def check_settings(config: Namespace, subcommand: str) -> None:
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(
             "`trainer.val_check_interval` must be above 0, a number of batches or a share of an epoch, got "
-            f"{interval}. Without validations a run is made by `trainer.limit_val_batches: 0`."
+            f"{interval}. For a run without validations set `trainer.limit_val_batches: 0`."
         )
     if isinstance(interval, float) and trainer.check_val_every_n_epoch is None:
         raise ValueError(
             f"`trainer.val_check_interval` is {interval}, a share of an epoch, and `trainer.check_val_every_n_epoch` "
-            "is null, with which it is a whole number of batches. Set the latter to 1, or give such a number."
+            "is null, so that it must be a whole number of batches. Set the latter to 1, or give such a number."
         )
     model = config.model.get("init_args", {})
     quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
     if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:
         raise ValueError(
-            f"`model.quantization` is {quantization!r}, which freezes weights, and no `scope` says what trains beside "
+            f"`model.quantization` is {quantization!r}, which freezes weights, and no `scope` says what trains besides "
             "them. Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave "
             "`quantization` out."
         )
@@ -127,8 +127,8 @@ def check_method(optimizer: ZerothOrderOptimizer) -> None:
         )
     if not _SMALLEST_EPS <= group["eps"] <= _LARGEST_EPS:
         raise ValueError(
-            f"`method.eps` must be between {_SMALLEST_EPS:g} and {_LARGEST_EPS:g}, got {group['eps']:g}: weights would "
-            "not be seen to move, or would be lost in the noise. 1e-3 is usual."
+            f"`method.eps` must be between {_SMALLEST_EPS:g} and {_LARGEST_EPS:g}, got {group['eps']:g}: a smaller "
+            "one is lost in rounding, a larger one drowns the weights in noise. 1e-3 is usual."
         )
     if group["lr"] > _LARGEST_LR:
         raise ValueError(f"`method.lr` must be at most {_LARGEST_LR:g}, got {group['lr']:g}.")
@@ -144,7 +144,7 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
     if subcommand == "fit" and config.evaluation.keep_prefix_gib and not fixed:
         raise ValueError(
             f"`evaluation.keep_prefix_gib` is {config.evaluation.keep_prefix_gib}, and `data.fixed_batches` is false: "
-            "what is kept of a batch is of use when the same batch comes again. Set `data.fixed_batches` to true."
+            "what is kept of a batch helps only if the same batch comes again. Set `data.fixed_batches` to true."
         )
     if subcommand == "fit" and hasattr(datamodule, "check_training"):
         datamodule.check_training()
@@ -153,9 +153,9 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
 
 
 def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
-    """Checks, before anything is validated or written, that nothing without gradients is to be trained by them.
+    """Checks, before anything is validated or written, that backpropagation is not asked for where it cannot work.
 
-    A reward has none, and the package's strategies average none. Offloaded weights are not to train either.
+    A reward has no gradient, and the package's strategies average no gradients. Offloaded weights cannot train at all.
 
     Raises:
         MisconfigurationException: naming the strategy, the device map, the objective or the reward.
@@ -193,7 +193,7 @@ def check_monitors(
     for owner, name in monitors:
         if name not in logged:
             raise MisconfigurationException(
-                f"`{owner}` waits for the metric {name!r}, which the validation does not log. It logs "
+                f"`{owner}` asks for the metric {name!r}, which the validation does not log. It logs "
                 f"{', '.join(sorted(logged)) or 'none'}."
             )
 

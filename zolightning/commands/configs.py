@@ -18,9 +18,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="zolightning configs",
         description="Lists the config files that come with the package. `--config configs/...` finds them from every "
-        "folder; a file of that name below the working directory goes first.",
+        "folder; a file of that name below the working directory takes precedence.",
     )
-    parser.add_argument("--copy", metavar="FOLDER", help="copy them into a new folder, to be changed there")
+    parser.add_argument("--copy", metavar="FOLDER", help="copy them into a new folder, to edit them there")
     copy: str | None = parser.parse_args(arguments).copy
     folder = configs()
     if copy is None:

@@ -40,18 +40,18 @@ def examine(
     num_steps: int = 8,
     num_examples: int = 32,
 ) -> None:
-    """Says what a run would be, and what stands in its way, before it begins; trains and writes nothing.
+    """Examines a run before it begins, and says what to change; trains and writes nothing.
 
     Takes the first steps of the run that the configuration describes, at a learning rate of 0, and prints for each
     kind of parameter the share of perturbations and of updates that survives rounding; how large the differences of
-    losses are beside the rounding of a loss; the largest output; the time of a step, and memory; a range of learning
-    rates (LearningRateProbe); and what to change. Weights are afterwards as they were, to the bit.
+    losses are compared with the rounding of a loss; the largest output; the time of a step, and memory; a range of
+    learning rates (LearningRateProbe); and what to change. Weights are afterwards as they were, to the bit.
 
     Args:
         trainer: the Trainer with the settings and callbacks of the run, of which one device is used.
         model: any module that could be trained.
-        datamodule: to train on.
-        num_steps: steps to measure with, unless the run has a LearningRateProbe, which says so itself.
+        datamodule: the data to train on.
+        num_steps: steps to measure with; if the run has a LearningRateProbe, its setting is used instead.
         num_examples: examples that learning rates are tried on, likewise; the default takes about 100 forwards.
 
     Raises:
@@ -148,7 +148,7 @@ class _Doctor(Callback):
             difference=_difference(optimizer, self._records),
             noise=loss_noise(optimizer, self._evaluate),
             output=self._output,
-            step_seconds=statistics.median(self._seconds[1:] or self._seconds or [math.nan]),  # the first one finds out
+            step_seconds=statistics.median(self._seconds[1:] or self._seconds or [math.nan]),  # the first is slower
             steps=int(self._steps),
             lr=rates[0],
             measured_lr=None if scale == 1.0 else begins * scale,  # the probe leaves it where it has found none
@@ -183,7 +183,7 @@ def _largest_output(module: nn.Module, evaluate: Any) -> Output:
         handle.remove()
     if not loss.isfinite():
         first = next((output for output in seen if not math.isfinite(output.value)), None)
-        where = "" if first is None else f", and {first.name} is the first to put out {first.value:g} ({first.dtype})"
+        where = "" if first is None else f", and {first.name} is the first to output {first.value:g} ({first.dtype})"
         raise MisconfigurationException(
             f"The loss is {loss.item():g} before the first step{where}. In float16 try --trainer.precision bf16-true; "
             "in other precisions look at the model and the data."
@@ -248,7 +248,7 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
     ]
     print_table(
         f"What rounding leaves of a perturbation eps z ({seen.eps:g}) and of an update lr g z ({seen.lr:.2g}, "
-        f"{seen.update_precision}):\nshare of the elements that move, and size of the move along what was meant\n"
+        f"{seen.update_precision}):\nshare of the elements that move, and size of the move over the intended one\n"
         "(-: does not move, or is of low rank and added to outputs, so that no weight is rounded)",
         rows,
     )
@@ -265,7 +265,7 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
     width = max(map(len, lines))
     print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
     found = list(findings(seen))
-    print("\n" + "\n".join(f"* {line}" for line in found or ["Nothing was found that stands in the way of this run."]))
+    print("\n" + "\n".join(f"* {line}" for line in found or ["No problem was found."]))
 
 
 def _rate(seen: Examination) -> str:

@@ -1,4 +1,4 @@
-"""Explains in one line what is wrong with an option, from the many lines that jsonargparse says of it."""
+"""Explains in one line what is wrong with an option, from the many lines of jsonargparse's message."""
 
 import inspect
 import re
@@ -35,10 +35,12 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         r'argument subcommand: invalid choice: \'(.*)\' \(|expected "subcommand" to be one of', message
     ):
         names = [*commands, *_OTHER_COMMANDS]
-        wrong = f"{found[1]!r} is no command{_hint(_closest(found[1], names))}" if found[1] else "no command is given"
+        wrong = (
+            f"{found[1]!r} is not a command{_hint(_closest(found[1], names))}" if found[1] else "no command is given"
+        )
         return f"{wrong}; accepted: {', '.join(names)}."
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
-        return f"`{found[1]}.help` is {found[2]!r}, which is no class that `{found[1]}` takes."
+        return f"`{found[1]}.help` is {found[2]!r}, which is not a class that `{found[1]}` takes."
     if beside := _beside_class_path(inner):
         return f"`{field}` has `{beside}` beside `class_path`: settings of a class go under `init_args`."
     if not field and (found := re.match(r"Option '([^']+)' is not accepted", message)):
@@ -57,7 +59,7 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
     if broken := _broken_import(inner):
         return f"`{field}` is {broken}."
     if "Dict must include a class_path" in message or "Given value: NestedArg(" in inner:
-        return f"`{field}` names no class, whose settings these would be{_accepted_classes(inner)}."
+        return f"`{field}` names no class for these settings{_accepted_classes(inner)}."
     if "collections.abc.Callable" in inner and not _bases(inner):
         given = re.findall(r"Given value: (.*)", inner)[-1]
         return (
@@ -69,10 +71,10 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         values = [found[1], *re.findall(r"Expected '([^']+)' to be|Given value: (\S+)|class_path='([^']+)'", inner)]
         given = next(name for value in values for name in ([value] if isinstance(value, str) else value or ()) if name)
         close = _closest(_short(given), _subclass_names(inner))
-        return f"`{field}` is {given!r}, which is no class of that kind{_hint(close)}{_accepted_classes(inner)}."
+        return f"`{field}` is {given!r}, which is not a class of that kind{_hint(close)}{_accepted_classes(inner)}."
     found = re.search(r"Expected (?:an import path or a subclass spec, but got|a dot import path string:) (.*)", inner)
     if found and _bases(inner):
-        return f"`{field}` is {found[1]!r}, which is no class of that kind{_accepted_classes(inner)}."
+        return f"`{field}` is {found[1]!r}, which is not a class of that kind{_accepted_classes(inner)}."
     if found := re.search(r"argument (?:-c/)?(\S+): (.*)", message):
         return f"`{found[1]}`: {found[2]}."
     expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^]]*\]|tuple with \d+)", inner)
@@ -148,7 +150,7 @@ def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> st
     close = [siblings[found] for found in same] or _closest(name, names, 0.8)
     of = f" of {_short(class_path)}" if class_path else ""
     listed = f"; accepted: {', '.join(names)}" if class_path else ""
-    return f"`{field}` is no setting{of}{_hint(close)}{listed}."
+    return f"`{field}` is not a setting{of}{_hint(close)}{listed}."
 
 
 def _closest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:

@@ -28,18 +28,18 @@ def export_model(
 ) -> None:
     """Writes a fine-tuned model as a Hugging Face folder, with a model card, and uploads it on request.
 
-    Of a run that trained adapters it is PEFT's folder of them. With a checkpoint come ``README.md``, the card, with
-    method, costs and metrics of the run, and ``training.yaml``, all settings, to repeat it by.
+    For a run that trained adapters, it is PEFT's folder of them. With a checkpoint there are also ``README.md``, the
+    card, with method, costs and metrics of the run, and ``training.yaml``, all settings, to repeat the run.
 
     Args:
         trainer: the Trainer, which has the settings of the command line.
         model: a module with an ``export`` method, such as CausalLM.
-        datamodule: whose task the card names.
+        datamodule: the data, whose task the card names.
         ckpt_path: checkpoint of the run; without it the pretrained weights are written.
         folder: where to write config, weights and tokenizer; must not exist, or be empty.
-        merge: add LoRA adapters to the weights beside them, and write the whole model.
-        push_to_hub: repository of the Hugging Face hub, ``owner/name``, to upload the folder to, as who is logged in
-            there (``hf auth login``); nothing is uploaded if not given.
+        merge: merge LoRA adapters into the base weights, and write the whole model.
+        push_to_hub: repository of the Hugging Face hub, ``owner/name``, to upload the folder to, as the user who is
+            logged in (``hf auth login``); nothing is uploaded if not given.
         private: whether a repository that has to be made is private.
         weights_only: False to unpickle a checkpoint that holds more than tensors; only if you trust its source.
 
@@ -91,7 +91,7 @@ def _check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"`push_to_hub` is {name!r}, which is no repository, owner/name: {reason}") from None
+        raise ValueError(f"`push_to_hub` is {name!r}, which is not a repository, owner/name: {reason}") from None
     if get_token() is None:
         raise ValueError(
             f"`push_to_hub` is {name!r}, and nobody is logged in to the Hugging Face hub here: `hf auth login`, or the "
@@ -109,6 +109,7 @@ def _upload(folder: Path, name: str, private: bool) -> None:
     except Exception as error:  # of the hub or of the HTTP library, which depends on the version of the hub's client
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"The hub did not take {name}: {reason}. The model is in {folder}; to try again: hf upload {name} {folder}"
+            f"The hub did not accept {name}: {reason}. The model is in {folder}; to try again: hf upload {name} "
+            f"{folder}"
         ) from error
     print(f"uploaded to {repository}")

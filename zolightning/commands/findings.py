@@ -79,7 +79,7 @@ def findings(seen: Examination) -> Iterator[str]:
         said = [f"{group.name} ({group.update.size:.0%} is kept)" for group in lost]
         advice = "set `method.update_precision` to exact"
         if seen.update_precision == "exact":
-            advice = "steps are that small: raise `method.lr`, or `method.vector_lr` where norms and biases have theirs"
+            advice = "steps are too small: raise `method.lr`, or `method.vector_lr` where norms and biases have theirs"
         yield f"Updates are lost with `method.update_precision` {seen.update_precision}: {some(said)}; {advice}."
 
 
@@ -94,7 +94,7 @@ def _of_numbers(seen: Examination) -> Iterator[str]:
     most = torch.finfo(seen.output.dtype).max
     if seen.output.value * _ROOM > most:
         yield (
-            f"{seen.output.name} puts out {seen.output.value:,.0f}, and {_name(seen.output.dtype)} ends at "
+            f"{seen.output.name} outputs {seen.output.value:,.0f}, and {_name(seen.output.dtype)} ends at "
             f"{most:,.0f}: the loss may become NaN. Use --trainer.precision bf16-true."
         )
 

@@ -20,8 +20,8 @@ class LeaveAsFound(Callback):
     """Undoes what a command has written to its run's folder, if an error ends it before it trains on a batch.
 
     Lightning's loggers create their files, and its command line ``config.yaml``, before rows, weights and checkpoints
-    are looked at: a run that goes on would have the settings that were refused. Where another process has begun to
-    write to the folder too, all is left there.
+    are checked: a resumed run would then have the refused settings. If another process has begun to write to the
+    folder too, everything is left there.
     """
 
     def __init__(self) -> None:

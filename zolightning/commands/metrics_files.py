@@ -23,9 +23,9 @@ _LIBRARIES = ("zolightning", "torch", "lightning", "transformers")
 
 
 class MetricsFiles(Callback):
-    """Writes what a run has measured beside its ``config.yaml``, by the first rank.
+    """Writes what a run has measured to files beside its ``config.yaml``, on the first rank.
 
-    * ``metrics.json``: for a training its state, steps, forward passes, seconds and peak memory, the metrics before
+    * ``metrics.json``: for ``fit`` its state, steps, forward passes, seconds and peak memory, the metrics before
       training, at the best and at the last validation, and those of a test; for ``validate`` and ``test`` the metrics
       and the checkpoint; the commands, and the versions of libraries.
     * ``curves.csv``, of a training: every value of every metric.

@@ -23,7 +23,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     # what `validate_first` does in full.
     "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 0,
-    "enable_model_summary": False,  # RunOverview says what of it means something here
+    "enable_model_summary": False,  # RunOverview says what matters of it here
 }
 CLASS_DEFAULTS = {
     "model": {"class_path": "zolightning.CausalLM"},
@@ -34,16 +34,16 @@ CLASS_DEFAULTS = {
 def add_options(parser: LightningArgumentParser) -> None:
     """Adds the options that LightningCLI does not have."""
     parser.add_argument("--help_all", action=HelpAll)
-    parser.add_argument("--seeds", type=int, nargs="+", help="fit, validate, test: once for each of these seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", help="fit, validate, test: run once for each of these seeds")
     add_slots(parser)
     parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
     parser.set_defaults(
         {
-            "checkpoint.monitor": None,  # `choose_monitor` says what that is
+            "checkpoint.monitor": None,  # `choose_monitor` chooses one
             "checkpoint.mode": "max",
             "checkpoint.filename": "best-{step}",
-            "checkpoint.save_on_train_epoch_end": False,  # but with the validation: `last.ckpt` names the best one
-            "checkpoint.enable_version_counter": False,  # the same step again is that of a run that was killed
+            "checkpoint.save_on_train_epoch_end": False,  # but after the validation
+            "checkpoint.enable_version_counter": False,  # a second file of a step only comes after a kill
         }
     )
     parser.add_lightning_class_args(SaveLast, "save_last")
@@ -52,7 +52,7 @@ def add_options(parser: LightningArgumentParser) -> None:
         "--keep_ledger",
         type=bool,
         default=True,
-        help="fit: append each step to ledger.bin in the run's folder, of which `replay` makes the model again",
+        help="fit: append each step to ledger.bin in the run's folder, from which `replay` rebuilds the model",
     )
     parser.add_lightning_class_args(RunMonitor, "monitor")
     parser.add_lightning_class_args(PredictionWriter, "predictions")

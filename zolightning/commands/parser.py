@@ -21,7 +21,7 @@ class OneLineParser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line: the field, the value found and what is accepted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Without a usage of its own a parser says none: that of `--method.help MeZO` would say again what is below it.
+        # A parser without a usage of its own prints none: that of `--method.help MeZO` would repeat what follows it.
         super().__init__(*args, **{"usage": SUPPRESS} | kwargs | {"allow_abbrev": False})
         self._negative_number_matcher = _NEGATIVE  # argparse's, of before Python 3.14, takes -1e-3 for a flag
 

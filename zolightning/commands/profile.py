@@ -58,13 +58,13 @@ def profile_layers(
     Args:
         trainer: the Trainer whose precision and accelerator are used, on one device.
         model: a module with recognisable layers, such as CausalLM.
-        datamodule: whose first training prompts are read.
+        datamodule: the data, whose first training prompts are read.
         num_prompts: training prompts to run.
-        sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show which layer the
-            loss feels most, in --trainer.precision 32-true; 0 probes nothing.
+        sensitivity_queries: directions a layer along which the loss is probed as well: 8 to 32 show to which layer the
+            loss is most sensitive, in --trainer.precision 32-true; 0 probes nothing.
         time_model: also time steps that move more and more parameters, and fit what a parameter costs.
         probe_every: also fit linear probes to what the head would read after every so many layers; 0 fits none. All
-            training examples are read. Where probes tell most of the task, `model.num_layers` may end the network.
+            training examples are read. `model.num_layers` can end the network where probes do best.
         layers_name: where the layers are, if they are not found: a dotted name or a regular expression.
         output: folder for the files; ``profile`` beside the versions of the run if not given.
 
@@ -222,5 +222,5 @@ def _report_probes(probes: Mapping[int, CrossValidation], folder: Path) -> None:
     title = "Linear probes after some of the layers, in five-fold cross-validation"
     print_table(title, rows)
     best = min(probes, key=lambda count: probes[count].loss)
-    print(f"The least loss is after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
+    print(f"Least loss after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
     save_figure(probe_figure(probes, title), folder, "probes")

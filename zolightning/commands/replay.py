@@ -26,36 +26,34 @@ def replay_run(
     step: int | None = None,
     follow: bool = False,
 ) -> None:
-    """Makes a fine-tuned model again from its base model and the run's ledger, and writes it as a folder.
+    """Rebuilds a fine-tuned model from its base model and the run's ledger, and writes it as a folder.
 
-    Neither data nor forward passes are needed. Where the run has ended, its weights are compared to the last bit. With
-    `follow`, a run that trains in another process is validated at its newest step, again and again.
+    Neither data nor forward passes are needed. If the run has ended, the result is checked to equal its weights to the
+    last bit. With `follow`, a run that trains in another process is validated at its newest step, again and again.
 
     Args:
         trainer: the Trainer, with the run's ZerothOrder among its callbacks.
-        model: as the run had it before its first step, with an ``export`` method, such as CausalLM.
+        model: the model as it was before the run's first step, with an ``export`` method, such as CausalLM.
         ledger: the ``ledger.bin`` of the run.
         output: folder in which to write config, weights and tokenizer; must not exist, or be empty. Needed unless
             `follow` is given.
-        datamodule: whose validation data `follow` reads.
+        datamodule: the data whose validation part `follow` reads.
         step: after which step of the run to stop; all of them if not given.
         follow: validate the newest step while the run goes on, print the metrics, and end when it ends.
 
     Raises:
-        ValueError: if `ledger`, `output` or `step` cannot be, or the ledger does not fit the model or the method.
+        ValueError: if `ledger`, `output` or `step` is invalid, or the ledger does not fit the model or the method.
         MisconfigurationException: if there is no method, or the result differs from the run's weights, because
             something else changed them.
     """
     if follow and step is not None:
         raise ValueError(f"`step` is {step} and `follow` is given, which goes on to the last one. Leave one out.")
     if output is None and not follow:
-        raise ValueError(
-            "`output` is not given: the folder in which to write the model. Or give `follow`, to validate."
-        )
+        raise ValueError("`output` is not given. Name the folder to write the model to, or give `follow` to validate.")
     methods = [callback.method for callback in find_callbacks(trainer, ZerothOrder)]
     if not methods:
         raise MisconfigurationException(
-            "`method` is null, and a ledger is replayed by the method that the run was trained by: name the run's "
+            "`method` is null, and a ledger is replayed with the method that trained the run: name the run's "
             "config.yaml as --config."
         )
     export = None if output is None else _export_to(model, Path(output))
@@ -73,7 +71,7 @@ def replay_run(
     if done.sealed is False:
         raise MisconfigurationException(
             f"After {counted(done.steps, 'step')} the weights are not those that the run of {ledger} ended with: "
-            "something else than the method changed them in the run (a hook that averages or clamps them), or bases "
+            "something other than the method changed them in the run (a hook that averages or clamps them), or bases "
             "were drawn on another device. Nothing was written; a checkpoint of the run can be exported."
         )
     export()

@@ -22,8 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command on its arguments.
 
     Raises:
-        ValueError: if a folder is that of no run or has no curve yet, or `--output` is no page, or cannot be
-            written.
+        ValueError: if a folder is not that of a run or has no curve yet, or `--output` does not end with .html, or
+            cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="zolightning report",
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """By dotted name the value of each run, of those that are not the same in all; None where a run has none."""
+    """The settings that differ between runs: by dotted name, the value in each run, None where it has none."""
     settings = [dict(flat(run.config)) for run in runs]
     names = dict.fromkeys(name for of_run in settings for name in of_run)
     found = {name: [of_run.get(name) for of_run in settings] for name in names if not name.startswith(_PLACES)}

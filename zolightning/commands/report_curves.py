@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 # The colours of Okabe and Ito, which differ for the colour-blind, but for yellow, which is lost on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
-_DASHES = ("solid", "dashed", "dotted", "dashdot")  # of those that have a colour again
+_DASHES = ("solid", "dashed", "dotted", "dashdot")  # for curves that reuse a colour
 _TEXT = "#444444"
 _STYLE: Any = {
     "svg.fonttype": "none",  # texts are texts
@@ -48,7 +48,7 @@ class Line:
 
 
 def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1, from_zero: bool = False) -> str:
-    """An ``<svg>`` element, whose texts are texts and which has no identifiers of groups that pages could hold twice.
+    """An ``<svg>`` element whose text stays text, without ids of groups, which would be in the page more than once.
 
     Args:
         lines: the curves.

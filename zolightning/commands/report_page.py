@@ -89,8 +89,8 @@ pauses. Memory is the most that tensors took on a GPU; without one, that the pro
 {% if validation %}<h2>Validation</h2>{% endif %}
 {% for pictures in validation %}{{ plots(pictures) }}{% endfor %}
 {% if some_by_backpropagation %}
-<p class="note">Runs that train by backpropagation are not among those against forward passes: a backward pass is
-none.</p>
+<p class="note">Curves against forward passes leave out runs that train by backpropagation: a backward pass is no
+forward pass.</p>
 {% endif %}
 <h2>Training</h2>
 {{ plots(training) }}
@@ -106,7 +106,7 @@ none.</p>
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
-<p class="note">Of config.yaml, but for folders that runs write to. A dash: null, or no such setting.</p>
+<p class="note">From config.yaml, except folders that runs write to. A dash: null, or no such setting.</p>
 {% else %}
 <p>{{ "None." if rows|length > 1 else "There is one run." }}</p>
 {% endif %}

@@ -1,4 +1,4 @@
-"""Reads the folder of a run: its settings, what TensorBoard's event files say of it, how far it is."""
+"""Reads the folder of a run: its settings, what TensorBoard's event files say of it, how far it has come."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -189,18 +189,18 @@ def read_run(folder: Path) -> Run:
     """The run of a folder.
 
     Raises:
-        ValueError: if it is none, or has not logged anything of its training.
+        ValueError: if it is not that of a run, or the run has not logged anything of its training.
     """
     if not (folder / "config.yaml").is_file():
         below = [str(path.parent) for path in sorted(folder.rglob("config.yaml"))]
         hint = f" Name those below it: {some(below)}." if below else ""
         raise ValueError(
-            f"{folder} is no folder of a run: it has no config.yaml, which `zolightning fit` writes there.{hint}"
+            f"{folder} is not the folder of a run: it has no config.yaml, which `zolightning fit` writes there.{hint}"
         )
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / 'config.yaml'} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{folder / 'config.yaml'} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.yaml'} holds no settings: it is empty, or was cut off.")
     log = EventLog(folder)
@@ -237,7 +237,7 @@ def _progress(folder: Path, config: Mapping[str, Any], logged: int, ended: bool)
     try:
         ledger = Ledger(files[-1]) if files else None
     except (DamagedLedgerError, ValueError) as error:
-        rank_zero_warn(f"{error} How far the run is, is read from its curves.")
+        rank_zero_warn(f"{error} The run's progress is read from its curves.")
     if ledger is not None:
         step = max(logged, ledger.header.first_step + len(ledger))
     if 0 < max_steps(config) <= step:

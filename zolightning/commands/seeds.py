@@ -31,7 +31,7 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
 
     A seed is both ``seed_everything`` and, where the data have one, ``data.seed``: other directions, and other rows.
     The folders are ``seeds_0/seed_1/version_0`` and so on, below that of the run's name; ``seeds_0`` has the results
-    too. The same settings again go on there: seeds that are finished stay, one that was cut short goes on from its
+    too. The same settings again continue there: seeds that are finished stay, one that was cut short resumes from its
     last step. A seed that fails does not keep the others from running.
 
     Raises:
@@ -58,14 +58,14 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
             words += ["--data.init_args.seed", str(seed)] if "seed" in settings["data"].get("init_args", {}) else []
         status = _run(words)
         if status in _STOPPED:
-            print(f"\nStopped at seed {seed}. The same command goes on.", flush=True)
+            print(f"\nStopped at seed {seed}. The same command continues.", flush=True)
             raise SystemExit(status if status > 0 else 128 - status)
         if status:
             failed[seed] = status
     _report(group, subcommand, [seed for seed in seeds if seed not in failed])
     if failed:
         names = ", ".join(f"{seed} (exit status {status})" for seed, status in failed.items())
-        raise RuntimeError(f"Not all seeds have run to their end: {names}. The same command tries these again.")
+        raise RuntimeError(f"Not all seeds have run to the end: {names}. The same command tries these again.")
 
 
 def _check(subcommand: str, config: Namespace) -> None:
@@ -150,7 +150,7 @@ def _report(group: Path, subcommand: str, seeds: Sequence[int]) -> None:
         rows: list[tuple[str, Mapping[str, float | None]]] = [(str(seed), of) for seed, of in measured.items()]
         rows += [("mean", mean), ("standard deviation", deviation)]
         table = [{"seed": head, **{name: _text(of[name]) for name in names}} for head, of in rows]
-        print_table(f"{subcommand} by {counted(len(seeds), 'seed')}: {group / _RESULTS}", table)
+        print_table(f"{subcommand} with {counted(len(seeds), 'seed')}: {group / _RESULTS}", table)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

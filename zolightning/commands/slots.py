@@ -29,7 +29,7 @@ from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.base import Method
 from zolightning.scopes import Scope
 
-OF_A_METHOD = ("lr_scheduler", "resampling", "transport")  # go with it when another replaces it
+OF_A_METHOD = ("lr_scheduler", "resampling", "transport")  # dropped when another method replaces it
 _OF_ANY_METHOD = ("blocks", "lr_probe", "lr_control")
 _NEED_A_METHOD = (*_OF_ANY_METHOD, *OF_A_METHOD)
 CLASSES = ("method", "scope", "linear_probing", *_NEED_A_METHOD)
@@ -43,9 +43,9 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "lr_scheduler": (LRSchedulerCallable, "scheduler of the method, stepped after every step"),
     "scope": (Scope, "which parameters train: DominantLayer, TrainLayers, ...; all of them if none"),
     "linear_probing": (LinearProbing, "fit the head by logistic regression before the first step"),
-    "blocks": (BlockCoordinateDescent, "which of them move when: block coordinate descent"),
+    "blocks": (BlockCoordinateDescent, "which parameters move when: block coordinate descent"),
     "resampling": (SubspaceResampling, "when a subspace method draws new subspaces"),
-    "transport": (MomentumTransport, "what becomes of its momentum then: project, reset or keep"),
+    "transport": (MomentumTransport, "what then becomes of its momentum: project, reset or keep"),
     "lr_probe": (LearningRateProbe, "measure the learning rate in the first steps of a run"),
     "lr_control": (LearningRateControl, "lower the learning rate where training stalls"),
 }
@@ -55,7 +55,7 @@ def add_slots(parser: LightningArgumentParser) -> None:
     """Adds the slots to a parser."""
     for slot, (kind, said) in _OPTIONS.items():
         parser.add_argument(f"--{slot}", type=kind | None, help=said)
-    # What the Trainer gives them is no setting.
+    # What the Trainer gives them is not a setting.
     for slot, argument in {"method": "params", "lr_scheduler": "optimizer"}.items():
         action: Any = parser._option_string_actions[f"--{slot}.help"]
         action.sub_add_kwargs = {"skip": {argument}}
@@ -110,7 +110,7 @@ def _require_none_for_a_method(config: Namespace, listed: Sequence[Callback]) ->
     given += [f"evaluation.{key}" for key, value in config.evaluation.items() if value != _EVALUATION[key]]
     if given and _has(listed, ZerothOrder):
         raise MisconfigurationException(
-            f"`{given[0]}` is given for `method`, which is in `trainer.callbacks`: give both in one of the places."
+            f"`{given[0]}` is given for `method`, which is in `trainer.callbacks`: give both in the same place."
         )
     if given:
         raise MisconfigurationException(

@@ -49,7 +49,7 @@ def train_each_layer(
     Args:
         trainer: the Trainer whose settings each run has, except for steps, logging and checkpoints.
         model: a module with recognisable layers, such as CausalLM; its weights are restored afterwards.
-        datamodule: to train and to evaluate on.
+        datamodule: the data to train and to evaluate on.
         steps: training steps of each layer.
         layers: indices of the layers to train, such as ``[0,1,5]``, or ``all``.
         first_order: train by backpropagation and the module's own optimizer instead of the zeroth-order method.
@@ -237,7 +237,7 @@ def _callbacks(trainer: ConfiguredTrainer, module: L.LightningModule, first_orde
         return [callback for callback in kept if callback not in methods]
     if not methods:
         raise MisconfigurationException(
-            "No `method` is given that could train each layer. Name one, such as MeZO, or set `first_order` to true "
+            "No `method` is given to train each layer. Name one, such as MeZO, or set `first_order` to true "
             "to train by the module's own optimizer."
         )
     refuse_unsupported(trainer)

@@ -29,7 +29,7 @@ class SweepResults:
     """``results.csv`` and, beside it, ``settings.json`` with what its lines depend on.
 
     Raises:
-        ValueError: if the folder holds results of other settings.
+        ValueError: if the folder holds results of different settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ class SweepResults:
         return list(next(iter(self.rows.values())).metrics)
 
     def append(self, row: SweepRow) -> None:
-        """Adds a line and writes the file anew, which is whole whenever this is killed."""
+        """Adds a line and writes the file again, so that it is whole even if the process is killed meanwhile."""
         self.rows[row.layer] = row
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -78,7 +78,7 @@ class SweepResults:
         if changed:
             shown = "; ".join(f"`{key}` {there.get(key)!r} there, {here.get(key)!r} now" for key in changed[:5])
             raise ValueError(
-                f"`output` is {path.parent}, which holds results of other settings: {shown}. Name another folder, "
+                f"`output` is {path.parent}, which holds results of different settings: {shown}. Name another folder, "
                 "or repeat the settings."
             )
 

@@ -23,7 +23,7 @@ class AnswerIndex:
         tokens: answer tokens, (3, K): which of these N rows, which of the row's A places, and where in the flattened
             `answer_ids`. None if all candidates have A tokens.
         shape: C and A.
-        ends: for each example how many of the N rows and of the K tokens are its own or of examples before it.
+        ends: for each example, how many of the N rows and of the K tokens belong to it or to examples before it.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class AnswerIndex:
 
     @classmethod
     def of_batch(cls, batch: "Batch") -> "AnswerIndex":
-        """The index that a batch brings; made anew where that is of another number of examples."""
+        """The index that a batch holds, or a new one if that is for a different number of examples."""
         index, answer_ids = batch.get("answer_index"), batch["answer_ids"]
         return cls.of(answer_ids) if index is None or index.size != len(answer_ids) else index
 
     def part(self, start: int, stop: int) -> "AnswerIndex":
-        """That of the examples from `start` to before `stop`, without waiting for a device."""
+        """The index of the examples from `start` up to but not including `stop`; waits for no device."""
         stop = min(stop, self.size)
         before, last = self._ends[start - 1] if start else (0, 0), self._ends[stop - 1]
         rows = tokens = None
@@ -71,11 +71,11 @@ class AnswerIndex:
         return AnswerIndex(stop - start, rows, tokens, self._shape, ends)
 
     def to(self, device: torch.device | str) -> "AnswerIndex":
-        """As Lightning calls it for what it moves to the device."""
+        """Called by Lightning when it moves a batch to a device."""
         return self._with(lambda index: index.to(device, non_blocking=True))
 
     def pin_memory(self) -> "AnswerIndex":
-        """As a ``DataLoader`` calls it."""
+        """Called by a ``DataLoader`` that pins memory."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, moved: Callable[[Tensor], Tensor]) -> "AnswerIndex":
@@ -106,7 +106,7 @@ class Batch(TypedDict):
     prompt_ids: NotRequired[Tensor]  # (B, P), padded as `input_ids`: what a text is generated from
     prompt_mask: NotRequired[Tensor]  # (B, P), 0 on padding
     references: NotRequired[np.ndarray]  # (B,), of each example a tuple of what the generated text is compared with
-    content_free: NotRequired["Batch"]  # U examples: those after whose prompts without content candidates are scored
+    content_free: NotRequired["Batch"]  # U examples with prompts without content, after which candidates are scored too
     content_free_place: NotRequired[Tensor]  # (B,), which of these U belongs to each example
 
 
@@ -121,8 +121,9 @@ def collate(
 ) -> Batch:
     """Stacks examples, one at least, into a batch.
 
-    Short rows are filled up with `pad_id`, which is masked out, to a `multiple` of a length. `gold_only` leaves out the
-    wrong candidates; `with_prompts` adds what texts are generated from, and compared with.
+    Short rows are padded with `pad_id`, which is masked out, to a length that is a multiple of `multiple`. `gold_only`
+    leaves out the wrong candidates; `with_prompts` adds the prompts that texts are generated from, and the references
+    that they are compared with.
     """
     labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
@@ -165,13 +166,13 @@ def collate(
     if with_prompts:
         prompt_ids, prompt_mask = _with_mask([[example.prompt_ids] for example in examples], pad_id, 1, padding_side)
         batch["prompt_ids"], batch["prompt_mask"] = prompt_ids[:, 0], prompt_mask[:, 0]
-        batch["references"] = np.empty(len(examples), dtype=object)  # so that it is cut as a tensor is
+        batch["references"] = np.empty(len(examples), dtype=object)  # so that it can be sliced like a tensor
         batch["references"][:] = [example.references for example in examples]
     return batch
 
 
 def _tokens(example: Example) -> tuple[tuple[int, ...], ...]:
-    """All tokens of an example, by which it is told from others."""
+    """All tokens of an example, as a key that is the same for equal examples only."""
     return (tuple(example.prompt_ids), *map(tuple, example.answer_ids))
 
 
@@ -182,7 +183,7 @@ def _with_mask(groups: Sequence[Sequence[list[int]]], pad_id: int, multiple: int
 
 
 def _stack(groups: Iterable[Sequence[list[int]]], fill: int, multiple: int = 1, side: str = "left") -> Tensor:
-    """Stacks lists of equally many lists into a tensor of three dimensions, filled up on one side."""
+    """Stacks groups of equally many rows into a tensor of three dimensions; rows are padded on one side."""
     groups = list(groups)
     width = max(len(row) for group in groups for row in group)
     width += -width % multiple

@@ -19,7 +19,7 @@ class LengthBuckets:
     generator is kept or touched.
 
     A rank gets every `num_replicas`-th example of a global batch, so n ranks with a batch size of b/n see
-    together what one rank with b sees. Examples that do not fill a last batch sit out an epoch (other ones
+    together what one rank with b sees. Examples that do not fill a last batch sit out an epoch (different ones
     each time), unless there is no full batch at all; fewer examples than ranks are a ValueError. More batches in a
     window mean less padding; 1 is a plain shuffle. With `fixed` the same examples stay together.
     """
@@ -123,10 +123,10 @@ class Batches(Dataset[Any], Generic[Order]):
 
 
 class BatchNumbers(DistributedSampler):
-    """The numbers of an epoch's batches, from `start()` on, which is asked at each ``iter()``.
+    """The numbers of an epoch's batches, from `start()` on; `start` is called at each ``iter()``.
 
     It is a DistributedSampler because that is how Lightning knows that a loader has shared its examples among
-    the ranks already. Anything else it replaces or, if it cannot, refuses.
+    the ranks already. Lightning replaces any other sampler or, if it cannot, refuses it.
 
     Args:
         batches: the batches of this rank.
@@ -175,8 +175,8 @@ class TrainLoader(DataLoader[Any]):
         changed = [f"{key} {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
         if changed:
             rank_zero_warn(
-                f"The checkpoint comes from a run with other training batches ({'; '.join(changed)}). This run "
-                "goes on from the same batch number, but with other examples than that one would have."
+                f"The checkpoint comes from a run with different training batches ({'; '.join(changed)}). This run "
+                "continues at the same batch number, but with different examples than that run would have had."
             )
 
 

@@ -22,24 +22,26 @@ def encode_masked(
 ) -> Example:
     """Turns a prompt with a mask into at most `max_length` tokens, and each of its candidate answers into one.
 
-    A separator becomes the tokenizer's separating token. A prompt that is too long loses its beginning, and where that
-    is the mask its end, but nothing that the tokenizer puts around a text. No answer is generated (`room_for_answer`).
+    A separator becomes the tokenizer's separating token. A prompt that is too long loses its beginning, up to the mask
+    at most, and then its end, but nothing that the tokenizer puts around a text. `room_for_answer` is ignored, as no
+    answer is generated.
 
     Raises:
-        ValueError: if there is not one mask, an answer is not one token that the tokenizer knows, or two are the same.
+        ValueError: if the prompt has not exactly one mask, an answer is not one token that the tokenizer knows, or two
+            answers are the same.
     """
     mask, mask_id, separator = tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.sep_token
     if prompt.count(MASK) != 1:
         raise ValueError(
-            f"a masked language model needs one `{{{{ mask }}}}` in the prompt, got {prompt.count(MASK)} (as those of "
-            "configs/tasks/masked have)"
+            f"a masked language model needs exactly one `{{{{ mask }}}}` in the prompt, got {prompt.count(MASK)} (see "
+            "the tasks in configs/tasks/masked)"
         )
     if mask is None or separator is None or not isinstance(mask_id, int):
-        raise ValueError(f"the tokenizer {name_of(tokenizer)} has no token for a mask, or none to separate texts")
+        raise ValueError(f"the tokenizer {name_of(tokenizer)} has no mask token, or no separator token")
     text = prompt.replace(MASK, mask).replace(SEPARATOR, separator)
     ids, body = (tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False))
     if body.count(mask_id) != 1:
-        raise ValueError(f"the text holds the mask of the tokenizer {name_of(tokenizer)} itself, {mask}")
+        raise ValueError(f"the text itself contains the mask token of the tokenizer {name_of(tokenizer)}, {mask}")
 
     around = len(ids) - len(body)
     start = next(start for start in range(around + 1) if ids[start : start + len(body)] == body)
@@ -64,13 +66,13 @@ def encode_for_classifier(
     The longer one loses its end. The answers are the numbers of the classes.
 
     Raises:
-        ValueError: if there are more texts than two, or a mask; or `max_length` holds no token of a text.
+        ValueError: if there are more than two texts, or a mask; or there is no token of a text, or no room for one.
     """
     texts = prompt.split(SEPARATOR)
     if len(texts) > 2 or MASK in prompt:
         raise ValueError("a classifier reads a text, or two with `{{ sep }}` between them, and no `{{ mask }}`")
     around = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
-    if max_length <= around:  # where tokenizers cut nothing, or everything
+    if max_length <= around:  # tokenizers would cut nothing, or everything
         raise too_few_tokens(max_length, "a token of the text", needed=around + 1)
     ids = tokenizer(*texts, verbose=False)["input_ids"]
     kept = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
@@ -100,7 +102,8 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]) -> lis
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             found = ", ".join(tokenizer.convert_ids_to_tokens(ids)) or "none"
             raise ValueError(
-                f"a mask stands for one token, and the tokenizer {name} makes others of the answer {answer!r}: {found}"
+                f"a mask stands for one token, but the answer {answer!r} is not one token of the tokenizer {name}: "
+                f"it gives {found}"
             )
         tokens += ids
     if len(set(tokens)) < len(tokens):

@@ -19,7 +19,7 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) 
 
 
 def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> tuple[str, str]:
-    """A conversation in two parts: everything up to the last turn, and that turn with what the template ends it by.
+    """A conversation in two parts: everything up to the last turn, and that turn with the ending of the template.
 
     Raises:
         ValueError: also if the template writes earlier turns differently once there is an answer.
@@ -27,12 +27,12 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
     prompt = chat_prompt(tokenizer, turns[:-1])
     whole = _written(tokenizer, turns, add_generation_prompt=False)
     if not whole.startswith(prompt):
-        raise ValueError("the chat template writes the turns before the last in another way without it")
+        raise ValueError("the chat template writes the earlier turns differently if the last one is left out")
     return prompt, whole[len(prompt) :]
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> str:
-    """What the template writes after what the assistant says next: the token that ends a turn."""
+    """What the template writes after the words of the assistant's next turn: the token that ends a turn."""
     said = "Yes"
     whole = _written(tokenizer, [*turns, Message(role="assistant", content=said)], add_generation_prompt=False)
     return whole.rpartition(said)[2]

@@ -61,8 +61,8 @@ class CandidatesTask(PromptTask):
     """A prompt with several candidate answers.
 
     Args:
-        content_free_prompt: Jinja2 template of what is left of the prompt without its content, for calibration: an
-            answer then counts by how much likelier the prompt makes it. May be empty.
+        content_free_prompt: Jinja2 template of the prompt without its content, for calibration: answers are then
+            compared by how much likelier they are after the prompt than after this one. May be empty.
     """
 
     content_free_prompt: str | None = None
@@ -124,7 +124,7 @@ class Classification(LabelledTask, CandidatesTask):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageClassification(LabelledTask):
-    """A task that asks which class an image is of.
+    """A task that asks which class an image belongs to.
 
     Args:
         image: the field that holds the image: the path of a file, relative to the folder of the rows, or an image of
@@ -154,6 +154,6 @@ class ImageClassification(LabelledTask):
 
 
 def _place(label: Any, labels: Sequence[Label]) -> int | None:
-    """Where a label stands among others. `true` is equal to 1, but hardly meant as the second class."""
+    """The position of a label in a list; truth values and numbers differ, though `True` equals 1 in Python."""
     is_truth = isinstance(label, bool)
     return next((i for i, other in enumerate(labels) if other == label and isinstance(other, bool) == is_truth), None)

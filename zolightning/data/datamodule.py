@@ -22,9 +22,9 @@ class PromptDataModule(TaskDataModule):
     """Batches of prompts with candidate answers, tokenized for the model that the Trainer runs.
 
     The LightningModule must have a `tokenizer` and a `context_length`. It may have a method `encode`, which is called
-    with what :func:`~zolightning.data.examples.example_of` is, but for the tokenizer, and in its place; a
-    `check_references`, called with those of a row that texts are generated for; and a `padding_side`, of prompts, which
-    is "left" otherwise.
+    instead of :func:`~zolightning.data.examples.example_of`, with the same arguments except the tokenizer; a method
+    `check_references`, which is called with the references of each row if texts are generated; and a `padding_side`
+    for prompts, which is "left" otherwise.
 
     Args:
         task: name of a task of ``configs/tasks``, the path of a YAML file like those there, or the fields of a
@@ -33,13 +33,13 @@ class PromptDataModule(TaskDataModule):
             or compressed), ``.csv``, ``.tsv`` or ``.parquet``, instead of the hub.
         max_length: tokens of a prompt with its answer, at most; longer prompts lose their beginning. The
             model's context length is a limit in any case.
-        pad_to_multiple_of: what the length of a training batch is a multiple of, so that there are few lengths, for
-            `cuda_graphs` of the ZerothOrder callback.
-        num_demonstrations: in-context examples: training rows, which are not trained on then, that stand with their
-            right answers before every prompt, as many of them as fit. MeZO shows 32. With `examples_per_class` as many
-            of each class are shown.
-        demonstrations_per_row: draw others for every row, as MeZO does without ``--train_set_seed``; all rows are
-            trained on then. With `examples_per_class` they are drawn from the sampled rows, as in LM-BFF.
+        pad_to_multiple_of: pad training batches to a length that is a multiple of this, so that there are few lengths,
+            for `cuda_graphs` of the ZerothOrder callback.
+        num_demonstrations: number of in-context examples: training rows that stand with their right answers before
+            every prompt, as many of them as fit, and are then not trained on. MeZO shows 32. With `examples_per_class`
+            equally many of each class are shown.
+        demonstrations_per_row: draw different ones for every row, as MeZO does without ``--train_set_seed``; all rows
+            are trained on then. With `examples_per_class` they are drawn from the sampled rows, as in LM-BFF.
         calibration: compare candidates by how much the prompt raises their likelihood over the task's
             `content_free_prompt`, which stands alone (`zero_shot`, MeZO's ``--sfc``) or after the demonstrations
             (`in_context`, ``--icl_sfc``). For accuracies and predictions; losses stay as they are.
@@ -73,7 +73,7 @@ class PromptDataModule(TaskDataModule):
     ) -> None:
         super().__init__(chosen_task(task, prompt, answers), path, **settings)
         if isinstance(self.task, ImageClassification):
-            raise ValueError(f"Task {self.task.name} is of images: `data.class_path` must be ImageDataModule.")
+            raise ValueError(f"Task {self.task.name} classifies images: `data.class_path` must be ImageDataModule.")
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_demonstrations = num_demonstrations
@@ -129,11 +129,12 @@ class PromptDataModule(TaskDataModule):
         return self.task if isinstance(self.task, Generation) else None
 
     def largest_batch(self, num_examples: int | None = None) -> tuple[int, int, int]:
-        """What a forward pass over `num_examples` training examples, or a whole batch, reads at most.
+        """The largest input of a forward pass over `num_examples` training examples, or over a whole batch.
 
         Returns:
-            Rows, tokens a row, and at how many places of it logits are read: 1 where all answers are single tokens,
-            else one more than the longest answer has, or with a decoder as many as all of its answers have.
+            The number of rows, the tokens per row, and the positions per row at which logits are read: 1 if all answers
+            are single tokens, otherwise one more than the tokens of the longest answer; with a decoder the tokens of
+            all answers of a row, each as long as the longest one.
         """
         examples = self._examples["train"]
         rows = min(self.batch_size if num_examples is None else num_examples, self.batch_size, len(examples))
@@ -187,7 +188,7 @@ class PromptDataModule(TaskDataModule):
 
     def collate(self, for_training: bool) -> partial[Batch]:
         module = self.module()
-        # A token for padding that was added to the tokenizer and not to the model can be any other: it is masked out.
+        # A padding token that the tokenizer has and the model has not is replaced by another one: it is masked out.
         num_embeddings = getattr(module, "num_embeddings", None) or math.inf
         pad_ids = (module.tokenizer.pad_token_id, module.tokenizer.eos_token_id, 0)
         pad_id = next(id for id in pad_ids if id is not None and id < num_embeddings)

@@ -22,9 +22,9 @@ class Example:
     truncated: bool = False  # whether the prompt lost its beginning
     right: tuple[int, ...] = ()  # indices of all candidates that are right
     references: tuple[str, ...] = ()  # what a generated answer is compared with
-    has_decoder: bool = False  # whether a decoder reads answers and an encoder the prompt, not one after the other
+    has_decoder: bool = False  # whether an encoder reads the prompt and a decoder the answers, not both as one sequence
     num_left_out: int = 0  # how many demonstrations do not fit
-    content_free: "Example | None" = None  # the same candidates after the prompt without its content, to calibrate by
+    content_free: "Example | None" = None  # the candidates after the prompt without its content, for calibration
     target: float | None = None  # the right number of a regression, if it is known
 
     @property
@@ -45,14 +45,14 @@ def encode(
 ) -> Example:
     """Turns a prompt and its candidate answers into tokens, at most `max_length` together.
 
-    An answer's tokens are those by which the text of prompt and answer is longer than the prompt. Where the
-    tokenizer merges across the boundary that is not defined, and the answer is tokenized by itself. A prompt
+    An answer's tokens are those that follow the prompt's tokens when both are tokenized as one text. Where the
+    tokenizer merges characters across the boundary there are none, and the answer is tokenized by itself. A prompt
     that is too long loses its beginning, but not the token that the tokenizer starts a text with. Nothing is
     appended. The prompt leaves room for at least `room_for_answer` tokens.
 
     Raises:
         ValueError: if a part has no tokens, two candidates are the same, the answers leave no room for the prompt, or
-            it has a mask or a separator.
+            the prompt has a mask or a separator.
     """
     if MASK in prompt or SEPARATOR in prompt:
         raise ValueError("`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM and SequenceClassifier")
@@ -73,7 +73,7 @@ def encode(
     ]
     require_distinct(tokenizer, answers, answer_ids)
 
-    # A prompt whose text begins with what the tokenizer begins with anyway, as chat templates do, has it twice.
+    # Chat templates write the first token themselves; the tokenizer has then added it a second time.
     if num_leading and prompt_ids[num_leading : 2 * num_leading] == prompt_ids[:num_leading]:
         prompt_ids = prompt_ids[num_leading:]
 
@@ -96,7 +96,7 @@ def encode_whole_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: in
     """Turns a whole text into tokens, all but the first of which are the answer. A long one loses its end.
 
     Raises:
-        ValueError: if the text is less than two tokens, or `max_length` is.
+        ValueError: if the text has fewer than two tokens, or `max_length` is below 2.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2 or max_length < 2:
@@ -108,7 +108,7 @@ def encode_whole_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, id: in
 
 
 def ended(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """A text with the token that ends one, if the tokenizer has such a token and neither has written it already."""
+    """A text with the tokenizer's end-of-text token, if there is one that neither text nor tokenizer writes anyway."""
     end, last = tokenizer.eos_token, [tokenizer.eos_token_id]
     if end is None or text.endswith(end) or tokenizer(text, verbose=False)["input_ids"][-1:] == last:
         return text
@@ -120,7 +120,7 @@ def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTo
     largest = max(max(ids) for ids in (example.prompt_ids, *example.answer_ids))
     if largest >= num_embeddings:
         raise ValueError(
-            f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the number {largest}, but the model has "
+            f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model has "
             f"embeddings for {num_embeddings} only: resize them (`model.resize_token_embeddings`) and save the model"
         )
 
@@ -133,7 +133,7 @@ def name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
 def require_distinct(
     tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str], answer_ids: Sequence[Sequence[int]]
 ) -> None:
-    """Raises ValueError if an answer has no tokens, or two have the same."""
+    """Raises ValueError if an answer has no tokens, or two answers have the same tokens."""
     if not all(answer_ids):
         raise ValueError(f"the tokenizer {name_of(tokenizer)} makes no token of one of the answers {list(answers)!r}")
     if len(set(map(tuple, answer_ids))) < len(answer_ids):

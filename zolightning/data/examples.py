@@ -34,12 +34,12 @@ def example_of(
 ) -> Example:
     """Turns a row and its demonstrations into tokens, at most `max_length` of them.
 
-    Where they do not all fit, as many demonstrations are left out as it takes, the first ones. In a `chat` a prompt is
-    a user's turn in the tokenizer's chat template. For a `calibration` the row is encoded without its content as well:
-    after its demonstrations (`in_context`) or without them (`zero_shot`).
+    Where not all demonstrations fit, as few of them as possible are left out, from the first one on. In a `chat` a
+    prompt is a user's turn in the tokenizer's chat template. For a `calibration` the row is encoded without its content
+    as well: after its demonstrations (`in_context`) or without them (`zero_shot`).
 
     Raises:
-        ValueError: if the tokenizer makes nothing of a part of it, or has no chat template, or it does not fit.
+        ValueError: if a part of the row gives no tokens, the tokenizer has no chat template, or the row does not fit.
     """
     encoded = partial(_example, task, tokenizer=tokenizer, max_length=max_length, chat=chat, encode=encode)
     example = encoded(row)
@@ -56,7 +56,7 @@ def example_of(
     if not (prompt or shown or chat):
         prompt = _beginning(tokenizer)
     free = replace(row, prompt=prompt, answers=answers, turns=[Message(role="user", content=prompt)]).after(shown)
-    if not (prompt or chat) and shown:  # line breaks at the end of a text are often other tokens than those within it
+    if not (prompt or chat) and shown:  # line breaks at the end of a text often differ as tokens from those within it
         kept = free.prompt.rstrip("\n")
         free = replace(free, prompt=kept, answers=[free.prompt[len(kept) :] + answer for answer in answers])
     return replace(example, content_free=encoded(free))
@@ -84,7 +84,7 @@ def _example(
 ) -> Example:
     """A row with all of its demonstrations, cut on the left where that is too long."""
     if isinstance(task, Regression):
-        raise ValueError("`target` is a number, which SequenceClassifier says by a head, and this model has none")
+        raise ValueError("`target` is a number, which needs SequenceClassifier: this model has no head to predict it")
     if isinstance(task, PlainText):
         return encode_whole_text(tokenizer, row.answers[0], id=row.id, max_length=max_length)
     prompt, answers = row.prompt, row.answers

@@ -28,7 +28,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tif
 
 # Other names of a split's file, and other endings of files that hold rows.
 _ALIASES = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
-_SHARD = re.compile(r"-\d+-of-\d+$")  # what the hub ends the names of a split's files with
+_SHARD = re.compile(r"-\d+-of-\d+$")  # how the names of a split's files end on the hub
 _UTF16 = "not UTF-8 (it looks like UTF-16): save the file as UTF-8"
 _OTHER_ENDINGS = (".ndjson", ".json", ".xlsx", ".txt", ".gz", ".zst", ".zip")
 
@@ -62,9 +62,9 @@ def read_rows(path: Path, example: str) -> Iterator[tuple[int, Mapping[str, Any]
     """Yields the rows of what :func:`find_rows` found, with their numbers, counted from 0.
 
     Empty lines of JSON are left out; errors say what a row should be like by an `example`, a field that rows have.
-    CSV and Parquet files are read by pyarrow. A column of a CSV file holds numbers or truth values where all of them
-    read as they are written, 7 but not 007, and else texts. Of a folder of images, each is a row with the fields
-    `image`, its path in the folder around, and `label`, the folder in which it lies, if it lies in another one.
+    CSV and Parquet files are read by pyarrow. A column of a CSV file holds numbers or truth values if all of its cells
+    are written as these are (7, but not 007), otherwise texts. Each image in a folder is a row with the fields `image`,
+    its path from the folder's parent, and `label`, the name of its subfolder, if it is in one.
 
     Raises:
         ValueError: if the file, or a line of it, cannot be read; says which.

@@ -13,11 +13,11 @@ from zolightning.data.task_files import chosen_task
 
 
 class ImageDataModule(TaskDataModule):
-    """Batches of images with their classes, made for the model that the Trainer runs by its image processor.
+    """Batches of images with their classes, made by the image processor of the model that the Trainer runs.
 
     In a folder, `train`, `test` and optionally `validation` are folders that have a folder of images for each class, or
-    files of rows with paths of images. An image is read when a batch needs it; that it is one is seen by its first
-    bytes before training.
+    files of rows with paths of images. An image is read when a batch needs it; before training its first bytes are
+    checked.
 
     The LightningModule must have a `preprocessor`.
 

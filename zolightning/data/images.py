@@ -20,8 +20,8 @@ class ImageExample:
     """An image that is read when a batch needs it."""
 
     id: int  # where its row stands in its source, counted from 0
-    where: str  # the same for messages, with the source
-    image: Path | bytes  # the file, or what is in it
+    where: str  # the row and its source, for messages
+    image: Path | bytes  # the file, or its content
     label: int  # index of its class; -1 if it is not known
 
     @property
@@ -46,10 +46,10 @@ def require_pillow() -> None:
 
 
 def image_of(value: Any, folder: Path | None) -> Path | bytes:
-    """The file of an image, or what is in it, by the value of a row's field.
+    """The file of an image, or its content, given the value of a row's field.
 
-    That is a path, from a folder or else the working directory, or bytes, or one of both as data sets of ``datasets``
-    hold them, ``{"bytes": ..., "path": ...}``.
+    The value is a path, relative to `folder` or else to the working directory, or the bytes of a file, or one of these
+    in the form of ``datasets``, ``{"bytes": ..., "path": ...}``.
 
     Raises:
         ValueError: if it is none of these, or there is no such file.

@@ -17,7 +17,7 @@ class MultipleChoice(CandidatesTask):
     The first right one is trained by its likelihood, as MeZO trains ReCoRD; a choice counts if it is any of them.
 
     Args:
-        choices: the field with the list of choices, texts or numbers. What stands there twice is one choice.
+        choices: the field with the list of choices, texts or numbers. Repeated ones count once.
         answer: Jinja2 template of the answer, over the fields of a row and `choice`.
         right_choices: the field with the choice that is right, or the list of those that are.
         objective: what is trained: `language_modeling`, or `accuracy`, the share of wrong choices, which only methods
@@ -56,8 +56,9 @@ class MultipleChoice(CandidatesTask):
         found = [choices.index(choice) for choice in dict.fromkeys(right) if choice in choices]
         if not found:
             raise ValueError(
-                f"field `{self.right_choices}` is {right!r}: none of that is in `{self.choices}`, {choices!r} "
-                "(the choice itself is asked for; its number or letter is a `label` of a task with `answers`)"
+                f"field `{self.right_choices}` is {right!r}, which is not in `{self.choices}`, {choices!r} "
+                "(it must be the choice itself; if it is a number or letter, make it the `label` of a task with "
+                "`answers`)"
             )
         return tuple(found)
 

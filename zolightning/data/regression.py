@@ -44,7 +44,7 @@ class Regression(PromptTask):
         return (0,)
 
     def number(self, row: Mapping[str, Any]) -> float:
-        """The number of a row. Raises a ValueError if it is none."""
+        """The number of a row. Raises a ValueError if it is not a number."""
         value = row[self.target]
         try:
             number = math.nan if isinstance(value, bool) else float(value)

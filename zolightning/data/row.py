@@ -13,7 +13,7 @@ class Row:
     """A row as text, before it is tokenized."""
 
     id: int  # where the row stands in its source, counted from 0
-    where: str  # the same for messages, with the source
+    where: str  # the row and its source, for messages
     prompt: str  # with its demonstrations
     answers: list[str]  # the candidates
     right: tuple[int, ...]  # indices of those that are right, the one to train on first; none if that is not known

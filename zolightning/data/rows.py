@@ -30,9 +30,9 @@ class Rows:
     """Samples rows as MeZO does: for training and validation from the official training split, unless a folder has a
     file for the latter, and for the test from the official validation split.
 
-    Its fields are arguments of :class:`~zolightning.data.PromptDataModule`, but for `folder`: where files of rows are,
-    None for the task's data set on the hub. Demonstrations of each row are drawn from the training split as in MeZO, or
-    with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
+    Its fields are arguments of :class:`~zolightning.data.PromptDataModule`, except `folder`, the folder of the files of
+    rows, or None for the task's data set on the hub. Demonstrations of each row are drawn from the training split as in
+    MeZO, or with `examples_per_class` from the sampled rows, as in LM-BFF (Gao et al., 2021, arXiv:2012.15723).
     """
 
     task: Task
@@ -45,9 +45,9 @@ class Rows:
     num_demonstrations: int = 0
     demonstrations_per_row: bool = False
 
-    # Origins of splits of which it was said how many rows are used
+    # Origins of splits whose number of used rows has been reported
     _counted: set[str] = field(default_factory=set, init=False)
-    # Origins of splits, with a number of rows of which it was said that some say nothing
+    # Origins of splits, each with a number of rows, whose blank rows have been reported
     _warned: set[tuple[str, int]] = field(default_factory=set, init=False)
 
     def train_and_validation(self) -> dict[str, list[Row]]:
@@ -60,7 +60,7 @@ class Rows:
         return {"train": self._write(Sampled(split, trained), train), "validation": self._write(validation, train)}
 
     def test(self, labelled: bool) -> list[Row]:
-        """The sampled rows to test on, or to predict, where a row need not be `labelled`."""
+        """The sampled rows to test on, or to predict for, in which case they need not be `labelled`."""
         test = self._sample(self.read("test", labelled), self.num_test)
         return self._write(test, self._sampled()[0] if self.num_demonstrations else test)
 
@@ -142,15 +142,15 @@ class Rows:
         return rows
 
     def _warn_of_blanks(self, split: Split, rows: list[Row]) -> None:
-        """Warns of rows that say nothing, such as those of a CSV file whose cell is empty."""
+        """Warns of rows whose fields are all blank, such as those of a CSV file with an empty cell."""
         names = sorted(self.task.template_fields)
         blank = [row.id for row in rows if names and not "".join(str(row.fields[name]) for name in names).strip()]
         if blank and (split.origin, len(rows)) not in self._warned:
             self._warned.add((split.origin, len(rows)))
             rank_zero_warn(
-                f"{split.origin}: {len(blank)} of {counted(len(rows), 'row')} have nothing in "
+                f"{split.origin}: {len(blank)} of {counted(len(rows), 'row')} are blank in "
                 f"{', '.join(f'`{name}`' for name in names)}, the first of them {split.unit} "
-                f"{min(blank) + (split.unit == 'line')}: take them out, if that is not meant."
+                f"{min(blank) + (split.unit == 'line')}: remove them if that is not intended."
             )
 
     def _drawn(self, train: Sampled, seed: int, own: int | None) -> list[int]:
@@ -193,7 +193,7 @@ def sample_train_and_validation(
 ) -> tuple[list[int], list[int]]:
     """Splits one source in two: the last `num_validation` of the sampled rows are for validation, as in MeZO.
 
-    If there are too few rows, training has to do with less and validation stays complete.
+    If there are too few rows, training gets fewer, and validation as many as asked for.
 
     Raises:
         ValueError: if no row would be left to train on.

@@ -62,7 +62,7 @@ class Task(ABC):
     def objective(self) -> Objective:
         """What is trained: `classification` compares the candidates by their likelihood, `accuracy` counts the right
         choices, which has no gradient, `language_modeling` raises the likelihood of the right one, and `regression`
-        says a number."""
+        predicts a number."""
 
     @property
     @abstractmethod
@@ -123,7 +123,7 @@ class Task(ABC):
                 there = ", ".join(f"`{name}`" for name in row) or "none"
                 raise ValueError(f"field `{field}` is missing or null; there are {there}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"field `{field}` is {value}, which is no value")
+                raise ValueError(f"field `{field}` is {value}, which is not a value")
 
     def _check_objective(self, *accepted: Objective) -> None:
         if self.objective not in accepted:
@@ -140,12 +140,12 @@ class PromptTask(Task):
     """A task whose prompt is a template.
 
     The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
-    space it ends with goes to the front of each answer, so the text of prompt and answer together is what was
+    space it ends with goes to the front of each answer, so that prompt and answer together read as they were
     written. So does a space before a mask, where the answer stands for masked language models.
 
     Args:
         prompt: Jinja2 template over the fields of a row; `{{ mask }}` and `{{ sep }}` in it are the model's mask and
-            what it separates two texts by.
+            its separator of two texts.
     """
 
     prompt: str

@@ -27,16 +27,16 @@ class TaskDataModule(L.LightningDataModule):
         task: the task.
         path: folder of rows, instead of the hub.
         batch_size: training examples a batch, on each rank.
-        eval_batch_size: examples a batch otherwise; `batch_size` if not given.
-        num_train: training rows to sample; the task's number, mostly 1000, if not given.
-        num_validation: validation rows to sample; the task's number, mostly 500, if not given.
-        num_test: test rows to sample; the task's number, mostly 1000, if not given.
+        eval_batch_size: examples a batch in evaluations; `batch_size` if not given.
+        num_train: training rows to sample; the task's number, usually 1000, if not given.
+        num_validation: validation rows to sample; the task's number, usually 500, if not given.
+        num_test: test rows to sample; the task's number, usually 1000, if not given.
         examples_per_class: sample this many rows of each class for training, and again for validation,
             instead of `num_train` and `num_validation` rows.
         seed: decides which rows are sampled and the order of the training batches.
         fixed_batches: whether every epoch has the same training batches, in an order of its own, for
             `keep_prefix_gib` of the ZerothOrder callback.
-        num_workers: processes that build batches. Texts are in memory, so 0 is mostly the fastest for them.
+        num_workers: processes that build batches. Texts are in memory, so 0 is usually the fastest for them.
 
     Raises:
         ValueError: if an argument is not what it should be.
@@ -85,7 +85,7 @@ class TaskDataModule(L.LightningDataModule):
         if self.folder is not None and not self.folder.is_dir():
             where = "" if self.folder.is_absolute() else f" in {Path.cwd()}"
             name = "data.path" if self.folder != task.folder else "data.task.folder"
-            raise ValueError(f"`{name}` must be a folder of files, got {str(self.folder)!r}, which is none{where}.")
+            raise ValueError(f"`{name}` must be a folder of files, got {str(self.folder)!r}, which is not one{where}.")
         self._rows = Rows(
             task,
             self.folder,
@@ -129,7 +129,7 @@ class TaskDataModule(L.LightningDataModule):
     def check_rows(self, *names: str) -> None:
         """Reads splits ("train", "validation", "test"), and checks their rows as far as is possible without a model.
 
-        With it, a bad row of the test split is found before training, for example.
+        So a bad row of the test split, for example, is found before training.
 
         Raises:
             ValueError: if a row does not fit the task, or a file is missing; says which line or file.
@@ -169,7 +169,7 @@ class TaskDataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None, sampler=BatchNumbers(batches), **self._loading())
 
     def _loading(self) -> dict[str, Any]:
-        """How batches are loaded: for a GPU into pinned memory, from where a copy need not be waited for."""
+        """How batches are loaded: for a GPU into pinned memory, so that no copy to it has to be waited for."""
         is_gpu = self._trainer().strategy.root_device.type == "cuda"
         return {"num_workers": self.num_workers, "pin_memory": is_gpu}
 

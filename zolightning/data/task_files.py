@@ -56,7 +56,7 @@ def load_task(name: str) -> Task:
 def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     """Makes a task of plain values: the fields of one of its kinds, with ``hub`` as a mapping of its own.
 
-    A relative ``folder`` starts from the one `beside`, or else from the working directory.
+    A relative ``folder`` is looked for in the folder `beside`, or else in the working directory.
 
     Raises:
         ValueError: if a field is unknown, missing or wrong; says which.
@@ -64,7 +64,7 @@ def task_of(values: Mapping[str, Any], beside: Path | None = None) -> Task:
     named = [kind for field, kind in KINDS.items() if isinstance(values, Mapping) and field in values]
     kind = named[0] if named else Classification
     _check_keys(kind, values, "a task")
-    # jsonargparse makes this text of a null that is given as a flag, `--data.task.content_free_prompt null`
+    # jsonargparse turns a null that is given as a flag into this text, `--data.task.content_free_prompt null`
     settings: dict[str, Any] = {key: None if value == "None" else value for key, value in values.items()}
     for key in ("answers", "labels", "skip_labels"):
         if key in settings:
@@ -93,7 +93,7 @@ def chosen_task(task: str | Mapping[str, Any], prompt: str | None = None, answer
         found = _made("prompt", partial(replace, found, prompt=prompt))
     if answers is not None:
         if not isinstance(found, Classification):
-            raise ValueError(f"`data.answers` are those of classes; task {found.name} makes its own of each row.")
+            raise ValueError(f"`data.answers` is for tasks with classes; task {found.name} makes its own of each row.")
         found = _made("answers", partial(replace, found, answers=tuple(answers)))
     return found
 
@@ -111,7 +111,7 @@ def _check_keys(cls: type, values: object, what: str) -> None:
         raise ValueError(f"{what} must be a mapping of keys to values, got {values!r}.")
     known = {field.name: field.default is MISSING for field in fields(cls)}
     others = "`, `".join(list(KINDS)[1:])
-    hint = f" (unless one of `{others}` makes it one of another kind)" if cls is Classification else ""
+    hint = f" (unless one of `{others}` makes it another kind of task)" if cls is Classification else ""
     if unknown := [str(key) for key in values if key not in known]:
         keys = sorted(known, key=lambda key: not known[key])  # those it needs first
         raise ValueError(f"{what} has no key `{'`, `'.join(unknown)}`; its keys are {', '.join(keys)}{hint}.")

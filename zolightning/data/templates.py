@@ -51,10 +51,10 @@ def fill(source: str, values: Mapping[str, Any]) -> str:
 class _NoText:
     """A value that a template may use but not write, because a prompt should not hold Python's notation."""
 
-    _name = ""  # templates see no attribute with a leading underscore, but `row.name` as one of a mapping
+    _name = ""  # underscored, so that templates do not see it: in `row.name` they should find the mapping's item
 
     def __str__(self) -> str:
-        raise ValueError(f"{self._name} is {self!r}, which is no text")
+        raise ValueError(f"{self._name} is {self!r}, which is not text")
 
 
 class _Truth(_NoText, int):
@@ -119,7 +119,7 @@ def _written(value: Any) -> Any:
     if is_text or isinstance(value, _NoText):
         return value
     found = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)[:80]
-    raise ValueError(f"they write {found}, which is no text")
+    raise ValueError(f"they write {found}, which is not text")
 
 
 @lru_cache

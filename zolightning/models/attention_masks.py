@@ -1,6 +1,6 @@
-"""Attention masks for which a network need not read anything back from its device.
+"""Attention masks that spare a network reading anything back from its device.
 
-Given a padding mask, Hugging Face's networks look whether anything is masked, and without one they look at the
+Given a padding mask, Hugging Face's networks check whether anything is masked, and without one they check the
 positions. Either way the host waits for the device once in each forward pass, and a CUDA graph of the pass would be
 valid for one result only. A four-dimensional mask is passed to attention as it is.
 """
@@ -38,10 +38,10 @@ def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
 
 
 def causal_mask(mask: Tensor) -> Tensor:
-    """Whether each token attends to each, (rows, 1, length, length): to those before it and itself, but to no padding.
+    """Which tokens each token attends to, (rows, 1, length, length): itself and those before it, but no padding.
 
-    `mask` is (rows, length), 0 on padding. Padding on the left, which has nothing else, attends to itself: kernels of
-    attention for CUDA differentiate a row of nothing as NaN.
+    `mask` is (rows, length), 0 on padding. Padding on the left, which has nothing else to attend to, attends to itself:
+    CUDA's attention kernels give NaN gradients for an empty row.
     """
     length = mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()

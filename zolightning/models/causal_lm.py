@@ -23,16 +23,16 @@ class CausalLM(LanguageModel):
     """A pretrained causal language model that chooses among the candidate answers to a prompt, or writes its own.
 
     Validation and test report the loss, and the accuracy and the macro F1 of choosing the most likely candidate; or how
-    well texts fit that it has written, where the task says so.
+    well the written texts match the references, if the task generates.
 
     Args:
         model_name: an id on the Hugging Face hub, a folder in Hugging Face's format, a GGUF file, or
             `pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf` for a GGUF file inside a Python package on PyPI.
         reward: what a generated text is worth: a function of (text, references) -> number, which a zeroth-order method
-            raises in place of the likelihood of the answers. The task must generate (`references`). Default: none.
-        decoding: how texts are written: by the likeliest token, sampled, or by beams. All evaluations of a step draw
-            the same random numbers, which are a function of the run's seed and the step; a validation draws the same
-            each time. Default: by the likeliest token.
+            maximizes instead of the likelihood of the answers. The task must generate (`references`). Default: none.
+        decoding: how texts are written: greedily, by sampling, or by beam search. All evaluations of a step draw the
+            same random numbers, which are a function of the run's seed and the step; a validation draws the same ones
+            each time. Default: greedily.
         **settings: how the network is loaded and trained, see
             :class:`~zolightning.models.pretrained_module.PretrainedModule`.
 
@@ -84,9 +84,8 @@ class CausalLM(LanguageModel):
         self._generation = getattr(datamodule, "generation", None)
         if self._generation is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                f"`trainer.strategy` is {type(self.trainer.strategy).__name__}, under which ranks must run as many "
-                "forwards, and answers that are generated have different lengths. Use 'zo_ddp', or a task with "
-                "candidate answers."
+                f"`trainer.strategy` is {type(self.trainer.strategy).__name__}, under which all ranks must run equally "
+                "many forwards, but generated answers differ in length. Use 'zo_ddp', or a task with candidate answers."
             )
         super().setup(stage)
 
@@ -141,13 +140,13 @@ class CausalLM(LanguageModel):
             return self.generate(batch, generation)
 
     def check_objective(self, datamodule: Any, by_gradients: bool) -> None:
-        """As of any module; also refuses a reward where the task generates no text, or gradients would train."""
+        """As in any module; also refuses a reward if the task generates no text, or if gradients would train."""
         super().check_objective(datamodule, by_gradients)
         if self.reward is None:
             return
         if getattr(datamodule, "generation", None) is None:
             raise MisconfigurationException(
-                "`model.reward` is of generated texts, and the task generates none: give it `references`."
+                "`model.reward` is for generated texts, and the task generates none: give it `references`."
             )
         if by_gradients:
             raise MisconfigurationException(

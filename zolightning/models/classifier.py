@@ -51,7 +51,7 @@ class Classifier(PretrainedModule):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer of the head. Raises a ValueError if it is no ``nn.Linear``."""
+        """The last layer of the head. Raises a ValueError if it is not an ``nn.Linear``."""
         modules = {name.rpartition(".")[0]: None for name in self.head_parameters}
         found = [self.model.get_submodule(name) for name in modules]
         last = found[-1] if found else None
@@ -65,7 +65,7 @@ class Classifier(PretrainedModule):
         with inputs_of(self.head) as read:
             self.logits(batch)
         features = read[0]
-        if features.dim() == 3:  # it reads every token, of which the last one counts that is not the one of padding
+        if features.dim() == 3:  # it reads every token, and the last one that is not padding counts
             ids, pad = batch["input_ids"][:, 0], self.model.config.get_text_config().pad_token_id
             counts = batch["attention_mask"][:, 0] if pad is None else ids != pad
             place = (torch.arange(ids.shape[1], device=ids.device) * counts).argmax(dim=1)
@@ -101,7 +101,7 @@ class Classifier(PretrainedModule):
         if hasattr(datamodule, "num_classes") and wanted != found:
             classes = counted(found or 0, "class", "classes")
             raise MisconfigurationException(
-                f"The head of `model_name` has {classes}, and the task {wanted or 'other ones in each row'}: set "
+                f"The head of `model_name` has {classes}, and the task {wanted or 'different ones in each row'}: set "
                 "`model.num_classes` to the number of the task's `labels`, or to 1 for a `target`."
             )
         super().setup(stage)
@@ -130,7 +130,8 @@ class Classifier(PretrainedModule):
             if names != present and sorted(map(str.lower, names)) == sorted(map(str.lower, present)):
                 rank_zero_warn(
                     f"The head of `model_name` has the classes {present}, and the task's `labels` the same in another "
-                    f"order, {labels}: they are numbered in the latter. Change the order for what the head has learnt."
+                    f"order, {labels}, in which they are numbered. Put the `labels` in the head's order to keep what "
+                    "it has learnt."
                 )
             self._set_class_names(names)
         elif labels and not is_named:

@@ -34,7 +34,7 @@ class Pearson(Metric):
 class Spearman(Pearson):
     """Spearman's correlation, Pearson's of the ranks; equal numbers share the mean of theirs.
 
-    torchmetrics' own keeps the numbers in bfloat16 under ``bf16-true``, in which many that differ are equal.
+    torchmetrics' own keeps the numbers in bfloat16 under ``bf16-true``, in which many different ones become equal.
     """
 
     def compute(self) -> Tensor:

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 class Decoding:
     """How the next token is chosen: fields of transformers' GenerationConfig. By default it is the likeliest one.
 
-    What a model recommends in its generation_config.json, such as a penalty for what was said before, has no effect. It
-    only tells the tokens that begin and end a text, and those that are never written.
+    Settings in the model's generation_config.json, such as a repetition penalty, have no effect. Only the tokens that
+    begin and end a text, and those that are never written, are taken from it.
 
     Args:
         do_sample: draw each token from the model's distribution, instead of taking the likeliest.
         temperature: divides the logits before tokens are drawn.
         top_k: draw among this many of the likeliest tokens; 0 among all.
         top_p: draw among the likeliest tokens that make up this share of the probability.
-        num_beams: texts that are continued side by side, of which the likeliest is taken in the end.
+        num_beams: number of beams: texts that are continued side by side, of which the likeliest is taken in the end.
 
     Raises:
         ValueError: if a field is out of range, or would have no effect.
@@ -83,8 +83,8 @@ def generate(
 ) -> list[str]:
     """Continues prompts, all of a batch together.
 
-    A row ends with the token whose text contains `stop`, also one that merges it with other characters, or with the
-    model's own end of a text.
+    A row ends with the first token whose text contains `stop`, even if it has other characters too, or with the model's
+    own end-of-text token.
 
     The prompts are (B, P), padded on the left, or on the right if an encoder reads them, with a mask that is 0 on
     padding. Returns B texts without outer spaces. Sampling draws from torch's generators.
@@ -94,14 +94,14 @@ def generate(
     start = 1 if model.config.is_encoder_decoder else prompt_ids.shape[1]  # a decoder's texts begin with one token
 
     def has_stopped(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        # by the text: a token that merges a line break with other characters has a number of its own
+        # by the text: a token that merges a line break with other characters has an id of its own
         texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return torch.tensor([stop in text for text in texts], device=ids.device)
 
     pad = next(id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if id is not None)
     tokens = _tokens_of(model) | {"pad_token_id": pad}
     fields = (decoding or Decoding()).fields()
-    # A model recommends settings of its own, which transformers would take where none are given.
+    # A model has settings of its own, which transformers would use where none are given.
     with replaced(model, "generation_config", GenerationConfig()):
         written = model.generate(
             input_ids=prompt_ids,

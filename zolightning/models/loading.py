@@ -55,8 +55,8 @@ def load_model(
     if info["mismatched_keys"]:
         name, found, wanted = next(iter(info["mismatched_keys"]))
         raise ValueError(
-            f"{name} has the shape {tuple(found)} in the file and {tuple(wanted)} by config.json: they do not belong "
-            "together."
+            f"{name} has the shape {tuple(found)} in the file and {tuple(wanted)} in config.json: the two do not "
+            "belong together."
         )
     if unused:
         rank_zero_warn(f"{source} has {len(unused)} weights that {type(model).__name__} does not use: {some(unused)}.")
@@ -98,7 +98,7 @@ def _explain(missing: list[str], unused: list[str]) -> str:
     for name in unused:
         prefix, _, rest = name.partition(".")
         if rest in wanted:
-            return f"its names begin with '{prefix}.', which has to go"
+            return f"its names begin with '{prefix}.', which has to be removed"
     return "it does not fit config.json, or has no head of this kind (`num_classes` gives a classifier a new one)"
 
 

@@ -120,7 +120,7 @@ def _hub_source(name: str) -> str:
     except HfHubHTTPError:
         return name  # the hub answers, and `from_pretrained` says what is wrong
     except HFValidationError:
-        reason = "and not of the form of a hub id"
+        reason = "and not a valid hub id"
     except Exception:  # those of the HTTP library, which one depends on the version of the hub client
         try:
             return snapshot_download(name, local_files_only=True)
@@ -129,6 +129,6 @@ def _hub_source(name: str) -> str:
     else:
         return name
     raise ValueError(
-        f"`model_name` {name!r} is not found: it is no local folder or file, {reason}. Accepted are a hub id, a "
+        f"`model_name` {name!r} is not found: it is not a local folder or file, {reason}. Accepted are a hub id, a "
         "local folder, a GGUF file, and pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf."
     )

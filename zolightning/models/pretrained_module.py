@@ -63,17 +63,17 @@ class PretrainedModule(L.LightningModule):
         attention: Hugging Face's attention implementation, such as sdpa, eager or flash_attention_2. Default:
             sdpa where the architecture supports it, otherwise eager.
         quantization: stores the weights of linear maps in 8 bits (int8) or about 4 (nf4, which needs bitsandbytes);
-            they are frozen but for scales that a scope names, and unpacked one map at a time. What a scope trains is
+            they are frozen except scales that a scope names, and unpacked one map at a time. What a scope trains is
             left as it is. Default: none.
         device_map: spreads the layers over several devices, for a model that is too large for one: accelerate's "auto",
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
-            a module. With one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
+            a module. Needs one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
             evaluated, not trained. Default: all on the Trainer's device.
-        adapter: a folder of PEFT's, or an id on the hub: a LoRA adapter or a prefix of that model, to start from. It
-            alone trains, or with the head of a classifier. Default: none.
-        num_layers: keeps the first layers only, so many: the head reads what a middle layer writes, which can tell more
-            of a task, for less. What such a model says means little before its head is fitted (`LinearProbing`).
-            Default: all layers.
+        adapter: a folder in PEFT's format, or an id on the hub: a LoRA adapter or a prefix of that model, to start
+            from. Only it trains, and the head of a classifier. Default: none.
+        num_layers: keeps only so many layers, the first ones: the head then reads the output of a middle layer, which
+            can tell more about a task, in less time. Its predictions mean little before the head is fitted
+            (`LinearProbing`). Default: all layers.
     """
 
     network_class: ClassVar[str]
@@ -108,8 +108,8 @@ class PretrainedModule(L.LightningModule):
         # What `load_from_checkpoint` makes the module of; the rest is in `structure_dict`
         made_of = {"model_name": model_name, "dtype": dtype, "attention": attention, "quantization": quantization}
         self._made_of = {name: value for name, value in (made_of | own).items() if value is not None}
-        # As functions, which copies of the module share (WeightAveraging makes one): those of the command line hold all
-        # that it has made, the Trainer for one
+        # As functions, which copies of the module share (WeightAveraging makes one): the command line's objects refer
+        # to all that it has made, such as the Trainer
         self.optimizer = lambda params: optimizer(params)
         self.lr_scheduler = lr_scheduler and (lambda optimizer: lr_scheduler(optimizer))
         self.metrics = nn.ModuleDict()  # by name, made in `setup`, where the number of classes is known
@@ -117,7 +117,7 @@ class PretrainedModule(L.LightningModule):
         self._rows_set: list[int] = []  # of the head, in place of the pretrained ones
 
     def _own_settings(self) -> dict[str, Any]:
-        """What a subclass loads the network by besides: arguments of `load_pretrained`, and of its constructor."""
+        """Further arguments with which a subclass loads the network: of `load_pretrained`, and of its constructor."""
         return {}
 
     @abstractmethod
@@ -155,7 +155,7 @@ class PretrainedModule(L.LightningModule):
         """
 
     def check_objective(self, datamodule: Any, by_gradients: bool) -> None:
-        """Raises MisconfigurationException where a gradient would be taken of what has none."""
+        """Raises MisconfigurationException if something that has no gradient would be trained by gradients."""
         if by_gradients and getattr(getattr(datamodule, "task", None), "objective", None) == "accuracy":
             raise MisconfigurationException(
                 "The task's `objective` is 'accuracy', which has no gradient: name a zeroth-order `method`, or add the "
@@ -212,7 +212,7 @@ class PretrainedModule(L.LightningModule):
             self.log("train/loss", loss, prog_bar=True)
         if batch["objective"] in ("classification", "accuracy"):
             accuracy = self.right(batch, scores).mean()
-            self.log("train/accuracy", accuracy, on_step=True)  # in the bar it would be waited for at every step
+            self.log("train/accuracy", accuracy, on_step=True)  # in the progress bar, every step would wait for it
             if batch["objective"] == "accuracy":
                 loss = 1 - accuracy
         return {"loss": loss, "num_terms": num_terms}
@@ -254,7 +254,7 @@ class PretrainedModule(L.LightningModule):
 
     @property
     def head(self) -> nn.Linear:
-        """The output layer. Raises a ValueError if there is none, or it is no ``nn.Linear``."""
+        """The output layer. Raises a ValueError if there is none, or it is not an ``nn.Linear``."""
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"`model_name` is a {type(self.model).__name__}, which has no head to probe.")
@@ -308,7 +308,7 @@ class PretrainedModule(L.LightningModule):
 
     def _evaluation_step(self, batch: Any, stage: Literal["val", "test"]) -> None:
         loss, num_terms, scores = self.evaluate(batch)
-        # Numbers of terms and examples as floats: of integers Lightning's strategies round the mean over ranks down
+        # Numbers of terms and examples as floats: Lightning's strategies round the mean of integers over ranks down
         self.log(f"{stage}/loss", loss, batch_size=float(num_terms), sync_dist=True)  # type: ignore[arg-type]
         prediction, size = self.prediction(scores), len(batch["label"])
         for name, metric in self.metrics.items():

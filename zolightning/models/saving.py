@@ -15,7 +15,7 @@ def save_model(model: "PreTrainedModel", folder: str | Path) -> None:
     """Writes a model for ``from_pretrained``; quantised weights are written as ordinary ones that compute the same."""
     state = dequantized_state_dict(model)
     if has_untied_head(model) and (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
-        # BERT and its kin have it by two names. Transformers would leave one out, and miss it when it loads the model.
+        # BERT and its kin have the bias under two names. Transformers would save one, and miss the other on loading.
         state |= {name: tensor.clone() for name, tensor in state.items() if tensor.data_ptr() == bias.data_ptr()}
     model.save_pretrained(folder, state_dict=state)
 

@@ -31,7 +31,7 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         input_ids, attention_mask = input_ids[index.rows], attention_mask[index.rows]
     logits = last_logits(model, input_ids, attention_mask, count=answer_length + 1)
     mask = answer_ids >= 0
-    # an answer token is predicted one position before it stands
+    # an answer token is predicted at the position before its own
     if index.tokens is None:
         return token_log_probs(logits[:, :-1].flatten(0, 1), answer_ids.flatten()).view_as(mask), mask
     rows, places, slots = index.tokens
@@ -89,8 +89,8 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     optional = {
         # some architectures would count the padding as positions
         "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
-        # Logits that nobody reads cost up to a fifth of the forward pass and most of its memory. Positions by number
-        # give a copy: of a slice, torch makes a product a row and copies a frozen head for each (10 x the forward).
+        # Logits that nobody reads cost up to a fifth of the forward pass and most of its memory. Indices give a copy;
+        # with a slice, torch multiplies row by row and copies a frozen head for each (10 times the forward).
         "logits_to_keep": torch.arange(input_ids.shape[1] - count, input_ids.shape[1], device=input_ids.device),
         "use_cache": False,
     }

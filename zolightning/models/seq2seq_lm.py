@@ -23,9 +23,9 @@ from zolightning.models.scoring import of_label, token_log_probs
 class Seq2SeqLM(CausalLM):
     """A pretrained encoder-decoder, such as T5, of which the encoder reads prompts and the decoder writes answers.
 
-    It trains, chooses, generates and is rewarded as :class:`~zolightning.models.CausalLM` is, by the same settings. An
-    answer is a text by itself, which ends with the token that the tokenizer ends one with; the score of a candidate is
-    the mean log-probability of its tokens, this one included. Each prompt is encoded once, whatever the number of its
+    It trains, chooses, generates and is rewarded like :class:`~zolightning.models.CausalLM`, with the same settings. An
+    answer is a text by itself, which ends with the tokenizer's end-of-text token; the score of a candidate is the mean
+    log-probability of its tokens, this one included. Each prompt is encoded once, whatever the number of its
     candidates.
     """
 

@@ -40,7 +40,7 @@ class SequenceClassifier(TextModule, Classifier):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        # networks that read from left to right look for the last token that is no padding
+        # networks that read from left to right look for the last token that is not padding
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     @property

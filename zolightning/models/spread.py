@@ -65,7 +65,7 @@ def check_devices(device_map: DeviceMap | None) -> None:
     count = torch.cuda.device_count()
     for place in device_map.values() if isinstance(device_map, dict) else ():
         if isinstance(place, int) and not 0 <= place < count:
-            raise ValueError(f"there is no GPU {place}, of {count} that are visible.")
+            raise ValueError(f"there is no GPU {place}; {count} are visible.")
 
 
 def _apply_in_place(network: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

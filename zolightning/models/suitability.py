@@ -1,4 +1,4 @@
-"""Tries out what scoring assumes of a model: that no token sees a later one, and that padding changes nothing."""
+"""Runs a model to check what scoring assumes: that no token sees a later one, and that padding changes nothing."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -62,7 +62,7 @@ def refuse_reading_padding(
     weight = model.get_input_embeddings().get_parameter("weight")
     if (tokenizer.pad_token_id or 0) >= len(weight):
         raise MisconfigurationException(
-            f"The token for padding of `model_name`, {tokenizer.pad_token!r}, has the number {tokenizer.pad_token_id}, "
+            f"The token for padding of `model_name`, {tokenizer.pad_token!r}, has the id {tokenizer.pad_token_id}, "
             f"but the model has embeddings for {len(weight)} only: resize them (`model.resize_token_embeddings`) and "
             "save the model."
         )
@@ -100,7 +100,7 @@ def _refuse_padding(model: "PreTrainedModel", logits: Tensor, padded_logits: Ten
 
 
 def _tolerance(model: "PreTrainedModel") -> float:
-    # Rounding makes 1e-6 (float32) or 1e-3 (bfloat16, SmolLM2-135M). Random weights of a BERT make 9e-4 and 6e-3,
+    # Rounding gives 1e-6 (float32) or 1e-3 (bfloat16, SmolLM2-135M). Random weights of a BERT give 9e-4 and 6e-3,
     # trained ones, and padding of an RWKV, about 1.
     return 0.1 if model.dtype.itemsize < 4 else 1e-4
 

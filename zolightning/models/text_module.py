@@ -34,7 +34,7 @@ class TextModule(PretrainedModule):
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for name, module in self.model.named_modules() if longest else ():
             if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                longest -= module.padding_idx + 1  # RoBERTa's and its kin's begin after the one of padding
+                longest -= module.padding_idx + 1  # those of RoBERTa and its kin begin after that of padding
         callbacks: Any = getattr(self._trainer, "callbacks", ())
         to_come = [callback.num_virtual_tokens for callback in callbacks if isinstance(callback, PrefixTuning)]
         prefix = prefix_of(self.model)
@@ -49,8 +49,8 @@ class TextModule(PretrainedModule):
     def logits_both_ways(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The logits of a network that reads a text both ways, for tokens and their mask, both (rows, length).
 
-        Position ids, which count from the left, are the network's own. One that tells two texts apart by token types,
-        as BERT does, gets the number of separators before each token.
+        Position ids, which count from the left, are the network's own. A network that tells two texts apart by token
+        types, as BERT does, gets the number of separators before each token.
         """
         types = {}
         num_types = getattr(self.model.config, "type_vocab_size", 1)

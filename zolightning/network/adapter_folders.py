@@ -41,7 +41,7 @@ def save_adapter(model: "PreTrainedModel", folder: str | Path, head: Mapping[str
 
     if (num_layers := early_exit(model)) is not None:
         raise ValueError(
-            f"`num_layers` is {num_layers}, and a folder of an adapter does not say so: it would be put into a model "
+            f"`num_layers` is {num_layers}, which an adapter's folder cannot record: it would be put into a model "
             "with all layers. Export the merged model (`zolightning export --merge`)."
         )
 
@@ -126,7 +126,7 @@ def _without_copies(
         if found.shape != weight.shape or not torch.equal(found, weight):
             raise ValueError(
                 f"`adapter` {adapter!r} has a {name.removeprefix('base_model.model.')} of shape {tuple(found.shape)}, "
-                f"other than the model's: embeddings that were resized, or trained beside LoRA, which is not supported."
+                f"which is not the model's: embeddings were resized, or trained along with LoRA; that is not supported."
                 f" {_MERGE}"
             )
     return {name: weight for name, weight in weights.items() if name not in copies}
@@ -141,13 +141,13 @@ def _folder_of(adapter: str) -> Path:
         try:
             folder = Path(snapshot_download(adapter, allow_patterns="adapter_*"))
         except Exception:  # those of the HTTP library, which one depends on the version of the hub client
-            raise ValueError(f"`adapter` {adapter!r} is no local folder, and the hub does not give it.") from None
+            raise ValueError(f"`adapter` {adapter!r} is not a local folder, and the hub does not provide it.") from None
     if not folder.is_dir():
         raise ValueError(f"`adapter` {adapter!r} is a path, but no folder is there.")
     weights = ("adapter_model.safetensors", "adapter_model.bin")
     if not (folder / _CONFIG).is_file() or not any((folder / name).is_file() for name in weights):
         raise ValueError(
-            f"`adapter` {adapter!r} is no folder of PEFT's: it needs {_CONFIG} and {weights[0]} (or {weights[1]})."
+            f"`adapter` {adapter!r} is not a folder of PEFT's: it needs {_CONFIG} and {weights[0]} (or {weights[1]})."
         )
     return folder
 
@@ -167,6 +167,6 @@ def _refuse_kinds(adapter: str, config: Any) -> None:
     initial = getattr(config, "init_lora_weights", True)
     if kind == LORA and not isinstance(initial, bool) and initial != "gaussian":
         raise ValueError(
-            f"`adapter` {adapter!r} has init_lora_weights {initial!r}, which changes the weights beside it. Save it "
+            f"`adapter` {adapter!r} has init_lora_weights {initial!r}, which changes the base weights too. Save it "
             "for the original model first (peft: path_initial_model_for_weight_conversion)."
         )

@@ -101,7 +101,7 @@ def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 class CrossValidation(NamedTuple):
-    """What fits to the other folds are worth on each fold."""
+    """How fits to all folds but one do on the fold that was left out."""
 
     loss: float  # mean of the folds' cross-entropies
     error: float  # standard error of `loss`
@@ -124,9 +124,9 @@ def strongest_penalty(
 ) -> tuple[float, CrossValidation]:
     """The smallest ``c`` whose loss on the folds is within one standard error of the least.
 
-    The rule of Breiman et al. (1984, *Classification and Regression Trees*, 3.4.3): of fits that tell unknown rows
-    apart about equally well, the one that is least sure of the known ones. Values are tried from the smallest on, until
-    the loss is a standard error above the least.
+    The rule of Breiman et al. (1984, *Classification and Regression Trees*, 3.4.3): of fits that classify unseen rows
+    about equally well, the one that is least certain of the rows it was fitted to. Values are tried from the smallest
+    on, until the loss is a standard error above the least.
     """
     tried: list[tuple[float, CrossValidation]] = []
     least = limit = math.inf

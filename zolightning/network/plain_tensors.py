@@ -12,7 +12,7 @@ from zolightning.directions.shards import whole
 
 
 def as_plain(tensor: Tensor) -> dict[str, str]:
-    """The elements of a floating-point tensor in base64, by the dtype that they are kept in.
+    """The elements of a floating-point tensor in base64, as the value of one key: the dtype in which they are stored.
 
     All ranks of a tensor that is sharded over ranks must call this.
     """

@@ -172,7 +172,7 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
     chosen = {
         name: child
         for name, child in module.named_modules()
-        # no subclasses: what these do with their weight is their own affair
+        # no subclasses, which may use their weight in other ways
         if type(child) is nn.Linear and child is not output_layer and owners[id(child.weight)] == 1
     }
     if not chosen:
@@ -200,7 +200,7 @@ def num_weights(module: nn.Module) -> int:
 
 
 def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
-    """Restores those of the parameters that are to train which are quantised; the names of the scales that are gone.
+    """Restores the quantised ones among the parameters that are to train; returns the names of the scales removed.
 
     Raises:
         MisconfigurationException: if the original weights have been forgotten, or nothing would stay quantised.
@@ -210,8 +210,8 @@ def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
     for name, linear in chosen.items():
         if linear.original is None:
             raise MisconfigurationException(
-                f"`{name}.weight` is quantised ({linear.kind}) and so cannot train, and what it was before is kept "
-                "until the first fit only. Load the model anew for a scope that trains other layers."
+                f"`{name}.weight` is quantised ({linear.kind}) and so cannot train; its original is kept only until "
+                "the first fit. Load the model again for a scope that trains other layers."
             )
     if chosen and len(chosen) == len(quantized):
         kind = next(iter(chosen.values())).kind

@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def exact_frequencies(module: nn.Module) -> Iterator[None]:
-    """A context in which dtypes of a module may be converted, but for frequencies or tables of rotary embeddings.
+    """A context in which dtypes of a module may be converted, except frequencies or tables of rotary embeddings.
 
     Rounded to bfloat16 they would turn the keys of the 500th token up to a radian too far or not far enough.
     Transformers does not round them when it loads a model in half precision.

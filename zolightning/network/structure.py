@@ -1,4 +1,4 @@
-"""The structure of a network as plain values: what was changed of the pretrained one, and making it so again."""
+"""The structure of a network as plain values: how it differs from the pretrained one, and how to restore it."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

@@ -44,7 +44,7 @@ def require_patterns(patterns: Sequence[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"`patterns` has '{pattern}', which is no regular expression: {error}.") from None
+            raise ValueError(f"`patterns` has '{pattern}', which is not a regular expression: {error}.") from None
 
 
 def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None:

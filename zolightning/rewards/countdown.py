@@ -13,14 +13,14 @@ _CHARACTERS = re.compile(r"[0-9+\-*/() ]+")
 class Countdown:
     """The reward of an expression such as ``3 * (7 - 5)``: 1 if it is right, `format_reward` if it is an expression.
 
-    It is right if it has the value of the reference and uses each of the reference's numbers equally often. A text is
-    read up to the first ``=``. Values are exact fractions, and nothing is executed.
+    It is right if it has the value of the reference and uses each of its numbers as often as it does. A text is read
+    up to the first ``=``. Values are exact fractions, and nothing is executed.
 
     Args:
         format_reward: the reward of a wrong expression, made of whole numbers, ``+ - * /`` and parentheses. Any other
             text gets 0.
-        numbers_reward: added for a wrong expression, times the share of its numbers that are right: twice how many it
-            has in common with the reference, divided by how many both have together.
+        numbers_reward: added for a wrong expression, times the share of its numbers that are right: twice the count of
+            numbers it has in common with the reference, divided by the sum of the counts of both.
 
     Example:
         >>> reward = Countdown()
@@ -67,7 +67,7 @@ def _rights(references: Sequence[str]) -> list[ast.expr]:
 
 
 def _expression(text: str) -> ast.expr | None:
-    """The expression that a text is; None if it is none."""
+    """A text as an expression; None if it is not one."""
     text = text.strip()
     if len(text) > _LONGEST or not _CHARACTERS.fullmatch(text):
         return None

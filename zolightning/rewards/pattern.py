@@ -8,8 +8,8 @@ class Pattern:
     """1 for a text in which the pattern is found, else 0.
 
     Args:
-        pattern: a regular expression of Python's. ``{reference}`` in it stands for each reference in turn, letter by
-            letter; one that is found is enough.
+        pattern: a regular expression of Python's. ``{reference}`` in it stands for each reference in turn, taken
+            literally; one that is found is enough.
 
     Example:
         >>> reward = Pattern(r"[Tt]he answer is {reference}\\b")
@@ -17,7 +17,7 @@ class Pattern:
         1.0
 
     Raises:
-        ValueError: if it is no regular expression.
+        ValueError: if it is not a regular expression.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -25,7 +25,7 @@ class Pattern:
         try:
             re.compile(self._with("x"))
         except re.error as error:
-            raise ValueError(f"`pattern` is no regular expression: {error}, in '{pattern}'.") from None
+            raise ValueError(f"`pattern` is not a regular expression: {error}, in '{pattern}'.") from None
 
     def __call__(self, text: str, references: Sequence[str]) -> float:
         found = (re.search(self._with(re.escape(reference)), text) for reference in references or [""])

@@ -20,7 +20,7 @@ class InProcesses:
     the reward runs can read and delete your files. A reward that computes with torch has one thread in each of them.
 
     Args:
-        reward: a function of (text, references), which can be pickled: at the top level of a module.
+        reward: a function of (text, references) that can be pickled, such as one at the top level of a module.
         processes: how many run at once.
         timeout: seconds for one text. A process that takes longer is killed.
 
@@ -42,7 +42,7 @@ class InProcesses:
         check_signature(reward)
         try:
             pickle.dumps(reward)
-        except Exception as error:  # whatever an object raises that does not go to another process
+        except Exception as error:  # whatever an object that cannot be pickled raises
             raise ValueError(f"`reward` cannot be sent to other processes: {error}.") from None
         try:
             import pebble  # noqa: F401
@@ -82,6 +82,6 @@ class InProcesses:
         except (Exception, SystemExit) as error:  # whatever a user's function raises, or its process dies of
             name, reason = type(error).__name__, str(error)
         if name not in self.failures:
-            rank_zero_warn(f"A reward failed, which is counted and makes it 0: {name}: {reason}.")
+            rank_zero_warn(f"A reward failed and counts as 0: {name}: {reason}.")
         self.failures[name] = self.failures.get(name, 0) + 1
         return 0.0

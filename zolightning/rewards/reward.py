@@ -18,12 +18,12 @@ def check_signature(reward: Reward) -> None:
     """Raises a ValueError for a function that cannot be called with a text and its references, in this order."""
     try:
         wanted = signature(reward)
-    except ValueError:  # of functions in C that do not say
+    except ValueError:  # some functions in C have no signature
         return
     name = getattr(reward, "__name__", type(reward).__name__)
     advice = "Write a function of (text, references) that returns the number of one text."
     if "completions" in wanted.parameters:
-        raise ValueError(f"`reward` is {name}{wanted}, of whole batches as TRL's rewards are. {advice}")
+        raise ValueError(f"`reward` is {name}{wanted}, which takes whole batches, like TRL's rewards. {advice}")
     try:
         wanted.bind("", ())
     except TypeError:
@@ -66,7 +66,7 @@ def _reward_of(reward: Reward, text: str, references: Sequence[str]) -> Any:
         raise ValueError(
             f"`model.reward` {name} raised {type(error).__name__}: {error}{where}, for the text {_start(text)!r} and "
             f"the references {list(references)!r}. Let it return a number for any text, or wrap it in InProcesses, "
-            "where an error is a reward of 0 and counted."
+            "which counts an error and makes the reward 0."
         ) from error
 
 

@@ -75,7 +75,7 @@ class UnitTests:
         """The rewards of several texts, whose tests run side by side."""
         if bare := sum(not tests for _, tests in pairs):
             if "no tests" not in self.failures:
-                rank_zero_warn("UnitTests got a row without references, its tests: that is counted, and worth 0.")
+                rank_zero_warn("UnitTests got a row without references, its tests: the reward is 0, and it is counted.")
             self.failures["no tests"] = self.failures.get("no tests", 0) + bare
         programs = [(_program(text), test) for text, tests in pairs for test in tests]
         with ThreadPoolExecutor(self.processes) as pool:  # of threads that wait for processes

@@ -69,7 +69,7 @@ class ActivationProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "ActivationProfile":
-        """Reads what :meth:`save` wrote. Raises a ValueError if the file is no profile."""
+        """Reads what :meth:`save` wrote. Raises a ValueError if the file is not a profile."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             layers = [
@@ -140,7 +140,7 @@ class _Recorder:
     def add(self, hidden: Tensor, tokens: Tensor) -> None:
         if hidden.ndim not in (2, 3):
             raise ValueError(
-                f"Layer {self.index} puts out a tensor of shape {tuple(hidden.shape)}; (sequences, tokens, channels) "
+                f"Layer {self.index} returns a tensor of shape {tuple(hidden.shape)}; (sequences, tokens, channels) "
                 "or (sequences, channels) can be measured."
             )
         if hidden.ndim == 2:

@@ -72,7 +72,7 @@ class DominantLayer(LayerScope):
 
 def _load(path: str, fingerprint: Fingerprint) -> ActivationProfile:
     if not Path(path).is_file():
-        raise ValueError(f"`profile` is {path!r}, which is no file. Write one with `zolightning profile`.")
+        raise ValueError(f"`profile` is {path!r}, which is not a file. Write one with `zolightning profile`.")
     try:
         profile = ActivationProfile.load(path)
     except ValueError as error:

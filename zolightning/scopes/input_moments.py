@@ -63,7 +63,7 @@ class InputMoments(TorchFunctionMode):
             if id(weight) in self._wanted and isinstance(inputs, Tensor):
                 self._add(self._wanted[id(weight)], inputs.detach(), inputs, "right" if func is F.linear else "left")
         elif func is F.embedding and len(args) > 1 and id(args[1]) in self._wanted:
-            self.moments.pop(self._wanted.pop(id(args[1])), None)  # read by rows too: its inputs say half of it
+            self.moments.pop(self._wanted.pop(id(args[1])), None)  # also read by rows, which are not inputs
         return func(*args, **(kwargs or {}))
 
     def of(self, readers: Sequence[tuple[nn.Parameter, Side]]) -> SecondMoment:

@@ -47,7 +47,7 @@ class LayerScope(Scope):
         """Chooses layers of `stack`; `profile` runs the network over the calibration prompts and measures them."""
 
     def check_layers(self, stack: LayerStack) -> None:
-        """Raises a ValueError for layers that are named and not there."""
+        """Raises a ValueError for layers that are named but do not exist."""
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stack = find_layers(pl_module, self.layers_name)

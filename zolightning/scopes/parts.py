@@ -73,7 +73,7 @@ class OutlierChannels(Part):
 
     Of I channels, the ``ceil(fraction * I)`` with the largest absolute values at the input of the down projection are
     chosen. In a gated MLP a channel is a row of the gate and up projections and a column of the down projection, so k
-    channels have 3Hk weights (Dominant-Layer ZO, arXiv 2606.05516). Biases of the former are part of it.
+    channels have 3Hk weights (Dominant-Layer ZO, arXiv 2606.05516). Biases of gate and up belong to their channels.
 
     Args:
         fraction: share of the channels that train, above 0 and at most 1.
@@ -240,7 +240,7 @@ def require_adapter(part: Part, model: Any, rank: int, alpha: float, targets: Se
     elif present != wanted:
         raise ValueError(
             f"`part` is {part!r}, but the model has another adapter already: {differences(present, wanted)}. Load the "
-            "model anew, or train the adapter that it has, without a scope."
+            "model again, or train the adapter that it has, without a scope."
         )
 
 

@@ -42,7 +42,7 @@ class PrefixTuning(Scope):
             add_adapter(model, wanted)
         elif differ := differences({name: present.get(name) for name in wanted}, wanted):
             raise ValueError(
-                f"`scope` is PrefixTuning, but the model has another adapter already: {differ}. Load the model anew, "
+                f"`scope` is PrefixTuning, but the model has another adapter already: {differ}. Load the model again, "
                 "or train the adapter that it has, without a scope."
             )
         prefix = prefix_of(model)

@@ -65,8 +65,8 @@ class Scope(Callback, ABC):
             return
         if _KEY not in checkpoint:
             raise MisconfigurationException(
-                f"`ckpt_path` is a checkpoint of a run without a scope, and {type(self).__name__} would train other "
-                "parameters than it did. Resume it with the callbacks that it had."
+                f"`ckpt_path` is a checkpoint of a run without a scope, and {type(self).__name__} would train "
+                "different parameters. Resume it with the callbacks that it had."
             )
         saved = checkpoint[_KEY]
         parameters = {name: part if part is None else Slice(**part) for name, part in saved["parameters"].items()}
@@ -129,7 +129,7 @@ class Scope(Callback, ABC):
             parameter.requires_grad_(name in selection.parameters and self._trainable.get(parameter, True))
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise MisconfigurationException(
-                f"{type(self).__name__} chose {selection.reason}, and there all parameters are frozen "
+                f"{type(self).__name__} chose {selection.reason}, but there all parameters are frozen "
                 "(`requires_grad=False`). Unfreeze at least one."
             )
         self._selection = selection

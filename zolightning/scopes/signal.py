@@ -56,11 +56,11 @@ def measure_signal(
     `seed` None is that of ``seed_everything``.
 
     Raises:
-        ValueError: if there are less than two batches.
+        ValueError: if there are fewer than two batches.
         NonFiniteLossError: if a loss is not finite.
     """
     if len(losses) < 2:
-        raise ValueError(f"A signal is told from noise by at least two batches, got {len(losses)}.")
+        raise ValueError(f"It takes at least two batches to tell a signal from noise, got {len(losses)}.")
     chosen = {parameter: part for block in blocks.values() for parameter, part in block.items()}
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter in chosen]
     found: list[tuple[str, int, Tensor, Tensor]] = []

@@ -69,7 +69,7 @@ class TrainBySignal(Scope):
             require_patterns(patterns)
         if patterns is not None and part is not None:
             raise ValueError(
-                f"`part` is {part!r}, of layers, and `patterns` name blocks of their own: give one of them."
+                f"`part` is {part!r}, which is for layers, and `patterns` name blocks of their own: give one of them."
             )
         self.num_blocks = num_blocks
         self.part = WholeLayer() if part is None else part
@@ -96,13 +96,13 @@ class TrainBySignal(Scope):
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         if len(batches) < 2:
             raise ValueError(
-                f"`num_prompts` is {self.num_prompts}, which is one batch of the training data, and a signal is told "
-                "from noise by two at least. Set it to twice the batch size, or more."
+                f"`num_prompts` is {self.num_prompts}, which is one batch of the training data, but it takes two to "
+                "tell a signal from noise. Set it to twice the batch size, or more."
             )
         forwards = len(blocks) * len(batches) * (2 * self.num_queries + 1)
         rank_zero_info(
-            f"TrainBySignal: {forwards:,} forwards over {counted(len(blocks), 'block')}, and a few a block that find "
-            "out where parameters are read."
+            f"TrainBySignal: {forwards:,} forwards over {counted(len(blocks), 'block')}, and a few more for each to "
+            "find where parameters are read."
         )
         losses = [partial(calibration_forward, pl_module, batch) for batch in batches]
         signals = measure_signal(pl_module, blocks, losses, self.num_queries, self.eps)

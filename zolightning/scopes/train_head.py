@@ -31,8 +31,8 @@ class TrainHead(Scope):
         model = require_pretrained_model(self, pl_module)
         if (adapter := adapter_settings(model)) is not None:
             raise ValueError(
-                f"`scope` is TrainHead, and the model has an adapter ({adapter}), beside which nothing is exported. "
-                "Merge it into the model first, or leave the scope out."
+                f"`scope` is TrainHead, and the model has an adapter ({adapter}): an export would hold the adapter "
+                "only. Merge it into the model first, or leave the scope out."
             )
         tied = is_tied(model)
         if tied and self.untie:

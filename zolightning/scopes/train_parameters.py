@@ -17,8 +17,8 @@ class TrainParameters(Scope):
     """Trains only the parameters whose names match.
 
     Args:
-        patterns: regular expressions; a parameter trains if one of them matches somewhere in its dotted name. Of a
-            quantised model ``weight_scale$`` matches the scales, whose codes stay (QZO, arXiv 2505.13430).
+        patterns: regular expressions; a parameter trains if one of them matches somewhere in its dotted name. In a
+            quantised model ``weight_scale$`` matches the scales; codes stay as they are (QZO, arXiv 2505.13430).
 
     Example::
 
