@@ -42,7 +42,7 @@ def add_options(parser: LightningArgumentParser) -> None:
             "checkpoint.monitor": None,  # `choose_monitor` chooses one
             "checkpoint.mode": "max",
             "checkpoint.filename": "best-{step}",
-            "checkpoint.save_on_train_epoch_end": False,  # but after the validation
+            "checkpoint.save_on_train_epoch_end": False,  # but after the validation: `last.ckpt` names the best one
             "checkpoint.enable_version_counter": False,  # a second file of a step only comes after a kill
         }
     )
