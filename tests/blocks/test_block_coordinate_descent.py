@@ -168,7 +168,7 @@ def test_resumed_and_replayed(
 
 @pytest.mark.parametrize("company", [{"others": "always"}, {"blocks_per_step": 2}])
 def test_scores_of_blocks_in_company_are_warned_about(fit: Fit, company: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match="`queries` of Bandit is 0, and no block moves alone"):
+    with pytest.warns(UserWarning, match="`queries` of Bandit is 0, but no block moves alone"):
         fit(MEZO, BlockCoordinateDescent(Bandit(), **company), max_steps=1)
     fit(MEZO, BlockCoordinateDescent(Bandit(queries=1), **company), max_steps=1)
 
@@ -218,7 +218,7 @@ def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
     assert len(events.Scalars("blocks/score/layer_3")) == 5
     assert len(events.Scalars("zo/prefix_share")) == 12
     (overview,) = events.Tensors("run/text_summary")[0].tensor_proto.string_val
-    assert b"| blocks | 4 blocks by Bandit, others after every 2 steps |" in overview
+    assert b"| blocks | 4 blocks by Bandit, switched every 2 steps |" in overview
     assert b"| scope | what is not frozen: 120 of 151 parameters train |" in overview
 
 
@@ -297,9 +297,9 @@ def test_the_plan_of_memory_has_what_blocks_at_rest_keep(
     ("method", "callbacks", "message"),
     [
         (None, [BlockCoordinateDescent()], "needs a zeroth-order method"),
-        (MEZO, [BlockCoordinateDescent(blocks_per_step=6)], "`blocks_per_step` is 6, and there are 5 blocks."),
+        (MEZO, [BlockCoordinateDescent(blocks_per_step=6)], "`blocks_per_step` is 6, but there are 5 blocks."),
         (MEZO, [BlockCoordinateDescent(patterns=["attention"])], "`patterns` has 'attention', which matches nothing"),
-        (MEZO, [BlockCoordinateDescent(Bandit(p_min=0.3))], "`p_min` is 0.3, which 5 blocks cannot have each"),
+        (MEZO, [BlockCoordinateDescent(Bandit(p_min=0.3))], "`p_min` is 0.3, but with 5 blocks it can be at most 0.2"),
     ],
 )
 def test_refused(fit: Fit, method: Any, callbacks: list[Callback], message: str) -> None:
@@ -314,14 +314,14 @@ def test_refused_when_a_run_goes_on(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="a run without BlockCoordinateDescent"):
         fit(MEZO, BlockCoordinateDescent(), ckpt_path=path)
     fit(MEZO, BlockCoordinateDescent(), Save(4, path), max_steps=4)
-    with pytest.raises(MisconfigurationException, match="`interval` is 2, there 100"):
+    with pytest.raises(MisconfigurationException, match="`interval` is 2 here, 100 there"):
         fit(MEZO, BlockCoordinateDescent(interval=2), ckpt_path=path)
-    with pytest.raises(MisconfigurationException, match=r"`order\.descending` is True, there False"):
+    with pytest.raises(MisconfigurationException, match=r"`order\.descending` is True here, False there"):
         fit(MEZO, BlockCoordinateDescent(Cyclic(descending=True)), ckpt_path=path)
     with pytest.raises(ValueError, match="Set the blocks of the run first"):
         fit(MEZO, ckpt_path=path)
     fit(MEZO, BlockCoordinateDescent(others="never"), Save(4, path), max_steps=4)
-    with pytest.raises(MisconfigurationException, match="`others` is 'moving', there 'never'"):
+    with pytest.raises(MisconfigurationException, match="`others` is 'moving' here, 'never' there"):
         fit(MEZO, BlockCoordinateDescent(others="always"), ckpt_path=path)
 
 

@@ -126,20 +126,22 @@ def test_what_was_learned_of_other_blocks_is_refused() -> None:
     order = Bandit()
     simulated(order, [1.0] * 4, visits=1, seed=0)
     order.check(4, 1)
-    with pytest.raises(ValueError, match="learned the probabilities of 4 blocks in an earlier run, and there are 3"):
+    with pytest.raises(
+        ValueError, match="learned the probabilities of 4 blocks in an earlier run, but there are 3 now"
+    ):
         order.check(3, 1)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Bandit(p_min=0.25).check(5, 1), "`p_min` is 0.25, which 5 blocks cannot have each: at most 0.2."),
+        (lambda: Bandit(p_min=0.25).check(5, 1), "`p_min` is 0.25, but with 5 blocks it can be at most 0.2."),
         (lambda: Bandit(step_size=0), "`step_size` must be a positive number, got 0."),
         (lambda: Bandit(p_min=0), "`p_min` must be above 0 and at most 1 over the number of blocks, got 0."),
         (lambda: Bandit(queries=-1), "`queries` must be an integer, at least 0, got -1."),
         (lambda: AdaLeZO(decay=1), "`decay` must be at least 0 and below 1, got 1."),
-        (lambda: AdaLeZO().check(5, 2), "`blocks_per_step` is 2, and AdaLeZO weights"),
-        (lambda: Cyclic().check(5, 6), "`blocks_per_step` is 6, and there are 5 blocks."),
+        (lambda: AdaLeZO().check(5, 2), "`blocks_per_step` must be 1 for AdaLeZO, which weights"),
+        (lambda: Cyclic().check(5, 6), "`blocks_per_step` is 6, but there are 5 blocks."),
         (lambda: GaussSouthwellSweep(0), "`queries` must be an integer, at least 1, got 0."),
     ],
 )

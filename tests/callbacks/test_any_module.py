@@ -169,7 +169,7 @@ class TestStrangers:
                 return loss + sum(gradient.square().sum() for gradient in gradients)
 
         with pytest.raises(
-            MisconfigurationException, match="`training_step` of Penalty differentiates by the module's"
+            MisconfigurationException, match="`training_step` of Penalty differentiates with respect to the module's"
         ):
             fit(Penalty())
 
@@ -181,7 +181,7 @@ class TestStrangers:
                 return loss
 
         with pytest.raises(
-            MisconfigurationException, match=r"of Backward calls `backward\(\)`, and ZerothOrder trains by"
+            MisconfigurationException, match=r"of Backward calls `backward\(\)`, but ZerothOrder trains on"
         ):
             fit(Backward())
 
@@ -245,7 +245,7 @@ class TestStrangers:
             callback = ZerothOrder(METHOD, keep_prefix_gib=0.5)
             make_trainer(max_steps=1, callbacks=[callback]).fit(make_regression(), datamodule=Data())
 
-        with pytest.raises(MisconfigurationException, match=r"`keep_prefix_gib` is 0.5, and `fixed_batches` of the da"):
+        with pytest.raises(MisconfigurationException, match=r"`keep_prefix_gib` is 0.5, but `fixed_batches` of the da"):
             fit()
         Data.fixed_batches = True
         fit()

@@ -31,7 +31,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices_without_graphs_and_options_that_exclude_each_other(
     make_trainer: Any, make_regression: Any, regression_data: Any
 ) -> None:
-    with pytest.raises(MisconfigurationException, match="`cuda_graphs` is True, and the run is on 'cpu'"):
+    with pytest.raises(MisconfigurationException, match="`cuda_graphs` is True, but the run is on 'cpu'"):
         make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
             make_regression(), regression_data()
         )

@@ -293,7 +293,9 @@ def test_refusals(make_regression: Any, regression_data: Any, make_trainer: Any)
         make_trainer(callbacks=[probe, *callbacks], **options).fit(make_regression(), regression_data())
 
     mezo = ZerothOrder(partial(MeZO, lr=1e-2))
-    with pytest.raises(MisconfigurationException, match=r"`num_steps` of LearningRateProbe is 16, .* the run has 16"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`num_steps` of LearningRateProbe is 16, .* has only 16 steps"
+    ):
         fit(LearningRateProbe(), mezo, max_steps=16)
     LearningRateProbe().check(make_trainer(max_epochs=1), make_regression())  # of as many steps as there are batches
     with pytest.raises(MisconfigurationException, match="Set `max_steps` of the Trainer, or `total_steps`"):

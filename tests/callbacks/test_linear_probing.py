@@ -173,14 +173,14 @@ def test_what_is_refused(
         LinearProbing(cs=[0.0])
 
     callbacks = [LinearProbing(cs=[1.0]), TrainLayers([0], part=LoRA(rank=2)), ZerothOrder(METHOD)]
-    with pytest.raises(MisconfigurationException, match="has an adapter, beside which no head is saved"):
+    with pytest.raises(MisconfigurationException, match="has an adapter, with which no head is saved"):
         make_trainer(max_steps=1, callbacks=callbacks).fit(model(), datamodule=data())
     callbacks = [LinearProbing(cs=[1.0]), ZerothOrder(METHOD)]
     monkeypatch.setattr("zolightning.callbacks.linear_probing._MOST_ROWS", 8)  # letters of good and bad: 9
     with pytest.raises(MisconfigurationException, match="are 9 different tokens: at most 8 classes are accepted"):
         make_trainer(max_steps=1, callbacks=callbacks).fit(model(), datamodule=data())
     sharding: Any = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(MisconfigurationException, match="is ModelParallelStrategy, under which no rank has all of"):
+    with pytest.raises(MisconfigurationException, match="is ModelParallelStrategy, under which no rank holds"):
         LinearProbing().check(sharding, model())
     with pytest.raises(MisconfigurationException, match=r"needs a module with `head_features`, .* got BoringModel"):
         make_trainer(max_steps=1, callbacks=[LinearProbing()]).fit(BoringModel())

@@ -100,7 +100,7 @@ class TestMicroBatches:
 
     @pytest.mark.parametrize("batch", [["a", "b"], {"n": 3}, None])
     def test_there_must_be_something_to_cut(self, batch: Any) -> None:
-        with pytest.raises(ValueError, match=r"`micro_batch_size` is 4, and a batch of type .* has no tensor to cut"):
+        with pytest.raises(ValueError, match=r"`micro_batch_size` is 4, but a batch of type .* has no tensor to cut"):
             list(micro_batches(batch, 4))
 
     @pytest.mark.parametrize("size", [1, 3, 4, 10, 11])

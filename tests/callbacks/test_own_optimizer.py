@@ -54,7 +54,7 @@ class TestOwnOptimizers:
 
         fit(WithHooks())
         assert said == [
-            "MeZO trains 4 of 4 parameter tensors of WithHooks in place of AdamW and StepLR, whose learning rates by "
+            "MeZO trains 4 of 4 parameter tensors of WithHooks in place of AdamW and StepLR, whose learning rates per "
             "group are not taken over; `on_before_zero_grad`, `optimizer_step` of WithHooks will not be called."
         ]
 

@@ -70,7 +70,7 @@ class TestRefusals:
 
         Odd.__abstractmethods__ = frozenset()
         made = object.__new__(Odd)
-        with pytest.raises(MisconfigurationException, match=r"is Odd, and .* derived from SingleDeviceStrategy or DDP"):
+        with pytest.raises(MisconfigurationException, match=r"is Odd, but .* derived from SingleDeviceStrategy or DDP"):
             refuse_unsupported(self.surroundings(strategy=made))
 
     @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ class TestRefusals:
         strategy = ZerothOrderFSDP()
         refuse_unsupported(self.surroundings(strategy=strategy, callbacks=[ZerothOrder(MeZO)]))
         ((name, value),) = option.items()
-        with pytest.raises(MisconfigurationException, match=f"`{name}` is {value}, and under 'zo_fsdp' .*'zo_ddp'"):
+        with pytest.raises(MisconfigurationException, match=f"`{name}` is {value}, but under 'zo_fsdp' .*'zo_ddp'"):
             refuse_unsupported(self.surroundings(strategy=strategy, callbacks=[ZerothOrder(MeZO, **option)]))
 
     def test_averages_of_shards(self) -> None:
@@ -122,7 +122,7 @@ class TestRefusals:
 
     def test_two_methods(self) -> None:
         made = [ZerothOrder(MeZO), type("Mine", (ZerothOrder,), {})(MeZO)]
-        with pytest.raises(MisconfigurationException, match="has 2 ZerothOrder, and a run has one method"):
+        with pytest.raises(MisconfigurationException, match="has 2 ZerothOrder, but a run has only one method"):
             refuse_unsupported(self.surroundings(callbacks=made))
 
     @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ class TestRefusals:
             (ZerothOrder(partial(torch.optim.SGD, lr=0.1)), "`method` must make a zeroth-order optimizer.*got SGD"),
             (
                 ZerothOrder(MeZO, lr_scheduler=ReduceLROnPlateau),
-                "`lr_scheduler` is ReduceLROnPlateau, which waits for a metric",
+                "`lr_scheduler` is ReduceLROnPlateau, which needs a metric",
             ),
             (
                 ZerothOrder(MeZO, lr_scheduler=partial(OneCycleLR, max_lr=1e-3, total_steps=9)),
-                "`lr_scheduler` is OneCycleLR, which has set `momentum` to 0.95, and .*`cycle_momentum=False`",
+                "`lr_scheduler` is OneCycleLR, which has set `momentum` to 0.95, but .*`cycle_momentum=False`",
             ),
         ],
     )

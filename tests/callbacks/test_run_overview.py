@@ -150,7 +150,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
     assert str(raised.value).splitlines() == [
         "The run needs 34.5 GB of the device's memory, and 18.5 GB are free: weights 16.2 GB, state 16.2 GB, "
         "scratch 100.0 MB, activations 2.0 GB, logits 0.0 MB.",
-        "Other ways, or a smaller batch:",
+        "Use a smaller batch, or one of these:",
         "  method.update_precision native  18.3 GB",
         "  one layer                       18.7 GB, too much",
     ]

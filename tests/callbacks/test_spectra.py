@@ -140,7 +140,7 @@ class TestRefusals:
             fit(Spectra(["bias"]))
 
     def test_momentum_of_a_method_without(self, fit: Callable[..., Any]) -> None:
-        with pytest.raises(MisconfigurationException, match="`sources` has 'momentum', and the method keeps none"):
+        with pytest.raises(MisconfigurationException, match="`sources` has 'momentum', but the method keeps none"):
             fit(Spectra(["weight"], sources=["momentum"]), method=partial(SubspaceMeZO, rank=2))
 
     @pytest.mark.parametrize(

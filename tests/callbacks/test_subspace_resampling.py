@@ -164,7 +164,7 @@ class TestRefusals:
             fit(ZO_MOPI, SubspaceResampling(100), SubspaceResampling(20))
 
     def test_anchors_without_momentum_or_beyond_the_rank(self, fit: Callable[..., Any]) -> None:
-        with pytest.raises(MisconfigurationException, match="`anchor` is 1, and the method keeps no momentum"):
+        with pytest.raises(MisconfigurationException, match="`anchor` is 1, but the method keeps no momentum"):
             fit(partial(LOZO, lr=0.01), SubspaceResampling(anchor=1))
         with pytest.raises(MisconfigurationException, match="`anchor` must be at most the method's `rank`, 3, got 4"):
             fit(ZO_MOPI, SubspaceResampling(anchor=4))

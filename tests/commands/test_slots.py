@@ -94,7 +94,7 @@ def test_blocks_go_with_any_method_and_scope(build: Build) -> None:
     _, blocks, *_ = found = build("--scope", "RandomLayer", "--method", "LOZO", *flags, "--blocks.interval", 7)
     assert kinds(found) == [RandomLayer, BlockCoordinateDescent, SubspaceResampling, ZerothOrder]
     assert isinstance(blocks, BlockCoordinateDescent) and isinstance(blocks.order, Bandit)
-    assert blocks.order.p_min == 0.01 and blocks.describe() == "blocks by Bandit, others after every 7 steps"
+    assert blocks.order.p_min == 0.01 and blocks.describe() == "blocks by Bandit, switched every 7 steps"
     assert kinds(build(*files("blocks/mezo_bcd", "methods/mezo_adam"))) == [BlockCoordinateDescent, ZerothOrder]
     (later, _) = build(*files("blocks/lezo"), "--blocks", "BlockCoordinateDescent")
     assert isinstance(later.order, Cyclic) and later.left_state == "reset", "nothing of the file is left"

@@ -51,7 +51,7 @@ class LearnedProbabilities(Order):
 
     @abstractmethod
     def reward(self, block: int, squared_grad: float) -> None:
-        """Updates the probabilities by the score of a block that moved."""
+        """Updates the probabilities with the score of a block that moved."""
 
     def learn(self, blocks: Sequence[int], squared_grad: float, alone: Callable[[int, int], float]) -> None:
         for block in blocks:
@@ -61,12 +61,12 @@ class LearnedProbabilities(Order):
         super().check(num_blocks, count)
         if self.p_min is not None and self.p_min * num_blocks > 1:
             raise ValueError(
-                f"`p_min` is {self.p_min:g}, which {num_blocks} blocks cannot have each: at most {1 / num_blocks:.4g}."
+                f"`p_min` is {self.p_min:g}, but with {num_blocks} blocks it can be at most {1 / num_blocks:.4g}."
             )
         if self.probabilities and len(self.probabilities) != num_blocks:
             raise ValueError(
                 f"`order` is a {type(self).__name__} that has learned the probabilities of {len(self.probabilities)} "
-                f"blocks in an earlier run, and there are {num_blocks}: give each run its own."
+                f"blocks in an earlier run, but there are {num_blocks} now: give each run an order of its own."
             )
 
     def choose(self, turn: Turn) -> Sequence[int]:
@@ -145,7 +145,8 @@ class AdaLeZO(LearnedProbabilities):
         super().check(num_blocks, count)
         if count > 1:
             raise ValueError(
-                f"`blocks_per_step` is {count}, and AdaLeZO weights the step of one block by its probability: 1."
+                f"`blocks_per_step` must be 1 for AdaLeZO, which weights the step of one block by its probability, got "
+                f"{count}."
             )
 
     def reward(self, block: int, squared_grad: float) -> None:
@@ -165,7 +166,7 @@ class AdaLeZO(LearnedProbabilities):
 
 
 def _drawn(probabilities: dict[int, float], uniform: float) -> int:
-    """Draws an index with these probabilities, which need not sum to 1, by a number `uniform` in [0, 1)."""
+    """Draws an index with these probabilities, which need not sum to 1, with a number `uniform` in [0, 1)."""
     rest = uniform * math.fsum(probabilities.values())
     for index, probability in probabilities.items():
         rest -= probability

@@ -44,7 +44,7 @@ class Order(ABC):
     def check(self, num_blocks: int, count: int) -> None:
         """Raises a ValueError if the order cannot choose `count` of `num_blocks` blocks."""
         if count > num_blocks:
-            raise ValueError(f"`blocks_per_step` is {count}, and there are {num_blocks} blocks.")
+            raise ValueError(f"`blocks_per_step` is {count}, but there are {num_blocks} blocks.")
 
     def learn(  # noqa: B027  # most orders learn nothing
         self, blocks: Sequence[int], squared_grad: float, alone: Callable[[int, int], float]
@@ -58,7 +58,7 @@ class Order(ABC):
         """
 
     def weight(self, block: int) -> float:
-        """A factor of the learning rate while a block moves."""
+        """The factor that multiplies the learning rate while a block moves."""
         return 1.0
 
     def settings(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Uniform(Order):
 class WeightNorm(Order):
     """The blocks with the largest 2-norm of their weights, averaged over all visits so far: one of B-PDF's rules.
 
-    Norms hardly change in fine-tuning, so the same blocks move for the whole run. It is of use as a control.
+    Norms hardly change in fine-tuning, so the same blocks move for the whole run. It is useful as a control.
     """
 
     def __init__(self) -> None:

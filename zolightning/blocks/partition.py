@@ -46,7 +46,7 @@ def find_blocks(
 
     With patterns, one for each block, a parameter belongs to the first one that matches somewhere in its dotted name;
     those that match none are the block ``others``. If `others` is not "blocks", what is outside of the layers or
-    patterns is no block: "always" moves it in every step, and "never" freezes it.
+    patterns is not a block: "always" moves it in every step, and "never" freezes it.
 
     Raises:
         ValueError: if there are no layers, nothing in them trains, a pattern matches no parameter that an earlier one
@@ -70,7 +70,7 @@ def find_blocks(
     blocks = {name: block for name, block in blocks.items() if block}
     if len(blocks) < 2:
         raise ValueError(
-            f"Blocks take turns, and what trains is divided into {len(blocks) or 'none'}: {', '.join(blocks) or 'none'}"
+            f"Blocks take turns, but what trains is divided into {len(blocks) or 'none'}: {', '.join(blocks) or 'none'}"
             f" (`others` is {others!r}). Train more (the scope), give `patterns`, or leave blocks out."
         )
     return Blocks(blocks, outside if others == "never" else ())

@@ -1,4 +1,4 @@
-"""Has an optimizer move a few blocks at a time, and switches them."""
+"""Makes an optimizer move a few blocks at a time, and switches them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from zolightning.rank_zero import rank_zero_warn
 
 
 class BlockSchedule:
-    """Has a zeroth-order method move a few blocks at a time, and switches to other blocks every `interval` steps.
+    """Makes a zeroth-order method move a few blocks at a time, and switches to other blocks every `interval` steps.
 
     Under a Trainer :class:`~zolightning.callbacks.BlockCoordinateDescent` does this. In a plain loop::
 
@@ -72,8 +72,8 @@ class BlockSchedule:
         company = self.blocks_per_step > 1 or any(p not in in_blocks for _, _, p in optimizer.trainable())
         if company and isinstance(self.order, LearnedProbabilities) and not self.order.queries:
             rank_zero_warn(
-                f"`queries` of {type(self.order).__name__} is 0, and no block moves alone: its score has the others' "
-                "part of the projected gradient in it. Use 1, which probes each block alone when its visit ends."
+                f"`queries` of {type(self.order).__name__} is 0, but no block moves alone, so that its score includes "
+                "the others' part of the projected gradient. Use 1, which probes each block alone when its visit ends."
             )
         self._hooks += [
             optimizer.register_estimate_pre_hook(self.begin),
@@ -119,7 +119,7 @@ class BlockSchedule:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it is of a schedule with other settings; naming one.
+            ValueError: if it comes from a schedule with different settings; naming one.
         """
         require_same_settings(self._settings(), state["settings"])
         self.visit, self._squares = state["visit"], list(state["squares"])
@@ -142,8 +142,8 @@ def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     for name, value in own.items():
         if (there := saved.get(name)) != value:
             raise ValueError(
-                f"The checkpoint's run has other blocks: `{name}` is {value!r}, there {there!r}. "
-                "Resume with the checkpoint's, or start a new run."
+                f"The checkpoint's run has different blocks: `{name}` is {value!r} here, {there!r} there. Resume "
+                "with the checkpoint's value, or start a new run."
             )
 
 

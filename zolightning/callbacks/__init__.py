@@ -2,7 +2,7 @@
 
 In the order of reading:
 
-* A method in the place of backpropagation: ``zeroth_order``, ``own_optimizer``, ``refusals``, ``micro_batches``,
+* A method in place of backpropagation: ``zeroth_order``, ``own_optimizer``, ``refusals``, ``micro_batches``,
   ``folding``.
 * Subspaces: ``subspace_resampling``, ``activation_bases``, ``momentum_transport``, ``spectra``.
 * Blocks: ``block_coordinate_descent``.

@@ -21,7 +21,7 @@ from zolightning.scopes.token_mask import TokenMask
 Examples = Literal["prompts", "batch"]
 EXAMPLES: tuple[str, ...] = ("prompts", "batch")
 
-_DIRECTIONS, _VALUES = "input_directions", "input_values"  # kept in the state for `decay`; values, and the energy
+_DIRECTIONS, _VALUES = "input_directions", "input_values"  # keys of the state, for `decay`; values end with the energy
 
 SameInputs = list[tuple[str, Side]]  # names of matrices that read the same, and the side on which each has its inputs
 
@@ -39,7 +39,7 @@ class InputBases(NamedTuple):
     given: dict[nn.Parameter, Basis]  # for each matrix with known inputs, a factor on their side
     shares: dict[str, float]  # of the inputs' energy that lies in the span of the factor, by name of the matrix
     without: list[str]  # names of the matrices that keep the method's own factors
-    forward_passes: int  # that it took
+    forward_passes: int  # made to find them
 
     @property
     def share(self) -> float:
@@ -68,7 +68,7 @@ class ActivationBases:
     convolutions), or whose inputs are zero or not finite, keep the method's random factors.
 
     Statistics are summed over all ranks, and all ranks use the first one's result. The factors are part of the
-    optimizer's state, in the weight's dtype, so a resumed run has the same bits; a replay needs them beside the
+    optimizer's state, in the weight's dtype, so a resumed run has the same bits; a replay needs them in addition to the
     records. The forward passes are counted with those of the next step.
 
     Args:
@@ -76,15 +76,15 @@ class ActivationBases:
             :func:`~zolightning.directions.second_moment.scaled`. Each needs a learning rate of its own.
         limit: the limit of the scaling "rms".
         skip: how many leading directions to leave out. The first one is often common to all inputs.
-        first_token: whether to count the first token of each sequence, whose activations are massive in many models.
+        first_token: whether to include the first token of each sequence, whose activations are massive in many models.
         examples: the examples to look at: "prompts", the first ones of the training data, or the "batch" that the next
             step trains on.
         num_prompts: number of "prompts".
         passes: passes over the examples; a second one makes the directions of wide inputs more accurate.
-        refresh: whether to compute them anew whenever new subspaces are drawn; otherwise once, before the first step.
-            Random factors are drawn anew in either case.
-        decay: weight of the old statistics at a refresh, as far as their leading directions give them (the streaming
-            estimate of AIM-ZO); 0 uses new ones only.
+        refresh: whether to recompute the bases whenever new subspaces are drawn; otherwise they are computed once,
+            before the first step. Random factors are redrawn in either case.
+        decay: weight of the old statistics at a refresh, of which only the leading directions are kept (the streaming
+            estimate of AIM-ZO); 0 uses only the new ones.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -110,7 +110,7 @@ class ActivationBases:
         require_fraction("decay", self.decay)
         if self.decay and not self.refresh:
             raise ValueError(
-                f"`decay` is {self.decay}, and without `refresh` nothing is looked at again. Set `refresh`."
+                f"`decay` is {self.decay}, but without `refresh` the examples are run only once. Set `refresh`."
             )
 
     def find(

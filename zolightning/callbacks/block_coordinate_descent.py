@@ -34,9 +34,9 @@ class BlockCoordinateDescent(Callback):
     interval of 1, and B-PDF and FOCUS are ``Cyclic`` and ``Bandit`` under HiZOO.
 
     To TensorBoard it writes the picture ``blocks/active`` at validations and at the end: when each block moved, its
-    share of all steps, and its probability to be drawn next. It logs ``blocks/score/*`` and ``blocks/probability/*`` if
-    the order has them, and ``zo/prefix_share``, the share of all runs of layers that were saved because an earlier
-    evaluation had made them: the mean over the last ``log_every_n_steps`` steps that were evaluated.
+    share of all steps, and its probability of being drawn next. It logs ``blocks/score/*`` and ``blocks/probability/*``
+    if the order has them, and ``zo/prefix_share``, the share of all layer runs that were skipped because an earlier
+    evaluation had already computed them: the mean over the last ``log_every_n_steps`` steps that were evaluated.
 
     Args:
         order: how the next blocks are chosen: ``Cyclic()`` (the default), ``RandomPermutation()``, ``Uniform()``,
@@ -44,9 +44,9 @@ class BlockCoordinateDescent(Callback):
         interval: steps until other blocks move.
         blocks_per_step: number of blocks that move at a time.
         patterns: regular expressions, one for each block; without them each layer is a block.
-        others: what happens to parameters outside the layers, or that match no pattern: "blocks", they are blocks too,
-            ``embeddings`` and ``head``; "always", they move in every step, so that with embeddings among them no layer
-            can run just once; "never", they are frozen.
+        others: what happens to parameters outside the layers, or that match no pattern. "blocks" makes them blocks too,
+            ``embeddings`` and ``head``. "always" moves them in every step, so that with embeddings among them no layer
+            can run just once per step. "never" freezes them.
         left_state: what happens to the state of a block that becomes inactive. "reset" drops it, so that the method's
             memory is that of the active blocks; half-precision weights are then rounded stochastically, which loses no
             small updates on average but adds some noise. "keep" keeps it for the next time.
@@ -81,7 +81,7 @@ class BlockCoordinateDescent(Callback):
         self.schedule: BlockSchedule | None = None
         self.timeline = Timeline(0)
         self._restored: dict[str, Any] | None = None
-        self._evaluates = True  # in the present step, which a resumed run may take from a ledger instead
+        self._evaluates = True  # the current step; a resumed run may take it from a ledger instead
         self._shares: deque[float] = deque()  # share of the runs of layers saved in each of the latest steps
 
     def describe(self) -> str:
@@ -89,7 +89,7 @@ class BlockCoordinateDescent(Callback):
         count = f"{self.blocks_per_step} of " if self.blocks_per_step > 1 else ""
         number = "" if self.schedule is None else f"{len(self.schedule.blocks)} "
         steps = "step" if self.interval == 1 else f"{self.interval} steps"
-        return f"{count}{number}blocks by {type(self.order).__name__}, others after every {steps}"
+        return f"{count}{number}blocks by {type(self.order).__name__}, switched every {steps}"
 
     @property
     def never(self) -> Sequence[nn.Parameter]:
@@ -167,11 +167,11 @@ class BlockCoordinateDescent(Callback):
             self.check_resume(checkpoint.get("callbacks", {}))
 
     def check_resume(self, states: Mapping[str, Any]) -> None:
-        """Refuses to resume a run that has other blocks by the saved states of its callbacks; names what differs."""
+        """Refuses to resume a run if the saved states of its callbacks show different blocks; names what differs."""
         if not states.get(self.state_key):
             raise MisconfigurationException(
                 "`ckpt_path` is a checkpoint of a run without BlockCoordinateDescent, in which all parameters moved. "
-                "Resume it without, or start a new run from its weights."
+                "Resume it without BlockCoordinateDescent, or start a new run from its weights."
             )
         own = schedule_settings(self.order, self.interval, self.blocks_per_step, self.left_state)
         try:

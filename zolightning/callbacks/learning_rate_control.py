@@ -19,12 +19,12 @@ class LearningRateControl(Callback):
 
     It averages the losses that steps evaluate anyway over intervals of `interval` steps, and compares each interval
     with the best one so far. The rate is multiplied by `factor` if an interval is worse by three standard errors, or if
-    `patience` intervals in a row are no better; the search for a best interval then starts anew. Unlike torch's
+    `patience` intervals in a row are no better; the search for a best interval then starts over. Unlike torch's
     ``ReduceLROnPlateau`` it needs no metric and no threshold, because the spread of the losses within an interval gives
     the standard error. The rates of a scheduler are multiplied as well.
 
     The factor is kept with the method's hyperparameters, as ``lr_scale``, and the losses in the callback's state, so a
-    resumed run goes on bit for bit. Losses are means over all ranks, so all ranks decide alike. ``zo/lr`` shows the
+    resumed run continues bit for bit. Losses are means over all ranks, so all ranks decide alike. ``zo/lr`` shows the
     rate, and so do the records of a ledger.
 
     Args:
@@ -53,7 +53,7 @@ class LearningRateControl(Callback):
         self.patience = patience
         self.factor = factor
         self.min_scale = min_scale
-        self._losses: list[float] = []  # of the interval that is under way
+        self._losses: list[float] = []  # of the current interval
         self._best: tuple[float, float] | None = None  # mean, and its standard error
         self._not_better = 0  # intervals since then
         self._lowest: float | None = None  # scale
@@ -64,7 +64,7 @@ class LearningRateControl(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
         record, scale = optimizer.record, optimizer.lr_scale
-        if record is None or not record.projected_grads or not any(record.lr):  # skipped, or a probe is looking
+        if record is None or not record.projected_grads or not any(record.lr):  # skipped, or a probe is measuring
             return
         if self._lowest is None:
             self._lowest = self.min_scale * scale
@@ -81,8 +81,8 @@ class LearningRateControl(Callback):
         if lowered < scale:
             optimizer.lr_scale = lowered
             rank_zero_info(
-                f"LearningRateControl: `lr` times {lowered / scale:.3g} after step {record.step}, because the training "
-                f"loss {why}."
+                f"LearningRateControl: `lr` is multiplied by {lowered / scale:.3g} after step {record.step}, because "
+                f"the training loss {why}."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,16 +19,17 @@ from zolightning.optim.record import StepRecord
 from zolightning.partners import add_text, zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches
 
-_SHARES = (1.0, 0.2)  # of the loss: rises that are looked for; the second one where it is bounded
+_SHARES = (1.0, 0.2)  # rises to look for, as shares of the loss; the second one is for bounded losses
 
 
 class LearningRateProbe(Callback):
     """Sets the learning rate of a zeroth-order method by the noise that it adds to the loss over the whole run.
 
     Zeroth-order steps are almost all noise: hardly any of ``-lr g z`` points downhill, and the rest is a random walk.
-    After T steps it has raised the loss by ``T lr^2 C / 2``, where C is the mean of ``g^2 z' H z`` over steps and H the
-    Hessian. Balancing this against the loss D that there is to gain gives the best constant rate, ``sqrt(2 D / (T C))``
-    (Ghadimi and Lan, arXiv 1309.5549). Here the rate is chosen so that the rise is `noise` times the initial loss.
+    After T steps this walk has raised the loss by ``T lr^2 C / 2``, where C is the mean of ``g^2 z' H z`` over steps
+    and H the Hessian. Balancing this against D, the decrease of the loss that is possible, gives the best constant
+    rate, ``sqrt(2 D / (T C))`` (Ghadimi and Lan, arXiv 1309.5549). Here the rate is chosen so that the rise is `noise`
+    times the initial loss.
 
     The first `num_steps` steps of the run are taken with a learning rate of 0. They measure projected gradients and
     fill the method's momentum and running means. They are then replayed from their records with random signs, forwards
@@ -44,8 +45,8 @@ class LearningRateProbe(Callback):
     ranks use the result of the first one. It is kept with the hyperparameters, as ``lr_scale``, so a resumed run does
     not probe again.
 
-    Costs the first steps, and 60 to 100 forwards, which the next step counts. In TensorBoard ``zo/lr`` is 0 at first,
-    and the text ``learning_rate`` says what was found.
+    This costs the first steps, and 60 to 100 forwards, which are counted with those of the next step. In TensorBoard
+    ``zo/lr`` is 0 at first, and the text ``learning_rate`` says what was found.
 
     Args:
         num_steps: steps to measure with.
@@ -86,8 +87,8 @@ class LearningRateProbe(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
-        if "lr_scale" in optimizer.param_groups[0]:  # of a checkpoint
-            if self._has_measured(optimizer):  # and was saved after an error in the walks
+        if "lr_scale" in optimizer.param_groups[0]:  # from a checkpoint
+            if self._has_measured(optimizer):  # which was saved after an error in the walks
                 self._set_rate(trainer, pl_module, optimizer)
             return
         self._refuse_if_short(self._steps_left(trainer))
@@ -111,23 +112,24 @@ class LearningRateProbe(Callback):
         walks = ReplayedWalks(pl_module, optimizer, self._records, batches)
         tries = (find_scale(walks.rises, len(walks), walks.loss, share) for share in _SHARES)
         found = trainer.strategy.broadcast(next(filter(None, tries), None))
-        self._records = []  # not before: a run that goes on after an error in a walk repeats the walks
+        self._records = []  # not before: a run resumed after an error in a walk repeats the walks
         optimizer.count(walks.forwards)
         if found is None:
             optimizer.lr_scale = 1.0
             rank_zero_warn(
-                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, made the loss of "
-                f"{self.num_examples} examples rise by {_SHARES[-1]:g} of it. Set `lr` yourself."
+                f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, raised the loss of "
+                f"{self.num_examples} examples by {_SHARES[-1]:.0%}. Set `lr` yourself."
             )
             return
         steps = int(self._steps_left(trainer))
-        share = math.sqrt(self.noise / found.share)  # of the distance
+        share = math.sqrt(self.noise / found.share)  # of the distances
         scale = share * found.scale * math.sqrt(walks.length / _at_full_rate(trainer, steps))
         optimizer.lr_scale = scale
         summary = (
-            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {counted(steps, 'step')}, which go "
-            f"{share:.2g} times as far as what raises the loss of {self.num_examples} examples, {found.loss:.4f}, by "
-            f"{found.share:.0%} (measured near a rise of {found.rise:.4f}, standard error {found.error:.4f}; "
+            f"LearningRateProbe: `lr` is {scale * walks.lr[0]:.3g} for {counted(steps, 'step')}, which move "
+            f"{share:.2g} times as far as a walk that raises the loss of {self.num_examples} examples, "
+            f"{found.loss:.4f}, by {found.share:.0%} (measured near a rise of {found.rise:.4f}, standard error "
+            f"{found.error:.4f}; "
             f"{walks.forwards} forwards)."
         )
         rank_zero_info(summary)
@@ -142,8 +144,8 @@ class LearningRateProbe(Callback):
     def _refuse_if_short(self, steps: float) -> None:
         if steps <= self.num_steps:
             raise MisconfigurationException(
-                f"`num_steps` of LearningRateProbe is {self.num_steps}, in which nothing moves, and the run has "
-                f"{steps:g}. Train for more (`max_steps`), or set `lr` yourself."
+                f"`num_steps` of LearningRateProbe is {self.num_steps}, in which nothing moves, but the run has only "
+                f"{steps:g} steps. Train for more (`max_steps`), or set `lr` yourself."
             )
 
     def _steps_left(self, trainer: L.Trainer) -> float:
@@ -157,7 +159,7 @@ class LearningRateProbe(Callback):
 
 
 def _at_full_rate(trainer: L.Trainer, steps: int) -> float:
-    """The number of steps at the initial rate whose noise is that of the next `steps` of the run's schedule."""
+    """The number of steps at the initial rate that give as much noise as the next `steps` of the run's schedule."""
     if not trainer.lr_scheduler_configs:
         return steps
     scheduler: Any = trainer.lr_scheduler_configs[0].scheduler

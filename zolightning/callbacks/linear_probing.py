@@ -20,7 +20,7 @@ from zolightning.scopes.calibration import read_examples
 
 CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4
 TOLERANCE = 1e-4
-_MOST_ROWS = 256  # which the header of a ledger holds
+_MOST_ROWS = 256  # that fit into the header of a ledger
 
 
 class LinearProbing(Callback):
@@ -36,8 +36,8 @@ class LinearProbing(Callback):
     learn from them, and amplifies its noise. A head that is tied to the embeddings is replaced by a copy of them first.
     The scope decides whether the head is trained afterwards.
 
-    A run that is resumed from a checkpoint is not probed again; a replay takes the rows from the ledger. Costs a
-    forward pass for each batch of examples, which the first step counts.
+    A run that is resumed from a checkpoint is not probed again; a replay takes the rows from the ledger. The probe
+    costs a forward pass for each batch of examples, which is counted with the first step.
 
     The module must have two methods, as causal and masked models and classifiers of this package do:
     ``head_features(batch)``, which returns the inputs of the head, (N, H), and the right row of the head for each,
@@ -53,14 +53,14 @@ class LinearProbing(Callback):
     Raises:
         ValueError: naming the argument, its value and what is accepted.
         MisconfigurationException: when training starts, if the module cannot be probed, its weights are sharded, it has
-            an adapter, beside which no head is saved, or answers are numbers or free text.
+            an adapter, with which no head is saved, or answers are numbers or free text.
 
     Example::
 
         callbacks = [LinearProbing(), TrainLayers([28, 29]), ZerothOrder(partial(MeZO, lr=1e-6))]
     """
 
-    unties_head = True  # before a scope chooses, for which the head has a name of its own then
+    unties_head = True  # before a scope chooses, so that the head has a name of its own
 
     def __init__(self, num_examples: int | None = None, cs: Sequence[float] = CS, tolerance: float = TOLERANCE) -> None:
         if num_examples is not None:
@@ -85,13 +85,13 @@ class LinearProbing(Callback):
         require_probed(pl_module, "`linear_probing`")
         if getattr(pl_module, "says_number", False):
             raise MisconfigurationException(
-                "`linear_probing` is given, which fits a row of the head for each class, and the head of `model` says "
-                "a number (`num_classes` 1). Leave `linear_probing` out."
+                "`linear_probing` is given, which fits a row of the head for each class, but the head of `model` "
+                "predicts a number (`num_classes` 1). Leave `linear_probing` out."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                f"`linear_probing` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, under which "
-                "no rank has all of the head. Use 'zo_ddp', or leave `linear_probing` out."
+                f"`linear_probing` is given, but `trainer.strategy` is {type(trainer.strategy).__name__}, under which "
+                "no rank holds the whole head. Use 'zo_ddp', or leave `linear_probing` out."
             )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class LinearProbing(Callback):
         model = pretrained_model(pl_module)
         if hasattr(model, "peft_config"):
             raise MisconfigurationException(
-                f"`linear_probing` is given, and {type(model).__name__} has an adapter, beside which no head is saved. "
+                f"`linear_probing` is given, but {type(model).__name__} has an adapter, with which no head is saved. "
                 "Leave one out, or probe first (configs/scopes/logistic_regression.yaml), export it and start from "
                 "that."
             )
@@ -121,7 +121,7 @@ class LinearProbing(Callback):
 
 
 def require_probed(module: L.LightningModule, field: str) -> None:
-    """Raises MisconfigurationException, in the name of a field, unless a module can be probed."""
+    """Raises MisconfigurationException, whose message names a field, unless a module can be probed."""
     for name in ("head_features", "set_head_rows"):
         if not hasattr(module, name):
             raise MisconfigurationException(
@@ -136,6 +136,6 @@ def require_few_classes(rows: Tensor) -> None:
     if rows.is_floating_point() or num_rows > _MOST_ROWS:
         found_ones = "numbers" if rows.is_floating_point() else f"{num_rows:,} different tokens"
         raise MisconfigurationException(
-            f"A linear probe fits a row of the head for each class, and the answers of the training data are "
+            f"A linear probe fits a row of the head for each class, but the answers of the training data are "
             f"{found_ones}: at most {_MOST_ROWS:,} classes are accepted. Leave `linear_probing` out."
         )

@@ -27,7 +27,7 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
     """Cuts a batch into parts of at most `size` examples.
 
     Tensors and arrays with as many rows as the batch has examples are cut, and so is what has a ``part``
-    (:class:`HasParts`). All else is part of every part.
+    (:class:`HasParts`). Everything else goes into every part unchanged.
 
     Raises:
         ValueError: if nothing in the batch can be cut.
@@ -35,7 +35,7 @@ def micro_batches(batch: Any, size: int) -> Iterator[Any]:
     total = batch_size(batch)
     if total is None:
         raise ValueError(
-            f"`micro_batch_size` is {size}, and a batch of type {type(batch).__name__} has no tensor to cut."
+            f"`micro_batch_size` is {size}, but a batch of type {type(batch).__name__} has no tensor to cut."
         )
 
     for start in range(0, total, size):

@@ -27,7 +27,7 @@ class MomentumTransport(Callback):
         how: "project", "reset" or "keep".
 
     Raises:
-        MisconfigurationException: when training starts, if the optimizer is no subspace method or keeps no momentum,
+        MisconfigurationException: when training starts, if the optimizer is not a subspace method or keeps no momentum,
             or there is another MomentumTransport.
     """
 
@@ -40,8 +40,8 @@ class MomentumTransport(Callback):
         found = [callback.how for callback in find_callbacks(trainer, MomentumTransport)]
         if len(found) > 1:
             raise MisconfigurationException(
-                f"`trainer.callbacks` has {len(found)} MomentumTransport, with `how` {found}, and the momentum is "
-                "taken along once. Keep one."
+                f"`trainer.callbacks` has {len(found)} MomentumTransport, with `how` {found}, but the momentum is "
+                "transported only once. Keep one."
             )
         for group in optimizer.param_groups:
             if not (group["momentum"] or group["betas"]):

@@ -41,7 +41,7 @@ class OwnOptimizer:
         if len(names) > 1:
             raise MisconfigurationException(
                 f"`configure_optimizers` returns {len(names)} optimizers ({', '.join(names)}), which take turns on "
-                "different losses, and ZerothOrder trains one loss by one method. Return one."
+                "different losses, but ZerothOrder trains one loss with one method. Return one."
             )
 
     @property
@@ -88,7 +88,7 @@ class OwnOptimizer:
         names = [type(thing).__name__ for thing in (*self._all(Optimizer), *self._all(LRScheduler))]
         text = f" in place of {' and '.join(names)}" if names else ""
         if self.optimizer is not None and len({group["lr"] for group in self.optimizer.param_groups}) > 1:
-            text += ", whose learning rates by group are not taken over"
+            text += ", whose learning rates per group are not taken over"
         hooks = [f"`{hook}`" for hook in _UNUSED_HOOKS if _is_overridden(module, hook)]
         return text + (f"; {', '.join(hooks)} of {type(module).__name__} will not be called" if hooks else "")
 

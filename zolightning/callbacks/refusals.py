@@ -39,19 +39,19 @@ def refuse_unsupported(trainer: Any) -> None:
     refuse_precision(trainer.precision_plugin)
     if trainer.accumulate_grad_batches != 1:
         raise MisconfigurationException(
-            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, and zeroth-order training has no "
+            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, but zeroth-order training has no "
             "gradients to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
         )
     _refuse_callbacks(trainer.callbacks)
-    if (trainer.gradient_clip_val or 0) > 0:  # Lightning clips by nothing else
+    if (trainer.gradient_clip_val or 0) > 0:  # nothing else makes Lightning clip
         raise MisconfigurationException(
-            f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, and zeroth-order training has no gradients "
+            f"`trainer.gradient_clip_val` is {trainer.gradient_clip_val}, but zeroth-order training has no gradients "
             "to clip. Use `clip` of the method, which bounds the projected gradient."
         )
     methods = [callback for callback in trainer.callbacks if "ZerothOrder" in class_names(callback)]
     if len(methods) > 1:
         raise MisconfigurationException(
-            f"`trainer.callbacks` has {len(methods)} ZerothOrder, and a run has one method. Keep one of them."
+            f"`trainer.callbacks` has {len(methods)} ZerothOrder, but a run has only one method. Keep one of them."
         )
     if methods and methods[0].cuda_graphs:
         refuse_graphs(trainer.strategy.root_device)
@@ -64,14 +64,14 @@ def _refuse_callbacks(callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if "GradientAccumulationScheduler" in class_names(callback):
             raise MisconfigurationException(
-                "`trainer.callbacks` has a GradientAccumulationScheduler, and zeroth-order training has no gradients "
+                "`trainer.callbacks` has a GradientAccumulationScheduler, but zeroth-order training has no gradients "
                 "to accumulate. Use a larger batch with `micro_batch_size` of ZerothOrder."
             )
         if "StochasticWeightAveraging" in class_names(callback):
             raise MisconfigurationException(
                 "`trainer.callbacks` has a StochasticWeightAveraging, which changes learning rates by epochs, and "
-                "computes batch norms anew in a last epoch that accumulates gradients: zeroth-order training does "
-                "neither. Use WeightAveraging or EMAWeightAveraging."
+                "recomputes the statistics of batch norms in a last epoch that accumulates gradients: zeroth-order "
+                "training does neither. Use WeightAveraging or EMAWeightAveraging."
             )
 
 
@@ -87,7 +87,7 @@ def refuse_strategy(strategy: Any) -> None:
                 raise MisconfigurationException(f"`trainer.strategy` is {found}, which {reason}. Use {_ACCEPTED}.")
     if not isinstance(strategy, str) and not any(name in _WHOLE_PARAMETERS for name in names):
         raise MisconfigurationException(
-            f"`trainer.strategy` is {found}, and zeroth-order training runs under 'auto', 'ddp', 'zo_ddp', 'zo_fsdp' "
+            f"`trainer.strategy` is {found}, but zeroth-order training runs under 'auto', 'ddp', 'zo_ddp', 'zo_fsdp' "
             "and strategies derived from SingleDeviceStrategy or DDPStrategy."
         )
 
@@ -98,7 +98,7 @@ def refuse_precision(precision: Any) -> None:
     value = str(precision) if isinstance(precision, str | int) else precision.precision
     if value in ("16", "16-mixed"):
         raise MisconfigurationException(
-            f"`trainer.precision` is '{value}', which scales gradients, and zeroth-order training has none. "
+            f"`trainer.precision` is '{value}', which scales gradients, but zeroth-order training has none. "
             "Use 'bf16-mixed', 'bf16-true', '16-true' or '32-true'."
         )
     if any(part in name.lower() for name in names for part in _UNFIT_PRECISIONS):
@@ -108,28 +108,28 @@ def refuse_precision(precision: Any) -> None:
 
 
 def refuse_options_with_shards(callback: Any) -> None:
-    """Refuses options of ZerothOrder with which ranks would run different forwards, under sharded weights (FSDP2)."""
+    """Under sharded weights (FSDP2), refuses options of ZerothOrder that would make ranks run different forwards."""
     defaults = {"micro_batch_size": None, "evaluations_per_forward": 1, "keep_prefix_gib": 0.0, "cuda_graphs": False}
     for name, default in defaults.items():
         if (value := getattr(callback, name)) != default:
             raise MisconfigurationException(
-                f"`{name}` is {value}, and under 'zo_fsdp' all ranks must run the same forwards of the whole network. "
+                f"`{name}` is {value}, but under 'zo_fsdp' all ranks must run the same forwards of the whole network. "
                 f"Leave it at {default}, or use a strategy under which every rank holds all weights ('zo_ddp')."
             )
 
 
 def _refuse_callbacks_with_shards(callbacks: Sequence[Any]) -> None:
-    """Refuses callbacks that read whole weights, under sharded ones (FSDP2)."""
+    """Under sharded weights (FSDP2), refuses callbacks that read whole weights."""
     if any("SubspaceResampling" in class_names(callback) and callback.bases for callback in callbacks):
         raise MisconfigurationException(
-            "`bases` of SubspaceResampling are taken from activations, and under 'zo_fsdp' it is not known what "
-            "reads a weight. Leave it at None, or use a strategy under which every rank holds all weights "
+            "`bases` of SubspaceResampling are taken from activations, but under 'zo_fsdp' it is not known which "
+            "operations read a weight. Leave it at None, or use a strategy under which every rank holds all weights "
             "('zo_ddp')."
         )
     if averaging := [type(each).__name__ for each in callbacks if "WeightAveraging" in class_names(each)]:
         raise MisconfigurationException(
-            f"`trainer.callbacks` has a {averaging[0]}, which averages whole weights, and under 'zo_fsdp' a rank "
-            "holds rows of them. Leave it out, or use a strategy under which every rank holds all ('zo_ddp')."
+            f"`trainer.callbacks` has a {averaging[0]}, which averages whole weights, but under 'zo_fsdp' a rank holds "
+            "only rows of them. Leave it out, or use a strategy under which every rank holds all ('zo_ddp')."
         )
 
 
@@ -138,13 +138,13 @@ def refuse_module(module: L.LightningModule) -> None:
     name = type(module).__name__
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            f"{name} has `automatic_optimization=False`, so its `training_step` trains by itself, and ZerothOrder "
+            f"{name} has `automatic_optimization=False`, so its `training_step` trains by itself, but ZerothOrder "
             "needs one that only returns a loss. Remove one of the two; in a `training_step` of your own, call "
             "`zolightning.zeroth_order_step`."
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
-            f"`training_step` of {name} takes `dataloader_iter` and fetches its own batches, and a zeroth-order step "
+            f"`training_step` of {name} takes `dataloader_iter` and fetches its own batches, but a zeroth-order step "
             "evaluates one batch several times. Let it take `batch` instead."
         )
     for parameter_name, parameter in module.named_parameters():
@@ -156,7 +156,7 @@ def refuse_module(module: L.LightningModule) -> None:
 
 
 def refuse_thawed(module: L.LightningModule, method: Optimizer, left_out: Iterable[nn.Parameter]) -> None:
-    """Refuses a step if parameters train that were frozen when the method was made, and so are not the method's.
+    """Refuses a step if parameters train that the method does not hold, because they were frozen when it was made.
 
     Args:
         module: the module.
@@ -170,13 +170,13 @@ def refuse_thawed(module: L.LightningModule, method: Optimizer, left_out: Iterab
         if missing := [names[parameter] for parameter in thawed if parameter not in added]:
             raise MisconfigurationException(
                 f"{some(missing)}: `requires_grad` was False when the {type(method).__name__} of this run was made, "
-                "and is True now. Freeze in `on_train_start`, after that, or add what thaws, as BackboneFinetuning "
+                "and is True now. Freeze it in `on_train_start`, after that, or add it, as BackboneFinetuning "
                 'does: `trainer.optimizers[0].add_param_group({"params": ...})`.'
             )
 
 
 def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
-    """Makes a scheduler; refuses one that waits for a metric, or changes more of a method than its learning rate."""
+    """Makes a scheduler; refuses one that needs a metric, or changes more of a method than its learning rate."""
     method = type(optimizer).__name__
     try:
         scheduler = make(optimizer)
@@ -184,20 +184,20 @@ def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> An
         if optimizer.defaults.get("betas", ()) is not None or "NoneType" not in str(error):
             raise
         raise MisconfigurationException(
-            f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, and {method} was to have none. Give the "
-            "scheduler `cycle_momentum=False`, or the method `betas`."
+            f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, but {method} is set to have none. Give "
+            "the scheduler `cycle_momentum=False`, or the method `betas`."
         ) from error
     name = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
         raise MisconfigurationException(
-            f"`lr_scheduler` is {name}, which waits for a metric, and schedulers are stepped after every training "
-            "step. Use one that goes by the step, such as WarmupDecay or CosineAnnealingLR."
+            f"`lr_scheduler` is {name}, which needs a metric, but schedulers are stepped after every training step. "
+            "Use one that depends on the step alone, such as WarmupDecay or CosineAnnealingLR."
         )
     set_ones = [group["momentum"] for group in optimizer.param_groups if group.get("momentum")]
     if set_ones and optimizer.defaults.get("momentum") == 0:
         raise MisconfigurationException(
-            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, and {method} was to have none: "
-            "momentum keeps 4 bytes a weight. Give the scheduler `cycle_momentum=False`, or the method a `momentum`."
+            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, but {method} is set to have none: "
+            "momentum takes 4 bytes a weight. Give the scheduler `cycle_momentum=False`, or the method a `momentum`."
         )
     return scheduler
 
@@ -206,7 +206,7 @@ def refuse_graphs(device: torch.device) -> None:
     """Refuses `cuda_graphs` on a device that has none."""
     if device.type != "cuda":
         raise MisconfigurationException(
-            f"`cuda_graphs` is True, and the run is on '{device.type}', which has none. Use `trainer.accelerator` "
+            f"`cuda_graphs` is True, but the run is on '{device.type}', which has none. Use `trainer.accelerator` "
             "'gpu' with a CUDA device, or leave `cuda_graphs` at False."
         )
 
@@ -217,17 +217,17 @@ def class_names(thing: object) -> list[str]:
 
 
 def refuse_own_gradients(module: L.LightningModule, error: RuntimeError) -> None:
-    """Says what is wrong if an error is that a loss does not depend on the parameters by which it is differentiated."""
+    """Explains the error that a loss does not depend on the parameters with respect to which it is differentiated."""
     if "used in the graph" in str(error):
         raise MisconfigurationException(
-            f"`training_step` of {type(module).__name__} differentiates by the module's parameters, and ZerothOrder "
-            "evaluates it at perturbed copies of them. Differentiate by inputs, or by copies made in the step "
-            "(`torch.func.functional_call`), or leave that term out."
+            f"`training_step` of {type(module).__name__} differentiates with respect to the module's parameters, but "
+            "ZerothOrder evaluates it at perturbed copies of them. Differentiate with respect to inputs, or to copies "
+            "made in the step (`torch.func.functional_call`), or leave that term out."
         ) from error
 
 
 def gradients_of(module: L.LightningModule) -> list[tuple[int, int] | None]:
-    """For each parameter what changes with its gradient, so that no values have to be compared."""
+    """For each parameter, numbers that change whenever its gradient does, so that no values have to be compared."""
     gradients = (parameter.grad for parameter in module.parameters())
     return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
@@ -236,7 +236,7 @@ def refuse_backward(module: L.LightningModule, before: list[tuple[int, int] | No
     """Raises a MisconfigurationException if gradients are not those that :func:`gradients_of` has seen `before`."""
     if gradients_of(module) != before:
         raise MisconfigurationException(
-            f"`training_step` of {type(module).__name__} calls `backward()`, and ZerothOrder trains by the loss that "
-            "it returns: nothing would read these gradients. Leave that out. An optimizer of your own can step in "
+            f"`training_step` of {type(module).__name__} calls `backward()`, but ZerothOrder trains on the loss that "
+            "it returns: nothing would read these gradients. Remove the call. An optimizer of your own can step in "
             "`on_train_batch_end`, under `torch.enable_grad()`."
         )

@@ -17,7 +17,7 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_forward
 
-_FEW = 4  # walks by which the magnitude of the scale is found
+_FEW = 4  # walks that find the order of magnitude of the scale
 _ROUNDS = 12  # scales that are tried
 _FARTHER = 10.0  # largest factor from one scale to the next
 _NEAR = 2.0  # a scale within this factor of the one looked for is good enough
@@ -28,9 +28,9 @@ class FoundScale:
     """The learning rate at which walks raise the loss by a given share of itself."""
 
     scale: float  # multiple of the method's learning rates
-    share: float  # of the loss: the rise that was looked for
+    share: float  # the rise that was looked for, as a share of the loss
     loss: float  # before the walks
-    rise: float  # one that was measured, near the one looked for
+    rise: float  # that was measured, near the one looked for
     error: float  # standard error of `rise`
 
 
@@ -75,11 +75,11 @@ class ReplayedWalks:
 
     A walk takes all the recorded steps with random signs, so that they do not descend. For dense methods without
     momentum each step is a walk by itself, which is cheaper: one dense direction raises the loss much like another or
-    a sum of several, while low-rank directions differ widely, and with momentum a step continues in the next ones.
+    a sum of several, while low-rank directions differ widely, and with momentum a step carries over into the next ones.
     Steps in an earlier subspace or block are left out.
 
-    The loss is that of the module's ``training_step``; walks share the batches: each walk takes the next one, or the
-    next and others where there are more batches than walks.
+    The loss is that of the module's ``training_step``; walks share the batches: each walk takes the next one, or
+    several where there are more batches than walks.
 
     Attributes:
         lr: the learning rate of each parameter group at a scale of 1.
@@ -116,7 +116,7 @@ class ReplayedWalks:
         return self._before.mean().item()
 
     def rises(self, scale: float, count: int) -> Tensor:
-        """The rise of the loss after each of the first `count` walks and its opposite, on average, (count,)."""
+        """The rise of the loss, (count,), after each of the first `count` walks, averaged with its opposite's."""
         found = []
         for number, walk in enumerate(self._walks[:count]):
             places = range(number % len(self._batches), len(self._batches), len(self._walks))

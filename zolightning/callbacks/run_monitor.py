@@ -20,16 +20,17 @@ from zolightning.partners import add_text, log_interval, log_number, methods_of,
 class RunMonitor(Callback):
     """Logs speed, memory and one sample of the data.
 
-    It logs ``run/steps_per_second`` (mean over the last ``log_every_n_steps`` training steps, with the loading of their
-    batches, without validations and without steps that a resumed run takes from a ledger), ``run/peak_memory_gib`` (the
-    largest so far of the process; on CUDA of the device's allocator) and, as ``method/...``, diagnostics of the method,
-    such as quantiles of HiZOO's curvature. When training starts, it writes the text of a training example
-    to TensorBoard, as ``prompt``, if the datamodule has ``sample_text()``. When the fit ends, it prints how much memory
-    the method's state takes: a subspace method has that of exact updates from when it first adds them to the weights.
+    It logs ``run/steps_per_second`` (mean over the last ``log_every_n_steps`` training steps, including the loading of
+    their batches, but without validations and without steps that a resumed run takes from a ledger),
+    ``run/peak_memory_gib`` (the largest so far of the process; on CUDA of the device's allocator) and, as
+    ``method/...``, diagnostics of the method, such as quantiles of HiZOO's curvature. When training starts, it writes
+    the text of a training example to TensorBoard, as ``prompt``, if the datamodule has ``sample_text()``. When the fit
+    ends, it prints how much memory the method's state takes: for a subspace method that includes the state of exact
+    updates only once it has first added updates to the weights.
     """
 
     def __init__(self) -> None:
-        self._started: float | None = None  # when the present step began; None until its batch is there
+        self._started: float | None = None  # when the current step began; None until its batch is there
         self._step = 0  # the last one that was taken
         self._seconds: deque[float] = deque()  # durations of the latest steps
 
@@ -79,13 +80,13 @@ def peak_memory(device: torch.device) -> int:
     """The largest number of bytes held so far: by tensors on a CUDA device, on others by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss is the fallback only: on Linux a child inherits that of the process that started it.
+    # ru_maxrss is only the fallback: on Linux a process inherits its parent's.
     unit = 1 if sys.platform == "darwin" else 1024
     return process_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def process_memory(field: str) -> int | None:
-    """Bytes that Linux says of this process: "VmRSS" is held now, "VmHWM" was the most; None on other systems."""
+    """Bytes that Linux reports for this process: "VmRSS" is held now, "VmHWM" is the peak; None on other systems."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -48,8 +48,8 @@ class RunOverview(Callback):
 
     * Printed: the method and its settings, the scope, how many parameters train, the memory that the run will take
       (:mod:`zolightning.memory`), the forward passes of a step, and where the run goes.
-    * The same as the text ``run`` in TensorBoard, and the settings as its hyperparameters, by which runs are compared:
-      with the best value of the monitored metric where a ModelCheckpoint has one.
+    * The same as the text ``run`` in TensorBoard, and the settings as hyperparameters, to compare runs by, with the
+      best value of the monitored metric if a ModelCheckpoint has one.
     * The metrics of every validation, also of one before the fit, are logged under ``by_forward_passes/`` too, with the
       number of forward passes as the step, to compare methods with different numbers of evaluations.
 
@@ -122,15 +122,15 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
     """Warns of a run that will not fit into the free bytes if the estimate of its forward pass is right.
 
     Raises:
-        MisconfigurationException: if even without a forward pass it needs more; with the sizes of the other ways to
-            train the same network, by the settings that choose them.
+        MisconfigurationException: if it needs more even without a forward pass. The message gives the sizes of other
+            ways to train the same network, by the settings that choose them.
     """
     if plan.peak <= free:
         return
     sizes = {name: other.peak for name, other in others().items()}
     width = max(map(len, sizes), default=0)
     message = f"The run needs {in_units(plan.peak)} of the device's memory, and {in_units(free)} are free: {plan}.\n"
-    message += "Other ways, or a smaller batch:"
+    message += "Use a smaller batch, or one of these:"
     for name, peak in sizes.items():
         message += f"\n  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}"
     if plan.certain > free:
@@ -184,7 +184,7 @@ def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:
     how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
     if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
         how += f", {-(-forwards // parts)} of them on the first rank"
-    return f"{forwards} forward passes{how}; the first one some more, which find where parameters are read"
+    return f"{forwards} forward passes{how}; the first step takes some more, to find where parameters are read"
 
 
 def _memory_plan(
@@ -215,7 +215,7 @@ def _memory_plan(
 
 
 def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
-    """The settings that were chosen: the learning rate, and what is not the class's default."""
+    """The settings that were chosen: the learning rate, and those that differ from the class's defaults."""
     defaults: dict[str, Any] = {}
     with suppress(TypeError):  # a method whose settings have no defaults: all are shown
         defaults = settings_of(type(optimizer)([nn.Parameter(torch.zeros(1, 1))]))  # type: ignore[call-arg]

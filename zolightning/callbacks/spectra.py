@@ -30,9 +30,9 @@ _TINY = 1e-30
 class Spectra(Callback):
     """Shows the singular values of estimated gradients, as in figure 1 of ZO-MOPI (arXiv 2605.09034).
 
-    For each chosen matrix it plots the singular values of each source over their index, relative to the largest, to
+    For each chosen matrix it plots the singular values of each source against their index, relative to the largest, to
     TensorBoard as ``spectra/<name>``, and logs the stable rank, ``||M||_F^2 / ||M||_2^2``, as
-    ``stable_rank/<source>/<name>``, both at the steps that it looks at. It does not change the run by a bit.
+    ``stable_rank/<source>/<name>``, both at the same steps. It does not change a bit of the run.
 
     Args:
         patterns: regular expressions; a matrix is chosen if one of them matches somewhere in its dotted name. It must
@@ -68,7 +68,7 @@ class Spectra(Callback):
                 )
         if "momentum" in self.sources and not any(g["momentum"] or g["betas"] for g in optimizer.param_groups):
             raise MisconfigurationException(
-                "`sources` has 'momentum', and the method keeps none. Set its `momentum` above 0, or leave it out."
+                "`sources` has 'momentum', but the method keeps none. Set its `momentum` above 0, or leave it out."
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
@@ -142,7 +142,7 @@ def stable_rank(singular_values: Tensor) -> float:
 
 
 def spectra_figure(spectra: dict[str, Tensor], title: str) -> "Figure":
-    """Singular values over their index, relative to the largest of each source, on a logarithmic scale."""
+    """Singular values against their index, relative to the largest of each source, on a logarithmic scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -46,5 +46,5 @@ class StepProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)  # part of the folder's name, which the run's overview says
+        metrics.pop("v_num", None)  # part of the folder's name, which the run's overview shows
         return metrics

@@ -32,7 +32,7 @@ class SubspaceResampling(Callback):
         bases: takes the bases from activations instead of drawing them.
 
     Raises:
-        MisconfigurationException: when training starts, if the optimizer is no subspace method, `anchor` is set for
+        MisconfigurationException: when training starts, if the optimizer is not a subspace method, `anchor` is set for
             one that keeps no momentum, or another callback draws bases too.
     """
 
@@ -64,7 +64,7 @@ class SubspaceResampling(Callback):
         for group in optimizer.param_groups:
             if self.anchor and not (group["momentum"] or group["betas"]):
                 raise MisconfigurationException(
-                    f"`anchor` is {self.anchor}, and the method keeps no momentum whose directions could stay. "
+                    f"`anchor` is {self.anchor}, but the method keeps no momentum whose directions could stay. "
                     "Set its `momentum` above 0, or `anchor` to 0."
                 )
             if self.anchor > group["rank"]:
@@ -83,7 +83,7 @@ class SubspaceResampling(Callback):
             found = self.bases.find(trainer, pl_module, optimizer, batch)
             if not found.given:
                 raise MisconfigurationException(
-                    f"`bases` is {type(self.bases).__name__}, and no matrix that trains in a subspace is read by a "
+                    f"`bases` is {type(self.bases).__name__}, but no matrix that trains in a subspace is read by a "
                     f"product whose inputs are finite ({some(found.without) or 'there is none'}). Leave `bases` out."
                 )
             optimizer.resample(found.given)
@@ -104,6 +104,6 @@ def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callbac
     """Raises a MisconfigurationException unless a callback draws new subspaces, without which there is only one."""
     if not any(isinstance(callback, SubspaceResampling) for callback in callbacks):
         raise MisconfigurationException(
-            f"{type(optimizer).__name__} needs the callback SubspaceResampling beside ZerothOrder, "
-            "`zolightning.callbacks.SubspaceResampling` in `trainer.callbacks`: it says when new subspaces are drawn."
+            f"{type(optimizer).__name__} needs the callback SubspaceResampling besides ZerothOrder, "
+            "`zolightning.callbacks.SubspaceResampling` in `trainer.callbacks`: it decides when to draw new subspaces."
         )

@@ -45,12 +45,12 @@ from zolightning.training_loop import is_validation_next
 _COUNTERS = ("step", "refresh", "folds")  # of a method, which determine its directions and bases
 _NOTE = (
     "(Raised in `training_step` while ZerothOrder evaluated it: in evaluation mode, without gradients, several times a "
-    "batch. A network that returns losses in train mode only needs its `.train()` called in `training_step`.)"
+    "batch. If the network returns losses only in train mode, call its `.train()` in `training_step`.)"
 )
 
 
 class ZerothOrder(Callback):
-    """Trains a module by a zeroth-order method: its ``training_step`` is evaluated, but not differentiated.
+    """Trains a module with a zeroth-order method: its ``training_step`` is evaluated, but not differentiated.
 
     During ``fit``, `method` replaces the module's optimizer, over the same parameters, and each batch is one
     :func:`~zolightning.step.zeroth_order_step` whose loss is the module's own ``training_step``. It is called several
@@ -59,7 +59,7 @@ class ZerothOrder(Callback):
     backpropagation.
 
     ``training_step`` returns what it returns for backpropagation: a scalar tensor, a dictionary with it as ``"loss"``,
-    or None to skip the batch. If the loss is a mean over something else than the batch's examples (tokens, for one),
+    or None to skip the batch. If the loss is a mean over something other than the batch's examples (tokens, for one),
     the dictionary holds their number as ``"num_terms"``.
 
     The module's ``configure_optimizers`` says which parameters train, and which of them have no weight decay. Its
@@ -86,14 +86,15 @@ class ZerothOrder(Callback):
             run, so that each batch passes through them only once. For data whose batches repeat
             (``data.fixed_batches``).
         cuda_graphs: record the network's forward as CUDA graphs and replay them for batches of the same shapes, which
-            is faster for batches of few tokens: several times where the host sets the pace. It takes the memory of some
-            forwards. What cannot be recorded runs as usual, with a warning (:mod:`zolightning.evaluation.graphs`).
-            Every evaluation then runs all layers, so leave it off if only late layers train.
+            is faster for batches of few tokens: several times where launches by the host are the bottleneck. It takes
+            the memory of some forwards. What cannot be recorded runs as usual, with a warning
+            (:mod:`zolightning.evaluation.graphs`). Every evaluation then runs all layers, so leave it off if only late
+            layers train.
 
     If the method has ``estimator=PerExample()``, each example of a batch has a direction of its own, and the loss of a
     batch must be the mean of those of its examples. ``training_step`` is called once for the whole batch and once for
-    each example as a batch of one; the network runs in the first call only, whose rows the other calls get. If that is
-    not possible, the network runs once for each example, with a warning.
+    each example as a batch of one; the network runs in the first call only, and each other call gets its rows of that
+    output. If that is not possible, the network runs once for each example, with a warning.
 
     Raises:
         MisconfigurationException: in ``setup``, for strategies, precisions, Trainer options and modules that cannot be
@@ -142,7 +143,7 @@ class ZerothOrder(Callback):
         self.check(trainer, pl_module)
         if self.keep_prefix_gib and not getattr(getattr(trainer, "datamodule", None), "fixed_batches", True):
             raise MisconfigurationException(
-                f"`keep_prefix_gib` is {self.keep_prefix_gib}, and `fixed_batches` of the data is False: what is kept "
+                f"`keep_prefix_gib` is {self.keep_prefix_gib}, but `fixed_batches` of the data is False: what is kept "
                 "would never be used. Set `data.fixed_batches` to True, or `keep_prefix_gib` to 0."
             )
         if trainer.precision == "64-true":
@@ -158,7 +159,7 @@ class ZerothOrder(Callback):
             return self._step(pl_module, evaluate, batch, batch_idx)
 
         def fold_and_end_training() -> None:
-            # Later than the checkpoints of callbacks, from which a run may go on, and earlier than Lightning takes the
+            # After callbacks have written checkpoints, from which a run may be resumed, and before Lightning moves the
             # weights and cores, but not the bases, to the host
             _fold(trainer)
             own_end()
@@ -180,7 +181,7 @@ class ZerothOrder(Callback):
         refuse_module(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # Not only when it starts: a run that goes on from a checkpoint of this batch skips the validation.
+        # Not only when it starts: a run resumed from a checkpoint of this batch skips the validation.
         if is_validation_next(trainer):
             _fold(trainer)
 
@@ -189,7 +190,7 @@ class ZerothOrder(Callback):
             _fold(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _fold(trainer)  # of a run that was resumed after its last step, which has no `on_train_end`
+        _fold(trainer)  # for a run that was resumed after its last step, in which `on_train_end` is not called
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self._restore.close()
