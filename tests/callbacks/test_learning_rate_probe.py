@@ -258,17 +258,23 @@ def fail_after(evaluations: int, plan: Plan) -> None:
 def test_resuming_after_an_error_in_a_walk_equals_not_stopping(
     method: Method, with_ledger: bool, make_trainer: Any, regression_data: Any, tmp_path: Path
 ) -> None:
-    def run(folder: str) -> Run:
-        callbacks = [LearningRateProbe(num_steps=5, num_examples=8), *[KeepLedger(tmp_path / folder)] * with_ledger]
-        options = {"method": method, "callbacks": callbacks, "val_check_interval": 5, "check_val_every_n_epoch": None}
-        return Run(make_trainer, tmp_path / folder, regression_data().dataset, **options)
+    ledger = tmp_path / "parts" / "ledger.bin"
+
+    def run(folder: str, **options: Any) -> Run:
+        callbacks = [LearningRateProbe(num_steps=5, num_examples=8)]
+        callbacks += [KeepLedger(tmp_path / folder, **options)] * with_ledger
+        fit = {"method": method, "callbacks": callbacks, "val_check_interval": 5, "check_val_every_n_epoch": None}
+        return Run(make_trainer, tmp_path / folder, regression_data().dataset, **fit)
 
     whole, failed = run("whole").fit(), run("parts")
     fail_after(7, failed.module.in_step)
     with pytest.raises(RuntimeError, match="in a walk"):
         failed.fit()
-    assert failed.saved()["global_step"] == 5
-    parts = run("parts").fit(ckpt_path=failed.path)
+    if with_ledger:  # and no checkpoint
+        parts = run("parts", go_on=ledger).fit()
+    else:
+        assert failed.saved()["global_step"] == 5
+        parts = run("parts").fit(ckpt_path=failed.path)
 
     parts.assert_ends_as(whole)
     assert parts.watch.validated == whole.watch.validated

@@ -123,7 +123,7 @@ def test_a_network_that_lacks_more_than_a_head_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="the file lacks 1 weights of ViTForImageClassification"):
         ImageClassifier(str(folder), num_classes=5)
     save_file(weights | {name: weight[1:]}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has the shape \(15,\) in the file and \(16,\) by config\.json"):
+    with pytest.raises(ValueError, match=r"has the shape \(15,\) in the file and \(16,\) in config\.json"):
         ImageClassifier(str(folder), num_classes=5)
 
 
