@@ -79,7 +79,7 @@ def test_a_run_that_was_set_back_is_not_followed(
         training.ledger.path.write_bytes(other.ledger.path.read_bytes())
 
     monkeypatch.setattr(Ledger, "is_written", lambda _: True)
-    with pytest.raises(DamagedLedgerError, match="does not have the 5 steps any more that were followed"):
+    with pytest.raises(DamagedLedgerError, match="no longer has the 5 steps that were followed"):
         follow(tmp_path / "ledger.bin", make_problem(), partial(MeZO, lr=0.02), set_back)
 
 
@@ -99,7 +99,7 @@ def test_one_process_writes(make_problem: MakeProblem, tmp_path: Path) -> None:
     assert opened.wait(60)
     ledger = Ledger(tmp_path / "ledger.bin")
     assert ledger.is_written()
-    with pytest.raises(BlockingIOError, match="is written by another process: its run has not ended"):
+    with pytest.raises(BlockingIOError, match="is being written by another process: its run has not ended"):
         ledger.go_on(0)
     process.kill()
     process.join()

@@ -210,7 +210,9 @@ def test_before_the_first_checkpoint_only_with_the_same_model_and_settings(ledge
     other = ledger_run(go_on=True, method=partial(MeZO, lr=2e-2))
     with torch.no_grad():
         other.module.net[0].bias.add_(1)
-    with pytest.raises(MisconfigurationException, match="of another run: it has other `method`, `groups`, `weights`"):
+    with pytest.raises(
+        MisconfigurationException, match="of another run: it has different `method`, `groups`, `weights`"
+    ):
         other.fit()
 
 
@@ -226,7 +228,9 @@ def test_a_change_in_the_steps_after_the_checkpoint_is_found(ledger_run: MakeRun
     path.write_bytes(content)
     resumed = ledger_run()
     evaluated = steps_evaluated(resumed)
-    with pytest.warns(UserWarning, match=r"damaged: the entry of step 4, .* was changed.*The run goes on after these"):
+    with pytest.warns(
+        UserWarning, match=r"damaged: the entry of step 4, .* was changed.*The run continues after these"
+    ):
         resumed.fit("last")
     assert evaluated == set(range(4, 20))
     resumed.assert_ends_as(make_whole())
@@ -257,7 +261,7 @@ def test_bases_lie_beside_the_ledger(ledger_run: MakeRun, tmp_path: Path) -> Non
     files = [tmp_path / "other" / name for name in names]
     (tmp_path / "other/ledger-bases-9.pt").write_bytes(content := files[1].read_bytes())
     torch.save(torch.load(files[1], weights_only=True) | {"ledger": 1}, files[1])
-    with pytest.raises(ValueError, match="are of another run than"):
+    with pytest.raises(ValueError, match="belong to a different run from"):
         replay(second.keep.path, Validated(), LOW_RANK)
     files[1].write_bytes(content[:-9])
     with pytest.raises(DamagedCheckpointError, match=r"ledger-bases-2.pt is damaged: it is cut off"):

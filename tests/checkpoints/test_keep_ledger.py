@@ -174,9 +174,9 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint(
                 .fit()
                 .keep.path.rename(path)
             ),
-            "is of another run than the checkpoint",
+            "belongs to a different run from the checkpoint",
         ),
-        "without": (lambda: None, "the checkpoint is of a run without one"),
+        "without": (lambda: None, "the checkpoint is from a run without one"),
     }
     change, words = changes[what]
     change()
@@ -212,7 +212,7 @@ def test_what_records_do_not_say_ends_it(
     ledger_run: Callable[..., Run], change: Callable[..., Any], words: str
 ) -> None:
     run = ledger_run(callbacks=[Changes(change)], max_steps=7)
-    with pytest.warns(UserWarning, match=f"{words}.* before step 5, which no record says"):
+    with pytest.warns(UserWarning, match=f"{words}.* before step 5, which records do not hold"):
         run.fit()
     assert len(Ledger(run.keep.path)) == 5 and run.trainer.global_step == 7
 

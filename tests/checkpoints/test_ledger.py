@@ -75,7 +75,7 @@ def test_a_changed_bit_is_found_and_named(ledger: tuple[Ledger, list[StepRecord]
         elif place >= entries - 40:  # the seal, of which there is none
             assert Ledger(file.path).seal() is None
         else:
-            with pytest.raises((DamagedLedgerError, ValueError), match=r"no ledger|version|header") as error:
+            with pytest.raises((DamagedLedgerError, ValueError), match=r"not the ledger|version|header") as error:
                 Ledger(file.path)
             assert str(file.path) in str(error.value) and "\n" not in str(error.value)
 
@@ -87,7 +87,7 @@ def test_going_on_cuts_off_the_steps_after(ledger: tuple[Ledger, list[StepRecord
     file.close("ab" * 32)
     assert Ledger(file.path).seal() == (8, "ab" * 32)
     file.go_on(3)
-    with pytest.raises(ValueError, match="goes on with step 3, and step 7 was taken"):
+    with pytest.raises(ValueError, match="continues with step 3, but step 7 was taken"):
         file.append(records[7])
     for record in records[3:]:
         file.append(record)
@@ -164,7 +164,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("method", "words"),
         [
-            (partial(MEZO, momentum=0.9), "of a run with other settings: it has `momentum` 0.5, not 0.9."),
+            (partial(MEZO, momentum=0.9), "of a run with different settings: it has `momentum` 0.5, not 0.9."),
             (partial(MEZO, num_queries=2), "it has `num_queries` 1, not 2."),
             (partial(MeZOAdam), "it has .*`class` 'MeZO', not 'MeZOAdam'"),
         ],
@@ -179,7 +179,7 @@ class TestRefused:
         changed, larger = make_problem(), make_problem()
         with torch.no_grad():
             changed.vector[3] = torch.nextafter(changed.vector[3], torch.tensor(9.0))
-        self.refused(ledger, changed, "begins with other weights than these")
+        self.refused(ledger, changed, "begins with weights other than these")
         larger.extra = nn.Parameter(torch.ones(1))
         self.refused(ledger, larger, r"is of another model: 1 weights have other names or shapes.* \(extra\)")
 
@@ -213,5 +213,5 @@ def test_a_run_knows_its_own_ledger(tmp_path: Path, make_problem: MakeProblem, m
     again = make_problem()
     assert len(ledger_of(tmp_path / "ledger.bin", describe_run(attached(method, again), again))) == 0
     other = attached(method, again, seed=17)
-    with pytest.raises(MisconfigurationException, match="is of another run: it has other `seed`"):
+    with pytest.raises(MisconfigurationException, match="is of another run: it has different `seed`"):
         ledger_of(tmp_path / "ledger.bin", describe_run(other, again))

@@ -151,7 +151,9 @@ def test_another_process_that_trains_in_its_folder_is_refused(make_run: Any) -> 
     """Two of them would write the same files. The folder is as it was found once a run has ended."""
 
     def try_too() -> None:
-        with pytest.raises(BlockingIOError, match=r"Another process trains, and saves its steps in .*/run: its run"):
+        with pytest.raises(
+            BlockingIOError, match=r"Another process is training and saves its steps in .*/run: its run"
+        ):
             make_run().fit()
 
     def in_step() -> None:

@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.mark.parametrize("word", ["last", "best"])
 def test_a_run_without_a_checkpoint_does_not_start_anew(runs: Runs, word: str) -> None:
     message = runs.refused("fit", "--ckpt_path", word)
-    assert message.startswith(f"error: `ckpt_path` is '{word}', and no version of this run in ") and "\n" not in message
+    assert message.startswith(f"error: `ckpt_path` is '{word}', but no version of this run in ") and "\n" not in message
     assert not (runs.folder / "logs").exists()
 
 
@@ -30,7 +30,7 @@ def test_a_damaged_checkpoint_is_refused_before_the_model_is_loaded(runs: Runs, 
     torch.save({"weight": torch.ones(5000)}, path)
     path.write_bytes(path.read_bytes()[:length])
     message = runs.refused("fit", "--ckpt_path", path, "--model.init_args.model_name", runs.folder / "none")
-    assert message == f"error: `ckpt_path` is {path}, which is empty, cut off or no checkpoint."
+    assert message == f"error: `ckpt_path` is {path}, which is empty, cut off or not a checkpoint."
 
 
 def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:
@@ -48,8 +48,8 @@ def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:
     ("options", "words"),
     [
         (["--method.num_queries", 3], "`num_queries` is 3, there 1"),
-        (["--method", "LOZO"], "written by MeZO, and this run trains with LOZO"),
-        (["--trainer.precision", "32-true"], "`trainer.precision` is '32-true', and the checkpoint's run has"),
+        (["--method", "LOZO"], "written by MeZO, but this run trains with LOZO"),
+        (["--trainer.precision", "32-true"], "`trainer.precision` is '32-true', but the checkpoint's run has"),
     ],
 )
 def test_other_settings_than_the_checkpoint_s(resumed: tuple[Runs, str], options: list[Any], words: str) -> None:

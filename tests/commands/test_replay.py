@@ -51,7 +51,7 @@ def test_a_run_is_replayed_from_its_folder(runs: Runs) -> None:
     assert seen[1] == "the run ended after 4 steps" and not runs.version(1).exists()
 
     message = refused([*words, str(runs.folder / "new"), "--seed_everything", "1"])  # of the adapter's first values
-    assert message == f"error: The ledger {ledger} begins with other weights than these: name the run's base model."
+    assert message == f"error: The ledger {ledger} begins with weights other than these: name the run's base model."
     assert not (runs.folder / "new").exists()
 
 

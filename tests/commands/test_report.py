@@ -152,7 +152,7 @@ def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
     events[1].write_bytes(events[1].read_bytes()[:-300])  # in the middle of the last record: as a kill leaves it
     assert (read_run(folder).step, read_run(folder).state) == (6, "interrupted")
     (folder / "ledger.bin").write_bytes(b"no ledger")
-    with pytest.warns(UserWarning, match="is no ledger of a run"):
+    with pytest.warns(UserWarning, match="is not the ledger of a run"):
         assert read_run(folder).state == "not finished"
 
 

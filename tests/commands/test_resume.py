@@ -245,7 +245,7 @@ def test_a_run_without_a_validation_ends_with_its_last_step(runs: Runs) -> None:
     output = runs("fit", "--trainer.max_steps", 2, "--trainer.val_check_interval", 100, "--test_last", "true")
     assert last_of(runs)["global_step"] == 2
     assert "last step: test/accuracy" in output and "best checkpoint" not in output
-    assert "knows of no best one" in runs.refused("test", "--ckpt_path", "best")
+    assert "names no best one" in runs.refused("test", "--ckpt_path", "best")
 
 
 def test_the_best_of_a_run_that_validates_at_the_ends_of_epochs(runs: Runs) -> None:

@@ -304,7 +304,7 @@ def test_bugs_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
 def test_more_ranks_than_a_step_has_evaluations(runs: Runs) -> None:
     size = "--trainer.strategy.perturbation_parallel_size"
     error = runs.refused("fit", "--trainer.strategy", "ZerothOrderDDP", "--trainer.devices", 3, size, 3)
-    assert error.startswith("error: `perturbation_parallel_size` is 3, and a step of MeZO has 2 evaluations to share")
+    assert error.startswith("error: `perturbation_parallel_size` is 3, but a step of MeZO has 2 evaluations to share")
     assert "\n" not in error and not (runs.folder / "logs").exists()
 
 

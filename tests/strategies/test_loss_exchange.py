@@ -63,7 +63,7 @@ def net() -> nn.Module:
         ((0, BATCHES), "Rank 0 has 11 batches an epoch and rank 1 has 10"),
         ((3, WEIGHTS), "The weights of rank 3 are not those of rank 0 before step 0"),
         ((0, WEIGHTS), "The weights of rank 0 are not those of rank 1 before step 0"),  # of four, three agree
-        ((3, ROWS), "Rank 3 was given another batch than rank 2 at step 0"),  # the other rank of its group
+        ((3, ROWS), "Rank 3 was given a different batch from rank 2 at step 0"),  # the other rank of its group
     ],
 )
 def test_the_rank_is_named_that_is_not_like_the_others(net: nn.Module, changed: tuple[int, int], message: str) -> None:

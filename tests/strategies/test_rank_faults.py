@@ -9,9 +9,9 @@ import torch
 import rank_faults
 from forked_ranks import run_program
 
-LOST = r"RanksError: Rank {} waited in vain for the other ranks after step 5: one of them has .* \(.*\)\. Go on"
-WEIGHTS = "RanksError: The weights of rank 1 are not those of rank 0 before step 8, as they were 4 steps ago"
-ROWS = "RanksError: Rank 1 was given another batch than rank 0 at step 0, and .*`perturbation_parallel_size` is 2"
+LOST = r"RanksError: Rank {} waited in vain for the other ranks after step 5: one of them has .* \(.*\)\. Resume"
+WEIGHTS = "RanksError: The weights of rank 1 are not those of rank 0 before step 8, but they were 4 steps ago"
+ROWS = "RanksError: Rank 1 was given a different batch from rank 0 at step 0, but .*`perturbation_parallel_size` is 2"
 LENGTHS = "RanksError: Rank 1 has 9 batches an epoch and rank 0 has 10"
 NAN = "NonFiniteLossError: The loss is not finite at step 2: .*, nan"
 

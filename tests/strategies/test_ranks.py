@@ -153,9 +153,9 @@ def test_the_first_words_of_a_run_say_what_each_rank_does(results: Results) -> N
 def test_what_cannot_be_is_refused_before_the_first_step(results: Results, rank: int) -> None:
     refused = results["refused", rank, 4]
     message, step = refused["sgd"]
-    assert "no gradients are averaged, and the optimizer is SGD. Use 'ddp'" in message and step == 0
+    assert "no gradients are averaged, but the optimizer is SGD. Use 'ddp'" in message and step == 0
     message, step = refused["few"]
-    assert "`perturbation_parallel_size` is 4, and a step of HiZOO has 3 evaluations" in message and step == 0
+    assert "`perturbation_parallel_size` is 4, but a step of HiZOO has 3 evaluations" in message and step == 0
 
 
 @pytest.mark.parametrize(("name", "value"), [("perturbation_parallel_size", 0), ("check_interval", 0)])

@@ -14,7 +14,7 @@ from zolightning.partners import find_callbacks
 class BeforeOthers(Callback):
     """Makes other callbacks see the right epoch and metrics in a resumed run, and clean up only after it is saved.
 
-    A run that was told to stop ends here, before others have ended the epoch, if it ends the epoch when it is resumed.
+    A run that was told to stop ends here, before other callbacks end the epoch, if it will end the epoch when resumed.
     """
 
     def __init__(
@@ -23,8 +23,8 @@ class BeforeOthers(Callback):
         save_after_error: Callable[[L.Trainer, BaseException], None],
         stop_here: Callable[[L.Trainer], None],
     ) -> None:
-        self.metrics = RunningMetrics()  # of the present epoch
-        self.epoch: ResumedEpoch | None = None  # in which the run goes on, once training has started
+        self.metrics = RunningMetrics()  # of the current epoch
+        self.epoch: ResumedEpoch | None = None  # in which the run resumes, once training has started
         self._save_at_end = save_at_end
         self._save_after_error = save_after_error
         self._stop_here = stop_here
@@ -45,7 +45,7 @@ class BeforeOthers(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.epoch is None:  # resumed after the last step
             count_last_batch(trainer)
-            for averaging in find_callbacks(trainer, WeightAveraging):  # which make averages the weights there
+            for averaging in find_callbacks(trainer, WeightAveraging):  # which replace the weights by averages there
                 averaging.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

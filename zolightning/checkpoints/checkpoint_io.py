@@ -16,19 +16,19 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 LAST = "last.ckpt"  # the name of a run's last checkpoint
-LOCK = ".lock"  # the name of a file that the process has locked whose checkpoints are beside it
+LOCK = ".lock"  # the name of a file that is locked by the process whose checkpoints are in the same folder
 _UNFINISHED = ".unfinished"
 
 
 class DamagedCheckpointError(RuntimeError):
-    """A checkpoint file is not what was written; the message names the file and what is wrong with it."""
+    """A checkpoint file differs from what was written; the message names the file and what is wrong with it."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Reads and writes checkpoints with ``torch.save`` and ``torch.load``, safely and in little memory.
 
-    A file is written beside its target, directly from the tensors (Lightning's own plugin copies it to memory twice),
-    and replaces the target when all of it is on the disk, so that a kill or a full disk leaves the previous file
+    A file is written next to its target, directly from the tensors (Lightning's own plugin copies it to memory twice),
+    and replaces the target once it is completely on disk, so that a kill or a full disk leaves the previous file
     intact. It is read by memory mapping, after its checksums (CRC32 of the zip format) have been verified.
 
     Paths that are not local files, such as ``s3://...``, are left to Lightning.
@@ -84,7 +84,7 @@ def require_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except Exception as error:  # whatever comes of reading lengths and offsets that were changed
+    except Exception as error:  # any error that changed lengths and offsets may cause
         raise DamagedCheckpointError(_damaged(path, f"it is cut off or changed ({error})")) from error
     if broken is not None:
         raise DamagedCheckpointError(_damaged(path, f"the checksum of its entry `{broken}` is wrong"))
@@ -98,13 +98,13 @@ def is_pickle(path: Path) -> bool:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A context with a file to write, which replaces `path` when all of it is on the disk, and is removed on an error.
+    """A context with a file to write, which replaces `path` once it is completely on disk, and is removed on an error.
 
-    The file is beside `path` and locked while it is written, so that :func:`remove_unfinished` can tell what a killed
+    The file is next to `path` and locked while it is written, so that :func:`remove_unfinished` can tell what a killed
     process left from what another process is writing.
 
     Raises:
-        OSError: if it cannot be written, with `path` and the reason; `path` is as it was.
+        OSError: if it cannot be written, with `path` and the reason; `path` is unchanged.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
@@ -124,7 +124,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, Exception) and isinstance(reason, OSError):
             raise OSError(
                 reason.errno,
-                f"{path} could not be written ({reason.strerror}); what was there is as it was",
+                f"{path} could not be written ({reason.strerror}); what was there is unchanged",
             ) from error
         raise
 
@@ -136,7 +136,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def require_writable(name: str, folder: Path) -> None:
-    """Raises a ValueError that names a setting if no file can be written to its folder, or the folder not made."""
+    """Raises a ValueError that names a setting if its folder cannot be made, or no file can be written to it."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     nearest = folder if not missing else missing[-1].parent
     try:
@@ -147,7 +147,7 @@ def require_writable(name: str, folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Deletes the unfinished files of killed processes in `folder`, and not those that are being written."""
+    """Deletes the unfinished files of killed processes in `folder`, but not those that are being written."""
     for path in folder.glob(f".*{_UNFINISHED}"):
         with path.open("rb") as file:
             try:
@@ -169,9 +169,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
     with without_new_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            if not lock(file) or not os.fstat(file.fileno()).st_nlink:  # the other one has just removed it
+            if not lock(file) or not os.fstat(file.fileno()).st_nlink:  # the other process has just removed it
                 raise BlockingIOError(
-                    f"Another process trains, and saves its steps in {folder}: its run has not ended."
+                    f"Another process is training and saves its steps in {folder}: its run has not ended."
                 )
             yield
             path.unlink(missing_ok=True)
@@ -179,7 +179,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def without_new_folders(folder: Path) -> Iterator[None]:
-    """A context that removes `folder`, and those above it, at its end, if they were made in it and are empty."""
+    """A context at whose end `folder` and those above it are removed, if they were made within it and are empty."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
@@ -203,7 +203,7 @@ def lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def is_written(path: Path) -> bool:
-    """Whether another process has a file open to write and locked."""
+    """Whether another process has a file open for writing, and locked."""
     with path.open("rb") as file:
         return not lock(file, fcntl.LOCK_SH)
 
@@ -223,5 +223,5 @@ def _is_local(path: str | Path) -> bool:
 
 def _damaged(path: Path, what: str) -> str:
     return (
-        f"The checkpoint {path} is damaged: {what}. Take another file of the run: its best or its last, or its ledger."
+        f"The checkpoint {path} is damaged: {what}. Use another file of the run: its best or its last, or its ledger."
     )

@@ -21,20 +21,20 @@ class NoLedgerError(RuntimeError):
 def ledger_to(saved: Mapping[str, Any], step: int, folder: Path, checkpoint: Path | None) -> tuple[Ledger, int]:
     """The ledger that leads to a checkpoint, and the number of its steps up to there.
 
-    The last of these steps may be missing in the file, if the checkpoint was saved before it was written.
+    The last of these steps may be missing from the file, if the checkpoint was saved before it was written.
 
     Args:
         saved: the checkpoint's entry about the ledger: its ``path`` and ``checksum``, and ``pending``, the record of a
             step that was not written yet, or None. Empty if the run had no ledger.
         step: number of the checkpoint's step, as the method counts.
-        folder: the folder to look in first; then the old one, and those around the checkpoint, which may have moved.
+        folder: the folder to look in first; then the old one and those around the checkpoint, which may have moved.
         checkpoint: path of the checkpoint, if it is a file.
 
     Raises:
         NoLedgerError: if there is none.
     """
     if not saved:
-        raise NoLedgerError("the checkpoint is of a run without one")
+        raise NoLedgerError("the checkpoint is from a run without one")
     was, near = Path(saved["path"]), [] if checkpoint is None else checkpoint.absolute().parents[:2]
     reason = f"there is no {was}"
     for path in dict.fromkeys([folder / was.name, was, *(place / was.name for place in reversed(near))]):
@@ -46,7 +46,7 @@ def ledger_to(saved: Mapping[str, Any], step: int, folder: Path, checkpoint: Pat
                 if not 0 <= written <= len(ledger):
                     reason = f"{path} has {counted(len(ledger), 'step')}, and the checkpoint is of step {step}"
                 elif ledger.checksum_after(written) != saved["checksum"]:
-                    reason = f"{path} is of another run than the checkpoint"
+                    reason = f"{path} belongs to a different run from the checkpoint"
                 else:
                     return ledger, steps
             except (DamagedLedgerError, ValueError) as error:
@@ -58,28 +58,28 @@ def ledger_of(path: Path, header: Header) -> Ledger:
     """Opens the ledger of a run that begins as `header` describes.
 
     Raises:
-        DamagedLedgerError, ValueError: if the file is no ledger, or damaged.
-        MisconfigurationException: if it belongs to a run with another model or other settings; naming them.
+        DamagedLedgerError, ValueError: if the file is not a ledger, or damaged.
+        MisconfigurationException: if it belongs to a run with a different model or settings; naming them.
     """
     ledger = Ledger(path)
     own, found = as_json_values(asdict(header)), asdict(ledger.header)
     other = [f"`{name}`" for name in own if own[name] != found[name] and name != "zolightning"]
     if other:
         raise MisconfigurationException(
-            f"The ledger {path} is of another run: it has other {some(other)}. Go on with the model and the settings "
-            "of that run, or start a new one."
+            f"The ledger {path} is of another run: it has different {some(other)}. Resume with the model and the "
+            "settings of that run, or start a new one."
         )
     return ledger
 
 
 def whole_records(ledger: Ledger) -> list[StepRecord]:
-    """The records up to the first damaged one, about which it warns."""
+    """The records before the first damaged one; a warning names that one."""
     records: list[StepRecord] = []
     try:
         for record in ledger.records():
             records.append(record)
     except DamagedLedgerError as error:
-        rank_zero_warn(f"{error} The run goes on after these.")
+        rank_zero_warn(f"{error} The run continues after these.")
     return records
 
 

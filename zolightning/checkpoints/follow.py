@@ -20,7 +20,7 @@ def follow(
 
     `evaluate` is called with the number of a step while the module has the weights after that step; then again for the
     newest step at that time. It may move the module to another device but must move it back. A ledger with nothing new
-    is looked at again every so many `seconds`, until no process writes it any more.
+    is checked again after `seconds`, until no process writes to it any more.
 
     Raises:
         DamagedLedgerError: if steps that were followed are no longer in the ledger, for example because the run was
@@ -29,12 +29,12 @@ def follow(
     with Replay(path, module, method) as replaying:
         ledger, checksum = replaying.ledger, replaying.ledger.stored_checksum(0)
         while True:
-            is_written = ledger.is_written()  # before `steps` is read: once nobody writes, no step is added
+            is_written = ledger.is_written()  # before `steps` is read: once no process writes, no step is added
             steps = len(ledger)
             if steps < replaying.steps or ledger.stored_checksum(replaying.steps) != checksum:
                 raise DamagedLedgerError(
-                    f"The ledger {path} does not have the {replaying.steps} steps any more that were followed: its run "
-                    "was resumed from an earlier one. Follow it from the beginning."
+                    f"The ledger {path} no longer has the {replaying.steps} steps that were followed: its run was "
+                    "resumed from an earlier step. Follow it from the beginning."
                 )
             if steps > replaying.steps:
                 replaying.apply(steps)

@@ -1,4 +1,4 @@
-"""The states of the random generators in a checkpoint: a loader shuffles by them, and a data set may draw from them."""
+"""The states of the random generators in a checkpoint: loaders shuffle with them, and a data set may draw from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from zolightning.strategies.ranks import of_all_ranks
 def generators_of_all_ranks(trainer: L.Trainer) -> list[dict[str, Any]]:
     """The states of generators by rank, as plain values, on the first rank.
 
-    They are torch's, NumPy's and Python's global ones, and those that training's loaders were given.
+    They are the global ones of torch, NumPy and Python, and those that the training loaders were given.
     """
     device = trainer.strategy.root_device
     states = Generators([device]).states()
@@ -28,7 +28,7 @@ def generators_of_all_ranks(trainer: L.Trainer) -> list[dict[str, Any]]:
 
 
 def restore_generators(trainer: L.Trainer, saved: Sequence[dict[str, Any]]) -> None:
-    """Puts back what :func:`generators_of_all_ranks` found, on as many ranks and the same kind of device."""
+    """Restores what :func:`generators_of_all_ranks` found, if the number of ranks and the kind of device are equal."""
     device = trainer.strategy.root_device
     if len(saved) != trainer.world_size or saved[trainer.global_rank]["device"] != device.type:
         return

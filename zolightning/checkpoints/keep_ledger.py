@@ -42,13 +42,13 @@ class KeepLedger(Callback):
 
     A run that is resumed from the ``last.ckpt`` of its folder takes the steps after it from the ledger. Batches,
     schedulers and callbacks run as usual, but the loss is not evaluated, loggers get nothing, and the weights are those
-    of the killed run. The loss is evaluated nevertheless if it changes the module (metrics, counters) or logs by the
+    of the killed run. The loss is evaluated nevertheless if it changes the module (metrics, counters) or logs per
     epoch, or if a callback monitors a training metric. When a run is resumed from any other checkpoint, later steps are
     cut off; in another folder it continues a copy of the ledger. The ledger thus always holds the steps that led to the
-    present weights. A new run does not overwrite a ledger, but writes ``ledger-v1.bin`` beside it.
+    current weights. A new run does not overwrite a ledger, but writes ``ledger-v1.bin`` next to it.
 
-    Bases that were given to the method, such as those from activations, are saved beside it, as
-    ``ledger-bases-REFRESH.pt``. Other changes that records do not hold end the ledger with a warning: of a
+    Bases that were given to the method, such as those from activations, are saved next to it, as
+    ``ledger-bases-REFRESH.pt``. Other changes that records do not hold end the ledger with a warning: a change of a
     hyperparameter other than the learning rate, of the number of queries, or of the parameters that train. With several
     ranks, the first one writes.
 
@@ -63,7 +63,7 @@ class KeepLedger(Callback):
     Raises:
         ValueError: in ``setup``, if `dirpath` cannot be written to.
         MisconfigurationException: when training starts, if there is no zeroth-order method, or the ledger of `go_on`
-            belongs to a run with another model or other settings; naming them.
+            belongs to a run with a different model or settings; naming them.
         BlockingIOError: when training starts, if another process writes the ledger.
         OSError: in a step, if the disk is full; the run can be resumed from its last checkpoint.
 
@@ -82,7 +82,7 @@ class KeepLedger(Callback):
         self._checkpoint: Path | None = None
         self._unrecorded: Unrecorded | None = None
         self._refresh = 0
-        self._pending: StepRecord | None = None  # of the present step, to be written when it is over
+        self._pending: StepRecord | None = None  # of the current step, to be written when it is over
         self._optimizer: ZerothOrderOptimizer | None = None
         self._hook: RemovableHandle | None = None
         self._muted: Muted | None = None
@@ -119,10 +119,10 @@ class KeepLedger(Callback):
             is_own = self._checkpoint is not None and self._folder.resolve() in self._checkpoint.resolve().parents
             log_once(trainer, (self._saved or {}).get("not_logged") if is_own else None)
         self._take(trainer, pl_module, optimizer, taken)
-        self.go_on = None  # a second fit goes on from the first one
+        self.go_on = None  # a second fit continues from the first one
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        # A step is over: it is written, and after the last one that was taken from the ledger the Trainer logs again.
+        # A step is over: it is written, and after the last step taken from the ledger the Trainer logs again.
         self._write()
         if self._muted is not None and trainer.optimizers[0].param_groups[0]["step"] >= self._muted.until:
             self._muted.end(trainer)
@@ -160,7 +160,7 @@ class KeepLedger(Callback):
         self._end(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if is_in_batch(trainer):  # its step, if it was taken, is in no curve: the run that goes on takes it again
+        if is_in_batch(trainer):  # its step, if it was taken, is in no curve: the resumed run takes it again
             self._pending = None
         self._end(trainer)  # Lightning calls no teardown after an exception or an interrupt
 
@@ -173,7 +173,7 @@ class KeepLedger(Callback):
         assert record is not None, "a step has just been taken"
         self._write()
         if (what := self._unrecorded.change(optimizer)) is not None:
-            self._give_up(f"{what} before step {record.step}, which no record says")
+            self._give_up(f"{what} before step {record.step}, which records do not hold")
             return
         if record.given and record.refresh != self._refresh and isinstance(optimizer, SubspaceWeights):
             save_bases(self.ledger, record.refresh, optimizer)
@@ -192,7 +192,7 @@ class KeepLedger(Callback):
         self._close()
 
     def _end(self, trainer: L.Trainer) -> None:
-        with suppress(OSError):  # which has been said; the run goes on from the step before
+        with suppress(OSError):  # which has been reported; the run resumes from the step before
             self._write()
         self._close()
         if self._muted is not None:
@@ -207,12 +207,11 @@ class KeepLedger(Callback):
             self._hook.remove()
             self._hook = None
 
-    # Going on
-
+    # Resuming
     def _open(self, optimizer: ZerothOrderOptimizer, header: Header | None) -> list[StepRecord]:
         """Opens this run's ledger and returns the records of earlier steps that are to be taken from it next.
 
-        `header` is that of a new ledger; None if the run goes on from a checkpoint.
+        `header` is that of a new ledger; None if the run resumes from a checkpoint.
         """
         if header is not None and (self.go_on is None or not Path(self.go_on).is_file()):
             self.ledger = Ledger.create(free_path(self._folder), header)
@@ -245,7 +244,7 @@ class KeepLedger(Callback):
     def _take(
         self, trainer: L.Trainer, module: L.LightningModule, optimizer: ZerothOrderOptimizer, taken: list[StepRecord]
     ) -> None:
-        """Has the optimizer of each rank take the next steps from the first rank's records, while nothing is logged."""
+        """Makes the optimizer of each rank take its next steps from the first rank's records; nothing is logged."""
         given = {record.refresh for record in taken if record.given and record.refresh != self._refresh}
         bases = {refresh: load_bases(self.ledger, refresh) for refresh in given if self.ledger is not None}
         taken, bases = trainer.strategy.broadcast((taken, bases))
@@ -262,7 +261,7 @@ class KeepLedger(Callback):
             evaluated = sum(waits or not record.says_all for record in taken)
             forwards = f" ({evaluated} by running the network, for what it keeps or logs)" if evaluated else ""
             steps = counted(len(taken), "step is", "steps are")
-            rank_zero_info(f"{steps} taken from the ledger{forwards}: on to step {taken[-1].step + 1}.")
+            rank_zero_info(f"{steps} taken from the ledger{forwards}, up to step {taken[-1].step + 1}.")
 
 
 def ledger_of_run(trainer: L.Trainer) -> Path | None:

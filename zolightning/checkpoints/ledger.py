@@ -2,21 +2,21 @@
 
 Layout of version 2, with all numbers little-endian:
 
-1. ``zoledger`` (8 bytes), the version of the layout and the length n of what follows (both uint32); readers of another
-   version refuse the file;
+1. ``zoledger`` (8 bytes), the version of the layout and the length n of what follows (both uint32); readers for a
+   different version refuse the file;
 2. the header, a JSON object of n bytes (:mod:`~zolightning.checkpoints.ledger_header`): package version, seed, method
    and settings, parameter groups, blocks and slices, names, dtypes and shapes of all tensors, SHA-256 of the base
    weights, the first numbers of a direction, ``fields``; then the CRC-32 of everything before (uint32);
 3. the seal, 40 bytes: a number of steps (uint32), the digest of the weights after them (SHA-256), and the CRC-32 of
    both; zeros until a fit has ended;
-4. one entry a step, all of the length that ``fields`` add up to.
+4. one entry per step, all of the length that ``fields`` add up to.
 
 The fields of an entry, in order: ``step`` and ``forward_passes`` (uint32); ``flags`` (uint8; bit 0: the step was not
-skipped, bit 1: its loss wrote to the module or logged by the epoch, bit 2: its bases were given); for methods with
-subspaces ``refresh`` and ``folds`` (uint32); ``lr``, one a parameter group, ``projected_grads``, one a query, and
-``losses``, one an evaluation (float64); with blocks ``blocks`` (uint8), a bit for each, of those that moved; and
+skipped, bit 1: its loss wrote to the module or logged per epoch, bit 2: its bases were given); for methods with
+subspaces ``refresh`` and ``folds`` (uint32); ``lr``, one per parameter group, ``projected_grads``, one per query, and
+``losses``, one per evaluation (float64); with blocks ``blocks`` (uint8), one bit per block, set if it moved; and
 ``checksum`` (uint32), the CRC-32 of the entry's other bytes, continued from that of the entry before (the first: from
-the header's). NumPy takes them as they are:
+the header's). NumPy reads them as they are:
 ``np.fromfile(path, np.dtype([(name, kind, (count,)) for ...]), offset=60 + n)``.
 """
 
@@ -46,11 +46,11 @@ _UNSEALED = bytes(_SEAL.size + _CHECKSUM.size)
 
 
 class DamagedLedgerError(RuntimeError):
-    """A ledger was cut off or changed; the message names the file, the place and what is wrong with it."""
+    """A ledger was cut off or changed; the message names the file, the position and what is wrong with it."""
 
 
 class Ledger:
-    """The file of a ledger, to read and, after :meth:`go_on`, to append to.
+    """The file of a ledger, for reading and, after :meth:`go_on`, for appending.
 
     An entry is written by a single system call, without buffering in the process. A process that is killed leaves the
     entries of all its complete steps, and at most a part of another one, which readers ignore. After :meth:`sync`
@@ -66,7 +66,7 @@ class Ledger:
     Raises:
         FileNotFoundError: if there is none.
         DamagedLedgerError: if its header is cut off or changed.
-        ValueError: if it is no ledger, or of another version of the layout.
+        ValueError: if it is not a ledger, or has another version of the layout.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,10 +77,10 @@ class Ledger:
             start = file.read(_START.size)
             magic, version, length = _START.unpack(start) if len(start) == _START.size else (start, 0, 0)
             if magic != _MAGIC:
-                raise ValueError(f"{path} is no ledger of a run: it does not begin with `{_MAGIC.decode()}`.")
+                raise ValueError(f"{path} is not the ledger of a run: it does not begin with `{_MAGIC.decode()}`.")
             if version != VERSION:
                 raise ValueError(
-                    f"The ledger {path} has version {version} of the layout, and this release reads version {VERSION}."
+                    f"The ledger {path} has version {version} of the layout, but this release reads version {VERSION}."
                 )
             header, checksum = file.read(length), file.read(_CHECKSUM.size)
         self._header_checksum = zlib.crc32(start + header)
@@ -135,7 +135,7 @@ class Ledger:
             DamagedLedgerError: at the first entry that was changed.
         """
         if steps is not None and steps > len(self):
-            raise ValueError(f"The ledger {self.path} has {counted(len(self), 'step')}, and {steps:,} were asked for.")
+            raise ValueError(f"The ledger {self.path} has {counted(len(self), 'step')}, but {steps:,} were asked for.")
         checksum = self.stored_checksum(start)
         with self.path.open("rb") as file:
             file.seek(self._place(start))
@@ -181,11 +181,11 @@ class Ledger:
         return (steps, digest.hex()) if steps else None
 
     def is_written(self) -> bool:
-        """Whether another process has the file open to write."""
+        """Whether another process has the file open for writing."""
         return is_written(self.path)
 
     def copy(self, path: Path, steps: int) -> "Ledger":
-        """Copies the first `steps` steps to a ledger at `path`, with the files of given bases beside it."""
+        """Copies the first `steps` steps to a ledger at `path`, and the files of given bases to its folder."""
         with self.path.open("rb") as file, replacing(path) as copy:
             copy.write(file.read(self._seal_at))
             copy.write(_UNSEALED)
@@ -198,7 +198,7 @@ class Ledger:
     # Writing
 
     def go_on(self, steps: int, keep: int = 0) -> None:
-        """Opens the file to write after the first `steps` steps.
+        """Opens the file for writing after the first `steps` steps.
 
         Args:
             steps: number of steps that have been taken.
@@ -213,7 +213,7 @@ class Ledger:
         self._file = self.path.open("r+b", buffering=0)
         if not lock(self._file):
             self._file.close()
-            raise BlockingIOError(f"The ledger {self.path} is written by another process: its run has not ended.")
+            raise BlockingIOError(f"The ledger {self.path} is being written by another process: its run has not ended.")
         if seal is not None and seal[0] > steps:
             self._write_at(self._seal_at, _UNSEALED)
         self._file.truncate(self._place(steps + keep))
@@ -222,12 +222,12 @@ class Ledger:
         """Writes the record of the next step.
 
         Raises:
-            ValueError: if it is of another step, or does not have as many numbers as the header says.
-            OSError: if it cannot be written; the file then ends with the step before.
+            ValueError: if it is the record of another step, or does not have as many numbers as the header says.
+            OSError: if it cannot be written; the file then ends with the previous step.
         """
         step = self.header.first_step + self._length
         if record.step != step:
-            raise ValueError(f"The ledger {self.path} goes on with step {step}, and step {record.step} was taken.")
+            raise ValueError(f"The ledger {self.path} continues with step {step}, but step {record.step} was taken.")
         try:
             body = self._codec.pack(record)
         except ValueError as error:
@@ -257,6 +257,6 @@ class Ledger:
         self._file.close()
 
     def _write_at(self, place: int, content: bytes) -> None:
-        while content:  # a nearly full disk may take a part only
+        while content:  # a nearly full disk may accept only a part
             written = os.pwrite(self._file.fileno(), content, place)
             place, content = place + written, content[written:]

@@ -6,12 +6,12 @@ from typing import Any
 
 from zolightning.optim.record import StepRecord
 
-_CODES = {"u1": "B", "u4": "I", "f8": "d"}  # NumPy's names of types, in those of `struct`
+_CODES = {"u1": "B", "u4": "I", "f8": "d"}  # from NumPy's names of types to those of `struct`
 _ESTIMATED, _TRACES, _GIVEN = 1, 2, 4  # bits of `flags`
 
 
 class EntryCodec:
-    """Converts records to bytes and back, without the checksum of an entry, by the header's `fields` and `seed`."""
+    """Converts records to bytes and back, without an entry's checksum, using the header's `fields` and `seed`."""
 
     def __init__(self, fields: Sequence[Sequence[Any]], seed: int) -> None:
         self._counts = {str(name): int(count) for name, _, count in fields}
@@ -41,7 +41,7 @@ class EntryCodec:
         numbers: list[float] = []
         for name, count in self._counts.items():
             if len(found[name]) != count:
-                raise ValueError(f"it has {len(found[name])} of `{name}`, and entries have room for {count}")
+                raise ValueError(f"it has {len(found[name])} of `{name}`, but entries have room for {count}")
             numbers += found[name]
         return self._struct.pack(*numbers)
 

@@ -1,4 +1,4 @@
-"""The header of a ledger: what is needed to interpret the records of a run, which must not change in the run."""
+"""The header of a ledger: what is needed to interpret the records of a run, and must not change during the run."""
 
 import json
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Header:
     """What is needed to interpret a run's records, as plain values of JSON."""
 
     zolightning: str  # version of the package that wrote the ledger
-    noise: list[int]  # the first numbers of a direction, to detect a release with other noise
+    noise: list[int]  # the first numbers of a direction, to detect a release with different noise
     seed: int  # of the run's directions
     method: dict[str, Any]  # class and settings, see :func:`~zolightning.optim.settings.settings_of`
-    groups: list[dict[str, Any]]  # of each its parameters' `names`, and what it has before the first step
+    groups: list[dict[str, Any]]  # for each its parameters' `names`, and its values before the first step
     slices: dict[str, dict[str, Any]]  # `dim` and `index` of parameters that train in part, by name
     blocks: list[list[str]]  # names of the parameters of each block; empty if there are no blocks
     structure: dict[str, Any] | None  # what was added to the network: the module's `structure_dict()`, or None

@@ -18,7 +18,7 @@ from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
 from zolightning.optim.subspace_weights import SubspaceWeights
 
-_IN_RECORDS = ("lr", "vector_lr")  # whatever a method is made with
+_IN_RECORDS = ("lr", "vector_lr")  # records hold the rates, so the method's own may differ
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Replayed:
     """The result of a replay."""
 
     steps: int  # that were replayed
-    sealed: bool | None  # whether weights have the bits of the run's end; None if it went on or has not ended
+    sealed: bool | None  # whether weights have the bits of the run's end; None if it continued or has not ended
 
 
 class Replay:
@@ -44,8 +44,8 @@ class Replay:
     Raises:
         FileNotFoundError: if there is no ledger.
         DamagedLedgerError: if it was changed.
-        ValueError: if the ledger is of another model, other weights, another method or setting, another version of the
-            layout or of the noise; in one line, before anything is changed but dtypes.
+        ValueError: if the ledger belongs to a different model, weights, method or setting, or has another version of
+            the layout or of the noise; in one line, before anything but dtypes is changed.
     """
 
     def __init__(self, path: str | Path, module: nn.Module, method: Method) -> None:
@@ -61,7 +61,7 @@ class Replay:
             cast(Any, module).load_structure_dict(header.structure)
         _take_dtypes(self.ledger, module)
         if weights_digest(base_tensors(module)) != header.weights:
-            raise ValueError(f"The ledger {path} begins with other weights than these: name the run's base model.")
+            raise ValueError(f"The ledger {path} begins with weights other than these: name the run's base model.")
         parameters = dict(module.named_parameters())
         self.optimizer = _rebuild(self.ledger, parameters, method)
         self._trainable = {parameter: parameter.requires_grad for parameter in parameters.values()}
@@ -165,7 +165,7 @@ def _rebuild(ledger: Ledger, parameters: dict[str, nn.Parameter], method: Method
     different = [key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key)]
     values = [f"`{k}` {saved.get(k)!r}, not {found.get(k)!r}" for k in sorted(different) if k not in _IN_RECORDS]
     if values:
-        raise ValueError(f"The ledger {ledger.path} is of a run with other settings: it has {'; '.join(values)}.")
+        raise ValueError(f"The ledger {ledger.path} is of a run with different settings: it has {'; '.join(values)}.")
     for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
         values_of = {name: value for name, value in saved_group.items() if name != "names"}
         group.update({name: tuple(value) if isinstance(value, list) else value for name, value in values_of.items()})

@@ -1,4 +1,4 @@
-"""Which checkpoint ``--ckpt_path`` means, and the folder in which a resumed run goes on, also where that was moved."""
+"""Which checkpoint ``--ckpt_path`` means, and the folder in which a resumed run continues, even if it was moved."""
 
 import re
 import zipfile
@@ -36,7 +36,7 @@ def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
         of_ledgers: whether a ledger is accepted.
 
     Raises:
-        MisconfigurationException: if there is no such file, or it is not a whole one; with where it was looked for.
+        MisconfigurationException: if there is no such file, or it is not complete; with where it was looked for.
     """
     path = config.get("ckpt_path")
     if path is None or "://" in str(path):
@@ -58,9 +58,9 @@ def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
     if not zipfile.is_zipfile(path) and not is_pickle(Path(path)):
         ledger = Path(path).absolute().parents[1] / LEDGER
         other = (
-            f" Its run can go on from its first step: --ckpt_path {ledger}" if of_ledgers and ledger.is_file() else ""
+            f" Its run can resume from its first step: --ckpt_path {ledger}" if of_ledgers and ledger.is_file() else ""
         )
-        raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, cut off or no checkpoint.{other}")
+        raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, cut off or not a checkpoint.{other}")
 
 
 def is_ledger(path: Any) -> bool:
@@ -81,7 +81,7 @@ def go_on_in_folder(config: "Namespace") -> bool:
 
     It gets the same version of TensorBoard's logger, unless the command gives another name or version. From any other
     checkpoint a run continues in a new version, and the old one keeps its later steps. The folder may have been moved
-    since, or its name be relative to another working directory.
+    since, or its name may be relative to another working directory.
 
     Returns:
         Whether the run continues in its folder.
@@ -108,7 +108,7 @@ def go_on_in_folder(config: "Namespace") -> bool:
 
 
 def _is_by_config_of(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the logger's settings are those of the run in a folder, by its config.yaml, and of its name still."""
+    """Whether the logger's settings are those in the config.yaml of a run's folder, which still has the run's name."""
     try:
         read = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         own = read["trainer"]["logger"]["init_args"]
@@ -144,7 +144,7 @@ def _last_of_a_run(config: "Namespace", of_ledgers: bool) -> Path:
         found = {_version(file.parent): file for file in versions.glob(f"version_*/{LEDGER}")} | found
     if not found:
         raise MisconfigurationException(
-            f"`ckpt_path` is '{config.ckpt_path}', and no version of this run in {versions} has a {_FOLDER}/{LAST}. "
+            f"`ckpt_path` is '{config.ckpt_path}', but no version of this run in {versions} has a {_FOLDER}/{LAST}. "
             "Give the path of a checkpoint, or the config.yaml of the run as --config."
         )
     return found[max(found)]
@@ -152,18 +152,18 @@ def _last_of_a_run(config: "Namespace", of_ledgers: bool) -> Path:
 
 def _best_checkpoint(last: Path, config: "Namespace") -> Path:
     if not last.is_file():
-        raise MisconfigurationException(f"`ckpt_path` is 'best', and {last}, which names it, is not a file.")
+        raise MisconfigurationException(f"`ckpt_path` is 'best', but {last}, which names it, is not a file.")
     for state in callback_states(last).values():
         if state.get("monitor") == config.checkpoint.monitor and state.get("best_model_path"):
             return last.parent / Path(state["best_model_path"]).name  # the folder may have been moved
     raise MisconfigurationException(
-        f"`ckpt_path` is 'best', and {last} knows of no best one by `{config.checkpoint.monitor}`: the run has not "
+        f"`ckpt_path` is 'best', but {last} names no best one by `{config.checkpoint.monitor}`: the run has not "
         "validated yet. Use 'last'."
     )
 
 
 def callback_states(path: str | Path) -> dict[str, Any]:
-    """The states of callbacks in a checkpoint, whose weights are not read."""
+    """The states of callbacks in a checkpoint; its weights are not read."""
     states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
     return states
 
@@ -179,10 +179,10 @@ def _version(folder: Path) -> tuple[int, str]:
 
 
 def find_files_again(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Changes the paths in a checkpoint to those of the same files beside it, from where the run goes on.
+    """Changes the paths in a checkpoint to those of the same files next to it, in the folder where the run resumes.
 
-    To be called before the states of callbacks are loaded: Lightning compares the folder's name of then and of now, and
-    forgets the best checkpoint if they differ.
+    To be called before the states of callbacks are loaded: Lightning compares the folder's old name with the new one,
+    and forgets the best checkpoint if they differ.
     """
     here = Path(str(trainer.ckpt_path)).resolve().parent
     for callback in find_callbacks(trainer, ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""Where in its epoch a restored run goes on, which Lightning's loop leaves open at the ends of epochs."""
+"""Where in its epoch a restored run resumes, which Lightning's loop leaves undefined at the ends of epochs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 
 class ResumedEpoch:
-    """Mends Lightning's count of epochs, and what its loaders do, in a run that was saved at the end of one.
+    """Corrects Lightning's count of epochs, and what its loaders do, in a run that was saved at the end of an epoch.
 
-    * Saved at the last batch: Lightning counts the epoch before training goes on, and then takes another turn for it.
+    * Saved at the last batch: Lightning counts the epoch before training resumes, and then takes another turn for it.
       This turn gets no batch, so that the epoch ends, is counted once, and all loaders begin the next one. Otherwise
-      they would go on where they were: beyond ``limit_train_batches``, or with another round of the shorter ones of a
-      CombinedLoader.
-    * Saved after it, by hooks of the epoch's end: these would be called again, or the state of the loaders, by which
-      they shuffle, be forgotten. The next epoch begins here.
-    * Loaders that were made before the run was restored, as a scheduler does that asks for
+      they would continue where they were: beyond ``limit_train_batches``, or with another round of the shorter ones of
+      a CombinedLoader.
+    * Saved after it, by hooks of the epoch's end: these would be called again, or the state with which the loaders
+      shuffle would be forgotten. The next epoch begins here.
+    * Loaders made before the run was restored, as happens with a scheduler that asks for
       ``Trainer.estimated_stepping_batches``, would begin with the first batch of the epoch.
 
     Args:
@@ -27,8 +27,8 @@ class ResumedEpoch:
         is_taken_back: whether the run was saved after an error, in the batch that comes next.
 
     Attributes:
-        is_counted: whether the epoch is counted already, and its turn is not over.
-        is_next: whether the run goes on with the beginning of an epoch.
+        is_counted: whether the epoch is counted already while its turn is not over.
+        is_next: whether the run resumes at the beginning of an epoch.
     """
 
     def __init__(self, trainer: L.Trainer, is_taken_back: bool) -> None:
@@ -37,7 +37,7 @@ class ResumedEpoch:
         is_at_last_batch = loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch
         self.is_counted = is_at_last_batch and loop.epoch_loop.restarted_on_train_batch_end
         self._progress = (progress.current, progress.total)
-        # Left by Lightning where an epoch is over, or loaders were there before
+        # Left over by Lightning where an epoch is over, or loaders existed before
         if loop._combined_loader_states_to_load:
             loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
             loop._combined_loader_states_to_load = []
@@ -45,7 +45,7 @@ class ResumedEpoch:
         is_between = not loop.restarted_mid_epoch and progress.current.ready == progress.current.processed
         self.is_next = loop.is_resuming and is_between
         if loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last and not is_taken_back:
-            # Lightning counts this batch for loggers where it passes over a validation, and only there
+            # Lightning counts this batch for loggers where it skips a validation, and only there
             loop.epoch_loop._batches_that_stepped += not loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         if loop.restarted_mid_epoch:
             _warn_of_loaders_at_their_end(loop._combined_loader, loop.epoch_loop.batch_progress.current.ready)
@@ -61,11 +61,11 @@ class ResumedEpoch:
         if loop.restarted_on_epoch_end:
             loop.epoch_progress.increment_completed()
             loop.reset_restart_stage()
-        # The base class's: that of the loop itself stays true in a run of so many steps
+        # The base class's: the loop's own property stays true in a run with `max_steps`
         cast(Any, _Loop.restarting).fset(loop, False)
 
     def loaders_begin(self) -> None:
-        """Has loaders begin the next epoch, if the last one is over; once the random generators are restored."""
+        """Makes loaders begin the next epoch, if the last one is over; called once random generators are restored."""
         if self.is_next:
             self._loop.setup_data()  # anew, where `reload_dataloaders_every_n_epochs` says so
             iter(self._loop._data_fetcher)
@@ -90,17 +90,17 @@ class ResumedEpoch:
 
 
 def _warn_of_loaders_at_their_end(combined: CombinedLoader, batches: int) -> None:
-    """Warns of a loader that was at its end within an epoch: restored, it begins again."""
+    """Warns about a loader that was exhausted within an epoch: restored, it begins again."""
     if combined._mode == "max_size" and any((sized_len(loader) or batches) < batches for loader in combined.flattened):
         rank_zero_warn(
-            "This run goes on in an epoch of a CombinedLoader of mode 'max_size', of which a shorter loader was at its "
-            "end and begins again: batches are others than those of a run that never stopped. Go on from a checkpoint "
-            "of an epoch's end, or use the mode 'max_size_cycle' or 'min_size'."
+            "This run resumes within an epoch of a CombinedLoader of mode 'max_size', of which a shorter loader was "
+            "exhausted and begins again: batches differ from those of a run that never stopped. Resume from a "
+            "checkpoint of an epoch's end, or use the mode 'max_size_cycle' or 'min_size'."
         )
 
 
 def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
-    """Whether a run that was saved at the last batch of an epoch, and goes on from there, ends that epoch.
+    """Whether a run that was saved at the last batch of an epoch, and resumes there, ends that epoch.
 
     It does if there is more to train, see :class:`ResumedEpoch`.
     """

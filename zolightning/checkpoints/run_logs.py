@@ -13,7 +13,7 @@ from zolightning.partners import tensorboards
 
 
 class Muted:
-    """Replaces a Trainer's loggers by ones that write nothing; `until` is the first step to be logged again."""
+    """Replaces a Trainer's loggers by loggers that write nothing; `until` is the first step to be logged again."""
 
     def __init__(self, trainer: L.Trainer, until: int) -> None:
         self.until = until
@@ -34,14 +34,14 @@ def not_yet_logged(trainer: L.Trainer) -> dict[str, float]:
 
 
 def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
-    """Makes TensorBoard's loggers skip values of the last step and of later ones that are in their folders already.
+    """Makes TensorBoard's loggers skip values of the last step and of later ones that are already in their folders.
 
-    Such values are left by a process that was killed after it had logged a step or a validation and before it had
-    completed it. What :func:`not_yet_logged` found in the last step, `rest`, is logged now if it has not been.
+    Such values were left by a process that was killed after it had logged a step or a validation and before it had
+    completed it. `rest`, which :func:`not_yet_logged` found in the last step, is logged now if it has not been.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    except ModuleNotFoundError:  # of a process without such a logger
+    except ModuleNotFoundError:  # there is no such logger then
         return
     for logger in tensorboards(trainer):
         files = Path(logger.log_dir).glob("events.out.tfevents.*")
@@ -58,7 +58,7 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
 
 
 def _leave_out(writer: Any, there: Counter[tuple[str, int | None]]) -> None:
-    """Makes a writer skip each value as often as it is there: two validations can have the same step."""
+    """Makes a writer skip each value as many times as it is there: two validations can have the same step."""
     file_writer = writer._get_file_writer()
     add_summary = file_writer.add_summary
 

@@ -1,7 +1,7 @@
-"""What a Trainer knows of metrics in the middle of an epoch, which Lightning's checkpoints leave out.
+"""What a Trainer knows about metrics in the middle of an epoch, which Lightning's checkpoints leave out.
 
-A run that goes on from the middle of an epoch would log the mean of the rest of it, and callbacks that look for a
-metric at the end of the epoch would find none.
+Without it, a run that resumes in mid-epoch would log the mean over the rest of the epoch only, and callbacks that look
+for a metric at the end of the epoch would find none.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from zolightning.training_loop import is_at_end_of_batch
 
 
 class RunningMetrics:
-    """The metrics of a fit on one rank, to be kept in its checkpoints and put back when it goes on."""
+    """The metrics of a fit on one rank, to be kept in its checkpoints and restored when it resumes."""
 
     def __init__(self) -> None:
-        self._earlier: dict[str, dict[str, Any]] = {}  # sums of before the checkpoint that no batch has added to yet
+        self._earlier: dict[str, dict[str, Any]] = {}  # sums from before the checkpoint that no batch has added to yet
         self._metrics: dict[str, Metric] = {}  # of the module
 
     def now(self, trainer: L.Trainer) -> dict[str, Any]:
-        """The last values that callbacks see, and the sums of what training logs by the epoch, for a checkpoint."""
+        """The last values that callbacks see, and the sums of what training logs per epoch, for a checkpoint."""
         self.batch_ends(trainer)  # again: other callbacks may have logged since
         connector = trainer._logger_connector
-        # The property has what the batch has logged, and between batches would compute the means of the epoch.
+        # The property has what the batch has logged, but between batches it would compute the means of the epoch.
         seen = connector.callback_metrics if is_at_end_of_batch(trainer) else connector._callback_metrics
         sums = self._earlier.copy()
         for key, result in trainer.fit_loop.epoch_loop._results.items():
@@ -49,10 +49,10 @@ class RunningMetrics:
     def restore(
         self, trainer: L.Trainer, module: L.LightningModule, saved: Sequence[dict[str, Any]], is_over: bool = False
     ) -> None:
-        """Puts back what :meth:`now` returned on each rank, when training starts; nothing if `saved` is empty.
+        """Restores what :meth:`now` returned on each rank, when training starts; nothing if `saved` is empty.
 
-        On another number of ranks sums begin anew: they are not those of the batches that a rank goes on with. They do
-        so, too, if `is_over`, the epoch of the checkpoint.
+        On a different number of ranks sums start at zero, since a rank continues with other batches than those summed.
+        They also do so if the epoch of the checkpoint `is_over`.
         """
         is_as_many = len(saved) == trainer.world_size
         own = saved[trainer.global_rank if is_as_many else 0] if saved else {}
@@ -64,7 +64,7 @@ class RunningMetrics:
                 _restore(metric, sums)
 
     def batch_ends(self, trainer: L.Trainer) -> None:
-        """Is told that a batch has logged what it logs: earlier sums are added to those that begin with it."""
+        """To be called when a batch has logged its values: earlier sums are added to those that begin with it."""
         results = trainer.fit_loop.epoch_loop._results if self._earlier else {}
         for key in [key for key in self._earlier if key in results and not results[key].has_reset]:
             state, result = self._earlier.pop(key)["state"], results[key]
@@ -77,7 +77,7 @@ class RunningMetrics:
                 result._computed = None
 
     def epoch_ends(self, module: L.LightningModule) -> None:
-        """Is told that the epoch is over: logs what no batch has logged since the checkpoint."""
+        """To be called when the epoch is over: logs what no batch has logged since the checkpoint."""
         self.batch_ends(module.trainer)  # as above
         for sums in self._earlier.values():
             state, metric, size = sums["state"], self._metrics.get(sums["attribute"]), 1

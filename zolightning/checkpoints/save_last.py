@@ -45,24 +45,24 @@ class SaveLast(ModelCheckpoint):
 
     It is saved when training ends, after every validation, at intervals of steps or minutes, and
 
-    * on SIGTERM and Ctrl-C, after the step that is being taken, and all batches whose gradients it accumulates. The
-      process then ends with status 143 or 130, and a message says how to resume. All ranks stop after the same step,
-      whichever of them got the signal. A second Ctrl-C ends the process at once, without saving.
-    * on an exception, if there is a single rank and the weights are those of the last complete step; a run that goes
-      on begins the batch that failed again. Beside a :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` nothing
-      is saved: the run takes the steps since the last checkpoint from there, and also what other callbacks do where a
-      batch begins is then done once.
+    * on SIGTERM and Ctrl-C, after the step that is being taken, including all batches whose gradients it accumulates.
+      The process then ends with status 143 or 130, and a message says how to resume. All ranks stop after the same
+      step, whichever of them got the signal. A second Ctrl-C ends the process at once, without saving.
+    * on an exception, if there is a single rank and the weights are those of the last complete step; a resumed run
+      begins the failed batch again. With a :class:`~zolightning.checkpoints.keep_ledger.KeepLedger` nothing is saved:
+      the resumed run takes the steps since the last checkpoint from the ledger, and what other callbacks do at the
+      start of a batch is then done only once.
 
-    A run that has ended, by EarlyStopping too, trains no more with the same settings when it is resumed; what the end
-    of an epoch logs that `max_steps` cuts short is lost if an error or a kill comes in between. If a validation was due
-    when the run stopped, a resumed run begins with it. Metrics that are logged by the epoch (``on_epoch=True``) go on
-    too, also those of torchmetrics, and the random generators by which loaders shuffle.
-    ``Trainer.fit(ckpt_path="last")`` finds the file if `dirpath` is the same in both runs. Use this callback besides a
-    ModelCheckpoint for the best weights, and with :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`,
-    with which a kill does no harm at any time.
+    A run that has ended, also through EarlyStopping, does not train further with the same settings when it is resumed;
+    what the end of an epoch that `max_steps` cuts short logs is lost if an error or a kill comes in between. If a
+    validation was due when the run stopped, a resumed run begins with it. Metrics that are logged per epoch
+    (``on_epoch=True``), also those of torchmetrics, continue too, as do the random generators with which loaders
+    shuffle. ``Trainer.fit(ckpt_path="last")`` finds the file if `dirpath` is the same in both runs. Use this callback
+    in addition to a ModelCheckpoint for the best weights, and together with
+    :class:`~zolightning.checkpoints.checkpoint_io.AtomicCheckpointIO`, which makes a kill harmless at any time.
 
     Args:
-        dirpath: folder of ``last.ckpt``; None takes that of the run's other ModelCheckpoint, or else its default.
+        dirpath: folder of ``last.ckpt``; None means that of the run's other ModelCheckpoint, or else the default.
         every_n_train_steps: number of steps between two checkpoints; None saves none at steps.
         every_n_minutes: minutes of training between two checkpoints; None saves none by time.
         how_to_go_on: message for a user whose run was stopped; ``{path}`` is replaced by the path of the checkpoint,
@@ -71,8 +71,8 @@ class SaveLast(ModelCheckpoint):
     Raises:
         ValueError: if an interval is not positive; in ``setup``, if `dirpath` cannot be written to.
         BlockingIOError: in ``setup``, if another process trains with a SaveLast of the same `dirpath`.
-        MisconfigurationException: before training, if a run is resumed with another optimizer or precision than its
-            checkpoint's, or another ModelCheckpoint has ``save_last`` set and the same folder.
+        MisconfigurationException: before training, if a run is resumed with an optimizer or a precision different from
+            its checkpoint's, or another ModelCheckpoint has ``save_last`` set and the same folder.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class SaveLast(ModelCheckpoint):
         self._folder = ""  # the folder of the run's logs
         self._first = BeforeOthers(self._save_at_end, self._save_after_error, self._stop_here)
         self._batch = UnfinishedBatch(self._first.metrics)
-        self._restore = ExitStack()  # gives module and strategy their own methods back, and the folder to others
+        self._restore = ExitStack()  # restores the methods of module and strategy, and unlocks the folder
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # This callback comes last, so that the file holds the state of the others; its `_first` comes first, to save
@@ -151,7 +151,7 @@ class SaveLast(ModelCheckpoint):
             if other.save_last and other.dirpath == folder:
                 raise MisconfigurationException(
                     f"`save_last` of {type(other).__name__} is {other.save_last!r}, and SaveLast keeps the last step "
-                    'in the same folder: `ckpt_path="last"` would take one of two files, maybe the older one. Leave '
+                    'in the same folder: `ckpt_path="last"` would pick one of two files, maybe the older one. Leave '
                     "`save_last` out."
                 )
 
@@ -165,12 +165,12 @@ class SaveLast(ModelCheckpoint):
         self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
         self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()), is_over=epoch.is_next)
         if self._resumed and not find_callbacks(trainer, KeepLedger):
-            log_once(trainer)  # steps after the checkpoint that were logged, and are taken again
+            log_once(trainer)  # steps after the checkpoint that were already logged, and are taken again
 
     def _training_starts(self, trainer: L.Trainer) -> None:
         epoch, validation = self._first.epoch, cast(Any, trainer.fit_loop.epoch_loop.val_loop)
         assert epoch is not None
-        # Lightning begins a validation to pass over it, for which loaders draw random numbers.
+        # Lightning begins a validation in order to skip it, and loaders draw random numbers for that.
         passed_over = isolate_rng()(validation.increment_progress_to_evaluation_end)
         self._restore.enter_context(replaced(validation, "increment_progress_to_evaluation_end", passed_over))
         restore_generators(trainer, self._resumed.get("generators", ()))
@@ -208,8 +208,8 @@ class SaveLast(ModelCheckpoint):
             self._stop_here(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # With several ranks, which may have different numbers of batches, and with averages in the place of the
-        # weights, only at the next training step.
+        # With several ranks, which may have different numbers of batches, or with averages in place of the weights,
+        # only at the next training step.
         is_here = trainer.world_size == 1 and not (may_exchange_weights(trainer) or is_accumulating(trainer))
         is_here = is_here and trainer.state.fn == TrainerFn.FITTING and _has_steps_left(trainer)
         if self._signal.number and is_here:
@@ -227,7 +227,7 @@ class SaveLast(ModelCheckpoint):
         self._stop_here(trainer)
 
     def _save_at_end(self, trainer: L.Trainer) -> None:
-        """Saves the last step before others end training: an average of weights would take their place."""
+        """Saves the last step before other callbacks end training, which may replace the weights by an average."""
         if self._last_global_step_saved != trainer.global_step:
             self._save(trainer)
 
@@ -275,10 +275,10 @@ class SaveLast(ModelCheckpoint):
         return f"To go on: {how.format(path=path, folder=quote(str(self._folder)))}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # a run does not take over the paths of another run's checkpoints
+        return {}  # a run does not inherit the paths of another run's checkpoints
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        is_begun_again = self._validation_due and trainer.validating  # and draws again what it has drawn
+        is_begun_again = self._validation_due and trainer.validating  # and draws the same random numbers again
         checkpoint[_KEY] = {
             # Also in a checkpoint of another callback, which is saved before it
             "validation_due": self._validation_due or (is_at_end_of_batch(trainer) and is_validation_next(trainer)),
@@ -315,5 +315,5 @@ class SaveLast(ModelCheckpoint):
 
 
 def _has_steps_left(trainer: L.Trainer) -> bool:
-    """Whether a run that goes on from here has a step to take: without one it does not even validate."""
+    """Whether a run that resumes from here has a step to take: without one it does not even validate."""
     return trainer.global_step != trainer.max_steps

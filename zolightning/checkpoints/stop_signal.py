@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C as requests to stop after the present step."""
+"""Handles SIGTERM and Ctrl-C as requests to stop after the current step."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ class StopSignal:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Starts to record signals; only in the main thread of a process."""
+        """Starts recording signals; only in the main thread of a process."""
         self.number = 0
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
@@ -42,7 +42,7 @@ class StopSignal:
 
 
 def exit_status(trainer: L.Trainer, number: int) -> int:
-    """128 plus the signal, as in shells; 0 for processes started by Lightning, whose failure would kill the first."""
+    """128 plus the signal, as in shells; 0 for processes that Lightning started, whose failure would kill the first."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     is_started = trainer.local_rank > 0 and environment is not None and not environment.creates_processes_externally
     return 0 if is_started else 128 + number

@@ -1,4 +1,4 @@
-"""The batch in which an error ends a run: what is saved then, and how the run begins the batch again."""
+"""The batch in which an error ends a run: what is saved then, and how a resumed run begins the batch again."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -25,16 +25,16 @@ from zolightning.training_loop import (
 class UnfinishedBatch:
     """Remembers what a batch changes before its step is taken, from before it is fetched.
 
-    A checkpoint that is saved after an error holds this in the place of what is there then: loaders have gone on to the
-    batch, and they and the hooks that begin it have drawn random numbers. Nothing is remembered where nothing would be
-    saved: with several ranks, or beside a ledger.
+    A checkpoint that is saved after an error holds this in place of the state at that time: loaders have moved on to
+    the batch, and they and the hooks that begin it have drawn random numbers. Nothing is remembered where nothing would
+    be saved: with several ranks, or with a ledger.
 
     Args:
-        metrics: what the Trainer knows of metrics.
+        metrics: what the Trainer knows about metrics.
 
     Attributes:
-        is_taken_back: whether the run, when it goes on, fetches and begins the batch again.
-        is_counted: whether loggers have counted the batch after which it goes on.
+        is_taken_back: whether the run, when resumed, fetches and begins the batch again.
+        is_counted: whether loggers have counted the batch after which it resumes.
     """
 
     def __init__(self, metrics: RunningMetrics) -> None:
@@ -44,7 +44,7 @@ class UnfinishedBatch:
         self._before: dict[str, Any] = {}
 
     def remembering(self, trainer: L.Trainer, advance: Callable[[Any], None]) -> Callable[[Any], None]:
-        """What the training loop does with a batch, begun by remembering."""
+        """What the training loop does with a batch, preceded by remembering."""
 
         def remember_and_advance(fetcher: Any) -> None:
             self._step, self._processed = trainer.global_step, _processed(trainer)
@@ -60,21 +60,21 @@ class UnfinishedBatch:
         return remember_and_advance
 
     def last_step(self, trainer: L.Trainer) -> int:
-        """Steps that have been taken, and logged."""
+        """Number of steps that have been taken and logged."""
         return self._step if is_in_batch(trainer) else trainer.global_step
 
     def why_not_saved(self, trainer: L.Trainer) -> str | None:
-        """Why a checkpoint would not hold what a run goes on from; None if it does."""
+        """Why a checkpoint would not hold a state that a run can resume from; None if it would."""
         if trainer.validating and may_exchange_weights(trainer):
-            return "in a validation, the weights may be averages of those that are trained."
+            return "during a validation, the weights may be averages of those that are trained."
         if is_accumulating(trainer):
             return "gradients are being accumulated."
-        return None if is_between_steps(trainer, self._step) else "some weights may have moved, others not."
+        return None if is_between_steps(trainer, self._step) else "some weights may have moved and others not."
 
     def end(self, trainer: L.Trainer) -> bool:
-        """Ends the batch if its step was taken, and otherwise has the run begin it again; returns whether a validation
-        comes next. An epoch that was about to end does so when the run goes on."""
-        if is_at_end_of_batch(trainer):  # the run goes on after it, and would not log it
+        """Ends the batch if its step was taken, otherwise makes the run begin it again; returns whether a validation
+        comes next. An epoch that was about to end does so when the run is resumed."""
+        if is_at_end_of_batch(trainer):  # the run resumes after it, and would not log it
             log_batch(trainer)
         self.is_taken_back = self._processed == _processed(trainer)
         is_open, is_epoch_over = is_in_batch(trainer), take_back_end_of_epoch(trainer)
@@ -85,7 +85,7 @@ class UnfinishedBatch:
         return trainer.validating or (is_before_validation and is_validation_next(trainer))
 
     def put_into(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Gives a checkpoint the loaders' states, if the batch is begun again; returns metrics and generators."""
+        """Puts the loaders' states into a checkpoint if the batch is begun again; returns metrics and generators."""
         if not self.is_taken_back:
             return {}
         before = dict(self._before)

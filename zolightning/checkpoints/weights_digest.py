@@ -36,7 +36,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The bits of a tensor as bytes, uint8, one-dimensional, on its device."""
     data = tensor.detach().contiguous()
-    # A single element may have any stride and be contiguous, and with another one than 1 it has no view as bytes.
+    # A single element counts as contiguous with any stride, but with one other than 1 it has no view as bytes.
     return data.as_strided((data.numel(),), (1,)).view(torch.uint8)
 
 

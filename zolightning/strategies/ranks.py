@@ -1,4 +1,4 @@
-"""The ranks of a run: how they divide a step, what they exchange, and checks that they agree."""
+"""The ranks of a run: how they divide a step, what they exchange, and how it is checked that they agree."""
 
 import atexit
 import itertools
@@ -24,7 +24,7 @@ _MIX = 0x1E3779B97F4A7C15  # any large odd number
 
 
 class RanksError(RuntimeError):
-    """The ranks of a run differ, or one does not answer; the weights are those of the last step."""
+    """The ranks of a run differ, or one does not respond; the weights are those of the last step."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LossExchange:
         """The sum of a tensor over all ranks.
 
         Raises:
-            RanksError: if ranks differ, with the rank and the step; or if one does not answer.
+            RanksError: if ranks differ, naming the rank and the step; or if one does not respond.
         """
         if not self._is_due:
             return self._sum(totals)
@@ -122,14 +122,14 @@ class LossExchange:
         if (found := _odd_one(steps)) is not None:
             odd, usual = found
             raise RanksError(
-                f"Rank {odd} is at step {steps[odd]:.0f} and rank {usual} at step {steps[usual]:.0f}: they have gone "
-                "on from different checkpoints."
+                f"Rank {odd} is at step {steps[odd]:.0f} and rank {usual} at step {steps[usual]:.0f}: they have "
+                "resumed from different checkpoints."
             )
         if (found := _odd_one(batches)) is not None:
             odd, usual = found
             raise RanksError(
                 f"Rank {odd} has {batches[odd]:.0f} batches an epoch and rank {usual} has {batches[usual]:.0f} (-1: "
-                "not known), so that they would wait for each other: give each rank as many, or set "
+                "not known), so that they would wait for each other: give every rank the same number, or set "
                 "`trainer.limit_train_batches`."
             )
         size = self._layout.perturbation_parallel_size
@@ -137,16 +137,16 @@ class LossExchange:
             if (found := _odd_one(rows[start : start + size])) is not None:
                 odd, usual = (start + rank for rank in found)
                 raise RanksError(
-                    f"Rank {odd} was given another batch than rank {usual} at step {self._step}, and they share the "
-                    f"evaluations of each batch (`perturbation_parallel_size` is {size}). Leave the sampler to "
+                    f"Rank {odd} was given a different batch from rank {usual} at step {self._step}, but they share "
+                    f"the evaluations of each batch (`perturbation_parallel_size` is {size}). Leave the sampler to "
                     "Lightning, or split rows as `trainer.distributed_sampler_kwargs` says."
                 )
         if (found := _odd_one(weights)) is not None:
             odd, usual = found
             raise RanksError(
-                f"The weights of rank {odd} are not those of rank {usual} before step {self._step}, as they were "
+                f"The weights of rank {odd} are not those of rank {usual} before step {self._step}, but they were "
                 f"{self._interval} steps ago or when the run began: something on one of the two has changed them. "
-                "Go on from a checkpoint of before."
+                "Resume from an earlier checkpoint."
             )
 
 
@@ -160,7 +160,7 @@ def largest_of_ranks(trainer: L.Trainer, *values: int) -> list[int]:
 
 
 def of_all_ranks(trainer: L.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank has, by rank, on the first one; to be called by all of them."""
+    """What each rank has, by rank, on the first rank; to be called by all ranks."""
     if trainer.world_size == 1:
         return [own]
     found: list[Any] = [None] * trainer.world_size
@@ -182,12 +182,12 @@ def _one_line_errors(trainer: L.Trainer) -> Iterator[None]:
         reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         raise RanksError(
             f"Rank {trainer.global_rank} waited in vain for the other ranks after step {trainer.global_step}: one of "
-            f"them has ended or hangs ({reason}). Go on from the last checkpoint, on any number of ranks."
+            f"them has ended or hangs ({reason}). Resume from the last checkpoint, on any number of ranks."
         ) from error
 
 
 def with_exact_mean(tensor: Any, reduce_op: Any) -> Any:
-    """A tensor to be reduced, in float64 if it has integers whose mean is asked for.
+    """A tensor to be reduced, converted to float64 if it holds integers and their mean is asked for.
 
     Lightning rounds such a mean down to an integer, and ``self.log(..., sync_dist=True)`` divides by the mean of the
     ranks' numbers of examples: the mean of five ones on two ranks would be 5/2 / 2.
@@ -233,7 +233,7 @@ def _sum_of_words(tensor: Tensor) -> Tensor:
 
 
 def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterator[Tensor]:
-    """Parameters and the state of a method, in an order that does not depend on the rank, but for what is sharded."""
+    """Parameters and a method's state, except sharded ones, in an order that does not depend on the rank."""
     yield from itertools.filterfalse(is_sharded, module.parameters())
     for group in optimizer.param_groups:
         for parameter in itertools.filterfalse(is_sharded, group["params"]):
@@ -242,7 +242,7 @@ def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterato
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int, int] | None:
-    """The first rank with another value than most, and the first rank with that one; None if all are equal."""
+    """The first rank whose value is not the most common one, and the first rank with that; None if all are equal."""
     usual = Counter(values).most_common(1)[0][0]
     odd = next((rank for rank, value in enumerate(values) if value != usual), None)
     return None if odd is None else (odd, values.index(usual))

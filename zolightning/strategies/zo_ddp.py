@@ -28,10 +28,10 @@ class ZerothOrderDDP(DDPStrategy):
     update. `perturbation_parallel_size` defines the shares. At 1, ranks split the batch (data parallelism). At the
     number of ranks, all of them read the same rows and split the evaluations: the queries and, if there are fewer
     queries than ranks, their two signs (the perturbation parallelism of DistZO2, arXiv 2507.03211). Losses and weights
-    then have the bits of a single process, unless that batches evaluations. In between, ranks form groups of that many
-    neighbours, which split the batch among them and the evaluations within them: 8 ranks with a size of 2 are 4 parts
-    of the batch by 2 of the evaluations. If evaluations cannot be split evenly, some ranks have one less. Validation
-    splits its rows over all ranks.
+    then have the bits of a single process, unless that process batches evaluations. In between, ranks form groups of
+    that many neighbours; the batch is split among the groups and the evaluations within each group: 8 ranks with a size
+    of 2 split the batch in 4 parts and the evaluations in 2. If evaluations cannot be split evenly, some ranks have one
+    less. Validation splits its rows over all ranks.
 
     Devices, nodes, launchers, samplers and collectives are those of ``ddp``, on CPUs (gloo) and GPUs (NCCL). The module
     is not wrapped in DistributedDataParallel, which would allocate gradient buckets as large as the trainable weights
@@ -41,10 +41,10 @@ class ZerothOrderDDP(DDPStrategy):
     Args:
         accelerator: set by the Trainer, as are the next four arguments if it has values for them.
         parallel_devices: the devices of this node, one for each process.
-        cluster_environment: what started the processes (torchrun, SLURM, ...); found out if None.
+        cluster_environment: what started the processes (torchrun, SLURM, ...); detected if None.
         checkpoint_io: how checkpoints are written.
         precision_plugin: the plugin for the Trainer's `precision`.
-        process_group_backend: gloo, nccl or another backend of ``torch.distributed``; chosen by the devices if None.
+        process_group_backend: gloo, nccl or another backend of ``torch.distributed``; if None, that of the devices.
         timeout: how long a rank waits for another one before it fails.
         start_method: how the processes of a node are started: popen, spawn, fork or forkserver; fork in a notebook.
         perturbation_parallel_size: how many ranks share the evaluations of a step on the same rows; divides the number
@@ -121,7 +121,7 @@ class ZerothOrderDDP(DDPStrategy):
         for optimizer in self.optimizers:
             if not isinstance(optimizer, ZerothOrderOptimizer):
                 raise MisconfigurationException(
-                    f"`trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and the optimizer is "
+                    f"`trainer.strategy` is 'zo_ddp', under which no gradients are averaged, but the optimizer is "
                     f"{type(optimizer).__name__}. Use 'ddp', or a zeroth-order method (the ZerothOrder callback)."
                 )
             self.check(optimizer)
@@ -135,7 +135,7 @@ class ZerothOrderDDP(DDPStrategy):
         evaluations = len(optimizer.estimator.probes(optimizer.num_queries))
         if evaluations < self.perturbation_parallel_size:
             raise MisconfigurationException(
-                f"`perturbation_parallel_size` is {self.perturbation_parallel_size}, and a step of "
+                f"`perturbation_parallel_size` is {self.perturbation_parallel_size}, but a step of "
                 f"{type(optimizer).__name__} has {evaluations} evaluations to share "
                 f"({type(optimizer.estimator).__name__}, `num_queries` {optimizer.num_queries}). Use at most "
                 f"{evaluations}, or more queries."

@@ -44,7 +44,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     any number of ranks, under any strategy.
 
     Args:
-        process_group_backend: gloo, nccl or another backend of ``torch.distributed``; chosen by the devices if None.
+        process_group_backend: gloo, nccl or another backend of ``torch.distributed``; if None, that of the devices.
         timeout: how long a rank waits for another one before it fails.
         layers_name: where the layers are, see :func:`~zolightning.layers.find_layers`; found if None.
 
@@ -83,7 +83,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         else:
             self._shard(module)
         for submodule in module.modules():
-            if isinstance(submodule, FSDPModule):  # else the outermost ones wait for a backward
+            if isinstance(submodule, FSDPModule):  # otherwise the outermost ones wait for a backward pass
                 submodule.set_reshard_after_forward(True, recurse=False)
         self.model_to_device()
         self.barrier()
@@ -93,8 +93,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         for optimizer in self.optimizers if trainer.state.fn == TrainerFn.FITTING else ():
             if not isinstance(optimizer, ZerothOrderOptimizer):
                 raise MisconfigurationException(
-                    f"`trainer.strategy` is 'zo_fsdp', and the optimizer is {type(optimizer).__name__}. Use "
-                    "ModelParallelStrategy of Lightning, or a zeroth-order method (the ZerothOrder callback)."
+                    f"`trainer.strategy` is 'zo_fsdp', but the optimizer is {type(optimizer).__name__}. Use "
+                    "Lightning's ModelParallelStrategy, or a zeroth-order method (the ZerothOrder callback)."
                 )
 
     def _shard(self, module: L.LightningModule) -> None:
@@ -119,7 +119,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Where the module shards itself, its weights may have no memory before."""
+        """Whether the module shards itself: its weights may have no memory before ``setup`` then."""
         module = self.lightning_module
         return module is not None and any(isinstance(submodule, FSDPModule) for submodule in module.modules())
 
