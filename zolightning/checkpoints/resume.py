@@ -20,7 +20,7 @@ from zolightning.partners import find_callbacks
 if TYPE_CHECKING:
     from jsonargparse import Namespace  # a package of the command line, which others do without
 
-_FOLDER = "checkpoints"  # of a run, beside its config.yaml
+_FOLDER = "checkpoints"  # of a run, next to its config.yaml
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of a ModelCheckpoint
 
 
