@@ -87,7 +87,7 @@ def test_runs_below_cover_all_files() -> None:
     assert (tasks, methods, models) == (set(names("tasks")), set(names("methods")), set(ARCHITECTURES))
 
 
-@pytest.mark.filterwarnings("ignore:The network runs once an example")  # Gemma's norms, which train here
+@pytest.mark.filterwarnings("ignore:The network runs once per example")  # Gemma's norms, which train here
 @pytest.mark.parametrize(("task", "method", "model"), RUNS)
 def test_two_steps(task: str, method: str, model: str, write_tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint, folder = train(

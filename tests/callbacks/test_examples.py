@@ -85,7 +85,7 @@ class Slope(L.LightningModule):
         return None
 
 
-@pytest.mark.filterwarnings("ignore:The network runs once an example from here on.*`training_step` differentiates")
+@pytest.mark.filterwarnings("ignore:The network runs once per example from here on.*`training_step` differentiates")
 def test_a_step_that_differentiates_runs_example_by_example(make_trainer: Callable[..., L.Trainer]) -> None:
     module, method = Slope(), partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=3)
     before = module.net[0].weight.detach().clone()
@@ -110,7 +110,7 @@ def test_modules_without_one_network_run_example_by_example(make_trainer: Callab
     module = TwoNetworks()
     callback = ZerothOrder(partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=2))
     with pytest.warns(
-        UserWarning, match="once an example .*: no submodule of TwoNetworks holds all parameters that train"
+        UserWarning, match="once per example .*: no submodule of TwoNetworks holds all parameters that train"
     ):
         make_trainer(max_steps=1, callbacks=[callback]).fit(
             module, DataLoader(TensorDataset(torch.randn(2, 4), torch.randn(2, 1)), batch_size=2)

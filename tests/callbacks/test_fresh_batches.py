@@ -74,7 +74,7 @@ def test_a_change_in_a_later_step_is_refused(make_trainer: Any, make_regression:
     def change(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return in_place(batch) if module.global_step == 2 else batch
 
-    with pytest.raises(ValueError, match="has changed its batch in place, as it has not in the first"):
+    with pytest.raises(ValueError, match="has changed its batch in place, which it did not do in the first"):
         losses(make_trainer, module, change)
 
 

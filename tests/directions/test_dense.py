@@ -204,7 +204,7 @@ class TestOfElements:
     @pytest.mark.parametrize("name", ["mask", "small weights"])
     def test_loops_that_would_overlook_a_mask_are_not_given_one(self, name: str) -> None:
         weight = torch.ones(12)
-        with pytest.raises(TypeError, match="Masked is no argument of a loop: "):
+        with pytest.raises(TypeError, match="Masked cannot be an argument of a loop: "):
             add_direction(weight, {}, OTHERS[name](directions({"w": weight}, 3, 5, {0: 1.0}, "gaussian")["w"]), "exact")
 
     def test_steps_go_along_the_directions_of_evaluations(self) -> None:

@@ -192,7 +192,7 @@ ODD: dict[str, tuple[Callable[[Odd, Tensor], Any], str]] = {
     ),
     "counts": (lambda layer, output: setattr(layer, "calls", layer.calls + 1), "it changes what its modules hold"),
     "returns": (lambda layer, output: Opaque(output), "it returns Opaque"),
-    "outgrows": (outgrown, "a replay returned other numbers than a run"),
+    "outgrows": (outgrown, "a replay returned different numbers from a run"),
 }
 
 
@@ -235,7 +235,7 @@ class TestWhatAGraphCannotHold:
         self.compare(lambda: nn.Sequential(mlp()), "`0.2` has a hook", between=hook)
 
     def test_other_attributes_at_each_step(self) -> None:
-        self.compare(mlp, "are other ones at each step", between=lambda step, net: setattr(net, "mark", step))
+        self.compare(mlp, "are replaced at each step", between=lambda step, net: setattr(net, "mark", step))
 
     def test_gradients(self) -> None:
         module, capture = seeded(mlp), CPUCapture()

@@ -96,7 +96,7 @@ def test_memory_for_outputs_of_layers_stays_when_they_are_found_out_anew() -> No
 
 def test_what_does_not_go() -> None:
     attach = partial(losses, METHODS["mezo"])
-    with pytest.raises(ValueError, match="`cuda_graphs` is True, and the parameters are on 'cpu', which has none"):
+    with pytest.raises(ValueError, match="`cuda_graphs` is True, but the parameters are on 'cpu', which has none"):
         attach(cuda_graphs=True)
     with pytest.raises(ValueError, match=r"leave `keep_prefix_gib` at 0, got 1\.0"):
         attach(cuda_graphs=True, keep_prefix_gib=1.0)

@@ -176,7 +176,7 @@ def test_evaluations_that_write_texts_share_nothing(architecture: str, first: in
             optimizer.step()
         return texts[-4:], records
 
-    with pytest.warns(UserWarning, match="each writes a text of its own"):
+    with pytest.warns(UserWarning, match="each generates its own text"):
         texts, records = texts_and_records(share=True)
     assert len({str(text) for text in texts}) > 2
     assert (texts, records) == texts_and_records(share=False)

@@ -47,6 +47,5 @@ class PredictionWriter(Callback):
 
 
 def _present(value: Any) -> Any:
-    """Scores without -inf, which JSON cannot express: those of candidates that only other examples of the batch
-    have."""
+    """Scores without -inf, which JSON cannot express: those of candidates that only other examples have."""
     return [score for score in value if score != -math.inf] if isinstance(value, list) else value

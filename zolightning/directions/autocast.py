@@ -1,4 +1,4 @@
-"""Switches autocast off for the package's own matrix products: autocast is meant for those of the network."""
+"""Switches autocast off for the package's own matrix products: autocast is meant for the network's products."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ import torch
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast converts the factors of products on this device; None if it is disabled."""
-    kind = device.type  # "meta" knows no autocast
+    kind = device.type  # "meta" has no autocast
     is_enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_enabled else None
 

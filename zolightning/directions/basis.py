@@ -41,7 +41,7 @@ class Basis:
 
     @property
     def by_side(self) -> dict[str, Tensor]:
-        """The factors that there are, by side, "left" or "right"."""
+        """The factors that exist, by side, "left" or "right"."""
         return {side: factor for side, factor in (("left", self.left), ("right", self.right)) if factor is not None}
 
     def core_shape(self, shape: torch.Size | tuple[int, int]) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class Basis:
         return core
 
     def anchored(self, old: "Basis", core: Tensor, count: int, unit: bool) -> "Basis":
-        """A basis whose first columns are dominant directions of a core in another basis, and the others this one's.
+        """A basis whose first columns are dominant directions of a core in another basis; the others are this one's.
 
         Args:
             old: the basis of `core`, with factors on the same sides as this one.

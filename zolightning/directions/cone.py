@@ -12,12 +12,12 @@ from zolightning.kernels.noise import CODE_SCALE
 
 
 class ConeDirection(Direction):
-    """``direction + scale * axis``, computed where it is added; it takes a pass over memory more than the direction.
+    """``direction + scale * axis``, computed where it is added; it takes one more pass over memory than the direction.
 
     Args:
-        direction: the direction that is to lean.
-        axis: (n,), the flat tensor towards which it leans, float32, or float64 for double-precision weights.
-        scale: a multiple of it, without dimensions, of the same dtype and device.
+        direction: the direction without the lean.
+        axis: (n,), the flat tensor towards which the result leans, float32, or float64 for double-precision weights.
+        scale: the coefficient of `axis`, a tensor without dimensions, of the same dtype and device.
     """
 
     def __init__(self, direction: Direction, axis: Tensor, scale: Tensor) -> None:
@@ -29,12 +29,12 @@ class ConeDirection(Direction):
         return ConeDirection(super().opposite(negated), self.axis.tensor, -self.scale)
 
     def is_opposite(self, other: object) -> bool:
-        """False: only the device knows whether the scales are opposite. So nobody asks for :meth:`add_both`."""
+        """False: only the device knows whether the scales are opposite. So :meth:`add_both` is never called."""
         return False
 
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
         super().accumulate(total, decay, start)
-        # Sums and products apart: a fused one would round otherwise on a GPU than on a CPU.
+        # Separate sums and products: fused ones would round differently on a GPU than on a CPU.
         total.view(-1).add_(self.axis.tensor[start : start + total.numel()] * self.scale)
 
     def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
@@ -58,14 +58,14 @@ class ConeDirection(Direction):
         out.copy_(table[rows] + move)
 
     def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
-        """The direction over the coefficient of its one query: noise of unit variance that leans as it does."""
+        """The direction divided by the coefficient of its one query: noise of unit variance with the same lean."""
         assert self.values is not None
         return self.of_elements(weight, start).float() / (self.values[0] / CODE_SCALE[self.kind])
 
     def arguments(self) -> dict[str, Any]:
-        """There are none: loops know no axis.
+        """There are none: loops do not support an axis.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("ConeDirection is no argument of a loop: add its `of_elements` by `add_tensor`.")
+        raise TypeError("ConeDirection cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")

@@ -16,7 +16,7 @@ from zolightning.kernels.noise import CODE_SCALE, Noise, NoiseKind, coefficient,
 
 @dataclass(eq=False)
 class Direction(Noise):
-    """The noise of one parameter as a direction to move in: it is made wherever it is added, and never stored.
+    """The noise of one parameter as a direction to move in: it is generated wherever it is added, and never stored.
 
     Args:
         keys, coefficients, kind: see :class:`~zolightning.kernels.noise.Noise`.
@@ -60,7 +60,7 @@ class Direction(Noise):
         )
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
-        """Writes ``weight + direction`` to `out`; both are contiguous, and their first element is number `start`.
+        """Writes ``weight + direction`` to `out`; both are contiguous, and their first element has index `start`.
 
         The dtype of `out` may be narrower than that of `weight`.
         """
@@ -69,12 +69,12 @@ class Direction(Noise):
     def add_both(self, weight: Tensor, plus: Tensor, minus: Tensor, start: int = 0) -> None:
         """Writes ``weight + direction`` to `plus` and ``weight - direction`` to `minus`, reading the weight once.
 
-        The same bits as :meth:`add_to` of this direction and of that with negated coefficients.
+        The same bits as :meth:`add_to` of this direction and of the one with negated coefficients.
         """
         kernels.perturb_both(plus, minus, weight, self, self.first + start)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Writes ``(table + direction)[rows]`` to `out`, reading and generating these rows only.
+        """Writes ``(table + direction)[rows]`` to `out`, reading and generating only these rows.
 
         Args:
             table: (m, n), contiguous.
@@ -84,7 +84,7 @@ class Direction(Noise):
         kernels.perturb_rows(out, table, rows, self)
 
     def unit_noise(self, weight: Tensor, start: int = 0) -> Tensor:
-        """The unit-variance noise of this direction, which must be one of a single query.
+        """The unit-variance noise of this direction, which must be that of a single query.
 
         Args:
             weight: some stored elements, (n,).
@@ -103,7 +103,7 @@ class Direction(Noise):
 
         Args:
             weight: some stored elements, (n,).
-            start: index of the first of them in the tensor that the direction is of.
+            start: index of the first of them in the tensor that the direction belongs to.
 
         Returns:
             (n,), float32, or float64 for double-precision weights. An element that does not move is -0.0.
@@ -113,7 +113,7 @@ class Direction(Noise):
         return found
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments by which the loops of :mod:`zolightning.kernels` add this direction."""
+        """The arguments with which the loops of :mod:`zolightning.kernels` add this direction."""
         return {"noise": self, "start": self.first}
 
     def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
@@ -143,7 +143,7 @@ def negated(direction: Direction) -> Coefficients:
 def of_own_rows(directions: Iterable[Direction], parameters: Iterable[Tensor]) -> list[Direction]:
     """The part of each direction that belongs to the rows of its parameter that this rank holds."""
     pairs = zip(directions, parameters, strict=True)
-    return [d if type(p) is nn.Parameter else d.of_rows(first_element(p)) for d, p in pairs]  # few are looked into
+    return [d if type(p) is nn.Parameter else d.of_rows(first_element(p)) for d, p in pairs]  # few are inspected
 
 
 def accumulate_each(directions: Sequence[Direction], totals: Sequence[Tensor], decay: float = 1.0) -> None:

@@ -1,8 +1,8 @@
 """Low-rank perturbations in activation space: ``x W' + (x B) A'`` instead of ``x (W + A B')'``.
 
-Nothing of the size of the weight is written or generated. The perturbed weight ``W + A B'`` is built in scratch memory,
+Nothing as large as the weight is written or generated. The perturbed weight ``W + A B'`` is built in scratch memory,
 as for dense directions, only if the input has so many rows that the two thin products would cost more, or if the weight
-is used in another way than by a product (a convolution, for example).
+is used in another way than in a product (a convolution, for example).
 """
 
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ def stacked_product(
     if weight.shape != shape or _building_costs_less(rows.shape[0], len(groups), size_in, size_out, weight.device.type):
         return None
     bases = [group.basis for group in groups]
-    # Not always one object: graphs copy what holds the factors
+    # Not always one object: graphs copy what holds the factors.
     if len(bases) > 1 and all(other.left is basis.left and other.right is basis.right for other in bases):
         bases = [basis]
     left = [own.left for own in bases if own.left is not None]
@@ -175,6 +175,6 @@ def _building_costs_less(rows: int, groups: int, size_in: int, size_out: int, de
     numel = size_in * size_out
     if device_type == "cpu":
         return rows / groups * (size_in + size_out) >= (2 if groups == 1 else 4) * numel
-    # Memory traffic without that of thin factors. Building reads the weight, and writes and reads the built one, once
+    # Memory traffic, not counting thin factors. Building reads the weight, and writes and reads the built one, once
     # a group. The thin products read the weight once, the input once more, and read and write the output once more.
     return rows * (size_in + 2 * size_out) >= (3 * groups - 1) * numel

@@ -40,12 +40,12 @@ class MagnitudeMasked(Direction):
         return super().of_elements(weight, start).where(weight.abs() <= self.threshold, -0.0)
 
     def arguments(self) -> dict[str, Any]:
-        """There are none: most loops know no threshold.
+        """There are none: most loops do not support a threshold.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("MagnitudeMasked is no argument of a loop: add its `of_elements` by `add_tensor`.")
+        raise TypeError("MagnitudeMasked cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")
 
 
 class Mask(Protocol):
@@ -124,12 +124,12 @@ class Masked(Direction):
         return super().of_elements(weight, start).where(self.mask.at(index), -0.0)
 
     def arguments(self) -> dict[str, Any]:
-        """There are none: loops know no masks.
+        """There are none: loops do not support masks.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("Masked is no argument of a loop: add its `of_elements` by `add_tensor`.")
+        raise TypeError("Masked cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")
 
     def _restore(self, weight: Tensor, out: Tensor, start: int) -> None:
         weight, out = weight.view(-1), out.view(-1)

@@ -1,4 +1,4 @@
-"""Perturbations of the other sign: those of ``W - eps z``, known from those of ``W + eps z``."""
+"""Perturbations of the opposite sign: those of ``W - eps z``, derived from those of ``W + eps z``."""
 
 from collections.abc import ItemsView, Iterator, Mapping
 from functools import cached_property
@@ -18,9 +18,9 @@ def have_opposites(changes: Changes) -> bool:
 
 
 class Opposite(Mapping[nn.Parameter, Any]):
-    """Some perturbations with their directions negated, all of which are made when the first one is asked for.
+    """Some perturbations with their directions negated, which are all made when the first one is asked for.
 
-    Evaluations by CUDA graphs never ask: a graph needs the negated coefficients only.
+    Evaluations with CUDA graphs never ask: a graph needs the negated coefficients only.
 
     Args:
         of: perturbations by parameter, None where there is none; :func:`have_opposites` must hold for them.

@@ -22,7 +22,7 @@ class FullCurvature:
     Args:
         values: (n,), positive, float32, or float64 for double-precision parameters.
         parameter: the parameter, of n elements, given if it may be sharded over ranks (FSDP2). `values` then belong to
-            this rank's rows; those of other ranks are gathered at each use, which all ranks must make at once.
+            this rank's rows; those of other ranks are gathered at each use, so all ranks must use it at the same time.
     """
 
     def __init__(self, values: Tensor, parameter: Tensor | None = None) -> None:

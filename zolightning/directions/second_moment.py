@@ -15,8 +15,8 @@ from zolightning.directions.basis import gaussian
 Scaling = Literal["unit", "rms", "whitened"]
 SCALINGS: tuple[str, ...] = ("unit", "rms", "whitened")
 
-_LEAST = 1e-6  # of the largest eigenvalue: smaller ones are rounding errors of float32
-_OVERSAMPLED = 32  # columns of a test matrix beyond the directions that are asked for
+_LEAST = 1e-6  # as a share of the largest eigenvalue: smaller ones are rounding errors of float32
+_OVERSAMPLED = 32  # columns of a test matrix in addition to the directions that are asked for
 
 
 class Leading(NamedTuple):
@@ -42,7 +42,7 @@ class Leading(NamedTuple):
         return Leading(self.directions.to(device), self.values.to(device), self.energy)
 
     def part(self, places: slice) -> "Leading":
-        """Some of these directions."""
+        """The directions at these places."""
         return Leading(self.directions[:, places], self.values[places], self.energy)
 
 
@@ -109,7 +109,7 @@ class SecondMoment:
         if product.shape[0] == product.shape[1]:
             values, vectors = torch.linalg.eigh((product + product.T) / 2)
             return values.flip(0), vectors.flip(1)
-        # The shift keeps the small matrix positive definite; it is taken away from the eigenvalues.
+        # The shift keeps the small matrix positive definite; it is subtracted from the eigenvalues.
         shift = torch.finfo(torch.float32).eps * product.norm() * math.sqrt(product.shape[0])
         shifted = (product + shift * self.test).double()
         small = self.test.double().T @ shifted

@@ -76,17 +76,17 @@ def own_part(kept: Tensor, parameter: Tensor) -> Tensor:
 
 
 def require_rows(name: str, parameter: nn.Parameter) -> None:
-    """Raises a ValueError that names a parameter which is sharded in another way than by rows."""
+    """Raises a ValueError that names the parameter if it is sharded in another way than by rows."""
     if not is_sharded(parameter):
         return
     own = own_rows(parameter)
     if parameter.ndim == 0 or own.shape[1:] != parameter.shape[1:] or not own.is_contiguous():
         raise ValueError(
             f"Parameter `{name}` is sharded as {parameter.placements} over {tuple(parameter.device_mesh.shape)} ranks, "
-            "and zeroth-order methods train shards of rows: `Shard(0)`, as `fully_shard` makes them."
+            "but zeroth-order methods train shards of rows: `Shard(0)`, as `fully_shard` makes them."
         )
     if own.device.type != parameter.device_mesh.device_type:
         raise ValueError(
-            f"Parameter `{name}` is on '{own.device}' and computed with on '{parameter.device_mesh.device_type}': "
+            f"Parameter `{name}` is on '{own.device}' but used on '{parameter.device_mesh.device_type}': "
             "leave out the `offload_policy` of `fully_shard`."
         )

@@ -1,4 +1,4 @@
-"""Low-rank perturbations that share a core, each with signs of its own on its rows and columns (GRZO)."""
+"""Low-rank perturbations that share a core, each with its own signs for the rows and columns (GRZO)."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Slices of parameters: some rows or some columns, which train alone."""
+"""Slices of parameters: only some rows or columns train."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -12,10 +12,10 @@ from zolightning.directions.perturbation import HasOpposite, Perturbation
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Entries of a parameter along one dimension, as a compact tensor: no mask as large as the parameter.
+    """Entries of a parameter along one dimension, as a compact tensor, without a mask as large as the parameter.
 
     Args:
-        dim: the dimension that `index` counts along.
+        dim: the dimension that `index` refers to.
         index: int64, shape (k,), increasing.
     """
 

@@ -10,7 +10,7 @@ from zolightning.directions.perturbation import Perturbation
 class Tangent:
     """Makes a parameter a dual number, so that what is computed from it carries its derivative along a direction.
 
-    It is used in place of a perturbation, within a level of :mod:`torch.autograd.forward_ad`. It takes as much memory
+    It is used instead of a perturbation, within a level of :mod:`torch.autograd.forward_ad`. It takes as much memory
     as the parameter while the parameter is read.
 
     Args:

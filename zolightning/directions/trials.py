@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class FlippedBit:
-    """Changes every element by about 3 % by flipping one bit of its mantissa, which needs no memory to undo."""
+    """Changes every element by about 3 % by flipping one bit of its mantissa, which takes no memory to undo."""
 
     _MANTISSA = {torch.float64: (52, torch.int64), torch.float32: (23, torch.int32)} | {
         torch.bfloat16: (7, torch.int16),
@@ -27,9 +27,9 @@ class FlippedBit:
 
 
 class Unchanged:
-    """Changes nothing, but has the parameter read like a perturbed one: from scratch memory, a large matrix in pieces.
+    """Changes nothing; the parameter is read like a perturbed one: from scratch memory, a large matrix in pieces.
 
-    Products of pieces may round otherwise than the product of the whole matrix, and losses at the stored weights must
+    Products of pieces may round differently from the product of the whole matrix, and losses at the stored weights must
     round as perturbed ones do.
     """
 

@@ -1,12 +1,12 @@
-"""Evaluations: how a loss sees moved weights, which stay as they are.
+"""Evaluations: how a loss sees moved weights while the stored ones stay as they are.
 
 In the order of reading:
 
 * A loss and the evaluations of a step: ``losses``, ``evaluator``, ``mode``.
-* Weights are exchanged while they are read: ``perturbed``, ``torch_functions``, ``replaced``; in memory that is used
-  again: ``scratch``, ``buffer``, ``small_tensors``.
+* Weights are replaced while they are read: ``perturbed``, ``torch_functions``, ``replaced``; in memory that is reused:
+  ``scratch``, ``buffer``, ``small_tensors``.
 * Where they are read: ``known_reads``, ``find_reads``, ``gathered_weights``.
-* Every evaluation of a step finds the same: ``randomness``, ``fresh_batches``, ``traces``, ``snapshot``,
+* Every evaluation of a step starts from the same state: ``randomness``, ``fresh_batches``, ``traces``, ``snapshot``,
   ``submodules``; ``nested`` finds the tensors of a batch.
 * What evaluations share: the lower layers (``shared_prefix``); or one forward (``shared_forward``, ``row_groups``) for
   all weights (``stacked``) or for each example (``examples``).

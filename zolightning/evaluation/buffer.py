@@ -15,7 +15,8 @@ class Buffer:
     def tensor(self, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
         """A contiguous parameter in this memory, the same object for the same arguments.
 
-        Torch takes other paths for weights that require gradients (matmul folds its batch), hence the last argument.
+        Torch takes different paths for weights that require gradients (matmul folds its batch), hence the last
+        argument.
         """
         found = self._made.get((shape, dtype, requires_grad))
         return self._make(shape, dtype, requires_grad) if found is None else found

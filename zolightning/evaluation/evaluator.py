@@ -27,13 +27,13 @@ class Evaluator:
 
     From step to step it remembers what the first evaluations have shown: in which modules parameters are read, to which
     tensors evaluations write, how many layers they share, and which ways to stack rows gave the right losses. If the
-    module gets other submodules or parameters, this is forgotten, and found out again in the next step.
+    module's submodules or parameters are replaced, all this is forgotten, and found out again in the next step.
 
     Attributes:
         module: the module that owns the parameters; None for parameters without a module.
         prefix: the layer outputs that the evaluations of a step share.
         graphs: the network's forward as CUDA graphs, used instead of `prefix`; None without graphs.
-        is_first: whether the present evaluation is the one of its step that is logged and may change the module.
+        is_first: whether the current evaluation is the one of its step that is logged and may change the module.
         left_traces: whether the first evaluation of the last step changed the module, or left more elsewhere.
         leaves_more: whether it has left something elsewhere, such as a value in the mean of an epoch; to be set by the
             loss, and unset before a step.
@@ -70,8 +70,8 @@ class Evaluator:
             cuda_graphs: whether the network's forward is replayed from CUDA graphs.
 
         Raises:
-            ValueError: if evaluations are to share runs, or graphs to be recorded, and no network holds all parameters;
-                or graphs on a device that has none.
+            ValueError: if evaluations are to share runs, or graphs to be recorded, but no network holds all parameters;
+                or if graphs are to be recorded on a device that has none.
         """
         self.module, self._submodules = module, None
         self._traces.forget()
@@ -90,7 +90,7 @@ class Evaluator:
         self._reads = KnownReads()
 
     def forget(self) -> None:
-        """Forgets where parameters are read and what evaluations share, so that the next step finds it out anew."""
+        """Forgets where parameters are read and what evaluations share, so that the next step finds it out again."""
         self._reads.forget()
         self._traces.forget()
         if self.module is not None:
@@ -116,7 +116,7 @@ class Evaluator:
         micro_batches: MicroBatches | None = None,
         first: Callable[[], Sequence[Perturbations]] | None = None,
     ) -> list[LossAndTerms]:
-        """Evaluates a loss once under each of some perturbations.
+        """Evaluates a loss once under each of several perturbations.
 
         The module is in evaluation mode, and all evaluations see the same random numbers and the same state of it.
 
@@ -125,18 +125,19 @@ class Evaluator:
             trainable: the parameters that train, and their names.
             perturbations: the perturbed parameters of each evaluation; others are read as they are stored.
             randomness: integers that determine the random numbers that the loss draws.
-            resting: others that train in other steps, or are moved, and their names; where these are read is found out
-                as well.
+            resting: other parameters that train in other steps, or are moved, and their names; where these are read is
+                found out as well.
             leaves_traces: whether the module keeps the changes that the first evaluation makes to it.
             micro_batches: the batch in parts, if the losses of single examples are wanted. There is then a perturbation
                 for each example in turn, and the list may go through all examples several times.
-            first: makes the perturbations of the step's first run of the network, where that is another rank's. If the
-                module is changed, that is run here as well, so that all ranks keep what its first evaluation leaves.
+            first: makes the perturbations of the step's first run of the network, if another rank makes that run. If
+                the module is changed, the run is made here as well, so that all ranks keep what its first evaluation
+                leaves.
 
         Returns:
             The loss and its number of terms for each of the `perturbations`.
         """
-        self._reads.gathered.give_back()  # what others' forwards have left
+        self._reads.gathered.give_back()  # what other code's forwards have left
         generators = Generators({parameter.device for parameter in trainable})
         modules, moving = self._found_submodules(), set(map(id, chain(trainable, resting or {}, *perturbations)))
         with (
@@ -154,14 +155,14 @@ class Evaluator:
                 results, _ = evaluate(find_contexts(perturbations))
             if first is not None and self._traces.found:
                 evaluate(find_contexts(first()))
-            if leaves_traces:  # others are made beside the step's own
+            if leaves_traces:  # others are made in addition to the step's own
                 self.left_traces = self._traces.found or self.leaves_more
         return results
 
     def _run(
         self, rewind: Callable[[], None], loss_fn: LossFunction, *contexts: AbstractContextManager[Any]
     ) -> LossAndTerms:
-        """One evaluation of a step within some contexts, by the step's random numbers; what it writes is undone."""
+        """One evaluation of a step within some contexts, with the step's random numbers; what it writes is undone."""
 
         def evaluated() -> LossAndTerms:
             with ExitStack() as stack:
@@ -216,7 +217,7 @@ class Evaluator:
         return results, contexts[0].unread()
 
     def _found_submodules(self) -> list[nn.Module]:
-        """All submodules; if they, or their parameters, are not those of the last step, what was found is forgotten."""
+        """All submodules; if they or their parameters are not those of the last step, what was found is forgotten."""
         if self.module is None:
             return []
         if self._submodules is None or not self._submodules.are_same():

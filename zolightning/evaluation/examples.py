@@ -2,7 +2,7 @@
 
 The rows of the batch form groups, one for each example, and each group sees its own perturbed parameters. With low-rank
 perturbations that is ``x_i W' + (x_i B) A_i'`` for the rows x_i of example i: one product with the stored weight for
-all examples and thin products for each, so a direction for each example costs about as much as one for all.
+all examples and thin products for each, so a direction for each example costs about as much as one direction for all.
 
 The loss function is the user's. It is called once for the whole batch, where the network runs, and then for each
 example as a batch of one, where the network returns the example's rows of that run. So the loss of a batch must be a
@@ -56,7 +56,7 @@ class MicroBatch(NamedTuple, Generic[Output]):
 
 
 MicroBatches = Sequence[MicroBatch[LossOutput]]
-"""A batch in parts, with loss functions of the user's."""
+"""A batch in parts, with the user's loss functions."""
 
 
 class _Found(NamedTuple):
@@ -75,7 +75,7 @@ class _Found(NamedTuple):
 
 
 class Examples:
-    """Evaluates the losses of a batch's examples, at once or, where that cannot be, one by one.
+    """Evaluates the losses of a batch's examples, all at once or, where that is not possible, one by one.
 
     Args:
         module: holds the network; None if only functions are known.
@@ -127,8 +127,8 @@ class Examples:
                     continue
                 except CannotStack as error:
                     self._runs_one_by_one = True
-                    rank_zero_warn(f"The network runs once an example from here on, which takes longer: {error}.")
-            if not results:  # what stays of the first evaluation is to be that of all examples
+                    rank_zero_warn(f"The network runs once per example from here on, which takes longer: {error}.")
+            if not results:  # what remains of the first evaluation must be that of all examples
                 begin()
                 with own[0]:
                     parts[0].loss()
@@ -142,12 +142,12 @@ class Examples:
         prefix: SharedPrefix | None,
         graphs: GraphedNetwork | None,
     ) -> list[LossAndTerms]:
-        """The losses of all examples once; raises CannotStack if the network gives other ones than separate runs."""
+        """The losses of all examples once; raises CannotStack if they differ from those of separate runs."""
         shares = [contexts[start:stop] for start, stop in pairwise([0, *accumulate(len(b.examples) for b in batches)])]
         found: list[_Found] = []
 
         def run(within: AbstractContextManager[None]) -> LossAndTerms:
-            """Evaluates all examples, and returns the sums of their losses and terms, by which runs are compared."""
+            """Evaluates all examples, and returns the sums of their losses and terms, with which runs are compared."""
             with within:
                 found[:] = [self._together(batch, own, graphs) for batch, own in zip(batches, shares, strict=True)]
             losses, terms = zip(*(pair for each in found for pair in each.losses), strict=True)
@@ -193,7 +193,7 @@ class Examples:
         tolerance = 1e-2 if computes_in_half(self._network, mean.device) else 1e-3
         if (mean - whole.loss).abs() > tolerance * whole.loss.abs() and (terms >= 0).all():
             raise ValueError(
-                f"`estimator` is PerExample(), and the loss of a batch, {whole.loss.item():g}, is not the mean of "
+                f"`estimator` is PerExample(), but the loss of a batch, {whole.loss.item():g}, is not the mean of "
                 f"those of its examples, {mean.item():g}. Return the number of terms that it averages as `num_terms`, "
                 "or, if it compares examples with each other, choose TwoSided()."
             )
@@ -217,7 +217,7 @@ class Examples:
         if not torch.isfinite(torch.stack(alone)).all():
             return False
         half = computes_in_half(self._network, found.device)
-        # Kernels round in another way for another number of rows.
+        # Kernels round differently for another number of rows.
         tolerance = (5e-3 if half else 1e-5) * alone[0].norm() + (0.2 if half else 0.05) * (alone[1] - alone[0]).norm()
         if not (found - expected).norm() <= tolerance:
             raise CannotStack(
@@ -232,7 +232,7 @@ def _network_in(module: nn.Module | None, context: Perturbed) -> nn.Module:
     if module is None:
         raise CannotStack("the optimizer is not attached to a module")
     if context.in_place:
-        raise CannotStack("some parameters are perturbed in place, which no example has to itself")
+        raise CannotStack("some parameters are perturbed in place, which cannot be done for single examples")
     try:
         return networks_of(module, context.perturbations)[0]
     except ValueError:

@@ -27,9 +27,9 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
 
     The loss is evaluated at the stored parameters, once with all of them changed by :class:`Perturbed`, and once with
     all of them changed in place by the same amount. In the last case they are still read through scratch memory,
-    because products of pieces may round in another way, by which the losses of a large network differ as much as by the
-    change. Parameters that no function has read are returned. If the last two losses differ even so, something has read
-    a parameter unseen, and all are returned.
+    because products of pieces may round differently, which changes the losses of a large network as much as the change
+    itself does. Parameters that no function has read are returned. If the last two losses differ nevertheless,
+    something has read a parameter unseen, and all are returned.
 
     Args:
         parameters: the parameters to be perturbed.
@@ -48,8 +48,8 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
         if parameter._version != version:
             raise ValueError(
                 f"A parameter of shape {tuple(parameter.shape)} is changed by the evaluation of the loss itself (an "
-                "optimizer's step in it, nn.Embedding's `max_norm`), so that losses cannot be compared. Leave that "
-                "out, or freeze the parameter."
+                "optimizer's step in it, nn.Embedding's `max_norm`), so that losses cannot be compared. Remove that, "
+                "or freeze the parameter."
             )
     if not torch.isfinite(loss):
         return None
@@ -95,8 +95,8 @@ def find_unread(
     if not _agree(loss, loss_exchanged, loss_in_place):
         raise ValueError(
             "The loss reads parameters where torch's Python functions do not see it (a compiled network, TorchScript, "
-            "kernels of its own), and they are sharded over ranks, so that they cannot be perturbed in place. Leave "
-            "that out, or use a strategy under which every rank holds all of them ('zo_ddp')."
+            "kernels of its own). They are sharded over ranks, so that they cannot be perturbed in place. Remove that, "
+            "or use a strategy under which every rank holds all of them ('zo_ddp')."
         )
     return {parameter for whole, parameter in read.items() if id(whole) not in exchanged.seen}
 
@@ -118,7 +118,8 @@ def _flipped(tensors: Iterable[Tensor], evaluate: Callable[[], Tensor], context:
 
 
 def _agree(loss: Tensor, loss_exchanged: Tensor, loss_in_place: Tensor) -> Tensor:
-    # Kernels that add in varying order differ in the last bits: small against what the change itself did.
+    # Kernels that add in varying order differ in the last bits, which is small compared with what the change itself
+    # did.
     return (loss_exchanged - loss_in_place).abs() <= 1e-2 * (loss_in_place - loss).abs()
 
 
@@ -132,7 +133,7 @@ def find_readers(
     """The submodules that own some of `parameters`, each with those that it may read, if nothing else reads any.
 
     Found by two evaluations along one random direction, one of them with all functions watched: their losses must have
-    the same bits, and each parameter must be read as often.
+    the same bits, and each parameter must be read the same number of times.
 
     Args:
         module: the module that owns all of the parameters.

@@ -1,4 +1,4 @@
-"""Gives each evaluation of a step the batch as it was loaded, though a ``training_step`` may change the one it gets."""
+"""Gives each evaluation of a step the batch as it was loaded, even if ``training_step`` changes the one it gets."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -14,7 +14,7 @@ class FreshBatches:
 
     It may write to a tensor of its batch (``x.div_(255)``), or take an entry out of it (``batch.pop("labels")``), which
     the next evaluation of the same step would miss. The first call of a fit gets a copy, which shows whether it does;
-    if so, every call gets one. Objects that are no tensors, mappings, lists, tuples or dataclasses are handed on as
+    if so, every call gets one. Objects that are not tensors, mappings, lists, tuples or dataclasses are passed on as
     they are.
     """
 
@@ -36,8 +36,8 @@ class FreshBatches:
         is_changed = list(_contents(batch)) != before
         if self._copies is not None and is_changed:
             raise ValueError(
-                "`training_step` has changed its batch in place, as it has not in the first step, and is evaluated "
-                "several times on each. Let it change a copy: `x = x.clone()`, `batch = dict(batch)`."
+                "`training_step` has changed its batch in place, which it did not do in the first step, but is "
+                "evaluated several times on each batch. Let it change a copy: `x = x.clone()`, `batch = dict(batch)`."
             )
         self._copies = is_changed
         return output
@@ -49,7 +49,7 @@ def copied(batch: Any) -> Any:
 
 
 def _contents(value: Any) -> Iterator[Any]:
-    """What tells whether a batch was changed: which objects it holds, and how often its tensors were written to."""
+    """Shows whether a batch was changed: which objects it holds, and how often its tensors were written to."""
     yield id(value)
     if isinstance(value, Tensor):
         yield None if value.is_inference() else value._version  # torch does not count writes to inference tensors

@@ -1,8 +1,8 @@
 """The tensors that a network reads in place of parameters that are sharded over ranks (FSDP2).
 
 ``fully_shard`` (torch.distributed.fsdp) replaces a parameter by a DTensor, which is updated and saved. Whenever the
-module's forward runs, it puts an ordinary tensor with all elements in its place: the same object each time, whose
-memory is allocated and freed. That tensor is perturbed, whole, on every rank.
+module's forward runs, it puts an ordinary tensor with all elements in the place of the DTensor: the same object each
+time, whose memory is allocated and freed. That tensor is perturbed, whole, on every rank.
 """
 
 from contextlib import suppress
@@ -23,7 +23,7 @@ class Gathered:
             once here, one submodule after the other, so create this on all ranks.
 
     Raises:
-        ValueError: if a parameter is sharded over ranks and no forward gathers it.
+        ValueError: if a parameter is sharded over ranks but no forward gathers it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,7 +48,7 @@ class Gathered:
             submodule.reshard()
         if left := [name for parameter, name in stored.items() if parameter not in self._read]:
             raise ValueError(
-                f"{some(left)} are sharded over ranks, and no forward gathers them: use `fully_shard`, without tensor "
+                f"{some(left)} are sharded over ranks, but no forward gathers them: use `fully_shard`, without tensor "
                 "parallelism (`tensor_parallel_size` 1)."
             )
 
@@ -63,7 +63,7 @@ class Gathered:
         """Frees parameters that forwards have left gathered, which would be stale after an update of the shards.
 
         FSDP2 keeps the outermost module's parameters gathered for a backward pass, and all of them if a forward fails.
-        It also keeps a note of every forward for that backward pass.
+        It also records every forward for that backward pass.
         """
         for root in self._roots:
             # A method of torch 2.13; before the first forward the attribute that it reads does not exist.

@@ -12,7 +12,7 @@ Output = TypeVar("Output")
 
 
 class Capture(Protocol):
-    """The interface of what records graphs; :class:`CudaCapture` explains its methods."""
+    """The interface for recording graphs; :class:`CudaCapture` explains its methods."""
 
     device: torch.device
 
@@ -24,7 +24,7 @@ class Capture(Protocol):
 class CudaCapture:
     """Records graphs that share one pool of memory.
 
-    A graph reads and writes the addresses it was recorded with. Tensors that a callable reads from outside must
+    A graph reads and writes the addresses that it was recorded with. Tensors that a callable reads from outside must
     therefore stay where they are, and new values are copied into them. What the callable allocates lies in the pool,
     which the replay of another graph may overwrite, so copy outputs right after a replay. Replay one graph at a time.
 
@@ -32,13 +32,13 @@ class CudaCapture:
         device: the device of all tensors.
 
     Raises:
-        ValueError: if it is no CUDA device.
+        ValueError: if it is not a CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(
-                f"`cuda_graphs` is True, and the parameters are on '{device}', which has none. Move the model to a "
+                f"`cuda_graphs` is True, but the parameters are on '{device}', which has none. Move the model to a "
                 "CUDA device first, or leave it at False."
             )
         self.device = device
@@ -48,7 +48,7 @@ class CudaCapture:
         """Runs a callable under the conditions of a recording: on its own stream, without waiting for the device.
 
         Raises:
-            RuntimeError: by the operation that waits for the device, such as reading a number back.
+            RuntimeError: from an operation that waits for the device, such as reading a number back.
         """
         stream, mode = torch.cuda.Stream(self.device), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -76,13 +76,13 @@ class CudaCapture:
 
 def _set_sync_debug_mode(mode: int | str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is a prototype
+        warnings.simplefilter("ignore")  # a warning that it is a prototype
         torch.cuda.set_sync_debug_mode(mode)
 
 
 def describe_failure(error: Exception) -> str:
     """The error of a recording in one line, with the line of the network that caused it."""
-    if isinstance(error.__context__, Exception):  # a recording that ends after an error fails once more
+    if isinstance(error.__context__, Exception):  # ending a recording after an error fails once more
         error = error.__context__
     words = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
     own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}

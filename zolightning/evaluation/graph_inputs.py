@@ -1,9 +1,9 @@
 """Copies at fixed addresses, for CUDA graphs: of a network's arguments, and of the tensors inside perturbations.
 
 A graph replays its launches with the addresses that they were recorded with. It is therefore recorded with copies of
-all tensors (:class:`Tables`), into which those of the present call are copied before a replay. :class:`Arguments` and
-:class:`Parts` say which tensors these are, and in a `key` all else: a graph may be replayed where the key is the one
-that it was recorded with.
+all tensors (:class:`Tables`), into which those of the current call are copied before a replay. :class:`Arguments` and
+:class:`Parts` say which tensors these are, and describe everything else in a `key`: a graph may be replayed if the key
+is the one that it was recorded with.
 """
 
 import copy
@@ -25,7 +25,7 @@ from zolightning.evaluation.perturbed import Perturbations
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 
-# What makes the opposite of a perturbation by negating the coefficients of directions alone
+# Perturbations whose opposite differs only in the negated coefficients of directions
 _BY_COEFFICIENTS = (Direction.opposite, LowRank.opposite, SlicedPerturbation.opposite)
 _OF_DIRECTIONS = frozenset({"keys", "coefficients", "kind", "values", "first"})  # attributes of every direction
 
@@ -66,7 +66,7 @@ class Parts:
 
     For example, all directions of one of MeZO's queries read their keys from one table and share a tensor of
     coefficients. These two are the `tables`; the key says which parameters have such a direction, and where in the
-    table the keys of each begin. In the next step both tables hold other numbers, and the key is the same.
+    table the keys of each begin. In the next step both tables hold new numbers, but the key is the same.
 
     Args:
         groups: how each group of rows sees parameters.
@@ -128,7 +128,7 @@ class Parts:
         return found
 
     def opposite(self, changes: Opposite) -> "Parts | None":
-        """The parts of the opposite of the one group; None where it differs in more than what is in the tables."""
+        """The parts of the opposite of the one group; None if it differs in more than the contents of the tables."""
         if any(getattr(kind, "opposite", None) not in (None, *_BY_COEFFICIENTS) for kind in self._kinds):
             return None
         made = copy.copy(self)
@@ -243,7 +243,7 @@ class Tables:
         self.groups = parts.with_tables(static)
 
     def fill(self, parts: Parts, step: int) -> None:
-        """Copies the tensors that may have changed since the last call: within a step none does, and a base never."""
+        """Copies the tensors that may have changed since the last call: within a step none does, and a basis never."""
         new = [
             (copy, table)
             for i, (copy, table, source) in enumerate(zip(self._copies, parts.tables, self._sources, strict=True))

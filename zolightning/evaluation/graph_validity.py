@@ -37,5 +37,5 @@ def snapshot_of(network: nn.Module) -> Snapshot:
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except (NotImplementedError, RuntimeError):  # of a subclass that wraps other tensors, of a quantised weight say
+    except (NotImplementedError, RuntimeError):  # for a subclass that wraps other tensors, such as a quantised weight
         return 0

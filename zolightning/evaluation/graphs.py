@@ -1,13 +1,13 @@
 """The network's forward as CUDA graphs: one call launches all of its kernels.
 
-A forward of a language model launches thousands of kernels from Python, which takes longer than the kernels where a
-batch has few tokens. A graph is a forward recorded once, with the kernels that perturb its weights: those read the
-keys and coefficients of directions from device memory, so that one graph serves both signs, all queries and all
-steps. Before a replay the inputs, and these numbers, are copied to where the graph reads them.
+A forward of a language model launches thousands of kernels from Python, which takes longer than the kernels themselves
+if a batch has few tokens. A graph is a forward recorded once, with the kernels that perturb its weights: those read the
+keys and coefficients of directions from device memory, so that one graph serves both signs, all queries and all steps.
+Before a replay the inputs, and these numbers, are copied to where the graph reads them.
 
 There is one graph for each *key*: shapes, dtypes and strides of the network's inputs, all other arguments by value,
-mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key comes
-for the second time, which takes several forwards. So batches should come in few lengths:
+mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key occurs
+for the second time, which takes as long as several forwards. So batches should have few different lengths:
 :class:`~zolightning.data.batching.LengthBuckets` puts examples of similar length into one batch, and
 `pad_to_multiple_of` of the data module rounds lengths up.
 
@@ -39,8 +39,8 @@ from zolightning.evaluation.row_groups import RowGroups, watched_everywhere
 from zolightning.evaluation.scratch import Scratch
 from zolightning.rank_zero import rank_zero_warn
 
-LIMIT = 16  # graphs that are kept: each has inputs and outputs of its own, and what the driver needs
-_UNSETTLED = 3  # steps in a row, the first one among them, that may begin with other modules than the one before
+LIMIT = 16  # graphs that are kept: each has its own inputs and outputs, and memory that the driver needs
+_UNSETTLED = 3  # steps in a row, counting the first one, that may begin with other modules than the step before
 _PROOFS = 2  # steps in which a replay is compared with a run without the graph
 
 
@@ -49,8 +49,8 @@ class GraphedNetwork:
 
     Args:
         network: called, once or several times, by the loss.
-        capture: what records.
-        limit: graphs to keep. Another key takes the place of the least used graph once it has come twice as often.
+        capture: records graphs.
+        limit: number of graphs to keep. Another key replaces the least used graph once it has occurred twice as often.
 
     Attributes:
         is_off: whether something has been found that a graph cannot hold; the network then runs without any.
@@ -70,7 +70,7 @@ class GraphedNetwork:
         self._step = 0
 
     def evaluate(self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
-        """The loss and its number of terms under each of some perturbations."""
+        """The loss and its number of terms under each of several perturbations."""
         results: list[LossAndTerms] = []
         known: dict[int, Parts] = {}
         with watched_everywhere(contexts):
@@ -98,7 +98,7 @@ class GraphedNetwork:
             self._held = NetworkState(self.network)
             self._unsettled += 1
         if self._unsettled > _UNSETTLED:
-            self._turn_off("its parameters, buffers or attributes are other ones at each step")
+            self._turn_off("its parameters, buffers or attributes are replaced at each step")
         elif (hooked := self._held.hooked()) is not None:
             self._turn_off(f"`{hooked}` has a hook, which a replay would not call")
 
@@ -106,8 +106,8 @@ class GraphedNetwork:
         self.is_off = True
         self.clear()
         rank_zero_warn(
-            f"`cuda_graphs` is off from here on, the run goes on without: {type(self.network).__name__} cannot be "
-            f"replayed, {reason}."
+            f"`cuda_graphs` is off from here on, and the run continues without graphs: {type(self.network).__name__} "
+            f"cannot be replayed, because {reason}."
         )
 
     def run(
@@ -118,7 +118,7 @@ class GraphedNetwork:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The network's forward within the active `context`, by a graph if there is one for this call.
+        """The network's forward within the active `context`, from a graph if there is one for this call.
 
         Args:
             own: the forward without a graph.
@@ -127,7 +127,7 @@ class GraphedNetwork:
             *args: the arguments of the forward.
             **kwargs: its keyword arguments.
         """
-        # `own` is called past the network's `forward` that would watch
+        # `own` is called instead of the network's `forward`, which would watch
         readers = None if context.reads_in(self.network) else context.readers
 
         def run() -> Any:
@@ -139,7 +139,7 @@ class GraphedNetwork:
         try:
             if torch.is_grad_enabled():
                 raise CannotCapture("`training_step` differentiates")
-            with torch._C.DisableTorchFunction():  # nothing is read here that the context would have to exchange
+            with torch._C.DisableTorchFunction():  # nothing is read here that the context would have to replace
                 arguments = Arguments(args, kwargs, self._capture.device)
                 parts = Parts.of([_watched(group) for group in _groups(context)], self._capture.device, known)
                 key = (arguments.key, parts.key, *_modes(self.network, self._capture.device))
@@ -170,8 +170,8 @@ class GraphedNetwork:
         if not self._has_been_full:
             self._has_been_full = True
             rank_zero_warn(
-                f"`cuda_graphs`: batches have more than {self._limit} shapes, and those that come least often run "
-                "without a graph. Round lengths up (`data.pad_to_multiple_of`) to have fewer."
+                f"`cuda_graphs`: batches have more than {self._limit} shapes, and the rarest run without a graph. "
+                "Round lengths up (`data.pad_to_multiple_of`) to have fewer shapes."
             )
         least = min(self._graphs, key=lambda other: self._uses[other])
         if self._uses[key] < 2 * self._uses[least]:
@@ -203,7 +203,7 @@ class GraphedNetwork:
                 graph.twin.readers = readers
                 with context.paused(), graph.twin:
                     output = own(*args, **kwargs)
-                graph.twin.scratch = Scratch()  # the memory of the one that was used goes back to the pool
+                graph.twin.scratch = Scratch()  # the memory of the one used so far returns to the pool
                 return output
 
             copy_into(graph.inputs, arguments.tensors)
@@ -224,7 +224,7 @@ class GraphedNetwork:
         states, versions = generators.states(), [tensor._version for tensor in inputs]
         for leaf in tree_flatten(self._capture.warm_up(run))[0]:
             if not isinstance(leaf, Tensor | int | float | str | None):
-                raise CannotCapture(f"it returns {type(leaf).__name__}, of which a replay would not make another one")
+                raise CannotCapture(f"it returns {type(leaf).__name__}, which a replay would not make anew")
         if not generators.states().equal(states):
             raise CannotCapture("it draws random numbers")
         if not before.is_now():
@@ -235,7 +235,7 @@ class GraphedNetwork:
     def _prove(self, graph: "_Graph", output: Any, expected: Any) -> None:
         graph.proofs, graph.proven_in = graph.proofs + 1, self._step
         if not _same_bits(output, expected):
-            self._turn_off("a replay returned other numbers than a run")
+            self._turn_off("a replay returned different numbers from a run")
 
 
 class _Graph:

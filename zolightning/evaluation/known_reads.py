@@ -1,4 +1,4 @@
-"""Remembers where losses read each parameter, which is found out when the parameter first takes part in a step."""
+"""Remembers where losses read each parameter, which is found out in the first step that involves the parameter."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -52,16 +52,16 @@ class KnownReads:
         self._unseen -= forgotten
 
     def are_outdated(self, unread: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]) -> bool:
-        """Whether what is known is outdated, because a step has left parameters `unread` that earlier steps have read.
+        """Whether what is known is outdated, because a step has not read parameters, `unread`, that earlier ones have.
 
         Raises:
-            RuntimeError: if they are sharded; other ranks would not know that it is to be found out anew.
+            RuntimeError: if they are sharded, because other ranks would not know that reads have to be found out again.
         """
         if unread and self.gathered and self.knows(trainable):
             raise RuntimeError(
-                f"{len(unread)} parameters have been read by the losses of earlier steps and not by those of this one, "
-                f"of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. Where parameters are sharded "
-                "over ranks, the same must be read in each step."
+                f"{len(unread)} parameters have been read by the losses of earlier steps but not by those of this one, "
+                f"of shape {some([str(tuple(parameter.shape)) for parameter in unread])}. If parameters are sharded "
+                "over ranks, each step must read the same ones."
             )
         # Sharded ones that are not known: the loss was not finite, so that it was not found out which are read at all.
         return bool(unread) and not self.gathered
@@ -75,7 +75,7 @@ class KnownReads:
 
         Args:
             trainable: the parameters that train, and their names.
-            resting: others that train in other steps, or are moved, and their names.
+            resting: other parameters that train in other steps, or are moved, and their names.
             perturbations: the perturbed parameters of each evaluation.
             loss: evaluates the batch's loss, a scalar.
         """
@@ -111,7 +111,7 @@ class KnownReads:
             rank_zero_warn(
                 f"{counted(len(unseen), 'parameter is', 'parameters are')} unused or read where torch's Python "
                 "functions do not see it, and perturbed in place from a copy, which costs their size in memory: "
-                f"{names}. Freeze what is unused: it moves at random."
+                f"{names}. Freeze those that are unused: they move at random."
             )
 
     def _perturbed(self, trainable: Iterable[nn.Parameter], perturbations: Perturbations) -> Perturbed:

@@ -1,8 +1,8 @@
-"""Losses: what a user's function may return for one, and what the package makes of it.
+"""Losses: what a user's loss function may return, and how the package reads it.
 
 The loss that a step is given is a :data:`LossFunction`, which returns a :data:`LossOutput`. The evaluator
-(:mod:`zolightning.evaluation.evaluator`) calls it once for each evaluation and reads the result by
-:func:`loss_and_terms`. Whatever runs evaluations below it is handed functions that return :class:`LossAndTerms`.
+(:mod:`zolightning.evaluation.evaluator`) calls it once for each evaluation and reads the result with
+:func:`loss_and_terms`. Whatever runs evaluations below it gets functions that return :class:`LossAndTerms`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,19 +34,19 @@ _SPACINGS = {torch.bfloat16: "0.4 to 0.8 %", torch.float16: "0.05 to 0.1 %"}
 def loss_and_terms(output: LossOutput) -> LossAndTerms:
     """Reads the loss and its number of terms from what a loss function returned.
 
-    Losses of micro-batches and of ranks are averaged by their numbers of terms, which gives the loss of the whole batch
-    if each is a mean over its own terms. Other entries of a user's dictionary, ``"weight"`` included, are ignored. The
-    loss keeps its forward-mode derivative, if it has one.
+    Losses of micro-batches and of ranks are averaged with their numbers of terms as weights, which gives the loss of
+    the whole batch if each is a mean over its own terms. Other entries of a user's dictionary, ``"weight"`` included,
+    are ignored. The loss keeps its forward-mode derivative, if it has one.
 
-    Warns of a loss in half precision, as a classifier of transformers returns it under "bf16-true": a step's losses
+    Warns of a loss in half precision, such as classifiers of transformers return under "bf16-true": a step's losses
     differ by less than its rounding.
 
     Args:
-        output: a tensor with one element, a pair of it and the number, or a mapping with it as ``"loss"`` and the
-            number as ``"num_terms"``. The number is at least 0, and 1 where it is left out.
+        output: a tensor with one element, a pair of that tensor and the number, or a mapping with the tensor as
+            ``"loss"`` and the number as ``"num_terms"``. The number is at least 0, and 1 where it is left out.
 
     Raises:
-        TypeError: if the loss is no such tensor.
+        TypeError: if the loss is not such a tensor.
         ValueError: if the number of terms is not a single number.
     """
     loss: Any = output
@@ -69,7 +69,7 @@ def loss_and_terms(output: LossOutput) -> LossAndTerms:
         rank_zero_warn(
             f"The loss is in {str(loss.dtype).removeprefix('torch.')}, where neighbouring numbers are "
             f"{_SPACINGS[loss.dtype]} apart. The losses of a step may differ by less, so that rounding decides where "
-            "it goes. Compute the loss in float32, as by `F.cross_entropy(logits.float(), labels)`."
+            "weights go. Compute the loss in float32, as in `F.cross_entropy(logits.float(), labels)`."
         )
     wide = torch.float32 if loss.device.type == "mps" else torch.float64
     loss, derivative = forward_ad.unpack_dual(loss)

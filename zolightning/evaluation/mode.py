@@ -33,4 +33,4 @@ def _set_training(module: nn.Module, value: bool) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         module.training = value
     else:
-        vars(module)["training"] = value  # past nn.Module's own attribute access, which takes longer
+        vars(module)["training"] = value  # bypasses nn.Module's own attribute access, which takes longer

@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
-    """A copy of `data` with ``function(tensor)`` in the place of each tensor.
+    """A copy of `data` with ``function(tensor)`` in place of each tensor.
 
-    Looked into are mappings, lists, deques, tuples (named ones too) and dataclasses (frozen ones too), which are
-    copied. Other objects are those of `data`.
+    It descends into mappings, lists, deques, tuples (named ones too) and dataclasses (frozen ones too), which are
+    copied. Other objects are shared with `data`.
     """
     if isinstance(data, Tensor):
         return function(data)

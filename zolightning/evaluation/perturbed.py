@@ -2,10 +2,10 @@
 
 While a :class:`Perturbed` context is active, every torch function that is called with a perturbed parameter gets a
 scratch copy of ``W + direction`` instead, filled just before the call and reused by the next one. So there is no
-restore pass and no drift, memory is one layer above inference, and an exception inside a loss loses nothing. Since
-the exchange happens where a weight is read, not where a module owns it, tied weights, functional use and modules
-that read another's parameter (``nn.MultiheadAttention``) need no special care. If a trial shows that parameters are
-read only in the forward of the modules that own them, which is the rule, only calls in there are watched.
+restore pass and no drift, memory is one layer above inference, and an exception inside a loss loses nothing. Since the
+replacement happens where a weight is read, not where a module owns it, tied weights, functional use and modules that
+read another's parameter (``nn.MultiheadAttention``) need no special care. If a trial shows that parameters are read
+only in the forward of the modules that own them, which is usually the case, only calls in there are watched.
 
 Code that torch's Python layer cannot see (TorchScript, a compiled network, custom kernels) would silently miss the
 perturbation. Parameters that it reads are found before the first step (:mod:`zolightning.evaluation.find_reads`), and
@@ -41,10 +41,10 @@ from zolightning.evaluation.torch_functions import (
     linear_in_pieces,
 )
 
-_CONTAINERS = (list, tuple)  # in which a function may get parameters
+_CONTAINERS = (list, tuple)  # in which parameters may be passed to a function
 
 Perturbations = Mapping[nn.Parameter, Perturbation | None]
-"""How each parameter is perturbed in an evaluation; with None, it is only noted that the parameter is read."""
+"""How each parameter is perturbed in an evaluation; None only records that the parameter is read."""
 
 
 class Perturbed(TorchFunctionMode):
@@ -115,7 +115,7 @@ class Perturbed(TorchFunctionMode):
 
     @contextmanager
     def only_in(self, readers: Iterable[nn.Module] | None) -> Iterator[None]:
-        """Watches functions in the forwards of `readers` alone, unless it is None or another context watches within."""
+        """Watches functions in the forwards of `readers` alone, unless it is None or an inner context is watching."""
         if readers is None or _get_current_function_mode() is not self:
             yield
             return
@@ -128,7 +128,7 @@ class Perturbed(TorchFunctionMode):
 
     def __enter__(self) -> "Perturbed":
         with ExitStack() as restore:  # an interrupt or a lack of memory in here undoes what was done so far
-            # Autocast keeps its half-precision copies of parameters: stale here, or as large as the model.
+            # Autocast caches half-precision copies of parameters: stale here, or as large as the model.
             restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
             for parameter in self.in_place:
@@ -154,7 +154,7 @@ class Perturbed(TorchFunctionMode):
 
     def _forward_of(self, reader: Any) -> Callable[..., Any]:
         """A forward in which functions are watched."""
-        attributes = vars(reader)  # past nn.Module's own attribute access, which takes longer
+        attributes = vars(reader)  # bypasses nn.Module's own attribute access, which takes longer
         is_linear = type(reader).forward is nn.Linear.forward and "forward" not in attributes
         if is_linear and {"weight", "bias"} <= attributes["_parameters"].keys():
             return StandIn(self._linear_forward, reader.forward)
@@ -194,7 +194,7 @@ class Perturbed(TorchFunctionMode):
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a function that was given a parameter, with the perturbed parameter."""
         if is_transformed():
-            with outside_of_transforms():  # whose tensors have no memory to write to, and end with them
+            with outside_of_transforms():  # whose tensors have no memory to write to, and end with the transform
                 args = tuple([self.exchange(arg) for arg in args])
                 kwargs = {name: self.exchange(arg) for name, arg in kwargs.items()}
             return func(*args, **kwargs)
@@ -247,7 +247,7 @@ class Perturbed(TorchFunctionMode):
                 perturbed = torch.empty_like(stored)
                 perturbation.add_to(stored, perturbed)
                 return nn.Parameter(perturbed, weight.requires_grad)
-        made = None if isinstance(perturbation, LowRank) else self._made(weight)  # of a LowRank it would be the core
+        made = None if isinstance(perturbation, LowRank) else self._made(weight)  # for a LowRank it would be the core
         if made is not None:
             return made
         taken.append(buffer := self.scratch.take(weight.device))
@@ -258,8 +258,8 @@ class Perturbed(TorchFunctionMode):
     def _made(self, parameter: nn.Parameter) -> Tensor | None:
         """The perturbed vector, or the perturbed core of a matrix, if it was made together with others, on a GPU.
 
-        None for what is made by itself: larger tensors, and all while a CUDA graph is recorded, where a launch costs
-        the host nothing later.
+        None for tensors that are made separately: larger ones, and all of them while a CUDA graph is recorded, since
+        its launches cost the host nothing later.
         """
         device = parameter.device
         if self._small is None or device.type == HOST or torch.is_grad_enabled():
@@ -271,7 +271,7 @@ class Perturbed(TorchFunctionMode):
         return self._small[device].get(id(parameter))
 
     def _linear(self, inputs: Any, weight: Any, bias: Any) -> Any:
-        """``F.linear`` with perturbed tensors, apart because it is called most often."""
+        """``F.linear`` with perturbed tensors, a separate method because it is called most often."""
         by_id, key = self._by_id, id(weight)
         perturbation = by_id.get(key)
         if isinstance(perturbation, LowRank):

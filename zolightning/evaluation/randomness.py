@@ -2,8 +2,8 @@
 
 A loss may draw random numbers: input noise, a VAE's latents, masks, ``F.dropout``. If two losses drew different ones,
 their difference would say nothing about the direction, so all evaluations of a step draw the same numbers. These are a
-function of (run seed, step, stream): they change at every step, and are the same after a resume. Outside of the
-evaluations all generators are in the state in which they would be without them.
+function of (run seed, step, stream): they change at every step, and are the same after a resume. Outside the
+evaluations all generators are in the state that they would have without them.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class States(NamedTuple):
 class Generators:
     """The global generators that a loss may draw from: torch's, and NumPy's and Python's.
 
-    Generators that a module keeps as attributes of its own are left to :mod:`zolightning.evaluation.traces`.
+    Generators that a module keeps as its own attributes are handled by :mod:`zolightning.evaluation.traces`.
 
     Args:
         devices: of the parameters; torch has one generator for the CPU and one for each other device.
@@ -47,7 +47,7 @@ class Generators:
         self._devices = sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
 
     def states(self) -> States:
-        """The present states of all generators."""
+        """The current states of all generators."""
         numpy = _numpy()
         on_devices = [torch.get_device_module(d).get_rng_state(*_place(d)) for d in self._devices]
         return States(
@@ -66,7 +66,7 @@ class Generators:
         random.setstate(states.python)
 
     def seeded(self, *numbers: int) -> States:
-        """The states of generators that were seeded by some 64-bit integers."""
+        """The states of generators seeded with some 64-bit integers."""
         message = b"randomness" + struct.pack(f"<{len(numbers)}q", *numbers)
         seed = int.from_bytes(hashlib.blake2b(message, digest_size=7).digest(), "little")
         numpy = _numpy()
@@ -78,7 +78,7 @@ class Generators:
 
     @contextmanager
     def rewound(self, *numbers: int) -> Iterator[Callable[[], None]]:
-        """A context that restores the generators at its end; it yields a function that seeds them by these integers."""
+        """A context that restores the generators at its end; it yields a function that seeds them with the integers."""
         before, start = self.states(), self.seeded(*numbers)
         try:
             yield lambda: self.set(start)
@@ -96,4 +96,4 @@ def _pairs(one: States, other: States) -> Iterable[tuple[Any, Any]]:
 
 
 def _place(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # of which there is one
+    return () if device.type == "mps" else (device,)  # of which there is only one

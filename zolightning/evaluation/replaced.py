@@ -9,10 +9,10 @@ from torch import nn
 
 
 class StandIn(partial[Any]):
-    """A function in the place of a module's ``forward``, which is its first argument. It is not copied with the module.
+    """A function in place of a module's ``forward``, which is its first argument. It is not copied with the module.
 
-    A loss may copy the network that it evaluates (``copy.deepcopy``), to make a teacher for one: the copy has its own
-    forward.
+    A loss may copy the network that it evaluates (``copy.deepcopy``), to make a teacher, for example: the copy has its
+    own forward.
     """
 
     def __reduce__(self) -> Any:
@@ -26,11 +26,11 @@ def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
 class replaced:
     """A context in which a module, or any object, has another method or attribute of this name.
 
-    A class and no generator, because it must be possible to copy it while it is open: a module may copy its Trainer.
+    A class and not a generator, because it must be possible to copy it while it is open: a module may copy its Trainer.
     """
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._attributes = vars(owner)  # past nn.Module's own attribute access, which takes longer
+        self._attributes = vars(owner)  # bypasses nn.Module's own attribute access, which takes longer
         self._name, self._value = name, value
 
     def __enter__(self) -> None:
@@ -44,7 +44,7 @@ class replaced:
 
 
 def followed(own: Callable[..., None], after: Callable[..., None], *arguments: Any) -> Callable[..., None]:
-    """A method that calls another function after its own one, by whose name others see whose method it is."""
+    """A method that calls another function after its own, under whose name others see whose method it is."""
 
     @wraps(own)
     def method(*args: Any) -> None:
@@ -64,8 +64,8 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def replaced_forwards(modules: Iterable[nn.Module], made: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Gives each of some modules another ``forward``, which is made of the module."""
-    own: list[tuple[dict[str, Any], Any]] = []  # attributes, and the forward among them or None
+    """Gives each of some modules another ``forward``, which is made from the module."""
+    own: list[tuple[dict[str, Any], Any]] = []  # attributes, and their own "forward" or None
     try:
         for module in modules:
             attributes = vars(module)

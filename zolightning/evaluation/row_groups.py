@@ -176,7 +176,7 @@ class RowGroups(Perturbed):
             return None
         is_first = id(args[0]) in self.held
         weight, inputs = args if is_first else args[::-1]
-        # A tensor without dimensions would no longer leave the output's dtype to the other one.
+        # A tensor without dimensions would no longer leave the output's dtype to the other operand.
         if not self._has_rows(inputs) or not 0 < weight.ndim < inputs.ndim:
             return None
         weights = torch.stack(self._vectors(weight))
@@ -211,7 +211,7 @@ class RowGroups(Perturbed):
 
 
 def _pairs(changes: Sequence[Perturbation | None]) -> list[tuple[int, ...]]:
-    """The indices of perturbations, in pairs of a direction and its negation where there are such, others alone."""
+    """The indices of perturbations, paired where one is the negation of another, otherwise alone."""
     left, found = dict(enumerate(changes)), []
     while left:
         place = min(left)
@@ -251,9 +251,9 @@ def perturbed_by(contexts: Sequence[Perturbed]) -> dict[nn.Parameter, Perturbati
 
 @contextmanager
 def watched_everywhere(contexts: Sequence[Perturbed]) -> Iterator[None]:
-    """Has contexts watch all functions for a while.
+    """Makes contexts watch all functions for a while.
 
-    Where another function runs in the place of the network, so few are called that this costs less than to exchange
+    While another function runs in place of the network, so few functions are called that this costs less than replacing
     the forwards of hundreds of modules.
     """
     for context in contexts:

@@ -24,7 +24,7 @@ class Scratch:
         return self._small_tensors.setdefault(device, SmallTensors(device))
 
     def take(self, device: torch.device) -> Buffer:
-        """A free buffer; the one given back last, so that each keeps about its size."""
+        """A free buffer: the one given back last, so that each keeps about its size."""
         free = self._free.setdefault(device, [])
         return free.pop() if free else Buffer(device)
 
@@ -53,7 +53,7 @@ def pieces(weight: Tensor, limit: int) -> Iterator[slice]:
 
 
 def scratch_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes of scratch memory for dense perturbations: the size of the largest parameter, of matrices at most a piece.
+    """Bytes of scratch memory for dense perturbations: the size of the largest parameter, at most a piece for a matrix.
 
     This holds if only ``F.linear`` and ``F.embedding`` read the matrices that are larger than ``PIECE_BYTES``.
     """

@@ -47,7 +47,7 @@ class SharedForward:
         self._network_forward = network.forward
         self._network_generate = getattr(network, "generate", None)
         self._is_writing = False
-        self.prompts: list[dict[str, Tensor]] = []  # of what `generate` has written, by a decoder
+        self.prompts: list[dict[str, Tensor]] = []  # the inputs of each call of `generate`, if it is a decoder's
         self._graphs = graphs
         self._held = {id(buffer): name for name, buffer in network.named_buffers()}
         parameters = dict(network.named_parameters())
@@ -57,7 +57,7 @@ class SharedForward:
         self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
 
     def evaluate(self, context: Perturbed, evaluate: Callable[[], LossAndTerms]) -> None:
-        """Evaluates a loss in its context, in which the network stands replaced, and adds the result to `losses`."""
+        """Evaluates a loss in its context, in which the network is replaced, and adds the result to `losses`."""
         self._call = 0
         with context:
             self.losses.append(evaluate())
@@ -110,7 +110,7 @@ class SharedForward:
         return tensor.repeat(len(self._contexts), *[1] * (tensor.ndim - 1))
 
     def finish(self) -> None:
-        """Ends the last evaluation. It waits for the device only if an evaluation made its inputs anew.
+        """Ends the last evaluation. It waits for the device only if an evaluation created its own inputs.
 
         Raises:
             CannotStack: if the inputs of an evaluation had other values than those of the first.
@@ -134,7 +134,7 @@ class SharedForward:
         stacked = RowGroups(self._contexts, total, self._held)
         function: Any = self._network_generate if self._is_writing else self._network_forward
         graphs = None if self._is_writing else self._graphs
-        # The network's own forward runs, past the one that would watch
+        # The network's own forward runs, not the one that would watch
         stacked.is_everywhere = graphs is not None or stacked.reads_in(self._network)
         if graphs is not None:
             function = partial(graphs.run, function, stacked, {})

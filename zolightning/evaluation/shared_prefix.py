@@ -2,10 +2,10 @@
 
 The first evaluation finds out how many layers that are: it looks at which parameters have been read when each layer
 returns, and keeps the output of the last layer before the first perturbed parameter is read. The other evaluations get
-that output without running these layers. Every loss keeps all its bits. Training layer `l` of `L` alone by two
+that output without running these layers. No bit of any loss changes. Training layer `l` of `L` alone with two
 evaluations costs ``1 - l / (2 L)`` of two forwards; memory is one layer output for the batch.
 
-Where the same batches come again and again (``data.fixed_batches``), these outputs may be kept for the whole run: from
+Where the same batches are repeated (``data.fixed_batches``), these outputs may be kept for the whole run: from
 the second epoch on, nothing below the first trained layer is computed at all.
 """
 
@@ -27,9 +27,9 @@ from zolightning.evaluation.replaced import replaced_forward
 from zolightning.layers import find_layers
 from zolightning.rank_zero import rank_zero_warn
 
-_WRITES = ", because each writes a text of its own"
-_LOOPS = ", because the network runs them again on what trained layers have made"
-_BESIDE = ", because the network does more between them than hand on their outputs (it adds residuals, for one)"
+_WRITES = ", because each generates its own text"
+_LOOPS = ", because the network runs them again on outputs of trained layers"
+_BESIDE = ", because the network does more between them than pass on their outputs (it adds residuals, for example)"
 
 
 def layers_of(module: nn.Module) -> Sequence[nn.Module]:
@@ -40,7 +40,7 @@ def layers_of(module: nn.Module) -> Sequence[nn.Module]:
     for submodule in module.modules():
         is_pair = getattr(getattr(submodule, "config", None), "is_encoder_decoder", False)
         if is_pair and hasattr(submodule, "get_encoder"):
-            module = submodule.get_encoder()  # type: ignore[operator]  # torch takes it for a module
+            module = submodule.get_encoder()  # type: ignore[operator]  # torch declares it as a module
             break
     try:
         layers = find_layers(module).layers
@@ -66,7 +66,7 @@ class SharedPrefix:
         self._kept_depth = 0  # after how many layers they were taken
         self._kept_for: frozenset[int] = frozenset()  # ids of the parameters that moved meanwhile
         self.depth: int | None = None  # layers that later evaluations skip; None before the first evaluation
-        self.share = 0.0  # of all runs of layers in the last step, those that were skipped
+        self.share = 0.0  # the share of layer runs in the last step that were skipped
         self._runs = self._skipped = 0  # in this step: how often the network ran, and how many layers were skipped then
         # For each time that the network runs in an evaluation, the output of the last of these layers, and the states
         # of the generators after it: where it is skipped, later layers must draw the same numbers all the same.
@@ -86,7 +86,7 @@ class SharedPrefix:
         The first call of a step computes everything. If it finds more layers to share than any step before, it repeats
         the evaluation with these skipped, and shares nothing from then on unless the loss has the same bits, because a
         network may do more with its layers than run one after the other. Evaluations that generate texts share nothing
-        either: each goes on from its own tokens, with keys and values of all layers. Nor do those of a network that
+        either: each continues from its own tokens, with keys and values of all layers. Nor do those of a network that
         loops over its layers.
 
         Args:
@@ -117,11 +117,11 @@ class SharedPrefix:
     def _gives_again(
         self, result: LossAndTerms, evaluate: Callable[[AbstractContextManager[None]], LossAndTerms]
     ) -> bool:
-        """Whether an evaluation has the same bits where layers are skipped."""
+        """Whether an evaluation gives the same bits when layers are skipped."""
         counts = self._runs, self._skipped
         try:
             return torch.equal(evaluate(self._replay()).loss, result.loss)
-        except Exception:  # whatever a network raises that misses what its layers have left elsewhere
+        except Exception:  # whatever a network raises if it misses what its layers leave elsewhere
             return False
         finally:
             self._runs, self._skipped = counts
@@ -169,7 +169,7 @@ class SharedPrefix:
         with ExitStack() as stack:
 
             def watch(index: int) -> None:
-                # Hooks of others on a layer must see it run.
+                # Hooks that other code has put on a layer must see it run.
                 if index < len(self.layers) and not _is_hooked(self.layers[index]):
                     hook = self.layers[index].register_forward_hook(
                         lambda _, *arguments: keep(index, *arguments), with_kwargs=True

@@ -17,7 +17,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.scaled import FullCurvature, ScaledDirection
 from zolightning.evaluation.buffer import Buffer
 
-_MOST = 2**17  # elements: larger tensors are worth a launch of their own, and use the shared scratch memory
+_MOST = 2**17  # elements: larger tensors deserve a launch of their own, and use the shared scratch memory
 _ALIGNMENT = 16  # bytes, which threads read and write at once
 
 
@@ -45,7 +45,7 @@ class SmallTensors(Buffer):
         return {id(parameter): made for (parameter, _, _), made in zip(found, self._tensors, strict=True)}
 
     def spare(self, output: object) -> None:
-        """If a function's output lies in this memory, uses other memory from the next evaluation on."""
+        """If a function's output lies in this memory, the next evaluation uses other memory."""
         if self.holds(output):
             self._layout, self._tensors = [], []
 

@@ -14,7 +14,7 @@ _SMALL = 4096  # elements: copying smaller tensors costs less than finding out w
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _NUMBERS = frozenset({bool, int, float, str, type(None)})  # which cannot change behind an attribute
 _OURS = frozenset({"forward", "generate"})  # attributes that this package sets while weights are perturbed
-_SKIPPED = frozenset(vars(nn.Module())) | _OURS  # with the bookkeeping of nn.Module
+_SKIPPED = frozenset(vars(nn.Module())) | _OURS  # in addition to the bookkeeping of nn.Module
 
 
 class TensorSnapshot:

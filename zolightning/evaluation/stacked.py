@@ -38,7 +38,7 @@ _NO_FORWARD = getattr_static(nn.Module, "forward")
 def networks_of(
     module: nn.Module, parameters: Iterable[nn.Parameter], option: str = "evaluations_per_forward"
 ) -> list[nn.Module]:
-    """What may run for several evaluations at once, the best first: modules with a forward that hold all `parameters`.
+    """Networks for several evaluations at once, the best first: modules with a forward that hold all `parameters`.
 
     A module that computes the loss holds its network, the outermost such submodule. In a plain loop the module itself
     may be the network, and comes first; its submodule is the network where it computes its loss itself.
@@ -59,8 +59,8 @@ def networks_of(
     if not found:
         children = ", ".join(name for name, _ in module.named_children()) or "none"
         raise ValueError(
-            f"`{option}` needs one submodule that holds all trainable parameters and is called for the loss, and "
-            f"{type(module).__name__} has none such: its children are {children}. Put the network into one module, or "
+            f"`{option}` needs one submodule that holds all trainable parameters and is called for the loss, but "
+            f"{type(module).__name__} has none: its children are {children}. Put the network into one module, or "
             f"leave `{option}` at its default."
         )
     return found
@@ -73,12 +73,13 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 class StackedNetwork:
-    """Evaluates a loss under several perturbations at once, by the first of some networks with which that works.
+    """Evaluates a loss under several perturbations at once, with the first of some networks for which that works.
 
     Its truth value is False where there is no such network, or none is left.
 
     Args:
-        networks: what may run for several evaluations, the best first; called, once or several times, by the loss.
+        networks: those that may run for several evaluations, the best first; the loss calls them, once or several
+            times.
         size: evaluations that share a run.
     """
 
@@ -104,7 +105,7 @@ class StackedNetwork:
         self._trusted.clear()
 
     def give_up(self, reason: str) -> None:
-        """Has each evaluation run by itself from here on."""
+        """Makes each evaluation run separately from here on."""
         if self._networks:
             self._networks.clear()
             rank_zero_warn(f"`evaluations_per_forward` is 1 from here on: {reason}.")
@@ -117,7 +118,7 @@ class StackedNetwork:
         graphs: GraphedNetwork | None,
         begin: Callable[[], None],
     ) -> list[LossAndTerms] | None:
-        """The loss and its number of terms within each of some contexts; None if no network can be run like this.
+        """The loss and its number of terms within each of several contexts; None if no network can be run like this.
 
         The first time that a certain set of tensors is repeated and split, the losses are compared with those of
         separate runs.
@@ -148,7 +149,7 @@ class StackedNetwork:
     def _evaluate(
         self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed], graphs: GraphedNetwork | None
     ) -> list[LossAndTerms]:
-        """The losses by the first network; raises CannotStack if that gives other ones."""
+        """The losses from the first network; raises CannotStack if they are not those of separate runs."""
         results: list[LossAndTerms] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
@@ -185,7 +186,7 @@ class StackedNetwork:
         return run
 
     def _scores(self, prompts: Sequence[Mapping[str, Tensor]]) -> LossAndTerms:
-        """In place of a loss the mean square of the logits of the next token, with 1 as its number of terms."""
+        """Instead of a loss, the mean square of the logits of the next token, with 1 as its number of terms."""
         logits = [self._network(**prompt, use_cache=False).logits[:, -1].double() for prompt in prompts]
         loss = torch.cat(logits).square().mean()
         return LossAndTerms(loss, torch.ones_like(loss))
@@ -208,10 +209,10 @@ class StackedNetwork:
         if not torch.isfinite(alone).all():
             return False
         expected = alone.repeat(len(contexts))[: len(contexts)]
-        # Kernels round in another way for another number of rows.
+        # Kernels round differently for another number of rows.
         rounding = (5e-3 if computes_in_half(self._network, alone.device) else 1e-5) * alone[0].abs()
         is_same = (together - expected).abs() <= rounding + 0.05 * (alone[1] - alone[0]).abs()
-        # Among as many rows they round as before, so that little of what other groups do to a group is missed.
+        # With the same number of rows they round as before, so that few effects of other groups on a group are missed.
         is_independent = (together - all_flipped)[1::2].abs() <= rounding
         if not (is_same.all() and is_independent.all()):
             raise CannotStack(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_keys, _values = methodcaller("keys"), methodcaller("values")  # for `map`, which then calls nothing in Python
+_keys, _values = methodcaller("keys"), methodcaller("values")  # for `map`, which then runs no Python code
 
 
 def submodules(module: nn.Module) -> list[nn.Module]:
@@ -44,7 +44,7 @@ class Submodules:
         self._held = [dict(registry.items()) for registry in self._registries()]
 
     def are_same(self) -> bool:
-        """Whether they are still all, each with the same parameters under the same names."""
+        """Whether these are still all submodules, each with the same parameters under the same names."""
         return hold_the_same(self._registries(), self._held)
 
     def _registries(self) -> list[Any]:

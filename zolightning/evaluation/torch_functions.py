@@ -1,9 +1,9 @@
 """Torch's functions of a weight: those that only describe it, and products, also of large perturbed matrices.
 
 A large matrix, such as an output layer, is perturbed and multiplied piece by piece, so that only a piece is in memory
-at a time. A piece is some of its rows, which become columns of the output. Kernels for fewer columns may add in another
-order, so the bits of the product may differ from those with the whole matrix. They are the same for equal weights, and
-both signs of a direction are cut into the same pieces.
+at a time. A piece is some of its rows, which become columns of the output. Kernels for fewer columns may add in a
+different order, so the bits of the product may differ from those with the whole matrix. They are the same for equal
+weights, and both signs of a direction are cut into the same pieces.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ ByRows = Direction | LowRank | FlippedBit | Unchanged  # changes that can be wri
 
 
 def describes(func: Callable[..., Any]) -> bool:
-    """Whether a function that is handed a tensor only describes it: its shape, its dtype, where it lies."""
+    """Whether a function that is handed a tensor only describes it: its shape, its dtype, where it is stored."""
     name = func.__name__
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", None) not in _VALUE_GETTERS
@@ -53,7 +53,7 @@ def is_transformed() -> bool:
 
 
 def is_cut(weight: Tensor) -> bool:
-    """Whether a weight is read in pieces: not while autograd records, which keeps what it is handed."""
+    """Whether a weight is read in pieces: not while autograd records, which keeps its inputs."""
     is_large_matrix = weight.nbytes > PIECE_BYTES and weight.ndim == 2
     return is_large_matrix and weight.is_contiguous() and not torch.is_grad_enabled()
 

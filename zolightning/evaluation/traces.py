@@ -24,9 +24,9 @@ _NOTHING = Snapshot((), set(), frozenset())
 
 
 class Traces:
-    """Undoes what the evaluations of a step write, but for the first one.
+    """Undoes what the evaluations of a step write, except for the first one.
 
-    From step to step it remembers which tensors evaluations write to, and what of the modules has not changed.
+    From step to step it remembers which tensors evaluations write to, and which parts of the modules have not changed.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Traces:
         self._first: Snapshot | None = None  # after the first evaluation, if it wrote anything
 
     def forget(self) -> None:
-        """Has the next evaluation watched again, and the state of all modules read anew."""
+        """Makes the next evaluation be watched again, and the state of all modules be read again."""
         self._is_watched, self._modules, self._lasting = False, (), ()
 
     @contextmanager
@@ -63,7 +63,7 @@ class Traces:
             self._before, self._first = _NOTHING, None  # which hold copies of tensors
 
     def evaluate(self, evaluate: Callable[[], Any], is_first: bool) -> Any:
-        """Evaluates a loss and undoes what it wrote, also where it fails; `is_first` keeps it for the step's end."""
+        """Evaluates a loss and undoes what it wrote, even if it fails; `is_first` keeps it for the step's end."""
         is_written = True
         try:
             result = evaluate()

@@ -1,4 +1,4 @@
-"""The loops over parameters: perturbations and updates, all that a step does besides its forward passes.
+"""The loops over parameters: perturbations and updates, which are all that a step does besides its forward passes.
 
 Each function of this module exists once in each backend, with the same arguments and the same bits. It works in place
 on flat, contiguous tensors of one device:
@@ -7,10 +7,10 @@ on flat, contiguous tensors of one device:
 * :mod:`~zolightning.kernels.triton_loops`: Triton, for CUDA devices;
 * :mod:`~zolightning.kernels.torch_loops`: PyTorch, compiled where that works, for everything else.
 
-They add :class:`~zolightning.kernels.noise.Noise`, from element ``start`` of it on: the index of a tensor's first
-element in its parameter. Noise may be changed before it is added: divided by the root of a ``curvature``, element by
-element (positive, of the weight's shape and the dtype of the arithmetic), or left out where the absolute value of the
-stored weight is above a ``threshold``.
+They add :class:`~zolightning.kernels.noise.Noise` from its element ``start`` on, where ``start`` is the index of a
+tensor's first element in its parameter. Noise may be changed before it is added: divided by the root of a
+``curvature``, element by element (positive, of the weight's shape and the dtype of the arithmetic), or left out where
+the absolute value of the stored weight is above a ``threshold``.
 """
 
 import functools
@@ -42,13 +42,13 @@ def _backend(first: Tensor, *others: Tensor | None, start: int = 0) -> ModuleTyp
 
 @functools.cache
 def _triton_loops() -> ModuleType | None:
-    """The loops in Triton, which is imported where there is a CUDA device to use it; None where it does not work."""
+    """The loops in Triton, which is imported only if there is a CUDA device for it; None where it does not work."""
     if os.environ.get("ZOLIGHTNING_TRITON", "1") == "0":
         return None
     try:
         from zolightning.kernels import triton_loops
 
-        one = torch.ones(2, device="cuda")  # drivers, compilers and cards show what they lack when a kernel runs
+        one = torch.ones(2, device="cuda")  # only running a kernel shows whether driver, compiler and card support it
         triton_loops.perturb(one, one, Noise(torch.ones(1, 2, dtype=torch.int32, device="cuda"), one[:1], "gaussian"))
     except Exception as error:
         compiled.slower("Triton", error)
@@ -57,14 +57,14 @@ def _triton_loops() -> ModuleType | None:
 
 
 def _master(extra_bits: Tensor | None, backend: ModuleType) -> Tensor | None:
-    """The fp32 master of an fp16 weight, if it is to move in place of the weight: on a CPU in C, which has no fp16."""
+    """The fp32 master of an fp16 weight, if it is to move instead of the weight: on a CPU in C, which has no fp16."""
     is_master = extra_bits is not None and extra_bits.dtype == torch.float32
     return extra_bits if is_master and backend is torch_loops else None
 
 
 @contextmanager
 def _moving(weight: Tensor, master: Tensor) -> Iterator[None]:
-    """A context in which a master moves; it first takes over what others wrote to the weight, which follows it."""
+    """A context in which a master moves: it first takes over what others wrote to the weight, which then follows."""
     torch_loops.take_over(weight, master)
     yield
     weight.copy_(master)
@@ -112,7 +112,7 @@ def perturb_rows(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    """``out = (table + noise)[rows]``, reading and generating these rows only.
+    """``out = (table + noise)[rows]``, reading and generating only these rows.
 
     Args:
         out: (k, n), contiguous, of the dtype of `table`.

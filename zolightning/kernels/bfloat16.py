@@ -1,6 +1,6 @@
 """A bf16 weight together with the bits that bf16 rounds away: an fp32 number, or most of one.
 
-A bf16 number is the upper half of an fp32 number. With the lower half kept beside it (its *low word*, int16, signed, so
+A bf16 number is the upper half of an fp32 number. With the lower half kept alongside (its *low word*, int16, signed, so
 that the upper half is the rounded value), the pair is that fp32 number. With a *low byte* (int8) it is that number
 rounded to 24 bits, to nearest with ties to even: 16 significant bits where fp32 has 24 and bf16 has 8.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 def read_split(weight: Tensor, low: Tensor) -> Tensor:
     """The fp32 numbers whose upper half, rounded, is `weight` (bf16) and whose extra bits are `low` (int16 or int8).
 
-    If somebody else has written a zero over a weight, its old extra bits stay, which makes it a number next to zero;
+    If other code has overwritten a weight with zero, its old extra bits stay, which makes it a number next to zero;
     those below 0 are ignored, because the number would be a NaN.
     """
     high, extra_bits = weight.view(torch.int16).to(torch.int32), low.to(torch.int32)

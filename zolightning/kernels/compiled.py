@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**16  # elements of an eager chunk: temporaries of 256 KiB stay in the second-level cache
-DEVICE_CHUNK = 2**22  # on other devices than CPUs, where each operation is a launch that takes microseconds
+DEVICE_CHUNK = 2**22  # on devices other than CPUs, where each operation is a launch that takes microseconds
 COMPILE_FROM = 2**20  # elements: below it a process may end before compilation has paid for itself
 
 Kernel = Callable[..., None]
@@ -25,9 +25,9 @@ class _Compiler:
     """The state of this module.
 
     Attributes:
-        enabled: whether kernels may be compiled: not after a failure, nor if the environment switches it off.
+        enabled: whether kernels may be compiled: not after a failure, nor if the environment disables it.
         warm: whether a kernel has been compiled, after which small tensors use compiled kernels too.
-        warned: whether a warning has said that a faster way does not work.
+        warned: whether there has been a warning that a faster way does not work.
     """
 
     enabled: bool = os.environ.get("ZOLIGHTNING_COMPILE", "1") != "0"
@@ -44,7 +44,7 @@ def kernel(function: Kernel, like: Tensor) -> tuple[Kernel, int]:
 
 def chunk_size(like: Tensor) -> int:
     """How many elements of tensors like `like` an eager loop takes at once."""
-    if like.device.type == "meta":  # shapes only, at no cost an element
+    if like.device.type == "meta":  # only shapes, at no cost per element
         return 2**30
     return CHUNK if like.device.type == "cpu" else DEVICE_CHUNK
 
@@ -72,7 +72,7 @@ def _guarded(function: Kernel) -> Kernel:
 
 
 def slower(missing: str, error: Exception) -> None:
-    """Warns that `missing` does not work, unless a faster way did not work either and has been named."""
+    """Warns that `missing` does not work, unless there has already been a warning that a faster way does not work."""
     if not _Compiler.warned:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(

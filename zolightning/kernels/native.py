@@ -1,8 +1,8 @@
-"""The loops of ``native.c`` for CPUs, compiled on first use by the system's C compiler and called through ctypes.
+"""The loops of ``native.c`` for CPUs, compiled on first use with the system's C compiler and called through ctypes.
 
-See :mod:`zolightning.kernels` for what they do. They give the bits of the torch loops they stand in for, several times
-faster than ``torch.compile`` makes those on a CPU, start in a second instead of ten, and cost microseconds a call.
-Where no compiler is found, a line says so once and the torch loops run.
+See :mod:`zolightning.kernels` for what they do. They give the same bits as the torch loops that they replace. They are
+several times faster than those under ``torch.compile`` on a CPU, start in a second instead of ten, and cost
+microseconds per call. Where no compiler is found, one message says so and the torch loops run.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ class _AdamStep(ctypes.Structure):
 
 
 _SOURCE = Path(__file__).with_name("native.c")
-# Contraction would change bits; the widest vectors halve the time and are known to x86 compilers only; a square root
-# that may set `errno` is no vector instruction.
+# Contraction would change bits; the widest vectors halve the time, and only x86 compilers have an option for them; a
+# square root that may set `errno` cannot be a vector instruction.
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC"]
 _WIDE = ["-mprefer-vector-width=512"]
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -95,7 +95,7 @@ def perturb_both(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if noise.keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+    if noise.keys.shape[0] > 1:  # sums of several queries (no evaluation needs them) are not negated by one sign
         perturb(plus, weight, noise, start, curvature, threshold)
         perturb(minus, weight, -noise, start, curvature, threshold)
         return
@@ -218,8 +218,8 @@ def _library() -> ctypes.CDLL | None:
         reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
         rank_zero_warn(
             f"The C loops could not be compiled ({reason[0] if reason else type(error).__name__}); noise is made by "
-            "torch: the same numbers, many times slower. It takes a C compiler (gcc or clang) and a cache that can be "
-            "written to (ZOLIGHTNING_CACHE)."
+            "torch: the same numbers, many times slower. The loops need a C compiler (gcc or clang) and a writable "
+            "cache folder (ZOLIGHTNING_CACHE)."
         )
         return None
     for name, arguments in _ARGUMENTS.items():
@@ -246,7 +246,7 @@ def _compiled() -> Path:
             run([compiler, *flags, "-c", str(_SOURCE), "-o", made])
             # Not linked with OpenMP: its functions are found in torch's own, whose threads would otherwise compete.
             run([compiler, "-shared", made, "-o", linked])
-            os.replace(linked, library)  # atomic: ranks that start together each make it, and one stays
+            os.replace(linked, library)  # atomic: ranks that start together each make it, and one copy stays
     return library
 
 

@@ -2,12 +2,12 @@
 
 An element of a direction depends on (run seed, step, query, parameter name, element index) and on nothing
 else: not on the device, dtype, process count, shard, order of parameters or torch's generators. Two neighbouring
-elements share one 32-bit hash of their pair's index and a 64-bit key; the 16 bits of each become a small integer,
-its *code*:
+elements share one 32-bit hash of their pair's index and a 64-bit key; each gets 16 of its bits, which become a small
+integer, its *code*:
 
 * ``gaussian``: number of set bits minus 8, times 1/2. Mean 0, variance 1, skewness 0, excess kurtosis -1/8: a
-  binomial with 17 values, near enough to a normal for SPSA, where only the first moments count, and free of
-  logarithms and cosines, whose last bits differ between devices.
+  binomial with 17 values, close enough to a normal distribution for SPSA, where only the first moments count, and free
+  of logarithms and cosines, whose last bits differ between devices.
 * ``rademacher``: the top bit, +1 or -1.
 
 Coefficients are rounded to 20 significant bits. A code needs at most 4, so ``coefficient * code`` is exact in
@@ -90,9 +90,9 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
 def hash_bits(index: Tensor, key: Tensor) -> Tensor:
     """32 well-mixed bits for every index, int32, of the shape of `index`.
 
-    Two multiply-xorshift rounds with the constants of C. Wellons' lowbias32; the second key word enters between
-    them, without which two keys would give permutations of one sequence. Neighbouring indices differ in few bits, which
-    two rounds do not quite hide (TestU01's SmallCrush finds them): multiplied by an odd constant, 2^32 over the golden
+    Two multiply-xorshift rounds with the constants of C. Wellons' lowbias32; the second key word enters between them;
+    otherwise two keys would give permutations of one sequence. Neighbouring indices differ in few bits, which two
+    rounds do not quite hide (TestU01's SmallCrush finds them): multiplied by an odd constant, 2^32 over the golden
     ratio, they differ in many.
 
     Args:
@@ -108,7 +108,7 @@ def hash_bits(index: Tensor, key: Tensor) -> Tensor:
 
 def codes(index: Tensor, key: Tensor, kind: NoiseKind) -> Tensor:
     """The integer codes of a direction, int32, of the shape of `index`."""
-    if index.device.type == "meta":  # where a method takes steps to find how many bytes it needs
+    if index.device.type == "meta":  # used to find how many bytes a method needs
         return torch.empty_like(index)
     bits = hash_bits(_shift_right(index, 1), key)
     shift = (index & 1) << 4  # an odd element has the upper half of its pair's bits

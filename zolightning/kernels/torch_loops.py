@@ -110,7 +110,7 @@ def add_adam(
     extra_bits: Tensor | None = None,
     start: int = 0,
 ) -> None:
-    # Tensors, because a device multiplies by the reciprocal of a number that it is to divide by.
+    # Tensors, because to divide by a plain number a device multiplies by its reciprocal.
     numbers = step.mean_correction, step.square_correction
     corrections = [torch.full((), number, dtype=mean.dtype, device=mean.device) for number in numbers]
     for part in chunks(weight.numel(), chunk_size(weight)):
@@ -151,7 +151,7 @@ def take_over(weight: Tensor, master: Tensor) -> None:
 
 
 def add_to_master(master: Tensor, weight: Tensor, noise: Noise, decay: float, start: int, threshold: float) -> None:
-    """:func:`add` to the fp32 master, (n,), of an fp16 weight, (n,), by whose values the threshold is meant."""
+    """:func:`add` to the fp32 master, (n,), of an fp16 weight, (n,), to whose values the threshold applies."""
     for part in chunks(weight.numel(), chunk_size(weight)):
         index = counter(weight[part], start_of(start + part.start, weight.device))
         master[part].mul_(decay).add_(_shaped(noise.at(index), weight[part], None, threshold))
@@ -171,12 +171,12 @@ def _shaped(values: Tensor, weight: Tensor, curvature: Tensor | None, threshold:
     if curvature is not None:
         return values / _root(curvature)
     if threshold is not None:
-        return torch.where(weight.to(values.dtype).abs() <= threshold, values, -0.0)  # which changes no number
+        return torch.where(weight.to(values.dtype).abs() <= threshold, values, -0.0)  # adding -0.0 changes no number
     return values
 
 
 def _root(values: Tensor) -> Tensor:
-    """Correctly rounded roots: those of MKL, which torch uses on CPUs, are not, unless made in float64 and rounded."""
+    """Correctly rounded roots: MKL's, which torch uses on CPUs, are not, unless made in float64 and rounded."""
     return values.double().sqrt().to(values.dtype) if values.device.type == "cpu" else values.sqrt()
 
 
@@ -198,7 +198,7 @@ def _perturb_both(
 ) -> None:
     index = counter(weight, start)
     values = noise.at(index)
-    # A sum that cancels is +0 with negated terms, too: not the negated sum, which shows where the weight is -0.
+    # A sum that cancels is +0 with negated terms, too, which is not the negated sum; it matters where the weight is -0.
     negated = -values if noise.keys.shape[0] == 1 else (-noise).at(index)
     wide = weight.to(values.dtype)
     plus.copy_((wide + _shaped(values, weight, curvature, threshold)).to(plus.dtype))

@@ -2,7 +2,7 @@
 
 A program makes the noise of ``BLOCK`` neighbouring elements (``triton_noise.py``), and reads and writes every tensor
 once. ``start``, even, is the index of a tensor's first element, and ``numel`` the number of elements. ``INTERPRETED``
-says that Triton's interpreter runs it, which rounds otherwise.
+says that Triton's interpreter runs it, which rounds differently.
 
 One launch may work on several tensors of one dtype. ``tensors``, int64, then has a row for each of them: its address,
 that of a second tensor, the number of elements, the offset of its keys in ``keys``, and the addresses of further
@@ -23,7 +23,7 @@ def _shaped(noise, value, curvature, threshold, at, inside):
     if curvature is not None:
         return tl.div_rn(noise, tl.sqrt_rn(tl.load(curvature + at, mask=inside, other=1.0)))
     if threshold is not None:
-        return tl.where(tl.abs(value) <= threshold, noise, -0.0)  # which changes no number
+        return tl.where(tl.abs(value) <= threshold, noise, -0.0)  # adding -0.0 changes no number
     return noise
 
 
@@ -101,7 +101,7 @@ def perturb(
     shaped = _shaped(noise, value, curvature, threshold, at, inside)
     tl.store(plus + at, _rounded(value + shaped, plus.dtype.element_ty, INTERPRETED), mask=inside)
     if minus is not None:
-        negated = noise * -1.0  # on a device Triton's unary minus is 0 - x, which makes no -0 of a 0
+        negated = noise * -1.0  # on a device Triton's unary minus is 0 - x, which does not turn 0 into -0
         shaped = _shaped(negated, value, curvature, threshold, at, inside)
         tl.store(minus + at, _rounded(value + shaped, minus.dtype.element_ty, INTERPRETED), mask=inside)
 
@@ -158,7 +158,7 @@ def _update(
         value = tl.load(extra_bits + at, mask=inside)
         value = tl.where(stored != value.to(stored.dtype), _wide(stored, INTERPRETED), value)
     else:
-        # bfloat16.read_split: a zero that somebody has written has no extra bits below it.
+        # bfloat16.read_split: a zero that other code has written has no extra bits below it.
         UNUSED: tl.constexpr = 8 if extra_bits.dtype.element_ty == tl.int8 else 0
         high = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
         low = tl.load(extra_bits + at, mask=inside).to(tl.int32) << UNUSED

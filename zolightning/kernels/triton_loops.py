@@ -1,7 +1,7 @@
 """The loops in Triton, for CUDA devices: see :mod:`zolightning.kernels`.
 
 They launch the kernels of :mod:`~zolightning.kernels.triton_kernels`, which read keys and coefficients from device
-memory, so that nothing is compiled again for other numbers and a CUDA graph can be replayed with new ones. Products and
+memory, so that nothing is recompiled for new numbers and a CUDA graph can be replayed with them. Products and
 sums are not fused: that would round once instead of twice.
 
 Importing this module needs Triton, which comes with PyTorch for CUDA. With ``TRITON_INTERPRET=1`` in the environment
@@ -26,12 +26,12 @@ from zolightning.kernels.adam import AdamStep
 from zolightning.kernels.curvature import Change
 from zolightning.kernels.noise import Noise, NoiseKind, on_device
 
-_BLOCK = 2048  # elements a program: two 16-byte accesses of bf16 a thread
+_BLOCK = 2048  # elements per program: two 16-byte accesses of bf16 per thread
 _CHUNK = 32  # programs for one row of the table that says where they work, in a launch for several tensors
 _NUM_WARPS = 4
-_UNROLLED = (1, 2, 4, 8)  # numbers of queries with a kernel of their own; all others share one with a loop
+_UNROLLED = (1, 2, 4, 8)  # numbers of queries that have a kernel of their own; all others share one with a loop
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_POPC = not _INTERPRETED and torch.version.hip is None  # an instruction of NVIDIA's
+_POPC = not _INTERPRETED and torch.version.hip is None  # an NVIDIA instruction
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Tables = tuple[Tensor, Tensor] | tuple[None, None]  # ``tensors`` and ``chunks`` of the kernels, for several tensors
@@ -64,7 +64,7 @@ def perturb_both(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if noise.keys.shape[0] > 1:  # sums of several queries, which no evaluation asks for, are not negated by one sign
+    if noise.keys.shape[0] > 1:  # sums of several queries (no evaluation needs them) are not negated by one sign
         perturb(plus, weight, noise, start, curvature, threshold)
         perturb(minus, weight, -noise, start, curvature, threshold)
         return
@@ -181,7 +181,7 @@ def for_each(loop: Callable[..., None], calls: Iterable[Mapping[str, Any]]) -> N
     tables = map(id, [None if key is None else key._base for key in keys])  # of which the keys are a row
     are_whole = [threshold is None for threshold in thresholds]
     shared = _shared(calls, tensors, noises, names)
-    # Most calls share objects, which is quicker to see than equal values
+    # Most calls share objects, which is quicker to check than equality of values.
     same = zip(devices, tables, are_whole, *(map(id, column) for column in shared), strict=True)
     for place, (own, objects, flat) in enumerate(zip(numbers, same, zip(*are_flat, strict=True), strict=True)):
         if functools.reduce(or_, own[:-1]) % 16 or False in flat:
