@@ -321,7 +321,7 @@ def test_examples_run_one_by_one_where_rows_are_not_independent(network: type[nn
     optimizer = LOZO(net.named_parameters(), rank=2, eps=EPS, num_queries=8, estimator=PerExample(), seed=4)
     optimizer.attach(net)
     expected = in_a_loop(net, optimizer, list(range(8)))
-    with pytest.warns(UserWarning, match=f"once an example from here on.*{reason}"):
+    with pytest.warns(UserWarning, match=f"once per example from here on.*{reason}"):
         record = optimizer.estimate(net.loss, micro_batches=batches)
     assert record.projected_grads == pytest.approx(expected, rel=1e-6)
     optimizer.estimate(net.loss, micro_batches=batches)  # and without another warning

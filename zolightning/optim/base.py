@@ -37,8 +37,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     ``state``, so Lightning saves, restores, schedules and monitors a method like any other optimizer.
 
     A method defines :meth:`perturbations` and :meth:`update`, usually by deriving from
-    :class:`~zolightning.optim.dense.DenseOptimizer` or :class:`~zolightning.optim.subspace.SubspaceOptimizer`. What
-    else it may define comes after these two.
+    :class:`~zolightning.optim.dense.DenseOptimizer` or :class:`~zolightning.optim.subspace.SubspaceOptimizer`. Other
+    methods that it may define follow these two.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``.
@@ -54,7 +54,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             bytes per bfloat16 parameter or 4 per float16 one; "low_byte", as to 24-bit weights, for 1 extra byte per
             bfloat16 parameter; or "native", in the weight's dtype, which loses small updates. See
             :mod:`zolightning.optim.precision`.
-        **unknown: what no constructor of the method has named; refused.
+        **unknown: arguments that no constructor of the method names; refused.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -76,7 +76,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         update_precision: UpdatePrecision = "exact",
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)  # Python would blame this class, which nobody has called
+        refuse_unknown(type(self), unknown)  # Python's own error would name this class, which nobody has called
         checks.require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.require_seed(seed)
@@ -168,7 +168,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
         Raises:
             ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or a setting does not
-                go with another one, the estimator, the module or its device.
+                fit another one, the estimator, the module or its device.
         """
         checks.require_batching(evaluations_per_forward, self.estimator)
         checks.require_prefix(keep_prefix_gib, cuda_graphs)
@@ -295,7 +295,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         group["measured"] = group.get("measured", 0) + evaluations
 
     def expect(self, records: Iterable[StepRecord], evaluate: bool = False) -> None:
-        """Has the next estimates return these records, see :meth:`~zolightning.optim.record.Estimate.expect`."""
+        """Makes the next estimates return these records, see :meth:`~zolightning.optim.record.Estimate.expect`."""
         self._estimate.expect(records, self.param_groups[0]["step"], evaluate)
 
     @property
@@ -308,7 +308,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: all but hooks and what is known of the attached module.
 
-        Copied together, ``copy.deepcopy((module, optimizer))``, the copies go on as the originals do, once they are
+        Copied together, ``copy.deepcopy((module, optimizer))``, the copies continue as the originals do, once they are
         attached to each other.
         """
         # A scheduler sets `step` to a function of the optimizer that it has.

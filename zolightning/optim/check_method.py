@@ -28,10 +28,10 @@ def check_method(method: Method, steps: int = 8) -> None:
     """Checks that a method does what the rest of the package takes for granted, on a network of 80 numbers.
 
     That an estimate moves nothing and evaluates the loss where :meth:`perturbations` says; that one seed gives one run;
-    that a run that is resumed, and one that is replayed from its records, ends with the bits of one that went on; that
-    checkpoints hold all of the constructor's arguments; that frozen parameters, blocks at rest and what is outside of a
-    slice stay as they are; that updates of bfloat16 weights are not lost to rounding; that the loss falls. It takes a
-    second or two.
+    that a run that is resumed, and one that is replayed from its records, ends with the bits of one that was not
+    interrupted; that checkpoints hold all of the constructor's arguments; that frozen parameters, blocks at rest and
+    what is outside of a slice stay as they are; that updates of bfloat16 weights are not lost to rounding; that the
+    loss falls. It takes a second or two.
 
     Args:
         method: makes the method of parameters, such as ``partial(MyMethod, lr=1e-2)``. The rate has to suit weights of
@@ -40,7 +40,7 @@ def check_method(method: Method, steps: int = 8) -> None:
         steps: how many steps the runs have; as many as the method needs to do everything that it does.
 
     Raises:
-        ValueError: naming the method, what it does otherwise, and what to do instead.
+        ValueError: naming the method, what it does differently, and what to do instead.
 
     Example::
 
@@ -62,7 +62,7 @@ def check_method(method: Method, steps: int = 8) -> None:
 
 
 class _Found(Exception):
-    """Something that a method does otherwise."""
+    """Something that a method does differently."""
 
 
 class _Network(nn.Module):

@@ -1,4 +1,4 @@
-"""The settings that methods have in common, by which type checkers and editors know what ``**common`` takes.
+"""The settings that methods have in common, which tell type checkers and editors what ``**common`` takes.
 
 What they mean, their defaults and their checks are with the constructors that read them, those of
 :class:`~zolightning.optim.base.ZerothOrderOptimizer`, :class:`~zolightning.optim.dense.DenseOptimizer` and

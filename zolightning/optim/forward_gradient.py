@@ -88,6 +88,6 @@ def _why_not(hidden: list[str]) -> str:
             f"do not see it (a compiled network): {some(hidden)}. Freeze them, or do not compile"
         )
     return (
-        "the loss carries no derivative: it is detached, or computed by other than torch's operations (`item()`, a "
+        "the loss carries no derivative: it is detached, or computed by operations other than torch's (`item()`, a "
         "reward of generated texts). Do without that"
     )

@@ -64,7 +64,7 @@ class HiZOO(DenseOptimizer):
             diagonal of the Hessian as its mean.
         curvature_bounds: the least and the largest curvature. Weights are perturbed by at most ``eps / sqrt(least)``.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
-        estimator: ``ThreePoint()``; there is no other for it.
+        estimator: ``ThreePoint()``; no other is accepted.
         **common: num_queries, align_queries, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """

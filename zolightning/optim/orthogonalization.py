@@ -14,7 +14,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """Approximates ``msign`` by Muon's iteration ``X <- a X + (b X X' + c (X X')^2) X`` (arXiv 2602.17155).
 
     Every iterate is a polynomial in ``X X'`` times the first X, so the iteration runs on the small Gram matrix and
-    multiplies by the long side twice, not three times a step. Zero matrices stay zero.
+    multiplies by the long side twice in all, not three times per step. Zero matrices stay zero.
     """
     a, b, c = _NEWTON_SCHULZ
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT

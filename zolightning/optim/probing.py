@@ -90,7 +90,7 @@ def losses_along(
     loss_fn: LossFunction,
     share: Share,
 ) -> list[float]:
-    """The loss of a step at further points, for an estimator that chooses these by the losses that it has seen.
+    """The loss of a step at further points, for an estimator that chooses them from the losses that it has seen.
 
     Like the losses of probes they are evaluated with the step's random numbers, shared by ranks and averaged over them,
     and counted as forward passes of the step. The module is as the step's first evaluation has left it.

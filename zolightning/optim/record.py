@@ -80,7 +80,7 @@ class Estimate:
         return bool(self.known) and self.known[0].says_all and not self.evaluates_known
 
     def expect(self, records: Iterable[StepRecord], step: int, evaluate: bool) -> None:
-        """Has the next estimates return these records instead of new ones, to repeat steps of an interrupted run.
+        """Makes the next estimates return these records instead of new ones, to repeat steps of an interrupted run.
 
         The loss is not evaluated, except in steps in which it changed the module, which a record does not hold.
 

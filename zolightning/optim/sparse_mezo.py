@@ -33,7 +33,7 @@ class SparseMeZO(DenseOptimizer):
     stored weights and in the same pass as the noise, so only the threshold is stored. (The paper's pseudo-code compares
     signed weights; its text and figures use magnitudes, as we do.)
 
-    Parameters that are no matrices (biases, norms) train densely. So do matrices whose threshold would be 0, such as
+    Parameters that are not matrices (biases, norms) train densely. So do matrices whose threshold would be 0, such as
     the B of a new LoRA adapter, whose weights would stop as soon as they are no longer 0.
 
     Args:

@@ -141,9 +141,9 @@ class SubspaceWeights(ZerothOrderOptimizer):
         Args:
             given: factors to use instead of drawn ones for some matrices, in any dtype. A method with a factor on one
                 side then searches on the side that is given, and one with factors on both sides draws the other. Given
-                factors stay until others are given, and are saved with the state. They may have another number of
-                columns than the rank: a momentum in a core of another shape starts from zero. A ValueError says where
-                one does not fit the parameter or its momentum.
+                factors stay until others are given, and are saved with the state. Their number of columns may differ
+                from the rank: a momentum in a core of another shape starts from zero. A ValueError says where one does
+                not fit the parameter or its momentum.
         """
         recorded = self.recorded.pop(self.param_groups[0]["refresh"] + 1, None)
         given = (given or {}) if recorded is None else recorded

@@ -42,7 +42,8 @@ class ZOAdaMM(MeZOAdam):
             decay, flat = shrink if weight.ndim >= 2 else 1.0, weight.view(-1)
             mean, square, largest = (moment(state, name, weight) for name in _MOMENTS)
             for part in chunks(weight.numel(), chunk_size(weight)):
-                # Sums and products apart: fused ones, as of `addcmul_`, would round otherwise on a GPU than on a CPU.
+                # Separate sums and products: fused ones, as in `addcmul_`, would round differently on a GPU than on a
+                # CPU.
                 gradient = direction.of_elements(flat[part], part.start)
                 m = mean[part].mul_(beta1).add_(gradient * (1 - beta1))
                 v = square[part].mul_(beta2).add_(gradient.square() * (1 - beta2))
