@@ -167,7 +167,7 @@ def test_perturbations_of_the_users_own_are_refused_by_name() -> None:
 
     weight = nn.Parameter(torch.zeros(2))
     optimizer = Shifts([weight], num_queries=2, align_queries=True)
-    with pytest.raises(ValueError, match=r"`align_queries` is True, and Shift is no Direction.* False"):
+    with pytest.raises(ValueError, match=r"`align_queries` is True, and Shift is not a Direction.* False"):
         optimizer.estimate(lambda: weight.sum())
 
 

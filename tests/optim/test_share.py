@@ -58,7 +58,7 @@ def test_a_step_without_a_share_in_one_of_several_processes_is_warned_of(monkeyp
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     weight = torch.nn.Parameter(torch.ones(2))
     alone, together = (attached(MeZO, torch.nn.ParameterList([weight])) for _ in range(2))
-    with pytest.warns(UserWarning, match="2 processes run, and `estimate` has no `share`"):
+    with pytest.warns(UserWarning, match="2 processes run, but `estimate` has no `share`"):
         alone.estimate(lambda: weight.square().sum())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

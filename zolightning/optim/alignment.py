@@ -101,7 +101,7 @@ def _direction(change: Perturbation) -> Direction:
     found = change.direction if isinstance(change, LowRank) else change
     if not isinstance(found, Direction):  # a perturbation of the user's
         raise ValueError(
-            f"`align_queries` is True, and {type(found).__name__} is no Direction, whose noise it compares: set it to "
-            "False."
+            f"`align_queries` is True, and {type(found).__name__} is not a Direction, whose noise it compares: set "
+            "it to False."
         )
     return found

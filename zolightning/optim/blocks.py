@@ -46,7 +46,7 @@ class ParameterBlocks:
         for index in indices:
             if not 0 <= index < len(self.parameters):
                 raise ValueError(
-                    f"Block {index} is to be active, and there are {len(self.parameters)}. Set the blocks of the run "
+                    f"Block {index} is to be active, but there are {len(self.parameters)}. Set the blocks of the run "
                     "first: `set_blocks`, or under a Trainer the callback BlockCoordinateDescent."
                 )
 

@@ -40,6 +40,6 @@ def warn_of_other_processes() -> None:
         count = torch.distributed.get_world_size()
         if count > 1:
             rank_zero_warn(
-                f"{count} processes run, and `estimate` has no `share`: each moves its weights by its own losses, so "
+                f"{count} processes run, but `estimate` has no `share`: each moves its weights by its own losses, so "
                 "that they are no longer the same. Give it `Share(sum, stream)`, which adds up losses over all of them."
             )
