@@ -91,7 +91,7 @@ class TestRecords:
 
 
 class TestStateDict:
-    @pytest.mark.filterwarnings("ignore:.* goes on as in the checkpoint")
+    @pytest.mark.filterwarnings("ignore:.* continues as in the checkpoint")
     @METHODS_AND_DTYPES
     def test_a_restored_run_goes_on_as_if_nothing_had_happened(
         self, method: Method, make_problem: MakeProblem, dtype: torch.dtype

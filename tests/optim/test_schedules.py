@@ -76,7 +76,7 @@ def test_the_length_is_the_trainers(fit: Callable[..., list[float]], tmp_path: P
     assert fit(max_epochs=2, limit_train_batches=2) == rates(
         partial(WarmupDecay, total_steps=4, warmup=0.25), 4, lr=0.5
     )
-    with pytest.warns(UserWarning, match=r"goes on as it is given now, .*; the checkpoint's run had `total_steps` 8\."):
+    with pytest.warns(UserWarning, match=r"continues as given now, .*; the checkpoint's run had `total_steps` 8\."):
         later = fit(tmp_path / "end.ckpt", max_steps=16)
     # The rate of the first step was set by the schedule that ended
     assert later[1:] == rates(partial(WarmupDecay, total_steps=16, warmup=0.25), 16, lr=0.5)[9:]

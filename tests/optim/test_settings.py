@@ -80,7 +80,7 @@ def test_the_state_of_a_first_order_optimizer_is_refused(method: Any, other: Any
 
 def test_the_learning_rate_of_the_checkpoint_holds_and_is_said() -> None:
     optimizer = MEZO(weights(), lr=0.5)
-    with pytest.warns(UserWarning, match=r"`lr` goes on as in the checkpoint, whose run was given 0\.001; the 0\.5 "):
+    with pytest.warns(UserWarning, match=r"`lr` continues as in the checkpoint, whose run was given 0\.001; the 0\.5 "):
         optimizer.load_state_dict(MEZO(weights()).state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
@@ -97,8 +97,8 @@ def test_rates_of_vectors_are_said_as_they_were_given() -> None:
         LOZO(weights(), lr=2e-3, vector_lr=7e-5).load_state_dict(saved)
     messages = [str(warning.message) for warning in said]
     assert [message.partition(";")[0] for message in messages] == [
-        "`lr` goes on as in the checkpoint, whose run was given 0.001",
-        "`vector_lr` goes on as in the checkpoint, whose run was given 3e-05",
+        "`lr` continues as in the checkpoint, whose run was given 0.001",
+        "`vector_lr` continues as in the checkpoint, whose run was given 3e-05",
     ]
 
 

@@ -83,7 +83,7 @@ class WarmupDecay(LRScheduler):
         if others := [f"`{name}` {state_dict[name]!r}" for name in _GIVEN if state_dict[name] != given[name]]:
             now = ", ".join(f"`{name}` {value!r}" for name, value in given.items())
             rank_zero_warn(
-                f"The schedule goes on as it is given now, with {now}; the checkpoint's run had {', '.join(others)}."
+                f"The schedule continues as given now, with {now}; the checkpoint's run had {', '.join(others)}."
             )
         super().load_state_dict(state_dict | given)
 

@@ -82,7 +82,7 @@ def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, 
         )
     for key, (before, now) in rates.items():
         rank_zero_warn(
-            f"`{key}` goes on as in the checkpoint, whose run was given {before!r}; the {now!r} given now has no "
+            f"`{key}` continues as in the checkpoint, whose run was given {before!r}; the {now!r} given now has no "
             "effect."
         )
 
