@@ -46,7 +46,7 @@ def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float],
     queries = [optimizer.perturbations(query, 1) for query in range(len(projected_grads))]
     found = {parameter: _noise_shape(optimizer, parameter, change) for parameter, change in queries[0].items()}
     shapes = {parameter: shape for parameter, shape in found.items() if shape is not None}  # () is that of a scalar
-    if not shapes:  # nothing moves: a block without matrices, for one, where vectors have a rate of 0
+    if not shapes:  # nothing moves: a block without matrices, for example, where vectors have a rate of 0
         return list(projected_grads)
     numbers = sum(map(math.prod, shapes.values()))
     if numbers > MOST_NUMBERS * len(queries):
@@ -99,7 +99,7 @@ def _products(
 
 def _direction(change: Perturbation) -> Direction:
     found = change.direction if isinstance(change, LowRank) else change
-    if not isinstance(found, Direction):  # a perturbation of the user's
+    if not isinstance(found, Direction):  # the user's own perturbation
         raise ValueError(
             f"`align_queries` is True, and {type(found).__name__} is not a Direction, whose noise it compares: set "
             "it to False."

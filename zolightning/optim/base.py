@@ -45,8 +45,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         defaults: hyperparameters of a group, among them ``lr`` (weight units per unit of the estimated gradient) and
             ``eps`` (weight units per unit-variance direction).
         num_queries: number of random directions in a step; their gradient estimates are averaged.
-        align_queries: combine the directions by least squares instead of averaging, which has less variance if not
-            many more parameters are searched than directions drawn; see :mod:`zolightning.optim.alignment`.
+        align_queries: combine the directions by least squares instead of averaging, which has less variance unless
+            far more parameters are searched than directions drawn; see :mod:`zolightning.optim.alignment`.
         estimator: which losses a step evaluates: ``TwoSided()`` (the default), ``OneSided()``, ``Population()``,
             ``ZScores()``, ``PerExample()`` or ``ForwardGradient()``; see :mod:`zolightning.optim.estimators`.
         seed: seed of the directions; None takes that of ``lightning.seed_everything``, or 0.
@@ -54,7 +54,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
             bytes per bfloat16 parameter or 4 per float16 one; "low_byte", as to 24-bit weights, for 1 extra byte per
             bfloat16 parameter; or "native", in the weight's dtype, which loses small updates. See
             :mod:`zolightning.optim.precision`.
-        **unknown: arguments that no constructor of the method names; refused.
+        **unknown: arguments that no constructor of the method takes; refused.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -76,7 +76,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         update_precision: UpdatePrecision = "exact",
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)  # Python's own error would name this class, which nobody has called
+        refuse_unknown(type(self), unknown)  # Python's own error would name this class, which the user did not call
         checks.require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.require_seed(seed)
@@ -99,7 +99,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     @abstractmethod
     def perturbations(self, query: int, sign: int) -> dict[nn.Parameter, Perturbation]:
-        """What one evaluation adds to each trainable parameter, which it sees in its :meth:`trainable_shape`.
+        """What one evaluation adds to each trainable parameter, in the parameter's :meth:`trainable_shape`.
 
         It is :meth:`offsets` plus `sign` (1 or -1) times ``eps`` times the direction of `query`.
         """
@@ -132,11 +132,11 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         return {query: self.perturbations(query, sign) for query in queries}
 
     def offsets(self) -> dict[nn.Parameter, Perturbation]:
-        """Pending updates, which every evaluation adds to the stored weights, an unperturbed one too."""
+        """Pending updates, which every evaluation adds to the stored weights, even an unperturbed one."""
         return {}
 
     def needs_whole(self) -> Iterator[tuple[str, object, str]]:
-        """The settings that do not work with sharded parameters (FSDP2): name, value, and a value that does."""
+        """The settings that do not work with sharded parameters (FSDP2): name, value, and a value that does work."""
         if not self.takes_shards:
             yield "method", type(self).__name__, "MeZO, for one"
         if not self.estimator.takes_shards:
@@ -155,20 +155,20 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     ) -> None:
         """Prepares for losses computed by `module`, and takes the names of the parameters from it.
 
-        Directions depend on parameter names, not on the order of parameters. To be called once before the first step.
+        Directions depend on parameter names, not on the order of parameters. Call it once, before the first step.
 
         Args:
-            module: the module that owns the parameters and computes the loss: the network itself, or what holds it.
+            module: the module that owns the parameters and computes the loss: the network, or a module that holds it.
             evaluations_per_forward: how many evaluations of a step run as one batched forward pass, see
                 :mod:`zolightning.evaluation.stacked`. At 1, layers below the first trained one run once per step
                 instead.
-            keep_prefix_gib: memory, in GiB, to keep the outputs of these layers for batches that come again.
+            keep_prefix_gib: memory, in GiB, to keep the outputs of these layers for batches that recur.
             cuda_graphs: record the network's forward as CUDA graphs, see :mod:`zolightning.evaluation.graphs`. The
                 module must be on its device already.
 
         Raises:
             ValueError: if nothing is trainable, a parameter cannot be trained by forward passes, or a setting does not
-                fit another one, the estimator, the module or its device.
+                fit another setting, the estimator, the module or its device.
         """
         checks.require_batching(evaluations_per_forward, self.estimator)
         checks.require_prefix(keep_prefix_gib, cuda_graphs)
@@ -260,12 +260,12 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     @torch.no_grad()
     def apply(self, record: StepRecord) -> None:
         """Applies a record, of this run or of a replayed one. Weights that were equal stay equal to the last bit."""
-        if tuple(record.blocks) != self.active:  # of another run
+        if tuple(record.blocks) != self.active:  # from another run
             self.activate(record.blocks)
         if record.projected_grads:
             with without_autocast(self.param_groups[0]["params"][0].device):
                 self.update(record)
-            torch.clear_autocast_cache()  # casts of the weights as they were
+            torch.clear_autocast_cache()  # it holds casts of the old weights
         for group in self.param_groups:
             group["step"] = record.step + 1
             group["forward_passes"] += record.forward_passes
@@ -306,12 +306,12 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: all but hooks and what is known of the attached module.
+        """What a copy or a pickle holds: all but hooks and what is known about the attached module.
 
         Copied together, ``copy.deepcopy((module, optimizer))``, the copies continue as the originals do, once they are
         attached to each other.
         """
-        # A scheduler sets `step` to a function of the optimizer that it has.
+        # A scheduler replaces `step` with a function bound to its own optimizer.
         own = {name: value for name, value in vars(self).items() if "hook" not in name and name != "step"}
         return own | {"evaluator": Evaluator(), "_estimate_pre_hooks": OrderedDict()}
 

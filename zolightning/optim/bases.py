@@ -4,8 +4,8 @@ A basis is a function of (seed, refresh index, parameter name), so checkpoints h
 were given to :meth:`~zolightning.optim.subspace.SubspaceOptimizer.resample`, and bases that keep dominant directions of
 the momentum (*anchored* ones): these are in the state of their parameter.
 
-Factors have the dtype of the weight. A bf16 run therefore searches in a slightly different subspace than an fp32 run,
-and with orthonormal factors ends 0.2 to 1.5 % of the distance moved away from it, even with the same losses.
+Factors have the dtype of the weight. A bf16 run therefore searches in a slightly different subspace from an fp32 run;
+with orthonormal factors it ends away from that run by 0.2 to 1.5 % of the distance moved, even with the same losses.
 """
 
 import functools
@@ -28,7 +28,7 @@ ANCHORED = ("left", "right")  # ... and with the factors of an anchored basis
 class Matrix(NamedTuple):
     """The shape (rows, columns) in which a parameter is searched, and the number of columns of its factors.
 
-    The dimensions after the first are flattened into columns, unless a method says otherwise. Of a parameter that
+    The dimensions after the first are flattened into columns, unless a method says otherwise. For a parameter that
     trains in part (:class:`~zolightning.directions.slices.Slice`), it is the shape of that part.
     """
 
@@ -67,7 +67,7 @@ class BasisKind:
             matrix: the shape and rank in which the parameter is searched.
             parameter: the weight.
             run: the run's seed, the index of the basis and the parameter's name.
-            given: given factors by side. A factor on the side that this kind has none on replaces the kind's own.
+            given: given factors by side. A factor on a side on which this kind has none replaces the kind's own.
         """
         seed, refresh, name = run
 
@@ -98,7 +98,7 @@ class BasisKind:
         return Basis(**scaled)
 
     def is_turned(self, basis: Basis) -> bool:
-        """Whether a basis has its one factor on the other side than this kind draws it on, because it was given."""
+        """Whether a basis has its one factor on the side opposite to the one this kind draws, because it was given."""
         return self.sides != "both" and getattr(basis, self.sides) is None
 
     def _mean_square(self, matrix: Matrix, side: str) -> float:
@@ -107,9 +107,9 @@ class BasisKind:
 
 
 def require_factors(basis: Basis, matrix: Matrix | None, name: str, of_momentum: Basis | None) -> None:
-    """Raises a ValueError unless a basis can be given for a matrix (None if it is none) called `name`.
+    """Raises a ValueError unless a basis can be given for a matrix (None if the parameter is not one) called `name`.
 
-    `of_momentum` is the one-sided basis in which it has momentum, if it has.
+    `of_momentum` is the one-sided basis in which it has momentum, if it has any.
     """
     if matrix is None:
         raise ValueError(f"A basis is given for `{name}`, which this method does not search in a subspace.")

@@ -51,13 +51,13 @@ class ParameterBlocks:
                 )
 
     def activate(self, indices: Sequence[int]) -> None:
-        """Puts all blocks to rest but these; without any index, no block rests."""
+        """Puts all blocks except these to rest; without any index, no block rests."""
         self.at_rest.clear()
         if indices:
             self.at_rest.update(*(block for index, block in enumerate(self.parameters) if index not in indices))
 
     def isolate(self, index: int, own: Iterable[nn.Parameter]) -> None:
-        """Puts all parameters to rest but those of one block; those in no block rest as well."""
+        """Puts all parameters except those of one block to rest; those in no block rest as well."""
         self.at_rest.update(own)
         self.at_rest.difference_update(self.parameters[index])
 

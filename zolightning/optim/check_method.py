@@ -18,10 +18,10 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.settings import constructor_arguments, settings_of
 from zolightning.optim.subspace import SubspaceOptimizer
 
-_SMALL = 1e-4  # a factor of learning rates, by which updates are far below the spacing of bfloat16 numbers
+_SMALL = 1e-4  # a factor of learning rates, with which updates are far below the spacing of bfloat16 numbers
 _LOST = 0.1  # the share of such updates that a method may lose: rounded bases lose 0.02 of them
-_ROUNDING = 1e-6  # of a loss in float64, far below what a perturbation changes: 1e-3
-_RATES = (1.0, 0.5, 2.0)  # factors of the learning rate in turn, as a scheduler might have it
+_ROUNDING = 1e-6  # of a loss in float64, far below the change that a perturbation makes: 1e-3
+_RATES = (1.0, 0.5, 2.0)  # factors of the learning rate, in turn, as a scheduler might set them
 
 
 def check_method(method: Method, steps: int = 8) -> None:
@@ -34,8 +34,8 @@ def check_method(method: Method, steps: int = 8) -> None:
     loss falls. It takes a second or two.
 
     Args:
-        method: makes the method of parameters, such as ``partial(MyMethod, lr=1e-2)``. The rate has to suit weights of
-            unit variance and a loss whose curvature is about 1: 1e-2 for MeZO, and for methods whose step does not
+        method: makes the method, given parameters, such as ``partial(MyMethod, lr=1e-2)``. The rate has to suit weights
+            of unit variance and a loss whose curvature is about 1: 1e-2 for MeZO, and for methods whose step does not
             depend on the size of the gradient.
         steps: how many steps the runs have; as many as the method needs to do everything that it does.
 
@@ -121,7 +121,7 @@ class _Run:
 
 
 def _different(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first parameter with other values, with backticks; empty if there is none."""
+    """The first parameter with different values, in backticks; empty if there is none."""
     return next((f"`{name}`" for name in expected if not torch.equal(found[name], expected[name])), "")
 
 
@@ -191,7 +191,7 @@ def _check_resuming(run: _Run, method: Method) -> None:
 
 
 def _changed_attributes(optimizer: ZerothOrderOptimizer, method: Method) -> str:
-    """Attributes with other plain values than at first, in words; empty if there are none."""
+    """Attributes whose plain values differ from the initial ones, in words; empty if there are none."""
     first = vars(method([nn.Parameter(torch.zeros(1, 1))]))
     names = [
         f"`{name}`"
@@ -252,7 +252,7 @@ def _check_what_rests(method: Method, steps: int) -> None:
 
 @contextmanager
 def _named(situation: str) -> Iterator[None]:
-    """Adds to an error of the method's own in what situation it was raised."""
+    """Adds the situation in which it was raised to an error of the method's own."""
     try:
         yield
     except Exception as error:

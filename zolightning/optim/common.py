@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
 
     class Unpack:
-        """At run time any arguments: the command line would take these names for arguments without defaults."""
+        """At run time, any arguments: the command line would take these names for arguments without defaults."""
 
         def __class_getitem__(cls, settings: type) -> Any:
             return Any

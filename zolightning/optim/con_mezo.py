@@ -21,14 +21,14 @@ class ConMeZO(MeZO):
     """ConMeZO (Behric et al., arXiv 2511.02757, AISTATS 2026): MeZO along directions in a cone around the momentum.
 
     With z Gaussian, m the momentum, d the number of weights that move and t the `angle`, directions are
-    ``z' = sin(t) z + cos(t) sqrt(d) m / |m|``, with one norm for all weights together. The weights move by
-    ``-lr * g * z'``, and ``m = momentum * m + (1 - momentum) * g z'``. As long as there is no momentum z' is z.
+    ``z' = sin(t) z + cos(t) sqrt(d) m / |m|``, with one norm over all weights together. The weights move by
+    ``-lr * g * z'``, and ``m = momentum * m + (1 - momentum) * g z'``. While there is no momentum, z' is z.
     At an angle of pi / 2 it is MeZO.
 
     Memory: 4 bytes per parameter for m, besides what :class:`~zolightning.optim.MeZO` needs.
 
     Differs from the released code (LejsDeen/ConMeZO): m is float32 whatever the weights are; `momentum` is constant,
-    where the paper's runs raise it from 0.1 in their first tenth.
+    whereas the paper's runs raise it from 0.1 over their first tenth.
 
     Args:
         params: parameters or parameter groups.
@@ -36,7 +36,7 @@ class ConMeZO(MeZO):
         eps: perturbation scale: root mean square of the perturbation of a weight.
         momentum: decay of the mean of the estimated gradients; 0.95 and 0.99 in the paper.
         angle: half the angle at the tip of the cone, in radians, above 0 and at most pi / 2; 1.35 to 1.4 in the paper.
-        weight_decay, normalize, clip, rms_decay: as of :class:`~zolightning.optim.MeZO`.
+        weight_decay, normalize, clip, rms_decay: as in :class:`~zolightning.optim.MeZO`.
         **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
     """
@@ -71,7 +71,7 @@ class ConMeZO(MeZO):
         along = math.cos(self.angle) * sum(coefficients.values()) * length
         found: list[Direction] = []
         for parameter, direction in zip(named, super().directions_of(named, seed, step, leaning), strict=True):
-            axis = self.state.get(parameter, {}).get("momentum_buffer")  # an estimate makes no state
+            axis = self.state.get(parameter, {}).get("momentum_buffer")  # an estimate creates no state
             scale = along.to(parameter.device, compute_dtype(parameter.dtype))
             found.append(direction if axis is None else ConeDirection(direction, axis, scale))
         return found
@@ -98,14 +98,14 @@ class ConMeZO(MeZO):
 
     def update(self, record: StepRecord) -> None:
         super().update(record)
-        # Not before all weights have moved, which must see the directions of the evaluations.
+        # Only after all weights have moved: they must move along the directions that were evaluated.
         for _, _, parameter in self.trainable():
             mean = self.state[parameter]["momentum_buffer"]
             parts = [mean[part].double().square().sum() for part in chunks(mean.numel(), chunk_size(mean))]
             self.state[parameter]["squared_norm"] = torch.stack(parts).sum().to(mean.dtype)
 
     def _inverse_length(self) -> Tensor | None:
-        """``sqrt(d) / |m|``, float64; 0 where m is zero, and None where there is none."""
+        """``sqrt(d) / |m|``, float64; 0 if m is zero, and None if there is no momentum."""
         squares: dict[str, Tensor] = {}
         count = 0
         for _, name, parameter in self.trainable():
@@ -114,6 +114,6 @@ class ConMeZO(MeZO):
                 squares[name] = state["squared_norm"]
         if not squares:
             return None
-        in_order = [squares[name] for name in sorted(squares)]  # sums do not depend on that of parameters
+        in_order = [squares[name] for name in sorted(squares)]  # so the sum does not depend on the order of parameters
         total = torch.stack([square.to(in_order[0].device, torch.float64) for square in in_order]).sum()
         return torch.where(total > 0, (count / total).sqrt(), 0.0)

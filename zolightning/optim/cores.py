@@ -10,7 +10,7 @@ A core is *folded*, that is, its lift is added to the weight W,
   bits.
 
 Both ways give the same weights up to rounding. Records count the folds before a step, so that a replay folds at the
-same steps. Under a Trainer, :class:`~zolightning.callbacks.ZerothOrder` chooses the way.
+same steps. Under a Trainer, :class:`~zolightning.callbacks.ZerothOrder` chooses which.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A diagonal curvature for each parameter, kept in its state, and what it makes of directions and updates.
+"""A diagonal curvature for each parameter, kept in its state, and how it scales directions and updates.
 
 Where H is the curvature and u a direction of unit variance, the loss is probed along ``u / sqrt(H)``. A second
 difference D of losses at distance eps says how H changes, with smoothing a (Zhao et al., "Second-Order Fine-Tuning
@@ -11,19 +11,21 @@ estimate       H becomes
 ``centered``   ``(1 - a) H + a D / (2 eps**2) H (u**2 - 1)``
 =============  ==============================================
 
-For a quadratic of Hessian Q, ``D / eps**2`` is ``u' H^-1/2 Q H^-1/2 u``, and the second form estimates its diagonal:
-the mean of what a multiplies is ``Q_ii``. (This holds for a normal u. Ours has a fourth moment of 2.875 instead of 3,
-so the form is multiplied by 2 / 1.875, which gives it the same mean.) The first one, that of the released code and of
-algorithm 1, leaves out the ``- 1`` and takes the absolute value: its mean is ``Q_ii + H_ii trace(H^-1 Q) / 2``, in
-which the trace outweighs ``Q_ii`` by far where there are many parameters. H is then one number for all, times noise.
+For a quadratic with Hessian Q, ``D / eps**2`` is ``u' H^-1/2 Q H^-1/2 u``, and the second form estimates its diagonal:
+the mean of the term that a multiplies is ``Q_ii``. (This holds for a normal u. Ours has a fourth moment of 2.875
+instead of 3, so the form is multiplied by 2 / 1.875, which gives it the same mean.) The first one, that of the released
+code and of algorithm 1, leaves out the ``- 1`` and takes the absolute value: its mean is
+``Q_ii + H_ii trace(H^-1 Q) / 2``, in which the trace far outweighs ``Q_ii`` if there are many parameters. H is
+then one number for all, times noise.
 
-Several queries are averaged. H begins as 1 and stays within bounds. Three structures:
+Several queries are averaged. H starts at 1 and stays within bounds. Three structures:
 
-* ``full``: a number for every element, float32: 4 bytes a weight, 8 in double precision. ``curvature`` in the state.
-* ``row_column``: of a matrix (m, n) a number for every row and every column, ``curvature_rows`` and
+* ``full``: a number for every element, float32: 4 bytes per weight, 8 in double precision. ``curvature`` in the state.
+* ``row_column``: for a matrix (m, n) a number for every row and every column, ``curvature_rows`` and
   ``curvature_columns``, whose products are H; its means over columns and rows are kept, as in Adafactor (Shazeer and
-  Stern, arXiv 1804.04235), and the weights move by the products of the new ones. Dimensions after the first are one.
-  It is what we take HiZOO-L to be, of which no description in detail is public. Other parameters have a full one.
+  Stern, arXiv 1804.04235), and the weights move by the products of the new ones. Dimensions after the first are
+  flattened into one. This is what we take HiZOO-L to be; no detailed description of it is public.
+  Other parameters have a full one.
 * ``scalar``: one number for each parameter, to which ``u**2`` contributes its mean, 1.
 """
 
@@ -44,7 +46,7 @@ from zolightning.optim.samples import strided
 
 Structure = Literal["full", "row_column", "scalar"]
 CurvatureEstimate = Literal["code", "centered"]
-_LARGEST = 1e30  # of a relative change of curvature: far beyond the bounds of any, and no overflow
+_LARGEST = 1e30  # relative change of a curvature: far beyond any bounds, and without overflow
 # The mean of u**4 (3 for a normal distribution), by which a centered estimate is made unbiased.
 _FOURTH_MOMENT: dict[NoiseKind, float] = {"gaussian": 2.875, "rademacher": 1.0}
 
@@ -79,7 +81,7 @@ def relative_change(
     """The change of curvatures that follows from the second differences of a step's queries; see the module docstring.
 
     All of it is computed in double precision: the released code multiplies by `smoothing` first, in the weights' dtype,
-    and in float16 nothing is left of it then.
+    which in float16 leaves nothing of the change.
     """
     ratios = [smoothing * (difference / (2 * eps**2)) / len(second_differences) for difference in second_differences]
     if estimate == "code":

@@ -62,7 +62,7 @@ class Deferred(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as a plain tensor whose storage computes its bytes when torch writes them."""
         storage = torch.storage.TypedStorage(wrap_storage=_Storage(self), dtype=self.dtype, _internal=True)
-        storage._fake_device = self.device  # where the tensor says it was, as that of a plain one would
+        storage._fake_device = self.device  # the device that the tensor reports, as for a plain tensor
         return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(self.shape), self.stride(), False, OrderedDict())
 
 

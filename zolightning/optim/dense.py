@@ -45,11 +45,11 @@ class DenseOptimizer(ZerothOrderOptimizer):
     ) -> dict[nn.Parameter, Direction]:
         """The sum over queries of ``coefficient * z_query`` for each trainable parameter of a group.
 
-        ``{query: 1.0}`` is the direction of one query, for methods that do more than add them up.
+        ``{query: 1.0}`` is the direction of one query, for methods that do more than sum them.
 
         Args:
             group: one of ``param_groups``.
-            seed: the run's seed, which the step's record has.
+            seed: the run's seed, which is in the step's record.
             step: number of the step.
             coefficients: the coefficient of each query; queries that are left out do not take part.
         """
@@ -59,10 +59,10 @@ class DenseOptimizer(ZerothOrderOptimizer):
     def directions_of(
         self, named: Mapping[nn.Parameter, str], seed: int, step: int, coefficients: Mapping[int, float]
     ) -> Iterable[Direction]:
-        """The directions of some parameters in turn: all that perturbs or moves one is made here.
+        """The directions of some parameters in turn: whatever perturbs or moves a parameter is made here.
 
         Override it to search along others: scaled ones (:meth:`~zolightning.directions.dense.Direction.times`) or those
-        of other `coefficients`. The same arguments must give the same directions until the step is over.
+        with different `coefficients`. The same arguments must give the same directions until the step is over.
 
         Args:
             named: names of parameters that move.

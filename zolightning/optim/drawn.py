@@ -40,7 +40,7 @@ def drawn(
         alike[dtypes[pair[0]], parameters[pair[0]].device].append(pair)
     noise: dict[Pair, Tensor] = {}
     for (dtype, device), pairs in alike.items():
-        # One launch takes tensors of multiples of 16 elements, so the last ones may be of no use.
+        # One launch takes tensors of multiples of 16 elements, so the last ones may be unused.
         whole = [-(-sizes[pair] // 16) * 16 for pair in pairs]
         totals = torch.zeros(sum(whole), dtype=dtype, device=device).split(whole)
         one = coefficient_tensor((coefficient(1.0, kind),), compute_dtype(dtype), device)

@@ -1,4 +1,4 @@
-"""EGGROLL: each direction is a low-rank matrix of its own, so that a population is cheap in one forward."""
+"""EGGROLL: each query has a low-rank direction of its own, so that a population is cheap in one forward."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -32,24 +32,24 @@ class EGGROLL(ZerothOrderOptimizer):
 
     Query i moves a matrix along ``E_i = A_i B_i' / sqrt(r)``, with A_i (m, r) and B_i (n, r) Gaussian, drawn anew for
     each query and step; entries of E_i have variance 1. An evaluation adds ``x B_i A_i'`` to a layer's output, and
-    those that share a forward the product with the weight. The weight moves by ``-lr * mean_i(g_i E_i)``, of rank
+    evaluations in one forward share the product with the weight. The weight moves by ``-lr * mean_i(g_i E_i)``, of rank
     ``num_queries * r`` at most. Vectors, and matrices of one row or column, have dense directions. (LOZO keeps B for
-    some steps and has it in common for all queries.)
+    several steps and shares it among all queries.)
 
     Memory beyond inference: the factors of the queries that are evaluated at once; for exact updates of half-precision
     weights 2 bytes per bf16 parameter or 4 per fp16 one.
 
-    Differs from the authors' code (ESHyperscale/HyperscaleES): a member is one query, not half of a pair of opposite
-    signs (``estimator=TwoSided()`` has pairs).
+    Differs from the authors' code (ESHyperscale/HyperscaleES): a member is one query, not half of an antithetic pair
+    (``estimator=TwoSided()`` has pairs).
 
     Args:
         params: parameters or parameter groups.
         lr: step size; with z-scores the RMS move of a weight in a step is about ``lr / sqrt(num_queries)``.
         eps: perturbation scale of a weight, the paper's sigma.
         rank: r, at most the smaller side of a matrix.
-        num_queries: members of the population.
+        num_queries: size of the population.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
-        normalize: divide projected gradients by their running RMS (arXiv 2605.03869); that of z-scores is 1 already.
+        normalize: divide projected gradients by their running RMS (arXiv 2605.03869); that of z-scores is already 1.
         clip: bound projected gradients at this multiple of their running RMS over earlier steps; above 1.
         rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
         noise: distribution of the factors and of dense directions, "gaussian" or "rademacher".
@@ -166,7 +166,7 @@ class EGGROLL(ZerothOrderOptimizer):
 
         Args:
             side: "left", for factors (m, r) in float32 or wider, or "right", for (n, r) in the weight's dtype.
-            matrices, run, queries: of which they are; `run` is the seed and the step.
+            matrices, run, queries: which factors are drawn; `run` is the seed and the step.
         """
         is_left, named = side == "left", {self.names[parameter]: parameter for parameter in matrices}
         rows = {p: m.rows if is_left else m.columns for p, m in matrices.items()}

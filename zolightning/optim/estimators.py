@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from zolightning.optim.base import ZerothOrderOptimizer
 
 
-_TINY = 1e-8  # far above the rounding of equal losses, far below differences that matter
+_TINY = 1e-8  # far above the rounding errors of equal losses, far below differences that matter
 EACH = -1  # in place of a query's number: each example of the batch is evaluated along its own direction
 
 
@@ -49,8 +49,8 @@ class Estimator(ABC):
 
     min_queries: int = 1
     forwards: int = 1  # cost of an evaluation, in forward passes
-    why_unbatched: str = ""  # why `evaluations_per_forward` must be 1; empty where it need not
-    reads_examples: bool = False  # whether it needs the loss of each example, so `micro_batches`
+    why_unbatched: str = ""  # why `evaluations_per_forward` must be 1; empty if it need not be
+    reads_examples: bool = False  # whether it needs the loss of each example, and so `micro_batches`
     takes_shards: bool = True  # whether it works for parameters of which a rank has some rows (FSDP2)
 
     @abstractmethod
@@ -102,7 +102,7 @@ class Estimator(ABC):
 
 
 class TwoSided(Estimator):
-    """Central differences, one pair of forwards a query (SPSA; MeZO, arXiv 2305.17333, definition 1)."""
+    """Central differences, one pair of forwards per query (SPSA; MeZO, arXiv 2305.17333, definition 1)."""
 
     def probes(self, num_queries: int) -> list[Probe]:
         return [Probe(query, sign) for query in range(num_queries) for sign in (1, -1)]
@@ -176,10 +176,10 @@ class OneSided(Estimator):
 
 
 class Population(Estimator):
-    """Each query's loss minus the mean of the others': no baseline forward, and curvature common to all cancels.
+    """Each query's loss minus the mean of the others': no baseline forward, and the curvature common to all cancels.
 
-    The leave-one-out form of population methods (AIM-ZO, FZOO). Unlike in some released codes it is divided by `eps`;
-    a learning rate of theirs, times `eps`, is the `lr` here.
+    The leave-one-out form of population methods (AIM-ZO, FZOO). Unlike in some released code, it is divided by `eps`;
+    multiply a learning rate from such code by `eps` to get `lr` here.
     """
 
     min_queries = 2
@@ -202,8 +202,8 @@ class ZScores(Population):
 
     A query's loss is the mean over the examples of the batch. These means are standardised over the queries as in
     "Evolution Strategies at Scale": by the standard deviation over N (not N - 1), and without a division by `eps`.
-    `lr` is that paper's alpha, and the RMS move of a weight in a step is about ``lr / sqrt(N)``. Subtracting each
-    example's mean over the queries first, as others do, gives the same result. If all losses are equal, nothing moves.
+    `lr` is that paper's alpha, and the RMS move of a weight in a step is about ``lr / sqrt(N)``. First subtracting each
+    example's mean over the queries, as others do, gives the same result. If all losses are equal, nothing moves.
     """
 
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:

@@ -59,12 +59,12 @@ def evaluate_step(
 def squared_grad(
     optimizer: "ZerothOrderOptimizer", block: int, num_queries: int = 1, *, loss_fn: LossFunction, share: Share = WHOLE
 ) -> float:
-    """The mean squared projected gradient of one block along `num_queries` directions, all else being at rest.
+    """The mean squared projected gradient of one block along `num_queries` directions, with everything else at rest.
 
     Its expectation is ``grad' S grad``, where S is the covariance of the method's directions: the squared norm of the
     block's gradient for MeZO, and ``grad' H^-1 grad`` for directions scaled by ``H^-1/2``. With one query the relative
     standard deviation is sqrt(2). It costs ``2 num_queries`` evaluations, which the next record counts. The directions
-    are other ones than those of any step.
+    differ from those of every step.
 
     Returns:
         The mean, or 0 if a loss is not finite.

@@ -35,7 +35,7 @@ def evaluate_derivatives(
 
     Raises:
         ValueError: if the loss cannot be differentiated: an operation has no forward derivative, a parameter is read
-            where it cannot be exchanged, or the loss does not depend on the parameters by torch's operations.
+            where it cannot be exchanged, or the loss does not depend on the parameters through torch's operations.
     """
     if optimizer.evaluator.graphs is not None:
         raise ValueError("`cuda_graphs` is True, and under ForwardGradient() no forward is recorded. Set it to False.")

@@ -1,4 +1,4 @@
-"""LO-GRZO: one random core a step, to whose rows and columns each example gives random signs of its own."""
+"""LO-GRZO: one random core per step, whose rows and columns get random signs of their own for each example."""
 
 import math
 import statistics
@@ -21,24 +21,24 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.optim.subspace_weights import Matrices
 
-_LEAST_SPREAD = 1e-6  # of projected gradients, as a share of the largest: below it they differ by rounding alone
+_LEAST_SPREAD = 1e-6  # of projected gradients, as a share of the largest: below it they differ only by rounding
 
 
 class GRZO(SubspaceOptimizer):
-    """LO-GRZO, the low-rank form of GRZO (arXiv 2606.02857), with its signs within the subspace.
+    """LO-GRZO, the low-rank form of GRZO (arXiv 2606.02857), with the signs applied within the subspace.
 
     With V (n, r) Gaussian, drawn anew at each resampling, Z (m, r) Gaussian, new at each step and the same for all
     examples, and signs r_i (m,) and s_i (r,) of example i, its direction is ``D_i = (Z * r_i s_i') V' / sqrt(r)``; its
     entries have variance 1. All examples are evaluated along their directions in the same two forwards, and the weight
-    moves by ``-lr * mean_i(a_i D_i)``, where a_i are projected gradients over their standard deviation in the batch
-    (that of a sample, by N - 1); if all are equal, nothing moves. (LOZO with ``estimator=PerExample()`` has an
+    moves by ``-lr * mean_i(a_i D_i)``, where a_i are the projected gradients divided by their standard deviation
+    in the batch (with N - 1); if all are equal, nothing moves. (LOZO with ``estimator=PerExample()`` has an
     independent core for each example instead.)
 
     State: V, (n, r) in the weight's dtype; the core, (m, r) in fp32, while updates are pending; within a step also Z in
     fp32 and ``num_queries (m + r)`` signs.
 
     Differs from the authors' code (LiyanTan111/GRZO-public): there s_i has n signs, one for each column of the weight,
-    so that directions leave the span of V (in its "strict" variant they are all 1); norms have signs there, and dense
+    so that directions leave the span of V (in its "strict" variant they are all 1); norms get signs there, and dense
     directions here; and its signs, the low bit of a hash, form a checkerboard. Their learning rate is ``2 eps`` times
     `lr`.
 
@@ -47,7 +47,7 @@ class GRZO(SubspaceOptimizer):
         lr: step size; the RMS move of a weight in a step is about ``lr / sqrt(num_queries)``.
         eps: perturbation scale of a weight.
         rank: r.
-        num_queries: how many different directions: as many as a batch has examples, over all ranks.
+        num_queries: number of different directions: as many as a batch has examples, over all ranks.
         vector_lr: learning rate of biases and norms; None takes `lr`.
         estimator: ``PerExample()`` if None; others evaluate the whole batch along each direction.
         **common: noise, normalize, normalize_directions, clip, rms_decay, seed, update_precision, offload_low_words:
@@ -116,7 +116,7 @@ class GRZO(SubspaceOptimizer):
             projected_grads = normalized(group, record.projected_grads)
             spread = statistics.stdev(projected_grads)
             if spread <= _LEAST_SPREAD * max(map(abs, projected_grads)):
-                spread = math.inf  # all alike, which says nothing of a step's size
+                spread = math.inf  # all equal, which says nothing about the size of a step
             coefficients = [g / spread / len(projected_grads) for g in projected_grads]
             self.update_vectors(group, vectors, record, dict(enumerate(coefficients)), lr)
             batches: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)

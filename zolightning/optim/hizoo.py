@@ -1,4 +1,4 @@
-"""HiZOO: zeroth-order descent that is scaled by an estimated diagonal curvature."""
+"""HiZOO: zeroth-order descent scaled by an estimated diagonal curvature."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,45 +24,47 @@ from zolightning.optim.estimators import ThreePoint
 from zolightning.optim.moments import descend
 from zolightning.optim.record import StepRecord
 
-_QUANTILES = (0.01, 0.5, 0.99)  # of the curvature, that are shown
+_QUANTILES = (0.01, 0.5, 0.99)  # of the curvature, to be logged
 
 
 class HiZOO(DenseOptimizer):
     """HiZOO (Zhao et al., arXiv 2402.15173, ICLR 2025, algorithm 1), and with ``curvature="row_column"`` HiZOO-L.
 
     Each step evaluates one batch at ``W``, ``W + eps u / sqrt(H)`` and ``W - eps u / sqrt(H)``, where H is a curvature
-    kept for each weight. Then H changes by the second difference of the losses (:mod:`zolightning.optim.curvature`
-    says how), and the weights move by ``-lr * g * u / sqrt(H)``, with the projected gradient g of the old H and the
-    root of the new one: on average by ``-lr * gradient / H``. Several queries share the loss at W.
+    kept for each weight. Then H is updated from the second difference of the losses
+    (:mod:`zolightning.optim.curvature` says how), and the weights move by ``-lr * g * u / sqrt(H)``, where the
+    projected gradient g is that of the old H and the root that of the new one: on average by ``-lr * gradient / H``.
+    Several queries share the loss at W.
 
-    Differs from the released code: H is float32 whatever the weights are, where float16 loses all of a change by the
-    recommended smoothing; there is no fourth forward for a loss to log; H stays within bounds; and weight decay goes
-    by shape (matrices only). HiZOO-L is our reconstruction.
+    Differs from the released code: H is float32 whatever the weights are, whereas float16 loses all of a change with
+    the recommended smoothing; there is no fourth forward to log a loss; H stays within bounds; and weight decay depends
+    on the shape (matrices only). HiZOO-L is our reconstruction.
 
-    Where parameters move in blocks (:mod:`zolightning.optim.blocks`), those in no block move as by MeZO, without a
-    curvature, as FOCUS and B-PDF have it for embeddings and head.
+    Where parameters move in blocks (:mod:`zolightning.optim.blocks`), those in no block move as in MeZO, without a
+    curvature, as FOCUS and B-PDF do for the embeddings and the head.
 
     It has no counterpart in a subspace: the diagonal of a Hessian in the coordinates of one basis says nothing about
     those of the next. To keep fewer numbers, train adapters (``configs/scopes/lora.yaml``) or blocks.
 
-    Second differences are divided by ``eps**2``, which enlarges the rounding errors of half-precision losses as much.
-    If the curvature runs to its upper bound, take a larger `eps` or a smaller `smoothing`.
+    Second differences are divided by ``eps**2``, which amplifies the rounding errors of half-precision losses as much.
+    If the curvature reaches its upper bound, use a larger `eps` or a smaller `smoothing`.
 
-    Memory besides that of :class:`~zolightning.optim.MeZO`: 4 bytes a weight for a full curvature, next to nothing for
-    the others.
+    Memory besides that of :class:`~zolightning.optim.MeZO`: 4 bytes per weight for a full curvature, next to nothing
+    for the others.
 
     Args:
         params: parameters or parameter groups.
         lr: step size; the weights move by ``lr * projected_grad / sqrt(H)`` along a unit-variance direction.
         eps: perturbation scale: standard deviation of the perturbation of a weight whose curvature is 1.
-        smoothing: how much of each estimate enters the curvature, at least 0 and below 1; 0 is MeZO at the price of
-            three forwards. Or a mapping of steps to values that hold from there on, 0 among the steps:
+        smoothing: weight of each new estimate in the curvature, at least 0 and below 1; 0 is MeZO at the cost of three
+            forwards. Or a mapping from steps, 0 among them, to the values that hold from those steps on:
             ``{0: 1e-6, 9800: 1e-8}``.
         curvature: "full", one for every weight; "row_column", one for every row and every column of a matrix; or
             "scalar", one for each parameter.
-        curvature_estimate: "code", of the released code and the paper's algorithm, or "centered", which has the
-            diagonal of the Hessian as its mean.
-        curvature_bounds: the least and the largest curvature. Weights are perturbed by at most ``eps / sqrt(least)``.
+        curvature_estimate: "code", as in the released code and the paper's algorithm, or "centered", whose mean is the
+            diagonal of the Hessian.
+        curvature_bounds: the smallest and the largest curvature allowed. Weights are perturbed by at most
+            ``eps / sqrt(smallest)``.
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
         estimator: ``ThreePoint()``; no other is accepted.
         **common: num_queries, align_queries, noise, seed, update_precision: see
@@ -115,7 +117,7 @@ class HiZOO(DenseOptimizer):
         for group in self.param_groups:
             directions = self.directions(group, group["seed"], group["step"], {query: sign * group["eps"]})
             for parameter, direction in directions.items():
-                # Not through the dictionary's default: an estimate makes no state.
+                # Not through the dictionary's default: an estimate creates no state.
                 state = self.state.get(parameter, {})
                 found[parameter] = scaled(direction, state, group["curvature_bounds"], parameter)
         return found
@@ -141,9 +143,9 @@ class HiZOO(DenseOptimizer):
             yield "curvature", self.curvature, "'full' or 'scalar'"
 
     def measurements(self) -> dict[str, float]:
-        """Quantiles of the curvature over all weights, by a sample of each parameter."""
+        """Quantiles of the curvature over all weights, estimated from a sample of each parameter."""
         samples: list[torch.Tensor] = []
-        counts: list[torch.Tensor] = []  # for how many elements each of a sample stands
+        counts: list[torch.Tensor] = []  # how many elements each sampled one stands for
         for _, _, parameter in self.trainable():
             if has_curvature(state := self.state.get(parameter, {})):
                 samples.append(found := sample(state))
@@ -157,7 +159,7 @@ class HiZOO(DenseOptimizer):
 
 
 def _schedule(smoothing: Any) -> float | tuple[tuple[int, float], ...]:
-    """A smoothing as it is kept: a number, or steps and values in order; a ValueError says what is out of range."""
+    """A smoothing as it is stored: a number, or steps and values in order; a ValueError says what is out of range."""
     if not isinstance(smoothing, Mapping | tuple):
         require_fraction("smoothing", smoothing)
         return smoothing

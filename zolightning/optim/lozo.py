@@ -1,4 +1,4 @@
-"""LOZO: low-rank directions whose row space stays the same for some steps."""
+"""LOZO: low-rank directions whose row space stays the same for several steps."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,20 +20,20 @@ class LOZO(SubspaceOptimizer):
     State: V, (n, r) in the weight's dtype; the core, (m, r) in fp32, while it holds updates; momentum, the same again.
 
     Differs from the authors' code (optsuite/LOZO, commit 66bd55f), which does not divide by r, and on each resampling
-    step updates along another U than it perturbed along. To use a learning rate published for that code, set `lr` to r
-    times it and `vector_lr` to it; a learning rate published for the paper's formula, which divides by r, is both. Its
-    momentum starts from ``g U`` and is projected by ``V_old' V_new / n``; here it starts from zero and is projected by
-    least squares.
+    step updates along a different U from the one it perturbed along. To use a learning rate published for that code,
+    set `lr` to r times that rate and `vector_lr` to the rate itself; one published for the paper's formula, which
+    divides by r, is the value of both. That code's momentum starts from ``g U`` and is projected by
+    ``V_old' V_new / n``; here it starts from zero and is projected by least squares.
 
     Args:
         params: parameters or parameter groups.
-        lr: step size, that of SGD: the core moves by ``lr * projected_grad / rank`` along a unit-variance direction.
+        lr: step size, as in SGD: the core moves by ``lr * projected_grad / rank`` along a unit-variance direction.
         eps: perturbation scale of the core.
         rank: r.
         momentum: decay of the mean of core gradients, 0.9 in the paper's LOZO-M; 0 keeps none.
-        betas: Adam's decays, instead of `momentum`, for biases and norms too. Adam's step is divided by r as well.
-        vector_lr: learning rate of biases and norms, as of MeZO: not divided by r. None takes `lr`, which is SGD with
-            one learning rate for all.
+        betas: Adam's decay rates, instead of `momentum`, for biases and norms too. Adam's step is divided by r as well.
+        vector_lr: learning rate of biases and norms, not divided by r, as in MeZO. None takes `lr`, which is SGD with
+            one learning rate for all parameters.
         **common: num_queries, align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
             seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.

@@ -36,8 +36,8 @@ class MeZO(DenseDescent):
         weight_decay: decoupled: ``W -= lr * weight_decay * W`` for parameters of two dimensions or more.
         normalize: divide projected gradients by their running RMS, one number where Adam keeps a tensor (MEAZO,
             arXiv 2605.03869). The RMS move of a weight in a step is then ``lr / sqrt(num_queries)``.
-        clip: bound projected gradients at this multiple of their running RMS over earlier steps, as they were clipped
-            there; above 1.
+        clip: bound projected gradients at this multiple, above 1, of the running RMS of the clipped ones of earlier
+            steps.
         rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
         **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.

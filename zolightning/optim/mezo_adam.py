@@ -22,10 +22,10 @@ class MeZOAdam(DenseDescent):
 
     Args:
         params: parameters or parameter groups.
-        lr: step size, weight units a step as in Adam.
-        betas: decay of the first and second moment.
+        lr: step size, in weight units per step, as in Adam.
+        betas: decay rates of the first and second moments.
         denominator_eps: added to the root of the second moment (Adam's epsilon; `eps` is the perturbation scale).
-        eps: perturbation scale, weight units.
+        eps: perturbation scale, in weight units.
         weight_decay: as in :class:`~zolightning.optim.MeZO`.
         **common: num_queries, align_queries, estimator, noise, seed, update_precision: see
             :class:`~zolightning.optim.base.ZerothOrderOptimizer`.

@@ -1,4 +1,4 @@
-"""Running moments of an estimated gradient, kept in fp32 (4 bytes an element each).
+"""Running moments of an estimated gradient, kept in fp32 (4 bytes per element each).
 
 The gradient comes as a :class:`~zolightning.directions.dense.Direction`: it is generated where it is needed.
 """
@@ -25,21 +25,22 @@ def descend(
     lr: float,
     precision: UpdatePrecision,
 ) -> None:
-    """Moves weights against their estimated gradients: by Adam, with momentum, or by a plain step of SGD.
+    """Moves weights against their estimated gradients: with Adam, with momentum, or with a plain SGD step.
 
     Args:
         weights: contiguous tensors of any shape.
         states: their entries in the optimizer's state.
         gradients: the estimates, already scaled where that saves a pass over memory: by ``1 - momentum`` for a step
             with momentum, by ``-lr`` for a plain one.
-        group: the settings. With ``betas`` the step is Adam's (``denominator_eps`` is its epsilon), else with a
-            ``momentum`` above 0 one with momentum. ``weight_decay``, if any, is decoupled and shrinks matrices only.
+        group: the settings. With ``betas`` the step is Adam's (``denominator_eps`` is its epsilon); otherwise,
+            with a ``momentum`` above 0, it is one with momentum. ``weight_decay``, if any, is decoupled and
+            shrinks matrices only.
         lr: learning rate of this step.
         precision: how sums are rounded.
     """
     calls = stored_each(weights, states, precision, 1 - lr * group.get("weight_decay", 0.0))
     if group.get("betas"):
-        step_of: dict[int, AdamStep] = {}  # by its number: parameters of blocks have counts of their own
+        step_of: dict[int, AdamStep] = {}  # by step number: parameters in blocks have counts of their own
         for call, weight, state, gradient in zip(calls, weights, states, gradients, strict=True):
             state["step"] = count = state.get("step", 0) + 1
             if count not in step_of:
@@ -82,7 +83,7 @@ def _momentum(
 
 
 def moment(state: State, name: str, weight: Tensor) -> Tensor:
-    """``state[name]``, (n,), float32 or wider for a weight of n elements; made of zeros if it is not there."""
+    """``state[name]``, (n,), float32 or wider for a weight of n elements; created as zeros if it is not there."""
     if name not in state:
         state[name] = torch.zeros(weight.numel(), dtype=compute_dtype(weight.dtype), device=weight.device)
     return state[name]

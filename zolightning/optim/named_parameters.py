@@ -20,7 +20,7 @@ from zolightning.optim.precision import EXTRA_BITS, State, UpdatePrecision, as_c
 from zolightning.optim.settings import require_same_settings, settings_of
 from zolightning.optim.stochastic_rounding import round_stochastically
 
-_SHARED = ("step", "seed", "forward_passes", "refresh", "folds", "lr_scale")  # by all groups: they are of one run
+_SHARED = ("step", "seed", "forward_passes", "refresh", "folds", "lr_scale")  # by all groups, as parts of one run
 
 
 class NamedParameters(torch.optim.Optimizer):
@@ -214,7 +214,8 @@ class NamedParameters(torch.optim.Optimizer):
     ) -> Iterator[tuple[list[Tensor], list[State], list[Direction]]]:
         """What a step along `directions` moves: weights or slices of them, contiguous, and the state of each.
 
-        With the part of each direction that belongs to it, if parameters are sharded and only rows are on this rank.
+        Each comes with the part of its direction that belongs to it, if parameters are sharded and only
+        some rows are on this rank.
         """
         with ExitStack() as stack:
             weights = [
@@ -226,7 +227,7 @@ class NamedParameters(torch.optim.Optimizer):
             yield weights, [self.state[parameter] for parameter in parameters], of_own_rows(directions, parameters)
 
     def completed(self, parameter: nn.Parameter) -> Tensor:
-        """The trained values of a parameter with all the bits that are kept of them, flat.
+        """The trained values of a parameter with all the bits that are kept for them, flat.
 
         For a float32 parameter that trains as a whole it is a view of the weight, which the next step changes.
         """
@@ -238,7 +239,7 @@ class NamedParameters(torch.optim.Optimizer):
         return flat if low is None else read_split(flat, low.to(flat.device))
 
     def release(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the state of parameters, but for `kept_at_rest`; half-precision weights are rounded stochastically.
+        """Drops the state of parameters, except for `kept_at_rest`; half-precision weights are rounded stochastically.
 
         The random numbers are a function of the step and of the parameter's name.
         """
@@ -253,7 +254,7 @@ class NamedParameters(torch.optim.Optimizer):
                 self.state[parameter] = kept
 
     def extra_bits(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        """The extra bits that are kept of a half-precision weight, by name."""
+        """The extra bits that are kept for a half-precision weight, by name."""
         state = self.state.get(parameter, {})
         return {name: state[name] for name in EXTRA_BITS if name in state}
 
@@ -269,14 +270,14 @@ class NamedParameters(torch.optim.Optimizer):
         """Pairs of a number, by which a ``state_dict`` refers to a parameter, and that parameter."""
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        return zip(numbers, parameters, strict=False)  # torch compares their numbers itself, and says so better
+        return zip(numbers, parameters, strict=False)  # torch compares the counts itself, with a better message
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer, and under ``method`` the class and its constructor's arguments."""
         return super().state_dict() | {"method": settings_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores hyperparameters, counters and tensors, these in their own dtype.
+        """Restores hyperparameters, counters and tensors, the tensors in their own dtype.
 
         Raises:
             ValueError: if the state is that of another class, or of the same class with other arguments, or of a run

@@ -20,7 +20,7 @@ def add_offloaded(
     """Adds an update to a weight piece by piece, with the bits of :func:`~zolightning.optim.precision.add_tensor`.
 
     Args:
-        weight, precision: as of that function; the weight has n elements.
+        weight, precision: as for that function; the weight has n elements.
         host: its low word or master, (n,), in host memory; made there at the first update, pinned for a GPU.
         pieces: for each piece the index of its first element and the update, (k,), float32. Together they cover the
             weight. Only one of them is on the device at a time.
@@ -35,7 +35,7 @@ def add_offloaded(
                 host[name] = _empty(weight.numel(), bits.dtype, weight.device)
             host[name][part].copy_(bits, non_blocking=True)
     if weight.is_cuda:
-        torch.cuda.current_stream(weight.device).synchronize()  # the host may read what it holds
+        torch.cuda.current_stream(weight.device).synchronize()  # from here on the host may read its copy
 
 
 def to_host(value: Tensor, device: torch.device) -> Tensor:

@@ -26,10 +26,12 @@ def evaluate_examples(
     share: Share,
     micro_batches: MicroBatches | None,
 ) -> Probed:
-    """Evaluates each example at the weights of its query, with both signs; arguments as of ``Estimator.evaluate``.
+    """Evaluates each example at the weights of its query, with both signs.
+
+    The arguments are those of ``Estimator.evaluate``.
 
     Returns:
-        The projected gradients, and as losses the means over the batch for either sign.
+        The projected gradients, and as losses the means over the batch for each sign.
     """
     if micro_batches is None:
         raise ValueError(

@@ -4,9 +4,10 @@ A zeroth-order update is often far below the spacing of half-precision numbers: 
 realises 3 % of updates of RMS 1e-6. There are three ways to add an update to a weight:
 
 * ``exact`` (the default): weights of every dtype take the same updates as fp32 weights, bit for bit. A bf16 number is
-  the upper half of an fp32 number, and the optimizer's state keeps the lower half, its *low word*: 2 bytes a parameter
-  in place of the 4 of an fp32 master copy. fp16 numbers have another exponent, so fp16 weights have a master copy.
-* ``low_byte``: the state keeps one byte a parameter, and the fp32 number is rounded to 24 bits (16 significant ones)
+  the upper half of an fp32 number, and the optimizer's state keeps the lower half, its *low word*: 2 bytes per
+  parameter instead of the 4 of an fp32 master copy. fp16 numbers have a different exponent, so fp16 weights have a
+  master copy.
+* ``low_byte``: the state keeps one byte per parameter, and the fp32 number is rounded to 24 bits (16 significant ones)
   after each update. That takes half the memory of ``exact`` and loses only the smallest updates. fp16 weights have a
   master copy here as well.
 * ``native``: the weight is rounded to its dtype after each update. That takes no memory and loses most of a small
@@ -57,7 +58,7 @@ def state_bytes(dtype: torch.dtype, precision: UpdatePrecision) -> int:
 
 
 def warn_of_native(names: Mapping[nn.Parameter, str]) -> None:
-    """Warns that half-precision parameters among these, if there are any, lose updates to the precision "native"."""
+    """Warns that half-precision parameters among these, if there are any, lose updates under the precision "native"."""
     half = [name for parameter, name in names.items() if parameter.dtype in _HALF]
     if half:
         rank_zero_warn(

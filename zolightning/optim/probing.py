@@ -1,4 +1,4 @@
-"""Evaluates losses at perturbed weights and makes projected gradients of them."""
+"""Evaluates losses at perturbed weights and turns them into projected gradients."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,8 +97,8 @@ def losses_along(
 
     Args:
         optimizer: the method.
-        moves: for each point what is added to parameters, each in its trainable shape, besides pending updates:
-            ``optimizer.directions(group, group["seed"], group["step"], {query: 0.1})``, for one.
+        moves: for each point, what is added to the parameters, each in its trainable shape, besides pending updates:
+            ``optimizer.directions(group, group["seed"], group["step"], {query: 0.1})``, for example.
         loss_fn, share: see :meth:`~zolightning.optim.base.ZerothOrderOptimizer.estimate`.
 
     Returns:
@@ -133,9 +133,9 @@ def perturbations_at(
 ) -> list[Mapping[nn.Parameter, Perturbation]]:
     """The perturbations of whole parameters for the probes of some runs of the network, one run after the other.
 
-    Probes of one run are asked for together, so that what they have in common is made once. Probes of other runs are
-    not asked for with them: their keys would lie elsewhere in the same tables, and each would need a CUDA graph of its
-    own. Of a query only the first sign is asked for: the other one is its opposite.
+    Probes of one run are asked for together, so that what they have in common is made once. Those of different runs are
+    not asked for together: their keys would lie elsewhere in the same tables, and each would need a CUDA graph of its
+    own. Only the first sign of a query is asked for: the other is its opposite.
     """
     made: dict[tuple[int, ...], tuple[int, ByQuery]] = {}  # with one sign, which comes first
     found: list[Mapping[nn.Parameter, Perturbation]] = []

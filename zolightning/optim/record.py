@@ -4,8 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped before training stops
-FLAT_IN_A_ROW = 3  # steps with equal losses before it is looked into; rounding makes some of them equal
+MAX_NONFINITE_IN_A_ROW = 20  # steps that may be skipped in a row before training stops
+FLAT_IN_A_ROW = 3  # steps with equal losses before the cause is looked for; rounding alone makes some equal
 
 
 class NonFiniteLossError(RuntimeError):
@@ -14,7 +14,8 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Everything that determines a step besides the weights. Applying a run's records to its first weights replays it.
+    """Everything that determines a step besides the weights. Applying a run's records to its initial weights
+    replays it.
 
     Attributes:
         step: number of the step, from 0; together with `seed` it determines the directions.
@@ -24,7 +25,7 @@ class StepRecord:
         losses: one for each evaluation of the step, in the order of the estimator's probes.
         forward_passes: number of forward passes that the step took.
         refresh: index of the basis, for subspace methods.
-        folds: how often a subspace method had added its pending updates to the weights before the step.
+        folds: how many times a subspace method had added its pending updates to the weights before the step.
         blocks: indices of the blocks that moved; empty if all parameters did.
         given: whether the bases of `refresh` were given to the method. Records do not hold them.
         leaves_traces: whether the loss changed the module (a metric, a counter), or logged a value to the mean of an

@@ -55,7 +55,7 @@ class WarmupDecay(LRScheduler):
     def get_lr(self) -> list[Any]:
         """The rate of each group in the next step."""
         if self.total_steps is None:
-            if self.last_epoch == 0:  # as a Trainer's scheduler is made, before its run is known
+            if self.last_epoch == 0:  # a Trainer's scheduler is made before its run is known
                 return list(self.base_lrs)
             raise ValueError("`total_steps` of WarmupDecay is None, and no Trainer has said how long the run is.")
         return [lr * self._factor(self.last_epoch, self.total_steps) for lr in self.base_lrs]

@@ -55,7 +55,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None) -> None:
     """Compares a method with the settings saved by the run that it resumes.
 
-    A different learning rate is not refused: as with any optimizer of torch the checkpoint's is used, with a warning.
+    A different learning rate is not refused: as with any torch optimizer, the checkpoint's is used, with a warning.
 
     Raises:
         ValueError: if nothing was saved, or the class or an argument differs; with both values.

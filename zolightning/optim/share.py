@@ -35,7 +35,7 @@ WHOLE = Share()
 
 
 def warn_of_other_processes() -> None:
-    """Warns of a step without a share in one of several processes: its weights would not be those of the others."""
+    """Warns about a step without a share in one of several processes: its weights would differ from the others'."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         count = torch.distributed.get_world_size()
         if count > 1:

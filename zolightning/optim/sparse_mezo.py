@@ -29,16 +29,16 @@ class SparseMeZO(DenseOptimizer):
     arXiv 2402.15751, NeurIPS 2025): perturbs and moves the weights of small magnitude in each matrix, and no others.
 
     A weight is small if its absolute value is at most a threshold, which is set before the first step of the matrix so
-    that a share `sparsity` of its weights is larger, and then stays. The mask is computed anew in each step, from the
-    stored weights and in the same pass as the noise, so only the threshold is stored. (The paper's pseudo-code compares
-    signed weights; its text and figures use magnitudes, as we do.)
+    that a share `sparsity` of its weights is larger; the threshold then stays the same. The mask is computed anew in
+    each step, from the stored weights and in the same pass as the noise, so only the threshold is stored. (The paper's
+    pseudo-code compares signed weights; its text and figures use magnitudes, as we do.)
 
     Parameters that are not matrices (biases, norms) train densely. So do matrices whose threshold would be 0, such as
     the B of a new LoRA adapter, whose weights would stop as soon as they are no longer 0.
 
     Args:
         params: parameters or parameter groups.
-        lr: step size, as of :class:`~zolightning.optim.MeZO`; the paper's is larger than MeZO's.
+        lr: step size, as in :class:`~zolightning.optim.MeZO`; the paper's is larger than MeZO's.
         eps: perturbation scale: standard deviation of the perturbation of each weight that moves.
         sparsity: share of the weights of a matrix that do not train, between 0 and 1.
         mask: "dynamic", as above; "fixed", the mask of the first step for all steps, at one bit per weight; or
@@ -124,7 +124,7 @@ class SparseMeZO(DenseOptimizer):
         state = self.state.get(parameter, {})
         if mask := {name: state[name] for name in self.kept_at_rest if name in state}:
             return mask
-        if parameter not in self._first:  # an estimate makes no state
+        if parameter not in self._first:  # an estimate creates no state
             self._first[parameter] = self._find_mask(parameter, group)
         return self._first[parameter]
 
@@ -132,7 +132,7 @@ class SparseMeZO(DenseOptimizer):
         if not self.sparse_embeddings and self._is_embedding(parameter):
             return {"threshold": math.inf}
         if self.mask == "random":
-            words = key(group["seed"], -1, 0, self.names[parameter])  # of no step
+            words = key(group["seed"], -1, 0, self.names[parameter])  # -1: not a step
             return {"mask": torch.tensor(words, dtype=torch.int32, device=parameter.device)}
         with as_contiguous(whole(parameter), self.slices.get(parameter)) as weight:
             least = max(round((1 - group["sparsity"]) * weight.numel()), 1)
@@ -158,7 +158,7 @@ class SparseMeZO(DenseOptimizer):
 def kth_smallest_magnitude(weight: Tensor, k: int) -> float:
     """The k-th smallest absolute value of a contiguous floating-point tensor, k from 1 on; NaNs are the largest.
 
-    An exact radix selection, two bytes at a time: sorting a large embedding would take its memory once more, and
+    An exact radix selection, two bytes at a time: sorting a large embedding would take as much memory again, and
     ``torch.quantile`` refuses more than 2**24 elements.
     """
     if weight.is_meta:  # only the size of the state is wanted: any number will do

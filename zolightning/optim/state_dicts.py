@@ -1,4 +1,4 @@
-"""Makes a module's ``state_dict()`` hold other values than its parameters: weights with their pending updates."""
+"""Makes a module's ``state_dict()`` hold values other than its parameters: weights with their pending updates."""
 
 from collections.abc import Callable, Container, Iterator
 from functools import partial
@@ -24,10 +24,10 @@ def substitute_in_state_dicts(
     :func:`~zolightning.optim.deferred.deferring` it is called when the tensor is read. The handles remove the hooks.
     """
     return [
-        # An object for each: torch marks it by an attribute. No closure: a module is copied and pickled with its hooks.
+        # One object for each: torch sets an attribute on it. No closure: a module is copied and pickled with its hooks.
         owner.register_state_dict_post_hook(partial(_write, is_due, substitute))
         for owner in module.modules()
-        # TorchScript takes no hooks: what its modules own is written by the one around them.
+        # TorchScript takes no hooks: what its modules own is written by the module around them.
         if not isinstance(owner, torch.jit.ScriptModule) and any(p in parameters for _, p in _own(owner))
     ]
 

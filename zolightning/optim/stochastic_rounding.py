@@ -1,4 +1,4 @@
-"""Rounds half-precision weights stochastically, before the extra bits that are kept of them are dropped."""
+"""Rounds half-precision weights stochastically, before the extra bits that are kept for them are dropped."""
 
 import math
 

@@ -31,7 +31,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
     Only the small ``core`` is drawn at each step; the factors stay until new subspaces are drawn. Parameters with less
     than two dimensions, and matrices of a single row or column, are searched along dense directions instead, with the
-    learning rate `vector_lr`; at 0 they do not train. (In half precision they are always updated as by
+    learning rate `vector_lr`; at 0 they do not train. (In half precision they are always updated as with
     ``update_precision="exact"``: they are few.)
 
     New subspaces are drawn by :meth:`~zolightning.optim.subspace_weights.SubspaceWeights.resample`, which a plain
@@ -53,17 +53,17 @@ class SubspaceOptimizer(SubspaceWeights):
             of a matrix, the `rank` and the factors: `eps` is the RMS of a weight's perturbation, and `lr` times the
             projected gradient that of its step. With Adam or an orthogonalized step it is `lr` itself. Given factors
             are scaled to the norm of drawn ones, and factors of a method's own formula, such as 1 / rank, are left out.
-        clip: bound projected gradients at this multiple of their running RMS over earlier steps, as they were clipped
-            there; above 1.
+        clip: bound projected gradients at this multiple, above 1, of the running RMS of the clipped ones of earlier
+            steps.
         rms_decay: decay of the running mean of squared projected gradients, for `normalize` and `clip`.
 
     `defaults` may hold ``momentum``, the decay of an exponential mean of gradients (``m = momentum * m + (1 - momentum)
-    * g``), or ``betas``, Adam's decays; either serves cores and dense directions alike. In each parameter group,
+    * g``), or ``betas``, Adam's decays; either applies to cores and dense directions alike. In each parameter group,
     :class:`~zolightning.callbacks.MomentumTransport` sets ``transport`` ("project", "reset" or "keep": what
     :meth:`resample` does to the momentum), and :class:`~zolightning.callbacks.SubspaceResampling` sets ``anchor`` (how
     many dominant directions of the momentum stay in the new basis). The counters of a group are ``refresh``, the index
-    of the basis, ``given``, the last index for which factors were given, and ``folds``, how often cores were added to
-    the weights.
+    of the basis, ``given``, the last index for which factors were given, and ``folds``, how many times cores have been
+    added to the weights.
     """
 
     takes_shards = True
@@ -96,7 +96,7 @@ class SubspaceOptimizer(SubspaceWeights):
         super().__init__(params, settings | counters | set_by_callbacks | RUNNING_MEAN | defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As any optimizer's; a group may have its own ``vector_lr``, and in mid-run has what callbacks set for all."""
+        """As any optimizer's; a group may have its own ``vector_lr``. In mid-run it gets what callbacks set for all."""
         set_for_all = {name: self.param_groups[0][name] for name in ("transport", "anchor") if self.attached}
         own = {**set_for_all, **param_group}
         vector_lr = own.pop("vector_lr", None)
@@ -116,7 +116,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
         Args:
             gradients: (matrices, *core shape), after momentum or Adam, of matrices whose cores have one shape.
-                Transposed where a factor was given on the other side than the method's own.
+                Transposed where a factor was given on the side opposite to the method's own.
             states: the entry of each matrix in the optimizer's state, with ``core`` and what the method keeps itself.
             group: their hyperparameters.
 
@@ -181,7 +181,7 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def apply(self, record: StepRecord) -> None:
         """As of any method; first draws bases and folds as the run of the record did."""
-        if record.seed != self.param_groups[0]["seed"]:  # of another run: its bases are to be drawn here too
+        if record.seed != self.param_groups[0]["seed"]:  # from another run: its bases must be drawn here too
             self.fold()
             self._bases.clear()
             for group in self.param_groups:
@@ -219,7 +219,7 @@ class SubspaceOptimizer(SubspaceWeights):
     def perturbations_of_matrices(
         self, group: dict[str, Any], matrices: Matrices, queries: Sequence[int], sign: int
     ) -> dict[int, dict[nn.Parameter, Perturbation]]:
-        """What :meth:`perturbations_of` says of the matrices of a group."""
+        """What :meth:`perturbations_of` gives for the matrices of a group."""
         shared = [
             (name, parameter, self.basis(parameter), matrix.shape, self.state.get(parameter, {}).get("core"))
             for name, (parameter, matrix) in matrices.items()
@@ -237,7 +237,7 @@ class SubspaceOptimizer(SubspaceWeights):
             projected_grads = normalized(group, record.projected_grads)
             coefficients = {q: keep * g / len(projected_grads) for q, g in enumerate(projected_grads)}
             self.update_vectors(group, vectors, record, coefficients, lr)
-            as_drawn = self.normalize_directions  # else gradients have the scale of directions already
+            as_drawn = self.normalize_directions  # otherwise gradients already have the scale of directions
             gradients = self._core_directions(matrices, record.seed, record.step, coefficients, as_drawn)
             batches: dict[tuple[Any, ...], list[tuple[State, Direction]]] = {}  # of cores that move together
             for name, (parameter, matrix) in matrices.items():
@@ -278,7 +278,8 @@ class SubspaceOptimizer(SubspaceWeights):
         """The cores that a network computes with in half precision, and the largest element that each may have.
 
         Beyond it the perturbation of an element is less than the spacing of numbers of its size, and their sum would
-        lose most of it. Only the largest one is asked for: a maximum, unlike a sum, is the same in any order.
+        lose most of the perturbation. Only the largest element is asked for: a maximum, unlike a sum, is the
+        same in any order.
         """
         places = {(parameter.device, parameter.dtype) for group in self.param_groups for parameter in group["params"]}
         computed_in = {(device, dtype): autocast_dtype(device) or dtype for device, dtype in places}

@@ -31,11 +31,11 @@ class SubspaceWeights(ZerothOrderOptimizer):
     """Abstract: a matrix W is trained as ``W + left @ core @ right.T``; what moves the cores is left to a subclass.
 
     ``left`` and ``right`` are the *basis* of the matrix (:mod:`zolightning.optim.bases`), drawn when it is first asked
-    for and anew by :meth:`resample`. Updates wait in the core until they are *folded*, that is, added to W
+    for, and anew by :meth:`resample`. Updates wait in the core until they are *folded*, that is, added to W
     (:mod:`zolightning.optim.cores` says when). Other parameters are trained as they are.
 
     Args:
-        params, defaults, **common: as of :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
+        params, defaults, **common: see :class:`~zolightning.optim.base.ZerothOrderOptimizer`.
         offload_low_words: keep the extra bits of half-precision matrices (2 bytes per bf16 weight, 4 per fp16 one) in
             host memory and move them to the device, piece by piece, when cores are folded. The bits are the same, at
             the price of a transfer each way per fold, so it is meant for rare folds (`fold_every_step` False). It may
@@ -70,7 +70,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
         self.basis_kind = BasisKind(self.sides, self.unit)
         self._bases: dict[nn.Parameter, Basis] = {}
-        self._splits: dict[tuple[int, bool], tuple[object, Split]] = {}  # of what, and the split of that
+        self._splits: dict[tuple[int, bool], tuple[object, Split]] = {}  # what was split, and its split
         self._offloaded: defaultdict[nn.Parameter, State] = defaultdict(dict)  # Trainers move `state` to the device
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
@@ -117,7 +117,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         return basis
 
     def set_names(self, names: Mapping[nn.Parameter, str]) -> None:
-        """As of any method; bases are drawn anew, for they depend on the names."""
+        """As of any method; bases are drawn anew, because they depend on the names."""
         super().set_names(names)
         self._bases.clear()
 
@@ -164,7 +164,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
             state.pop(side, None)
         for parameter, basis in given.items():
             matrix = self.matrix_of(parameter)
-            if matrix is not None and self.normalize_directions and recorded is None:  # recorded ones are as long
+            if matrix is not None and self.normalize_directions and recorded is None:  # recorded ones are scaled
                 basis = self.basis_kind.as_long_as_drawn(basis, matrix)
             for side, factor in basis.by_side.items():
                 self.state[parameter][GIVEN[side]] = factor.to(parameter.device, parameter.dtype, copy=True)
@@ -195,7 +195,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
     # Updates that wait in cores
 
     def at_rest(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any method; also frozen parameters that lack updates, for losses read them moved."""
+        """As of any method; also frozen parameters with pending updates, because losses read their updated values."""
         yield from super().at_rest()
         for _, parameter, _, _ in self.pending():
             if not parameter.requires_grad:
@@ -210,7 +210,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
         return state["core"]
 
     def pending(self, without: Container[nn.Parameter] = ()) -> Iterator[Pending]:
-        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, frozen ones too."""
+        """Group, parameter, matrix and core of each matrix with updates that its weight lacks, even a frozen one."""
         if not any(["core" in state and parameter not in without for parameter, state in self.state.items()]):
             return
         for group in self.param_groups:
@@ -220,20 +220,20 @@ class SubspaceWeights(ZerothOrderOptimizer):
                     yield group, parameter, matrix, core
 
     def offsets(self, without: Container[nn.Parameter] = ()) -> dict[nn.Parameter, Perturbation]:
-        """The updates in cores that have not been added to the weights, those of frozen parameters too."""
+        """The updates in cores that have not been added to the weights, including those of frozen parameters."""
         return {p: LowRank(self.basis(p), matrix.shape, core, None) for _, p, matrix, core in self.pending(without)}
 
     @torch.inference_mode(False)  # tensors that a validation made in inference mode could not be changed later
     @torch.no_grad()
     def fold(self) -> None:
-        """Adds the updates in all cores to the stored weights, and counts that if there were any."""
+        """Adds the updates in all cores to the stored weights, and counts the fold if there were any."""
         for _, parameter, _, _ in (found := list(self.pending())):
             with as_contiguous(parameter, self.slices.get(parameter)) as weight:
                 extra_bits = (self._offloaded if self.offload_low_words else self.state)[parameter]
                 self._add_lift(weight, parameter, extra_bits)
             del self.state[parameter]["core"]
         if found:
-            torch.clear_autocast_cache()  # casts of the weights as they were
+            torch.clear_autocast_cache()  # it holds casts of the old weights
             for group in self.param_groups:
                 group["folds"] += 1
 
@@ -307,12 +307,12 @@ class SubspaceWeights(ZerothOrderOptimizer):
         """Restores a run, including the stored weights of matrices with a core."""
         super().load_state_dict(state_dict)
         self._bases.clear()
-        if self.fold_every_step and self.attached:  # else the bases' names may not be known yet
+        if self.fold_every_step and self.attached:  # otherwise the names for the bases may not be known yet
             self.fold()
 
     def restore(self, parameter: nn.Parameter, entries: Mapping[str, Any]) -> None:
         is_offloaded = self.offload_low_words and self.matrix_of(parameter) is not None
-        apart = {"base", *EXTRA_BITS} if is_offloaded else {"base"}  # as large as weights, and kept off the device
+        apart = {"base", *EXTRA_BITS} if is_offloaded else {"base"}  # as large as the weights, and kept off the device
         bits = entries.keys() & apart - {"base"}
         self._offloaded[parameter] = {name: to_host(entries[name], parameter.device) for name in bits}
         if "base" in entries:

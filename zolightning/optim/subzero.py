@@ -22,7 +22,7 @@ class SubZero(SubspaceOptimizer):
     ``sqrt(m n) / r``: directions have the norm of MeZO's, and published learning rates apply. With "paper", s is 1. The
     two are not equivalent at any `lr`: s scales the perturbation, and its square the step.
 
-    A matrix with a side below `rank`, such as a LoRA factor, is reshaped to be as nearly square as possible. One of
+    A matrix with a side below `rank`, such as a LoRA factor, is reshaped to be as nearly square as possible. One with
     a single row or column is searched along dense directions.
 
     State: U, (m, r), and V, (n, r), in the weight's dtype; the core, (r, r) in fp32, while it holds updates; each
@@ -34,11 +34,11 @@ class SubZero(SubspaceOptimizer):
     Args:
         params: parameters or parameter groups.
         lr: step size; the weight moves by ``lr * projected_grad`` along a direction.
-        eps: perturbation scale, a multiple of the direction.
+        eps: perturbation scale, which multiplies the direction.
         rank: r.
         scaling: "code" or "paper"; with `normalize_directions` always "code".
         momentum: decay of the mean of core gradients; 0 keeps none.
-        betas: Adam's decays, instead of `momentum`; SubZero+ has (0.9, 0.95). Biases and norms get Adam's steps too.
+        betas: Adam's decays, instead of `momentum`; SubZero+ uses (0.9, 0.95). Biases and norms get Adam's steps too.
         vector_lr: learning rate of biases and norms; None takes `lr`.
         **common: num_queries, align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
             seed, update_precision, offload_low_words: see

@@ -20,8 +20,8 @@ class ZOAdaMM(MeZOAdam):
 
     It is the paper's algorithm 1 without constraints:
     ``m = beta1 m + (1 - beta1) g z``, ``v = beta2 v + (1 - beta2) (g z)^2``, ``h = max(h, v)``, and the weight moves by
-    ``-lr m / (sqrt(h) + denominator_eps)``. As in the paper, and unlike in Adam, moments that begin at 0 are not
-    corrected for it: the first steps are longer, up to ``(1 - beta1) / sqrt(1 - beta2)`` times `lr`, 3.2 times by
+    ``-lr m / (sqrt(h) + denominator_eps)``. As in the paper, and unlike in Adam, the moments start at 0 without
+    bias correction: the first steps are longer, up to ``(1 - beta1) / sqrt(1 - beta2)`` times `lr`, 3.2 times by
     default. One projected gradient that is far too large makes all later steps short.
 
     Memory: 12 bytes per parameter for m, v and h; a single layer (``DominantLayer``) keeps it small.

@@ -15,7 +15,7 @@ from zolightning.optim.subspace import SubspaceOptimizer
 
 
 class ZOMOPI(SubspaceOptimizer):
-    """ZO-MOPI (arXiv 2605.09034): equal steps along the k dominant directions of the momentum, and none along others.
+    """ZO-MOPI (arXiv 2605.09034): equal steps along the k dominant directions of the momentum, and none along the rest.
 
     Directions are ``A B_i`` with A (m, r) orthonormal, drawn anew at each resampling, and B_i (r, n) drawn at each
     step. The core gradient, the mean of ``g_i B_i``, enters the momentum M. One power iteration, starting from the V of
@@ -40,7 +40,7 @@ class ZOMOPI(SubspaceOptimizer):
         momentum: decay of the mean of core gradients, above 0 in the paper.
         vector_lr: learning rate of biases and norms, which are searched along dense directions. Unlike the step of
             matrices, theirs is proportional to the projected gradients, and so to the scale of the loss.
-        num_queries: directions a step.
+        num_queries: directions per step.
         **common: align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
             seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
@@ -73,7 +73,7 @@ class ZOMOPI(SubspaceOptimizer):
         columns = min(group["power_rank"], *gradients.shape[1:])
         for state, gradient in zip(states, gradients, strict=True):
             if "right_basis" not in state or state["right_basis"].shape != (gradient.shape[1], columns):
-                # The leading right singular vectors that the first momentum itself gives: no draw, no warm-up.
+                # The leading right singular vectors of the first momentum itself: no draw, no warm-up.
                 state["right_basis"] = torch.linalg.svd(gradient, full_matrices=False).Vh[:columns].T.contiguous()
         steps, right = power_iteration(gradients, torch.stack([state["right_basis"] for state in states]))
         for state, basis in zip(states, right, strict=True):

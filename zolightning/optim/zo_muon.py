@@ -26,7 +26,7 @@ class ZOMuon(SubspaceOptimizer):
     State: P, (m, r) in the weight's dtype; the core, (r, n) in fp32, while it holds updates; momentum, the same again.
 
     Differs from the released code: a resampling step uses one basis for all its evaluations (there, all queries but one
-    are updated along other directions than they were evaluated at), Newton-Schulz runs in fp32 instead of the weight's
+    are updated along different directions from their evaluations), Newton-Schulz runs in fp32 instead of the weight's
     dtype, and the learning rate of biases and norms is an argument that schedulers scale.
 
     Args:
@@ -39,7 +39,7 @@ class ZOMuon(SubspaceOptimizer):
         momentum: decay of the mean of core gradients, taken before orthogonalization; the paper has none.
         vector_lr: learning rate of biases and norms, which are searched along dense directions. Unlike the step of
             matrices, theirs is proportional to the projected gradients, and so to the scale of the loss.
-        num_queries: directions a step.
+        num_queries: directions per step.
         **common: align_queries, estimator, noise, normalize, normalize_directions, clip, rms_decay,
             seed, update_precision, offload_low_words: see
             :class:`~zolightning.optim.subspace.SubspaceOptimizer`.
