@@ -100,7 +100,7 @@ class TestWeightsThatAreReadUnseen:
         optimizer.estimate(loss, skip_nonfinite=True)
         optimizer.step()
         broken = False
-        with pytest.warns(UserWarning, match="2 parameters are unused or read where .* Freeze what is unused"):
+        with pytest.warns(UserWarning, match="2 parameters are unused or read where .* Freeze those that are unused"):
             optimizer.estimate(loss)
 
 
