@@ -95,7 +95,7 @@ def run_metrics(run: Run) -> dict[str, Any]:
         "step": run.step,
         "forward_passes": run.spent.forward_passes,
         "seconds": run.spent.seconds,
-        "peak_memory_gib": run.peak("run/peak_memory_gib"),
+        "peak_memory_gib": run.peak_memory_gib,
         "monitor": run.monitor,
         "before_training": {name: run.at(name, 0) for name in run.metrics},
         "best": run.best and {"step": run.best.step, **{m: run.at(m, run.best.step) for m in run.metrics}},

@@ -195,7 +195,7 @@ def _facts(run: Run | None) -> list[tuple[str, Any]]:
     if run is not None:
         facts += [(name, value) for name, value in run.overview.items() if name not in (*_OF_A_MACHINE, "command")]
         spent = {"forward passes": run.spent.forward_passes, "seconds": run.spent.seconds}
-        spent |= {"peak memory, GiB": run.peak("run/peak_memory_gib")}
+        spent |= {"peak memory, GiB": run.peak_memory_gib}
         facts += [(f"{name}, whole run", value) for name, value in spent.items() if value is not None]
     return facts
 

@@ -79,8 +79,7 @@ code { font: 0.9em/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monosp
 {% endif %}
 <td>{{ run.spent.forward_passes|count }}</td><td>{{ run.spent.seconds|duration }}</td>
 <td>{{ median(run, "run/steps_per_second")|number }}</td>
-{% set peak = run.peak("run/peak_memory_gib") %}
-<td>{{ "-" if peak is none else "%.2f GiB"|format(peak) }}</td>
+<td>{{ "-" if run.peak_memory_gib is none else "%.2f GiB"|format(run.peak_memory_gib) }}</td>
 </tr>
 {% endfor %}
 </tbody></table></div>

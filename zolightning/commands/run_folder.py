@@ -175,9 +175,10 @@ class Run:
         """The value of a metric after a step, if one was logged."""
         return next((point.value for point in self.curves.get(metric, []) if point.step == step), None)
 
-    def peak(self, metric: str) -> float | None:
-        """The largest value of a metric."""
-        return max((point.value for point in self.curves.get(metric, [])), default=None)
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """The most memory that RunMonitor has logged."""
+        return max((point.value for point in self.curves.get("run/peak_memory_gib", [])), default=None)
 
     @property
     def spent(self) -> Point:
