@@ -206,7 +206,7 @@ class SharedPrefix:
             if index + 1 == depth:
                 after = self._generators.states()
                 self._outputs.append((output, after))
-                size = _size(output)
+                size = sum(tensor.nbytes for tensor in tensors_in(output))
                 if self._kept_bytes + size <= self.keep_bytes and after.equal(before):
                     self.kept[digest] = output
                     self._kept_bytes += size
@@ -288,8 +288,3 @@ def _digest(value: Any) -> bytes:
         else:
             digest.update(repr(leaf).encode())
     return digest.digest()
-
-
-def _size(value: Any) -> int:
-    tensors = (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -103,10 +103,6 @@ class ModuleSnapshot:
                 visit(value)
         self.has_only_registries = len(self.containers) == registries and not self.generators
 
-    def is_lasting(self) -> bool:
-        """Whether :func:`_are_identical` can tell later if anything has changed: all tensors are without a copy."""
-        return self.has_only_registries and not any([tensor.copy is not None for tensor in self.tensors])
-
     def restore(self) -> None:
         """Restores everything but tensors."""
         if not _same_attributes(self.attributes, self.saved):
@@ -144,9 +140,12 @@ class Snapshot:
         self._tensors = list(known.values())
 
     def lasting(self) -> Lasting:
-        """The snapshot of each module that a later :class:`Snapshot` can reuse if nothing has changed, or None."""
+        """The snapshot of each module that a later :class:`Snapshot` can reuse if nothing has changed, or None.
+
+        :func:`_are_identical` can tell that, as long as all tensors are without a copy.
+        """
         return [
-            held if held.has_only_registries and (not held.tensors or held.is_lasting()) else None
+            held if held.has_only_registries and all([tensor.copy is None for tensor in held.tensors]) else None
             for held in self._held
         ]
 
