@@ -227,6 +227,14 @@ def fresh() -> Iterator[None]:
     native._library.cache_clear()
 
 
+def compiler(folder: Path, script: str) -> str:
+    """A command that compiles as `script`, of a shell, does."""
+    path = folder / "cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.usefixtures("fresh")
 class TestLibrary:
     def test_it_is_made_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,10 +284,43 @@ class TestLibrary:
 
     def test_a_compiler_that_fails_is_quoted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ZOLIGHTNING_CACHE", str(tmp_path / "cache"))
-        compiler = tmp_path / "cc"
-        compiler.write_text("#!/bin/sh\necho 'fatal error: no such flag' >&2\nexit 1\n")
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CC", str(compiler))
+        monkeypatch.setenv("CC", compiler(tmp_path, "echo 'fatal error: no such flag' >&2; exit 1"))
         with pytest.warns(UserWarning, match="fatal error: no such flag"):
             assert not native.available(torch.empty(2))
         assert not list((tmp_path / "cache").rglob("*.so"))
+
+    @pytest.mark.parametrize(
+        ("script", "reason"),
+        [
+            (
+                'case "$*" in *-fopenmp*) echo "unsupported option \'-fopenmp\'" >&2; exit 1;; esac',
+                "unsupported option",
+            ),
+            (  # compiles what needs a function that torch does not bring
+                'case "$*" in *-fopenmp*) for out; do :; done;'
+                " echo 'void absent(void); void f(void) { absent(); }' | gcc -fPIC -x c -c - -o $out; exit;; esac",
+                "undefined symbol: absent",
+            ),
+        ],
+        ids=["refused", "another"],
+    )
+    def test_without_the_openmp_of_torch_it_runs_on_one_thread(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+    ) -> None:
+        monkeypatch.setenv("ZOLIGHTNING_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("CC", compiler(tmp_path, f'{script}\nexec gcc "$@"'))
+        weight, d = any_numbers(2**16, torch.bfloat16, 0), direction([0.5, -2.0], "gaussian")
+
+        def loop() -> Tensor:
+            out = torch.empty_like(weight)
+            d.add_to(weight, out)
+            return out
+
+        with pytest.warns(UserWarning, match=f"run on one thread.*{reason}"):
+            assert native.available(weight)
+        assert_same_bits(*by_c_and_by_torch(loop))
+
+    def test_a_compiler_may_be_several_words(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ZOLIGHTNING_CACHE", str(tmp_path))
+        monkeypatch.setenv("CC", "env LANG=C gcc")
+        assert native.available(torch.empty(2))

@@ -2,7 +2,8 @@
 
 See :mod:`zolightning.kernels` for what they do. They give the same bits as the torch loops that they replace. They are
 several times faster than those under ``torch.compile`` on a CPU, start in a second instead of ten, and cost
-microseconds per call. Where no compiler is found, one message says so and the torch loops run.
+microseconds per call. Where no compiler is found, one message says so and the torch loops run. Where the compiler has
+no OpenMP, or another one than torch (clang, beside PyPI's torch for Linux), one says so and they run on one thread.
 """
 
 import ctypes
@@ -10,8 +11,10 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -31,10 +34,16 @@ class _AdamStep(ctypes.Structure):
 
 
 _SOURCE = Path(__file__).with_name("native.c")
-# Contraction would change bits; the widest vectors halve the time, and only x86 compilers have an option for them; a
-# square root that may set `errno` cannot be a vector instruction.
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC"]
+_IS_MAC = sys.platform == "darwin"
+# Contraction would change bits, and so would what Intel's compiler does by default; a square root that may set `errno`
+# cannot be a vector instruction.
+_FLAGS = ["-O3", "-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-fPIC"]
+# The widest vectors halve the time, and only x86 compilers have an option for them. Apple's know one processor only.
+_PROCESSOR = [] if _IS_MAC else ["-march=native"]
 _WIDE = ["-mprefer-vector-width=512"]
+# Not linked with OpenMP: its functions are found in torch's own, whose threads would otherwise compete.
+_OPENMP = ["-Xclang", "-fopenmp"] if _IS_MAC else ["-fopenmp"]
+_LINK = ["-undefined", "dynamic_lookup"] if _IS_MAC else []
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _EXTRA_BITS = {torch.int16: "low_word", torch.int8: "low_byte"}
 _POINTER = ctypes.c_void_p
@@ -213,13 +222,11 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get("ZOLIGHTNING_NATIVE", "1") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        library = _loaded()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
         rank_zero_warn(
-            f"The C loops could not be compiled ({reason[0] if reason else type(error).__name__}); noise is made by "
-            "torch: the same numbers, many times slower. The loops need a C compiler (gcc or clang) and a writable "
-            "cache folder (ZOLIGHTNING_CACHE)."
+            f"The C loops could not be compiled ({_reason(error)}); noise is made by torch: the same numbers, many "
+            "times slower. The loops need a C compiler (gcc or clang) and a writable cache folder (ZOLIGHTNING_CACHE)."
         )
         return None
     for name, arguments in _ARGUMENTS.items():
@@ -229,12 +236,42 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled() -> Path:
-    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
-    if compiler is None:
+def _loaded() -> ctypes.CDLL:
+    """The library with OpenMP, or without it, after a warning, if only that works.
+
+    Raises:
+        OSError, subprocess.SubprocessError: if it cannot be made or loaded; with the first line of what went wrong.
+        RuntimeError: if there is no home folder for the cache.
+    """
+    try:
+        return ctypes.CDLL(str(_compiled(_OPENMP)))
+    except (OSError, subprocess.SubprocessError) as error:
+        library = ctypes.CDLL(str(_compiled([])))
+        rank_zero_warn(
+            f"The C loops run on one thread, as the compiler's OpenMP is missing or not torch's ({_reason(error)}); "
+            "the environment variable CC chooses another compiler, such as gcc."
+        )
+        return library
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a compiler has written, or of an error."""
+    lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _compiled(openmp: list[str]) -> Path:
+    """The library's file, which is made with these flags for OpenMP unless this machine has made it before."""
+    if os.name != "posix":
+        raise OSError("not on Windows")
+    # gcc first, whose OpenMP most builds of torch come with.
+    found = os.environ.get("CC") or next((c for c in ("gcc", "cc", "clang") if shutil.which(c)), None)
+    if found is None:
         raise OSError("no C compiler found")
-    flags = (_WIDE if platform.machine() in ("x86_64", "AMD64") else []) + _FLAGS
-    about = [_SOURCE.read_text(), compiler, *flags, platform.machine(), platform.processor(), _cpu_flags()]
+    compiler = shlex.split(found)  # `ccache gcc`
+    flags = [*_FLAGS, *_PROCESSOR, *(_WIDE if platform.machine() == "x86_64" else []), *openmp]
+    source = _SOURCE.read_text(encoding="utf-8")
+    about = [source, *compiler, *flags, platform.machine(), platform.processor(), _cpu_flags()]
     name = hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("ZOLIGHTNING_CACHE", "~/.cache/zolightning")).expanduser() / "native"
     library = cache / f"{name}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
@@ -242,10 +279,9 @@ def _compiled() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made, linked = f"{folder}/native.o", f"{folder}/native.so"
-            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-            run([compiler, *flags, "-c", str(_SOURCE), "-o", made])
-            # Not linked with OpenMP: its functions are found in torch's own, whose threads would otherwise compete.
-            run([compiler, "-shared", made, "-o", linked])
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, errors="replace")
+            run([*compiler, *flags, "-c", str(_SOURCE), "-o", made])
+            run([*compiler, "-shared", *_LINK, made, "-o", linked])
             os.replace(linked, library)  # atomic: ranks that start together each make it, and one copy stays
     return library
 
