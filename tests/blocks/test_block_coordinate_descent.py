@@ -314,14 +314,14 @@ def test_refused_when_a_run_goes_on(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="a run without BlockCoordinateDescent"):
         fit(MEZO, BlockCoordinateDescent(), ckpt_path=path)
     fit(MEZO, BlockCoordinateDescent(), Save(4, path), max_steps=4)
-    with pytest.raises(MisconfigurationException, match="`interval` is 2 here, 100 there"):
+    with pytest.raises(MisconfigurationException, match="`interval` is 2, was 100"):
         fit(MEZO, BlockCoordinateDescent(interval=2), ckpt_path=path)
-    with pytest.raises(MisconfigurationException, match=r"`order\.descending` is True here, False there"):
+    with pytest.raises(MisconfigurationException, match=r"`order\.descending` is True, was False"):
         fit(MEZO, BlockCoordinateDescent(Cyclic(descending=True)), ckpt_path=path)
-    with pytest.raises(ValueError, match="Set the blocks of the run first"):
+    with pytest.raises(ValueError, match="Set those of the run first"):
         fit(MEZO, ckpt_path=path)
     fit(MEZO, BlockCoordinateDescent(others="never"), Save(4, path), max_steps=4)
-    with pytest.raises(MisconfigurationException, match="`others` is 'moving' here, 'never' there"):
+    with pytest.raises(MisconfigurationException, match="`others` is 'moving', was 'never'"):
         fit(MEZO, BlockCoordinateDescent(others="always"), ckpt_path=path)
 
 

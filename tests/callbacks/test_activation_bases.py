@@ -282,7 +282,7 @@ def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier
     module = fit(method, ActivationBases(), Keep(), max_steps=5)
     optimizer, replayed = module.trainer.optimizers[0], Classifier()
     replay = method(replayed.named_parameters())
-    with pytest.raises(ValueError, match="has bases that were given, and no record has these"):
+    with pytest.raises(ValueError, match="has bases that were given, which no record holds"):
         method(Classifier().named_parameters()).apply(records[0])
     pairs = zip(replayed.parameters(), module.parameters(), strict=True)
     replay.recorded[1] = {twin: Basis(**given) for twin, p in pairs if (given := optimizer.given(p))}

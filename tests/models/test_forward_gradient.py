@@ -200,7 +200,7 @@ class Scaled(torch.autograd.Function):
             lambda net, x: F.ctc_loss(net(x)[:, None].log_softmax(-1), *CTC),
             "the network uses .*ctc_loss.*, which has",
         ),
-        (lambda net, x: Scaled.apply(net(x)).mean(), "the network uses a function of its own, which has"),
+        (lambda net, x: Scaled.apply(net(x)).mean(), "the network uses a custom function, which has"),
         (lambda net, x: torch.tensor(net(x).mean().item()), "the loss carries no derivative: it is detached"),
         (lambda net, x: F.linear(x, net.weight).mean(), r"1 parameter is unused, or .*: bias\. Freeze them"),
     ],
@@ -208,7 +208,7 @@ class Scaled(torch.autograd.Function):
 @pytest.mark.filterwarnings("ignore:. parameters? (is|are) unused or read")
 def test_a_loss_that_cannot_be_differentiated(loss, message):
     net, inputs = nn.Linear(4, 5), torch.randn(6, 4)
-    with pytest.raises(ValueError, match=rf"`estimator` is ForwardGradient\(\), and {message}"):
+    with pytest.raises(ValueError, match=rf"`estimator` is ForwardGradient\(\), but {message}"):
         forward_mezo(net).estimate(lambda: loss(net, inputs))
 
 
@@ -236,8 +236,8 @@ def test_an_empty_batch_and_equal_losses_say_nothing_wrong(recwarn):
 def test_what_it_does_not_go_with():
     net = nn.Linear(4, 4)
     for method in (LOZO, SparseMeZO):
-        with pytest.raises(ValueError, match=rf"`estimator` is ForwardGradient\(\), and {method.__name__} searches"):
+        with pytest.raises(ValueError, match=rf"`estimator` is ForwardGradient\(\), but {method.__name__} searches"):
             method(net.named_parameters(), estimator=ForwardGradient())
     optimizer = MeZO(net.named_parameters(), estimator=ForwardGradient())
-    with pytest.raises(ValueError, match=r"`evaluations_per_forward` is 2, and under ForwardGradient\(\)"):
+    with pytest.raises(ValueError, match=r"`evaluations_per_forward` is 2, but with ForwardGradient\(\)"):
         optimizer.attach(net, evaluations_per_forward=2)

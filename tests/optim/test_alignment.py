@@ -150,7 +150,7 @@ def test_of_orthogonal_directions_the_mean_is_kept() -> None:
 def test_where_nothing_is_to_be_gained_it_says_so_once() -> None:
     weight = nn.Parameter(torch.zeros(2 * MOST_NUMBERS + 1))
     optimizers = [MeZO([weight], num_queries=2, align_queries=is_aligned, seed=0) for is_aligned in (True, False)]
-    with pytest.warns(UserWarning, match="no effect: 2,001 numbers are searched along 2 directions"):
+    with pytest.warns(UserWarning, match="no effect: with 2,001 numbers searched along 2 directions"):
         first = optimizers[0].estimate(lambda: weight.sin().sum() + weight.sum())
     assert first == optimizers[1].estimate(lambda: weight.sin().sum() + weight.sum())
     optimizers[0].estimate(weight.sum)
@@ -167,7 +167,7 @@ def test_perturbations_of_the_users_own_are_refused_by_name() -> None:
 
     weight = nn.Parameter(torch.zeros(2))
     optimizer = Shifts([weight], num_queries=2, align_queries=True)
-    with pytest.raises(ValueError, match=r"`align_queries` is True, and Shift is not a Direction.* False"):
+    with pytest.raises(ValueError, match=r"`align_queries` is True, but .* Directions, which Shift is not.* False"):
         optimizer.estimate(lambda: weight.sum())
 
 

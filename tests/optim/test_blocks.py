@@ -159,9 +159,9 @@ def test_a_checkpoint_of_blocks_needs_them(make_problem: Callable[..., nn.Module
     problem = make_problem()
     optimizer = in_blocks(partial(MeZO, lr=0.1), problem)
     optimizer.activate([1])
-    with pytest.raises(ValueError, match="Block 1 is to be active, but there are 0"):
+    with pytest.raises(ValueError, match="Block 1 cannot be activated: there are 0"):
         attached(partial(MeZO, lr=0.1), problem).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"Blocks \[1\] are active already"):
         optimizer.set_blocks([[problem.matrix]])
-    with pytest.raises(ValueError, match="Block 2 is to be active, but there are 2"):
+    with pytest.raises(ValueError, match="Block 2 cannot be activated: there are 2"):
         optimizer.activate([2])

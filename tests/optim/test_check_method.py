@@ -157,10 +157,10 @@ FAULTS: Mapping[str, tuple[Any, str]] = {
     "Forgetful": (partial(Forgetful, lr=1e-2), r"resumed after step 1 of 8 .*attributes: `mean`"),
     "OfThePresentRate": (partial(OfThePresentRate, lr=1e-2), "its records, applied .*`record.lr`"),
     "Unnamed": (partial(Unnamed, lr=1e-2), "argument `damping` is neither"),
-    "Drawing": (partial(Drawing, lr=1e-2), "two runs of one seed"),
+    "Drawing": (partial(Drawing, lr=1e-2), "two runs with the same seed"),
     "Restless": (partial(Restless, lr=1e-2), "an estimate changed `table.weight`"),
     "Rounding": (dense(Rounding), "small updates of a bfloat16 weight"),
-    "OfAllParameters": (dense(OfAllParameters), r"moved what is frozen .* of `hidden.weight`"),
+    "OfAllParameters": (dense(OfAllParameters), r"moved the part of `hidden.weight` that is frozen"),
     "Ascending": (partial(Ascending, lr=1e-2), "the loss rose from"),
     "OneWayMeZO": (partial(OneWayMeZO, lr=1e-2), "the loss of query 0 and sign -1"),
     "MeZO": (partial(MeZO, lr=1e-2, estimator=Talkative()), "Talkative gave 2 losses and 2 projected gradients"),
@@ -188,5 +188,5 @@ def test_an_error_of_the_methods_own_says_in_what_situation() -> None:
     with pytest.raises(KeyError, match="momentum_buffer") as error:
         check_method(partial(Trusting, lr=1e-2, momentum=0.9))
     assert error.value.__notes__ == [
-        "(Raised in `check_method`, while a block moved again, whose state was dropped when it came to rest.)"
+        "(Raised in `check_method`, while a block whose state was dropped when it came to rest moved again.)"
     ]

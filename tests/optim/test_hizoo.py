@@ -213,9 +213,9 @@ def test_quantiles_of_rows_times_columns() -> None:
         ({"curvature_estimate": "paper"}, "`curvature_estimate` must be one of"),
         ({"curvature_estimate": "centered", "curvature": "scalar"}, "must be 'code' with `curvature` 'scalar'"),
         ({"curvature_estimate": "centered", "noise": "rademacher"}, "must be 'code' with `noise` 'rademacher'"),
-        ({"estimator": TwoSided()}, r"`estimator` must be ThreePoint\(\), which HiZOO .*, got TwoSided\(\)\."),
-        ({"curvature_bounds": (0.0, 2.0)}, "`curvature_bounds` must be a number above 0"),
-        ({"curvature_bounds": (0.5, float("inf"))}, "`curvature_bounds` must be a number above 0"),
+        ({"estimator": TwoSided()}, r"`estimator` must be ThreePoint\(\), from which HiZOO .*, got TwoSided\(\)\."),
+        ({"curvature_bounds": (0.0, 2.0)}, "`curvature_bounds` must be two numbers, one above 0"),
+        ({"curvature_bounds": (0.5, float("inf"))}, "`curvature_bounds` must be two numbers, one above 0"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:

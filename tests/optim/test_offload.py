@@ -165,7 +165,7 @@ def test_float32_weights_have_nothing_to_offload() -> None:
 
 def test_refused_where_there_is_nothing_or_no_subspace() -> None:
     net = Net(torch.bfloat16)
-    with pytest.raises(ValueError, match="`offload_low_words` is True, and with `update_precision` 'native'"):
+    with pytest.raises(ValueError, match="`offload_low_words` is True, but with `update_precision` 'native'"):
         attached(METHODS[0], net, offload_low_words=True, update_precision="native")
     with pytest.raises(TypeError, match="offload_low_words"):
         MeZO(net.parameters(), offload_low_words=True)

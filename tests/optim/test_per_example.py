@@ -331,10 +331,10 @@ def test_refusals() -> None:
     net = Mlp(0.0)
     with pytest.raises(ValueError, match="`num_queries` must be an integer, at least 2 with PerExample"):
         LOZO(net.named_parameters(), estimator=PerExample())
-    with pytest.raises(ValueError, match="`align_queries` is True, and under PerExample"):
+    with pytest.raises(ValueError, match="`align_queries` is True, but with PerExample"):
         LOZO(net.named_parameters(), estimator=PerExample(), num_queries=8, align_queries=True)
     optimizer = LOZO(net.named_parameters(), estimator=PerExample(), num_queries=8)
-    with pytest.raises(ValueError, match="`evaluations_per_forward` is 4, and under PerExample"):
+    with pytest.raises(ValueError, match="`evaluations_per_forward` is 4, but with PerExample"):
         optimizer.attach(net, 4)
     with pytest.raises(ValueError, match=r"`estimator` is PerExample\(\), which needs the loss of each example"):
         optimizer.estimate(net.loss)

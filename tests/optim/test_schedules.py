@@ -88,7 +88,7 @@ def test_what_is_wrong() -> None:
             WarmupDecay(sgd(), **{name: value})
     scheduler = WarmupDecay(optimizer := sgd())
     optimizer.step()
-    with pytest.raises(ValueError, match="no Trainer has said how long"):
+    with pytest.raises(ValueError, match="no Trainer has set it"):
         scheduler.step()
     with pytest.raises(ValueError, match=r"Set `trainer\.max_steps`"):
         scheduler.fit_to(L.Trainer(max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu"))

@@ -35,14 +35,14 @@ MEZO = partial(MeZO, lr=1e-3, estimator=OneSided())
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (partial(LOZO, lr=1e-3), "written by MeZO, and this run trains with LOZO"),
-        (partial(MeZOAdam, lr=1e-3), "written by MeZO, and this run trains with MeZOAdam"),
-        (partial(MEZO, num_queries=4), "`num_queries` is 4, there 1"),
-        (partial(MeZO, lr=1e-3), "`estimator` is 'TwoSided', there 'OneSided'"),
-        (partial(MEZO, noise="rademacher"), "`noise` is 'rademacher', there 'gaussian'"),
-        (partial(MEZO, update_precision="native"), "`update_precision` is 'native', there 'exact'"),
-        (partial(MEZO, eps=1e-2), "`eps` is 0.01, there 0.001"),
-        (partial(MEZO, momentum=0.5, clip=2.0), "`momentum` is 0.5, there 0.0; `clip` is 2.0, there None"),
+        (partial(LOZO, lr=1e-3), "written by MeZO, but this run trains with LOZO"),
+        (partial(MeZOAdam, lr=1e-3), "written by MeZO, but this run trains with MeZOAdam"),
+        (partial(MEZO, num_queries=4), "`num_queries` is 4, was 1"),
+        (partial(MeZO, lr=1e-3), "`estimator` is 'TwoSided', was 'OneSided'"),
+        (partial(MEZO, noise="rademacher"), "`noise` is 'rademacher', was 'gaussian'"),
+        (partial(MEZO, update_precision="native"), "`update_precision` is 'native', was 'exact'"),
+        (partial(MEZO, eps=1e-2), "`eps` is 0.01, was 0.001"),
+        (partial(MEZO, momentum=0.5, clip=2.0), "`momentum` is 0.5, was 0.0; `clip` is 2.0, was None"),
     ],
 )
 def test_another_method_or_argument_is_refused(method: Callable[..., Any], words: str) -> None:
@@ -54,20 +54,20 @@ def test_another_method_or_argument_is_refused(method: Callable[..., Any], words
 
 def test_arguments_of_one_class_are_known(no_grad: None) -> None:
     saved = SubZero(weights(), rank=2, scaling="paper").state_dict()
-    with pytest.raises(ValueError, match="`rank` is 3, there 2; `scaling` is 'code', there 'paper'"):
+    with pytest.raises(ValueError, match="`rank` is 3, was 2; `scaling` is 'code', was 'paper'"):
         SubZero(weights(), rank=3).load_state_dict(saved)
 
 
 def test_another_schedule_of_smoothing_is_refused() -> None:
     saved = HiZOO(weights(), smoothing={5: 0.1, 0: 0.2}).state_dict()
     HiZOO(weights(), smoothing={"0": 0.2, "5": 0.1}).load_state_dict(saved)  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r"`smoothing` is \(\(0, 0\.2\), \(5, 0\.3\)\), there .*\(5, 0\.1\)\)"):
+    with pytest.raises(ValueError, match=r"`smoothing` is \(\(0, 0\.2\), \(5, 0\.3\)\), was .*\(5, 0\.1\)\)"):
         HiZOO(weights(), smoothing={0: 0.2, 5: 0.3}).load_state_dict(saved)
 
 
 def test_another_dtype_is_refused() -> None:
     saved = MEZO(weights()).state_dict()
-    with pytest.raises(ValueError, match="`dtype` is 'bfloat16', there 'float32'"):
+    with pytest.raises(ValueError, match="`dtype` is 'bfloat16', was 'float32'"):
         MEZO(weights(torch.bfloat16)).load_state_dict(saved)
 
 

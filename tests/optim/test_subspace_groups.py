@@ -32,10 +32,10 @@ def test_a_group_that_is_added_in_mid_run_is_resampled_like_the_others() -> None
 @pytest.mark.parametrize(
     ("method", "asked", "message"),
     [
-        (LOZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, and LOZO has none: use 0\."),
-        (SparseMeZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, and SparseMeZO has none: use 0\."),
-        (GRZO, {"momentum": 0.9}, r"`momentum` is 0\.9, and GRZO keeps none"),
-        (LOZO, {"momentum": 0.9, "betas": (0.8, 0.9)}, r"`momentum` is 0\.9, and `betas` \(0\.8, 0\.9\) have one"),
+        (LOZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, but LOZO has none: use 0\."),
+        (SparseMeZO, {"weight_decay": 0.1}, r"`weight_decay` is 0\.1, but SparseMeZO has none: use 0\."),
+        (GRZO, {"momentum": 0.9}, r"`momentum` is 0\.9, but GRZO keeps none"),
+        (LOZO, {"momentum": 0.9, "betas": (0.8, 0.9)}, r"`momentum` is 0\.9, but `betas` \(0\.8, 0\.9\) include one"),
     ],
 )
 def test_a_group_cannot_ask_for_what_a_method_does_not_do(method: Any, asked: dict[str, Any], message: str) -> None:

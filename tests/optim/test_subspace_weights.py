@@ -282,7 +282,7 @@ def test_what_is_pending_of_a_frozen_matrix_is_read_alike_after_a_restore(method
             r"The left factor .* must have 8 rows .* got the shape \(8, 9\)",
         ),
         ("layer.weight", Basis(right=torch.ones(8)), r"got the shape \(8,\)"),
-        ("layer.weight", Basis(), "The basis that is given for `layer.weight` has no factor"),
+        ("layer.weight", Basis(), "The basis given for `layer.weight` has no factor"),
         ("layer.bias", Basis(right=torch.ones(8, 2)), "A basis is given for `layer.bias`, which this method does not"),
     ],
 )
@@ -323,4 +323,4 @@ def test_thin_matrices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
     SubspaceMeZO(net.parameters(), rank=12).attach(net)
     SubspaceMeZO(net.parameters(), rank=8).attach(net)
-    assert said == ["`rank` is 12, and less in 1 thin matrices: layer.weight 8."]
+    assert said == ["`rank` is 12, but lower in 1 matrix with fewer rows or columns: layer.weight 8."]

@@ -142,8 +142,8 @@ def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     for name, value in own.items():
         if (there := saved.get(name)) != value:
             raise ValueError(
-                f"The checkpoint's run has different blocks: `{name}` is {value!r} here, {there!r} there. Resume "
-                "with the checkpoint's value, or start a new run."
+                f"The blocks differ from those of the checkpoint's run: `{name}` is {value!r}, was {there!r}. Resume "
+                "with the same value, or start a new run."
             )
 
 

@@ -52,8 +52,8 @@ def aligned(optimizer: "ZerothOrderOptimizer", projected_grads: Sequence[float],
     if numbers > MOST_NUMBERS * len(queries):
         if warns:
             rank_zero_warn(
-                f"`align_queries` has no effect: {numbers:,} numbers are searched along {len(queries)} directions, "
-                "whose mean is as good but for less than 0.1 % of the variance. Leave it out, or search fewer numbers."
+                f"`align_queries` has no effect: with {numbers:,} numbers searched along {len(queries)} directions, "
+                "least squares lowers the variance by less than 0.1 %. Leave it out, or search fewer numbers."
             )
         return list(projected_grads)
     products = [
@@ -101,7 +101,7 @@ def _direction(change: Perturbation) -> Direction:
     found = change.direction if isinstance(change, LowRank) else change
     if not isinstance(found, Direction):  # the user's own perturbation
         raise ValueError(
-            f"`align_queries` is True, and {type(found).__name__} is not a Direction, whose noise it compares: set "
-            "it to False."
+            f"`align_queries` is True, but it compares the noise of Directions, which {type(found).__name__} is not: "
+            "set it to False."
         )
     return found

@@ -82,7 +82,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         checks.require_seed(seed)
         estimator = TwoSided() if estimator is None else estimator
         if not isinstance(estimator, Estimator):
-            raise ValueError(f"`estimator` must be an Estimator, TwoSided() for example, got {estimator!r}.")
+            raise ValueError(f"`estimator` must be an Estimator, such as TwoSided(), got {estimator!r}.")
         self.num_queries = num_queries
         self.align_queries = align_queries
         self.estimator = estimator
@@ -117,7 +117,7 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         if not group.get("weight_decay", 0.0) >= 0:
             raise ValueError(f"`weight_decay` must not be negative, got {group['weight_decay']!r}.")
         if group.get("weight_decay") and "weight_decay" not in self.defaults:
-            raise ValueError(f"`weight_decay` is {group['weight_decay']!r}, and {type(self).__name__} has none: use 0.")
+            raise ValueError(f"`weight_decay` is {group['weight_decay']!r}, but {type(self).__name__} has none: use 0.")
 
     def measurements(self) -> dict[str, float]:
         """Diagnostics of the method to be logged, by name; called every few dozen steps."""

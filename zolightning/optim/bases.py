@@ -112,20 +112,22 @@ def require_factors(basis: Basis, matrix: Matrix | None, name: str, of_momentum:
     `of_momentum` is the one-sided basis in which it has momentum, if it has any.
     """
     if matrix is None:
-        raise ValueError(f"A basis is given for `{name}`, which this method does not search in a subspace.")
+        raise ValueError(
+            f"A basis is given for `{name}`, which this method does not search in a subspace: leave it out."
+        )
     if not basis.by_side:
-        raise ValueError(f"The basis that is given for `{name}` has no factor.")
+        raise ValueError(f"The basis given for `{name}` has no factor: give a left one, a right one or both.")
     for side, factor in basis.by_side.items():
         size = matrix.rows if side == "left" else matrix.columns
         if factor.ndim != 2 or len(factor) != size or not 1 <= factor.shape[1] <= size:
             raise ValueError(
-                f"The {side} factor that is given for `{name}` must have {size} rows and 1 to {size} columns, got the "
-                f"shape {tuple(factor.shape)}."
+                f"The {side} factor given for `{name}` must have {size} rows and 1 to {size} columns, got the shape "
+                f"{tuple(factor.shape)}."
             )
     if of_momentum is not None and (of_momentum.left is None) != (basis.left is None):
         raise ValueError(
-            f"`{name}` has momentum in a basis of the other side than the one given. Give bases before the first step, "
-            "or start a new run from the weights."
+            f"The momentum of `{name}` is in a basis on the other side from the one given. Give bases before the first "
+            "step, or start a new run from the weights."
         )
 
 

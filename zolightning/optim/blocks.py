@@ -31,10 +31,10 @@ class ParameterBlocks:
         taken: set[nn.Parameter] = set()
         for index, block in enumerate(found):
             if not any(parameter.requires_grad for parameter in block):
-                raise ValueError(f"Block {index} of {len(found)} has no parameter that trains.")
+                raise ValueError(f"Block {index} of {len(found)} has no parameter that trains: leave it out.")
             if not block <= own.keys():
                 shapes = some([str(tuple(parameter.shape)) for parameter in block - own.keys()])
-                raise ValueError(f"Block {index} has parameters that the optimizer does not train, of shape {shapes}.")
+                raise ValueError(f"Block {index} has parameters that the optimizer does not train, of shapes {shapes}.")
             if block & taken:
                 shared = some(sorted(own[parameter] for parameter in block & taken))
                 raise ValueError(f"Block {index} shares parameters with an earlier one: {shared}.")
@@ -46,8 +46,8 @@ class ParameterBlocks:
         for index in indices:
             if not 0 <= index < len(self.parameters):
                 raise ValueError(
-                    f"Block {index} is to be active, but there are {len(self.parameters)}. Set the blocks of the run "
-                    "first: `set_blocks`, or under a Trainer the callback BlockCoordinateDescent."
+                    f"Block {index} cannot be activated: there are {len(self.parameters)} blocks. Set those of the run "
+                    "first, with `set_blocks` or, under a Trainer, the callback BlockCoordinateDescent."
                 )
 
     def activate(self, indices: Sequence[int]) -> None:

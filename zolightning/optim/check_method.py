@@ -137,8 +137,8 @@ def _check_estimate(method: Method, steps: int) -> None:
         if len(record.losses) != len(probes) or len(record.projected_grads) != optimizer.num_queries:
             raise _Found(
                 f"{type(estimator).__name__} gave {len(record.losses)} losses and {len(record.projected_grads)} "
-                f"projected gradients, and a ledger has room for {len(probes)}, one for each of its `probes`, and for "
-                f"{optimizer.num_queries}, the `num_queries`. Give as many."
+                f"projected gradients, but a ledger has room for {len(probes)} (one for each of its `probes`) and "
+                f"{optimizer.num_queries} (`num_queries`). Give as many."
             )
         written = [_loss_at(run, probe) for probe in probes]
         optimizer.step()
@@ -146,9 +146,10 @@ def _check_estimate(method: Method, steps: int) -> None:
         for probe, *losses in zip(probes, written, record.losses, together, strict=True):
             if max(losses) - min(losses) > _ROUNDING * (1 + abs(losses[0])):
                 raise _Found(
-                    f"the loss of query {probe.query} and sign {probe.sign} is {losses[0]} at weights which `add_to` "
-                    f"of its perturbations writes, was {losses[1]}, and {losses[2]} with `evaluations_per_forward` 2: "
-                    "`add_to_rows`, `opposite`, `is_opposite`, `add_both` and what else a perturbation has must agree."
+                    f"the loss of query {probe.query} and sign {probe.sign} is {losses[0]} at the weights that "
+                    f"`add_to` of its perturbations writes, but was {losses[1]} in the step, and {losses[2]} with "
+                    "`evaluations_per_forward` 2: `add_to_rows`, `opposite`, `is_opposite`, `add_both` and all other "
+                    "methods of a perturbation must agree."
                 )
 
 
@@ -166,8 +167,8 @@ def _loss_at(run: _Run, probe: Probe) -> float:
 def _check_seed(run: _Run, other: _Run) -> None:
     if name := _different(other.weights(), run.weights()):
         raise _Found(
-            f"two runs of one seed end with other values of {name}. Draw by `self.directions`, or as a function of "
-            "`record.seed` and `record.step`, and not from torch's generators."
+            f"two runs with the same seed end with different values of {name}. Draw by `self.directions`, or as a "
+            "function of `record.seed` and `record.step`, not from torch's generators."
         )
 
 
@@ -184,8 +185,8 @@ def _check_resuming(run: _Run, method: Method) -> None:
         resumed.records = stopped.records[:]
         if name := _different(resumed.go(steps).weights(), run.weights()):
             raise _Found(
-                f"a run that was resumed after step {done} of {steps} ends with other values of {name} than one that "
-                "went on. What a step needs of earlier ones must be in `self.state[parameter]` or in "
+                f"a run resumed after step {done} of {steps} ends with different values of {name} from one that was "
+                "not stopped. What a step needs from earlier ones must be in `self.state[parameter]` or in "
                 f"`self.param_groups`, which checkpoints hold{_changed_attributes(stopped.optimizer, method)}."
             )
 
@@ -209,9 +210,9 @@ def _check_replay(run: _Run, method: Method) -> None:
     replayed.optimizer.fold()
     if name := _different(replayed.weights(), run.weights()):
         raise _Found(
-            f"its records, applied to the first weights, give other values of {name} than the run. `update` may read "
-            "`record`, `self.state` and what it keeps itself in `self.param_groups`, and nothing else: `record.lr`, "
-            "not the `lr` of a group, and nothing that an estimate leaves in an attribute."
+            f"its records, applied to the initial weights, give different values of {name} from the run's. `update` "
+            "may read only `record`, `self.state` and what it keeps itself in `self.param_groups`: `record.lr`, not "
+            "the `lr` of a group, and nothing that an estimate leaves in an attribute."
         )
 
 
@@ -219,8 +220,8 @@ def _check_settings(optimizer: ZerothOrderOptimizer) -> None:
     kept = settings_of(optimizer).keys() | {"self", "params", "defaults", "seed", "offload_low_words"}
     for name in sorted(constructor_arguments(type(optimizer)) - kept):
         raise _Found(
-            f"its argument `{name}` is neither a hyperparameter (in `defaults`) nor an attribute of that name, so that "
-            "a run could be resumed with another value unnoticed. Keep it under its name."
+            f"its argument `{name}` is neither a hyperparameter (in `defaults`) nor an attribute of that name, so a "
+            "run could be resumed with a different value unnoticed. Keep it under its name."
         )
 
 
@@ -241,12 +242,12 @@ def _check_what_rests(method: Method, steps: int) -> None:
             run.go(steps)
         if not torch.equal(run.weights()["hidden.weight"][kept], before[kept]):
             raise _Found(
-                f"it moved what is {what} of `hidden.weight`. Go over `self.named(group)`, `self.trainable()` or "
-                "`self.directions(group, ...)`, and write by `as_contiguous(parameter, self.slices.get(parameter))`."
+                f"it moved the part of `hidden.weight` that is {what}. Go over `self.named(group)`, `self.trainable()` "
+                "or `self.directions(group, ...)`, and write by `as_contiguous(parameter, self.slices.get(parameter))`."
             )
     for block in (0, 1):
         resting.optimizer.activate([block])
-        with _named("a block moved again, whose state was dropped when it came to rest"):
+        with _named("a block whose state was dropped when it came to rest moved again"):
             resting.go(len(resting.records) + 2)
 
 

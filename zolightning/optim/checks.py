@@ -51,7 +51,7 @@ def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None
     """Raises a ValueError if evaluations are to share a forward pass, and those of this estimator cannot."""
     if evaluations_per_forward > 1 and estimator.why_unbatched:
         raise ValueError(
-            f"`evaluations_per_forward` is {evaluations_per_forward}, and under {type(estimator).__name__}() "
+            f"`evaluations_per_forward` is {evaluations_per_forward}, but with {type(estimator).__name__}() "
             f"{estimator.why_unbatched}. Leave it at 1."
         )
 
@@ -62,7 +62,7 @@ def require_prefix(keep_prefix_gib: float, cuda_graphs: bool) -> None:
         raise ValueError(f"`keep_prefix_gib` must not be negative, got {keep_prefix_gib}.")
     if cuda_graphs and keep_prefix_gib:
         raise ValueError(
-            "`cuda_graphs` is True, and a graph runs all of the network: leave `keep_prefix_gib` at 0, got "
+            "`cuda_graphs` is True, but a graph runs the whole network: leave `keep_prefix_gib` at 0, got "
             f"{keep_prefix_gib}."
         )
 
@@ -74,8 +74,8 @@ def refuse_with_shards(settings: Iterable[tuple[str, object, str]]) -> None:
     """
     for name, value, accepted in settings:
         raise ValueError(
-            f"`{name}` is {value}, which has not been made for parameters that are sharded over ranks. Use "
-            f"{accepted}, or a strategy under which every rank holds all of them ('zo_ddp')."
+            f"`{name}` is {value}, which does not support parameters that are sharded over ranks. Use {accepted}, or a "
+            "strategy under which every rank holds all of them ('zo_ddp')."
         )
 
 
@@ -96,5 +96,7 @@ def require_trainable(names: Mapping[nn.Parameter, str]) -> None:
                 "float16. Freeze it (`requires_grad=False`)."
             )
         if parameter.numel() > MAX_ELEMENTS:
-            raise ValueError(f"Parameter `{name}` has {parameter.numel()} elements, at most {MAX_ELEMENTS} can train.")
+            raise ValueError(
+                f"Parameter `{name}` has {parameter.numel()} elements, but at most {MAX_ELEMENTS} can train. Freeze it."
+            )
         require_rows(name, parameter)

@@ -36,8 +36,8 @@ class DenseOptimizer(ZerothOrderOptimizer):
         super().__init_subclass__(**kwargs)
         if "directions" in vars(cls):
             raise TypeError(
-                f"{cls.__name__} overrides `directions`, and steps would not go along the directions of evaluations: "
-                "override `directions_of`, which makes those of both."
+                f"{cls.__name__} overrides `directions`, but then steps would not go along the directions of "
+                "evaluations: override `directions_of`, which makes both."
             )
 
     def directions(

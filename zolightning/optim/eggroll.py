@@ -79,7 +79,7 @@ class EGGROLL(ZerothOrderOptimizer):
     ) -> None:
         require_choice("noise", noise, NOISE_KINDS)
         if common.get("align_queries"):
-            raise ValueError("`align_queries` is True, and EGGROLL's queries have no basis in common: set it to False.")
+            raise ValueError("`align_queries` is True, but EGGROLL's queries have no basis in common: set it to False.")
         self.noise: NoiseKind = noise
         descent = {"lr": lr, "eps": eps, "rank": rank, "weight_decay": weight_decay}
         normalization = {"normalize": normalize, "clip": clip, "rms_decay": rms_decay}

@@ -96,7 +96,7 @@ class Estimator(ABC):
         for probe in self.probes(least):  # a wrong number of queries may be large
             if probe.sign not in (-1, 0, 1):
                 raise ValueError(
-                    f"`probes` of {type(self).__name__} has {probe}, and a sign is 1, -1 or 0 (the unperturbed "
+                    f"`probes` of {type(self).__name__} has {probe}, but a sign must be 1, -1 or 0 (the unperturbed "
                     "weights). Evaluate other points by `zolightning.optim.probing.losses_along`."
                 )
 
@@ -141,7 +141,7 @@ class PerExample(TwoSided):
     """
 
     min_queries = 2
-    why_unbatched = "the examples of an evaluation share a forward already"
+    why_unbatched = "the examples of an evaluation already share a forward pass"
     reads_examples = True
     takes_shards = False
 
@@ -161,7 +161,7 @@ class PerExample(TwoSided):
         super().check(optimizer)
         if optimizer.align_queries:
             raise ValueError(
-                "`align_queries` is True, and under PerExample() each query is of another loss: set it to False."
+                "`align_queries` is True, but with PerExample() each query has a different loss: set it to False."
             )
 
 
@@ -222,7 +222,7 @@ class ForwardGradient(Estimator):
     """
 
     forwards = 3  # besides ``W x`` the products ``W dx`` and ``dW x``
-    why_unbatched = "each evaluation is differentiated by itself"
+    why_unbatched = "each evaluation is differentiated separately"
     takes_shards = False
 
     def probes(self, num_queries: int) -> list[Probe]:
@@ -241,7 +241,7 @@ class ForwardGradient(Estimator):
         super().check(optimizer)
         if not optimizer.has_unit_directions:
             raise ValueError(
-                f"`estimator` is ForwardGradient(), and {type(optimizer).__name__} searches a subspace, or along "
+                f"`estimator` is ForwardGradient(), but {type(optimizer).__name__} searches a subspace, or along "
                 "directions that depend on the weights: use MeZO, MeZOAdam, ZOAdaMM or ConMeZO."
             )
 

@@ -45,9 +45,9 @@ def evaluate_step(
             last.flat_in_a_row = 0
         else:
             rank_zero_warn(
-                f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so that they say nothing about "
-                "the weights: the loss does not depend on the parameters that train, or "
-                f"`eps` ({optimizer.param_groups[0]['eps']:g}) is too small to change it."
+                f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so nothing is learned: the loss "
+                f"does not depend on the parameters that train, or `eps` ({optimizer.param_groups[0]['eps']:g}) is too "
+                "small to change it."
             )
     _count_nonfinite(found, last, skip_nonfinite, optimizer.param_groups[0]["step"])
     if optimizer.align_queries and found.is_finite:
@@ -84,8 +84,8 @@ def _require_same(moving: Sequence[Mapping[nn.Parameter, str]], optimizer: "Zero
         if (now := optimizer.named(group)) is not before:
             names = sorted({before.get(p) or now[p] for p in before.keys() ^ now.keys()})
             raise ValueError(
-                f"The loss has changed `requires_grad` of {some(names)}, as `set_adapter` of PEFT does, and a step "
-                "moves what it has perturbed. Let the loss set it back, or set it before the step."
+                f"The loss has changed `requires_grad` of {some(names)}, as `set_adapter` of PEFT does, but a step "
+                "moves what it has perturbed. Let the loss restore it, or set it before the step."
             )
 
 

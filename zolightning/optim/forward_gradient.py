@@ -38,7 +38,9 @@ def evaluate_derivatives(
             where it cannot be exchanged, or the loss does not depend on the parameters through torch's operations.
     """
     if optimizer.evaluator.graphs is not None:
-        raise ValueError("`cuda_graphs` is True, and under ForwardGradient() no forward is recorded. Set it to False.")
+        raise ValueError(
+            "`cuda_graphs` is True, but ForwardGradient() cannot use a recorded forward pass. Set it to False."
+        )
     count, group = optimizer.num_queries, optimizer.param_groups[0]
     own = share.of(len(estimator.probes(count)))
 
@@ -55,7 +57,7 @@ def evaluate_derivatives(
             loss, derivative = forward_ad.unpack_dual(dual)
             hidden = [name for _, name, parameter in optimizer.trainable() if tangents[0][parameter].is_hidden]
             if (derivative is None or hidden) and terms > 0 and loss.isfinite():
-                raise ValueError(f"`estimator` is ForwardGradient(), and {_why_not(hidden)}, or choose TwoSided().")
+                raise ValueError(f"`estimator` is ForwardGradient(), but {_why_not(hidden)}, or choose TwoSided().")
             sums[query] = sums_of(terms, loss, torch.zeros_like(loss) if derivative is None else derivative)
     sums = sums if share.sum is None else share.sum(sums)
     losses, derivatives, terms = (*(sums[:, :2] / sums[:, 2:]).unbind(1), sums[:, 2])
@@ -74,10 +76,10 @@ def _named_operation() -> Iterator[None]:
         found = re.search(r"forward AD with (\S+)|(\w*jvp\w*)", str(error))
         if found is None:
             raise
-        operation = found[1] or "a function of its own"
+        operation = found[1] or "a custom function"
         raise ValueError(
-            f"`estimator` is ForwardGradient(), and the network uses {operation}, which has no derivative in forward "
-            "mode. Do without it, or choose TwoSided()."
+            f"`estimator` is ForwardGradient(), but the network uses {operation}, which has no forward-mode "
+            "derivative. Replace it, or choose TwoSided()."
         ) from error
 
 
@@ -89,5 +91,5 @@ def _why_not(hidden: list[str]) -> str:
         )
     return (
         "the loss carries no derivative: it is detached, or computed by operations other than torch's (`item()`, a "
-        "reward of generated texts). Do without that"
+        "reward of generated texts). Use torch's operations"
     )

@@ -72,7 +72,7 @@ class GRZO(SubspaceOptimizer):
         **common: Unpack[SubspaceCommon],
     ) -> None:
         if common.get("align_queries"):
-            raise ValueError("`align_queries` is True, and GRZO's directions share a core: set it to False.")
+            raise ValueError("`align_queries` is True, but GRZO's directions share a core: set it to False.")
         self._cores: dict[str, Tensor] = {}  # drawn in a step, by name
         self._signs: dict[Pair, Tensor] = {}  # first those of rows
         self._drawn_in = (0, 0)  # seed and step
@@ -86,13 +86,15 @@ class GRZO(SubspaceOptimizer):
             **common,
         )
         if num_queries == 1:
-            raise ValueError("`num_queries` must be at least 2 for GRZO, which divides by their spread, got 1.")
+            raise ValueError(
+                "`num_queries` must be at least 2 for GRZO, which divides by the spread over the queries, got 1."
+            )
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         for name in ("momentum", "betas"):
             if group[name]:
-                raise ValueError(f"`{name}` is {group[name]!r}, and GRZO keeps none: leave it out.")
+                raise ValueError(f"`{name}` is {group[name]!r}, but GRZO keeps none: leave it out.")
 
     def direction_scale(self, matrix: Matrix) -> float:
         return self.basis_kind.unit_rms_scale(matrix)

@@ -92,10 +92,12 @@ class HiZOO(DenseOptimizer):
         estimator = ThreePoint() if estimator is None else estimator
         if not isinstance(estimator, ThreePoint):
             found = type(estimator).__name__
-            raise ValueError(f"`estimator` must be ThreePoint(), which HiZOO reads curvature from, got {found}().")
+            raise ValueError(f"`estimator` must be ThreePoint(), from which HiZOO gets the curvature, got {found}().")
         if curvature_estimate == "centered" and (curvature == "scalar" or common.get("noise") == "rademacher"):
             what = "`curvature` 'scalar'" if curvature == "scalar" else "`noise` 'rademacher'"
-            raise ValueError(f"`curvature_estimate` must be 'code' with {what}, with which 'centered' says nothing.")
+            raise ValueError(
+                f"`curvature_estimate` must be 'code' with {what}, with which 'centered' measures nothing."
+            )
         self.curvature: Structure = curvature
         self.curvature_estimate: CurvatureEstimate = curvature_estimate
         descent = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
@@ -108,7 +110,7 @@ class HiZOO(DenseOptimizer):
         floor, ceiling = group["curvature_bounds"]
         if not 0 < floor <= 1 <= ceiling < float("inf"):
             raise ValueError(
-                "`curvature_bounds` must be a number above 0 and at most 1, and a finite one of at least 1, got "
+                "`curvature_bounds` must be two numbers, one above 0 and at most 1, one finite and at least 1, got "
                 f"{group['curvature_bounds']!r}."
             )
 
@@ -166,7 +168,7 @@ def _schedule(smoothing: Any) -> float | tuple[tuple[int, float], ...]:
     schedule = tuple(sorted((int(step), value) for step, value in dict(smoothing).items()))  # YAML may quote keys
     if not schedule or schedule[0][0] != 0:
         raise ValueError(
-            f"`smoothing` must have a value for step 0, as {{0: 1e-6, 1000: 1e-8}} has, got {smoothing!r}."
+            f"`smoothing` must have a value for step 0, such as {{0: 1e-6, 1000: 1e-8}}, got {smoothing!r}."
         )
     for _, value in schedule:
         require_fraction("smoothing", value)

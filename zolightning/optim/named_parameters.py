@@ -97,7 +97,7 @@ class NamedParameters(torch.optim.Optimizer):
         names = [self.names[parameter] for group in self.param_groups for parameter in group["params"]]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"Two parameters are named `{max(names, key=names.count)}`, and directions depend on names: take those "
+                f"Two parameters are named `{max(names, key=names.count)}`, but directions depend on names: take those "
                 "of one module's `named_parameters()`, or pass parameters without names."
             )
 
@@ -130,7 +130,7 @@ class NamedParameters(torch.optim.Optimizer):
             name = self.names[parameter]
             if is_sharded(parameter):
                 raise ValueError(
-                    f"A slice of `{name}` is to train, and its rows are sharded over ranks: train whole parameters, or "
+                    f"A slice of `{name}` is to train, but its rows are sharded over ranks: train whole parameters, or "
                     "use a strategy under which every rank holds all of them ('zo_ddp')."
                 )
             part.check(name, parameter)
@@ -162,7 +162,7 @@ class NamedParameters(torch.optim.Optimizer):
         """
         require_choice("left_state", left_state, LEFT_STATES)
         if self.active:
-            raise ValueError(f"Blocks {list(self.active)} are active already: set blocks before the first step.")
+            raise ValueError(f"Blocks {list(self.active)} are active already: set the blocks before the first step.")
         self.blocks.define(blocks, {p: self.names[p] for group in self.param_groups for p in group["params"]})
         self.param_groups[0]["left_state"] = left_state
 

@@ -62,8 +62,9 @@ def warn_of_native(names: Mapping[nn.Parameter, str]) -> None:
     half = [name for parameter, name in names.items() if parameter.dtype in _HALF]
     if half:
         rank_zero_warn(
-            f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses none, "
-            "for 2 bytes a bfloat16 parameter, 4 a float16 one; 'low_byte' few, for 1 byte a bfloat16 one."
+            f"`update_precision` is 'native', which loses most of a small update in {some(half)}. 'exact' loses "
+            "nothing, for 2 bytes per bfloat16 weight, 4 per float16 one; 'low_byte' loses little, for 1 byte per "
+            "bfloat16 one."
         )
 
 

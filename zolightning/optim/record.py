@@ -95,7 +95,9 @@ class Estimate:
         """
         known = list(records)
         if [record.step for record in known] != list(range(step, step + len(known))):
-            raise ValueError(f"Step {step} comes next, and the records begin with step {known[0].step} or have gaps.")
+            raise ValueError(
+                f"The records must continue with step {step}, but begin with step {known[0].step} or have gaps."
+            )
         self.known.clear()
         self.known.extend(known)
         self.evaluates_known = evaluate

@@ -57,7 +57,9 @@ class WarmupDecay(LRScheduler):
         if self.total_steps is None:
             if self.last_epoch == 0:  # a Trainer's scheduler is made before its run is known
                 return list(self.base_lrs)
-            raise ValueError("`total_steps` of WarmupDecay is None, and no Trainer has said how long the run is.")
+            raise ValueError(
+                "`total_steps` of WarmupDecay is None, and no Trainer has set it. Give the number of steps of the run."
+            )
         return [lr * self._factor(self.last_epoch, self.total_steps) for lr in self.base_lrs]
 
     def fit_to(self, trainer: Any) -> None:
@@ -71,8 +73,8 @@ class WarmupDecay(LRScheduler):
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError(
-                "`total_steps` of WarmupDecay is None, and the run has no length. Set `trainer.max_steps`, or "
-                "`total_steps`."
+                "`total_steps` of WarmupDecay is None, and the length of the run is unknown. Set `trainer.max_steps`, "
+                "or `total_steps`."
             )
         self.total_steps = int(steps)
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):

@@ -63,22 +63,22 @@ def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, 
     name = type(optimizer).__name__
     if saved is None:
         raise ValueError(
-            f"The checkpoint's optimizer is none of this package's methods, and {name} cannot go on from its state. "
+            f"The checkpoint's optimizer is none of this package's methods, so {name} cannot continue from its state. "
             "Resume with the optimizer that wrote it, or start a new run from its weights."
         )
     own = settings_of(optimizer)
     if saved["class"] != name:
         raise ValueError(
-            f"The checkpoint was written by {saved['class']}, and this run trains with {name}. Resume with the same "
+            f"The checkpoint was written by {saved['class']}, but this run trains with {name}. Resume with the same "
             "method, or start a new run."
         )
     different = {key: (saved[key], own[key]) for key in own if key in saved and saved[key] != own[key]}
     rates = {key: different.pop(key) for key in ("lr", "vector_lr") if key in different}
     if different:
-        values = "; ".join(f"`{key}` is {now!r}, there {before!r}" for key, (before, now) in different.items())
+        values = "; ".join(f"`{key}` is {now!r}, was {before!r}" for key, (before, now) in different.items())
         raise ValueError(
-            f"The checkpoint's run of {name} has other settings: {values}. Resume with the checkpoint's, or start a "
-            "new run."
+            f"The settings of {name} differ from those of the checkpoint's run: {values}. Resume with the same ones, "
+            "or start a new run."
         )
     for key, (before, now) in rates.items():
         rank_zero_warn(

@@ -41,5 +41,5 @@ def warn_of_other_processes() -> None:
         if count > 1:
             rank_zero_warn(
                 f"{count} processes run, but `estimate` has no `share`: each moves its weights by its own losses, so "
-                "that they are no longer the same. Give it `Share(sum, stream)`, which adds up losses over all of them."
+                "their weights differ from now on. Give it `Share(sum, stream)`, which sums losses over all of them."
             )

@@ -12,7 +12,7 @@ from zolightning.directions.dense import Direction, directions
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
-from zolightning.messages import some
+from zolightning.messages import counted, some
 from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.moments import descend, smoothed
@@ -135,7 +135,7 @@ class SubspaceOptimizer(SubspaceWeights):
             require_fraction(f"betas[{place}]", beta)
         if group["momentum"] and group["betas"]:
             raise ValueError(
-                f"`momentum` is {group['momentum']!r}, and `betas` {group['betas']!r} have one of their own: leave one "
+                f"`momentum` is {group['momentum']!r}, but `betas` {group['betas']!r} include one already: leave one "
                 "of the two out."
             )
         require_choice("transport", group["transport"], TRANSPORTS)
@@ -147,7 +147,10 @@ class SubspaceOptimizer(SubspaceWeights):
         for group in self.param_groups:
             thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
             if thin:
-                rank_zero_info(f"`rank` is {group['rank']}, and less in {len(thin)} thin matrices: {some(thin)}.")
+                thinner = counted(len(thin), "matrix", "matrices")
+                rank_zero_info(
+                    f"`rank` is {group['rank']}, but lower in {thinner} with fewer rows or columns: {some(thin)}."
+                )
         self._hooks += substitute_in_state_dicts(module, self.names, self.is_pending, self.folded)
         if self.fold_every_step:
             self.fold()  # cores of a checkpoint that was restored before
@@ -190,7 +193,7 @@ class SubspaceOptimizer(SubspaceWeights):
             self.resample()
         if record.given and self.param_groups[0]["given"] != record.refresh:
             raise ValueError(
-                f"Step {record.step} has bases that were given, and no record has these: put them in `recorded`."
+                f"Step {record.step} has bases that were given, which no record holds: put them in `recorded`."
             )
         if self.param_groups[0]["folds"] != record.folds:
             self.fold()

@@ -75,8 +75,8 @@ class SubspaceWeights(ZerothOrderOptimizer):
         super().__init__(params, defaults, **common)
         if offload_low_words and self.update_precision == "native":
             raise ValueError(
-                "`offload_low_words` is True, and with `update_precision` 'native' there are none. Set it to 'exact', "
-                "or `offload_low_words` to False."
+                "`offload_low_words` is True, but with `update_precision` 'native' there are none. Set that to "
+                "'exact', or `offload_low_words` to False."
             )
 
     # Matrices and their bases
