@@ -45,16 +45,7 @@ def loaded_since(before):
 """
 
 
-def test_callbacks_load_nothing_beside_lightning_and_train_a_module() -> None:
-    run(
-        WITHOUT
-        + """
-import lightning.pytorch
-before = set(sys.modules)
-asked_for.clear()
-import zolightning.step, zolightning.callbacks, zolightning.scopes
-assert loaded_since(before) <= {"zolightning", "lightning", "resource"}, loaded_since(before)
-
+TRAIN = """
 from functools import partial
 import lightning as L, torch
 from torch.utils.data import DataLoader
@@ -88,6 +79,43 @@ trainer = L.Trainer(accelerator="cpu", max_steps=2, callbacks=callbacks, logger=
 trainer.fit(net, DataLoader(torch.randn(8, 4), batch_size=4))
 assert trainer.global_step == 2
 assert not any(map(torch.equal, before, net.layers[1].up.parameters()))
+"""
+
+
+def test_callbacks_load_nothing_beside_lightning_and_train_a_module() -> None:
+    run(
+        WITHOUT
+        + """
+import lightning.pytorch
+before = set(sys.modules)
+asked_for.clear()
+import zolightning.step, zolightning.callbacks, zolightning.scopes
+assert loaded_since(before) <= {"zolightning", "lightning"}, loaded_since(before)
+"""
+        + TRAIN
+    )
+
+
+def test_callbacks_train_a_module_without_the_modules_that_windows_lacks_and_saving_says_so() -> None:
+    run(
+        "import sys\nimport lightning.pytorch\nsys.modules.update(fcntl=None, resource=None)\n"
+        + TRAIN
+        + """
+from tempfile import TemporaryDirectory
+from zolightning.callbacks import KeepLedger, SaveLast
+from zolightning.optim import MeZO
+import zolightning.__main__  # so that it can refuse
+
+for saving in (SaveLast, KeepLedger):
+    with TemporaryDirectory() as folder:
+        callbacks = [ZerothOrder(partial(MeZO, lr=0.1)), saving(folder)]
+        trainer = L.Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False)
+        try:
+            trainer.fit(Net(), DataLoader(torch.randn(8, 4), batch_size=4))
+        except OSError as error:
+            assert "on Linux and macOS only" in str(error) and trainer.global_step == 0, error
+        else:
+            raise AssertionError(saving)
 """
     )
 

@@ -55,6 +55,8 @@ def console() -> None:
 
     What a config names by its import path may be a file in the working directory, as for ``python -m zolightning``.
     """
+    if sys.platform == "win32":
+        raise SystemExit("error: the commands need Linux or macOS; on Windows, use its WSL.")
     keep_freed_memory()
     repeat_products()
     leave_at_exit()  # under Lightning's own strategies too

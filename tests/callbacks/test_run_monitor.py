@@ -103,7 +103,7 @@ def test_logs_at_the_trainers_steps(fit: Callable[..., Recorder]) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     inherited = SimpleNamespace(ru_maxrss=2**40)
-    monkeypatch.setattr(run_monitor.resource, "getrusage", lambda _: inherited)
+    monkeypatch.setattr("resource.getrusage", lambda _: inherited)
     assert 2**20 < peak_memory(torch.device("cpu")) < 2**40
 
 

@@ -146,6 +146,19 @@ def test_a_file_is_on_the_disk_before_it_replaces_another_and_so_is_its_name(
     assert done == [9, "replaced", "folder"]
 
 
+def test_on_a_disk_that_cannot_flush_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of other systems, which network and containers bring."""
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", of_files)
+    assert_is_checkpoint(torch.load(saved(tmp_path), weights_only=True))
+
+
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     with replacing(tmp_path / "last.ckpt") as file:
         remove_unfinished(tmp_path)

@@ -172,6 +172,12 @@ def test_ctrl_c_before_training(runs: Runs, where: str, monkeypatch: pytest.Monk
     assert exit_.value.code == 130  # as after the first step
 
 
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit, match="need Linux or macOS"):
+        console()
+
+
 def test_a_reader_that_has_read_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """``zolightning configs | head`` ends without a traceback."""
     reading, writing = os.pipe()

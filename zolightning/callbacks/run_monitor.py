@@ -1,7 +1,6 @@
 """Logs what a run costs: time and memory."""
 
 import math
-import resource
 import sys
 import time
 from collections import deque
@@ -80,9 +79,12 @@ def peak_memory(device: torch.device) -> int:
     """The largest number of bytes held so far: by tensors on a CUDA device, on others by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss is only the fallback: on Linux a process inherits its parent's.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return process_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if peak := process_memory("VmHWM"):
+        return peak
+    import resource  # not on Windows
+
+    # Only the fallback: on Linux a process inherits its parent's.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def process_memory(field: str) -> int | None:

@@ -1,13 +1,13 @@
 """Writes checkpoint files atomically, and verifies them before they are loaded."""
 
 import errno
-import fcntl
 import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import ModuleType
 from typing import IO, Any
 
 import torch
@@ -106,6 +106,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: if it cannot be written, with `path` and the reason; `path` is unchanged.
     """
+    fcntl = _file_locks()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,7 @@ def require_writable(name: str, folder: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Deletes the unfinished files of killed processes in `folder`, but not those that are being written."""
+    fcntl = _file_locks()
     for path in folder.glob(f".*{_UNFINISHED}"):
         with path.open("rb") as file:
             try:
@@ -189,14 +191,16 @@ def without_new_folders(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
-def lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
+def lock(file: IO[bytes], shared: bool = False) -> bool:
     """Locks a file for as long as it is open; returns False if another process has locked it.
 
     Returns True on a disk without locks, as clusters may have, where this cannot be known. A lock ends with the process
-    and is not inherited, but is lost if the process closes another handle of the file.
+    and is not inherited, but is lost if the process closes another handle of the file. Several processes may have a
+    `shared` lock.
     """
+    fcntl = _file_locks()
     try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
@@ -205,7 +209,20 @@ def lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
 def is_written(path: Path) -> bool:
     """Whether another process has a file open for writing, and locked."""
     with path.open("rb") as file:
-        return not lock(file, fcntl.LOCK_SH)
+        return not lock(file, shared=True)
+
+
+def _file_locks() -> ModuleType:
+    """Python's module for file locks.
+
+    Raises:
+        OSError: on Windows, which does not have it, nor lets go of the name of a file that is open.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError("Steps can be saved on Linux and macOS only, not on Windows (its WSL is Linux).") from None
+    return fcntl
 
 
 def _sync_folder(folder: Path) -> None:
@@ -213,6 +230,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # of disks that can flush files only
+            raise
     finally:
         os.close(descriptor)
 

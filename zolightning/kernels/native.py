@@ -240,7 +240,7 @@ def _loaded() -> ctypes.CDLL:
     """The library with OpenMP, or without it, after a warning, if only that works.
 
     Raises:
-        OSError, subprocess.SubprocessError: if it cannot be made or loaded; with the first line of what went wrong.
+        OSError, subprocess.SubprocessError: if it cannot be made or loaded.
         RuntimeError: if there is no home folder for the cache.
     """
     try:
@@ -262,7 +262,7 @@ def _reason(error: Exception) -> str:
 
 def _compiled(openmp: list[str]) -> Path:
     """The library's file, which is made with these flags for OpenMP unless this machine has made it before."""
-    if os.name != "posix":
+    if sys.platform == "win32":
         raise OSError("not on Windows")
     # gcc first, whose OpenMP most builds of torch come with.
     found = os.environ.get("CC") or next((c for c in ("gcc", "cc", "clang") if shutil.which(c)), None)
