@@ -30,7 +30,7 @@ from zolightning.callbacks import (
     folding,
 )
 from zolightning.checkpoints.replay import replay
-from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, SubZero
+from zolightning.optim import EGGROLL, LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, SubZero
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import OneSided, PerExample
 from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
@@ -61,6 +61,10 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "curvature": (partial(HiZOO, lr=1e-2, smoothing=0.1), {"precision": "bf16-true", "bad_step": 1}),
     "small_weights": (partial(SparseMeZO, lr=1e-2, sparsity=0.5), {"precision": "bf16-true"}),
     "random_weights": (partial(SparseMeZO, lr=1e-2, mask="random"), {}),
+    "outer_products": (
+        partial(EGGROLL, lr=1e-2, rank=2, num_queries=3, weight_decay=0.1),
+        {"precision": "bf16-true", "bad_step": 1},
+    ),
     "own_shards": (partial(MeZOAdam, lr=1e-2, estimator=OneSided()), {"own": True, "frozen": "0.up"}),
 }
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {

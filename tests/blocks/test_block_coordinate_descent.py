@@ -325,8 +325,30 @@ def test_refused_when_a_run_goes_on(fit: Fit, tmp_path: Path) -> None:
         fit(MEZO, BlockCoordinateDescent(others="always"), ckpt_path=path)
 
 
+def test_a_checkpoint_that_was_only_tested_says_nothing_of_the_next_fit(
+    make_trainer: Callable[..., L.Trainer], regression_data: Callable[..., DataLoader], tmp_path: Path
+) -> None:
+    class Tested(Layered):
+        def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            pass
+
+    descent, module, data = BlockCoordinateDescent(Bandit(), interval=2), Tested(), regression_data()
+    callbacks = [descent, ZerothOrder(MEZO), Save(4, tmp_path / "saved.ckpt")]
+    trainer = make_trainer(max_steps=6, callbacks=callbacks)
+    trainer.fit(module, data)
+    learned = descent.order.state_dict()
+    trainer.test(module, data, ckpt_path=tmp_path / "saved.ckpt", weights_only=True, verbose=False)
+    trainer.fit_loop.epoch_loop.max_steps = 7
+    trainer.fit(module, data)
+    assert (descent.timeline.start, descent.timeline.steps) == (6, 1)
+    assert descent.order.state_dict() == learned
+
+
 @pytest.mark.parametrize("field", ["interval", "blocks_per_step"])
 @pytest.mark.parametrize("value", [0, 1.5])
 def test_refused_numbers(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"`{field}` must be an integer, at least 1, got {value}"):
         BlockCoordinateDescent(Cyclic(), **{field: value})
+    blocks = find_blocks(module := Layered(), module.parameters())
+    with pytest.raises(ValueError, match=f"`{field}` must be an integer, at least 1, got {value}"):
+        BlockSchedule(blocks, **{field: value})

@@ -32,6 +32,8 @@ def test_each_block_once_an_epoch(order: Order, count: int) -> None:
     assert [sorted(epoch) for epoch in epochs] == [list(range(D))] * 4
     assert (len({tuple(epoch) for epoch in epochs}) == 1) == isinstance(order, Cyclic)
     assert chosen == choices(order, 4 * visits, count)  # on another rank, or after a restart
+    if isinstance(order, Cyclic):
+        assert [*chain(*chosen[:visits])] == [*range(D)][:: -1 if order.descending else 1]
 
 
 def test_drawn_blocks() -> None:
@@ -42,6 +44,18 @@ def test_drawn_blocks() -> None:
     assert chosen != choices(Uniform(), 2000, count=2, seed=1)
 
 
+def test_blocks_drawn_with_probabilities() -> None:
+    order = Bandit()
+    order.probabilities = [0.6, 0.1, 0.1, 0.1, 0.1]
+    chosen = choices(order, 2000, count=2)
+    assert all(len(set(visit)) == 2 for visit in chosen)
+    # The first one is drawn first, or second, after another one; four standard deviations of 2,000 trials
+    first = 0.6 + 0.4 * 0.6 / 0.9
+    for block, share in enumerate([first, *[(2 - first) / 4] * 4]):
+        found = sum(block in visit for visit in chosen) / 2000
+        assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / 2000)
+
+
 def test_largest_scores() -> None:
     scores = [0.5, 3.0, 1.0, 4.0, 2.0]
     assert choices(GaussSouthwellSweep(), 1, count=2, scores=scores) == [[3, 1]]
@@ -49,6 +63,10 @@ def test_largest_scores() -> None:
     assert choices(norms, 2, scores=scores) == [[3], [3]]
     choices(norms, 1, scores=[0.5, 12.0, 1.0, 4.0, 2.0])
     assert norms.scores == pytest.approx([0.5, 6, 1, 4, 2])
+    resumed = WeightNorm()
+    resumed.load_state_dict(norms.state_dict())
+    assert choices(resumed, 1, scores=[27.5, 0, 0, 0, 0]) == [[0]]
+    assert resumed.scores == pytest.approx([7.25, 4.5, 0.75, 3, 1.5])  # a mean of four visits
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.floats(1e-3, 1))
@@ -113,6 +131,13 @@ def test_adalezo_takes_unvisited_blocks_for_typical_ones() -> None:
 
 
 @pytest.mark.parametrize("order", [Bandit(), AdaLeZO()])
+def test_a_visit_without_a_gradient_says_nothing(order: Bandit | AdaLeZO) -> None:
+    choices(order, 1)
+    order.reward(1, 0.0)
+    assert order.probabilities == pytest.approx([1 / D] * D)
+
+
+@pytest.mark.parametrize("order", [Bandit(), AdaLeZO()])
 def test_restored_probabilities(order: Bandit | AdaLeZO) -> None:
     simulated(order, [1.0, 2.0, 3.0], 5, seed=1)
     other = type(order)()
@@ -123,9 +148,9 @@ def test_restored_probabilities(order: Bandit | AdaLeZO) -> None:
 
 
 def test_what_was_learned_of_other_blocks_is_refused() -> None:
-    order = Bandit()
+    order = Bandit(p_min=0.25)
     simulated(order, [1.0] * 4, visits=1, seed=0)
-    order.check(4, 1)
+    order.check(4, 4)
     with pytest.raises(
         ValueError, match="learned the probabilities of 4 blocks in an earlier run, but there are 3 now"
     ):
@@ -142,6 +167,7 @@ def test_what_was_learned_of_other_blocks_is_refused() -> None:
         (lambda: AdaLeZO(decay=1), "`decay` must be at least 0 and below 1, got 1."),
         (lambda: AdaLeZO().check(5, 2), "`blocks_per_step` must be 1 for AdaLeZO, which weights"),
         (lambda: Cyclic().check(5, 6), "`blocks_per_step` is 6, but there are 5 blocks."),
+        (lambda: Bandit().check(5, 6), "`blocks_per_step` is 6, but there are 5 blocks."),
         (lambda: GaussSouthwellSweep(0), "`queries` must be an integer, at least 1, got 0."),
     ],
 )

@@ -13,10 +13,11 @@ def test_spans_grow_with_the_run() -> None:
     assert timeline.counts.tolist() == [[2, 2, 0, 0], [2, 2, 0, 0], [2, 2, 1, 0]]
 
     restored = Timeline(3, columns=4)
-    restored.load_state_dict(timeline.state_dict())
+    restored.load_state_dict(saved := timeline.state_dict())
     for one in (timeline, restored):
         one.add([1])
     assert torch.equal(restored.counts, timeline.counts) and restored.steps == 10
+    assert saved["counts"].sum() == 13  # as it was
 
     axes, shares, probabilities = timeline.figure(["a", "b", "c"], [0.25, 0.5, 0.25]).axes
     (image,) = axes.images

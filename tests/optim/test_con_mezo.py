@@ -25,7 +25,7 @@ def noise(module: nn.Module, step: int, query: int) -> dict[str, Tensor]:
     return {name: standard(p.shape, key(0, step, query, name), "gaussian").double() for name, p in named}
 
 
-def restated(module: nn.Module, angle: float, momentum: float, lr: float, eps: float) -> None:
+def restated(module: nn.Module, angle: float, momentum: float, lr: float, eps: float, weight_decay: float) -> None:
     """Trains in plain float64, all weights and directions as one vector."""
 
     def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -39,6 +39,7 @@ def restated(module: nn.Module, angle: float, momentum: float, lr: float, eps: f
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     weights = flat(dict(module.named_parameters())).detach()
     m = torch.zeros_like(weights)
+    decays = flat({name: torch.full(shape, weight_decay * (len(shape) >= 2)) for name, shape in shapes.items()})
     for step in range(STEPS):
         estimate = torch.zeros_like(weights)
         for query in range(QUERIES):
@@ -47,16 +48,20 @@ def restated(module: nn.Module, angle: float, momentum: float, lr: float, eps: f
                 z = math.sin(angle) * z + math.cos(angle) * math.sqrt(len(m)) * m / m.norm()
             g = (loss_at(weights + eps * z) - loss_at(weights - eps * z)) / (2 * eps)
             estimate += g * z / QUERIES
-        weights = weights - lr * estimate
+        weights = weights * (1 - lr * decays) - lr * estimate
         m = momentum * m + (1 - momentum) * estimate
     torch.nn.utils.vector_to_parameters(weights, module.parameters())
 
 
-@pytest.mark.parametrize("angle", [1.35, 0.8])
-def test_the_method(make_problem: MakeProblem, angle: float) -> None:
+@pytest.mark.parametrize(("angle", "piece"), [(1.35, 2**16), (0.8, 4)])
+def test_the_method(make_problem: MakeProblem, monkeypatch: pytest.MonkeyPatch, angle: float, piece: int) -> None:
+    """Also if weights are moved in several pieces, as large ones are."""
+    monkeypatch.setattr("zolightning.optim.con_mezo.chunk_size", lambda _: piece)
+    monkeypatch.setattr("zolightning.directions.cone.chunk_size", lambda _: piece)
     module, reference = make_problem(torch.float64), make_problem(torch.float64)
-    restated(reference, angle, momentum=0.7, lr=0.02, eps=1e-2)
-    optimizer = ConMeZO(module.named_parameters(), lr=0.02, eps=1e-2, num_queries=QUERIES, angle=angle, momentum=0.7)
+    options = {"lr": 0.02, "eps": 1e-2, "angle": angle, "momentum": 0.7, "weight_decay": 0.5}
+    restated(reference, **options)
+    optimizer = ConMeZO(module.named_parameters(), num_queries=QUERIES, **options)
     optimizer.attach(module)
     run(module, optimizer, STEPS)
     for (name, parameter), expected in zip(module.named_parameters(), reference.parameters(), strict=True):
@@ -73,6 +78,18 @@ def test_at_a_right_angle_it_is_mezo(make_problem: MakeProblem) -> None:
     run(plain, MeZO(plain.named_parameters(), lr=0.02), STEPS)
     for parameter, expected in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_more_queries_than_numbers_find_the_gradient(make_problem: MakeProblem) -> None:
+    """By least squares, along directions that lean alike."""
+    module = make_problem(torch.float64)
+    optimizer = ConMeZO(module.named_parameters(), lr=1e-2, angle=0.8, num_queries=80, align_queries=True)
+    optimizer.attach(module)
+    for _ in range(2):
+        before = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+        run(module, optimizer, 1)
+        moved = before - torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+        assert F.cosine_similarity(moved, before + 0.5, dim=0).item() == pytest.approx(1, abs=1e-6)
 
 
 class Table(nn.Module):

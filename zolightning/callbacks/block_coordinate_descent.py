@@ -105,6 +105,9 @@ class BlockCoordinateDescent(Callback):
         resting = {p for block in [*by_size[: -self.blocks_per_step], blocks.never] for p in block}
         return {parameter for _, _, parameter in optimizer.trainable() if parameter not in resting}
 
+    def setup(self, *_: Any, **__: Any) -> None:
+        self._restored = None  # of a checkpoint that was only validated or tested
+
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises what ``on_fit_start`` raises, for the command line, unless a scope has yet to choose what trains."""
         if not scopes_of(trainer):
@@ -117,7 +120,6 @@ class BlockCoordinateDescent(Callback):
         self.timeline = Timeline(len(blocks), start=optimizer.param_groups[0]["step"])
         if self._restored is not None:
             self.timeline.load_state_dict(self._restored["timeline"])
-            self._restored = None
         self.schedule.attach(optimizer)
         self._shares = deque(maxlen=log_interval(trainer))
         sizes = [sum(parameter.numel() for parameter in block) for block in blocks.parameters.values()]

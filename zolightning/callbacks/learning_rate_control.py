@@ -76,7 +76,7 @@ class LearningRateControl(Callback):
         why = self._why_lower(mean, error)
         if why is None:
             return
-        self._best, self._not_better = None, 0
+        self._best = None
         lowered = max(self.factor * scale, self._lowest)
         if lowered < scale:
             optimizer.lr_scale = lowered

@@ -32,12 +32,8 @@ class ConeDirection(Direction):
         """False: only the device knows whether the scales are opposite. So :meth:`add_both` is never called."""
         return False
 
-    def accumulate(self, total: Tensor, decay: float = 1.0, start: int = 0) -> None:
-        super().accumulate(total, decay, start)
-        # Separate sums and products: fused ones would round differently on a GPU than on a CPU.
-        total.view(-1).add_(self.axis.tensor[start : start + total.numel()] * self.scale)
-
     def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
+        # Separate sums and products: fused ones would round differently on a GPU than on a CPU.
         found = self.axis.tensor[start : start + weight.numel()] * self.scale
         super().accumulate(found, start=start)
         return found

@@ -105,6 +105,5 @@ def table(signals: Iterable[BlockSignal]) -> str:
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """The mean and its standard error, infinite for one value."""
-    count = len(values)
-    return values.mean().item(), values.std().item() / math.sqrt(count) if count > 1 else math.inf
+    """The mean and its standard error."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
