@@ -26,23 +26,12 @@ class Ceilings:
     flops_per_second: float  # rate of a product of square matrices in the dtype of the weights
 
     @classmethod
-    def measure(
-        cls, device: torch.device, dtype: torch.dtype, copy_bytes: int | None = None, width: int | None = None
-    ) -> "Ceilings":
-        """Times a copy and a matrix product.
-
-        Args:
-            device: device to measure.
-            dtype: dtype of the product.
-            copy_bytes: size of the copied tensor; 2 GB on CUDA and 64 MB elsewhere if not given.
-            width: rows and columns of the matrices; 8,192 on CUDA and 1,024 elsewhere if not given.
-        """
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
+        """Times a copy, and a product of matrices in this dtype."""
         is_cuda = device.type == "cuda"
-        copy_bytes = copy_bytes or (2 * 10**9 if is_cuda else 64 * 10**6)
-        width = width or (8192 if is_cuda else 1024)
+        copy_bytes, width, repeats = (2 * 10**9, 8192, 20) if is_cuda else (64 * 10**6, 1024, 5)
         source = torch.zeros(copy_bytes // 2, dtype=torch.int16, device=device)
         target = torch.empty_like(source)
-        repeats = 20 if is_cuda else 5
         copying = kernel_seconds(partial(target.copy_, source), device, repeats)
         del source, target
         # Random, because a card draws less power and clocks higher on zeros.
