@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from zolightning.evaluation.graph_capture import CudaCapture
 from zolightning.evaluation.torch_functions import changed_pieces, multiply
 from zolightning.kernels import torch_loops
 from zolightning.kernels.adam import adam_step
-from zolightning.kernels.noise import NoiseKind
+from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 
 ROWS_READ = 4096  # of a table of as many elements
 PIECES_MIB = (64, 32, 16, 8)
@@ -32,7 +31,7 @@ def measure_kernels(device: torch.device, sizes: Sequence[int], ceilings: Ceilin
     The most important come first: one query and the largest size; the loops of PyTorch come last.
     """
     for queries in (1, 2, 8):
-        for kind in get_args(NoiseKind):
+        for kind in NOISE_KINDS:
             for size in sorted(sizes, reverse=True):
                 yield from _measure(kernels, "", device, size, queries, kind, ceilings)
     yield from _measure(torch_loops, ", PyTorch", device, max(sizes), 1, "gaussian", ceilings)

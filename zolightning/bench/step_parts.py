@@ -5,7 +5,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from zolightning.commands.tables import Record
 from zolightning.commands.timing import round_robin
 from zolightning.directions.dense import directions
-from zolightning.kernels.noise import NoiseKind
+from zolightning.kernels.noise import NOISE_KINDS
 from zolightning.optim.orthogonalization import msign, newton_schulz, power_iteration
 
 
@@ -26,7 +25,7 @@ def measure_noise(elements: int, repeats: int, device: torch.device) -> list[Rec
         normal = partial(torch.normal, 0.0, 1.0, size=(elements,), dtype=dtype, device=device)
         work = {"torch.normal": normal} | {
             f"ours {kind}": partial(directions({"weight": weight}, 0, 0, {0: 1e-3}, kind)["weight"].add_to, weight, out)
-            for kind in get_args(NoiseKind)
+            for kind in NOISE_KINDS
         }
         medians = {name: statistics.median(seconds) for name, seconds in round_robin(work, repeats).items()}
         records += [

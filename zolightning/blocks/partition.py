@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from zolightning.messages import some
 from zolightning.optim.checks import require_choice, require_patterns
 
 Others = Literal["blocks", "always", "never"]
-OTHERS: tuple[str, ...] = ("blocks", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def find_blocks(
         ValueError: if there are no layers, nothing in them trains, a pattern matches no parameter that an earlier one
             does not match too, or there are fewer than two blocks.
     """
-    require_choice("others", others, OTHERS)
+    require_choice("others", others, get_args(Others))
     if patterns is not None:
         require_patterns(patterns)
     wanted = set(trainable)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from zolightning.blocks.bandit import LearnedProbabilities
 from zolightning.blocks.orders import Cyclic, Order, Turn
 from zolightning.blocks.partition import Blocks
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.blocks import LEFT_STATES, LeftState
+from zolightning.optim.blocks import LeftState
 from zolightning.optim.checks import require_choice, require_integer
 from zolightning.rank_zero import rank_zero_warn
 
@@ -151,7 +151,7 @@ def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> No
     """Raises a ValueError for arguments of :class:`BlockSchedule` that are wrong for any blocks."""
     require_integer("interval", interval)
     require_integer("blocks_per_step", blocks_per_step)
-    require_choice("left_state", left_state, LEFT_STATES)
+    require_choice("left_state", left_state, get_args(LeftState))
 
 
 @torch.no_grad()

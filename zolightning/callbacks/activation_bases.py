@@ -1,7 +1,7 @@
 """Bases of subspaces from the inputs of layers, instead of at random."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning as L
 import torch
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from zolightning.directions.basis import Basis
-from zolightning.directions.second_moment import SCALINGS, Leading, Scaling, SecondMoment, scaled
+from zolightning.directions.second_moment import Leading, Scaling, SecondMoment, scaled
 from zolightning.layers import LayerStack, find_layers
 from zolightning.messages import some
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
@@ -19,7 +19,6 @@ from zolightning.scopes.input_moments import INPUT_DIM, InputMoments, Side
 from zolightning.scopes.token_mask import TokenMask
 
 Examples = Literal["prompts", "batch"]
-EXAMPLES: tuple[str, ...] = ("prompts", "batch")
 
 _DIRECTIONS, _VALUES = "input_directions", "input_values"  # keys of the state, for `decay`; values end with the energy
 
@@ -101,8 +100,8 @@ class ActivationBases:
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        require_choice("scaling", self.scaling, SCALINGS)
-        require_choice("examples", self.examples, EXAMPLES)
+        require_choice("scaling", self.scaling, get_args(Scaling))
+        require_choice("examples", self.examples, get_args(Examples))
         require_positive("limit", self.limit)
         require_integer("num_prompts", self.num_prompts)
         require_integer("passes", self.passes)

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from zolightning.blocks.orders import Cyclic, Order
-from zolightning.blocks.partition import OTHERS, Others, find_blocks
+from zolightning.blocks.partition import Others, find_blocks
 from zolightning.blocks.schedule import BlockSchedule, require_same_settings, require_schedule, schedule_settings
 from zolightning.blocks.timeline import Timeline
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -70,7 +70,7 @@ class BlockCoordinateDescent(Callback):
         require_schedule(interval, blocks_per_step, left_state)
         if patterns is not None:
             require_patterns(patterns)
-        require_choice("others", others, OTHERS)
+        require_choice("others", others, get_args(Others))
         self.order = Cyclic() if order is None else order
         self.interval = interval
         self.blocks_per_step = blocks_per_step

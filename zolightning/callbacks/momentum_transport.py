@@ -1,13 +1,13 @@
 """Chooses what happens to the momentum when a subspace method draws new subspaces."""
 
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.optim.checks import require_choice
-from zolightning.optim.momentum_transport import TRANSPORTS, Transport
+from zolightning.optim.momentum_transport import Transport
 from zolightning.partners import find_callbacks, log_number, subspace_optimizer
 
 
@@ -32,7 +32,7 @@ class MomentumTransport(Callback):
     """
 
     def __init__(self, how: Transport = "project") -> None:
-        require_choice("how", how, TRANSPORTS)
+        require_choice("how", how, get_args(Transport))
         self.how = how
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

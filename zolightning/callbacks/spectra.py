@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Source = Literal["estimate", "momentum", "gradient"]
-SOURCES: tuple[str, ...] = ("estimate", "momentum", "gradient")
 _TINY = 1e-30
 
 
@@ -51,8 +50,8 @@ class Spectra(Callback):
     ) -> None:
         require_patterns(patterns)
         require_integer("every_n_steps", every_n_steps)
-        if not sources or not set(sources) <= set(SOURCES):
-            raise ValueError(f"`sources` must be a list of some of {SOURCES}, got {sources!r}.")
+        if not sources or not set(sources) <= set(get_args(Source)):
+            raise ValueError(f"`sources` must be a list of some of {get_args(Source)}, got {sources!r}.")
         self.patterns = tuple(patterns)
         self.every_n_steps = every_n_steps
         self.sources = tuple(sources)

@@ -22,7 +22,6 @@ from zolightning.directions.dense import Direction
 from zolightning.kernels.noise import coefficient, key, on_device
 
 Sides = Literal["left", "right", "both"]
-SIDES: tuple[str, ...] = ("left", "right", "both")
 
 _SUMMANDS = 4  # of binomials with 17 values: the sum's excess kurtosis is -1/32
 

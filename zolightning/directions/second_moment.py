@@ -13,7 +13,6 @@ from torch import Tensor
 from zolightning.directions.basis import gaussian
 
 Scaling = Literal["unit", "rms", "whitened"]
-SCALINGS: tuple[str, ...] = ("unit", "rms", "whitened")
 
 _LEAST = 1e-6  # as a share of the largest eigenvalue: smaller ones are rounding errors of float32
 _OVERSAMPLED = 32  # columns of a test matrix in addition to the directions that are asked for

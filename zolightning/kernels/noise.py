@@ -24,13 +24,13 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 NoiseKind = Literal["gaussian", "rademacher"]
-NOISE_KINDS: tuple[str, ...] = ("gaussian", "rademacher")
+NOISE_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
 CODE_SCALE: dict[str, float] = {"gaussian": 0.5, "rademacher": 1.0}
 MAX_ELEMENTS = 2**32  # the counter is 32 bits wide
 

@@ -8,7 +8,6 @@ from torch import nn
 from zolightning.messages import some
 
 LeftState = Literal["reset", "keep"]
-LEFT_STATES: tuple[str, ...] = ("reset", "keep")
 
 
 class ParameterBlocks:

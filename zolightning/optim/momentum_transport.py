@@ -10,7 +10,6 @@ from zolightning.optim.bases import Matrix
 from zolightning.optim.precision import State
 
 Transport = Literal["project", "reset", "keep"]
-TRANSPORTS: tuple[str, ...] = ("project", "reset", "keep")
 
 
 def momentum_of(state: State) -> Tensor | None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from zolightning.directions.shards import first_element, is_sharded, own_rows
 from zolightning.directions.slices import Slice
 from zolightning.kernels.bfloat16 import read_split
 from zolightning.kernels.noise import key as noise_key
-from zolightning.optim.blocks import LEFT_STATES, LeftState, ParameterBlocks
+from zolightning.optim.blocks import LeftState, ParameterBlocks
 from zolightning.optim.checks import require_choice
 from zolightning.optim.precision import EXTRA_BITS, State, UpdatePrecision, as_contiguous
 from zolightning.optim.settings import require_same_settings, settings_of
@@ -160,7 +160,7 @@ class NamedParameters(torch.optim.Optimizer):
             ValueError: if a block has no trainable parameter, shares one with another block, or has one that is not
                 the optimizer's; or if blocks are active already.
         """
-        require_choice("left_state", left_state, LEFT_STATES)
+        require_choice("left_state", left_state, get_args(LeftState))
         if self.active:
             raise ValueError(f"Blocks {list(self.active)} are active already: set the blocks before the first step.")
         self.blocks.define(blocks, {p: self.names[p] for group in self.param_groups for p in group["params"]})

@@ -31,7 +31,7 @@ most half a unit in the last place.
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from zolightning.messages import some
 from zolightning.rank_zero import rank_zero_warn
 
 UpdatePrecision = Literal["exact", "low_byte", "native"]
-UPDATE_PRECISIONS: tuple[str, ...] = ("exact", "low_byte", "native")
+UPDATE_PRECISIONS: tuple[UpdatePrecision, ...] = get_args(UpdatePrecision)
 State = MutableMapping[str, Any]
 _HALF = (torch.bfloat16, torch.float16)
 EXTRA_BITS = ("low_word", "low_byte", "master")  # keys in the optimizer's state of what is kept beside a weight

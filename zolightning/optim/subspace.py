@@ -1,7 +1,7 @@
 """The base class of methods that search in a subspace of each weight matrix."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from zolightning.messages import counted, some
 from zolightning.optim.bases import Matrix
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.moments import descend, smoothed
-from zolightning.optim.momentum_transport import TRANSPORTS
+from zolightning.optim.momentum_transport import Transport
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
 from zolightning.optim.precision import State
 from zolightning.optim.readback import LargestElements
@@ -138,7 +138,7 @@ class SubspaceOptimizer(SubspaceWeights):
                 f"`momentum` is {group['momentum']!r}, but `betas` {group['betas']!r} include one already: leave one "
                 "of the two out."
             )
-        require_choice("transport", group["transport"], TRANSPORTS)
+        require_choice("transport", group["transport"], get_args(Transport))
 
     # A step
 

@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from zolightning.directions.autocast import without_autocast
-from zolightning.directions.basis import SIDES, Basis, Sides
+from zolightning.directions.basis import Basis, Sides
 from zolightning.directions.dense import compute_dtype
 from zolightning.directions.low_rank import LowRank
 from zolightning.directions.perturbation import Perturbation
@@ -64,7 +64,7 @@ class SubspaceWeights(ZerothOrderOptimizer):
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, offload_low_words: bool = False, **common: Any
     ) -> None:
-        require_choice("sides", getattr(self, "sides", None), SIDES)
+        require_choice("sides", getattr(self, "sides", None), get_args(Sides))
         self.offload_low_words = offload_low_words
         self.fold_every_step = True
         self.recorded: dict[int, Mapping[nn.Parameter, Basis]] = {}
