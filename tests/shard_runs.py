@@ -152,6 +152,10 @@ class Begun(L.Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.loads = 0  # of a checkpoint
+
+    def on_load_checkpoint(self, *_: Any) -> None:
+        self.loads += 1
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == STEPS // 2:
@@ -166,12 +170,8 @@ def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: s
     """Trains, from the checkpoint of another run if `begun` names one, and writes what was left by each rank."""
     method, options = RUNS[name]
     module, recorder, ledger = Module(**options), Recorder(), KeepLedger(folder / f"{name}-{run}")
-    callbacks: list[Any] = [
-        ZerothOrder(method, skip_nonfinite=True),
-        recorder,
-        ledger,
-        Begun(folder / f"{name}-{run}"),
-    ]
+    beginning = Begun(folder / f"{name}-{run}")
+    callbacks: list[Any] = [ZerothOrder(method, skip_nonfinite=True), recorder, ledger, beginning]
     if "blocks" in options:
         callbacks.append(BlockCoordinateDescent(interval=1, patterns=options["blocks"]))
     if "resample" in options:
@@ -194,6 +194,7 @@ def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: s
     held = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in module.parameters()]
     left: dict[str, Any] = {
         "steps": recorder.steps,
+        "loads": beginning.loads,
         "held": sum(tensor.numel() for tensor in held),
         "loss": trainer.callback_metrics["val/loss"],
     }

@@ -61,7 +61,8 @@ class TestShards:
             torch.testing.assert_close(tensor, results[f"{name}-one.ckpt"]["state_dict"][key], atol=1e-3, rtol=1e-2)
 
     def test_go_on_from_whole_weights(self, results: Results, name: str) -> None:
-        assert len(results[f"{name}-fsdp-after-ddp-0"]["steps"]) == shard_runs.BATCHES
+        resumed = results[f"{name}-fsdp-after-ddp-0"]
+        assert len(resumed["steps"]) == shard_runs.BATCHES and resumed["loads"] == 1
         for part in ("state_dict", "optimizer_states"):
             assert_same(results[f"{name}-fsdp-after-ddp.ckpt"][part], results[f"{name}-ddp.ckpt"][part])
 

@@ -70,6 +70,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
+        self._has_sharded = False  # in this fit, a module that had not sharded itself
         super().setup_environment()
         leave_at_exit()
 
@@ -99,6 +100,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     def _shard(self, module: L.LightningModule) -> None:
         """Shards the layers one by one, and then the rest of the network."""
+        self._has_sharded = True
         layers = find_layers(module, self.layers_name).layers
         parts: list[nn.Module] = [*layers]
         with suppress(ValueError):  # if the module itself holds the layers, the rest of it is not sharded
@@ -121,7 +123,9 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     def restore_checkpoint_after_setup(self) -> bool:
         """Whether the module shards itself: its weights may have no memory before ``setup`` then."""
         module = self.lightning_module
-        return module is not None and any(isinstance(submodule, FSDPModule) for submodule in module.modules())
+        if module is None or self._has_sharded:  # Lightning asks again after ``setup``, and would restore it twice
+            return False
+        return any(isinstance(submodule, FSDPModule) for submodule in module.modules())
 
     @property
     def lightning_restore_optimizer(self) -> bool:
