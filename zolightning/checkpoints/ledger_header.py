@@ -10,10 +10,9 @@ from torch import nn
 from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.kernels.noise import codes, key
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.settings import constructor_arguments, settings_of
+from zolightning.optim.settings import PLAIN, constructor_arguments, settings_of
 from zolightning.versions import installed_version
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
 _APART = ("param_names", "blocks", "block_weight", "lr_scale", "measured")
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
 _RECORDED = {"params", "lr", "seed"}
@@ -65,7 +64,7 @@ def describe_run(optimizer: ZerothOrderOptimizer, module: nn.Module) -> Header:
         groups=[
             {
                 "names": [names[parameter] for parameter in group["params"] if parameter.requires_grad],
-                **{name: value for name, value in group.items() if name not in _APART and isinstance(value, _PLAIN)},
+                **{name: value for name, value in group.items() if name not in _APART and isinstance(value, PLAIN)},
             }
             for group in optimizer.param_groups
         ],

@@ -15,7 +15,7 @@ from zolightning.rank_zero import rank_zero_warn
 # restores an optimizer.
 _NOT_COMPARED = ("seed", "step", "forward_passes", "offload_low_words", "differentiable")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_PLAIN = (bool, int, float, str, tuple, type(None))
+PLAIN = (bool, int, float, str, tuple, type(None))  # types of values that are saved as they are
 
 
 def constructor_arguments(made: type) -> set[str]:
@@ -90,4 +90,4 @@ def require_same_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
-    return value if isinstance(value, _PLAIN) else type(value).__name__
+    return value if isinstance(value, PLAIN) else type(value).__name__
