@@ -10,11 +10,14 @@ from unittest.mock import Mock
 import pytest
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cli_runs import Runs
 from zolightning.__main__ import console, main
 from zolightning.cli import _SUBCOMMANDS, ZerothOrderCLI
 from zolightning.commands.checks import choose_monitor
+from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.data import PromptDataModule
 
 pytestmark = [
@@ -170,6 +173,13 @@ def test_ctrl_c_before_training(runs: Runs, where: str, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit) as exit_:
         runs("fit")
     assert exit_.value.code == 130  # as after the first step
+
+
+def test_a_rank_of_a_run_of_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train without logs and results: torchrun without `trainer.devices`, or variables of another run."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # of RANK, when Lightning is imported
+    with pytest.raises(MisconfigurationException, match=r"make one process, but RANK.* rank 1 of several"):
+        ConfiguredTrainer(accelerator="cpu", devices=1, logger=False)
 
 
 def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 
@@ -19,10 +21,21 @@ class ConfiguredTrainer(L.Trainer):
 
     Attributes:
         run_config: the configuration of the command line as plain values; empty without a command line.
+
+    Raises:
+        MisconfigurationException: for a run of one process that another rank's environment was left to, where Lightning
+            would train, but neither log nor report.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        rank = getattr(rank_zero_only, "rank", 0)
+        if self.world_size == 1 and rank > 0:
+            raise MisconfigurationException(
+                "`trainer.devices` and `trainer.num_nodes` make one process, but RANK, LOCAL_RANK or SLURM_PROCID in "
+                f"the environment says that this is rank {rank} of several. Set `trainer.devices` to the number of "
+                "processes per node, or unset the variable."
+            )
         self._settings = settings
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # and no plugin that the user chose
             self.strategy.checkpoint_io = AtomicCheckpointIO()
