@@ -169,8 +169,13 @@ class TestWhoWrites:
 class TestWaiting:
     """Without anybody who looks, updates wait; what comes out is the same up to the rounding of sums."""
 
-    def test_the_same_weights(self, run: Run, restated: Any, method: Any) -> None:
-        assert_close(run(method), restated(method))
+    def test_the_same_weights(self, run: Run, restated: Any, method: Any, make_regression: Any) -> None:
+        """Which a hook of the module's sees, too, when training ends."""
+        seen: list[Tensor] = []
+        hook = {"on_train_end": lambda self: seen.append(self.net[0].weight.detach().clone())}
+        found = run(method, kind=with_hooks(type(make_regression()), **hook))
+        assert_close(found, restated(method))
+        assert [torch.equal(weight, found.net[0].weight) for weight in seen] == [True]
 
     def test_nothing_waits_when_the_strategy_takes_weights_off_their_device(
         self, run: Run, method: Any, monkeypatch: pytest.MonkeyPatch

@@ -131,10 +131,10 @@ class TestGivingBack:
         class Interrupting(type(make_regression())):
             armed = True
 
-            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-                if batch_idx == 2 and self.armed:
+            def training_step(self, batch: Any, index: int) -> Tensor:
+                if index == 2 and self.armed:
                     raise error
-                return super().training_step(batch, batch_idx)
+                return super().training_step(batch, index)
 
         module, undisturbed = Interrupting(), make_regression()
         callback, other_callback = ZerothOrder(partial(MeZO, lr=1e-2)), ZerothOrder(partial(MeZO, lr=1e-2))

@@ -293,6 +293,36 @@ def test_a_step_that_was_saved_and_not_logged_is_logged_when_the_run_goes_on(
             assert [event.step for event in scalars] == list(range(8)), tag
 
 
+def test_a_step_that_was_logged_and_not_written_is_logged_once(
+    ledger_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run without a checkpoint."""
+    append = Ledger.append
+    loggers = [TensorBoardLogger(tmp_path / "run", name="", version="") for _ in range(2)]
+    options: dict[str, Any] = {"max_steps": 6, "log_every_n_steps": 1}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Ledger, "append", lambda ledger, r: die() if r.step == 3 else append(ledger, r))
+        ledger_run(**options, logger=loggers[0]).fit(validate=False)
+    loggers[0].finalize("failed")
+    assert len(Ledger(tmp_path / "run/ledger.bin")) == 3
+    ledger_run(**options, logger=loggers[1], go_on=True).fit(validate=False)
+    events = [EventAccumulator(str(file)).Reload() for file in event_files(tmp_path / "run")]
+    scalars = [event for file in events for event in file.Scalars("zo/lr")]
+    assert [event.step for event in scalars] == list(range(6))
+
+
+def test_a_run_may_end_among_the_steps_that_it_takes(ledger_run: MakeRun, tmp_path: Path) -> None:
+    """The Trainer then has its loggers back, and the ledger ends there, too."""
+    killed = ledger_run(last={"every_n_train_steps": 3})
+    killed.module.in_step.at[5] = die
+    with pytest.raises(Killed):
+        killed.fit()
+    logger = TensorBoardLogger(tmp_path / "logs")
+    resumed = ledger_run(max_steps=4, logger=logger, log_every_n_steps=1).fit("last")
+    assert resumed.trainer.loggers == [logger]
+    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(4, True)
+
+
 def test_a_run_that_was_killed_before_its_seal_gets_one(ledger_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ledger_run(max_steps=5)
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from checkpoint_runs import AS_EXPECTED, MEZO, Killed, Run, Validated, die
@@ -27,6 +28,7 @@ from zolightning.checkpoints.replay import Replayed, replay
 from zolightning.directions.slices import Slice
 from zolightning.optim import ZOMOPI, MeZO, MeZOAdam, SubZero
 from zolightning.scopes.scope import Scope, Selection
+from zolightning.step import zeroth_order_step
 
 pytestmark = AS_EXPECTED
 
@@ -101,7 +103,7 @@ def test_groups_and_a_schedule(ledger_run: Callable[..., Run]) -> None:
 
 
 def test_after_a_kill_it_goes_on_without_gap_or_double(ledger_run: Callable[..., Run], tmp_path: Path) -> None:
-    whole = ledger_run("whole").fit()
+    whole = ledger_run("whole", go_on=True).fit()  # from the beginning, as there is no ledger to go on from
     expected = whole.keep.path.read_bytes()
     assert_replays(whole, MEZO)
     for kill in (9, 17):
@@ -185,6 +187,31 @@ def test_a_ledger_that_does_not_lead_to_the_checkpoint(
         run.fit("last")
     assert run.trainer.global_step == 8 and run.keep.path is None
     assert (path.read_bytes() if path.exists() else None) == left
+
+
+class Twice(Validated):
+    """Takes two steps on each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        for _ in range(2):
+            zeroth_order_step(self, lambda: F.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return MEZO(self.parameters())
+
+
+def test_every_step_of_a_batch_is_in_it(ledger_run: Callable[..., Run]) -> None:
+    run = ledger_run(method=None, max_steps=8)
+    run.module = Twice()
+    run.fit(validate=False)
+    assert [record.step for record in Ledger(run.keep.path).records()] == list(range(8))
+    module = Validated()
+    assert replay(run.keep.path, module, MEZO) == Replayed(8, True)
+    assert all(map(torch.equal, module.parameters(), run.module.parameters()))
 
 
 class Changes(Callback):

@@ -200,9 +200,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(
     ends = [last_of(of)["state_dict"] for of in (runs, resumed[0])]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     events = [EventAccumulator(str(file)).Reload() for file in event_files(runs.version(0))]
-    for tag in ("train/loss", "zo/lr"):
+    for tag in ("train/loss", "zo/lr", "val/loss"):
         steps = [event.step for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
-        assert steps == [0, 1, 2, 3, 4, 5], tag
+        assert steps == [0, 1, 2, 3, 4, 5], tag  # validations: before training, and after each step from the second on
 
 
 def test_a_run_that_was_killed_before_its_ledger_begins_anew_in_its_folder(

@@ -55,8 +55,8 @@ def test_the_estimate_has_the_gradient_as_its_mean() -> None:
 
 @pytest.mark.parametrize("estimator", [None, TwoSided()])
 def test_a_step_is_that_of_the_paper(estimator: TwoSided | None) -> None:
-    net = nn.Linear(5, 4).double()
-    inputs, targets = torch.randn(6, 5).double(), torch.randn(6, 4).double()
+    net = nn.Linear(4, 5).double()  # taller than wide: neither factor has room for the other one's numbers
+    inputs, targets = torch.randn(6, 4).double(), torch.randn(6, 5).double()
     lr, eps, queries = 0.1, 0.1, 5
     options = {"lr": lr, "eps": eps, "rank": 2, "num_queries": queries, "weight_decay": 0.3, "estimator": estimator}
     optimizer = EGGROLL(net.named_parameters(), **options)
@@ -78,6 +78,19 @@ def test_a_step_is_that_of_the_paper(estimator: TwoSided | None) -> None:
     step = (scores[:, None, None] * along).mean(0)
     torch.testing.assert_close(net.weight.detach(), weight * (1 - lr * 0.3) - lr * step, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(net.bias.detach(), bias - lr * (scores[:, None] * beside).mean(0), rtol=1e-5, atol=1e-8)
+
+
+def test_half_precision_moves_as_float32_does() -> None:
+    """Up to the rounding of float32: factors times coefficients are not rounded to the weight's dtype."""
+    wide, half = nn.Linear(6, 5).bfloat16().float(), nn.Linear(6, 5).bfloat16()
+    half.load_state_dict(wide.state_dict())
+    one, other = (EGGROLL(net.named_parameters(), lr=0.1, rank=2, num_queries=3) for net in (wide, half))
+    one.attach(wide)
+    other.attach(half)
+    other.apply(one.estimate(lambda: wide(torch.ones(1, 6)).square().sum()))
+    one.step()
+    for moved, rounded in zip(wide.parameters(), half.parameters(), strict=True):
+        torch.testing.assert_close(other.completed(rounded), moved.detach().flatten(), rtol=1e-5, atol=1e-6)
 
 
 class Both(nn.Module):

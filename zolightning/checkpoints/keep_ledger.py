@@ -97,9 +97,8 @@ class KeepLedger(Callback):
             require_writable("dirpath", self._folder)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._saved = checkpoint.get(_KEY, {})
-            self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
+        self._saved = checkpoint.get(_KEY, {})
+        self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._optimizer = optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
@@ -202,7 +201,7 @@ class KeepLedger(Callback):
     def _close(self, digest: str | None = None) -> None:
         if self.ledger is not None:
             self.ledger.close(digest)
-            self.ledger = self._pending = None
+            self.ledger = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -156,7 +156,7 @@ class EGGROLL(ZerothOrderOptimizer):
     ) -> dict[nn.Parameter, Direction]:
         """The sum over queries of coefficient times noise, for each of some parameters; `side` chooses the noise."""
         named = {f"{self.names[parameter]}{side}": parameter for parameter in parameters}
-        found = directions(named, *run, coefficients, self.noise) if named else {}
+        found = directions(named, *run, coefficients, self.noise)
         return dict(zip(named.values(), found.values(), strict=True))
 
     def _factors(
