@@ -14,11 +14,12 @@ from accelerate import dispatch_model
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import SubspaceResampling, ZerothOrder
+from zolightning.callbacks import KeepLedger, SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
 from zolightning.models.spread import keep_in_place, refuse_misplaced
 from zolightning.optim import LOZO, MeZO
+from zolightning.scopes import LoRA, TrainLayers, WholeLayer
 
 ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | dict.fromkeys(
     ("model.norm", "model.rotary_emb", "lm_head"), "cpu"
@@ -84,21 +85,61 @@ def test_a_strategy_changes_dtypes_and_no_places(folder: str) -> None:
     assert not {id(w) for w in module.parameters()} & {id(w) for w in again.parameters()}
 
 
+@pytest.mark.parametrize("part", [WholeLayer, LoRA])
+def test_layers_train_above_weights_on_the_disk(
+    folder: str, data: PromptDataModule, make_trainer: Any, tmp_path: Path, part: Any
+) -> None:
+    trained = []
+    for name, device_map in (("plain", None), ("spread", ON_DISK)):
+        L.seed_everything(5, verbose=False)
+        module = CausalLM(folder, device_map=device_map, save_frozen=False)
+        callbacks = [ZerothOrder(partial(MeZO, lr=0.5)), TrainLayers([0], part=part())]
+        trainer = make_trainer(max_steps=3, callbacks=callbacks, inference_mode=False)
+        trainer.validate(module, datamodule=copy.deepcopy(data), verbose=False)  # which replaces parameters on the disk
+        trainer.fit(module, datamodule=copy.deepcopy(data))
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        trained.append(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"])
+    plain, spread = trained
+    assert plain.keys() == spread.keys() and all(".layers.0." in name for name in plain)
+    assert all(torch.equal(spread[name], weight) for name, weight in plain.items())
+    # Weights that cannot be read are not compared, on either side.
+    losses = {
+        make_trainer().validate(CausalLM(folder, device_map=place), data, tmp_path / f"{name}.ckpt", verbose=False)[0][
+            "val/loss"
+        ]
+        for name in ("plain", "spread")
+        for place in (None, ON_DISK)
+    }
+    assert len(losses) == 1 and losses != {
+        make_trainer().validate(CausalLM(folder), data, verbose=False)[0]["val/loss"]
+    }
+
+
 def test_what_does_not_work_is_refused(folder: str, data: PromptDataModule, make_trainer: Any, tmp_path: Path) -> None:
     spread = CausalLM(folder, device_map=ON_DISK)
     with pytest.raises(MisconfigurationException, match=r"leaves 9 weights \(model\.layers\.1\..*cannot be trained"):
         make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=0.05))]).fit(spread, data)
+    frozen = [ZerothOrder(partial(MeZO, lr=0.05)), TrainLayers([0])]
+    with pytest.raises(
+        MisconfigurationException, match=r"no checkpoint can hold them\. Set `model\.save_frozen` to False"
+    ):
+        make_trainer(max_steps=1, callbacks=frozen).fit(spread, data)
+    spread = CausalLM(folder, device_map=ON_DISK, save_frozen=False)
+    with pytest.raises(MisconfigurationException, match=r"Set `trainer\.inference_mode` to False"):
+        make_trainer(max_steps=1, callbacks=frozen).fit(spread, data)
+    with pytest.raises(MisconfigurationException, match=r"no ledger can begin with .* Set `keep_ledger` to False"):
+        make_trainer(max_steps=1, callbacks=[*frozen, KeepLedger()], inference_mode=False).fit(spread, data)
     with pytest.raises(MisconfigurationException, match="they cannot be quantised"):
         CausalLM(folder, device_map=ON_DISK, quantization="int8")
     with pytest.raises(MisconfigurationException, match="no checkpoint can be loaded into them"):
-        spread.on_load_checkpoint({})
+        spread.on_load_checkpoint({"state_dict": CausalLM(folder).state_dict()})
     with pytest.raises(MisconfigurationException, match="cannot be written"):
         spread.export(tmp_path / "exported")
     with pytest.raises(MisconfigurationException, match=r"bfloat16, and `model\.device_map` leaves some .* Set"):
         make_trainer(precision="bf16-true").validate(spread, data)
     ranks: Any = SimpleNamespace(strategy=DDPStrategy(), world_size=2)
     with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy, of 2 processes"):
-        refuse_misplaced(CausalLM(folder, device_map="auto").model, ranks, "validate")
+        refuse_misplaced(CausalLM(folder, device_map="auto").model, ranks, "validate", save_frozen=True)
     with pytest.raises(ValueError, match=r"with `device_map` \{'': 7\}: there is no GPU 7; "):
         CausalLM(folder, device_map={"": 7})
     with pytest.raises(ValueError, match=r"with `device_map` 'everywhere': .*'auto'"):

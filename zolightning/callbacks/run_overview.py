@@ -206,9 +206,14 @@ def _memory_plan(
         directions = bases.skip + max(group["rank"] for group in optimizer.param_groups)
         kept = kept_direction_bytes(trained, directions) if bases.decay else 0
         planned = replace(planned, state=planned.state + kept, sketches=sketch_bytes(trained, directions))
+    if offloaded := [parameter.nbytes for parameter in module.parameters() if parameter.is_meta]:
+        fetched, away = max(offloaded), sum(offloaded)
+        at_rest = {"weights": planned.weights - away, "host": planned.host + away}
+        planned = replace(planned, **at_rest, scratch=planned.scratch + fetched)
     device = trainer.strategy.root_device
     if device.type == "cuda":
-        devices = {parameter.device for parameter in module.parameters()} | {device}  # several by a device map
+        held = {parameter.device for parameter in module.parameters() if not parameter.is_meta}
+        devices = held | {device}  # several by a device map
         other_ways = partial(alternatives, module, trained, *setting)
         refuse_too_large(planned, sum(map(free_bytes, devices)), other_ways)
     return planned

@@ -18,7 +18,14 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bits of tensors: 64 hexadecimal digits.
+    """SHA-256 over the names, dtypes, shapes and bits of tensors: 64 hexadecimal digits; see :func:`digests`."""
+    found = digests(tensors)
+    lines = [f"{name} {tensor.dtype} {tuple(tensor.shape)} {found[name]}\n" for name, tensor in tensors.items()]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 over the bits of each tensor: 64 hexadecimal digits.
 
     Tensors are hashed in parallel, at about 2 GB/s per core. If some are sharded over ranks, all ranks must call this,
     and they are gathered one by one.
@@ -26,11 +33,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         one_by_one = any(map(is_sharded, tensors.values()))
         hashes = map(_hash, tensors.values()) if one_by_one else pool.map(_hash, tensors.values())
-        lines = [
-            f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
-            for (name, tensor), digest in zip(tensors.items(), hashes, strict=True)
-        ]
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+        return dict(zip(tensors, hashes, strict=True))
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:

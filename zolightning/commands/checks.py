@@ -16,9 +16,10 @@ from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.output import quiet
 from zolightning.models.pretrained_module import PretrainedModule
-from zolightning.models.spread import refuse_misplaced
+from zolightning.models.spread import refuse_misplaced, refuse_training_offloaded
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.partners import callbacks_of, find_callbacks
+from zolightning.scopes.scope import scopes_of
 from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 _MOST_QUERIES = 10_000
@@ -155,13 +156,15 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
 def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
     """Checks, before anything is validated or written, that backpropagation is not asked for where it cannot work.
 
-    A reward has no gradient, and the package's strategies average no gradients. Offloaded weights cannot train at all.
+    A reward has no gradient, and the package's strategies average no gradients.
 
     Raises:
         MisconfigurationException: naming the strategy, the device map, the objective or the reward.
     """
     if isinstance(network := getattr(model, "model", None), nn.Module):
-        refuse_misplaced(network, trainer, "fit")
+        if not scopes_of(trainer):
+            refuse_training_offloaded(network)
+        refuse_misplaced(network, trainer, "fit", getattr(model, "save_frozen", True))
     is_zeroth_order = bool(find_callbacks(trainer, ZerothOrder))
     if isinstance(model, PretrainedModule):
         model.check_objective(datamodule, by_gradients=not is_zeroth_order)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from zolightning.models.frozen_weights import FrozenWeights, put_back
 from zolightning.models.loading import refuse_other_weights
 from zolightning.models.pretrained import load_pretrained
 from zolightning.models.saving import save_model, share_weights
-from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded
+from zolightning.models.spread import DeviceMap, refuse_misplaced, refuse_offloaded, refuse_training_offloaded
 from zolightning.network.adapter_folders import load_adapter, save_adapter
 from zolightning.network.adapters import adapter_settings
 from zolightning.network.early_exit import keep_first_layers
@@ -67,13 +68,15 @@ class PretrainedModule(L.LightningModule):
             left as it is. Default: none.
         device_map: spreads the layers over several devices, for a model that is too large for one: accelerate's "auto",
             "balanced", "balanced_low_0" or "sequential", or a device (a number, "cpu" or "disk") by the dotted name of
-            a module. Needs one process (`trainer.devices` 1); weights that are offloaded to the host or the disk can be
-            evaluated, not trained. Default: all on the Trainer's device.
+            a module. Needs one process (`trainer.devices` 1); weights that are offloaded to the host or the disk cannot
+            be trained, and a fit that freezes them needs `save_frozen` False. Default: all on the Trainer's device.
         adapter: a folder in PEFT's format, or an id on the hub: a LoRA adapter or a prefix of that model, to start
             from. Only it trains, and the head of a classifier. Default: none.
         num_layers: keeps only so many layers, the first ones: the head then reads the output of a middle layer, which
             can tell more about a task, in less time. Its predictions mean little before the head is fitted
             (`LinearProbing`). Default: all layers.
+        save_frozen: whether checkpoints hold the weights that do not train. Without them a checkpoint is as small as
+            what trains, and can be loaded only where `model_name` gives the same weights, which is checked.
     """
 
     network_class: ClassVar[str]
@@ -92,6 +95,7 @@ class PretrainedModule(L.LightningModule):
         adapter: str | None = None,
         device_map: DeviceMap | None = None,
         num_layers: int | None = None,
+        save_frozen: bool = True,
     ) -> None:
         super().__init__()
         if quantization is not None:
@@ -103,6 +107,8 @@ class PretrainedModule(L.LightningModule):
         if quantization is not None:
             refuse_offloaded(self.model, "they cannot be quantised")
             quantize(self.model, quantization)
+        new_head = own.get("num_classes") is not None
+        self._frozen = None if save_frozen else FrozenWeights(self.model, new_head)
         if adapter is not None:
             self.load_adapter(adapter)
         # What `load_from_checkpoint` makes the module of; the rest is in `structure_dict`
@@ -168,7 +174,9 @@ class PretrainedModule(L.LightningModule):
         return ("val/loss", *(f"val/{name}" for name in names))
 
     def setup(self, stage: str) -> None:
-        refuse_misplaced(self.model, self.trainer, stage)
+        if stage == "fit":
+            refuse_training_offloaded(self.model)
+        refuse_misplaced(self.model, self.trainer, stage, self.save_frozen)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
             self.check_objective(datamodule, self.automatic_optimization)
@@ -176,6 +184,9 @@ class PretrainedModule(L.LightningModule):
             raise MisconfigurationException(
                 "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
             )
+        if stage == "fit" and self._frozen is not None:
+            self.trainer.precision_plugin.convert_module(self)  # as Lightning does after this
+            self._frozen.remember(self)
         if stage == "predict":
             return
         if not hasattr(datamodule, "num_classes"):
@@ -240,17 +251,28 @@ class PretrainedModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.update(self.structure_dict())
         checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, self._made_of)  # unless a subclass has saved its own
+        if self._frozen is not None:
+            self._frozen.leave_out(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_offloaded(self.model, "no checkpoint can be loaded into them")
         # so that its weights find the parameters they belong to, whatever callbacks this run has
         self.load_structure_dict(checkpoint)
+        if any(weight.is_meta and name in checkpoint["state_dict"] for name, weight in self.named_parameters()):
+            refuse_offloaded(self.model, "no checkpoint can be loaded into them")
+        if self._frozen is not None:
+            self._frozen.replaced(checkpoint["state_dict"])
+        put_back(self, checkpoint)
         if self.strict_loading:
             refuse_other_weights(self, checkpoint["state_dict"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with exact_frequencies(self):  # from a precision of the Trainer
             return super()._apply(fn, recurse)
+
+    @property
+    def save_frozen(self) -> bool:
+        """Whether checkpoints hold the weights that do not train."""
+        return self._frozen is None
 
     @property
     def head(self) -> nn.Linear:
@@ -285,8 +307,8 @@ class PretrainedModule(L.LightningModule):
         PEFT makes half-precision LoRA float32 when it loads it; ``autocast_adapter_dtype=False`` computes what was
         trained. Any other model with quantised weights is written as the ordinary one that computes the same.
         """
-        refuse_offloaded(self.model, "they cannot be written")
         if adapter_settings(self.model) is None:
+            refuse_offloaded(self.model, "they cannot be written")
             save_model(self.model, folder)
         else:
             self.save_adapter(folder)

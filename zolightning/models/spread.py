@@ -14,7 +14,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.messages import some
+from zolightning.partners import find_callbacks
 
 DeviceMap = str | dict[str, int | str]
 """A rule of accelerate's, such as ``auto``, or the device of each module by its dotted name."""
@@ -25,12 +27,12 @@ def keep_in_place(network: nn.Module) -> None:
     network._apply = MethodType(_apply_in_place, network)  # type: ignore[method-assign]  # what `nn.Module.to` calls
 
 
-def refuse_misplaced(network: nn.Module, trainer: L.Trainer, stage: str) -> None:
-    """Refuses what cannot be done with a network that is spread over devices.
+def refuse_misplaced(network: nn.Module, trainer: L.Trainer, stage: str, save_frozen: bool) -> None:
+    """Refuses what cannot be done with a network that is spread over devices, whichever of its weights train.
 
     Raises:
-        MisconfigurationException: if there are several processes or a strategy that places weights itself, or if
-            offloaded weights are to train.
+        MisconfigurationException: if there are several processes or a strategy that places weights itself; in a fit, if
+            a checkpoint or a ledger would need offloaded weights, or validations run in torch's inference mode.
     """
     if not is_spread(network):
         return
@@ -40,19 +42,41 @@ def refuse_misplaced(network: nn.Module, trainer: L.Trainer, stage: str) -> None
             f"{trainer.world_size} processes: with a device map one process has all devices. Set `trainer.devices` to "
             "1 and `trainer.strategy` to 'auto', or leave `device_map` out."
         )
-    if stage == "fit":
-        refuse_offloaded(network, "they cannot be trained")
+    if stage == "fit" and save_frozen:
+        refuse_offloaded(network, "no checkpoint can hold them. Set `model.save_frozen` to False")
+    if stage == "fit" and trainer.validate_loop.inference_mode:
+        refuse_offloaded(
+            network,
+            "a validation would make them tensors that cannot be used in training. Set "
+            "`trainer.inference_mode` to False",
+        )
+    if stage == "fit" and find_callbacks(trainer, KeepLedger):
+        refuse_offloaded(network, "no ledger can begin with their digest. Set `keep_ledger` to False")
+
+
+def refuse_training_offloaded(network: nn.Module) -> None:
+    """Raises MisconfigurationException if offloaded weights train."""
+    if any(parameter.requires_grad for parameter in offloaded(network).values()):
+        refuse_offloaded(
+            network,
+            "they cannot be trained. Leave them out by a scope, or keep them on a device: more or larger ones, or "
+            "`model.dtype` bfloat16",
+        )
 
 
 def refuse_offloaded(network: nn.Module, consequence: str) -> None:
     """Raises MisconfigurationException if weights of the network are offloaded, and says what follows from it."""
-    offloaded = [name for name, parameter in network.named_parameters() if parameter.is_meta]
-    if offloaded and is_spread(network):
+    if names := list(offloaded(network)):
         raise MisconfigurationException(
-            f"`model.device_map` leaves {len(offloaded)} weights ({some(offloaded)}) in the host's memory or on the "
-            f"disk, from where each forward pass fetches them: {consequence}. More or larger devices, or `model.dtype` "
-            "bfloat16, may hold them."
+            f"`model.device_map` leaves {len(names)} weights ({some(names)}) in the host's memory or on the disk, from "
+            f"where each forward pass fetches them: {consequence}."
         )
+
+
+def offloaded(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a network that are in the host's memory or on the disk, by name."""
+    named = network.named_parameters() if is_spread(network) else ()
+    return {name: parameter for name, parameter in named if parameter.is_meta}
 
 
 def is_spread(network: nn.Module) -> bool:
