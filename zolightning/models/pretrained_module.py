@@ -76,7 +76,8 @@ class PretrainedModule(L.LightningModule):
             can tell more about a task, in less time. Its predictions mean little before the head is fitted
             (`LinearProbing`). Default: all layers.
         save_frozen: whether checkpoints hold the weights that do not train. Without them a checkpoint is as small as
-            what trains, and can be loaded only where `model_name` gives the same weights, which is checked.
+            what trains, and can be loaded only where `model_name` gives the same weights, which is checked. Under
+            `zo_fsdp` it holds them all the same if a validation came before the fit.
     """
 
     network_class: ClassVar[str]
