@@ -66,6 +66,37 @@ def test_the_loss_function_logs_once_a_step(fit: Fit, own_name: str) -> None:
     assert "log" not in vars(module)
 
 
+@pytest.mark.filterwarnings("ignore:`evaluations_per_forward` is 1")
+@pytest.mark.parametrize("way", ["weight alone", "batch statistics"])
+def test_a_step_that_begins_anew_without_sharing_a_forward_logs_its_first_evaluation(fit: Fit, way: str) -> None:
+    """Once, though one before it was broken off in the network, or ran to its end with a wrong output."""
+
+    class Network(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if way == "weight alone":
+                return x @ (1 + self.weight)
+            hidden = super().forward(x)
+            return hidden / hidden.abs().mean(dim=0)
+
+    class Logging(OwnLoop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.frozen_norm = Network(4, 4, bias=False), torch.nn.Identity()
+
+        def on_train_start(self) -> None:
+            self.optimizers().optimizer.attach(self, evaluations_per_forward=2)
+
+        def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            self.log("rows", float(len(batch[0])), on_step=False, on_epoch=True, reduce_fx="sum")
+            loss = super().loss((batch[0], batch[1].expand(-1, 4)))
+            self.log("first", loss)
+            return loss
+
+    module = Logging()
+    logged = fit(module, max_steps=1)
+    assert logged["first"] == pytest.approx(module.records[0].losses[0], rel=1e-6) and logged["rows"] == 4
+
+
 def test_a_log_of_its_own_is_respected(fit: Fit) -> None:
     module, names = OwnLoop(), []
 

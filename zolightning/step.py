@@ -13,6 +13,7 @@ import zolightning.strategies  # noqa: F401  # registers `zo_ddp` and `zo_fsdp`
 from zolightning.evaluation.evaluator import Evaluator
 from zolightning.evaluation.examples import MicroBatches
 from zolightning.evaluation.losses import LossFunction, LossOutput
+from zolightning.evaluation.nested import map_tensors
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.optim.share import WHOLE, Share
@@ -95,30 +96,36 @@ def zeroth_order_step(
 def logged_once(
     module: L.LightningModule, evaluator: Evaluator, loss_fn: LossFunction
 ) -> Iterator[tuple[Callable[..., LossOutput], set[str]]]:
-    """A context in which ``module.log`` does nothing except in the first evaluation of a step.
+    """A context at whose end is logged what the first evaluation of the step has given ``module.log``.
 
-    What is logged by the epoch is a trace that the step leaves, as a record does not hold it.
+    That is the last one that is called the first: evaluations that turn out not to share a forward begin anew. What is
+    logged by the epoch is a trace that the step leaves, as a record does not hold it.
 
-    Yields a function that evaluates `loss_fn`, or another loss given to it, and the set of names that were logged.
+    Yields a function that evaluates `loss_fn`, or another loss given to it, and the names that were logged.
     """
-    is_logging = has_logged = evaluator.leaves_more = False
+    is_logging = evaluator.leaves_more = False
+    logged: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     names: set[str] = set()
-    module_log = module.log
 
     def log(name: str, *args: Any, **kwargs: Any) -> None:
         if is_logging:
             names.add(name)
-            log_again(module_log, name, *args, **kwargs)
+            # The module may go on to write to a tensor that it logs
+            logged.append((name, *map_tensors(torch.clone, (args, kwargs))))
             evaluator.leaves_more |= bool(kwargs.get("on_epoch", any(args[4:5])))
 
     def evaluate(loss: LossFunction = loss_fn) -> LossOutput:
-        nonlocal is_logging, has_logged
-        is_logging = evaluator.is_first and not has_logged
-        has_logged = has_logged or is_logging
+        nonlocal is_logging
+        is_logging = evaluator.is_first
+        if is_logging:
+            logged.clear()
+            names.clear()
         return loss()
 
     with replaced(module, "log", log):
         yield evaluate, names
+    for name, args, kwargs in logged:
+        log_again(module.log, name, *args, **kwargs)
 
 
 def _share(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Share:

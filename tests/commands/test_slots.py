@@ -175,6 +175,7 @@ def listed(*entries: str) -> str:
     return "trainer:\n  callbacks:\n" + "".join(f"    - class_path: {entry}\n" for entry in entries)
 
 
+ONE_CYCLE = "--lr_scheduler OneCycleLR --lr_scheduler.max_lr 0.1 --lr_scheduler.total_steps 9"
 IN_A_LIST = "ZerothOrder\n      init_args:\n        method: MeZO"
 
 
@@ -221,6 +222,8 @@ def test_fields_that_nothing_reads_or_that_stand_twice(
     [
         ("--method MeZO --method.lr -1", "`lr` must be a positive number, got -1.0"),
         ("--method MeZO --transport.how keep", "`transport` is given, and MeZO keeps no momentum"),
+        (f"--method LOZO {ONE_CYCLE}", "`lr_scheduler` changes `betas`, as OneCycleLR does by default, but LOZO"),
+        (f"--method EGGROLL {ONE_CYCLE}", "`lr_scheduler` does not go with EGGROLL: optimizer must support momentum"),
     ],
 )
 def test_refused_in_one_line_before_the_model_is_loaded(runs: Runs, options: str, message: str) -> None:

@@ -19,6 +19,14 @@ def test_a_group_may_have_a_learning_rate_of_its_own_for_vectors() -> None:
     assert all("vector_lr" not in group for group in optimizer.param_groups)
 
 
+def test_a_run_in_which_nothing_would_move_is_refused() -> None:
+    norm = nn.LayerNorm(4)
+    optimizer = LOZO(norm.parameters(), vector_lr=0.0)
+    with pytest.raises(ValueError, match="`vector_lr` is 0, and no matrix is among the parameters that train"):
+        optimizer.attach(norm)
+    LOZO(norm.parameters(), vector_lr=0.1).attach(norm)
+
+
 def test_a_group_that_is_added_in_mid_run_is_resampled_like_the_others() -> None:
     """By the choices of MomentumTransport and SubspaceResampling, which they made when the run began."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))

@@ -187,6 +187,8 @@ def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> An
             f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, but {method} is set to have none. Give "
             "the scheduler `cycle_momentum=False`, or the method `betas`."
         ) from error
+    except ValueError as error:  # torch's, about an argument, or a method without a momentum to change
+        raise MisconfigurationException(f"`lr_scheduler` does not go with {method}: {error}") from error
     name = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
         raise MisconfigurationException(

@@ -24,6 +24,7 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
+from zolightning.callbacks.refusals import made_scheduler
 from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.base import Method
@@ -79,7 +80,7 @@ def slot_callbacks(config: Namespace, made: Namespace) -> list[Callback]:
     optimizer = trial(made.method)
     check_method(optimizer)
     if made.lr_scheduler is not None:
-        made.lr_scheduler(optimizer)
+        made_scheduler(made.lr_scheduler, optimizer)
     for slot in _OF_ANY_METHOD:
         if made[slot] is not None:
             _require_unlisted(slot, type(made[slot]), listed)

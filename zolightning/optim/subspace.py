@@ -144,6 +144,11 @@ class SubspaceOptimizer(SubspaceWeights):
 
     def attach(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().attach(module, *args, **kwargs)
+        if not any(group["vector_lr_ratio"] or self.split(group)[0] for group in self.param_groups):
+            raise ValueError(
+                "`vector_lr` is 0, and no matrix is among the parameters that train: none would move. Raise it, or "
+                "train more."
+            )
         for group in self.param_groups:
             thin = [f"{name} {m.rank}" for name, (_, m) in self.split(group)[0].items() if m.rank < group["rank"]]
             if thin:
