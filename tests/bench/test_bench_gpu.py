@@ -15,11 +15,13 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from graph_runs import CPUCapture
 from zolightning.bench import bits, gpu, repetition, step
 from zolightning.bench.__main__ import main
 from zolightning.bench.figures import COLUMNS, Figures
@@ -29,6 +31,7 @@ from zolightning.bench.kernel_cost import PIECES_MIB, measure_kernels
 from zolightning.bench.rows import BY_NAME
 from zolightning.bench.step import Settings
 from zolightning.bench.step_records import Cost
+from zolightning.evaluation.graphs import GraphedNetwork
 
 CPU = torch.device("cpu")
 
@@ -81,6 +84,8 @@ def test_every_part_runs_in_miniature(tmp_path: Path, device: str) -> None:
     assert "floor on prompts: update exact" in steps
     for method in ("MeZO", "ZO-MOPI"):
         assert found["resume"][method] == {"steps": "2", "same_records": "1", "same_weights": "1"}
+    if device == "cuda":
+        assert found["resume"]["MeZO, CUDA graphs"] == found["resume"]["MeZO"] | {"same_without_graphs": "1"}
 
 
 def test_all_limits_together_are_eight_minutes() -> None:
@@ -123,7 +128,8 @@ def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(gpu, "measure_costs", measure_costs)
     (tiny,) = MINIATURE.steps
-    _, part, *_ = parts(replace(MINIATURE, steps=(replace(tiny, rows=("forward", "MeZO", "MeZO native")),)))
+    chosen = replace(tiny, rows=("forward", "MeZO", "MeZO native"))
+    part = next(part for part in parts(replace(MINIATURE, steps=(chosen,))) if part.name.startswith("steps"))
     run_here(part, CPU, tmp_path / "gpu.csv")
     found = read(tmp_path / "gpu.csv")[part.name]
     assert found["MeZO"] == {"failed": "OutOfMemoryError: no memory is left"}
@@ -184,6 +190,43 @@ def test_every_comparison_is_made_by_one_process(tmp_path: Path, monkeypatch: py
     for place in range(len(part.runs)):
         run_here(part, CPU, tmp_path / "gpu.csv", place)
     assert len(part.runs) > 1 and sorted(seen) == list(range(11))
+
+
+def test_every_run_is_repeated_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(gpu, "compare", lambda method, *_: seen.append(method) or {"steps": 1})
+    monkeypatch.setattr(gpu, "runs", lambda device: [(str(number), str(number), False) for number in range(11)])
+    part = next(part for part in parts(Sizes()) if part.name == "resume")
+    for place in range(len(part.runs)):
+        run_here(part, CPU, tmp_path / "gpu.csv", place)
+    assert len(part.runs) > 1 and sorted(seen, key=int) == list(map(str, range(11)))
+
+
+@pytest.mark.parametrize("differs", [None, "plain", "resumed"])
+def test_a_run_with_graphs_is_compared_with_one_without(differs: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [cuda_graphs for *_, cuda_graphs in repetition.runs(torch.device("cuda"))][:3] == [True, True, False]
+
+    def run(method: Any, cuda_graphs: bool, device: torch.device, module: Any, save_to: Path, resumed: Any) -> Any:
+        name = "resumed" if resumed else "whole" if cuda_graphs else "plain"
+        return ["second"] if resumed else ["first", "second"], "other" if name == differs else "weights"
+
+    monkeypatch.setattr(repetition, "_run", run)
+    found = repetition.compare(repetition.METHODS["MeZO"], True, CPU, "tiny", 2)
+    same = {"same_records": 1, "same_weights": int(differs != "resumed")}
+    assert found == {"steps": 2, "same_without_graphs": int(differs != "plain"), **same}
+
+
+def test_a_run_whose_graphs_are_off_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise it would be compared with itself."""
+    optimizer = repetition.METHODS["MeZO"]([torch.nn.Parameter(torch.ones(2))])
+    optimizer.evaluator.graphs = GraphedNetwork(torch.nn.Linear(1, 1), CPUCapture())
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=0)
+    records = repetition.Records(1, tmp_path / "x.ckpt")
+    records.on_train_batch_end(trainer)
+    optimizer.evaluator.graphs.is_off = True
+    with pytest.raises(RuntimeError, match="no graph is replayed"):
+        records.on_train_batch_end(trainer)
+    assert len(records.records) == 1
 
 
 def failing(message: str, device: torch.device, figures: Figures) -> None:

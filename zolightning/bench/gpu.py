@@ -1,11 +1,11 @@
 """Measures a GPU in eight minutes: ``python -m zolightning.bench gpu``.
 
-What is known least comes first: do the loops over parameters write the same bits as on the CPU; what do whole steps
-take, in time and memory, on models by shape, with CUDA graphs and without, ours and published; is a run the same twice,
-and when it is resumed; in pieces of which size is a large matrix multiplied fastest; how near do the loops come to the
-bandwidth of the card, and what do they cost without Triton. Each part runs in processes of its own and has a time
-limit. Its figures are appended to one CSV file as soon as they are there, a line each; a part that fails or runs out of
-time leaves a line that says so, and the next part follows.
+What is known least comes first: do the loops over parameters write the same bits as on the CPU; is a run the same when
+it is resumed, and without CUDA graphs; what do whole steps take, in time and memory, on models by shape, with graphs
+and without, ours and published; in pieces of which size is a large matrix multiplied fastest; how near do the loops
+come to the bandwidth of the card, and what do they cost without Triton. Each part runs in processes of its own and has
+a time limit. Its figures are appended to one CSV file as soon as they are there, a line each; a part that fails or runs
+out of time leaves a line that says so, and the next part follows.
 """
 
 import re
@@ -78,7 +78,7 @@ class Sizes:
                 *("forward", "forward, CUDA graphs", "MeZO, CUDA graphs"),
                 *("MeZO, both signs in one forward, CUDA graphs", "LOZO rank 4, CUDA graphs", "published"),
             ),
-            90,
+            100,
         ),
         Steps(
             StepSettings("config:llama-3-8b", seq_len=64, lengths="256", prompt_batches=2, repeats=5),
@@ -86,7 +86,7 @@ class Sizes:
                 *("forward", "forward, CUDA graphs", "LOZO rank 4, CUDA graphs", "MeZO, CUDA graphs", "LOZO rank 4"),
                 *("MeZO", "MeZO native", "SubZero rank 64", "ZO-MOPI rank 64, power rank 16"),
             ),
-            90,
+            100,
         ),
         Steps(
             StepSettings("config:opt-1.3b", seq_len=32, prompt_batches=4, repeats=5),
@@ -95,6 +95,7 @@ class Sizes:
         ),
     )
     repeated_shape: str = "smollm2-135m"  # the model whose training is repeated
+    repeated_processes: int = 4  # number of processes that share these runs, which leave a card idle most of the time
     repeated_steps: int = 8  # steps of each repeated run
 
 
@@ -103,7 +104,7 @@ _TINY = Steps(
     ("forward", "MeZO", "MeZO, CUDA graphs", "LOZO rank 4", "published", "published, answer logits"),
     60,
 )
-MINIATURE = Sizes(1003, 1, None, (5000,), (64, 32), (4,), (_TINY,), "tiny", 2)
+MINIATURE = Sizes(1003, 1, None, (5000,), (64, 32), (4,), (_TINY,), "tiny", 1, 2)
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ def parts(sizes: Sizes) -> list[Part]:
     parity = sizes.steps[-1].settings  # beside the row MeZO of the same model, whose loops are in Triton
     return [
         Part("bits", 120, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
+        Part("resume", 40, tuple(partial(_resume, sizes, place) for place in range(sizes.repeated_processes))),
         *(Part(f"steps of {steps.settings.model}", steps.limit, (partial(_steps, steps),)) for steps in sizes.steps),
-        Part("resume", 65, (partial(_resume, sizes),)),
-        Part("pieces", 10, (partial(_pieces, sizes),)),
+        Part("pieces", 15, (partial(_pieces, sizes),)),
         Part("kernels", 15, (partial(_kernels, sizes),)),
         *(Part(row.name, 20, (partial(_parity, parity, row.name),), row.environment) for row in PARITY),
     ]
@@ -219,8 +220,9 @@ def _write(figures: Figures, name: str, record: Record) -> None:
     figures.write(name, **{figure: value for figure, value in record.items() if figure != "row"})
 
 
-def _resume(sizes: Sizes, device: torch.device, figures: Figures) -> None:
-    for name, method, cuda_graphs in runs(device):
+def _resume(sizes: Sizes, place: int, device: torch.device, figures: Figures) -> None:
+    """Every `repeated_processes`-th run, beginning with number `place`."""
+    for name, method, cuda_graphs in islice(runs(device), place, None, sizes.repeated_processes):
         with figures.guarded(name):
             found = compare(method, cuda_graphs, device, sizes.repeated_shape, sizes.repeated_steps)
             figures.write(name, **found)

@@ -1,4 +1,4 @@
-"""Whether training is the same twice, bit for bit: once without a stop, once resumed from the middle."""
+"""Whether training is the same again, bit for bit: resumed from the middle, and without CUDA graphs."""
 
 import hashlib
 import warnings
@@ -23,6 +23,7 @@ from zolightning.optim import (
     GRZO,
     LOZO,
     ZOMOPI,
+    ConMeZO,
     HiZOO,
     MeZO,
     MeZOAdam,
@@ -45,6 +46,7 @@ METHODS: dict[str, partial[Any]] = {
     "Subspace-MeZO": partial(SubspaceMeZO, lr=1e-5, rank=16),
     "GRZO": partial(GRZO, lr=1e-4, rank=8, num_queries=2, estimator=TwoSided()),
     "EGGROLL": partial(EGGROLL, lr=1e-5, num_queries=4),
+    "ConMeZO": partial(ConMeZO, lr=1e-5),
     "HiZOO": partial(HiZOO, lr=1e-5),
     "Sparse-MeZO": partial(SparseMeZO, lr=1e-5),
     "MeZO": partial(MeZO, lr=1e-5, weight_decay=1e-3),
@@ -52,7 +54,7 @@ METHODS: dict[str, partial[Any]] = {
     "MeZO, native": partial(MeZO, lr=1e-5, update_precision="native"),
 }
 
-GRAPHED = ("MeZO", "LOZO")  # with CUDA graphs once more, where there are any
+GRAPHED = ("LOZO", "MeZO")  # also with CUDA graphs, where there are any
 
 
 class RandomTokens(L.LightningModule):
@@ -88,26 +90,32 @@ class Records(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         (optimizer,) = trainer.optimizers
         assert isinstance(optimizer, ZerothOrderOptimizer)
+        if (graphs := optimizer.evaluator.graphs) is not None and graphs.is_off:
+            raise RuntimeError("no graph is replayed")
         self.records.append(optimizer.record)
         if trainer.global_step == self.save_after:
             trainer.save_checkpoint(self.path)
 
 
 def runs(device: torch.device) -> list[tuple[str, "partial[Any]", bool]]:
-    """The runs that are repeated on a device: name, method, and whether CUDA graphs replay the forwards."""
+    """The runs that are repeated on a device: name, method, and whether CUDA graphs replay the forwards.
+
+    Those with graphs come first.
+    """
     plain = [(name, method, False) for name, method in METHODS.items()]
     graphed = [(f"{name}, CUDA graphs", METHODS[name], True) for name in GRAPHED if name in METHODS]
-    return plain + (graphed if device.type == "cuda" else [])
+    return (graphed if device.type == "cuda" else []) + plain
 
 
 def compare(method: "partial[Any]", cuda_graphs: bool, device: torch.device, shape: str, steps: int) -> dict[str, int]:
     """Whether two runs have the same records and the same weights, as 1 or 0.
 
     The second run resumes from a checkpoint that the first wrote after half of its steps, with a model whose weights
-    were zeros before. New subspaces are drawn at each quarter of the steps.
+    were zeros before. With CUDA graphs, a third run without them has to have the records and weights of the first. New
+    subspaces are drawn at each quarter of the steps.
     """
     tokens = torch.randint(2**31, (steps, 4, 32), generator=torch.Generator().manual_seed(0))
-    run = partial(_run, method, cuda_graphs, device)
+    run, found = partial(_run, method, cuda_graphs, device), dict[str, int]()
     with TemporaryDirectory() as folder:
         saved = Path(folder) / "half.ckpt"
         whole, weights = run(RandomTokens(shape, device, tokens), saved, None)
@@ -115,7 +123,10 @@ def compare(method: "partial[Any]", cuda_graphs: bool, device: torch.device, sha
         for parameter in other.parameters():
             parameter.data.zero_()  # all of it has to come from the file
         resumed, resumed_weights = run(other, Path(folder) / "again.ckpt", saved)
-    return {
+        if cuda_graphs:
+            plain = _run(method, False, device, RandomTokens(shape, device, tokens), Path(folder) / "plain.ckpt", None)
+            found["same_without_graphs"] = int(plain == (whole, weights))
+    return found | {
         "steps": len(whole),
         "same_records": int(resumed == whole[steps // 2 :]),
         "same_weights": int(resumed_weights == weights),
