@@ -95,7 +95,7 @@ class Sizes:
         ),
     )
     repeated_shape: str = "smollm2-135m"  # the model whose training is repeated
-    repeated_processes: int = 4  # number of processes that share these runs, which leave a card idle most of the time
+    repeated_processes: int = 6  # number of processes that share these runs, which leave a card idle most of the time
     repeated_steps: int = 8  # steps of each repeated run
 
 
@@ -122,8 +122,8 @@ def parts(sizes: Sizes) -> list[Part]:
     """The parts, the most important first; they take eight minutes if each uses all of its time."""
     parity = sizes.steps[-1].settings  # beside the row MeZO of the same model, whose loops are in Triton
     return [
-        Part("bits", 120, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
-        Part("resume", 40, tuple(partial(_resume, sizes, place) for place in range(sizes.repeated_processes))),
+        Part("bits", 115, tuple(partial(_bits, sizes, place) for place in range(sizes.bits_processes))),
+        Part("resume", 45, tuple(partial(_resume, sizes, place) for place in range(sizes.repeated_processes))),
         *(Part(f"steps of {steps.settings.model}", steps.limit, (partial(_steps, steps),)) for steps in sizes.steps),
         Part("pieces", 15, (partial(_pieces, sizes),)),
         Part("kernels", 15, (partial(_kernels, sizes),)),
