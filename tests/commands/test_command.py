@@ -9,6 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 from jsonargparse import Namespace
+from lightning.fabric.accelerators import MPSAccelerator as FabricMPSAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -180,6 +182,14 @@ def test_a_rank_of_a_run_of_one_process_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # of RANK, when Lightning is imported
     with pytest.raises(MisconfigurationException, match=r"make one process, but RANK.* rank 1 of several"):
         ConfiguredTrainer(accelerator="cpu", devices=1, logger=False)
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+def test_a_mac_runs_on_its_cpu_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for accelerator in (MPSAccelerator, FabricMPSAccelerator):
+        monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    for name, chosen in (("auto", CPUAccelerator), ("mps", MPSAccelerator)):
+        assert type(ConfiguredTrainer(accelerator=name, logger=False).accelerator) is chosen
 
 
 def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -17,7 +18,7 @@ SILENT: dict[str, Any] = dict.fromkeys(
 
 
 class ConfiguredTrainer(L.Trainer):
-    """Lightning's Trainer, which keeps its arguments and writes checkpoints atomically.
+    """Lightning's Trainer, which keeps its arguments, writes checkpoints atomically, and on a Mac chooses the CPU.
 
     Attributes:
         run_config: the configuration of the command line as plain values; empty without a command line.
@@ -28,6 +29,9 @@ class ConfiguredTrainer(L.Trainer):
     """
 
     def __init__(self, **settings: Any) -> None:
+        # Untested, and without the float64 that the linear probe and several methods need.
+        if settings.get("accelerator", "auto") == "auto" and MPSAccelerator.is_available():
+            settings["accelerator"] = "cpu"
         super().__init__(**settings)
         rank = getattr(rank_zero_only, "rank", 0)
         if self.world_size == 1 and rank > 0:
