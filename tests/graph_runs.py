@@ -103,8 +103,8 @@ def llama() -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
-def inputs(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def language(length: int, seed: int) -> tuple[Tensor, ...]:

@@ -77,10 +77,10 @@ def run(problem: nn.Module, optimizer: ZerothOrderOptimizer, steps: int) -> list
     return records
 
 
-def standard(shape: Sequence[int], key: Key, kind: NoiseKind = "gaussian", device: str = "cpu") -> Tensor:
+def standard(shape: Sequence[int], key: Key, kind: NoiseKind = "gaussian") -> Tensor:
     """One direction of unit variance, fp32, as a tensor."""
-    total = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
-    keys = torch.tensor([key], dtype=torch.int32, device=device)
-    coefficients = torch.tensor([coefficient(1.0, kind)], dtype=torch.float32, device=device)
+    total = torch.zeros(tuple(shape), dtype=torch.float32)
+    keys = torch.tensor([key], dtype=torch.int32)
+    coefficients = torch.tensor([coefficient(1.0, kind)], dtype=torch.float32)
     Direction(keys, coefficients, kind).accumulate(total)
     return total

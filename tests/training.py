@@ -1,8 +1,9 @@
-"""What a run under a Trainer did to a module: its records, its weights before and after, and which of them moved."""
+"""What a run under a Trainer leaves: its records, a checkpoint, the weights, and which of them moved."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,17 @@ class Records(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.records.append(trainer.optimizers[0].record)
+
+
+class Save(Callback):
+    """Saves a checkpoint when `stop` steps are done."""
+
+    def __init__(self, stop: int, path: Path) -> None:
+        self.stop, self.path = stop, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.stop:
+            trainer.save_checkpoint(self.path)
 
 
 def zeroth_order(method: Callable[..., Any] | None = None) -> ZerothOrder:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training import Records, assert_equal, weights
+from training import Records, Save, assert_equal, weights
 from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, RandomPermutation, find_blocks
 from zolightning.callbacks import BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.evaluation.shared_prefix import SharedPrefix
@@ -70,17 +70,6 @@ class Moves(Callback):
             name.rpartition(".")[0] for name, before in self.before.items() if not torch.equal(before, after[name])
         }
         self.moved.append(moved)
-
-
-class Save(Callback):
-    """Saves a checkpoint when `stop` steps are done."""
-
-    def __init__(self, stop: int, path: Path) -> None:
-        self.stop, self.path = stop, path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.stop:
-            trainer.save_checkpoint(self.path)
 
 
 Fit = Callable[..., tuple[Layered, list]]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.pytorch_utils import Conv1D
 
+from training import Records
 from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, SubspaceResampling, ZerothOrder
 from zolightning.directions.basis import Basis
 from zolightning.directions.second_moment import SecondMoment, scaled
@@ -272,15 +273,10 @@ def test_a_step_stays_in_the_span_of_the_inputs(fit: Callable[..., Classifier], 
 
 @pytest.mark.parametrize("normalize_directions", [False, True])
 def test_records_replay_with_the_bases_beside_them(fit: Callable[..., Classifier], normalize_directions: bool) -> None:
-    records: list[Any] = []
+    recorder = Records()
     method = partial(METHODS["zo-mopi"], normalize_directions=normalize_directions)
-
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            records.append(trainer.optimizers[0].record)
-
-    module = fit(method, ActivationBases(), Keep(), max_steps=5)
-    optimizer, replayed = module.trainer.optimizers[0], Classifier()
+    module = fit(method, ActivationBases(), recorder, max_steps=5)
+    optimizer, replayed, records = module.trainer.optimizers[0], Classifier(), recorder.records
     replay = method(replayed.named_parameters())
     with pytest.raises(ValueError, match="has bases that were given, which no record holds"):
         method(Classifier().named_parameters()).apply(records[0])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from optimizer_steps import standard
+from training import Records
 from zolightning.callbacks import ZerothOrder
 from zolightning.kernels.noise import key
 from zolightning.optim import MeZO
@@ -49,14 +50,8 @@ def test_under_a_trainer(make_trainer: Callable[..., L.Trainer]) -> None:
     """Other callbacks see the evaluation of the whole batch, once; an example that is skipped has no terms."""
     module = Logging()
     inputs, targets = torch.randn(12, 4), torch.arange(12).float().remainder(4)[:, None]
-    records: list[Any] = []
-
-    class Recorder(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            records.append(trainer.optimizers[0].record)
-
-    method = partial(MeZO, lr=1e-2, eps=EPS, estimator=PerExample(), num_queries=6)
-    trainer = make_trainer(max_steps=2, callbacks=[ZerothOrder(method), Recorder()])
+    method, recorder = partial(MeZO, lr=1e-2, eps=EPS, estimator=PerExample(), num_queries=6), Records()
+    trainer = make_trainer(max_steps=2, callbacks=[ZerothOrder(method), recorder])
     weight, bias = (parameter.detach().clone() for parameter in module.net.parameters())
     trainer.fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=6))
     assert module.steps == 2 and module.outputs == [(6, 6.0), (6, 6.0)]
@@ -66,7 +61,7 @@ def test_under_a_trainer(make_trainer: Callable[..., L.Trainer]) -> None:
         plus, minus = ((inputs[e] @ (weight + s * EPS * moves[0]).T + bias + s * EPS * moves[1]) for s in (1, -1))
         square = ((plus - targets[e]).square() - (minus - targets[e]).square()).item()
         expected.append(0.0 if e in (0, 4) else 6 / 4 * square / (2 * EPS))
-    assert records[0].projected_grads == pytest.approx(expected, abs=2e-3)
+    assert recorder.records[0].projected_grads == pytest.approx(expected, abs=2e-3)
 
 
 class Slope(L.LightningModule):

@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from training import Records
 from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, micro_batches
 from zolightning.optim import MeZO, StepRecord
@@ -20,16 +20,6 @@ from zolightning.optim import MeZO, StepRecord
 MakeTrainer = Callable[..., L.Trainer]
 MakeData = Callable[..., DataLoader]
 MakeModule = Callable[..., L.LightningModule]
-
-
-class Records(Callback):
-    """Keeps the record of every step."""
-
-    def __init__(self) -> None:
-        self.records: list[StepRecord] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.records.append(trainer.optimizers[0].record)
 
 
 class TestMicroBatches:

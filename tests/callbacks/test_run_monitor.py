@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, Dataset
 
+from training import Records
 from zolightning.callbacks import (
     BlockCoordinateDescent,
     MomentumTransport,
@@ -27,7 +28,6 @@ from zolightning.callbacks import (
 from zolightning.callbacks.run_monitor import peak_memory
 from zolightning.directions.slices import Slice
 from zolightning.optim import LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, SubspaceMeZO, ZerothOrderOptimizer
-from zolightning.optim.record import StepRecord
 
 MEZO = partial(MeZO, lr=0.01)
 
@@ -217,17 +217,13 @@ def test_speed_leaves_out_steps_of_a_ledger(
     regression_data: Callable[..., DataLoader],
 ) -> None:
     """They take no evaluation."""
-    records: list[StepRecord] = []
-
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            records.append(trainer.optimizers[0].record)
+    earlier = Records()
 
     class Expect(Callback):
         def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-            trainer.optimizers[0].expect(records)
+            trainer.optimizers[0].expect(earlier.records)
 
-    make_trainer(callbacks=[ZerothOrder(MEZO), Keep()], max_steps=4).fit(slow, regression_data())
+    make_trainer(callbacks=[ZerothOrder(MEZO), earlier], max_steps=4).fit(slow, regression_data())
     clock["training"], recorder = 0.0, Recorder()
     trainer = make_trainer(
         logger=recorder, callbacks=[Expect(), ZerothOrder(MEZO), RunMonitor()], max_steps=6, log_every_n_steps=6

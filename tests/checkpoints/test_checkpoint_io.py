@@ -25,9 +25,10 @@ from zolightning.checkpoints.checkpoint_io import (
 CHECKPOINT = {"state_dict": {"weight": torch.arange(300.0), "twin": torch.ones(7)}, "global_step": 3}
 
 
-def saved(folder: Path, name: str = "last.ckpt") -> Path:
-    AtomicCheckpointIO().save_checkpoint(CHECKPOINT, folder / name)
-    return folder / name
+def saved(folder: Path) -> Path:
+    path = folder / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    return path
 
 
 def assert_is_checkpoint(found: dict[str, Any]) -> None:

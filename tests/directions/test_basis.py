@@ -16,9 +16,9 @@ def drawn(size: int, rank: int, refresh: int = 0, unit: bool = True, name: str =
     return orthonormal(factor) if unit else factor
 
 
-def basis(sides: str, refresh: int = 0, rank: int = 4, unit: bool = True) -> Basis:
-    left = None if sides == "right" else drawn(SHAPE[0], rank, refresh, unit, "w/left")
-    right = None if sides == "left" else drawn(SHAPE[1], rank, refresh, unit, "w/right")
+def basis(sides: str, refresh: int = 0, unit: bool = True) -> Basis:
+    left = None if sides == "right" else drawn(SHAPE[0], 4, refresh, unit, "w/left")
+    right = None if sides == "left" else drawn(SHAPE[1], 4, refresh, unit, "w/right")
     return Basis(left, right)
 
 

@@ -41,8 +41,8 @@ def direction(
     return Direction(keys, torch.tensor([coefficient(v, kind) for v in values], dtype=compute_dtype(dtype)), kind)
 
 
-def all_codes(count: int, name: str = "w", kind: NoiseKind = "gaussian") -> Tensor:
-    words = torch.tensor(key(1, 2, 0, name), dtype=torch.int32)
+def all_codes(count: int, kind: NoiseKind = "gaussian") -> Tensor:
+    words = torch.tensor(key(1, 2, 0, "w"), dtype=torch.int32)
     return codes(torch.arange(count, dtype=torch.int32), words, kind)
 
 

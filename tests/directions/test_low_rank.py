@@ -20,9 +20,9 @@ KEY, EPS = (5, -7), 2.0**-4
 SIDES = ["left", "right", "both"]
 
 
-def basis(shape: tuple[int, int], sides: str, rank: int = 2, dtype: torch.dtype = torch.float32) -> Basis:
+def basis(shape: tuple[int, int], sides: str, dtype: torch.dtype = torch.float32) -> Basis:
     draw = torch.Generator().manual_seed(1)
-    left, right = (torch.linalg.qr(torch.randn(size, rank, generator=draw)).Q.to(dtype) for size in shape)
+    left, right = (torch.linalg.qr(torch.randn(size, 2, generator=draw)).Q.to(dtype) for size in shape)
     return Basis(None if sides == "right" else left, None if sides == "left" else right)
 
 

@@ -33,13 +33,13 @@ class Writer(LanguageModel):
         return written.double().mean()
 
 
-def written(make: Callable[[], Writer], method: Method, size: int, steps: int = 2) -> tuple[list[Any], list[int]]:
-    """The texts of some steps' evaluations, and the rows of each run of the network in the last step."""
+def written(make: Callable[[], Writer], method: Method, size: int) -> tuple[list[Any], list[int]]:
+    """The texts of two steps' evaluations, and the rows of each run of the network in the last step."""
     module = make()
     optimizer = method(module.parameters(), seed=4, eps=0.1, lr=1e-4)
     optimizer.attach(module, size)
     texts = []
-    for _ in range(steps):
+    for _ in range(2):
         module.texts.clear()
         module.rows.clear()
         count = optimizer.estimate(module.loss).forward_passes

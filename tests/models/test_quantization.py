@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from training import Save, weights
 from zolightning import CausalLM
 from zolightning.callbacks import (
     KeepLedger,
@@ -59,10 +60,6 @@ class Data(L.LightningDataModule):
 @pytest.fixture
 def data(make_batch: Callable[..., dict]) -> Data:
     return Data(make_batch(EXAMPLES, [1, 0, 1, 0], prompt_only=True))
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def log_probs(model: PreTrainedModel, data: Data) -> Tensor:
@@ -135,15 +132,6 @@ def fit(tiny_folder: Path, make_trainer: Any, data: Data) -> Callable[..., tuple
     return fit
 
 
-class Halfway(L.Callback):
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "half.ckpt"
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("method", [partial(MeZO, lr=1e-2), partial(LOZO, lr=1e-2, rank=2)], ids=["mezo", "lozo"])
 def test_a_layer_trains_as_it_was_before_and_the_rest_stays_quantised(
     kind: Any, method: Any, fit: Any, tiny_folder: Path, data: Data, make_trainer: Any, tmp_path: Path
@@ -154,7 +142,7 @@ def test_a_layer_trains_as_it_was_before_and_the_rest_stays_quantised(
     original = weights(CausalLM(str(tiny_folder), dtype="bfloat16"))
     at_first: dict[str, Tensor] = {}
     look = LambdaCallback(on_train_start=lambda _, module: at_first.update(weights(module)))
-    module, trainer = fit(max_steps=4, callbacks=[look, Halfway(tmp_path)])
+    module, trainer = fit(max_steps=4, callbacks=[look, Save(2, tmp_path / "half.ckpt")])
     after = weights(module)
 
     layer = {name: weight for name, weight in original.items() if ".layers.1." in name}
@@ -182,7 +170,7 @@ def test_a_layer_trains_as_it_was_before_and_the_rest_stays_quantised(
 def test_adapters_train_beside_it(kind: Any, fit: Any, tiny_folder: Path, tmp_path: Path) -> None:
     untrained = weights(CausalLM(str(tiny_folder), quantization=kind))
     scope = partial(TrainLayers, "all", LoRA(2))
-    module, _ = fit(kind, scope(), max_steps=4, callbacks=[Halfway(tmp_path)])
+    module, _ = fit(kind, scope(), max_steps=4, callbacks=[Save(2, tmp_path / "half.ckpt")])
     after = weights(module)
     moved = {n for n, w in after.items() if ".lora_" in n and w.any()}
     assert len(moved) == 2 * 2 * 2
@@ -201,7 +189,7 @@ def test_scales_alone_train(kind: Any, fit: Any, tiny_folder: Path, data: Data, 
     eps = {"int8": 3e-4, "nf4": 3e-2}[kind]  # a twentieth of the scales
     method = partial(MeZO, lr=eps, eps=eps, normalize=True)
     fit = partial(fit, kind, TrainParameters([r"weight_scale$"]), method=method)
-    module, _ = fit(max_steps=4, callbacks=[Halfway(tmp_path), KeepLedger(tmp_path)])
+    module, _ = fit(max_steps=4, callbacks=[Save(2, tmp_path / "half.ckpt"), KeepLedger(tmp_path)])
     after = weights(module)
     changed = {name for name, weight in after.items() if not torch.equal(weight, untrained[name].to(weight.dtype))}
     assert changed == {name for name in after if name.endswith("weight_scale")} and len(changed) == 14

@@ -36,9 +36,9 @@ def z(query: int, step: int = 0, kind: NoiseKind = "gaussian") -> Tensor:
     return standard((DIM,), key(0, step, query, "x"), kind).double()
 
 
-def projected_grads(estimator: Estimator, num_queries: int, eps: float = EPS) -> Tensor:
-    losses = [loss(POINT + probe.sign * eps * z(probe.query)) for probe in estimator.probes(num_queries)]
-    return estimator.projected_grads(torch.stack(losses), eps)
+def projected_grads(estimator: Estimator, num_queries: int) -> Tensor:
+    losses = [loss(POINT + probe.sign * EPS * z(probe.query)) for probe in estimator.probes(num_queries)]
+    return estimator.projected_grads(torch.stack(losses), EPS)
 
 
 class TestProbes:
@@ -59,7 +59,7 @@ class TestProbes:
             def probes(self, num_queries: int) -> list[Probe]:
                 return [Probe(0, 1), Probe(0, 2)]
 
-        with pytest.raises(ValueError, match=r"`probes` of Far has Probe\(query=0, sign=2\), and a sign is"):
+        with pytest.raises(ValueError, match=r"`probes` of Far has Probe\(query=0, sign=2\), but a sign must be"):
             MeZO([nn.Parameter(torch.zeros(2))], estimator=Far())
 
 

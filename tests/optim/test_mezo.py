@@ -33,10 +33,10 @@ def loss_at(module: nn.Module, scale: float, z: dict[str, Tensor]) -> float:
     return torch.func.functional_call(module, moved, ()).item()
 
 
-def assert_followed(module: nn.Module, reference: nn.Module, steps: int = STEPS) -> None:
+def assert_followed(module: nn.Module, reference: nn.Module) -> None:
     """Weights agree within what 20-bit coefficients change: 2^-20 of each move, none of which is above 1."""
     for (name, parameter), expected in zip(module.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=0, atol=steps * 2e-6, msg=name)
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=STEPS * 2e-6, msg=name)
 
 
 @torch.no_grad()

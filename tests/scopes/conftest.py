@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from training import Save
 from zolightning import CausalLM
 from zolightning.callbacks import ZerothOrder
 from zolightning.data import PromptDataModule
@@ -151,17 +152,6 @@ def fit(make_trainer: Callable[..., L.Trainer], make_loader: Callable[..., DataL
 MEZO = partial(MeZO, lr=1e-2)
 
 
-class SaveTwo(L.Callback):
-    """Saves after the second step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, write_tiny_model: Callable[..., Path]) -> Path:
     for split in ("train", "test"):
@@ -190,7 +180,7 @@ def train(folder: Path, make_trainer: Callable[..., L.Trainer]) -> Callable[...,
             max_epochs=-1,
             precision=precision,
             limit_val_batches=0,
-            callbacks=[*callbacks, *trains, SaveTwo(folder / "two.ckpt")],
+            callbacks=[*callbacks, *trains, Save(2, folder / "two.ckpt")],
         )
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
         return model, trainer, data

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from training import num_trained
+from training import num_trained, zeroth_order
 from zolightning import CausalLM
 from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.data import PromptDataModule
@@ -21,10 +21,6 @@ from zolightning.scopes import LoRA, TrainHead
 
 TIED = {"opt": "model.decoder.embed_tokens", "gpt2": "transformer.wte", "gemma3_text": "model.embed_tokens"}
 HEADS = {"bert": {"classifier.weight", "classifier.bias"}}
-
-
-def zeroth_order() -> ZerothOrder:
-    return ZerothOrder(partial(MeZO, lr=1e-2))
 
 
 @pytest.mark.parametrize("untie", [True, False])

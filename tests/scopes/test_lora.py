@@ -12,13 +12,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from training import num_trained
+from training import num_trained, weights, zeroth_order
 from zolightning import CausalLM
-from zolightning.callbacks import DominantLayer, TrainLayers, ZerothOrder
+from zolightning.callbacks import DominantLayer, TrainLayers
 from zolightning.layers import find_layers, mlp_of
 from zolightning.models import answer_log_probs
 from zolightning.network.adapters import adapter_settings, remove_adapter
-from zolightning.optim import MeZO
 from zolightning.scopes.calibration import calibration_forward
 from zolightning.scopes.massive_direction import MassiveDirection
 from zolightning.scopes.parts import LoRA
@@ -27,14 +26,6 @@ HIDDEN, KEY_VALUE, RANK = 16, 8, 4
 # Input and output features of the linear maps that PEFT adapts in each architecture.
 ADAPTED = {"gpt2": [(HIDDEN, 3 * HIDDEN)], "opt": [(HIDDEN, HIDDEN)] * 2, "bert": [(HIDDEN, HIDDEN)] * 2}
 GATED = [(HIDDEN, HIDDEN), (HIDDEN, KEY_VALUE)]
-
-
-def zeroth_order() -> ZerothOrder:
-    return ZerothOrder(partial(MeZO, lr=1e-2))
-
-
-def weights(module: L.LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 @pytest.mark.parametrize("layers", [[3], "all"])

@@ -12,24 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training import weights, zeroth_order
+from training import Save, weights, zeroth_order
 from zolightning.callbacks import DominantLayer, RandomLayer, TrainLayers, TrainParameters
 from zolightning.optim import MeZO, MeZOAdam
 from zolightning.scopes.parts import OutlierChannels, WithoutOutlierChannels
 from zolightning.scopes.scope import Scope
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
-
-
-class Save(L.Callback):
-    """Writes a checkpoint after the second step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +40,7 @@ def test_resuming_goes_on_with_what_was_chosen(
         plain = make_loader()
         loader = StatefulDataLoader(plain.dataset, batch_size=3, collate_fn=plain.collate_fn)
         module = make_module("llama", outlier=2)
-        trainer = make_trainer(max_steps=4, callbacks=[scope, zeroth_order(method), Save(tmp_path / "two.ckpt")])
+        trainer = make_trainer(max_steps=4, callbacks=[scope, zeroth_order(method), Save(2, tmp_path / "two.ckpt")])
         trainer.fit(module, loader, ckpt_path=ckpt_path)
         return weights(module), trainer
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training import moved, num_trained, zeroth_order
+from training import Save, moved, num_trained, zeroth_order
 from zolightning.directions.slices import Slice
 from zolightning.scopes import TrainBySignal, train_by_signal
 from zolightning.scopes.parts import OutlierChannels
@@ -112,14 +112,9 @@ def test_channels_of_a_layer(make_module: Any, make_loader: Any, make_trainer: A
 def test_a_resumed_run_does_not_look_again(
     make_trainer: Any, examples: DataLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step == 4:
-                trainer.save_checkpoint(tmp_path / "four.ckpt")
-
     def fit(ckpt_path: Path | None = None) -> tuple[L.LightningModule, int]:
         module = Layers()
-        callbacks = [TrainBySignal(num_queries=16, num_prompts=2), zeroth_order(), Save()]
+        callbacks = [TrainBySignal(num_queries=16, num_prompts=2), zeroth_order(), Save(4, tmp_path / "four.ckpt")]
         trainer = make_trainer(max_steps=8, callbacks=callbacks, precision="64-true")
         trainer.fit(module, StatefulDataLoader(examples.dataset, batch_size=1), ckpt_path=ckpt_path)
         return module, trainer.optimizers[0].param_groups[0]["forward_passes"]
