@@ -284,12 +284,12 @@ class ZerothOrderCLI(LightningCLI):
             return
         config = f"--config {quote(str(Path(folder) / 'config.yaml'))}"
         if best:
-            print(f"export it:  zolightning export {config} --ckpt_path {quote(best)} --folder NEW_FOLDER")
+            print(f"export:       zolightning export {config} --ckpt_path {quote(best)} --folder NEW_FOLDER")
         ledgers = [callback.path for callback in find_callbacks(self.trainer, KeepLedger)]
         if ledgers and ledgers[0] is not None:
-            print(f"replay it:  zolightning replay {config} --ledger {quote(str(ledgers[0]))} --output NEW_FOLDER")
+            print(f"replay:       zolightning replay {config} --ledger {quote(str(ledgers[0]))} --output NEW_FOLDER")
         if Path(folder, "checkpoints/last.ckpt").is_file():
-            print(f"train on:   zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
+            print(f"train longer: zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
 
     def _say(self, when: str, of_loaders: Sequence[Mapping[str, float]], where: str = "") -> None:
         metrics = {name: value for metrics in of_loaders for name, value in metrics.items()}

@@ -208,7 +208,7 @@ def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
     assert len(events.Scalars("zo/prefix_share")) == 12
     (overview,) = events.Tensors("run/text_summary")[0].tensor_proto.string_val
     assert b"| blocks | 4 blocks by Bandit, switched every 2 steps |" in overview
-    assert b"| scope | what is not frozen: 120 of 151 parameters train |" in overview
+    assert b"| scope | unfrozen parameters: 120 of 151 parameters train |" in overview
 
 
 @pytest.mark.parametrize("known", [0, 9])

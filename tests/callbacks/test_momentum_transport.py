@@ -79,7 +79,9 @@ class TestRefusals:
         make_trainer(max_steps=1, callbacks=callbacks).fit(make_regression(), regression_data())
 
     def test_two_of_them(self, make_trainer: Any, make_regression: Any, regression_data: Any) -> None:
-        with pytest.raises(MisconfigurationException, match=r"2 MomentumTransport, with `how` \['project', 'reset'\]"):
+        with pytest.raises(
+            MisconfigurationException, match=r"2 MomentumTransport callbacks, with `how` \['project', 'reset'\]"
+        ):
             self.fit(make_trainer, make_regression, regression_data, METHODS[0], "project", "reset")
 
     def test_no_momentum(self, make_trainer: Any, make_regression: Any, regression_data: Any) -> None:

@@ -122,7 +122,9 @@ class TestRefusals:
 
     def test_two_methods(self) -> None:
         made = [ZerothOrder(MeZO), type("Mine", (ZerothOrder,), {})(MeZO)]
-        with pytest.raises(MisconfigurationException, match="has 2 ZerothOrder, but a run has only one method"):
+        with pytest.raises(
+            MisconfigurationException, match="has 2 ZerothOrder callbacks, but a run has only one method"
+        ):
             refuse_unsupported(self.surroundings(callbacks=made))
 
     @pytest.mark.parametrize(

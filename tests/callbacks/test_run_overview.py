@@ -148,7 +148,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
     with pytest.raises(MisconfigurationException) as raised:
         refuse_too_large(TOO_LARGE, 18_500_000_000, lambda: OTHERS)
     assert str(raised.value).splitlines() == [
-        "The run needs 34.5 GB of the device's memory, and 18.5 GB are free: weights 16.2 GB, state 16.2 GB, "
+        "The run needs 34.5 GB of the device's memory, but only 18.5 GB are free: weights 16.2 GB, state 16.2 GB, "
         "scratch 100.0 MB, activations 2.0 GB, logits 0.0 MB.",
         "Use a smaller batch, or one of these:",
         "  method.update_precision native  18.3 GB",
@@ -157,6 +157,6 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
 
 
 def test_a_run_whose_estimate_does_not_fit_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="The run needs 34.5 GB of the device's memory, and 33.0 GB are free"):
+    with pytest.warns(UserWarning, match="The run needs 34.5 GB of the device's memory, but only 33.0 GB are free"):
         refuse_too_large(TOO_LARGE, 33_000_000_000, lambda: OTHERS)
     refuse_too_large(TOO_LARGE, 34_500_000_000, lambda: pytest.fail("it fits"))

@@ -156,11 +156,13 @@ class TestRefusals:
             fit(partial(MeZO, lr=0.01), MomentumTransport())
 
     def test_a_subspace_method_alone(self, fit: Callable[..., Any]) -> None:
-        with pytest.raises(MisconfigurationException, match="ZOMOPI needs the callback SubspaceResampling"):
+        with pytest.raises(MisconfigurationException, match="ZOMOPI needs another callback next to ZerothOrder"):
             fit(ZO_MOPI)
 
     def test_two_of_them(self, fit: Callable[..., Any]) -> None:
-        with pytest.raises(MisconfigurationException, match=r"2 SubspaceResampling, with `interval` \[100, 20\]"):
+        with pytest.raises(
+            MisconfigurationException, match=r"2 SubspaceResampling callbacks, with `interval` \[100, 20\]"
+        ):
             fit(ZO_MOPI, SubspaceResampling(100), SubspaceResampling(20))
 
     def test_anchors_without_momentum_or_beyond_the_rank(self, fit: Callable[..., Any]) -> None:

@@ -139,7 +139,7 @@ def test_with_a_ledger_and_no_checkpoint_nothing_is_saved(
     with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="planned"):
         failed.fit()
     ledger = failed.path.with_name("ledger.bin")
-    assert "has step 4, the last complete one. To go on, from the first step: KeepLedger(go_on=" in caplog.text
+    assert "has step 4, the last complete one. To resume from the ledger: KeepLedger(go_on=" in caplog.text
     assert not failed.path.exists()
     resumed = ledger_run(go_on=True).fit()
     resumed.assert_ends_as(make_whole())

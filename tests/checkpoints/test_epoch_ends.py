@@ -192,7 +192,7 @@ def test_a_shorter_loader_that_begins_again_is_warned_of(make_run: MakeRun) -> N
         return made
 
     fit(run(3), uneven)
-    with pytest.warns(UserWarning, match="of mode 'max_size', of which a shorter loader was exhausted"):
+    with pytest.warns(UserWarning, match="of mode 'max_size', in which a shorter loader was exhausted"):
         fit(run(4), uneven, "last")
 
 

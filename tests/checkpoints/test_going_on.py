@@ -211,7 +211,7 @@ def test_before_the_first_checkpoint_only_with_the_same_model_and_settings(ledge
     with torch.no_grad():
         other.module.net[0].bias.add_(1)
     with pytest.raises(
-        MisconfigurationException, match="of another run: it has different `method`, `groups`, `weights`"
+        MisconfigurationException, match="belongs to a run with different `method`, `groups`, `weights`"
     ):
         other.fit()
 
@@ -229,7 +229,7 @@ def test_a_change_in_the_steps_after_the_checkpoint_is_found(ledger_run: MakeRun
     resumed = ledger_run()
     evaluated = steps_evaluated(resumed)
     with pytest.warns(
-        UserWarning, match=r"damaged: the entry of step 4, .* was changed.*The run continues after these"
+        UserWarning, match=r"damaged: the entry of step 4, .* is corrupted.*The run continues after these"
     ):
         resumed.fit("last")
     assert evaluated == set(range(4, 20))
@@ -264,7 +264,7 @@ def test_bases_lie_beside_the_ledger(ledger_run: MakeRun, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="belong to a different run from"):
         replay(second.keep.path, Validated(), LOW_RANK)
     files[1].write_bytes(content[:-9])
-    with pytest.raises(DamagedCheckpointError, match=r"ledger-bases-2.pt is damaged: it is cut off"):
+    with pytest.raises(DamagedCheckpointError, match=r"ledger-bases-2.pt is damaged: it is truncated"):
         replay(second.keep.path, Validated(), LOW_RANK)
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"ledger-bases-2.pt does not exist"):

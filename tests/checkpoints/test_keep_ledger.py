@@ -62,7 +62,7 @@ OFFLOADED = partial(SubZero, lr=0.05, rank=2, eps=0.3, offload_low_words=True)
 BLOCKS = {"patterns": [r"net\.0", r"net\.2"], "interval": 3}
 
 
-@pytest.mark.filterwarnings("ignore:`offload_low_words` is True, and low words go to the device and back")
+@pytest.mark.filterwarnings("ignore:`offload_low_words` is True, but low words go to the device and back")
 @pytest.mark.parametrize(
     ("method", "callbacks", "options"),
     [

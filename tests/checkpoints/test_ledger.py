@@ -164,9 +164,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("method", "words"),
         [
-            (partial(MEZO, momentum=0.9), "of a run with different settings: it has `momentum` 0.5, not 0.9."),
-            (partial(MEZO, num_queries=2), "it has `num_queries` 1, not 2."),
-            (partial(MeZOAdam), "it has .*`class` 'MeZO', not 'MeZOAdam'"),
+            (partial(MEZO, momentum=0.9), "belongs to a run with different settings: `momentum` 0.5, not 0.9."),
+            (partial(MEZO, num_queries=2), ": `num_queries` 1, not 2."),
+            (partial(MeZOAdam), ": .*`class` 'MeZO', not 'MeZOAdam'"),
         ],
         ids=str,
     )
@@ -179,9 +179,9 @@ class TestRefused:
         changed, larger = make_problem(), make_problem()
         with torch.no_grad():
             changed.vector[3] = torch.nextafter(changed.vector[3], torch.tensor(9.0))
-        self.refused(ledger, changed, "begins with weights other than these")
+        self.refused(ledger, changed, "begins with different weights")
         larger.extra = nn.Parameter(torch.ones(1))
-        self.refused(ledger, larger, r"is of another model: 1 weights have other names or shapes.* \(extra\)")
+        self.refused(ledger, larger, r"belongs to a different model: 1 weights have other names or shapes.* \(extra\)")
 
     @pytest.mark.parametrize("step", [-1, 9])
     def test_another_step(self, ledger: tuple[Ledger, list[StepRecord]], make_problem: MakeProblem, step: int) -> None:
@@ -213,5 +213,5 @@ def test_a_run_knows_its_own_ledger(tmp_path: Path, make_problem: MakeProblem, m
     again = make_problem()
     assert len(ledger_of(tmp_path / "ledger.bin", describe_run(attached(method, again), again))) == 0
     other = attached(method, again, seed=17)
-    with pytest.raises(MisconfigurationException, match="is of another run: it has different `seed`"):
+    with pytest.raises(MisconfigurationException, match="belongs to a run with different `seed`"):
         ledger_of(tmp_path / "ledger.bin", describe_run(other, again))

@@ -92,7 +92,7 @@ def test_what_a_stopped_run_says(make_run: Any, steps: int, caplog: pytest.LogCa
     (line,) = (record.getMessage() for record in caplog.records if "Stopped" in record.getMessage())
     assert line == (
         f"Stopped by SIGTERM. Step 3, the last complete one, is saved in {run.path}. "
-        f"To go on: again {run.trainer.default_root_dir} from {run.path}"
+        f"To resume: again {run.trainer.default_root_dir} from {run.path}"
     )
 
 

@@ -30,7 +30,7 @@ def test_a_damaged_checkpoint_is_refused_before_the_model_is_loaded(runs: Runs, 
     torch.save({"weight": torch.ones(5000)}, path)
     path.write_bytes(path.read_bytes()[:length])
     message = runs.refused("fit", "--ckpt_path", path, "--model.init_args.model_name", runs.folder / "none")
-    assert message == f"error: `ckpt_path` is {path}, which is empty, cut off or not a checkpoint."
+    assert message == f"error: `ckpt_path` is {path}, which is empty, truncated or not a checkpoint."
 
 
 def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:

@@ -163,17 +163,17 @@ def test_a_run_that_was_stopped_goes_on_by_the_command_it_names(
         runs("fit", "--trainer.callbacks+", "stops.Stop")
     assert exit_.value.code == 143
     assert last_of(runs)["global_step"] == 2
-    (line,) = (record.getMessage() for record in caplog.records if "To go on: " in record.getMessage())
-    command = shlex.split(line.partition("To go on: ")[2])
+    (line,) = (record.getMessage() for record in caplog.records if "To resume: " in record.getMessage())
+    command = shlex.split(line.partition("To resume: ")[2])
     assert command[:2] == ["zolightning", "fit"]
     with caplog.at_level("INFO"):
         output = printed(command[1:])
     first_words = next(message for message in caplog.messages if message.startswith("method"))
     for line in (first_words + output).splitlines():
-        if line.startswith(("goes on", "export it:", "replay it:", "train on:")):
+        if line.startswith(("resume", "export:", "replay:", "train longer:")):
             words = shlex.split(line)
             assert Path(words[words.index("--config") + 1]) == runs.version(0) / "config.yaml"
-    assert "train on:" in output and "goes on" in first_words
+    assert "train longer:" in output and "\nresume" in first_words
     assert last_of(runs)["global_step"] == 6 and not runs.version(1).exists()
 
 
@@ -195,7 +195,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(
     assert not (runs.version(0) / "checkpoints/last.ckpt").exists()
     with caplog.at_level("INFO"):
         output = runs("fit", "--ckpt_path", "last", *every_step)
-    assert ("2 steps are taken from the ledger" in caplog.text) == (step == 2)
+    assert ("2 steps are restored from the ledger" in caplog.text) == (step == 2)
     assert "before training" not in output and not runs.version(1).exists()
     ends = [last_of(of)["state_dict"] for of in (runs, resumed[0])]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

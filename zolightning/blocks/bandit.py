@@ -66,7 +66,7 @@ class LearnedProbabilities(Order):
         if self.probabilities and len(self.probabilities) != num_blocks:
             raise ValueError(
                 f"`order` is a {type(self).__name__} that has learned the probabilities of {len(self.probabilities)} "
-                f"blocks in an earlier run, but there are {num_blocks} now: give each run an order of its own."
+                f"blocks in an earlier run, but there are {num_blocks} now: give each run its own order."
             )
 
     def choose(self, turn: Turn) -> Sequence[int]:

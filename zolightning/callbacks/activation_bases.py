@@ -46,7 +46,7 @@ class InputBases(NamedTuple):
         return sum(self.shares.values()) / max(1, len(self.shares))
 
     def __str__(self) -> str:
-        others = f"; without: {some(self.without)}" if self.without else ""
+        others = f"; none for {some(self.without)}" if self.without else ""
         return (
             f"Bases from inputs of {len(self.shares)} matrices hold {100 * self.share:.0f} % of their energy{others}."
         )

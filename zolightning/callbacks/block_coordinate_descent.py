@@ -123,9 +123,7 @@ class BlockCoordinateDescent(Callback):
         self.schedule.attach(optimizer)
         self._shares = deque(maxlen=log_interval(trainer))
         sizes = [sum(parameter.numel() for parameter in block) for block in blocks.parameters.values()]
-        rank_zero_info(
-            f"BlockCoordinateDescent: {self.describe()}; of {min(sizes):,} to {max(sizes):,} parameters each."
-        )
+        rank_zero_info(f"BlockCoordinateDescent: {self.describe()}; {min(sizes):,} to {max(sizes):,} parameters each.")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._evaluates = not zeroth_order_optimizer(trainer, type(self).__name__).is_replaying

@@ -59,8 +59,8 @@ def choose_folding(optimizer: SubspaceOptimizer, callbacks: Sequence[Callback], 
         )
         if optimizer.offload_low_words:
             rank_zero_warn(
-                "`offload_low_words` is True, and low words go to the device and back wherever updates are added to "
-                f"the weights: at every step, because of {hook}."
+                "`offload_low_words` is True, but low words go to the device and back whenever updates are added to "
+                f"the weights: here at every step, because of {hook}."
             )
 
 

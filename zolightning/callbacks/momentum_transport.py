@@ -40,8 +40,8 @@ class MomentumTransport(Callback):
         found = [callback.how for callback in find_callbacks(trainer, MomentumTransport)]
         if len(found) > 1:
             raise MisconfigurationException(
-                f"`trainer.callbacks` has {len(found)} MomentumTransport, with `how` {found}, but the momentum is "
-                "transported only once. Keep one."
+                f"`trainer.callbacks` has {len(found)} MomentumTransport callbacks, with `how` {found}, but the "
+                "momentum is transported only once. Keep one."
             )
         for group in optimizer.param_groups:
             if not (group["momentum"] or group["betas"]):

@@ -27,7 +27,7 @@ _UNFIT_STRATEGIES = {  # part of a name, lower-case and without underscores: why
     "fsdp": "shards parameters as flat tensors without names, and directions depend on names",
     "modelparallel": "shards parameters, and saves the states of optimizers that read gradients only",
     "deepspeed": "shards optimizer states and runs the optimizer itself, and zeroth-order training has its own",
-    "xla": "compiles what a step does, which has not been tried with weights that change between evaluations",
+    "xla": "compiles what a step does, which is untested with weights that change between evaluations",
 }
 _UNFIT_PRECISIONS = ("bitsandbytes", "transformerengine", "deepspeed", "fsdp", "xla")
 _PRECISIONS = "'32-true', '64-true', 'bf16-true', '16-true' or 'bf16-mixed'"
@@ -51,7 +51,8 @@ def refuse_unsupported(trainer: Any) -> None:
     methods = [callback for callback in trainer.callbacks if "ZerothOrder" in class_names(callback)]
     if len(methods) > 1:
         raise MisconfigurationException(
-            f"`trainer.callbacks` has {len(methods)} ZerothOrder, but a run has only one method. Keep one of them."
+            f"`trainer.callbacks` has {len(methods)} ZerothOrder callbacks, but a run has only one method. Keep one of "
+            "them."
         )
     if methods and methods[0].cuda_graphs:
         refuse_graphs(trainer.strategy.root_device)
@@ -184,8 +185,8 @@ def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> An
         if optimizer.defaults.get("betas", ()) is not None or "NoneType" not in str(error):
             raise
         raise MisconfigurationException(
-            f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, but {method} is set to have none. Give "
-            "the scheduler `cycle_momentum=False`, or the method `betas`."
+            f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, but {method} has none set. Give the "
+            "scheduler `cycle_momentum=False`, or the method `betas`."
         ) from error
     except ValueError as error:  # torch's, about an argument, or a method without a momentum to change
         raise MisconfigurationException(f"`lr_scheduler` does not go with {method}: {error}") from error
@@ -198,8 +199,8 @@ def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> An
     set_ones = [group["momentum"] for group in optimizer.param_groups if group.get("momentum")]
     if set_ones and optimizer.defaults.get("momentum") == 0:
         raise MisconfigurationException(
-            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, but {method} is set to have none: "
-            "momentum takes 4 bytes a weight. Give the scheduler `cycle_momentum=False`, or the method a `momentum`."
+            f"`lr_scheduler` is {name}, which has set `momentum` to {set_ones[0]:g}, but {method} has none set: "
+            "momentum takes 4 bytes per weight. Give the scheduler `cycle_momentum=False`, or the method a `momentum`."
         )
     return scheduler
 

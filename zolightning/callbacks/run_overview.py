@@ -74,8 +74,8 @@ class RunOverview(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lines = overview(trainer, pl_module)
-        if self.command is not None and "goes to" in lines:
-            lines["goes on"] = f"zolightning fit --config {quote(lines['goes to'] + '/config.yaml')} --ckpt_path last"
+        if self.command is not None and "folder" in lines:
+            lines["resume"] = f"zolightning fit --config {quote(lines['folder'] + '/config.yaml')} --ckpt_path last"
         width = max(map(len, lines))
         rank_zero_info("\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
         if self.command is not None:
@@ -129,7 +129,9 @@ def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[s
         return
     sizes = {name: other.peak for name, other in others().items()}
     width = max(map(len, sizes), default=0)
-    message = f"The run needs {in_units(plan.peak)} of the device's memory, and {in_units(free)} are free: {plan}.\n"
+    message = (
+        f"The run needs {in_units(plan.peak)} of the device's memory, but only {in_units(free)} are free: {plan}.\n"
+    )
     message += "Use a smaller batch, or one of these:"
     for name, peak in sizes.items():
         message += f"\n  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}"
@@ -155,7 +157,7 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
             lines["memory"] = f"weights {weights}, gradients and the optimizer's state, activations"
             continue
         lines["method"] = ", ".join([name, *(f"{key} {value}" for key, value in _unlike_defaults(optimizer).items())])
-        lines["a step"] = _evaluations(trainer, optimizer)
+        lines["step"] = _evaluations(trainer, optimizer)
         never = {parameter for blocks in find_callbacks(trainer, BlockCoordinateDescent) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
@@ -164,7 +166,7 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         lines["memory"] = f"{planned}{peak}"
     scopes = [type(scope).__name__ for scope in scopes_of(trainer)]
     total = num_weights(module)
-    chosen = ", ".join(scopes) or ("all parameters" if count == total else "what is not frozen")
+    chosen = ", ".join(scopes) or ("all parameters" if count == total else "unfrozen parameters")
     lines["scope"] = f"{chosen}: {count:,} of {total:,} parameters train"
     for blocks in find_callbacks(trainer, BlockCoordinateDescent):
         lines["blocks"] = blocks.describe()
@@ -172,9 +174,9 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         lines["ranks"] = str(layout_of(trainer))
     folder = trainer.log_dir  # a broadcast: once, on every rank
     if folder is not None and trainer.loggers:
-        lines["goes to"] = folder
+        lines["folder"] = folder
         if tensorboards(trainer):
-            lines["watch it"] = f"tensorboard --logdir {quote(str(Path(folder).parent))}"
+            lines["curves"] = f"tensorboard --logdir {quote(str(Path(folder).parent))}"
     return lines
 
 
@@ -184,7 +186,7 @@ def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:
     how = "" if optimizer.evaluator.graphs is None else " by CUDA graphs"
     if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
         how += f", {-(-forwards // parts)} of them on the first rank"
-    return f"{forwards} forward passes{how}; the first step takes some more, to find where parameters are read"
+    return f"{forwards} forward passes{how}; a few more in the first step, to find where parameters are read"
 
 
 def _memory_plan(

@@ -62,8 +62,8 @@ class Spectra(Callback):
         for pattern in self.patterns:
             if not any(re.search(pattern, name) for name in _matrices(optimizer)):
                 raise MisconfigurationException(
-                    f"`patterns` has '{pattern}', which matches no matrix that trains in a subspace. Some of these "
-                    f"are {', '.join(list(_matrices(optimizer))[:8]) or 'not to be found'}."
+                    f"`patterns` has '{pattern}', which matches no matrix that trains in a subspace. Some of these: "
+                    f"{', '.join(list(_matrices(optimizer))[:8]) or 'none'}."
                 )
         if "momentum" in self.sources and not any(g["momentum"] or g["betas"] for g in optimizer.param_groups):
             raise MisconfigurationException(

@@ -51,8 +51,8 @@ class SubspaceResampling(Callback):
         intervals = [callback.interval for callback in find_callbacks(trainer, SubspaceResampling)]
         if len(intervals) > 1:
             raise MisconfigurationException(
-                f"`trainer.callbacks` has {len(intervals)} SubspaceResampling, with `interval` {intervals}: each would "
-                "draw bases. Keep one."
+                f"`trainer.callbacks` has {len(intervals)} SubspaceResampling callbacks, with `interval` {intervals}: "
+                "each would draw bases. Keep one."
             )
         optimizer = subspace_optimizer(trainer, type(self).__name__)
         self.check_anchor(optimizer)
@@ -83,8 +83,8 @@ class SubspaceResampling(Callback):
             found = self.bases.find(trainer, pl_module, optimizer, batch)
             if not found.given:
                 raise MisconfigurationException(
-                    f"`bases` is {type(self.bases).__name__}, but no matrix that trains in a subspace is read by a "
-                    f"product whose inputs are finite ({some(found.without) or 'there is none'}). Leave `bases` out."
+                    f"`bases` is {type(self.bases).__name__}, but no matrix that trains in a subspace is multiplied by "
+                    f"finite inputs ({some(found.without) or 'there is none'}). Leave `bases` out."
                 )
             optimizer.resample(found.given)
             optimizer.count(found.forward_passes)
@@ -104,6 +104,6 @@ def require_resampling(optimizer: SubspaceOptimizer, callbacks: Sequence[Callbac
     """Raises a MisconfigurationException unless a callback draws new subspaces, without which there is only one."""
     if not any(isinstance(callback, SubspaceResampling) for callback in callbacks):
         raise MisconfigurationException(
-            f"{type(optimizer).__name__} needs the callback SubspaceResampling besides ZerothOrder, "
+            f"{type(optimizer).__name__} needs another callback next to ZerothOrder, "
             "`zolightning.callbacks.SubspaceResampling` in `trainer.callbacks`: it decides when to draw new subspaces."
         )

@@ -85,7 +85,7 @@ def require_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # any error that changed lengths and offsets may cause
-        raise DamagedCheckpointError(_damaged(path, f"it is cut off or changed ({error})")) from error
+        raise DamagedCheckpointError(_damaged(path, f"it is truncated or corrupted ({error})")) from error
     if broken is not None:
         raise DamagedCheckpointError(_damaged(path, f"the checksum of its entry `{broken}` is wrong"))
 
@@ -173,7 +173,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         with path.open("wb") as file:
             if not lock(file) or not os.fstat(file.fileno()).st_nlink:  # the other process has just removed it
                 raise BlockingIOError(
-                    f"Another process is training and saves its steps in {folder}: its run has not ended."
+                    f"Another process is training and saves its steps in {folder}: wait for it, or stop it."
                 )
             yield
             path.unlink(missing_ok=True)
@@ -243,5 +243,5 @@ def _is_local(path: str | Path) -> bool:
 
 def _damaged(path: Path, what: str) -> str:
     return (
-        f"The checkpoint {path} is damaged: {what}. Use another file of the run: its best or its last, or its ledger."
+        f"The checkpoint {path} is damaged: {what}. Use another file of the run: best-*.ckpt, last.ckpt or ledger.bin."
     )

@@ -66,7 +66,7 @@ def ledger_of(path: Path, header: Header) -> Ledger:
     other = [f"`{name}`" for name in own if own[name] != found[name] and name != "zolightning"]
     if other:
         raise MisconfigurationException(
-            f"The ledger {path} is of another run: it has different {some(other)}. Resume with the model and the "
+            f"The ledger {path} belongs to a run with different {some(other)}. Resume with the model and the "
             "settings of that run, or start a new one."
         )
     return ledger

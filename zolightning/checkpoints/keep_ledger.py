@@ -187,7 +187,9 @@ class KeepLedger(Callback):
             self._pending = None
 
     def _give_up(self, why: str) -> None:
-        rank_zero_warn(f"This run keeps no ledger from here on: {why}. It cannot be replayed; checkpoints can be used.")
+        rank_zero_warn(
+            f"This run keeps no ledger from here on: {why}. It cannot be replayed; its checkpoints still work."
+        )
         self._close()
 
     def _end(self, trainer: L.Trainer) -> None:
@@ -260,7 +262,7 @@ class KeepLedger(Callback):
             evaluated = sum(waits or not record.says_all for record in taken)
             forwards = f" ({evaluated} by running the network, for what it keeps or logs)" if evaluated else ""
             steps = counted(len(taken), "step is", "steps are")
-            rank_zero_info(f"{steps} taken from the ledger{forwards}, up to step {taken[-1].step + 1}.")
+            rank_zero_info(f"{steps} restored from the ledger{forwards}, up to step {taken[-1].step + 1}.")
 
 
 def ledger_of_run(trainer: L.Trainer) -> Path | None:

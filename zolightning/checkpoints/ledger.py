@@ -85,7 +85,7 @@ class Ledger:
             header, checksum = file.read(length), file.read(_CHECKSUM.size)
         self._header_checksum = zlib.crc32(start + header)
         if checksum != _CHECKSUM.pack(self._header_checksum):
-            raise DamagedLedgerError(f"The ledger {path} is damaged: its header is cut off or changed.")
+            raise DamagedLedgerError(f"The ledger {path} is damaged: its header is truncated or corrupted.")
         self.header = Header(**json.loads(header))
         self._codec = EntryCodec(self.header.fields[:-1], self.header.seed)
         self._seal_at = _START.size + length + _CHECKSUM.size
@@ -147,8 +147,8 @@ class Ledger:
                 record = self._codec.unpack(body) if stored == _CHECKSUM.pack(checksum) else None
                 if record is None or record.step != step:
                     raise DamagedLedgerError(
-                        f"The ledger {self.path} is damaged: the entry of step {step}, at byte "
-                        f"{self._place(number)}, was changed. The {number} before it are whole."
+                        f"The ledger {self.path} is damaged: the entry of step {step}, at byte {self._place(number)}, "
+                        f"is corrupted. The {number} before it are intact."
                     )
                 yield record
 

@@ -54,14 +54,16 @@ class Replay:
         if header.noise != first_numbers():
             raise ValueError(
                 f"The ledger {path} was written by zolightning {header.zolightning}, whose directions are not those of "
-                f"{this_release()}. Replay it with that release."
+                f"this one ({this_release()}). Replay it with that release."
             )
         if header.structure is not None:
             _cast(self.ledger, module)  # first, because the initial values of a prefix depend on it
             cast(Any, module).load_structure_dict(header.structure)
         _take_dtypes(self.ledger, module)
         if weights_digest(base_tensors(module)) != header.weights:
-            raise ValueError(f"The ledger {path} begins with weights other than these: name the run's base model.")
+            raise ValueError(
+                f"The ledger {path} begins with different weights: use the base model and the settings of its run."
+            )
         parameters = dict(module.named_parameters())
         self.optimizer = _rebuild(self.ledger, parameters, method)
         self._trainable = {parameter: parameter.requires_grad for parameter in parameters.values()}
@@ -146,7 +148,7 @@ def _take_dtypes(ledger: Ledger, module: nn.Module) -> None:
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     wanted = {name: shape for name, (_, shape) in saved.items()}
     if different := differing(found, wanted):
-        raise ValueError(f"The ledger {ledger.path} is of another model: {different}.")
+        raise ValueError(f"The ledger {ledger.path} belongs to a different model: {different}.")
     _cast(ledger, module)
 
 
@@ -165,7 +167,7 @@ def _rebuild(ledger: Ledger, parameters: dict[str, nn.Parameter], method: Method
     different = [key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key)]
     values = [f"`{k}` {saved.get(k)!r}, not {found.get(k)!r}" for k in sorted(different) if k not in _IN_RECORDS]
     if values:
-        raise ValueError(f"The ledger {ledger.path} is of a run with different settings: it has {'; '.join(values)}.")
+        raise ValueError(f"The ledger {ledger.path} belongs to a run with different settings: {'; '.join(values)}.")
     for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
         values_of = {name: value for name, value in saved_group.items() if name != "names"}
         group.update({name: tuple(value) if isinstance(value, list) else value for name, value in values_of.items()})

@@ -57,10 +57,8 @@ def find_checkpoint(config: "Namespace", of_ledgers: bool) -> None:
         raise MisconfigurationException(f"`ckpt_path` is {path}, which is not a file.")
     if not zipfile.is_zipfile(path) and not is_pickle(Path(path)):
         ledger = Path(path).absolute().parents[1] / LEDGER
-        other = (
-            f" Its run can resume from its first step: --ckpt_path {ledger}" if of_ledgers and ledger.is_file() else ""
-        )
-        raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, cut off or not a checkpoint.{other}")
+        other = f" Its run can resume from its ledger: --ckpt_path {ledger}" if of_ledgers and ledger.is_file() else ""
+        raise MisconfigurationException(f"`ckpt_path` is {path}, which is empty, truncated or not a checkpoint.{other}")
 
 
 def is_ledger(path: Any) -> bool:

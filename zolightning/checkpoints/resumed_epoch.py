@@ -93,7 +93,7 @@ def _warn_of_loaders_at_their_end(combined: CombinedLoader, batches: int) -> Non
     """Warns about a loader that was exhausted within an epoch: restored, it begins again."""
     if combined._mode == "max_size" and any((sized_len(loader) or batches) < batches for loader in combined.flattened):
         rank_zero_warn(
-            "This run resumes within an epoch of a CombinedLoader of mode 'max_size', of which a shorter loader was "
+            "This run resumes within an epoch of a CombinedLoader of mode 'max_size', in which a shorter loader was "
             "exhausted and begins again: batches differ from those of a run that never stopped. Resume from a "
             "checkpoint of an epoch's end, or use the mode 'max_size_cycle' or 'min_size'."
         )

@@ -150,7 +150,7 @@ class SaveLast(ModelCheckpoint):
         for other in others:
             if other.save_last and other.dirpath == folder:
                 raise MisconfigurationException(
-                    f"`save_last` of {type(other).__name__} is {other.save_last!r}, and SaveLast keeps the last step "
+                    f"`save_last` of {type(other).__name__} is {other.save_last!r}, but SaveLast keeps the last step "
                     'in the same folder: `ckpt_path="last"` would pick one of two files, maybe the older one. Leave '
                     "`save_last` out."
                 )
@@ -271,8 +271,8 @@ class SaveLast(ModelCheckpoint):
     def _advice(self, ledger: Path | None = None) -> str:
         how, path = self.how_to_go_on, self.format_checkpoint_name({})
         if ledger is not None and "{path}" in how and not Path(path).exists():
-            return f'To go on, from the first step: KeepLedger(go_on="{ledger}").'
-        return f"To go on: {how.format(path=path, folder=quote(str(self._folder)))}"
+            return f'To resume from the ledger: KeepLedger(go_on="{ledger}").'
+        return f"To resume: {how.format(path=path, folder=quote(str(self._folder)))}"
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # a run does not inherit the paths of another run's checkpoints

@@ -23,7 +23,7 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _METRICS = ("accuracy", "f1", "exact_match")  # that have these names on the hub too
-_OF_A_MACHINE = ("goes to", "goes on", "watch it")
+_OF_A_MACHINE = ("folder", "resume", "curves")
 _OF_AN_EXPORT = ("ckpt_path", "config", "folder", "merge", "push_to_hub", "private", "weights_only")
 _TEMPLATE = """---
 {{ card_data }}

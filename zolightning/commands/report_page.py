@@ -83,8 +83,8 @@ code { font: 0.9em/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monosp
 </tr>
 {% endfor %}
 </tbody></table></div>
-<p class="note">Time is that of training with its validations and what was measured before the first step, without
-pauses. Memory is the most that tensors took on a GPU; without one, that the process took.</p>
+<p class="note">Time: training with its validations and what was measured before the first step, without pauses.
+Memory: peak of the tensors on a GPU; without one, peak of the process.</p>
 {% if validation %}<h2>Validation</h2>{% endif %}
 {% for pictures in validation %}{{ plots(pictures) }}{% endfor %}
 {% if some_by_backpropagation %}
@@ -93,7 +93,7 @@ forward pass.</p>
 {% endif %}
 <h2>Training</h2>
 {{ plots(training) }}
-<p class="note">Metrics of training batches are means of the latest 10 values.</p>
+<p class="note">Metrics of training batches are means of the last 10 values.</p>
 <h2>Settings that differ</h2>
 {% if differences %}
 <div class="wide"><table class="settings"><thead><tr><th>setting</th>
@@ -105,14 +105,14 @@ forward pass.</p>
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
-<p class="note">From config.yaml, except folders that runs write to. A dash: null, or no such setting.</p>
+<p class="note">From config.yaml, except folders that runs write to. A dash means null or no such setting.</p>
 {% else %}
 <p>{{ "None." if rows|length > 1 else "There is one run." }}</p>
 {% endif %}
 <h2>The runs</h2>
 {% for letter, color, run in rows %}
 <h3>{{ name(letter, color, run) }}</h3><dl>
-{% for fact, text in run.overview.items() if fact not in ("goes to", "watch it") %}
+{% for fact, text in run.overview.items() if fact not in ("folder", "curves") %}
 <dt>{{ fact }}</dt><dd>{{ text }}</dd>
 {% endfor %}
 {% if run.best_checkpoint %}<dt>best checkpoint</dt><dd>{{ run.best_checkpoint }}</dd>{% endif %}

@@ -26,8 +26,8 @@ class LinearProbe(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.num_features:,} features of {self.weights.shape[1]:,} numbers, {len(self.rows):,} classes, C "
-            f"{self.c:.3g}; {100 * self.accuracy:.1f} % are classified right."
+            f"{self.num_features:,} feature vectors of length {self.weights.shape[1]:,}, {len(self.rows):,} classes, C "
+            f"{self.c:.3g}; {100 * self.accuracy:.1f} % are classified correctly."
         )
 
 
