@@ -183,7 +183,7 @@ def test_what_a_reward_needs(rewarded: tuple[Path, PromptDataModule], make_train
     with pytest.raises(MisconfigurationException, match=r"`model\.reward` has no gradient: name a zeroth-order"):
         make_trainer(max_steps=1).fit(CausalLM(str(folder), reward=letters), data)
     method = ZerothOrder(partial(MeZO, lr=0.1))
-    with pytest.raises(MisconfigurationException, match=r"`model\.reward` is for generated texts, and the task"):
+    with pytest.raises(MisconfigurationException, match=r"`model\.reward` is for generated texts, but the task"):
         make_trainer(max_steps=1, callbacks=[method]).fit(
             CausalLM(str(folder), reward=letters), PromptDataModule("sentiment")
         )

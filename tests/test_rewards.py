@@ -257,7 +257,7 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
         (Countdown(), ["six", "3 / (5 - 5)"], r"must be an expression with a value, got \['six', '3 / \(5 - 5\)'\]"),
         (partial(InProcesses, Countdown()), ["six"], "must be an expression with a value"),
         (UnitTests(), [" "], "UnitTests needs a test in each row"),
-        (Pattern("is {reference}"), [], "needs a reference, and the row has none"),
+        (Pattern("is {reference}"), [], "needs a reference, but the row has none"),
     ],
 )
 def test_references_that_a_reward_cannot_do_with_are_refused(reward: Any, references: list[str], message: str) -> None:

@@ -72,7 +72,7 @@ def zeroth_order_step(
         )
     if module.automatic_optimization:
         raise MisconfigurationException(
-            f"{type(module).__name__} has `automatic_optimization=True`, and `zeroth_order_step` takes the step "
+            f"{type(module).__name__} has `automatic_optimization=True`, but `zeroth_order_step` takes the step "
             "itself. Set it to False in `__init__`, or use the ZerothOrder callback and return the loss."
         )
     if not optimizer.attached:

@@ -259,7 +259,7 @@ def test_entries_of_the_papers_can_be_made(words: str) -> None:
         ),
         (["--entry", f"A: {GIVEN} metod.lr=1", "--forwards", "2"], "`--metod.lr` is not a setting"),
         (["--entry", f"A: {GIVEN} method=MeZO method.lrr=1", "--forwards", "2"], "'A': .*did you mean lr"),
-        (["--entry", f"A: {GIVEN} method=MeZO resampling.interval=2", "--forwards", "2"], "`resampling` is given, and"),
+        (["--entry", f"A: {GIVEN} method=MeZO resampling.interval=2", "--forwards", "2"], "`resampling` is given, but"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments: list[str], said: str) -> None:

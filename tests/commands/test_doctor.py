@@ -194,7 +194,7 @@ LOST = Survival(100, 4, 0.05, 1.0)
         ),
         ({"groups": [replace(GROUP, update=LOST)]}, ["norm.weight (5% is kept); steps are too small"]),
         ({"groups": [replace(GROUP, dtype=torch.float16, largest=2e4)]}, ["norm.weight reaches 20,000 when perturbed"]),
-        ({"output": Output(3e4, "net.0", torch.float16)}, ["net.0 outputs 30,000, and float16 ends at 65,504"]),
+        ({"output": Output(3e4, "net.0", torch.float16)}, ["net.0 outputs 30,000, but float16 ends at 65,504"]),
         ({"noise": 5e-3}, ["Rounding moves each loss by 0.005, and two losses of a step differ by 0.01"]),
         ({"difference": None, "noise": 1.0}, []),
         ({"difference": 0.0}, ["The loss is the same whatever is added"]),
@@ -240,7 +240,7 @@ def test_nothing_is_trained_and_nothing_written(
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
     assert module.training and "training_step" not in vars(module) and not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
-    assert "what is not frozen: 26 of 31 parameters train" in printed and "40 steps" in printed
+    assert "unfrozen parameters: 26 of 31 parameters train" in printed and "40 steps" in printed
     (matrices,) = (line for line in printed.splitlines() if line.startswith("net.*.weight"))
     assert matrices.split()[1:3] == ["25", "bfloat16"] and matrices.split()[-2:] == ["100.0%", "100.0%"]
     assert ("times smaller than what was measured" in printed) == (not probes)
@@ -253,7 +253,7 @@ def test_a_short_run_is_measured_in_fewer_steps(
     examined(make_regression(), regression_data(), tmp_path, steps=3, callbacks=[method])
     printed = capsys.readouterr().out
     assert " measured for 3 steps, try " in printed and "LearningRateProbe" not in printed
-    with pytest.raises(Exception, match="`doctor` measures in the steps before a run's last one, and the run has 1"):
+    with pytest.raises(Exception, match="`doctor` measures in the steps before a run's last one, but the run has 1"):
         examined(make_regression(), regression_data(), tmp_path, steps=1, callbacks=[method])
 
 
@@ -288,4 +288,4 @@ def test_command_line(runs: Runs) -> None:
     assert "norm.weight" in printed.partition("Perturbations are lost")[2]
     assert not (runs.folder / "logs" / NAME).exists()
 
-    assert runs.refused("doctor", method=None).startswith("error: `method` is not given, and `doctor` looks at")
+    assert runs.refused("doctor", method=None).startswith("error: `method` is not given, but `doctor` examines")

@@ -50,5 +50,5 @@ def test_export_writes_the_adapter_of_the_checkpoint(runs: Runs) -> None:
     assert {name.split("layers.1.")[-1] for name in base.keys() - kept} == {
         f"{module.split('.lora')[0]}.weight" for module in expected
     }
-    with pytest.raises(ValueError, match="`merge` is for LoRA adapters, and the model has none"):
+    with pytest.raises(ValueError, match="`merge` is for LoRA adapters, but the model has none"):
         merge_adapter(AutoModelForCausalLM.from_pretrained(merged))

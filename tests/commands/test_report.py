@@ -208,10 +208,10 @@ def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> No
             ". is not the folder of a run: it has no config.yaml, which `zolightning fit` writes there. Name th",
         ),
         (["silent"], "silent has no curve of a training yet"),
-        (["cut"], "cut/config.yaml holds no settings: it is empty, or was cut off."),
+        (["cut"], "cut/config.yaml holds no settings: it is empty or truncated."),
         (["other"], "other/config.yaml is not YAML: 'utf-8' codec can't decode"),
-        (["versions"], "versions holds 1 version, and none that has trained."),
-        (["run", "--output", "page.txt"], "`--output` is page.txt, and must end with .html."),
+        (["versions"], "versions holds 1 version, but none has trained."),
+        (["run", "--output", "page.txt"], "`--output` must end with .html, got page.txt."),
         (["run", "--output", "/proc/x/page.html"], "`--output` is /proc/x, where no file can be written: "),
     ],
 )

@@ -119,8 +119,8 @@ def test_a_signal_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ckpt_path", "last"], "`ckpt_path` is last, and `seeds` gives each run its own."),
-        (["--checkpoint.dirpath", "x"], "`checkpoint.dirpath` is x, and `seeds` gives"),
+        (["--ckpt_path", "last"], "`ckpt_path` is last, but `seeds` gives each run its own."),
+        (["--checkpoint.dirpath", "x"], "`checkpoint.dirpath` is x, but `seeds` gives"),
         (["--trainer.logger", "false"], "`seeds` needs TensorBoard's logger"),
         (["--seeds", "-1"], "`seed_everything` must be at least 0"),
     ],
@@ -132,5 +132,5 @@ def test_what_does_not_go_with_several_seeds(options: list[str], message: str) -
 
 
 def test_only_what_measures_has_seeds() -> None:
-    with pytest.raises(ValueError, match="`seeds` is for fit, validate, test, and this is export"):
+    with pytest.raises(ValueError, match="`seeds` is for fit, validate, test, not for export"):
         seeds._check("export", Namespace(seeds=[0]))

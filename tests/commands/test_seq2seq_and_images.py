@@ -126,4 +126,4 @@ def test_an_image_classifier(tmp_path: Path) -> None:
         assert row["scores"] == pytest.approx(model(**inputs).logits[0].tolist(), rel=1e-3, abs=1e-5)
 
     message = refused(command("validate", tmp_path, files, "--data.task", json.dumps(task)))
-    assert message.startswith("error: The head of `model_name` has 10 classes, and the task 2: set `model.num_classes`")
+    assert message.startswith("error: The head of `model_name` has 10 classes, but the task 2: set `model.num_classes`")

@@ -36,11 +36,11 @@ def test_runs(runs: Runs) -> None:
     assert "layer 0: " in output and "layer 0: " not in again
 
     error = runs.refused("sweep-layers", "--steps", 4, "--data.init_args.batch_size", 4)
-    assert "`steps` 3 there, 4 now" in error and "`data.init_args.batch_size` 8 there, 4 now" in error
+    assert "`steps` is 4, was 3" in error and "`data.init_args.batch_size` is 4, was 8" in error
     error = runs.refused("sweep-layers", "--steps", 3, "--method.lr", 0.02)
-    assert "`method.init_args.lr` 0.1 there, 0.02 now" in error
+    assert "`method.init_args.lr` is 0.02, was 0.1" in error
     error = runs.refused("sweep-layers", "--steps", 3, "--seed_everything", 1)
-    assert "`seed` '0' there, '1' now" in error
+    assert "`seed` is '1', was '0'" in error
 
 
 def test_runs_first_order(runs: Runs) -> None:

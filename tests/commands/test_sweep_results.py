@@ -43,9 +43,9 @@ def test_a_kill_while_a_line_is_added_leaves_the_lines_before(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 6}, "`steps` 5 there, 6 now"),
-        ({"data": {"task": "sst2", "sizes": [1, 3]}}, "`data.sizes.1` 2 there, 3 now"),
-        ({"model": {"name": "x"}}, "`model.name` None there, 'x' now"),
+        ({"steps": 6}, "`steps` is 6, was 5"),
+        ({"data": {"task": "sst2", "sizes": [1, 3]}}, "`data.sizes.1` is 3, was 2"),
+        ({"model": {"name": "x"}}, "`model.name` is 'x', was None"),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

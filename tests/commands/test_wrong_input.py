@@ -40,7 +40,7 @@ pytestmark = [
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
         (
             ("--model.init_args.quantization", "int8"),
-            "`model.quantization` is 'int8', which freezes weights, and no `scope`",
+            "`model.quantization` is 'int8', which freezes weights, but no `scope`",
         ),
         (("--method.lr", "-1"), "`lr` must be a positive number, got -1.0"),
         (("--method.eps", "-1e-3"), "`eps` must be a positive number, got -0.001"),
@@ -62,13 +62,13 @@ pytestmark = [
         (("--method.lr", "1e308"), "`method.lr` must be at most 1e+06, got 1e+308"),
         (("--checkpoint.dirpath", "/proc/x"), "`checkpoint.dirpath` is /proc/x, where no file can be written"),
         (("--trainer.default_root_dir", "/proc/x"), "`trainer.default_root_dir` is /proc/x, where no file can be"),
-        (("--evaluation.keep_prefix_gib", "1"), "`evaluation.keep_prefix_gib` is 1.0, and `data.fixed_batches` is"),
+        (("--evaluation.keep_prefix_gib", "1"), "`evaluation.keep_prefix_gib` is 1.0, but `data.fixed_batches` is"),
         (("--blocks.blocks_per_step", "5"), "`blocks_per_step` is 5, but there are 4 blocks."),
         (
             ("--checkpoint.monitor", "val/loss"),
             "`checkpoint.mode` is 'max', and `checkpoint.monitor` 'val/loss': the w",
         ),
-        (("--model.reward", "zolightning.rewards.token_f1"), "`model.reward` is for generated texts, and the task gen"),
+        (("--model.reward", "zolightning.rewards.token_f1"), "`model.reward` is for generated texts, but the task gen"),
         (
             ("--method", "null", "--data.task.objective", "accuracy"),
             "The task's `objective` is 'accuracy', which has no",
@@ -77,7 +77,7 @@ pytestmark = [
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` asks for the metric 'val/acc', which the valida"),
         (
             ("--trainer.callbacks", "[{class_path: BlockCoordinateDescent}, {class_path: BlockCoordinateDescent}]"),
-            "`trainer.callbacks` holds 2 BlockCoordinateDescent: blocks have one order. Keep one.",
+            "`trainer.callbacks` holds 2 BlockCoordinateDescent callbacks: blocks have one order. Keep one.",
         ),
         (
             ("--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/los}}]"),
@@ -112,7 +112,7 @@ def test_a_port_in_use(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_scope_that_leaves_nothing_quantised(runs: Runs) -> None:
     options = ("--model.init_args.quantization", "int8", "--scope", "TrainLayers", "--scope.layers", "all")
     error = refused(runs.arguments("fit", *options))
-    assert error.startswith("error: `model.quantization` is 'int8', and the scope trains all ") and "\n" not in error
+    assert error.startswith("error: `model.quantization` is 'int8', but the scope trains all ") and "\n" not in error
 
 
 def test_a_file_of_predictions_that_cannot_be_written(runs: Runs) -> None:
@@ -243,7 +243,7 @@ def test_wrong_options_take_one_line(
         (b"trainer: {max_step: 4}", "`trainer.max_step` is not a setting (did you mean trainer.max_steps?)."),
         (
             b"method: {class_path: MeZO, lr: 1}",
-            "`method` has `lr` beside `class_path`: settings of a class go under `in",
+            "`method` has `lr` next to `class_path`: settings of a class go under `in",
         ),
         (b"data: {class_path: PromptDataModule, batch_size: 3}", "`data` has `batch_size` beside `class_path`: "),
         (b"method: [", "is not YAML: while parsing a flow node"),
@@ -311,6 +311,6 @@ def test_more_ranks_than_a_step_has_evaluations(runs: Runs) -> None:
 def test_no_gradients_under_a_strategy_without_them(runs: Runs) -> None:
     error = runs.refused("fit", "--trainer.strategy", "zo_ddp", "--trainer.devices", 1, method=None)
     assert error.startswith(
-        "error: `trainer.strategy` is 'zo_ddp', under which no gradients are averaged, and `method`"
+        "error: `trainer.strategy` is 'zo_ddp', under which no gradients are averaged, but `method`"
     )
     assert not (runs.folder / "logs").exists()

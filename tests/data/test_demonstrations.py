@@ -206,18 +206,20 @@ def test_calibration_of_a_module_that_encodes_rows_itself(
     module = make_spectator()
     module.encode = lambda **_: None
     data = PromptDataModule("sst2", str(write_rows(test=2)), calibration="zero_shot")
-    with pytest.raises(ValueError, match=r"`data\.calibration` does not go with Spectator, which encodes rows itself"):
+    with pytest.raises(
+        ValueError, match=r"`data\.calibration` does not work with Spectator, which encodes rows itself"
+    ):
         make_trainer().test(module, data, verbose=False)
 
 
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        (SENTIMENT, {"num_demonstrations": 4, "num_train": 3}, "is 4, and 3 training rows are sampled"),
+        (SENTIMENT, {"num_demonstrations": 4, "num_train": 3}, "is 4, but only 3 training rows are sampled"),
         (SENTIMENT, {"num_demonstrations": 3, "examples_per_class": 2}, "3 must be a multiple of the 2 classes"),
-        (SENTIMENT, {"num_demonstrations": 6, "examples_per_class": 2}, "is 6, and 4 training rows are sampled"),
+        (SENTIMENT, {"num_demonstrations": 6, "examples_per_class": 2}, "is 6, but only 4 training rows are sampled"),
         (SENTIMENT, {"num_demonstrations": -1}, "`data.num_demonstrations` must be at least 0"),
-        (SENTIMENT, {"demonstrations_per_row": True}, "`data.demonstrations_per_row` is True, and"),
+        (SENTIMENT, {"demonstrations_per_row": True}, "`data.demonstrations_per_row` is True, but"),
         (SENTIMENT, {"calibration": "zero_shot"}, "needs a `content_free_prompt`, of which task own has none"),
         # What a flag with null becomes
         (CALIBRATED | {"content_free_prompt": "None"}, {"calibration": "zero_shot"}, "of which task own has none"),

@@ -100,7 +100,7 @@ def test_a_wrong_table_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_a_quotation_mark_that_swallows_rows(tmp_path: Path) -> None:
     """In a file of tabs that were written as they are, as those of GLUE."""
     (tmp_path / "train.tsv").write_text('sentence\tlabel\n"warm\t1\ncold\t0\na "slow" one\t1\n')
-    with pytest.raises(ValueError, match="column `sentence`: a quotation mark begins a value that goes on"):
+    with pytest.raises(ValueError, match="column `sentence`: a quotation mark begins a value that spans"):
         list(read_rows(tmp_path / "train.tsv", "sentence"))
 
 

@@ -88,5 +88,5 @@ def test_chat_needs_a_template(texts: Texts, tokenizer: PreTrainedTokenizerFast)
 
 
 def test_a_prompt_needs_a_task_that_has_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`data\.prompt` does not go with task own"):
+    with pytest.raises(ValueError, match=r"`data\.prompt` does not work with task own"):
         PromptDataModule({"name": "own", "text": "{{ a }}"}, str(tmp_path), prompt="x")

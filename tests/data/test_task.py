@@ -107,7 +107,7 @@ def test_unknown_task() -> None:
         (GOOD.replace("[dry, wet]", "dry"), "`labels` must be a list, got 'dry'"),
         (
             GOOD.replace("[dry, wet]", "[0.5, 1]"),
-            r"`labels` must be whole numbers, strings or truth values, got \[0.5, 1\]",
+            r"`labels` must be integers, strings or booleans, got \[0.5, 1\]",
         ),
         (GOOD.replace('[" No", " Yes"]', "[No, Yes]"), r"`answers` must be two strings.*got \[False, True\].*Quote"),
         (GOOD.replace('[" No", " Yes"]', '[" No"]'), "`answers` must be two strings"),

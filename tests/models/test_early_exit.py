@@ -103,13 +103,13 @@ def test_a_probed_run_is_resumed_and_replayed(
     assert test(CausalLM(folder), "last.ckpt") == expected
     make_trainer(max_steps=1, callbacks=[ZerothOrder(method)]).fit(whole := CausalLM(folder), data)
     whole.trainer.save_checkpoint(tmp_path / "whole.ckpt")
-    with pytest.raises(ValueError, match="`num_layers` is 1, and the weights to load are of all layers"):
+    with pytest.raises(ValueError, match="`num_layers` is 1, but the weights to load are of all layers"):
         test(CausalLM(folder, num_layers=1), "whole.ckpt")
 
 
 def test_what_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
     config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    with pytest.raises(ValueError, match="`num_layers` is 1, and T5ForConditionalGeneration has an encoder and a deco"):
+    with pytest.raises(ValueError, match="`num_layers` is 1, but T5ForConditionalGeneration has an encoder and a deco"):
         keep_first_layers(AutoModelForSeq2SeqLM.from_config(config), 1)
     module = CausalLM(str(tiny_folder), num_layers=1)
     add_adapter(module.model, lora_settings(2, 4.0, ["model.layers.0.self_attn.q_proj"]))

@@ -166,7 +166,7 @@ def test_sampled_texts_are_drawn_from_the_models_distribution(
         ({"do_sample": True, "top_p": 0.0}, r"`decoding\.top_p` must be above 0 and at most 1, got 0\.0"),
         ({"do_sample": True, "top_k": -1}, r"`decoding\.top_k` must be an integer, at least 0, got -1"),
         ({"num_beams": 0}, r"`decoding\.num_beams` must be an integer, at least 1, got 0"),
-        ({"temperature": 0.7}, r"`decoding\.do_sample` is False, so that .* have no effect"),
+        ({"temperature": 0.7}, r"`decoding\.do_sample` is False, so .* have no effect"),
     ],
 )
 def test_decoding_that_is_refused(fields: dict[str, Any], message: str) -> None:

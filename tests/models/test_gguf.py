@@ -93,7 +93,7 @@ def folders(path: Path) -> list[str]:
 def test_classes_are_refused_before_anything_is_fetched(gguf_file):
     for name in (str(gguf_file), "pypi://nowhere==1.0/model.gguf"):
         with pytest.raises(
-            ValueError, match=r"^`num_classes` 3 is for classifiers, and AutoModelForCausalLM loads none"
+            ValueError, match=r"^`num_classes` 3 is for classifiers, but AutoModelForCausalLM loads none"
         ):
             load_pretrained(name, num_classes=3)
 

@@ -102,7 +102,7 @@ def test_a_new_head_depends_on_the_seed_alone(folder: Path, monkeypatch: pytest.
 
 
 def test_a_head_of_other_classes_than_the_task_is_refused(folder: Path) -> None:
-    message = r"The head of `model_name` has 3 classes, and the task 5: set `model.num_classes`"
+    message = r"The head of `model_name` has 3 classes, but the task 5: set `model.num_classes`"
     with pytest.raises(MisconfigurationException, match=message):
         validate(ImageClassifier(str(folder)), Images(num_classes=5))
 

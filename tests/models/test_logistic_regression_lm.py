@@ -154,6 +154,6 @@ def test_what_is_refused(folder: Path, make_trainer: Callable[..., L.Trainer]) -
     with pytest.raises(ValueError, match="`tolerance` must be above 0, got 0"):
         make(tolerance=0)
     with pytest.raises(
-        MisconfigurationException, match=r"`trainer.max_steps` is 2, and LogisticRegressionLM is fitted in one step"
+        MisconfigurationException, match=r"`trainer.max_steps` is 2, but LogisticRegressionLM is fitted in one step"
     ):
         make_trainer(max_steps=2).fit(make(), datamodule=data(folder))

@@ -164,7 +164,7 @@ def test_plain_text_is_not_for_masked_models(tmp_path: Path, make_trainer: Calla
     (tmp_path / "train.jsonl").write_text('{"text": "It was good."}\n')
     module = MaskedLM(str(write_tiny(tmp_path / "model")))
     data = PromptDataModule({"name": "texts", "text": "{{ text }}"}, str(tmp_path))
-    with pytest.raises(ValueError, match="MaskedLM needs a prompt with a mask, and plain text has none: use CausalLM"):
+    with pytest.raises(ValueError, match="MaskedLM needs a prompt with a mask, but plain text has none: use CausalLM"):
         make_trainer().validate(module, data, verbose=False)
 
 

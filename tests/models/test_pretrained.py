@@ -220,4 +220,4 @@ def test_no_code_of_a_folder_is_run_and_nobody_is_asked(tiny_folder, monkeypatch
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     change_config(tiny_folder, model_type="my-own", auto_map=auto_map)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    assert_refused(tiny_folder, "code of its own", "`auto_map`")
+    assert_refused(tiny_folder, "its own code", "`auto_map`")

@@ -207,7 +207,7 @@ def test_scales_alone_train(kind: Any, fit: Any, tiny_folder: Path, data: Data, 
 def test_scales_of_nf4_have_no_gradients(tiny_folder: Path, make_trainer: Any, data: Data) -> None:
     pytest.importorskip("bitsandbytes")
     trainer = make_trainer(callbacks=[TrainParameters([r"weight_scale$"])], max_steps=1, limit_val_batches=0)
-    with pytest.raises(MisconfigurationException, match="is 'nf4', and scales of its weights train, for which"):
+    with pytest.raises(MisconfigurationException, match="is 'nf4', but scales of its weights train, for which"):
         trainer.fit(CausalLM(str(tiny_folder), quantization="nf4"), data)
 
 
@@ -241,14 +241,14 @@ def test_refuses_to_write_what_is_quantised(
 ) -> None:
     module = CausalLM(str(tiny_folder), quantization="int8")
     before = weights(module)
-    with pytest.raises(MisconfigurationException, match=r"`model.quantization` is 'int8', and nothing says .* `scope`"):
+    with pytest.raises(MisconfigurationException, match=r"`model.quantization` is 'int8', but nothing says .* `scope`"):
         fit("int8", module=module)
     assert all(torch.equal(weight.bfloat16(), before[n].bfloat16()) for n, weight in module.named_parameters())
 
     with pytest.raises(MisconfigurationException, match=r"`model\.model\.layers\.0\..*weight` is quantised \(int8\)"):
         fit("int8", TrainLayers([0]), module=module)
 
-    with pytest.raises(MisconfigurationException, match="'int8', and the scope trains all 14 weights that it would"):
+    with pytest.raises(MisconfigurationException, match="'int8', but the scope trains all 14 weights that it would"):
         fit("int8", TrainLayers("all"))
 
     trained, trainer = fit("int8", TrainLayers([1]))

@@ -120,7 +120,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     folder = write_tiny(tmp_path / "model", "roberta", HEAD, num_labels=2)
     validate = partial(make_trainer().validate, SequenceClassifier(str(folder)), verbose=False)
-    with pytest.raises(MisconfigurationException, match="head of `model_name` has 2 classes, and the task 3"):
+    with pytest.raises(MisconfigurationException, match="head of `model_name` has 2 classes, but the task 3"):
         validate(data())
     with pytest.raises(ValueError, match="needs a task with `answers` and the objective classification"):
         validate(data(objective="language_modeling"))
@@ -243,7 +243,7 @@ def test_a_head_of_one_output_says_a_number(
     assert trainer.callback_metrics["train/loss"] < metrics["val/loss"]
     assert module.model.config.problem_type == "regression"
 
-    with pytest.raises(MisconfigurationException, match=r"has 3 classes, and the task 1: set `model.num_classes`"):
+    with pytest.raises(MisconfigurationException, match=r"has 3 classes, but the task 1: set `model.num_classes`"):
         make_trainer().validate(SequenceClassifier(str(folder), num_classes=3), data(), verbose=False)
     with pytest.raises(ValueError, match=r"likeness, .*`target` is a number, which needs SequenceClassifier"):
         make_trainer().validate(MaskedLM(str(folder)), data(), verbose=False)
@@ -288,7 +288,7 @@ def test_labels_in_another_order_than_the_classes_of_the_head_are_warned_of(tmp_
     names = dict(enumerate(["against", "for", "neither"]))
     module = SequenceClassifier(str(write_tiny(tmp_path, "roberta", HEAD, num_labels=3, id2label=names)))
     task = PromptDataModule(TASK | {"labels": ["For", "Neither", "Against"]}, str(tmp_path)).task
-    with pytest.warns(UserWarning, match=r"the same in another order, .*, in which they are numbered"):
+    with pytest.warns(UserWarning, match=r"have another order, .*, which is used"):
         module._name_classes(task)
 
 

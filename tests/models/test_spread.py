@@ -135,10 +135,10 @@ def test_what_does_not_work_is_refused(folder: str, data: PromptDataModule, make
         spread.on_load_checkpoint({"state_dict": CausalLM(folder).state_dict()})
     with pytest.raises(MisconfigurationException, match="cannot be written"):
         spread.export(tmp_path / "exported")
-    with pytest.raises(MisconfigurationException, match=r"bfloat16, and `model\.device_map` leaves some .* Set"):
+    with pytest.raises(MisconfigurationException, match=r"bfloat16, but `model\.device_map` leaves some .* Set"):
         make_trainer(precision="bf16-true").validate(spread, data)
     ranks: Any = SimpleNamespace(strategy=DDPStrategy(), world_size=2)
-    with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy, of 2 processes"):
+    with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy with 2 processes"):
         refuse_misplaced(CausalLM(folder, device_map="auto").model, ranks, "validate", save_frozen=True)
     with pytest.raises(ValueError, match=r"with `device_map` \{'': 7\}: there is no GPU 7; "):
         CausalLM(folder, device_map={"": 7})

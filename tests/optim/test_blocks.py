@@ -147,7 +147,7 @@ def test_the_weight_of_blocks_multiplies_their_learning_rates(make_problem: Call
     ("blocks", "message"),
     [
         ((("matrix",), ("vector", "matrix")), "Block 1 shares parameters with an earlier one: matrix."),
-        ((("matrix",), ()), "Block 1 of 2 has no parameter that trains."),
+        ((("matrix",), ()), "Block 1 of 2 has no parameter that trains: leave it out"),
     ],
 )
 def test_refused_blocks(make_problem: Callable[..., nn.Module], blocks: tuple, message: str) -> None:

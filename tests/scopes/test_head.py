@@ -98,7 +98,7 @@ def test_what_is_refused(make_module: Any, make_loader: Any, make_trainer: Any, 
         fit(module)
     module = make_module()
     make_trainer(max_steps=1, callbacks=[TrainLayers("all", LoRA(2)), zeroth_order()]).fit(module, make_loader())
-    with pytest.raises(ValueError, match="`scope` is TrainHead, and the model has an adapter"):
+    with pytest.raises(ValueError, match="`scope` is TrainHead, but the model has an adapter"):
         fit(module)
 
 

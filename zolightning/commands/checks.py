@@ -101,9 +101,8 @@ def check_settings(config: Namespace, subcommand: str) -> None:
     quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
     if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:
         raise ValueError(
-            f"`model.quantization` is {quantization!r}, which freezes weights, and no `scope` says what trains besides "
-            "them. Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave "
-            "`quantization` out."
+            f"`model.quantization` is {quantization!r}, which freezes weights, but no `scope` says what else trains. "
+            "Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave `quantization` out."
         )
     for path in _folders(config):
         require_writable(*path)
@@ -144,7 +143,7 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
     fixed = getattr(datamodule, "fixed_batches", True)
     if subcommand == "fit" and config.evaluation.keep_prefix_gib and not fixed:
         raise ValueError(
-            f"`evaluation.keep_prefix_gib` is {config.evaluation.keep_prefix_gib}, and `data.fixed_batches` is false: "
+            f"`evaluation.keep_prefix_gib` is {config.evaluation.keep_prefix_gib}, but `data.fixed_batches` is false: "
             "what is kept of a batch helps only if the same batch comes again. Set `data.fixed_batches` to true."
         )
     if subcommand == "fit" and hasattr(datamodule, "check_training"):
@@ -172,7 +171,7 @@ def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
     if ours and not is_zeroth_order and model.automatic_optimization:
         name = "zo_ddp" if isinstance(trainer.strategy, ZerothOrderDDP) else "zo_fsdp"
         raise MisconfigurationException(
-            f"`trainer.strategy` is '{name}', under which no gradients are averaged, and `method` is not given. Use "
+            f"`trainer.strategy` is '{name}', under which no gradients are averaged, but `method` is not given. Use "
             "'ddp', or name a method."
         )
 

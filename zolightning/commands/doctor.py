@@ -63,7 +63,7 @@ def examine(
     callbacks = silent_callbacks(trainer)
     if not any(isinstance(callback, ZerothOrder) for callback in callbacks):
         raise MisconfigurationException(
-            "`method` is not given, and `doctor` looks at zeroth-order methods. Name one, such as MeZO."
+            "`method` is not given, but `doctor` examines zeroth-order methods. Name one, such as MeZO."
         )
     refuse_unsupported(trainer)
     probes = [callback for callback in callbacks if isinstance(callback, LearningRateProbe)]
@@ -123,7 +123,7 @@ class _Doctor(Callback):
         """Measures in fewer steps where the run is short: it has one left after those in which nothing moves."""
         if steps < 2:
             raise MisconfigurationException(
-                "`doctor` measures in the steps before a run's last one, and the run has 1 step. Set "
+                "`doctor` measures in the steps before a run's last one, but the run has 1 step. Set "
                 "`trainer.max_steps` to 2 or more."
             )
         self._probe.num_steps = self._bar.total = int(min(self._probe.num_steps, steps - 1))
@@ -247,9 +247,9 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
         for group in seen.groups
     ]
     print_table(
-        f"What rounding leaves of a perturbation eps z ({seen.eps:g}) and of an update lr g z ({seen.lr:.2g}, "
-        f"{seen.update_precision}):\nshare of the elements that move, and size of the move over the intended one\n"
-        "(-: does not move, or is of low rank and added to outputs, so that no weight is rounded)",
+        f"What rounding leaves of a perturbation eps z (eps {seen.eps:g}) and of an update lr g z (lr {seen.lr:.2g}, "
+        f"{seen.update_precision}):\nshare of the elements that move, and size of the move relative to the intended "
+        "one\n(-: does not move, or is of low rank and added to outputs, so that no weight is rounded)",
         rows,
     )
     seconds, output = seen.step_seconds, seen.output.value
@@ -258,7 +258,7 @@ def _report(overview: Mapping[str, str], seen: Examination) -> None:
     lines = {
         "loss": f"{seen.loss:.4f}; {differ}rounding moves each by {seen.noise:.2g}",
         "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
-        "a step takes": f"{seconds:.2g} s, {counted(seen.steps, 'step')} {rough_duration(seconds * seen.steps)}, "
+        "a step takes": f"{seconds:.2g} s; {counted(seen.steps, 'step')} {rough_duration(seconds * seen.steps)}, "
         "without validations",
         "learning rate": _rate(seen),
     }
@@ -273,8 +273,8 @@ def _rate(seen: Examination) -> str:
         return f"{seen.lr:.3g}; none could be measured"
     low, high = (seen.measured_lr * math.sqrt(factor) for factor in (0.1, 10.0))
     return (
-        f"{seen.measured_lr:.2g} measured for {counted(seen.steps, 'step')}, try {low:.2g} to {high:.2g}; the noise of "
-        f"the run costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss there. Set: {seen.lr:.2g}"
+        f"{seen.measured_lr:.2g} measured for {counted(seen.steps, 'step')}, try {low:.2g} to {high:.2g}, where the "
+        f"noise of the run costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss; now {seen.lr:.2g}"
     )
 
 

@@ -42,7 +42,7 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
         return f"`{found[1]}.help` is {found[2]!r}, which is not a class that `{found[1]}` takes."
     if beside := _beside_class_path(inner):
-        return f"`{field}` has `{beside}` beside `class_path`: settings of a class go under `init_args`."
+        return f"`{field}` has `{beside}` next to `class_path`: settings of a class go under `init_args`."
     if not field and (found := re.match(r"Option '([^']+)' is not accepted", message)):
         return _unknown(found[1], found[1], "", [option.removeprefix("--") for option in options])
     if found := re.search(r"Option '([^']+)' is not accepted", message):

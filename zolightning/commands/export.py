@@ -94,7 +94,7 @@ def _check_repository(name: str) -> None:
         raise ValueError(f"`push_to_hub` is {name!r}, which is not a repository, owner/name: {reason}") from None
     if get_token() is None:
         raise ValueError(
-            f"`push_to_hub` is {name!r}, and nobody is logged in to the Hugging Face hub here: `hf auth login`, or the "
+            f"`push_to_hub` is {name!r}, but nobody is logged in to the Hugging Face hub here: `hf auth login`, or the "
             "variable HF_TOKEN."
         )
 

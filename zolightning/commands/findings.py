@@ -71,7 +71,7 @@ def findings(seen: Examination) -> Iterator[str]:
         said = [f"{g.name} ({g.perturbation.share:.0%} move; {g.dtype_name} steps by {g.spacing:.1g})" for g in unread]
         yield (
             f"Perturbations are lost: with `method.eps` {seen.eps:g} most elements of {some(said)} are read as if "
-            "nothing had been added. Their gradients are hardly measured, their updates mostly noise: raise "
+            "nothing had been added. Their gradients are hardly measured, and their updates are mostly noise: raise "
             "`method.eps`, use --trainer.precision 32-true, or leave them out of the `scope`."
         )
     lost = [group for group in seen.groups if group.update.size < 0.9 or group.update.share < 0.5]
@@ -88,14 +88,14 @@ def _of_numbers(seen: Examination) -> Iterator[str]:
         largest, most = group.largest + _LARGEST_Z * seen.eps, torch.finfo(group.dtype).max
         if largest * _ROOM > most:
             yield (
-                f"{group.name} reaches {largest:,.0f} when perturbed, and {group.dtype_name} ends at {most:,.0f}: use "
+                f"{group.name} reaches {largest:,.0f} when perturbed, but {group.dtype_name} ends at {most:,.0f}: use "
                 "--trainer.precision bf16-true."
             )
     most = torch.finfo(seen.output.dtype).max
     if seen.output.value * _ROOM > most:
         yield (
-            f"{seen.output.name} outputs {seen.output.value:,.0f}, and {_name(seen.output.dtype)} ends at "
-            f"{most:,.0f}: the loss may become NaN. Use --trainer.precision bf16-true."
+            f"{seen.output.name} outputs {seen.output.value:,.0f}, but {_name(seen.output.dtype)} ends at {most:,.0f}: "
+            "the loss may become NaN. Use --trainer.precision bf16-true."
         )
 
 
@@ -119,8 +119,8 @@ def _of_the_rate(seen: Examination) -> Iterator[str]:
     probe = ", or --lr_probe LearningRateProbe" if seen.steps > LearningRateProbe().num_steps else ""
     if seen.measured_lr is None:
         yield (
-            "No learning rate was found: however large steps were, the loss did not rise. Look at what trains, and at "
-            "the loss."
+            "No learning rate was found: however large steps were, the loss did not rise. Check what trains, and the "
+            "loss."
         )
     elif seen.sets_lr:
         return

@@ -155,7 +155,7 @@ def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:
     profile.save(folder / "profile.json")
     fingerprint = profile.fingerprint
     title = f"Outputs of {fingerprint.num_layers} x {fingerprint.layer_class} over {profile.num_prompts} sequences"
-    print(f"\n{title}\n{profile.table()}\n")
+    print(f"\n{title}: absolute values, and the channels and tokens of the largest\n{profile.table()}\n")
     choices = {rule: rule(profile) for rule in DEFAULT_RULES}
     for rule, layer in choices.items():
         print(f"{rule}: {'no layer' if layer is None else f'layer {layer}'}")
@@ -163,7 +163,7 @@ def _report_activations(profile: ActivationProfile, folder: Path) -> int | None:
     if selected is None:
         print("No layer stands out: DominantLayer would ask for its `layer`, and a sweep shows which layers learn.")
     else:
-        print(f"DominantLayer selects layer {selected}, the choice of the first rule that makes one.")
+        print(f"DominantLayer selects layer {selected}, by the first rule that finds one.")
     save_figure(activation_figure(profile, selected, title), folder, "profile")
     return selected
 
@@ -174,9 +174,9 @@ def _report_sensitivity(sensitivity: Sensitivity, selected: int | None, folder: 
     title = "Loss of one batch when one layer is perturbed"
     print_table(title, [asdict(layer) for layer in sensitivity.layers])
     print(
-        f"rms, of the projected gradients, estimates the norm of the layer's gradient with a standard error of "
-        f"{sensitivity.relative_error:.0%};\nmean_change is that of the loss, {sensitivity.loss:.4f} unperturbed, in "
-        f"absolute value, when eps is {sensitivity.eps:g}"
+        "rms: root mean square of the projected gradients, which estimates the norm of the layer's gradient with a "
+        f"standard error of {sensitivity.relative_error:.0%};\nmean_change: mean absolute change of the loss, which is "
+        f"{sensitivity.loss:.4f} unperturbed, for eps {sensitivity.eps:g}"
     )
     if sensitivity.dtype in ("bfloat16", "float16"):
         print(
@@ -202,7 +202,7 @@ def _report_step_times(times: StepTimes, folder: Path) -> None:
     print_table(title, rows)
     print(
         f"T = 2 F + gamma |S|: F {times.model.forward:.3g} s ({times.forward:.3g} s timed alone), gamma "
-        f"{times.model.per_parameter * 1e12:.3g} ps a parameter, R² {times.model.r_squared:.4f}"
+        f"{times.model.per_parameter * 1e12:.3g} ps per parameter, R² {times.model.r_squared:.4f}"
     )
     save_figure(step_time_figure(times, title), folder, "step_time")
 
@@ -222,5 +222,5 @@ def _report_probes(probes: Mapping[int, CrossValidation], folder: Path) -> None:
     title = "Linear probes after some of the layers, in five-fold cross-validation"
     print_table(title, rows)
     best = min(probes, key=lambda count: probes[count].loss)
-    print(f"Least loss after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
+    print(f"Lowest loss after {counted(best, 'layer')}: --model.num_layers {best} --linear_probing LinearProbing")
     save_figure(probe_figure(probes, title), folder, "probes")

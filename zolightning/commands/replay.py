@@ -47,13 +47,13 @@ def replay_run(
             something else changed them.
     """
     if follow and step is not None:
-        raise ValueError(f"`step` is {step} and `follow` is given, which goes on to the last one. Leave one out.")
+        raise ValueError(f"`step` is {step}, but `follow` is given, which continues to the last step. Leave one out.")
     if output is None and not follow:
         raise ValueError("`output` is not given. Name the folder to write the model to, or give `follow` to validate.")
     methods = [callback.method for callback in find_callbacks(trainer, ZerothOrder)]
     if not methods:
         raise MisconfigurationException(
-            "`method` is null, and a ledger is replayed with the method that trained the run: name the run's "
+            "`method` is null, but a ledger is replayed with the method that trained the run: name the run's "
             "config.yaml as --config."
         )
     export = None if output is None else _export_to(model, Path(output))
@@ -84,7 +84,7 @@ def _export_to(model: L.LightningModule, folder: Path) -> Callable[[], None]:
     export = getattr(model, "export", None)
     if not callable(export):
         raise ValueError(
-            f"{type(model).__name__} has no `export` method; in Python zolightning.checkpoints has replay."
+            f"{type(model).__name__} has no `export` method. In Python, call zolightning.checkpoints.replay."
         )
     return partial(export, folder)
 

@@ -36,17 +36,17 @@ def main(arguments: Sequence[str]) -> None:
         "folders", nargs="+", metavar="RUN", help="folder of a run, or one that holds version_0, version_1, ..."
     )
     parser.add_argument(
-        "--output", default="report.html", metavar="FILE", help="the page (default: report.html); the others beside it"
+        "--output", default="report.html", metavar="FILE", help="the page (default: report.html); the others next to it"
     )
     parser.add_argument("--title", help="heading of the page")
     given = parser.parse_args(arguments)
     output = Path(given.output)
     if output.suffix != ".html":
-        raise ValueError(f"`--output` is {output}, and must end with .html.")
+        raise ValueError(f"`--output` must end with .html, got {output}.")
     require_writable("--output", output.parent)
     runs = [run for folder in dict.fromkeys(map(Path, given.folders)) for run in _runs_in(folder)]
     if len(runs) > len(ascii_uppercase):
-        raise ValueError(f"{len(runs)} runs are given, and a page shows at most {len(ascii_uppercase)}.")
+        raise ValueError(f"{len(runs)} runs are given, but a page shows at most {len(ascii_uppercase)}.")
     differences = differing_settings(runs)
     files = {
         output: page(runs, differences, given.title or _title(runs)),
@@ -99,7 +99,7 @@ def _runs_in(folder: Path) -> list[Run]:
         except ValueError as error:  # of `zolightning test`, or of a run that ended before its first step
             print(f"left out: {error}")
     if not runs:
-        raise ValueError(f"{folder} holds {counted(len(versions), 'version')}, and none that has trained.")
+        raise ValueError(f"{folder} holds {counted(len(versions), 'version')}, but none has trained.")
     return runs
 
 

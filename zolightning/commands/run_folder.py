@@ -203,7 +203,7 @@ def read_run(folder: Path) -> Run:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / 'config.yaml'} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.yaml'} holds no settings: it is empty, or was cut off.")
+        raise ValueError(f"{folder / 'config.yaml'} holds no settings: it is empty or truncated.")
     log = EventLog(folder)
     log.read()
     curves = log.curves
@@ -218,7 +218,7 @@ def read_run(folder: Path) -> Run:
     if state == "finished" and step - logged >= every:
         rank_zero_warn(
             f"The curves of {folder} end at step {logged}, and the run took {step} steps: an event file "
-            "(events.out.tfevents.*) is cut off or missing."
+            "(events.out.tfevents.*) is truncated or missing."
         )
     return run_of(log, config, step, state)
 

@@ -70,7 +70,7 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
 
 def _check(subcommand: str, config: Namespace) -> None:
     if subcommand not in _SUBCOMMANDS:
-        raise ValueError(f"`seeds` is for {', '.join(_SUBCOMMANDS)}, and this is {subcommand}. Leave it out.")
+        raise ValueError(f"`seeds` is for {', '.join(_SUBCOMMANDS)}, not for {subcommand}. Leave it out.")
     for seed in config.seeds:
         check_seed(seed)
     if not str(getattr(config.trainer.logger, "class_path", "")).endswith("TensorBoardLogger"):
@@ -82,7 +82,7 @@ def _check(subcommand: str, config: Namespace) -> None:
         ("trainer.logger.version", config.trainer.logger.init_args.get("version")),
     ):
         if value is not None:
-            raise ValueError(f"`{name}` is {value}, and `seeds` gives each run its own. Leave one of them out.")
+            raise ValueError(f"`{name}` is {value}, but `seeds` gives each run its own. Leave one of them out.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("`seeds` starts processes itself: use `trainer.devices` in place of torchrun.")
 

@@ -94,14 +94,14 @@ def _require_one(config: Namespace, made: Namespace, listed: Sequence[Callback])
     methods = [callback for callback in listed if isinstance(callback, ZerothOrder)]
     if len(methods) + (made.method is not None) > 1:
         names = [type(trial(callback.method)).__name__ for callback in methods]
-        where = f"`method` is {class_name(config.method)}, and " if made.method is not None else ""
+        where = f"`method` is {class_name(config.method)}, but " if made.method is not None else ""
         raise MisconfigurationException(
             f"{where}`trainer.callbacks` holds ZerothOrder of {' and of '.join(names)}: one method can train. Keep one."
         )
     schedules = sum(isinstance(callback, BlockCoordinateDescent) for callback in listed)
     if schedules > 1:
         raise MisconfigurationException(
-            f"`trainer.callbacks` holds {schedules} BlockCoordinateDescent: blocks have one order. Keep one."
+            f"`trainer.callbacks` holds {schedules} BlockCoordinateDescent callbacks: blocks have one order. Keep one."
         )
 
 
@@ -115,8 +115,8 @@ def _require_none_for_a_method(config: Namespace, listed: Sequence[Callback]) ->
         )
     if given:
         raise MisconfigurationException(
-            f"`{given[0]}` is given and `method` is not, and without a method nothing reads it. Name a method, or "
-            f"leave `{given[0]}` out."
+            f"`{given[0]}` is given without a `method`, and nothing else reads it. Name a method, or leave "
+            f"`{given[0]}` out."
         )
 
 
@@ -124,7 +124,7 @@ def _require_unlisted(slot: str, kind: type[Callback], listed: Sequence[Callback
     """Refuses a slot that is given where ``trainer.callbacks`` holds such a callback too."""
     if _has(listed, kind):
         raise MisconfigurationException(
-            f"`{slot}` is given, and `trainer.callbacks` holds {kind.__name__} too. Keep one of them."
+            f"`{slot}` is given, but `trainer.callbacks` holds {kind.__name__} too. Keep one of them."
         )
 
 
@@ -149,7 +149,7 @@ def _of_a_subspace(
         if config[slot] is not None:
             _require_unlisted(slot, callback, listed)
             if not wanted:
-                raise MisconfigurationException(f"`{slot}` is given, and {name} {lack}. Leave `{slot}` out.")
+                raise MisconfigurationException(f"`{slot}` is given, but {name} {lack}. Leave `{slot}` out.")
         if wanted and not _has(listed, callback):
             found.append(callback() if made[slot] is None else made[slot])
     return found

@@ -145,7 +145,7 @@ class _Sweep:
             metrics |= of_a_loader
         if not metrics:
             raise MisconfigurationException(
-                f"`evaluate` is {self.evaluate!r}, and {type(self.module).__name__} logs no metric there: a sweep "
+                f"`evaluate` is {self.evaluate!r}, but {type(self.module).__name__} logs no metric there: a sweep "
                 "compares layers by what is logged."
             )
         return metrics
@@ -229,7 +229,7 @@ def _callbacks(trainer: ConfiguredTrainer, module: L.LightningModule, first_orde
     for callback in kept:
         if isinstance(callback, Scope):
             raise MisconfigurationException(
-                f"`scope` is {type(callback).__name__}, which chooses what is trained, and so does the sweep. Leave "
+                f"`scope` is {type(callback).__name__}, which chooses what is trained, but so does the sweep. Leave "
                 "`scope` out."
             )
     methods = [callback for callback in kept if isinstance(callback, ZerothOrder)]

@@ -68,7 +68,7 @@ class SweepResults:
         if not path.exists():
             if self.path.exists():
                 raise ValueError(
-                    f"`output` is {path.parent}, whose results.csv has no settings.json beside it that says where it "
+                    f"`output` is {path.parent}, whose results.csv has no settings.json next to it that says where it "
                     "comes from. Name another folder."
                 )
             replace_text(path, json.dumps(settings, indent=2) + "\n")
@@ -76,7 +76,7 @@ class SweepResults:
         there, here = (dict(flat(s)) for s in (json.loads(path.read_text()), settings))
         changed = [key for key in there | here if there.get(key) != here.get(key)]
         if changed:
-            shown = "; ".join(f"`{key}` {there.get(key)!r} there, {here.get(key)!r} now" for key in changed[:5])
+            shown = "; ".join(f"`{key}` is {here.get(key)!r}, was {there.get(key)!r}" for key in changed[:5])
             raise ValueError(
                 f"`output` is {path.parent}, which holds results of different settings: {shown}. Name another folder, "
                 "or repeat the settings."

@@ -30,9 +30,7 @@ class LabelledTask(Task):
         self._check_strings("label")
         for key in ("labels", "skip_labels"):
             if not all(isinstance(label, Label) for label in getattr(self, key)):
-                raise ValueError(
-                    f"`{key}` must be whole numbers, strings or truth values, got {list(getattr(self, key))!r}."
-                )
+                raise ValueError(f"`{key}` must be integers, strings or booleans, got {list(getattr(self, key))!r}.")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"`labels` must all differ, got {list(self.labels)!r}.")
 
@@ -51,7 +49,7 @@ class LabelledTask(Task):
         place = _place(label, self.labels)
         if place is None:
             is_unquoted = isinstance(label, str) and any(isinstance(other, bool) for other in self.labels)
-            hint = " (quote them: YAML reads a bare yes or no as a truth value)" if is_unquoted else ""
+            hint = " (quote them: YAML reads a bare yes or no as a boolean)" if is_unquoted else ""
             raise ValueError(f"label {label!r} in field `{self.label}` must be one of {list(self.labels)!r}{hint}")
         return (place,)
 
@@ -103,7 +101,7 @@ class Classification(LabelledTask, CandidatesTask):
         if len(self.answers) < 2 or not all(isinstance(answer, str) for answer in self.answers):
             raise ValueError(
                 f"`answers` must be two strings or more, got {list(self.answers)!r}."
-                ' (Quote them: YAML reads a bare Yes or No as a truth value. Write "Yes".)'
+                ' (Quote them: YAML reads a bare Yes or No as a boolean. Write "Yes".)'
             )
         if len(self.labels) != len(self.answers):
             raise ValueError(

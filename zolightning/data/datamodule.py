@@ -96,11 +96,11 @@ class PromptDataModule(TaskDataModule):
                 )
         if num_demonstrations > self._num_sampled:
             raise ValueError(
-                f"`data.num_demonstrations` is {num_demonstrations}, and "
+                f"`data.num_demonstrations` is {num_demonstrations}, but only "
                 f"{counted(self._num_sampled, 'training row is', 'training rows are')} sampled."
             )
         if demonstrations_per_row and not num_demonstrations:
-            raise ValueError("`data.demonstrations_per_row` is True, and `data.num_demonstrations` is 0.")
+            raise ValueError("`data.demonstrations_per_row` is True, but `data.num_demonstrations` is 0.")
         if calibration is not None and calibration not in get_args(Calibration):
             raise ValueError(f"`data.calibration` must be one of {get_args(Calibration)}, got {calibration!r}.")
         if calibration is not None and getattr(self.task, "content_free_prompt", None) is None:
@@ -170,7 +170,9 @@ class PromptDataModule(TaskDataModule):
             calibration = None if name == "train" else self.calibration
             encode = partial(example_of, tokenizer=module.tokenizer, calibration=calibration)
         elif self.calibration is not None:
-            raise ValueError(f"`data.calibration` does not go with {type(module).__name__}, which encodes rows itself.")
+            raise ValueError(
+                f"`data.calibration` does not work with {type(module).__name__}, which encodes rows itself."
+            )
         examples = []
         for row in rows:
             try:

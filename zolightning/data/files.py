@@ -94,7 +94,7 @@ def _images(folder: Path) -> Iterator[dict[str, Any]]:
     if not paths:
         raise ValueError(
             f"{folder} is a folder without images ({', '.join(IMAGE_ENDINGS)}), and there is no file of rows, such as "
-            f"{folder.name}.jsonl, beside it."
+            f"{folder.name}.jsonl, next to it."
         )
     for path in paths:
         row = {"image": str(path.relative_to(folder.parent))}
@@ -136,8 +136,8 @@ def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
     for name, column in zip(names, table.columns, strict=True):
         if delimiter == "\t" and any("\t" in text and "\n" in text for text in column.to_pylist()):
             raise ValueError(
-                f"{path}, column `{name}`: a quotation mark begins a value that goes on over several rows. Write "
-                "the rows to a .jsonl file, or double the mark and put the value in such marks."
+                f"{path}, column `{name}`: a quotation mark begins a value that spans several rows. Write the rows to "
+                "a .jsonl file, or double the mark and put the value in such marks."
             )
     columns = [_typed(column.to_pylist()) for column in table.columns]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -221,7 +221,7 @@ def _parse(line: bytes, field: str) -> Mapping[str, Any]:
 def _advice(line: bytes) -> str:
     text = line.strip()
     if text.startswith(b"["):
-        return "; write each object of the array on a line of its own, without the brackets around them"
+        return "; write each object of the array on its own line, without the brackets around them"
     if text.endswith(b","):
         return "; there is no comma between the lines of a JSON lines file"
     return ""

@@ -89,7 +89,7 @@ def chosen_task(task: str | Mapping[str, Any], prompt: str | None = None, answer
     found = load_task(task) if isinstance(task, str) else _made("task", partial(task_of, task))
     if prompt is not None:
         if not isinstance(found, PromptTask):
-            raise ValueError(f"`data.prompt` does not go with task {found.name}, which has no prompt.")
+            raise ValueError(f"`data.prompt` does not work with task {found.name}, which has no prompt.")
         found = _made("prompt", partial(replace, found, prompt=prompt))
     if answers is not None:
         if not isinstance(found, Classification):

@@ -95,8 +95,8 @@ def find_unread(
     if not _agree(loss, loss_exchanged, loss_in_place):
         raise ValueError(
             "The loss reads parameters where torch's Python functions do not see it (a compiled network, TorchScript, "
-            "kernels of its own). They are sharded over ranks, so that they cannot be perturbed in place. Remove that, "
-            "or use a strategy under which every rank holds all of them ('zo_ddp')."
+            "custom kernels). They are sharded over ranks, so that they cannot be perturbed in place. Remove that, or "
+            "use a strategy under which every rank holds all of them ('zo_ddp')."
         )
     return {parameter for whole, parameter in read.items() if id(whole) not in exchanged.seen}
 

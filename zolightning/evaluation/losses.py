@@ -63,12 +63,12 @@ def loss_and_terms(output: LossOutput) -> LossAndTerms:
     if not (isinstance(terms, int | float) or (isinstance(terms, Tensor) and terms.numel() == 1)):
         raise ValueError(
             "`num_terms`, by which a loss is averaged, must be a number or a tensor with one element, got "
-            f"{getattr(terms, 'shape', repr(terms))}. Return the dictionary's own entry under another name."
+            f"{getattr(terms, 'shape', repr(terms))}. If yours means something else, rename it."
         )
     if loss.dtype in _SPACINGS:
         rank_zero_warn(
             f"The loss is in {str(loss.dtype).removeprefix('torch.')}, where neighbouring numbers are "
-            f"{_SPACINGS[loss.dtype]} apart. The losses of a step may differ by less, so that rounding decides where "
+            f"{_SPACINGS[loss.dtype]} apart. The losses of a step may differ by less, so rounding would decide where "
             "weights go. Compute the loss in float32, as in `F.cross_entropy(logits.float(), labels)`."
         )
     wide = torch.float32 if loss.device.type == "mps" else torch.float64

@@ -146,7 +146,7 @@ class CausalLM(LanguageModel):
             return
         if getattr(datamodule, "generation", None) is None:
             raise MisconfigurationException(
-                "`model.reward` is for generated texts, and the task generates none: give it `references`."
+                "`model.reward` is for generated texts, but the task generates none: give it `references`."
             )
         if by_gradients:
             raise MisconfigurationException(

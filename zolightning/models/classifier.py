@@ -101,7 +101,7 @@ class Classifier(PretrainedModule):
         if hasattr(datamodule, "num_classes") and wanted != found:
             classes = counted(found or 0, "class", "classes")
             raise MisconfigurationException(
-                f"The head of `model_name` has {classes}, and the task {wanted or 'different ones in each row'}: set "
+                f"The head of `model_name` has {classes}, but the task {wanted or 'different ones in each row'}: set "
                 "`model.num_classes` to the number of the task's `labels`, or to 1 for a `target`."
             )
         super().setup(stage)
@@ -129,9 +129,8 @@ class Classifier(PretrainedModule):
             names = list(map(str, labels))
             if names != present and sorted(map(str.lower, names)) == sorted(map(str.lower, present)):
                 rank_zero_warn(
-                    f"The head of `model_name` has the classes {present}, and the task's `labels` the same in another "
-                    f"order, {labels}, in which they are numbered. Put the `labels` in the head's order to keep what "
-                    "it has learnt."
+                    f"The head of `model_name` has the classes {present}, but the task's `labels` have another order, "
+                    f"{labels}, which is used. Put the `labels` in the head's order to keep what it has learned."
                 )
             self._set_class_names(names)
         elif labels and not is_named:

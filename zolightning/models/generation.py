@@ -49,8 +49,8 @@ class Decoding:
             raise ValueError(f"`decoding.top_p` must be above 0 and at most 1, got {self.top_p}.")
         if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             raise ValueError(
-                "`decoding.do_sample` is False, so that `temperature`, `top_k` and `top_p` have no effect: set it to "
-                "True, or leave them out."
+                "`decoding.do_sample` is False, so `temperature`, `top_k` and `top_p` have no effect: set it to True, "
+                "or leave them out."
             )
 
     def fields(self) -> dict[str, Any]:

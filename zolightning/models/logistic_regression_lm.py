@@ -56,7 +56,7 @@ class LogisticRegressionLM(CausalLM):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer.max_steps != 1:
             raise MisconfigurationException(
-                f"`trainer.max_steps` is {self.trainer.max_steps}, and LogisticRegressionLM is fitted in one step: set "
+                f"`trainer.max_steps` is {self.trainer.max_steps}, but LogisticRegressionLM is fitted in one step: set "
                 "it to 1."
             )
         super().setup(stage)

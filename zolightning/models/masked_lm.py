@@ -38,9 +38,9 @@ class MaskedLM(LanguageModel):
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
         """A row in tokens, in place of :func:`~zolightning.data.examples.example_of`."""
         if chat:
-            raise ValueError("`data.chat` is true, and a masked language model does not chat")
+            raise ValueError("`data.chat` is true, but a masked language model does not chat")
         if isinstance(task, PlainText):
-            raise ValueError("MaskedLM needs a prompt with a mask, and plain text has none: use CausalLM")
+            raise ValueError("MaskedLM needs a prompt with a mask, but plain text has none: use CausalLM")
         return example_of(task, row, self.tokenizer, max_length, chat, encode=encode_masked)
 
     def refuse_unsuitable(self) -> None:

@@ -45,7 +45,7 @@ def load_pretrained(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     if num_classes is not None and not network_class.endswith("Classification"):
-        raise ValueError(f"`num_classes` {num_classes} is for classifiers, and {network_class} loads none.")
+        raise ValueError(f"`num_classes` {num_classes} is for classifiers, but {network_class} loads none.")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"`num_classes` must be at least 2, or 1 for a number, got {num_classes}.")
     torch_dtype = _DTYPES[dtype or "float32"]
@@ -56,7 +56,7 @@ def load_pretrained(
     with _one_line_errors(name, attention, device_map):
         if isinstance(source, Path) and source.is_file():
             if network_class != CAUSAL:
-                raise ValueError(f"a file holds a causal language model, and {network_class} loads another kind.")
+                raise ValueError(f"a file holds a causal language model, but {network_class} loads another kind.")
             if device_map is not None:
                 raise ValueError(
                     "a GGUF file is loaded on one device. Export it as a folder first (`zolightning export`)."
@@ -91,9 +91,9 @@ def _one_line_errors(name: str, attention: str | None, device_map: DeviceMap | N
         if isinstance(error, SafetensorError):
             reason = f"a safetensors file is damaged ({reason}). Fetch or copy the model again."
         elif "backend tokenizer" in reason:  # and four more lines
-            reason = "it has no tokenizer.json, nor another tokenizer's file that could be read (with sentencepiece?)."
+            reason = "it has no tokenizer.json, nor another readable tokenizer file (is sentencepiece installed?)."
         elif "trust_remote_code" in str(error):
-            reason = "it brings code of its own (`auto_map` in config.json), and no code of a model is run."
+            reason = "it brings its own code (`auto_map` in config.json), and a model's code is never run."
         setting = "" if attention is None else f" with `attention` {attention!r}"
         setting += "" if device_map is None else f" with `device_map` {device_map!r}"
         raise ValueError(f"Cannot load `model_name` {name!r}{setting}: {reason}") from None

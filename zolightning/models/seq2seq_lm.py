@@ -35,7 +35,7 @@ class Seq2SeqLM(CausalLM):
     def encode(self, task: Task, row: Row, max_length: int, chat: bool) -> Example:
         """A row in tokens, in place of :func:`~zolightning.data.examples.example_of`."""
         if isinstance(task, PlainText):
-            raise ValueError("Seq2SeqLM needs a prompt and an answer, and plain text has none: use CausalLM")
+            raise ValueError("Seq2SeqLM needs a prompt and an answer, but plain text has none: use CausalLM")
         return example_of(task, row, self.tokenizer, max_length, chat, encode_pair)
 
     def answer_log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -55,8 +55,8 @@ class Seq2SeqLM(CausalLM):
             )
         if getattr(config, "decoder_start_token_id", None) is None:
             raise MisconfigurationException(
-                f"`model_name` is a {type(self.model).__name__} without `decoder_start_token_id` in config.json, which "
-                "its decoder begins an answer with."
+                f"`model_name` is a {type(self.model).__name__} without `decoder_start_token_id` in config.json, with "
+                "which its decoder begins an answer: add it."
             )
 
 

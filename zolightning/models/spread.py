@@ -38,7 +38,7 @@ def refuse_misplaced(network: nn.Module, trainer: L.Trainer, stage: str, save_fr
         return
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise MisconfigurationException(
-            f"`model.device_map` is given, and `trainer.strategy` is {type(trainer.strategy).__name__}, of "
+            f"`model.device_map` is given, but `trainer.strategy` is {type(trainer.strategy).__name__} with "
             f"{trainer.world_size} processes: with a device map one process has all devices. Set `trainer.devices` to "
             "1 and `trainer.strategy` to 'auto', or leave `device_map` out."
         )
@@ -99,7 +99,7 @@ def _apply_in_place(network: nn.Module, convert: Callable[[Tensor], Tensor], rec
         dtype = convert(torch.empty(0, dtype=tensor.dtype)).dtype
         if tensor.is_meta and dtype != tensor.dtype:
             raise MisconfigurationException(
-                f"`trainer.precision` makes weights {dtype}, and `model.device_map` leaves some in the host's memory "
+                f"`trainer.precision` makes weights {dtype}, but `model.device_map` leaves some in the host's memory "
                 f"or on the disk as {tensor.dtype}. Set `model.dtype` to that of `trainer.precision`."
             )
         return tensor.to(dtype)

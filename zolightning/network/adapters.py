@@ -157,7 +157,7 @@ def merge_adapter(model: "PreTrainedModel") -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if adapter_config(model) is None or prefix_of(model) is not None:
-        raise ValueError("`merge` is for LoRA adapters, and the model has none.")
+        raise ValueError("`merge` is for LoRA adapters, but the model has none.")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)

@@ -30,13 +30,13 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
     """
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"`num_layers` is {num_layers!r}, and {type(model).__name__} has an encoder and a decoder: it must be null."
+            f"`num_layers` is {num_layers!r}, but {type(model).__name__} has an encoder and a decoder: it must be null."
         )
     layers = _layers(model)
     before = len(layers)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= before:
         raise ValueError(
-            f"`num_layers` is {num_layers!r}, and {type(model).__name__} has {counted(before, 'layer')}: 1 to {before} "
+            f"`num_layers` is {num_layers!r}, but {type(model).__name__} has {counted(before, 'layer')}: 1 to {before} "
             "are accepted."
         )
     if num_layers == before:
@@ -101,7 +101,7 @@ def restore_early_exit(model: "PreTrainedModel", num_layers: int | None) -> None
     if num_layers is not None:
         keep_first_layers(model, num_layers)
     elif (found := early_exit(model)) is not None:
-        raise ValueError(f"`num_layers` is {found}, and the weights to load are of all layers: leave it out.")
+        raise ValueError(f"`num_layers` is {found}, but the weights to load are of all layers: leave it out.")
 
 
 def _layers(model: "PreTrainedModel") -> nn.ModuleList:

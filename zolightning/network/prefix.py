@@ -127,9 +127,9 @@ def _keys_and_values(model: "PreTrainedModel", num_tokens: int) -> Tensor:
     shapes = {tuple(pair.shape[1:]) for pair in found}  # of (2, heads, tokens, head size)
     if len(shapes) > 1 or any(shape[1] != num_tokens for shape in shapes):
         raise ValueError(
-            f"A prefix of {num_tokens} tokens needs keys and values of one shape (heads, tokens, head size), and those "
+            f"A prefix of {num_tokens} tokens needs keys and values of one shape (heads, tokens, head size), but those "
             f"of {name} have {', '.join(map(str, sorted(shapes)))}."
         )
     if len({pair.device for pair in found}) > 1:
-        raise ValueError(f"A prefix needs all layers of {name} on one device, and they are spread over several.")
+        raise ValueError(f"A prefix needs all layers of {name} on one device, but they are spread over several.")
     return torch.stack(found)

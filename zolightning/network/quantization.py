@@ -177,7 +177,7 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
     }
     if not chosen:
         raise ValueError(
-            f"`quantization` is {kind!r}, and {type(module).__name__} has no nn.Linear inside to quantise."
+            f"`quantization` is {kind!r}, but {type(module).__name__} has no nn.Linear inside to quantise."
         )
     for name, linear in chosen.items():
         module.set_submodule(name, _CLASSES[kind](linear))
@@ -216,7 +216,7 @@ def unquantize(module: nn.Module, names: Iterable[str]) -> set[str]:
     if chosen and len(chosen) == len(quantized):
         kind = next(iter(chosen.values())).kind
         raise MisconfigurationException(
-            f"`model.quantization` is {kind!r}, and the scope trains all {len(chosen)} weights that it would quantise: "
+            f"`model.quantization` is {kind!r}, but the scope trains all {len(chosen)} weights that it would quantise: "
             "none is left. Train fewer, or leave `quantization` out."
         )
     for name, linear in chosen.items():
@@ -234,8 +234,8 @@ def refuse_quantized(module: nn.Module, what: str) -> None:
     """Raises a ValueError if a module has quantised weights; `what` would have to write them."""
     for name, linear in quantized_linears(module):
         raise ValueError(
-            f"`model.quantization` is {linear.kind!r}, and {what} moves all weights, `{name}.weight` among them, which "
-            "is quantised. Leave `quantization` out there."
+            f"`model.quantization` is {linear.kind!r}, but {what} moves all weights, also `{name}.weight`, which is "
+            "quantised. Leave `quantization` out there."
         )
 
 
@@ -248,9 +248,9 @@ def refuse_training_all(module: nn.Module) -> None:
     others = (p for name, p in module.named_parameters() if p.is_floating_point() and name not in scales)
     if all(parameter.requires_grad for parameter in others):
         raise MisconfigurationException(
-            f"`model.quantization` is {settings['kind']!r}, and nothing says which parameters train: "
-            f"{len(settings['modules'])} quantised weights cannot, `{settings['modules'][0]}.weight` among them. "
-            "Choose with a `scope` (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave "
+            f"`model.quantization` is {settings['kind']!r}, but nothing says which parameters train: "
+            f"{len(settings['modules'])} quantised weights cannot, such as `{settings['modules'][0]}.weight`. Choose "
+            "with a `scope` (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave "
             "`quantization` out."
         )
 
@@ -259,7 +259,7 @@ def refuse_gradients(module: nn.Module) -> None:
     """Raises a MisconfigurationException if scales train for which there are no gradients: those of nf4."""
     if any(linear.kind == "nf4" and linear.weight_scale.requires_grad for _, linear in quantized_linears(module)):
         raise MisconfigurationException(
-            "`model.quantization` is 'nf4', and scales of its weights train, for which bitsandbytes has no gradients. "
+            "`model.quantization` is 'nf4', but scales of its weights train, for which bitsandbytes has no gradients. "
             "Train them by a zeroth-order `method`, or use 'int8'."
         )
 
@@ -282,7 +282,7 @@ def restore_quantization(module: nn.Module, settings: QuantizationSettings | Non
     kind, saved_kind = present and present["kind"], settings and settings["kind"]
     if kind != saved_kind:
         raise MisconfigurationException(
-            f"`model.quantization` is {kind!r}, and the checkpoint's run has {saved_kind!r}. Use the same one."
+            f"`model.quantization` is {kind!r}, but the checkpoint's run has {saved_kind!r}. Use the same one."
         )
     wanted = set(settings["modules"]) if settings else set()
     for name, linear in quantized_linears(module):

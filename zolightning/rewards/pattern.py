@@ -34,7 +34,7 @@ class Pattern:
     def check(self, references: Sequence[str]) -> None:
         """Raises a ValueError if the pattern has a place for a reference, and there is none."""
         if "{reference}" in self.pattern and not references:
-            raise ValueError(f"the pattern '{self.pattern}' needs a reference, and the row has none")
+            raise ValueError(f"the pattern '{self.pattern}' needs a reference, but the row has none")
 
     def _with(self, reference: str) -> str:
         return self.pattern.replace("{reference}", reference)

@@ -51,7 +51,7 @@ class MassiveDirection(Part):
                 directions[indices_of[weight]] = leading.directions
         if missing := [index for index in indices if index not in directions]:
             raise ValueError(
-                f"`part` is {self!r}, and what the down projection of layer {missing[0]} of `{stack.name}` reads is "
+                f"`part` is {self!r}, but what the down projection of layer {missing[0]} of `{stack.name}` reads is "
                 "zero, not finite (use bfloat16 or float32), or not read by a plain product."
             )
 

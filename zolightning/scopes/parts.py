@@ -226,7 +226,7 @@ def model_around(part: Part, module: nn.Module, stack: LayerStack) -> tuple[str,
         if isinstance(submodule, PreTrainedModel) and all(name.startswith(prefix) for name in stack.names):
             return prefix, submodule
     raise ValueError(
-        f"`part` is {type(part).__name__}, which needs a PreTrainedModel of transformers around `{stack.name}`, and "
+        f"`part` is {type(part).__name__}, which needs a PreTrainedModel of transformers around `{stack.name}`, but "
         f"{type(module).__name__} has none."
     )
 

@@ -93,7 +93,7 @@ class Scope(Callback, ABC):
         for optimizer in trainer.optimizers if slices else ():
             if not isinstance(optimizer, ZerothOrderOptimizer):
                 raise MisconfigurationException(
-                    f"{type(self).__name__} chose slices of parameters ({selection.reason}), and "
+                    f"{type(self).__name__} chose slices of parameters ({selection.reason}), but "
                     f"{type(optimizer).__name__} trains whole ones. Use a zeroth-order method (the ZerothOrder "
                     "callback), or a `part` without channels."
                 )

@@ -69,7 +69,7 @@ class TrainBySignal(Scope):
             require_patterns(patterns)
         if patterns is not None and part is not None:
             raise ValueError(
-                f"`part` is {part!r}, which is for layers, and `patterns` name blocks of their own: give one of them."
+                f"`part` is {part!r}, which is for layers, but `patterns` define the blocks: give one of them."
             )
         self.num_blocks = num_blocks
         self.part = WholeLayer() if part is None else part

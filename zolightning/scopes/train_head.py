@@ -31,7 +31,7 @@ class TrainHead(Scope):
         model = require_pretrained_model(self, pl_module)
         if (adapter := adapter_settings(model)) is not None:
             raise ValueError(
-                f"`scope` is TrainHead, and the model has an adapter ({adapter}): an export would hold the adapter "
+                f"`scope` is TrainHead, but the model has an adapter ({adapter}): an export would hold the adapter "
                 "only. Merge it into the model first, or leave the scope out."
             )
         tied = is_tied(model)
@@ -47,7 +47,7 @@ class TrainHead(Scope):
             chosen.append(names[model.get_output_embeddings().weight])
         if not chosen:
             raise ValueError(
-                f"`scope` is TrainHead, and {type(model).__name__} has no parameters beyond its base model. Name some "
+                f"`scope` is TrainHead, but {type(model).__name__} has no parameters beyond its base model. Name some "
                 "by TrainParameters."
             )
         reason = "the head" if not tied else "the head, untied" if self.untie else "the head, which embeds tokens too"
@@ -63,7 +63,7 @@ def require_pretrained_model(scope: Scope, module: L.LightningModule) -> Any:
     model = pretrained_model(module)
     if model is None:
         raise ValueError(
-            f"`scope` is {type(scope).__name__}, which needs a PreTrainedModel of transformers, and "
+            f"`scope` is {type(scope).__name__}, which needs a PreTrainedModel of transformers, but "
             f"{type(module).__name__} has none."
         )
     return model
