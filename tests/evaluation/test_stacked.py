@@ -100,13 +100,14 @@ class TestSameLosses:
 
         assert_close(run(make, METHODS["mezo"], 4), run(make, METHODS["mezo"], 1), loss=1e-9, grad=1e-6)
 
-    def test_inputs_are_compared_with_one_wait_for_the_device(self) -> None:
-        """For all evaluations and inputs together, and with none where these are the same tensors."""
+    @pytest.mark.parametrize("size", [4, 2])
+    def test_inputs_are_compared_with_one_wait_for_the_device(self, size: int) -> None:
+        """For all evaluations, inputs and runs together, and with none where these are the same tensors."""
 
         def waits(inputs: Callable[[Tensor], Tensor]) -> int:
             module = Regressor(mlp, 6, 4)
             optimizer = MeZO(module.parameters(), lr=1e-2, num_queries=2, seed=0)
-            optimizer.attach(module, 4)
+            optimizer.attach(module, size)
             for watch in (Waits(), Waits()):  # the first step checks
                 with watch:
                     optimizer.estimate(lambda: module.net(inputs(module.inputs)).square().mean())

@@ -26,7 +26,7 @@ from zolightning.evaluation.nested import tensors_in
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.replaced import replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, watched_everywhere
-from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one
+from zolightning.evaluation.shared_forward import Call, SharedForward, computes_in_half, one_by_one, require_same_inputs
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.evaluation.stacked import networks_of
 from zolightning.rank_zero import rank_zero_warn
@@ -179,7 +179,7 @@ class Examples:
             whole = run.evaluate_whole(contexts[0], batch.loss)
             for context, evaluate in zip(contexts, batch.examples.values(), strict=True):
                 run.evaluate(context, evaluate)
-        run.finish()
+        require_same_inputs(run.differ)
         if not run.calls and not any(terms for _, terms in run.losses):
             return _Found(run.losses, whole, None)
         if not run.calls:

@@ -30,7 +30,8 @@ class SharedForward:
     """Stands in for a network during several evaluations: it runs in the first one, on the rows of all of them.
 
     :meth:`forward` and :meth:`generate` replace the network's methods. In the first evaluation they run the network and
-    return the first evaluation's rows of the output; in later ones they return the rows of that evaluation.
+    return the first evaluation's rows of the output; in later ones they return the rows of that evaluation. In the end
+    :func:`require_same_inputs` must be called with `differ`.
 
     Args:
         network: the network.
@@ -54,7 +55,7 @@ class SharedForward:
         self._held |= {id(parameter): name for name, parameter in parameters.items()}
         self._generators = Generators({parameter.device for parameter in parameters.values()})
         self._call = 0
-        self._differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
+        self.differ: list[Tensor] = []  # whether an input of a later evaluation has other values, on its device
 
     def evaluate(self, context: Perturbed, evaluate: Callable[[], LossAndTerms]) -> None:
         """Evaluates a loss in its context, in which the network is replaced, and adds the result to `losses`."""
@@ -93,7 +94,7 @@ class SharedForward:
             raise CannotStack(_OTHER_INPUTS)
         if list(map(_version, call.inputs)) != call.versions:
             raise CannotStack("an input of the network is changed in place between evaluations")
-        self._differ += [(one != other).any() for one, other in zip(inputs, expected, strict=True) if one is not other]
+        self.differ += [(one != other).any() for one, other in zip(inputs, expected, strict=True) if one is not other]
         self._call += 1
         return _part(call.output, len(self.losses), len(self._contexts), call.rows)
 
@@ -108,15 +109,6 @@ class SharedForward:
     def spread(self, tensor: Tensor) -> Tensor:
         """The input that the network runs on when it is called with `tensor`, which has rows."""
         return tensor.repeat(len(self._contexts), *[1] * (tensor.ndim - 1))
-
-    def finish(self) -> None:
-        """Ends the last evaluation. It waits for the device only if an evaluation created its own inputs.
-
-        Raises:
-            CannotStack: if the inputs of an evaluation had other values than those of the first.
-        """
-        if self._differ and torch.stack([differ.to(self._differ[0].device) for differ in self._differ]).any():
-            raise CannotStack(_OTHER_INPUTS)
 
     def run(self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the network for all evaluations."""
@@ -151,6 +143,15 @@ class SharedForward:
         # Texts differ in length; what is split is the same at every token.
         self.cuts += [frozenset(stacked.cuts)] if self._is_writing else stacked.cuts
         self.calls.append(Call(inputs, list(map(_version, inputs)), output, total))
+
+
+def require_same_inputs(differ: Sequence[Tensor]) -> None:
+    """Raises CannotStack if any of the ``differ`` of some runs is True.
+
+    It waits for the device, so it is called once for all runs of a step; not if no evaluation created its own inputs.
+    """
+    if differ and torch.stack([each.to(differ[0].device) for each in differ]).any():
+        raise CannotStack(_OTHER_INPUTS)
 
 
 def one_by_one(evaluations: Iterable[Callable[[], LossAndTerms]], contexts: Iterable[Perturbed]) -> list[LossAndTerms]:

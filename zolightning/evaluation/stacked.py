@@ -29,7 +29,7 @@ from zolightning.evaluation.losses import LossAndTerms
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.replaced import replaced, replaced_forward
 from zolightning.evaluation.row_groups import CannotStack, perturbed_by, watched_everywhere
-from zolightning.evaluation.shared_forward import SharedForward, computes_in_half, one_by_one
+from zolightning.evaluation.shared_forward import SharedForward, computes_in_half, one_by_one, require_same_inputs
 from zolightning.rank_zero import rank_zero_warn
 
 _NO_FORWARD = getattr_static(nn.Module, "forward")
@@ -151,12 +151,14 @@ class StackedNetwork:
     ) -> list[LossAndTerms]:
         """The losses from the first network; raises CannotStack if they are not those of separate runs."""
         results: list[LossAndTerms] = []
+        differ: list[Tensor] = []
         for start in range(0, len(contexts), self.size):
             chunk = contexts[start : start + self.size]
             if len(chunk) == 1:
                 results += one_by_one([evaluate], chunk) if graphs is None else graphs.evaluate(evaluate, chunk)
                 continue
             run = self._run(evaluate, chunk, graphs)
+            differ += run.differ
             found, cuts = run.losses, (len(chunk), *run.cuts)
             if run.calls and cuts not in self._trusted:
                 # Equal texts say little about equal numbers, so the scores of tokens are compared instead.
@@ -166,6 +168,7 @@ class StackedNetwork:
                 else:
                     found = one_by_one([evaluate] * len(chunk), chunk)
             results += found
+        require_same_inputs(differ)
         return results
 
     def _run(
@@ -180,7 +183,6 @@ class StackedNetwork:
                 stack.enter_context(replaced(self._network, "generate", run.generate))
             for context in contexts:
                 run.evaluate(context, evaluate)
-        run.finish()
         if not run.calls and any(terms for _, terms in run.losses):
             raise CannotStack(f"the loss does not call the {type(self._network).__name__} that is trained")
         return run
@@ -202,10 +204,9 @@ class StackedNetwork:
         plain, flipped = (dict.fromkeys(parameters, change) for change in (None, flip))
         mixed = [Perturbed(flipped if i % 2 else plain) for i in range(len(contexts))]
         alone = torch.stack([found.loss for found in one_by_one([evaluate] * 2, mixed[:2])])
-        together, all_flipped = (
-            torch.stack([found.loss for found in self._run(evaluate, groups, graphs).losses])
-            for groups in (mixed, [Perturbed(flipped) for _ in contexts])
-        )
+        runs = [self._run(evaluate, groups, graphs) for groups in (mixed, [Perturbed(flipped) for _ in contexts])]
+        require_same_inputs([differ for run in runs for differ in run.differ])
+        together, all_flipped = (torch.stack([found.loss for found in run.losses]) for run in runs)
         if not torch.isfinite(alone).all():
             return False
         expected = alone.repeat(len(contexts))[: len(contexts)]
