@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 
-from cli_runs import parsed
+from cli_runs import parsed, parser
 from config_runs import (
     ARCHITECTURES,
     FILES,
@@ -39,6 +41,15 @@ def parse(arguments: list[str]) -> Any:
 def header(file: str) -> list[str]:
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("configs/tasks/")])
+def test_the_config_of_a_run_has_its_task(file: str) -> None:
+    """Yes and No are words there too, with which a run goes on and is tested."""
+    given = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["data"]
+    data = parse(["fit", "--config", file, "--config", "configs/models/smollm2_135m.yaml"]).data
+    written = yaml.safe_load(parser().dump(Namespace(fit=Namespace(data=data), subcommand="fit"), skip_check=True))
+    assert written["fit"]["data"]["init_args"]["task"] == (given.get("init_args") or given)["task"]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -14,7 +14,7 @@ from zolightning.data.generation import Generation
 from zolightning.data.row import Row
 from zolightning.data.task import PromptTask
 from zolightning.data.task_datamodule import TaskDataModule, check_at_least
-from zolightning.data.task_files import chosen_task
+from zolightning.data.task_files import TaskFields, chosen_task
 from zolightning.messages import counted
 
 
@@ -58,7 +58,7 @@ class PromptDataModule(TaskDataModule):
 
     def __init__(
         self,
-        task: str | dict[str, Any],
+        task: str | TaskFields,
         path: str | None = None,
         *,
         max_length: int = 2048,

@@ -9,7 +9,7 @@ from zolightning.data.images import ImageBatch, ImageExample, collate_images, im
 from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task_datamodule import TaskDataModule
-from zolightning.data.task_files import chosen_task
+from zolightning.data.task_files import TaskFields, chosen_task
 
 
 class ImageDataModule(TaskDataModule):
@@ -36,7 +36,7 @@ class ImageDataModule(TaskDataModule):
         MisconfigurationException: if Pillow is not installed.
     """
 
-    def __init__(self, task: str | dict[str, Any], path: str | None = None, **settings: Any) -> None:
+    def __init__(self, task: str | TaskFields, path: str | None = None, **settings: Any) -> None:
         require_pillow()
         chosen = chosen_task(task)
         if not isinstance(chosen, ImageClassification):

@@ -16,6 +16,10 @@ from zolightning.data.regression import Regression
 from zolightning.data.task import HubDataset, PromptTask, Task
 from zolightning.packaged import configs, packaged
 
+# Any alone would say as much, but then jsonargparse 4.53 writes the "Yes" of a list as `true` to a run's config.yaml
+TaskFields = dict[str, list[str] | dict[str, str | None] | Any]
+"""The fields of a task, by name."""
+
 # by the field that no other kind has; checked in this order
 KINDS: dict[str, type[Task]] = {
     "answers": Classification,
