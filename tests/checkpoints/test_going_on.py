@@ -88,6 +88,7 @@ def steps_evaluated(run: Run) -> set[int]:
     ("method", "callbacks", "options", "measured"),
     [
         (MEZO, list, {}, set()),
+        (MEZO, list, {"precision": "64-true"}, set()),
         (partial(MeZOAdam, lr=0.01, eps=0.3, num_queries=2), list, {"precision": "bf16-true"}, set()),
         (partial(HiZOO, lr=0.01), lambda: [BlockCoordinateDescent(Bandit(queries=1), **BLOCKS)], {}, {6, 9}),
         # An order that measures does so again, at the beginning of a visit
@@ -96,7 +97,7 @@ def steps_evaluated(run: Run) -> set[int]:
         # Bases from inputs are looked for again, and are those that were found before
         (LOW_RANK, lambda: [SubspaceResampling(4, bases=ActivationBases(examples="batch", refresh=True))], {}, set()),
     ],
-    ids=["mezo", "adam", "hizoo-bandit", "measured-blocks", "zo-mopi", "activations"],
+    ids=["mezo", "double", "adam", "hizoo-bandit", "measured-blocks", "zo-mopi", "activations"],
 )
 def test_it_goes_on_where_it_was(
     ledger_run: MakeRun,

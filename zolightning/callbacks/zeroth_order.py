@@ -29,6 +29,7 @@ from zolightning.callbacks.refusals import (
     refuse_unsupported,
 )
 from zolightning.callbacks.subspace_resampling import require_resampling
+from zolightning.directions.dense import compute_dtype
 from zolightning.evaluation.fresh_batches import FreshBatches
 from zolightning.evaluation.losses import LossOutput
 from zolightning.evaluation.nested import map_tensors
@@ -280,7 +281,8 @@ class ZerothOrder(Callback):
             )
             return self._step(pl_module, training_step, batch, batch_idx)
         if is_replaying:
-            return {"loss": torch.tensor(record.losses[0], dtype=torch.float32, device=pl_module.device)}
+            dtype = compute_dtype(optimizer.param_groups[0]["params"][0].dtype)
+            return {"loss": torch.tensor(record.losses[0], dtype=dtype, device=pl_module.device)}
         if first is None:
             rank_zero_warn("`training_step` returned None, which skips the batch. If that was on purpose, ignore this.")
         return first
