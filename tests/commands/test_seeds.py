@@ -43,7 +43,8 @@ class Processes:
             folder = Path(words[2]).parent
         status = self.statuses.get(config.seed_everything, 0)
         state = "finished" if status == 0 else "running"
-        measured = {"best": {"step": 3, "val/loss": LOSSES[config.seed_everything]}, "test": {}}
+        loss = LOSSES[config.seed_everything]
+        measured = {"best": {"step": 3, "val/loss": loss}, "test": {"test/loss": 2 * loss, "test/reward": None}}
         (folder / "metrics.json").write_text(json.dumps({"state": state, **measured}))
         return status
 
@@ -78,8 +79,8 @@ def test_each_seed_has_other_rows_and_directions_and_its_own_folder(
 
     results = json.loads((group / "seeds.json").read_text())
     assert {int(seed): of["val/loss"] for seed, of in results["seeds"].items()} == LOSSES
-    assert results["mean"] == {"val/loss": pytest.approx(0.45)}
-    assert results["standard_deviation"] == {"val/loss": pytest.approx(statistics.stdev(LOSSES.values()))}
+    assert results["mean"] == {"val/loss": pytest.approx(0.45), "test/loss": pytest.approx(0.9)}
+    assert results["standard_deviation"]["val/loss"] == pytest.approx(statistics.stdev(LOSSES.values()))
 
     assert run(runs) == "None" and processes.seeds == []  # all are finished
     assert run(runs, "--method.lr", 0.2) == "None" and processes.seeds == [0, 1, 2]
@@ -98,7 +99,7 @@ def test_a_seed_that_fails_is_named_and_the_others_run(runs: Runs, processes: Pr
     assert first.ckpt_path == "last" and first.seed_everything == 1  # by its own config.yaml
     assert second.ckpt_path is None and second.seed_everything == 2
     results = json.loads((runs.version(0).parent / "seeds_0/seeds.json").read_text())
-    assert results["seeds"].keys() == {"0", "2"} and results["mean"] == {"val/loss": pytest.approx(0.55)}
+    assert results["seeds"].keys() == {"0", "2"} and results["mean"]["val/loss"] == pytest.approx(0.55)
 
 
 def test_a_signal_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from zolightning.optim import MeZO
 from zolightning.optim.share import Share
 from zolightning.strategies.ranks import Layout, LossExchange, RanksError
 
-STEP, BATCHES, WEIGHTS, ROWS = 0, 1, 3, 5  # columns of what a rank says
+STEP, BATCHES, WEIGHTS, ROWS = 0, 1, 3, 5  # columns of what a rank says; checksums have two
 
 
 class OthersAdded:
@@ -63,6 +63,8 @@ def net() -> nn.Module:
         ((0, BATCHES), "Rank 0 has 11 batches an epoch and rank 1 has 10"),
         ((3, WEIGHTS), "The weights of rank 3 are not those of rank 0 before step 0"),
         ((0, WEIGHTS), "The weights of rank 0 are not those of rank 1 before step 0"),  # of four, three agree
+        ((3, WEIGHTS - 1), "The weights of rank 3 are not those of rank 0 before step 0"),
+        ((3, ROWS - 1), "Rank 3 was given a different batch from rank 2 at step 0"),
         ((3, ROWS), "Rank 3 was given a different batch from rank 2 at step 0"),  # the other rank of its group
     ],
 )
