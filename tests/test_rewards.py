@@ -171,6 +171,20 @@ def test_countdown(text: str, expected: float) -> None:
     assert bool(Countdown(format_reward=1.0)(text, ["3 * (7 - 5)"])) == bool(expected)
 
 
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("8 - 2 + 1", "8 + 1 - 2", "8 - (2 + 1)"),
+        ("6 / 3 * 2", "6 * 2 / 3", "6 / (3 * 2)"),
+        ("1 / 49 * 49", "49 / 49 * 1", "49 - 1 * 49"),  # in floating point the first one is below 1
+        ("2 + 3", "3 + 2", "3 - 2"),
+    ],
+)
+def test_countdown_calculates_with_fractions(reference: str, right: str, wrong: str) -> None:
+    reward = Countdown(format_reward=0.1)
+    assert [reward(text, [reference]) for text in (reference, right, wrong)] == [1, 1, 0.1]
+
+
 @pytest.mark.parametrize("text", ["3 / (7 - 7) + 1", "1 + 3 / (7 - 7)"])
 def test_a_part_of_an_expression_may_have_no_value(text: str) -> None:
     assert Countdown()(text, ["3 * (7 - 7) + 1"]) == 0.1
