@@ -1,9 +1,11 @@
 """Parts of Lightning's training loop that have no public names."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -162,3 +164,11 @@ def take_back_end_of_epoch(trainer: L.Trainer) -> bool:
     for count in (progress.total, progress.current):
         count.processed -= is_ending
     return is_ending
+
+
+def requeue_signal(trainer: L.Trainer) -> signal.Signals | None:
+    """The signal by which SLURM tells a Trainer to save a checkpoint and requeue its job; None without SLURM."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return (
+        environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    )

@@ -9,9 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.trainer.connectors import signal_connector
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, Killed, die
+from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.optim import LOZO, MeZO, NonFiniteLossError
 
 pytestmark = AS_EXPECTED
@@ -64,6 +67,40 @@ def test_a_run_that_was_told_to_stop_goes_on(
     validated = stopped.watch.validated | resumed.watch.validated
     assert validated == whole.watch.validated
     assert stopped.watch.batches + resumed.watch.batches == whole.watch.batches
+
+
+@pytest.mark.parametrize("at", [4, 5, (6, 1)], ids=str)
+def test_a_job_that_slurm_requeues_goes_on(
+    make_run: Any, make_whole: Any, monkeypatch: pytest.MonkeyPatch, at: Any
+) -> None:
+    """Lightning would save in the middle of a step, or of a validation, and go on in that state."""
+    called: list[list[str]] = []
+
+    def requeue(command: list[str]) -> None:
+        called.append(command)
+        die()
+
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(signal_connector, "call", requeue)
+
+    def slurm(**options: Any) -> Any:
+        environment = SLURMEnvironment()
+        monkeypatch.setattr(environment, "global_rank", lambda: 0)
+        return make_run(**options, plugins=[AtomicCheckpointIO(), environment])
+
+    options = EVERY_6 | {"method": partial(MeZO, lr=0.05, num_queries=2)}
+    stopped = slurm(**options)
+    in_validation = isinstance(at, tuple)
+    (stopped.module.in_validation if in_validation else stopped.module.in_step).at[at] = partial(kill, signal.SIGUSR1)
+    with pytest.raises(Killed):
+        stopped.fit()
+    assert called == [["scontrol", "requeue", "17"]]
+    step = at[0] if in_validation else at + 1
+    assert stopped.trainer.global_step == step
+    resumed, whole = slurm(**options).fit("hpc"), make_whole(**options)
+    assert min(resumed.watch.grads) == step + 1
+    resumed.assert_ends_as(whole)
+    assert stopped.watch.validated | resumed.watch.validated == whole.watch.validated
 
 
 def test_an_epoch_ends_once(make_run: Any) -> None:

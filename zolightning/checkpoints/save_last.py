@@ -34,6 +34,7 @@ from zolightning.training_loop import (
     is_at_end_of_batch,
     is_validation_next,
     may_exchange_weights,
+    requeue_signal,
     validate,
 )
 
@@ -161,7 +162,7 @@ class SaveLast(ModelCheckpoint):
         self._saved_at = time.monotonic()
         self._stopping = 0
         self._is_training = True
-        self._signal.listen()
+        self._signal.listen(requeue_signal(trainer))
         self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
         self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()), is_over=epoch.is_next)
         if self._resumed and not find_callbacks(trainer, KeepLedger):
@@ -193,7 +194,8 @@ class SaveLast(ModelCheckpoint):
             return
         steps, minutes = self.every_n_train_steps, self.every_n_minutes
         is_over = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        self._stopping, is_time = largest_of_ranks(trainer, self._signal.number, is_over)
+        listened = self._signal.number, self._signal.is_requeued
+        self._stopping, is_requeued, is_time = largest_of_ranks(trainer, *listened, is_over)
         is_step = steps is not None and trainer.global_step % steps == 0
         # Not at the end of training, when Lightning has counted an unfinished epoch as a finished one.
         is_last_step = trainer.should_stop or trainer.global_step == trainer.max_steps
@@ -202,6 +204,8 @@ class SaveLast(ModelCheckpoint):
             self._generators_before = generators_of_all_ranks(trainer)
         if self._stopping or ((is_time or is_step or is_last_step) and not validation_due):
             self._save(trainer, validation_due)
+        if is_requeued:
+            self._signal.requeue()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _has_steps_left(trainer):
@@ -216,6 +220,10 @@ class SaveLast(ModelCheckpoint):
             self._stopping = self._signal.number
             self._save(trainer, validation_due=True)
             self._stop_here(trainer)
+        if self._signal.is_requeued and is_here:
+            self._validation_due = True
+            self._signal.requeue()
+            self._validation_due = False
 
     def _validation_ends(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not is_accumulating(trainer):

@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C as requests to stop after the current step."""
+"""Handles SIGTERM and Ctrl-C as requests to stop after the current step, and SLURM's signal to requeue likewise."""
 
 import os
 import signal
@@ -15,18 +15,34 @@ class StopSignal:
     """Records a signal instead of letting it end the process.
 
     Attributes:
-        number: number of the last signal since :meth:`listen`; 0 if there was none.
+        number: number of the last signal since :meth:`listen` that stops the run; 0 if there was none.
+        is_requeued: whether :meth:`requeue` is to be called, after a signal to save and requeue the job.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.is_requeued = False
         self._handlers: dict[signal.Signals, Any] = {}
+        self._requeue: signal.Signals | None = None
 
-    def listen(self) -> None:
-        """Starts recording signals; only in the main thread of a process."""
-        self.number = 0
+    def listen(self, requeue: signal.Signals | None = None) -> None:
+        """Starts recording signals; only in the main thread of a process.
+
+        Args:
+            requeue: the signal that Lightning answers by saving a checkpoint and requeueing the job of a cluster: at
+                once, in the middle of an update.
+        """
+        self.number, self.is_requeued, self._requeue = 0, False, requeue
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            numbers = _SIGNALS if requeue is None else (*_SIGNALS, requeue)
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
+
+    def requeue(self) -> None:
+        """Does what the signal to requeue asked for."""
+        self.is_requeued = False
+        handler = self._handlers.get(self._requeue) if self._requeue is not None else None
+        if callable(handler):  # not with several ranks where this one's is the default
+            handler(self._requeue, None)
 
     def ignore(self) -> None:
         """Restores the handlers from before :meth:`listen`."""
@@ -34,6 +50,9 @@ class StopSignal:
             signal.signal(*self._handlers.popitem())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == self._requeue:
+            self.is_requeued = True
+            return
         self.number = number
         if number == signal.SIGINT:
             # Not with `print`, which the signal may have interrupted.
