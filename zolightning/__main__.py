@@ -85,10 +85,7 @@ def _advice(error: BaseException) -> str | None:
         if isinstance(cause, UnpicklingError):
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""
-            return (
-                f"`ckpt_path` holds something other than tensors and plain values{what} and was not loaded: if you "
-                "trust its source, set `weights_only` to false."
-            )
+            return f"`ckpt_path` holds something other than tensors and plain values{what} and was not loaded."
         if isinstance(cause, KeyError) and cause.args == ("pytorch-lightning_version",):
             return "`ckpt_path` is a file of torch's, but not a Trainer's checkpoint: it does not say what was trained."
         if isinstance(cause, DistNetworkError) and "EADDRINUSE" in str(cause):

@@ -47,7 +47,7 @@ def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method.num_queries", 3], "`num_queries` is 3, there 1"),
+        (["--method.num_queries", 3], "`num_queries` is 3, was 1"),
         (["--method", "LOZO"], "written by MeZO, but this run trains with LOZO"),
         (["--trainer.precision", "32-true"], "`trainer.precision` is '32-true', but the checkpoint's run has"),
     ],

@@ -113,8 +113,9 @@ def test_a_signal_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+    before = signal.getsignal(signal.SIGTERM)
     assert seeds._run([]) == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(

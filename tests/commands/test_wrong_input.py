@@ -245,7 +245,7 @@ def test_wrong_options_take_one_line(
             b"method: {class_path: MeZO, lr: 1}",
             "`method` has `lr` next to `class_path`: settings of a class go under `in",
         ),
-        (b"data: {class_path: PromptDataModule, batch_size: 3}", "`data` has `batch_size` beside `class_path`: "),
+        (b"data: {class_path: PromptDataModule, batch_size: 3}", "`data` has `batch_size` next to `class_path`: "),
         (b"method: [", "is not YAML: while parsing a flow node"),
         (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
         (b"trainer: {}\nmethod: MeZO\ntrainer: {}\n", "is not YAML: `trainer` is given twice, in lines 1 and 3."),
