@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -286,7 +286,8 @@ class ZerothOrderCLI(LightningCLI):
         if best:
             print(f"export:       zolightning export {config} --ckpt_path {quote(best)} --folder NEW_FOLDER")
         ledgers = [callback.path for callback in find_callbacks(self.trainer, KeepLedger)]
-        if ledgers and ledgers[0] is not None:
+        averages = find_callbacks(self.trainer, WeightAveraging)  # the run ends at an average, of which no ledger knows
+        if ledgers and ledgers[0] is not None and not averages:
             print(f"replay:       zolightning replay {config} --ledger {quote(str(ledgers[0]))} --output NEW_FOLDER")
         if Path(folder, "checkpoints/last.ckpt").is_file():
             print(f"train longer: zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
