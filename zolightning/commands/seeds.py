@@ -83,6 +83,8 @@ def _check(subcommand: str, config: Namespace) -> None:
     ):
         if value is not None:
             raise ValueError(f"`{name}` is {value}, but `seeds` gives each run its own. Leave one of them out.")
+    if config.trainer.fast_dev_run:
+        raise ValueError("`trainer.fast_dev_run` keeps no results, but `seeds` reports them. Leave one of them out.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("`seeds` starts processes itself: use `trainer.devices` in place of torchrun.")
 
