@@ -1,5 +1,7 @@
 """Checkpoints that leave out frozen weights: what they hold, that they load as whole ones do, and what is refused."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -119,6 +121,37 @@ def test_what_an_earlier_fit_or_checkpoint_trained_is_saved(
         assert {name.split(".")[3] for name in names} == ({"1"} if layers == [1] else {"0", "1"})
         again = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
         assert_equal(again.state_dict(), {name: module.state_dict()[name] for name in again.state_dict()})
+
+
+def test_what_was_loaded_or_written_before_an_adapter_is_saved(
+    fit: Fit, folder: str, tmp_path: Path, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    fit("whole.ckpt", callbacks=[TrainLayers([1])])
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "whole.ckpt", weights_only=True, save_frozen=False)
+    written = CausalLM(folder, save_frozen=False)
+    with torch.no_grad():
+        written.get_parameter("model.model.layers.1.mlp.up_proj.weight").mul_(2)
+    data = PromptDataModule("sentiment", num_train=16, num_validation=8, num_test=8, batch_size=4)
+    make_trainer().validate(written, data, verbose=False)
+    for weight in written.state_dict().values():
+        weight.copy_(weight)  # as strategies of several processes do, from rank 0
+    for module in (loaded, written):
+        callbacks = [ZerothOrder(partial(MeZO, lr=0.1)), TrainLayers([1], part=LoRA())]
+        trainer = make_trainer(max_steps=2, callbacks=callbacks)
+        trainer.fit(module, data)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        again = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+        assert_equal(again.state_dict(), {name: module.state_dict()[name] for name in again.state_dict()})
+    assert len(torch.load(tmp_path / "run.ckpt", weights_only=True)["frozen_weights"]) == 20  # all but one
+
+
+def test_weights_that_a_run_replaces_do_not_stay_in_memory(folder: str, make_trainer: Callable[..., L.Trainer]) -> None:
+    module = CausalLM(folder, quantization="int8", save_frozen=False)
+    replaced = weakref.ref(module.get_parameter("model.model.layers.1.mlp.up_proj.weight"))
+    callbacks = [ZerothOrder(partial(MeZO, lr=0.1)), TrainLayers([1])]
+    make_trainer(max_steps=1, callbacks=callbacks).fit(module, PromptDataModule("sentiment", batch_size=4))
+    gc.collect()
+    assert replaced() is None
 
 
 def test_other_weights_are_refused(fit: Fit, folder: str, tmp_path: Path) -> None:

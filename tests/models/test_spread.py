@@ -14,7 +14,7 @@ from accelerate import dispatch_model
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks import KeepLedger, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import KeepLedger, LinearProbing, SubspaceResampling, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM
 from zolightning.models.spread import keep_in_place, refuse_misplaced
@@ -129,6 +129,9 @@ def test_what_does_not_work_is_refused(folder: str, data: PromptDataModule, make
         make_trainer(max_steps=1, callbacks=frozen).fit(spread, data)
     with pytest.raises(MisconfigurationException, match=r"no ledger can begin with .* Set `keep_ledger` to False"):
         make_trainer(max_steps=1, callbacks=[*frozen, KeepLedger()], inference_mode=False).fit(spread, data)
+    head = CausalLM(folder, device_map=ON_DISK | {"lm_head": "disk"}, save_frozen=False)
+    with pytest.raises(MisconfigurationException, match=r"`linear_probing` is given, but .* leaves the head"):
+        make_trainer(max_steps=1, callbacks=[*frozen, LinearProbing()], inference_mode=False).fit(head, data)
     with pytest.raises(MisconfigurationException, match="they cannot be quantised"):
         CausalLM(folder, device_map=ON_DISK, quantization="int8")
     with pytest.raises(MisconfigurationException, match="no checkpoint can be loaded into them"):

@@ -52,8 +52,8 @@ class LinearProbing(Callback):
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
-        MisconfigurationException: when training starts, if the module cannot be probed, its weights are sharded, it has
-            an adapter, with which no head is saved, or answers are numbers or free text.
+        MisconfigurationException: when training starts, if the module cannot be probed, its weights are sharded or its
+            head is offloaded, it has an adapter, with which no head is saved, or answers are numbers or free text.
 
     Example::
 
@@ -87,6 +87,12 @@ class LinearProbing(Callback):
             raise MisconfigurationException(
                 "`linear_probing` is given, which fits a row of the head for each class, but the head of `model` "
                 "predicts a number (`num_classes` 1). Leave `linear_probing` out."
+            )
+        weight = getattr(getattr(pl_module, "head", None), "weight", None)
+        if weight is not None and weight.is_meta:
+            raise MisconfigurationException(
+                "`linear_probing` is given, but `model.device_map` leaves the head, or the embeddings it is tied to, "
+                "in the host's memory or on the disk, where it cannot be changed. Keep it on a device."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(

@@ -1,6 +1,6 @@
 """Checkpoints without the frozen weights of a pretrained network, which ``model_name`` has anyway."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.checkpoints.weights_digest import digests
-from zolightning.directions.shards import whole
+from zolightning.directions.shards import is_sharded, whole
 from zolightning.messages import some
 from zolightning.network.head import belongs_to_head
 
@@ -28,23 +28,33 @@ class FrozenWeights:
     """
 
     def __init__(self, network: "PreTrainedModel", has_new_head: bool) -> None:
-        self._loaded = [  # not by name, which adapters change
-            tensor for name, tensor in _tensors(network) if not (has_new_head and belongs_to_head(network, name))
+        self._loaded = [  # not by name, which adapters change; with the number of writes to each so far
+            (tensor, _version(tensor))
+            for name, tensor in _tensors(network)
+            if not (has_new_head and belongs_to_head(network, name))
         ]
         self._digests: dict[str, str] | None = None
-        self._replaced: set[str] = set()
 
-    def replaced(self, names: Iterable[str]) -> None:
-        """Notes that weights of these names are no longer as they were loaded, unless :meth:`remember` was called."""
-        if self._digests is None:
-            self._replaced.update(names)
+    def forget_written(self) -> None:
+        """Forgets weights that were written to in place; later writes are a strategy's or a checkpoint's, of the same.
+
+        To be called before a strategy sends the weights of rank 0 to the others.
+        """
+        self._loaded = [(tensor, None) for tensor, version in self._loaded if version in (None, _version(tensor))]
+
+    def loads(self, module: nn.Module, names: Collection[str]) -> None:
+        """Forgets weights of these names, which a checkpoint replaces, unless :meth:`remember` was called."""
+        self.forget_written()
+        gone = {id(tensor) for name, tensor in _tensors(module) if name in names}
+        self._loaded = [entry for entry in self._loaded if id(entry[0]) not in gone]
 
     def remember(self, module: nn.Module) -> None:
         """Takes the digests of the weights that do not train in the first fit, before it changes or shards them."""
         if self._digests is None:
-            loaded = {id(tensor) for tensor in self._loaded}
+            loaded = {id(tensor) for tensor, _ in self._loaded}
             frozen = {name: t for name, t in _tensors(module) if id(t) in loaded and not t.requires_grad}
-            self._digests = _digests({name: t for name, t in frozen.items() if name not in self._replaced})
+            self._digests = _digests(frozen)
+            self._loaded = []  # what sharding or a scope replaces is not to stay in memory
 
     def leave_out(self, checkpoint: dict[str, Any]) -> None:
         """Removes what did not train and has not changed since :meth:`remember` from a checkpoint's weights."""
@@ -62,11 +72,11 @@ def put_back(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         ValueError: if they are not those that were left out.
     """
     left_out, own = checkpoint.get(_KEY, {}), dict(_tensors(module))
-    found = {
-        name: whole(own[name].detach()).to(getattr(torch, dtype.removeprefix("torch.")))
-        for name, (dtype, _) in left_out.items()
-        if name in own
-    }
+    found = {}
+    for name, (dtype, _) in left_out.items():
+        if name in own:
+            place = "cpu" if is_sharded(own[name]) else own[name].device  # a device has no room for all whole ones
+            found[name] = whole(own[name].detach()).to(place, getattr(torch, dtype.removeprefix("torch.")))
     different = set(left_out) - set(found)
     for name, digest in _digests(found).items():
         if digest != (saved := left_out[name][1]) and _OFFLOADED not in (digest, saved):
@@ -74,7 +84,8 @@ def put_back(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if different:
         raise ValueError(
             f"`ckpt_path` leaves out {len(left_out)} frozen weights (`save_frozen` was False), and {len(different)} "
-            f"of this model are different from them ({some(sorted(different))}): `model_name` must be that of the run."
+            f"of this model are different from them ({some(sorted(different))}): `model_name` must be that of the run, "
+            "and a model that was trained further must be made anew."
         )
     checkpoint["state_dict"].update(found)
 
@@ -82,6 +93,11 @@ def put_back(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     offloaded = {name: _OFFLOADED for name, tensor in tensors.items() if tensor.is_meta}
     return offloaded | digests({name: tensor for name, tensor in tensors.items() if name not in offloaded})
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place, as far as torch counts it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

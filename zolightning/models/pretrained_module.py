@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class PretrainedModule(L.LightningModule):
             (`LinearProbing`). Default: all layers.
         save_frozen: whether checkpoints hold the weights that do not train. Without them a checkpoint is as small as
             what trains, and can be loaded only where `model_name` gives the same weights, which is checked. Under
-            `zo_fsdp` it holds them all the same if a validation came before the fit.
+            `zo_fsdp` it holds them all the same if a validation came before the fit, and under `WeightAveraging` once.
     """
 
     network_class: ClassVar[str]
@@ -185,9 +186,11 @@ class PretrainedModule(L.LightningModule):
             raise MisconfigurationException(
                 "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
             )
-        if stage == "fit" and self._frozen is not None:
-            self.trainer.precision_plugin.convert_module(self)  # as Lightning does after this
-            self._frozen.remember(self)
+        if self._frozen is not None:
+            self._frozen.forget_written()
+            if stage == "fit" or isinstance(self.trainer.strategy, ModelParallelStrategy):  # which replaces weights
+                self.trainer.precision_plugin.convert_module(self)  # as Lightning does after this
+                self._frozen.remember(self)
         if stage == "predict":
             return
         if not hasattr(datamodule, "num_classes"):
@@ -261,7 +264,7 @@ class PretrainedModule(L.LightningModule):
         if any(weight.is_meta and name in checkpoint["state_dict"] for name, weight in self.named_parameters()):
             refuse_offloaded(self.model, "no checkpoint can be loaded into them")
         if self._frozen is not None:
-            self._frozen.replaced(checkpoint["state_dict"])
+            self._frozen.loads(self, checkpoint["state_dict"].keys())
         put_back(self, checkpoint)
         if self.strict_loading:
             refuse_other_weights(self, checkpoint["state_dict"])
