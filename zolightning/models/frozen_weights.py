@@ -4,7 +4,9 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from zolightning.checkpoints.weights_digest import digests
@@ -35,34 +37,37 @@ class FrozenWeights:
         ]
         self._digests: dict[str, str] | None = None
 
-    def forget_written(self) -> None:
-        """Forgets weights that were written to in place; later writes are a strategy's or a checkpoint's, of the same.
+    def setup(self, module: L.LightningModule, stage: str) -> None:
+        """Takes the digests of the weights that do not train in the first fit, before it changes or shards them.
 
-        To be called before a strategy sends the weights of rank 0 to the others.
+        To be called in each ``setup`` of the module: before a strategy sends the weights of rank 0 to the others.
         """
-        self._loaded = [(tensor, None) for tensor, version in self._loaded if version in (None, _version(tensor))]
-
-    def loads(self, module: nn.Module, names: Collection[str]) -> None:
-        """Forgets weights of these names, which a checkpoint replaces, unless :meth:`remember` was called."""
-        self.forget_written()
-        gone = {id(tensor) for name, tensor in _tensors(module) if name in names}
-        self._loaded = [entry for entry in self._loaded if id(entry[0]) not in gone]
-
-    def remember(self, module: nn.Module) -> None:
-        """Takes the digests of the weights that do not train in the first fit, before it changes or shards them."""
-        if self._digests is None:
+        self._forget_written()
+        replaces_weights = isinstance(module.trainer.strategy, ModelParallelStrategy)  # in a validation, too
+        if self._digests is None and (stage == "fit" or replaces_weights):
+            module.trainer.precision_plugin.convert_module(module)  # as Lightning does after this
             loaded = {id(tensor) for tensor, _ in self._loaded}
             frozen = {name: t for name, t in _tensors(module) if id(t) in loaded and not t.requires_grad}
             self._digests = _digests(frozen)
             self._loaded = []  # what sharding or a scope replaces is not to stay in memory
 
+    def loads(self, module: nn.Module, names: Collection[str]) -> None:
+        """Forgets weights of these names, which a checkpoint replaces, unless :meth:`setup` has taken digests."""
+        self._forget_written()
+        gone = {id(tensor) for name, tensor in _tensors(module) if name in names}
+        self._loaded = [entry for entry in self._loaded if id(entry[0]) not in gone]
+
     def leave_out(self, checkpoint: dict[str, Any]) -> None:
-        """Removes what did not train and has not changed since :meth:`remember` from a checkpoint's weights."""
+        """Removes what did not train and has not changed since :meth:`setup` from a checkpoint's weights."""
         weights, before = checkpoint["state_dict"], self._digests or {}
         offloaded = {name for name, weight in weights.items() if weight.is_meta}  # accelerate replaces these objects
         found = _digests({name: weight for name, weight in weights.items() if name in before or name in offloaded})
         unchanged = {name for name, digest in found.items() if digest in (before.get(name), _OFFLOADED)}
         checkpoint[_KEY] = {name: (str(weights.pop(name).dtype), found[name]) for name in sorted(unchanged)}
+
+    def _forget_written(self) -> None:
+        """Forgets weights that were written to in place; later a strategy or a checkpoint writes the same ones."""
+        self._loaded = [(tensor, None) for tensor, version in self._loaded if version in (None, _version(tensor))]
 
 
 def put_back(module: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -187,10 +186,7 @@ class PretrainedModule(L.LightningModule):
                 "Nothing to train: no parameter of the model has `requires_grad=True`. Check what froze them."
             )
         if self._frozen is not None:
-            self._frozen.forget_written()
-            if stage == "fit" or isinstance(self.trainer.strategy, ModelParallelStrategy):  # which replaces weights
-                self.trainer.precision_plugin.convert_module(self)  # as Lightning does after this
-                self._frozen.remember(self)
+            self._frozen.setup(self, stage)
         if stage == "predict":
             return
         if not hasattr(datamodule, "num_classes"):
