@@ -6,7 +6,6 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from torchmetrics import MeanAbsoluteError
 
 from forked_ranks import end_process, fork_ranks
 from zolightning.blocks import Bandit
@@ -28,15 +26,13 @@ from zolightning.callbacks import (
     LearningRateProbe,
     MomentumTransport,
     RunOverview,
-    SaveLast,
     SubspaceResampling,
     ZerothOrder,
 )
 from zolightning.checkpoints.replay import replay
-from zolightning.models.pretrained_module import Evaluation, PretrainedModule
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, MeZOAdam
 from zolightning.optim.estimators import OneSided, PerExample, Population
-from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
+from zolightning.strategies import ZerothOrderDDP
 
 STEPS, BATCH = 10, 8
 INPUTS = torch.randn(STEPS * BATCH, 4, generator=torch.Generator().manual_seed(1))
@@ -224,95 +220,6 @@ def train_with_lightnings_sampler(ranks: int, folder: Path) -> None:
     torch.save(left, folder / f"sampler-{trainer.global_rank}-of-{ranks}.pt")
 
 
-class Batches:
-    """Batches of a rank, which go on where a checkpoint was written."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.batches, self.next = list(loader(rank, ranks)), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        while self.next < len(self.batches):
-            self.next += 1
-            yield self.batches[self.next - 1]
-        self.next = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.next = state["next"]
-
-
-class Averaging(Module):
-    """Logs in the ways that an epoch sums up over ranks; some of it in its first two batches only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.error = MeanAbsoluteError()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        self.error(self.net(batch[0]), batch[1])
-        self.log("error", self.error, on_step=False, on_epoch=True)
-        for reduced in ("mean", "max", "sum"):
-            self.log(reduced, loss, on_step=False, on_epoch=True, reduce_fx=reduced, sync_dist=True)
-            if batch_idx < 2:
-                self.log(f"early_{reduced}", loss, on_step=False, on_epoch=True, reduce_fx=reduced, sync_dist=True)
-        return loss
-
-
-def train_in_two_parts(ranks: int, folder: Path) -> None:
-    """What an epoch logs in which a run stops, and in which it does not."""
-    logged = {}
-    for name, parts in (("whole", (STEPS,)), ("in two parts", (4, STEPS))):
-        for steps in parts:
-            trainer = make_trainer(
-                ranks,
-                [ZerothOrder(partial(MeZO, lr=1e-2)), SaveLast(folder / name)],
-                ZerothOrderDDP(),
-                enable_checkpointing=True,
-                max_steps=steps,
-            )
-            path = None if steps == parts[0] else folder / name / "last.ckpt"
-            trainer.fit(Averaging(), Batches(trainer.global_rank, ranks), ckpt_path=path)
-        logged[name] = dict(trainer.callback_metrics)
-    torch.save(logged, folder / f"logged-{trainer.global_rank}-of-{ranks}.pt")
-
-
-class Means(L.LightningModule):
-    """Logs the mean of the ones in a batch: as anybody does, and as a module of the package does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers, self.metrics = nn.ModuleList(nn.Linear(1, 1) for _ in range(2)), nn.ModuleDict()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("own", batch.mean(), batch_size=len(batch), sync_dist=True)
-        PretrainedModule._evaluation_step(self, {"label": batch}, "val")
-
-    def evaluate(self, batch: Any) -> Evaluation:
-        return Evaluation(batch["label"].mean(), torch.tensor(len(batch["label"])), batch["label"])
-
-    def prediction(self, scores: Tensor) -> Tensor:
-        return scores
-
-    def means(self, batch: Any, scores: Tensor) -> dict[str, float]:
-        return {"reward": batch["label"].mean().item()}
-
-
-def validate_uneven_parts(folder: Path) -> None:
-    """Two ranks with three and with two examples."""
-    logged = {}
-    for name, strategy in (("ddp", "ddp"), ("zo_ddp", ZerothOrderDDP()), ("zo_fsdp", ZerothOrderFSDP())):
-        trainer = make_trainer(2, [], strategy, limit_val_batches=1, use_distributed_sampler=False)
-        ones = torch.ones(3 - trainer.global_rank)
-        (logged[name],) = trainer.validate(Means(), DataLoader([ones], batch_size=None), verbose=False)
-    torch.save(logged, folder / f"means-{trainer.global_rank}-of-2.pt")
-
-
 def refuse(folder: Path) -> None:
     """Runs that end before the first step."""
     module = Module()
@@ -340,9 +247,6 @@ def main(folder: Path) -> None:
         def run(ranks: int = ranks, names: list[str] = names) -> None:
             for name in names:
                 train(name, ranks, folder)
-            if ranks == 2:
-                train_in_two_parts(ranks, folder)
-                validate_uneven_parts(folder)
             if ranks < 4:
                 train_with_lightnings_sampler(ranks, folder)
             else:

@@ -104,15 +104,18 @@ def logged_once(
     Yields a function that evaluates `loss_fn`, or another loss given to it, and the names that were logged.
     """
     is_logging = evaluator.leaves_more = False
-    logged: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    logged: dict[str | int, tuple[str, tuple[Any, ...], dict[str, Any]]] = {}
     names: set[str] = set()
 
     def log(name: str, *args: Any, **kwargs: Any) -> None:
         if is_logging:
             names.add(name)
+            is_of_epoch = bool(kwargs.get("on_epoch", any(args[4:5])))
+            evaluator.leaves_more |= is_of_epoch
+            # Ranks exchange one value a step: the last of their micro-batches', whose numbers may differ
+            key = name if kwargs.get("sync_dist") and not is_of_epoch else len(logged)
             # The module may go on to write to a tensor that it logs
-            logged.append((name, *map_tensors(torch.clone, (args, kwargs))))
-            evaluator.leaves_more |= bool(kwargs.get("on_epoch", any(args[4:5])))
+            logged[key] = (name, *map_tensors(torch.clone, (args, kwargs)))
 
     def evaluate(loss: LossFunction = loss_fn) -> LossOutput:
         nonlocal is_logging
@@ -124,7 +127,7 @@ def logged_once(
 
     with replaced(module, "log", log):
         yield evaluate, names
-    for name, args, kwargs in logged:
+    for name, args, kwargs in logged.values():
         log_again(module.log, name, *args, **kwargs)
 
 

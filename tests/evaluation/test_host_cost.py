@@ -338,7 +338,7 @@ def test_what_a_small_step_under_lightning_costs_the_host(
 
         def loss(self, inputs: Tensor) -> Tensor:
             loss = self.net(inputs).square().mean()
-            self.log("train/first", loss)
+            self.log("train/first", loss, sync_dist=True)
             return loss
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

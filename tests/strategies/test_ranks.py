@@ -118,23 +118,6 @@ def test_zo_ddp_does_what_ddp_does_with_a_bare_module(results: Results) -> None:
     assert_same_weights(stock["weights"], bare["weights"])
 
 
-def test_an_epoch_in_which_a_run_stops_logs_what_all_ranks_saw(results: Results) -> None:
-    for rank in (0, 1):
-        logged = results["logged", rank, 2]
-        assert logged["whole"].keys() >= {"error", "mean", "max", "sum", "early_mean", "early_max", "early_sum"}
-        for name, value in logged["whole"].items():
-            assert logged["in two parts"][name].item() == pytest.approx(value.item()), name
-
-
-def test_means_over_ranks_are_of_all_examples_though_lightning_rounds_their_number_down(results: Results) -> None:
-    """To 5 // 2 for each of two ranks, so that the mean of ones is 1.25."""
-    for rank in (0, 1):
-        for strategy, logged in results["means", rank, 2].items():
-            if strategy == "ddp":
-                del logged["own"]  # somebody else's module under a strategy of Lightning's
-            assert set(logged.values()) == {1.0}, strategy
-
-
 def test_lightnings_sampler_gives_a_group_the_same_rows_and_validation_other_ones(results: Results) -> None:
     first, second, one = (results["sampler", rank, ranks] for rank, ranks in ((0, 2), (1, 2), (0, 1)))
     assert torch.equal(first["rows"], one["rows"]) and torch.equal(second["rows"], one["rows"])

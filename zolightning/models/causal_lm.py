@@ -157,8 +157,10 @@ class CausalLM(LanguageModel):
         """The loss is minus the mean reward of the texts that the model writes, which has no gradient."""
         rewards = rewards_of(reward, self.generate(batch, generation), batch["references"])
         values = torch.tensor(rewards, dtype=torch.float32, device=self.device)
-        self.log("train/reward", values.mean(), on_step=True, prog_bar=True)
+        self.log("train/reward", values.mean(), on_step=True, prog_bar=True, sync_dist=True)
         if (failures := getattr(reward, "failures", None)) is not None:  # in all evaluations of the run so far
-            self.log("train/failed_rewards", float(sum(failures.values())), on_step=True)
+            self.log(
+                "train/failed_rewards", float(sum(failures.values())), on_step=True, reduce_fx="sum", sync_dist=True
+            )
         count = torch.full_like(values[0], len(rewards))
         return {"loss": -values.mean(), "num_terms": count}

@@ -220,10 +220,11 @@ class PretrainedModule(L.LightningModule):
         """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
         loss, num_terms, scores = self.evaluate(batch)
         if self.automatic_optimization:
-            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         if batch["objective"] in ("classification", "accuracy"):
             accuracy = self.right(batch, scores).mean()
-            self.log("train/accuracy", accuracy, on_step=True)  # in the progress bar, every step would wait for it
+            # In the progress bar, every step would wait for it
+            self.log("train/accuracy", accuracy, on_step=True, sync_dist=True)
             if batch["objective"] == "accuracy":
                 loss = 1 - accuracy
         return {"loss": loss, "num_terms": num_terms}
