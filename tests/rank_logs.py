@@ -128,11 +128,11 @@ def train_on_unlike_parts(folder: Path) -> None:
     for name, strategy in strategies.items():
         size = 1 if name == "parts" else None
         callbacks = [] if name == "ddp" else [ZerothOrder(partial(MeZO, lr=1e-2), micro_batch_size=size)]
-        trainer = make_trainer(2, callbacks, strategy, max_steps=2, use_distributed_sampler=False)
+        trainer = make_trainer(2, callbacks, strategy, max_steps=3, use_distributed_sampler=False)
         rows = 2 - trainer.global_rank if name == "parts" else 2
         module = Means()
         module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=0.1)
-        trainer.fit(module, DataLoader([torch.full((rows,), float(trainer.global_rank))], batch_size=None))
+        trainer.fit(module, DataLoader([torch.full((rows,), float(trainer.global_rank))] * 3, batch_size=None))
         logged[name] = {key: value.item() for key, value in trainer.callback_metrics.items() if "train" in key}
     torch.save(logged, folder / f"trained-{trainer.global_rank}.pt")
 

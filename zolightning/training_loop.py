@@ -34,8 +34,10 @@ def _has_logged_again(log: Any, name: str, value: Any = None, *args: Any, **opti
     known = results.get(key := f"{hook}.{name}")
     if known is None or known.meta.on_epoch or trainer._logger_connector.should_reset_tensors(hook):
         return False
-    settings = vars(known.meta) | {"sync_dist": known.meta.sync.should}
-    if any([settings.get(option) != given for option, given in options.items()]):
+    is_synced = options.pop("sync_dist", False) and trainer._accelerator_connector.is_distributed
+    if is_synced != known.meta.sync.should:
+        return False
+    if any([getattr(known.meta, option, None) != given for option, given in options.items()]):
         return False
     results.update_metrics(key, value.detach().squeeze(), batch_size=1)
     return True
