@@ -13,8 +13,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from zolightning.callbacks import ActivationBases, RunOverview, SubspaceResampling, ZerothOrder
+from zolightning.blocks import RandomPermutation
+from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.callbacks.run_overview import refuse_too_large
 from zolightning.memory import MemoryPlan
 from zolightning.optim import LOZO, MeZO
@@ -42,6 +44,13 @@ def fit(
         return EventAccumulator(logger.log_dir).Reload()
 
     return run
+
+
+def hyperparameters(events: EventAccumulator) -> dict[str, Any]:
+    """Of TensorBoard's table."""
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()}
 
 
 def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -86,8 +95,31 @@ def test_its_time_is_when_the_fit_began(fit: Callable[..., EventAccumulator]) ->
 
 def test_backpropagation(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    fit()
+    events = fit()
     assert any("backpropagation by SGD, lr 0.1" in message for message in caplog.messages)
+    assert hyperparameters(events).items() >= {"method": "SGD", "method.lr": 0.1, "trainable": 31}.items()
+
+
+def test_what_runs_are_compared_by(fit: Callable[..., EventAccumulator]) -> None:
+    """Also without a best score."""
+    blocks = BlockCoordinateDescent(RandomPermutation(), interval=3, blocks_per_step=2, patterns=["net.0", "net.3"])
+    found = hyperparameters(fit(ZerothOrder(partial(LOZO, lr=0.5, rank=1)), SubspaceResampling(interval=2), blocks))
+    expected = {
+        "method": "LOZO",
+        "method.lr": 0.5,
+        "method.rank": 1,
+        "method.noise": "gaussian",
+        "resampling.interval": 2,
+        "blocks.order": "RandomPermutation",
+        "blocks.interval": 3,
+        "blocks.blocks_per_step": 2,
+        "cuda_graphs": False,
+        "precision": "32-true",
+        "max_steps": 4,
+        "trainable": 31,
+    }
+    assert found.items() >= expected.items()
+    assert not {"class", "method.class", "scope", "task", "resampling.bases"} & found.keys()
 
 
 class Demanding(MeZO):

@@ -100,8 +100,8 @@ class RunOverview(Callback):
         best = next(iter(find_callbacks(trainer, ModelCheckpoint)), None)
         score = None if best is None else best.best_model_score
         metrics = {} if best is None or score is None else {f"best/{best.monitor}": float(score)}
-        for logger in tensorboards(trainer):
-            logger.log_hyperparams(self._settings, metrics, trainer.global_step)
+        for logger in tensorboards(trainer):  # which writes nothing for an empty dictionary
+            logger.log_hyperparams(self._settings, metrics or None, trainer.global_step)
 
 
 def _log_by_forward_passes(trainer: L.Trainer, metrics: Mapping[str, Any]) -> None:
