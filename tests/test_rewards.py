@@ -59,6 +59,13 @@ def test_a_pattern_without_a_reference() -> None:
     assert reward("six", []) == 1
 
 
+def test_a_pattern_for_a_reference_that_a_row_has_not() -> None:
+    reward = Pattern("is {reference}")
+    reward.check(["42"])
+    with pytest.raises(ValueError, match=r"the pattern 'is \{reference\}' needs a reference, but the row has none"):
+        reward.check([])
+
+
 def test_a_pattern_that_is_none() -> None:
     with pytest.raises(ValueError, match=r"`pattern` is not a regular expression: .*unterminated"):
         Pattern("(a|b")

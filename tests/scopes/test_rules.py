@@ -1,5 +1,7 @@
 """Rules on profiles written by hand."""
 
+from itertools import product
+
 import pytest
 
 from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint, LayerStatistics
@@ -16,8 +18,10 @@ def profile(*maxima: float, median: float = 1.0) -> ActivationProfile:
     [
         (Absolute(), [100.0, 100.1, 900.0], 1),
         (Absolute(1000.0), [100.0, 100.1, 900.0], None),
+        (Absolute(0.5), [0.4, 0.6], 1),
         (RatioToMedian(), [999.0, 1000.0, 5000.0], 1),
         (RatioToMedian(2000.0), [999.0, 1000.0], None),
+        (RatioToMedian(0.5), [0.4, 0.6], 1),
         (Both(Absolute(3000.0), RatioToMedian()), [999.0, 1000.0, 5000.0], 2),
         (Both(Absolute(), RatioToMedian(9000.0)), [999.0, 1000.0, 5000.0], None),
         (Jump(), [1.0, 4.9, 24.0, 24.0], None),
@@ -55,8 +59,13 @@ def test_no_rule_fires() -> None:
         select(profile(1.0, 2.0), [Absolute(50.0)])
 
 
-@pytest.mark.parametrize("make", [Absolute, RatioToMedian, Jump])
-@pytest.mark.parametrize("value", [-1.0, 0, float("nan"), float("inf"), "5", True])
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        *product([Absolute, RatioToMedian, Jump], [-1.0, 0, float("nan"), float("inf"), "5", True]),
+        (Jump, 1.0),
+    ],
+)
 def test_values_out_of_range(make: type[Rule], value: object) -> None:
     with pytest.raises(ValueError, match=r"`(threshold|ratio)` must be a number above [01], got"):
         make(value)
