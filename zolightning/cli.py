@@ -6,12 +6,12 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -43,12 +43,13 @@ from zolightning.commands.checks import (
 )
 from zolightning.commands.leave_as_found import LeaveAsFound
 from zolightning.commands.metrics_files import MetricsFiles
+from zolightning.commands.next_commands import next_commands
 from zolightning.commands.options import CLASS_DEFAULTS, LOGS, SEED, TRAINER_DEFAULTS, add_options
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.seeds import run_seeds
 from zolightning.commands.slots import slot_callbacks, trial
 from zolightning.commands.trainer import Trainer
-from zolightning.partners import callbacks_of, find_callbacks
+from zolightning.partners import callbacks_of
 from zolightning.scopes.scope import Scope, refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
 from zolightning.versions import installed_version
@@ -276,21 +277,10 @@ class ZerothOrderCLI(LightningCLI):
             path = best.best_model_path if best is not None else None
             results = self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, verbose=False)
             self._say("best checkpoint" if path else "last step", results)
-        self._say_how_to_go_on()
-
-    def _say_how_to_go_on(self) -> None:
-        folder, best = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if folder is None or not self.trainer.is_global_zero or not self.trainer.loggers:
-            return
-        config = f"--config {quote(str(Path(folder) / 'config.yaml'))}"
-        if best:
-            print(f"export:       zolightning export {config} --ckpt_path {quote(best)} --folder NEW_FOLDER")
-        ledgers = [callback.path for callback in find_callbacks(self.trainer, KeepLedger)]
-        averages = find_callbacks(self.trainer, WeightAveraging)  # the run ends at an average, of which no ledger knows
-        if ledgers and ledgers[0] is not None and not averages:
-            print(f"replay:       zolightning replay {config} --ledger {quote(str(ledgers[0]))} --output NEW_FOLDER")
-        if Path(folder, "checkpoints/last.ckpt").is_file():
-            print(f"train longer: zolightning fit {config} --ckpt_path last --trainer.max_steps MORE", flush=True)
+        commands = next_commands(self.trainer, self.model)  # on every rank, as it asks for the folder
+        if self.trainer.is_global_zero:
+            for what, words in commands.items():
+                print(f"{f'{what}:':13} {words}", flush=True)
 
     def _say(self, when: str, of_loaders: Sequence[Mapping[str, float]], where: str = "") -> None:
         metrics = {name: value for metrics in of_loaders for name, value in metrics.items()}

@@ -16,7 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from zolightning.blocks import RandomPermutation
-from zolightning.callbacks import ActivationBases, BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
+from zolightning.callbacks import (
+    ActivationBases,
+    BlockCoordinateDescent,
+    KeepLedger,
+    RunOverview,
+    SubspaceResampling,
+    ZerothOrder,
+)
 from zolightning.callbacks.run_overview import refuse_too_large
 from zolightning.memory import MemoryPlan
 from zolightning.optim import LOZO, MeZO
@@ -56,7 +63,7 @@ def hyperparameters(events: EventAccumulator) -> dict[str, Any]:
 def test_overview(fit: Callable[..., EventAccumulator], caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     caplog.set_level("INFO")
     best = ModelCheckpoint(tmp_path / "best", monitor="val/loss", mode="max")
-    events = fit(ZerothOrder(partial(MeZO, lr=0.5, momentum=0.9, num_queries=3)), best)
+    events = fit(ZerothOrder(partial(MeZO, lr=0.5, momentum=0.9, num_queries=3)), best, KeepLedger(tmp_path))
     first_words = next(message for message in caplog.messages if message.startswith("method"))
     for part in (
         "MeZO, lr 0.5, ",

@@ -55,12 +55,6 @@ def test_a_run_is_replayed_from_its_folder(runs: Runs) -> None:
     assert not (runs.folder / "new").exists()
 
 
-def test_a_run_that_ends_at_an_average_is_not_said_to_be_replayed(runs: Runs) -> None:
-    """The ledger has the steps, and not the average over them."""
-    output = runs("fit", "--trainer.callbacks+", "EMAWeightAveraging", "--trainer.max_steps", 1, "--test_last", "false")
-    assert "\ntrain longer:" in output and "replay:" not in output
-
-
 def test_a_run_along_the_massive_direction_is_replayed(runs: Runs) -> None:
     """Its direction was found on calibration prompts, and is in the ledger."""
     options = {

@@ -21,6 +21,8 @@ from torch import nn
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.callbacks.zeroth_order import ZerothOrder
+from zolightning.checkpoints.keep_ledger import KeepLedger
+from zolightning.checkpoints.save_last import SaveLast
 from zolightning.memory import (
     BatchShape,
     MemoryPlan,
@@ -38,7 +40,7 @@ from zolightning.messages import in_units
 from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import settings_of
-from zolightning.partners import find_callbacks, methods_of, tensorboards
+from zolightning.partners import callbacks_of, find_callbacks, methods_of, tensorboards
 from zolightning.scopes.scope import scopes_of
 from zolightning.strategies.ranks import layout_of
 
@@ -74,7 +76,8 @@ class RunOverview(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lines = overview(trainer, pl_module)
-        if self.command is not None and "folder" in lines:
+        is_resumable = any(isinstance(callback, SaveLast | KeepLedger) for callback in callbacks_of(trainer))
+        if self.command is not None and "folder" in lines and is_resumable:
             lines["resume"] = f"zolightning fit --config {quote(lines['folder'] + '/config.yaml')} --ckpt_path last"
         width = max(map(len, lines))
         rank_zero_info("\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
