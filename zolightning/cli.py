@@ -42,9 +42,10 @@ from zolightning.commands.checks import (
     choose_monitor,
 )
 from zolightning.commands.leave_as_found import LeaveAsFound
+from zolightning.commands.loggers import name_run, put_tensorboard_first
 from zolightning.commands.metrics_files import MetricsFiles
 from zolightning.commands.next_commands import next_commands
-from zolightning.commands.options import CLASS_DEFAULTS, LOGS, SEED, TRAINER_DEFAULTS, add_options
+from zolightning.commands.options import CLASS_DEFAULTS, SEED, TRAINER_DEFAULTS, add_options
 from zolightning.commands.parser import OneLineParser
 from zolightning.commands.seeds import run_seeds
 from zolightning.commands.slots import slot_callbacks, trial
@@ -160,11 +161,12 @@ class ZerothOrderCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_groups(config, ("trainer", "model", "data", "evaluation", *self._parser(self.subcommand).callback_keys))
+        put_tensorboard_first(config)
         if self.subcommand == "fit":
             take_name(config)
         else:  # true, and of no interest where nothing is saved
             warnings.filterwarnings("ignore", "The dirpath has changed.*")
-        _name_run(config)
+        name_run(config)
         self.datamodule = self._made("data")
         choose_monitor(config, self.datamodule)
         if config.seeds:
@@ -287,23 +289,6 @@ class ZerothOrderCLI(LightningCLI):
         if self.trainer.is_global_zero and metrics:
             values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
             print(f"{when}: {values}{f' ({where})' if where else ''}", flush=True)
-
-
-def _name_run(config: Any) -> None:
-    """Names a run after its config files, unless it has a name: ``logs/sst2-mezo/version_0``.
-
-    The folder is that of ``trainer.default_root_dir`` unless the logger has one of its own.
-    """
-    logger = config.trainer.logger
-    init_args = getattr(logger, "init_args", None)
-    if init_args is not None and init_args.get("save_dir") == LOGS and config.trainer.default_root_dir is not None:
-        init_args["save_dir"] = str(config.trainer.default_root_dir)
-    if init_args is not None and str(init_args.get("save_dir")).startswith("~"):
-        # otherwise the curves would be in the home folder, and the checkpoints in a folder named `~`
-        init_args["save_dir"] = str(Path(init_args["save_dir"]).expanduser())
-    if init_args is not None and init_args.get("name") in (None, "lightning_logs"):
-        stems = [Path(str(path)).stem for path in config.get("config") or []]
-        init_args["name"] = "-".join(stems) or "run"
 
 
 def _refuse_gradients(config: Any) -> None:

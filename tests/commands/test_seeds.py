@@ -123,7 +123,7 @@ def test_a_signal_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     [
         (["--ckpt_path", "last"], "`ckpt_path` is last, but `seeds` gives each run its own."),
         (["--checkpoint.dirpath", "x"], "`checkpoint.dirpath` is x, but `seeds` gives"),
-        (["--trainer.logger", "false"], "`seeds` needs TensorBoard's logger"),
+        (["--trainer.logger", "false"], "`trainer.logger` is False, but `seeds` needs one"),
         (["--trainer.fast_dev_run", "true"], "`trainer.fast_dev_run` keeps no results, but `seeds` reports them."),
         (["--seeds", "-1"], "`seed_everything` must be at least 0"),
     ],

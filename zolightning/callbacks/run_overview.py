@@ -51,7 +51,7 @@ class RunOverview(Callback):
     * Printed: the method and its settings, the scope, how many parameters train, the memory that the run will take
       (:mod:`zolightning.memory`), the forward passes of a step, and where the run goes.
     * The same as the text ``run`` in TensorBoard, and the settings as hyperparameters, to compare runs by, with the
-      best value of the monitored metric if a ModelCheckpoint has one.
+      best value of the monitored metric if a ModelCheckpoint has one. Other loggers get the settings at the beginning.
     * The metrics of every validation, also of one before the fit, are logged under ``by_forward_passes/`` too, with the
       number of forward passes as the step, to compare methods with different numbers of evaluations.
 
@@ -86,7 +86,11 @@ class RunOverview(Callback):
         self._settings = _settings(trainer, pl_module)
         if trainer.global_step == 0:
             _log_by_forward_passes(trainer, self._validated_before)
-        for logger in tensorboards(trainer):
+        boards = tensorboards(trainer)
+        for logger in trainer.loggers:
+            if logger not in boards:
+                logger.log_hyperparams(self._settings)
+        for logger in boards:
             table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
             # From here on time counts in `metrics.json` and reports: probes before the first step are a part of the run
             logger.experiment.add_text("run", f"| | |\n|-|-|\n{table}", trainer.global_step, self._began)

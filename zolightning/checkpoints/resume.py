@@ -68,7 +68,7 @@ def is_ledger(path: Any) -> bool:
 
 def take_name(config: "Namespace") -> None:
     """Gives a run without a name that resumes another run's last step the name and the folder of that run."""
-    folder, settings = _folder_of(config.get("ckpt_path")), getattr(config.trainer.logger, "init_args", None)
+    folder, settings = _folder_of(config.get("ckpt_path")), folder_settings(config.trainer.logger)
     if folder is None or settings is None or settings.get("name") not in (None, "lightning_logs"):
         return
     settings.save_dir, settings.name = str(folder.parent.parent), folder.parent.name
@@ -87,29 +87,39 @@ def go_on_in_folder(config: "Namespace") -> bool:
     Raises:
         MisconfigurationException: if another process still trains there.
     """
-    folder, logger = _folder_of(config.get("ckpt_path")), config.trainer.logger
-    if folder is None or not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
-        return False
-    if logger.init_args.get("version") is not None:
+    folder, settings = _folder_of(config.get("ckpt_path")), folder_settings(config.trainer.logger)
+    if folder is None or settings is None or settings.get("version") is not None:
         return False
     if _versions_folder(config).resolve() != folder.parent:
-        if not _is_by_config_of(folder, logger.init_args):
+        if not _is_by_config_of(folder, settings):
             return False
-        logger.init_args.save_dir = str(folder.parents[1])
+        settings.save_dir = str(folder.parents[1])
     for file in (folder / LEDGER, folder / _FOLDER / LOCK):  # before anything in the folder is written anew
         if file.is_file() and is_written(file):
             raise MisconfigurationException(
                 f"`ckpt_path` is of a run that has not ended: another process writes {file}. Wait for it, or stop it."
             )
-    logger.init_args.version = int(folder.name.removeprefix("version_"))
+    settings.version = int(folder.name.removeprefix("version_"))
     return True
+
+
+def folder_settings(logger: Any) -> Any | None:
+    """The settings of the logger that gives a run its folder, TensorBoard's, as ``trainer.logger`` has them.
+
+    Args:
+        logger: the logger or the loggers of a run, in the form of jsonargparse or as plain values.
+    """
+    for each in logger if isinstance(logger, list) else [logger]:
+        if hasattr(each, "get") and str(each.get("class_path")).endswith("TensorBoardLogger"):
+            return each.get("init_args")
+    return None
 
 
 def _is_by_config_of(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the logger's settings are those in the config.yaml of a run's folder, which still has the run's name."""
     try:
         read = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        own = read["trainer"]["logger"]["init_args"]
+        own = folder_settings(read["trainer"]["logger"]) or {}
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         return False
     same = all(own.get(name) == settings.get(name) for name in ("save_dir", "name"))
@@ -167,7 +177,7 @@ def callback_states(path: str | Path) -> dict[str, Any]:
 
 
 def _versions_folder(config: "Namespace") -> Path:
-    settings = getattr(config.trainer.logger, "init_args", None) or {}
+    settings = folder_settings(config.trainer.logger) or {}
     return Path(settings.get("save_dir") or config.trainer.default_root_dir) / str(settings.get("name") or "")
 
 

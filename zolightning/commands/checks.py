@@ -13,6 +13,7 @@ from torch import nn
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
+from zolightning.checkpoints.resume import folder_settings
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.output import quiet
 from zolightning.models.pretrained_module import PretrainedModule
@@ -210,11 +211,10 @@ def _validated_once(
 
 
 def _folders(config: Namespace) -> Iterable[tuple[str, Path]]:
-    logger = config.trainer.logger
-    settings = logger.get("init_args") if isinstance(logger, Namespace) else None
+    settings = folder_settings(config.trainer.logger)
     candidates = {
         "trainer.default_root_dir": config.trainer.default_root_dir,
-        "trainer.logger.save_dir": settings.get("save_dir") if settings else None,
+        "trainer.logger.save_dir": settings and settings.get("save_dir"),
         "checkpoint.dirpath": config.checkpoint.dirpath,
     }
     for name, folder in candidates.items():

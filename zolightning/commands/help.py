@@ -69,7 +69,7 @@ _WORDS = {
     "trainer.devices": "how many devices, a list of which, or auto",
     "trainer.strategy": "auto, ddp, zo_ddp (sends losses only) or zo_fsdp (shards too)",
     "trainer.default_root_dir": "folder of runs: curves, config, checkpoints",
-    "trainer.logger": "logger of the curves, TensorBoard's by default; false for none",
+    "trainer.logger": "a logger beside TensorBoard's, such as WandbLogger; false: none",
     "trainer.log_every_n_steps": "steps between two points of a curve",
     "trainer.val_check_interval": "training batches between two validations",
     "checkpoint.monitor": "metric of the best checkpoint; null: the first that the task has, or val/loss",

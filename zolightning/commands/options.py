@@ -15,8 +15,12 @@ from zolightning.commands.trainer import Trainer
 
 SEED = 0
 LOGS = "logs"
+TENSORBOARD: dict[str, Any] = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": LOGS},
+}
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": LOGS}},
+    "logger": TENSORBOARD,
     "default_root_dir": LOGS,
     "log_every_n_steps": 10,
     # Validation is counted in batches across epochs, and Lightning's own two-batch check would only repeat

@@ -15,7 +15,7 @@ from zolightning.commands.tables import print_table
 from zolightning.messages import counted
 
 # Settings of where a run's files go, in which all runs differ.
-_PLACES = ("trainer.default_root_dir", "trainer.logger.", "checkpoint.dirpath", "save_last.dirpath", "ckpt_path")
+_PLACES = ("trainer.default_root_dir", "trainer.logger", "checkpoint.dirpath", "save_last.dirpath", "ckpt_path")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,7 +15,9 @@ from jsonargparse import Namespace
 
 from zolightning.checkpoints.checkpoint_io import LAST, replace_text
 from zolightning.checkpoints.ledger import LEDGER
+from zolightning.checkpoints.resume import folder_settings
 from zolightning.commands.checks import check_seed
+from zolightning.commands.loggers import renamed
 from zolightning.commands.metrics_files import METRICS, as_json
 from zolightning.commands.tables import print_table
 from zolightning.messages import counted
@@ -41,8 +43,10 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
     """
     _check(subcommand, config)
     settings = {key: value for key, value in yaml.safe_load(text).items() if key not in ("seeds", "seed_everything")}
-    init_args = settings["trainer"]["logger"]["init_args"]
-    group = _group(Path(init_args["save_dir"]) / init_args["name"], subcommand, settings)
+    loggers = settings["trainer"]["logger"]
+    own = folder_settings(loggers)
+    assert own is not None, "checked"
+    group = _group(Path(own["save_dir"]) / own["name"], subcommand, settings)
     seeds = list(dict.fromkeys(config.seeds))
     failed = {}
     for place, seed in enumerate(seeds, start=1):
@@ -53,8 +57,8 @@ def run_seeds(subcommand: str, config: Namespace, text: str) -> None:
         words = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
         if subcommand != "fit" or not _can_go_on(folder):
             words = [subcommand, "--config", str(group / _SETTINGS), "--seed_everything", str(seed)]
-            words += ["--trainer.logger.init_args.name", f"{init_args['name']}/{group.name}/{folder.parent.name}"]
-            words += ["--trainer.logger.init_args.version", "0"]
+            name = f"{own['name']}/{group.name}/{folder.parent.name}"
+            words += ["--trainer.logger", json.dumps(renamed(loggers, own["name"], name))]
             words += ["--data.init_args.seed", str(seed)] if "seed" in settings["data"].get("init_args", {}) else []
         status = _run(words)
         if status in _STOPPED:
@@ -73,13 +77,14 @@ def _check(subcommand: str, config: Namespace) -> None:
         raise ValueError(f"`seeds` is for {', '.join(_SUBCOMMANDS)}, not for {subcommand}. Leave it out.")
     for seed in config.seeds:
         check_seed(seed)
-    if not str(getattr(config.trainer.logger, "class_path", "")).endswith("TensorBoardLogger"):
-        raise ValueError("`seeds` needs TensorBoard's logger as `trainer.logger`, which gives each run a folder.")
+    own = folder_settings(config.trainer.logger)
+    if own is None:
+        raise ValueError(f"`trainer.logger` is {config.trainer.logger}, but `seeds` needs one, for each run's folder.")
     for name, value in (
         ("ckpt_path", config.ckpt_path),
         ("checkpoint.dirpath", config.checkpoint.dirpath),
         ("save_last.dirpath", config.save_last.dirpath),
-        ("trainer.logger.version", config.trainer.logger.init_args.get("version")),
+        ("trainer.logger.version", own.get("version")),
     ):
         if value is not None:
             raise ValueError(f"`{name}` is {value}, but `seeds` gives each run its own. Leave one of them out.")
