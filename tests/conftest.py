@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zolightning.kernels.compiled import _Compiler
 from zolightning.optim import (
+    BSZO,
     EGGROLL,
     GRZO,
     LOZO,
@@ -117,6 +118,19 @@ METHODS: dict[str, Method] = {
     "con-mezo": partial(ConMeZO, lr=0.02, momentum=0.5),
     "con-mezo-all": partial(
         ConMeZO, lr=0.05, momentum=0.8, angle=1.2, weight_decay=0.1, normalize=True, clip=2.0, num_queries=2
+    ),
+    "bszo": partial(BSZO, lr=0.05, prior_variance=1.0),
+    "bszo-all": partial(
+        BSZO,
+        lr=0.05,
+        prior_variance=5.0,
+        noise_variance=1.0,
+        smoothing=0.02,
+        num_reused=2,
+        weight_decay=0.1,
+        num_queries=3,
+        estimator=TwoSided(),
+        align_queries=True,
     ),
     "hizoo": partial(HiZOO, lr=0.02, smoothing=1e-5),
     "hizoo-centered": partial(

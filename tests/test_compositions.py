@@ -41,6 +41,7 @@ from zolightning.callbacks import (
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.replay import replay
 from zolightning.optim import (
+    BSZO,
     EGGROLL,
     GRZO,
     LOZO,
@@ -190,6 +191,7 @@ DENSE = {
     MeZOAdam: st.fixed_dictionaries({}, optional={"weight_decay": st.just(0.1)}),
     ZOAdaMM: st.fixed_dictionaries({}, optional={"weight_decay": st.just(0.1)}),
     ConMeZO: st.fixed_dictionaries({}, optional={"angle": st.just(1.2), "normalize": st.booleans()}),
+    BSZO: st.fixed_dictionaries({}, optional={"prior_variance": st.just(1.0), "num_reused": st.just(0)}),
     HiZOO: st.fixed_dictionaries(
         {"smoothing": st.sampled_from([1e-3, {0: 1e-5, 4: 1e-4}])},
         optional={

@@ -4,9 +4,9 @@ In the order of reading:
 
 * The classes under a method: ``named_parameters`` (with ``blocks``), ``base``; then ``dense``, or ``subspace_weights``
   and ``subspace``.
-* Methods with dense directions: ``mezo``, ``mezo_adam``, ``zo_adamm``, ``con_mezo``, ``hizoo``, ``sparse_mezo``. With
-  low-rank ones: ``eggroll``. In subspaces: ``lozo``, ``grzo``, ``subzero``, ``subspace_mezo``, ``zo_muon``,
-  ``zo_mopi``.
+* Methods with dense directions: ``mezo``, ``mezo_adam``, ``zo_adamm``, ``con_mezo``, ``bszo``, ``hizoo``,
+  ``sparse_mezo``. With low-rank ones: ``eggroll``. In subspaces: ``lozo``, ``grzo``, ``subzero``, ``subspace_mezo``,
+  ``zo_muon``, ``zo_mopi``.
 * A step's losses become a record: ``estimators``, ``probing``, ``per_example``, ``forward_gradient``, ``alignment``,
   ``share``, ``record``, ``evaluate_step``.
 * A record becomes an update: ``precision``, ``moments``, ``normalization``, ``curvature``, ``orthogonalization``,
@@ -17,6 +17,7 @@ In the order of reading:
 """
 
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.bszo import BSZO
 from zolightning.optim.con_mezo import ConMeZO
 from zolightning.optim.eggroll import EGGROLL
 from zolightning.optim.grzo import GRZO
@@ -35,6 +36,7 @@ from zolightning.optim.zo_mopi import ZOMOPI
 from zolightning.optim.zo_muon import ZOMuon
 
 __all__ = [
+    "BSZO",
     "EGGROLL",
     "GRZO",
     "LOZO",

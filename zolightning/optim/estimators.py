@@ -218,7 +218,7 @@ class ForwardGradient(Estimator):
     The forward gradient of Baydin et al., "Gradients without Backpropagation" (arXiv 2202.08587): the limit of the
     other estimators as `eps` goes to zero without rounding errors, and so an upper bound for them. It does not use
     `eps` and keeps no activations. Networks with an operation that has no forward-mode derivative are refused. For
-    methods with dense directions: MeZO, MeZOAdam, ZOAdaMM and ConMeZO.
+    methods with dense directions: MeZO, MeZOAdam, ZOAdaMM, ConMeZO and BSZO.
     """
 
     forwards = 3  # besides ``W x`` the products ``W dx`` and ``dW x``
@@ -242,7 +242,7 @@ class ForwardGradient(Estimator):
         if not optimizer.has_unit_directions:
             raise ValueError(
                 f"`estimator` is ForwardGradient(), but {type(optimizer).__name__} searches a subspace, or along "
-                "directions that depend on the weights: use MeZO, MeZOAdam, ZOAdaMM or ConMeZO."
+                "directions that depend on the weights: use MeZO, MeZOAdam, ZOAdaMM, ConMeZO or BSZO."
             )
 
     def projected_grads(self, losses: Tensor, eps: float) -> Tensor:
