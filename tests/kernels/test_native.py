@@ -245,6 +245,12 @@ class TestLibrary:
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
         assert native.available(torch.empty(2)) and library.exists()
 
+    def test_an_empty_name_of_a_cache_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("ZOLIGHTNING_CACHE", "")
+        assert native.available(torch.empty(2))
+        assert len(list((tmp_path / ".cache/zolightning/native").iterdir())) == 1
+
     @pytest.mark.parametrize("flag", ["-D", "-U"])
     def test_with_and_without_an_instruction_that_counts_bits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str

