@@ -82,6 +82,8 @@ def _advice(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, MisconfigurationException):
             return str(cause)
+        if "not validate against any of the Union" in str(cause) and (found := re.search(r"\n *- (`.*)", str(cause))):
+            return found[1]  # by a constructor, among what is wrong with other types
         if isinstance(cause, UnpicklingError):
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""

@@ -333,11 +333,11 @@ def test_a_checkpoint_that_was_only_tested_says_nothing_of_the_next_fit(
     assert descent.order.state_dict() == learned
 
 
-@pytest.mark.parametrize("field", ["interval", "blocks_per_step"])
+@pytest.mark.parametrize(("field", "name"), [("interval", "blocks.interval"), ("blocks_per_step", "blocks_per_step")])
 @pytest.mark.parametrize("value", [0, 1.5])
-def test_refused_numbers(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"`{field}` must be an integer, at least 1, got {value}"):
+def test_refused_numbers(field: str, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer, at least 1, got {value}"):
         BlockCoordinateDescent(Cyclic(), **{field: value})
     blocks = find_blocks(module := Layered(), module.parameters())
-    with pytest.raises(ValueError, match=f"`{field}` must be an integer, at least 1, got {value}"):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer, at least 1, got {value}"):
         BlockSchedule(blocks, **{field: value})

@@ -115,5 +115,5 @@ def test_refusals(make_trainer: Any, make_regression: Any, regression_data: Any)
         make_trainer(max_steps=1, callbacks=[LearningRateControl()]).fit(make_regression(), regression_data())
     with pytest.raises(ValueError, match="`factor` must be below 1, got 1"):
         LearningRateControl(factor=1)
-    with pytest.raises(ValueError, match="`interval` must be an integer, at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"`lr_control\.interval` must be an integer, at least 2, got 1"):
         LearningRateControl(interval=1)

@@ -171,7 +171,10 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match="`anchor` must be at most the method's `rank`, 3, got 4"):
             fit(ZO_MOPI, SubspaceResampling(anchor=4))
 
-    @pytest.mark.parametrize(("argument", "value"), [("interval", 0), ("anchor", -1)])
-    def test_values(self, argument: str, value: int) -> None:
-        with pytest.raises(ValueError, match=f"`{argument}` must"):
+    @pytest.mark.parametrize(
+        ("argument", "value", "message"),
+        [("interval", 0, r"`resampling\.interval` must"), ("anchor", -1, "`anchor` must")],
+    )
+    def test_values(self, argument: str, value: int, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
             SubspaceResampling(**{argument: value})

@@ -63,6 +63,14 @@ pytestmark = [
         (("--checkpoint.dirpath", "/proc/x"), "`checkpoint.dirpath` is /proc/x, where no file can be written"),
         (("--trainer.default_root_dir", "/proc/x"), "`trainer.default_root_dir` is /proc/x, where no file can be"),
         (("--evaluation.keep_prefix_gib", "1"), "`evaluation.keep_prefix_gib` is 1.0, but `data.fixed_batches` is"),
+        (
+            ("--method", "LOZO", "--resampling.interval", "0"),
+            "`resampling.interval` must be an integer, at least 1, got 0",
+        ),
+        (
+            ("--trainer.strategy", "ZerothOrderDDP", "--trainer.strategy.check_interval", "0"),
+            "`check_interval` must be an integer, at least 1, got 0",
+        ),
         (("--blocks.blocks_per_step", "5"), "`blocks_per_step` is 5, but there are 4 blocks."),
         (
             ("--checkpoint.monitor", "val/loss"),
@@ -218,6 +226,8 @@ def test_nothing_to_validate_or_to_test(runs: Runs) -> None:
         ),
         ("--model.dtype float8", "`model.dtype` is 'float8' (did you mean float32?); accepted: 'float32', "),
         ("--model.optimizer.bogus 1", "`model.optimizer.bogus` is not a setting of AdamW; accepted: "),
+        ("--checkpoint null", "`checkpoint` is null, but it is a group of settings. Leave it out to get the defaults"),
+        ("--checkpoint none.yaml", "`checkpoint` is 'none.yaml', which is not a file; accepted: a YAML file with se"),
         ("--method.help Nope", "`method.help` is 'Nope', which is not a class that `method` takes."),
         ("--scope.help torch.Tensor", "`scope.help` is 'torch.Tensor', which is not a class that `scope` takes."),
         ("--model.reward my_reward", "`model.reward` is 'my_reward', which names no function; accepted: a path to"),

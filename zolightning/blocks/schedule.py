@@ -149,7 +149,7 @@ def require_same_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> None:
     """Raises a ValueError for arguments of :class:`BlockSchedule` that are wrong for any blocks."""
-    require_integer("interval", interval)
+    require_integer("blocks.interval", interval)
     require_integer("blocks_per_step", blocks_per_step)
     require_choice("left_state", left_state, get_args(LeftState))
 

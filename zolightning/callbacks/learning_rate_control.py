@@ -43,7 +43,7 @@ class LearningRateControl(Callback):
     """
 
     def __init__(self, interval: int = 50, patience: int = 5, factor: float = 0.5, min_scale: float = 0.01) -> None:
-        require_integer("interval", interval, least=2)
+        require_integer("lr_control.interval", interval, least=2)
         require_integer("patience", patience)
         for name, share in {"factor": factor, "min_scale": min_scale}.items():
             require_positive(name, share)

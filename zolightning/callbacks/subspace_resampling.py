@@ -37,7 +37,7 @@ class SubspaceResampling(Callback):
     """
 
     def __init__(self, interval: int = 100, anchor: int = 0, bases: ActivationBases | None = None) -> None:
-        require_integer("interval", interval)
+        require_integer("resampling.interval", interval)
         require_integer("anchor", anchor, least=0)
         self.interval = interval
         self.anchor = anchor

@@ -15,6 +15,7 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.resume import folder_settings
 from zolightning.commands.configured_trainer import ConfiguredTrainer
+from zolightning.commands.explanations import null_group
 from zolightning.commands.output import quiet
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced, refuse_training_offloaded
@@ -39,10 +40,7 @@ def check_groups(config: Namespace, names: Iterable[str]) -> None:
     """Raises a ValueError if a group of settings is null; groups have defaults and cannot be switched off."""
     for name in names:
         if name in config and config[name] is None:  # a class without arguments has no group
-            raise ValueError(
-                f"`{name}` is null, but it is a group of settings. Leave it out to get the defaults; for a run without "
-                "checkpoints set `trainer.enable_checkpointing: false`."
-            )
+            raise ValueError(null_group(name))
 
 
 def choose_monitor(config: Namespace, datamodule: Any) -> None:

@@ -41,6 +41,11 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         return f"{wrong}; accepted: {', '.join(names)}."
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
         return f"`{found[1]}.help` is {found[2]!r}, which is not a class that `{found[1]}` takes."
+    if found := re.match(r"Parser key \"([^\"]+)\":\s+Unable to load config '([^']*)'", message):
+        group, given = found.groups()
+        if given == "null":
+            return null_group(group)
+        return f"`{group}` is {given!r}, which is not a file; accepted: a YAML file with settings, or `--{group}.NAME`."
     if beside := _beside_class_path(inner):
         return f"`{field}` has `{beside}` next to `class_path`: settings of a class go under `init_args`."
     if not field and (found := re.match(r"Option '([^']+)' is not accepted", message)):
@@ -84,6 +89,14 @@ def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] =
         accepted = " or ".join(dict.fromkeys(_described(type_) for type_ in expected))
         return f"`{field}` is {given[0]!r}{_hint(_closest(given[0], choices))}; accepted: {accepted}."
     return " ".join(message.split())
+
+
+def null_group(name: str) -> str:
+    """What is wrong with a group of settings that is null, by the name of the group."""
+    return (
+        f"`{name}` is null, but it is a group of settings. Leave it out to get the defaults; for a run without "
+        "checkpoints set `trainer.enable_checkpointing: false`."
+    )
 
 
 def _field(message: str) -> str:
