@@ -113,14 +113,41 @@ def assert_same_directions(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(one * torch.sign(one @ other), other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("first_token", [True, False])
-def test_directions_are_those_of_an_svd_of_the_inputs(fit: Callable[..., Classifier], first_token: bool) -> None:
-    module = fit(METHODS["lozo"], ActivationBases("unit", first_token=first_token))
+@pytest.mark.parametrize(("first_token", "passes"), [(True, 2), (False, 1)])
+def test_directions_are_those_of_an_svd_of_the_inputs(
+    fit: Callable[..., Classifier], first_token: bool, passes: int
+) -> None:
+    module = fit(METHODS["lozo"], ActivationBases("unit", first_token=first_token, passes=passes))
     for name, side in {"layers.0.a": "right", "layers.0.b": "right", "across": "left", "head": "right"}.items():
         found = factors(module, f"{name}.weight")
         assert found.keys() == {side}
         assert_same_directions(found[side], torch.linalg.svd(inputs(name, first_token)).Vh[:2].T)
     assert factors(module, "embedding.weight") == {}, "no product reads it"
+
+
+def test_other_inputs_than_those_of_the_map_before(make_trainer: Callable[..., L.Trainer]) -> None:
+    """Of one token in each row, which the mask does not fit; and tied embeddings are read by rows, too."""
+
+    class Pooling(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.across, self.head
+
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            a, b = self.layers[0].values()
+            last = torch.tanh(a(self.embedding(ids)))[:, -1, :6]
+            return F.linear(b(last)[:, :6], self.embedding.weight)
+
+    module, network = Classifier(), Pooling()
+    module.network = Pooling()
+    callbacks = [SubspaceResampling(bases=ActivationBases("unit")), ZerothOrder(METHODS["lozo"])]
+    make_trainer(max_steps=1, callbacks=callbacks).fit(module, DataLoader(rows(), batch_size=4))
+    last = network.embedding(torch.stack([row["ids"][-1] for row in rows()]))
+    after = torch.tanh(network.layers[0]["a"](last))[:, :6].detach()
+    for name, read in (("a", inputs("layers.0.a")), ("b", after)):
+        found = factors(module, f"layers.0.{name}.weight")["right"]
+        assert_same_directions(found, torch.linalg.svd(read).Vh[:2].T)
+    assert factors(module, "embedding.weight") == {}
 
 
 def test_padding_does_not_count(fit: Callable[..., Classifier]) -> None:

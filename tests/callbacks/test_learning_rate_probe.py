@@ -92,6 +92,16 @@ def test_a_step_that_is_skipped_measures_nothing(examples: DataLoader, make_trai
     assert [record.lr[0] > 0 for record in records.records] == [False] * 4 + [True] * 2
 
 
+class Steps(Callback):
+    """Tells a module whether it is evaluated for a step; if not, it is in a walk."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        module.in_step = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        module.in_step = False
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 12])
 def test_walks_are_measured_on_all_examples(batch_size: int, make_trainer: Any) -> None:
     """Whatever the batch size of a rank is; there are three walks, each of a step."""
@@ -104,13 +114,6 @@ def test_walks_are_measured_on_all_examples(batch_size: int, make_trainer: Any) 
             if not self.in_step and (self.w != 1).any():  # at the end of a walk: no step has moved it yet
                 seen.update(map(tuple, batch.tolist()))
             return super().training_step(batch, batch_idx)
-
-    class Steps(Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, module: Seen, *_: Any) -> None:
-            module.in_step = True
-
-        def on_train_batch_end(self, trainer: L.Trainer, module: Seen, *_: Any) -> None:
-            module.in_step = False
 
     callbacks = [Steps(), LearningRateProbe(num_steps=3, num_examples=12), ZerothOrder(partial(MeZO, lr=0.1))]
     make_trainer(max_steps=4, max_epochs=-1, callbacks=callbacks, precision="64-true").fit(
@@ -184,13 +187,34 @@ def test_blocks_in_turn(make_regression: Any, regression_data: Any, make_trainer
     """Only steps of the block that moves now are replayed."""
     records, module = Records(), make_regression()
     blocks = BlockCoordinateDescent(interval=3, patterns=["net.0", "net.3"])
-    callbacks = [blocks, ZerothOrder(partial(MeZO, lr=1e-2, momentum=0.9)), LearningRateProbe(4, 12), records]
-    before = weights(module)
+    method = ZerothOrder(partial(MeZO, lr=1e-2, momentum=0.9))
+    callbacks = [Steps(), blocks, method, LearningRateProbe(4, 12), records]
+    before, moved = weights(module), set()
+
+    def look(*_: Any) -> None:
+        if not module.in_step:
+            moved.update(name for name, weight in weights(module).items() if not torch.equal(weight, before[name]))
+
+    module.net.register_forward_pre_hook(look)
     trainer = make_trainer(max_steps=8, callbacks=callbacks, limit_train_batches=4)
     trainer.fit(module, regression_data())
+    assert moved == {"net.3.weight", "net.3.bias"}
     assert [record.blocks for record in records.records] == [(0,)] * 3 + [(1,)] * 3 + [(0,)] * 2
     assert all(record.lr[0] > 0 for record in records.records[4:])
     assert {name for name, weight in weights(module).items() if not torch.equal(weight, before[name])} == set(before)
+
+
+def test_updates_that_wait_count(make_regression: Any, regression_data: Any, make_trainer: Any) -> None:
+    """As they do where a callback looks at weights between steps."""
+
+    def scale(*callbacks: Callback) -> float:
+        method = ZerothOrder(partial(LOZO, lr=1e-2, rank=2))
+        callbacks = (method, SubspaceResampling(interval=50), LearningRateProbe(4, 12), *callbacks)
+        trainer = make_trainer(max_steps=6, callbacks=[*callbacks])
+        trainer.fit(make_regression(), regression_data())
+        return trainer.optimizers[0].lr_scale
+
+    assert scale() == pytest.approx(scale(Records()), rel=1e-3)
 
 
 FAMILIES = ["mezo-all", "mezo-native", "mezo-adam", "hizoo-l", "sparse-mezo", "lozo-momentum", "subzero-adam"]
