@@ -76,6 +76,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "PerExample": (partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=8), {}),
     "align_queries": (partial(MeZO, lr=1e-2, num_queries=2, align_queries=True), {}),
     "micro_batch_size": (partial(MeZO, lr=1e-2), {"micro_batch_size": 2}),
+    "optimizer is SGD": (None, {}),
+    "`layers_name` is 'blocks'": (partial(MeZO, lr=1e-2), {"layers_name": "blocks"}),
 }
 
 
@@ -147,6 +149,13 @@ class Unseen(Module):
             return super().loss(batch)
 
 
+class Descending(Module):
+    """Reads gradients."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
 class Begun(L.Callback):
     """Saves what a run is after two thirds of it, and, with updates pending, in the middle of it."""
 
@@ -208,11 +217,14 @@ def refuse(folder: Path) -> None:
     """Runs that end before the first step."""
     refused = {}
     for name, (method, options) in REFUSED.items():
-        unseen = options.pop("unseen", False)
-        resampling = [options.pop("resample")] if "resample" in options else []
-        trainer = make_trainer(2, [ZerothOrder(method, **options), *resampling], ZerothOrderFSDP())
+        made = Descending if method is None else Unseen if options.pop("unseen", False) else Module
+        strategy = ZerothOrderFSDP(layers_name=options.pop("layers_name", None))
+        callbacks = [options.pop("resample")] if "resample" in options else []
+        if method is not None:
+            callbacks.append(ZerothOrder(method, **options))
+        trainer = make_trainer(2, callbacks, strategy)
         try:
-            trainer.fit(Unseen() if unseen else Module(), loader(0, 1))
+            trainer.fit(made(), loader(0, 1))
         except Exception as error:
             refused[name] = [str(error), trainer.global_step]
     torch.save(refused, folder / f"refused-{trainer.global_rank}.pt")
