@@ -84,6 +84,8 @@ def _advice(error: BaseException) -> str | None:
             return str(cause)
         if "not validate against any of the Union" in str(cause) and (found := re.search(r"\n *- (`.*)", str(cause))):
             return found[1]  # by a constructor, among what is wrong with other types
+        if found := re.search(r"class_path '[\w.]*?(\w+)':\s+((?:Requirement|No module named) '.*)", str(cause)):
+            return f"{found[1]} needs a package that is not installed: {found[2]}"
         if isinstance(cause, UnpicklingError):
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""

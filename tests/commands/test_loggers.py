@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 
 from cli_runs import CONFIGS, Runs, parsed
 from zolightning.commands.loggers import name_run, put_tensorboard_first, renamed
@@ -64,6 +65,14 @@ def test_loggers_of_another_run() -> None:
     first, second, third = renamed([board, other, unnamed], "sst2", "sst2/seed_1")
     assert (first["init_args"]["name"], second["init_args"]["name"]) == ("sst2/seed_1", "sst2/seed_1/csv")
     assert "version" not in second["init_args"] and third["class_path"] == "mine.Logger"
+
+
+def test_a_logger_whose_package_is_missing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = RequirementCache("absent_package")
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", missing)
+    message = runs.refused("fit", "--trainer.logger", "WandbLogger")
+    assert message == f"error: WandbLogger needs a package that is not installed: {missing}"
+    assert not (runs.folder / "logs").exists()
 
 
 def test_a_run_with_another_logger_goes_on_in_its_folder(runs: Runs) -> None:
