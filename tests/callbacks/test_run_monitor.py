@@ -1,5 +1,6 @@
 """RunMonitor: what it logs, when, and that it asks for nothing a module or data module may lack."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one(monkeypatc
     inherited = SimpleNamespace(ru_maxrss=2**40)
     monkeypatch.setattr("resource.getrusage", lambda _: inherited)
     assert 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+def test_a_system_that_does_not_tell_its_peak_memory(
+    fit: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows."""
+    monkeypatch.setattr("zolightning.callbacks.run_monitor.process_memory", lambda _: None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    recorder = fit(max_steps=3, log_every_n_steps=3)
+    assert list(recorder.logged("run/steps_per_second")) == [2] and not recorder.logged("run/peak_memory_gib")
 
 
 def test_no_number_has_to_go_to_the_device(

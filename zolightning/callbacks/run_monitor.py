@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class RunMonitor(Callback):
             return
         if self._seconds:
             log_number(pl_module, "run/steps_per_second", len(self._seconds) / sum(self._seconds))
-        log_number(pl_module, "run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
+        with suppress(ModuleNotFoundError):  # of `resource`: Windows does not tell
+            log_number(pl_module, "run/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
         for method in methods_of(trainer):
             for name, value in method.measurements().items():
                 log_number(pl_module, f"method/{name}", value)
