@@ -263,7 +263,7 @@ class ZerothOrderCLI(LightningCLI):
         self.trainer.precision_plugin.convert_module(self.model)
         if config.validate_first and is_new and not config.trainer.fast_dev_run:
             if self._begins_anew:
-                log_once(self.trainer)
+                log_once(self.trainer, begins_with_fit=False)
             with isolate_rng():
                 found = self.trainer.validate(self.model, self.datamodule, verbose=False)
             self._say("before training", found)

@@ -11,6 +11,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from zolightning.partners import tensorboards
 
+OVERVIEW = "run/text_summary"  # tag of what RunOverview writes when a fit begins
+
 
 class Muted:
     """Replaces a Trainer's loggers by loggers that write nothing; `until` is the first step to be logged again."""
@@ -33,11 +35,14 @@ def not_yet_logged(trainer: L.Trainer) -> dict[str, float]:
     return {"epoch": trainer.current_epoch, **convert_tensors_to_scalars(connector.metrics["log"])}
 
 
-def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
+def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None, begins_with_fit: bool = True) -> None:
     """Makes TensorBoard's loggers skip values of the last step and of later ones that are already in their folders.
 
     Such values were left by a process that was killed after it had logged a step or a validation and before it had
     completed it. `rest`, which :func:`not_yet_logged` found in the last step, is logged now if it has not been.
+
+    A validation before a fit has the step of one after the first step: it counts unless what is logged from now on
+    `begins_with_fit`.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -45,9 +50,10 @@ def log_once(trainer: L.Trainer, rest: dict[str, float] | None = None) -> None:
         return
     for logger in tensorboards(trainer):
         files = Path(logger.log_dir).glob("events.out.tfevents.*")
-        events = (event for file in files for event in EventFileLoader(str(file)).Load())
-        last = trainer.global_step - 1
-        later = (event for event in events if event.step >= last)
+        events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+        fits = [event.wall_time for event in events if any(value.tag == OVERVIEW for value in event.summary.value)]
+        began, last = min(fits, default=0.0) if begins_with_fit else 0.0, trainer.global_step - 1
+        later = (event for event in events if event.step >= last and event.wall_time >= began)
         there: Counter[tuple[str, int | None]] = Counter(
             (value.tag, event.step) for event in later for value in event.summary.value
         )

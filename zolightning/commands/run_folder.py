@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util.tensor_util import make_ndarray
 
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
+from zolightning.checkpoints.run_logs import OVERVIEW
 from zolightning.messages import some
 
 _LOG_EVERY = 50  # steps, Lightning's default
-_OVERVIEW = "run/text_summary"  # RunOverview writes it when training starts, and again when it is resumed
 _END = "_hparams_/session_end_info"  # written by RunOverview when training ends
 _SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/forward_passes")
 
@@ -71,7 +71,7 @@ class EventLog:
     def read(self) -> None:
         """Reads what was written since the last time."""
         for event, value in self._summaries():
-            if value.tag == _OVERVIEW:
+            if value.tag == OVERVIEW:
                 self._before += self._now - self._started
                 self._started = self._now = event.wall_time
                 self.overviews.append(_overview(make_ndarray(value.tensor).item().decode()))
