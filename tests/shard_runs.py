@@ -57,7 +57,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
         partial(LOZO, lr=1e-2, rank=2, momentum=0.5, vector_lr=1e-3),
         {"precision": "bf16-true", "resample": 1, "waits": True},
     ),
-    "both_sides": (partial(SubZero, lr=1e-2, rank=2, betas=(0.9, 0.95)), {"resample": 0}),
+    "both_sides": (partial(SubZero, lr=1e-2, rank=2, betas=(0.9, 0.95)), {"resample": 0, "head": True}),
     "curvature": (partial(HiZOO, lr=1e-2, smoothing=0.1), {"precision": "bf16-true", "bad_step": 1}),
     "small_weights": (partial(SparseMeZO, lr=1e-2, sparsity=0.5), {"precision": "bf16-true"}),
     "random_weights": (partial(SparseMeZO, lr=1e-2, mask="random"), {}),
@@ -111,11 +111,26 @@ class Network(nn.Module):
         return F.linear(hidden, self.embedding.weight)
 
 
+class Head(nn.Module):
+    """Is outside the network, so that all of it is on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(WORDS))
+        self.register_buffer("offset", torch.rand(WORDS))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits * self.scale + self.offset
+
+
 class Module(L.LightningModule):
-    def __init__(self, own: bool = False, frozen: str | None = None, bad_step: int | None = None, **_: Any) -> None:
+    def __init__(
+        self, own: bool = False, frozen: str | None = None, bad_step: int | None = None, head: bool = False, **_: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(0 if own else int(os.environ.get("LOCAL_RANK", 0)))  # other ranks are given those of rank 0
         self.net, self.own, self.bad_step = Network(), own, bad_step
+        self.head = Head() if head else nn.Identity()
         for name, parameter in self.net.layers.named_parameters():
             parameter.requires_grad_(frozen is None or not name.startswith(frozen))
 
@@ -132,7 +147,7 @@ class Module(L.LightningModule):
 
     def loss(self, batch: Any) -> Tensor:
         words = (batch[0] * 10).long() % WORDS
-        return F.cross_entropy(self.net(words[:, :-1]).flatten(0, 1).float(), words[:, 1:].flatten())
+        return F.cross_entropy(self.head(self.net(words[:, :-1])).flatten(0, 1).float(), words[:, 1:].flatten())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch), sync_dist=True)
