@@ -108,6 +108,8 @@ def test_metrics_of_a_finished_run(runs: Runs, files: Any) -> None:
     assert accuracies[run["best"]["step"]] == pytest.approx(run["best"]["val/accuracy"])
     assert Path(run["best_checkpoint"]).is_file()
     assert run["best_checkpoint"].endswith(f"best-step={run['best']['step']}.ckpt")
+    assert run["before_training"]["val/accuracy"] == pytest.approx(logged["val/accuracy"][0])
+    assert run["last"]["val/accuracy"] == pytest.approx(accuracies[6])
     assert run["test"] == {tag: pytest.approx(*values.values()) for tag, values in logged.items() if "test/" in tag}
     assert run["peak_memory_gib"] == pytest.approx(max(logged["run/peak_memory_gib"].values()))
     assert (run["state"], run["step"], run["forward_passes"]) == ("finished", 6, 12)
@@ -154,6 +156,8 @@ def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
     (folder / "ledger.bin").write_bytes(b"no ledger")
     with pytest.warns(UserWarning, match="is not the ledger of a run"):
         assert read_run(folder).state == "not finished"
+    shutil.copyfile(runs.version(0) / "ledger.bin", folder / "ledger-v1.bin")  # as a run in the same folder begins
+    assert read_run(folder).state == "interrupted"
 
 
 def test_curves_that_end_before_the_run_are_said(runs: Runs, tmp_path: Path) -> None:

@@ -263,7 +263,10 @@ def test_the_best_of_a_run_that_validates_at_the_ends_of_epochs(runs: Runs) -> N
     runs("fit", *every_epoch, "--trainer.max_steps", -1, "--trainer.max_epochs", 1)
     (best,) = (runs.version(0) / "checkpoints").glob("best*")
     runs("validate", "--ckpt_path", "best")
-    assert runs.metrics(1)["checkpoint"] == str(best)
+    trained, validated = runs.metrics(0), runs.metrics(1)
+    assert trained["state"] == "ended"  # there was no number of steps to take
+    assert (validated["state"], validated["checkpoint"]) == ("validated", str(best))
+    assert validated["validation"]["val/accuracy"] == pytest.approx(trained["best"]["val/accuracy"])
 
 
 def test_checkpoints_can_be_turned_off(runs: Runs) -> None:
