@@ -124,3 +124,15 @@ class Run:
         for (name, one), two in zip(self.module.named_parameters(), other.module.parameters(), strict=True):
             assert torch.equal(one, two), name
         assert self.trainer.global_step == other.trainer.global_step
+
+
+def steps_evaluated(run: Run) -> set[int]:
+    """Remembers in which steps the loss of a run is evaluated."""
+    own, found = run.module.training_step, set()
+
+    def training_step(batch: Any, batch_idx: int) -> Tensor:
+        found.add(run.trainer.global_step)
+        return own(batch, batch_idx)
+
+    run.module.training_step = training_step
+    return found

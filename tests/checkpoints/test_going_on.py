@@ -10,12 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die
+from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die, steps_evaluated
 from zolightning.blocks import Bandit, GaussSouthwellSweep
 from zolightning.callbacks import (
     ActivationBases,
@@ -24,12 +22,9 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
-from zolightning.checkpoints.checkpoint_io import DamagedCheckpointError
-from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import Replayed, replay
-from zolightning.commands.run_folder import event_files
-from zolightning.optim import ZOMOPI, HiZOO, MeZO, MeZOAdam, SubZero
+from zolightning.optim import ZOMOPI, HiZOO, MeZOAdam, SubZero
 
 pytestmark = AS_EXPECTED
 MakeRun = Callable[..., Run]
@@ -70,18 +65,6 @@ def with_schedule(run: Run) -> Run:
     (zeroth_order,) = (callback for callback in run.trainer.callbacks if isinstance(callback, ZerothOrder))
     zeroth_order.lr_scheduler = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
     return run
-
-
-def steps_evaluated(run: Run) -> set[int]:
-    """Remembers in which steps the loss of a run is evaluated."""
-    own, found = run.module.training_step, set()
-
-    def training_step(batch: Any, batch_idx: int) -> Tensor:
-        found.add(run.trainer.global_step)
-        return own(batch, batch_idx)
-
-    run.module.training_step = training_step
-    return found
 
 
 @pytest.mark.parametrize(
@@ -185,133 +168,6 @@ def test_a_callback_that_waits_for_a_metric_of_training_has_it(ledger_run: MakeR
     assert Ledger(resumed.keep.path).header.first_step == 10
 
 
-@pytest.mark.parametrize("kill", [0, 1, 5])
-def test_before_the_first_checkpoint(
-    ledger_run: MakeRun, make_whole: MakeRun, monkeypatch: pytest.MonkeyPatch, kill: int
-) -> None:
-    """With a later release, too."""
-    killed = ledger_run()
-    killed.module.in_step.at[kill] = die
-    with pytest.raises(Killed):
-        killed.fit()
-    assert not killed.path.exists()
-    monkeypatch.setattr("zolightning.checkpoints.ledger_header.this_release", lambda: "later")
-    resumed = ledger_run(go_on=True)
-    evaluated = steps_evaluated(resumed)
-    resumed.fit()
-    assert evaluated == set(range(kill, 20))
-    resumed.assert_ends_as(make_whole())
-    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
-    resumed.trainer.fit_loop.epoch_loop.max_steps = 21  # a second fit, in which nothing is to go on
-    assert len(Ledger(resumed.fit().keep.path)) == 1
-
-
-def test_before_the_first_checkpoint_only_with_the_same_model_and_settings(ledger_run: MakeRun) -> None:
-    ledger_run(max_steps=3).fit().path.unlink()
-    other = ledger_run(go_on=True, method=partial(MeZO, lr=2e-2))
-    with torch.no_grad():
-        other.module.net[0].bias.add_(1)
-    with pytest.raises(
-        MisconfigurationException, match="belongs to a run with different `method`, `groups`, `weights`"
-    ):
-        other.fit()
-
-
-def test_a_change_in_the_steps_after_the_checkpoint_is_found(ledger_run: MakeRun, make_whole: MakeRun) -> None:
-    """Steps from there on are taken again."""
-    killed = ledger_run(last={"every_n_train_steps": 3})
-    killed.module.in_step.at[5] = die
-    with pytest.raises(Killed):
-        killed.fit()
-    path = killed.path.with_name("ledger.bin")
-    content = bytearray(path.read_bytes())
-    content[-10] ^= 1  # in the entry of step 4
-    path.write_bytes(content)
-    resumed = ledger_run()
-    evaluated = steps_evaluated(resumed)
-    with pytest.warns(
-        UserWarning, match=r"damaged: the entry of step 4, .* is corrupted.*The run continues after these"
-    ):
-        resumed.fit("last")
-    assert evaluated == set(range(4, 20))
-    resumed.assert_ends_as(make_whole())
-    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(20, True)
-
-
-def test_from_another_checkpoint_than_the_last_it_begins_there(ledger_run: MakeRun, make_whole: MakeRun) -> None:
-    first = ledger_run(max_steps=12, last={"every_n_train_steps": 4})
-    older = first.path.with_name("older.ckpt")
-    first.module.in_step.at[5] = lambda: older.write_bytes(first.path.read_bytes())
-    first.fit()
-    resumed = ledger_run()
-    evaluated = steps_evaluated(resumed)
-    resumed.fit(older)
-    assert evaluated == set(range(4, 20))
-    resumed.assert_ends_as(make_whole())
-
-
-def test_bases_lie_beside_the_ledger(ledger_run: MakeRun, tmp_path: Path) -> None:
-    """In a copy too; where one is missing, changed or of another run, nothing is replayed."""
-    bases = [SubspaceResampling(3, bases=ActivationBases(examples="batch", refresh=True)) for _ in range(2)]
-    first = ledger_run(method=LOW_RANK, callbacks=bases[:1], max_steps=5).fit()
-    names = ["ledger-bases-1.pt", "ledger-bases-2.pt"]
-    assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == names
-    second = ledger_run("other", method=LOW_RANK, callbacks=bases[1:]).fit(first.path.rename(tmp_path / "run/a.ckpt"))
-    assert replay(second.keep.path, Validated(), LOW_RANK) == Replayed(20, True)
-
-    files = [tmp_path / "other" / name for name in names]
-    (tmp_path / "other/ledger-bases-9.pt").write_bytes(content := files[1].read_bytes())
-    torch.save(torch.load(files[1], weights_only=True) | {"ledger": 1}, files[1])
-    with pytest.raises(ValueError, match="belong to a different run from"):
-        replay(second.keep.path, Validated(), LOW_RANK)
-    files[1].write_bytes(content[:-9])
-    with pytest.raises(DamagedCheckpointError, match=r"ledger-bases-2.pt is damaged: it is truncated"):
-        replay(second.keep.path, Validated(), LOW_RANK)
-    files[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"ledger-bases-2.pt does not exist"):
-        replay(second.keep.path, Validated(), LOW_RANK)
-
-
-def test_a_step_that_was_saved_and_not_logged_is_logged_when_the_run_goes_on(
-    ledger_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lightning logs a step after the last hook in which it can be saved."""
-
-    def tensorboard() -> TensorBoardLogger:
-        return TensorBoardLogger(tmp_path / "run", name="", version="")
-
-    options: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 1, "last": {"every_n_train_steps": 5}}
-    logger = tensorboard()
-    own = logger.log_metrics
-    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step: die() if step == 4 else own(metrics, step))
-    with pytest.raises(Killed):
-        ledger_run(**options, logger=logger).fit(validate=False)
-    for _ in range(2):  # the second one finds it there
-        ledger_run(**options, logger=tensorboard()).fit("last", validate=False)
-        events = [EventAccumulator(str(file)).Reload() for file in event_files(tmp_path / "run")]
-        for tag in ("zo/lr", "zo/projected_grad", "train/loss"):
-            scalars = [event for file in events if tag in file.Tags()["scalars"] for event in file.Scalars(tag)]
-            assert [event.step for event in scalars] == list(range(8)), tag
-
-
-def test_a_step_that_was_logged_and_not_written_is_logged_once(
-    ledger_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a run without a checkpoint."""
-    append = Ledger.append
-    loggers = [TensorBoardLogger(tmp_path / "run", name="", version="") for _ in range(2)]
-    options: dict[str, Any] = {"max_steps": 6, "log_every_n_steps": 1}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Ledger, "append", lambda ledger, r: die() if r.step == 3 else append(ledger, r))
-        ledger_run(**options, logger=loggers[0]).fit(validate=False)
-    loggers[0].finalize("failed")
-    assert len(Ledger(tmp_path / "run/ledger.bin")) == 3
-    ledger_run(**options, logger=loggers[1], go_on=True).fit(validate=False)
-    events = [EventAccumulator(str(file)).Reload() for file in event_files(tmp_path / "run")]
-    scalars = [event for file in events for event in file.Scalars("zo/lr")]
-    assert [event.step for event in scalars] == list(range(6))
-
-
 def test_a_run_may_end_among_the_steps_that_it_takes(ledger_run: MakeRun, tmp_path: Path) -> None:
     """The Trainer then has its loggers back, and the ledger ends there, too."""
     killed = ledger_run(last={"every_n_train_steps": 3})
@@ -322,16 +178,6 @@ def test_a_run_may_end_among_the_steps_that_it_takes(ledger_run: MakeRun, tmp_pa
     resumed = ledger_run(max_steps=4, logger=logger, log_every_n_steps=1).fit("last")
     assert resumed.trainer.loggers == [logger]
     assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(4, True)
-
-
-def test_a_run_that_was_killed_before_its_seal_gets_one(ledger_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ledger_run(max_steps=5)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(KeepLedger, "on_fit_end", lambda *_: die())
-        run.fit(validate=False)
-    assert replay(run.path.with_name("ledger.bin"), Validated(), MEZO) == Replayed(5, None)
-    resumed = ledger_run(max_steps=5).fit("last", validate=False)
-    assert replay(resumed.keep.path, Validated(), MEZO) == Replayed(5, True)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
