@@ -16,9 +16,10 @@ from zolightning.callbacks import LinearProbing, ZerothOrder
 from zolightning.data import PromptDataModule
 from zolightning.models import CausalLM, SequenceClassifier
 from zolightning.optim import MeZO
-from zolightning.scopes import LoRA, TrainLayers
+from zolightning.scopes import LoRA, TrainLayers, TrainParameters
 
 Fit = Callable[..., dict[str, Any]]
+UP = "layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         (CausalLM, {"dtype": "bfloat16"}, lambda: [TrainLayers([1], part=LoRA())], "bf16-true", [".lora_"]),
         (CausalLM, {"quantization": "int8"}, lambda: [TrainLayers([1], part=LoRA())], "32-true", [".lora_"]),
         (CausalLM, {}, lambda: [TrainLayers([1]), LinearProbing()], "32-true", ["layers.1.", "lm_head"]),
-        (SequenceClassifier, {"num_classes": 2}, lambda: [TrainLayers([1])], "32-true", ["layers.1.", "score"]),
+        (SequenceClassifier, {"num_classes": 2}, lambda: [TrainParameters([UP])], "32-true", [UP, "score"]),
     ],
 )
 def test_it_holds_what_has_changed_and_loads_as_a_whole_one_does(
@@ -132,7 +133,10 @@ def test_what_was_loaded_or_written_before_an_adapter_is_saved(
     with torch.no_grad():
         written.get_parameter("model.model.layers.1.mlp.up_proj.weight").mul_(2)
     data = PromptDataModule("sentiment", num_train=16, num_validation=8, num_test=8, batch_size=4)
-    make_trainer().validate(written, data, verbose=False)
+    trainer = make_trainer()
+    trainer.validate(written, data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")  # before any fit: all of it
+    assert_equal(torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"], written.state_dict())
     for weight in written.state_dict().values():
         weight.copy_(weight)  # as strategies of several processes do, from rank 0
     for module in (loaded, written):
