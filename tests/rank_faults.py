@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import zolightning.__main__
 from forked_ranks import fork_ranks
 from rank_runs import BATCH, INPUTS, TARGETS, Module, loader, make_trainer
 from zolightning.callbacks import SaveLast, ZerothOrder
@@ -83,6 +84,12 @@ def fit(
     return module.state_dict()
 
 
+def command(run: Callable[[], Any]) -> None:
+    """Runs a fit as what the command ``zolightning`` runs."""
+    zolightning.__main__.ZerothOrderCLI = lambda args: run()
+    zolightning.__main__.main([])
+
+
 def flip(tensor: Tensor) -> None:
     """One bit of the last number, not its last one, which the rounding of the next step may put right."""
     tensor.detach().view(torch.int32).view(-1)[-1] ^= 1 << 10
@@ -129,6 +136,9 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
             At(5, die),
             data=resumable(),
             enable_checkpointing=True,
+        ),
+        "outside_of_a_step": lambda: command(
+            partial(fit, At(5, lambda trainer: trainer.strategy.barrier(), rank=0), At(5, die))
         ),
         "first_killed": lambda: fit(At(5, die, rank=0)),
         "hangs": lambda: fit(At(5, lambda trainer: time.sleep(4)), timeout=2),

@@ -17,7 +17,7 @@ from zolightning.commands import configs, report
 from zolightning.commands.output import hush
 from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
-from zolightning.strategies.ranks import leave_at_exit
+from zolightning.strategies.ranks import leave_at_exit, lost_rank
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -74,7 +74,8 @@ def console() -> None:
 def _advice(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback, or None for anything that may be a bug.
 
-    That is the message of a `raise` statement in this package, and of Lightning's exception for wrong settings.
+    That is the message of a `raise` statement in this package, and of Lightning's exception for wrong settings; of a
+    collective, that a rank is gone.
     jsonargparse wraps what a constructor raises into its own account of the types it tried.
     """
     package = Path(__file__).parent
@@ -94,6 +95,8 @@ def _advice(error: BaseException) -> str | None:
             return "`ckpt_path` is a file of torch's, but not a Trainer's checkpoint: it does not say what was trained."
         if isinstance(cause, DistNetworkError) and "EADDRINUSE" in str(cause):
             return f"`MASTER_PORT` is {os.environ['MASTER_PORT']}, which another program listens on: set another port."
+        if (lost := lost_rank(cause)) is not None:
+            return lost
         for raised in traceback.extract_tb(cause.__traceback__)[-1:]:
             if Path(raised.filename).is_relative_to(package) and (raised.line or "").startswith("raise "):
                 return str(cause)

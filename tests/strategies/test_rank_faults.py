@@ -10,6 +10,9 @@ import rank_faults
 from forked_ranks import run_program
 
 LOST = r"RanksError: Rank {} waited in vain for the other ranks after step 5: one of them has .* \(.*\)\. Resume"
+LOST_IN_COMMAND = (
+    r"SystemExit: error: A rank waited in vain for the others: one of them has ended or hangs \(.*\)\. A fit"
+)
 WEIGHTS = "RanksError: The weights of rank 1 are not those of rank 0 before step 8, but they were 4 steps ago"
 ROWS = "RanksError: Rank 1 was given a different batch from rank 0 at step 0, but .*`perturbation_parallel_size` is 2"
 LENGTHS = "RanksError: Rank 1 has 9 batches an epoch and rank 0 has 10"
@@ -31,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lengths", LENGTHS, LENGTHS),
         ("nan", NAN, NAN),
         ("killed", LOST.format(0), None),
+        ("outside_of_a_step", LOST_IN_COMMAND, None),
         ("first_killed", None, LOST.format(1)),
         ("hangs", LOST.format(0), LOST.format(1)),
         ("ends", LOST.format(0), None),

@@ -179,11 +179,24 @@ def _one_line_errors(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         raise RanksError(
             f"Rank {trainer.global_rank} waited in vain for the other ranks after step {trainer.global_step}: one of "
-            f"them has ended or hangs ({reason}). Resume from the last checkpoint, on any number of ranks."
+            f"them has ended or hangs ({_reason(error)}). Resume from the last checkpoint, on any number of ranks."
         ) from error
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What to tell the user of an error that torch's backends raise in any collective when a rank is gone, or None."""
+    if isinstance(error, torch.distributed.DistBackendError) or "/gloo/transport/" in str(error):
+        return (
+            f"A rank waited in vain for the others: one of them has ended or hangs ({_reason(error)}). A fit can be "
+            "resumed from its last step, on any number of ranks."
+        )
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
 
 
 def with_exact_mean(tensor: Any, reduce_op: Any) -> Any:
