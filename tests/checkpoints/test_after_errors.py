@@ -1,5 +1,7 @@
 """A run that an error ended, in any hook, goes on as if there had been none."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,11 +180,17 @@ def test_a_validation_comes_after_a_step_that_could_not_be_logged(make_run: Make
 
 
 @pytest.mark.parametrize("killed_at", [6, 8])
-def test_a_validation_that_failed_comes_once(make_run: MakeRun, make_whole: MakeRun, killed_at: int) -> None:
-    """Also if the run that went on with it is killed and goes on."""
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_validation_that_was_due_comes_once(
+    make_run: MakeRun, make_whole: MakeRun, fails: bool, killed_at: int
+) -> None:
+    """It failed, or a signal came before it; also if the run that went on with it is killed and goes on."""
     runs = [make_run(**EVERY_6) for _ in range(3)]
-    runs[0].module.in_validation.at[6, 2] = lambda: int("no number")
-    with pytest.raises(ValueError, match="no number"):
+    if fails:
+        runs[0].module.in_validation.at[6, 2] = lambda: int("no number")
+    else:
+        runs[0].module.in_step.at[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises((ValueError, SystemExit)):
         runs[0].fit()
     runs[1].module.in_step.at[killed_at] = die
     with pytest.raises(Killed):

@@ -242,6 +242,19 @@ def test_a_signal_after_the_last_step_leaves_an_epoch_unfinished(make_run: MakeR
     assert stopped.watch.epochs | resumed.watch.epochs == whole.watch.epochs
 
 
+def test_a_validation_after_the_last_step_comes_once_although_the_run_trains_for_more(make_run: MakeRun) -> None:
+    """The run was stopped by a signal in that step."""
+    stopped, ended = (make(make_run, "run", shuffled, max_steps=-1, max_epochs=2) for _ in range(2))
+    stopped.module.in_step.at[2 * EPOCH - 1] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        fit(stopped, shuffled)
+    assert set(fit(ended, shuffled, "last").watch.validated) == {2 * EPOCH}
+    whole, resumed = (make(make_run, folder, shuffled, max_steps=-1, max_epochs=3) for folder in ("whole", "run"))
+    fit(whole, shuffled)
+    fit(resumed, shuffled, "last").assert_ends_as(whole)
+    assert set(resumed.watch.validated) == {3 * EPOCH}
+
+
 @pytest.mark.parametrize("more", [{"max_epochs": 4}, {"max_steps": 24}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("validate", [True, False])
 def test_a_run_that_had_ended_is_started_again_and_then_for_more(

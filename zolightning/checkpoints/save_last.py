@@ -287,9 +287,11 @@ class SaveLast(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         is_begun_again = self._validation_due and trainer.validating  # and draws the same random numbers again
+        # A resumed run that began with the validation of its last batch has not yet counted that batch.
+        is_before = not trainer.validating and is_at_end_of_batch(trainer) and is_validation_next(trainer)
         checkpoint[_KEY] = {
             # Also in a checkpoint of another callback, which is saved before it
-            "validation_due": self._validation_due or (is_at_end_of_batch(trainer) and is_validation_next(trainer)),
+            "validation_due": self._validation_due or is_before,
             "taken_back": self._batch.is_counted,
             **describe(trainer),
             "metrics": of_all_ranks(trainer, self._first.metrics.now(trainer)),
