@@ -117,6 +117,19 @@ class TestLift:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, old.transport(core(old), new).float(), rtol=0, atol=0.1)
 
+    @pytest.mark.parametrize("columns", [[0, 1, 2, 2], [0, 1, 1, 1]])
+    def test_a_core_is_projected_onto_a_basis_of_dependent_columns(
+        self, sides: str, unit: bool, columns: list[int]
+    ) -> None:
+        """As some Gaussian factors of small matrices have."""
+        old, b = basis(sides, 0, unit=unit), basis(sides, 1, unit=unit)
+        b, independent = (
+            Basis(*(None if f is None else f[:, kept] for f in (b.left, b.right)))
+            for kept in (columns, sorted(set(columns)))
+        )
+        expected = independent.lift(old.transport(core(old), independent))
+        torch.testing.assert_close(b.lift(old.transport(core(old), b)), expected)
+
     @pytest.mark.parametrize("count", [1, 3])
     def test_an_anchored_basis_keeps_the_dominant_directions(self, sides: str, unit: bool, count: int) -> None:
         old, fresh = basis(sides, 0, unit=unit), basis(sides, 1, unit=unit)

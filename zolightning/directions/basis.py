@@ -134,6 +134,12 @@ def orthonormal(factor: Tensor) -> Tensor:
 
 
 def _coordinates(factor: Tensor, matrix: Tensor) -> Tensor:
-    """Least-squares coordinates (r, k) of the columns of `matrix` (size, k) in the columns of `factor` (size, r)."""
+    """Least-squares coordinates (r, k) of the columns of `matrix` (size, k) in the columns of `factor` (size, r).
+
+    Columns may be dependent: of the Gaussian factors (2, 2) one in 20 is singular, since there are few such numbers.
+    Of the coordinates that are equally good then, it returns the smallest.
+    """
     factor = factor.to(matrix.dtype)
-    return torch.linalg.solve(factor.T @ factor, factor.T @ matrix)
+    gram, right = factor.T @ factor, factor.T @ matrix
+    found, failed = torch.linalg.solve_ex(gram, right)
+    return torch.linalg.pinv(gram, hermitian=True) @ right if failed.any() else found
