@@ -232,6 +232,21 @@ class TestMomentum:
         assert self.kept("reset", 0) == 0
         assert self.kept("keep", 0) == pytest.approx(1, rel=1e-4)
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_adams_steps_stay_bounded_where_elements_had_no_gradient_yet(self, seed: int) -> None:
+        """One number of the noise in five is 0, and the momentum of other elements is mixed into such a one."""
+        net = Net()
+        before = copy.deepcopy(net)
+        optimizer = LOZO(net.named_parameters(), lr=1e-3, rank=2, betas=(0.9, 0.95), vector_lr=0.0, seed=seed)
+        optimizer.attach(net)
+        for step in range(3):
+            if step:
+                optimizer.resample()
+            optimizer.estimate(net)
+            optimizer.step()
+        for own, other in zip(net.parameters(), before.parameters(), strict=True):
+            assert (own - other).abs().max() < 0.1
+
     def test_it_is_taken_along_when_frozen_or_just_restored(self) -> None:
         def momentum(restore: bool) -> Tensor:
             net = Net()

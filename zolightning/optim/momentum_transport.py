@@ -45,4 +45,8 @@ def transport_momentum(
         return new, before, 0.0
     if group["transport"] == "project":
         core.copy_(old.transport(core.clone(), new))
+        if (squares := state.get("exp_avg_sq")) is not None:
+            # Of an element whose noise was 0 in all steps so far. It now has a share of others' means, and would move
+            # by its ratio to Adam's epsilon.
+            squares.masked_fill_(squares == 0, squares.mean())
     return new, before, new.squared_norm(core)
