@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.layers import find_layers
+from zolightning.layers import LayerStack, find_layers
 from zolightning.models.attention_masks import causal_mask
 from zolightning.scopes.activation_profile import ActivationProfile, Fingerprint, profile_activations
 from zolightning.scopes.calibration import calibration_forward
 from zolightning.scopes.rules import select
+from zolightning.scopes.token_mask import TokenMask
 
 
 def profile_of(module: L.LightningModule, batches: list[Any]) -> ActivationProfile:
@@ -207,6 +208,12 @@ def test_profile_as_a_file(make_module: Callable[..., Any], make_batches: Callab
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="not an activation profile"):
             ActivationProfile.load(tmp_path / "other.json")
+
+
+def test_the_first_token_of_a_network_without_masks() -> None:
+    with TokenMask(nn.Linear(4, 4), LayerStack("", (), ())) as tokens:
+        assert tokens.of(torch.ones(2, 3, 4)).tolist() == [[True] * 3] * 2
+        assert tokens.of(torch.ones(2, 3, 4), with_first=False).tolist() == [[False, True, True]] * 2
 
 
 def test_fingerprints_tell_shapes_apart(make_module: Callable[..., Any]) -> None:
