@@ -1,8 +1,9 @@
 """Checkpoints that leave out frozen weights: what they hold, that they load as whole ones do, and what is refused."""
 
 import gc
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from zolightning.callbacks import LinearProbing, ZerothOrder
 from zolightning.data import PromptDataModule
+from zolightning.directions.shards import whole
 from zolightning.models import CausalLM, SequenceClassifier
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainLayers, TrainParameters
+from zolightning.strategies import ZerothOrderFSDP
 
 Fit = Callable[..., dict[str, Any]]
 UP = "layers.1.mlp.up_proj.weight"
@@ -156,6 +159,36 @@ def test_weights_that_a_run_replaces_do_not_stay_in_memory(folder: str, make_tra
     make_trainer(max_steps=1, callbacks=callbacks).fit(module, PromptDataModule("sentiment", batch_size=4))
     gc.collect()
     assert replaced() is None
+
+
+@pytest.fixture
+def one_shard(monkeypatch: pytest.MonkeyPatch) -> Iterator[ZerothOrderFSDP]:
+    """A strategy that shards weights, for a Trainer with one device; its process group is left afterwards."""
+    monkeypatch.setattr("os.environ", dict(os.environ))  # which Lightning changes
+    yield ZerothOrderFSDP()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_weights_are_sharded_before_or_in_the_fit(
+    folder: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path, one_shard: ZerothOrderFSDP, validates: bool
+) -> None:
+    """Those that were loaded do not stay in memory."""
+    module = CausalLM(folder, save_frozen=False)
+    replaced = weakref.ref(module.get_parameter("model.model.layers.1.mlp.up_proj.weight"))
+    callbacks = [ZerothOrder(partial(MeZO, lr=0.1)), TrainLayers([1])]
+    trainer = make_trainer(max_steps=1, callbacks=callbacks, strategy=one_shard)
+    data = PromptDataModule("sentiment", num_train=16, num_validation=8, num_test=8, batch_size=4)
+    if validates:
+        trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    gc.collect()
+    assert replaced() is None
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert {name.split(".")[3] for name in saved["state_dict"]} == {"1"} and len(saved["frozen_weights"]) == 12
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert_equal(loaded.state_dict(), {name: whole(tensor) for name, tensor in module.state_dict().items()})
 
 
 def test_other_weights_are_refused(fit: Fit, folder: str, tmp_path: Path) -> None:

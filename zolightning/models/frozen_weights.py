@@ -40,6 +40,8 @@ class FrozenWeights:
     def setup(self, module: L.LightningModule, stage: str) -> None:
         """Takes the digests of the weights that do not train in the first fit, before it changes or shards them.
 
+        A validation that shards them before the first fit does not know which: it takes those of all weights.
+
         To be called in each ``setup`` of the module: before a strategy sends the weights of rank 0 to the others.
         """
         self._forget_written()
@@ -47,8 +49,9 @@ class FrozenWeights:
         if self._digests is None and (stage == "fit" or replaces_weights):
             module.trainer.precision_plugin.convert_module(module)  # as Lightning does after this
             loaded = {id(tensor) for tensor, _ in self._loaded}
-            frozen = {name: t for name, t in _tensors(module) if id(t) in loaded and not t.requires_grad}
-            self._digests = _digests(frozen)
+            is_fit = stage == "fit"
+            kept = {name: t for name, t in _tensors(module) if id(t) in loaded and not (is_fit and t.requires_grad)}
+            self._digests = _digests(kept)
             self._loaded = []  # what sharding or a scope replaces is not to stay in memory
 
     def loads(self, module: nn.Module, names: Collection[str]) -> None:

@@ -77,7 +77,7 @@ class PretrainedModule(L.LightningModule):
             (`LinearProbing`). Default: all layers.
         save_frozen: whether checkpoints hold the weights that do not train. Without them a checkpoint is as small as
             what trains, and can be loaded only where `model_name` gives the same weights, which is checked. Under
-            `zo_fsdp` it holds them all the same if a validation came before the fit, and under `WeightAveraging` once.
+            `WeightAveraging` it holds them once all the same.
     """
 
     network_class: ClassVar[str]
