@@ -1,6 +1,6 @@
 """Steps of an optimizer on a small module, their directions, and comparisons of all bits that they leave."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conftest import METHODS
 from zolightning.directions.dense import Direction
 from zolightning.kernels.noise import Key, NoiseKind, coefficient
-from zolightning.optim import StepRecord, ZerothOrderOptimizer
+from zolightning.optim import StepRecord, SubspaceOptimizer, ZerothOrderOptimizer
 
 Method = Callable[..., ZerothOrderOptimizer]
 MakeProblem = Callable[..., nn.Module]
@@ -84,3 +84,14 @@ def standard(shape: Sequence[int], key: Key, kind: NoiseKind = "gaussian") -> Te
     coefficients = torch.tensor([coefficient(1.0, kind)], dtype=torch.float32)
     Direction(keys, coefficients, kind).accumulate(total)
     return total
+
+
+def estimates(method: Callable[..., Any], layers: int, width: int, count: int) -> Iterator[ZerothOrderOptimizer]:
+    """An optimizer of a stack of linear layers, after each of some estimates; its cores wait."""
+    net = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    optimizer = attached(method, net, seed=0)
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.fold_every_step = False
+    for _ in range(count):
+        optimizer.estimate(lambda: net(torch.ones(2, width)).square().mean())
+        yield optimizer
