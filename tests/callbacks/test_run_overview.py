@@ -127,6 +127,7 @@ def test_what_runs_are_compared_by(fit: Callable[..., EventAccumulator]) -> None
     }
     assert found.items() >= expected.items()
     assert not {"class", "method.class", "scope", "task", "resampling.bases"} & found.keys()
+    assert not {"method.refresh", "method.folds", "method.anchor"} & found.keys()  # what the method counts
 
 
 class Demanding(MeZO):

@@ -11,7 +11,7 @@ from torch import nn
 from zolightning.directions.basis import Basis
 from zolightning.directions.second_moment import Leading, Scaling, SecondMoment, scaled
 from zolightning.layers import LayerStack, find_layers
-from zolightning.messages import some
+from zolightning.messages import counted, some
 from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -47,9 +47,8 @@ class InputBases(NamedTuple):
 
     def __str__(self) -> str:
         others = f"; none for {some(self.without)}" if self.without else ""
-        return (
-            f"Bases from inputs of {len(self.shares)} matrices hold {100 * self.share:.0f} % of their energy{others}."
-        )
+        matrices = counted(len(self.shares), "matrix", "matrices")
+        return f"Bases from inputs of {matrices} hold {100 * self.share:.0f} % of their energy{others}."
 
     def table(self) -> str:
         """One line a matrix: the share of its inputs' energy that its basis holds."""

@@ -39,7 +39,7 @@ from zolightning.memory_alternatives import alternatives
 from zolightning.messages import in_units
 from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.settings import settings_of
+from zolightning.optim.settings import constructor_arguments, settings_of
 from zolightning.partners import callbacks_of, find_callbacks, methods_of, tensorboards
 from zolightning.scopes.scope import scopes_of
 from zolightning.strategies.ranks import layout_of
@@ -260,9 +260,10 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         settings["blocks.blocks_per_step"] = blocks.blocks_per_step
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, ZerothOrderOptimizer):
-            found = settings_of(optimizer)
+            shown = constructor_arguments(type(optimizer)) | {"dtype"}  # not the method's own counters
+            found = {key: value for key, value in settings_of(optimizer).items() if key in shown}
             settings["cuda_graphs"] = optimizer.evaluator.graphs is not None
-            settings |= {"method": found.pop("class")} | {f"method.{key}": value for key, value in found.items()}
+            settings |= {"method": type(optimizer).__name__} | {f"method.{key}": found[key] for key in found}
         else:
             settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0].get("lr")}
     return {key: value for key, value in settings.items() if value is not None}
