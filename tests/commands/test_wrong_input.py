@@ -203,6 +203,10 @@ def test_nothing_to_validate_or_to_test(runs: Runs) -> None:
         ("--method LOZO --method.betas [0.9]", "`method.betas` is '[0.9]'; accepted: a list of 2 or null."),
         ("--method.rnk 3", "`method.rnk` is not a setting of MeZO; accepted: align_queries, clip, eps, estimator, lr"),
         ("--method.momentm 3", "`method.momentm` is not a setting of MeZO (did you mean momentum?)"),
+        (
+            "--blocks.order Uniform --blocks.order.size 2",
+            "`blocks.order.size` is not a setting of Uniform; accepted: none",
+        ),
         ("--method.lr abc", "`method.lr` is 'abc'; accepted: a number."),
         ("--model.num_labels 3", "`model.num_labels` is not a setting of CausalLM"),
         ("--model.num_labels 3", "; accepted: adapter, attention, decoding, device_map, dtype, lr_scheduler, "),

@@ -162,7 +162,7 @@ def _unknown(field: str, name: str, class_path: str, names: Iterable[str]) -> st
     same = [_OURS[last]] if _OURS.get(last) in siblings else _closest(last, siblings)
     close = [siblings[found] for found in same] or _closest(name, names, 0.8)
     of = f" of {_short(class_path)}" if class_path else ""
-    listed = f"; accepted: {', '.join(names)}" if class_path else ""
+    listed = f"; accepted: {', '.join(names) or 'none'}" if class_path else ""
     return f"`{field}` is not a setting{of}{_hint(close)}{listed}."
 
 
