@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
@@ -78,6 +79,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "micro_batch_size": (partial(MeZO, lr=1e-2), {"micro_batch_size": 2}),
     "optimizer is SGD": (None, {}),
     "`layers_name` is 'blocks'": (partial(MeZO, lr=1e-2), {"layers_name": "blocks"}),
+    "net.head.weight are on the device 'meta'": (partial(MeZO, lr=1e-2), {"empty": True}),
 }
 
 
@@ -136,8 +138,13 @@ class Module(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.own and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            first, mesh = self.net.layers[0], self.trainer.strategy.device_mesh["data_parallel"]
+            whole = first.state_dict()
+            first.to("meta")  # as one that no host holds; it is filled below
             for layer in self.net.layers:  # only these; embeddings are whole on every rank
-                fully_shard(layer, mesh=self.trainer.strategy.device_mesh["data_parallel"])
+                fully_shard(layer, mesh=mesh)
+            first.to_empty(device="cpu")
+            set_model_state_dict(first, whole, options=StateDictOptions(full_state_dict=True))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -164,6 +171,13 @@ class Unseen(Module):
             return super().loss(batch)
 
 
+class Empty(Module):
+    """Has a weight without numbers."""
+
+    def configure_model(self) -> None:
+        self.net.head = nn.Linear(WIDTH, WORDS, bias=False, device="meta")
+
+
 class Descending(Module):
     """Reads gradients."""
 
@@ -176,10 +190,10 @@ class Begun(L.Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.loads = 0  # of a checkpoint
+        self.loads = 0  # of a checkpoint, while weights to train can still be added
 
-    def on_load_checkpoint(self, *_: Any) -> None:
-        self.loads += 1
+    def on_load_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.loads += not trainer.optimizers
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == STEPS // 2:
@@ -232,7 +246,8 @@ def refuse(folder: Path) -> None:
     """Runs that end before the first step."""
     refused = {}
     for name, (method, options) in REFUSED.items():
-        made = Descending if method is None else Unseen if options.pop("unseen", False) else Module
+        made: type[Module] = Descending if method is None else Module
+        made = Unseen if options.pop("unseen", False) else Empty if options.pop("empty", False) else made
         strategy = ZerothOrderFSDP(layers_name=options.pop("layers_name", None))
         callbacks = [options.pop("resample")] if "resample" in options else []
         if method is not None:

@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies.model_parallel import _materialize_distributed_module
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from zolightning.directions.shards import gathered, is_sharded, own_part, whole
 from zolightning.evaluation.stacked import networks_of
 from zolightning.layers import find_layers
+from zolightning.messages import some
 from zolightning.optim import ZerothOrderOptimizer
 from zolightning.strategies.ranks import leave_at_exit, with_exact_mean
 
@@ -51,7 +51,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     Raises:
         ValueError: before the first step, if there are no layers, or the method or one of its arguments needs whole
             weights.
-        MisconfigurationException: before the first step, if an optimizer reads gradients.
+        MisconfigurationException: before the first step, if an optimizer reads gradients, or a tensor of the module is
+            on the device ``meta``.
     """
 
     def __init__(
@@ -70,18 +71,21 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
-        self._has_sharded = False  # in this fit, a module that had not sharded itself
         super().setup_environment()
         leave_at_exit()
 
     def setup(self, trainer: L.Trainer) -> None:
         module, accelerator = self.lightning_module, self.accelerator
         assert module is not None and accelerator is not None
+        named = chain(module.named_parameters(), module.named_buffers())
+        if empty := [name for name, tensor in named if tensor.is_meta]:
+            raise MisconfigurationException(
+                f"{some(empty)} are on the device 'meta', without numbers. Make them elsewhere, or fill them in "
+                "`configure_model`, after `fully_shard`: `to_empty(device=...)`, then torch's `set_model_state_dict`."
+            )
         accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(module)
-        if any(isinstance(submodule, FSDPModule) for submodule in module.modules()):
-            _materialize_distributed_module(module, self.root_device)
-        else:
+        if not any(isinstance(submodule, FSDPModule) for submodule in module.modules()):
             self._shard(module)
         for submodule in module.modules():
             if isinstance(submodule, FSDPModule):  # otherwise the outermost ones wait for a backward pass
@@ -100,7 +104,6 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     def _shard(self, module: L.LightningModule) -> None:
         """Shards the layers one by one, and then the rest of the network."""
-        self._has_sharded = True
         layers = find_layers(module, self.layers_name).layers
         parts: list[nn.Module] = [*layers]
         with suppress(ValueError):  # if the module itself holds the layers, the rest of it is not sharded
@@ -121,11 +124,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Whether the module shards itself: its weights may have no memory before ``setup`` then."""
-        module = self.lightning_module
-        if module is None or self._has_sharded:  # Lightning asks again after ``setup``, and would restore it twice
-            return False
-        return any(isinstance(submodule, FSDPModule) for submodule in module.modules())
+        return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
