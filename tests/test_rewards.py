@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -267,13 +269,31 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
     started = tmp_path / "started"
     waits = f"import os, time; number = os.fork() or time.sleep(60); open({str(started)!r}, 'w').write(str(number))"
     assert UnitTests(processes=1)(waits, ["assert number"]) == 1
-    state = Path(f"/proc/{started.read_text()}/status")
-    for _ in range(100):
+    assert ends(int(started.read_text()))
+
+
+def test_a_program_ends_after_its_run_was_killed(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    program = f"import os; print(os.getpid(), file=open({str(started)!r}, 'w', 1))\nwhile True: pass"
+    reward = f"from zolightning.rewards import UnitTests; UnitTests(timeout=2)({program!r}, ['1'])"
+    run = subprocess.Popen([sys.executable, "-c", f"import os; os.cpu_count = lambda: 1; {reward}"])
+    while not (started.is_file() and started.read_text()):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    assert ends(int(started.read_text()))
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within half a minute; after that it is killed."""
+    state = Path(f"/proc/{pid}/status")
+    for _ in range(600):
         if not state.exists() or "zombie" in state.read_text():
-            break
+            return True
         time.sleep(0.05)
-    else:
-        pytest.fail("it runs on")
+    os.kill(pid, signal.SIGKILL)
+    return False
 
 
 @pytest.mark.parametrize(

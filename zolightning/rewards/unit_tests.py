@@ -1,5 +1,6 @@
 """Whether a program that a model has written passes its tests."""
 
+import math
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, ({memory},) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, ({file},) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, ({seconds},) * 2)
 except (ImportError, ValueError, OSError):
     pass
 import runpy
@@ -94,7 +96,9 @@ class UnitTests:
         """The name of the error that ended a test; None if it was passed."""
         program, test = program_and_test
         passed = 64 + secrets.randbelow(64)  # an exit status that the program does not know
-        run = _RUN.format(memory=self.memory_mib * 2**20, file=_FILE_BYTES)
+        # Processor time, on which `timeout` comes first: for programs whose run was killed, and kills them no more
+        seconds = math.ceil(self.timeout) * (os.cpu_count() or 1) + 1
+        run = _RUN.format(memory=self.memory_mib * 2**20, file=_FILE_BYTES, seconds=seconds)
         ending = f"import os as _os\n_os._exit({passed})\n"
         with tempfile.TemporaryDirectory() as folder, open(Path(folder, "stderr"), "wb") as stderr:
             Path(folder, "program.py").write_text(f"{program}\n{test}\n{ending}", encoding="utf-8", errors="replace")
