@@ -102,6 +102,23 @@ def test_what_is_kept_of_updates(dtype: torch.dtype, precision: Any, scale: floa
     assert all(map(torch.equal, before, net.parameters()))
 
 
+@pytest.mark.parametrize(("projected_grad", "share"), [(0.0, math.nan), (1e-9, 0.0)])
+def test_of_an_update_that_is_lost_nothing_is_kept(projected_grad: float, share: float) -> None:
+    """Of one of no length no share is known."""
+    net = Net(torch.bfloat16)
+    optimizer = MeZO(net.named_parameters(), seed=0, update_precision="native")
+    optimizer.attach(net)
+    record = replace(optimizer.estimate(net), projected_grads=(projected_grad,))
+    found = update_survival(optimizer, record, [0.1])["gains"]
+    assert (found.share, found.size) == pytest.approx((share, share), abs=0, nan_ok=True)
+
+
+def test_a_large_weight_is_compared_with_itself() -> None:
+    net = nn.Linear(300, 300)  # of which some elements are examined
+    found = perturbation_survival(MeZO(net.named_parameters(), eps=1e-3, seed=0), lambda: torch.zeros(()))["weight"]
+    assert found.size == pytest.approx(1, abs=1e-3) and found.meant < 300 * 300 * 0.8
+
+
 def test_low_rank_directions_are_looked_at_in_built_weights() -> None:
     net = Net(torch.bfloat16)
     optimizer = LOZO(net.named_parameters(), lr=1e-3, rank=2, seed=0)
@@ -119,10 +136,13 @@ def test_low_rank_directions_are_looked_at_in_built_weights() -> None:
     assert kept["matrix"].size == pytest.approx(1, abs=1e-3) and not optimizer.state[net.matrix].get("low_word", 0)
 
     few = torch.ones(1, 40, dtype=torch.bfloat16)  # rows: their product with the weight is perturbed, not the weight
-    found = perturbation_survival(
-        optimizer, lambda: F.linear(few, net.matrix).double().sum() + net.gains.double().sum()
-    )
-    assert list(found) == ["gains"]
+
+    def loss() -> Tensor:
+        return F.linear(few, net.matrix).double().sum() + net.gains.double().sum()
+
+    assert list(perturbation_survival(optimizer, loss)) == ["gains"]
+    tied = perturbation_survival(optimizer, lambda: loss() + F.embedding(torch.tensor([3]), net.matrix).double().sum())
+    assert tied["matrix"] == found
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-2])

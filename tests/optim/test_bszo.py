@@ -106,6 +106,7 @@ class TestPosterior:
         settings = {"prior_variance": 1.0, "noise_variance": 1.0, "smoothing": 0.5}
         once, again = (means([0.5, 10.0], num_reused=count, **settings) for count in (0, 1))
         assert again[0] == once[0] and again[1] > 1.1 * once[1]
+        assert torch.equal(means([0.5, 10.0], **settings), again)  # as in the paper
 
     def test_the_noise_is_what_a_step_leaves_to_the_next(self) -> None:
         """In the end s = y^2, and mu = y p / (p + y^2)."""

@@ -86,8 +86,8 @@ def perturbation_survival(optimizer: ZerothOrderOptimizer, loss_fn: LossFunction
     for _, name, parameter in optimizer.trainable():
         if parameter not in rounded:
             continue
-        part, whole = optimizer.slices.get(parameter), parameter.detach()
-        weight = whole.contiguous() if part is None else part.take(whole)
+        part = optimizer.slices.get(parameter)
+        weight = parameter.contiguous() if part is None else part.take(parameter)
         before, (real, meant) = _sample(weight), (torch.empty_like(weight) for _ in range(2))
         changes[parameter].add_to(weight, real)
         large[parameter].add_to(weight, meant)
