@@ -27,6 +27,7 @@ def loggers(*options: Any) -> list[tuple[str, str, str]] | bool:
     if isinstance(found, bool):
         return found
     several = found if isinstance(found, list) else [found]
+    assert isinstance(found, list) == (len(several) > 1)  # `--trainer.logger.name` reaches one
     return [(each.class_path.rpartition(".")[2], each.init_args.save_dir, each.init_args.name) for each in several]
 
 

@@ -1,5 +1,7 @@
 """A run says by which commands to go on from it, if they do."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,10 +54,14 @@ def test_a_run_is_lengthened_by_what_ended_it(
         "    def on_train_batch_end(self, trainer, *_): trainer.should_stop = True\n"
     )
     monkeypatch.syspath_prepend(runs.folder)
-    commands = said(runs, *options)
+    commands = said(runs, "--trainer.logger.init_args.name", "two words", *options)
     assert list(commands) == ["export", "replay", *(["train longer"] if limit else [])]
     if limit:
         assert commands["train longer"].endswith(f"--ckpt_path last --trainer.{limit} MORE")
+    for command in commands.values():
+        words = shlex.split(command)
+        given = [words[at + 1] for at, word in enumerate(words) if word in ("--config", "--ckpt_path", "--ledger")]
+        assert all(Path(path).is_file() for path in given if path != "last")
 
 
 @pytest.mark.parametrize(("method", "is_resumable"), [("mezo", True), (None, False)])

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cli_runs import NAME, Runs, printed, refused
 from zolightning.commands.report import differing_settings
-from zolightning.commands.report_curves import Line, curves_svg
+from zolightning.commands.report_curves import Line, _means, curves_svg
 from zolightning.commands.run_folder import event_files, read_run
 
 pytestmark = [
@@ -134,7 +134,18 @@ def test_the_page_holds_all_that_it_shows(runs: Runs, files: Any) -> None:
 def test_a_fraction_of_a_minute_is_written_as_one() -> None:
     for last, ticks in ((1.6, {"0", "0.4", "0.8", "1.2", "1.6"}), (20_000, {"0", "5k", "10k", "15k", "20k"})):
         plot = Reader(curves_svg([Line(0, [0, last], [1, 2])], "time in minutes", "loss"))
-        assert ticks <= {text.strip() for text in plot.texts}
+        assert ticks | {"time in minutes", "loss", "A"} <= {text.strip() for text in plot.texts}
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_an_axis_begins_at_zero_if_asked_to(from_zero: bool) -> None:
+    line = Line(9, [5, 6], [2.0, 3.0])  # its colour is used again
+    texts = {text.strip() for text in Reader(curves_svg([line], "step", "memory", from_zero=from_zero)).texts}
+    assert ("0.0" in texts) == from_zero and "J" in texts
+
+
+def test_a_curve_is_smoothed_by_its_latest_values() -> None:
+    assert _means([4.0, 0.0, 4.0, 1.0], 2) == [4.0, 2.0, 2.0, 2.5]
 
 
 def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:

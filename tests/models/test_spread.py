@@ -143,6 +143,7 @@ def test_what_does_not_work_is_refused(folder: str, data: PromptDataModule, make
     ranks: Any = SimpleNamespace(strategy=DDPStrategy(), world_size=2)
     with pytest.raises(MisconfigurationException, match=r"`trainer\.strategy` is DDPStrategy with 2 processes"):
         refuse_misplaced(CausalLM(folder, device_map="auto").model, ranks, "validate", save_frozen=True)
+    refuse_misplaced(CausalLM(folder).model, ranks, "validate", save_frozen=True)  # is on one device
     with pytest.raises(ValueError, match=r"with `device_map` \{'': 7\}: there is no GPU 7; "):
         CausalLM(folder, device_map={"": 7})
     with pytest.raises(ValueError, match=r"with `device_map` 'everywhere': .*'auto'"):
