@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training import Records, Save, assert_equal, weights
-from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, RandomPermutation, find_blocks
+from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, Order, RandomPermutation, find_blocks
 from zolightning.callbacks import BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.optim import HiZOO, MeZO, SparseMeZO, SubZero
@@ -193,6 +193,23 @@ def test_an_order_learns_the_mean_square_of_a_visit(regression_data: Callable[..
         squares += [np.square(optimizer.record.projected_grads).mean()]
         optimizer.step()
     assert learned == [(0, pytest.approx(sum(squares[:2]) / 2)), (1, pytest.approx(sum(squares[2:4]) / 2))]
+
+
+def test_an_order_is_told_the_norms_of_blocks() -> None:
+    net, told = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), []
+
+    class Asking(Order):
+        def choose(self, turn: Any) -> list[int]:
+            told.extend(map(turn.norm, range(turn.num_blocks)))
+            return [0]
+
+    optimizer = MeZO(net.named_parameters(), lr=1e-2)
+    optimizer.attach(net)
+    blocks = find_blocks(net, net.parameters(), patterns=["0", "1"])
+    BlockSchedule(blocks, Asking()).attach(optimizer)
+    optimizer.estimate(lambda: net(torch.ones(1, 3)).sum())
+    weights = [torch.cat([parameter.detach().flatten() for parameter in layer.parameters()]) for layer in net]
+    assert told == pytest.approx([weight.norm().item() for weight in weights])
 
 
 def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
