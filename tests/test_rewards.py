@@ -275,7 +275,7 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
 def test_a_program_ends_after_its_run_was_killed(tmp_path: Path) -> None:
     started = tmp_path / "started"
     program = f"import os; print(os.getpid(), file=open({str(started)!r}, 'w', 1))\nwhile True: pass"
-    reward = f"from zolightning.rewards import UnitTests; UnitTests(timeout=2)({program!r}, ['1'])"
+    reward = f"from zolightning.rewards import UnitTests; UnitTests(timeout=1)({program!r}, ['1'])"
     run = subprocess.Popen([sys.executable, "-c", f"import os; os.cpu_count = lambda: 1; {reward}"])
     while not (started.is_file() and started.read_text()):
         assert run.poll() is None

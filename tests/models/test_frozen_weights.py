@@ -161,12 +161,40 @@ def test_weights_that_a_run_replaces_do_not_stay_in_memory(folder: str, make_tra
     assert replaced() is None
 
 
-@pytest.fixture
-def one_shard(monkeypatch: pytest.MonkeyPatch) -> Iterator[ZerothOrderFSDP]:
-    """A strategy that shards weights, for a Trainer with one device; its process group is left afterwards."""
-    monkeypatch.setattr("os.environ", dict(os.environ))  # which Lightning changes
-    yield ZerothOrderFSDP()
+def test_other_weights_are_refused(fit: Fit, folder: str, tmp_path: Path) -> None:
+    fit("run.ckpt", settings={"save_frozen": False}, callbacks=[TrainLayers([1])])
+    other = CausalLM(folder)
+    with torch.no_grad():
+        other.get_parameter("model.model.layers.0.mlp.up_proj.weight").mul_(2)
+    other.model.save_pretrained(folder)
+    message = r"leaves out 12 frozen weights .* 1 of this model are different from them \(model.model.layers.0.mlp.up"
+    with pytest.raises(ValueError, match=message):
+        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=message):
+        fit("again.ckpt", callbacks=[TrainLayers([1])], max_steps=4, ckpt_path=tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    checkpoint["frozen_weights"]["model.model.layers.2.more"] = ("torch.float32", "")  # of a larger network
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"leaves out 13 frozen weights .* 2 of this model are different"):
+        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one_group() -> Iterator[None]:
+    """Leaves the process group that Lightning makes after the last test of this module.
+
+    To leave it after each test would not do: DTensor keeps what it has found out about the first mesh, and takes its
+    groups, which are gone, for those of the next one.
+    """
+    yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_shard(monkeypatch: pytest.MonkeyPatch, one_group: None) -> ZerothOrderFSDP:
+    """A strategy that shards weights, for a Trainer with one device."""
+    monkeypatch.setattr("os.environ", dict(os.environ))  # which Lightning changes
+    return ZerothOrderFSDP()
 
 
 @pytest.mark.parametrize("validates", [False, True])
@@ -189,21 +217,3 @@ def test_weights_are_sharded_before_or_in_the_fit(
     assert {name.split(".")[3] for name in saved["state_dict"]} == {"1"} and len(saved["frozen_weights"]) == 12
     loaded = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
     assert_equal(loaded.state_dict(), {name: whole(tensor) for name, tensor in module.state_dict().items()})
-
-
-def test_other_weights_are_refused(fit: Fit, folder: str, tmp_path: Path) -> None:
-    fit("run.ckpt", settings={"save_frozen": False}, callbacks=[TrainLayers([1])])
-    other = CausalLM(folder)
-    with torch.no_grad():
-        other.get_parameter("model.model.layers.0.mlp.up_proj.weight").mul_(2)
-    other.model.save_pretrained(folder)
-    message = r"leaves out 12 frozen weights .* 1 of this model are different from them \(model.model.layers.0.mlp.up"
-    with pytest.raises(ValueError, match=message):
-        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
-    with pytest.raises(ValueError, match=message):
-        fit("again.ckpt", callbacks=[TrainLayers([1])], max_steps=4, ckpt_path=tmp_path / "run.ckpt")
-    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    checkpoint["frozen_weights"]["model.model.layers.2.more"] = ("torch.float32", "")  # of a larger network
-    torch.save(checkpoint, tmp_path / "run.ckpt")
-    with pytest.raises(ValueError, match=r"leaves out 13 frozen weights .* 2 of this model are different"):
-        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
