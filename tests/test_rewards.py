@@ -272,6 +272,7 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
     assert ends(int(started.read_text()))
 
 
+@pytest.mark.slow
 def test_a_program_ends_after_its_run_was_killed(tmp_path: Path) -> None:
     started = tmp_path / "started"
     program = f"import os; print(os.getpid(), file=open({str(started)!r}, 'w', 1))\nwhile True: pass"
