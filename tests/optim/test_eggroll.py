@@ -44,7 +44,7 @@ def test_directions_are_independent_have_the_rank_and_unit_variance(rank: int, n
 def test_the_estimate_has_the_gradient_as_its_mean() -> None:
     net = nn.Linear(3, 2, bias=False).double()
     gradient = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]]).double()
-    queries = 8_000
+    queries = 2_000
     optimizer = EGGROLL(net.named_parameters(), lr=1.0, num_queries=queries, estimator=TwoSided())
     optimizer.attach(net)
     found = directions(optimizer, net.weight, queries)
