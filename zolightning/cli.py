@@ -28,12 +28,13 @@ from zolightning.callbacks import (
     StepProgressBar,
     ZerothOrder,
 )
-from zolightning.callbacks.refusals import refuse_precision, refuse_strategy, refuse_unsupported
+from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
 from zolightning.checkpoints.run_logs import log_once
 from zolightning.commands.arguments import prepared
 from zolightning.commands.checks import (
     check_data,
+    check_gradient_free,
     check_groups,
     check_monitors,
     check_seed,
@@ -175,7 +176,7 @@ class ZerothOrderCLI(LightningCLI):
             sys.exit()
         find_checkpoint(config, of_ledgers=self.subcommand == "fit" and config.keep_ledger)
         check_settings(config, str(self.subcommand))
-        _refuse_gradients(config)
+        check_gradient_free(config)
 
     def instantiate_classes(self) -> None:
         """Makes the model last: errors elsewhere are reported before it is loaded."""
@@ -289,18 +290,3 @@ class ZerothOrderCLI(LightningCLI):
         if self.trainer.is_global_zero and metrics:
             values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
             print(f"{when}: {values}{f' ({where})' if where else ''}", flush=True)
-
-
-def _refuse_gradients(config: Any) -> None:
-    """Refuses by name, and as early as possible, what the ZerothOrder callback refuses in its ``setup``.
-
-    Otherwise Lightning's errors come first, about other things: a GPU that sharding needs, a package that is not
-    installed; and on a CPU it silently trains in bf16-mixed when 16-mixed is asked for.
-    """
-    callbacks = config.trainer.callbacks or []
-    if config.method is None and not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):
-        return
-    if isinstance(config.trainer.strategy, str):
-        refuse_strategy(config.trainer.strategy)
-    if config.trainer.precision is not None:
-        refuse_precision(config.trainer.precision)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from zolightning.callbacks import ZerothOrder
+from zolightning.callbacks.refusals import refuse_precision, refuse_strategy
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.resume import folder_settings
 from zolightning.commands.configured_trainer import ConfiguredTrainer
@@ -110,6 +111,24 @@ def check_settings(config: Namespace, subcommand: str) -> None:
         if predictions.is_dir():
             raise ValueError(f"`predictions.path` is {predictions}, which is a folder. Name a file.")
         require_writable("predictions.path", predictions.parent)
+
+
+def check_gradient_free(config: Namespace) -> None:
+    """Refuses a strategy or a precision that needs gradients, where a zeroth-order method trains.
+
+    ZerothOrder refuses them too, but in its ``setup``. Before that come Lightning's errors about other things: a GPU
+    that sharding needs, a package that is not installed; and on a CPU it silently takes bf16-mixed for 16-mixed.
+
+    Raises:
+        MisconfigurationException: naming the setting, its value and what is accepted.
+    """
+    callbacks = config.trainer.callbacks or []
+    if config.method is None and not any("ZerothOrder" in str(callback.get("class_path")) for callback in callbacks):
+        return
+    if isinstance(config.trainer.strategy, str):
+        refuse_strategy(config.trainer.strategy)
+    if config.trainer.precision is not None:
+        refuse_precision(config.trainer.precision)
 
 
 def check_method(optimizer: ZerothOrderOptimizer) -> None:
