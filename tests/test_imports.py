@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import zolightning
 from zolightning.models import CausalLM
 from zolightning.step import zeroth_order_step
@@ -96,6 +98,7 @@ assert loaded_since(before) <= {"zolightning", "lightning"}, loaded_since(before
     )
 
 
+@pytest.mark.slow
 def test_callbacks_train_a_module_without_the_modules_that_windows_lacks_and_saving_says_so() -> None:
     run(
         "import sys\nimport lightning.pytorch\nsys.modules.update(fcntl=None, resource=None)\n"

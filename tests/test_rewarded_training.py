@@ -102,7 +102,7 @@ def test_failed_rewards_are_logged_and_counted_on(
 
 
 @pytest.mark.filterwarnings("error:.*evaluations_per_forward")
-@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("micro_batch_size", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_members_that_share_forwards_train_the_same_weights(
     rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer], micro_batch_size: int | None
 ) -> None:

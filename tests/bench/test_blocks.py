@@ -22,9 +22,9 @@ def test_model_of_time() -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "blocks.csv"
-    main(f"blocks --model config:tiny --batch-sizes 1 2 --prompt-batches 1 --repeats 1 --output {output}".split())
+    main(f"blocks --model config:tiny --batch-sizes 2 --prompt-batches 1 --repeats 1 --output {output}".split())
     with output.open() as file:
-        one, two = csv.DictReader(file)
-    assert (one["batch"], two["batch"]) == ("1", "2")
-    assert float(one["MeZO over FOCUS, layers"]) > 0 and float(two["by the model"]) > 0
+        (line,) = csv.DictReader(file)
+    assert line["batch"] == "2"
+    assert float(line["MeZO over FOCUS, layers"]) > 0 and float(line["by the model"]) > 0
     assert "passes must take 3.6 forwards where 48 layers share nothing, 1.7" in capsys.readouterr().out

@@ -60,20 +60,20 @@ def command(rows: Path, tmp_path: Path, write_tiny_model: Callable[..., Path]) -
 
 
 MEZO = ("--entry", "MeZO: configs/methods/mezo.yaml method.lr=1e-3")
+SCOPE = "scope=DominantLayer scope.layer=1"
 
 
 def test_every_kind_of_entry_is_tuned_seeded_and_cut_at_its_limit(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
-        *("--entry", "one layer: configs/methods/mezo.yaml scope=DominantLayer scope.layer=1 method.lr=1e-3"),
-        *("--entry", "ZO-MOPI: configs/methods/zo_mopi.yaml evaluation.evaluations_per_forward=8"),
+        *("--entry", f"ZO-MOPI: configs/methods/zo_mopi.yaml {SCOPE} evaluation.evaluations_per_forward=8"),
         *("--entry", "AdamW: configs/methods/adamw.yaml data.batch_size=8"),
         *("--forwards", "24", "--validations", "2", "--grid", "1", "10", "--seeds", "0", "1"),
     ]
     found = command(*arguments)
     printed = capsys.readouterr().out
-    forwards_a_step = {"one layer": 2, "ZO-MOPI": 8, "AdamW": 3}
+    forwards_a_step = {"ZO-MOPI": 8, "AdamW": 3}
     for name, count in forwards_a_step.items():
         runs = {key[1:]: lines for key, lines in found.items() if key[0] == name}
         for lines in runs.values():

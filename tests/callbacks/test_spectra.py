@@ -55,7 +55,7 @@ def fit(
     return fit
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-true"])
 def test_training_keeps_its_bits(fit: Callable[..., Any], tmp_path: Path, precision: str) -> None:
     plain, plain_watch = fit(precision=precision)
     logger = TensorBoardLogger(tmp_path)

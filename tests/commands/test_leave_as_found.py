@@ -53,7 +53,14 @@ def test_nothing_is_left(runs: Runs, subcommand: str, options: tuple[str, ...], 
     assert contents(runs.folder) == before and not (runs.folder / "logs").exists()
 
 
-@pytest.mark.parametrize("options", [("--method", "LOZO"), ("--method.momentum", "0.9"), ("--data.path", "{folder}")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--method", "LOZO"), marks=pytest.mark.slow),
+        pytest.param(("--method.momentum", "0.9"), marks=pytest.mark.slow),
+        ("--data.path", "{folder}"),
+    ],
+)
 def test_a_run_that_goes_on_keeps_its_settings(runs: Runs, options: tuple[str, ...]) -> None:
     """Otherwise it could not go on by its ``config.yaml`` any more."""
     runs("fit", "--trainer.max_steps", 3)

@@ -179,7 +179,12 @@ def test_a_run_that_was_stopped_goes_on_by_the_command_it_names(
 
 @pytest.mark.parametrize(
     ("step", "hook"),
-    [(0, "train_batch_start"), (1, "validation_start"), (1, "validation_end"), (2, "train_batch_start")],
+    [
+        pytest.param(0, "train_batch_start", marks=pytest.mark.slow),
+        pytest.param(1, "validation_start", marks=pytest.mark.slow),
+        (1, "validation_end"),
+        (2, "train_batch_start"),
+    ],
 )
 def test_a_run_that_was_killed_before_its_first_checkpoint(
     runs: Runs,

@@ -65,7 +65,7 @@ class TestAudit:
         assert find_unseen(net.parameters(), lambda: net["used"](values(3, 4)).sum()) == set(net["unused"].parameters())
 
     @pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("warm", [False, True])
+    @pytest.mark.parametrize("warm", [pytest.param(False, marks=pytest.mark.slow), True])
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_compiled_networks(self, whole: bool, warm: bool) -> None:
         """Right through the audit: a compiled graph does not see the exchange, and reads the weights it is given."""

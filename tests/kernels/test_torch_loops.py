@@ -49,7 +49,7 @@ class TestCompiled:
     @pytest.mark.parametrize(
         ("loop", "dtype"),
         [
-            (perturb, torch.float32),
+            pytest.param(perturb, torch.float32, marks=pytest.mark.slow),
             (update, torch.bfloat16),
             pytest.param(perturb, torch.bfloat16, marks=pytest.mark.slow),
             pytest.param(update, torch.float32, marks=pytest.mark.slow),

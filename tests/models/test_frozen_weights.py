@@ -68,7 +68,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         (CausalLM, {}, lambda: [TrainLayers([1])], "bf16-true", ["layers.1."]),
         (CausalLM, {"dtype": "bfloat16"}, lambda: [TrainLayers([1], part=LoRA())], "bf16-true", [".lora_"]),
         (CausalLM, {"quantization": "int8"}, lambda: [TrainLayers([1], part=LoRA())], "32-true", [".lora_"]),
-        (CausalLM, {}, lambda: [TrainLayers([1]), LinearProbing()], "32-true", ["layers.1.", "lm_head"]),
+        (CausalLM, {}, lambda: [TrainLayers([1]), LinearProbing(cs=[1.0])], "32-true", ["layers.1.", "lm_head"]),
         (SequenceClassifier, {"num_classes": 2}, lambda: [TrainParameters([UP])], "32-true", [UP, "score"]),
     ],
 )

@@ -48,6 +48,7 @@ class TestEstimate:
             expected = before * (hessian.diagonal() / before).sum() / 2 + 15 / 16 * expected
         assert ((found - expected).abs() < 4 * 0.09 * before).all(), (found, expected)
 
+    @pytest.mark.slow
     def test_it_makes_a_badly_scaled_problem_easier(self) -> None:
         """Eigenvalues from 1e-4 to 1, the largest the initial curvature: steps in flat directions become longer."""
         diagonal = torch.logspace(-4, 0, 8, dtype=torch.float64)

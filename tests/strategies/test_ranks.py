@@ -215,6 +215,7 @@ def test_a_checksum_changes_with_any_bit(dtype: torch.dtype, size: int) -> None:
         assert not torch.equal(before, checksum([tensors[0], changed, *tensors[2:]], torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_a_command_leaves_the_process_group_when_it_ends() -> None:
     """Under Lightning's strategies too, which leave gloo's to the interpreter: it sometimes aborts then."""
     program = (
