@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training import Records, Save, assert_equal, weights
-from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, Order, RandomPermutation, find_blocks
+from zolightning.blocks import Bandit, BlockSchedule, Cyclic, GaussSouthwellSweep, RandomPermutation, find_blocks
 from zolightning.callbacks import BlockCoordinateDescent, RunOverview, SubspaceResampling, ZerothOrder
 from zolightning.evaluation.shared_prefix import SharedPrefix
 from zolightning.optim import HiZOO, MeZO, SparseMeZO, SubZero
@@ -176,40 +175,6 @@ def test_a_plain_loop_does_the_same(fit: Fit, regression_data: Callable[..., Dat
     assert optimizer.record == records[-1]
     schedule.detach()
     assert not optimizer._estimate_pre_hooks and not optimizer._optimizer_step_post_hooks
-
-
-def test_an_order_learns_the_mean_square_of_a_visit(regression_data: Callable[..., DataLoader]) -> None:
-    class Learning(Cyclic):
-        def learn(self, blocks: Any, squared_grad: float, alone: Any) -> None:
-            learned.append((*blocks, squared_grad))
-
-    learned: list[tuple[float, ...]] = []
-    module, squares = Layered(), []
-    optimizer = MEZO(module.parameters(), num_queries=3)
-    optimizer.attach(module)
-    BlockSchedule(find_blocks(module, module.parameters()), Learning(), interval=2).attach(optimizer)
-    for batch, _ in zip(regression_data(), range(5), strict=False):
-        optimizer.estimate(lambda batch=batch: module.training_step(batch, 0))
-        squares += [np.square(optimizer.record.projected_grads).mean()]
-        optimizer.step()
-    assert learned == [(0, pytest.approx(sum(squares[:2]) / 2)), (1, pytest.approx(sum(squares[2:4]) / 2))]
-
-
-def test_an_order_is_told_the_norms_of_blocks() -> None:
-    net, told = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), []
-
-    class Asking(Order):
-        def choose(self, turn: Any) -> list[int]:
-            told.extend(map(turn.norm, range(turn.num_blocks)))
-            return [0]
-
-    optimizer = MeZO(net.named_parameters(), lr=1e-2)
-    optimizer.attach(net)
-    blocks = find_blocks(net, net.parameters(), patterns=["0", "1"])
-    BlockSchedule(blocks, Asking()).attach(optimizer)
-    optimizer.estimate(lambda: net(torch.ones(1, 3)).sum())
-    weights = [torch.cat([parameter.detach().flatten() for parameter in layer.parameters()]) for layer in net]
-    assert told == pytest.approx([weight.norm().item() for weight in weights])
 
 
 def test_tensorboard(fit: Fit, tmp_path: Path) -> None:
