@@ -8,7 +8,8 @@ In the order of reading:
 * Blocks: ``block_coordinate_descent``.
 * Learning rates: ``learning_rate_control``; ``learning_rate_probe``, ``replayed_walks``.
 * Before the first step: ``linear_probing``.
-* What is shown and written: ``run_overview``, ``run_monitor``, ``step_progress``, ``prediction_writer``.
+* What is shown and written: ``run_overview``, ``run_memory``, ``run_monitor``, ``step_progress``,
+  ``prediction_writer``.
 """
 
 from zolightning.callbacks.activation_bases import ActivationBases

@@ -57,7 +57,7 @@ def refuse_unsupported(trainer: Any) -> None:
     if methods and methods[0].cuda_graphs:
         refuse_graphs(trainer.strategy.root_device)
     if methods and any(name in _SHARDING for name in class_names(trainer.strategy)):
-        refuse_options_with_shards(methods[0])
+        _refuse_options_with_shards(methods[0])
         _refuse_callbacks_with_shards(trainer.callbacks)
 
 
@@ -108,7 +108,7 @@ def refuse_precision(precision: Any) -> None:
         )
 
 
-def refuse_options_with_shards(callback: Any) -> None:
+def _refuse_options_with_shards(callback: Any) -> None:
     """Under sharded weights (FSDP2), refuses options of ZerothOrder that would make ranks run different forwards."""
     defaults = {"micro_batch_size": None, "evaluations_per_forward": 1, "keep_prefix_gib": 0.0, "cuda_graphs": False}
     for name, default in defaults.items():

@@ -2,10 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,28 +12,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
+from zolightning.callbacks.run_memory import memory_plan
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
-from zolightning.callbacks.zeroth_order import ZerothOrder
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.save_last import SaveLast
-from zolightning.memory import (
-    BatchShape,
-    MemoryPlan,
-    Trained,
-    kept_direction_bytes,
-    plan,
-    sketch_bytes,
-    state_bytes,
-    trained_by,
-    weight_bytes,
-    with_bases_of_inputs,
-)
-from zolightning.memory_alternatives import alternatives
+from zolightning.memory import trained_by, weight_bytes
 from zolightning.messages import in_units
 from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -120,33 +105,6 @@ def _log_by_forward_passes(trainer: L.Trainer, metrics: Mapping[str, Any]) -> No
                     logger.experiment.add_scalar(f"by_forward_passes/{name}", float(value), forwards)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU's memory that this process holds or can still allocate."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-
-
-def refuse_too_large(plan: MemoryPlan, free: int, others: Callable[[], Mapping[str, MemoryPlan]]) -> None:
-    """Warns of a run that will not fit into the free bytes if the estimate of its forward pass is right.
-
-    Raises:
-        MisconfigurationException: if it needs more even without a forward pass. The message gives the sizes of other
-            ways to train the same network, by the settings that choose them.
-    """
-    if plan.peak <= free:
-        return
-    sizes = {name: other.peak for name, other in others().items()}
-    width = max(map(len, sizes), default=0)
-    message = (
-        f"The run needs {in_units(plan.peak)} of the device's memory, but only {in_units(free)} are free: {plan}.\n"
-    )
-    message += "Use a smaller batch, or one of these:"
-    for name, peak in sizes.items():
-        message += f"\n  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}"
-    if plan.certain > free:
-        raise MisconfigurationException(message)
-    rank_zero_warn(message)
-
-
 def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
     """The summary of a run: texts by their titles, in order.
 
@@ -168,7 +126,7 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         never = {parameter for blocks in find_callbacks(trainer, BlockCoordinateDescent) for parameter in blocks.never}
         trained = [weight for weight in trained_by(optimizer) if weight.weight not in never]
         count = sum(math.prod(weight.shape) for weight in trained)
-        planned = _memory_plan(trainer, module, optimizer, trained)
+        planned = memory_plan(trainer, module, optimizer, trained)
         peak = "" if planned.activations is None else f"; {in_units(planned.peak)} at the peak"
         lines["memory"] = f"{planned}{peak}"
     scopes = [type(scope).__name__ for scope in scopes_of(trainer)]
@@ -194,38 +152,6 @@ def _evaluations(trainer: L.Trainer, optimizer: ZerothOrderOptimizer) -> str:
     if (parts := layout_of(trainer).perturbation_parallel_size) > 1:
         how += f", {-(-forwards // parts)} of them on the first rank"
     return f"{forwards} forward passes{how}; a few more in the first step, to find where parameters are read"
-
-
-def _memory_plan(
-    trainer: L.Trainer, module: L.LightningModule, optimizer: ZerothOrderOptimizer, trained: list[Trained]
-) -> MemoryPlan:
-    """The memory plan of a run, unless :func:`refuse_too_large` refuses it."""
-    (zeroth_order, *_) = find_callbacks(trainer, ZerothOrder)
-    setting = zeroth_order.method, _largest_batch(trainer, zeroth_order), optimizer.evaluator.graphs is not None
-    bases = next((found.bases for found in find_callbacks(trainer, SubspaceResampling)), None)
-    trained = trained if bases is None else with_bases_of_inputs(module, trained)
-    planned = plan(module, trained, *setting)
-    for blocks in find_callbacks(trainer, BlockCoordinateDescent):
-        if blocks.left_state == "reset":
-            largest = blocks.largest(optimizer)
-            moving = state_bytes([one for one in trained if one.weight in largest], zeroth_order.method)
-            others = state_bytes([one for one in trained if one.weight not in largest], zeroth_order.method)
-            planned = replace(planned, state=moving.device + others.at_rest, host=moving.host)
-    if bases is not None:
-        directions = bases.skip + max(group["rank"] for group in optimizer.param_groups)
-        kept = kept_direction_bytes(trained, directions) if bases.decay else 0
-        planned = replace(planned, state=planned.state + kept, sketches=sketch_bytes(trained, directions))
-    if offloaded := [parameter.nbytes for parameter in module.parameters() if parameter.is_meta]:
-        fetched, away = max(offloaded), sum(offloaded)
-        at_rest = {"weights": planned.weights - away, "host": planned.host + away}
-        planned = replace(planned, **at_rest, scratch=planned.scratch + fetched)
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        held = {parameter.device for parameter in module.parameters() if not parameter.is_meta}
-        devices = held | {device}  # several by a device map
-        other_ways = partial(alternatives, module, trained, *setting)
-        refuse_too_large(planned, sum(map(free_bytes, devices)), other_ways)
-    return planned
 
 
 def _unlike_defaults(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
@@ -267,12 +193,3 @@ def _settings(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         else:
             settings |= {"method": type(optimizer).__name__, "method.lr": optimizer.param_groups[0].get("lr")}
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape | None:
-    """The largest input of a forward pass in a step; None if the datamodule does not tell."""
-    largest = getattr(getattr(trainer, "datamodule", None), "largest_batch", None)
-    if largest is None:
-        return None
-    rows, length, positions = largest(zeroth_order.micro_batch_size)
-    return BatchShape(rows * zeroth_order.evaluations_per_forward, length, positions)
