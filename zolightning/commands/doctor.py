@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,12 +66,13 @@ def examine(
             "`method` is not given, but `doctor` examines zeroth-order methods. Name one, such as MeZO."
         )
     refuse_unsupported(trainer)
-    probes = [callback for callback in callbacks if isinstance(callback, LearningRateProbe)]
-    probe = probes[0] if probes else probe
+    sets_lr = any(isinstance(callback, LearningRateProbe) for callback in callbacks)
+    callbacks += [] if sets_lr else [probe]
+    probe = next(callback for callback in callbacks if isinstance(callback, LearningRateProbe))
     with quiet(), tqdm(desc="steps", total=probe.num_steps, disable=trainer.progress_bar_callback is None) as bar:
-        doctor = _Doctor(probe, bool(probes), bar)
+        doctor = _Doctor(probe, sets_lr, bar)
         runner = trainer.without_traces(
-            callbacks=[*callbacks, *([] if probes else [probe]), doctor],
+            callbacks=[*callbacks, doctor],
             min_steps=None,  # the steps after those that measure would train
             min_epochs=None,
             limit_val_batches=0,
@@ -219,15 +220,11 @@ def _in_groups(
             numel=sum(parameters[name].numel() for name in names),
             largest=max(parameters[name].detach().abs().max().item() for name in names),
             spacing=max(spacing(parameters[name]) for name in names),
-            perturbation=_total(read[name] for name in names if name in read),
-            update=_total(kept[name] for name in names),
+            perturbation=sum((read[name] for name in names if name in read), Survival()),
+            update=sum((kept[name] for name in names), Survival()),
         )
         for (group, dtype), names in members.items()
     ]
-
-
-def _total(survivals: Iterable[Survival]) -> Survival:
-    return sum(survivals, Survival())
 
 
 def _report(overview: Mapping[str, str], seen: Examination) -> None:

@@ -133,7 +133,7 @@ def _entry(action: argparse.Action) -> list[str]:
     plain = " ".join(without_markup(action.help or "").split())
     text = _WORDS.get(action.dest) or re.split(r"(?<=[.;])\s|\s\(default|\s\(type", plain)[0].rstrip(".;")
     default = action.default
-    if isinstance(default, str | int | float) and not isinstance(default, type) and default not in ("==SUPPRESS==", ""):
+    if isinstance(default, str | int | float) and default not in (argparse.SUPPRESS, ""):
         text += f" (default: {default})"
     wrapped = textwrap.wrap(text, _WIDTH - _COLUMN)[:2] or [""]
     first = f"{option:{_COLUMN}}{wrapped[0]}" if len(option) < _COLUMN else f"{option}  {wrapped[0]}"

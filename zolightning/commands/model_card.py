@@ -9,7 +9,7 @@ import lightning as L
 import yaml
 
 from zolightning.commands.metrics_files import library_versions
-from zolightning.commands.run_folder import Run, read_run
+from zolightning.commands.run_folder import PLACES, Run, read_run
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -193,7 +193,7 @@ def _facts(run: Run | None) -> list[tuple[str, Any]]:
     """The run's overview and its costs, as pairs for a table."""
     facts: list[tuple[str, Any]] = []
     if run is not None:
-        facts += [(name, value) for name, value in run.overview.items() if name not in (*_OF_A_MACHINE, "command")]
+        facts += [(name, value) for name, value in run.overview.items() if name not in _OF_A_MACHINE]
         spent = {"forward passes": run.spent.forward_passes, "seconds": run.spent.seconds}
         spent |= {"peak memory, GiB": run.peak_memory_gib}
         facts += [(f"{name}, whole run", value) for name, value in spent.items() if value is not None]
@@ -203,10 +203,8 @@ def _facts(run: Run | None) -> list[tuple[str, Any]]:
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run, without the folders of its files and the options of the export command."""
     settings = {key: deepcopy(value) for key, value in config.items() if key not in _OF_AN_EXPORT}
-    for field, key in (
-        *(("trainer", "default_root_dir"), ("trainer", "logger")),
-        *(("checkpoint", "dirpath"), ("save_last", "dirpath")),
-    ):
+    for place in PLACES:
+        field, _, key = place.partition(".")
         (settings.get(field) or {}).pop(key, None)
     return settings
 
@@ -226,9 +224,9 @@ def _is_hub_id(name: str) -> bool:
     return not Path(name).exists()
 
 
-def _own_name(value: Any) -> Any:
-    """The name of a folder or file, without the rest of its path, which describes a machine and helps nobody."""
-    return Path(value).resolve().name if isinstance(value, str) and "/" in value and Path(value).exists() else value
+def _own_name(model: str) -> str:
+    """Of a folder or file its own name: the rest of its path describes a machine, and helps nobody."""
+    return Path(model).resolve().name if "/" in model and Path(model).exists() else model
 
 
 def _text(value: Any) -> str:

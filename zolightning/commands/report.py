@@ -9,13 +9,10 @@ from typing import Any
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.commands.metrics_files import as_json, curves_csv, run_metrics
 from zolightning.commands.report_page import page
-from zolightning.commands.run_folder import Run, read_run
+from zolightning.commands.run_folder import PLACES, Run, read_run
 from zolightning.commands.sweep_results import flat
 from zolightning.commands.tables import print_table
 from zolightning.messages import counted
-
-# Settings of where a run's files go, in which all runs differ.
-_PLACES = ("trainer.default_root_dir", "trainer.logger", "checkpoint.dirpath", "save_last.dirpath", "ckpt_path")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,8 +60,8 @@ def main(arguments: Sequence[str]) -> None:
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The settings that differ between runs: by dotted name, the value in each run, None where it has none."""
     settings = [dict(flat(run.config)) for run in runs]
-    names = dict.fromkeys(name for of_run in settings for name in of_run)
-    found = {name: [of_run.get(name) for of_run in settings] for name in names if not name.startswith(_PLACES)}
+    names = (name for of_run in settings for name in of_run if not name.startswith((*PLACES, "ckpt_path")))
+    found = {name: [of_run.get(name) for of_run in settings] for name in names}
     return {
         name.replace(".init_args", "").removesuffix(".class_path"): _short(values) if "class_path" in name else values
         for name, values in sorted(found.items())

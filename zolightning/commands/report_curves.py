@@ -71,9 +71,7 @@ def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1, from_zer
                 axes.plot(line.xs, ys, color=color, linewidth=0.8, alpha=0.25)
                 ys = _means(ys, mean_of)
             marker, letter = "o" if len(ys) <= 30 else None, ascii_uppercase[line.number]
-            axes.plot(
-                line.xs, ys, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=3, label=letter
-            )
+            axes.plot(line.xs, ys, color=color, linestyle=dash, marker=marker, label=letter)
         axes.legend(ncols=-(-len(lines) // 5), handlelength=1.6)
         if from_zero:
             axes.set_ylim(bottom=0)

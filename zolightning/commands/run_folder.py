@@ -16,6 +16,8 @@ from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.run_logs import OVERVIEW
 from zolightning.messages import some
 
+# Settings of where a run's files go, in which all runs differ
+PLACES = ("trainer.default_root_dir", "trainer.logger", "checkpoint.dirpath", "save_last.dirpath")
 _LOG_EVERY = 50  # steps, Lightning's default
 _END = "_hparams_/session_end_info"  # written by RunOverview when training ends
 _SHOWN_OTHERWISE = ("best/", "by_forward_passes/", "hp_metric", "epoch", "zo/forward_passes")

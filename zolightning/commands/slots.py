@@ -94,7 +94,7 @@ def _require_one(config: Namespace, made: Namespace, listed: Sequence[Callback])
     methods = [callback for callback in listed if isinstance(callback, ZerothOrder)]
     if len(methods) + (made.method is not None) > 1:
         names = [type(trial(callback.method)).__name__ for callback in methods]
-        where = f"`method` is {class_name(config.method)}, but " if made.method is not None else ""
+        where = f"`method` is {config.method['class_path'].rpartition('.')[2]}, but " if made.method is not None else ""
         raise MisconfigurationException(
             f"{where}`trainer.callbacks` holds ZerothOrder of {' and of '.join(names)}: one method can train. Keep one."
         )
@@ -170,8 +170,3 @@ def trial(method: Method) -> ZerothOrderOptimizer:
             f"`method` must make a zeroth-order optimizer (MeZO, for example), got {type(optimizer).__name__}."
         )
     return optimizer
-
-
-def class_name(spec: Namespace | None) -> str:
-    """``MeZO`` of a parsed ``class_path: zolightning.optim.MeZO``."""
-    return "null" if spec is None else str(spec["class_path"]).rpartition(".")[2]
