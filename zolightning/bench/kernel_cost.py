@@ -41,11 +41,8 @@ def _measure(
     loops: ModuleType, name: str, device: torch.device, size: int, queries: int, kind: NoiseKind, ceilings: Ceilings
 ) -> Iterator[Record]:
     weight = torch.zeros(size, dtype=torch.bfloat16, device=device)
-    plus, minus, low_word = (
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-        torch.zeros_like(weight, dtype=torch.int16),
-    )
+    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+    low_word = torch.zeros_like(weight, dtype=torch.int16)
     drawn = noise(queries, kind, device, 1e-6)
     columns = max(2, size // (2 * ROWS_READ) * 2)
     table = weight[: size // columns * columns].view(-1, columns)

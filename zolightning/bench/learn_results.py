@@ -138,7 +138,7 @@ def draw(path: Path, entries: Sequence[Entry], curves: Curves, limits: Mapping[U
     """
     unit, limit = next(iter(limits.items()))
     if not any(one.best(curves, unit, limit) for one in entries):
-        return  # no run has been finished
+        return
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")

@@ -54,6 +54,7 @@ from zolightning.commands.timing import round_robin
 from zolightning.models.attention_masks import attention_mask_for
 
 MEMORY_STEPS = 3
+_COMPARED = (FORWARD, PUBLISHED, PUBLISHED_ANSWERS)  # with which the other rows are
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,8 @@ class Settings:
 
     def chosen(self, rows: list[Row]) -> list[Row]:
         """The rows that are to be measured, out of `rows`."""
-        return [row for row in rows if row in _COMPARED or not self.rows or self._matches(row)]
-
-    def _matches(self, row: Row) -> bool:
-        return any(re.search(pattern, row.name) for pattern in self.rows)
-
-
-_COMPARED = (FORWARD, PUBLISHED, PUBLISHED_ANSWERS)
+        patterns = self.rows or [""]
+        return [row for row in rows if row in _COMPARED or any(re.search(pattern, row.name) for pattern in patterns)]
 
 
 def run(settings: Settings) -> None:
