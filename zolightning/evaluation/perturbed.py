@@ -39,6 +39,7 @@ from zolightning.evaluation.torch_functions import (
     is_cut,
     is_transformed,
     linear_in_pieces,
+    table_of,
 )
 
 _CONTAINERS = (list, tuple)  # in which parameters may be passed to a function
@@ -297,11 +298,10 @@ class Perturbed(TorchFunctionMode):
         return output
 
     def _lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """``F.embedding`` with a perturbed table; None for calls that do more, such as renormalising (`max_norm`)."""
-        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-        if len(args) < 2 or max_norm is not None:
+        """``F.embedding`` with a perturbed table; None for calls that do more."""
+        if (found := table_of(args, kwargs)) is None:
             return None
-        ids, table = args[:2]
+        ids, table = found
         perturbation = self._by_id.get(id(table))
         if perturbation is None or isinstance(perturbation, Tangent):
             return None

@@ -20,7 +20,15 @@ from zolightning.evaluation.nested import map_tensors, tensors_in
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.evaluation.scratch import PIECE_BYTES, pieces
 from zolightning.evaluation.small_tensors import cores_of_groups
-from zolightning.evaluation.torch_functions import HOST, PRODUCTS, ByRows, factors_of, is_transformed, multiply
+from zolightning.evaluation.torch_functions import (
+    HOST,
+    PRODUCTS,
+    ByRows,
+    factors_of,
+    is_transformed,
+    multiply,
+    table_of,
+)
 
 _ELEMENTWISE = frozenset({Tensor.mul, Tensor.add, torch.mul, torch.add})
 
@@ -149,12 +157,11 @@ class RowGroups(Perturbed):
         return output.view(*inputs.shape[:-1], -1)
 
     def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """``F.embedding`` with each group's own table; None for calls with more to do, such as renormalising."""
-        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-        if len(args) < 2 or max_norm is not None or id(args[1]) not in self._ids:
+        """``F.embedding`` with each group's own table; None for calls that do more."""
+        if (found := table_of(args, kwargs)) is None:
             return None
-        ids, table = args[:2]
-        if not self._has_rows(ids):
+        ids, table = found
+        if id(table) not in self._ids or not self._has_rows(ids):
             return None
         rows = ids.reshape(-1)
         stored = table.detach().contiguous()

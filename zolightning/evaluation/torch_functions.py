@@ -47,6 +47,12 @@ def factors_of(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, An
     return weight, inputs, bias
 
 
+def table_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Row numbers and table of a call of ``F.embedding``; None if it does more, such as renormalising (`max_norm`)."""
+    max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+    return None if len(args) < 2 or max_norm is not None else (args[0], args[1])
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func runs: ``grad``, ``jvp``, ``vmap``."""
     return peek_interpreter_stack() is not None
