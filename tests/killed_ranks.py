@@ -27,9 +27,9 @@ from forked_ranks import fork_ranks
 from zolightning.callbacks import KeepLedger, SaveLast, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.replay import replay
-from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim import MeZO
 from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
+from zolightning.weights_digest import weights_digest
 
 STEPS, BATCH = 20, 8
 WAIT = timedelta(seconds=30)

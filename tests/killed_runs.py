@@ -44,9 +44,9 @@ from zolightning.callbacks import (
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import replay
-from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.commands.run_folder import event_files
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, ZerothOrderOptimizer
+from zolightning.weights_digest import weights_digest
 
 STEPS = 14
 KILLS_A_RUN = 4

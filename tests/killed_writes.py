@@ -29,7 +29,7 @@ import torch
 from cli_runs import Runs
 from killed_runs import forked, logged
 from zolightning.__main__ import main as zolightning
-from zolightning.checkpoints.weights_digest import weights_digest
+from zolightning.weights_digest import weights_digest
 
 _OPEN, _PWRITE = io.open, os.pwrite
 STEPS = 4

@@ -11,8 +11,8 @@ from zolightning.checkpoints.follow import follow
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.ledger_header import describe_run
 from zolightning.checkpoints.replay import Replayed
-from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.optim import LOZO, MeZO
+from zolightning.weights_digest import weights_digest
 
 
 class Training:

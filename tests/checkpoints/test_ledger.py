@@ -16,8 +16,8 @@ from zolightning.checkpoints.find_ledger import ledger_of
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.checkpoints.ledger_header import describe_run
 from zolightning.checkpoints.replay import replay
-from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.optim import MeZO, MeZOAdam, StepRecord
+from zolightning.weights_digest import base_tensors, weights_digest
 
 MEZO = partial(MeZO, lr=0.02, momentum=0.5)
 

@@ -30,13 +30,13 @@ from zolightning.bench.options import Precision, option
 from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.bench.subject import DTYPES
 from zolightning.callbacks import ZerothOrder
-from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.commands.configured_trainer import SILENT
 from zolightning.commands.output import hush, quiet
 from zolightning.commands.tables import Record, print_table
 from zolightning.malloc import keep_freed_memory
 from zolightning.optim import MeZO
 from zolightning.strategies import ZerothOrderDDP
+from zolightning.weights_digest import weights_digest
 
 _EXCHANGES = ("all_reduce", "all_gather", "all_gather_into_tensor", "barrier", "broadcast", "reduce")
 

@@ -18,7 +18,6 @@ from zolightning.checkpoints.given_bases import load_bases, save_bases
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.ledger_header import Header, Unrecorded, describe_run
 from zolightning.checkpoints.run_logs import Muted, log_once, not_yet_logged
-from zolightning.checkpoints.weights_digest import weights_digest
 from zolightning.directions.shards import is_sharded
 from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
@@ -26,6 +25,7 @@ from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run, zeroth_order_optimizer
 from zolightning.training_loop import is_in_batch
+from zolightning.weights_digest import weights_digest
 
 _KEY = "zolightning.KeepLedger"
 

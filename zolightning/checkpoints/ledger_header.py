@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.kernels.noise import codes, key
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import PLAIN, constructor_arguments, settings_of
 from zolightning.versions import installed_version
+from zolightning.weights_digest import base_tensors, weights_digest
 
 _APART = ("param_names", "blocks", "block_weight", "lr_scale", "measured")
 _SET_LATER = {"transport", "anchor", "left_state"}  # hyperparameters that callbacks set
@@ -31,7 +31,7 @@ class Header:
     blocks: list[list[str]]  # names of the parameters of each block; empty if there are no blocks
     structure: dict[str, Any] | None  # what was added to the network: the module's `structure_dict()`, or None
     tensors: dict[str, list[Any]]  # dtype and shape of every parameter and saved buffer of the module
-    weights: str  # their digest before the first step, see :mod:`zolightning.checkpoints.weights_digest`
+    weights: str  # their digest before the first step, see :mod:`zolightning.weights_digest`
     fields: list[list[Any]]  # name, type ("<u4", in NumPy's notation) and number of the values in an entry, in order
 
     @property

@@ -10,13 +10,13 @@ from torch import nn
 from zolightning.checkpoints.given_bases import load_bases
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.ledger_header import as_json_values, first_numbers, this_release
-from zolightning.checkpoints.weights_digest import base_tensors, weights_digest
 from zolightning.directions.slices import Slice
 from zolightning.messages import differing
 from zolightning.optim.base import Method, ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.optim.settings import settings_of
 from zolightning.optim.subspace_weights import SubspaceWeights
+from zolightning.weights_digest import base_tensors, weights_digest
 
 _IN_RECORDS = ("lr", "vector_lr")  # records hold the rates, so the method's own may differ
 

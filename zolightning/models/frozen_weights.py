@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from zolightning.checkpoints.weights_digest import digests
 from zolightning.directions.shards import is_sharded, whole
 from zolightning.messages import some
 from zolightning.network.head import belongs_to_head
+from zolightning.weights_digest import digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

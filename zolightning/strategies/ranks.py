@@ -14,10 +14,10 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
-from zolightning.checkpoints.weights_digest import flat_bytes
 from zolightning.directions.shards import is_sharded
 from zolightning.evaluation.nested import tensors_in
 from zolightning.optim import ZerothOrderOptimizer
+from zolightning.weights_digest import flat_bytes
 
 CHECK_INTERVAL = 100  # steps; reading all weights once takes less than one of them
 _MIX = 0x1E3779B97F4A7C15  # any large odd number
