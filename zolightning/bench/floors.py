@@ -94,5 +94,5 @@ def floor_table(model: nn.Module, flops: float, ceilings: Ceilings) -> list[Reco
         "update exact": 2 * (weights + low_words),
     }
     parts = {"two forwards": 2 * flops / ceilings.flops_per_second}
-    parts |= {name: bytes / ceilings.bytes_per_second for name, bytes in moved.items()}
+    parts |= {name: size / ceilings.bytes_per_second for name, size in moved.items()}
     return [{"row": name, "milliseconds": 1e3 * seconds} for name, seconds in parts.items()]

@@ -12,7 +12,8 @@ from zolightning.commands.explanations import explain
 from zolightning.commands.options import fit_parser
 from zolightning.commands.slots import SLOTS, slot_callbacks
 
-_BY_PROTOCOL = {  # of the Trainer, whatever files say
+# Settings of the Trainer that all entries share, whatever their files say
+_BY_PROTOCOL = {
     "max_steps": -1,
     "max_epochs": -1,
     "max_time": None,
@@ -21,7 +22,6 @@ _BY_PROTOCOL = {  # of the Trainer, whatever files say
     "logger": False,
     "enable_progress_bar": False,
 }
-
 
 _parser = cache(fit_parser)  # which takes seconds
 

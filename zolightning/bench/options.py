@@ -10,12 +10,12 @@ Clock = Literal["wall", "cpu"]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def option(said: str, default: Any = MISSING, **others: Any) -> Any:
-    """A field that is an option: `said` explains it, and one without a default has to be given.
+def option(help_text: str, default: Any = MISSING, **others: Any) -> Any:
+    """A field that is an option: `help_text` explains it, and one without a default has to be given.
 
     `others` go to ``add_argument`` of argparse.
     """
-    metadata = {"help": said, **others}
+    metadata = {"help": help_text, **others}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

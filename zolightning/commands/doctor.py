@@ -159,6 +159,7 @@ class _Doctor(Callback):
 
 
 def _evaluated(trainer: L.Trainer, module: L.LightningModule, batch: Any) -> LossAndTerms:
+    """The loss of a batch, in the precision of the run."""
     with trainer.precision_plugin.train_step_context():
         return loss_and_terms(calibration_forward(module, batch))
 

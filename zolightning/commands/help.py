@@ -53,7 +53,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 _OF_A_COMMAND = {"predict": ("predictions.path",)}  # besides its own arguments
-_WORDS = {
+_TEXTS = {
     "method": "MeZO, LOZO, SubZero, ...: zeroth-order method; without one, backpropagation with `model.optimizer`",
     "scope": "DominantLayer, TrainLayers, ...: which parameters train; without one, all",
     "evaluation.micro_batch_size": "evaluate a batch in parts of this many examples",
@@ -131,7 +131,7 @@ def without_markup(text: str) -> str:
 def _entry(action: argparse.Action) -> list[str]:
     option = f"  {action.option_strings[-1].rstrip('+')}"
     plain = " ".join(without_markup(action.help or "").split())
-    text = _WORDS.get(action.dest) or re.split(r"(?<=[.;])\s|\s\(default|\s\(type", plain)[0].rstrip(".;")
+    text = _TEXTS.get(action.dest) or re.split(r"(?<=[.;])\s|\s\(default|\s\(type", plain)[0].rstrip(".;")
     default = action.default
     if isinstance(default, str | int | float) and default not in (argparse.SUPPRESS, ""):
         text += f" (default: {default})"

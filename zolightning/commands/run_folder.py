@@ -157,7 +157,7 @@ class Run:
 
     @property
     def best(self) -> Point | None:
-        """The validation in which the monitored metric was best, and the first of several that are; None before one."""
+        """The validation with the best value of the monitored metric, the first of equal ones; None before any."""
         points = [p for p in self.curves.get(self.monitor or "", []) if p.step > 0 and not np.isnan(p.value)]
         choose = min if (self.config.get("checkpoint") or {}).get("mode") == "min" else max
         return choose(points, key=lambda point: point.value, default=None)

@@ -54,8 +54,8 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
 
 def add_slots(parser: LightningArgumentParser) -> None:
     """Adds the slots to a parser."""
-    for slot, (kind, said) in _OPTIONS.items():
-        parser.add_argument(f"--{slot}", type=kind | None, help=said)
+    for slot, (kind, help_text) in _OPTIONS.items():
+        parser.add_argument(f"--{slot}", type=kind | None, help=help_text)
     # What the Trainer gives them is not a setting.
     for slot, argument in {"method": "params", "lr_scheduler": "optimizer"}.items():
         action: Any = parser._option_string_actions[f"--{slot}.help"]
