@@ -212,15 +212,18 @@ class SaveLast(ModelCheckpoint):
             self._stop_here(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        is_told = self._signal.number or self._signal.is_requeued
+        if not is_told or trainer.state.fn != TrainerFn.FITTING or not _has_steps_left(trainer):
+            return
         # With several ranks, which may have different numbers of batches, or with averages in place of the weights,
         # only at the next training step.
-        is_here = trainer.world_size == 1 and not (may_exchange_weights(trainer) or is_accumulating(trainer))
-        is_here = is_here and trainer.state.fn == TrainerFn.FITTING and _has_steps_left(trainer)
-        if self._signal.number and is_here:
+        if trainer.world_size > 1 or may_exchange_weights(trainer) or is_accumulating(trainer):
+            return
+        if self._signal.number:
             self._stopping = self._signal.number
             self._save(trainer, validation_due=True)
             self._stop_here(trainer)
-        if self._signal.is_requeued and is_here:
+        if self._signal.is_requeued:
             self._validation_due = True
             self._signal.requeue()
             self._validation_due = False

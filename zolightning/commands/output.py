@@ -61,7 +61,7 @@ def quiet() -> Iterator[None]:
 
 
 def hush() -> None:
-    """Switches off messages of Lightning that a user of this command can do nothing about."""
+    """Switches off messages of Lightning and torch that a user of the command line can do nothing about."""
     for message in (
         ".*does not have many workers.*",  # batches are tokenized already; a worker would only copy them
         ".*LeafSpec.* is deprecated.*",  # Lightning 2.6 on a newer torch
@@ -71,9 +71,5 @@ def hush() -> None:
         "Using ModelCheckpoint with manual optimization.*",
     ):
         warnings.filterwarnings("ignore", message)
-    # Loggers do not inherit filters: this is the one that rank_zero_info of Lightning writes to.
-    rank_zero.log.addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "try installing [lit" not in record.getMessage()
+    # Advertisements too. Loggers do not inherit filters: this is the one that Lightning's rank_zero_info writes to.
+    rank_zero.log.addFilter(lambda record: "try installing [lit" not in record.getMessage())

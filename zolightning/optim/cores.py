@@ -4,10 +4,10 @@ A core is *folded*, that is, its lift is added to the weight W,
 
 * at the end of each step if ``fold_every_step`` is set, which is the default. The stored weights are then the trained
   ones between any two steps, and may be read and written.
-* otherwise by ``fold``, ``resample`` and ``detach`` only, which saves a pass over the weights at each step. Between
-  these, stored weights must not be read or written, except through the module's ``state_dict()``, which always holds
-  the trained ones. The optimizer's ``state_dict()`` holds the stored ones as well, so that a resumed run has the same
-  bits.
+* otherwise by ``fold``, ``resample`` and ``detach`` only, and by ``estimate`` where a core has become too large to be
+  perturbed in half precision. This saves a pass over the weights at each step. Between these, stored weights must not
+  be read or written, except through the module's ``state_dict()``, which always holds the trained ones. The optimizer's
+  ``state_dict()`` holds the stored ones as well, so that a resumed run has the same bits.
 
 Both ways give the same weights up to rounding. Records count the folds before a step, so that a replay folds at the
 same steps. Under a Trainer, :class:`~zolightning.callbacks.ZerothOrder` chooses which.
