@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from zolightning.data.rows import sample, sample_per_class, sample_train_and_validation
+from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import Split
 
 

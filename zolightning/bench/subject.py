@@ -10,7 +10,7 @@ from zolightning.bench.lengths import draw_prompts
 from zolightning.bench.shapes import PREFIX, model_of_shape
 from zolightning.data import load_task
 from zolightning.data.encoding import Example, encode
-from zolightning.data.rows import sample
+from zolightning.data.sampling import sample
 from zolightning.data.source import read_folder
 from zolightning.models import CausalLM
 

@@ -4,10 +4,10 @@ In the order of reading:
 
 * A task: ``task``, ``task_files``, ``templates``; kinds of tasks: ``classification``, ``multiple_choice``,
   ``language_modeling``, ``generation``, ``regression``.
-* Its rows as text: ``files``, ``source``, ``row``, ``rows``.
+* Its rows as text: ``files``, ``source``, ``sampling``, ``row``, ``rows``.
 * In tokens: ``examples``, ``chat``; ``encoding`` for decoders, ``bidirectional`` and ``seq2seq`` for other networks.
-* In batches: ``batch``, ``batching``, ``images``; data modules: ``task_datamodule``, ``datamodule``,
-  ``image_datamodule``.
+* In batches: ``batch``, ``answer_index``, ``batching``, ``images``; data modules: ``task_datamodule``,
+  ``datamodule``, ``image_datamodule``.
 """
 
 from zolightning.data.batch import Batch

@@ -1,6 +1,6 @@
 """The rows of a task: read, checked, sampled, and given demonstrations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from zolightning.data.classification import CandidatesTask, LabelledTask
 from zolightning.data.files import find_rows
 from zolightning.data.language_modeling import Conversation, Message
 from zolightning.data.row import Row
+from zolightning.data.sampling import sample, sample_per_class, sample_train_and_validation
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
-from zolightning.data.task import Label, Task
+from zolightning.data.task import Task
 from zolightning.messages import counted
 from zolightning.rank_zero import rank_zero_warn
 
@@ -177,53 +178,3 @@ class Rows:
             raise ValueError(f"Task {self.task.name}, {where}: {error}.") from None
         turns = turns or [Message(role="user", content=prompt)]
         return Row(split.ids[index], where, prompt, answers, right, references, turns, row, (), content_free)
-
-
-def sample(split: Split, count: int, seed: int) -> list[int]:
-    """Returns `count` random indices, or all if there are fewer.
-
-    The permutation is that of ``numpy.random.seed(seed); numpy.random.permutation(len(split))``, so it is the
-    one of MeZO's code (https://github.com/princeton-nlp/MeZO) and of those built on it.
-    """
-    return np.random.RandomState(seed).permutation(len(split))[:count].tolist()
-
-
-def sample_train_and_validation(
-    split: Split, num_train: int, num_validation: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Splits one source in two: the last `num_validation` of the sampled rows are for validation, as in MeZO.
-
-    If there are too few rows, training gets fewer, and validation as many as asked for.
-
-    Raises:
-        ValueError: if no row would be left to train on.
-    """
-    chosen = sample(split, num_train + num_validation, seed)
-    if len(chosen) <= num_validation:
-        raise ValueError(
-            f"{split.origin} has {counted(len(chosen), 'row')}: `data.num_validation` {num_validation} leaves none of "
-            f"them for `data.num_train` {num_train}."
-        )
-    return chosen[:-num_validation], chosen[-num_validation:]
-
-
-def sample_per_class(
-    split: Split, per_class: int, labels: Sequence[Label], num_parts: int, seed: int
-) -> list[list[int]]:
-    """Draws `num_parts` disjoint lists of indices that hold `per_class` rows of each class, as LM-BFF does
-    (Gao et al., 2021, arXiv:2012.15723).
-
-    Raises:
-        ValueError: if a class has too few rows.
-    """
-    by_class: list[list[int]] = [[] for _ in labels]
-    for index in sample(split, len(split), seed):
-        by_class[split.labels[index]].append(index)
-    for label, members in zip(labels, by_class, strict=True):
-        if len(members) < per_class * num_parts:
-            raise ValueError(
-                f"{split.origin}: `data.examples_per_class` {per_class} needs {counted(per_class * num_parts, 'row')} "
-                f"of each class, but label {label!r} has {len(members)}."
-            )
-    starts = range(0, per_class * num_parts, per_class)
-    return [[index for members in by_class for index in members[start : start + per_class]] for start in starts]

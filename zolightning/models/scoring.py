@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zolightning.data.batch import AnswerIndex, Batch
+from zolightning.data.answer_index import AnswerIndex
+from zolightning.data.batch import Batch
 from zolightning.models.attention_masks import attention_mask_for
 
 

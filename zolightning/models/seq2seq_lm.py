@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from zolightning.data.batch import AnswerIndex, Batch
+from zolightning.data.answer_index import AnswerIndex
+from zolightning.data.batch import Batch
 from zolightning.data.encoding import Example
 from zolightning.data.examples import example_of
 from zolightning.data.language_modeling import PlainText
