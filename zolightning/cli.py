@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import join
 from typing import Any
 
 from jsonargparse import Namespace
@@ -31,7 +30,7 @@ from zolightning.callbacks import (
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
 from zolightning.checkpoints.run_logs import log_once
-from zolightning.commands.arguments import prepared
+from zolightning.commands.arguments import command_line, prepared
 from zolightning.commands.checks import (
     check_data,
     check_gradient_free,
@@ -219,7 +218,7 @@ class ZerothOrderCLI(LightningCLI):
         is_zeroth_order = any(isinstance(callback, ZerothOrder) for callback in made.trainer.callbacks)
         if self.subcommand == "fit" and made.keep_ledger and is_zeroth_order:
             made.trainer.callbacks.append(KeepLedger(go_on=self._ledger))
-        command = join(["zolightning", *sys.argv[1:]])
+        command = command_line(["zolightning", *sys.argv[1:]])
         made.trainer.callbacks += [RunOverview(command), self._leave_as_found]
         if self.subcommand in ("fit", "validate", "test"):
             made.trainer.callbacks.append(MetricsFiles(self.subcommand, command, made.ckpt_path))

@@ -1,5 +1,6 @@
 """The fields of a config that become callbacks: ``method``, ``scope``, ``blocks``, ``resampling`` and so on."""
 
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from itertools import permutations
@@ -23,7 +24,7 @@ from zolightning.callbacks import (
     SubspaceResampling,
     ZerothOrder,
 )
-from zolightning.commands.arguments import up_to_help, with_resets
+from zolightning.commands.arguments import command_line, up_to_help, with_resets
 from zolightning.commands.slots import SLOTS, slot_callbacks, trial
 from zolightning.optim import WarmupDecay, ZerothOrderOptimizer
 from zolightning.optim.dense import DenseOptimizer
@@ -260,6 +261,13 @@ def test_resets_leave_other_arguments_alone() -> None:
 )
 def test_help_of_a_class_ends_the_command(line: str, kept: str) -> None:
     assert up_to_help(line.split()) == kept.split()
+
+
+def test_a_command_is_written_in_one_line_that_a_shell_reads() -> None:
+    words = ["zolightning", "{{ text }}\nIt's\\n\n", "$HOME", "", "a\\b"]
+    line = command_line(words)
+    read = subprocess.run(["bash", "-c", rf"printf '%s\0' {line}"], stdout=subprocess.PIPE, check=True).stdout
+    assert "\n" not in line and read.decode().split("\0") == [*words, ""]
 
 
 def test_a_method_that_lacks_a_method_is_told_which() -> None:

@@ -1,4 +1,4 @@
-"""What becomes of the words of a command before jsonargparse parses them.
+"""What becomes of the words of a command before jsonargparse parses them, and how they are written down.
 
 Files may lie in the package, flags may stand without a value, and a slot of :mod:`~zolightning.commands.slots` inherits
 nothing when a later file or flag names another class for it.
@@ -6,6 +6,7 @@ nothing when a later file or flag names another class for it.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -76,6 +77,18 @@ def with_resets(arguments: Sequence[str]) -> list[str]:
             replaced += _nulls([option.removeprefix("--")])
         replaced.append(argument)
     return replaced
+
+
+def command_line(words: Iterable[str]) -> str:
+    """The words as one line for a shell: a word with line breaks, such as a prompt, is written as ``$'...\\n...'``."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if "\n" not in word:
+        return quote(word)
+    escaped = word.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n")
+    return f"$'{escaped}'"
 
 
 def _nulls(slots: Iterable[str]) -> list[str]:

@@ -124,8 +124,8 @@ def _curve(values: Mapping[int, tuple[float, float]], forward_passes: Mapping[in
 
 def _overview(table: str) -> dict[str, str]:
     """Lines of RunOverview's table in Markdown, ``| name | value |``, by name."""
-    rows = (line[2:-2].split(" | ", 1) for line in table.splitlines()[2:])
-    return {name: value for name, value in rows}
+    rows = (line[2:-2].partition(" | ") for line in table.split("\n")[2:])
+    return {name: value for name, _, value in rows}
 
 
 @dataclass(frozen=True)
