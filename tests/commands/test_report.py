@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,13 @@ def test_an_axis_begins_at_zero_if_asked_to(from_zero: bool) -> None:
     assert ("0.0" in texts) == from_zero and "J" in texts
 
 
+def test_the_name_of_a_metric_is_written_as_it_is() -> None:
+    name = 'val/"$\\frac$" < 1 & 2'
+    plot = curves_svg([Line(0, [0, 1], [1, 2])], "step", name)
+    assert name in {text.strip() for text in Reader(plot).texts}
+    assert f'aria-label="{escape(name)} against step"' in plot
+
+
 def test_a_curve_is_smoothed_by_its_latest_values() -> None:
     assert _means([4.0, 0.0, 4.0, 1.0], 2) == [4.0, 2.0, 2.0, 2.5]
 
@@ -192,14 +200,15 @@ def test_event_files_are_in_the_order_in_which_one_process_began_them(tmp_path: 
 
 
 def test_pauses_take_no_time_and_repeated_steps_count_once(tmp_path: Path) -> None:
-    config = {"checkpoint": {"monitor": "val/loss", "mode": "min"}, "trainer": {"max_steps": 90}}
+    config: dict[str, Any] = {"checkpoint": {"monitor": "val/loss", "mode": "min"}, "trainer": {"max_steps": 90}}
+    config["data"] = {"class_path": "mine.Data", "init_args": {"task": {"of": "a user's own data module"}}}
     for name, lr in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({**config, "method": {"init_args": {"lr": lr}}}))
         with SummaryWriter(str(tmp_path / name)) as writer:
             writer.add_scalar("val/loss", 3.0, 0, walltime=1000)
             for start, values in ((1010, {9: 2.0, 19: 1.5}), (5000, {19: 1.0, 29: float("nan")})):
-                writer.add_text("run", "| | |\n|-|-|\n| command | zolightning fit |", walltime=start)
+                writer.add_text("run", "| | |\n|-|-|\n| command | zolightning fit |\nof a user", walltime=start)
                 for step, value in values.items():
                     writer.add_scalar("val/loss", value, step, walltime=start + step)
     run, other = (read_run(tmp_path / name) for name in "ab")

@@ -102,7 +102,8 @@ def _runs_in(folder: Path) -> list[Run]:
 
 def _title(runs: Sequence[Run]) -> str:
     tasks = [((run.config.get("data") or {}).get("init_args") or {}).get("task") for run in runs]
-    names = dict.fromkeys(str(task["name"] if isinstance(task, dict) else task) for task in tasks if task)
+    found = (task.get("name") if isinstance(task, dict) else task for task in tasks)
+    names = dict.fromkeys(str(name) for name in found if name)
     return f"{', '.join(names) or 'Training'}: {counted(len(runs), 'run')}"
 
 

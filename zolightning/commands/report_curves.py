@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from string import ascii_uppercase
 from typing import Any
@@ -18,6 +19,7 @@ _TEXT = "#444444"
 _STYLE: Any = {
     "svg.fonttype": "none",  # texts are texts
     "svg.hashsalt": "zolightning",
+    "text.parse_math": False,  # a dollar in a metric's name is a dollar
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -78,7 +80,7 @@ def curves_svg(lines: Sequence[Line], x: str, y: str, mean_of: int = 1, from_zer
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    label = f'<svg role="img" aria-label="{y} against {x}"'
+    label = f'<svg role="img" aria-label="{escape(y)} against {x}"'
     return re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]).replace("<svg", label, 1)
 
 
