@@ -23,9 +23,20 @@ from zolightning.rewards import Countdown, InProcesses, Pattern, UnitTests
 from zolightning.rewards.reward import rewards_of
 
 
+class TwoWordsError(Exception):
+    """An error that can be sent to another process, but not be read there."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
 def unruly(text: str, references: Sequence[str]) -> float:
     if text == "raise":
         raise KeyError(text)
+    if text == "two":
+        raise TwoWordsError("one", "two")
+    if text == "interrupt":
+        raise KeyboardInterrupt
     if text == "hang":
         time.sleep(60)
     if text == "die":
@@ -75,11 +86,12 @@ def test_a_pattern_that_is_none() -> None:
 
 def test_a_reward_that_fails_is_zero_and_counted() -> None:
     reward = InProcesses(unruly, processes=2, timeout=2.0)
-    texts = ["four", "raise", "hang", "die", "sixsix", "raise", "nan", "", "exit"]
+    texts = ["four", "raise", "hang", "die", "sixsix", "raise", "nan", "", "exit", "two", "interrupt", "six"]
     with pytest.warns(UserWarning, match="A reward failed and counts as 0: ") as warned:
-        assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0, 0]
-    assert reward.failures == {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1, "SystemExit": 1}
-    assert sum("A reward failed" in str(warning.message) for warning in warned) == 5  # one of each kind
+        assert reward.all_of([(text, []) for text in texts]) == [4, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 3]
+    failures = {"KeyError": 2, "timeout": 1, "ProcessExpired": 1, "ValueError": 1, "SystemExit": 1}
+    assert reward.failures == failures | {"TwoWordsError": 1, "KeyboardInterrupt": 1}
+    assert sum("A reward failed" in str(warning.message) for warning in warned) == 7  # one of each kind
     assert reward("seven77", []) == 7  # in a new process
     assert copy.deepcopy(reward)("seven77", []) == 7  # in processes of its own
 
@@ -100,7 +112,9 @@ def test_a_reward_that_computes_with_torch() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "0.5", [1.0], torch.ones(2)])
+@pytest.mark.parametrize(
+    "value", [None, float("nan"), float("inf"), pytest.param(10**400, id="huge"), "0.5", [1.0], torch.ones(2)]
+)
 def test_a_reward_that_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"`model\.reward` must return a finite number, got .* for the text 'six'"):
         rewards_of(lambda text, references: value, ["six"], [["6"]])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zolightning.rank_zero import rank_zero_warn
-from zolightning.rewards.reward import as_number, check_references, check_signature
+from zolightning.rewards.reward import Reward, as_number, check_references, check_signature
 
 
 class InProcesses:
@@ -67,21 +67,32 @@ class InProcesses:
 
             # A forked process does not have the threads that torch has started here, and would wait for them forever.
             self._pool = ProcessPool(self.processes, initializer=torch.set_num_threads, initargs=(1,))
-        futures = [self._pool.schedule(self.reward, args=list(pair), timeout=self.timeout) for pair in pairs]
-        return [self._value(future, text) for future, (text, _) in zip(futures, pairs, strict=True)]
+        futures = [self._pool.schedule(_outcome, args=[self.reward, *pair], timeout=self.timeout) for pair in pairs]
+        return [self._value(future) for future in futures]
 
     def check(self, references: Sequence[str]) -> None:
         """Raises what the reward's own ``check`` does, if it has one."""
         check_references(self.reward, references)
 
-    def _value(self, future: Any, text: str) -> float:
+    def _value(self, future: Any) -> float:
         try:
-            return as_number(future.result(), text)
+            outcome: float | tuple[str, str] = future.result()
         except FutureTimeoutError:
-            name, reason = "timeout", f"no reward within {self.timeout:g} seconds"
-        except (Exception, SystemExit) as error:  # whatever a user's function raises, or its process dies of
-            name, reason = type(error).__name__, str(error)
+            outcome = "timeout", f"no reward within {self.timeout:g} seconds"
+        except Exception as error:  # what its process has died of
+            outcome = type(error).__name__, str(error)
+        if isinstance(outcome, float):
+            return outcome
+        name, reason = outcome
         if name not in self.failures:
             rank_zero_warn(f"A reward failed and counts as 0: {name}: {reason}.")
         self.failures[name] = self.failures.get(name, 0) + 1
         return 0.0
+
+
+def _outcome(reward: Reward, text: str, references: Sequence[str]) -> float | tuple[str, str]:
+    """The reward of a text, or the name of an error and its message: other processes cannot read every error."""
+    try:
+        return as_number(reward(text, references), text)
+    except BaseException as error:  # whatever a user's function raises, also what would end the run
+        return type(error).__name__, str(error)

@@ -74,7 +74,7 @@ def as_number(value: Any, text: str) -> float:
     """The reward of a text as a float; a truth value is 1 or 0. Raises a ValueError if it is no finite number."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):  # None, a list, a tensor of several elements
+    except (OverflowError, TypeError, ValueError):  # 10**400, None, a list, a tensor of several elements
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"`model.reward` must return a finite number, got {value!r} for the text {_start(text)!r}.")
