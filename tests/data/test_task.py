@@ -1,5 +1,6 @@
 """The declaration of a task: its file, its templates, its labels."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_label_outside_the_task(tmp_path: Path) -> None:
 def test_references_may_be_nested_numbers_and_several(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, WRITTEN))
     assert task.right({"a": {"text": "one"}}) == (0,)
-    assert task.reference_texts({"a": {"text": ["one", 2, 0.5]}}) == ("one", "2", "0.5")
+    assert task.reference_texts({"a": {"text": ["one", 10**400, 0.5]}}) == ("one", "1" + "0" * 400, "0.5")
     assert task.answers_to({"a": {"text": ["one", 2]}}, {}) == [" one\n"]
     assert task.answers_to({"a": None}, {}) == ["\n"], "nothing to train on: a text will be written"
 
@@ -62,7 +63,7 @@ def test_a_row_without_references(tmp_path: Path, found: object) -> None:
         load_task(write(tmp_path, WRITTEN)).right({"a": found})
 
 
-@pytest.mark.parametrize("found", [[], " ", ["one", ""], {"one": 1}, True, float("nan")])
+@pytest.mark.parametrize("found", [[], " ", ["one", ""], {"one": 1}, True, float("nan"), float("inf")])
 def test_references_that_are_no_texts(tmp_path: Path, found: object) -> None:
     """Among them truth values and NaN, of which a model would learn to write Python's notation."""
     with pytest.raises(ValueError, match=r"field `a\.text` must be a text or a list of texts, none empty, got "):
@@ -155,6 +156,9 @@ def test_newlines_around_the_prompt_stay() -> None:
         ("{{ text }}", {"label": 0}, "field `text` is missing or null; there are `label`"),
         ("{{ text }}", {"text": None, "label": 0}, "field `text` is missing or null"),
         ("{{ text.body }}", {"text": {"head": "a"}, "label": 0}, "do not fit this row: .*no attribute 'body'"),
+        ("{{ 1 / (text | length - 1) }}", {"text": "a", "label": 0}, "do not fit this row: division by zero"),
+        ("{{ text.upper }}", {"text": "a", "label": 0}, "they write <.*upper.*>, which is not text"),
+        ("{{ text | map('upper') }}", {"text": "a", "label": 0}, "they write <generator .*>, which is not text"),
         ("{{ text + 1 }}", {"text": "a", "label": 0}, "do not fit this row: can only concatenate str"),
         ("{{ text.__class__.__mro__ }}", {"text": "a", "label": 0}, "do not fit this row: .*unsafe"),
     ],
@@ -181,7 +185,10 @@ def test_templates_look_into_lists_and_decide_by_truth_values() -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(None, "null"), (True, "true"), (["a"], r"\["), ({"a": 1}, r"\{"), (float("nan"), "nan"), (b"a", "b")],
+    [
+        *((None, "null"), (True, "true"), (["a"], r"\["), ({"a": 1}, r"\{"), (b"a", "b")),
+        *((float("nan"), "nan"), (float("-inf"), "-inf")),
+    ],
 )
 @pytest.mark.parametrize("prompt", ["{{ about.title }}", "{% for one in about.all %}{{ one }} {% endfor %}"])
 def test_nor_are_those_inside_a_field(prompt: str, value: object, said: str) -> None:
@@ -220,3 +227,13 @@ def test_templates_decide_by_nulls_and_write_json() -> None:
 def test_a_field_of_any_name_inside_a_field() -> None:
     task = Classification(name="t", prompt="{{ about.field }}", answers=("a", "b"), labels=(0, 1))
     assert task.render({"about": {"field": "rain"}, "label": 0})[0] == "rain"
+
+
+def test_fields_that_are_named_as_functions_of_templates() -> None:
+    task = Classification(name="t", prompt="{{ range }} {{ dict.a }}", answers=("a", "b"), labels=(0, 1))
+    assert task.fields == {"range", "dict", "label"}
+    assert task.render({"range": "1-2", "dict": {"a": date(2026, 1, 2)}, "label": 0})[0] == "1-2 2026-01-02"
+    called = Classification(
+        name="t", prompt="{% for i in range(2) %}{{ i }}{% endfor %}", answers=("a", "b"), labels=(0, 1)
+    )
+    assert called.fields == {"label"} and called.render({"label": 0})[0] == "01"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 # What `{{ mask }}` and `{{ sep }}` write: characters that Unicode leaves to programs, and no text holds.
@@ -18,6 +18,8 @@ _TEMPLATES = SandboxedEnvironment(
 )
 _TEMPLATES.globals |= {"mask": MASK, "sep": SEPARATOR}
 _TEMPLATES.tests["none"] = lambda value: value is None or isinstance(value, _Null)
+_WITHOUT_GLOBALS = _TEMPLATES.overlay()  # in which `range` is a field's name
+_WITHOUT_GLOBALS.globals = {}
 _TEMPLATES.policies["json.dumps_function"] = lambda value, **settings: json.dumps(_plain(value), **settings)
 
 
@@ -31,8 +33,12 @@ def check_template(key: str, source: str) -> None:
 
 def template_fields(sources: Iterable[str]) -> frozenset[str]:
     """The fields of a row that templates read."""
-    names = (meta.find_undeclared_variables(_TEMPLATES.parse(source)) for source in sources)
-    return frozenset(set[str]().union(*names) - _TEMPLATES.globals.keys())
+    found = set[str]()
+    for tree in map(_WITHOUT_GLOBALS.parse, sources):
+        called = {call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name)}
+        # `range` is Jinja2's function where it is called, and elsewhere a field
+        found |= meta.find_undeclared_variables(tree) - {"mask", "sep"} - (called & _TEMPLATES.globals.keys())
+    return frozenset(found)
 
 
 def guarded(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def fill(source: str, values: Mapping[str, Any]) -> str:
     """Returns the text of a template. Raises a ValueError if the template does not fit these values."""
     try:
         return _compile(source).render(values)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # Jinja2's, and whatever an expression raises, such as a ZeroDivisionError
         raise ValueError(f"the templates do not fit this row: {error}") from None
 
 
@@ -114,9 +120,10 @@ def _plain(value: Any) -> Any:
 
 def _written(value: Any) -> Any:
     """A value that a template writes as it stands, wherever in a row it lies; whole fields are guarded already."""
-    is_nan = isinstance(value, float) and math.isnan(value)
-    is_text = value is not None and not is_nan and not isinstance(value, bool | bytes | list | tuple | dict)
-    if is_text or isinstance(value, _NoText):
+    # lists, functions and generators have Python's notation only; dates, for example, have a text
+    has_text = isinstance(value, str | int | float) or type(value).__str__ is not object.__str__
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    if has_text and not is_infinite and not isinstance(value, bool | bytes):
         return value
     found = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)[:80]
     raise ValueError(f"they write {found}, which is not text")
