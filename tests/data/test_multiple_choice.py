@@ -36,6 +36,8 @@ def test_candidates_of_a_row() -> None:
         ({"options": ["good", ["bad"]]}, "field `options` must be a list of texts or numbers"),
         ({"options": ["good", "good"]}, "field `options` must have two choices or more"),
         ({"right": ["worse"]}, r"field `right` is \['worse'\], which is not in `options`"),
+        ({"right": [["bad"]]}, r"field `right` is \[\['bad'\]\], which is not in `options`"),
+        ({"right": {"text": "bad"}}, r"field `right` is \[\{'text': 'bad'\}\], which is not in `options`"),
         ({"right": None}, "field `right` is missing or null"),
     ],
 )
@@ -60,6 +62,7 @@ def test_any_right_choice_counts_and_the_first_is_trained(
     data = PromptDataModule(TASK, str(tmp_path), batch_size=2)
     trainer = make_trainer(max_steps=1)
     trainer.fit(spectator, data)
+    assert data.largest_batch()[0] == 2
     (training,), (validation,) = list(data.train_dataloader()), list(data.val_dataloader())
     assert training["answer_ids"].shape[1] == 1  # of each row the first right one alone
     order = validation["id"].argsort()
@@ -67,3 +70,8 @@ def test_any_right_choice_counts_and_the_first_is_trained(
     assert validation["label"][order].tolist() == [1, 1]
     absent = (validation["answer_ids"] >= 0).any(dim=-1)[order]
     assert torch.equal(absent, torch.tensor([[True, True, True], [True, True, False]]))
+
+    data = PromptDataModule(TASK | {"objective": "accuracy"}, str(tmp_path), batch_size=2)
+    make_trainer(max_steps=1).fit(spectator, data)
+    (training,) = list(data.train_dataloader())
+    assert data.largest_batch()[0] == len(training["input_ids"].flatten(0, 1)) == 6  # as many as the most choices

@@ -139,7 +139,8 @@ class PromptDataModule(TaskDataModule):
         examples = self._examples["train"]
         rows = min(self.batch_size if num_examples is None else num_examples, self.batch_size, len(examples))
         longest_answer = max(len(answer) for example in examples for answer in example.answer_ids)
-        choices = 1 if self.task.objective == "language_modeling" else self.num_classes or 1
+        is_gold_only = self.task.objective == "language_modeling"
+        choices = 1 if is_gold_only else max(len(example.answer_ids) for example in examples)
         if examples[0].has_decoder:
             tokens = max(len(example.prompt_ids) for example in examples)
             return rows, tokens + -tokens % self.pad_to_multiple_of, choices * longest_answer
