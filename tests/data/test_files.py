@@ -80,6 +80,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, ending: str) -> None:
     ("text", "message"),
     [
         ("sentence,label\nsoup,7\n", r"train.csv, row 0: label 7 in field `label` must be one of \[0, 1\]"),
+        ("sentence,label\nsoup,1\nrain,x\n", r"row 0: label '1' .* \[0, 1\] \(this one is a text; so are all values"),
         ("sentence,label\nsoup,\n", "train.csv, row 0: field `label` is missing or null"),
         ("text,label\nsoup,1\n", "train.csv, row 0: field `sentence` is missing or null; there are `text`, `label`"),
         ("sentence,label\nsoup,1\nrain,1,2\n", "train.csv cannot be read: CSV parse error"),
@@ -132,6 +133,13 @@ def test_a_column_of_a_csv_file_is_of_numbers_only_where_they_read_as_they_are_w
     numbers = {"count": -3, "share": 2.0, "flag": False, "spaced": 2}
     assert second == numbers | {"code": "12", "version": "2.5", "when": "2021-12-31", "gap": "", "hole": 4}
     assert [type(value) for value in second.values()] == [int, float, bool, str, str, str, int, str, int]
+
+
+def test_a_parquet_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    texts = pa.array([b"caf\xe9"]).view(pa.string())
+    parquet.write_table(pa.table({"sentence": texts}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: 'utf-8' codec"):
+        next(read_rows(tmp_path / "train.parquet", "sentence"))
 
 
 def test_a_column_of_bytes_may_stand_beside_texts(tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ def test_rows_keep_their_place_in_the_file(write_rows: Callable[..., Path]) -> N
         ('{"sentence": null, "label": 1}', "field `sentence` is missing or null"),
         ('{"sentence": "soup"}', "field `label` is missing or null; there are `sentence`"),
         ('{"sentence": "soup", "label": 2}', r"label 2 in field `label` must be one of \[0, 1\]"),
-        ('{"sentence": "soup", "label": "1"}', r"label '1' in field `label` must be one of \[0, 1\]"),
+        (
+            '{"sentence": "soup", "label": "1"}',
+            r"label '1' in field `label` must be one of \[0, 1\] \(this one is a text;",
+        ),
         ('{"sentence": "soup", "label": [1]}', r"label \[1\] in field `label` must be one of"),
         ('{"sentence": "soup", "label": true}', "label True in field `label` must be one of"),
         ('{"sentence": NaN, "label": 1}', "field `sentence` is nan"),
@@ -57,8 +60,9 @@ def test_a_wrong_line_is_named(write_rows: Callable[..., Path], task: Task, line
         read_folder(folder, "train", task)
 
 
-def test_a_line_that_is_not_utf8(tmp_path: Path, task: Task) -> None:
-    (tmp_path / "train.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
+@pytest.mark.parametrize("letter", [b"\xe9", b"\xed\xa0\x80"])  # Latin-1; half of a surrogate pair
+def test_a_line_that_is_not_utf8(tmp_path: Path, task: Task, letter: bytes) -> None:
+    (tmp_path / "train.jsonl").write_bytes(b'{"sentence": "caf%s", "label": 1}\n' % letter)
     with pytest.raises(ValueError, match=r"train.jsonl, line 1: not JSON \('utf-8'"):
         read_folder(tmp_path, "train", task)
 

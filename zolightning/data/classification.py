@@ -48,8 +48,11 @@ class LabelledTask(Task):
             return None
         place = _place(label, self.labels)
         if place is None:
-            is_unquoted = isinstance(label, str) and any(isinstance(other, bool) for other in self.labels)
-            hint = " (quote them: YAML reads a bare yes or no as a boolean)" if is_unquoted else ""
+            hint = ""
+            if isinstance(label, str) and any(isinstance(other, bool) for other in self.labels):
+                hint = " (quote them: YAML reads a bare yes or no as a boolean)"
+            elif isinstance(label, str) and label in map(str, self.labels):
+                hint = " (this one is a text; so are all values of a CSV column unless each is a number)"
             raise ValueError(f"label {label!r} in field `{self.label}` must be one of {list(self.labels)!r}{hint}")
         return (place,)
 

@@ -107,10 +107,10 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         table = parquet.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        _refuse_twice(path, table.column_names)
+        return table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
-    _refuse_twice(path, table.column_names)
-    return table.to_pylist()
 
 
 def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ def _parse(line: bytes, field: str) -> Mapping[str, Any]:
     if b"\0" in line:
         raise ValueError(_UTF16)
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
         if b"\\ud" in line or b"\\uD" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:

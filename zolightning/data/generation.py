@@ -77,4 +77,4 @@ def _is_text(value: Any) -> bool:
     """Whether a value is a number, or a text that is not empty; a truth value or NaN would be Python's notation."""
     if isinstance(value, str):
         return bool(value.strip())
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)

@@ -53,7 +53,7 @@ class MultipleChoice(CandidatesTask):
     def right(self, row: Mapping[str, Any]) -> tuple[int, ...]:
         choices, right = self._choices(row), row[self.right_choices]
         right = right if isinstance(right, list | tuple) else [right]
-        found = [choices.index(choice) for choice in dict.fromkeys(right) if choice in choices]
+        found = list(dict.fromkeys(choices.index(choice) for choice in right if choice in choices))
         if not found:
             raise ValueError(
                 f"field `{self.right_choices}` is {right!r}, which is not in `{self.choices}`, {choices!r} "

@@ -9,6 +9,8 @@ from typing import Any
 from zolightning.data.task import PromptTask
 from zolightning.data.templates import template_fields
 
+_LARGEST = 3.4e38  # of the numbers that a float32 holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(PromptTask):
@@ -48,10 +50,10 @@ class Regression(PromptTask):
         value = row[self.target]
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"field `{self.target}` must be a number, got {value!r}")
+        if not abs(number) <= _LARGEST:
+            raise ValueError(f"field `{self.target}` must be a number, at most {_LARGEST:.2g}, got {value!r}")
         return number
 
     def answers_to(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
