@@ -52,7 +52,7 @@ def layer(module: nn.Module) -> list[Trained]:
     return trained_whole(find_layers(module).parameters(0).values())
 
 
-def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None) -> MemoryPlan:
+def with_lora(module: nn.Module, method: Method, batch: BatchShape | None) -> MemoryPlan:
     """The plan for training LoRA adapters of rank 8 on all linear maps of the layers."""
     adapters = [
         torch.empty(shape, dtype=weight.dtype, device="meta")
@@ -63,9 +63,7 @@ def with_lora(module: nn.Module, method: Method, batch: BatchShape | None = None
     return replace(found, weights=found.weights + sum(adapter.nbytes for adapter in adapters))
 
 
-def with_scales(
-    module: nn.Module, quantization: Quantization, method: Method, batch: BatchShape | None = None
-) -> MemoryPlan:
+def with_scales(module: nn.Module, quantization: Quantization, method: Method, batch: BatchShape | None) -> MemoryPlan:
     """The plan for quantising the linear maps of the layers and training their scales, nothing else (QZO)."""
     scales = [
         torch.empty(_scale_shape(weight, quantization), dtype=weight.dtype, device="meta")

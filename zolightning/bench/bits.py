@@ -26,7 +26,7 @@ TAIL = 1008
 
 
 def comparisons(
-    elements: int, huge: int | None = HUGE, loops: Any = kernels
+    elements: int, huge: int | None, loops: Any = kernels
 ) -> Iterator[tuple[str, Callable[[torch.device], int]]]:
     """Names of comparisons, each with a function of a device.
 

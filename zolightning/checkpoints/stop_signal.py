@@ -25,12 +25,12 @@ class StopSignal:
         self._handlers: dict[signal.Signals, Any] = {}
         self._requeue: signal.Signals | None = None
 
-    def listen(self, requeue: signal.Signals | None = None) -> None:
+    def listen(self, requeue: signal.Signals | None) -> None:
         """Starts recording signals; only in the main thread of a process.
 
         Args:
             requeue: the signal that Lightning answers by saving a checkpoint and requeueing the job of a cluster: at
-                once, in the middle of an update.
+                once, in the middle of an update. None if there is no such signal.
         """
         self.number, self.is_requeued, self._requeue = 0, False, requeue
         if threading.current_thread() is threading.main_thread():

@@ -28,8 +28,14 @@ _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 _OTHER_COMMANDS = ("configs", "report")  # whose parsers are their own
 
 
-def explain(message: str, options: Iterable[str] = (), commands: Iterable[str] = ()) -> str:
-    """Shortens an error message of jsonargparse, which may have 30 lines, to one line."""
+def explain(message: str, options: Iterable[str], commands: Iterable[str] = ()) -> str:
+    """Shortens an error message of jsonargparse, which may have 30 lines, to one line.
+
+    Args:
+        message: what jsonargparse says.
+        options: the options of the command, such as ``--method.lr``, to suggest one that is meant.
+        commands: the commands there are, likewise.
+    """
     field, inner = _field(message), _innermost(message)
     if found := re.match(
         r'argument subcommand: invalid choice: \'(.*)\' \(|expected "subcommand" to be one of', message

@@ -84,7 +84,7 @@ def measure_step_times(
     module: nn.Module,
     parts: dict[str, list[nn.Parameter]],
     evaluate: Evaluate,
-    repeats: int = 3,
+    repeats: int,
 ) -> StepTimes:
     """Times MeZO steps that move each part in turns, and fits the model to their medians.
 
